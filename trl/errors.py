@@ -1,0 +1,34 @@
+"""Errors that say what, where and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrlError(ValueError):
+    """Base of the errors that a user can mend: the message names the argument, column or row, and the remedy."""
+
+
+class DataError(TrlError):
+    """A dataset, row or conversation that cannot be used as it is."""
+
+
+class ConfigError(TrlError):
+    """An option that is unknown, of the wrong type, or at odds with another."""
+
+
+class ModelError(TrlError):
+    """A model that cannot do what was asked of it."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'a' or 'b'?` for the known names nearest to `name`; empty when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """`Unknown loss_type 'sigmod'. Did you mean 'sigmoid'? Known: …`"""
+    known = list(known)
+    return f"Unknown {kind} {name!r}.{suggest(name, known)} Known: {', '.join(known)}."

@@ -1,0 +1,127 @@
+"""The nouns of the library: what travels from rows to loss.
+
+    row ──encode──▶ Example ──lay out──▶ Batch ──score──▶ Scores ──algorithm──▶ loss per token
+
+One glossary everywhere: B rows, T positions of a row, N completions, C tokens of the longest completion,
+K completions of one prompt, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Signal = float | Sequence[float]
+Metrics = dict[str, "Tensor"]
+"""Named measurements of one batch. `[N,C]`: averaged over the mask. `[N]`: averaged over completions, NaN left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A continuation of a prompt, on the host.
+
+    `mask[t]` is 1 where token t is scored (tool output, user turns and cut-off tokens are not); None scores all.
+    `signals` are named numbers, per sequence or one per token (reward, advantages, sampler log-probabilities, …).
+    """
+
+    ids: Sequence[int]
+    mask: Sequence[int] | None = None
+    signals: Mapping[str, Signal] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt and the K ≥ 1 completions that hang from it.
+
+    A text to model (plain or a whole chat) is one completion on an empty prompt. `inputs` holds what else the model
+    reads with the prompt (pixel values, …).
+    """
+
+    prompt: Sequence[int]
+    completions: tuple[Completion, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with the prompt counted once."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt-and-completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass needs. Algorithms see no trace of how it was laid out.
+
+    inputs      keyword arguments of the model's forward: `input_ids [B,T]`, `position_ids`, pixel values, …
+    predictor   [N,C] flat index into the B·T grid of the position whose hidden state predicts token t
+    target      [N,C] token ids
+    mask        [N,C] float, 1 where the token is scored
+    scored      [M] flat indices into N·C of the scored tokens (the ones of `mask`, known on the host)
+    last        [N] flat index into the B·T grid of a completion's last token
+    example     [N] which example a completion hangs from
+    signals     `[N]` or `[N,C]` float tensors
+    weight      [N,C] or None: weights that sum to 1 over the accumulation window and all processes
+    tree        (tree [B,T], branch [B,T]) or None: which example and which of its branches a position belongs to
+                (branch 0 is the shared prompt; tree −1 is padding). Attention is built from it.
+    tokens      tokens that are neither padding nor repeated, on the host
+    """
+
+    inputs: dict[str, Tensor]
+    predictor: Tensor
+    target: Tensor
+    mask: Tensor
+    scored: Tensor
+    last: Tensor
+    example: Tensor
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
+    tree: tuple[Tensor, Tensor] | None = None
+    tokens: int = 0
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `function` applied to every tensor in it."""
+        return replace(
+            self,
+            inputs={k: function(v) for k, v in self.inputs.items()},
+            signals={k: function(v) for k, v in self.signals.items()},
+            weight=None if self.weight is None else function(self.weight),
+            tree=None if self.tree is None else (function(self.tree[0]), function(self.tree[1])),
+            **{name: function(getattr(self, name)) for name in _INDEX_FIELDS},
+        )
+
+    def to(self, device: Any) -> Batch:
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+
+_INDEX_FIELDS = ("predictor", "target", "mask", "scored", "last", "example")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model finds of a batch's completions; `[N,C]` float32, zero where the mask is.
+
+    logprobs       log π(token t | everything before it), at the temperature asked for
+    entropy        −Σ_v p_v log p_v of the distribution that predicts token t
+    mean_logprob   Σ_v log p_v / V (label smoothing)
+    collision      Σ_v p_v² (WPO), without gradient
+    greedy         1 where the token is the most likely one, without gradient
+    value          value of the state before token t
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    mean_logprob: Tensor | None = None
+    collision: Tensor | None = None
+    greedy: Tensor | None = None
+    value: Tensor | None = None
