@@ -1,0 +1,219 @@
+"""Layouts: how the sequences of a micro-batch lie in the B·T grid of one forward pass.
+
+padded   one row per completion, its prompt repeated
+packed   several sequences in a row, positions restart, none sees another
+shared   each prompt once, its K completions branch off it: every completion sees the prompt and itself
+
+All three give the same log-probabilities and gradients; they differ in work. All three are one construction: *trees*
+(a prompt and the completions that hang from it) are placed in rows. `padded` and `packed` cut every tree into trees
+with one completion; `padded` gives each a row of its own.
+
+    tree of 2 completions    p0 p1 p2 | a0 a1 | b0 b1 b2      positions  0 1 2 | 3 4 | 3 4 5
+    predictor of a           p2 a0                            predictor of b   p2 b0 b1
+
+The predictor of a completion's first token is the prompt's last token; a completion without a prompt has none, so its
+first token is not scored. In an encoder-decoder the prompt goes to the encoder, once per example, and the decoder's
+start token predicts the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl.types import Batch, Completion, Example
+
+PADDING = -1
+
+
+def lay_out(
+    examples: Sequence[Example], layout: str = "padded", *, pad_token_id: int = 0, capacity: int | None = None
+) -> Batch:
+    """One micro-batch in the named layout ("padded", "packed", "shared").
+
+    `capacity` is the number of tokens that a row of the packed and shared layouts may hold; by default, and at least,
+    the longest tree. Completions are numbered in the order of `examples`.
+    """
+    trees, numbers = LAYOUTS[layout](examples)
+    sizes = [tree.tokens for tree in trees]
+    if layout == "padded":
+        rows = [[i] for i in range(len(trees))]
+    else:
+        rows = fill_rows(sizes, max(max(sizes), capacity or 0))
+    grid = _Grid(trees, numbers, rows, pad_token_id)
+    inputs = {"input_ids": grid.ids, "position_ids": grid.positions}
+    tree = None
+    if layout == "padded":
+        inputs["attention_mask"] = (grid.tree != PADDING).astype(np.int64)
+    elif layout == "shared":
+        tree = (torch.from_numpy(grid.tree), torch.from_numpy(grid.branch))
+    return _batch(examples, {k: torch.from_numpy(v) for k, v in inputs.items()}, grid.before, grid.first, tree, sizes)
+
+
+def lay_out_encoder_decoder(
+    examples: Sequence[Example], *, pad_token_id: int, decoder_start_token_id: int
+) -> Batch:
+    """One micro-batch of an encoder-decoder: `input_ids [E,P]` once per example, `decoder_input_ids [N,C]`.
+
+    The encoder's output is repeated by `Batch.example` inside the forward pass.
+    """
+    prompts = _pad([example.prompt for example in examples], pad_token_id)
+    completions = [completion for example in examples for completion in example.completions]
+    decoder = _pad([[decoder_start_token_id, *completion.ids[:-1]] for completion in completions], pad_token_id)
+    inputs = {
+        "input_ids": torch.from_numpy(prompts),
+        "attention_mask": _present([len(example.prompt) for example in examples], prompts.shape[1]),
+        "decoder_input_ids": torch.from_numpy(decoder),
+        "decoder_attention_mask": _present([len(completion) for completion in completions], decoder.shape[1]),
+    }
+    before = np.arange(len(completions)) * decoder.shape[1]
+    return _batch(examples, inputs, before, before + 1, None, [example.tokens for example in examples])
+
+
+def _whole(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
+    """The trees as they are, with the numbers of their completions."""
+    ends = list(accumulate(len(example.completions) for example in examples))
+    numbers = [list(range(end - len(e.completions), end)) for e, end in zip(examples, ends, strict=True)]
+    return list(examples), numbers
+
+
+def _single(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
+    """A tree for every completion, the prompt repeated."""
+    trees = [Example(example.prompt, (completion,)) for example in examples for completion in example.completions]
+    return trees, [[n] for n in range(len(trees))]
+
+
+LAYOUTS: dict[str, Callable[[Sequence[Example]], tuple[list[Example], list[list[int]]]]] = {
+    "padded": _single,
+    "packed": _single,
+    "shared": _whole,
+}
+
+
+def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bins: every item goes to the fullest row that still has room for it.
+
+    Items are numbered as in `sizes`, all ≤ `capacity`. Quadratic in rows, meant for micro-batches.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = [r for r in range(len(rows)) if room[r] >= sizes[item]]
+        if fitting:
+            row = min(fitting, key=room.__getitem__)
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(item)
+        room[row] -= sizes[item]
+    return rows
+
+
+class _Grid:
+    """Token ids, positions, trees and branches `[B,T]`, and where each completion begins.
+
+    `before[n]` is the flat index of the token before completion n, −1 if there is none; `first[n]` that of its first.
+    """
+
+    def __init__(self, trees: list[Example], numbers: list[list[int]], rows: list[list[int]], pad_token_id: int):
+        width = max(sum(trees[i].tokens for i in row) for row in rows)
+        shape = (len(rows), width)
+        self.ids = np.full(shape, pad_token_id, dtype=np.int64)
+        self.positions = np.zeros(shape, dtype=np.int64)
+        self.tree = np.full(shape, PADDING, dtype=np.int32)
+        self.branch = np.zeros(shape, dtype=np.int32)
+        completions = sum(map(len, numbers))
+        self.before = np.full(completions, -1)
+        self.first = np.zeros(completions, dtype=np.int64)
+        for r, row in enumerate(rows):
+            start = 0
+            for i in row:
+                self._plant(r, start, i, trees[i], numbers[i])
+                start += trees[i].tokens
+
+    def _plant(self, row: int, start: int, tree: int, example: Example, numbers: list[int]) -> None:
+        trunk = len(example.prompt)
+        origin = row * self.ids.shape[1]
+        self.ids[row, start : start + trunk] = example.prompt
+        self.positions[row, start : start + trunk] = np.arange(trunk)
+        self.tree[row, start : start + example.tokens] = tree
+        at = start + trunk
+        for branch, (n, completion) in enumerate(zip(numbers, example.completions, strict=True), start=1):
+            end = at + len(completion)
+            self.ids[row, at:end] = completion.ids
+            self.positions[row, at:end] = np.arange(trunk, trunk + len(completion))
+            self.branch[row, at:end] = branch
+            self.first[n] = origin + at
+            if trunk:
+                self.before[n] = origin + start + trunk - 1
+            at = end
+
+
+def _batch(
+    examples: Sequence[Example],
+    inputs: dict[str, Tensor],
+    before: np.ndarray,
+    first: np.ndarray,
+    tree: tuple[Tensor, Tensor] | None,
+    sizes: list[int],
+) -> Batch:
+    completions = [completion for example in examples for completion in example.completions]
+    lengths = np.array([len(completion) for completion in completions])
+    step = np.arange(max(lengths.max(), 1))
+    predictor = first[:, None] + step - 1
+    predictor[:, 0] = np.maximum(before, 0)
+    predictor = np.where(step < lengths[:, None], predictor, 0)
+    mask = _masks(completions, len(step))
+    mask[before < 0, 0] = 0
+    owner = np.repeat(np.arange(len(examples)), [len(example.completions) for example in examples])
+    last = np.where(lengths > 0, first + lengths - 1, np.maximum(before, 0))
+    return Batch(
+        inputs=inputs,
+        predictor=torch.from_numpy(predictor),
+        target=torch.from_numpy(_pad([completion.ids for completion in completions], 0)),
+        mask=torch.from_numpy(mask),
+        scored=torch.from_numpy(np.flatnonzero(mask)),
+        last=torch.from_numpy(last),
+        example=torch.from_numpy(owner),
+        signals=_signals(completions, len(step)),
+        tree=tree,
+        tokens=sum(sizes),
+    )
+
+
+def _masks(completions: Sequence[Completion], width: int) -> np.ndarray:
+    mask = np.zeros((len(completions), width), dtype=np.float32)
+    for row, completion in zip(mask, completions, strict=True):
+        row[: len(completion)] = 1 if completion.mask is None else completion.mask
+    return mask
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    padded = np.full((len(rows), max(1, *map(len, rows)) if rows else 1), value, dtype=np.int64)
+    for out, row in zip(padded, rows, strict=True):
+        out[: len(row)] = row
+    return padded
+
+
+def _present(lengths: Sequence[int], width: int) -> Tensor:
+    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+
+
+def _signals(completions: Sequence[Completion], width: int) -> dict[str, Tensor]:
+    """Signals by name: `[N]`, or `[N,C]` where given per token. A completion without the signal has NaN."""
+    names = dict.fromkeys(name for completion in completions for name in completion.signals)
+    return {name: _signal([c.signals.get(name, float("nan")) for c in completions], width) for name in names}
+
+
+def _signal(values: list, width: int) -> Tensor:
+    if all(isinstance(value, (int, float)) for value in values):
+        return torch.tensor(values, dtype=torch.float32)
+    table = np.zeros((len(values), width), dtype=np.float32)
+    for row, value in zip(table, values, strict=True):
+        row[: len(value) if isinstance(value, Sequence) else width] = value
+    return torch.from_numpy(table)

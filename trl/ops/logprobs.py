@@ -1,0 +1,252 @@
+"""Log-probabilities of tokens from hidden states, without the `[M,V]` logits that lie between.
+
+    z = softcap · tanh(scale · (W h + b) / softcap) / temperature        (both transforms optional)
+    log p(token) = z_token − log Σ_v exp z_v
+
+A row of logits is as large as the vocabulary and is needed twice: to normalise, and for its gradient
+∂ log p(token) / ∂z = onehot(token) − p. So tokens go through the head in chunks. While the probabilities of all chunks
+fit `KEPT_ELEMENTS`, backward reuses them; beyond that it computes the chunk's logits again.
+
+M scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = {"cpu": 2**23}
+CHUNK_ELEMENTS_ACCELERATOR = 2**26
+KEPT_ELEMENTS = 2**26
+
+DIFFERENTIABLE = ("logprobs", "entropy", "mean_logprob")
+DETACHED = ("collision", "greedy")
+STATISTICS = DIFFERENTIABLE + DETACHED
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What an architecture does to the head's output, and the temperature: see the top of the file."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        z = raw * self.scale if self.scale != 1.0 else raw
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature if self.temperature != 1.0 else z
+
+    def derivative(self, z: Tensor) -> Tensor | float:
+        """∂z/∂raw, from z."""
+        if self.softcap is None:
+            return self.scale / self.temperature
+        capped = z * (self.temperature / self.softcap)
+        return (1 - capped.square()) * (self.scale / self.temperature)
+
+
+def logprobs_from_logits(
+    logits: Tensor, target: Tensor, *, want: frozenset[str] = frozenset(), transform: LogitTransform | None = None
+) -> dict[str, Tensor]:
+    """Statistics `[M]` float32 of logits `[M,V]`, by autograd: for heads that are not understood, and small ones."""
+    z = (transform or LogitTransform())(_wide(logits))
+    logp = torch.log_softmax(z, dim=-1)
+    chosen = logp.gather(-1, target[:, None]).squeeze(-1)
+    result = {"logprobs": chosen}
+    if "entropy" in want:
+        result["entropy"] = -torch.special.xlogy(p := logp.exp(), p).sum(-1)
+    if "mean_logprob" in want:
+        result["mean_logprob"] = logp.mean(-1)
+    with torch.no_grad():
+        if "collision" in want:
+            result["collision"] = (2 * logp).exp().sum(-1)
+        if "greedy" in want:
+            result["greedy"] = (chosen >= logp.amax(-1)).to(logp.dtype)
+    return result
+
+
+def logprobs_from_module(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target: Tensor,
+    *,
+    vocabulary: int,
+    want: frozenset[str] = frozenset(),
+    transform: LogitTransform | None = None,
+) -> dict[str, Tensor]:
+    """As `logprobs_from_linear`, for any `head: [m,H] -> [m,V]` (adapters on it, quantised weights).
+
+    Each chunk is computed again in backward, so that one chunk of logits is alive at a time.
+    """
+    want = frozenset(want)
+
+    def statistics(hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return logprobs_from_logits(head(hidden), target, want=want, transform=transform)
+
+    parts = [
+        checkpoint(statistics, hidden[rows], target[rows], use_reentrant=False, preserve_rng_state=False)
+        for rows in _chunks(len(target), vocabulary, hidden.device)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def logprobs_from_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    want: frozenset[str] = frozenset(),
+    transform: LogitTransform | None = None,
+) -> dict[str, Tensor]:
+    """Log-probabilities of `target [M]` under a linear head, and what else is wanted of the distributions.
+
+    hidden [M,H], weight [V,H], bias [V] or None. Gives `[M]` float32 tensors by name: "logprobs", and of `want`
+    "entropy" −Σ p log p, "mean_logprob" Σ_v log p_v / V (these three carry gradients), "collision" Σ p², "greedy"
+    (1 where the target is a most likely token).
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    results = _LinearLogprobs.apply(hidden, weight, bias, target, frozenset(want), transform or LogitTransform())
+    return {name: value for name, value in zip(STATISTICS, results, strict=True) if value is not None}
+
+
+def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows with at most `CHUNK_ELEMENTS` logits each. At least one, so that empty input has its shape."""
+    rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ACCELERATOR) // vocabulary)
+    for start in range(0, max(count, 1), rows):
+        yield slice(start, start + rows)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, want, transform):
+        ctx.set_materialize_grads(False)
+        ctx.transform = transform
+        ctx.save_for_backward(hidden, weight, bias, target)
+        trains = any(ctx.needs_input_grad)
+        budget = KEPT_ELEMENTS if trains and transform.softcap is None else 0
+        parts, ctx.kept = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _cast(weight, bias, hidden.dtype)
+            for rows in _chunks(len(target), len(weight), hidden.device):
+                statistics, p = _statistics(_logits(hidden[rows], *head, transform), target[rows], want)
+                parts.append(statistics)
+                budget -= p.numel()
+                ctx.kept.append(p if budget >= 0 else None)
+        results = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        ctx.entropy = results.get("entropy")
+        ctx.mark_non_differentiable(*(results[name] for name in DETACHED if name in results))
+        return tuple(results.get(name) for name in STATISTICS)
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropy, d_mean, *_):
+        hidden, weight, bias, target = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = weight.new_zeros(weight.shape, dtype=_sum_dtype(weight)) if ctx.needs_input_grad[1] else None
+        d_bias = bias.new_zeros(bias.shape, dtype=_sum_dtype(bias)) if ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _cast(weight, bias, hidden.dtype)
+            chunks = _chunks(len(target), len(weight), hidden.device)
+            for rows, p in zip(chunks, ctx.kept, strict=True):
+                slope = ctx.transform.derivative
+                if p is None:
+                    z = _logits(hidden[rows], *head, ctx.transform)
+                    p, factor = torch.softmax(z, dim=-1), slope(z)
+                else:
+                    factor = slope(p)
+                d = _logit_gradient(
+                    p,
+                    target[rows],
+                    *(g if g is None else g[rows] for g in (d_logprobs, d_entropy, d_mean)),
+                    entropy=None if d_entropy is None else ctx.entropy[rows],
+                )
+                d = d.mul_(factor).to(hidden.dtype)
+                if d_hidden is not None:
+                    torch.mm(d, head[0], out=d_hidden[rows])
+                if d_weight is not None:
+                    _add_product(d_weight, d.T, hidden[rows])
+                if d_bias is not None:
+                    d_bias += d.sum(0, dtype=d_bias.dtype)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """z `[m,V]` in float32 (float64 stays), in memory of its own."""
+    return transform(_wide(torch.nn.functional.linear(hidden.detach(), weight, bias)))
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_sum_dtype(x))
+
+
+def _statistics(z: Tensor, target: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """The statistics of a chunk and its probabilities; `z` is overwritten."""
+    mean = z.mean(-1) if "mean_logprob" in want else None
+    top = z.amax(-1, keepdim=True)
+    chosen = z.gather(-1, target[:, None]) - top
+    z -= top
+    e = z.exp() if "entropy" in want else z.exp_()
+    total = e.sum(-1, keepdim=True)
+    log_total = total.log()
+    result = {"logprobs": (chosen - log_total).squeeze(-1)}
+    p = e.div_(total)
+    if "entropy" in want:
+        result["entropy"] = log_total.squeeze(-1) - torch.linalg.vecdot(p, z)
+    if mean is not None:
+        result["mean_logprob"] = mean - (top + log_total).squeeze(-1)
+    if "collision" in want:
+        result["collision"] = torch.linalg.vecdot(p, p)
+    if "greedy" in want:
+        result["greedy"] = (chosen >= 0).squeeze(-1).to(z.dtype)
+    return result, p
+
+
+def _logit_gradient(
+    p: Tensor,
+    target: Tensor,
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+    *,
+    entropy: Tensor | None,
+) -> Tensor:
+    """∂/∂z of the chunk: g (onehot − p) for log p, −g p (log p + H) for the entropy, g (1/V − p) for the mean."""
+    zero = p.new_zeros(len(p))
+    g = zero if d_logprobs is None else d_logprobs
+    m = zero if d_mean is None else d_mean
+    d = p * -(g + m)[:, None]
+    if d_mean is not None:
+        d += (m / p.shape[-1])[:, None]
+    if d_entropy is not None:
+        d -= d_entropy[:, None] * (torch.special.xlogy(p, p) + p * entropy[:, None])
+    return d.scatter_add_(-1, target[:, None], g[:, None])
+
+
+def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a @ b, in the accumulator's precision."""
+    if a.dtype == accumulator.dtype:
+        accumulator.addmm_(a, b)
+    else:
+        accumulator += a @ b

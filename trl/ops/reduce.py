@@ -1,0 +1,49 @@
+"""Averages over masks, and the weights that make a loss independent of how its batch was split.
+
+    loss = Σ_n Σ_t weight[n,t] · loss[n,t],      Σ weight = 1 over the accumulation window and all processes
+
+"token", "sequence" and "constant" averaging are three ways to fill the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `x` where `mask` is 1; zero where the mask is empty."""
+    if dim is None:
+        return (x * mask).sum() / mask.sum().clamp(min=1)
+    return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+    """`x` with mean 0 (or its own, with `keep_mean`) and variance 1 over the mask, zero outside it.
+
+    The variance has Bessel's correction, Σ (x − x̄)² / (m − 1).
+    """
+    mean = masked_mean(x, mask)
+    centred = (x - mean) * mask
+    variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
+    whitened = centred * torch.rsqrt(variance + eps)
+    return whitened + mean * mask if keep_mean else whitened
+
+
+def _token(mask: Tensor) -> Tensor:
+    return mask
+
+
+def _sequence(mask: Tensor) -> Tensor:
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"token": _token, "sequence": _sequence, "constant": _token}
+"""Unnormalised weights `[N,C]` from a mask `[N,C]`.
+
+"token": every scored token of the window counts the same. "sequence": every completion counts the same, its tokens
+equally. "constant": every token counts the same, and the sum is divided by a number given beforehand instead of the
+count of tokens (Dr. GRPO, arXiv:2503.20783, Eq. 3).
+"""
