@@ -1,0 +1,162 @@
+"""What a dataset's columns say about its rows, and the conversions between the forms in which rows are written.
+
+A row kind is recognised by the columns that it needs. Each text in it is either standard (a string) or conversational
+(a list of messages, `{"role": …, "content": …}` or, older, `{"from": …, "value": …}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any, TypeVar
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from trl.errors import DataError, suggest
+
+AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
+Row = Mapping[str, Any]
+
+KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tokenized_preference": (("input_ids_chosen", "input_ids_rejected"),),
+    "tokenized": (("input_ids",),),
+    "stepwise": (("prompt", "completions", "labels"),),
+    "unpaired_preference": (("prompt", "completion", "label"),),
+    "preference": (("chosen", "rejected"),),
+    "prompt_completion": (("prompt", "completion"),),
+    "language_modeling": (("text",), ("messages",), ("conversations",)),
+    "prompt_only": (("prompt",),),
+}
+"""Row kind → the sets of columns of which one must be there. The first kind that fits is taken, the most specific first."""
+
+TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
+_FROM_VALUE_COLUMNS = (*TEXT_COLUMNS, "conversations")
+
+
+def detect_kind(columns: Iterable[str], *, allowed: Sequence[str] | None = None, text_field: str = "text") -> str:
+    """The row kind that a dataset's columns stand for, among `allowed` (every kind when None).
+
+    `text_field` is the column that holds the text of language modelling.
+
+    Raises DataError with the columns found and those that each kind needs.
+    """
+    present = set(columns)
+    kinds = {kind: _with_text_field(KINDS[kind], text_field) for kind in KINDS if allowed is None or kind in allowed}
+    for kind, alternatives in kinds.items():
+        if any(present.issuperset(needed) for needed in alternatives):
+            return kind
+    raise DataError(_unrecognised(sorted(present), kinds))
+
+
+def _with_text_field(alternatives: tuple[tuple[str, ...], ...], text_field: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((text_field,) if needed == ("text",) else needed for needed in alternatives)
+
+
+def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]]) -> str:
+    needs = "\n".join(f"  {kind}: {' | '.join(', '.join(n) for n in needed)}" for kind, needed in kinds.items())
+    known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
+    hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
+    return (
+        f"The dataset's columns {present} are not those of a row kind that is used here. Rename or add columns; "
+        f"a kind needs\n{needs}\n{hints}".rstrip()
+    )
+
+
+def is_conversational(example: Row) -> bool:
+    """Whether a row's texts are lists of messages with a role (`{"role": "user", "content": …}`)."""
+    return any(_is_chat(example.get(column), "role") for column in TEXT_COLUMNS)
+
+
+def is_conversational_from_value(example: Row) -> bool:
+    """Whether a row holds `conversations` in the older form (`{"from": "user", "value": …}`)."""
+    return _is_chat(example.get("conversations"), "from")
+
+
+def _is_chat(value: Any, role_key: str) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return isinstance(value[0], Mapping) and role_key in value[0]
+
+
+def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
+    """The row with `from`/`value` messages written as `role`/`content`; `conversations` is renamed `messages`.
+
+    Everything else is left as it is.
+    """
+    converted = dict(example)
+    for column in _FROM_VALUE_COLUMNS:
+        if isinstance(example.get(column), list):
+            converted[column] = [to_chatml(message) for message in example[column]]
+    if "conversations" in converted:
+        converted["messages"] = converted.pop("conversations")
+    return converted
+
+
+def to_chatml(message: Any) -> Any:
+    """One message, its `from` as `role` and its `value` as `content`; other keys stay."""
+    if not isinstance(message, Mapping):
+        return message
+    renamed = {"from": "role", "value": "content"}
+    return {renamed.get(key, key): value for key, value in message.items()}
+
+
+def extract_prompt(example: Row) -> dict[str, Any]:
+    """Take the prompt that `chosen` and `rejected` share out of them.
+
+    Conversations share their first messages; texts their first characters, where a space before the fork goes to the
+    completions, so that a word keeps the space that it is tokenised with.
+
+    Returns `{"prompt", "chosen", "rejected"}`.
+    """
+    chosen, rejected = example["chosen"], example["rejected"]
+    fork = _fork(chosen, rejected)
+    if isinstance(chosen, str) and chosen[:fork].endswith(" "):
+        fork -= 1
+    return {"prompt": chosen[:fork], "chosen": chosen[fork:], "rejected": rejected[fork:]}
+
+
+def _fork(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Length of the common beginning, one short of a text that is a beginning of the other."""
+    shared = len(commonprefix([chosen, rejected])) if isinstance(chosen, str) else _equal_turns(chosen, rejected)
+    return min(shared, len(chosen) - 1, len(rejected) - 1)
+
+
+def _equal_turns(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    shorter = min(len(chosen), len(rejected))
+    return next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+
+
+def maybe_extract_prompt(example: Row) -> Row:
+    """`extract_prompt` for a preference row whose prompt is implicit; any other row as it is."""
+    if "chosen" not in example or "rejected" not in example:
+        return example
+    if "prompt" in example and _is_chat(example["chosen"], "role") == _is_chat(example["prompt"], "role"):
+        return example
+    return {**example, **extract_prompt(example)}
+
+
+def unpair_preference_dataset(dataset: AnyDataset, **map_kwargs: Any) -> AnyDataset:
+    """Write every pair as two rows with `completion` and `label`: chosen is True, rejected False.
+
+    Other columns are repeated. `map_kwargs` go to the dataset's `map`.
+    """
+    return dataset.map(_unpair, batched=True, remove_columns=["chosen", "rejected"], **map_kwargs)
+
+
+def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    repeated = {name: [*batch[name], *batch[name]] for name in batch if name not in ("chosen", "rejected")}
+    labels = [True] * len(chosen) + [False] * len(rejected)
+    return {**repeated, "completion": [*chosen, *rejected], "label": labels}
+
+
+def maybe_unpair_preference_dataset(
+    dataset: AnyDataset, num_proc: int | None = None, desc: str | None = None
+) -> AnyDataset:
+    """`unpair_preference_dataset` for a dataset with `chosen` and `rejected`; any other dataset as it is."""
+    first = next(iter(dataset.values())) if isinstance(dataset, Mapping) else dataset
+    columns = first.column_names if first.column_names is not None else list(next(iter(first)))
+    if not {"chosen", "rejected"}.issubset(columns):
+        return dataset
+    map_kwargs = {} if isinstance(first, IterableDataset) else {"num_proc": num_proc, "desc": desc}
+    return unpair_preference_dataset(dataset, **map_kwargs)
