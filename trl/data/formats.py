@@ -7,7 +7,6 @@ A row kind is recognised by the columns that it needs. Each text in it is either
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from os.path import commonprefix
 from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -116,23 +115,26 @@ def extract_prompt(example: Row) -> dict[str, Any]:
 
 
 def _fork(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Length of the common beginning, one short of a text that is a beginning of the other."""
-    shared = len(commonprefix([chosen, rejected])) if isinstance(chosen, str) else _equal_turns(chosen, rejected)
-    return min(shared, len(chosen) - 1, len(rejected) - 1)
-
-
-def _equal_turns(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    shorter = min(len(chosen), len(rejected))
-    return next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    """Length of the common beginning, one short of a side that is a beginning of the other."""
+    last = max(0, min(len(chosen), len(rejected)) - 1)
+    return next((i for i in range(last) if chosen[i] != rejected[i]), last)
 
 
 def maybe_extract_prompt(example: Row) -> Row:
-    """`extract_prompt` for a preference row whose prompt is implicit; any other row as it is."""
+    """`extract_prompt` for a preference row whose prompt is implicit; any other row as it is.
+
+    A text prompt beside conversational completions is implicit when they repeat it, else it becomes a user's message.
+    """
     if "chosen" not in example or "rejected" not in example:
         return example
-    if "prompt" in example and _is_chat(example["chosen"], "role") == _is_chat(example["prompt"], "role"):
+    chosen_is_chat = _is_chat(example["chosen"], "role")
+    if example.get("prompt") is None:
+        return {**example, **extract_prompt(example)}
+    if not chosen_is_chat or _is_chat(example["prompt"], "role"):
         return example
-    return {**example, **extract_prompt(example)}
+    extracted = extract_prompt(example)
+    asked = [{"role": "user", "content": example["prompt"]}]
+    return {**example, **extracted} if extracted["prompt"] else {**example, "prompt": asked}
 
 
 def unpair_preference_dataset(dataset: AnyDataset, **map_kwargs: Any) -> AnyDataset:
