@@ -1,0 +1,288 @@
+"""From conversations to text, and to the characters that the assistant wrote in it.
+
+A chat template renders messages m₁ … m_n as a text R(m₁…m_n); R⁺ adds the generation prompt, the header after which
+the model writes. What the assistant wrote in turn i is found in one of two ways:
+
+- the template marks it itself, by `{% generation %}` blocks;
+- turn by turn: the turn is what stands between R⁺(m₁…m_{i−1}) and R(m₁…m_i), where both are beginnings of the whole
+  rendering. A turn that the template rewrites once it is past (dropping its reasoning, say) ends at the first token
+  that closes the turns that are found.
+
+A span holds the token that ends the turn, since a model that never learns it never stops, and not the generation
+prompt, which the model never writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trl.data.formats import Row, is_conversational, to_chatml
+from trl.data.tokens import TextEncoder
+from trl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
+Span = tuple[int, int]
+
+_BARE: Row = MappingProxyType({})
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, ready to render conversations and to find the assistant's part in them.
+
+    `tools` and `template_kwargs` are given to every rendering; those of a single row take their place.
+
+    Raises DataError when the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tools: Tools | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"The rows are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
+                "one with chat_template_path, take another model's with clone_chat_template(model, tokenizer, source), "
+                "or start from a chat model."
+            )
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path
+        self.tools = tools
+        self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
+        self.eos = tokenizer.eos_token or ""
+        self.closers = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the template itself marks what the assistant writes."""
+        return _GENERATION_MARK.search(self.source(self.tools)) is not None
+
+    def source(self, tools: Tools | None) -> str:
+        """The template's text; some tokenizers have one of their own for conversations with tools."""
+        return self.tokenizer.get_chat_template(tools=tools)
+
+    def render(
+        self, messages: Messages, row: Row = _BARE, *, mark: bool = False, **options: Any
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation, and with `mark` the spans that the template marks in it.
+
+        `row` may hold `tools` and `chat_template_kwargs` of its own. `options` go to the template
+        (`add_generation_prompt`, `continue_final_message`).
+
+        Raises DataError when the template refuses the messages.
+        """
+        tools = _row_tools(row) or self.tools
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.source(tools),
+                tools=tools,
+                return_assistant_tokens_mask=mark,
+                **{**self.template_kwargs, **(without_none(row.get("chat_template_kwargs")) or {}), **options},
+            )
+        except TemplateError as error:
+            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+            raise DataError(
+                f"The chat template of {self.name!r} cannot render messages of roles {roles}: {error}."
+            ) from error
+        return texts[0], spans[0] if mark else []
+
+    def prompt(self, messages: Messages, row: Row = _BARE) -> str:
+        """The text after which the model writes: with the generation prompt, or open after an unfinished answer."""
+        if messages[-1]["role"] == "assistant":
+            return self.render(messages, row, continue_final_message=True)[0]
+        return self.render(messages, row, add_generation_prompt=True)[0]
+
+    def completion(self, prompt: Messages, completion: Messages, row: Row = _BARE) -> tuple[str, str]:
+        """The texts of a prompt and of what follows it; together they are the rendering of the whole conversation.
+
+        Where the template writes the answer's header otherwise once there is an answer (an empty reasoning block, say),
+        the prompt ends with what the two headers share.
+
+        Raises DataError when the rendered prompt is not the beginning of the whole.
+        """
+        text = self.render([*prompt, *completion], row)[0]
+        start = self._after(prompt, text, row)
+        if start is None:
+            raise DataError(
+                f"The chat template of {self.name!r} renders a prompt otherwise once an answer follows, so that the "
+                "border between them is not known. Use a template that keeps what it has written."
+            )
+        return text[:start], text[start:]
+
+    def assistant_spans(self, messages: Messages, row: Row = _BARE) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the spans [start, end) of the characters that the assistant wrote.
+
+        Raises DataError when the template neither marks them nor keeps what it has written.
+        """
+        if self.is_marked:
+            text, marked = self.render(messages, row, mark=True)
+            return text, [self._closed(text, *span) for span in marked]
+        text = self.render(messages, row)[0]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        starts = [self._after(messages[:i], text, row) for i in turns]
+        ends = [self._end(messages[: i + 1], text, row) if i + 1 < len(messages) else len(text) for i in turns]
+        return text, self._located(text, starts, ends)
+
+    def _after(self, messages: Messages, text: str, row: Row) -> int | None:
+        """Where in `text` the answer to `messages` begins."""
+        prompt = self.render(messages, row, add_generation_prompt=True)[0]
+        if text.startswith(prompt):
+            return len(prompt)
+        bare = self.render(messages, row)[0]
+        if not text.startswith(bare):
+            return None
+        shared = len(bare) + _shared_length(prompt[len(bare) :], text[len(bare) :])
+        return next((i for i in range(shared, len(bare), -1) if prompt[:i].endswith(("\n", *self.closers))), None)
+
+    def _end(self, messages: Messages, text: str, row: Row) -> int | None:
+        """Where in `text` the last of `messages` ends."""
+        rendered = self.render(messages, row)[0]
+        return len(rendered) if text.startswith(rendered) else None
+
+    def _located(self, text: str, starts: list[int | None], ends: list[int | None]) -> list[Span]:
+        known = [self._closed(text, s, e) for s, e in zip(starts, ends, strict=True) if s is not None and e is not None]
+        closer = next((c for s, e in known for c in self.closers if text[s:e].endswith(c)), None)
+        spans = []
+        for start, end, limit in zip(starts, ends, [*starts[1:], len(text)], strict=True):
+            if start is not None and end is None and closer is not None:
+                found = text.find(closer, start, limit)
+                end = found + len(closer) if found >= 0 else None
+            if start is None or end is None or end < start:
+                raise DataError(self._cannot_be_masked())
+            spans.append(self._closed(text, start, end))
+        return spans
+
+    def _closed(self, text: str, start: int, end: int) -> Span:
+        """The span up to the token that closes the turn, without the blank space that templates write after it."""
+        if text.startswith(self.eos, end) and not text[start:end].endswith(self.closers):
+            end += len(self.eos)
+        trimmed = start + len(text[start:end].rstrip())
+        return (start, trimmed) if text[start:trimmed].endswith(self.closers) else (start, end)
+
+    def _cannot_be_masked(self) -> str:
+        source = self.source(self.tools)
+        head = source if len(source) <= 80 else f"{source[:80]}…"
+        return (
+            f"The chat template of {self.name!r} ({head!r}) does not show what the assistant wrote: it has no "
+            "{% generation %} marks, and rewrites earlier turns when later ones follow. Put {% generation %} … "
+            "{% endgeneration %} around the assistant's part of the template, write the rows as prompt and completion, "
+            "or train on whole conversations with assistant_only_loss=False."
+        )
+
+
+def _shared_length(a: str, b: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _row_tools(row: Row) -> Tools | None:
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else without_none(tools)
+
+
+def without_none(value: Any) -> Any:
+    """The value without keys that hold None: Arrow gives every struct of a column the keys of all."""
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def tidy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates read them: `role` and `content`, no empty keys."""
+    return [without_none(to_chatml(message)) for message in messages]
+
+
+def render_chat(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Tools | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], list[bool]]:
+    """The token ids [T] of a conversation and the mask [T] of those that the assistant wrote.
+
+    Raises DataError when there is no chat template, or one in which the assistant's part cannot be found.
+    """
+    template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
+    text, spans = template.assistant_spans(tidy_messages(messages))
+    ids, masks = TextEncoder(tokenizer).masked([text], [spans])
+    return ids[0], masks[0]
+
+
+def apply_chat_template(
+    example: Row, tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None, **template_kwargs: Any
+) -> dict[str, Any]:
+    """A conversational row as text: `messages` becomes `text`, other columns keep their names; a `label` is kept.
+
+    A prompt ends with the generation prompt (or open, where its last message is the assistant's); what follows it holds
+    the rest of the whole conversation's rendering.
+
+    Raises DataError for a row whose columns are not those of a conversation.
+    """
+    template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
+    if "messages" in example:
+        return {"text": template.render(tidy_messages(example["messages"]), example)[0]}
+    label = {"label": example["label"]} if "label" in example else {}
+    answers = {name: example[name] for name in ("completion", "chosen", "rejected") if name in example}
+    if "prompt" not in example:
+        return {name: template.render(tidy_messages(answer), example)[0] for name, answer in answers.items()} | label
+    prompt = tidy_messages(example["prompt"])
+    if prompt[-1]["role"] not in ("user", "assistant", "tool"):
+        raise DataError(f"A prompt ends with the user, a tool or the assistant; here with {prompt[-1]['role']!r}.")
+    texts = {name: template.completion(prompt, tidy_messages(answer), example) for name, answer in answers.items()}
+    rendered = min((text[0] for text in texts.values()), key=len, default=template.prompt(prompt, example))
+    return {"prompt": rendered, **{name: (a + b)[len(rendered) :] for name, (a, b) in texts.items()}, **label}
+
+
+def maybe_apply_chat_template(
+    example: Row, tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None, **template_kwargs: Any
+) -> Row:
+    """`apply_chat_template` for a conversational row; any other row as it is."""
+    return apply_chat_template(example, tokenizer, tools, **template_kwargs) if is_conversational(example) else example
+
+
+def clone_chat_template(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_tokenizer_path: str | PreTrainedTokenizerBase,
+    resize_to_multiple_of: int | None = 64,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
+    """Give a model another tokenizer's chat template, with the tokens that it needs and its end of turn as EOS.
+
+    The embeddings grow to hold the new tokens, to a multiple of `resize_to_multiple_of` (None: exactly).
+
+    Returns the model and tokenizer, changed in place, and the ids of the tokens that were added (train their
+    embeddings: `LoraConfig(trainable_token_indices=…)`).
+    """
+    source = source_tokenizer_path
+    if isinstance(source, str):
+        source = AutoTokenizer.from_pretrained(source)
+    if not source.chat_template:
+        raise DataError(f"The tokenizer {source.name_or_path!r} has no chat template to clone. Choose a chat model's.")
+    tokenizer.chat_template = source.chat_template
+    known = tokenizer.get_vocab()
+    new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
+    tokenizer.add_tokens(new)
+    tokenizer.eos_token = source.eos_token
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resize_to_multiple_of)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])

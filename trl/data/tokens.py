@@ -1,0 +1,124 @@
+"""From text to token ids, many rows in one call, with borders where a model meets them.
+
+At generation time a model reads ids(prompt) and continues them. So a prompt is tokenised alone, and what follows it is
+cut off from it even where one token would reach over the border ("is " + "blue" are not "is" and " blue").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+
+_HEADER_CHARS = 64
+_HEADER_TOKENS = 2
+
+
+class TextEncoder:
+    """Batched tokenisation by one tokenizer.
+
+    `cuts_freely`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
+    text; those tokenise a continuation together with its prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.cuts_freely = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
+        added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
+        self._header_ids: dict[str, list[int]] = {}
+
+    def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of each text."""
+        if not self.tokenizer.is_fast:
+            return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def continuations(
+        self, prompts: Sequence[str], answers: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of prompts, and of answers that continue them. `add_special_tokens` concerns the beginning only."""
+        prompt_ids = self.ids(prompts, add_special_tokens=add_special_tokens)
+        prompt_ids = [self._open(ids) for ids in prompt_ids] if add_special_tokens else prompt_ids
+        alone = self.ids(answers)
+        if self.cuts_freely:
+            return prompt_ids, alone
+        whole = self.ids([p + a for p, a in zip(prompts, answers, strict=True)], add_special_tokens=add_special_tokens)
+        whole = [self._open(ids) for ids in whole] if add_special_tokens else whole
+        rows = zip(prompt_ids, whole, alone, strict=True)
+        return prompt_ids, [w[len(p) :] if w[: len(p)] == p else a for p, w, a in rows]
+
+    def masked(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> tuple[list[list[int]], list[list[bool]]]:
+        """Token ids of each text, and which of them lie in its character spans [start, end).
+
+        The ids are those of the whole text, but where they would not continue ids(text[:start]) the text is cut.
+        """
+        if not self.tokenizer.is_fast:
+            cut = [self._cut(text, spans_) for text, spans_ in zip(texts, spans, strict=True)]
+            return [ids for ids, _ in cut], [mask for _, mask in cut]
+        encodings = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        ids, masks = [], []
+        for text, spans_, encoding in zip(texts, spans, encodings, strict=True):
+            row = encoding.ids
+            borders = [(_token_at(encoding, s, len(text)), _token_at(encoding, e, len(text))) for s, e in spans_]
+            starts = zip(spans_, borders, strict=True)
+            if self.cuts_freely and not all(self._continues(text, s, row[:b]) for (s, _), (b, _) in starts):
+                row, mask = self._cut(text, spans_)
+            else:
+                mask = _mask(len(row), borders)
+            ids.append(row)
+            masks.append(mask)
+        return ids, masks
+
+    def _backend(self):
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return backend
+
+    def _open(self, ids: list[int]) -> list[int]:
+        """The ids without the EOS that some tokenizers put after every text."""
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _continues(self, text: str, start: int, before: list[int]) -> bool:
+        """Whether the tokens before a border are those of the text before it alone, judged by the last of them."""
+        window = max(0, start - _HEADER_CHARS)
+        for match in self._added.finditer(text, window, start):
+            window = match.start()
+        header = text[window:start]
+        if header not in self._header_ids:
+            self._header_ids[header] = self.ids([header])[0][-_HEADER_TOKENS:]
+        expected = self._header_ids[header]
+        return before[len(before) - len(expected) :] == expected
+
+    def _cut(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Ids and mask of a text that is tokenised piece by piece, cut at the borders of its spans."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        for i, (start, end) in enumerate(pairwise(edges)):
+            piece = self.ids([text[start:end]])[0] if end > start else []
+            ids += piece
+            mask += [i % 2 == 1] * len(piece)
+        return ids, mask
+
+
+def _token_at(encoding: Encoding, char: int, chars: int) -> int:
+    """Index of the first token that begins at or after a character."""
+    token = next((t for c in range(char, chars) if (t := encoding.char_to_token(c)) is not None), len(encoding))
+    reaches_over = token < len(encoding) and encoding.token_to_chars(token)[0] < char
+    return token + reaches_over
+
+
+def _mask(tokens: int, borders: Sequence[tuple[int, int]]) -> list[bool]:
+    mask = [False] * tokens
+    for start, end in borders:
+        mask[start:end] = [True] * (end - start)
+    return mask
