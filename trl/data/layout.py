@@ -19,6 +19,7 @@ start token predicts the first token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -59,7 +60,8 @@ def lay_out_encoder_decoder(
 ) -> Batch:
     """One micro-batch of an encoder-decoder: `input_ids [E,P]` once per example, `decoder_input_ids [N,C]`.
 
-    The encoder's output is repeated by `Batch.example` inside the forward pass.
+    The encoder's output is repeated by `Batch.example` inside the forward pass. `last` is the position that predicts a
+    completion's last token: the decoder never reads that token.
     """
     prompts = _pad([example.prompt for example in examples], pad_token_id)
     completions = [completion for example in examples for completion in example.completions]
@@ -71,7 +73,8 @@ def lay_out_encoder_decoder(
         "decoder_attention_mask": _present([len(completion) for completion in completions], decoder.shape[1]),
     }
     before = np.arange(len(completions)) * decoder.shape[1]
-    return _batch(examples, inputs, before, before + 1, None, [example.tokens for example in examples])
+    batch = _batch(examples, inputs, before, before + 1, None, [example.tokens for example in examples])
+    return replace(batch, last=(batch.last - 1).clamp(min=0))
 
 
 def _whole(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:

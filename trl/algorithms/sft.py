@@ -1,0 +1,40 @@
+"""Supervised fine-tuning: make the given tokens likely.
+
+nll                −log π(t)
+label smoothing    −(1 − ε) log π(t) − ε Σ_v log π(v) / V         (Szegedy et al. 2015, arXiv:1512.00567, Sec. 7)
+dft                −sg[π(t)] log π(t)                              (Wu et al. 2025, arXiv:2508.05629, Eq. 9)
+
+DFT weights each token by its probability, held constant (sg: no gradient): the gradient of SFT is that of a policy
+gradient with reward 1/π, and the weight cancels the 1/π that makes rare tokens dominate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from trl.types import Batch, Metrics, Scores
+
+
+def nll(scores: Scores) -> Tensor:
+    """−log π(t), `[N,C]`."""
+    return -scores.logprobs
+
+
+def dft(scores: Scores) -> Tensor:
+    """−sg[π(t)] log π(t), `[N,C]`: arXiv:2508.05629, Eq. 9."""
+    return -scores.logprobs.detach().exp() * scores.logprobs
+
+
+LOSSES: dict[str, Callable[[Scores], Tensor]] = {"nll": nll, "dft": dft}
+
+
+def smoothed(loss: Tensor, scores: Scores, *, epsilon: float) -> Tensor:
+    """(1 − ε) loss − ε Σ_v log π(v) / V: the target distribution mixed with the uniform one. Needs `mean_logprob`."""
+    return (1 - epsilon) * loss - epsilon * scores.mean_logprob
+
+
+def metrics(scores: Scores, batch: Batch) -> Metrics:
+    """Share of tokens that were the most likely one, and the entropy of the distributions that predicted them."""
+    return {"mean_token_accuracy": scores.greedy, "entropy": scores.entropy.detach()}

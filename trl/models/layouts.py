@@ -1,0 +1,94 @@
+"""Which layout a model can be run in: the fastest one that gives the same numbers.
+
+A layout is tried on a few tokens before it is trusted: its log-probabilities must equal those of the padded layout.
+Sliding windows are longer than such a trial, so they are read from the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from trl.data.layout import LAYOUTS, lay_out
+from trl.errors import ConfigError, unknown
+from trl.models.attention import TREE_ATTENTION
+from trl.models.score import score
+from trl.types import Completion, Example
+
+logger = logging.getLogger(__name__)
+
+PREFERENCE = {True: ("shared", "packed", "padded"), False: ("packed", "shared", "padded")}
+"""Layouts from fastest to slowest, by whether prompts have several completions."""
+
+TRIAL = (
+    Example([5, 3, 8], (Completion([4, 9]), Completion([7, 2, 6, 3]))),
+    Example([], (Completion([3, 9, 4, 5, 8]),)),
+)
+
+
+def choose_layout(model: PreTrainedModel, layout: str = "auto", *, branches: bool = False) -> str:
+    """The layout to use: the named one if the model can, or with "auto" the fastest it can.
+
+    `branches` says that prompts have several completions. Raises ConfigError, with the reason, where the named layout
+    would give other numbers than the padded one; "auto" falls back, and logs the reason once.
+    """
+    if layout not in (*LAYOUTS, "auto"):
+        raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
+    if layout != "auto":
+        if reason := why_not(model, layout):
+            raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
+        return layout
+    reasons = {}
+    for candidate in PREFERENCE[branches]:
+        if not (reason := why_not(model, candidate)):
+            break
+        reasons[candidate] = reason
+    if reasons:
+        why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
+        logger.warning(f"Layout {candidate!r} for {type(model).__name__} ({why}).")
+    return candidate
+
+
+def why_not(model: PreTrainedModel, layout: str) -> str:
+    """Why `model` cannot be run in a layout; empty if it can."""
+    if layout == "padded":
+        return ""
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder reads its prompt in the encoder"
+    if is_deepspeed_zero3_enabled():
+        return "weights are sharded at load time (ZeRO-3), so the layout cannot be tried out"
+    if layout == "shared":
+        implementation = model.config._attn_implementation
+        if implementation not in TREE_ATTENTION:
+            return f"attention implementation {implementation!r} takes no mask of its own"
+        if kinds := _windowed(model):
+            return f"it has {kinds} layers"
+    return _trial(model, layout)
+
+
+def _windowed(model: PreTrainedModel) -> str:
+    """Kinds of layers that do not attend to everything before them, as the configuration names them."""
+    config = model.config.get_text_config().to_dict()
+    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    if "layer_types" not in config and config.get("sliding_window") and config.get("use_sliding_window", True):
+        kinds = {"sliding_attention"}
+    return ", ".join(sorted(kinds))
+
+
+@torch.no_grad()
+def _trial(model: PreTrainedModel, layout: str) -> str:
+    training = model.training
+    model.eval()
+    try:
+        expected = score(model, lay_out(TRIAL, "padded").to(model.device)).logprobs
+        found = score(model, lay_out(TRIAL, layout, capacity=20).to(model.device)).logprobs
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
+    finally:
+        model.train(training)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    worst = (found - expected).abs().max().item()
+    return "" if worst < tolerance else f"its log-probabilities differ by {worst:.2g} from those of separate sequences"

@@ -1,0 +1,114 @@
+"""Models and tokenizers, by name or as objects, with adapters and quantisation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trl.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, *, auto_class: Any = None, quantization_config: Any = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
+
+    Without `auto_class`, an encoder-decoder or a causal language model, as its configuration says. Weights are
+    float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
+    optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
+    """
+    kwargs = {"dtype": "float32", **kwargs}
+    if "torch_dtype" in kwargs:
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = _dtype(kwargs["dtype"])
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if auto_class is None:
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision") or "main"
+        )
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = torch.__dict__.get(name.removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype={name!r} is not a torch dtype: use 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return dtype
+
+
+def load_processor(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer or processor that belongs to a model which was loaded by name."""
+    name = model.config._name_or_path
+    if not name:
+        raise ConfigError(
+            f"processing_class is missing: this {type(model).__name__} was made from a configuration, so its tokenizer "
+            "cannot be found by name. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
+        )
+    return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or the one inside a processor."""
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        return processing_class
+    return processing_class.tokenizer
+
+
+def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """`model` with a new adapter, or as it is. A quantised base is prepared for training.
+
+    Raises ConfigError if the model carries adapters already and another is asked for.
+    """
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            f"peft_config was given, but the model already carries the adapter(s) {sorted(model.peft_config)}. Train "
+            "those (leave out peft_config), or merge them first: model = model.merge_and_unload()."
+        )
+    if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, peft_config)
+
+
+def make_trainable(model: torch.nn.Module) -> None:
+    """Check that something trains, and thaw the adapters of a model that was loaded for inference.
+
+    `PeftModel.from_pretrained` loads adapters frozen: trained as they are, nothing would change.
+    """
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            f"Nothing trains: every parameter of this {type(model).__name__} has requires_grad=False. Unfreeze some, or "
+            "pass peft_config=LoraConfig(...) to train an adapter."
+        )
+    adapter = model.active_adapter
+    logger.warning(f"Adapter {adapter!r} was loaded frozen (is_trainable=False): it is trained here.")
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name or f".{adapter}" == name[-len(adapter) - 1 :]:
+            parameter.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"Nothing trains: adapter {adapter!r} ({model.peft_config[adapter].peft_type}) is frozen.")
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)

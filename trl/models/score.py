@@ -1,0 +1,237 @@
+"""`score`: how likely a model finds the completions of a batch.
+
+    logprobs[n,t] = log π(target[n,t] | what comes before it)
+
+Only hidden states that predict a scored token reach the language-model head, and they reach it in chunks, so `[B,T,V]`
+logits never exist. Everything runs inside the model's own forward and the head's own forward, where DDP, FSDP2 and
+ZeRO-3 gather weights as usual:
+
+    model(**inputs, score=request)
+      └ the architecture's forward, whose head only records the hidden states it is given
+      └ head(hidden[request.index], request)   → log-probabilities
+
+What the architecture does to logits after the head (soft-capping, scaling) is read from its configuration and verified
+once per model by sending known values through it; a model that does something else is scored from plain logits,
+correct and slower, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutput
+
+from trl.errors import ModelError
+from trl.models.attention import TREE_ATTENTION
+from trl.ops.logprobs import (
+    STATISTICS,
+    LogitTransform,
+    logprobs_from_linear,
+    logprobs_from_logits,
+    logprobs_from_module,
+)
+from trl.types import Batch, Scores
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """What to score, inside a forward pass: index and target `[M]`, and which statistics."""
+
+    index: Tensor
+    target: Tensor
+    want: frozenset[str]
+    temperature: float
+    positions: int
+    """T of the grid. Virtual tokens that an adapter puts before it are not part of it."""
+    example: Tensor | None = None
+    """`[N]`, encoder-decoders only: the prompt of each completion."""
+
+
+def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()) -> Scores:
+    """Log-probabilities `[N,C]` float32 of the batch's completions, and the statistics named in `want`.
+
+    model is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters). `want` is any of
+    "entropy", "mean_logprob", "collision", "greedy": see `Scores`. Gradients flow as autograd is told.
+    """
+    inner = unwrap(model)
+    prepare_scoring(inner)
+    request = ScoreRequest(
+        index=batch.predictor.flatten()[batch.scored],
+        target=batch.target.flatten()[batch.scored],
+        want=frozenset(want),
+        temperature=temperature,
+        positions=batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1],
+        example=batch.example if inner.config.is_encoder_decoder else None,
+    )
+    found = model(**batch.inputs, **_tree_attention(inner, batch), score=request)
+    return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile` and adapters."""
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def prepare_scoring(model: PreTrainedModel) -> None:
+    """Teach the forward of `model` the keyword `score`. Does nothing the second time.
+
+    Call it once adapters are in place and before the model is wrapped for distributed training.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head to score tokens with.")
+    if "_trl_plain_forward" in head.__dict__:
+        return
+    if "_trl_plain_forward" not in model.__dict__:
+        model._trl_plain_forward = model.forward
+        model.forward = MethodType(_accepting_score(model.forward), model)
+    head._trl_plain_forward = head.forward
+    head._trl_recorded = None
+    head._trl_transform = None
+    head.forward = MethodType(_head_forward, head)
+    transform = _configured_transform(model)
+    if is_deepspeed_zero3_enabled() or _does_to_logits(model, head, transform):
+        head._trl_transform = transform
+    else:
+        warnings.warn(
+            f"{type(model).__name__} changes its logits after the head in a way that is not known here: "
+            "it is scored from plain logits, which is slower and takes more memory.",
+            stacklevel=3,
+        )
+
+
+def _accepting_score(plain: Callable) -> Callable:
+    """The forward of a model, as a function of `self`, with the signature of `plain` for those who inspect it."""
+
+    def forward(self: PreTrainedModel, *args: Any, score: ScoreRequest | None = None, **kwargs: Any) -> Any:
+        if score is None:
+            return self._trl_plain_forward(*args, **kwargs)
+        if score.example is not None:
+            kwargs = _encoded(self, score.example, **kwargs)
+        head = self.get_output_embeddings()
+        if head._trl_transform is None:
+            return _from_plain_logits(self._trl_plain_forward(*args, **kwargs).logits, score)
+        hidden = _hidden_states(self, head, *args, **kwargs)[:, -score.positions :]
+        return head(hidden.flatten(0, 1).index_select(0, score.index), score)
+
+    functools.update_wrapper(forward, plain)
+    signature = inspect.signature(plain)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
+    del forward.__wrapped__
+    return forward
+
+
+def _head_forward(self: nn.Module, hidden: Tensor, score: ScoreRequest | None = None) -> Any:
+    """The head's forward: logits as always; or nothing, while hidden states are recorded; or the scores asked for."""
+    if score is not None:
+        return _head_statistics(self, hidden, score)
+    if self._trl_recorded is None:
+        return self._trl_plain_forward(hidden)
+    self._trl_recorded.append(hidden)
+    return hidden.new_empty(*hidden.shape[:-2], 0, 1)
+
+
+def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Hidden states `[B,T,H]` that the architecture gives its head."""
+    recorded: list[Tensor] = []
+    head._trl_recorded = recorded
+    try:
+        model._trl_plain_forward(*args, **kwargs, use_cache=False)
+    finally:
+        head._trl_recorded = None
+    return recorded[0]
+
+
+def _head_statistics(head: nn.Module, hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+    known = head._trl_transform
+    transform = LogitTransform(known.scale, known.softcap, request.temperature)
+    if type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor):
+        return logprobs_from_linear(
+            hidden, head.weight, head.bias, request.target, want=request.want, transform=transform
+        )
+    return logprobs_from_module(
+        head._trl_plain_forward,
+        hidden,
+        request.target,
+        vocabulary=head.out_features,
+        want=request.want,
+        transform=transform,
+    )
+
+
+def _from_plain_logits(logits: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+    rows = logits[:, -request.positions :].flatten(0, 1).index_select(0, request.index)
+    transform = LogitTransform(temperature=request.temperature)
+    return logprobs_from_logits(rows, request.target, want=request.want, transform=transform)
+
+
+def _encoded(
+    model: PreTrainedModel, example: Tensor, *, input_ids: Tensor, attention_mask: Tensor, **decoder: Any
+) -> dict[str, Any]:
+    """Arguments of an encoder-decoder's forward after its encoder has read each prompt once."""
+    hidden = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    repeated = BaseModelOutput(last_hidden_state=hidden.index_select(0, example))
+    return {"encoder_outputs": repeated, "attention_mask": attention_mask.index_select(0, example), **decoder}
+
+
+def _tree_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    if batch.tree is None:
+        return {}
+    implementation = model.config._attn_implementation
+    return {"attention_mask": TREE_ATTENTION[implementation](*batch.tree, model.dtype)}
+
+
+def _scatter(values: Tensor, batch: Batch) -> Tensor:
+    """`[M]` values of scored tokens into `[N,C]`, zero elsewhere."""
+    table = values.new_zeros(batch.mask.numel())
+    return table.index_copy(0, batch.scored, values).view_as(batch.mask)
+
+
+def _configured_transform(model: PreTrainedModel) -> LogitTransform:
+    """What the configuration says is done to logits: `final_logit_softcapping`, `logit_scale`, `logits_scaling`, …"""
+    config = model.config.get_text_config().to_dict()
+    scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
+    scale /= config.get("logits_scaling") or 1.0
+    return LogitTransform(scale=scale, softcap=config.get("final_logit_softcapping"))
+
+
+@torch.no_grad()
+def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTransform) -> bool:
+    """Whether `transform` is what `model` does to its head's output: known values are sent through it.
+
+    The head is made to return a ramp from −50 to 50 in place of logits, for two tokens.
+    """
+    vocabulary = head.out_features
+    weight = next(p for p in head.parameters())
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+    ramp = torch.linspace(-50, 50, vocabulary, device=weight.device, dtype=dtype).expand(1, 2, vocabulary)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    training = model.training
+    model.eval()
+    head.forward = lambda hidden: ramp
+    try:
+        logits = model._trl_plain_forward(**inputs, use_cache=False).logits
+    finally:
+        head.forward = MethodType(_head_forward, head)
+        model.train(training)
+    return torch.allclose(logits.float(), transform(ramp.float()), rtol=2e-2, atol=1e-2)
+
+
+assert set(STATISTICS) < set(Scores.__slots__)

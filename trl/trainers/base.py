@@ -1,0 +1,371 @@
+"""What every trainer shares: from a model, a tokenizer and rows to an optimizer step, on `transformers.Trainer`.
+
+A trainer says what it is in few places:
+
+    config_class                 its options
+    encode_settings(...)         which rows it takes, and what is trained on
+    weights(batch)               what a token (or sequence, or pair) weighs before normalisation
+    loss(model, batch)           loss, in the shape of the weights, and metrics
+
+The rest is here. The loader hands over encoded rows; `get_batch_samples` sees the rows of a whole accumulation window,
+plans its micro-batches by length, lays them out, and gives every loss a weight such that the weights sum to 1 over the
+window and all processes: see `trl.trainers.window`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset
+from trl.data.layout import lay_out, lay_out_encoder_decoder
+from trl.data.preview import preview_examples
+from trl.errors import ConfigError, suggest
+from trl.models.layouts import choose_layout
+from trl.models.load import load_model, load_processor, make_trainable, tokenizer_of, with_adapters
+from trl.models.score import prepare_scoring, unwrap
+from trl.ops.reduce import WEIGHTS
+from trl.trainers.card import write_model_card
+from trl.trainers.collate import collate_examples, examples_from
+from trl.trainers.config import TrainerConfig
+from trl.trainers.meter import Meter
+from trl.trainers.window import plan_micro_batches, share_out, weigh
+from trl.types import Batch, Example, Metrics
+
+logger = logging.getLogger(__name__)
+
+Rows = Dataset | IterableDataset
+EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
+
+
+class BaseTrainer(Trainer):
+    """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
+
+    model               a name or folder, a model, or a model with adapters
+    args                the trainer's configuration; plain `TrainingArguments` are accepted
+    train_dataset       rows of any kind that the trainer takes, or rows encoded before
+    processing_class    tokenizer or processor; loaded by the model's name if left out. Older name: `tokenizer`
+    peft_config         train a new adapter
+    classic             options of the configuration given as keywords: `max_seq_length=512`
+    """
+
+    config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
+    auto_class: ClassVar[Any] = None
+    averaging: str = "token"
+    branches: ClassVar[bool] = False
+    """Whether a prompt has several completions."""
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        *,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tokenizer: Any = None,
+        **classic: Any,
+    ) -> None:
+        self.args = self._resolve_args(args, classic)
+        self.model = self._resolve_model(model, quantization_config, peft_config)
+        self.processing_class = self._resolve_processor(processing_class, tokenizer)
+        self.tokenizer_ = tokenizer_of(self.processing_class)
+        self.reports: dict[str, EncodingReport] = {}
+        train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
+        super().__init__(
+            model=self.model,
+            args=self.args,
+            data_collator=collate_examples if data_collator is None else examples_from(data_collator),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self.processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self._use_one_device_per_process()
+        self.model_accepts_loss_kwargs = True
+        self.meters = {"train": Meter(), "eval": Meter()}
+        self._throughput = (0, 0.0)
+        self._window_started: float | None = None
+        self.prepare_model()
+
+    # ---- what a trainer adds ----
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        """Which kinds of rows are taken, and what of them is trained on. `split` is "train" or "eval"."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss of `batch`, in the shape of `weights(batch)`, and metrics."""
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Unnormalised weights of the losses of a batch."""
+        return WEIGHTS[self.averaging](batch.mask)
+
+    def prepare_model(self) -> None:
+        """Last preparations of the model in memory, before anything wraps it."""
+        inner = unwrap(self.model)
+        prepare_scoring(inner)
+        if not inner.config.is_encoder_decoder:
+            self.layout = choose_layout(inner, self.args.layout, branches=self.branches)
+
+    # ---- model, tokenizer, options ----
+
+    @classmethod
+    def _resolve_args(cls, args: TrainingArguments | None, classic: dict[str, Any]) -> TrainerConfig:
+        """The configuration, with options that were given as keywords of the trainer put into it."""
+        if args is None:
+            return cls.config_class(**cls._options(classic))
+        if not isinstance(args, cls.config_class):
+            fields = {f.name for f in dataclasses.fields(cls.config_class) if f.init}
+            given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
+            return cls.config_class(**{**given, **cls._options(classic)})
+        args = copy.copy(args)
+        for name, value in cls._options(classic).items():
+            setattr(args, name, value)
+        return args
+
+    @classmethod
+    def _options(cls, classic: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return cls.config_class.translated(classic)
+        except ConfigError:
+            known = [*Trainer.__init__.__annotations__, *(f.name for f in dataclasses.fields(cls.config_class))]
+            name = next(n for n in classic if n not in known and n not in cls.config_class.ALIASES)
+            raise ConfigError(
+                f"{cls.__name__} has no argument {name!r}.{suggest(name, [*known, 'tokenizer', 'peft_config'])}"
+            ) from None
+
+    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
+        kwargs = self.args.model_init_kwargs or {}
+        if isinstance(model, str):
+            model = load_model(
+                model,
+                auto_class=self.auto_class,
+                quantization_config=quantization_config,
+                trust_remote_code=self.args.trust_remote_code,
+                **kwargs,
+            )
+        elif kwargs or quantization_config is not None:
+            name = "model_init_kwargs" if kwargs else "quantization_config"
+            raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
+        model = with_adapters(model, peft_config)
+        make_trainable(model)
+        if self.args.disable_dropout:
+            _disable_dropout(model)
+        return model
+
+    def _resolve_processor(self, processing_class: Any, tokenizer: Any) -> Any:
+        if processing_class is not None and tokenizer is not None:
+            raise ConfigError("processing_class and tokenizer are two names of one argument: give one of them.")
+        processor = processing_class if processing_class is not None else tokenizer
+        if processor is None:
+            processor = load_processor(unwrap(self.model), trust_remote_code=self.args.trust_remote_code)
+        for token in ("pad_token", "eos_token"):
+            if (value := getattr(self.args, token)) is not None:
+                _set_token(tokenizer_of(processor), token, value)
+        return processor
+
+    def _use_one_device_per_process(self) -> None:
+        if self.args.n_gpu > 1:
+            logger.warning(
+                f"{self.args.n_gpu} devices are visible, but one process was started: one of them is used. Start one "
+                "process per device to use all: accelerate launch, torchrun, or trl with --num_processes."
+            )
+            self.args._n_gpu = 1
+
+    # ---- data ----
+
+    def _encode_all(self, train: Rows | None, evaluation: EvalRows) -> tuple[Rows | None, EvalRows]:
+        if train is not None:
+            train = self.encode(self._shuffled(train), "train", "train")
+        if isinstance(evaluation, Mapping):
+            return train, {name: self.encode(rows, "eval", name) for name, rows in evaluation.items()}
+        return train, None if evaluation is None else self.encode(evaluation, "eval", "eval")
+
+    def _shuffled(self, rows: Rows) -> Rows:
+        return rows.shuffle(seed=self.args.seed) if self.args.shuffle_dataset else rows
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        """Rows as the collator reads them. One process encodes, the others read its cache."""
+        with self.args.main_process_first(desc=f"encoding {name}"):
+            encoded, self.reports[name] = encode_dataset(
+                rows, self.tokenizer_, settings=self.encode_settings(split), name=name
+            )
+        return encoded
+
+    def preview(self, n: int = 3) -> None:
+        """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
+        rows = self.train_dataset.take(n)
+        preview_examples([example for row in rows for example in decode(row)][:n], self.tokenizer_)
+        print(self.reports["train"])
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        return data_collator
+
+    # ---- the window ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Batch]], int]:
+        """The rows of one optimizer step, as micro-batches laid out and weighed: a list of them per counted step."""
+        self._window_started = time.perf_counter()
+        pulled = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
+        examples = [example for examples in pulled for example in examples]
+        if not examples:
+            return [], 1
+        groups = plan_micro_batches(
+            [example.tokens for example in examples],
+            count=len(pulled),
+            token_budget=self.args.max_tokens_per_micro_batch,
+        )
+        batches = [self.lay_out([examples[i] for i in group]) for group in groups]
+        batches, tokens = weigh(batches, self.weights, self._sum_over_processes)
+        self._count_tokens(tokens)
+        return share_out(batches, len(pulled)), 1
+
+    def lay_out(self, examples: Sequence[Example]) -> Batch:
+        config = unwrap(self.model).config
+        pad = self.tokenizer_.pad_token_id or 0
+        if config.is_encoder_decoder:
+            start = config.decoder_start_token_id
+            return lay_out_encoder_decoder(examples, pad_token_id=pad, decoder_start_token_id=start)
+        return lay_out(examples, self.layout, pad_token_id=pad, capacity=self._row_capacity(config))
+
+    def _row_capacity(self, config: Any) -> int | None:
+        """Flash attention skips what is masked, so one long row is best; others pay for a row's width squared."""
+        return 2**62 if "flash" in config._attn_implementation else None
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self._reduce(values.to(self.args.device)).cpu() if self.accelerator.num_processes > 1 else values
+
+    def training_step(self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of the micro-batches that stand for one counted step."""
+        *before, last = inputs
+        loss = torch.zeros((), device=self.args.device)
+        for batch in before:
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs.to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Σ weight · loss, times the number of processes, since gradients are averaged over them."""
+        loss, metrics = self.loss(model, inputs)
+        positions = inputs.inputs["input_ids"].numel()
+        self.meters["train"].add(metrics, inputs)
+        self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
+        return (loss * inputs.weight).sum() * self.accelerator.num_processes
+
+    # ---- evaluation ----
+
+    def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
+        sizes = [example.tokens for example in inputs]
+        groups = plan_micro_batches(sizes, count=1, token_budget=self.args.max_tokens_per_micro_batch)
+        for group in groups:
+            batch = self.lay_out([inputs[i] for i in group]).to(self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, metrics = self.loss(model, batch)
+            self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
+            self.meters["eval"].add(metrics, batch)
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.meters["eval"].read(self._reduce, self.args.device)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    # ---- what is reported ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._train_metrics()}
+        super().log(logs, start_time)
+
+    def _train_metrics(self) -> dict[str, float]:
+        """Metrics since the last log; tokens per second of training alone, over all processes."""
+        metrics = self.meters["train"].read(self._reduce, self.args.device)
+        tokens, seconds = self._throughput
+        self._throughput = (0, 0.0)
+        return {**metrics, "num_tokens": self.state.num_input_tokens_seen, "tokens_per_second": tokens / seconds}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_clock()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _count_tokens(self, tokens: int) -> None:
+        self.state.num_input_tokens_seen += tokens
+        self._throughput = (self._throughput[0] + tokens, self._throughput[1])
+
+    def _stop_clock(self) -> None:
+        if self._window_started is not None:
+            spent = time.perf_counter() - self._window_started
+            self._throughput = (self._throughput[0], self._throughput[1] + spent)
+            self._window_started = None
+
+    def _reduce(self, table: Tensor) -> Tensor:
+        return self.accelerator.reduce(table, "sum") if self.accelerator.num_processes > 1 else table
+
+    def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
+        """Tokens are counted with the window."""
+
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
+        positions = sum(batch.inputs["input_ids"].numel() for batch in inputs)
+        return 6 * positions * self.model.num_parameters(exclude_embeddings=True)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Sequence[str] | str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write README.md to the output folder: what was trained, how, and with which versions."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:
+    """Make a token of the vocabulary the tokenizer's `pad_token` or `eos_token`."""
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(f"{kind}={token!r} is not in the tokenizer's vocabulary{suggest(token, tokenizer.get_vocab())}")
+    setattr(tokenizer, kind, token)

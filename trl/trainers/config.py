@@ -1,0 +1,120 @@
+"""What every trainer's configuration shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from trl.errors import ConfigError, suggest
+
+ALIASES = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "group_by_length": "",
+    "overwrite_output_dir": "",
+    "logging_dir": "",
+    "save_safetensors": "",
+    "include_tokens_per_second": "",
+    "dataset_batch_size": "",
+    "num_of_sequences": "",
+    "chars_per_token": "",
+}
+"""Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
+
+
+class _ConfigMeta(type):
+    """Checks the keywords of a configuration before its dataclass sees them: old names work, others get an error."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **cls.translated(kwargs))
+
+    def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs` under today's names. Raises ConfigError for a name that no field has."""
+        fields = {field.name for field in dataclasses.fields(cls) if field.init}
+        known = {}
+        for name, value in kwargs.items():
+            today = name if name in fields else cls.ALIASES.get(name, name)
+            if today and today not in fields:
+                raise ConfigError(f"{cls.__name__} has no option {name!r}.{suggest(name, [*fields, *cls.ALIASES])}")
+            if today and name != today and today in kwargs:
+                raise ConfigError(f"{cls.__name__} was given both {name!r} and {today!r}, its name today: keep one.")
+            if today:
+                known[today] = value
+        return known
+
+
+@dataclass
+class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
+    """Options that all trainers share, on top of `transformers.TrainingArguments`."""
+
+    ALIASES: ClassVar[dict[str, str]] = ALIASES
+
+    learning_rate: float = 2e-5
+    """Initial learning rate."""
+
+    logging_steps: float = 10
+    """Log every so many optimizer steps; a number below 1 is a share of all steps."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16 (weights stay as loaded). None: where the device supports it well; never on a CPU."""
+
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in backward instead of keeping them. None: on with an accelerator, off on a CPU."""
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of `from_pretrained`, when the model is given by name (dtype, attn_implementation, …)."""
+
+    trust_remote_code: bool = False
+    """Allow code that comes with a model or tokenizer to run."""
+
+    chat_template_path: str | None = None
+    """Take the chat template from this tokenizer, or from a `.jinja` file."""
+
+    pad_token: str | None = None
+    """Set the tokenizer's padding token. Training itself needs none."""
+
+    eos_token: str | None = None
+    """Set the tokenizer's end-of-sequence token."""
+
+    dataset_num_proc: int | None = None
+    """Processes that encode the dataset."""
+
+    layout: str = "auto"
+    """How sequences lie in a forward pass: "padded", "packed", "shared", or "auto", the fastest that the model can."""
+
+    max_tokens_per_micro_batch: int | None = None
+    """Split an accumulation window into as many forward passes as keep each under so many tokens. None: no limit."""
+
+    pad_to_multiple_of: int | str | None = None
+    """Widths of a forward pass are multiples of this. "auto": 8 on an accelerator."""
+
+    shuffle_dataset: bool = False
+    """Shuffle the training rows once before encoding (streaming: with a buffer)."""
+
+    disable_dropout: bool = False
+    """Set every dropout probability of the model to zero."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        accelerated = not self.use_cpu and torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = accelerated
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = (
+                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+            )
+        if self.accelerator_config is None:
+            self.accelerator_config = {"dispatch_batches": False}
+        if not accelerated:
+            self.dataloader_pin_memory = False
+        super().__post_init__()

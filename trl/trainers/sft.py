@@ -1,0 +1,116 @@
+"""Supervised fine-tuning.
+
+    loss = − Σ w_t log π(t),   over the tokens that are trained on; see `trl.algorithms.sft`
+
+    SFTTrainer("facebook/opt-350m", train_dataset=dataset, dataset_text_field="text", max_seq_length=512).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+
+from trl.algorithms import sft
+from trl.data.encode import EncodeSettings
+from trl.data.packing import pack_examples
+from trl.errors import ConfigError, unknown
+from trl.models.layouts import why_not
+from trl.models.score import score, unwrap
+from trl.trainers.base import BaseTrainer
+from trl.trainers.config import TrainerConfig
+from trl.types import Batch, Metrics
+
+PACKING = ("bfd", "bfd_split", "wrapped")
+
+
+@dataclass
+class SFTConfig(TrainerConfig):
+    """Options of `SFTTrainer`."""
+
+    dataset_text_field: str = "text"
+    """Column with the text, for rows that are plain text."""
+
+    dataset_kwargs: dict[str, Any] | str | None = None
+    """Options of older scripts: {"skip_prepare_dataset": true} takes `input_ids` as they are (recognised by itself)."""
+
+    max_length: int | None = 1024
+    """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
+
+    truncation_mode: str = "keep_start"
+    """Which end of a long row stays: "keep_start" or "keep_end"."""
+
+    completion_only_loss: bool | None = None
+    """Train on the completion only. None: yes for prompt-completion rows."""
+
+    assistant_only_loss: bool = False
+    """Train on the assistant's turns only; works with every chat template whose turns can be told apart."""
+
+    loss_type: str = "nll"
+    """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability."""
+
+    packing: bool = False
+    """Put several short rows into one of up to `max_length` tokens; none of them sees another."""
+
+    packing_strategy: str = "bfd"
+    """"bfd" (best fit; long rows are cut), "bfd_split" (long rows are split), "wrapped" (rows are split anywhere)."""
+
+    eval_packing: bool | None = None
+    """Pack evaluation rows as well. None: as `packing`."""
+
+    padding_free: bool = False
+    """Lay sequences out without padding. What layout="auto" does wherever the model can."""
+
+    average_loss_over: str = "token"
+    """Average the loss of a step over every "token", or over "sequence"s, each with the same weight."""
+
+    activation_offloading: bool = False
+    """Keep activations in host memory between forward and backward. Not available: use gradient_checkpointing."""
+
+    router_aux_loss_coef: float | None = None
+    """Weight of a mixture-of-experts model's load-balancing loss. Not available yet."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in sft.LOSSES:
+            raise ConfigError(unknown("loss_type", self.loss_type, sft.LOSSES))
+        if self.packing_strategy not in PACKING:
+            raise ConfigError(unknown("packing_strategy", self.packing_strategy, PACKING))
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
+
+
+class SFTTrainer(BaseTrainer):
+    """Fine-tune a causal or encoder-decoder language model on texts, chats, or prompts with completions.
+
+    Arguments: see `BaseTrainer`; `formatting_func(row) -> str` makes the text of a row from its columns.
+    """
+
+    config_class = SFTConfig
+
+    def __init__(
+        self, *args: Any, formatting_func: Callable[[dict], str | list[str]] | None = None, **kwargs: Any
+    ) -> None:
+        self.formatting_func = formatting_func
+        super().__init__(*args, **kwargs)
+
+    @property
+    def averaging(self) -> str:
+        return self.args.average_loss_over
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        args = self.args
+        return EncodeSettings(
+            max_length=None if self._packed(split) and args.packing_strategy != "bfd" else args.max_length,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            text_field=args.dataset_text_field,
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=args.dataset_num_proc,
+        )

@@ -1,0 +1,63 @@
+"""The accumulation window: which sequences share a micro-batch, and what each token weighs.
+
+An optimizer step sees the sequences of all its micro-batches, on all processes: the window. Its loss is
+
+    loss = Σ weight · loss,       Σ weight = 1 over the window
+
+so the gradient depends on the sequences in the window and not on how they were split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trl.types import Batch
+
+
+def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | None = None) -> list[list[int]]:
+    """Split the sequences of a window, `sizes` tokens each, into at least `count` micro-batches of like lengths.
+
+    With a budget, micro-batches are opened as needed so that none holds more than `token_budget` tokens when padded to
+    its longest sequence (a longer sequence is alone in its own). Longest first: running out of memory happens early.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    if token_budget is None:
+        return _even(order, count)
+    groups: list[list[int]] = []
+    for i in order:
+        if not groups or (len(groups[-1]) + 1) * sizes[groups[-1][0]] > token_budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups if len(groups) >= count else _even(order, count)
+
+
+def _even(order: list[int], count: int) -> list[list[int]]:
+    """Consecutive parts whose numbers of sequences differ by at most one, none empty."""
+    count = min(count, len(order))
+    bounds = [len(order) * k // count for k in range(count + 1)]
+    return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def share_out(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:
+    """Deal micro-batches to the `slots` that the training loop counts, in order; each has at least one."""
+    return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
+
+
+def weigh(
+    batches: Sequence[Batch],
+    weights: Callable[[Batch], Tensor],
+    sum_over_processes: Callable[[Tensor], Tensor],
+) -> tuple[list[Batch], int]:
+    """The batches with `weight` filled in so that the weights of the window sum to 1, and the window's tokens.
+
+    `weights(batch)` are unnormalised. `sum_over_processes` is called once, with a vector.
+    """
+    raw = [weights(batch) for batch in batches]
+    local = torch.tensor([sum(w.sum().item() for w in raw), sum(b.tokens for b in batches)], dtype=torch.float64)
+    whole, tokens = sum_over_processes(local).tolist()
+    whole = max(whole, 1e-8)
+    return [replace(batch, weight=w / whole) for batch, w in zip(batches, raw, strict=True)], int(tokens)
