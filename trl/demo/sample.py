@@ -1,0 +1,49 @@
+"""Samples for a table of before and after: prompts cut from reviews, and what a model makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prompt_openings(dataset: Iterable[Mapping[str, str]], *, words: int = 4) -> list[str]:
+    """The first `words` words of each row's `text`. The reviews' openings are neutral: either sentiment may follow."""
+    return [" ".join(row["text"].split()[:words]) for row in dataset]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> list[str]:
+    """One continuation per prompt, returned with its prompt as plain text. The same seed, the same samples.
+
+    Draws from the whole distribution at `temperature`, on the model's device. The global random state and the
+    model's mode are left as they were.
+    """
+    inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        tokens = model.eval().generate(
+            **inputs,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    model.train(training)
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
