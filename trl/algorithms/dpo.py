@@ -1,0 +1,356 @@
+"""Direct preference optimisation and its family: losses of log-ratios, and the object a trainer holds.
+
+    h(y) = log π(y|x) − log π_ref(y|x),       DPO: −log σ(β [h(y_w) − h(y_l)])
+
+β h is the reward that π maximises under a KL penalty towards π_ref (arXiv:2305.18290, Eq. 5), so a preference model of
+rewards is a loss of log-ratios. Its relatives change the preference model, or hold h(y_w) and h(y_l) each to its place.
+
+`chosen`, `rejected` are h (or a score in its place) of y_w and y_l, `[P]`; every loss is `[P]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trl.algorithms import pairs
+from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
+from trl.algorithms.pairs import Side
+from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
+from trl.errors import ConfigError, DataError, unknown
+from trl.types import Batch, Metrics, Scores
+
+
+def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """−log σ(β [h_w − h_l]): Bradley–Terry. With label smoothing, labels are wrong with probability ε (cDPO).
+
+    On length-normalised log-ratios it is "sigmoid_norm". DPO, arXiv:2305.18290, Eq. 7.
+    """
+    return logistic(beta * (chosen - rejected), label_smoothing)
+
+
+def hinge(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """max(0, 1 − β [h_w − h_l]): no gradient beyond the margin 1/β. SLiC as in RSO, arXiv:2309.06657."""
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """(h_w − h_l − 1/(2β))², of log-ratios per token: a margin to reach, not to exceed; β is the paper's τ.
+
+    IPO, arXiv:2310.12036, Eq. 17; the authors' own results use log-ratios divided by length.
+    """
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def exo_pair(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """KL(q ‖ p), q = (σ(d), σ(−d)) with d = β [h_w − h_l], p = (1−ε, ε): the reverse of DPO's divergence; ε > 0.
+
+    EXO, arXiv:2402.00856, Eq. 16.
+    """
+    d = beta * (chosen - rejected)
+    correct = d.sigmoid() * (F.logsigmoid(d) - math.log1p(-label_smoothing))
+    wrong = (-d).sigmoid() * (F.logsigmoid(-d) - math.log(label_smoothing))
+    return correct + wrong
+
+
+def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """[−(1−ε) log σ(d) + ε log σ(−d)] / (1 − 2ε), d = β [h_w − h_l]; 0 ≤ ε < ½.
+
+    Unbiased: its mean over labels flipped with probability ε is DPO's loss of the true labels.
+    Robust DPO, arXiv:2403.00409.
+    """
+    d, e = beta * (chosen - rejected), label_smoothing
+    return (-(1 - e) * F.logsigmoid(d) + e * F.logsigmoid(-d)) / (1 - 2 * e)
+
+
+def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
+    """(1 − m) log(1 + e^−d) + m e^−d, d = β [h_w − h_l], m = σ(d/τ): a loss that a language model found.
+
+    DiscoPOP, arXiv:2406.08414, Eq. 5.
+    """
+    d = beta * (chosen - rejected)
+    exponential = torch.exp((-d).clamp(max=MAX_EXPONENT))
+    return torch.lerp(-F.logsigmoid(d), exponential, torch.sigmoid(d / discopop_tau))
+
+
+def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """−log σ(β h_w) − ½ [log σ(−β h_w) + log σ(−β h_l)]: keeps the likelihood of y_w from falling.
+
+    NCA, arXiv:2402.05369.
+    """
+    pull = -F.logsigmoid(beta * chosen)
+    push = -F.logsigmoid(-beta * chosen) - F.logsigmoid(-beta * rejected)
+    return pull + 0.5 * push
+
+
+def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """−log σ(β h_w) − log σ(−β h_l): a classifier of good and bad, an upper bound of DPO's loss.
+
+    BCO, arXiv:2404.04656, without the reward shift δ, for which see `kto.bco`.
+    """
+    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+
+
+def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """(h_w − 1/(2β))² + (h_l + 1/(2β))²: self-play with win probabilities 1 and 0; β is 1/η.
+
+    SPPO, arXiv:2405.00675, Eq. 4.7.
+    """
+    target = 1 / (2 * beta)
+    return (chosen - target).square() + (rejected + target).square()
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """1 − σ(β h_w) + σ(β h_l): y_w up, y_l down; for chosen completions better than the model.
+
+    APO-zero, arXiv:2408.06266, Eq. 7.
+    """
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
+    """σ(β h_w) + 1 − σ(β [h_w − h_l]): both down, y_l further; for chosen completions worse than the model.
+
+    APO-down, arXiv:2408.06266, Eq. 8.
+    """
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
+
+
+def aot(margin: Tensor, ref_margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """−log σ(β [m₍ᵢ₎ − m_ref₍ᵢ₎]) of margins m = log π(y_w) − log π(y_l), each sorted over the batch.
+
+    Wants the policy's *distribution* of margins to dominate the reference's. Couples the pairs of a batch, which should
+    be large; entry i belongs to the i-th smallest margins, not to pair i. AOT, arXiv:2406.05882.
+    """
+    return sigmoid(margin.sort().values, ref_margin.sort().values, beta=beta, label_smoothing=label_smoothing)
+
+
+def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), the log-ratios of either side sorted over the batch. Couples its pairs, as `aot`."""
+    return sigmoid(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A formula, and what it sees of a pair: `formula(*view(chosen, rejected), **options) -> [P]`.
+
+    Its options are its keyword arguments, by the names of `DPO`'s fields. `reward` of a side, times β, is what
+    `rewards/*` report.
+    """
+
+    formula: Callable[..., Tensor]
+    view: Callable[[Side, Side], tuple[Tensor, ...]]
+    reward: Callable[[Side], Tensor] = attrgetter("score")
+    needs_reference: bool = True
+    couples_pairs: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return _options(self.formula)
+
+    def __call__(self, chosen: Side, rejected: Side, options: DPO) -> Tensor:
+        return _bind(self.formula, options)(*self.view(chosen, rejected))
+
+
+@cache
+def _options(function: Callable) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def _bind(function: Callable[..., Tensor], options: Any) -> Callable[..., Tensor]:
+    """`function` with its keyword-only arguments taken from the attributes of those names."""
+    return partial(function, **{name: getattr(options, name) for name in _options(function)})
+
+
+LOSSES: dict[str, Loss] = {
+    "sigmoid": Loss(sigmoid, pairs.scores),
+    "sigmoid_norm": Loss(sigmoid, pairs.mean_scores),
+    "hinge": Loss(hinge, pairs.scores),
+    "ipo": Loss(ipo, pairs.mean_scores),
+    "exo_pair": Loss(exo_pair, pairs.scores),
+    "robust": Loss(robust, pairs.scores),
+    "discopop": Loss(discopop, pairs.scores),
+    "nca_pair": Loss(nca_pair, pairs.logratios),
+    "bco_pair": Loss(bco_pair, pairs.logratios),
+    "sppo_hard": Loss(sppo_hard, pairs.logratios),
+    "apo_zero": Loss(apo_zero, pairs.logratios),
+    "apo_down": Loss(apo_down, pairs.logratios),
+    "aot": Loss(aot, pairs.margins, couples_pairs=True),
+    "aot_unpaired": Loss(aot_unpaired, pairs.logratios, couples_pairs=True),
+    "sft": Loss(sft, pairs.chosen_nll, needs_reference=False),
+    "cpo": Loss(cpo, pairs.logprobs_and_nll, attrgetter("logprob"), needs_reference=False),
+    "simpo": Loss(simpo, pairs.mean_logprobs, attrgetter("mean_logprob"), needs_reference=False),
+    "alphapo": Loss(alphapo, pairs.mean_logprobs, attrgetter("mean_logprob"), needs_reference=False),
+    "orpo": Loss(orpo, pairs.mean_logprobs_and_nll, attrgetter("mean_logprob"), needs_reference=False),
+}
+"""Names of `loss_types`. Those that couple the pairs of a batch need it whole: they cannot be split."""
+
+
+@dataclass(frozen=True)
+class DPO:
+    """The family as an algorithm: a weighted sum of `LOSSES` under one reference.
+
+    Needs `batch.signals["ref_logprobs"] [N,C]` if `needs_reference`, and the statistics `wants` of `Scores`.
+    Raises ConfigError for options that are unknown, out of range, or used by none of the losses.
+    """
+
+    beta: float = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward. IPO's τ, ORPO's λ."""
+    loss_types: str | Sequence[str] = ("sigmoid",)
+    """One loss or several, by the names in `LOSSES`."""
+    loss_weights: Sequence[float] | None = None
+    """Weight of each of `loss_types` in the sum; 1 each by default."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong, in [0, ½]."""
+    reference_free: bool = False
+    """Compare with a uniform distribution instead of a reference: h is the log-probability."""
+    rpo_alpha: float | None = None
+    """Weight of −log π(y_w) / |y_w| added to the loss (RPO, arXiv:2404.19733)."""
+    f_divergence_type: str = "reverse_kl"
+    """Divergence from the reference, by the names in `F_DIVERGENCES` (f-DPO, arXiv:2309.16240)."""
+    f_alpha_divergence_coef: float = 0.5
+    """c of the α-divergence: 1 is reverse KL, 0 is forward KL."""
+    ld_alpha: float | None = None
+    """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411); 1 by default."""
+    use_weighting: bool = False
+    """Weigh each pair's loss by the policy's probability of it (WPO, arXiv:2406.11827)."""
+    discopop_tau: float = 0.05
+    """Temperature of DiscoPOP's mixture; the value that was found with it."""
+    simpo_gamma: float = 0.5
+    """Margin that SimPO and AlphaPO aim at, after β."""
+    cpo_alpha: float = 1.0
+    """Weight of CPO's imitation term."""
+    alphapo_alpha: float = 0.25
+    """Shape of AlphaPO's reward: 0 is SimPO's logarithm."""
+
+    def __post_init__(self) -> None:
+        names = (self.loss_types,) if isinstance(self.loss_types, str) else tuple(self.loss_types)
+        weights = (1.0,) * len(names) if self.loss_weights is None else tuple(self.loss_weights)
+        object.__setattr__(self, "loss_types", names)
+        object.__setattr__(self, "loss_weights", weights)
+        _check_names(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def terms(self) -> list[tuple[str, float]]:
+        """Names and weights of the sum, the RPO term included."""
+        terms = list(zip(self.loss_types, self.loss_weights, strict=True))
+        return terms if self.rpo_alpha is None else [*terms, ("sft", self.rpo_alpha)]
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free and any(LOSSES[name].needs_reference for name in self.loss_types)
+
+    @property
+    def couples_pairs(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of its batch."""
+        return any(LOSSES[name].couples_pairs for name in self.loss_types)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Statistics of `Scores` that the loss needs beside the log-probabilities."""
+        return frozenset({"collision"}) if self.use_weighting else frozenset()
+
+    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss of every pair `[P]`, and metrics `[P]`."""
+        chosen, rejected = self.sides(scores, batch)
+        losses = [LOSSES[name](chosen, rejected, self) for name, _ in self.terms]
+        total = sum(weight * loss for (_, weight), loss in zip(self.terms, losses, strict=True))
+        if self.use_weighting:
+            total = total * pairs.wpo_weights(scores.logprobs, scores.collision, batch.mask)
+        with torch.no_grad():
+            metrics = reward_metrics(chosen, rejected, LOSSES[self.loss_types[0]].reward, self.beta)
+            if len(losses) > 1:
+                metrics |= {f"loss/{name}": x.detach() for (name, _), x in zip(self.terms, losses, strict=True)}
+        return total, metrics
+
+    def sides(self, scores: Scores, batch: Batch) -> tuple[Side, Side]:
+        """The chosen and rejected completions as the losses see them."""
+        reference = batch.signals.get("ref_logprobs") if self.needs_reference else None
+        if self.needs_reference and reference is None:
+            raise DataError(
+                f"loss_types={list(self.loss_types)} compare with a reference, but the batch has no signal "
+                f"'ref_logprobs' (it has {sorted(batch.signals)}). Score the batch with the reference policy first."
+            )
+        weight = None if self.ld_alpha is None else pairs.desensitised_weights(batch.mask, self.ld_alpha)
+        divergence = _bind(F_DIVERGENCES[self.f_divergence_type], self)
+        return pairs.sides(scores.logprobs, reference, batch.mask, weight=weight, divergence=divergence)
+
+
+def reward_metrics(chosen: Side, rejected: Side, reward: Callable[[Side], Tensor], beta: float) -> Metrics:
+    """What the policy's implicit rewards say of the pairs, each `[P]`; `logps/*` are log π(y)."""
+    reward_w, reward_l = beta * reward(chosen).detach(), beta * reward(rejected).detach()
+    return {
+        "rewards/chosen": reward_w,
+        "rewards/rejected": reward_l,
+        "rewards/accuracies": (reward_w > reward_l).to(reward_w.dtype),
+        "rewards/margins": reward_w - reward_l,
+        "logps/chosen": chosen.logprob.detach(),
+        "logps/rejected": rejected.logprob.detach(),
+    }
+
+
+def _check_names(o: DPO) -> None:
+    for name in o.loss_types:
+        if name not in LOSSES:
+            raise ConfigError(unknown("loss_type", name, LOSSES))
+    if o.f_divergence_type not in F_DIVERGENCES:
+        raise ConfigError(unknown("f_divergence_type", o.f_divergence_type, F_DIVERGENCES))
+    if not o.loss_types:
+        raise ConfigError("loss_types is empty: name at least one loss, for example 'sigmoid'.")
+    if len(o.loss_weights) != len(o.loss_types):
+        raise ConfigError(
+            f"loss_weights has {len(o.loss_weights)} entries for {len(o.loss_types)} loss_types {list(o.loss_types)}: "
+            "give one weight per loss, or none at all."
+        )
+
+
+def _check_ranges(o: DPO) -> None:
+    if not o.beta > 0:
+        raise ConfigError(f"beta must be positive, got {o.beta}.")
+    if not 0 <= o.label_smoothing <= 0.5:
+        raise ConfigError(f"label_smoothing is a probability of wrong labels, in [0, 0.5]: got {o.label_smoothing}.")
+    if "robust" in o.loss_types and o.label_smoothing == 0.5:
+        raise ConfigError("loss_type 'robust' divides by 1 − 2·label_smoothing: set label_smoothing below 0.5.")
+    if "exo_pair" in o.loss_types and o.label_smoothing == 0:
+        raise ConfigError("loss_type 'exo_pair' needs label_smoothing > 0; its paper recommends 1e-3.")
+    if o.ld_alpha is not None and not 0 <= o.ld_alpha <= 1:
+        raise ConfigError(f"ld_alpha weighs the tail of the longer completion: in [0, 1], got {o.ld_alpha}.")
+    if "discopop" in o.loss_types and not o.discopop_tau > 0:
+        raise ConfigError(f"discopop_tau must be positive, got {o.discopop_tau}.")
+
+
+def _check_combinations(o: DPO) -> None:
+    losses = {name: LOSSES[name] for name in o.loss_types}
+    if o.label_smoothing and not any("label_smoothing" in loss.options for loss in losses.values()):
+        raise ConfigError(
+            f"label_smoothing={o.label_smoothing} is used by none of loss_types={list(losses)}: leave it at 0, or use one "
+            f"of {[name for name, loss in LOSSES.items() if 'label_smoothing' in loss.options]}."
+        )
+    coupled = [name for name, loss in losses.items() if loss.couples_pairs]
+    if o.use_weighting and coupled:
+        raise ConfigError(f"use_weighting weighs single pairs, but {coupled} sort a batch. Switch it off.")
+    if o.f_divergence_type != "reverse_kl":
+        _check_divergence(o, losses)
+
+
+def _check_divergence(o: DPO, losses: dict[str, Loss]) -> None:
+    """An f-divergence is defined for differences between chosen and rejected scores: see `f_dpo`."""
+    of_scores = [name for name, loss in LOSSES.items() if loss.view in (pairs.scores, pairs.mean_scores)]
+    wrong = [name for name, loss in losses.items() if name not in of_scores and loss.needs_reference]
+    if wrong or o.reference_free or not set(losses) & set(of_scores):
+        raise ConfigError(
+            f"f_divergence_type={o.f_divergence_type!r} is defined for {of_scores} with a reference, not for "
+            f"{wrong or list(losses)}{' with reference_free' if o.reference_free else ''}. Use 'reverse_kl' there."
+        )

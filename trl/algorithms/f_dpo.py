@@ -1,0 +1,59 @@
+"""f-DPO: preference optimisation under other divergences than reverse KL. arXiv:2309.16240.
+
+    reward(y) = β f'(π(y) / π_ref(y)) + constant of the prompt
+
+so DPO's log-ratio h = log u, u = π / π_ref, is replaced by f'(u) (Theorem 1, Table 1), here up to a constant that makes
+it zero at u = 1. The constant of the prompt cancels between chosen and rejected, and only there: losses that look at one
+completion at a time have no such form.
+
+Every function takes log-ratios of any shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_EXPONENT = 80.0
+"""exp stays finite in float32; beyond it the score is constant."""
+
+
+def power(logratio: Tensor, exponent: float) -> Tensor:
+    """(u^p − 1) / p of u = exp(logratio), which is log u in the limit p → 0."""
+    if exponent == 0:
+        return logratio
+    return (logratio * exponent).clamp(max=MAX_EXPONENT).expm1() / exponent
+
+
+def reverse_kl(logratio: Tensor) -> Tensor:
+    """f(u) = u log u, score log u: plain DPO."""
+    return logratio
+
+
+def forward_kl(logratio: Tensor) -> Tensor:
+    """f(u) = −log u, score 1 − 1/u."""
+    return power(logratio, -1.0)
+
+
+def js_divergence(logratio: Tensor) -> Tensor:
+    """f(u) = u log u − (u + 1) log((u + 1)/2), score log(2u / (1 + u)): never above log 2."""
+    return math.log(2.0) + F.logsigmoid(logratio)
+
+
+def alpha_divergence(logratio: Tensor, *, f_alpha_divergence_coef: float) -> Tensor:
+    """Score (u^(c−1) − 1) / (c − 1): reverse KL at c = 1, forward KL at c = 0.
+
+    The paper's α, score (1 − u^−α) / α, is 1 − c.
+    """
+    return power(logratio, f_alpha_divergence_coef - 1.0)
+
+
+F_DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "alpha_divergence": alpha_divergence,
+}

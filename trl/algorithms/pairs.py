@@ -1,0 +1,142 @@
+"""What pairwise losses see of a batch: each prompt's two completions, chosen at even index and rejected at odd.
+
+    log π(y) = Σ_t w_t log π(y_t | x, y_<t),       h(y) = log π(y) − log π_ref(y),       score(y) = f'(π / π_ref)
+
+w is 1 unless length is desensitised. The score is h for the reverse KL divergence, that is, almost always.
+P pairs: N = 2P completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The chosen or the rejected completions of P pairs, every field `[P]`.
+
+    logprob      log π(y)
+    ref_logprob  log π_ref(y); zero without a reference, which is a uniform one up to a constant
+    score        f'(π / π_ref)
+    length       scored tokens
+    nll          −Σ_t log π(y_t) / length, never desensitised
+    """
+
+    logprob: Tensor
+    ref_logprob: Tensor
+    score: Tensor
+    length: Tensor
+    nll: Tensor
+
+    @property
+    def logratio(self) -> Tensor:
+        return self.logprob - self.ref_logprob
+
+    @property
+    def mean_score(self) -> Tensor:
+        return self.score / self.length
+
+    @property
+    def mean_logprob(self) -> Tensor:
+        return self.logprob / self.length
+
+
+def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected rows of `x [2P,…]`."""
+    if len(x) % 2:
+        raise DataError(
+            f"A batch of pairs holds an even number of completions, got {len(x)}. "
+            "Give every example two completions: the chosen one first, then the rejected one."
+        )
+    return x[0::2], x[1::2]
+
+
+def sides(
+    logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    mask: Tensor,
+    *,
+    weight: Tensor | None = None,
+    divergence: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Side, Side]:
+    """Chosen and rejected sides of `logprobs [N,C]`, `ref_logprobs [N,C]` under `mask [N,C]`.
+
+    `weight [N,C]` replaces the mask in the log-probabilities (`desensitised_weights`). `divergence` gives the score
+    from the log-ratio.
+    """
+    weight = mask if weight is None else weight
+    length = mask.sum(-1).clamp(min=1)
+    logprob = (logprobs * weight).sum(-1)
+    ref_logprob = torch.zeros_like(logprob) if ref_logprobs is None else (ref_logprobs * weight).sum(-1)
+    logratio = logprob - ref_logprob
+    score = logratio if divergence is None else divergence(logratio)
+    nll = -(logprobs * mask).sum(-1) / length
+    columns = [split_pairs(x) for x in (logprob, ref_logprob, score, length, nll)]
+    chosen, rejected = (Side(*column) for column in zip(*columns, strict=True))
+    return chosen, rejected
+
+
+def desensitised_weights(mask: Tensor, alpha: float) -> Tensor:
+    """Weights `[N,C]`: 1 up to the length that a pair's completions share, `alpha` on the longer one's tail.
+
+        log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),       l = min(|y_w|, |y_l|)
+
+    The excess of the longer completion then counts less in the comparison: α = 1 is plain DPO, α = 0 ignores it.
+    Tokens are counted among the scored ones. LD-DPO, arXiv:2409.06411.
+    """
+    chosen, rejected = split_pairs(mask.sum(-1))
+    shared = torch.minimum(chosen, rejected).repeat_interleave(2)
+    return torch.where(mask.cumsum(-1) <= shared[:, None], mask, mask * alpha)
+
+
+@torch.no_grad()
+def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
+    """Weight `[P]` of each pair: how likely the policy itself is to write these completions, without gradient.
+
+        w(y) = exp( 1/|y| Σ_t [ log π(y_t) − log Σ_v π(v)² ] ),       weight = w(y_w) w(y_l)
+
+    Σ_v π(v)² (`collision [N,C]`) is the probability that two samples agree, hence the expected probability of a sampled
+    token: dividing by it gives sampled completions weights around 1, whatever their entropy.
+    WPO, arXiv:2406.11827, Eq. 2 with sampled alignment.
+    """
+    aligned = (logprobs - collision.clamp(min=torch.finfo(collision.dtype).tiny).log()) * mask
+    chosen, rejected = split_pairs((aligned.sum(-1) / mask.sum(-1).clamp(min=1)).exp())
+    return chosen * rejected
+
+
+def scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.score, rejected.score
+
+
+def mean_scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.mean_score, rejected.mean_score
+
+
+def logratios(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.logratio, rejected.logratio
+
+
+def margins(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.logprob - rejected.logprob, chosen.ref_logprob - rejected.ref_logprob
+
+
+def mean_logprobs(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.mean_logprob, rejected.mean_logprob
+
+
+def mean_logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.mean_logprob, rejected.mean_logprob, chosen.nll
+
+
+def logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return chosen.logprob, rejected.logprob, chosen.nll
+
+
+def chosen_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    return (chosen.nll,)
