@@ -9,6 +9,11 @@ __version__ = "2.0.0.dev0"
 
 _PUBLIC = {
     "types": ["Batch", "Completion", "Example", "Scores"],
+    "trainers.config": ["TrainerConfig"],
+    "trainers.base": ["BaseTrainer"],
+    "trainers.sft": ["SFTConfig", "SFTTrainer"],
+    "models.score": ["score"],
+    "data.layout": ["lay_out"],
     "errors": ["ConfigError", "DataError", "ModelError", "TrlError"],
 }
 

@@ -1,8 +1,8 @@
 """Supervised fine-tuning.
 
-    loss = − Σ w_t log π(t),   over the tokens that are trained on; see `trl.algorithms.sft`
+loss = − Σ w_t log π(t),   over the tokens that are trained on; see `trl.algorithms.sft`
 
-    SFTTrainer("facebook/opt-350m", train_dataset=dataset, dataset_text_field="text", max_seq_length=512).train()
+SFTTrainer("facebook/opt-350m", train_dataset=dataset, dataset_text_field="text", max_seq_length=512).train()
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
 from trl.data.packing import pack_examples
-from trl.errors import ConfigError, unknown
+from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
-from trl.trainers.base import BaseTrainer
+from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Metrics
 
@@ -68,10 +67,10 @@ class SFTConfig(TrainerConfig):
     """Average the loss of a step over every "token", or over "sequence"s, each with the same weight."""
 
     activation_offloading: bool = False
-    """Keep activations in host memory between forward and backward. Not available: use gradient_checkpointing."""
+    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
 
     router_aux_loss_coef: float | None = None
-    """Weight of a mixture-of-experts model's load-balancing loss. Not available yet."""
+    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
@@ -81,6 +80,11 @@ class SFTConfig(TrainerConfig):
             raise ConfigError(unknown("loss_type", self.loss_type, sft.LOSSES))
         if self.packing_strategy not in PACKING:
             raise ConfigError(unknown("packing_strategy", self.packing_strategy, PACKING))
+        for name in ("activation_offloading", "router_aux_loss_coef"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        if self.average_loss_over not in ("token", "sequence"):
+            raise ConfigError(unknown("average_loss_over", self.average_loss_over, ("token", "sequence")))
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
@@ -106,7 +110,8 @@ class SFTTrainer(BaseTrainer):
     def encode_settings(self, split: str) -> EncodeSettings:
         args = self.args
         return EncodeSettings(
-            max_length=None if self._packed(split) and args.packing_strategy != "bfd" else args.max_length,
+            kinds=("language_modeling", "prompt_completion"),
+            max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
@@ -114,3 +119,46 @@ class SFTTrainer(BaseTrainer):
             encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
             num_proc=args.dataset_num_proc,
         )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        if self.formatting_func is not None:
+            rows = formatted(rows, self.formatting_func, self.args.dataset_text_field)
+        encoded = super().encode(rows, split, name)
+        if not self._packs(split):
+            return encoded
+        return pack_examples(encoded, self.args.max_length, strategy=self.args.packing_strategy)
+
+    def _packs(self, split: str) -> bool:
+        evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        return self.args.packing if split == "train" else evaluation
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        if not (self.args.packing or self.args.padding_free) or self.layout != "padded":
+            return
+        asked = "packing" if self.args.packing else "padding_free"
+        inner = unwrap(self.model)
+        raise ConfigError(
+            f"{asked}=True does not work with {type(inner).__name__}: {why_not(inner, 'packed')}. One document would see "
+            f"another. Leave {asked} out: rows of like length are batched together anyway."
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        smoothing = self.args.label_smoothing_factor
+        want = {"entropy", "greedy"} | ({"mean_logprob"} if smoothing else set())
+        scores = score(model, batch, want=want)
+        loss = sft.LOSSES[self.args.loss_type](scores)
+        if smoothing:
+            loss = sft.smoothed(loss, scores, epsilon=smoothing)
+        return loss, sft.metrics(scores, batch)
+
+
+def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_field: str) -> Rows:
+    """Rows with the text that `function` makes of each: of one row, or (older form) a list of texts of many rows."""
+    first = next(iter(rows))
+    made = function(first)
+    if isinstance(made, str):
+        return rows.map(lambda row: {text_field: function(row)}, remove_columns=list(first))
+    if isinstance(made, list):
+        return rows.map(lambda batch: {text_field: function(batch)}, batched=True, remove_columns=list(first))
+    raise DataError(f"formatting_func gave a {type(made).__name__} for row 0: it has to give a str.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def _even(order: list[int], count: int) -> list[list[int]]:
     """Consecutive parts whose numbers of sequences differ by at most one, none empty."""
     count = min(count, len(order))
     bounds = [len(order) * k // count for k in range(count + 1)]
-    return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [order[a:b] for a, b in pairwise(bounds)]
 
 
 def share_out(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:

@@ -1,0 +1,114 @@
+"""Tiny models made from configurations, shared by the tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+transformers.logging.set_verbosity_error()
+
+VOCABULARY = 99
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WIDTHS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    **SPECIAL,
+}
+BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    **SPECIAL,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
+OPT = {
+    **SPECIAL,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 256,
+}
+
+MODELS = {
+    "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**{**WIDTHS, **kw})),
+    "gpt2": lambda **kw: GPT2LMHeadModel(GPT2Config(**{**GPT2, **kw})),
+    "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**{**WIDTHS, "head_dim": 8, **kw})),
+    "gemma2": lambda **kw: Gemma2ForCausalLM(Gemma2Config(**{**WIDTHS, "head_dim": 8, "sliding_window": 8, **kw})),
+    "gemma3": lambda **kw: Gemma3ForCausalLM(Gemma3TextConfig(**{**WIDTHS, "head_dim": 8, "sliding_window": 8, **kw})),
+    "cohere": lambda **kw: CohereForCausalLM(CohereConfig(**{**WIDTHS, "logit_scale": 0.25, **kw})),
+    "granite": lambda **kw: GraniteForCausalLM(GraniteConfig(**{**WIDTHS, "logits_scaling": 4.0, **kw})),
+    "bloom": lambda **kw: BloomForCausalLM(BloomConfig(**{**BLOOM, **kw})),
+    "mamba": lambda **kw: MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, **SPECIAL, **kw)
+    ),
+    "opt": lambda **kw: OPTForCausalLM(OPTConfig(**{**OPT, **kw})),
+    "t5": lambda **kw: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0, dropout_rate=0.0, **kw)),
+    "bart": lambda **kw: BartForConditionalGeneration(BartConfig(**BART, dropout=0.0, **kw)),
+}
+
+
+@pytest.fixture
+def make_model():
+    """`make_model("llama", seed=0, **config)`: a tiny random model of that architecture, in eval mode."""
+
+    def make(name: str, seed: int = 0, **config):
+        torch.manual_seed(seed)
+        model = MODELS[name](**config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(5)
+        return model
+
+    return make

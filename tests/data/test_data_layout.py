@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+
+from trl.data.layout import fill_rows, lay_out, lay_out_encoder_decoder
+from trl.models.attention import TREE_ATTENTION, tree_mask
+from trl.types import Completion, Example
+
+PAIR = Example([10, 11, 12], (Completion([20, 21]), Completion([30, 31, 32])))
+TEXT = Example([], (Completion([40, 41], mask=[1, 1]),))
+
+
+def test_shared_by_hand():
+    batch = lay_out([PAIR, TEXT], "shared", pad_token_id=9, capacity=10)
+    assert batch.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 40, 41]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1]]
+    assert batch.predictor.tolist() == [[2, 3, 0], [2, 5, 6], [0, 8, 0]]
+    assert batch.target.tolist() == [[20, 21, 0], [30, 31, 32], [40, 41, 0]]
+    assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 1, 0]]
+    assert batch.scored.tolist() == [0, 1, 3, 4, 5, 7]
+    assert batch.last.tolist() == [4, 7, 9]
+    assert batch.example.tolist() == [0, 0, 1]
+    assert batch.tokens == 10
+    tree, branch = batch.tree
+    assert tree.tolist() == [[0] * 8 + [1] * 2]
+    assert branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 1, 1]]
+
+
+def test_padded_by_hand():
+    batch = lay_out([PAIR, TEXT], "padded", pad_token_id=9)
+    assert batch.inputs["input_ids"].tolist() == [
+        [10, 11, 12, 20, 21, 9],
+        [10, 11, 12, 30, 31, 32],
+        [40, 41, 9, 9, 9, 9],
+    ]
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [5, 6, 2]
+    assert batch.predictor.tolist() == [[2, 3, 0], [8, 9, 10], [0, 12, 0]]
+    assert batch.tokens == 13
+    assert batch.tree is None
+
+
+def test_packed_restarts_positions_and_repeats_the_prompt():
+    batch = lay_out([PAIR, TEXT], "packed", pad_token_id=9, capacity=7)
+    assert batch.inputs["input_ids"].tolist() == [[10, 11, 12, 30, 31, 32, 9], [10, 11, 12, 20, 21, 40, 41]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3, 4, 0, 1]]
+    assert set(batch.inputs) == {"input_ids", "position_ids"}
+
+
+def test_a_branch_sees_the_prompt_and_itself():
+    batch = lay_out([PAIR, TEXT], "shared", capacity=11)
+    seen = tree_mask(*batch.tree)[0, 0]
+    ones = {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(seen)}
+    assert ones[2] == {0, 1, 2}
+    assert ones[4] == {0, 1, 2, 3, 4}
+    assert ones[6] == {0, 1, 2, 5, 6}
+    assert ones[9] == {8, 9}
+
+
+def test_eager_mask_is_the_boolean_mask_as_numbers():
+    batch = lay_out([PAIR, TEXT], "shared")
+    boolean = TREE_ATTENTION["sdpa"](*batch.tree, torch.float32)
+    additive = TREE_ATTENTION["eager"](*batch.tree, torch.float32)
+    assert torch.equal(additive == 0, boolean)
+    assert additive.min() == torch.finfo(torch.float32).min
+
+
+def test_encoder_decoder_by_hand():
+    batch = lay_out_encoder_decoder([PAIR, Example([5], (Completion([6]),))], pad_token_id=9, decoder_start_token_id=7)
+    assert batch.inputs["input_ids"].tolist() == [[10, 11, 12], [5, 9, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[7, 20, 9], [7, 30, 31], [7, 9, 9]]
+    assert batch.predictor.tolist() == [[0, 1, 0], [3, 4, 5], [6, 0, 0]]
+    assert batch.last.tolist() == [1, 5, 6]
+    assert batch.example.tolist() == [0, 0, 1]
+
+
+def test_signals_per_sequence_per_token_and_missing():
+    a = Completion([1, 2], signals={"reward": 3.0, "advantage": [0.5, 0.25]})
+    b = Completion([3], signals={"advantage": [1.0]})
+    signals = lay_out([Example([7], (a, b))]).signals
+    assert signals["reward"][0] == 3.0
+    assert math.isnan(signals["reward"][1])
+    assert signals["advantage"].tolist() == [[0.5, 0.25], [1.0, 0.0]]
+
+
+def test_completion_mask_leaves_tokens_out():
+    batch = lay_out([Example([1], (Completion([2, 3, 4], mask=[1, 0, 1]),))])
+    assert batch.mask.tolist() == [[1, 0, 1]]
+    assert batch.scored.tolist() == [0, 2]
+
+
+def test_rows_are_filled_best_fit_decreasing():
+    # 6 | 5 | 4 joins 6 | 3 joins 5 | 2 joins 5+3 (room 2), since 6+4 is full.
+    assert fill_rows([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_every_target_follows_its_predictor(layout):
+    examples = [PAIR, TEXT, Example([1], (Completion([2, 3, 4]), Completion([5])))]
+    batch = lay_out(examples, layout, capacity=12)
+    ids, positions = batch.inputs["input_ids"].flatten(), batch.inputs["position_ids"].flatten()
+    completions = [(e, c) for e in examples for c in e.completions]
+    for n, (example, completion) in enumerate(completions):
+        whole = [*example.prompt, *completion.ids]
+        for t in range(len(completion)):
+            if batch.mask[n, t]:
+                before = len(example.prompt) + t - 1
+                assert ids[batch.predictor[n, t]] == whole[before]
+                assert positions[batch.predictor[n, t]] == before
+        assert ids[batch.last[n]] == completion.ids[-1]

@@ -1,0 +1,226 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+
+from tests.conftest import MODELS
+from trl.data.layout import lay_out, lay_out_encoder_decoder
+from trl.errors import ConfigError
+from trl.models.layouts import choose_layout, why_not
+from trl.models.score import prepare_scoring, score, unwrap
+from trl.types import Completion, Example
+
+ENCODER_DECODERS = ("t5", "bart")
+LAYOUTS = {
+    "llama": {"padded", "packed", "shared"},
+    "gpt2": {"padded", "packed", "shared"},
+    "qwen3": {"padded", "packed", "shared"},
+    "cohere": {"padded", "packed", "shared"},
+    "granite": {"padded", "packed", "shared"},
+    "gemma2": {"padded", "packed"},
+    "gemma3": {"padded", "packed"},
+    "opt": {"padded", "shared"},
+    "bloom": {"padded"},
+    "mamba": {"padded"},
+}
+
+
+def examples(prompts: bool = False) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, 99, (n,), generator=generator).tolist()
+
+    pair = Example(ids(17), (Completion(ids(5)), Completion(ids(9), mask=[1, 0, 1, 1, 1, 1, 0, 1, 1])))
+    text = Example(ids(4) if prompts else [], (Completion(ids(12)),))
+    triple = Example(ids(6), (Completion(ids(3)), Completion(ids(2)), Completion(ids(11))))
+    return [pair, text, triple]
+
+
+def plain_logprobs(model, example: Example, completion: Completion) -> torch.Tensor:
+    """Log-probabilities of a completion's tokens from the model's own logits, without padding; NaN: no predictor."""
+    ids = torch.tensor([[*example.prompt, *completion.ids]])
+    target = torch.tensor(completion.ids)
+    if model.config.is_encoder_decoder:
+        start = model.config.decoder_start_token_id
+        decoder = torch.tensor([[start, *completion.ids[:-1]]])
+        logits = model(input_ids=torch.tensor([example.prompt]), decoder_input_ids=decoder).logits[0]
+        return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    before = len(example.prompt)
+    logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return logp[before - 1 :] if before else torch.cat([torch.full((1,), torch.nan), logp])
+
+
+def lay(model, rows: list[Example], layout: str):
+    if model.config.is_encoder_decoder:
+        start = model.config.decoder_start_token_id
+        return lay_out_encoder_decoder(rows, pad_token_id=0, decoder_start_token_id=start)
+    return lay_out(rows, layout, capacity=40)
+
+
+CASES = [(name, layout) for name, layouts in LAYOUTS.items() for layout in sorted(layouts)]
+CASES += [(name, "padded") for name in ENCODER_DECODERS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_equals_the_models_own_logits(make_model, name, layout):
+    model = make_model(name)
+    rows = examples(prompts=name in ENCODER_DECODERS)
+    batch = lay(model, rows, layout)
+    found = score(model, batch).logprobs
+    n = 0
+    for example in rows:
+        for completion in example.completions:
+            here = batch.mask[n].bool()
+            expected = plain_logprobs(model, example, completion)[here[: len(completion)]]
+            torch.testing.assert_close(found[n][here], expected, rtol=1e-5, atol=2e-5)
+            assert (found[n][~here] == 0).all()
+            n += 1
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_only_layouts_with_the_same_numbers_are_allowed(make_model, name):
+    model = make_model(name)
+    assert {layout for layout in ("padded", "packed", "shared") if not why_not(model, layout)} == LAYOUTS[name]
+
+
+def test_the_named_layout_is_refused_with_its_reason(make_model):
+    with pytest.raises(ConfigError, match="'shared' does not work with Gemma2ForCausalLM: it has sliding_attention"):
+        choose_layout(make_model("gemma2"), "shared")
+    with pytest.raises(ConfigError, match="'packed' does not work with MambaForCausalLM: its log-prob.* differ"):
+        choose_layout(make_model("mamba"), "packed")
+    with pytest.raises(ConfigError, match="Unknown layout 'pakced'. Did you mean 'packed'"):
+        choose_layout(make_model("llama"), "pakced")
+
+
+def test_auto_takes_the_fastest_and_says_why_not_faster(make_model, caplog):
+    assert choose_layout(make_model("llama"), branches=True) == "shared"
+    assert choose_layout(make_model("llama"), branches=False) == "packed"
+    assert not caplog.records
+    assert choose_layout(make_model("gemma3"), branches=True) == "packed"
+    assert "not shared: it has sliding_attention layers" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "t5"])
+def test_gradients_equal_those_of_labels(make_model, name):
+    """The mean over scored tokens has the gradient of a plain forward with `labels`, one row at a time."""
+    model = make_model(name).train()
+    rows = examples(prompts=True)
+    batch = lay(model, rows, "padded")
+    (-score(model, batch).logprobs.sum() / batch.mask.sum()).backward()
+    found = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = batch.mask.sum()
+    for example in rows:
+        for completion in example.completions:
+            scored = torch.tensor(completion.mask if completion.mask is not None else [1] * len(completion)).bool()
+            labels = torch.where(scored, torch.tensor(completion.ids), -100)
+            if model.config.is_encoder_decoder:
+                decoder = torch.tensor([[model.config.decoder_start_token_id, *completion.ids[:-1]]])
+                prompt = torch.tensor([example.prompt])
+                out = model(input_ids=prompt, decoder_input_ids=decoder, labels=labels[None])
+            else:
+                ids = torch.tensor([[*example.prompt, *completion.ids]])
+                out = model(ids, labels=torch.cat([torch.full((len(example.prompt),), -100), labels])[None])
+            (out.loss * scored.sum() / total).backward()
+    expected = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected)
+    for key in expected:
+        torch.testing.assert_close(
+            found[key], expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@torch.no_grad()
+def test_entropy_and_temperature(make_model):
+    model = make_model("llama")
+    rows = [Example([5, 6], (Completion([7]),))]
+    found = score(model, lay_out(rows), temperature=2.0, want=["entropy", "greedy"])
+    logp = (model(torch.tensor([[5, 6]])).logits[0, -1] / 2).log_softmax(-1)
+    torch.testing.assert_close(found.logprobs[0, 0], logp[7])
+    torch.testing.assert_close(found.entropy[0, 0], -(logp.exp() * logp).sum())
+    assert found.greedy[0, 0] == (logp.argmax() == 7)
+
+
+def test_the_forward_stays_what_it_was(make_model):
+    import inspect
+
+    model = make_model("llama")
+    before = inspect.signature(model.forward)
+    ids = torch.tensor([[4, 5, 6]])
+    expected = model(ids).logits
+    prepare_scoring(model)
+    assert inspect.signature(model.forward) == before
+    assert torch.equal(model(ids).logits, expected)
+    assert list(model.state_dict()) == list(MODELS["llama"]().state_dict())
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+@torch.no_grad()
+def test_a_copy_scores_with_its_own_weights(make_model):
+    model = make_model("llama")
+    batch = lay_out(examples())
+    before = score(model, batch).logprobs
+    twin = copy.deepcopy(model)
+    model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(score(twin, batch).logprobs, before)
+    assert (score(model, batch).logprobs - before).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_head_that_is_not_understood_is_scored_from_plain_logits(make_model):
+    model = make_model("llama")
+    plain = model.forward
+
+    def squared(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        out.logits = out.logits.square()
+        return out
+
+    model.forward = squared
+    with pytest.warns(UserWarning, match="LlamaForCausalLM changes its logits after the head"):
+        found = score(model, lay_out(examples())).logprobs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(model, lay_out(examples()))
+    expected = plain_logprobs(model, examples()[2], examples()[2].completions[0])
+    torch.testing.assert_close(found[3, :3], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["attention", "head as well"])
+def test_adapters(make_model, targets):
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(make_model("llama"), config).eval()
+    rows = examples()
+    batch = lay_out(rows, "shared")
+    found = score(model, batch).logprobs
+    expected = plain_logprobs(model, rows[0], rows[0].completions[0])
+    torch.testing.assert_close(found[0, :5], expected, rtol=1e-5, atol=2e-5)
+    found.sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert all("lora_" in name for name in trained)
+    assert any("lm_head" in name for name in trained) == ("lm_head" in targets)
+
+
+@torch.no_grad()
+def test_virtual_tokens_are_not_part_of_the_grid(make_model):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    model = get_peft_model(make_model("gpt2"), config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -2].log_softmax(-1)[7]
+    batch = lay_out([Example([5, 6], (Completion([7]),))])
+    del batch.inputs["position_ids"]
+    torch.testing.assert_close(score(model, batch).logprobs[0, 0], expected)
+    assert unwrap(model) is model.get_base_model()
+
+
+def test_bfloat16_gradients_are_finite_and_near(make_model):
+    model = make_model("llama").to(torch.bfloat16)
+    batch = lay_out(examples())
+    found = score(model, batch).logprobs
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
