@@ -28,6 +28,19 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Row kind → the sets of columns of which one must be there. The first kind that fits is taken, the most specific first."""
 
+_CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+COLUMNS_READ: dict[str, tuple[str, ...]] = {
+    "tokenized_preference": (*KINDS["tokenized_preference"][0], "attention_mask_chosen", "attention_mask_rejected"),
+    "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "seq_lengths"),
+    "stepwise": KINDS["stepwise"][0],
+    "unpaired_preference": (*KINDS["unpaired_preference"][0], *_CHAT_OPTIONS),
+    "preference": ("prompt", "chosen", "rejected", *_CHAT_OPTIONS),
+    "prompt_completion": ("prompt", "completion", *_CHAT_OPTIONS),
+    "language_modeling": ("text", "messages", "conversations", *_CHAT_OPTIONS),
+    "prompt_only": ("prompt", *_CHAT_OPTIONS),
+}
+"""Row kind → all columns that its rows are read from, needed or not."""
+
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
 _FROM_VALUE_COLUMNS = (*TEXT_COLUMNS, "conversations")
 

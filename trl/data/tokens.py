@@ -40,19 +40,35 @@ class TextEncoder:
         encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def prompts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of texts that are continued: without the EOS that some tokenizers put after every text."""
+        eos = self.tokenizer.eos_token_id
+        rows = self.ids(texts, add_special_tokens=add_special_tokens)
+        if not add_special_tokens:
+            return rows
+        return [ids[:-1] if ids and ids[-1] == eos else ids for ids in rows]
+
     def continuations(
-        self, prompts: Sequence[str], answers: Sequence[str], *, add_special_tokens: bool
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of prompts, and of answers that continue them. `add_special_tokens` concerns the beginning only."""
-        prompt_ids = self.ids(prompts, add_special_tokens=add_special_tokens)
-        prompt_ids = [self._open(ids) for ids in prompt_ids] if add_special_tokens else prompt_ids
-        alone = self.ids(answers)
+        self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, add_special_tokens: bool
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Token ids of the prompts, and of K columns of answers that continue them.
+
+        `add_special_tokens` concerns the beginning of the prompts.
+        """
+        prompt_ids = self.prompts(prompts, add_special_tokens=add_special_tokens)
         if self.cuts_freely:
-            return prompt_ids, alone
-        whole = self.ids([p + a for p, a in zip(prompts, answers, strict=True)], add_special_tokens=add_special_tokens)
-        whole = [self._open(ids) for ids in whole] if add_special_tokens else whole
-        rows = zip(prompt_ids, whole, alone, strict=True)
-        return prompt_ids, [w[len(p) :] if w[: len(p)] == p else a for p, w, a in rows]
+            return prompt_ids, [self.ids(column) for column in answers]
+        return prompt_ids, [self._tails(prompts, prompt_ids, column, add_special_tokens) for column in answers]
+
+    def _tails(
+        self, prompts: Sequence[str], prompt_ids: list[list[int]], answers: Sequence[str], add_special_tokens: bool
+    ) -> list[list[int]]:
+        """What follows the prompt's tokens in those of prompt and answer; the answer's own where they differ."""
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = zip(
+            prompt_ids, self.prompts(texts, add_special_tokens=add_special_tokens), self.ids(answers), strict=True
+        )
+        return [whole[len(p) :] if whole[: len(p)] == p else alone for p, whole, alone in rows]
 
     def masked(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> tuple[list[list[int]], list[list[bool]]]:
         """Token ids of each text, and which of them lie in its character spans [start, end).
@@ -82,10 +98,6 @@ class TextEncoder:
         backend.no_padding()
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return backend
-
-    def _open(self, ids: list[int]) -> list[int]:
-        """The ids without the EOS that some tokenizers put after every text."""
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _continues(self, text: str, start: int, before: list[int]) -> bool:
         """Whether the tokens before a border are those of the text before it alone, judged by the last of them."""

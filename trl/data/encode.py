@@ -1,0 +1,372 @@
+"""From dataset rows to token ids: every row kind becomes the same tree of one prompt and its completions.
+
+An encoded row holds
+
+    prompt_ids       list[int32]         empty for a text or a whole conversation
+    completion_ids   list[list[int32]]   K completions; chosen before rejected
+    completion_mask  list[list[bool]]    the tokens to train on; the column is absent where all are
+    step_label, …    list[list[float]]   numbers per token
+    keep_columns     as they were
+
+Where the border between prompt and completion lies in tokens: what a model continues is ids(prompt), so a prompt is
+tokenised alone and never shares a token with its completion. `decode` turns a row into Examples.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from trl.data.encoders import ENCODERS, Codec, Columns
+from trl.data.formats import COLUMNS_READ, KINDS, detect_kind
+from trl.data.trees import (
+    IDENTICAL,
+    KEPT,
+    TRUNCATIONS,
+    UNSCORED,
+    Tree,
+    doubly_nested,
+    keep_prompt_end,
+    keep_sides,
+    nested,
+)
+from trl.errors import ConfigError, DataError, unknown
+from trl.types import Completion, Example
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Number of the encoding, part of the cache key: raise it when encoded rows change."""
+
+_COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
+"""Columns that the report is made of; they are taken off afterwards."""
+
+_LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask"})
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How rows become token ids."""
+
+    kind: str | Sequence[str] | None = None
+    """Row kinds to look for (see `trl.data.formats.KINDS`); None looks for all."""
+    max_length: int | None = None
+    """Most tokens of prompt and completion together (of each, with an encoder-decoder)."""
+    max_prompt_length: int | None = None
+    """Most tokens of a prompt; its beginning is cut."""
+    truncation_mode: str = "keep_start"
+    """What `max_length` keeps: `keep_start` cuts the end of completions, `keep_end` the beginning of the prompt."""
+    completion_only_loss: bool | None = None
+    """Train on completions only. None: wherever rows have a prompt. False: on prompts too."""
+    assistant_only_loss: bool = False
+    """Train only on what the assistant wrote in a conversation."""
+    text_field: str = "text"
+    """The column with the text of language modelling."""
+    add_eos: bool = True
+    """Close plain texts and completions with EOS. Conversations end as their template ends them."""
+    eos_token: str | None = None
+    """The token that closes a text; None is the tokenizer's."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Arguments for the chat template."""
+    tools: Sequence[Any] | None = None
+    """Tools (functions or JSON schemas) that the chat template shows; a column `tools` takes their place."""
+    step_separator: str = "\n"
+    """Text that closes each step of a stepwise row."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns carried along where a dataset has them (margin, score, weight, …)."""
+    encoder_decoder: bool = False
+    """The prompt goes to an encoder and the completion to a decoder."""
+    token_mask: Callable[[Sequence[int], int], Sequence[bool]] | None = None
+    """Which tokens of a text to train on, from its ids and its row (a `DataCollatorForCompletionOnlyLM`'s mask)."""
+    num_proc: int | None = None
+    """Processes that encode."""
+
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in TRUNCATIONS:
+            raise ConfigError(unknown("truncation_mode", self.truncation_mode, TRUNCATIONS))
+        for kind in self.kinds or ():
+            if kind not in KINDS:
+                raise ConfigError(unknown("row kind", kind, KINDS))
+        for name in ("max_length", "max_prompt_length"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name}={limit} leaves no token. Give a positive number, or None for no limit.")
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind and tuple(self.kind)
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of a dataset's rows and tokens. `tokens` counts prompts once; `trained` counts completion tokens."""
+
+    name: str = "train"
+    rows_in: int = 0
+    rows: int = 0
+    truncated: int = 0
+    unscored: int = 0
+    identical: int = 0
+    tokens: int = 0
+    trained: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Rows left without a token to train on, or with chosen equal to rejected."""
+        return self.unscored + self.identical
+
+    @classmethod
+    def of(cls, counts: pa.Table, name: str) -> EncodingReport:
+        """The report of encoded rows, from their counts."""
+        column = {name: counts[name].to_numpy() for name in _COUNTS}
+        status, kept = column["status"], column["status"] == KEPT
+        return cls(
+            name=name,
+            rows_in=len(status),
+            rows=int(kept.sum()),
+            truncated=int((column["truncated"] & kept).sum()),
+            unscored=int((status == UNSCORED).sum()),
+            identical=int((status == IDENTICAL).sum()),
+            tokens=int(column["tokens"][kept].sum()),
+            trained=int(column["trained"][kept].sum()),
+        )
+
+    def __add__(self, other: EncodingReport) -> EncodingReport:
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "name"}
+        return replace(self, **counts)
+
+    def __str__(self) -> str:
+        share = self.trained / self.tokens if self.tokens else 0.0
+        parts = [f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.0%})"]
+        parts += [f"{self.truncated:,} truncated"] if self.truncated else []
+        parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
+        parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []
+        return ", ".join(parts) + "."
+
+    def log(self) -> None:
+        """Log once: a warning when rows were dropped or truncated."""
+        logger.log(logging.WARNING if self.dropped or self.truncated else logging.INFO, "%s", self)
+
+
+@dataclass
+class Encoded:
+    """An encoded dataset, and the report of it. Of a stream the report counts what has been read so far."""
+
+    dataset: Dataset | IterableDataset
+    kind: str
+    report: EncodingReport = field(default_factory=EncodingReport)
+
+
+def encode_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: EncodeSettings | None = None,
+    name: str = "train",
+) -> Encoded:
+    """Tokenise, mask and cut every row; drop those that are left without a token to train on.
+
+    The result is cached with the dataset, by its rows, the settings and the tokenizer. A stream is encoded as it is
+    read. The report is logged once.
+
+    Raises DataError when the dataset is empty or its columns are not those of a row kind, for values that are not what
+    the kind needs (with row and column), and when no row is left.
+    """
+    settings = settings or EncodeSettings()
+    columns = _columns(dataset, name)
+    kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field)
+    encoder = RowEncoder(Codec(tokenizer, settings), kind, tuple(columns))
+    if isinstance(dataset, IterableDataset):
+        return _encode_stream(dataset, encoder, columns, name)
+    return _encode_table(dataset, encoder, name)
+
+
+def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
+    first = None if isinstance(dataset, Dataset) and dataset.column_names else next(iter(dataset), None)
+    columns = dataset.column_names or (list(first) if first is not None else [])
+    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+        raise DataError(f"The dataset {name!r} is empty: it has no rows. Check its split, filters and fractions.")
+    return columns
+
+
+def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
+    encoded = dataset.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=encoder.features(dataset.features),
+        num_proc=encoder.settings.num_proc,
+        new_fingerprint=encoder.fingerprint(dataset._fingerprint),
+        desc=f"Encoding {name}",
+    )
+    counts = encoded.data.table.select(_COUNTS)
+    report = EncodingReport.of(counts, name)
+    if not report.rows:
+        raise DataError(nothing_left(counts, encoder.settings, report))
+    if report.dropped:
+        kept = np.flatnonzero(counts["status"].to_numpy() == KEPT)
+        encoded = encoded.select(kept).flatten_indices()
+    report.log()
+    return Encoded(encoded.remove_columns(list(_COUNTS)), encoder.kind, report)
+
+
+def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[str], name: str) -> Encoded:
+    encoded = Encoded(dataset, encoder.kind, EncodingReport(name))
+
+    def encode(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        table = encoder(batch, rows)
+        encoded.report += EncodingReport.of(table.select(_COUNTS), name)
+        kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
+        return kept.drop_columns(list(_COUNTS)).to_pydict()
+
+    encoded.dataset = dataset.map(encode, batched=True, with_indices=True, remove_columns=columns)
+    return encoded
+
+
+def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingReport) -> str:
+    """Why no row of a dataset can be trained on."""
+    if report.identical == report.rows_in:
+        return f"All {report.rows_in:,} rows of {report.name!r} have chosen equal to rejected: nothing can be learned."
+    shortest = int(counts["source_tokens"].to_numpy().min())
+    return (
+        f"No row of {report.name!r} has a token left to train on: {report.unscored:,} of {report.rows_in:,} rows were "
+        f"dropped. max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}, and the shortest "
+        f"row has {shortest:,} tokens. Raise max_length, choose truncation_mode='keep_end', or check the masks."
+    )
+
+
+class RowEncoder:
+    """From a batch of rows to a table of encoded ones, row by row; the function that `map` calls."""
+
+    def __init__(self, codec: Codec, kind: str, columns: Sequence[str]) -> None:
+        self.codec = codec
+        self.kind = kind
+        self.settings = codec.settings
+        self.columns = [name for name in columns if name in self._needed() or name in self.settings.keep_columns]
+        self.kept = [name for name in self.columns if name in self.settings.keep_columns]
+        self.is_masked = self._is_masked()
+
+    def _needed(self) -> set[str]:
+        return {*COLUMNS_READ[self.kind], self.settings.text_field}
+
+    def _is_masked(self) -> bool:
+        if self.kind == "tokenized":
+            return any(name in self.columns for name in ("labels", "completion_mask", "assistant_masks"))
+        chosen_tokens = self.settings.assistant_only_loss or self.settings.token_mask is not None
+        return self.kind == "stepwise" or chosen_tokens
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
+        columns = Columns({name: batch[name] for name in self.columns}, rows)
+        trees = ENCODERS[self.kind](columns, self.codec)
+        if self.settings.token_mask is not None:
+            trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
+        return self._table(trees, [self._cut(tree) for tree in trees], columns)
+
+    def _masked(self, tree: Tree, row: int) -> Tree:
+        return replace(tree, masks=[list(self.settings.token_mask(ids, row)) for ids in tree.completions])
+
+    def _cut(self, tree: Tree) -> Tree:
+        s = self.settings
+        if s.encoder_decoder:
+            return keep_sides(tree, s.max_prompt_length or s.max_length, s.max_length, s.truncation_mode)
+        if s.max_prompt_length is not None:
+            tree = keep_prompt_end(tree, s.max_prompt_length)
+        return tree if s.max_length is None else TRUNCATIONS[s.truncation_mode](tree, s.max_length)
+
+    def _table(self, sources: list[Tree], trees: list[Tree], columns: Columns) -> pa.Table:
+        trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
+        tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
+        counts = {
+            "status": pa.array(map(self._status, trees, trained), pa.uint8()),
+            "truncated": pa.array(np.not_equal(tokens, source_tokens)),
+            "tokens": pa.array(tokens, pa.int32()),
+            "trained": pa.array(map(sum, trained), pa.int32()),
+            "source_tokens": pa.array(source_tokens, pa.int32()),
+        }
+        return pa.table({**self._rows(trees), **{n: pa.array(columns[n]) for n in self.kept}, **counts})
+
+    def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:
+        """The columns of the encoded rows themselves."""
+        rows = {"prompt_ids": nested([tree.prompt for tree in trees], pa.int32())}
+        if self.kind != "prompt_only":
+            rows["completion_ids"] = doubly_nested([tree.completions for tree in trees], pa.int32())
+        if self.is_masked:
+            rows["completion_mask"] = doubly_nested([tree.masks for tree in trees], pa.bool_())
+        for name in trees[0].signals:
+            rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
+        return rows
+
+    def _unpredicted(self, tree: Tree) -> int:
+        return int(not self.settings.encoder_decoder and not tree.prompt)
+
+    def _status(self, tree: Tree, trained: list[int]) -> int:
+        if len(tree.completions) == 2 and tree.completions[0] == tree.completions[1]:
+            return IDENTICAL
+        return UNSCORED if 0 in trained else KEPT
+
+    def features(self, source: Features | None) -> Features:
+        """The columns of an encoded dataset, `source` being those of the original."""
+        tokens, flags = List(List(Value("int32"))), List(List(Value("bool")))
+        rows = {"prompt_ids": List(Value("int32"))}
+        rows |= {} if self.kind == "prompt_only" else {"completion_ids": tokens}
+        rows |= {"completion_mask": flags} if self.is_masked else {}
+        rows |= {"step_label": List(List(Value("float32")))} if self.kind == "stepwise" else {}
+        counts = dict(zip(_COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
+        return Features({**rows, **{name: source[name] for name in self.kept}, **counts})
+
+    def fingerprint(self, source: str) -> str:
+        """Cache key of the encoding of a dataset with fingerprint `source`."""
+        return Hasher.hash(
+            (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(self.codec.tokenizer))
+        )
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what a tokenizer makes of text; not of the padding and truncation that calls leave in it."""
+    if not tokenizer.is_fast:
+        return Hasher.hash(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+    return Hasher.hash((state, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.split_special_tokens))
+
+
+def decode(row: Mapping[str, Any]) -> list[Example]:
+    """An encoded row as Examples: one of a tree, one per document of a packed row.
+
+    Further columns that hold numbers become signals: a number goes to every completion, a list gives one number to
+    each completion, a list of lists one to each token.
+    """
+    if "seq_lengths" in row:
+        return _documents(row)
+    ids = row.get("completion_ids", ())
+    masks = row["completion_mask"] if "completion_mask" in row else [None] * len(ids)
+    signals = {name: _spread(value, len(ids)) for name, value in row.items() if _is_signal(name, value)}
+    completions = tuple(
+        Completion(ids[k], masks[k], {name: values[k] for name, values in signals.items()}) for k in range(len(ids))
+    )
+    return [Example(row["prompt_ids"], completions)]
+
+
+def _is_signal(name: str, value: Any) -> bool:
+    return name not in _LAYOUT_COLUMNS and isinstance(value, int | float | list)
+
+
+def _spread(value: Any, count: int) -> Sequence[Any]:
+    return value if isinstance(value, list) else [float(value)] * count
+
+
+def _documents(row: Mapping[str, Any]) -> list[Example]:
+    ids, mask = row["input_ids"], row["mask"]
+    bounds = [0, *accumulate(row["seq_lengths"])]
+    return [Example((), (Completion(ids[a:b], mask[a:b]),)) for a, b in pairwise(bounds)]

@@ -1,0 +1,344 @@
+"""One function per row kind, from columns to trees of token ids; and the checks that name row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from trl.data.chat import ChatTemplate, tidy_messages
+from trl.data.formats import maybe_extract_prompt
+from trl.data.tokens import TextEncoder
+from trl.data.trees import Tree
+from trl.errors import DataError
+
+if TYPE_CHECKING:
+    from trl.data.encode import EncodeSettings
+
+NOT_TRAINED = -100
+"""The label of tokens that are not trained on, as everywhere in transformers."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A batch of rows as columns, with the rows' places in the dataset for messages."""
+
+    values: Mapping[str, Sequence[Any]]
+    rows: Sequence[int]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        return self.values[name]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows as dicts."""
+        return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
+
+    def error(self, k: int, name: str, message: str) -> DataError:
+        return DataError(f"Row {self.rows[k]}, column {name!r}: {message}")
+
+    def is_chat(self, name: str) -> bool:
+        """Whether the column holds conversations, judged by its first value."""
+        return isinstance(self.values[name][0], list)
+
+    def texts(self, name: str) -> Sequence[str]:
+        """A column of strings."""
+        for k, value in enumerate(self.values[name]):
+            if not isinstance(value, str):
+                raise self.error(k, name, f"expected a string, found {describe(value)}.")
+        return self.values[name]
+
+    def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
+        """A column of conversations; with `answers` the last turn must be the assistant's."""
+        chats = [self._chat(k, name, value) for k, value in enumerate(self.values[name])]
+        for k, chat in enumerate(chats):
+            if answers and chat[-1]["role"] != "assistant":
+                found = f"the conversation ends with {chat[-1]['role']!r}"
+                raise self.error(k, name, f"{found}, so there is no answer to train on. End it with the assistant.")
+        return chats
+
+    def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
+        if not isinstance(value, list) or not value:
+            raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
+        chat = tidy_messages(value)
+        for i, message in enumerate(chat):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                expected = 'expected {"role": …, "content": …}'
+                raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
+        return chat
+
+    def numbers(self, name: str) -> Sequence[Sequence[int]]:
+        """A column of lists of integers."""
+        for k, value in enumerate(self.values[name]):
+            if not isinstance(value, list) or (value and not isinstance(value[0], int)):
+                raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
+        return self.values[name]
+
+    def each(self, function: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
+        """`function(k, row)` of every row; an error from it says which row."""
+        results = []
+        for k, row in enumerate(self):
+            try:
+                results.append(function(k, row))
+            except DataError as error:
+                raise DataError(f"Row {self.rows[k]}: {error}") from error
+        return results
+
+
+def describe(value: Any) -> str:
+    """A value and its type in a few words."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What encoding needs: the tokenizer in its three uses, and the settings."""
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: EncodeSettings
+
+    @cached_property
+    def text(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        return ChatTemplate(
+            self.tokenizer, tools=self.settings.tools, template_kwargs=self.settings.chat_template_kwargs
+        )
+
+    @cached_property
+    def eos(self) -> int:
+        """Id of the token that ends a text.
+
+        Raises DataError when the tokenizer has none.
+        """
+        token = self.settings.eos_token or self.tokenizer.eos_token
+        if token is None:
+            raise DataError(
+                f"The tokenizer {self.tokenizer.name_or_path!r} has no EOS token, and without one a model does not "
+                "learn to stop. Set eos_token, or add_eos=False."
+            )
+        known = self.tokenizer.get_vocab()
+        if token not in known:
+            raise DataError(f"eos_token={token!r} is not in the vocabulary of {self.tokenizer.name_or_path!r}.")
+        return known[token]
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain prompts: what an encoder reads, or what a decoder continues."""
+        if self.settings.encoder_decoder:
+            return self.text.ids(texts, add_special_tokens=True)
+        return self.text.prompts(texts, add_special_tokens=True)
+
+    def continuations(
+        self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, add_special_tokens: bool
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Token ids of prompts and of K columns of answers; a decoder behind an encoder begins anew."""
+        if self.settings.encoder_decoder:
+            prompt_ids = self.text.ids(prompts, add_special_tokens=add_special_tokens)
+            return prompt_ids, [self.text.ids(column) for column in answers]
+        return self.text.continuations(prompts, answers, add_special_tokens=add_special_tokens)
+
+    def ended(self, rows: list[list[int]]) -> list[list[int]]:
+        """The rows, each with EOS at its end where it is not there yet."""
+        if not self.settings.add_eos:
+            return rows
+        return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]
+
+
+def language_modeling(columns: Columns, codec: Codec) -> list[Tree]:
+    """A text or a conversation: one completion on an empty prompt."""
+    name = next(n for n in ("messages", "conversations", codec.settings.text_field) if n in columns)
+    if not columns.is_chat(name):
+        if codec.settings.assistant_only_loss:
+            raise DataError(f"assistant_only_loss=True needs conversations, but column {name!r} holds text.")
+        ids = codec.text.ids(columns.texts(name), add_special_tokens=True)
+        return [Tree([], [row]) for row in codec.ended(ids)]
+    chats = columns.chats(name, answers=codec.settings.assistant_only_loss)
+    if not codec.settings.assistant_only_loss:
+        texts = columns.each(lambda k, row: codec.chat.render(chats[k], row)[0])
+        return [Tree([], [row]) for row in codec.text.ids(texts)]
+    spanned = columns.each(lambda k, row: codec.chat.assistant_spans(chats[k], row))
+    ids, masks = codec.text.masked([text for text, _ in spanned], [spans for _, spans in spanned])
+    return [Tree([], [row], [mask]) for row, mask in zip(ids, masks, strict=True)]
+
+
+def prompt_only(columns: Columns, codec: Codec) -> list[Tree]:
+    """A prompt without completions."""
+    if not columns.is_chat("prompt"):
+        return [Tree(ids, []) for ids in codec.prompts(columns.texts("prompt"))]
+    chats = columns.chats("prompt")
+    texts = columns.each(lambda k, row: codec.chat.prompt(chats[k], row))
+    return [Tree(ids, []) for ids in codec.text.ids(texts)]
+
+
+def prompt_completion(columns: Columns, codec: Codec) -> list[Tree]:
+    """A prompt and one completion; the prompt is trained on as well when completion_only_loss is False."""
+    trees = _answers(columns, codec, ("completion",))
+    if codec.settings.completion_only_loss is False and not codec.settings.encoder_decoder:
+        return [Tree([], [tree.prompt + tree.completions[0]]) for tree in trees]
+    return trees
+
+
+def unpaired_preference(columns: Columns, codec: Codec) -> list[Tree]:
+    """A prompt and one completion, with a label that says whether it is good."""
+    for k, label in enumerate(columns["label"]):
+        if label not in (True, False):
+            raise columns.error(k, "label", f"expected true (desirable) or false, found {describe(label)}.")
+    return _answers(columns, codec, ("completion",))
+
+
+def preference(columns: Columns, codec: Codec) -> list[Tree]:
+    """A prompt with the chosen and the rejected completion.
+
+    A text pair without a prompt is tokenised as it stands, and its common beginning, in tokens, is the prompt.
+    """
+    if "prompt" not in columns and not columns.is_chat("chosen"):
+        sides = [codec.text.prompts(columns.texts(name), add_special_tokens=True) for name in ("chosen", "rejected")]
+        return [fork(*pair) for pair in zip(*map(codec.ended, sides), strict=True)]
+    return _answers(_with_prompt(columns), codec, ("chosen", "rejected"))
+
+
+def _with_prompt(columns: Columns) -> Columns:
+    if not columns.is_chat("chosen") or ("prompt" in columns and columns.is_chat("prompt")):
+        return columns
+    tidy = Columns({**columns.values, **{n: columns.chats(n) for n in ("chosen", "rejected")}}, columns.rows)
+    rows = [maybe_extract_prompt(row) for row in tidy]
+    return Columns({name: [row[name] for row in rows] for name in rows[0]}, columns.rows)
+
+
+def fork(chosen: list[int], rejected: list[int]) -> Tree:
+    """Two sequences as a tree: their common beginning is the prompt, one short of the shorter sequence at most."""
+    last = max(0, min(len(chosen), len(rejected)) - 1)
+    shared = next((t for t in range(last) if chosen[t] != rejected[t]), last)
+    return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])
+
+
+def _answers(columns: Columns, codec: Codec, names: tuple[str, ...]) -> list[Tree]:
+    """Trees of the prompt and the completions in the columns `names`."""
+    if columns.is_chat("prompt"):
+        return _chat_answers(columns, codec, names)
+    prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
+    prompt_ids, answer_ids = codec.continuations(prompts, texts, add_special_tokens=True)
+    answers = zip(*map(codec.ended, answer_ids), strict=True)
+    return [Tree(prompt, list(ids)) for prompt, ids in zip(prompt_ids, answers, strict=True)]
+
+
+def _chat_answers(columns: Columns, codec: Codec, names: tuple[str, ...]) -> list[Tree]:
+    prompts = columns.chats("prompt")
+    answers = [columns.chats(name, answers=True) for name in names]
+
+    def render(k: int, row: dict[str, Any]) -> list[str]:
+        pairs = [codec.chat.completion(prompts[k], chats[k], row) for chats in answers]
+        prompt = min((prompt for prompt, _ in pairs), key=len)
+        return [prompt, *((p + a)[len(prompt) :] for p, a in pairs)]
+
+    prompt_texts, *texts = zip(*columns.each(render), strict=True)
+    prompt_ids, answer_ids = codec.continuations(prompt_texts, texts, add_special_tokens=False)
+    rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
+    return [Tree(prompt, list(ids)) for prompt, ids in rows]
+
+
+def stepwise(columns: Columns, codec: Codec) -> list[Tree]:
+    """A prompt and one completion of steps, each closed by the separator.
+
+    The mask marks the last token of each step, and the signal `step_label` holds its label there (0 elsewhere).
+    """
+    prompts = codec.prompts(columns.texts("prompt"))
+    separator = codec.text.ids([codec.settings.step_separator])[0]
+    for k, (steps, labels) in enumerate(zip(columns["completions"], columns["labels"], strict=True)):
+        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+            raise columns.error(k, "completions", f"expected a list of strings, found {describe(steps)}.")
+        if not isinstance(labels, list) or len(labels) != len(steps):
+            raise columns.error(k, "labels", f"expected {len(steps)} labels, one per step, found {describe(labels)}.")
+    flat = iter(codec.text.ids([step for steps in columns["completions"] for step in steps]))
+    steps_of = [[next(flat) + separator for _ in steps] for steps in columns["completions"]]
+    return [_steps(*row) for row in zip(prompts, steps_of, columns["labels"], strict=True)]
+
+
+def _steps(prompt: list[int], steps: list[list[int]], labels: Sequence[float]) -> Tree:
+    ids = [token for step in steps for token in step]
+    mask = [t == len(step) - 1 for step in steps for t in range(len(step))]
+    values = iter(labels)
+    return Tree(prompt, [ids], [mask], {"step_label": [[float(next(values)) if end else 0.0 for end in mask]]})
+
+
+def tokenized(columns: Columns, codec: Codec) -> list[Tree]:
+    """Token ids as they are. Labels of −100, and zeros of the mask columns, take tokens out of training."""
+    ids = columns.numbers("input_ids")
+    if codec.settings.encoder_decoder and "labels" in columns:
+        targets = [[t for t in labels if t != NOT_TRAINED] for labels in columns.numbers("labels")]
+        return [Tree(list(prompt), [target]) for prompt, target in zip(ids, targets, strict=True)]
+    keeps = [_keep(columns, name) for name in _mask_columns(columns, codec.settings)]
+    masks = [[all(token) for token in zip(*row, strict=True)] for row in zip(*keeps, strict=True)] if keeps else None
+    trees = [Tree([], [list(row)], None if masks is None else [masks[k]]) for k, row in enumerate(ids)]
+    return [_without_padding(t, m) for t, m in zip(trees, _attention(columns, "attention_mask"), strict=True)]
+
+
+def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
+    if settings.assistant_only_loss and "assistant_masks" not in columns:
+        raise DataError("assistant_only_loss=True needs a column 'assistant_masks' beside pre-tokenised 'input_ids'.")
+    if settings.completion_only_loss and "completion_mask" not in columns and "labels" not in columns:
+        raise DataError("completion_only_loss=True needs a column 'completion_mask' beside pre-tokenised 'input_ids'.")
+    wanted = {
+        "labels": True,
+        "completion_mask": settings.completion_only_loss is not False,
+        "assistant_masks": settings.assistant_only_loss,
+    }
+    return [name for name, use in wanted.items() if use and name in columns]
+
+
+def _keep(columns: Columns, name: str) -> list[list[bool]]:
+    """Which tokens of each row a mask or label column trains on."""
+    keep = (lambda v: v != NOT_TRAINED) if name == "labels" else bool
+    rows = columns.numbers(name)
+    for k, (row, ids) in enumerate(zip(rows, columns["input_ids"], strict=True)):
+        if len(row) != len(ids):
+            raise columns.error(k, name, f"{len(row)} values for the {len(ids)} tokens of 'input_ids'.")
+        if name == "labels" and any(v not in (NOT_TRAINED, t) for v, t in zip(row, ids, strict=True)):
+            raise columns.error(k, name, f"a label is the token of 'input_ids' or {NOT_TRAINED}; here others occur.")
+    return [[keep(value) for value in row] for row in rows]
+
+
+def _attention(columns: Columns, name: str) -> Sequence[Sequence[int] | None]:
+    return columns.numbers(name) if name in columns else [None] * len(columns.rows)
+
+
+def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:
+    if attention is None or all(attention):
+        return tree
+    real = [t for t, keep in enumerate(attention) if keep]
+    masks = None if tree.masks is None else [[tree.masks[0][t] for t in real]]
+    return Tree([], [[tree.completions[0][t] for t in real]], masks)
+
+
+def tokenized_preference(columns: Columns, codec: Codec) -> list[Tree]:
+    """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt."""
+    sides = [
+        [
+            _without_padding(Tree([], [list(ids)]), attention).completions[0]
+            for ids, attention in zip(
+                columns.numbers(f"input_ids_{side}"), _attention(columns, f"attention_mask_{side}"), strict=True
+            )
+        ]
+        for side in ("chosen", "rejected")
+    ]
+    return [fork(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]
+
+
+ENCODERS: dict[str, Callable[[Columns, Codec], list[Tree]]] = {
+    "language_modeling": language_modeling,
+    "prompt_only": prompt_only,
+    "prompt_completion": prompt_completion,
+    "unpaired_preference": unpaired_preference,
+    "preference": preference,
+    "stepwise": stepwise,
+    "tokenized": tokenized,
+    "tokenized_preference": tokenized_preference,
+}

@@ -1,0 +1,109 @@
+"""Encoded rows: cut to length, and written as Arrow columns.
+
+A row is a tree: one prompt and the K completions that hang from it, all of them token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+KEPT, IDENTICAL, UNSCORED = 0, 1, 2
+"""What became of a row: kept; dropped because its completions are equal; dropped with no token left to train on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A row on its way through encoding.
+
+    `masks[k][t]` is True where token t of completion k is trained on; None trains on all. `signals[name][k][t]` is a
+    number per token.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[bool]] | None = None
+    signals: Mapping[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with the prompt counted once."""
+        return len(self.prompt) + sum(map(len, self.completions))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest completion."""
+        return max(map(len, self.completions), default=0)
+
+    def trained(self, *, unpredicted: int) -> list[int]:
+        """Trained tokens of each completion. The first `unpredicted` tokens have nothing before them to predict them."""
+        if self.masks is None:
+            return [max(0, len(ids) - unpredicted) for ids in self.completions]
+        return [sum(mask[unpredicted:]) for mask in self.masks]
+
+    def sliced(self, prompt: slice, completions: Sequence[slice]) -> Tree:
+        """The tree with its prompt and each completion cut."""
+        cut = lambda lists: [values[s] for values, s in zip(lists, completions, strict=True)]  # noqa: E731
+        return replace(
+            self,
+            prompt=self.prompt[prompt],
+            completions=cut(self.completions),
+            masks=None if self.masks is None else cut(self.masks),
+            signals={name: cut(values) for name, values in self.signals.items()},
+        )
+
+
+def keep_start(tree: Tree, max_length: int) -> Tree:
+    """Cut the ends of the completions, so that prompt and completion have at most `max_length` tokens."""
+    if len(tree.prompt) + tree.longest <= max_length:
+        return tree
+    room = max(0, max_length - len(tree.prompt))
+    return tree.sliced(slice(max_length), [slice(room)] * len(tree.completions))
+
+
+def keep_end(tree: Tree, max_length: int) -> Tree:
+    """Cut the beginning of the prompt, by what the longest completion needs; then that of completions too long alone."""
+    excess = len(tree.prompt) + tree.longest - max_length
+    if excess <= 0:
+        return tree
+    return tree.sliced(slice(excess, None), [slice(max(0, len(c) - max_length), None) for c in tree.completions])
+
+
+TRUNCATIONS = {"keep_start": keep_start, "keep_end": keep_end}
+
+
+def keep_prompt_end(tree: Tree, max_prompt_length: int) -> Tree:
+    """Cut the beginning of the prompt: its end is what the completions answer."""
+    return replace(tree, prompt=tree.prompt[max(0, len(tree.prompt) - max_prompt_length) :])
+
+
+def keep_sides(tree: Tree, max_prompt_length: int | None, max_length: int | None, mode: str) -> Tree:
+    """Cut what an encoder and a decoder read each on its own."""
+    cut = (lambda n: slice(n)) if mode == "keep_start" else (lambda n: slice(-n, None))
+    whole = slice(None)
+    ends = slice(max_length) if max_length is not None else whole
+    return tree.sliced(whole if max_prompt_length is None else cut(max_prompt_length), [ends] * len(tree.completions))
+
+
+def nested(values: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
+    """`list<kind>`, one list per row."""
+    flat = np.fromiter(chain.from_iterable(values), kind.to_pandas_dtype(), count=sum(map(len, values)))
+    return pa.ListArray.from_arrays(offsets(map(len, values), len(values)), pa.array(flat, kind))
+
+
+def doubly_nested(rows: Sequence[Sequence[Sequence[Any]]], kind: pa.DataType) -> pa.Array:
+    """`list<list<kind>>`, K lists per row."""
+    inner = nested(list(chain.from_iterable(rows)), kind)
+    return pa.ListArray.from_arrays(offsets(map(len, rows), len(rows)), inner)
+
+
+def offsets(lengths: Iterable[int], count: int) -> pa.Array:
+    """Arrow's list offsets: 0 and the running sums of the lengths."""
+    bounds = np.zeros(count + 1, np.int32)
+    np.cumsum(np.fromiter(lengths, np.int32, count=count), out=bounds[1:])
+    return pa.array(bounds)
