@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from trl.demo.lexicon import ASPECTS, GRAMMAR, SIDES, plural
+from trl.demo.lexicon import ASPECTS, GRAMMAR, plural
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _ARTICLE = re.compile(r"\b([Aa])(?= (?i:hour|honest|heir|(?!one\b|once\b|use|eu|uni(?![mn]))[aeiou]))")
