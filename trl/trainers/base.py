@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset
+from trl.data.encode import Encoded, EncodeSettings, decode, encode_dataset
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
 from trl.errors import ConfigError, suggest
@@ -87,7 +87,7 @@ class BaseTrainer(Trainer):
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer)
         self.tokenizer_ = tokenizer_of(self.processing_class)
-        self.reports: dict[str, EncodingReport] = {}
+        self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,
@@ -208,16 +208,16 @@ class BaseTrainer(Trainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            encoded, self.reports[name] = encode_dataset(
+            self.encoded[name] = encode_dataset(
                 rows, self.tokenizer_, settings=self.encode_settings(split), name=name
             )
-        return encoded
+        return self.encoded[name].dataset
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
         rows = self.train_dataset.take(n)
         preview_examples([example for row in rows for example in decode(row)][:n], self.tokenizer_)
-        print(self.reports["train"])
+        print(self.encoded["train"].report)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset

@@ -29,7 +29,7 @@ def write_model_card(
     title = model_name or Path(trainer.args.output_dir).resolve().name
     options = "\n".join(f"| `{name}` | {getattr(trainer.args, name)} |" for name in SHOWN)
     versions = "\n".join(f"- {name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    reports = "\n".join(f"- {name}: {report}" for name, report in trainer.reports.items())
+    reports = "\n".join(f"- {encoded.report}" for encoded in trainer.encoded.values())
     text = (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n"
         f"{f'`{base}`' if base else 'A model made from a configuration'}, trained with {method} by "

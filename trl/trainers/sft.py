@@ -110,7 +110,7 @@ class SFTTrainer(BaseTrainer):
     def encode_settings(self, split: str) -> EncodeSettings:
         args = self.args
         return EncodeSettings(
-            kinds=("language_modeling", "prompt_completion"),
+            kind=("language_modeling", "prompt_completion", "tokenized"),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
