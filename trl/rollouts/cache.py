@@ -1,0 +1,288 @@
+"""Keys and values of a batch of samples, with each prompt's held once.
+
+A row (one sample) at position t attends to its prompt's keys K_p, which all samples of the prompt read from one copy,
+and to its own keys K_o. The two softmaxes are computed apart and merged by their normalisers:
+
+    o_p, ℓ_p = softmax(q K_pᵀ) V_p, logsumexp(q K_pᵀ)       o_o, ℓ_o likewise
+    o = o_o + σ(ℓ_p − ℓ_o) · (o_p − o_o)
+
+which is the softmax over both (Juravsky et al. 2024, "Hydragen", equation 5). The M rows of a prompt stand side by
+side as one block of queries, so that K_p is read once a step, not once a row. Keys are written in place into buffers
+that grow by blocks; a row that leaves is overwritten by the last one.
+
+Shapes: B rows, P prompts, M the most rows of one prompt, S longest prompt, L own tokens, h key heads, g query heads
+per key head, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+BLOCK = 64
+"""Own tokens by which the buffers grow."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """Who reads what in the next step.
+
+    members  [P,M] rows of each prompt, filled up with row 0
+    place    [B] where a row stands among the P·M
+    prefix   [P] prompt tokens in the cache; `longest_prefix` is their maximum S
+    written  [B] own tokens before this step; `longest` is their maximum
+    level    whether all rows have written the same count
+    """
+
+    members: Tensor
+    place: Tensor
+    prefix: Tensor
+    written: Tensor
+    longest_prefix: int
+    longest: int
+    level: bool
+    full_prompts: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.place)
+
+    @property
+    def position(self) -> Tensor:
+        """Position [B] of the token that each row reads in this step."""
+        return self.prefix[self.place // self.members.shape[1]] + self.written
+
+    def advance(self) -> None:
+        self.written += 1
+        self.longest += 1
+
+    def own_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Bias [B,1,1,L] of own keys, L with this step's; None where every row sees them all."""
+        if self.level and (window is None or self.longest < window):
+            return None
+        back = self.written[:, None] - torch.arange(self.longest + 1, device=self.written.device)
+        seen = back >= 0 if window is None else (back >= 0) & (back < window)
+        return _bias(seen, dtype)[:, None, None]
+
+    def prompt_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Bias [P,1,M,1,S] of prompt keys; M is 1 where a prompt's rows see the same. None where all is seen."""
+        windowed = window is not None and self.longest_prefix + self.longest >= window
+        if self.full_prompts and not windowed:
+            return None
+        key = torch.arange(self.longest_prefix, device=self.prefix.device)
+        seen = (key < self.prefix[:, None])[:, None]
+        if windowed:
+            seen = seen & (self.position[self.members][:, :, None] - key < window)
+        return _bias(seen, dtype)[:, None, :, None]
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, the lowest finite number elsewhere (finite, so that a row that sees nothing stays a number)."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _room(buffer: Tensor | None, like: Tensor, rows: int, tokens: int) -> Tensor:
+    """A buffer [≥rows, h, ≥tokens, D] that holds what `buffer` held. `like` [·,h,·,D] gives heads, size and type."""
+    if buffer is not None and buffer.shape[0] >= rows and buffer.shape[2] >= tokens:
+        return buffer
+    old = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
+    grown = like.new_zeros(max(rows, old[0]), like.shape[1], max(tokens, old[1]), like.shape[3])
+    if buffer is not None:
+        grown[: old[0], :, : old[1]] = buffer
+    return grown
+
+
+def _partial(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention [·,h,Q,D] of queries [·,h,Q,D] to keys [·,h,K,D], and the logsumexp [·,h,Q,1] of its logits."""
+    logits = torch.matmul(query * scale, key.transpose(-1, -2)).float()
+    if softcap is not None:
+        logits = (logits / softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        logits = logits.add_(bias)
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(value.dtype), value) / total.to(value.dtype), top + total.log()
+
+
+class SharedPromptLayer(CacheLayerMixin):
+    """One layer's keys and values: of prompts [P,h,S,D] and of rows [B,h,L,D]; `window` of a sliding layer."""
+
+    is_sliding = False
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.plan: Plan | None = None
+        self.slots = slice(0, 0)
+        self.prompt_keys: Tensor | None = None
+        self.prompt_values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.plan is None:
+            self._write_prompts(key_states, value_states)
+            return key_states, value_states
+        return self._write_rows(key_states, value_states, self.plan)
+
+    def _write_prompts(self, key: Tensor, value: Tensor) -> None:
+        """Keep the prefilled keys [·,h,T,D] of the prompts in `slots`."""
+        size = (self.slots.stop, key.shape[2])
+        self.prompt_keys, self.prompt_values = (
+            _room(self.prompt_keys, key, *size),
+            _room(self.prompt_values, value, *size),
+        )
+        self.prompt_keys[self.slots, :, : key.shape[2]] = key
+        self.prompt_values[self.slots, :, : key.shape[2]] = value
+
+    def _write_rows(self, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Write this step's keys [B,h,1,D] behind each row's own, and return all of them [B,h,L,D]."""
+        size = (plan.rows, -(-(plan.longest + 1) // BLOCK) * BLOCK)
+        self.keys, self.values = _room(self.keys, key, *size), _room(self.values, value, *size)
+        if plan.level:
+            self.keys[: plan.rows, :, plan.longest] = key[:, :, 0]
+            self.values[: plan.rows, :, plan.longest] = value[:, :, 0]
+        else:
+            rows = torch.arange(plan.rows, device=key.device)
+            self.keys[rows, :, plan.written] = key[:, :, 0]
+            self.values[rows, :, plan.written] = value[:, :, 0]
+        return self.keys[: plan.rows, :, : plan.longest + 1], self.values[: plan.rows, :, : plan.longest + 1]
+
+    def move_rows(self, target: Tensor, source: Tensor, tokens: int) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
+    def move_prompt(self, target: int, source: int) -> None:
+        if self.prompt_keys is not None:
+            self.prompt_keys[target] = self.prompt_keys[source]
+            self.prompt_values[target] = self.prompt_values[source]
+
+    def reserve_prompts(self, prompts: int) -> None:
+        """Slots for so many prompts, also for those that have nothing to prefill."""
+        if self.prompt_keys is not None:
+            keys, values = self.prompt_keys, self.prompt_values
+            self.prompt_keys = _room(keys, keys, prompts, keys.shape[2])
+            self.prompt_values = _room(values, values, prompts, values.shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.plan is None else self.plan.longest_prefix + self.plan.longest
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SharedPromptCache(Cache):
+    """A `transformers` cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
+
+    In prefill the model runs its usual attention on right-padded prompts. In decode it runs `attend`, within
+    `decoding(configs)`, on one token [B,1] per row at positions `plan.position`.
+    """
+
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        super().__init__(layers=[SharedPromptLayer(window) for window in windows])
+        self.plan: Plan | None = None
+        self.current = self.layers[0]
+        self._biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
+
+    def prefill(self, slots: slice) -> None:
+        """The next forward's rows are the prompts of `slots`."""
+        self._enter(None)
+        for layer in self.layers:
+            layer.slots = slots
+
+    def decode(self, plan: Plan) -> None:
+        """The next forward is one step of `plan`."""
+        self._enter(plan)
+        self._biases = {
+            window: (plan.own_bias(window, torch.float32), plan.prompt_bias(window, torch.float32))
+            for window in {layer.window for layer in self.layers}
+        }
+
+    def _enter(self, plan: Plan | None) -> None:
+        self.plan = plan
+        for layer in self.layers:
+            layer.plan = plan
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.current = self.layers[layer_idx]
+        return self.current.update(key_states, value_states)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        """Attention [B,1,hg,D] of queries [B,hg,1,D] to own keys [B,h,L,D] and to the prompts' in the cache."""
+        plan, layer = self.plan, self.current
+        own_bias, prompt_bias = self._biases[layer.window]
+        rows, heads, _, size = query.shape
+        scale = size**-0.5 if scaling is None else scaling
+        query = query.reshape(rows, key.shape[1], -1, size)
+        out, own = _partial(query, key, value, own_bias, scale, softcap)
+        if plan.longest_prefix:
+            shared, prompt = self._attend_prompts(query, prompt_bias, scale, softcap)
+            out = torch.lerp(out, shared, torch.sigmoid(prompt - own).to(out.dtype))
+        return out.reshape(rows, 1, heads, -1), None
+
+    def _attend_prompts(
+        self, query: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention [B,h,g,D] of queries [B,h,g,D] to their prompts' keys, and its logsumexp [B,h,g,1]."""
+        plan, layer = self.plan, self.current
+        (prompts, most), (heads, group, size) = plan.members.shape, query.shape[1:]
+        query = query.index_select(0, plan.members.flatten()).view(prompts, most, heads, group, size)
+        if bias is not None:
+            bias = bias.expand(-1, -1, most if bias.shape[2] > 1 else 1, group if bias.shape[2] > 1 else 1, -1)
+            bias = bias.reshape(prompts, 1, -1, bias.shape[-1])
+        key = layer.prompt_keys[:prompts, :, : plan.longest_prefix]
+        value = layer.prompt_values[:prompts, :, : plan.longest_prefix]
+        parts = _partial(
+            query.transpose(1, 2).reshape(prompts, heads, most * group, size), key, value, bias, scale, softcap
+        )
+        out, lse = (
+            part.view(prompts, heads, most, group, -1).transpose(1, 2).reshape(prompts * most, heads, group, -1)
+            for part in parts
+        )
+        return out.index_select(0, plan.place), lse.index_select(0, plan.place)
+
+    @contextmanager
+    def decoding(self, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+        """Models of these configs attend through this cache. No mask function has its name, so none is made."""
+        name, before = f"shared_prompt_{id(self)}", [config._attn_implementation for config in configs]
+        AttentionInterface.register(name, self.attend)
+        _set_attention(configs, [name] * len(configs))
+        try:
+            yield
+        finally:
+            _set_attention(configs, before)
+            AttentionInterface._global_mapping.pop(name)
+
+
+def _set_attention(configs: Sequence[PreTrainedConfig], names: Sequence[str]) -> None:
+    for config, name in zip(configs, names, strict=True):
+        config._attn_implementation_internal = name

@@ -1,0 +1,358 @@
+"""One step of many samples through a causal or encoder-decoder model, and who is in the batch.
+
+`SharedDecoder` holds every prompt's keys once (`cache.py`): full and sliding attention. `RepeatedDecoder` prefills (or
+encodes) every prompt once and repeats whatever cache the model makes: recurrent layers, encoder-decoders. Both take
+new samples while others are under way, and give the same logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from trl.rollouts.cache import Plan, SharedPromptCache
+from trl.rollouts.engine import Prompt
+
+PREFILL_TOKENS = 16_384
+"""Tokens, with padding, of one prefill at most."""
+
+LIKE_LENGTH = 0.75
+"""Prompts are prefilled together if the shortest has this fraction of the longest's tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """A sample under way: sample `sample` of prompt `index`, `limit` new tokens at most."""
+
+    index: int
+    sample: int
+    prompt: Prompt
+    limit: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Decoder(Protocol):
+    """Holds the rows of a batch. `reserved` are the tokens that they and their prompts may come to hold."""
+
+    @property
+    def reserved(self) -> int: ...
+
+    def cost(self, sequence: Sample) -> int:
+        """What admitting the sequence would add to `reserved`."""
+        ...
+
+    def admit(self, sequences: Sequence[Sample]) -> None:
+        """Add rows behind the present ones."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B,V] float32 after each row's last token: tokens [B], of a new row its prompt's last."""
+        ...
+
+    def keep(self, alive: Sequence[bool]) -> list[int]:
+        """Drop the other rows. Row i from now on is the row that was at `result[i]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model as the decoders see it: what is called, and the transformers model inside (the same without adapters)."""
+
+    model: nn.Module
+    inner: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.get_input_embeddings().weight.device
+
+    @property
+    def configs(self) -> list[PreTrainedConfig]:
+        """Every config that a submodule reads, once."""
+        held = (getattr(module, "config", None) for module in self.inner.modules())
+        return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
+
+    def accepts(self, argument: str) -> bool:
+        return argument in inspect.signature(self.inner.forward).parameters
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """Logits [B,V] float32 of the last position. Arguments that the model does not take are left out."""
+        optional = {"logits_to_keep": 1} | {k: inputs.pop(k) for k in ("position_ids",) if k in inputs}
+        inputs |= {name: value for name, value in optional.items() if self.accepts(name)}
+        return self.model(**inputs, use_cache=True, return_dict=True).logits[:, -1].float()
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids [B,T] filled up with 0, and the mask [B,T] of real ones."""
+    longest = max(map(len, rows))
+    fill = [[0] * (longest - len(row)) for row in rows]
+    ids = [f + list(r) if left else list(r) + f for r, f in zip(rows, fill, strict=True)]
+    mask = [f + [1] * len(r) if left else [1] * len(r) + f for r, f in zip(rows, fill, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+# ── one copy of each prompt ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def attention_windows(inner: PreTrainedModel) -> list[int | None] | None:
+    """The sliding window of every layer (None: full attention), or None where some layer is neither."""
+    config = inner.config.get_text_config(decoder=True)
+    if inner.config.is_encoder_decoder or not inner._supports_attention_backend:
+        return None
+    layers = DynamicCache(config=config).layers
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    if chunked or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+
+
+class SharedDecoder:
+    """Rows that read one copy of their prompt's keys. All but a prompt's last token is prefilled; a row starts with it."""
+
+    def __init__(self, policy: Policy, windows: Sequence[int | None], samples: int) -> None:
+        self.policy, self.samples = policy, samples
+        self.cache = SharedPromptCache(windows)
+        self.configs = policy.configs
+        self.rows: list[Sample] = []
+        self.slots: list[int] = []
+        self.prompts: dict[int, Prompt] = {}
+        self.unfinished: dict[int, int] = {}
+        self.plan: Plan | None = None
+
+    @property
+    def reserved(self) -> int:
+        return sum(len(self.prompts[index]) for index in self.slots) + sum(row.limit for row in self.rows)
+
+    def cost(self, sequence: Sample) -> int:
+        return sequence.limit + (0 if sequence.index in self.prompts else len(sequence.prompt))
+
+    def admit(self, sequences: Sequence[Sample]) -> None:
+        new = {s.index: s.prompt for s in sequences if s.index not in self.prompts}
+        for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
+            self._prefill(batch, [new[index].ids[:-1] for index in batch])
+        for layer in self.cache.layers:
+            layer.reserve_prompts(len(self.slots))
+        self.prompts |= new
+        self.unfinished |= dict.fromkeys(new, self.samples)
+        self.rows += sequences
+        self._replan()
+
+    def _prefill(self, batch: list[int], prefixes: list[Sequence[int]]) -> None:
+        self.cache.prefill(slice(len(self.slots), len(self.slots) + len(batch)))
+        self.slots += batch
+        if not prefixes[0]:
+            return
+        ids, _ = pad(prefixes, self.policy.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.cache.decode(self.plan)
+        with self.cache.decoding(self.configs):
+            logits = self.policy.forward(
+                input_ids=tokens[:, None], position_ids=self.plan.position[:, None], past_key_values=self.cache
+            )
+        self.plan.advance()
+        return logits
+
+    def keep(self, alive: Sequence[bool]) -> list[int]:
+        for row, lives in zip(self.rows, alive, strict=True):
+            self.unfinished[row.index] -= not lives
+        kept = fill_holes(alive)
+        moved = [target for target, source in enumerate(kept) if target != source]
+        if moved:
+            target, source = (
+                torch.tensor(rows, device=self.policy.device) for rows in (moved, [kept[t] for t in moved])
+            )
+            for layer in self.cache.layers:
+                layer.move_rows(target, source, self.plan.longest)
+        self.rows = [self.rows[source] for source in kept]
+        self._retire_prompts()
+        if self.rows:
+            self._replan()
+        return kept
+
+    def _retire_prompts(self) -> None:
+        kept = fill_holes([self.unfinished[index] > 0 for index in self.slots])
+        for target, source in enumerate(kept):
+            if target != source:
+                for layer in self.cache.layers:
+                    layer.move_prompt(target, source)
+        self.slots = [self.slots[source] for source in kept]
+        self.prompts = {index: self.prompts[index] for index in self.slots}
+
+    def _replan(self) -> None:
+        slot_of = {index: slot for slot, index in enumerate(self.slots)}
+        members: list[list[int]] = [[] for _ in self.slots]
+        spots = []
+        for row, sequence in enumerate(self.rows):
+            slot = slot_of[sequence.index]
+            spots.append((slot, len(members[slot])))
+            members[slot].append(row)
+        most = max(map(len, members))
+        prefix = [len(self.prompts[index]) - 1 for index in self.slots]
+        written = [len(row.ids) for row in self.rows]
+        tensor = lambda numbers: torch.tensor(numbers, device=self.policy.device)  # noqa: E731
+        self.plan = Plan(
+            members=tensor([rows + [0] * (most - len(rows)) for rows in members]),
+            place=tensor([slot * most + spot for slot, spot in spots]),
+            prefix=tensor(prefix),
+            written=tensor(written),
+            longest_prefix=max(prefix),
+            longest=max(written),
+            level=min(written) == max(written),
+            full_prompts=min(prefix) == max(prefix),
+        )
+
+
+def like_lengths(lengths: dict[int, int]) -> Iterator[list[int]]:
+    """Keys in batches of like lengths, longest first, within `PREFILL_TOKENS`."""
+    batch: list[int] = []
+    for key in sorted(lengths, key=lengths.__getitem__, reverse=True):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (lengths[key] < LIKE_LENGTH * longest or (len(batch) + 1) * longest > PREFILL_TOKENS):
+            yield batch
+            batch = []
+        batch.append(key)
+    if batch:
+        yield batch
+
+
+def fill_holes(alive: Sequence[bool]) -> list[int]:
+    """The rows to keep, the last ones put where others leave, so that few rows move."""
+    count = sum(alive)
+    last = iter([row for row in range(count, len(alive)) if alive[row]])
+    return [row if alive[row] else next(last) for row in range(count)]
+
+
+def proves_sharing(policy: Policy, windows: Sequence[int | None]) -> bool:
+    """Whether a shared prompt gives the logits of a plain forward, on two samples of five tokens.
+
+    Position schemes and attention variants are many; a model whose attention is not the one in `cache.py` shows here.
+    """
+    vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
+    *prompt, first, second = (token % vocabulary for token in (11, 7, 5, 3, 2, 13))
+    rows = [Sample(0, sample, Prompt(prompt), 4) for sample in range(2)]
+    decoder = SharedDecoder(policy, windows, samples=2)
+    decoder.admit(rows)
+    decoder.step(torch.tensor([prompt[-1]] * 2, device=policy.device))
+    ours = decoder.step(torch.tensor([first, second], device=policy.device))
+    whole = torch.tensor([[*prompt, first], [*prompt, second]], device=policy.device)
+    plain = policy.model(input_ids=whole, use_cache=False, return_dict=True).logits[:, -1].float()
+    tolerance = 1e-3 if policy.inner.dtype == torch.float32 else 5e-2
+    return bool((ours - plain).abs().max() <= tolerance * (1 + plain.abs().max()))
+
+
+# ── the cache repeated ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Cohort:
+    """Rows that were admitted together: their cache, mask [R,T], encoder states, and logits [R,V] not yet handed out."""
+
+    rows: list[Sample]
+    cache: Cache
+    mask: Tensor
+    encoded: Tensor | None
+    logits: Tensor | None
+
+    def select(self, index: Tensor) -> None:
+        """Row i becomes what row `index[i]` was."""
+        self.cache.reorder_cache(index)
+        self.mask = self.mask[index]
+        self.encoded = None if self.encoded is None else self.encoded[index]
+        self.logits = None if self.logits is None else self.logits[index]
+
+
+class RepeatedDecoder:
+    """Rows with a copy each of their prompt's cache. Every wave of admissions is a cohort with a cache of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.cohorts: list[Cohort] = []
+
+    @property
+    def reserved(self) -> int:
+        return sum(self.cost(row) for cohort in self.cohorts for row in cohort.rows)
+
+    def cost(self, sequence: Sample) -> int:
+        return len(sequence.prompt) + sequence.limit
+
+    def admit(self, sequences: Sequence[Sample]) -> None:
+        order = {index: number for number, index in enumerate(dict.fromkeys(s.index for s in sequences))}
+        prompts = {s.index: s.prompt.ids for s in sequences}
+        start = self._encode if self.policy.inner.config.is_encoder_decoder else self._prefill
+        cohort = start([prompts[index] for index in order])
+        cohort.rows = list(sequences)
+        cohort.select(torch.tensor([order[s.index] for s in sequences], device=self.policy.device))
+        self.cohorts.append(cohort)
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> Cohort:
+        ids, mask = pad(prompts, self.policy.device, left=True)
+        cache = DynamicCache(config=self.policy.inner.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.policy.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        return Cohort([], cache, mask, None, logits)
+
+    def _encode(self, prompts: list[Sequence[int]]) -> Cohort:
+        ids, mask = pad(prompts, self.policy.device)
+        encoded = self.policy.inner.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+        config = self.policy.inner.config
+        cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        cohort = Cohort([], cache, mask, encoded, None)
+        start = decoder_start(self.policy.inner)
+        cohort.logits = self._decode(cohort, torch.full_like(ids[:, 0], start))
+        return cohort
+
+    def _decode(self, cohort: Cohort, tokens: Tensor) -> Tensor:
+        return self.policy.forward(
+            encoder_outputs=(cohort.encoded,),
+            attention_mask=cohort.mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=cohort.cache,
+        )
+
+    def _continue(self, cohort: Cohort, tokens: Tensor) -> Tensor:
+        cohort.mask = torch.cat([cohort.mask, torch.ones_like(cohort.mask[:, :1])], 1)
+        return self.policy.forward(
+            input_ids=tokens[:, None],
+            attention_mask=cohort.mask,
+            position_ids=cohort.mask.sum(-1, keepdim=True) - 1,
+            past_key_values=cohort.cache,
+        )
+
+    def step(self, tokens: Tensor) -> Tensor:
+        parts = tokens.split([len(cohort.rows) for cohort in self.cohorts])
+        return torch.cat([self._step(cohort, part) for cohort, part in zip(self.cohorts, parts, strict=True)])
+
+    def _step(self, cohort: Cohort, tokens: Tensor) -> Tensor:
+        if cohort.logits is not None:
+            logits, cohort.logits = cohort.logits, None
+            return logits
+        return (self._continue if cohort.encoded is None else self._decode)(cohort, tokens)
+
+    def keep(self, alive: Sequence[bool]) -> list[int]:
+        kept, start = [], 0
+        for cohort in self.cohorts:
+            stay = [row for row in range(len(cohort.rows)) if alive[start + row]]
+            kept += [start + row for row in stay]
+            start += len(cohort.rows)
+            if len(stay) < len(cohort.rows):
+                cohort.rows = [cohort.rows[row] for row in stay]
+                if stay:
+                    cohort.select(torch.tensor(stay, device=self.policy.device))
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
+        return kept
+
+
+def decoder_start(inner: PreTrainedModel) -> int:
+    """The token that an encoder-decoder's completions start from."""
+    start = inner.generation_config.decoder_start_token_id
+    return inner.generation_config.bos_token_id if start is None else start

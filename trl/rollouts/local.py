@@ -1,0 +1,247 @@
+"""The rollout engine that samples in process, from the very model that is trained.
+
+    admit waiting samples while the tokens alive stay under the limit ─▶ one step for all rows ─▶ draw, append
+      ▲                                                                                             │
+      └──────────────────────────── finished rows leave, their room is free ◀───────────────────────┘
+
+Every prompt is prefilled once, and its samples read one copy of its keys (`decoders.py`). What the loop cannot do (beam
+search, inputs beside the tokens, …) is left to `model.generate`, with one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from trl.errors import ConfigError, DataError, ModelError
+from trl.rollouts.decoders import (
+    Decoder,
+    Policy,
+    RepeatedDecoder,
+    Sample,
+    SharedDecoder,
+    attention_windows,
+    decoder_start,
+    proves_sharing,
+)
+from trl.rollouts.engine import FinishReason, Prompt, Rollout
+from trl.rollouts.generate import generate_rollouts
+from trl.rollouts.sampler import GENERATE_ONLY, Sampler, options_set
+from trl.rollouts.sampling import SamplingParams, with_seed
+from trl.rollouts.stopping import Stopper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Path = Literal["shared", "repeated", "generate"]
+
+
+class LocalEngine:
+    """Samples from `model` as it is at the call, adapters included: a `RolloutEngine`.
+
+    `max_tokens_alive` limits the tokens that prompts and samples under way may come to hold (a shared prompt counts
+    once, a sample for its `max_new_tokens`); samples beyond wait. One sample is always admitted. The tokenizer is
+    needed for stop strings, and names an end-of-sequence token besides the model's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_tokens_alive: int = 65_536,
+        progress: bool = True,
+    ) -> None:
+        if max_tokens_alive < 1:
+            raise ConfigError(f"max_tokens_alive={max_tokens_alive}: give a positive number of tokens.")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_tokens_alive, self.progress = max_tokens_alive, progress
+        self._paths: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
+        self._said: set[str] = set()
+
+    def sync(self, model: nn.Module, step: int) -> None:
+        """Sample from `model` from now on. Its weights are read in place, so nothing is copied."""
+        self.model = model
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
+        """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`.
+
+        Raises ConfigError (n, stop strings without a tokenizer), DataError (a prompt that is empty or leaves no room
+        in the model's context, by its index) and ModelError (a model that does not generate).
+        """
+        if n < 1:
+            raise ConfigError(f"n={n}: give the number of samples per prompt, at least 1.")
+        policy, params = unwrap(self.model), with_seed(params)
+        stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
+        limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
+        with torch.no_grad(), evaluating(policy.model), self._bar(len(prompts) * n) as bar:
+            path = self._path(policy, prompts, params)
+            if path == "generate":
+                return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
+            decoder = (
+                SharedDecoder(policy, attention_windows(policy.inner), n)
+                if path == "shared"
+                else RepeatedDecoder(policy)
+            )
+            rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
+            sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
+            return _Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar).run(rows, len(prompts))
+
+    def _stop_tokens(self, inner: PreTrainedModel, params: SamplingParams) -> set[int]:
+        stops = set(params.stop_token_ids)
+        if params.ignore_eos:
+            return stops
+        eos = inner.generation_config.eos_token_id
+        stops |= set(eos) if isinstance(eos, list) else {eos}
+        if self.tokenizer is not None:
+            stops.add(self.tokenizer.eos_token_id)
+        return stops - {None}
+
+    def _bar(self, samples: int) -> tqdm:
+        return tqdm(
+            total=samples, desc="Sampling", unit="sample", delay=2, leave=False, disable=None if self.progress else True
+        )
+
+    def _path(self, policy: Policy, prompts: Sequence[Prompt], params: SamplingParams) -> Path:
+        if options := options_set(params, GENERATE_ONLY):
+            return self._resign(f"{options[0]} of the generation config is left to model.generate")
+        if any(prompt.inputs for prompt in prompts):
+            return self._resign("prompts with inputs beside their tokens are left to model.generate")
+        if policy.model not in self._paths:
+            self._paths[policy.model] = model_path(policy)
+        if self._paths[policy.model] == "generate":
+            return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
+        return self._paths[policy.model]
+
+    def _resign(self, reason: str) -> Path:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"{reason}: same distribution, one prompt at a time, and slower.", stacklevel=4)
+        return "generate"
+
+
+class _Round:
+    """One call of `generate`: the loop, and the rows under way in the order of the decoder's."""
+
+    def __init__(
+        self, policy: Policy, decoder: Decoder, sampler: Sampler, stopper: Stopper, budget: int, bar: tqdm
+    ) -> None:
+        self.policy, self.decoder, self.sampler, self.stopper = policy, decoder, sampler, stopper
+        self.budget, self.bar = budget, bar
+        self.rows: list[Sample] = []
+        self.tokens = torch.empty(0, dtype=torch.long, device=policy.device)
+        self.vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
+
+    def run(self, rows: list[Sample], prompts: int) -> list[list[Rollout]]:
+        done: list[dict[int, Rollout]] = [{} for _ in range(prompts)]
+        waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+        while waiting or self.rows:
+            self._admit(waiting)
+            reasons = self._step()
+            if any(reasons):
+                for row, reason in zip(self.rows, reasons, strict=True):
+                    if reason:
+                        done[row.index][row.sample] = Rollout(tuple(row.ids), tuple(row.logprobs), reason)
+                self._drop([reason is None for reason in reasons])
+        return [[samples[i] for i in sorted(samples)] for samples in done]
+
+    def _admit(self, waiting: deque[Sample]) -> None:
+        """Take samples while they fit; not before an eighth of the room is free, so that prefills stay few."""
+        if not waiting or (self.rows and self.decoder.reserved > self.budget * 7 / 8):
+            return
+        room, new = self.budget - self.decoder.reserved, []
+        prompts: set[int] = set()
+        while waiting:
+            cost = waiting[0].limit if waiting[0].index in prompts else self.decoder.cost(waiting[0])
+            if cost > room and (new or self.rows):
+                break
+            room -= cost
+            prompts.add(waiting[0].index)
+            new.append(waiting.popleft())
+        if new:
+            self._enter(new)
+
+    def _enter(self, new: list[Sample]) -> None:
+        self.decoder.admit(new)
+        encoder = self.policy.inner.config.is_encoder_decoder
+        contexts = [[decoder_start(self.policy.inner)] if encoder else row.prompt.ids for row in new]
+        self.sampler.admit(new, contexts, self.vocabulary)
+        self.rows += new
+        self.tokens = torch.cat([self.tokens, self.tokens.new_tensor([context[-1] for context in contexts])])
+
+    def _step(self) -> list[FinishReason | None]:
+        logits = self.decoder.step(self.tokens)
+        self.tokens, logprobs = self.sampler.sample(logits)
+        for row, token, logprob in zip(self.rows, self.tokens.tolist(), logprobs.tolist(), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+        return [self.stopper.reason(row.ids, row.limit) for row in self.rows]
+
+    def _drop(self, alive: list[bool]) -> None:
+        self.bar.update(len(alive) - sum(alive))
+        kept = self.decoder.keep(alive)
+        self.sampler.keep(kept)
+        self.rows = [self.rows[row] for row in kept]
+        self.tokens = self.tokens[torch.tensor(kept, dtype=torch.long, device=self.tokens.device)]
+
+
+def unwrap(model: nn.Module) -> Policy:
+    """The policy without its data-parallel wrapper. Raises ModelError for what is no generating transformers model."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
+        raise ModelError(
+            f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
+        )
+    return Policy(model, inner)
+
+
+def model_path(policy: Policy) -> Path:
+    """The fastest way that the model allows."""
+    if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
+        return "generate"
+    if not policy.accepts("past_key_values") or not policy.inner._supports_default_dynamic_cache():
+        return "generate"
+    windows = attention_windows(policy.inner) if policy.accepts("position_ids") else None
+    return "shared" if windows is not None and proves_sharing(policy, windows) else "repeated"
+
+
+def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:
+    """Tokens that may be sampled after this prompt: what was asked for, or what the model's context leaves."""
+    if not len(prompt):
+        raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
+    limit = min(params.max_new_tokens, prompt.max_new_tokens or params.max_new_tokens)
+    longest = params.generation_config.max_length if params.generation_config is not None else None
+    if inner.config.is_encoder_decoder:
+        return limit if longest is None else min(limit, longest - 1)
+    context = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    for name, total in (("the generation config's max_length", longest), ("the model's context", context)):
+        if total is not None and len(prompt) >= total:
+            raise DataError(f"prompts[{index}] has {len(prompt)} tokens, {name} is {total}: shorten the prompt.")
+        limit = limit if total is None else min(limit, total - len(prompt))
+    return limit
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode (no dropout, no gradient checkpointing); every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,138 @@
+"""The next token of every row of a batch: `sampling.py` applied to rows that come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from trl.rollouts.sampling import SamplingParams, ban, chosen_logprobs, draw, inverse_cdf, penalize, stream, uniform
+
+if TYPE_CHECKING:
+    from trl.rollouts.decoders import Sample
+
+GENERATE_ONLY = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "guidance_scale": 1,
+    "token_healing": False,
+    "use_mtp": False,
+} | (
+    dict.fromkeys(
+        ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "constraints", "force_words_ids", "max_time")
+    )
+)
+"""Options that change the decoding loop itself, and the value at which they do nothing: only `generate` has them."""
+
+PROCESSED = (
+    {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "min_length": 0}
+    | {"top_h": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+    | {"remove_invalid_values": False, "renormalize_logits": False}
+    | dict.fromkeys(
+        ("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "watermarking_config")
+    )
+    | dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
+)
+"""Options that change logits, and the value at which they do nothing: the processors of `transformers`, row by row."""
+
+
+def options_set(params: SamplingParams, neutral: dict[str, Any]) -> list[str]:
+    """Which of these options `params.generation_config` sets to something that has an effect."""
+    config = params.generation_config
+    return [] if config is None else [k for k, nothing in neutral.items() if getattr(config, k) not in (None, nothing)]
+
+
+def full_config(params: SamplingParams, stops: Sequence[int], context: int, limit: int) -> GenerationConfig:
+    """All of `params` as `transformers` reads it, after `context` tokens and for `limit` new ones."""
+    rest = params.generation_config
+    config = GenerationConfig() if rest is None else GenerationConfig.from_dict(rest.to_dict())
+    drawn = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+    for name, value in (drawn if not params.greedy else {}).items():
+        setattr(config, name, value)
+    config.do_sample = not params.greedy
+    config.repetition_penalty = params.repetition_penalty
+    config.min_new_tokens = params.min_new_tokens
+    config.max_new_tokens, config.max_length = limit, context + limit
+    config.eos_token_id = list(stops) or None
+    return config
+
+
+class Sampler:
+    """Draws each row's next token. Rows stand in the order of the decoder's.
+
+    keys, positions  [B] int64: a row's random stream, and how many tokens it has drawn
+    seen             [B,V] which tokens a row's prompt and completion hold; None without repetition penalty
+    """
+
+    def __init__(
+        self, params: SamplingParams, inner: PreTrainedModel, stops: Sequence[int], device: torch.device
+    ) -> None:
+        self.params, self.inner, self.device = params, inner, device
+        self.stops = torch.tensor(sorted(stops), device=device, dtype=torch.long)
+        self.keys = torch.empty(0, dtype=torch.long, device=device)
+        self.positions = torch.empty(0, dtype=torch.long, device=device)
+        self.seen: Tensor | None = None
+        self.rows: list[Sample] = []
+        self.contexts: dict[int, Sequence[int]] = {}
+        self.processors: dict[int, LogitsProcessorList] = {}
+        self.processed = bool(options_set(params, PROCESSED))
+
+    def admit(self, sequences: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
+        """Add rows. A row's context is the tokens before its first, in the stream that it continues."""
+        index = torch.tensor([s.index for s in sequences], device=self.device)
+        sample = torch.tensor([s.sample for s in sequences], device=self.device)
+        self.keys = torch.cat([self.keys, stream(self.params.seed, index, sample)])
+        self.positions = torch.cat([self.positions, torch.zeros_like(index)])
+        self.rows = [*self.rows, *sequences]
+        self.contexts |= {s.index: context for s, context in zip(sequences, contexts, strict=True)}
+        if self.params.repetition_penalty != 1:
+            seen = torch.zeros(len(sequences), vocabulary, dtype=torch.bool, device=self.device)
+            for row, context in zip(seen, contexts, strict=True):
+                row[torch.tensor(list(context), device=self.device)] = True
+            self.seen = seen if self.seen is None else torch.cat([self.seen, seen])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self.device, dtype=torch.long)
+        self.keys, self.positions = self.keys[index], self.positions[index]
+        self.seen = None if self.seen is None else self.seen[index]
+        self.rows = [self.rows[row] for row in rows]
+
+    def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log-probabilities [B] under the unmodified policy, from logits [B,V] float32."""
+        u = uniform(self.keys, self.positions)
+        tokens = self._draw_processed(logits, u) if self.processed else draw(self._modify(logits), self.params, u)
+        self.positions = self.positions + 1
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens, chosen_logprobs(logits, tokens, self.params.temperature)
+
+    def _modify(self, logits: Tensor) -> Tensor:
+        if self.seen is not None:
+            logits = penalize(logits, self.seen, self.params.repetition_penalty)
+        young = self.positions < self.params.min_new_tokens
+        if self.params.min_new_tokens and len(self.stops) and bool(young.any()):
+            logits = ban(logits, self.stops, young)
+        return logits
+
+    def _draw_processed(self, logits: Tensor, u: Tensor) -> Tensor:
+        scores = torch.cat([self._process(row, logits[i : i + 1]) for i, row in enumerate(self.rows)])
+        return scores.argmax(-1) if self.params.greedy else inverse_cdf(scores.softmax(-1), u)
+
+    def _process(self, row: Sample, logits: Tensor) -> Tensor:
+        """Scores [1,V] after the processors that `generate` would run, on this row's own unpadded tokens."""
+        context = self.contexts[row.index]
+        if row.index not in self.processors:
+            self.processors[row.index] = self._processors(row, len(context))
+        ids = torch.tensor([[*context, *row.ids]], device=self.device)
+        return self.processors[row.index](ids, logits)
+
+    def _processors(self, row: Sample, context: int) -> LogitsProcessorList:
+        config = full_config(self.params, self.stops.tolist(), context, row.limit)
+        self.inner._prepare_special_tokens(config, device=self.device)
+        prompt = torch.tensor([list(row.prompt.ids)], device=self.device)
+        return self.inner._get_logits_processor(
+            config, input_ids_seq_length=context, encoder_input_ids=prompt, device=self.device
+        )

@@ -1,0 +1,259 @@
+"""How the next token is chosen, and what the policy thought of it.
+
+With logits z of one position and temperature τ:
+
+    log π(v) = z_v/τ − log Σ_u exp(z_u/τ)                      reported, whatever follows
+    z′       = penalty and bans applied to z                   repetition penalty (Keskar et al. 2019, section 4.1)
+    q(v)     ∝ exp(z′_v/τ) · [v among the top k] · [v in the nucleus of mass p] · [q_v ≥ min_p · max q]
+    token    = min {v : Σ_{u≤v} q(u) > U},   U uniform on [0, 1)
+
+Nucleus: Holtzman et al. 2020, section 3.1 (the smallest set of most likely tokens whose mass reaches top_p, taken
+after top-k). min-p: Nguyen et al. 2024, section 3. U is a hash of (seed, prompt, sample, position), so that a sample
+does not depend on what else is in the batch. Equal logits are told apart by token id. Logits themselves move by about
+1e-6 with the shape of a batch: where U falls that close to a boundary, or two greedy logits lie that close, the choice may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+BLOCK = 256
+"""Tokens whose probabilities are summed before a block is searched for the sampled one."""
+
+NUCLEUS = 512
+"""Most likely tokens that are sorted for top-p before the whole vocabulary is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What to sample and when to stop. A `GenerationConfig` becomes one through `from_generation_config`."""
+
+    temperature: float = 1.0
+    """Divides the logits. 0 takes the most likely token; log-probabilities are then those of temperature 1."""
+
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 for all."""
+
+    top_p: float = 1.0
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
+
+    min_p: float = 0.0
+    """Sample only tokens at least this fraction as likely as the most likely one."""
+
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens seen in prompt or completion are divided by it, negative ones multiplied."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; they stay in it."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the model's end-of-sequence tokens."""
+
+    ignore_eos: bool = False
+    """Sample on after an end-of-sequence token."""
+
+    max_new_tokens: int = 256
+    """Tokens sampled at most."""
+
+    min_new_tokens: int = 0
+    """Tokens sampled before anything may end a completion; stop tokens are not sampled until then."""
+
+    seed: int | None = None
+    """Same seed, same samples. None takes one from torch's random state at every call."""
+
+    generation_config: GenerationConfig | None = None
+    """Options of `transformers` that have no field here (bad words, n-gram bans, beams, …), applied by it."""
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value or ()))
+        for name, allowed, wanted in _RANGES:
+            if not allowed(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give {wanted}.")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: "
+                "lower the first or raise the second."
+            )
+        _check_agreement(self)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig, **changes: Any) -> SamplingParams:
+        """The parameters that `config` describes; what has no field here stays in `generation_config`.
+
+        `do_sample=False`, or unset, is temperature 0, as in `generate`. `changes` replace fields of the result.
+        """
+        rest = type(config).from_dict(config.to_dict())
+        given = {ours: getattr(config, theirs) for ours, theirs in _SHARED.items()}
+        for theirs in (*_SHARED.values(), "do_sample", "eos_token_id"):
+            setattr(rest, theirs, None)
+        fields = {name: value for name, value in given.items() if value is not None}
+        if not config.do_sample:
+            fields["temperature"] = 0.0
+        fields["stop_token_ids"] = config.eos_token_id if config.eos_token_id is not None else ()
+        return cls(**(fields | {"generation_config": rest} | changes))
+
+
+_RANGES = (
+    ("temperature", lambda x: x >= 0, "0 (greedy) or a positive number"),
+    ("top_k", lambda x: x >= 0, "a count of tokens, or 0 for all"),
+    ("top_p", lambda x: 0 < x <= 1, "a probability above 0 and up to 1"),
+    ("min_p", lambda x: 0 <= x <= 1, "a fraction from 0 to 1"),
+    ("repetition_penalty", lambda x: x > 0, "a positive number (1 is no penalty)"),
+    ("max_new_tokens", lambda x: x >= 1, "at least 1"),
+    ("min_new_tokens", lambda x: x >= 0, "0 or more"),
+)
+
+_SHARED = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "stop": "stop_strings",
+    "max_new_tokens": "max_new_tokens",
+    "min_new_tokens": "min_new_tokens",
+}
+
+
+def _check_agreement(params: SamplingParams) -> None:
+    """An option given both here and in the `GenerationConfig` must not be lost silently."""
+    config = params.generation_config
+    for ours, theirs in _SHARED.items() if config is not None else ():
+        value = getattr(config, theirs)
+        if value is not None and value != getattr(params, ours):
+            raise ConfigError(
+                f"generation_config.{theirs}={value!r} but SamplingParams.{ours}={getattr(params, ours)!r}: "
+                "use SamplingParams.from_generation_config(config), which reads both."
+            )
+
+
+def with_seed(params: SamplingParams) -> SamplingParams:
+    """The parameters with a seed: the given one, or the next number of torch's random state."""
+    return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ()).item()))
+
+
+# ── random numbers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _wrap(number: int) -> int:
+    """A 64-bit pattern as the signed integer that torch holds."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN, _MIX1, _MIX2 = map(_wrap, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al. 2014, figure 14). int64 of any shape; shifts are logical."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX1
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MIX2
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def stream(seed: int, prompt: Tensor, sample: Tensor) -> Tensor:
+    """Key [B] of each sequence's random numbers, from its prompt's and sample's indices [B] int64."""
+    root = _mix(torch.full_like(prompt, _wrap(seed % 2**64)) + _GOLDEN)
+    return _mix(_mix(root + prompt * _GOLDEN) + sample * _GOLDEN)
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """U [B] float64 in [0, 1), 53 bits, of the stream `keys` [B] at token `positions` [B] int64."""
+    bits = _mix(keys + (positions + 1) * _GOLDEN)
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+# ── choosing a token ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _search(weights: Tensor, u: Tensor) -> Tensor:
+    """First index whose cumulative weight exceeds u · total; weights [B,K] ≥ 0, u [B] float64 in [0, 1). [B,1]"""
+    cumulative = weights.double().cumsum(-1)
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
+
+
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Token [B] ~ weights [B,V] ≥ 0 (unnormalised) by one uniform number u [B] float64 each.
+
+    Sums of blocks of tokens find the block, the same number stretched over it finds the token: one vectorised pass
+    over V and no cumulative sum of it.
+    """
+    rows, vocabulary = weights.shape
+    whole = vocabulary // BLOCK * BLOCK
+    sums = torch.cat(
+        [weights[:, :whole].view(rows, whole // BLOCK, BLOCK).sum(-1), weights[:, whole:].sum(-1, True)], 1
+    ).double()
+    block = _search(sums, u)
+    before = sums.cumsum(-1) - sums
+    inside = (u[:, None] * sums.sum(-1, True) - before.gather(1, block)) / sums.gather(1, block)
+    tokens = block * BLOCK + torch.arange(BLOCK, device=weights.device)
+    candidates = weights.gather(1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens >= vocabulary, 0)
+    return (block * BLOCK + _search(candidates, inside[:, 0].clamp(0, 1 - 2.0**-53))).squeeze(1)
+
+
+def _draw_sorted(probabilities: Tensor, tokens: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    """Token [B] from candidates in falling order [B,K]; a candidate is in the nucleus if those above it miss top_p."""
+    above = probabilities.double().cumsum(-1) - probabilities
+    kept = (above < params.top_p) & (probabilities >= params.min_p * probabilities[:, :1])
+    return tokens.gather(1, _search(probabilities * kept, u)).squeeze(1)
+
+
+def _draw_top_k(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    best = scaled.topk(min(params.top_k, scaled.shape[1]))
+    return _draw_sorted(best.values.softmax(-1), best.indices, params, u)
+
+
+def _draw_top_p(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    probabilities = scaled.softmax(-1)
+    best = probabilities.topk(min(NUCLEUS, scaled.shape[1]))
+    if bool((best.values.double().sum(-1) < params.top_p).any()):
+        best = probabilities.sort(dim=-1, descending=True, stable=True)
+    return _draw_sorted(best.values, best.indices, params, u)
+
+
+def _draw_min_p(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    probabilities = scaled.softmax(-1)
+    floor = params.min_p * probabilities.amax(-1, keepdim=True)
+    return inverse_cdf(probabilities.masked_fill(probabilities < floor, 0), u)
+
+
+def draw(logits: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+    """Token [B] from logits [B,V] by u [B] float64, at the temperature and truncations of `params`."""
+    if params.greedy:
+        return logits.argmax(-1)
+    scaled = logits if params.temperature == 1 else logits / params.temperature
+    if params.top_k:
+        return _draw_top_k(scaled, params, u)
+    if params.top_p < 1:
+        return _draw_top_p(scaled, params, u)
+    return _draw_min_p(scaled, params, u) if params.min_p else inverse_cdf(scaled.softmax(-1), u)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [B,V] with those of `seen` [B,V] tokens divided (positive) or multiplied (negative) by the penalty."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def ban(logits: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Logits [B,V] with `tokens` [S] at −∞ in the rows where `rows` [B] is true."""
+    return logits.index_copy(1, tokens, logits[:, tokens].masked_fill(rows[:, None], -torch.inf))
+
+
+def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log π [B] of tokens [B] under the unmodified policy: log-softmax of logits [B,V] / temperature (1 if 0)."""
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    return scaled.gather(1, tokens[:, None]).squeeze(1) - scaled.logsumexp(-1)
