@@ -1,0 +1,174 @@
+"""From what the runs measured to ratios and tables. `python benchmarks/report.py RESULT.json` prints them as Markdown.
+
+    ratio = median over repeats of our cost / median over repeats of theirs
+
+The cost of a run is the time of its timed steps (per token that is not padding, where the sides batch differently) or
+the largest memory its process ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Run = Mapping[str, Any]
+"""What `worker.py` wrote: `step_seconds`, `losses`, `tokens`, `peak_mib`, …"""
+
+SAME_LOSS = 1e-3
+"""Relative gap of losses up to which both sides computed the same thing (float32, after a few Adam steps)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: what it shows, its header and its cells."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def seconds(run: Run, *, per_token: bool) -> float:
+    """Time of the timed steps; with `per_token` divided by the tokens in them that are not padding."""
+    return sum(run["step_seconds"]) / (sum(run["tokens"]) if per_token else 1)
+
+
+def processor_seconds(run: Run, *, per_token: bool) -> float:
+    """As `seconds`, but the processor time of all threads: nearly blind to what else the machine was doing."""
+    return sum(run["cpu_seconds"]) / (sum(run["tokens"]) if per_token else 1)
+
+
+def loss_gap(ours: Run, theirs: Run) -> float:
+    """Largest relative difference between the losses of a step."""
+    return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+
+
+def compare(ours: Sequence[Run], theirs: Sequence[Run], *, same_batches: bool) -> dict[str, Any]:
+    """Ratios of ours to theirs: of medians over repeats, and the smallest and largest over pairs of neighbouring runs.
+
+    Returns `time`, `time_range`, `processor`, `memory`, and `loss_gap` (None where the sides batch differently).
+    """
+    wall = partial(seconds, per_token=not same_batches)
+    processor = partial(processor_seconds, per_token=not same_batches)
+    pairs = [wall(a) / wall(b) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "time": _ratio(wall, ours, theirs),
+        "time_range": [min(pairs), max(pairs)],
+        "processor": _ratio(processor, ours, theirs),
+        "memory": _ratio(itemgetter("peak_mib"), ours, theirs),
+        "loss_gap": loss_gap(ours[0], theirs[0]) if same_batches else None,
+    }
+
+
+def _ratio(cost: Callable[[Run], float], ours: Sequence[Run], theirs: Sequence[Run]) -> float:
+    return median(map(cost, ours)) / median(map(cost, theirs))
+
+
+def verdict(comparison: Mapping[str, Any], target: Mapping[str, float | None]) -> str:
+    """`met`, or what was missed."""
+    missed = [kind for kind in ("time", "memory") if target[kind] is not None and comparison[kind] > target[kind]]
+    if comparison["loss_gap"] is not None and comparison["loss_gap"] > SAME_LOSS:
+        missed.append("losses")
+    return f"{' and '.join(missed)} missed" if missed else "met"
+
+
+def ratio_grid(result: Mapping[str, Any]) -> Grid:
+    """One row per workload and side that we are compared with."""
+    rows = []
+    for name, workload in result["workloads"].items():
+        for side, comparison in workload["comparisons"].items():
+            target = workload["targets"][side]
+            low, high = comparison["time_range"]
+            rows.append(
+                [
+                    name + ("" if workload["same_batches"] else " (per token)"),
+                    side,
+                    f"{comparison['time']:.2f} ({low:.2f}–{high:.2f})",
+                    _aim(target["time"]),
+                    f"{comparison['processor']:.2f}",
+                    f"{comparison['memory']:.2f}",
+                    _aim(target["memory"]),
+                    "packs differ" if comparison["loss_gap"] is None else f"{comparison['loss_gap']:.0e}",
+                    verdict(comparison, target),
+                ]
+            )
+    header = ["workload", "against", "time", "aim", "cpu time", "peak memory", "aim", "loss gap", ""]
+    return Grid("Ours divided by theirs: below 1 we need less", header, rows)
+
+
+def _aim(ratio: float | None) -> str:
+    return "–" if ratio is None else f"≤ {ratio:.2f}"
+
+
+def measured_grid(result: Mapping[str, Any]) -> Grid:
+    """One row per workload and side: medians over repeats, on the machine that ran it."""
+    rows = []
+    for name, workload in result["workloads"].items():
+        for side, runs in workload["runs"].items():
+            steps = len(runs[0]["step_seconds"])
+            wall = median(seconds(run, per_token=False) for run in runs)
+            processor = median(processor_seconds(run, per_token=False) for run in runs)
+            tokens, positions = sum(runs[0]["tokens"]), sum(runs[0]["positions"])
+            rows.append(
+                [
+                    name,
+                    side,
+                    f"{wall / steps:.2f}",
+                    f"{processor / wall:.1f}",
+                    f"{tokens / steps:,.0f}",
+                    f"{1 - tokens / positions:.0%}",
+                    f"{median(run['peak_mib'] for run in runs) / 1024:.2f}",
+                    f"{median(run['peak_mib'] - run['loaded_mib'] for run in runs) / 1024:.2f}",
+                ]
+            )
+    header = ["workload", "side", "s / step", "threads busy", "tokens / step", "padding", "peak GiB", "of it training"]
+    return Grid("Measured (tokens: through the model, not padding; a shared prompt once)", header, rows)
+
+
+def settings_line(result: Mapping[str, Any]) -> str:
+    """What was run, in one line."""
+    run = result["settings"]
+    libraries = " · ".join(
+        f"{side}: " + ", ".join(f"{package} {number}" for package, number in versions.items())
+        for side, versions in result["versions"].items()
+    )
+    return (
+        f"{run['steps']} steps after {run['warmup']}, {run['repeats']} repeats, seed {run['seed']}, "
+        f"{run['threads']} threads of {run['cores']} cores. {libraries}"
+    )
+
+
+def markdown(grid: Grid) -> str:
+    """The table with aligned columns."""
+    lines = [list(grid.header), *map(list, grid.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([f"**{grid.title}**", "", text[0], rule, *text[1:]])
+
+
+def show(grid: Grid) -> None:
+    """Print the table with rich where it is installed, as Markdown otherwise."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(markdown(grid))
+        return
+    table = Table(*grid.header, title=grid.title)
+    for row in grid.rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    measured = json.loads(Path(sys.argv[1]).read_text())
+    print(markdown(ratio_grid(measured)), markdown(measured_grid(measured)), settings_line(measured), sep="\n\n")

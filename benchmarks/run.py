@@ -1,0 +1,150 @@
+"""Measure our trainers side by side with TRL's and with a plain `transformers.Trainer`.
+
+    python benchmarks/run.py --trl-python path/to/trl-env/bin/python --workloads sft-padded,sft-packed --repeats 3
+
+Every run is a process of its own; the sides take turns, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import report
+import synthetic
+from workloads import WARMUP, WORKLOADS, Workload
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class WorkerFailed(RuntimeError):
+    """A worker stopped; the message is all that it wrote."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How to run a worker: where the material lies, which interpreter each side has, and the settings they share."""
+
+    directory: Path
+    interpreters: dict[str, str]
+    options: dict[str, dict[str, Any]]
+    steps: int
+    seed: int
+    threads: int
+
+    def run(self, workload: Workload, side: str) -> dict[str, Any]:
+        """What the worker of this side measured.
+
+        Raises WorkerFailed with everything that the worker wrote.
+        """
+        out = self.directory / "run.json"
+        command = [self.interpreters[side], str(WORKER), "--side", side, "--workload", workload.name]
+        command += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
+        command += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
+        done = subprocess.run(command, env=self._environment(), cwd=self.directory, capture_output=True, text=True)
+        if done.returncode:
+            raise WorkerFailed(f"{side} on {workload.name} stopped:\n{done.stdout}{done.stderr}")
+        return json.loads(out.read_text())
+
+    def _environment(self) -> dict[str, str]:
+        """The caller's, with a fixed number of threads, no network and no path by which one side could import the other."""
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        return kept | threads | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.directory / "hub")}
+
+    def measure(self, workload: Workload, *, repeats: int) -> dict[str, list[dict[str, Any]]]:
+        """The runs of every side, in rounds; every other round goes through the sides backwards."""
+        sides = [side for side in workload.sides if side in self.interpreters]
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for k in range(repeats):
+            for side in sides if k % 2 == 0 else reversed(sides):
+                runs[side].append(run := self.run(workload, side))
+                pace = report.seconds(run, per_token=False) / self.steps
+                print(f"{workload.name}  {side}  {k + 1}/{repeats}  {pace:.2f} s/step", file=sys.stderr, flush=True)
+        return runs
+
+
+def summarise(workload: Workload, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The part of the result that this workload fills."""
+    compared = {
+        side: report.compare(runs["ours"], runs[side], same_batches=workload.same_batches)
+        for side in runs
+        if side != "ours" and "ours" in runs
+    }
+    return {
+        "about": workload.about,
+        "trainer": workload.trainer,
+        "config": dict(workload.config),
+        "same_batches": workload.same_batches,
+        "targets": {side: asdict(target) for side, target in workload.targets.items()},
+        "comparisons": compared,
+        "runs": {side: [{k: v for k, v in run.items() if k != "versions"} for run in runs[side]] for side in runs},
+    }
+
+
+def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: Path) -> tuple[dict[str, Any], bool]:
+    """Measure the workloads one after the other; `out` is written after each. A workload that fails is left out.
+
+    Returns the result and whether every workload ran.
+    """
+    settings = {"steps": bench.steps, "warmup": WARMUP, "repeats": repeats, "seed": bench.seed}
+    settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options}
+    result: dict[str, Any] = {"settings": settings, "versions": {}, "workloads": {}}
+    for workload in workloads:
+        workload.write_rows(bench.directory, steps=bench.steps, seed=bench.seed)
+        try:
+            runs = bench.measure(workload, repeats=repeats)
+        except WorkerFailed as failure:
+            print(failure, file=sys.stderr)
+            continue
+        result["versions"] |= {side: runs[side][0]["versions"] for side in runs}
+        result["workloads"][workload.name] = summarise(workload, runs)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result, len(result["workloads"]) == len(workloads)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help="interpreter of an environment with TRL; without it TRL is left out")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, separated by commas; default: all")
+    parser.add_argument("--sides", default="ours,trl,transformers", help="which sides to run; default: all")
+    parser.add_argument("--trl-options", type=json.loads, default={}, help="config fields of TRL to change, as JSON")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's weights and the rows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
+    arguments = parser.parse_args()
+    names = arguments.workloads.split(",")
+    if wrong := sorted(set(names) - set(WORKLOADS)):
+        parser.error(f"unknown workload {wrong[0]!r}; known: {', '.join(WORKLOADS)}")
+    arguments.workloads = [WORKLOADS[name] for name in names]
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    found = {"ours": sys.executable, "transformers": sys.executable, "trl": arguments.trl_python}
+    interpreters = {side: found[side] for side in arguments.sides.split(",") if found[side]}
+    with tempfile.TemporaryDirectory(prefix="trl-bench-") as scratch:
+        directory = Path(scratch)
+        synthetic.write_material(directory, seed=arguments.seed)
+        options = {"trl": arguments.trl_options}
+        bench = Bench(directory, interpreters, options, arguments.steps, arguments.seed, arguments.threads)
+        result, complete = run_all(bench, arguments.workloads, repeats=arguments.repeats, out=arguments.out)
+    for grid in (report.ratio_grid(result), report.measured_grid(result)):
+        report.show(grid)
+    print(report.settings_line(result))
+    sys.exit(0 if complete else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Run one side of one workload in this process and write what was measured as JSON.
+
+The interpreter decides which `trl` is imported, ours or TRL's, so this file imports nothing that only one of them has.
+A timed step lasts from the end of the step before it to its own end: fetching and laying out the batch, forward,
+backward, optimizer and logging are all in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from workloads import COMMON, WARMUP, WORKLOADS, Workload
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOADERS = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass
+class Recorder:
+    """What one run measured, per timed step; memory in MiB, times in seconds.
+
+    cpu_seconds     processor time of all threads in those steps: far below time × threads, the machine was shared
+    tokens          not padding, that went through the policy with gradient (a prompt laid out once counts once)
+    positions       the same with padding
+    prepare_seconds loading the trainer with its data: encoding, packing, a reference model
+    loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was
+    """
+
+    step_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    prepare_seconds: float = 0.0
+    loaded_mib: float = 0.0
+    peak_mib: float = 0.0
+    parameters: int = 0
+
+
+class Clock(TrainerCallback):
+    """Stamps the end of every step and keeps its loss and gradient norm."""
+
+    def __init__(self, recorder: Recorder, counter: Counter) -> None:
+        self.recorder, self.counter = recorder, counter
+        self.before = self.cpu_before = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        now, cpu_now = time.perf_counter(), time.process_time()
+        if state.global_step > WARMUP:
+            self.recorder.step_seconds.append(now - self.before)
+            self.recorder.cpu_seconds.append(cpu_now - self.cpu_before)
+            self.recorder.tokens.append(self.counter.tokens)
+            self.recorder.positions.append(self.counter.positions)
+        self.counter.tokens = self.counter.positions = 0
+        self.before, self.cpu_before = now, cpu_now
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs and state.global_step > WARMUP:
+            self.recorder.losses.append(float(logs["loss"]))
+            self.recorder.gradient_norms.append(float(logs["grad_norm"]))
+
+
+class Counter:
+    """Counts the tokens that enter a model's embedding while gradients are on."""
+
+    def __init__(self, embedding: torch.nn.Module, pad: int) -> None:
+        self.pad, self.tokens, self.positions = pad, 0, 0
+        embedding.register_forward_pre_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            (ids,) = arguments
+            self.tokens += int((ids != self.pad).sum())
+            self.positions += ids.numel()
+
+
+def memory_mib(name: str) -> float:
+    """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, as Linux counts them."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) / 1024
+
+
+def library_trainer(workload: Workload, options: dict[str, Any], parts: dict[str, Any]) -> Trainer:
+    """The workload's trainer from whichever `trl` this interpreter has."""
+    trl = importlib.import_module("trl")
+    config = getattr(trl, workload.config_class)(**options)
+    return getattr(trl, workload.trainer)(args=config, **parts, **workload.arguments())
+
+
+def plain_trainer(workload: Workload, options: dict[str, Any], parts: dict[str, Any]) -> Trainer:
+    """`transformers.Trainer` as its users write it: chats tokenised beforehand, padded to the longest, every token trained."""
+    tokenizer, longest = parts["processing_class"], options.pop("max_length")
+    rows = parts.pop("train_dataset").map(
+        lambda row: tokenizer.apply_chat_template(
+            row["messages"], truncation=True, max_length=longest, return_dict=True
+        ),
+        remove_columns=["messages"],
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return Trainer(args=TrainingArguments(**options), train_dataset=rows, data_collator=collator, **parts)
+
+
+BUILDERS = {"ours": library_trainer, "trl": library_trainer, "transformers": plain_trainer}
+
+
+def measure(
+    workload: Workload, *, side: str, directory: Path, steps: int, seed: int, overrides: dict[str, Any]
+) -> Recorder:
+    recorder = Recorder()
+    model = LOADERS[workload.material].from_pretrained(directory / workload.material, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory / workload.material)
+    options = COMMON | workload.config | overrides
+    options |= {"output_dir": str(directory / "out"), "max_steps": WARMUP + steps, "seed": seed}
+
+    started = time.perf_counter()
+    rows = Dataset.from_list(workload.read_rows(directory))
+    parts = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
+    trainer = BUILDERS[side](workload, options, parts)
+    recorder.prepare_seconds = time.perf_counter() - started
+
+    counter = Counter(model.get_input_embeddings(), tokenizer.pad_token_id)
+    trainer.add_callback(Clock(recorder, counter))
+    recorder.parameters = sum(p.numel() for p in model.parameters())
+    recorder.loaded_mib = memory_mib("VmRSS")
+    trainer.train()
+    recorder.peak_mib = memory_mib("VmHWM")
+    return recorder
+
+
+def versions(side: str) -> dict[str, str]:
+    """Versions of what this side ran; refuses to measure ourselves in TRL's place."""
+    found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    if side == "transformers":
+        return found
+    trl = importlib.import_module("trl")
+    if side == "trl" and Path(trl.__file__).is_relative_to(REPOSITORY):
+        raise SystemExit("This interpreter's `trl` is this repository: give --trl-python one that has TRL installed.")
+    return found | {"trl": version("trl")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", choices=BUILDERS, required=True)
+    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--dir", type=Path, required=True, help="where run.py saved models and rows")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", type=json.loads, default={}, help="config fields to change, as JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    found = versions(arguments.side)
+    recorder = measure(
+        WORKLOADS[arguments.workload],
+        side=arguments.side,
+        directory=arguments.dir,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        overrides=arguments.options,
+    )
+    arguments.out.write_text(json.dumps({"versions": found} | asdict(recorder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The benchmark's rows are what its documentation says, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import report
+import synthetic
+from workloads import WARMUP, WORKLOADS
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return synthetic.tokenizer()
+
+
+def test_tokenizer_has_the_size_of_the_model_and_padding_first(tokenizer):
+    assert len(tokenizer) == 32_000
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+@pytest.mark.parametrize("text", ["Ein Rätsel, 42 €!", "two\n\nlines", " leading and trailing ", "bade gofu"])
+def test_tokenizer_gives_any_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 12, 13, 500])
+def test_prose_has_exactly_the_tokens_asked_for(tokenizer, tokens, continues):
+    text = synthetic.prose(random.Random(7), tokens, continues=continues)
+    assert len(tokenizer(text)["input_ids"]) == tokens
+    assert text.startswith(" ") == continues
+
+
+def test_template_marks_what_the_assistant_generates(tokenizer):
+    chat = [{"role": "user", "content": "bade"}, {"role": "assistant", "content": "gofu kiko"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == (
+        "<|user|>\nbade<|end|>\n<|assistant|>\ngofu kiko<|end|>\n"
+    )
+    assert tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True).endswith(
+        "<|end|>\n<|assistant|>\n"
+    )
+    encoded = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [t for t, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(marked) == "gofu kiko<|end|>"
+
+
+def test_chats_are_log_normal_around_180_tokens(tokenizer):
+    rows = synthetic.chat_rows(1_000, seed=0)
+    chats = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    lengths = list(map(len, tokenizer(chats, add_special_tokens=False)["input_ids"]))
+    assert min(lengths) >= 32
+    assert max(lengths) <= 1_024
+    assert statistics.mean(lengths) == pytest.approx(180, rel=0.05)
+    assert statistics.median(lengths) == pytest.approx(141, rel=0.05)  # 180 · exp(−0.7² / 2)
+
+
+def test_prompts_and_completions_stay_in_their_bounds(tokenizer):
+    for row in synthetic.completion_rows(50, seed=0):
+        assert 400 <= len(tokenizer(row["prompt"])["input_ids"]) <= 800
+        assert 40 <= len(tokenizer(row["completion"])["input_ids"]) <= 80
+    for row in synthetic.preference_rows(50, seed=0, prompt=(20, 60)):
+        assert 20 <= len(tokenizer(row["prompt"])["input_ids"]) <= 60
+        assert row["chosen"] != row["rejected"]
+        for side in ("chosen", "rejected"):
+            assert 60 <= len(tokenizer(row[side])["input_ids"]) <= 100
+    assert [row["label"] for row in synthetic.unpaired_rows(4, seed=0)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+def test_rows_are_the_same_for_the_same_seed_and_reach_to_the_last_step(workload, tmp_path):
+    workload.write_rows(tmp_path, steps=2, seed=3)
+    first = workload.rows_path(tmp_path).read_bytes()
+    workload.write_rows(tmp_path, steps=2, seed=3)
+    assert workload.rows_path(tmp_path).read_bytes() == first
+    rows = workload.read_rows(tmp_path)
+    assert rows == workload.rows(len(rows), seed=3)
+    assert rows != workload.rows(len(rows), seed=4)
+    assert len(rows) >= workload.config["per_device_train_batch_size"] * (WARMUP + 2)
+
+
+def test_packed_rows_fill_more_than_the_steps_asked_for():
+    workload = WORKLOADS["sft-packed"]
+    tokens_needed = workload.config["per_device_train_batch_size"] * workload.config["max_length"]
+    assert workload.rows_per_step * 180 > 1.3 * tokens_needed
+
+
+def test_model_has_about_15_million_parameters_and_weights_from_its_seed():
+    first, again, other = (synthetic.model(seed=seed) for seed in (0, 0, 1))
+    assert sum(p.numel() for p in first.parameters()) == 14_486_784
+    weights = [m.model.layers[0].mlp.up_proj.weight for m in (first, again, other)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+
+
+def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0)):
+    return {
+        "step_seconds": steps,
+        "cpu_seconds": cpu,
+        "losses": losses,
+        "tokens": tokens,
+        "positions": [2 * n for n in tokens],
+        "peak_mib": peak,
+        "loaded_mib": 512.0,
+    }
+
+
+OURS = [
+    run(steps=[1.0, 1.0], losses=[2.0, 1.0], peak=1024.0),
+    run(steps=[1.0, 2.0], losses=[2.0, 1.0], peak=1024.0),
+    run(steps=[1.0, 4.0], losses=[2.0, 1.0], peak=1024.0),
+]
+THEIRS = [
+    run(steps=[4.0, 4.0], losses=[2.0, 1.0001], peak=4096.0, tokens=(200, 200)),
+    run(steps=[3.0, 3.0], losses=[2.0, 1.0001], peak=2048.0, tokens=(200, 200)),
+    run(steps=[5.0, 5.0], losses=[2.0, 1.0001], peak=4096.0, tokens=(200, 200)),
+]
+
+
+def test_ratios_are_of_medians_and_ranges_of_neighbours():
+    comparison = report.compare(OURS, THEIRS, same_batches=True)
+    assert comparison["time"] == pytest.approx(3 / 8)
+    assert comparison["time_range"] == pytest.approx([2 / 8, 5 / 10])
+    assert comparison["memory"] == pytest.approx(1024 / 4096)
+    assert comparison["loss_gap"] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_different_batches_are_compared_per_token_and_not_by_their_losses():
+    comparison = report.compare(OURS, THEIRS, same_batches=False)
+    assert comparison["time"] == pytest.approx((3 / 200) / (8 / 400))
+    assert comparison["loss_gap"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "met"),
+        ({"time": 0.61}, "time missed"),
+        ({"time": 0.61, "memory": 0.7}, "time and memory missed"),
+        ({"loss_gap": 0.01}, "losses missed"),
+        ({"loss_gap": None}, "met"),
+    ],
+)
+def test_verdict_names_what_was_missed(change, words):
+    comparison = {"time": 0.6, "memory": 0.5, "loss_gap": 1e-6} | change
+    assert report.verdict(comparison, {"time": 0.6, "memory": 0.6}) == words
+
+
+def result():
+    comparison = report.compare(OURS, THEIRS, same_batches=True)
+    workload = {
+        "same_batches": True,
+        "targets": {"trl": {"time": 0.6, "memory": None}},
+        "comparisons": {"trl": comparison},
+        "runs": {"ours": OURS, "trl": THEIRS},
+    }
+    settings = {"steps": 2, "warmup": 2, "repeats": 3, "seed": 0, "threads": 2, "cores": 4}
+    return {"settings": settings, "versions": {"trl": {"trl": "1.16.0"}}, "workloads": {"sft-padded": workload}}
+
+
+def test_tables_read_as_written():
+    ratios, measured = report.ratio_grid(result()), report.measured_grid(result())
+    assert ratios.rows == [
+        ["sft-padded", "trl", "0.38 (0.25–0.50)", "≤ 0.60", "1.00", "0.25", "–", "1e-04", "met"],
+    ]
+    assert measured.rows == [
+        ["sft-padded", "ours", "1.50", "0.7", "100", "50%", "1.00", "0.50"],
+        ["sft-padded", "trl", "4.00", "0.2", "200", "50%", "4.00", "3.50"],
+    ]
+
+
+def test_markdown_aligns_its_columns():
+    grid = report.Grid("Title", ["a", "long name"], [["wide cell", "b"]])
+    assert report.markdown(grid).splitlines() == [
+        "**Title**",
+        "",
+        "| a         | long name |",
+        "|-----------|-----------|",
+        "| wide cell | b         |",
+    ]
+
+
+def test_a_result_survives_json():
+    again = json.loads(json.dumps(result()))
+    assert report.ratio_grid(again) == report.ratio_grid(result())
+    assert "2 steps after 2, 3 repeats, seed 0, 2 threads of 4 cores" in report.settings_line(again)
