@@ -24,6 +24,9 @@ Run = Mapping[str, Any]
 SAME_LOSS = 1e-3
 """Relative gap of losses up to which both sides computed the same thing (float32, after a few Adam steps)."""
 
+READABLE = 110
+"""Columns of a terminal below which cells would be cut."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -98,7 +101,7 @@ def ratio_grid(result: Mapping[str, Any]) -> Grid:
                     verdict(comparison, target),
                 ]
             )
-    header = ["workload", "against", "time", "aim", "cpu time", "peak memory", "aim", "loss gap", ""]
+    header = ["workload", "against", "time", "aim", "cpu", "memory", "aim", "loss gap", ""]
     return Grid("Ours divided by theirs: below 1 we need less", header, rows)
 
 
@@ -127,8 +130,10 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
                     f"{median(run['peak_mib'] - run['loaded_mib'] for run in runs) / 1024:.2f}",
                 ]
             )
-    header = ["workload", "side", "s / step", "threads busy", "tokens / step", "padding", "peak GiB", "of it training"]
-    return Grid("Measured (tokens: through the model, not padding; a shared prompt once)", header, rows)
+    header = ["workload", "side", "s/step", "busy", "tokens/step", "padding", "peak GiB", "training"]
+    return Grid(
+        "Measured here: threads busy, tokens through the model, peak memory and what training added", header, rows
+    )
 
 
 def settings_line(result: Mapping[str, Any]) -> str:
@@ -166,7 +171,7 @@ def show(grid: Grid) -> None:
     table = Table(*grid.header, title=grid.title)
     for row in grid.rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=max(Console().width, READABLE)).print(table)
 
 
 if __name__ == "__main__":
