@@ -65,6 +65,7 @@ class Batch:
 
     inputs      keyword arguments of the model's forward: `input_ids [B,T]`, `position_ids`, pixel values, …
     predictor   [N,C] flat index into the B·T grid of the position whose hidden state predicts token t
+    position    [N,C] flat index of token t itself
     target      [N,C] token ids
     mask        [N,C] float, 1 where the token is scored
     scored      [M] flat indices into N·C of the scored tokens (the ones of `mask`, known on the host)
@@ -79,6 +80,7 @@ class Batch:
 
     inputs: dict[str, Tensor]
     predictor: Tensor
+    position: Tensor
     target: Tensor
     mask: Tensor
     scored: Tensor
@@ -104,7 +106,7 @@ class Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
 
-_INDEX_FIELDS = ("predictor", "target", "mask", "scored", "last", "example")
+_INDEX_FIELDS = ("predictor", "position", "target", "mask", "scored", "last", "example")
 
 
 @dataclass(frozen=True, slots=True)

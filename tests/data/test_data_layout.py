@@ -16,6 +16,7 @@ def test_shared_by_hand():
     assert batch.inputs["input_ids"].tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 40, 41]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1]]
     assert batch.predictor.tolist() == [[2, 3, 0], [2, 5, 6], [0, 8, 0]]
+    assert batch.position.tolist() == [[3, 4, 0], [5, 6, 7], [8, 9, 0]]
     assert batch.target.tolist() == [[20, 21, 0], [30, 31, 32], [40, 41, 0]]
     assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 1, 0]]
     assert batch.scored.tolist() == [0, 1, 3, 4, 5, 7]

@@ -129,9 +129,8 @@ def test_gradients_equal_those_of_labels(make_model, name):
     expected = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     assert set(found) == set(expected)
     for key in expected:
-        torch.testing.assert_close(
-            found[key], expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        scale = expected[key].abs().max().item()
+        torch.testing.assert_close(found[key] / scale, expected[key] / scale, rtol=1e-4, atol=2e-5)
 
 
 @torch.no_grad()

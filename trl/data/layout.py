@@ -55,13 +55,11 @@ def lay_out(
     return _batch(examples, {k: torch.from_numpy(v) for k, v in inputs.items()}, grid.before, grid.first, tree, sizes)
 
 
-def lay_out_encoder_decoder(
-    examples: Sequence[Example], *, pad_token_id: int, decoder_start_token_id: int
-) -> Batch:
+def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, decoder_start_token_id: int) -> Batch:
     """One micro-batch of an encoder-decoder: `input_ids [E,P]` once per example, `decoder_input_ids [N,C]`.
 
-    The encoder's output is repeated by `Batch.example` inside the forward pass. `last` is the position that predicts a
-    completion's last token: the decoder never reads that token.
+    The encoder's output is repeated by `Batch.example` inside the forward pass. `position` is that of the
+    predictor, since the decoder reads a token one position later, and the last one never.
     """
     prompts = _pad([example.prompt for example in examples], pad_token_id)
     completions = [completion for example in examples for completion in example.completions]
@@ -74,7 +72,7 @@ def lay_out_encoder_decoder(
     }
     before = np.arange(len(completions)) * decoder.shape[1]
     batch = _batch(examples, inputs, before, before + 1, None, [example.tokens for example in examples])
-    return replace(batch, last=(batch.last - 1).clamp(min=0))
+    return replace(batch, position=batch.predictor, last=(batch.last - 1).clamp(min=0))
 
 
 def _whole(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
@@ -168,9 +166,10 @@ def _batch(
     completions = [completion for example in examples for completion in example.completions]
     lengths = np.array([len(completion) for completion in completions])
     step = np.arange(max(lengths.max(), 1))
-    predictor = first[:, None] + step - 1
-    predictor[:, 0] = np.maximum(before, 0)
-    predictor = np.where(step < lengths[:, None], predictor, 0)
+    inside = step < lengths[:, None]
+    position = np.where(inside, first[:, None] + step, 0)
+    predictor = np.maximum(position - 1, 0)
+    predictor[:, 0] = np.where(inside[:, 0], np.maximum(before, 0), 0)
     mask = _masks(completions, len(step))
     mask[before < 0, 0] = 0
     owner = np.repeat(np.arange(len(examples)), [len(example.completions) for example in examples])
@@ -178,6 +177,7 @@ def _batch(
     return Batch(
         inputs=inputs,
         predictor=torch.from_numpy(predictor),
+        position=torch.from_numpy(position),
         target=torch.from_numpy(_pad([completion.ids for completion in completions], 0)),
         mask=torch.from_numpy(mask),
         scored=torch.from_numpy(np.flatnonzero(mask)),

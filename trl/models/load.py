@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str, *, auto_class: Any = None, quantization_config: Any = None, trust_remote_code: bool = False, **kwargs: Any
+    name: str,
+    *,
+    auto_class: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
 

@@ -75,7 +75,7 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
         positions=batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1],
         example=batch.example if inner.config.is_encoder_decoder else None,
     )
-    found = model(**batch.inputs, **_tree_attention(inner, batch), score=request)
+    found = model(**batch.inputs, **tree_attention(inner, batch), score=request)
     return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
 
 
@@ -127,7 +127,11 @@ def _accepting_score(plain: Callable) -> Callable:
         hidden = _hidden_states(self, head, *args, **kwargs)[:, -score.positions :]
         return head(hidden.flatten(0, 1).index_select(0, score.index), score)
 
-    functools.update_wrapper(forward, plain)
+    return with_self(functools.update_wrapper(forward, plain), plain)
+
+
+def with_self(forward: Callable, plain: Callable) -> Callable:
+    """`forward(self, …)` with the signature of the bound `plain`: `transformers` inspects it."""
     signature = inspect.signature(plain)
     me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
@@ -188,7 +192,8 @@ def _encoded(
     return {"encoder_outputs": repeated, "attention_mask": attention_mask.index_select(0, example), **decoder}
 
 
-def _tree_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def tree_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """The attention mask of the shared layout, as the model's attention implementation takes it; else nothing."""
     if batch.tree is None:
         return {}
     implementation = model.config._attn_implementation

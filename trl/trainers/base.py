@@ -208,9 +208,7 @@ class BaseTrainer(Trainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            self.encoded[name] = encode_dataset(
-                rows, self.tokenizer_, settings=self.encode_settings(split), name=name
-            )
+            self.encoded[name] = encode_dataset(rows, self.tokenizer_, settings=self.encode_settings(split), name=name)
         return self.encoded[name].dataset
 
     def preview(self, n: int = 3) -> None:
@@ -259,7 +257,7 @@ class BaseTrainer(Trainer):
         return 2**62 if "flash" in config._attn_implementation else None
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self._reduce(values.to(self.args.device)).cpu() if self.accelerator.num_processes > 1 else values
+        return self._gather(values[None].to(self.args.device)).sum(0).cpu()
 
     def training_step(self, model: nn.Module, inputs: list[Batch], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of the micro-batches that stand for one counted step."""
@@ -300,7 +298,7 @@ class BaseTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = self.meters["eval"].read(self._reduce, self.args.device)
+        found = self.meters["eval"].read(self._gather, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
@@ -313,7 +311,7 @@ class BaseTrainer(Trainer):
 
     def _train_metrics(self) -> dict[str, float]:
         """Metrics since the last log; tokens per second of training alone, over all processes."""
-        metrics = self.meters["train"].read(self._reduce, self.args.device)
+        metrics = self.meters["train"].read(self._gather, self.args.device)
         tokens, seconds = self._throughput
         self._throughput = (0, 0.0)
         return {**metrics, "num_tokens": self.state.num_input_tokens_seen, "tokens_per_second": tokens / seconds}
@@ -332,8 +330,8 @@ class BaseTrainer(Trainer):
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
             self._window_started = None
 
-    def _reduce(self, table: Tensor) -> Tensor:
-        return self.accelerator.reduce(table, "sum") if self.accelerator.num_processes > 1 else table
+    def _gather(self, row: Tensor) -> Tensor:
+        return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
 
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Tokens are counted with the window."""

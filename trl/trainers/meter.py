@@ -10,19 +10,27 @@ from torch import Tensor
 from trl.types import Batch
 
 
+EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {"min_reward": torch.amin, "max_reward": torch.amax}
+"""Metrics of which the smallest or largest value is reported, not the mean."""
+
+
 class Meter:
     """Weighted means of named measurements.
 
     `add` takes what algorithms return (see `trl.types.Metrics`): `[N,C]` values are averaged over the mask, vectors
-    over their entries that are not NaN. It neither synchronises nor communicates; `read` does both, once.
+    over their entries that are not NaN; of names in `EXTREMES` the smallest or largest value is kept. It neither
+    synchronises nor communicates; `read` does both, once.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._extremes: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor], batch: Batch) -> None:
         for name, values in metrics.items():
-            if values.dim() == 2:
+            if name in EXTREMES:
+                self._keep(name, values.detach().double())
+            elif values.dim() == 2:
                 self.add_weighted(name, values, batch.mask)
             else:
                 present = ~values.isnan()
@@ -34,18 +42,28 @@ class Meter:
         pair = torch.stack([(values.detach().double() * weights).sum(), weights.sum()])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def _keep(self, name: str, values: Tensor) -> None:
+        kept = [self._extremes[name]] if name in self._extremes else []
+        self._extremes[name] = EXTREMES[name](torch.stack([EXTREMES[name](values.flatten(), 0), *kept]), 0)
+
     def count(self, name: str, amount: float, *, per: float = 1.0) -> None:
         """Count host numbers into the ratio Σ amount / Σ per."""
         pair = torch.tensor([amount, per], dtype=torch.float64)
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """Means over everything added since the last reading, on all processes; forgets what it has read.
+    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Means and extremes of everything added since the last reading, on all processes; forgets what it has read.
 
-        `reduce` sums a tensor over processes. Names without a single entry are left out.
+        `gather` stacks a tensor `[1,…]` of every process. Names without a single entry are left out.
         """
-        if not self._sums:
+        if not self._sums and not self._extremes:
             return {}
-        table = reduce(torch.stack([pair.to(device) for pair in self._sums.values()])).cpu()
-        names, self._sums = list(self._sums), {}
-        return {name: (total / count).item() for name, (total, count) in zip(names, table, strict=True) if count > 0}
+        pairs = [pair.to(device) for pair in self._sums.values()]
+        row = torch.cat([*pairs, *(value.to(device)[None] for value in self._extremes.values())])
+        table = gather(row[None]).cpu()
+        sums = table[:, : 2 * len(pairs)].sum(0).view(-1, 2)
+        found = {name: (x / n).item() for name, (x, n) in zip(self._sums, sums, strict=True) if n > 0}
+        for name, column in zip(self._extremes, table[:, 2 * len(pairs) :].T, strict=True):
+            found[name] = EXTREMES[name](column, 0).item()
+        self._sums, self._extremes = {}, {}
+        return found

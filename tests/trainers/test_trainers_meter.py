@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from trl.data.layout import lay_out
+from trl.trainers.meter import Meter
+from trl.trainers.window import plan_micro_batches, share_out, weigh
+from trl.types import Completion, Example
+
+BATCH = lay_out([Example([1], (Completion([2, 3]),)), Example([1], (Completion([4]),))])
+CPU = torch.device("cpu")
+
+
+def test_means_and_extremes_by_hand():
+    meter = Meter()
+    nan = float("nan")
+    meter.add({"entropy": torch.tensor([[1.0, 2.0], [6.0, 99.0]]), "reward": torch.tensor([3.0, nan])}, BATCH)
+    meter.add({"reward": torch.tensor([5.0]), "min_reward": torch.tensor([4.0, -1.0])}, BATCH)
+    meter.add({"min_reward": torch.tensor([2.0])}, BATCH)
+    meter.count("padding_share", 1, per=4)
+    meter.count("padding_share", 2, per=4)
+    found = meter.read(lambda row: row, CPU)
+    assert found == {"entropy": 3.0, "reward": 4.0, "padding_share": 3 / 8, "min_reward": -1.0}
+    assert meter.read(lambda row: row, CPU) == {}
+
+
+def test_means_over_processes():
+    meter = Meter()
+    meter.add({"reward": torch.tensor([1.0]), "max_reward": torch.tensor([1.0])}, BATCH)
+    found = meter.read(lambda row: torch.cat([row, torch.tensor([[6.0, 2.0, 9.0]], dtype=torch.float64)]), CPU)
+    assert found == {"reward": pytest.approx(7 / 3), "max_reward": 9.0}
+
+
+def test_a_metric_without_entries_is_left_out():
+    meter = Meter()
+    meter.add({"reward": torch.tensor([float("nan")])}, BATCH)
+    assert meter.read(lambda row: row, CPU) == {}
+
+
+def test_micro_batches_hold_sequences_of_like_length():
+    assert plan_micro_batches([3, 9, 1, 8, 2, 7], count=3) == [[1, 3], [5, 0], [4, 2]]
+    assert plan_micro_batches([5, 4], count=8) == [[0], [1]]
+
+
+def test_a_token_budget_opens_micro_batches_as_needed():
+    # Padded to their longest: 9 | 8 8 would be 16 > 15 | 4 4 4 is 12 | 2 would make 4·4 = 16.
+    assert plan_micro_batches([4, 9, 8, 4, 2, 4], count=1, token_budget=15) == [[1], [2], [0, 3, 5], [4]]
+    assert plan_micro_batches([20], count=1, token_budget=15) == [[0]]
+    assert plan_micro_batches([1, 1, 1, 1], count=2, token_budget=100) == [[0, 1], [2, 3]]
+
+
+def test_micro_batches_are_dealt_to_counted_steps():
+    assert share_out("abcde", 2) == [["a", "b"], ["c", "d", "e"]]
+
+
+def test_weights_of_a_window_sum_to_one_over_processes():
+    # 3 scored tokens here, 5 more and 100 tokens elsewhere.
+    batches, tokens = weigh([BATCH], lambda b: b.mask, lambda local: local + torch.tensor([5.0, 100.0]))
+    assert batches[0].weight.tolist() == [pytest.approx([1 / 8, 1 / 8]), pytest.approx([1 / 8, 0])]
+    assert tokens == 100 + 5

@@ -1,0 +1,82 @@
+"""Rewards: what a sequence classifier with one label makes of completions.
+
+    r[n]   = head(hidden state of completion n's last token)
+    r[n,t] = head(hidden state of token t)                     (process rewards)
+
+The classifiers of `transformers` find a row's last token by its padding, and refuse batches without a pad token. Here
+the position is known, so neither padding nor its token plays a role, and completions of one prompt can share it. As in
+`trl.models.score`, the head runs inside the model's forward, on the hidden states that are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl.errors import ModelError
+from trl.models.score import tree_attention, unwrap, with_self
+from trl.types import Batch
+
+
+def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) -> Tensor:
+    """Rewards float32 of the batch's completions: `[N]`, or with `per_token` `[N,C]` (zero where not scored).
+
+    model is an `AutoModelForSequenceClassification` with one label, wrapped or not.
+    """
+    inner = unwrap(model)
+    prepare_rewards(inner)
+    if not _reads_positions(inner):
+        return _of_whole_rows(model, batch, per_token)
+    index = batch.position.flatten()[batch.scored] if per_token else batch.last
+    rewards = model(**batch.inputs, **tree_attention(inner, batch), reward_at=index).float()
+    if not per_token:
+        return rewards
+    return rewards.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, rewards).view_as(batch.mask)
+
+
+def prepare_rewards(model: PreTrainedModel) -> None:
+    """Teach the forward of a classifier the keyword `reward_at`. Does nothing the second time.
+
+    Raises ModelError for a model with other than one label.
+    """
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
+        )
+    if _reads_positions(model) and "_trl_plain_forward" not in model.__dict__:
+        model._trl_plain_forward = model.forward
+        model.forward = MethodType(_accepting_positions(model.forward), model)
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether completions of a prompt can share it: the model reads left to right and its head is a linear `score`."""
+    return _reads_positions(model)
+
+
+def _reads_positions(model: PreTrainedModel) -> bool:
+    return "score" in dict(model.named_children()) and not model.config.is_encoder_decoder
+
+
+def _accepting_positions(plain: Callable) -> Callable:
+    @functools.wraps(plain)
+    def forward(self: PreTrainedModel, *args: Any, reward_at: Tensor | None = None, **kwargs: Any) -> Any:
+        if reward_at is None:
+            return self._trl_plain_forward(*args, **kwargs)
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        return self.score(hidden.flatten(0, 1).index_select(0, reward_at)).squeeze(-1)
+
+    return with_self(forward, plain)
+
+
+def _of_whole_rows(model: nn.Module, batch: Batch, per_token: bool) -> Tensor:
+    """Rewards of an encoder's classifier, which reads a padded row as a whole."""
+    if per_token or batch.tree is not None or len(batch.inputs["input_ids"]) != len(batch.mask):
+        raise ModelError(f"{type(unwrap(model)).__name__} reads a row as a whole: it gives one reward per padded row.")
+    inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
+    return model(**inputs).logits.squeeze(-1).float()
