@@ -75,7 +75,7 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
 def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
     """(1 − m) log(1 + e^−d) + m e^−d, d = β [h_w − h_l], m = σ(d/τ): a loss that a language model found.
 
-    DiscoPOP, arXiv:2406.08414, Eq. 5.
+    Not convex: around d = 0 it rises with d for small τ. DiscoPOP, arXiv:2406.08414, Eq. 5.
     """
     d = beta * (chosen - rejected)
     exponential = torch.exp((-d).clamp(max=MAX_EXPONENT))
@@ -196,7 +196,7 @@ LOSSES: dict[str, Loss] = {
 """Names of `loss_types`. Those that couple the pairs of a batch need it whole: they cannot be split."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DPO:
     """The family as an algorithm: a weighted sum of `LOSSES` under one reference.
 
@@ -211,7 +211,7 @@ class DPO:
     loss_weights: Sequence[float] | None = None
     """Weight of each of `loss_types` in the sum; 1 each by default."""
     label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, ½]."""
+    """Probability that a label is wrong, in [0, ½], for all losses that model it."""
     reference_free: bool = False
     """Compare with a uniform distribution instead of a reference: h is the log-probability."""
     rpo_alpha: float | None = None

@@ -110,6 +110,9 @@ def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
     return chosen * rejected
 
 
+# Views: the tensors `[P]` that a formula is given of a pair.
+
+
 def scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
     return chosen.score, rejected.score
 

@@ -19,9 +19,6 @@ from trl.algorithms.pairs import split_pairs
 from trl.errors import ConfigError, DataError
 from trl.types import Batch, Metrics
 
-REDUCE = {"min_reward": torch.amin, "max_reward": torch.amax}
-"""Metrics that are not averaged over the window but reduced by another function."""
-
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """−log σ(r_w − r_l − m), `[P]`: the negative log-probability that the chosen completion wins, by more than m.
@@ -101,7 +98,7 @@ class StepReward:
 
 
 def reward_metrics(rewards: Tensor) -> Metrics:
-    """Rewards `[N]` under three names; `REDUCE` says which are not averaged."""
+    """Rewards `[N]` under three names: to be averaged, and reduced to the smallest and the largest."""
     rewards = rewards.detach()
     return {"mean_reward": rewards, "min_reward": rewards, "max_reward": rewards}
 
