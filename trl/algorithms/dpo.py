@@ -268,11 +268,11 @@ class DPO:
         losses = [LOSSES[name](chosen, rejected, self) for name, _ in self.terms]
         total = sum(weight * loss for (_, weight), loss in zip(self.terms, losses, strict=True))
         if self.use_weighting:
+            assert scores.collision is not None, "score the batch with the statistics that `wants` names"
             total = total * pairs.wpo_weights(scores.logprobs, scores.collision, batch.mask)
-        with torch.no_grad():
-            metrics = reward_metrics(chosen, rejected, LOSSES[self.loss_types[0]].reward, self.beta)
-            if len(losses) > 1:
-                metrics |= {f"loss/{name}": x.detach() for (name, _), x in zip(self.terms, losses, strict=True)}
+        metrics = reward_metrics(chosen, rejected, LOSSES[self.loss_types[0]].reward, self.beta)
+        if len(losses) > 1:
+            metrics |= {f"loss/{name}": loss.detach() for (name, _), loss in zip(self.terms, losses, strict=True)}
         return total, metrics
 
     def sides(self, scores: Scores, batch: Batch) -> tuple[Side, Side]:
