@@ -14,7 +14,6 @@ tokenised alone and never shares a token with its completion. `decode` turns a r
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -256,6 +255,7 @@ class RowEncoder:
         self.columns = [name for name in columns if name in self._needed() or name in self.settings.keep_columns]
         self.kept = [name for name in self.columns if name in self.settings.keep_columns]
         self.is_masked = self._is_masked()
+        self.is_packed = kind == "tokenized" and "seq_lengths" in columns
 
     def _needed(self) -> set[str]:
         return {*COLUMNS_READ[self.kind], self.settings.text_field}
@@ -271,6 +271,9 @@ class RowEncoder:
         trees = ENCODERS[self.kind](columns, self.codec)
         if self.settings.token_mask is not None:
             trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
+        if self.is_packed:
+            trees = documents(trees, columns)
+            return self._table(trees, trees, columns)
         return self._table(trees, [self._cut(tree) for tree in trees], columns)
 
     def _masked(self, tree: Tree, row: int) -> Tree:
@@ -294,7 +297,8 @@ class RowEncoder:
             "trained": pa.array(map(sum, trained), pa.int32()),
             "source_tokens": pa.array(source_tokens, pa.int32()),
         }
-        return pa.table({**self._rows(trees), **{n: pa.array(columns[n]) for n in self.kept}, **counts})
+        rows = self._documents(trees, columns) if self.is_packed else self._rows(trees)
+        return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
 
     def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:
         """The columns of the encoded rows themselves."""
@@ -307,6 +311,15 @@ class RowEncoder:
             rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
         return rows
 
+    def _documents(self, trees: list[Tree], columns: Columns) -> dict[str, pa.Array]:
+        """The columns of rows that came packed."""
+        ids = [tree.completions[0] for tree in trees]
+        return {
+            "input_ids": nested(ids, pa.int32()),
+            "mask": nested([tree.masks[0] for tree in trees], pa.bool_()),
+            "seq_lengths": nested(columns["seq_lengths"], pa.int32()),
+        }
+
     def _unpredicted(self, tree: Tree) -> int:
         return int(not self.settings.encoder_decoder and not tree.prompt)
 
@@ -315,13 +328,20 @@ class RowEncoder:
             return IDENTICAL
         return UNSCORED if 0 in trained else KEPT
 
-    def features(self, source: Features | None) -> Features:
+    def features(self, source: Features) -> Features:
         """The columns of an encoded dataset, `source` being those of the original."""
-        tokens, flags = List(List(Value("int32"))), List(List(Value("bool")))
-        rows = {"prompt_ids": List(Value("int32"))}
-        rows |= {} if self.kind == "prompt_only" else {"completion_ids": tokens}
-        rows |= {"completion_mask": flags} if self.is_masked else {}
-        rows |= {"step_label": List(List(Value("float32")))} if self.kind == "stepwise" else {}
+        types = {"prompt_ids": "int32", "completion_ids": "int32", "completion_mask": "bool", "step_label": "float32"}
+        rows = {name: List(List(Value(dtype))) for name, dtype in types.items()} | {"prompt_ids": List(Value("int32"))}
+        absent = {
+            "completion_ids": self.kind == "prompt_only",
+            "completion_mask": not self.is_masked,
+            "step_label": self.kind != "stepwise",
+        }
+        rows = {name: feature for name, feature in rows.items() if not absent.get(name)}
+        if self.is_packed:
+            rows = {
+                n: List(Value(t)) for n, t in {"input_ids": "int32", "mask": "bool", "seq_lengths": "int32"}.items()
+            }
         counts = dict(zip(_COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
         return Features({**rows, **{name: source[name] for name in self.kept}, **counts})
 
@@ -332,13 +352,33 @@ class RowEncoder:
         )
 
 
+def documents(trees: list[Tree], columns: Columns) -> list[Tree]:
+    """Rows that came packed, masked where a document begins: nothing predicts its first token.
+
+    Raises DataError where `seq_lengths` do not add up to a row's tokens.
+    """
+    lengths_of = columns.numbers("seq_lengths")
+    for k, (tree, lengths) in enumerate(zip(trees, lengths_of, strict=True)):
+        if sum(lengths) != tree.tokens:
+            raise columns.error(k, "seq_lengths", f"they add up to {sum(lengths)}, the row has {tree.tokens} tokens.")
+    return [_masked_starts(tree, lengths) for tree, lengths in zip(trees, lengths_of, strict=True)]
+
+
+def _masked_starts(tree: Tree, lengths: Sequence[int]) -> Tree:
+    mask = list(tree.masks[0]) if tree.masks else [True] * tree.tokens
+    for start in accumulate(lengths[:-1], initial=0):
+        mask[start] = False
+    return replace(tree, masks=[mask])
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what a tokenizer makes of text; not of the padding and truncation that calls leave in it."""
     if not tokenizer.is_fast:
         return Hasher.hash(tokenizer)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
-    return Hasher.hash((state, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.split_special_tokens))
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return Hasher.hash((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
 
 
 def decode(row: Mapping[str, Any]) -> list[Example]:

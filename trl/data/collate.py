@@ -1,0 +1,107 @@
+"""The classic collator that trains on answers only, found by the text that introduces them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trl.errors import ConfigError, DataError
+
+
+class DataCollatorForCompletionOnlyLM:
+    """Pads rows of `input_ids`, and labels only the tokens that answer.
+
+    response_template: the text, or token ids, that introduces an answer; the tokens after the last one are trained on.
+    instruction_template: what introduces an instruction. With it every answer of a conversation is trained on, from a
+        response template to the next instruction template.
+    padding_free: rows are put one after the other in a single row, with positions that restart.
+
+    EOS is trained on even when it is also the pad token.
+
+    Raises DataError for a row in which a template does not occur.
+    """
+
+    def __init__(
+        self,
+        response_template: str | Sequence[int],
+        instruction_template: str | Sequence[int] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        mlm: bool = False,
+        ignore_index: int = -100,
+        padding_free: bool = False,
+    ) -> None:
+        if mlm:
+            raise ConfigError("mlm=True masks words, but a completion is learned token by token. Leave mlm=False.")
+        self.tokenizer = tokenizer
+        self.response = self._ids(response_template)
+        self.instruction = None if instruction_template is None else self._ids(instruction_template)
+        self.ignore_index = ignore_index
+        self.padding_free = padding_free
+
+    def _ids(self, template: str | Sequence[int]) -> list[int]:
+        if isinstance(template, str):
+            return self.tokenizer.encode(template, add_special_tokens=False)
+        return list(template)
+
+    def completion_mask(self, ids: Sequence[int], row: int) -> list[bool]:
+        """Which of a row's tokens are trained on: those after a response template. `row` is named in errors."""
+        answers = [start + len(self.response) for start in occurrences(ids, self.response)]
+        if not answers:
+            raise self._not_found("response", self.response, ids, row)
+        if self.instruction is None:
+            return [t >= answers[-1] for t in range(len(ids))]
+        questions = occurrences(ids, self.instruction)
+        if not questions:
+            raise self._not_found("instruction", self.instruction, ids, row)
+        mask = [False] * len(ids)
+        for start in answers:
+            end = next((q for q in questions if q >= start), len(ids))
+            mask[start:end] = [True] * (end - start)
+        return mask
+
+    def _not_found(self, kind: str, template: list[int], ids: Sequence[int], row: int) -> DataError:
+        text = self.tokenizer.decode(list(ids))
+        return DataError(
+            f"Row {row}: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
+            f"{text[:80] + '…' if len(text) > 80 else text!r}. A template may be tokenised otherwise inside a text than "
+            f"alone: give the ids that stand in the rows as {kind}_template."
+        )
+
+    def __call__(self, examples: Sequence[Mapping[str, Any] | Sequence[int]]) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `attention_mask` [B, T], or `input_ids`, `labels`, `position_ids` [1, ΣT]."""
+        rows = [list(e["input_ids"] if isinstance(e, Mapping) else e) for e in examples]
+        labels = [self._labels(ids, self.completion_mask(ids, row)) for row, ids in enumerate(rows)]
+        return self._flattened(rows, labels) if self.padding_free else self._padded(rows, labels)
+
+    def _labels(self, ids: Sequence[int], mask: Sequence[bool]) -> list[int]:
+        return [token if trained else self.ignore_index for token, trained in zip(ids, mask, strict=True)]
+
+    def _padded(self, rows: list[list[int]], labels: list[list[int]]) -> dict[str, Tensor]:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        return {
+            "input_ids": self._pad(rows, pad if pad is not None else 0),
+            "attention_mask": self._pad([[1] * len(ids) for ids in rows], 0),
+            "labels": self._pad(labels, self.ignore_index),
+        }
+
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        side = self.tokenizer.padding_side
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+    def _flattened(self, rows: list[list[int]], labels: list[list[int]]) -> dict[str, Tensor]:
+        labels = [[self.ignore_index, *row[1:]] for row in labels]
+        columns = {"input_ids": rows, "labels": labels, "position_ids": [range(len(ids)) for ids in rows]}
+        return {name: torch.tensor([list(chain.from_iterable(values))]) for name, values in columns.items()}
+
+
+def occurrences(ids: Sequence[int], template: Sequence[int]) -> list[int]:
+    """Where a sequence occurs in another."""
+    ids, template = list(ids), list(template)
+    return [i for i in range(len(ids) - len(template) + 1) if ids[i : i + len(template)] == template]

@@ -1,0 +1,275 @@
+"""Packing: several documents in one row, so that rows are nearly full.
+
+Best fit decreasing: the longest document first, each into the fullest row that still has room for it. It fills rows to
+within 11/9 of the best possible count (Johnson, 1973). Free rows are found by a bit set of the free spaces that occur:
+the smallest one that is large enough is the lowest set bit from there on.
+
+Every packed row keeps the lengths of its documents in `seq_lengths`, and attention stops at their borders. That holds
+for `wrapped` too: the pieces of a cut document are documents of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+
+from trl.data.formats import AnyDataset
+from trl.errors import ConfigError, DataError, unknown
+
+logger = logging.getLogger(__name__)
+
+Ints = np.ndarray
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches of a flat array of tokens, in the order in which they are laid out; `rows` are bounds into them.
+
+    start [P], length [P]; row r holds the pieces rows[r] … rows[r + 1] − 1.
+    """
+
+    start: Ints
+    length: Ints
+    rows: Ints
+
+    def gather(self, flat: Ints) -> Ints:
+        """The tokens of the pieces, one after the other."""
+        return flat[ranges(self.start, self.length)]
+
+
+def ranges(start: Ints, length: Ints) -> Ints:
+    """start₀ … start₀+length₀−1, start₁ … : the runs one after the other."""
+    before = np.cumsum(length) - length
+    return np.repeat(start - before, length) + np.arange(length.sum())
+
+
+def best_fit_decreasing(lengths: Ints, capacity: int) -> list[list[int]]:
+    """Indices of the lengths in each row of `capacity`, the longest first."""
+    rows: list[list[int]] = []
+    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        enough = spaces >> length
+        space = length + (enough & -enough).bit_length() - 1 if enough else capacity
+        if enough:
+            row = with_space[space].pop()
+            spaces ^= 0 if with_space[space] else 1 << space
+        else:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(i)
+        with_space[space - length].append(row)
+        spaces |= 1 << (space - length)
+    return rows
+
+
+def truncated_fit(lengths: Ints, capacity: int) -> Pieces:
+    """Best fit of documents cut to `capacity`; what is over is dropped."""
+    return _fitted(_starts(lengths), np.minimum(lengths, capacity), capacity)
+
+
+def split_fit(lengths: Ints, capacity: int) -> Pieces:
+    """Best fit of documents split into pieces of `capacity` and a rest."""
+    count = -(-lengths // capacity)
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    start = np.repeat(_starts(lengths), count) + within * capacity
+    return _fitted(start, np.minimum(capacity, np.repeat(lengths, count) - within * capacity), capacity)
+
+
+def wrapped(lengths: Ints, capacity: int) -> Pieces:
+    """One document after the other, cut wherever a row is full."""
+    total = int(lengths.sum())
+    bounds = np.union1d(np.arange(0, total + capacity, capacity).clip(max=total), np.cumsum(lengths))
+    start, length = bounds[:-1], np.diff(bounds)
+    return Pieces(start, length, np.searchsorted(start, np.arange(0, total + capacity, capacity)))
+
+
+def _fitted(start: Ints, length: Ints, capacity: int) -> Pieces:
+    rows = best_fit_decreasing(length, capacity)
+    order = np.array([piece for row in rows for piece in row], np.int64)
+    return Pieces(start[order], length[order], np.cumsum([0, *map(len, rows)]))
+
+
+def _starts(lengths: Ints) -> Ints:
+    return np.cumsum(lengths) - lengths
+
+
+STRATEGIES: dict[str, Callable[[Ints, int], Pieces]] = {
+    "bfd": truncated_fit,
+    "bfd_split": split_fit,
+    "wrapped": wrapped,
+}
+
+
+def pack_dataset(
+    dataset: AnyDataset, seq_length: int, strategy: str = "bfd", map_kwargs: Mapping[str, Any] | None = None
+) -> AnyDataset:
+    """Pack rows of token lists into rows of at most `seq_length` tokens.
+
+    Every column must hold lists of the same length as those of its row's other columns. The column `seq_lengths` is
+    added: the lengths of the documents in a row.
+
+    strategy: `bfd` best fit decreasing, documents longer than `seq_length` are cut; `bfd_split` they are split, and no
+    token is lost; `wrapped` one document after the other, cut where a row is full.
+    map_kwargs: arguments for the dataset's `map`; packing happens within each of its batches.
+
+    Raises ConfigError for an unknown strategy, DataError for a column that does not hold lists.
+    """
+    _check(strategy, seq_length)
+    pack = partial(_pack_table, capacity=seq_length, strategy=strategy)
+    return _map_tables(dataset, pack, **(map_kwargs or {}))
+
+
+def _check(strategy: str, capacity: int) -> None:
+    if strategy not in STRATEGIES:
+        raise ConfigError(unknown("packing strategy", strategy, STRATEGIES))
+    if capacity < 1:
+        raise ConfigError(f"Rows of {capacity} tokens cannot hold anything. Give a positive seq_length.")
+
+
+def _map_tables(dataset: AnyDataset, function: Callable[[pa.Table], pa.Table], **map_kwargs: Any) -> AnyDataset:
+    """`dataset.map` of a function of Arrow tables."""
+    return dataset.with_format("arrow").map(function, batched=True, **map_kwargs).with_format(None)
+
+
+def _pack_table(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
+    lists = {name: _list_column(table, name) for name in table.column_names}
+    lengths = {name: column.value_lengths().to_numpy() for name, column in lists.items()}
+    first, *others = lengths
+    for name in others:
+        if not np.array_equal(lengths[name], lengths[first]):
+            row = int(np.flatnonzero(lengths[name] != lengths[first])[0])
+            raise DataError(
+                f"Row {row} of a batch has {lengths[name][row]} values in {name!r} and {lengths[first][row]} in "
+                f"{first!r}. Packing needs one value per token in every column; remove the others."
+            )
+    pieces = STRATEGIES[strategy](lengths[first].astype(np.int64), capacity)
+    flat = {name: column.flatten() for name, column in lists.items()}
+    return pack_columns(
+        pieces, {n: v.to_numpy(zero_copy_only=False) for n, v in flat.items()}, {n: v.type for n, v in flat.items()}
+    )
+
+
+def _list_column(table: pa.Table, name: str) -> pa.ListArray:
+    column = table[name].combine_chunks()
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        raise DataError(f"Packing needs lists of tokens in every column, but {name!r} holds {column.type}. Remove it.")
+    return column
+
+
+def pack_columns(pieces: Pieces, flat: Mapping[str, Ints], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The packed rows: one list column per flat one, and `seq_lengths`."""
+    ends = np.concatenate([[0], np.cumsum(pieces.length)])
+    bounds = pa.array(ends[pieces.rows], pa.int32())
+    columns = {
+        name: pa.ListArray.from_arrays(bounds, pa.array(pieces.gather(values), types[name]))
+        for name, values in flat.items()
+    }
+    documents = pa.ListArray.from_arrays(pa.array(pieces.rows, pa.int32()), pa.array(pieces.length, pa.int32()))
+    return pa.table({**columns, "seq_lengths": documents})
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What packing made of rows and tokens."""
+
+    rows_in: int
+    tokens_in: int
+    rows: int
+    documents: int
+    tokens: int
+    trained: int
+    capacity: int
+
+    @property
+    def filled(self) -> float:
+        """Share of the packed rows' places that hold tokens."""
+        return self.tokens / (self.rows * self.capacity)
+
+    @property
+    def lost(self) -> int:
+        """Tokens that were cut off or belong to documents with nothing to train on."""
+        return self.tokens_in - self.tokens
+
+    def __str__(self) -> str:
+        text = f"packed {self.rows_in:,} rows into {self.rows:,} of {self.capacity:,} tokens, {self.filled:.1%} filled"
+        return f"{text}, {self.lost:,} tokens cut off." if self.lost else f"{text}."
+
+
+def pack_examples(
+    dataset: Dataset | IterableDataset, max_length: int, strategy: str = "bfd", *, num_proc: int | None = None
+) -> tuple[Dataset | IterableDataset, PackingReport | None]:
+    """Pack encoded rows of one completion each into rows of at most `max_length` tokens.
+
+    A packed row holds `input_ids`, `mask` (the tokens to train on) and `seq_lengths`; `decode` gives one Example per
+    document. Documents left without a token to train on are dropped. The report is logged; a stream has none.
+
+    Raises DataError for rows with several completions.
+    """
+    _check(strategy, max_length)
+    pack = partial(_pack_trees, capacity=max_length, strategy=strategy)
+    if isinstance(dataset, IterableDataset):
+        return _map_tables(dataset, pack, remove_columns=dataset.column_names), None
+    packed = _map_tables(dataset, pack, remove_columns=dataset.column_names, num_proc=num_proc, desc="Packing")
+    if not len(packed):
+        raise DataError(f"Packing to {max_length} tokens left no document with a token to train on. Raise max_length.")
+    report = _report(dataset, packed, max_length)
+    logger.log(logging.WARNING if report.lost else logging.INFO, "%s", report)
+    return packed, report
+
+
+def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
+    completions = table["completion_ids"].combine_chunks()
+    if not (completions.value_lengths().to_numpy() == 1).all():
+        raise DataError(
+            "Packing needs rows of one completion, but these have several (preferences). Set packing=False."
+        )
+    prompts, answers = _list_column(table, "prompt_ids"), completions.flatten()
+    prompt_lengths, answer_lengths = (a.value_lengths().to_numpy().astype(np.int64) for a in (prompts, answers))
+    lengths = prompt_lengths + answer_lengths
+    in_prompt = ranges(_starts(lengths), prompt_lengths)
+    in_answer = ranges(_starts(lengths) + prompt_lengths, answer_lengths)
+    ids, mask = np.empty(lengths.sum(), np.int32), np.zeros(lengths.sum(), bool)
+    ids[in_prompt], ids[in_answer] = prompts.flatten().to_numpy(), answers.flatten().to_numpy()
+    mask[in_answer] = _answer_mask(table)
+    pieces = STRATEGIES[strategy](lengths, capacity)
+    mask[pieces.start] = False  # nothing predicts a document's first token
+    pieces = _trained_pieces(pieces, mask)
+    return pack_columns(pieces, {"input_ids": ids, "mask": mask}, {"input_ids": pa.int32(), "mask": pa.bool_()})
+
+
+def _answer_mask(table: pa.Table) -> Ints | bool:
+    if "completion_mask" not in table.column_names:
+        return True
+    return table["completion_mask"].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)
+
+
+def _trained_pieces(pieces: Pieces, mask: Ints) -> Pieces:
+    """The pieces with a token to train on."""
+    before = np.concatenate([[0], np.cumsum(mask)])
+    trains = before[pieces.start + pieces.length] > before[pieces.start]
+    bounds = np.concatenate([[0], np.cumsum(trains)])[pieces.rows]
+    return Pieces(pieces.start[trains], pieces.length[trains], np.unique(bounds))
+
+
+def _report(dataset: Dataset, packed: Dataset, capacity: int) -> PackingReport:
+    tokens_in = sum(
+        len(table["prompt_ids"].combine_chunks().flatten())
+        + len(table["completion_ids"].combine_chunks().flatten().flatten())
+        for table in dataset.with_format("arrow").iter(batch_size=10_000)
+    )
+    documents, trained, tokens = 0, 0, 0
+    for table in packed.with_format("arrow").iter(batch_size=10_000):
+        lengths = table["seq_lengths"].combine_chunks().flatten().to_numpy()
+        mask = table["mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        documents, tokens = documents + len(lengths), tokens + len(mask)
+        trained += int(mask.sum())
+    return PackingReport(len(dataset), tokens_in, len(packed), documents, tokens, trained, capacity)

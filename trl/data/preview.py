@@ -1,0 +1,125 @@
+"""Rows as the model will see them: trained tokens coloured, ignored ones dim, special tokens and line ends visible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from trl.types import Completion, Example
+
+TRAINED, IGNORED, SPECIAL = "green", "bright_black", "bold reverse"
+OPEN, CLOSE = "⟦", "⟧"
+"""Around trained text where there is no colour to show it."""
+
+Run = tuple[str, bool, bool]
+"""(text, is trained, is special)"""
+
+
+def preview_examples(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, console: Console | None = None
+) -> None:
+    """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧."""
+    console = console or Console()
+    coloured = console.is_terminal and console.color_system is not None
+    console.print(_legend(coloured))
+    tokens = trained = count = 0
+    for count, example in enumerate(examples, start=1):
+        console.print(Rule(_heading(count, example), style="dim", align="left"))
+        for block in _blocks(example, tokenizer, coloured):
+            console.print(block)
+        tokens, trained = tokens + example.tokens, trained + _trained(example)
+    console.print(Rule(style="dim"))
+    console.print(f"{count:,} rows, {tokens:,} tokens, {trained:,} trained ({trained / max(1, tokens):.0%})")
+
+
+def _legend(coloured: bool) -> Text:
+    if not coloured:
+        return Text(f"{OPEN}trained{CLOSE} ignored  ↵ line end")
+    parts = [("trained", TRAINED), "  ", ("ignored", IGNORED), "  ", (" special ", SPECIAL), "  ↵ line end"]
+    return Text.assemble(*parts)
+
+
+def _heading(number: int, example: Example) -> Text:
+    return Text(f"row {number}: {example.tokens:,} tokens, {_trained(example):,} trained")
+
+
+def _trained(example: Example) -> int:
+    """Trained tokens; nothing predicts the first of a row."""
+    unpredicted = int(not example.prompt)
+    return sum(sum(_mask(completion)[unpredicted:]) for completion in example.completions)
+
+
+def _mask(completion: Completion) -> Sequence[bool]:
+    return [True] * len(completion) if completion.mask is None else [bool(m) for m in completion.mask]
+
+
+def _blocks(example: Example, tokenizer: PreTrainedTokenizerBase, coloured: bool) -> Iterator[Text]:
+    """The text of a single completion runs on from its prompt; several stand below it."""
+    prompt = list(example.prompt)
+    ignored = [False] * len(prompt)
+    if len(example.completions) == 1:
+        (completion,) = example.completions
+        ids, mask = [*prompt, *completion.ids], _predicted([*ignored, *_mask(completion)])
+        yield _text(_runs(ids, mask, tokenizer), coloured)
+        if completion.signals:
+            yield _signals(completion)
+        return
+    yield _text(_runs(prompt, ignored, tokenizer), coloured)
+    for number, completion in enumerate(example.completions, start=1):
+        mask = _mask(completion) if prompt else _predicted(_mask(completion))
+        yield Text(f"completion {number} of {len(example.completions)}: {len(completion):,} tokens", style="bold")
+        yield _text(_runs(list(completion.ids), mask, tokenizer), coloured)
+        if completion.signals:
+            yield _signals(completion)
+
+
+def _predicted(mask: Sequence[bool]) -> list[bool]:
+    return [False, *mask[1:]]
+
+
+def _signals(completion: Completion) -> Text:
+    shown = (f"{name}={_number(value)}" for name, value in completion.signals.items())
+    return Text("  ".join(shown), style="italic")
+
+
+def _number(value: float | Sequence[float]) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else f"[{', '.join(f'{v:.4g}' for v in value)}]"
+
+
+def _runs(ids: list[int], mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> Iterator[Run]:
+    """Neighbouring tokens of one kind, as text. Text grows from the row's beginning, for spaces depend on it."""
+    special = set(tokenizer.all_special_ids)
+    kinds = [(trained, token in special) for token, trained in zip(ids, mask, strict=True)]
+    seen, end = 0, 0
+    for kind, run in groupby(kinds):
+        end += len(list(run))
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield text[seen:], *kind
+        seen = len(text)
+
+
+def _text(runs: Iterable[Run], coloured: bool) -> Text:
+    text = Text()
+    for trained, group in groupby(runs, key=lambda run: run[1]):
+        text.append(OPEN if trained and not coloured else "")
+        for content, _, special in group:
+            style = f"{TRAINED if trained else IGNORED}{f' {SPECIAL}' if special else ''}"
+            text.append(content.replace("\n", "↵\n"), style=style)
+        if trained and not coloured:
+            text = _closed(text)
+    if text.plain.endswith("\n"):
+        text.right_crop(1)
+    return text
+
+
+def _closed(text: Text) -> Text:
+    """The text with the closing bracket on its last line, not below it."""
+    ends_line = text.plain.endswith("\n")
+    if ends_line:
+        text.right_crop(1)
+    return text.append(f"{CLOSE}\n" if ends_line else CLOSE)
