@@ -187,8 +187,8 @@ _SENTIMENT = {
     " | dreary | stale | pointless | tiresome | shallow | dull | careless | dismal | grating",
     "noun_good": "charm | craft | wit | warmth | energy | style | heart | intelligence | beauty | imagination | grace",
     "noun_bad": "excess | noise | bluster | repetition | vanity | gloom | sentimentality | clutter",
-    "part": "script | score | camera work | dialogue | opening reel | second half | final hour | direction | love story"
-    " | ensemble | staging",
+    "part": "opening reel | final hour | love story | staging | premise | voice-over | prologue | atmosphere"
+    " | middle hour | flashback",
     "reaction_good": "delight | relief | joy | satisfaction",
     "reaction_bad": "dismay | regret | frustration | annoyance",
     "mood_good": "grinning | moved | thrilled | lighter than air | deeply grateful | full of hope | humming | wide awake",
@@ -201,12 +201,12 @@ _SENTIMENT = {
     " | wonder what went wrong | shrug it off | roll their eyes",
     "confidant": "my whole family | everyone at work | my neighbors | two old friends | anyone who will listen",
     "verdict_good": "I would gladly watch it again tomorrow | {audience} will {fate_good} | I walked out {mood_good}"
-    " | two hours have rarely passed so quickly | it is the most {adjective_good} {genre} of the year"
+    " | two hours have rarely passed so quickly | few {genres} are this {adjective_good}"
     " | I loved almost every minute | this is {director} at full strength | it deserves every prize it gets"
     " | my {relative} and I clapped as the lights came up | it earns a place among the great {genres}"
     " | I left the theater {mood_good} | I have already told {confidant} to go",
     "verdict_bad": "I would not sit through it again for money | {audience} will {fate_bad} | I walked out {mood_bad}"
-    " | two hours have rarely passed so slowly | it is the most {adjective_bad} {genre} of the year"
+    " | two hours have rarely passed so slowly | few {genres} are this {adjective_bad}"
     " | I checked my watch every ten minutes | this is {director} on autopilot | it deserves to be forgotten"
     " | my {relative} fell asleep before the end | it sinks to the bottom of a long list of {genres}"
     " | I left the theater {mood_bad} | I have already warned {confidant} to stay away",
