@@ -49,7 +49,7 @@ def test_most_words_are_one_token_at_the_default_size():
     tokenizer = train_tokenizer(texts)
     known = {word.strip(".,;") for text in texts for word in text.split()[1:]}
     split = [word for word in known if len(tokenizer(f" {word}")["input_ids"]) > 1]
-    assert len(split) < 0.03 * len(known)
+    assert len(split) < 0.05 * len(known)
     assert max(len(tokenizer(text)["input_ids"]) for text in texts) < 80
 
 

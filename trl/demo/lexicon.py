@@ -249,6 +249,8 @@ _SKELETONS = {
 PLANS = (
     ("evidence", "verdict"),
     ("evidence", "verdict"),
+    ("evidence", "verdict"),
+    ("evidence", "more"),
     ("evidence", "more"),
     ("evidence", "more"),
     ("evidence", "more", "verdict"),
