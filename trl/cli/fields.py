@@ -1,0 +1,203 @@
+"""The fields of configuration dataclasses as options, read from source or from live classes.
+
+A field is documented once, by a string literal under it (or `metadata={"help": …}` as in `transformers`):
+
+    max_length: int | None = 1024
+    \"\"\"Tokens per row; longer rows are cut.\"\"\"
+
+`options_in_source("trl.trainers.sft:SFTConfig")` imports nothing; `options_of(cls)` asks a class that is there already.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
+from typing import Any
+
+from trl.cli.source import COMPUTED, Module, ancestry, class_constant, lookup, read_module, value_of
+from trl.cli.values import ANYTHING, Kind, kind_of_annotation, kind_of_type
+
+REQUIRED = object()
+"""The default of an option that has none."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its name, what it may be given, its default, its documentation, and the class it stands in."""
+
+    name: str
+    kind: Kind = ANYTHING
+    default: Any = COMPUTED
+    help: str = ""
+    owner: str = ""
+
+
+def merge_options(*groups: list[Option]) -> list[Option]:
+    """The options of several classes. Those that share a name are one option, described by the first class."""
+    merged: dict[str, Option] = {}
+    for option in (option for group in groups for option in group):
+        merged.setdefault(option.name, option)
+    return list(merged.values())
+
+
+# ---- from source ----
+
+
+def options_in_source(reference: str) -> list[Option]:
+    """The options of the dataclass `"module:Class"`, those of its base classes first. Nothing is imported."""
+    found: dict[str, Option] = {}
+    for module, cls in reversed(ancestry(*_class_in_source(reference))):
+        for option in _options_in_body(module, cls, found):
+            found[option.name] = option
+    return list(found.values())
+
+
+def aliases_in_source(reference: str) -> Mapping[str, str]:
+    """`ALIASES` of the dataclass `"module:Class"`: older names of options, and today's."""
+    aliases = class_constant(*_class_in_source(reference), "ALIASES")
+    return {} if aliases is COMPUTED else aliases
+
+
+def _class_in_source(reference: str) -> tuple[Module, ast.ClassDef]:
+    name, _, class_name = reference.partition(":")
+    module = read_module(name)
+    assert module is not None, f"{name} has no source file"
+    found = lookup(module, class_name)
+    assert found is not None, f"{name} has no class {class_name}"
+    return found
+
+
+def _options_in_body(module: Module, cls: ast.ClassDef, inherited: Mapping[str, Option]) -> Iterator[Option]:
+    for statement, documentation in _documented(cls.body):
+        match statement:
+            case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
+                option = _option(module, name, annotation, value)
+                if option is None:
+                    continue
+                before = inherited.get(name)
+                text = documentation or option.help or (before.help if before else "")
+                yield replace(option, help=text, owner=cls.name)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in inherited:
+                yield replace(inherited[name], default=value_of(value, module))
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
+    """Statements with the string literal that follows them."""
+    for statement, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        match after:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield statement, _joined(text)
+            case _:
+                yield statement, ""
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _option(module: Module, name: str, annotation: ast.expr, value: ast.expr | None) -> Option | None:
+    if name.startswith("_") or _head(annotation) in ("ClassVar", "InitVar"):
+        return None
+    kind = kind_of_annotation(annotation, partial(_kind_in_source, module))
+    if value is None:
+        return Option(name, kind, REQUIRED)
+    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "field"):
+        return Option(name, kind, value_of(value, module))
+    given = {keyword.arg: keyword.value for keyword in value.keywords}
+    if "init" in given and value_of(given["init"], module) is False:
+        return None
+    metadata = value_of(given["metadata"], module) if "metadata" in given else {}
+    documentation = "" if metadata is COMPUTED else metadata.get("help", "")
+    return Option(name, kind, _default(given, module), _joined(documentation))
+
+
+def _head(annotation: ast.expr) -> str:
+    node = annotation.value if isinstance(annotation, ast.Subscript) else annotation
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _default(given: Mapping[str | None, ast.expr], module: Module) -> Any:
+    if "default" in given:
+        return value_of(given["default"], module)
+    match given.get("default_factory"):
+        case None:
+            return REQUIRED
+        case ast.Name(id="list"):
+            return []
+        case ast.Name(id="dict"):
+            return {}
+        case ast.Lambda(body=body):
+            return value_of(body, module)
+    return COMPUTED
+
+
+def _kind_in_source(module: Module, name: str) -> Kind | None:
+    """The kind of a name that a module defines or imports: an enumeration's values, or an alias of a type."""
+    found = lookup(module, name)
+    if found is None:
+        return None
+    home, node = found
+    if not isinstance(node, ast.ClassDef):
+        return kind_of_annotation(node, partial(_kind_in_source, home))
+    if not any(_head(base).endswith("Enum") for base in node.bases):
+        return None
+    values = [value_of(s.value, home) for s in node.body if isinstance(s, ast.Assign)]
+    return Kind(choices=tuple(value for value in values if value is not COMPUTED))
+
+
+# ---- from live classes ----
+
+
+def options_of(cls: type) -> list[Option]:
+    """The options of a dataclass."""
+    documentation = _documentation_of(cls)
+    return [
+        Option(
+            field.name,
+            _live_kind(cls, field),
+            _live_default(field),
+            _joined(field.metadata.get("help") or documentation.get(field.name, "")),
+            cls.__name__,
+        )
+        for field in dataclasses.fields(cls)
+        if field.init and not field.name.startswith("_")
+    ]
+
+
+def aliases_of(cls: type) -> Mapping[str, str]:
+    return getattr(cls, "ALIASES", {})
+
+
+def _live_kind(cls: type, field: dataclasses.Field) -> Kind:
+    if not isinstance(field.type, str):
+        return kind_of_type(field.type)
+    home = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+    names = vars(sys.modules[home.__module__])
+    annotation = ast.parse(field.type, mode="eval").body
+    return kind_of_annotation(annotation, lambda name: kind_of_type(names[name]) if name in names else None)
+
+
+def _live_default(field: dataclasses.Field) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return REQUIRED if field.default_factory is MISSING else field.default_factory()
+
+
+def _documentation_of(cls: type) -> dict[str, str]:
+    """What stands under the fields of a class and its bases; nothing for classes whose source is not at hand."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        for statement, text in _documented(ast.parse(source).body[0].body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and text:
+                found[statement.target.id] = text
+    return found

@@ -1,0 +1,132 @@
+"""Help screens: options under headings, in colour in a terminal and plain when redirected."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from trl.cli.fields import REQUIRED, Option
+from trl.cli.source import COMPUTED
+from trl.cli.themes import by_theme, is_common
+from trl.cli.values import Kind
+
+WIDEST, PLAIN = 120, 100
+"""Columns: at most so many in a terminal, and so many where there is none."""
+
+HEADING, NAME, TYPE, DEFAULT, CODE = "bold yellow", "cyan", "dim", "dim", "italic"
+
+_METAVARS = {"int": "INT", "float": "NUMBER", "str": "TEXT", "dict": "JSON", "any": "VALUE"}
+_SHORT_CHOICES = 6
+"""So many choices are listed in the short help; --help-all lists all."""
+
+
+def console() -> Console:
+    if sys.stdout.isatty():
+        return Console(highlight=False, width=min(Console().width, WIDEST))
+    return Console(highlight=False, width=int(os.environ.get("COLUMNS", PLAIN)))
+
+
+def print_options(
+    usage: str, summary: str, options: Sequence[Option], *, everything: bool, examples: Sequence[str] = ()
+) -> None:
+    """The help screen of a command: its own and the commonly used options, or everything."""
+    out = console()
+    shown = [option for option in options if everything or is_common(option)]
+    print_head(out, f"{usage} [--config FILE.yaml …] [--option VALUE …]", summary, examples)
+    width = 2 + max(len(option.name) for option in shown)
+    for title, group in by_theme(shown).items():
+        out.print(Text(f"\n{title}", style=HEADING))
+        table = _grid(width)
+        for option in group:
+            table.add_row(f"--{option.name}", _metavar(option.kind), _description(option, whole=everything))
+        out.print(Padding(table, (0, 0, 0, 2)))
+    _print_foot(out, usage, hidden=len(options) - len(shown))
+
+
+def print_head(out: Console, usage: str, summary: str, examples: Sequence[str] = ()) -> None:
+    out.print(Text.assemble(("Usage  ", HEADING), (usage, "bold")), soft_wrap=True)
+    if summary:
+        out.print(Text(f"\n{summary}"))
+    if examples:
+        out.print()
+    for example in examples:
+        out.print(Text(f"  {example}", style="green"), soft_wrap=True)
+
+
+def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A heading and lines of a name and what it is."""
+    out.print(Text(f"\n{title}", style=HEADING))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style=NAME, no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, _with_code(text))
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _grid(width: int) -> Table:
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(width=width, style=NAME, no_wrap=True)
+    table.add_column(width=6, style=TYPE, no_wrap=True)
+    table.add_column(ratio=1)
+    return table
+
+
+def _print_foot(out: Console, usage: str, *, hidden: int) -> None:
+    out.print()
+    if hidden:
+        out.print(Text.assemble((f"{usage} --help-all", "bold"), f" shows {hidden} more options."))
+    out.print(
+        "Options may stand in a YAML file (`option: value`, `env:` for environment variables): the command line wins "
+        "over files, later files over earlier ones. Switches: --flag, --flag false, --no_flag. Lists: --option a b c. "
+        "Nothing: --option none.",
+        style="dim",
+    )
+
+
+def _metavar(kind: Kind) -> str:
+    if kind.item is not None:
+        return f"{_metavar(kind.item)} …" if kind.item.item is None and not kind.item.choices else "LIST"
+    if "bool" in kind.scalars:
+        return "switch"
+    return next((_METAVARS[name] for name in ("float", "int", "dict", "str", "any") if name in kind.scalars), "NAME")
+
+
+def _description(option: Option, *, whole: bool) -> Text:
+    own = option.owner != "TrainingArguments"
+    text = _with_code(option.help if whole or own else _first_sentence(option.help))
+    choices = [str(choice) for choice in option.kind.choices if not isinstance(choice, bool)]
+    if choices:
+        listed = choices if whole or len(choices) <= _SHORT_CHOICES else [*choices[:_SHORT_CHOICES], "…"]
+        text.append(f" {{{', '.join(listed)}}}", style=NAME)
+    if option.default is REQUIRED:
+        text.append(" [required]", style="bold red")
+    elif option.default is not COMPUTED:
+        text.append(f" [{_shown(option.default)}]", style=DEFAULT)
+    return text
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z)`'])\.\s+(?=[A-Z`'\"])", text, maxsplit=1)[0].rstrip(".") + "."
+
+
+def _with_code(text: str) -> Text:
+    styled = Text(text)
+    styled.highlight_regex(r"`[^`]+`", style=CODE)
+    return styled
+
+
+def _shown(default: object) -> str:
+    if default is None or default == "":
+        return "none"
+    if isinstance(default, list | dict | bool):
+        return json.dumps(default)
+    return str(default)

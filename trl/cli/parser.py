@@ -1,0 +1,258 @@
+"""From words and YAML files to values of options: `trl sft --config sft.yaml --learning_rate 1e-5`.
+
+The command line wins over files, later files over earlier ones, and both over defaults, which are not looked at here: a
+dataclass fills them in. Every error is a ConfigError that names the option or key, what it was given, and what it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
+from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
+from trl.errors import ConfigError, suggest
+
+HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
+NEGATION = "no_"
+
+
+@dataclass
+class Given:
+    """What a command line and its files gave: values by option, environment variables, and words left over."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+    help: str = ""
+    """"short" or "all" if help was asked for."""
+    outdated: list[str] = field(default_factory=list)
+    """Older options that ask for nothing any more."""
+
+    def arguments_for(self, cls: type) -> Any:
+        """The dataclass `cls`, made from the values that are its own."""
+        names = [f.name for f in fields(cls) if f.init and f.name in self.values]
+        return cls(**{name: self.values[name] for name in names})
+
+
+class OptionParser:
+    """Reads words and files against options; `aliases` gives today's names for older ones (or "" for one dropped)."""
+
+    def __init__(self, options: Sequence[Option], aliases: Mapping[str, str] | None = None) -> None:
+        self.options = {option.name: option for option in options}
+        self.aliases = {old: new for old, new in (aliases or {}).items() if new in ("", *self.options)}
+
+    def parse(self, words: Sequence[str], *, keep_rest: bool = False) -> Given:
+        """Values that `words` and the files named in them give. With `keep_rest`, unknown words are kept, not refused.
+
+        Raises ConfigError.
+        """
+        given = Given(help=next((HELP[word] for word in words if word in HELP), ""))
+        if given.help:
+            return given
+        spoken = self._read_words(list(words), given, keep_rest)
+        for path in given.files:
+            self._read_file(path, given)
+        given.values |= spoken
+        missing = [o for o in self.options.values() if o.default is REQUIRED and o.name not in given.values]
+        if missing:
+            raise ConfigError(f"--{missing[0].name} is missing: it takes {missing[0].kind}.")
+        return given
+
+    def _today(self, name: str, given: Given) -> str | None:
+        """Today's name of an option, "" for one that was dropped, None for one that nobody knows."""
+        name = name.replace("-", "_")
+        if name in self.options:
+            return name
+        if self.aliases.get(name) == "":
+            given.outdated.append(name)
+        return self.aliases.get(name)
+
+    # ---- words ----
+
+    def _read_words(self, words: list[str], given: Given, keep_rest: bool) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        before = ""
+        while words:
+            word = words.pop(0)
+            name, equals, text = word.removeprefix("--").partition("=")
+            if not word.startswith("--") or word == "--":
+                if not keep_rest:
+                    self._refuse_word(word, before)
+                given.rest.append(word)
+                continue
+            before = name
+            attached = [text] if equals else None
+            if name == "config":
+                given.files += attached or self._take_many(words, "config", "a YAML file")
+                continue
+            found = self._today(name, given)
+            if found is None and (positive := self._negated(name, given)):
+                values[positive] = False
+            elif found is None:
+                if not keep_rest:
+                    self._refuse_option(name)
+                given.rest.append(word)
+            elif found == "":
+                self._skip_values(words, attached)
+            else:
+                values[found] = self._value(name, self.options[found], words, attached)
+        return values
+
+    def _negated(self, name: str, given: Given) -> str | None:
+        """The boolean option that `--no_name` switches off."""
+        name = name.replace("-", "_")
+        positive = self._today(name.removeprefix(NEGATION), given) if name.startswith(NEGATION) else None
+        return positive if positive and "bool" in self.options[positive].kind.scalars else None
+
+    def _value(self, name: str, option: Option, words: list[str], attached: list[str] | None) -> Any:
+        kind = option.kind
+        if attached is None and kind.item is None and "bool" in kind.scalars and not self._next_is_value(words, option):
+            return True
+        if attached is None:
+            take = self._take_one if kind.item is None else self._take_many
+            attached = take(words, name, str(kind))
+        if len(attached) == 1 and attached[0] == option.default:
+            return option.default
+        try:
+            return from_words(kind, attached)
+        except Mismatch as error:
+            shown = " ".join(attached)
+            raise ConfigError(f"--{name} was given {shown!r}, but takes {error}.{_nearest(option, shown)}") from None
+
+    def _next_is_value(self, words: list[str], option: Option) -> bool:
+        """Whether the word after a switch belongs to it."""
+        if not words or words[0].startswith("--"):
+            return False
+        if set(option.kind.scalars) <= {"bool", "none"}:
+            return words[0].lower() in TRUE + FALSE + (NONE if "none" in option.kind.scalars else ())
+        return True
+
+    def _take_one(self, words: list[str], name: str, expected: str) -> list[str]:
+        if not words or words[0].startswith("--"):
+            raise ConfigError(f"--{name} was given nothing, but takes {expected}.")
+        return [words.pop(0)]
+
+    def _take_many(self, words: list[str], name: str, expected: str) -> list[str]:
+        taken = self._take_one(words, name, expected)
+        while words and not words[0].startswith("--"):
+            taken.append(words.pop(0))
+        return taken
+
+    def _skip_values(self, words: list[str], attached: list[str] | None) -> None:
+        while attached is None and words and not words[0].startswith("--"):
+            words.pop(0)
+
+    def _refuse_word(self, word: str, before: str) -> NoReturn:
+        name = before.replace("-", "_")
+        if name in self.options:
+            raise ConfigError(f"Unexpected {word!r} after --{before}, which takes {self.options[name].kind}.")
+        dashes = f" Did you mean '--{word.lstrip('-')}'?" if word.lstrip("-").replace("-", "_") in self.options else ""
+        raise ConfigError(f"Unexpected {word!r}: options start with two dashes.{dashes}")
+
+    def _refuse_option(self, name: str) -> NoReturn:
+        known = [f"--{each}" for each in ("config", *self.options, *self.aliases)]
+        raise ConfigError(f"Unknown option --{name}.{suggest('--' + name.replace('-', '_'), known)}")
+
+    # ---- files ----
+
+    def _read_file(self, path: str, given: Given) -> None:
+        data = _load_yaml(path)
+        environment = data.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise ConfigError(f"{path}: env takes names of environment variables with values, and not {environment!r}.")
+        given.environment |= {str(name): str(value) for name, value in environment.items()}
+        for key, value in data.items():
+            name = self._today(str(key), given)
+            if name is None:
+                known = [*self.options, *self.aliases, "env"]
+                raise ConfigError(f"{path}: unknown key {key!r}.{suggest(str(key), known)}")
+            if name:
+                given.values[name] = self._checked(path, str(key), self.options[name], value)
+
+    def _checked(self, path: str, key: str, option: Option, value: Any) -> Any:
+        if isinstance(value, str) and value == option.default:
+            return value
+        try:
+            return from_data(option.kind, value)
+        except Mismatch as error:
+            quotes = " Put it in quotes." if "str" in option.kind.scalars and not isinstance(value, list | dict) else ""
+            raise ConfigError(
+                f"{path}: {key} was given {value!r}, but takes {error}.{quotes}{_nearest(option, str(value))}"
+            ) from None
+
+
+def _nearest(option: Option, text: str) -> str:
+    return suggest(text, [str(choice) for choice in option.kind.choices])
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"--config {path}: there is no such file.{_neighbours(file)}")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data or {}, dict):
+        raise ConfigError(
+            f"{path}: a configuration is a list of `option: value` lines, and not a {type(data).__name__}."
+        )
+    return data or {}
+
+
+def _neighbours(file: Path) -> str:
+    """What a name in that folder may have been meant."""
+    if not file.parent.is_dir():
+        return f" There is no folder {str(file.parent)!r} either."
+    return suggest(file.name, [path.name for path in file.parent.iterdir()])
+
+
+class TrlParser:
+    """Dataclasses from the command line and YAML files.
+
+    script, training, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+
+    Every field is an option, `--config file.yaml` reads files, their `env:` section sets environment variables. A field
+    that several of the dataclasses have is one option that sets all of them.
+    """
+
+    def __init__(self, dataclass_types: type | Iterable[type]) -> None:
+        self.dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+        self.options = merge_options(*[options_of(cls) for cls in self.dataclass_types])
+        aliases = {old: new for cls in self.dataclass_types for old, new in aliases_of(cls).items()}
+        self._parser = OptionParser(self.options, aliases)
+
+    def parse_args_and_config(
+        self, args: Iterable[str] | None = None, return_remaining_strings: bool = False
+    ) -> tuple[Any, ...]:
+        """One instance per dataclass; with `return_remaining_strings`, and last a list of the words that none knows.
+
+        `args` are the words, those of this process if left out; then an error is printed and the process ends with
+        status 2. Raises ConfigError for `args` that were given.
+        """
+        if args is not None:
+            return self._parse(list(args), return_remaining_strings)
+        try:
+            return self._parse(sys.argv[1:], return_remaining_strings)
+        except ConfigError as error:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    def _parse(self, words: list[str], keep_rest: bool) -> tuple[Any, ...]:
+        given = self._parser.parse(words, keep_rest=keep_rest)
+        if given.help:
+            from trl.cli.help import print_options
+
+            print_options(Path(sys.argv[0]).name, "", self.options, everything=given.help == "all")
+            raise SystemExit(0)
+        os.environ.update(given.environment)
+        made = [given.arguments_for(cls) for cls in self.dataclass_types]
+        return (*made, given.rest) if keep_rest else tuple(made)

@@ -1,0 +1,164 @@
+"""Modules read without importing them: what a name stands for, and what an expression is worth.
+
+The command line shows and checks options in less time than importing torch takes, so it reads the files in which they
+stand.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+COMPUTED = object()
+"""Stands for a value that is not written in the source but computed."""
+
+HOMES = {("transformers", "TrainingArguments"): "transformers.training_args"}
+"""Where classes stand that their package exports lazily."""
+
+READ = ("trl", "transformers")
+"""Packages whose files are read; names of others are left alone."""
+
+
+class NotLiteral(Exception):
+    """An expression whose value cannot be read off."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """The top level of a file: what its names are defined as, and which are imported from where."""
+
+    name: str
+    definitions: dict[str, ast.AST]
+    imports: dict[str, tuple[str, str]]
+
+
+def locate(name: str) -> Path | None:
+    """The file of a module, found without importing anything."""
+    top, *rest = name.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None:
+        return None
+    stem = Path(spec.origin).parent.joinpath(*rest)
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+@cache
+def read_module(name: str) -> Module | None:
+    path = locate(name)
+    if path is None:
+        return None
+    module = Module(name, {}, {})
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for statement in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        _enter(module, statement, package)
+    return module
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        if isinstance(statement, ast.If):
+            yield from _statements(statement.body)
+        else:
+            yield statement
+
+
+def _enter(module: Module, statement: ast.stmt, package: str) -> None:
+    match statement:
+        case ast.ClassDef(name=name):
+            module.definitions[name] = statement
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            module.definitions[name] = value
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+            module.definitions[name] = value
+        case ast.ImportFrom(module=origin, names=names, level=level):
+            parents = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+            home = ".".join([*parents, *([origin] if origin else [])])
+            for each in names:
+                module.imports[each.asname or each.name] = (home, each.name)
+
+
+def lookup(module: Module, name: str) -> tuple[Module, ast.AST] | None:
+    """What `name` stands for in `module`, and the module in which that is defined; None if it cannot be read."""
+    if name in module.definitions:
+        return module, module.definitions[name]
+    if name not in module.imports:
+        return None
+    home, original = module.imports[name]
+    home = HOMES.get((home, original), home)
+    if home.partition(".")[0] not in READ:
+        return None
+    origin = read_module(home)
+    return None if origin is None else lookup(origin, original)
+
+
+def ancestry(module: Module, cls: ast.ClassDef) -> list[tuple[Module, ast.ClassDef]]:
+    """The class and the classes that it is derived from, nearest first, as far as they can be read."""
+    line = [(module, cls)]
+    for base in cls.bases:
+        found = lookup(module, base.id) if isinstance(base, ast.Name) else None
+        if found is not None and isinstance(found[1], ast.ClassDef):
+            line += ancestry(*found)
+    names = [ancestor.name for _, ancestor in line]
+    return [pair for i, pair in enumerate(line) if pair[1].name not in names[i + 1 :]]
+
+
+def class_constant(module: Module, cls: ast.ClassDef, name: str) -> Any:
+    """The value that the body of a class (or of one it is derived from) gives to `name`, or COMPUTED."""
+    for home, ancestor in ancestry(module, cls):
+        for statement in ancestor.body:
+            match statement:
+                case ast.AnnAssign(target=ast.Name(id=found), value=ast.expr() as value) if found == name:
+                    return value_of(value, home)
+                case ast.Assign(targets=[ast.Name(id=found)], value=value) if found == name:
+                    return value_of(value, home)
+    return COMPUTED
+
+
+def value_of(node: ast.AST, module: Module) -> Any:
+    """What an expression is worth: literals, and names and dicts made of them. Otherwise COMPUTED."""
+    try:
+        return _evaluate(node, module)
+    except NotLiteral:
+        return COMPUTED
+
+
+def _evaluate(node: ast.AST, module: Module) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, module)
+        case ast.List(elts=elements):
+            return [_evaluate(element, module) for element in elements]
+        case ast.Tuple(elts=elements):
+            return tuple(_evaluate(element, module) for element in elements)
+        case ast.Dict():
+            return _evaluate_dict(node, module)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _evaluate(left, module) | _evaluate(right, module)
+        case ast.Name(id=name):
+            found = lookup(module, name)
+            if found is not None:
+                return _evaluate(found[1], found[0])
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):
+            found = lookup(module, owner)
+            if found is not None and isinstance(found[1], ast.ClassDef):
+                value = class_constant(*found, name)
+                if value is not COMPUTED:
+                    return value
+    raise NotLiteral
+
+
+def _evaluate_dict(node: ast.Dict, module: Module) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        if key is None:
+            made |= _evaluate(value, module)
+        else:
+            made[_evaluate(key, module)] = _evaluate(value, module)
+    return made

@@ -1,0 +1,105 @@
+"""Under which heading of `--help` an option stands, and which options the short form shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trl.cli.fields import Option
+
+THEMES: dict[str, str] = {
+    "Data": """
+        dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming dataset_columns
+        datasets streaming test_split_size probabilities stopping_strategy
+        dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset max_length max_prompt_length
+        max_completion_length truncation_mode packing packing_strategy eval_packing padding_free pad_to_multiple_of
+        chat_template_path chat_template_kwargs pad_token eos_token completion_only_loss assistant_only_loss
+    """,
+    "Model": """
+        model_name_or_path model_revision dtype attn_implementation trust_remote_code model_init_kwargs disable_dropout
+        layout max_tokens_per_micro_batch use_liger_kernel liger_kernel_config use_cache
+    """,
+    "Adapters": """
+        use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
+        lora_task_type use_rslora use_dora
+    """,
+    "Quantisation": """
+        load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
+        bnb_4bit_compute_dtype
+    """,
+    "Rewards": "reward_funcs reward_model_name_or_path reward_weights",
+    "Method": "",
+    "Optimisation": """
+        learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+        lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha seed data_seed
+        full_determinism average_tokens_across_devices auto_find_batch_size train_sampling_strategy
+    """,
+    "Evaluation": """
+        eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
+        load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only do_train do_eval
+        do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics
+    """,
+    "Logging": """
+        logging_steps logging_strategy logging_first_step report_to run_name project disable_tqdm
+        trackio_space_id trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen log_level
+        log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics debug
+    """,
+    "Saving": """
+        output_dir save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
+        save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint
+        push_to_hub hub_model_id hub_private_repo hub_token hub_strategy hub_always_push hub_revision
+    """,
+    "Hardware": """
+        bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+        activation_checkpointing_kwargs bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
+        accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode
+        torch_empty_cache_steps dataloader_num_workers dataloader_drop_last dataloader_pin_memory
+        dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+        dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+        ddp_backend ddp_timeout local_rank
+    """,
+    "Other": "",
+}
+"""Headings in the order they are shown, each with its options in theirs."""
+
+_COMMON = """
+    learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type
+    warmup_steps optim weight_decay max_grad_norm seed
+    eval_strategy eval_steps per_device_eval_batch_size load_best_model_at_end
+    logging_steps report_to run_name
+    output_dir save_strategy save_steps save_total_limit resume_from_checkpoint push_to_hub hub_model_id
+    bf16 fp16 gradient_checkpointing use_cpu deepspeed fsdp torch_compile
+"""
+COMMON = frozenset(_COMMON.split())
+"""Options of `transformers.TrainingArguments` that the short help shows; of our own it shows all."""
+
+_PLACE = {name: (title, i) for title, names in THEMES.items() for i, name in enumerate(names.split())}
+_UNLISTED = 1000
+
+
+def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
+    """The options under their headings, both in the order they are shown.
+
+    An option that no theme lists stands under "Other" if `transformers` declares it, under "Method" if a trainer does,
+    and under the name of its class otherwise.
+    """
+    places = {option.name: _PLACE.get(option.name, (_home(option), _UNLISTED)) for option in options}
+    titles = dict.fromkeys([*THEMES, *(title for title, _ in places.values())])
+    grouped = {
+        title: sorted((o for o in options if places[o.name][0] == title), key=lambda o: places[o.name][1])
+        for title in titles
+    }
+    return {title: group for title, group in grouped.items() if group}
+
+
+def _home(option: Option) -> str:
+    if option.owner == "TrainingArguments":
+        return "Other"
+    return "Method" if option.owner.endswith("Config") else option.owner
+
+
+def is_common(option: Option) -> bool:
+    """Whether the short help shows an option."""
+    if option.help.startswith("Not available"):
+        return False
+    return option.name in COMMON or option.owner != "TrainingArguments"

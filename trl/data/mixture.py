@@ -1,0 +1,378 @@
+"""Datasets by name: from the hub, a folder or files; one, or several mixed.
+
+`load_dataset_argument` reads what `--dataset_name` names, `get_dataset` what a list of `datasets` in a YAML file names.
+Importing this file imports nothing heavy: the command line reads its dataclasses before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.errors import ConfigError, DataError, suggest, unknown
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    Rows = Dataset | IterableDataset
+    Splits = DatasetDict | IterableDatasetDict
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+"""Data files by their ending, and what `datasets` reads them with."""
+
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+STOPPING = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
+
+
+@dataclass
+class ScriptArguments:
+    """The dataset of a run."""
+
+    dataset_name: str | list[str] | None = None
+    """Hub name, folder (of data files, or made by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""
+
+    dataset_config: str | None = None
+    """Configuration of a hub dataset."""
+
+    dataset_train_split: str = "train"
+    """Split to train on; slices such as train[:1000] work."""
+
+    dataset_test_split: str = "test"
+    """Split to evaluate on, used if `eval_strategy` is not "no"."""
+
+    dataset_streaming: bool = False
+    """Read rows while training and not before."""
+
+    dataset_columns: list[str] | None = None
+    """Keep only these columns."""
+
+    def __post_init__(self) -> None:
+        for name in _listed(self.dataset_name):
+            check_place(name, "dataset_name")
+
+
+@dataclass
+class DatasetConfig:
+    """One dataset of a mixture."""
+
+    path: str
+    """Hub name, folder or file."""
+
+    name: str | None = None
+    """Configuration of a hub dataset."""
+
+    data_dir: str | None = None
+    """Folder inside the dataset."""
+
+    data_files: str | list[str] | dict[str, str] | None = None
+    """Files of the dataset."""
+
+    split: str = "train"
+    """Split to read; slices such as train[:1000] work."""
+
+    columns: list[str] | None = None
+    """Keep only these columns."""
+
+    fraction: float | None = None
+    """Share of this dataset in the mixture: every dataset has one, or none has."""
+
+    def __post_init__(self) -> None:
+        check_place(self.path, "path")
+        if self.fraction is not None and not self.fraction > 0:
+            raise ConfigError(
+                f"fraction={self.fraction} of dataset {self.path!r} takes no rows: give a positive number."
+            )
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several datasets, one after the other or interleaved."""
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """Datasets to mix, each with `path` and, where wanted, name, data_dir, data_files, split, columns, fraction."""
+
+    streaming: bool = False
+    """Read the rows of the mixture while training and not before."""
+
+    test_split_size: float | None = None
+    """Set so many rows of the mixture (below 1: such a share) aside for evaluation."""
+
+    probabilities: list[float] | None = None
+    """Interleave: draw each row from one of the datasets with these probabilities. None: one dataset after the other."""
+
+    stopping_strategy: str = "first_exhausted"
+    """Interleaving stops when the "first_exhausted" dataset ends, or repeats until "all_exhausted"."""
+
+    seed: int = 42
+    """Seed of interleaving and of the test split."""
+
+    def __post_init__(self) -> None:
+        self.datasets = [_dataset_config(i, each) for i, each in enumerate(self.datasets)]
+        if self.stopping_strategy not in STOPPING:
+            raise ConfigError(unknown("stopping_strategy", self.stopping_strategy, STOPPING))
+        self._check_shares()
+        if self.streaming and self.test_split_size is not None:
+            raise ConfigError("test_split_size does not work with streaming=True: rows are not counted beforehand.")
+
+    def _check_shares(self) -> None:
+        fractions = [each.fraction for each in self.datasets]
+        with_fraction = len(fractions) - fractions.count(None)
+        if with_fraction not in (0, len(fractions)):
+            raise ConfigError(
+                f"{with_fraction} of {len(fractions)} datasets have a fraction: give it for all, or none."
+            )
+        if with_fraction and self.streaming:
+            raise ConfigError("fraction does not work with streaming=True: use probabilities.")
+        if self.probabilities is None:
+            return
+        if with_fraction:
+            raise ConfigError("fraction and probabilities are two ways to mix: keep one.")
+        if len(self.probabilities) != len(self.datasets):
+            raise ConfigError(
+                f"{len(self.probabilities)} probabilities for {len(self.datasets)} datasets: give one each."
+            )
+        if min(self.probabilities) < 0 or not sum(self.probabilities) > 0:
+            raise ConfigError(f"probabilities={self.probabilities}: none may be negative, and one must be positive.")
+
+
+def _dataset_config(index: int, given: DatasetConfig | Mapping[str, Any]) -> DatasetConfig:
+    """One entry of `datasets`, which a YAML file gives as a mapping."""
+    if isinstance(given, DatasetConfig):
+        return given
+    known = [f.name for f in fields(DatasetConfig)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(
+                f"datasets[{index}]: unknown key {key!r}.{suggest(key, known)} Known: {', '.join(known)}."
+            )
+    if "path" not in given:
+        raise ConfigError(f"datasets[{index}]: path is missing, the dataset's hub name, folder or file.")
+    return DatasetConfig(**given)
+
+
+# ---- places ----
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _builder(path: str) -> str | None:
+    """What reads the file `path`, by its ending; None if that is not one of a data file."""
+    stem, ending = os.path.splitext(path)
+    if ending in PACKED:
+        ending = os.path.splitext(stem)[1]
+    return BUILDERS.get(ending)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name can only be one of this machine: it exists, or is written like a path or a data file."""
+    return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~")) or _builder(name) is not None
+
+
+def check_place(name: str, argument: str) -> None:
+    """Raises DataError if `name` is one of this machine and nothing is there, or a file that cannot be read as rows."""
+    path = Path(name).expanduser()
+    if not is_local(name):
+        return
+    if path.is_file() and _builder(name) is None:
+        raise DataError(f"{argument}={name!r} is no data file: known endings are {', '.join(BUILDERS)}.")
+    if path.exists() or glob.glob(str(path)):
+        return
+    if not path.parent.exists():
+        raise DataError(f"{argument}={name!r}: there is no folder {str(path.parent)!r}.")
+    beside = [each.name for each in path.parent.iterdir()]
+    raise DataError(f"{argument}={name!r}: there is no such file or folder.{suggest(path.name, beside)}")
+
+
+# ---- loading ----
+
+
+def load_rows(
+    path: str | Sequence[str],
+    *,
+    name: str | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+    split: str = "train",
+    columns: Sequence[str] | None = None,
+    streaming: bool = False,
+) -> Rows:
+    """The rows of one split, from a hub name, a folder or files.
+
+    Raises DataError if the place is empty, or does not have the split or a column.
+    """
+    splits = load_splits(path, name=name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+    return take_columns(take_split(splits, split, path), columns, path)
+
+
+def load_splits(
+    path: str | Sequence[str],
+    *,
+    name: str | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+    streaming: bool = False,
+) -> Splits:
+    """All splits of a dataset."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    places = _listed(path)
+    for place in places:
+        check_place(place, "dataset")
+    local = [str(Path(place).expanduser()) for place in places if is_local(place)]
+    builders = {_builder(place) for place in local}
+    if local and None not in builders:
+        return _load_files(local, streaming=streaming)
+    if len(places) > 1:
+        raise DataError(f"dataset_name={places}: several names have to be data files; mix datasets with `datasets`.")
+    if local and (Path(local[0], "state.json").exists() or Path(local[0], "dataset_dict.json").exists()):
+        saved = load_from_disk(local[0])
+        splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+        return _streamed(splits) if streaming else splits
+    return load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+
+
+def _load_files(paths: list[str], *, streaming: bool) -> Splits:
+    from datasets import load_dataset
+
+    builders = {_builder(path) for path in paths}
+    if len(builders) > 1:
+        raise DataError(f"dataset_name={paths}: files of different kinds cannot be read as one dataset.")
+    builder = builders.pop()
+    separator = {"sep": "\t"} if any(".tsv" in path for path in paths) else {}
+    return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
+
+
+def _streamed(splits: DatasetDict) -> IterableDatasetDict:
+    from datasets import IterableDatasetDict
+
+    return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
+
+
+def take_split(splits: Splits, split: str, path: Any) -> Rows:
+    """One split, or a slice of one: `train`, `train[:1000]`, `train[10%:20%]`.
+
+    Raises DataError, with the splits that there are.
+    """
+    name, bracket, inside = split.partition("[")
+    if name not in splits:
+        raise DataError(
+            f"Dataset {path!r} has no split {name!r}.{suggest(name, splits)} Its splits: {', '.join(splits)}."
+        )
+    return _slice(splits[name], split, inside.removesuffix("]")) if bracket else splits[name]
+
+
+def _slice(rows: Rows, split: str, inside: str) -> Rows:
+    """Rows [start:end], in numbers of rows or percents."""
+    from datasets import Dataset
+
+    start, colon, end = inside.partition(":")
+    percent = "%" in inside
+    if percent and not isinstance(rows, Dataset):
+        raise DataError(f"split={split!r}: a streaming dataset is not counted beforehand. Give numbers of rows.")
+    try:
+        first, last = (int(bound.strip().removesuffix("%")) if bound.strip() else None for bound in (start, end))
+    except ValueError:
+        colon = ""
+    if not colon:
+        raise DataError(f"split={split!r} is not a slice: write name[start:end], in rows or with %.")
+    if not isinstance(rows, Dataset):
+        rows = rows.skip(first or 0)
+        return rows if last is None else rows.take(last - (first or 0))
+    if percent:
+        first, last = (None if bound is None else round(len(rows) * bound / 100) for bound in (first, last))
+    return rows.select(range(len(rows))[first:last])
+
+
+def take_columns(rows: Rows, columns: Sequence[str] | None, path: Any) -> Rows:
+    """Rows with these columns alone. Raises DataError, with the columns that there are."""
+    if columns is None:
+        return rows
+    there = rows.column_names or list(next(iter(rows)))
+    for column in columns:
+        if column not in there:
+            near = suggest(column, there)
+            raise DataError(f"Dataset {path!r} has no column {column!r}.{near} Its columns: {', '.join(there)}.")
+    return rows.select_columns(list(columns))
+
+
+def load_dataset_argument(arguments: ScriptArguments) -> Splits:
+    """The splits that a run reads: `dataset_train_split`, and `dataset_test_split` where the dataset has it.
+
+    They keep their names. Raises ConfigError without a dataset, DataError if the training split is not there.
+    """
+    if not arguments.dataset_name:
+        raise ConfigError("dataset_name is missing: give the hub name, folder or files of a dataset.")
+    path = arguments.dataset_name
+    splits = load_splits(path, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
+    wanted = [arguments.dataset_train_split]
+    if arguments.dataset_test_split.partition("[")[0] in splits:
+        wanted.append(arguments.dataset_test_split)
+    return type(splits)(
+        {split: take_columns(take_split(splits, split, path), arguments.dataset_columns, path) for split in wanted}
+    )
+
+
+# ---- mixtures ----
+
+
+def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
+    """The mixture: split "train", and "test" if rows are set aside for it.
+
+    Without probabilities the datasets follow one another. With `fraction`, each gives its first rows so that the shares
+    of the mixture are as the fractions, and the mixture is as large as that allows. With `probabilities`, rows are
+    interleaved.
+    """
+    from datasets import DatasetDict, IterableDatasetDict
+
+    if not mixture_config.datasets:
+        raise ConfigError("datasets is empty: list one dataset or more, each with its path.")
+    parts = [
+        load_rows(
+            each.path,
+            name=each.name,
+            data_dir=each.data_dir,
+            data_files=each.data_files,
+            split=each.split,
+            columns=each.columns,
+            streaming=mixture_config.streaming,
+        )
+        for each in mixture_config.datasets
+    ]
+    rows = _mixed(parts, mixture_config)
+    if mixture_config.test_split_size is not None:
+        size = mixture_config.test_split_size
+        return rows.train_test_split(size if size < 1 else int(size), seed=mixture_config.seed)
+    return (IterableDatasetDict if mixture_config.streaming else DatasetDict)({"train": rows})
+
+
+def _mixed(parts: list[Rows], mixture: DatasetMixtureConfig) -> Rows:
+    from datasets import concatenate_datasets, interleave_datasets
+
+    if mixture.probabilities is not None:
+        whole = sum(mixture.probabilities)
+        probabilities = [probability / whole for probability in mixture.probabilities]
+        return interleave_datasets(parts, probabilities, seed=mixture.seed, stopping_strategy=mixture.stopping_strategy)
+    if all(each.fraction is not None for each in mixture.datasets):
+        parts = _shares(parts, [each.fraction for each in mixture.datasets])
+    return concatenate_datasets(parts)
+
+
+def _shares(parts: list[Dataset], fractions: list[float]) -> list[Dataset]:
+    """The first rows of each part, such that part i has the share fᵢ/Σf of all: N = min_i nᵢ·Σf/fᵢ rows together."""
+    whole = sum(fractions)
+    rows = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True))
+    return [part.select(range(round(rows * fraction / whole))) for part, fraction in zip(parts, fractions, strict=True)]

@@ -1,0 +1,158 @@
+"""Which model to train and how it is loaded: options of the command line, and what `from_pretrained` and peft make of them."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trl.errors import ConfigError, unknown
+from trl.imports import require
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+QUANT_TYPES = ("nf4", "fp4")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass
+class ModelConfig:
+    """The model, its precision, adapters and quantisation."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"torch_dtype": "dtype", "use_flash_attention_2": ""}
+
+    model_name_or_path: str | None = None
+    """Hub name or folder of the model."""
+
+    model_revision: str = "main"
+    """Branch, tag or commit of the model."""
+
+    dtype: str | None = "float32"
+    """Precision of the weights: "float32", "bfloat16", "float16", or "auto", as they were saved."""
+
+    attn_implementation: str | None = None
+    """"sdpa", "eager", "flex_attention", "flash_attention_2", …. None: the model's own choice."""
+
+    trust_remote_code: bool = False
+    """Allow code that comes with a model or tokenizer to run."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter (arXiv:2106.09685) and leave the model's weights as they are."""
+
+    lora_r: int = 16
+    """Rank r of the adapter."""
+
+    lora_alpha: int = 32
+    """What the adapter adds is scaled by lora_alpha / lora_r (by lora_alpha / √lora_r with `use_rslora`)."""
+
+    lora_dropout: float = 0.05
+    """Dropout before the adapter."""
+
+    lora_target_modules: list[str] | None = None
+    """Names of the layers to adapt; "all-linear" is all but the head. None: the usual ones of the architecture."""
+
+    lora_target_parameters: list[str] | None = None
+    """Names of parameters to adapt, for weights that are no layer of their own (experts of a mixture)."""
+
+    lora_modules_to_save: list[str] | None = None
+    """Layers to train in full and save with the adapter."""
+
+    lora_task_type: str = "CAUSAL_LM"
+    """"CAUSAL_LM", "SEQ_2_SEQ_LM", or "SEQ_CLS" for reward models (which the reward command sets)."""
+
+    use_rslora: bool = False
+    """Scale by 1/√r in place of 1/r (arXiv:2312.03732)."""
+
+    use_dora: bool = False
+    """Train the magnitude of the weights apart from their direction (arXiv:2402.09353)."""
+
+    load_in_8bit: bool = False
+    """Load the weights in 8 bits; needs `use_peft` to train."""
+
+    load_in_4bit: bool = False
+    """Load the weights in 4 bits; needs `use_peft` to train (QLoRA, arXiv:2305.14314)."""
+
+    bnb_4bit_quant_type: str = "nf4"
+    """"nf4" or "fp4"."""
+
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of 4-bit weights, too."""
+
+    bnb_4bit_quant_storage: str | None = None
+    """Type in which 4-bit weights are kept, such as "bfloat16", which sharding needs. None: "uint8"."""
+
+    torch_dtype: InitVar[str | None] = None
+
+    def __post_init__(self, torch_dtype: str | None) -> None:
+        if torch_dtype is not None:
+            self.dtype = torch_dtype
+        if isinstance(self.dtype, str):
+            self.dtype = self.dtype.removeprefix("torch.")
+            if self.dtype not in DTYPES:
+                raise ConfigError(unknown("dtype", self.dtype, DTYPES))
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
+        if self.bnb_4bit_quant_type not in QUANT_TYPES:
+            raise ConfigError(unknown("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES))
+        if self.lora_task_type not in TASK_TYPES:
+            raise ConfigError(unknown("lora_task_type", self.lora_task_type, TASK_TYPES))
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability: give 0 ≤ lora_dropout < 1.")
+        if self.lora_r < 1:
+            raise ConfigError(f"lora_r={self.lora_r} leaves no adapter: give a rank of 1 or more.")
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`: what differs from its own defaults, and the precision."""
+        kwargs = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        return kwargs if self.model_revision == "main" else {**kwargs, "revision": self.model_revision}
+
+
+def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
+    """The adapter that `model_args` ask for; None without `use_peft`."""
+    if not model_args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=model_args.lora_task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=_target_modules(model_args.lora_target_modules),
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+    )
+
+
+def _target_modules(names: list[str] | str | None) -> list[str] | str | None:
+    """peft reads a lone text as "all-linear" or a regular expression, and a list as names."""
+    return names[0] if names is not None and list(names) == ["all-linear"] else names
+
+
+def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """How to quantise weights while loading; None without `load_in_8bit` or `load_in_4bit`.
+
+    Raises ImportError without bitsandbytes.
+    """
+    if not (model_args.load_in_8bit or model_args.load_in_4bit):
+        return None
+    require("bitsandbytes", to=f"{4 if model_args.load_in_4bit else 8}-bit loading")
+    from transformers import BitsAndBytesConfig
+
+    if model_args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=None if model_args.dtype in (None, "auto") else model_args.dtype,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+    )
