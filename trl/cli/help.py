@@ -75,7 +75,7 @@ def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
 def _grid(width: int) -> Table:
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(width=width, style=NAME, no_wrap=True)
-    table.add_column(width=6, style=TYPE, no_wrap=True)
+    table.add_column(width=8, style=TYPE, no_wrap=True)
     table.add_column(ratio=1)
     return table
 
@@ -125,7 +125,7 @@ def _with_code(text: str) -> Text:
 
 
 def _shown(default: object) -> str:
-    if default is None or default == "":
+    if default in (None, "", [], {}):
         return "none"
     if isinstance(default, list | dict | bool):
         return json.dumps(default)

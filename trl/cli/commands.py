@@ -1,0 +1,163 @@
+"""The commands of `trl`: one row each. A training method is its trainer, its configuration and a sentence.
+
+A row whose module is not there is not listed. References are `"module:name"`, loaded when they are used, so that reading
+this file imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
+from trl.cli.parser import OptionParser
+from trl.cli.source import locate
+
+SCRIPT = "trl.data.mixture:ScriptArguments"
+MIXTURE = "trl.data.mixture:DatasetMixtureConfig"
+MODEL = "trl.models.config:ModelConfig"
+REWARDS = "trl.cli.rewards:RewardArguments"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training command.
+
+    extra       dataclasses with options beside those of dataset, model and trainer
+    keywords    function of a `trl.cli.train.Run` that gives further keyword arguments of the trainer
+    defaults    values of options that differ from those of their dataclass
+    example     words of an example, for the help screen
+    """
+
+    name: str
+    trainer: str
+    config: str
+    summary: str
+    example: str
+    extra: tuple[str, ...] = ()
+    keywords: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def argument_classes(self) -> tuple[str, ...]:
+        """References of the dataclasses with this command's options; those that import nothing heavy first."""
+        return (SCRIPT, MODEL, MIXTURE, *self.extra, self.config)
+
+    def options(self) -> list[Option]:
+        return merge_options(*map(options_in_source, self.argument_classes))
+
+    def parser(self) -> OptionParser:
+        aliases = [aliases_in_source(reference) for reference in self.argument_classes]
+        return OptionParser(self.options(), {old: new for each in aliases for old, new in each.items()})
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command that trains nothing: `run(words) -> exit status`."""
+
+    name: str
+    run: str
+    summary: str
+
+
+_MODEL_AND_DATA = "--model_name_or_path facebook/opt-125m --dataset_name"
+_REWARDED = (
+    "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --reward_funcs rewards.py:short"
+)
+
+METHODS = (
+    Method(
+        "sft",
+        "trl.trainers.sft:SFTTrainer",
+        "trl.trainers.sft:SFTConfig",
+        "Fine-tune on texts, chats, or prompts with completions.",
+        f"{_MODEL_AND_DATA} imdb --output_dir opt-sft-imdb",
+    ),
+    Method(
+        "reward",
+        "trl.trainers.reward:RewardTrainer",
+        "trl.trainers.reward:RewardConfig",
+        "Train a reward model on pairs of a chosen and a rejected answer.",
+        f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-reward",
+        defaults={"lora_task_type": "SEQ_CLS"},
+    ),
+    Method(
+        "dpo",
+        "trl.trainers.dpo:DPOTrainer",
+        "trl.trainers.dpo:DPOConfig",
+        "Align with pairs of a chosen and a rejected answer, without a reward model (arXiv:2305.18290 and its family).",
+        f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-dpo",
+    ),
+    Method(
+        "kto",
+        "trl.trainers.kto:KTOTrainer",
+        "trl.trainers.kto:KTOConfig",
+        "Align with answers that are each labelled good or bad (arXiv:2402.01306).",
+        f"{_MODEL_AND_DATA} trl-lib/kto-mix-14k --output_dir opt-kto",
+    ),
+    Method(
+        "ppo",
+        "trl.trainers.ppo:PPOTrainer",
+        "trl.trainers.ppo:PPOConfig",
+        "Reinforcement learning with a value head and a KL penalty (arXiv:1909.08593).",
+        f"{_REWARDED} --output_dir qwen-ppo",
+        extra=(REWARDS,),
+        keywords="trl.cli.rewards:reward_keywords",
+    ),
+    Method(
+        "grpo",
+        "trl.trainers.grpo:GRPOTrainer",
+        "trl.trainers.grpo:GRPOConfig",
+        "Reinforcement learning from the rewards of a group of answers (arXiv:2402.03300 and its family).",
+        f"{_REWARDED} --output_dir qwen-grpo",
+        extra=(REWARDS,),
+        keywords="trl.cli.rewards:reward_keywords",
+    ),
+    Method(
+        "rloo",
+        "trl.trainers.rloo:RLOOTrainer",
+        "trl.trainers.rloo:RLOOConfig",
+        "REINFORCE with the other answers of a group as baseline (arXiv:2402.14740).",
+        f"{_REWARDED} --output_dir qwen-rloo",
+        extra=(REWARDS,),
+        keywords="trl.cli.rewards:reward_keywords",
+    ),
+    Method(
+        "online-dpo",
+        "trl.trainers.online_dpo:OnlineDPOTrainer",
+        "trl.trainers.online_dpo:OnlineDPOConfig",
+        "DPO on pairs that the model samples and a reward or judge ranks (arXiv:2402.04792).",
+        f"{_REWARDED} --output_dir qwen-online-dpo",
+        extra=(REWARDS,),
+        keywords="trl.cli.rewards:reward_keywords",
+    ),
+)
+
+TOOLS = (
+    Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
+    Tool("demo", "trl.demo.run:main", "Fine-tune a small model on the film reviews that the package brings along."),
+    Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
+    Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),
+)
+
+
+def methods() -> dict[str, Method]:
+    """The training commands that this version has."""
+    return {each.name: each for each in METHODS if _is_there(each.trainer)}
+
+
+def tools() -> dict[str, Tool]:
+    """The other commands that this version has."""
+    return {each.name: each for each in TOOLS if _is_there(each.run)}
+
+
+def _is_there(reference: str) -> bool:
+    return locate(reference.partition(":")[0]) is not None
+
+
+def load(reference: str) -> Any:
+    """What `"module:name"` stands for, imported."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

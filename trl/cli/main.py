@@ -1,0 +1,95 @@
+"""`trl`: one command for training, previewing, and looking around.
+
+    trl sft --model_name_or_path facebook/opt-125m --dataset_name imdb --output_dir opt-sft-imdb
+
+Options are read and checked before torch is imported; errors that a user can mend are one message and status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from trl import __version__
+from trl.cli.commands import Method, load, methods, tools
+from trl.cli.parser import HELP
+from trl.errors import ConfigError, TrlError, suggest
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(words)
+    except TrlError as error:
+        message = str(error)
+    except ImportError as error:
+        if error.name is not None:
+            raise
+        message = str(error)  # an optional dependency: Python's own import errors carry the module's name
+    except KeyboardInterrupt:
+        print("trl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"trl: error: {message}", file=sys.stderr)
+    return 2
+
+
+def dispatch(words: list[str]) -> int:
+    if not words or words[0] in (*HELP, "help"):
+        return print_overview()
+    if words[0] in ("--version", "-V"):
+        print(f"trl {__version__}")
+        return 0
+    name, *rest = words
+    if name in (found := methods()):
+        return run_method(found[name], rest)
+    if name in (other := tools()):
+        return load(other[name].run)(rest) or 0
+    raise ConfigError(
+        f"Unknown command {name!r}.{suggest(name, [*found, *other])} Commands: {', '.join([*found, *other])}."
+    )
+
+
+def run_method(method: Method, words: list[str]) -> int:
+    given = method.parser().parse(words)
+    if given.help:
+        return print_method(method, everything=given.help == "all")
+    from trl.cli.train import read_run, train
+
+    return train(read_run(method, given))
+
+
+def print_overview() -> int:
+    from trl.cli.help import console, print_head, print_rows
+
+    out = console()
+    print_head(out, "trl COMMAND [--option VALUE …]", "Fine-tune and align language models.")
+    print_rows(out, "Train", [(each.name, each.summary) for each in methods().values()])
+    print_rows(out, "Look", [(each.name, each.summary) for each in tools().values()])
+    print_rows(
+        out,
+        "Help",
+        [
+            ("trl COMMAND --help", "The options that are used most, by theme"),
+            ("trl COMMAND --help-all", "All options"),
+            ("trl --version", "The version"),
+        ],
+    )
+    first = next(iter(methods().values()))
+    print_rows(out, "Example", [(f"trl {first.name} {first.example}", "")])
+    return 0
+
+
+def print_method(method: Method, *, everything: bool) -> int:
+    from trl.cli.help import print_options
+
+    command = f"trl {method.name}"
+    examples = [f"{command} {method.example}", f"{command} --config {method.name}.yaml --learning_rate 1e-5"]
+    print_options(command, method.summary, method.options(), everything=everything, examples=examples)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

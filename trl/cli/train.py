@@ -1,0 +1,133 @@
+"""A training command: from options to a trainer, and through its run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
+from trl.cli.parser import Given
+from trl.data.mixture import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
+from trl.errors import ConfigError, DataError, suggest
+from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
+
+if TYPE_CHECKING:
+    from trl.trainers.base import BaseTrainer
+    from trl.trainers.config import TrainerConfig
+
+RESUME_LAST = ("true", "last")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command line asks for. `extra` holds the method's own arguments (of the class `method.extra[0]`)."""
+
+    method: Method
+    script: ScriptArguments
+    mixture: DatasetMixtureConfig
+    model: ModelConfig
+    training: TrainerConfig
+    extra: Any = None
+
+
+def read_run(method: Method, given: Given) -> Run:
+    """The arguments of a run. What can be refused without importing anything heavy is refused first."""
+    os.environ.update(given.environment)
+    for name in given.outdated:
+        print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
+    given.values = {**method.defaults, **given.values}
+    script, mixture, model, *extra = (
+        given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL, *method.extra)
+    )
+    _check_data(script, mixture)
+    check_model(model.model_name_or_path)
+    training = given.arguments_for(load(method.config))
+    training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
+    return Run(method, script, mixture, model, training, *extra)
+
+
+def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
+    if script.dataset_name and mixture.datasets:
+        raise ConfigError("dataset_name and datasets are both given: keep one.")
+    if not script.dataset_name and not mixture.datasets:
+        raise ConfigError(
+            "--dataset_name is missing: the hub name, folder or files of a dataset (or `datasets` in YAML)."
+        )
+
+
+def check_model(name: str | None) -> None:
+    """Raises ConfigError if a model's name is missing, or is that of a folder which is not there or holds no model."""
+    if name is None:
+        raise ConfigError("--model_name_or_path is missing: the hub name or folder of a model.")
+    folder = Path(name).expanduser()
+    if not folder.exists() and not name.startswith(("/", "./", "../", "~")):
+        return
+    if not folder.is_dir():
+        beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest(folder.name, beside)}")
+    inside = sorted(each.name for each in folder.iterdir())
+    if not {"config.json", "adapter_config.json"} & set(inside):
+        checkpoints = [each for each in inside if each.startswith("checkpoint-")]
+        instead = f" Did you mean '{Path(name, checkpoints[-1])}'?" if checkpoints else ""
+        raise ConfigError(f"model_name_or_path={name!r} holds no model: config.json is missing.{instead}")
+
+
+def datasets_of(run: Run) -> tuple[Any, Any]:
+    """Training rows, and evaluation rows if `eval_strategy` asks for them. Raises DataError where they are missing."""
+    if run.mixture.datasets:
+        splits, train, test = get_dataset(run.mixture), "train", "test"
+    else:
+        splits = load_dataset_argument(run.script)
+        train, test = run.script.dataset_train_split, run.script.dataset_test_split
+    if run.training.eval_strategy == "no":
+        return splits[train], None
+    if test not in splits:
+        raise DataError(
+            f"eval_strategy={run.training.eval_strategy.value!r} needs rows to evaluate on, and the dataset has no split "
+            f"{test!r}: name one with --dataset_test_split, or set rows of a mixture aside with --test_split_size."
+        )
+    return splits[train], splits[test]
+
+
+def build_trainer(run: Run) -> BaseTrainer:
+    """The trainer, with its model loaded and its rows encoded."""
+    train_dataset, eval_dataset = datasets_of(run)
+    keywords: Mapping[str, Any] = load(run.method.keywords)(run) if run.method.keywords else {}
+    return load(run.method.trainer)(
+        model=run.model.model_name_or_path,
+        args=run.training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(run.model),
+        quantization_config=get_quantization_config(run.model),
+        **keywords,
+    )
+
+
+def train(run: Run) -> int:
+    """Train, save the model to `output_dir`, push it if asked to."""
+    report_progress()
+    trainer = build_trainer(run)
+    resume = run.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in RESUME_LAST else resume)
+    trainer.save_model(run.training.output_dir)
+    names = run.script.dataset_name if isinstance(run.script.dataset_name, str) else None
+    trainer.create_model_card(dataset_name=names)
+    if run.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=names)
+    return 0
+
+
+def report_progress() -> None:
+    """Show what the library reports (rows cut and dropped, layout, …), in one process of a node."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logging.getLogger("trl").addHandler(handler)
+        logging.getLogger("trl").setLevel(logging.INFO)
+        logging.getLogger("trl").propagate = False
