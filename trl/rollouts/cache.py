@@ -113,6 +113,11 @@ def _partial(
     return torch.matmul(weights.to(value.dtype), value) / total.to(value.dtype), top + total.log()
 
 
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention and its logsumexp with one more key, of logit `sink` and value 0."""
+    return out * torch.sigmoid(lse - sink).to(out.dtype), torch.logaddexp(lse, sink.expand_as(lse))
+
+
 class SharedPromptLayer(CacheLayerMixin):
     """One layer's keys and values: of prompts [P,h,S,D] and of rows [B,h,L,D]; `window` of a sliding layer."""
 
@@ -199,6 +204,7 @@ class SharedPromptCache(Cache):
         super().__init__(layers=[SharedPromptLayer(window) for window in windows])
         self.plan: Plan | None = None
         self.current = self.layers[0]
+        self.handed_out: tuple[Tensor, Tensor] | None = None
         self._biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
     def prefill(self, slots: slice) -> None:
@@ -224,7 +230,8 @@ class SharedPromptCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         self.current = self.layers[layer_idx]
-        return self.current.update(key_states, value_states)
+        self.handed_out = self.current.update(key_states, value_states)
+        return self.handed_out
 
     def attend(
         self,
@@ -235,15 +242,24 @@ class SharedPromptCache(Cache):
         attention_mask: Tensor | None,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Attention [B,1,hg,D] of queries [B,hg,1,D] to own keys [B,h,L,D] and to the prompts' in the cache."""
+        """Attention [B,1,hg,D] of queries [B,hg,1,D] to own keys [B,h,L,D] and to the prompts' in the cache.
+
+        `s_aux` [hg] are logits of attention sinks. All NaN where the module does not attend to what the cache handed
+        out (latent attention expands it first), so that a comparison with a plain forward fails.
+        """
+        if key is not self.handed_out[0] or value is not self.handed_out[1]:
+            return value.new_full((query.shape[0], 1, query.shape[1], value.shape[-1]), torch.nan), None
         plan, layer = self.plan, self.current
         own_bias, prompt_bias = self._biases[layer.window]
         rows, heads, _, size = query.shape
         scale = size**-0.5 if scaling is None else scaling
         query = query.reshape(rows, key.shape[1], -1, size)
         out, own = _partial(query, key, value, own_bias, scale, softcap)
+        if s_aux is not None:
+            out, own = _with_sink(out, own, s_aux.float().view(1, key.shape[1], -1, 1))
         if plan.longest_prefix:
             shared, prompt = self._attend_prompts(query, prompt_bias, scale, softcap)
             out = torch.lerp(out, shared, torch.sigmoid(prompt - own).to(out.dtype))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -153,7 +153,7 @@ class _Round:
             if any(reasons):
                 for row, reason in zip(self.rows, reasons, strict=True):
                     if reason:
-                        done[row.index][row.sample] = Rollout(tuple(row.ids), tuple(row.logprobs), reason)
+                        done[row.index][row.number] = Rollout(tuple(row.ids), tuple(row.logprobs), reason)
                 self._drop([reason is None for reason in reasons])
         return [[samples[i] for i in sorted(samples)] for samples in done]
 
@@ -213,7 +213,8 @@ def model_path(policy: Policy) -> Path:
     """The fastest way that the model allows."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
         return "generate"
-    if not policy.accepts("past_key_values") or not policy.inner._supports_default_dynamic_cache():
+    cached = policy.accepts("past_key_values") or policy.recurrent
+    if not cached or not policy.inner._supports_default_dynamic_cache():
         return "generate"
     windows = attention_windows(policy.inner) if policy.accepts("position_ids") else None
     return "shared" if windows is not None and proves_sharing(policy, windows) else "repeated"
@@ -223,7 +224,11 @@ def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingPara
     """Tokens that may be sampled after this prompt: what was asked for, or what the model's context leaves."""
     if not len(prompt):
         raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
-    limit = min(params.max_new_tokens, prompt.max_new_tokens or params.max_new_tokens)
+    limit = (
+        params.max_new_tokens if prompt.max_new_tokens is None else min(prompt.max_new_tokens, params.max_new_tokens)
+    )
+    if limit < 1:
+        raise DataError(f"prompts[{index}] has max_new_tokens={prompt.max_new_tokens}: give at least 1, or None.")
     longest = params.generation_config.max_length if params.generation_config is not None else None
     if inner.config.is_encoder_decoder:
         return limit if longest is None else min(limit, longest - 1)

@@ -83,7 +83,7 @@ class Sampler:
     def admit(self, sequences: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
         """Add rows. A row's context is the tokens before its first, in the stream that it continues."""
         index = torch.tensor([s.index for s in sequences], device=self.device)
-        sample = torch.tensor([s.sample for s in sequences], device=self.device)
+        sample = torch.tensor([s.number for s in sequences], device=self.device)
         self.keys = torch.cat([self.keys, stream(self.params.seed, index, sample)])
         self.positions = torch.cat([self.positions, torch.zeros_like(index)])
         self.rows = [*self.rows, *sequences]

@@ -95,16 +95,22 @@ class SamplingParams:
     def from_generation_config(cls, config: GenerationConfig, **changes: Any) -> SamplingParams:
         """The parameters that `config` describes; what has no field here stays in `generation_config`.
 
-        `do_sample=False`, or unset, is temperature 0, as in `generate`. `changes` replace fields of the result.
+        `do_sample=False`, or unset, is temperature 0. Its end-of-sequence tokens replace the model's. An unset top_k
+        truncates nothing (`generate` would take 50). `changes` replace fields of the result.
         """
-        rest = type(config).from_dict(config.to_dict())
         given = {ours: getattr(config, theirs) for ours, theirs in _SHARED.items()}
+        fields = {name: value for name, value in given.items() if value is not None}
+        rest = type(config).from_dict(config.to_dict())
         for theirs in (*_SHARED.values(), "do_sample", "eos_token_id"):
             setattr(rest, theirs, None)
-        fields = {name: value for name, value in given.items() if value is not None}
         if not config.do_sample:
             fields["temperature"] = 0.0
-        fields["stop_token_ids"] = config.eos_token_id if config.eos_token_id is not None else ()
+        if config.eos_token_id is not None:
+            fields |= {"stop_token_ids": config.eos_token_id, "ignore_eos": True}
+        if "max_new_tokens" in fields:
+            rest.max_length = None
+        elif config.max_length is not None:
+            fields["max_new_tokens"] = config.max_length
         return cls(**(fields | {"generation_config": rest} | changes))
 
 
