@@ -160,7 +160,7 @@ class ChatTemplate:
         known = [self._closed(text, s, e) for s, e in zip(starts, ends, strict=True) if s is not None and e is not None]
         closer = next((c for s, e in known for c in self.closers if text[s:e].endswith(c)), None)
         spans = []
-        for start, end, limit in zip(starts, ends, [*starts[1:], len(text)], strict=True):
+        for start, end, limit in zip(starts, ends, [*starts, len(text)][1:], strict=True):
             if start is not None and end is None and closer is not None:
                 found = text.find(closer, start, limit)
                 end = found + len(closer) if found >= 0 else None

@@ -165,6 +165,11 @@ def _list_column(table: pa.Table, name: str) -> pa.ListArray:
     return column
 
 
+def _values(lists: pa.ListArray) -> Ints:
+    """The values of all lists, one after the other."""
+    return lists.flatten().to_numpy(zero_copy_only=False)
+
+
 def pack_columns(pieces: Pieces, flat: Mapping[str, Ints], types: Mapping[str, pa.DataType]) -> pa.Table:
     """The packed rows: one list column per flat one, and `seq_lengths`."""
     ends = np.concatenate([[0], np.cumsum(pieces.length)])
@@ -238,10 +243,10 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
     in_prompt = ranges(_starts(lengths), prompt_lengths)
     in_answer = ranges(_starts(lengths) + prompt_lengths, answer_lengths)
     ids, mask = np.empty(lengths.sum(), np.int32), np.zeros(lengths.sum(), bool)
-    ids[in_prompt], ids[in_answer] = prompts.flatten().to_numpy(), answers.flatten().to_numpy()
+    ids[in_prompt], ids[in_answer] = _values(prompts), _values(answers)
     mask[in_answer] = _answer_mask(table)
     pieces = STRATEGIES[strategy](lengths, capacity)
-    mask[pieces.start] = False  # nothing predicts a document's first token
+    mask[pieces.start[pieces.length > 0]] = False  # nothing predicts a document's first token
     pieces = _trained_pieces(pieces, mask)
     return pack_columns(pieces, {"input_ids": ids, "mask": mask}, {"input_ids": pa.int32(), "mask": pa.bool_()})
 
@@ -249,7 +254,7 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
 def _answer_mask(table: pa.Table) -> Ints | bool:
     if "completion_mask" not in table.column_names:
         return True
-    return table["completion_mask"].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)
+    return _values(table["completion_mask"].combine_chunks().flatten())
 
 
 def _trained_pieces(pieces: Pieces, mask: Ints) -> Pieces:
@@ -268,8 +273,8 @@ def _report(dataset: Dataset, packed: Dataset, capacity: int) -> PackingReport:
     )
     documents, trained, tokens = 0, 0, 0
     for table in packed.with_format("arrow").iter(batch_size=10_000):
-        lengths = table["seq_lengths"].combine_chunks().flatten().to_numpy()
-        mask = table["mask"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        lengths = _values(table["seq_lengths"].combine_chunks())
+        mask = _values(table["mask"].combine_chunks())
         documents, tokens = documents + len(lengths), tokens + len(mask)
         trained += int(mask.sum())
     return PackingReport(len(dataset), tokens_in, len(packed), documents, tokens, trained, capacity)
