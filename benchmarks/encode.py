@@ -66,7 +66,7 @@ def chats(writer: Writer, rows: int) -> list[dict[str, Any]]:
 
 def preferences(writer: Writer, rows: int) -> list[dict[str, Any]]:
     answer = lambda: [{"role": "assistant", "content": writer.text(40)}]  # noqa: E731
-    prompt = lambda: [{"role": "user", "content": writer.text(writer.length())}]  # noqa: E731
+    prompt = lambda: [{"role": "user", "content": writer.text(min(200, writer.length()))}]  # noqa: E731
     return [{"prompt": prompt(), "chosen": answer(), "rejected": answer()} for _ in range(rows)]
 
 

@@ -109,22 +109,23 @@ class ChatTemplate:
             return self.render(messages, row, continue_final_message=True)[0]
         return self.render(messages, row, add_generation_prompt=True)[0]
 
-    def completion(self, prompt: Messages, completion: Messages, row: Row = _BARE) -> tuple[str, str]:
-        """The texts of a prompt and of what follows it; together they are the rendering of the whole conversation.
+    def answers(self, prompt: Messages, answers: Sequence[Messages], row: Row = _BARE) -> tuple[str, list[str]]:
+        """The text of a prompt, and those of the answers to it; together they are whole conversations' renderings.
 
-        Where the template writes the answer's header otherwise once there is an answer (an empty reasoning block, say),
-        the prompt ends with what the two headers share.
+        Where the template writes an answer's header otherwise once there is an answer (an empty reasoning block, say),
+        the prompt ends with what the headers share.
 
         Raises DataError when the rendered prompt is not the beginning of the whole.
         """
-        text = self.render([*prompt, *completion], row)[0]
-        start = self._after(prompt, text, row)
-        if start is None:
+        opened = self.render(prompt, row, add_generation_prompt=True)[0]
+        texts = [self.render([*prompt, *answer], row)[0] for answer in answers]
+        starts = [self._after(prompt, opened, text, row) for text in texts]
+        if None in starts:
             raise DataError(
                 f"The chat template of {self.name!r} renders a prompt otherwise once an answer follows, so that the "
                 "border between them is not known. Use a template that keeps what it has written."
             )
-        return text[:start], text[start:]
+        return opened[: min(starts)], [text[min(starts) :] for text in texts]
 
     def assistant_spans(self, messages: Messages, row: Row = _BARE) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans [start, end) of the characters that the assistant wrote.
@@ -136,13 +137,13 @@ class ChatTemplate:
             return text, [self._closed(text, *span) for span in marked]
         text = self.render(messages, row)[0]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        starts = [self._after(messages[:i], text, row) for i in turns]
+        opened = [self.render(messages[:i], row, add_generation_prompt=True)[0] for i in turns]
+        starts = [self._after(messages[:i], prompt, text, row) for i, prompt in zip(turns, opened, strict=True)]
         ends = [self._end(messages[: i + 1], text, row) if i + 1 < len(messages) else len(text) for i in turns]
         return text, self._located(text, starts, ends)
 
-    def _after(self, messages: Messages, text: str, row: Row) -> int | None:
-        """Where in `text` the answer to `messages` begins."""
-        prompt = self.render(messages, row, add_generation_prompt=True)[0]
+    def _after(self, messages: Messages, prompt: str, text: str, row: Row) -> int | None:
+        """Where in `text` the answer to `messages` begins; `prompt` is their text with the generation prompt."""
         if text.startswith(prompt):
             return len(prompt)
         bare = self.render(messages, row)[0]
@@ -245,9 +246,10 @@ def apply_chat_template(
     prompt = tidy_messages(example["prompt"])
     if prompt[-1]["role"] not in ("user", "assistant", "tool"):
         raise DataError(f"A prompt ends with the user, a tool or the assistant; here with {prompt[-1]['role']!r}.")
-    texts = {name: template.completion(prompt, tidy_messages(answer), example) for name, answer in answers.items()}
-    rendered = min((text[0] for text in texts.values()), key=len, default=template.prompt(prompt, example))
-    return {"prompt": rendered, **{name: (a + b)[len(rendered) :] for name, (a, b) in texts.items()}, **label}
+    if not answers:
+        return {"prompt": template.prompt(prompt, example)}
+    text, texts = template.answers(prompt, [tidy_messages(answer) for answer in answers.values()], example)
+    return {"prompt": text, **dict(zip(answers, texts, strict=True)), **label}
 
 
 def maybe_apply_chat_template(

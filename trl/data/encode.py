@@ -324,9 +324,9 @@ class RowEncoder:
         return int(not self.settings.encoder_decoder and not tree.prompt)
 
     def _status(self, tree: Tree, trained: list[int]) -> int:
-        if len(tree.completions) == 2 and tree.completions[0] == tree.completions[1]:
-            return IDENTICAL
-        return UNSCORED if 0 in trained else KEPT
+        if 0 in trained:
+            return UNSCORED
+        return IDENTICAL if len(trained) == 2 and tree.completions[0] == tree.completions[1] else KEPT
 
     def features(self, source: Features) -> Features:
         """The columns of an encoded dataset, `source` being those of the original."""

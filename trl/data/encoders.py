@@ -234,12 +234,8 @@ def _chat_answers(columns: Columns, codec: Codec, names: tuple[str, ...]) -> lis
     prompts = columns.chats("prompt")
     answers = [columns.chats(name, answers=True) for name in names]
 
-    def render(k: int, row: dict[str, Any]) -> list[str]:
-        pairs = [codec.chat.completion(prompts[k], chats[k], row) for chats in answers]
-        prompt = min((prompt for prompt, _ in pairs), key=len)
-        return [prompt, *((p + a)[len(prompt) :] for p, a in pairs)]
-
-    prompt_texts, *texts = zip(*columns.each(render), strict=True)
+    rendered = columns.each(lambda k, row: codec.chat.answers(prompts[k], [chats[k] for chats in answers], row))
+    prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
     prompt_ids, answer_ids = codec.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]
