@@ -39,7 +39,7 @@ from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
 from trl.trainers.meter import Meter
-from trl.trainers.window import plan_micro_batches, share_out, weigh
+from trl.trainers.window import plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,10 @@ class BaseTrainer(Trainer):
         """Unnormalised weights of the losses of a batch."""
         return WEIGHTS[self.averaging](batch.mask)
 
+    def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`."""
+        return {}
+
     def prepare_model(self) -> None:
         """Last preparations of the model in memory, before anything wraps it."""
         inner = unwrap(self.model)
@@ -152,7 +156,7 @@ class BaseTrainer(Trainer):
             known = [*Trainer.__init__.__annotations__, *(f.name for f in dataclasses.fields(cls.config_class))]
             name = next(n for n in classic if n not in known and n not in cls.config_class.ALIASES)
             raise ConfigError(
-                f"{cls.__name__} has no argument {name!r}.{suggest(name, [*known, 'tokenizer', 'peft_config'])}"
+                f"{cls.__name__} has no argument {name!r}.{suggest(name, [*known, *cls.config_class.ALIASES, 'tokenizer', 'peft_config'])}"
             ) from None
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
@@ -239,7 +243,9 @@ class BaseTrainer(Trainer):
             count=len(pulled),
             token_budget=self.args.max_tokens_per_micro_batch,
         )
-        batches = [self.lay_out([examples[i] for i in group]) for group in groups]
+        batches = with_signals(
+            [self.lay_out([examples[i] for i in group]) for group in groups], self.statistics(examples)
+        )
         batches, tokens = weigh(batches, self.weights, self._sum_over_processes)
         self._count_tokens(tokens)
         return share_out(batches, len(pulled)), 1
@@ -288,12 +294,18 @@ class BaseTrainer(Trainer):
         sizes = [example.tokens for example in inputs]
         groups = plan_micro_batches(sizes, count=1, token_budget=self.args.max_tokens_per_micro_batch)
         for group in groups:
-            batch = self.lay_out([inputs[i] for i in group]).to(self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, metrics = self.loss(model, batch)
-            self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
-            self.meters["eval"].add(metrics, batch)
+            self.evaluate_batch(model, [inputs[i] for i in group])
         return None, None, None
+
+    def evaluate_batch(self, model: nn.Module, examples: Sequence[Example], **statistics: Tensor) -> Metrics:
+        """Count the loss and the metrics of `examples`; `statistics` are those of the evaluation batch they belong to."""
+        (batch,) = with_signals([self.lay_out(examples)], statistics)
+        batch = batch.to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self.loss(model, batch)
+        self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
+        self.meters["eval"].add(metrics, batch)
+        return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""

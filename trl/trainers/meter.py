@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trl.types import Batch
 
-
 EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {"min_reward": torch.amin, "max_reward": torch.amax}
 """Metrics of which the smallest or largest value is reported, not the mean."""
 

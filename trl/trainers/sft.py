@@ -154,11 +154,18 @@ class SFTTrainer(BaseTrainer):
 
 
 def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_field: str) -> Rows:
-    """Rows with the text that `function` makes of each: of one row, or (older form) a list of texts of many rows."""
+    """Rows with the text that `function` makes of each.
+
+    Today's functions take a row and give a str; those of older scripts take a batch of columns and give a list. Which
+    one this is shows in what it makes of the first row alone and of a batch with that row.
+    """
     first = next(iter(rows))
-    made = function(first)
+    try:
+        made = function(first)
+    except Exception as error:  # a function of batches may do anything with a row
+        made = error
     if isinstance(made, str):
         return rows.map(lambda row: {text_field: function(row)}, remove_columns=list(first))
-    if isinstance(made, list):
+    if isinstance(made, Exception | list):
         return rows.map(lambda batch: {text_field: function(batch)}, batched=True, remove_columns=list(first))
     raise DataError(f"formatting_func gave a {type(made).__name__} for row 0: it has to give a str.")

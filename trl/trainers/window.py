@@ -9,7 +9,7 @@ so the gradient depends on the sequences in the window and not on how they were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -46,6 +46,16 @@ def _even(order: list[int], count: int) -> list[list[int]]:
 def share_out(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:
     """Deal micro-batches to the `slots` that the training loop counts, in order; each has at least one."""
     return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
+
+
+def with_signals(batches: Sequence[Batch], statistics: Mapping[str, Tensor]) -> list[Batch]:
+    """The batches with scalars of the whole window as signals `[N]`."""
+    if not statistics:
+        return list(batches)
+    return [
+        replace(b, signals={**b.signals, **{name: value.expand(len(b.mask)) for name, value in statistics.items()}})
+        for b in batches
+    ]
 
 
 def weigh(

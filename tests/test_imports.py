@@ -1,0 +1,79 @@
+"""Imports point down only, `algorithms` and `ops` need torch alone, and `import trl` loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "trl"
+LEVELS = [
+    {"errors", "types", "imports"},
+    {"ops"},
+    {"algorithms"},
+    {"data", "models", "rollouts", "rewards"},
+    {"trainers"},
+]
+LEVELS += [{"demo"}, {"cli", "__main__"}]
+LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+TORCH_ONLY = ("ops", "algorithms")
+HEAVY = ("transformers", "datasets", "accelerate", "peft", "rich")
+
+
+def imported(file: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_down(file):
+    package = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    if package == "__init__":
+        return
+    for name in imported(file):
+        parts = name.split(".")
+        if parts[0] == "trl" and len(parts) > 1 and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] <= LEVEL[package], f"{file} imports {name}, which lies above it"
+        if package in TORCH_ONLY:
+            assert parts[0] not in HEAVY, f"{file} imports {name}: {package} needs torch alone"
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_trl_is_lazy():
+    assert not loaded_after("import trl") & {"torch", "numpy", *HEAVY}
+
+
+def test_algorithms_load_without_transformers():
+    found = loaded_after("import trl.algorithms.sft, trl.algorithms.dpo, trl.algorithms.kto, trl.algorithms.reward")
+    assert "torch" in found
+    assert not found & set(HEAVY)
+
+
+def test_every_public_name_loads():
+    import trl
+
+    for name in trl.__all__:
+        assert getattr(trl, name) is not None
+
+
+def test_a_misspelt_name_gets_a_suggestion():
+    import trl
+
+    with pytest.raises(AttributeError, match="no attribute 'SFTTrianer'. Did you mean 'SFTTrainer'"):
+        trl.SFTTrianer  # noqa: B018

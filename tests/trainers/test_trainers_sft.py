@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import TrainingArguments
+
+from tests.conftest import make_tokenizer
+from trl import SFTConfig, SFTTrainer
+from trl.data.collate import DataCollatorForCompletionOnlyLM
+from trl.errors import ConfigError, DataError, ModelError
+
+TEXTS = [f"cat {i % 5} sat on mat {i % 3}." for i in range(24)]
+LORA = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, target_modules=["q_proj", "v_proj"])
+
+
+def rows() -> Dataset:
+    return Dataset.from_dict({"text": TEXTS})
+
+
+def config(tmp_path, **options) -> SFTConfig:
+    defaults = {"output_dir": str(tmp_path), "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
+    return SFTConfig(**{**defaults, "logging_steps": 1, **options})
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ---- the two forms of the call ----
+
+
+def test_classic_form_runs_with_nothing_else(make_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = str(tmp_path / "model")
+    make_model("gpt2").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    trainer = SFTTrainer(folder, train_dataset=rows(), dataset_text_field="text", max_seq_length=16)
+    assert trainer.args.max_length == 16
+    assert trainer.model.dtype == torch.float32
+    trainer.train()
+    assert trainer.state.global_step == 9
+
+
+def test_both_forms_give_the_same_run(make_model, tokenizer, tmp_path):
+    new = SFTTrainer(make_model("llama"), config(tmp_path, max_length=12), None, rows(), processing_class=tokenizer)
+    old = SFTTrainer(
+        model=make_model("llama"), args=config(tmp_path), train_dataset=rows(), tokenizer=tokenizer, max_seq_length=12
+    )
+    new.train()
+    old.train()
+    assert losses(new) == losses(old)
+
+
+def test_plain_training_arguments_and_old_option_names(make_model, tokenizer, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, learning_rate=0.5, save_strategy="no")
+    trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows(), tokenizer=tokenizer)
+    assert isinstance(trainer.args, SFTConfig)
+    assert trainer.args.learning_rate == 0.5
+    old = SFTConfig(output_dir=str(tmp_path), max_seq_length=7, evaluation_strategy="no", warmup_ratio=0.1)
+    assert (old.max_length, old.warmup_steps) == (7, 0.1)
+
+
+def test_a_formatting_function_of_a_row_and_of_many(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"q": ["one", "two"], "a": ["1", "2"]})
+    expected = [[*tokenizer("one: 1")["input_ids"], tokenizer.eos_token_id]]
+    of_row = lambda row: f"{row['q']}: {row['a']}"  # noqa: E731
+    of_many = lambda rows: [f"{q}: {a}" for q, a in zip(rows["q"], rows["a"], strict=True)]  # noqa: E731
+    for function in (of_row, of_many):
+        trainer = SFTTrainer(
+            make_model("llama"), config(tmp_path), train_dataset=data, tokenizer=tokenizer, formatting_func=function
+        )
+        assert trainer.train_dataset[0]["completion_ids"] == expected
+
+
+# ---- what training does ----
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt", "mamba"])
+def test_the_loss_falls(make_model, tokenizer, tmp_path, name):
+    args = config(tmp_path, max_steps=12, learning_rate=3e-3, lr_scheduler_type="constant")
+    trainer = SFTTrainer(make_model(name), args, train_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+
+
+def test_an_encoder_decoder_learns(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict(
+        {"prompt": [f"say {i % 4}" for i in range(16)], "completion": [str(i % 4) for i in range(16)]}
+    )
+    args = config(tmp_path, max_steps=30, learning_rate=3e-3, lr_scheduler_type="constant")
+    trainer = SFTTrainer(make_model("t5"), args, train_dataset=data, tokenizer=tokenizer)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
+
+
+def test_metrics_by_hand(make_model, tokenizer, tmp_path):
+    """A head of zeros is uniform: loss and entropy are ln V, whatever the rows."""
+    model = make_model("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=24, learning_rate=0.0)
+    trainer = SFTTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    tokens = sum(len(text) + 1 for text in TEXTS)
+    assert logged["loss"] == pytest.approx(math.log(99), rel=1e-6)
+    assert logged["entropy"] == pytest.approx(math.log(99), rel=1e-6)
+    assert logged["num_tokens"] == tokens
+    assert logged["tokens_per_second"] > 0
+    assert 0 <= logged["padding_share"] < 0.2
+    assert trainer.encoded["train"].report.trained == tokens - len(TEXTS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(99), rel=1e-6)
+
+
+def test_label_smoothing_and_dft_by_hand(make_model, tokenizer, tmp_path):
+    """Uniform: smoothing leaves ln V; DFT weights it by 1/V."""
+    for options, expected in (({"label_smoothing_factor": 0.3}, 1.0), ({"loss_type": "dft"}, 1 / 99)):
+        model = make_model("llama")
+        torch.nn.init.zeros_(model.lm_head.weight)
+        trainer = SFTTrainer(model, config(tmp_path, max_steps=1, **options), train_dataset=rows(), tokenizer=tokenizer)
+        trainer.train()
+        assert losses(trainer)[0] == pytest.approx(expected * math.log(99), rel=1e-5)
+
+
+def test_evaluation_is_a_mean_over_the_whole_set(make_model, tokenizer, tmp_path):
+    """Batches of one and of many give the same, as batch means averaged would not; sets have their names."""
+    data = Dataset.from_dict({"text": ["a", "bb ccc dddd", "e e e e e e e e e e"]})
+    found = []
+    for size in (1, 3):
+        args = config(tmp_path, per_device_eval_batch_size=size)
+        trainer = SFTTrainer(
+            make_model("llama"), args, train_dataset=rows(), eval_dataset={"x": data, "y": rows()}, tokenizer=tokenizer
+        )
+        found.append(trainer.evaluate())
+    assert found[0]["eval_x_loss"] == pytest.approx(found[1]["eval_x_loss"], rel=1e-6)
+    assert found[0]["eval_y_mean_token_accuracy"] == pytest.approx(found[1]["eval_y_mean_token_accuracy"], rel=1e-6)
+
+
+def test_streaming(make_model, tokenizer, tmp_path):
+    stream = IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS))
+    trainer = SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=stream, tokenizer=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.encoded["train"].report.rows >= 16
+
+
+def test_neftune_adds_noise_in_training_only(make_model, tokenizer, tmp_path):
+    found = []
+    for alpha in (None, 5.0):
+        args = config(tmp_path, max_steps=1, neftune_noise_alpha=alpha, learning_rate=0.0)
+        trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer)
+        trainer.train()
+        found.append((losses(trainer)[0], trainer.evaluate()["eval_loss"]))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_a_collator_of_the_users_decides_what_is_trained_on(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"text": ["ask: me\nsay: yes", "ask: you there\nsay: no"]})
+    collator = DataCollatorForCompletionOnlyLM("say:", tokenizer=tokenizer)
+    seen: list[list[int]] = []
+
+    class Spy(SFTTrainer):
+        def loss(self, model, batch):
+            seen.append(batch.target.flatten()[batch.scored].tolist())
+            return super().loss(model, batch)
+
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=2)
+    trainer = Spy(make_model("llama"), args, data_collator=collator, train_dataset=data, tokenizer=tokenizer)
+    trainer.train()
+    assert sorted(tokenizer.decode(seen[0]).split("</s>")) == ["", " no", " yes"]
+
+
+# ---- adapters ----
+
+
+def test_a_new_adapter_trains_and_the_base_does_not(make_model, tokenizer, tmp_path):
+    model = make_model("llama")
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = config(tmp_path, learning_rate=1e-2)
+    trainer = SFTTrainer(model, args, train_dataset=rows(), tokenizer=tokenizer, peft_config=LORA)
+    trainer.train()
+    changed = [n for n, p in trainer.model.named_parameters() if "lora_B" in n and p.abs().sum() > 0]
+    assert len(changed) == 4
+    for name, parameter in trainer.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")])
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_adapter_that_was_loaded_frozen_is_trained(make_model, tokenizer, tmp_path, caplog):
+    get_peft_model(make_model("llama"), LORA).save_pretrained(str(tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "adapter"))
+    trainer = SFTTrainer(model, config(tmp_path, learning_rate=1e-2), train_dataset=rows(), tokenizer=tokenizer)
+    assert "was loaded frozen" in caplog.text
+    trainer.train()
+    assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_nothing_that_trains_is_an_error(make_model, tokenizer, tmp_path):
+    model = make_model("llama").requires_grad_(False)
+    with pytest.raises(ModelError, match="Nothing trains: every parameter of this LlamaForCausalLM"):
+        SFTTrainer(model, config(tmp_path), train_dataset=rows(), tokenizer=tokenizer)
+
+
+def test_two_adapters_at_once_are_an_error(make_model, tokenizer, tmp_path):
+    model = get_peft_model(make_model("llama"), LORA)
+    with pytest.raises(ConfigError, match="the model already carries the adapter"):
+        SFTTrainer(model, config(tmp_path), train_dataset=rows(), tokenizer=tokenizer, peft_config=LORA)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(make_model, tokenizer, tmp_path):
+    found = []
+    for on in (False, True):
+        args = config(tmp_path, gradient_checkpointing=on, learning_rate=1e-2)
+        trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows(), tokenizer=tokenizer, peft_config=LORA)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+# ---- what is left behind ----
+
+
+def test_a_saved_model_loads_and_has_a_card(make_model, tokenizer, tmp_path):
+    args = config(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    ids = torch.tensor([[7, 8, 9]])
+    trainer.model.eval()
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with SFT" in card
+    assert "24 rows" in card
+
+
+def test_resuming_continues_the_run(make_model, tokenizer, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    whole = SFTTrainer(make_model("llama"), config(tmp_path, **options), train_dataset=rows(), tokenizer=tokenizer)
+    whole.train()
+    again = SFTTrainer(make_model("llama"), config(tmp_path, **options), train_dataset=rows(), tokenizer=tokenizer)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(again)[2:] == losses(whole)[2:]
+    for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- bad input, with the words ----
+
+
+def test_missing_column(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"texts": TEXTS})
+    with pytest.raises(DataError, match="texts"):
+        SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=data, tokenizer=tokenizer)
+
+
+def test_wrong_type_in_a_row(make_model, tokenizer, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"text": "fine"}, {"text": "fine"}, {"text": 7}]))
+    trainer = SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=stream, tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"[Rr]ow 2.*text"):
+        trainer.train()
+
+
+def test_empty_dataset(make_model, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="dataset 'train' is empty"):
+        SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=rows().select([]), tokenizer=tokenizer)
+
+
+def test_last_turn_is_not_the_assistants(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"messages": [[{"role": "user", "content": "hi"}]]})
+    with pytest.raises(DataError, match=r"[Rr]ow 0.*assistant"):
+        SFTTrainer(
+            make_model("llama"), config(tmp_path, assistant_only_loss=True), train_dataset=data, tokenizer=tokenizer
+        )
+
+
+def test_a_template_that_cannot_be_masked(make_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    data = Dataset.from_dict({"messages": [turns]})
+    with pytest.raises(DataError, match="template"):
+        SFTTrainer(
+            make_model("llama"), config(tmp_path, assistant_only_loss=True), train_dataset=data, tokenizer=tokenizer
+        )
+
+
+def test_unknown_keywords(make_model, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="SFTTrainer has no argument 'max_seq_len'. Did you mean .*'max_seq_length'"):
+        SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, max_seq_len=3)
+    with pytest.raises(ConfigError, match="SFTConfig has no option 'packin'. Did you mean 'packing'"):
+        SFTConfig(output_dir=str(tmp_path), packin=True)
+    with pytest.raises(ConfigError, match="Unknown loss_type 'nil'. Did you mean 'nll'"):
+        SFTConfig(output_dir=str(tmp_path), loss_type="nil")
+    with pytest.raises(ConfigError, match="both 'max_seq_length' and 'max_length'"):
+        SFTConfig(output_dir=str(tmp_path), max_seq_length=3, max_length=4)
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
+def test_packing_with_an_incompatible_model(make_model, tokenizer, tmp_path, name):
+    args = config(tmp_path, packing=True, max_length=32)
+    with pytest.raises(ConfigError, match=r"packing=True does not work with \w+: .*One document would see another"):
+        SFTTrainer(make_model(name), args, train_dataset=rows(), tokenizer=tokenizer)
+
+
+def test_max_length_that_drops_everything(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"prompt": ["a long prompt"], "completion": ["x"]})
+    with pytest.raises(DataError, match=r"No row of 'train' has a token left.*max_length=5.*Raise max_length"):
+        SFTTrainer(make_model("llama"), config(tmp_path, max_length=5), train_dataset=data, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_cannot_be_found(make_model, tmp_path):
+    with pytest.raises(ConfigError, match="processing_class is missing: this LlamaForCausalLM was made from a conf"):
+        SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=rows())
+
+
+def test_two_names_of_one_argument(make_model, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="processing_class and tokenizer are two names"):
+        SFTTrainer(
+            make_model("llama"), config(tmp_path), train_dataset=rows(), tokenizer=tokenizer, processing_class=tokenizer
+        )
