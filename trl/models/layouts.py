@@ -1,14 +1,17 @@
 """Which layout a model can be run in: the fastest one that gives the same numbers.
 
-A layout is tried on a few tokens before it is trusted: its log-probabilities must equal those of the padded layout.
+A layout is tried on a few tokens before it is trusted: its log-probabilities (of a classifier, its rewards) must equal
+those of the padded layout.
 Sliding windows are longer than such a trial, so they are read from the configuration.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -16,9 +19,11 @@ from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
 from trl.models.attention import TREE_ATTENTION
 from trl.models.score import score
-from trl.types import Completion, Example
+from trl.types import Batch, Completion, Example
 
 logger = logging.getLogger(__name__)
+
+Measure = Callable[[PreTrainedModel, Batch], Tensor]
 
 PREFERENCE = {True: ("shared", "packed", "padded"), False: ("packed", "shared", "padded")}
 """Layouts from fastest to slowest, by whether prompts have several completions."""
@@ -29,21 +34,28 @@ TRIAL = (
 )
 
 
-def choose_layout(model: PreTrainedModel, layout: str = "auto", *, branches: bool = False) -> str:
+def _logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return score(model, batch).logprobs
+
+
+def choose_layout(
+    model: PreTrainedModel, layout: str = "auto", *, branches: bool = False, measure: Measure = _logprobs
+) -> str:
     """The layout to use: the named one if the model can, or with "auto" the fastest it can.
 
-    `branches` says that prompts have several completions. Raises ConfigError, with the reason, where the named layout
+    `branches` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion,
+    that layouts are compared by. Raises ConfigError, with the reason, where the named layout
     would give other numbers than the padded one; "auto" falls back, and logs the reason once.
     """
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
     if layout != "auto":
-        if reason := why_not(model, layout):
+        if reason := why_not(model, layout, measure=measure):
             raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
         return layout
     reasons = {}
     for candidate in PREFERENCE[branches]:
-        if not (reason := why_not(model, candidate)):
+        if not (reason := why_not(model, candidate, measure=measure)):
             break
         reasons[candidate] = reason
     if reasons:
@@ -52,7 +64,7 @@ def choose_layout(model: PreTrainedModel, layout: str = "auto", *, branches: boo
     return candidate
 
 
-def why_not(model: PreTrainedModel, layout: str) -> str:
+def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs) -> str:
     """Why `model` cannot be run in a layout; empty if it can."""
     if layout == "padded":
         return ""
@@ -66,7 +78,7 @@ def why_not(model: PreTrainedModel, layout: str) -> str:
             return f"attention implementation {implementation!r} takes no mask of its own"
         if kinds := _windowed(model):
             return f"it has {kinds} layers"
-    return _trial(model, layout)
+    return _trial(model, layout, measure)
 
 
 def _windowed(model: PreTrainedModel) -> str:
@@ -79,16 +91,16 @@ def _windowed(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def _trial(model: PreTrainedModel, layout: str) -> str:
+def _trial(model: PreTrainedModel, layout: str, measure: Measure) -> str:
     training = model.training
     model.eval()
     try:
-        expected = score(model, lay_out(TRIAL, "padded").to(model.device)).logprobs
-        found = score(model, lay_out(TRIAL, layout, capacity=20).to(model.device)).logprobs
+        expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
+        found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
     finally:
         model.train(training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     worst = (found - expected).abs().max().item()
-    return "" if worst < tolerance else f"its log-probabilities differ by {worst:.2g} from those of separate sequences"
+    return "" if worst < tolerance else f"its numbers differ by {worst:.2g} from those of separate sequences"
