@@ -109,9 +109,10 @@ class SFTTrainer(BaseTrainer):
 
     def encode_settings(self, split: str) -> EncodeSettings:
         args = self.args
+        cut_by_packing = self._packs(split) and args.packing_strategy != "bfd"
         return EncodeSettings(
             kind=("language_modeling", "prompt_completion", "tokenized"),
-            max_length=args.max_length,
+            max_length=None if cut_by_packing else args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
@@ -126,7 +127,8 @@ class SFTTrainer(BaseTrainer):
         encoded = super().encode(rows, split, name)
         if not self._packs(split):
             return encoded
-        return pack_examples(encoded, self.args.max_length, strategy=self.args.packing_strategy)
+        packed, _ = pack_examples(encoded, self.args.max_length, self.args.packing_strategy)
+        return packed
 
     def _packs(self, split: str) -> bool:
         evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
