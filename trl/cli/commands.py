@@ -45,12 +45,13 @@ class Method:
         """References of the dataclasses with this command's options; those that import nothing heavy first."""
         return (SCRIPT, MODEL, MIXTURE, *self.extra, self.config)
 
-    def options(self) -> list[Option]:
-        return merge_options(*map(options_in_source, self.argument_classes))
+    def options(self, *more: str) -> list[Option]:
+        """The command's options, and those of the dataclasses `more`."""
+        return merge_options(*map(options_in_source, (*more, *self.argument_classes)))
 
-    def parser(self) -> OptionParser:
+    def parser(self, *more: str) -> OptionParser:
         aliases = [aliases_in_source(reference) for reference in self.argument_classes]
-        return OptionParser(self.options(), {old: new for each in aliases for old, new in each.items()})
+        return OptionParser(self.options(*more), {old: new for each in aliases for old, new in each.items()})
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,17 @@ def _option(module: Module, name: str, annotation: ast.expr, value: ast.expr | N
     given = {keyword.arg: keyword.value for keyword in value.keywords}
     if "init" in given and value_of(given["init"], module) is False:
         return None
-    metadata = value_of(given["metadata"], module) if "metadata" in given else {}
-    documentation = "" if metadata is COMPUTED else metadata.get("help", "")
-    return Option(name, kind, _default(given, module), _joined(documentation))
+    return Option(name, kind, _default(given, module), _help_in(given.get("metadata")))
+
+
+def _help_in(metadata: ast.expr | None) -> str:
+    """The `help` of a field's metadata."""
+    if isinstance(metadata, ast.Dict):
+        for key, value in zip(metadata.keys, metadata.values, strict=True):
+            match key, value:
+                case ast.Constant(value="help"), ast.Constant(value=str(text)):
+                    return _joined(text)
+    return ""
 
 
 def _head(annotation: ast.expr) -> str:

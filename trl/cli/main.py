@@ -7,6 +7,7 @@ Options are read and checked before torch is imported; errors that a user can me
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         return dispatch(words)
     except TrlError as error:

@@ -96,15 +96,18 @@ def datasets_of(run: Run) -> tuple[Any, Any]:
 
 def build_trainer(run: Run) -> BaseTrainer:
     """The trainer, with its model loaded and its rows encoded."""
-    train_dataset, eval_dataset = datasets_of(run)
     keywords: Mapping[str, Any] = load(run.method.keywords)(run) if run.method.keywords else {}
+    loading = {
+        "peft_config": get_peft_config(run.model),
+        "quantization_config": get_quantization_config(run.model),
+    }
+    train_dataset, eval_dataset = datasets_of(run)
     return load(run.method.trainer)(
         model=run.model.model_name_or_path,
         args=run.training,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(run.model),
-        quantization_config=get_quantization_config(run.model),
+        **loading,
         **keywords,
     )
 

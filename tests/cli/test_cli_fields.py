@@ -1,0 +1,144 @@
+"""Options read from source are those of the live classes."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import pytest
+
+from trl.cli import source
+from trl.cli.commands import load, methods
+from trl.cli.fields import REQUIRED, aliases_in_source, merge_options, options_in_source, options_of
+from trl.cli.source import COMPUTED
+from trl.cli.themes import by_theme, is_common
+from trl.cli.values import Kind
+
+REFERENCES = sorted({reference for method in methods().values() for reference in method.argument_classes})
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_source_and_live_class_agree(reference):
+    live = {option.name: option for option in options_of(load(reference))}
+    read = {option.name: option for option in options_in_source(reference)}
+    assert list(read) == list(live)
+    for name, option in read.items():
+        assert option.kind == live[name].kind, name
+        if option.default is not COMPUTED:
+            assert option.default == live[name].default, name
+        assert option.help == live[name].help, name
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_every_field_of_ours_is_documented(reference):
+    undocumented = [option.name for option in options_in_source(reference) if not option.help]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_aliases_are_those_of_the_class(reference):
+    assert aliases_in_source(reference) == getattr(load(reference), "ALIASES", {})
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package whose files are read; the reader's memory is emptied around it."""
+    folder = tmp_path / "readable"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(source, "READ", ("readable",))
+    source.read_module.cache_clear()
+    yield folder
+    source.read_module.cache_clear()
+
+
+def test_inheritance_across_files(package):
+    (package / "base.py").write_text(
+        textwrap.dedent('''
+        from dataclasses import dataclass, field
+        from enum import Enum
+        from typing import ClassVar
+
+        NAMES = {"old_rate": "rate"}
+
+        class Pace(Enum):
+            SLOW = "slow"
+            FAST = "fast"
+
+        @dataclass
+        class Base:
+            ALIASES: ClassVar[dict[str, str]] = NAMES
+
+            name: str
+            """Its name."""
+
+            rate: float = 1.0
+            """How
+            fast."""
+
+            pace: Pace | str = field(default="slow", metadata={"help": "At what" " pace."})
+            tags: list[str] = field(default_factory=lambda: ["a"])
+            hidden: int = field(default=1, init=False)
+        ''')
+    )
+    (package / "derived.py").write_text(
+        textwrap.dedent("""
+        from dataclasses import dataclass
+        from .base import Base
+
+        LIMIT = 2
+
+        @dataclass
+        class Derived(Base):
+            ALIASES = {**Base.ALIASES, "older": ""}
+            rate: float = -LIMIT
+            pace = "fast"
+            made: int = len("abc")
+        """)
+    )
+    options = {option.name: option for option in options_in_source("readable.derived:Derived")}
+    assert list(options) == ["name", "rate", "pace", "tags", "made"]
+    assert options["name"].default is REQUIRED
+    assert (options["rate"].help, options["rate"].owner) == ("How fast.", "Derived")
+    assert (options["pace"].default, options["pace"].help) == ("fast", "At what pace.")
+    assert options["pace"].kind == Kind(choices=("slow", "fast"))
+    assert options["tags"].default == ["a"]
+    assert options["made"].default is COMPUTED
+    assert aliases_in_source("readable.derived:Derived") == {"old_rate": "rate", "older": ""}
+
+
+@dataclass
+class Mine:
+    """Arguments of somebody's script."""
+
+    depth: int = 3
+    """How deep."""
+
+    colour: str = field(default="red", metadata={"help": "Which colour."})
+
+
+def test_live_class_is_documented_by_literal_or_metadata():
+    assert [(o.name, o.default, o.help, o.owner) for o in options_of(Mine)] == [
+        ("depth", 3, "How deep.", "Mine"),
+        ("colour", "red", "Which colour.", "Mine"),
+    ]
+
+
+def test_shared_names_are_one_option():
+    @dataclass
+    class Other:
+        depth: int = 5
+
+    merged = merge_options(options_of(Mine), options_of(Other))
+    assert [(o.name, o.default) for o in merged] == [("depth", 3), ("colour", "red")]
+
+
+def test_themes_hold_every_option_once():
+    options = methods()["sft"].options()
+    grouped = by_theme(options)
+    assert sorted(o.name for group in grouped.values() for o in group) == sorted(o.name for o in options)
+    assert next(iter(grouped)) == "Data"
+    assert next(o.name for o in grouped["Data"]) == "dataset_name"
+    assert "Other" not in grouped or len(grouped["Other"]) < 5
+    common = {o.name for o in options if is_common(o)}
+    assert {"dataset_name", "use_peft", "loss_type", "learning_rate"} <= common
+    assert not {"ddp_timeout", "adam_beta1"} & common

@@ -1,0 +1,192 @@
+"""Words and files against options: what wins, and the words of every refusal."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import pytest
+
+from trl.cli.parser import TrlParser
+from trl.errors import ConfigError
+
+
+@dataclass
+class Data:
+    ALIASES: ClassVar[dict[str, str]] = {"rows_file": "path", "gone": ""}
+
+    path: str | None = None
+    columns: list[str] | None = None
+    seed: int = 1
+
+
+@dataclass
+class Training:
+    learning_rate: float = 1e-4
+    packing: bool = False
+    no_cache: bool = False
+    schedule: Literal["linear", "cosine"] = "linear"
+    report_to: str | list[str] | None = "none"
+    kwargs: dict | None = None
+    steps: int | None = 10
+    bf16: bool | None = None
+    seed: int = 2
+    tags: list[str] = field(default_factory=list)
+
+
+def parse(*words: str):
+    return TrlParser((Data, Training)).parse_args_and_config(words)
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    assert parse() == (Data(), Training())
+
+
+def test_one_class_alone():
+    assert TrlParser(Data).parse_args_and_config(["--path", "a"]) == (Data(path="a"),)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--learning_rate", "3"], "learning_rate", 3.0),
+        (["--learning-rate=1e-3"], "learning_rate", 1e-3),
+        (["--learning_rate", "1", "--learning_rate", "2"], "learning_rate", 2.0),
+        (["--steps", "-1"], "steps", -1),
+        (["--steps", "none"], "steps", None),
+        (["--packing"], "packing", True),
+        (["--packing", "true"], "packing", True),
+        (["--packing", "false"], "packing", False),
+        (["--packing=False"], "packing", False),
+        (["--no_packing"], "packing", False),
+        (["--no-packing"], "packing", False),
+        (["--packing", "--steps", "3"], "packing", True),
+        (["--no_cache"], "no_cache", True),
+        (["--no_no_cache"], "no_cache", False),
+        (["--bf16", "none"], "bf16", None),
+        (["--bf16"], "bf16", True),
+        (["--schedule", "cosine"], "schedule", "cosine"),
+        (["--kwargs", '{"a": 1}'], "kwargs", {"a": 1}),
+        (["--report_to", "none"], "report_to", "none"),
+        (["--report_to", "wandb", "trackio"], "report_to", ["wandb", "trackio"]),
+        (["--tags", "a", "b", "--steps", "3"], "tags", ["a", "b"]),
+    ],
+)
+def test_words(words, name, value):
+    _, training = parse(*words)
+    assert getattr(training, name) == value
+    assert type(getattr(training, name)) is type(value)
+
+
+def test_older_names():
+    assert parse("--rows_file", "a.jsonl", "--gone", "x", "y", "--seed", "5")[0] == Data(path="a.jsonl", seed=5)
+
+
+def test_a_name_that_several_classes_have_sets_all():
+    data, training = parse("--seed", "7")
+    assert (data.seed, training.seed) == (7, 7)
+
+
+def test_files_are_merged_and_the_command_line_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_PARSER_TEST", "before")
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "env:\n  TRL_PARSER_TEST: 5\nlearning-rate: 1e-3\nsteps: 4\nkwargs: {a: 1}\nrows_file: x\npacking: yes\n"
+    )
+    second.write_text("steps: 5\nreport_to: [a, b]\nbf16: null\ncolumns:\n  - c\n")
+    import os
+
+    for words in (["--config", str(first), str(second)], ["--config", str(first), f"--config={second}"]):
+        data, training = parse(*words, "--learning_rate", "2")
+        assert data == Data(path="x", columns=["c"])
+        assert training == Training(2.0, packing=True, steps=5, kwargs={"a": 1}, report_to=["a", "b"])
+    assert os.environ["TRL_PARSER_TEST"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "3"], r"Unknown option --lerning_rate. Did you mean '--learning_rate'\?"),
+        (["--packin"], "Did you mean '--packing'"),
+        (["--no_steps"], "Unknown option --no_steps"),
+        (["--learning_rate", "fast"], "--learning_rate was given 'fast', but takes a float."),
+        (["--steps", "1.5"], "--steps was given '1.5', but takes an int or none."),
+        (["--steps"], "--steps was given nothing, but takes an int or none."),
+        (["--steps", "--packing"], "--steps was given nothing"),
+        (["--schedule", "cosin"], r"takes one of 'linear', 'cosine'. Did you mean 'cosine'\?"),
+        (["--kwargs", "{a: 1}"], "takes a JSON object or none, and this is not JSON"),
+        (["--packing=maybe"], "--packing was given 'maybe', but takes true or false."),
+        (["--packing", "maybe"], "Unexpected 'maybe' after --packing, which takes true or false."),
+        (
+            ["learning_rate", "3"],
+            r"Unexpected 'learning_rate': options start with two dashes. Did you mean '--learning_",
+        ),
+        (["-learning_rate", "3"], "Did you mean '--learning_rate'"),
+        (
+            ["--config", "nowhere/to.yaml"],
+            "--config nowhere/to.yaml: there is no such file. There is no folder 'nowhere'",
+        ),
+        (["--config"], "--config was given nothing, but takes a YAML file."),
+    ],
+)
+def test_refused_words(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1", r"c.yaml: unknown key 'learnin_rate'. Did you mean 'learning_rate'\?"),
+        ("steps: many", "c.yaml: steps was given 'many', but takes an int or none."),
+        ("path: 5", r"c.yaml: path was given 5, but takes text or none. Put it in quotes."),
+        ("columns: [1]", "c.yaml: columns was given .1., but takes text"),
+        ("schedule: cosin", "Did you mean 'cosine'"),
+        ("- a\n- b", "a configuration is a list of `option: value` lines, and not a list"),
+        ("a: [", "c.yaml is not YAML"),
+        ("env: [a]", "env takes names of environment variables"),
+    ],
+)
+def test_refused_files(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse("--config", "c.yaml")
+
+
+def test_missing_file_names_its_neighbour(tmp_path):
+    (tmp_path / "sft.yaml").write_text("")
+    with pytest.raises(ConfigError, match="there is no such file. Did you mean 'sft.yaml'"):
+        parse("--config", str(tmp_path / "stf.yaml"))
+
+
+def test_missing_value_of_a_required_field():
+    @dataclass
+    class Needs:
+        path: str
+
+    with pytest.raises(ConfigError, match="--path is missing: it takes text."):
+        TrlParser(Needs).parse_args_and_config([])
+
+
+def test_rest_is_handed_back():
+    data, _, rest = TrlParser((Data, Training)).parse_args_and_config(
+        ["--path", "a", "--mine", "3"], return_remaining_strings=True
+    )
+    assert (data.path, rest) == ("a", ["--mine", "3"])
+
+
+def test_a_process_ends_with_a_message(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--reprot_to", "3"])
+    with pytest.raises(SystemExit) as ended:
+        TrlParser(Training).parse_args_and_config()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "script.py: error: Unknown option --reprot_to. Did you mean '--report_to'?\n"
+
+
+def test_help_of_a_script(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        TrlParser(Training).parse_args_and_config()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "script.py [--config" in shown
+    assert "--learning_rate" in shown
