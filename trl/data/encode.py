@@ -191,11 +191,10 @@ def encode_dataset(
 
 
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
-    first = None if isinstance(dataset, Dataset) and dataset.column_names else next(iter(dataset), None)
-    columns = dataset.column_names or (list(first) if first is not None else [])
-    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+    first = next(iter(dataset), None)
+    if first is None:
         raise DataError(f"The dataset {name!r} is empty: it has no rows. Check its split, filters and fractions.")
-    return columns
+    return dataset.column_names or list(first)
 
 
 def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
@@ -277,7 +276,8 @@ class RowEncoder:
         return self._table(trees, [self._cut(tree) for tree in trees], columns)
 
     def _masked(self, tree: Tree, row: int) -> Tree:
-        return replace(tree, masks=[list(self.settings.token_mask(ids, row)) for ids in tree.completions])
+        ids = [tree.prompt + completion for completion in tree.completions]
+        return Tree([], ids, [list(self.settings.token_mask(row_ids, row)) for row_ids in ids])
 
     def _cut(self, tree: Tree) -> Tree:
         s = self.settings
@@ -306,7 +306,7 @@ class RowEncoder:
         if self.kind != "prompt_only":
             rows["completion_ids"] = doubly_nested([tree.completions for tree in trees], pa.int32())
         if self.is_masked:
-            rows["completion_mask"] = doubly_nested([tree.masks for tree in trees], pa.bool_())
+            rows["completion_mask"] = doubly_nested([tree.all_masks for tree in trees], pa.bool_())
         for name in trees[0].signals:
             rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
         return rows

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.chat import ChatTemplate, tidy_messages
 from trl.data.formats import maybe_extract_prompt
-from trl.data.tokens import TextEncoder
+from trl.data.tokens import Span, TextEncoder
 from trl.data.trees import Tree
 from trl.errors import DataError
 
@@ -155,15 +155,29 @@ class Codec:
 def language_modeling(columns: Columns, codec: Codec) -> list[Tree]:
     """A text or a conversation: one completion on an empty prompt."""
     name = next(n for n in ("messages", "conversations", codec.settings.text_field) if n in columns)
+    if codec.settings.completion_only_loss and codec.settings.token_mask is None:
+        raise DataError(
+            f"completion_only_loss=True needs columns 'prompt' and 'completion', but {name!r} holds both in one. "
+            "Split it, or train on a conversation's answers with assistant_only_loss=True."
+        )
     if not columns.is_chat(name):
-        if codec.settings.assistant_only_loss:
-            raise DataError(f"assistant_only_loss=True needs conversations, but column {name!r} holds text.")
+        _refuse_assistant_only(codec.settings, name)
         ids = codec.text.ids(columns.texts(name), add_special_tokens=True)
         return [Tree([], [row]) for row in codec.ended(ids)]
-    chats = columns.chats(name, answers=codec.settings.assistant_only_loss)
-    if not codec.settings.assistant_only_loss:
-        texts = columns.each(lambda k, row: codec.chat.render(chats[k], row)[0])
-        return [Tree([], [row]) for row in codec.text.ids(texts)]
+    if codec.settings.assistant_only_loss:
+        return _spoken(columns, columns.chats(name, answers=True), codec)
+    chats = columns.chats(name)
+    texts = columns.each(lambda k, row: codec.chat.render(chats[k], row)[0])
+    return [Tree([], [row]) for row in codec.text.ids(texts)]
+
+
+def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
+    if settings.assistant_only_loss:
+        raise DataError(f"assistant_only_loss=True needs conversations, but column {name!r} holds text.")
+
+
+def _spoken(columns: Columns, chats: Sequence[list[dict[str, Any]]], codec: Codec) -> list[Tree]:
+    """Whole conversations, of which the assistant's turns are trained on."""
     spanned = columns.each(lambda k, row: codec.chat.assistant_spans(chats[k], row))
     ids, masks = codec.text.masked([text for text, _ in spanned], [spans for _, spans in spanned])
     return [Tree([], [row], [mask]) for row, mask in zip(ids, masks, strict=True)]
@@ -180,10 +194,32 @@ def prompt_only(columns: Columns, codec: Codec) -> list[Tree]:
 
 def prompt_completion(columns: Columns, codec: Codec) -> list[Tree]:
     """A prompt and one completion; the prompt is trained on as well when completion_only_loss is False."""
+    if codec.settings.assistant_only_loss:
+        return _spoken_completions(columns, codec)
     trees = _answers(columns, codec, ("completion",))
     if codec.settings.completion_only_loss is False and not codec.settings.encoder_decoder:
         return [Tree([], [tree.prompt + tree.completions[0]]) for tree in trees]
     return trees
+
+
+def _spoken_completions(columns: Columns, codec: Codec) -> list[Tree]:
+    """Prompts and completions of which only the assistant's turns are trained on, not a tool's or a user's."""
+    if not columns.is_chat("prompt"):
+        _refuse_assistant_only(codec.settings, "prompt")
+    prompts, answers = columns.chats("prompt"), columns.chats("completion", answers=True)
+    whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    if codec.settings.completion_only_loss is False:
+        return _spoken(columns, whole, codec)
+
+    def spoken(k: int, row: dict[str, Any]) -> tuple[str, str, list[Span]]:
+        prompt, (answer,) = codec.chat.answers(prompts[k], [answers[k]], row)
+        spans = codec.chat.assistant_spans(whole[k], row)[1]
+        start = len(prompt)
+        return prompt, answer, [(max(s, start) - start, e - start) for s, e in spans if e > start]
+
+    prompt_texts, texts, spans = zip(*columns.each(spoken), strict=True)
+    rows = zip(codec.text.ids(prompt_texts), *codec.text.masked(texts, spans), strict=True)
+    return [Tree(prompt, [ids], [mask]) for prompt, ids, mask in rows]
 
 
 def unpaired_preference(columns: Columns, codec: Codec) -> list[Tree]:

@@ -40,6 +40,11 @@ class Tree:
         """Tokens of the longest completion."""
         return max(map(len, self.completions), default=0)
 
+    @property
+    def all_masks(self) -> list[list[bool]]:
+        """The masks, written out where all tokens are trained on."""
+        return [[True] * len(ids) for ids in self.completions] if self.masks is None else self.masks
+
     def trained(self, *, unpredicted: int) -> list[int]:
         """Trained tokens of each completion. The first `unpredicted` tokens have nothing before them to predict them."""
         if self.masks is None:

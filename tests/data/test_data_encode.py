@@ -1,0 +1,455 @@
+"""Every row kind as one prompt and its completions; what is cut, dropped and counted; and what is refused."""
+
+import logging
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from trl.data.collate import DataCollatorForCompletionOnlyLM
+from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset, tokenizer_key
+from trl.errors import ConfigError, DataError
+
+HEADER = "<|im_start|>user\nsky<|im_end|>\n<|im_start|>assistant\n"
+ASK = [{"role": "user", "content": "sky"}]
+BLUE = [{"role": "assistant", "content": "blue"}]
+GREEN = [{"role": "assistant", "content": "green"}]
+
+
+@pytest.fixture
+def plain(make):
+    return make.tokenizer()
+
+
+@pytest.fixture
+def chatml(make):
+    return make.tokenizer("chatml", eos="<|im_end|>")
+
+
+def encoded(rows, tokenizer, **settings):
+    return encode_dataset(Dataset.from_list(rows), tokenizer, settings=EncodeSettings(**settings))
+
+
+def examples(rows, tokenizer, **settings):
+    return [example for row in encoded(rows, tokenizer, **settings).dataset for example in decode(row)]
+
+
+def only(rows, tokenizer, **settings):
+    (example,) = examples(rows, tokenizer, **settings)
+    return example
+
+
+def texts(example, tokenizer):
+    """The text of the prompt, and of each completion's trained tokens."""
+    masks = [c.mask or [True] * len(c) for c in example.completions]
+    trained = [
+        tokenizer.decode([t for t, on in zip(c.ids, mask, strict=True) if on])
+        for c, mask in zip(example.completions, masks, strict=True)
+    ]
+    return tokenizer.decode(example.prompt), trained
+
+
+# Row kinds
+
+
+def test_text_ends_with_one_eos(plain):
+    for row in ("the sky", "the sky</s>"):
+        example = only([{"text": row}], plain)
+        assert (list(example.prompt), example.completions[0].mask) == ([], None)
+        assert plain.decode(example.completions[0].ids) == "the sky</s>"
+    assert plain.decode(only([{"text": "the sky"}], plain, add_eos=False).completions[0].ids) == "the sky"
+
+
+def test_text_field_and_eos_token(make):
+    tokenizer = make.tokenizer(eos=None)
+    example = only([{"review": "the sky"}], tokenizer, text_field="review", eos_token="<|im_end|>")
+    assert tokenizer.decode(example.completions[0].ids) == "the sky<|im_end|>"
+
+
+def test_text_begins_with_bos_once_and_completions_without(make):
+    tokenizer = make.tokenizer(bos=True)
+    assert only([{"text": "sky"}], tokenizer).completions[0].ids[0] == tokenizer.bos_token_id
+    example = only([{"prompt": "sky", "completion": " blue"}], tokenizer)
+    assert texts(example, tokenizer) == ("<s>sky", [" blue</s>"])
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations(chatml, column):
+    example = only([{column: ASK + BLUE}], chatml)
+    assert texts(example, chatml) == ("", [f"{HEADER}blue<|im_end|>\n"])
+
+
+def test_from_value_conversations(chatml):
+    turns = [{"from": "user", "value": "sky"}, {"from": "assistant", "value": "blue"}]
+    assert texts(only([{"conversations": turns}], chatml, assistant_only_loss=True), chatml) == ("", ["blue<|im_end|>"])
+
+
+@pytest.mark.parametrize("template", ["chatml", "marked", "inst"])
+def test_assistant_only_loss(make, template):
+    tokenizer = make.tokenizer(template)
+    example = only([{"messages": ASK + BLUE + ASK + GREEN}], tokenizer, assistant_only_loss=True)
+    ending = " </s>" if template == "inst" else "<|im_end|>"
+    learned = texts(example, tokenizer)[1][0].replace(" blue", "blue").replace(" green", "green")
+    assert learned == f"blue{ending}green{ending}"
+
+
+def test_tools_and_template_arguments_of_rows(make):
+    tokenizer = make.tokenizer("chatml")
+    tokenizer.chat_template = "{{ mood }}{{ tools[0].name if tools else 'no tools' }}{{ messages[0].content }}"
+    rows = [
+        {"messages": ASK, "tools": [{"name": "add"}], "chat_template_kwargs": {"mood": "calm "}},
+        {"messages": ASK, "tools": None, "chat_template_kwargs": {"mood": None}},
+    ]
+    first, second = examples(rows, tokenizer, chat_template_kwargs={"mood": "glad "})
+    assert texts(first, tokenizer)[1] == ["calm addsky"]
+    assert texts(second, tokenizer)[1] == ["glad no toolssky"]
+
+
+def test_prompt_completion(plain, chatml):
+    example = only([{"prompt": "the sky is", "completion": " blue"}], plain)
+    assert texts(example, plain) == ("the sky is", [" blue</s>"])
+    example = only([{"prompt": ASK, "completion": BLUE}], chatml)
+    assert texts(example, chatml) == (HEADER, ["blue<|im_end|>\n"])
+
+
+def test_prompts_are_trained_on_without_completion_only_loss(plain):
+    example = only([{"prompt": "the sky is", "completion": " blue"}], plain, completion_only_loss=False)
+    assert texts(example, plain) == ("", ["the sky is blue</s>"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("sk", "y blue"), ("the ", "sky"), ("sky\n\n", "\nblue"), ("", "sky")]
+)
+def test_what_a_model_reads_and_writes_at_generation_time(plain, prompt, completion):
+    example = only([{"prompt": prompt, "completion": completion}], plain)
+    assert list(example.prompt) == plain.encode(prompt)
+    assert plain.decode(example.completions[0].ids) == f"{completion}</s>"
+
+
+def test_a_tokenizer_that_writes_leading_spaces_continues_the_prompt(make):
+    tokenizer = make.sentencepiece_like()
+    example = only([{"prompt": "the sky is", "completion": " blue"}], tokenizer)
+    assert list(example.prompt) == tokenizer.encode("the sky is")
+    assert [*example.prompt, *example.completions[0].ids[:-1]] == tokenizer.encode("the sky is blue")
+
+
+def test_only_the_assistant_in_completions(chatml):
+    completion = [*BLUE, {"role": "tool", "content": "four"}, *GREEN]
+    row = {"prompt": ASK + GREEN + ASK, "completion": completion}
+    example = only([row], chatml, assistant_only_loss=True)
+    assert texts(example, chatml)[1] == ["blue<|im_end|>green<|im_end|>"]
+    assert texts(example, chatml)[0].endswith("<|im_start|>assistant\n")
+    whole = only([row], chatml, assistant_only_loss=True, completion_only_loss=False)
+    assert texts(whole, chatml) == ("", ["green<|im_end|>blue<|im_end|>green<|im_end|>"])
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_preferences_share_the_prompt(chatml, implicit):
+    row = (
+        {"chosen": ASK + BLUE, "rejected": ASK + GREEN}
+        if implicit
+        else {"prompt": ASK, "chosen": BLUE, "rejected": GREEN}
+    )
+    example = only([row], chatml)
+    assert texts(example, chatml) == (HEADER, ["blue<|im_end|>\n", "green<|im_end|>\n"])
+
+
+def test_text_preferences(plain):
+    example = only([{"prompt": "the sky is", "chosen": " blue", "rejected": " green"}], plain)
+    assert texts(example, plain) == ("the sky is", [" blue</s>", " green</s>"])
+
+
+def test_an_implicit_text_prompt_is_the_common_beginning_in_tokens(plain):
+    example = only([{"chosen": "the sky is blue", "rejected": "the sky isn"}], plain)
+    chosen, rejected = ([*plain.encode(text), plain.eos_token_id] for text in ("the sky is blue", "the sky isn"))
+    assert [*example.prompt, *example.completions[0].ids] == chosen
+    assert [*example.prompt, *example.completions[1].ids] == rejected
+    assert example.completions[0].ids[0] != example.completions[1].ids[0]
+
+
+def test_signals_are_carried_along(plain):
+    row = {"prompt": "sky", "chosen": " blue", "rejected": " green", "margin": 1.5, "source": "web"}
+    example = only([row], plain, keep_columns=("margin", "score"))
+    assert [dict(c.signals) for c in example.completions] == [{"margin": 1.5}, {"margin": 1.5}]
+
+
+def test_unpaired_preferences(chatml):
+    rows = [{"prompt": ASK, "completion": BLUE, "label": True}, {"prompt": ASK, "completion": GREEN, "label": False}]
+    good, bad = examples(rows, chatml, keep_columns=("label",))
+    assert (good.completions[0].signals, bad.completions[0].signals) == ({"label": 1.0}, {"label": 0.0})
+    assert texts(bad, chatml) == (HEADER, ["green<|im_end|>\n"])
+
+
+def test_steps_are_marked_at_their_last_token(plain):
+    row = {"prompt": "two and two", "completions": ["think", "four"], "labels": [True, False]}
+    completion = only([row], plain).completions[0]
+    first, second = plain.encode("think") + plain.encode("\n"), plain.encode("four") + plain.encode("\n")
+    assert list(completion.ids) == first + second
+    assert [t for t, on in enumerate(completion.mask) if on] == [len(first) - 1, len(first) + len(second) - 1]
+    assert [completion.signals["step_label"][t] for t, on in enumerate(completion.mask) if on] == [1.0, 0.0]
+
+
+def test_token_ids_are_left_as_they_are(plain):
+    assert only([{"input_ids": [4, 5, 6]}], plain).completions[0].ids == [4, 5, 6]
+
+
+def test_labels_and_masks_of_token_ids(plain):
+    row = {"input_ids": [4, 5, 6, 7, 0], "attention_mask": [1, 1, 1, 1, 0], "labels": [-100, 5, 6, 7, -100]}
+    row |= {"completion_mask": [0, 0, 1, 1, 0], "assistant_masks": [0, 0, 0, 1, 0]}
+    mask = lambda **settings: only([row], plain, **settings).completions[0].mask  # noqa: E731
+    assert mask() == [False, False, True, True]
+    assert mask(completion_only_loss=False) == [False, True, True, True]
+    assert mask(assistant_only_loss=True) == [False, False, False, True]
+    assert only([row], plain).completions[0].ids == [4, 5, 6, 7]
+
+
+def test_rows_that_come_packed_stay_packed(plain):
+    row = {"input_ids": [4, 5, 6, 7, 8], "seq_lengths": [3, 2]}
+    result = encoded([row], plain, max_length=4)
+    assert [(e.completions[0].ids, e.completions[0].mask) for e in decode(result.dataset[0])] == [
+        ([4, 5, 6], [False, True, True]),
+        ([7, 8], [False, True]),
+    ]
+    assert result.report.trained == 3
+
+
+def test_classic_reward_columns(plain):
+    row = {"input_ids_chosen": [4, 5, 6, 0], "attention_mask_chosen": [1, 1, 1, 0]}
+    row |= {"input_ids_rejected": [0, 4, 5, 7], "attention_mask_rejected": [0, 1, 1, 1]}
+    example = only([row], plain)
+    assert (example.prompt, [c.ids for c in example.completions]) == ([4, 5], [[6], [7]])
+
+
+def test_prompts_alone(plain, chatml):
+    assert texts(only([{"prompt": "the sky"}], plain), plain) == ("the sky", [])
+    assert texts(only([{"prompt": ASK}], chatml), chatml) == (HEADER, [])
+
+
+def test_encoder_decoder(make):
+    tokenizer = make.tokenizer(bos=True)
+    row = {"prompt": "the sky is", "completion": "blue"}
+    example = only([row], tokenizer, encoder_decoder=True, max_prompt_length=3, max_length=9)
+    assert list(example.prompt) == tokenizer.encode("the sky is")[:3]
+    assert texts(example, tokenizer)[1] == ["blue</s>"]
+    assert encoded([row], tokenizer, encoder_decoder=True).report.trained == len(example.completions[0])
+    ids = only([{"input_ids": [4, 5], "labels": [6, 7, -100]}], tokenizer, encoder_decoder=True)
+    assert (ids.prompt, ids.completions[0].ids) == ([4, 5], [6, 7])
+
+
+def test_a_collator_s_mask(plain):
+    collator = DataCollatorForCompletionOnlyLM(" Answer", tokenizer=plain)
+    example = only([{"text": "Question yes Answer no"}], plain, token_mask=collator.completion_mask)
+    assert texts(example, plain) == ("", [" no</s>"])
+
+
+# Truncation, dropping, counting
+
+
+PAIR = {"input_ids_chosen": [1, 2, 3, 4, 5, 6, 7, 8], "input_ids_rejected": [1, 2, 3, 4, 5, 9, 10]}
+PAIR_TEXT = {"prompt": "sky", "chosen": " blue", "rejected": " green"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "completions"),
+    [
+        ({"max_length": 8}, [1, 2, 3, 4, 5], [[6, 7, 8], [9, 10]]),
+        ({"max_length": 7}, [1, 2, 3, 4, 5], [[6, 7], [9, 10]]),
+        ({"max_length": 6, "truncation_mode": "keep_end"}, [3, 4, 5], [[6, 7, 8], [9, 10]]),
+        ({"max_length": 3, "truncation_mode": "keep_end"}, [], [[6, 7, 8], [9, 10]]),
+        ({"max_prompt_length": 2}, [4, 5], [[6, 7, 8], [9, 10]]),
+        ({"max_prompt_length": 2, "max_length": 3}, [4, 5], [[6], [9]]),
+    ],
+)
+def test_what_truncation_keeps(plain, settings, prompt, completions):
+    example = only([PAIR], plain, **settings)
+    assert (list(example.prompt), [list(c.ids) for c in example.completions]) == (prompt, completions)
+
+
+def test_masks_are_cut_with_their_tokens(plain):
+    row = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}
+    start, end = (only([row], plain, max_length=2, truncation_mode=mode) for mode in ("keep_start", "keep_end"))
+    assert (start.completions[0].ids, start.completions[0].mask) == ([4, 5], [False, True])
+    assert (end.completions[0].ids, end.completions[0].mask) == ([6, 7], [False, True])
+
+
+def test_rows_left_without_a_trained_token_are_dropped_counted_and_said(plain, caplog):
+    rows = [{"input_ids": [4, 5, 6], "labels": [-100, -100, 6]}, {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    with caplog.at_level(logging.INFO):
+        result = encoded([*rows, {"input_ids": [7], "labels": [7]}], plain, max_length=2)
+    expected = EncodingReport(rows_in=3, rows=1, truncated=1, unscored=2, tokens=2, trained=1)
+    assert result.report == expected
+    assert result.dataset[:] == {"prompt_ids": [[]], "completion_ids": [[[4, 5]]], "completion_mask": [[[True, True]]]}
+    message = "train: 1 rows, 2 tokens, 1 trained (50%), 1 truncated, 2 dropped (no token left to train on)."
+    assert [r.getMessage() for r in caplog.records if r.name == "trl.data.encode"] == [message]
+    assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_a_report_without_losses_is_no_warning(plain, caplog):
+    with caplog.at_level(logging.INFO):
+        encoded([{"text": "sky"}], plain)
+    assert caplog.records[-1].levelno == logging.INFO
+
+
+def test_tokens_count_a_shared_prompt_once(plain):
+    report = encoded([PAIR], plain).report
+    assert (report.tokens, report.trained) == (5 + 3 + 2, 3 + 2)
+
+
+def test_equal_pairs_are_dropped(plain):
+    rows = [{"prompt": "sky", "chosen": " blue", "rejected": other} for other in (" blue", " green")]
+    report = encoded(rows, plain).report
+    assert (report.rows, report.identical, report.dropped) == (1, 1, 1)
+    assert "1 dropped (chosen equals rejected)" in str(report)
+    with pytest.raises(DataError, match="All 1 rows of 'train' have chosen equal to rejected"):
+        encoded(rows[:1], plain)
+
+
+def test_a_completion_emptied_by_truncation_drops_its_row(plain):
+    rows = [{"prompt": "the sky is " * 9, "chosen": " blue", "rejected": " green"}, PAIR_TEXT]
+    report = encoded(rows, plain, max_length=8).report
+    assert (report.rows, report.unscored) == (1, 1)
+
+
+def test_max_length_that_drops_everything(plain):
+    rows = [{"prompt": "the sky is", "completion": " blue"}, {"prompt": "the sky is what", "completion": " green"}]
+    shortest = len(plain.encode("the sky is blue")) + 1
+    with pytest.raises(DataError) as error:
+        encoded(rows, plain, max_length=2)
+    assert (
+        f"2 of 2 rows were dropped. max_length=2, max_prompt_length=None, and the shortest row has {shortest} tokens"
+        in str(error.value)
+    )
+    assert "Raise max_length" in str(error.value)
+
+
+def test_a_stream_is_encoded_alike_and_counted_as_it_goes(chatml):
+    rows = [{"messages": ASK + BLUE}, {"messages": ASK + GREEN}]
+    settings = EncodeSettings(assistant_only_loss=True)
+    dataset = Dataset.from_list(rows)
+    table = encode_dataset(dataset, chatml, settings=settings)
+    stream = encode_dataset(dataset.to_iterable_dataset(), chatml, settings=settings)
+    assert stream.report.rows_in == 0
+    assert list(stream.dataset) == list(table.dataset)
+    assert stream.report == table.report
+
+
+def test_processes_give_the_same(plain):
+    rows = [{"text": f"the sky {i}"} for i in range(6)]
+    assert encoded(rows, plain, num_proc=2).dataset[:] == encoded(rows, plain).dataset[:]
+
+
+def test_the_second_encoding_comes_from_the_cache(plain, tmp_path, make):
+    Dataset.from_list([{"text": "the sky"}]).save_to_disk(tmp_path)
+    dataset = Dataset.load_from_disk(tmp_path)
+
+    def cached(tokenizer, **settings):
+        encode_dataset(dataset, tokenizer, settings=EncodeSettings(**settings))
+        return len(list(tmp_path.glob("cache-*.arrow")))
+
+    assert cached(plain) == 1
+    plain(["a", "the sky"], padding=True, truncation=True, max_length=3)
+    assert cached(plain) == 1
+    assert cached(make.tokenizer()) == 1
+    assert cached(plain, add_eos=False) == 2
+    assert tokenizer_key(plain) != tokenizer_key(make.tokenizer("chatml"))
+
+
+def test_reports_add_up():
+    a = EncodingReport("eval", rows_in=2, rows=1, truncated=1, unscored=1, tokens=5, trained=2)
+    assert a + a == EncodingReport("eval", rows_in=4, rows=2, truncated=2, unscored=2, tokens=10, trained=4)
+
+
+# Bad input
+
+
+def test_missing_columns(plain):
+    with pytest.raises(DataError, match=r"(?s)columns \['promt'\] .*For 'promt': Did you mean 'prompt'"):
+        encoded([{"promt": "sky"}], plain)
+
+
+def test_wrong_types_name_row_and_column(plain, chatml):
+    bad = {
+        "Row 1, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
+        "Row 0, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
+        "Row 1, column 'messages': expected a list of messages, found list []": [{"messages": ASK}, {"messages": []}],
+        "Row 0, column 'messages': message 0: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
+        "Row 0, column 'input_ids': expected a list of integers, found str 'sky'": [{"input_ids": "sky"}],
+        "Row 0, column 'label': expected true (desirable) or false, found str": [
+            {"prompt": "sky", "completion": " blue", "label": "good"}
+        ],
+        "Row 0, column 'labels': expected 1 labels, one per step, found list [True, False]": [
+            {"prompt": "sky", "completions": ["a"], "labels": [True, False]}
+        ],
+        "Row 0, column 'labels': 1 values for the 2 tokens": [{"input_ids": [4, 5], "labels": [4]}],
+        "Row 0, column 'labels': a label is the token of 'input_ids' or -100": [
+            {"input_ids": [4, 5], "labels": [5, 6]}
+        ],
+        "Row 0, column 'seq_lengths': they add up to 3, the row has 2 tokens": [
+            {"input_ids": [4, 5], "seq_lengths": [3]}
+        ],
+    }
+    for message, rows in bad.items():
+        with pytest.raises(DataError) as error:
+            encoded(rows, chatml)
+        assert message in str(error.value)
+
+
+def test_rows_are_named_by_their_place_in_the_dataset(plain):
+    rows = [{"text": "sky"}] * 1500 + [{"text": None}]
+    with pytest.raises(DataError, match="Row 1500, column 'text'"):
+        encoded(rows, plain)
+
+
+def test_empty_dataset(plain):
+    empty_stream = IterableDataset.from_generator(lambda: iter(()))
+    for dataset in (Dataset.from_list([]), Dataset.from_dict({"text": []}), empty_stream):
+        with pytest.raises(DataError, match="The dataset 'eval' is empty"):
+            encode_dataset(dataset, plain, name="eval")
+
+
+def test_a_conversation_must_end_with_the_assistant(chatml):
+    rows = [{"messages": ASK + BLUE}, {"messages": ASK + BLUE + ASK}]
+    with pytest.raises(DataError, match=r"Row 1, column 'messages': the conversation ends with 'user'"):
+        encoded(rows, chatml, assistant_only_loss=True)
+    assert len(examples(rows, chatml)) == 2
+    with pytest.raises(DataError, match=r"Row 0, column 'chosen': the conversation ends with 'user'"):
+        encoded([{"prompt": ASK, "chosen": ASK, "rejected": BLUE}], chatml)
+
+
+def test_a_template_that_cannot_be_masked_names_the_row(make):
+    with pytest.raises(DataError, match=r"Row 0: The chat template of .* does not show what the assistant wrote"):
+        encoded([{"messages": ASK + BLUE}], make.tokenizer("rewrites"), assistant_only_loss=True)
+
+
+def test_a_template_whose_prompt_is_not_kept(make):
+    with pytest.raises(DataError, match=r"Row 0: .* renders a prompt otherwise once an answer follows"):
+        encoded([{"prompt": ASK, "completion": BLUE}], make.tokenizer("rewrites"))
+
+
+def test_conversations_without_a_template(plain):
+    with pytest.raises(DataError, match="has no chat template"):
+        encoded([{"messages": ASK + BLUE}], plain)
+
+
+def test_no_eos(make):
+    with pytest.raises(DataError, match=r"has no EOS token.*Set eos_token, or add_eos=False"):
+        encoded([{"text": "sky"}], make.tokenizer(eos=None))
+    with pytest.raises(DataError, match=r"eos_token='<end>' is not in the vocabulary"):
+        encoded([{"text": "sky"}], make.tokenizer(), eos_token="<end>")
+
+
+def test_losses_that_rows_do_not_allow(plain, chatml):
+    with pytest.raises(DataError, match="assistant_only_loss=True needs conversations, but column 'text' holds text"):
+        encoded([{"text": "sky"}], plain, assistant_only_loss=True)
+    with pytest.raises(DataError, match="completion_only_loss=True needs columns 'prompt' and 'completion'"):
+        encoded([{"messages": ASK + BLUE}], chatml, completion_only_loss=True)
+    with pytest.raises(DataError, match="needs a column 'assistant_masks'"):
+        encoded([{"input_ids": [4, 5]}], plain, assistant_only_loss=True)
+
+
+def test_unknown_settings():
+    with pytest.raises(ConfigError, match=r"Unknown truncation_mode 'keep_strat'\. Did you mean 'keep_start'"):
+        EncodeSettings(truncation_mode="keep_strat")
+    with pytest.raises(ConfigError, match=r"Unknown row kind 'preferences'\. Did you mean 'preference'"):
+        EncodeSettings(kind=("preferences",))
+    with pytest.raises(ConfigError, match="max_length=0 leaves no token"):
+        EncodeSettings(max_length=0)
