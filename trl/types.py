@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,41 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A round of rollouts, before anything is learned from it: what an algorithm gives credit from.
+
+    rewards   [N] float32, NaN where no reward function applied
+    group     [N] which prompt a completion belongs to: its group is all samples of that prompt, whole on one process
+    mask      [N,C] float, 1 for the tokens that were sampled
+    signals   `[N]` or `[N,C]`: `old_logprobs` (of the sampler), `ref_logprobs`, `values`, …; an algorithm adds
+              `advantages`, `returns`, …
+    """
+
+    rewards: Tensor
+    group: Tensor
+    mask: Tensor
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+    def with_signals(self, **signals: Tensor) -> Experience:
+        return replace(self, signals={**self.signals, **signals})
+
+
+class Algorithm(Protocol):
+    """An online algorithm: credit from rewards, and a loss from credit. A user's own is a class with two methods."""
+
+    needs_reference: bool
+    needs_values: bool
+
+    def advantages(self, experience: Experience) -> Experience:
+        """The experience with signals that say how good each token, or completion, was."""
+        ...
+
+    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss `[N,C]` (or `[N]`) and metrics; `batch.signals` are those of the experience."""
+        ...
 
 
 _INDEX_FIELDS = ("predictor", "position", "target", "mask", "scored", "last", "example")
