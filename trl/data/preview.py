@@ -25,7 +25,7 @@ def preview_examples(
 ) -> None:
     """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧."""
     console = console or Console()
-    coloured = console.is_terminal and console.color_system is not None
+    coloured = console.is_terminal and console.color_system is not None and not console.no_color
     console.print(_legend(coloured))
     tokens = trained = count = 0
     for count, example in enumerate(examples, start=1):
@@ -34,7 +34,9 @@ def preview_examples(
             console.print(block)
         tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
-    console.print(f"{count:,} rows, {tokens:,} tokens, {trained:,} trained ({trained / max(1, tokens):.0%})")
+    console.print(
+        f"{count:,} rows, {tokens:,} tokens, {trained:,} trained ({trained / max(1, tokens):.0%})", highlight=False
+    )
 
 
 def _legend(coloured: bool) -> Text:
