@@ -92,6 +92,20 @@ METHODS = (
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-dpo",
     ),
     Method(
+        "cpo",
+        "trl.trainers.cpo:CPOTrainer",
+        "trl.trainers.cpo:CPOConfig",
+        "Align with pairs of a chosen and a rejected answer, without a reference model (arXiv:2401.08417).",
+        f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-cpo",
+    ),
+    Method(
+        "orpo",
+        "trl.trainers.cpo:ORPOTrainer",
+        "trl.trainers.cpo:ORPOConfig",
+        "Fine-tune and align with pairs in one go: the odds ratio beside the likelihood (arXiv:2403.07691).",
+        f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-orpo",
+    ),
+    Method(
         "kto",
         "trl.trainers.kto:KTOTrainer",
         "trl.trainers.kto:KTOConfig",

@@ -234,10 +234,10 @@ def load_splits(
         check_place(place, "dataset")
     local = [str(Path(place).expanduser()) for place in places if is_local(place)]
     builders = {_builder(place) for place in local}
-    if local and None not in builders:
+    if len(local) == len(places) and None not in builders:
         return _load_files(local, streaming=streaming)
     if len(places) > 1:
-        raise DataError(f"dataset_name={places}: several names have to be data files; mix datasets with `datasets`.")
+        raise DataError(f"Dataset {places}: several names have to be data files; mix datasets with `datasets`.")
     if local and (Path(local[0], "state.json").exists() or Path(local[0], "dataset_dict.json").exists()):
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
@@ -250,7 +250,7 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
 
     builders = {_builder(path) for path in paths}
     if len(builders) > 1:
-        raise DataError(f"dataset_name={paths}: files of different kinds cannot be read as one dataset.")
+        raise DataError(f"Dataset {paths}: files of different kinds cannot be read as one.")
     builder = builders.pop()
     separator = {"sep": "\t"} if any(".tsv" in path for path in paths) else {}
     return load_dataset(builder, data_files=paths, streaming=streaming, **separator)

@@ -1,0 +1,91 @@
+"""What the options of a model become: keyword arguments, an adapter, quantisation."""
+
+import importlib.util
+
+import pytest
+
+from trl.errors import ConfigError
+from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
+
+
+def test_keyword_arguments_of_loading():
+    assert ModelConfig().init_kwargs() == {"dtype": "float32"}
+    config = ModelConfig(model_revision="v2", dtype="torch.bfloat16", attn_implementation="sdpa")
+    assert config.init_kwargs() == {"dtype": "bfloat16", "attn_implementation": "sdpa", "revision": "v2"}
+    assert ModelConfig(dtype=None).init_kwargs() == {}
+
+
+def test_older_name_of_dtype():
+    assert ModelConfig(torch_dtype="float16").dtype == "float16"
+
+
+def test_no_adapter_unless_asked_for():
+    assert get_peft_config(ModelConfig(lora_r=4)) is None
+
+
+def test_adapter():
+    config = get_peft_config(
+        ModelConfig(
+            use_peft=True,
+            lora_r=4,
+            lora_alpha=8,
+            lora_dropout=0.1,
+            lora_target_modules=["q_proj", "v_proj"],
+            use_dora=True,
+        )
+    )
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (4, 8, 0.1, True)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_all_linear_is_a_word_of_its_own():
+    assert (
+        get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"])).target_modules == "all-linear"
+    )
+
+
+def test_adapter_trains_on_a_model(make_model):
+    from peft import get_peft_model
+
+    config = get_peft_config(ModelConfig(use_peft=True, lora_r=2, lora_target_modules=["all-linear"]))
+    trained = [n for n, p in get_peft_model(make_model("llama"), config).named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_no_quantisation_unless_asked_for():
+    assert get_quantization_config(ModelConfig()) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantisation_names_the_extra(bits):
+    with pytest.raises(ImportError, match=rf'{bits}-bit loading needs bitsandbytes: pip install "trl\[quantization\]"'):
+        get_quantization_config(ModelConfig(**{f"load_in_{bits}bit": True}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_quantisation():
+    import torch
+
+    config = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16", use_bnb_nested_quant=True))
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert get_quantization_config(ModelConfig(load_in_8bit=True)).load_in_8bit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat"}, r"Unknown dtype 'bfloat'. Did you mean 'bfloat16'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "both set: keep one"),
+        ({"bnb_4bit_quant_type": "nf5"}, "Unknown bnb_4bit_quant_type 'nf5'. Did you mean 'nf4'"),
+        ({"lora_task_type": "CAUSAL"}, "Unknown lora_task_type 'CAUSAL'. Did you mean 'CAUSAL_LM'"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0 is not a probability"),
+        ({"lora_r": 0}, "lora_r=0 leaves no adapter"),
+    ],
+)
+def test_refused_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**options)
