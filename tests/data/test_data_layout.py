@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl.data.layout import fill_rows, lay_out, lay_out_encoder_decoder
+from trl.data.layout import cheapest_rows, fill_rows, lay_out, lay_out_encoder_decoder
 from trl.models.attention import TREE_ATTENTION, tree_mask
 from trl.types import Completion, Example
 
@@ -94,6 +94,15 @@ def test_completion_mask_leaves_tokens_out():
 def test_rows_are_filled_best_fit_decreasing():
     # 6 | 5 | 4 joins 6 | 3 joins 5 | 2 joins 5+3 (room 2), since 6+4 is full.
     assert fill_rows([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
+
+
+def test_rows_are_as_wide_as_is_cheapest():
+    # Width 10: 3 rows cost 30 (6H + 10); width 15: 2 rows cost 30 (6H + 15); width 13, the mean of two rows: 26 (6H + 13).
+    # With a narrow model attention decides, with a wide one the number of positions.
+    sizes = [10, 8, 5, 3]
+    assert cheapest_rows(sizes, hidden_size=1) == [[0], [1], [2, 3]]
+    assert cheapest_rows(sizes, hidden_size=1000) == [[0, 3], [1, 2]]
+    assert cheapest_rows([7], hidden_size=8) == [[0]]
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])

@@ -18,6 +18,7 @@ start token predicts the first token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -32,19 +33,25 @@ PADDING = -1
 
 
 def lay_out(
-    examples: Sequence[Example], layout: str = "padded", *, pad_token_id: int = 0, capacity: int | None = None
+    examples: Sequence[Example],
+    layout: str = "padded",
+    *,
+    pad_token_id: int = 0,
+    capacity: int | None = None,
+    hidden_size: int | None = None,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
-    `capacity` is the number of tokens that a row of the packed and shared layouts may hold; by default, and at least,
-    the longest tree. Completions are numbered in the order of `examples`.
+    `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest tree.
+    Without it, rows are as wide as is cheapest for a model of `hidden_size`: see `cheapest_rows`. Completions are
+    numbered in the order of `examples`.
     """
     trees, numbers = LAYOUTS[layout](examples)
     sizes = [tree.tokens for tree in trees]
     if layout == "padded":
         rows = [[i] for i in range(len(trees))]
     else:
-        rows = fill_rows(sizes, max(max(sizes), capacity or 0))
+        rows = fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
     grid = _Grid(trees, numbers, rows, pad_token_id)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions}
     tree = None
@@ -113,6 +120,26 @@ def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(item)
         room[row] -= sizes[item]
     return rows
+
+
+def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None) -> list[list[int]]:
+    """Rows whose forward pass costs least: wide ones waste no positions, narrow ones no attention.
+
+    A position costs 24 H² floating-point operations per layer in its matrices, and 4 H T in attention over a row of
+    width T when masked pairs are computed too: B rows cost ∝ B T (6 H + T). Without H, rows are as wide as the longest.
+    """
+    longest, total = max(sizes), sum(sizes)
+    if hidden_size is None:
+        return fill_rows(sizes, longest)
+    most = len(fill_rows(sizes, longest))
+    counts = {max(1, round(most * share)) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.0)}
+    widths = {longest} | {max(longest, math.ceil(total / count * slack)) for count in counts for slack in (1.0, 1.05)}
+
+    def cost(rows: list[list[int]]) -> int:
+        width = max(sum(sizes[i] for i in row) for row in rows)
+        return len(rows) * width * (6 * hidden_size + width)
+
+    return min((fill_rows(sizes, width) for width in sorted(widths)), key=cost)
 
 
 class _Grid:

@@ -256,11 +256,10 @@ class BaseTrainer(Trainer):
         if config.is_encoder_decoder:
             start = config.decoder_start_token_id
             return lay_out_encoder_decoder(examples, pad_token_id=pad, decoder_start_token_id=start)
-        return lay_out(examples, self.layout, pad_token_id=pad, capacity=self._row_capacity(config))
-
-    def _row_capacity(self, config: Any) -> int | None:
-        """Flash attention skips what is masked, so one long row is best; others pay for a row's width squared."""
-        return 2**62 if "flash" in config._attn_implementation else None
+        # Flash attention skips pairs that are masked: one long row is best.
+        capacity = 2**62 if "flash" in config._attn_implementation else None
+        width = config.get_text_config().hidden_size
+        return lay_out(examples, self.layout, pad_token_id=pad, capacity=capacity, hidden_size=width)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self._gather(values[None].to(self.args.device)).sum(0).cpu()
