@@ -157,7 +157,7 @@ def test_apply_chat_template_to_every_kind(make):
     }
     for row, rendered in expected.values():
         assert apply_chat_template(row, tokenizer) == rendered
-        assert maybe_apply_chat_template(row, tokenizer) == rendered
+        assert maybe_apply_chat_template(row, processing_class=tokenizer) == rendered
 
 
 def test_maybe_apply_chat_template_leaves_text(make):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from transformers import ByT5Tokenizer
 
 from trl.data.collate import DataCollatorForCompletionOnlyLM
 from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset, tokenizer_key
@@ -330,6 +331,26 @@ def test_a_stream_is_encoded_alike_and_counted_as_it_goes(chatml):
     assert stream.report.rows_in == 0
     assert list(stream.dataset) == list(table.dataset)
     assert stream.report == table.report
+
+
+def test_a_stream_keeps_columns(plain):
+    rows = [{"prompt": "sky", "completion": " blue", "label": False, "id": "a"}]
+    settings = EncodeSettings(keep_columns=("label",))
+    stream = encode_dataset(Dataset.from_list(rows).to_iterable_dataset(), plain, settings=settings).dataset
+    assert [row.keys() for row in stream] == [{"prompt_ids", "completion_ids", "label"}]
+
+
+def test_a_tokenizer_in_python():
+    tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    assert list(tokenizer.encode("a")) == [100, 1]
+    example = only([{"prompt": "a", "completion": "b"}], tokenizer)
+    assert (example.prompt, example.completions[0].ids) == ([100], [101, 1])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    row = {"messages": ASK + BLUE}
+    model_writes_headers = only([row], tokenizer, assistant_only_loss=True)
+    assert texts(model_writes_headers, tokenizer)[1] == ["<|im_start|>assistant blue<|im_end|>"]
+    tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    assert texts(only([row], tokenizer, assistant_only_loss=True), tokenizer)[1] == ["blue<|im_end|>"]
 
 
 def test_processes_give_the_same(plain):

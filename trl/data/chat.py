@@ -27,7 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational, to_chatml
 from trl.data.tokens import TextEncoder
-from trl.errors import DataError
+from trl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +66,7 @@ class ChatTemplate:
         self.tools = tools
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.eos = tokenizer.eos_token or ""
-        self.closers = tuple({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
+        self.closers = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
     @property
     def is_marked(self) -> bool:
@@ -227,15 +227,23 @@ def render_chat(
 
 
 def apply_chat_template(
-    example: Row, tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None, **template_kwargs: Any
+    example: Row,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tools: Tools | None = None,
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    **template_kwargs: Any,
 ) -> dict[str, Any]:
     """A conversational row as text: `messages` becomes `text`, other columns keep their names; a `label` is kept.
 
     A prompt ends with the generation prompt (or open, where its last message is the assistant's); what follows it holds
-    the rest of the whole conversation's rendering.
+    the rest of the whole conversation's rendering. `processing_class` is another name of `tokenizer`.
 
     Raises DataError for a row whose columns are not those of a conversation.
     """
+    tokenizer = tokenizer if tokenizer is not None else processing_class
+    if tokenizer is None:
+        raise ConfigError("apply_chat_template needs a tokenizer. Give tokenizer=.")
     template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
     if "messages" in example:
         return {"text": template.render(tidy_messages(example["messages"]), example)[0]}
@@ -253,10 +261,13 @@ def apply_chat_template(
 
 
 def maybe_apply_chat_template(
-    example: Row, tokenizer: PreTrainedTokenizerBase, tools: Tools | None = None, **template_kwargs: Any
+    example: Row,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tools: Tools | None = None,
+    **options: Any,
 ) -> Row:
     """`apply_chat_template` for a conversational row; any other row as it is."""
-    return apply_chat_template(example, tokenizer, tools, **template_kwargs) if is_conversational(example) else example
+    return apply_chat_template(example, tokenizer, tools, **options) if is_conversational(example) else example
 
 
 def clone_chat_template(

@@ -70,7 +70,7 @@ class EncodeSettings:
     assistant_only_loss: bool = False
     """Train only on what the assistant wrote in a conversation."""
     text_field: str = "text"
-    """The column with the text of language modelling."""
+    """The column with the text of language modelling; `messages` and `conversations` come before it."""
     add_eos: bool = True
     """Close plain texts and completions with EOS. Conversations end as their template ends them."""
     eos_token: str | None = None
@@ -159,7 +159,10 @@ class EncodingReport:
 
 @dataclass
 class Encoded:
-    """An encoded dataset, and the report of it. Of a stream the report counts what has been read so far."""
+    """An encoded dataset, and the report of it.
+
+    Of a stream the report counts what has been read so far in this process.
+    """
 
     dataset: Dataset | IterableDataset
     kind: str
@@ -228,7 +231,8 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
         kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
         return kept.drop_columns(list(_COUNTS)).to_pydict()
 
-    encoded.dataset = dataset.map(encode, batched=True, with_indices=True, remove_columns=columns)
+    removed = [name for name in columns if name not in encoder.kept]
+    encoded.dataset = dataset.map(encode, batched=True, with_indices=True, remove_columns=removed)
     return encoded
 
 
@@ -257,7 +261,8 @@ class RowEncoder:
         self.is_packed = kind == "tokenized" and "seq_lengths" in columns
 
     def _needed(self) -> set[str]:
-        return {*COLUMNS_READ[self.kind], self.settings.text_field}
+        text = {self.settings.text_field} if self.kind == "language_modeling" else set()
+        return {name for name in COLUMNS_READ[self.kind] if name != "text"} | text
 
     def _is_masked(self) -> bool:
         if self.kind == "tokenized":

@@ -17,6 +17,7 @@ Span = tuple[int, int]
 
 _HEADER_CHARS = 64
 _HEADER_TOKENS = 2
+_HEADERS_KEPT = 4096
 
 
 class TextEncoder:
@@ -106,6 +107,8 @@ class TextEncoder:
             window = match.start()
         header = text[window:start]
         if header not in self._header_ids:
+            if len(self._header_ids) >= _HEADERS_KEPT:
+                self._header_ids.clear()
             self._header_ids[header] = self.ids([header])[0][-_HEADER_TOKENS:]
         expected = self._header_ids[header]
         return before[len(before) - len(expected) :] == expected
