@@ -1,0 +1,66 @@
+"""Preference losses without a reference, under the names they are known by: CPO, SimPO, AlphaPO, ORPO.
+
+    CPO     −log σ(β [log π(y_w) − log π(y_l)]) − α log π(y_w) / |y_w|          arXiv:2401.08417
+    SimPO   −log σ(β [m_w − m_l] − γ),   m = log π(y) / |y|                      arXiv:2405.14734
+    ORPO    −m_w − β log σ(log odds(y_w) − log odds(y_l))                        arXiv:2403.07691
+
+The trainer is `DPOTrainer`; only the options differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl.algorithms.dpo import DPO
+from trl.errors import ConfigError, unknown
+from trl.trainers.dpo import DPOConfig, DPOTrainer
+
+CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
+
+
+@dataclass
+class CPOConfig(DPOConfig):
+    """Options of `CPOTrainer`."""
+
+    loss_type: str = "sigmoid"
+    """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo"; all of them with `cpo_alpha`'s term."""
+
+    cpo_alpha: float = 1.0
+    """Weight of the chosen completion's negative log-likelihood per token. SimPO proper has 0."""
+
+    alpha: float = 0.0
+    """Shape of AlphaPO's reward: 0 is SimPO's."""
+
+    def make_algorithm(self) -> DPO:
+        if self.loss_type not in CPO_LOSSES:
+            raise ConfigError(unknown("loss_type", self.loss_type, CPO_LOSSES))
+        algorithm = DPO(
+            loss_types=self.loss_type,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            reference_free=True,
+            rpo_alpha=self.cpo_alpha or None,
+            simpo_gamma=self.simpo_gamma,
+            alphapo_alpha=self.alpha,
+        )
+        return self.whole(algorithm)
+
+
+class CPOTrainer(DPOTrainer):
+    """Contrastive preference optimisation, and SimPO with `loss_type="simpo"`. Arguments: see `DPOTrainer`."""
+
+    config_class = CPOConfig
+
+
+@dataclass
+class ORPOConfig(DPOConfig):
+    """Options of `ORPOTrainer`; `beta` is the paper's λ."""
+
+    loss_type: str = "orpo"
+    """Always "orpo"."""
+
+
+class ORPOTrainer(DPOTrainer):
+    """Odds-ratio preference optimisation: imitation and preference in one stage. Arguments: see `DPOTrainer`."""
+
+    config_class = ORPOConfig

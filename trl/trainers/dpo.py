@@ -1,0 +1,115 @@
+"""Learning from preferences without a reward model: direct preference optimisation and its family.
+
+    loss = −log σ(β [h(y_w) − h(y_l)]),   h(y) = log π(y|x) − log π_ref(y|x);   for the others see `trl.algorithms.dpo`
+
+DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from trl.algorithms.dpo import DPO
+from trl.errors import ConfigError
+from trl.models.score import score
+from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
+from trl.types import Batch, Metrics
+
+
+@dataclass
+class DPOConfig(PreferenceConfig):
+    """Options of `DPOTrainer`."""
+
+    loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
+    """One loss or several, by the names in `trl.algorithms.dpo.LOSSES`."""
+
+    loss_weights: list[float] | None = None
+    """Weight of each of several losses in the sum. None: 1 each."""
+
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong, in [0, 0.5], for the losses that model it."""
+
+    f_divergence_type: str = "reverse_kl"
+    """Divergence from the reference: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence"."""
+
+    f_alpha_divergence_coef: float = 0.5
+    """Coefficient of the α-divergence: 1 is reverse KL, 0 is forward KL."""
+
+    reference_free: bool = False
+    """Compare with a uniform distribution in place of the reference."""
+
+    rpo_alpha: float | None = None
+    """Weight of the chosen completion's negative log-likelihood per token, added to the loss (arXiv:2404.19733)."""
+
+    ld_alpha: float | None = None
+    """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411). None: 1."""
+
+    use_weighting: bool = False
+    """Weigh each pair by how likely the policy is to write it (WPO, arXiv:2406.11827)."""
+
+    discopop_tau: float = 0.05
+    """Temperature of DiscoPOP's mixture (arXiv:2406.08414)."""
+
+    simpo_gamma: float = 0.5
+    """Margin that SimPO and AlphaPO aim at."""
+
+    cpo_alpha: float = 1.0
+    """Weight of CPO's imitation term."""
+
+    alphapo_alpha: float = 0.25
+    """Shape of AlphaPO's reward: 0 is SimPO's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.make_algorithm()
+
+    def make_algorithm(self) -> DPO:
+        """The loss that these options describe. Raises ConfigError for those that do not go together."""
+        shared = {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name not in ("loss_types",)}
+        return self.whole(DPO(loss_types=self.loss_type, **shared))
+
+    def whole(self, algorithm: DPO) -> DPO:
+        """`algorithm`, if the pairs that it sees at once are those of a step however the options split it."""
+        split = self.gradient_accumulation_steps > 1 or self.max_tokens_per_micro_batch is not None
+        if algorithm.couples_pairs and split:
+            raise ConfigError(
+                f"loss_type={list(algorithm.loss_types)} sorts the pairs of a batch, so a step cannot be split: set "
+                "gradient_accumulation_steps=1, leave out max_tokens_per_micro_batch, and raise "
+                "per_device_train_batch_size instead."
+            )
+        return algorithm
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Train a causal or encoder-decoder language model on pairs of a better and a worse completion.
+
+    Rows have `chosen` and `rejected`, and `prompt` or a beginning that both share; texts, conversations, or token ids.
+    Arguments: see `BaseTrainer` and `PreferenceTrainer`.
+    """
+
+    config_class = DPOConfig
+    branches = True
+    kinds: ClassVar[Sequence[str]] = ("tokenized_preference", "preference")
+
+    @cached_property
+    def algorithm(self) -> DPO:
+        return self.args.make_algorithm()
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm.needs_reference
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Every pair counts the same: `[P]`."""
+        return batch.mask.new_ones(len(batch.mask) // 2)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        batch = self.with_reference(model, batch)
+        scores = score(model, batch, want={"entropy", *self.algorithm.wants})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        return loss, {**metrics, "entropy": scores.entropy}

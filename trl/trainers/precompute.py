@@ -1,0 +1,122 @@
+"""The reference's log-probabilities of a dataset, computed once and kept on disk.
+
+They become a column `ref_logprobs` of the encoded rows, one number per token of each completion. The cache's key covers
+what they depend on: the reference's weights (their bytes, not a name), the encoded rows, and the precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from trl.data.encode import decode
+from trl.errors import ConfigError
+from trl.models.reference import AdapterOff, FrozenModel, evaluating
+from trl.models.score import unwrap
+from trl.trainers.window import plan_micro_batches
+from trl.types import Example
+
+if TYPE_CHECKING:
+    from trl.trainers.preference import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+COLUMN = "ref_logprobs"
+_FORMAT = 1
+"""Number of the computation, part of the key: raise it when results change."""
+
+Logprobs = list[list[float]]
+"""Of one row: numbers per token, by completion."""
+
+
+def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size: int) -> Dataset:
+    """Encoded rows with the column `ref_logprobs`, read from disk if these have been computed before.
+
+    Raises ConfigError for a stream, which cannot be read twice.
+    """
+    if not isinstance(rows, Dataset):
+        raise ConfigError(
+            f"precompute_ref_log_probs reads {name!r} before training, and it is a stream: load it whole."
+        )
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference" / cache_key(trainer, rows)
+    if not folder.exists():
+        found = compute(trainer, rows, name=name, batch_size=batch_size)
+        if trainer.is_world_process_zero():
+            _store(found, folder)
+        trainer.accelerator.wait_for_everyone()
+    else:
+        logger.info(f"Reference log-probabilities of {name!r} are read from {folder}.")
+    return concatenate_datasets([rows, datasets.load_from_disk(str(folder))], axis=1)
+
+
+def _store(found: list[Logprobs], folder: Path) -> None:
+    """Write to disk, complete or not at all."""
+    column = Dataset.from_dict({COLUMN: found}, features=Features({COLUMN: List(List(Value("float32")))}))
+    partial = folder.with_suffix(".partial")
+    column.save_to_disk(str(partial))
+    partial.rename(folder)
+
+
+def cache_key(trainer: PreferenceTrainer, rows: Dataset) -> str:
+    """A hash of all that the log-probabilities depend on."""
+    model = trainer.reference.model if isinstance(trainer.reference, FrozenModel) else trainer.model
+    config = {
+        k: v for k, v in unwrap(model).config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+    }
+    precision = (trainer.args.bf16, trainer.args.fp16)
+    adapter_is_off = isinstance(trainer.reference, AdapterOff)
+    weights = hash_weights((n, t) for n, t in _tensors(model) if not (adapter_is_off and t.requires_grad))
+    named = (trainer.args.ref_adapter_name, type(trainer.reference).__name__)
+    return Hasher.hash((_FORMAT, rows._fingerprint, precision, config, named, weights))
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from sorted(model.named_parameters())
+    yield from sorted(model.named_buffers())
+
+
+def hash_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of the names, types and bytes of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size: int) -> list[Logprobs]:
+    """Log-probabilities of every row, longest rows first; processes share the work."""
+    state = trainer.accelerator
+    mine = list(range(state.process_index, len(rows), state.num_processes))
+    examples = {i: decode(rows[i])[0] for i in mine}
+    sizes = [examples[i].tokens for i in mine]
+    count = -(-len(mine) // batch_size)
+    groups = plan_micro_batches(sizes, count=count, token_budget=trainer.args.max_tokens_per_micro_batch)
+    found: dict[int, Logprobs] = {}
+    progress = tqdm(total=len(mine), desc=f"Reference of {name}", unit="row", disable=trainer.args.disable_tqdm)
+    with progress, evaluating(trainer.model):
+        for group in groups:
+            chosen = [mine[k] for k in group]
+            found |= dict(zip(chosen, _logprobs(trainer, [examples[i] for i in chosen]), strict=True))
+            progress.update(len(chosen))
+    everywhere = gather_object(list(found.items())) if state.num_processes > 1 else found.items()
+    merged = dict(everywhere)
+    return [merged[i] for i in range(len(rows))]
+
+
+def _logprobs(trainer: PreferenceTrainer, examples: list[Example]) -> list[Logprobs]:
+    batch = trainer.lay_out(examples).to(trainer.args.device)
+    with trainer.compute_loss_context_manager():
+        table = iter(trainer.reference.logprobs(trainer.model, batch).float().cpu())
+    return [[next(table)[: len(c)].tolist() for c in example.completions] for example in examples]

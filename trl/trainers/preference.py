@@ -1,0 +1,352 @@
+"""What trainers share that compare the policy with a reference: which reference, and what of it is computed beforehand.
+
+See `trl.models.reference` for the references themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl.data.encode import EncodeSettings
+from trl.errors import ConfigError, DataError, unknown
+from trl.models.load import load_model
+from trl.models.reference import (
+    FrozenModel,
+    NamedAdapter,
+    Precomputed,
+    Reference,
+    create_reference_model,
+    make_reference,
+)
+from trl.models.score import prepare_scoring, unwrap
+from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.config import TrainerConfig
+from trl.trainers.precompute import with_reference_logprobs
+from trl.types import Batch
+
+STATE_FILE = "trl_state.safetensors"
+"""Tensors that a checkpoint holds beside the model and the optimizer."""
+
+
+@dataclass
+class PreferenceConfig(TrainerConfig):
+    """Options that the trainers share which compare a policy with a reference."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **TrainerConfig.ALIASES,
+        "ref_model_kwargs": "ref_model_init_kwargs",
+        "is_encoder_decoder": "",
+        "label_pad_token_id": "",
+        "padding_value": "",
+        "base_model_attribute_name": "",
+        "use_logits_to_keep": "",
+        "use_num_logits_to_keep": "",
+    }
+
+    learning_rate: float = 1e-6
+    """Initial learning rate."""
+
+    max_length: int | None = 1024
+    """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
+
+    max_prompt_length: int | None = None
+    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""
+
+    truncation_mode: str = "keep_start"
+    """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
+
+    beta: float = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward."""
+
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to zero, so that policy and reference differ by training alone."""
+
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probabilities once, before training, and keep them on disk; frees its memory."""
+
+    precompute_ref_batch_size: int | None = None
+    """Rows per forward pass of that. None: as in training and evaluation."""
+
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
+
+    ref_model_mixup_alpha: float = 0.6
+    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
+
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two moves of the reference."""
+
+    ref_model_init_kwargs: dict[str, Any] | str | None = None
+    """Keyword arguments of `from_pretrained` for a `ref_model` that is given by name."""
+
+    model_adapter_name: str | None = None
+    """Which of the model's adapters is trained. None: the active one."""
+
+    ref_adapter_name: str | None = None
+    """Which of the model's adapters is the reference."""
+
+    force_use_ref_model: bool = False
+    """Use `ref_model` with `peft_config` too, where the model without its adapter would do."""
+
+    padding_free: bool = False
+    """Lay sequences out without padding. What layout="auto" does wherever the model can."""
+
+    activation_offloading: bool = False
+    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
+
+    router_aux_loss_coef: float | None = None
+    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("activation_offloading", "router_aux_loss_coef"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha is a share in (0, 1], got {self.ref_model_mixup_alpha}.")
+        if self.ref_model_sync_steps < 1:
+            raise ConfigError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}.")
+
+
+class PreferenceTrainer(BaseTrainer):
+    """Base of the trainers with a reference.
+
+    ref_model   a model, or its name, to compare with; by default the model that is given, as it is given.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+    keep_columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> None:
+        self.ref_model = ref_model
+        self.reference: Reference | None = None
+        super().__init__(model, args, *arguments, **keywords)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return True
+
+    @property
+    def asks_beyond_rows(self) -> bool:
+        """Whether the reference is asked about more than the rows' own completions."""
+        return False
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        args = self.args
+        return EncodeSettings(
+            kind=self.kinds,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            keep_columns=self.keep_columns,
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=args.dataset_num_proc,
+        )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        encoded = super().encode(rows, split, name)
+        if isinstance(encoded, Dataset):
+            check_prompts(encoded, name)
+        return encoded
+
+    # ---- the reference ----
+
+    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
+        self._check_ref_model(model, peft_config)
+        if isinstance(model, PeftModel):
+            self._choose_adapters(model)
+        elif self.args.ref_adapter_name is not None or self.args.model_adapter_name is not None:
+            raise ConfigError(
+                "model_adapter_name and ref_adapter_name choose among the adapters of a model, but this one carries "
+                "none: give a PeftModel with both loaded, or leave the names out."
+            )
+        self._has_new_adapter = peft_config is not None
+        return super()._resolve_model(model, quantization_config, peft_config)
+
+    def _check_ref_model(self, model: Any, peft_config: Any) -> None:
+        if self.ref_model is None:
+            return
+        if self.ref_model is model and not isinstance(model, str):
+            raise ConfigError(
+                "model and ref_model are the same object, so training one would change the other. Leave ref_model out: "
+                "the reference is then the model as it is given."
+            )
+        if not self.needs_reference:
+            raise ConfigError(
+                f"ref_model was given, but loss_type={self.args.loss_type!r} compares with no reference: leave it out."
+            )
+        if peft_config is not None and not self.args.force_use_ref_model:
+            raise ConfigError(
+                "ref_model was given together with peft_config. The reference of a new adapter is the model without it, "
+                "at no cost: leave ref_model out. If another model is meant, set force_use_ref_model=True."
+            )
+        if self.args.ref_adapter_name is not None:
+            raise ConfigError("ref_model and ref_adapter_name both name the reference: give one of them.")
+
+    def _choose_adapters(self, model: PeftModel) -> None:
+        for option in ("model_adapter_name", "ref_adapter_name"):
+            name = getattr(self.args, option)
+            if name is not None and name not in model.peft_config:
+                raise ConfigError(f"{option}: {unknown('adapter', name, model.peft_config)}")
+        if self.args.model_adapter_name is not None:
+            model.set_adapter(self.args.model_adapter_name)
+        if self.args.ref_adapter_name == model.active_adapter:
+            raise ConfigError(
+                f"ref_adapter_name={self.args.ref_adapter_name!r} is the adapter that is trained. Load it a second "
+                "time under another name, or leave ref_adapter_name out: the reference is then the adapter as given."
+            )
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        if self.needs_reference:
+            self.reference = self._make_reference()
+            if self.args.sync_ref_model:
+                self._sync_reference()
+            if self.args.precompute_ref_log_probs:
+                self._precompute()
+
+    def _make_reference(self) -> Reference:
+        if self.args.ref_adapter_name is not None:
+            return NamedAdapter(self.model.active_adapter, self.args.ref_adapter_name)
+        computed_once = self.args.precompute_ref_log_probs and not self.asks_beyond_rows
+        if self.ref_model is None and computed_once and not isinstance(self.model, PeftModel):
+            return FrozenModel(self.model)
+        if self.ref_model is None:
+            reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
+        else:
+            reference = FrozenModel(self._given_ref_model())
+        if isinstance(reference, FrozenModel):
+            prepare_scoring(unwrap(reference.model))
+            self.ref_model = self.accelerator.prepare_model(reference.model, evaluation_mode=True)
+            return FrozenModel(self.ref_model)
+        return reference
+
+    def _given_ref_model(self) -> nn.Module:
+        if isinstance(self.ref_model, str):
+            kwargs = self.args.ref_model_init_kwargs or {}
+            model = load_model(self.ref_model, trust_remote_code=self.args.trust_remote_code, **kwargs)
+        else:
+            model = self.ref_model
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model.eval()
+
+    def _sync_reference(self) -> None:
+        if not isinstance(self.reference, FrozenModel) or isinstance(self.model, PeftModel):
+            raise ConfigError(
+                "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares the "
+                "model's: train without an adapter, or set sync_ref_model=False."
+            )
+        self.add_callback(SyncRefModelCallback(self.reference.model))
+
+    def with_reference(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with the signal `ref_logprobs [N,C]`."""
+        if self.reference is None:
+            return batch
+        found = self.reference.logprobs(model, batch)
+        return replace(batch, signals={**batch.signals, "ref_logprobs": found})
+
+    def _precompute(self) -> None:
+        args = self.args
+        if self.train_dataset is not None:
+            size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+            self.train_dataset = with_reference_logprobs(self, self.train_dataset, name="train", batch_size=size)
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        if isinstance(self.eval_dataset, Mapping):
+            sets = self.eval_dataset.items()
+            self.eval_dataset = {n: with_reference_logprobs(self, r, name=n, batch_size=size) for n, r in sets}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = with_reference_logprobs(self, self.eval_dataset, name="eval", batch_size=size)
+        keeps = self.asks_beyond_rows or not isinstance(self.reference, FrozenModel)
+        self.reference = Precomputed(self.reference if keeps else None)
+        self.ref_model = self.ref_model if keeps else None
+
+    # ---- checkpoints ----
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold for training to go on exactly, beside model and optimizer."""
+        if not self.args.sync_ref_model:
+            return {}
+        return {f"reference.{name}": p.detach() for name, p in unwrap(self.reference.model).named_parameters()}
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_tensors` gave."""
+        if self.args.sync_ref_model:
+            for name, parameter in unwrap(self.reference.model).named_parameters():
+                parameter.copy_(state[f"reference.{name}"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state = self.state_tensors()
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if file.exists():
+            self.load_state_tensors(load_file(file))
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """Moves the reference towards the policy, π_ref ← α π + (1 − α) π_ref, every so many steps.
+
+    TR-DPO, arXiv:2404.09656, Eq. 4; α and the steps are `ref_model_mixup_alpha` and `ref_model_sync_steps`.
+    """
+
+    def __init__(self, ref_model: nn.Module) -> None:
+        self.ref_model = ref_model
+
+    def on_step_end(
+        self, args: PreferenceConfig, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            mix(unwrap(self.ref_model), unwrap(model), args.ref_model_mixup_alpha)
+
+
+@torch.no_grad()
+def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    """Parameters of `reference` become α policy + (1 − α) reference."""
+    trained = dict(policy.named_parameters())
+    for name, parameter in reference.named_parameters():
+        parameter.lerp_(trained[name].to(parameter.dtype), alpha)
+
+
+def check_prompts(encoded: Dataset, name: str) -> None:
+    """Raise DataError for rows without a prompt: there is nothing their completions answer."""
+    lengths = encoded.with_format("arrow")[:]["prompt_ids"].combine_chunks().value_lengths().to_numpy()
+    empty = (lengths == 0).nonzero()[0]
+    if len(empty):
+        raise DataError(
+            f"{len(empty):,} of {len(encoded):,} rows of {name!r} have no prompt (the first is row {empty[0]}): the "
+            "column 'prompt' is empty, or there is none and chosen and rejected have no beginning in common. Give every "
+            "row a prompt."
+        )
+
+
+__all__ = ["PreferenceConfig", "PreferenceTrainer", "SyncRefModelCallback", "create_reference_model"]

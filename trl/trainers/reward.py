@@ -1,0 +1,249 @@
+"""Reward models: a number for a completion, learned from comparisons, from scores, or step by step.
+
+    loss = −log σ(r(x, y_w) − r(x, y_l) − m);   for the others see `trl.algorithms.reward`
+
+RewardTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, TaskType
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
+from trl.data.encode import EncodeSettings
+from trl.data.encoders import describe
+from trl.data.layout import lay_out
+from trl.errors import ConfigError, DataError, ModelError
+from trl.models.layouts import choose_layout
+from trl.models.rewards import prepare_rewards, score_rewards
+from trl.models.score import unwrap
+from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.config import TrainerConfig
+from trl.types import Batch, Example, Metrics
+
+logger = logging.getLogger(__name__)
+
+PAIRED = ("tokenized_preference", "preference")
+SCORED = ("prompt_completion", "language_modeling")
+HEADS = ("score", "classifier", "classification_head")
+"""What classifiers call the layer that gives the reward; it is new, so an adapter trains it whole."""
+
+
+@dataclass
+class RewardConfig(TrainerConfig):
+    """Options of `RewardTrainer`."""
+
+    learning_rate: float = 1e-4
+    """Initial learning rate."""
+
+    max_length: int | None = 1024
+    """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
+
+    truncation_mode: str = "keep_start"
+    """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
+
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to zero."""
+
+    center_rewards_coefficient: float | None = None
+    """Weight of (r_w + r_l)², which centres rewards at zero (arXiv:2312.09244, Eq. 2, recommends 0.01). None: off."""
+
+    step_separator: str = "\n"
+    """Text that closes each step of rows whose steps are labelled; the reward of a step stands at its end."""
+
+    mistakes_shown: int = 5
+    """Rows in the table of the most confident mistakes that evaluation prints; 0 for no table."""
+
+    activation_offloading: bool = False
+    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation_offloading:
+            raise ConfigError("activation_offloading=True is not available in this version: leave it out.")
+        PairwiseReward(self.center_rewards_coefficient)
+
+
+class RewardTrainer(BaseTrainer):
+    """Train a sequence classifier with one label as a reward model.
+
+    Rows are pairs (`chosen`, `rejected`, an optional `margin`), completions with a number in `score`, or steps with a
+    label each (`completions`, `labels`); texts, conversations, or token ids (`input_ids_chosen`, …).
+    Arguments: see `BaseTrainer`.
+    """
+
+    config_class = RewardConfig
+    auto_class = AutoModelForSequenceClassification
+    kind: str | None = None
+
+    # ---- model ----
+
+    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
+        if isinstance(model, str):
+            self._ask_for_one_label(model)
+        model = super()._resolve_model(model, quantization_config, with_trained_head(peft_config))
+        prepare_rewards(unwrap(model))
+        return model
+
+    def _ask_for_one_label(self, name: str) -> None:
+        """Give a language model a head with one label. Raises ModelError for a classifier that has several."""
+        args = self.args
+        kwargs = dict(args.model_init_kwargs or {})
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=args.trust_remote_code, revision=kwargs.get("revision") or "main"
+        )
+        labels = kwargs.get("num_labels", config.num_labels)
+        is_classifier = any("ForSequenceClassification" in kind for kind in config.architectures or ())
+        if labels != 1 and (is_classifier or "num_labels" in kwargs):
+            raise ModelError(f"{name!r} is a classifier with {labels} labels: a reward model has one, num_labels=1.")
+        args.model_init_kwargs = {**kwargs, "num_labels": 1}
+
+    def prepare_model(self) -> None:
+        inner = unwrap(self.model)
+        self.layout = choose_layout(inner, self.args.layout, branches=self.kind in PAIRED, measure=score_rewards)
+
+    # ---- data ----
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        args = self.args
+        return EncodeSettings(
+            kind=(*PAIRED, "stepwise", *SCORED),
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=True,
+            step_separator=args.step_separator,
+            keep_columns=("margin", "score"),
+            num_proc=args.dataset_num_proc,
+        )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        for column in ("margin", "score"):
+            check_numbers(rows, column, name)
+        encoded = super().encode(rows, split, name)
+        kind = self.encoded[name].kind
+        if kind in SCORED and "score" not in (rows.column_names or next(iter(rows))):
+            raise DataError(
+                f"The dataset {name!r} has neither pairs (chosen, rejected) nor steps (completions, labels), and no "
+                f"column 'score' beside its completions: it has {rows.column_names}. Add one of them."
+            )
+        if self.kind is not None and ALGORITHMS[kind] is not ALGORITHMS[self.kind]:
+            raise DataError(f"The dataset {name!r} is of the kind {kind!r}, the one before of {self.kind!r}: use one.")
+        self.kind = kind
+        return encoded
+
+    def lay_out(self, examples: Sequence[Example]) -> Batch:
+        """As classifiers read it: an encoder-decoder's prompt and completion in one row."""
+        pad = self.tokenizer_.pad_token_id or 0
+        return lay_out(examples, self.layout, pad_token_id=pad, capacity=self._row_capacity(unwrap(self.model).config))
+
+    # ---- loss ----
+
+    @property
+    def algorithm(self) -> PairwiseReward | ScoreRegression | StepReward:
+        if self.kind in PAIRED:
+            return PairwiseReward(self.args.center_rewards_coefficient)
+        return ALGORITHMS[self.kind]()
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Every pair `[P]`, every score `[N]`, or every step `[N,C]` counts the same."""
+        if self.kind == "stepwise":
+            return batch.mask
+        return batch.mask.new_ones(len(batch.mask) // (2 if self.kind in PAIRED else 1))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        rewards = score_rewards(model, batch, per_token=self.kind == "stepwise")
+        return self.algorithm.loss(rewards, batch)
+
+    # ---- evaluation ----
+
+    def evaluate_batch(self, model: nn.Module, examples: Sequence[Example], **statistics: Tensor) -> Metrics:
+        metrics = super().evaluate_batch(model, examples, **statistics)
+        if self.kind in PAIRED and self.args.mistakes_shown:
+            self._judged.append((metrics["margin"], examples))
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._judged: list[tuple[Tensor, Sequence[Example]]] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._judged and self.is_world_process_zero():
+            print_mistakes(*worst(self._judged, self.args.mistakes_shown), self.tokenizer_)
+        return output
+
+
+ALGORITHMS = {
+    **dict.fromkeys(PAIRED, PairwiseReward),
+    **dict.fromkeys(SCORED, ScoreRegression),
+    "stepwise": StepReward,
+}
+"""Row kind → what is learned from it."""
+
+
+def with_trained_head(peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The adapter's configuration for a classifier: its head is new, so it is trained with the adapter."""
+    if peft_config is None:
+        return None
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = TaskType.SEQ_CLS
+    options = peft_config.to_dict()
+    if "modules_to_save" in options:
+        peft_config.modules_to_save = sorted({*(options["modules_to_save"] or ()), *HEADS})
+    return peft_config
+
+
+def check_numbers(rows: Rows, column: str, name: str) -> None:
+    """Raise DataError, with row and value, where `column` holds something else than numbers."""
+    first = next(iter(rows), {})
+    if column not in first:
+        return
+    values = rows.with_format(None)[column] if isinstance(rows, Dataset) else [first[column]]
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"Row {row} of {name!r}, column {column!r}: expected a number, found {describe(value)}.")
+
+
+def worst(judged: Sequence[tuple[Tensor, Sequence[Example]]], count: int) -> tuple[list[float], list[Example]]:
+    """The pairs whose rejected completion was preferred most: margins, smallest first, and the pairs."""
+    margins = torch.cat([margin for margin, _ in judged]).float().cpu()
+    examples = [example for _, examples in judged for example in examples]
+    lowest, places = margins.topk(min(count, len(margins)), largest=False)
+    wrong = [(m, i) for m, i in zip(lowest.tolist(), places.tolist(), strict=True) if m < 0]
+    return [m for m, _ in wrong], [examples[i] for _, i in wrong]
+
+
+def print_mistakes(
+    margins: Sequence[float],
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    console: Console | None = None,
+) -> None:
+    """A table of pairs whose rejected completion got the higher reward."""
+    if not examples:
+        return
+    table = Table("margin", "prompt", "chosen", "rejected", title="Most confident mistakes", show_lines=True)
+    for margin, example in zip(margins, examples, strict=True):
+        chosen, rejected = (snippet(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in example.completions)
+        prompt = snippet(tokenizer.decode(example.prompt, skip_special_tokens=True), keep_end=True)
+        table.add_row(f"{margin:.2f}", prompt, chosen, rejected)
+    (console or Console()).print(table)
+
+
+def snippet(text: str, width: int = 120, *, keep_end: bool = False) -> str:
+    """At most `width` characters of a text on one line, from its beginning or its end."""
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    return "…" + text[1 - width :] if keep_end else text[: width - 1] + "…"
