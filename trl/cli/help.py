@@ -127,6 +127,8 @@ def _with_code(text: str) -> Text:
 def _shown(default: object) -> str:
     if default in (None, "", [], {}):
         return "none"
-    if isinstance(default, list | dict | bool):
+    if isinstance(default, list | tuple):
+        return " ".join(map(str, default))
+    if isinstance(default, dict | bool):
         return json.dumps(default)
     return str(default)

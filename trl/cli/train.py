@@ -116,6 +116,8 @@ def train(run: Run) -> int:
     """Train, save the model to `output_dir`, push it if asked to."""
     report_progress()
     trainer = build_trainer(run)
+    if sys.stdout.isatty() and not run.training.disable_tqdm:
+        _draw_progress(trainer)
     resume = run.training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in RESUME_LAST else resume)
     trainer.save_model(run.training.output_dir)
@@ -124,6 +126,16 @@ def train(run: Run) -> int:
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
     return 0
+
+
+def _draw_progress(trainer: BaseTrainer) -> None:
+    """One bar with the latest metrics, in place of a line for every log."""
+    from transformers import ProgressCallback
+
+    from trl.trainers.progress import RichProgressCallback
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RichProgressCallback())
 
 
 def report_progress() -> None:

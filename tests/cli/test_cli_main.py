@@ -1,0 +1,261 @@
+"""The command itself: what it prints, what it refuses before loading anything, and that it trains."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl.cli import completion
+from trl.cli.commands import METHODS, methods
+from trl.cli.main import main
+
+HEAVY = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"
+
+
+def trl(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "trl", *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def without_bars(monkeypatch):
+    """What the command sets where output is redirected, put back afterwards."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a tiny model, its tokenizer, and files of chats and of pairs."""
+    from tests.conftest import MODELS, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("run")
+    MODELS["llama"]().save_pretrained(folder / "tiny")
+    make_tokenizer().save_pretrained(folder / "tiny")
+    chats = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]
+        for i in range(16)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats[:4]))
+    return folder
+
+
+@pytest.fixture
+def inside(folder, monkeypatch):
+    """The folder as the current one, with what the command changes in this process put back afterwards."""
+    logger = logging.getLogger("trl")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield folder
+    logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["sft", "--help-all"], ["preview", "sft", "-h"]])
+def test_help_imports_nothing_heavy(words):
+    code = (
+        f"import sys; from trl.cli.main import main; main({words}); print({HEAVY} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()\n"
+    assert "Usage" in done.stdout
+    assert "\x1b[" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stf"], "Unknown command 'stf'. Did you mean 'sft'?"),
+        (["sft", "--lerning_rate", "3"], "Unknown option --lerning_rate. Did you mean '--learning_rate'"),
+        (["sft", "--max_steps", "few"], "--max_steps was given 'few', but takes an int."),
+        (["sft", "--eval_strategy", "epochs"], "takes one of 'no', 'steps', 'epoch'. Did you mean 'epoch'"),
+        (["sft", "--config", "no.yaml"], "--config no.yaml: there is no such file."),
+        (["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"], "dataset_name='./no.jsonl'"),
+        (
+            ["sft", "--dataset_name", "imdb", "--model_name_or_path", "./no"],
+            "model_name_or_path='./no': there is no such",
+        ),
+        (["sft", "--dataset_name", "imdb", "--model_name_or_path", "."], "holds no model: config.json is missing."),
+        (["sft", "--model_name_or_path", "gpt2"], "--dataset_name is missing"),
+        (["sft", "--dataset_name", "imdb"], "--model_name_or_path is missing"),
+        (["sft", "--dataset_name", "imdb", "--model_name_or_path", "gpt2", "--dtype", "half"], "Unknown dtype 'half'"),
+        (["sft", "--dataset_name", "imdb", "--datasets", '{"path": "c4"}'], "dataset_name and datasets are both given"),
+        (["preview", "stf"], "Unknown method 'stf'. Did you mean 'sft'"),
+        (["preview", "--row", "3"], "Unknown option --row. Did you mean '--rows'"),
+        (["completion", "zhs"], "Unknown shell 'zhs'. Did you mean 'zsh'"),
+        (["env", "--all"], "trl env takes no options, and was given '--all'."),
+    ],
+)
+def test_refused(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("trl: error: ")
+    assert message in captured.err
+
+
+def test_refused_before_anything_heavy_is_imported(tmp_path):
+    words = ["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"]
+    code = f"import sys; from trl.cli.main import main; print(main({words}), {HEAVY} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "2 set()\n"
+    assert done.stderr.count("\n") == 1
+
+
+def test_model_folder_with_checkpoints_inside(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoint-8").mkdir(parents=True)
+    assert main(["sft", "--dataset_name", "imdb", "--model_name_or_path", "run"]) == 2
+    assert "holds no model: config.json is missing. Did you mean 'run/checkpoint-8'?" in capsys.readouterr().err
+
+
+def test_overview_lists_what_is_there(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for name in methods():
+        assert f"\n  {name} " in shown
+    for method in METHODS:
+        if method.name not in methods():
+            assert f"\n  {method.name} " not in shown
+
+
+def test_help_of_a_method(capsys):
+    assert main(["sft", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["sft", "--help-all"]) == 0
+    whole = capsys.readouterr().out
+    positions = [
+        short.index(f"\n{theme}\n") for theme in ("Data", "Model", "Adapters", "Method", "Optimisation", "Saving")
+    ]
+    assert positions == sorted(positions)
+    assert "--max_length" in short
+    assert "[1024]" in short
+    assert "--ddp_timeout" not in short
+    assert "--ddp_timeout" in whole
+    assert "more options" in short
+    assert "more options" not in whole
+    for method in methods().values():
+        for option in method.options():
+            assert f"--{option.name} " in whole or method.name != "sft"
+
+
+def test_version(capsys):
+    from trl import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"trl {__version__}\n"
+
+
+def test_environment(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert {"trl", "python", "platform", "torch", "transformers", "vllm"} <= set(lines)
+    import torch
+
+    assert lines["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([""], ["sft", "preview"]),
+        (["sf"], ["sft"]),
+        (["sft", "--learning"], ["--learning_rate"]),
+        (["sft", "--eval_strategy", ""], ["no", "steps", "epoch"]),
+        (["sft", "--eval_strategy", "e"], ["epoch"]),
+        (["sft", "--dataset_name", ""], []),
+        (["preview", "s"], ["sft"]),
+        (["preview", "sft", "--lora_a"], ["--lora_alpha"]),
+        (["completion", "z"], ["zsh"]),
+    ],
+)
+def test_completion(words, found):
+    candidates = completion.candidates(words)
+    assert set(found) <= set(candidates)
+    if words != [""]:
+        assert candidates == found
+
+
+def test_completion_in_bash():
+    script = (
+        f'trl() {{ {sys.executable} -m trl "$@"; }}; eval "$(trl completion bash)"; '
+        "COMP_WORDS=(trl sft --max_s); COMP_CWORD=2; _trl; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "--max_steps\n"
+
+
+def test_preview_shows_what_is_trained_and_loads_no_weights(inside, capsys):
+    """The model folder has no weights in it."""
+    bare = inside / "bare"
+    bare.mkdir()
+    for file in (inside / "tiny").iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    words = ["--model_name_or_path", "bare", "--dataset_name", "train.jsonl", "--rows", "2", "--assistant_only_loss"]
+    assert main(["preview", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦It is 0.<|im_end|>⟧" in shown
+    assert "row 2" in shown
+    assert "row 3" not in shown
+    assert "16 rows" in shown
+
+
+def test_flags_train_an_adapter(inside, capsys):
+    """Several files' worth of options by flags, in this process."""
+    words = "--model_name_or_path tiny --dataset_name train.jsonl --dataset_train_split train[:12] --use_cpu"
+    words += (
+        " --dataset_test_split train[12:] --eval_strategy epoch --num_train_epochs 1 --output_dir by-flags --use_peft"
+    )
+    words += " --lora_target_modules q_proj v_proj --lora_r 2 --report_to none --max_seq_length 32 --seed 3"
+    assert main(["sft", *words.split()]) == 0
+    captured = capsys.readouterr()
+    assert "eval_loss" in captured.out
+    adapter = json.loads((inside / "by-flags" / "adapter_config.json").read_text())
+    assert (adapter["r"], sorted(adapter["target_modules"])) == (2, ["q_proj", "v_proj"])
+    card = (inside / "by-flags" / "README.md").read_text()
+    assert "12 rows" in card
+
+
+def test_a_file_trains_in_a_process_of_its_own(folder):
+    """A mixture, an environment variable, an option of the command line over the file's."""
+    (folder / "sft.yaml").write_text(
+        """
+env: {TRL_TEST_STEPS: 7}
+model_name_or_path: ./tiny
+datasets:
+  - {path: train.jsonl}
+  - {path: test.jsonl}
+max_steps: 2
+logging_steps: 1
+learning_rate: 1e-3
+save_strategy: no
+output_dir: by-file
+overwrite_output_dir: true
+"""
+    )
+    done = trl("sft", "--config", "sft.yaml", "--max_steps", "1", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "overwrite_output_dir has no effect any more: leave it out." in done.stderr
+    assert "train: 20 rows" in done.stderr
+    assert done.stdout.count("'loss'") == 1
+    assert "\r" not in done.stderr
+    assert (folder / "by-file" / "model.safetensors").is_file()
+    assert not list((folder / "by-file").glob("checkpoint-*"))
+
+
+def test_errors_of_data_are_messages(inside, capsys):
+    words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--output_dir", "none", "--use_cpu"]
+    assert main(["sft", *words, "--eval_strategy", "steps"]) == 2
+    assert (
+        "eval_strategy='steps' needs rows to evaluate on, and the dataset has no split 'test'"
+        in capsys.readouterr().err
+    )
+    assert main(["sft", *words, "--dataset_train_split", "tran"]) == 2
+    assert "no split 'tran'. Did you mean 'train'? Its splits: train." in capsys.readouterr().err
