@@ -121,19 +121,22 @@ def main() -> None:
     model = llama()
     engine = LocalEngine(model, progress=False)
     ids = torch.randint(1_000, VOCABULARY, (args.prompts, args.prompt_tokens))
-    seconds: dict[str, list[float]] = {"engine": [], "generate": []}
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(args.rounds + 1):
-        start = time.perf_counter()
+        marks = [{name: clock() for name, clock in clocks.items()}]
         rollouts = by_engine(engine, ids, args.samples, number)
-        middle = time.perf_counter()
+        marks.append({name: clock() for name, clock in clocks.items()})
         lengths = [len(rollout) for samples in rollouts for rollout in samples]
         by_generate(model, ids, args.samples, lengths)
-        if number:
-            seconds["engine"].append(middle - start)
-            seconds["generate"].append(time.perf_counter() - middle)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        marks.append({name: clock() for name, clock in clocks.items()})
+        for name in clocks if number else ():
+            seconds["engine", name].append(marks[1][name] - marks[0][name])
+            seconds["generate", name].append(marks[2][name] - marks[1][name])
     print(f"{sum(lengths)} tokens in {len(lengths)} completions of {min(lengths)} to {max(lengths)} tokens")
-    print(f"engine / generate: {medians['engine'] / medians['generate']:.3f} of the time ({medians})")
+    for name in clocks:
+        ours, theirs = (statistics.median(seconds[side, name]) for side in ("engine", "generate"))
+        print(f"engine {ours:.2f} s, generate {theirs:.2f} s of {name} time: {ours / theirs:.3f}")
     for part, share in parts(model, lambda: by_engine(engine, ids, args.samples, 0)).items():
         print(f"  {part:20s} {share:.3f}")
 

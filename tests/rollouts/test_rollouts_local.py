@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, GPT2Config, GPT2ForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from trl.errors import ConfigError, DataError, ModelError
@@ -219,6 +221,29 @@ def test_adapters_are_sampled_from_and_can_be_switched_off(make):
         assert list(rollout.ids) == by_generate(model, prompt, max_new_tokens=12)
     with model.disable_adapter():
         assert [r.ids for r in flat(engine.generate(prompts, params, 1))] == [r.ids for r in flat(plain)]
+
+
+def test_a_data_parallel_policy_is_sampled_from_its_module(make):
+    model, prompts, params = make("llama"), ragged(), SamplingParams(temperature=0, max_new_tokens=6)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = LocalEngine(DistributedDataParallel(model)).generate(prompts, params, 2)
+    finally:
+        dist.destroy_process_group()
+    assert parallel == LocalEngine(model).generate(prompts, params, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_policy_in_half_precision_keeps_one_copy_of_the_prompt(make, name):
+    model, prompts = make(name).to(torch.bfloat16), ragged()
+    with torch.no_grad():
+        assert model_path(unwrap(model)) == "shared"
+    rollouts = LocalEngine(model).generate(prompts, SamplingParams(max_new_tokens=12, seed=3), 2)
+    for prompt, samples in zip(prompts, rollouts, strict=True):
+        for rollout in samples:
+            expected = forward_logprobs(model.float(), prompt, rollout.ids)
+            difference = torch.tensor(rollout.logprobs) - expected
+            assert difference.abs().mean() < 0.1  # rounding of bfloat16 to three digits
 
 
 def test_new_weights_give_new_samples_and_sync_another_model(make):

@@ -213,10 +213,10 @@ def model_path(policy: Policy) -> Path:
     """The fastest way that the model allows."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
         return "generate"
-    cached = policy.accepts("past_key_values") or policy.recurrent
+    cached = "past_key_values" in policy.arguments or policy.recurrent
     if not cached or not policy.inner._supports_default_dynamic_cache():
         return "generate"
-    windows = attention_windows(policy.inner) if policy.accepts("position_ids") else None
+    windows = attention_windows(policy.inner) if "position_ids" in policy.arguments else None
     return "shared" if windows is not None and proves_sharing(policy, windows) else "repeated"
 
 

@@ -68,7 +68,8 @@ class SamplingParams:
     """Tokens sampled before anything may end a completion; stop tokens are not sampled until then."""
 
     seed: int | None = None
-    """Same seed, same samples. None takes one from torch's random state at every call."""
+    """Same seed, same samples; prompts are told apart by their place in the call, so give every round and every
+    process a seed of its own. None takes one from torch's random state at every call."""
 
     generation_config: GenerationConfig | None = None
     """Options of `transformers` that have no field here (bad words, n-gram bans, beams, …), applied by it."""
