@@ -15,7 +15,7 @@ tokenised alone and never shares a token with its completion. `decode` turns a r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -27,7 +27,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.encoders import ENCODERS, Codec, Columns
-from trl.data.formats import COLUMNS_READ, KINDS, detect_kind
+from trl.data.formats import COLUMNS_READ, detect_kind
+from trl.data.settings import EncodeSettings
 from trl.data.trees import (
     IDENTICAL,
     KEPT,
@@ -39,7 +40,7 @@ from trl.data.trees import (
     keep_sides,
     nested,
 )
-from trl.errors import ConfigError, DataError, unknown
+from trl.errors import DataError
 from trl.types import Completion, Example
 
 logger = logging.getLogger(__name__)
@@ -51,59 +52,6 @@ _COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
 """Columns that the report is made of; they are taken off afterwards."""
 
 _LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask"})
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """How rows become token ids."""
-
-    kind: str | Sequence[str] | None = None
-    """Row kinds to look for (see `trl.data.formats.KINDS`); None looks for all."""
-    max_length: int | None = None
-    """Most tokens of prompt and completion together (of each, with an encoder-decoder)."""
-    max_prompt_length: int | None = None
-    """Most tokens of a prompt; its beginning is cut."""
-    truncation_mode: str = "keep_start"
-    """What `max_length` keeps: `keep_start` cuts the end of completions, `keep_end` the beginning of the prompt."""
-    completion_only_loss: bool | None = None
-    """Train on completions only. None: wherever rows have a prompt. False: on prompts too."""
-    assistant_only_loss: bool = False
-    """Train only on what the assistant wrote in a conversation."""
-    text_field: str = "text"
-    """The column with the text of language modelling; `messages` and `conversations` come before it."""
-    add_eos: bool = True
-    """Close plain texts and completions with EOS. Conversations end as their template ends them."""
-    eos_token: str | None = None
-    """The token that closes a text; None is the tokenizer's."""
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    """Arguments for the chat template."""
-    tools: Sequence[Any] | None = None
-    """Tools (functions or JSON schemas) that the chat template shows; a column `tools` takes their place."""
-    step_separator: str = "\n"
-    """Text that closes each step of a stepwise row."""
-    keep_columns: tuple[str, ...] = ()
-    """Columns carried along where a dataset has them (margin, score, weight, …)."""
-    encoder_decoder: bool = False
-    """The prompt goes to an encoder and the completion to a decoder."""
-    token_mask: Callable[[Sequence[int], int], Sequence[bool]] | None = None
-    """Which tokens of a text to train on, from its ids and its row (a `DataCollatorForCompletionOnlyLM`'s mask)."""
-    num_proc: int | None = None
-    """Processes that encode."""
-
-    def __post_init__(self) -> None:
-        if self.truncation_mode not in TRUNCATIONS:
-            raise ConfigError(unknown("truncation_mode", self.truncation_mode, TRUNCATIONS))
-        for kind in self.kinds or ():
-            if kind not in KINDS:
-                raise ConfigError(unknown("row kind", kind, KINDS))
-        for name in ("max_length", "max_prompt_length"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise ConfigError(f"{name}={limit} leaves no token. Give a positive number, or None for no limit.")
-
-    @property
-    def kinds(self) -> tuple[str, ...] | None:
-        return (self.kind,) if isinstance(self.kind, str) else self.kind and tuple(self.kind)
 
 
 @dataclass(frozen=True)

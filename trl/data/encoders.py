@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.chat import ChatTemplate, tidy_messages
 from trl.data.formats import maybe_extract_prompt
+from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
 from trl.data.trees import Tree
 from trl.errors import DataError
-
-if TYPE_CHECKING:
-    from trl.data.encode import EncodeSettings
 
 NOT_TRAINED = -100
 """The label of tokens that are not trained on, as everywhere in transformers."""

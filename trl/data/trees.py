@@ -53,7 +53,10 @@ class Tree:
 
     def sliced(self, prompt: slice, completions: Sequence[slice]) -> Tree:
         """The tree with its prompt and each completion cut."""
-        cut = lambda lists: [values[s] for values, s in zip(lists, completions, strict=True)]  # noqa: E731
+
+        def cut(lists: Sequence[list[Any]]) -> list[list[Any]]:
+            return [values[part] for values, part in zip(lists, completions, strict=True)]
+
         return replace(
             self,
             prompt=self.prompt[prompt],
