@@ -1,0 +1,67 @@
+"""What policy-gradient methods share: the ratio of two policies, its clipped surrogate, estimates of their divergence.
+
+    ∇ E_{y∼π}[A] = E_{y∼π}[A ∇ log π(y)]
+    ρ_t = π(y_t | x, y_<t) / π_old(y_t | x, y_<t)
+    L_t = min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t)          (maximised)
+
+PPO (Schulman et al. 2017, arXiv:1707.06347, Eq. 7), with the two bounds apart as in DAPO (arXiv:2503.14476, Eq. 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MAX_EXPONENT = 80.0
+"""Beyond it `exp` nears the largest float32, and an infinite ratio has no gradient."""
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """log ρ = log π − log π_old, `[N,C]`. Without gradient to the old policy."""
+    return logprobs - old_logprobs.detach()
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """ρ = exp(log ρ), finite."""
+    return log_ratio.clamp(max=MAX_EXPONENT).exp()
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
+    """min(ρ A, clip(ρ, 1 − low, 1 + high) A): what is maximised, in the shape of `log_ratio` and `advantages` together.
+
+    Once ρ has moved beyond a bound in the direction that A asks for, there is nothing more to gain and no gradient.
+    """
+    rho = ratio(log_ratio)
+    return torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
+
+
+def is_clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
+    """1 where `clipped_surrogate` has no gradient for being beyond the bound, 0 elsewhere; float, without gradient."""
+    rho = ratio(log_ratio.detach())
+    beyond = ((rho > 1 + high) & (advantages > 0)) | ((rho < 1 - low) & (advantages < 0))
+    return beyond.to(rho.dtype)
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log π − log π_ref: unbiased, often negative for a single token."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """½ (log π − log π_ref)²: biased, small variance; its gradient is an unbiased one of the divergence."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """r − 1 − log r, r = π_ref / π: unbiased and never negative."""
+    log_r = ref_logprobs - logprobs
+    return ratio(log_r) - 1 - log_r
+
+
+KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""Estimates of KL(π ‖ π_ref) from tokens that π sampled, `[N,C]` each.
+
+Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
+"""
