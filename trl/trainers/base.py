@@ -122,7 +122,10 @@ class BaseTrainer(Trainer):
         return WEIGHTS[self.averaging](batch.mask)
 
     def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`."""
+        """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`.
+
+        Asked for once per window, before it is trained on, and once per evaluation batch.
+        """
         return {}
 
     def prepare_model(self) -> None:
@@ -252,10 +255,15 @@ class BaseTrainer(Trainer):
 
     def lay_out(self, examples: Sequence[Example]) -> Batch:
         config = unwrap(self.model).config
-        pad = self.tokenizer_.pad_token_id or 0
         if config.is_encoder_decoder:
-            start = config.decoder_start_token_id
+            pad, start = self.tokenizer_.pad_token_id or 0, config.decoder_start_token_id
             return lay_out_encoder_decoder(examples, pad_token_id=pad, decoder_start_token_id=start)
+        return self.lay_out_rows(examples)
+
+    def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
+        """Prompts and completions in one grid, as decoders and classifiers read them."""
+        config = unwrap(self.model).config
+        pad = self.tokenizer_.pad_token_id or 0
         # Flash attention skips pairs that are masked: one long row is best.
         capacity = 2**62 if "flash" in config._attn_implementation else None
         width = config.get_text_config().hidden_size
@@ -292,12 +300,15 @@ class BaseTrainer(Trainer):
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
         sizes = [example.tokens for example in inputs]
         groups = plan_micro_batches(sizes, count=1, token_budget=self.args.max_tokens_per_micro_batch)
+        statistics = self.statistics(inputs)
         for group in groups:
-            self.evaluate_batch(model, [inputs[i] for i in group])
+            self.evaluate_batch(model, [inputs[i] for i in group], statistics)
         return None, None, None
 
-    def evaluate_batch(self, model: nn.Module, examples: Sequence[Example], **statistics: Tensor) -> Metrics:
-        """Count the loss and the metrics of `examples`; `statistics` are those of the evaluation batch they belong to."""
+    def evaluate_batch(
+        self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
+    ) -> Metrics:
+        """Count loss and metrics of `examples`, a part of an evaluation batch with these `statistics`."""
         (batch,) = with_signals([self.lay_out(examples)], statistics)
         batch = batch.to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
