@@ -41,6 +41,12 @@ def folder(tmp_path_factory) -> Path:
         for i in range(16)
     ]
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    rows = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(8)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labelled = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(rows)
+    ]
+    (folder / "labels.jsonl").write_text("\n".join(map(json.dumps, labelled)))
     (folder / "test.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats[:4]))
     return folder
 
@@ -205,6 +211,19 @@ def test_preview_shows_what_is_trained_and_loads_no_weights(inside, capsys):
     assert "row 2" in shown
     assert "row 3" not in shown
     assert "16 rows" in shown
+
+
+ROWS = {"sft": "train", "reward": "pairs", "dpo": "pairs", "cpo": "pairs", "orpo": "pairs", "kto": "labels"}
+
+
+@pytest.mark.parametrize("method", [name for name in methods() if name in ROWS])
+def test_every_method_previews_and_trains(inside, method, capsys):
+    words = f"{method} --model_name_or_path tiny --dataset_name {ROWS[method]}.jsonl --output_dir by-{method} --use_cpu"
+    assert main(["preview", *words.split(), "--rows", "1"]) == 0
+    assert "row 1" in capsys.readouterr().out
+    assert main([*words.split(), "--max_steps", "1", "--logging_steps", "1", "--save_strategy", "no"]) == 0
+    assert "'loss'" in capsys.readouterr().out
+    assert (inside / f"by-{method}" / "model.safetensors").is_file()
 
 
 def test_flags_train_an_adapter(inside, capsys):

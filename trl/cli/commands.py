@@ -25,8 +25,8 @@ REWARDS = "trl.cli.rewards:RewardArguments"
 class Method:
     """A training command.
 
-    extra       dataclasses with options beside those of dataset, model and trainer
-    keywords    function of a `trl.cli.train.Run` that gives further keyword arguments of the trainer
+    extra       dataclass with options beside those of dataset, model and trainer
+    keywords    function that makes further keyword arguments of the trainer from that dataclass
     defaults    values of options that differ from those of their dataclass
     example     words of an example, for the help screen
     """
@@ -36,18 +36,18 @@ class Method:
     config: str
     summary: str
     example: str
-    extra: tuple[str, ...] = ()
+    extra: str | None = None
     keywords: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def argument_classes(self) -> tuple[str, ...]:
         """References of the dataclasses with this command's options; those that import nothing heavy first."""
-        return (SCRIPT, MODEL, MIXTURE, *self.extra, self.config)
+        return (SCRIPT, MODEL, MIXTURE, *([self.extra] if self.extra else []), self.config)
 
     def options(self, *more: str) -> list[Option]:
         """The command's options, and those of the dataclasses `more`."""
-        return merge_options(*map(options_in_source, (*more, *self.argument_classes)))
+        return merge_options(*map(options_in_source, (*more, self.config, *self.argument_classes)))
 
     def parser(self, *more: str) -> OptionParser:
         aliases = [aliases_in_source(reference) for reference in self.argument_classes]
@@ -118,7 +118,7 @@ METHODS = (
         "trl.trainers.ppo:PPOConfig",
         "Reinforcement learning with a value head and a KL penalty (arXiv:1909.08593).",
         f"{_REWARDED} --output_dir qwen-ppo",
-        extra=(REWARDS,),
+        extra=REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -127,7 +127,7 @@ METHODS = (
         "trl.trainers.grpo:GRPOConfig",
         "Reinforcement learning from the rewards of a group of answers (arXiv:2402.03300 and its family).",
         f"{_REWARDED} --output_dir qwen-grpo",
-        extra=(REWARDS,),
+        extra=REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -136,7 +136,7 @@ METHODS = (
         "trl.trainers.rloo:RLOOConfig",
         "REINFORCE with the other answers of a group as baseline (arXiv:2402.14740).",
         f"{_REWARDED} --output_dir qwen-rloo",
-        extra=(REWARDS,),
+        extra=REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -145,7 +145,7 @@ METHODS = (
         "trl.trainers.online_dpo:OnlineDPOConfig",
         "DPO on pairs that the model samples and a reward or judge ranks (arXiv:2402.04792).",
         f"{_REWARDED} --output_dir qwen-online-dpo",
-        extra=(REWARDS,),
+        extra=REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
 )

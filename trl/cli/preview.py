@@ -65,6 +65,7 @@ def trainer_without_weights(run: Run) -> BaseTrainer:
     config = AutoConfig.from_pretrained(
         run.model.model_name_or_path, revision=run.model.model_revision, trust_remote_code=trust
     )
+    config.num_labels = 1  # of reward models
     usual = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = (trainer_class.auto_class or usual).from_config(config, trust_remote_code=trust)

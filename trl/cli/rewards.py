@@ -9,12 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl.errors import ConfigError, suggest
-
-if TYPE_CHECKING:
-    from trl.cli.train import Run
 
 
 @dataclass
@@ -28,12 +25,11 @@ class RewardArguments:
     """Hub name or folder of a reward model, beside the functions."""
 
 
-def reward_keywords(run: Run) -> dict[str, Any]:
-    """The `reward_funcs` of an online trainer."""
-    names = list(run.extra.reward_funcs or [])
-    rewards = [find_reward(name) for name in names]
-    if run.extra.reward_model_name_or_path is not None:
-        rewards.append(run.extra.reward_model_name_or_path)
+def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+    """The `reward_funcs` of an online trainer: the functions, and the reward model last."""
+    rewards = [find_reward(name) for name in arguments.reward_funcs or []]
+    if arguments.reward_model_name_or_path is not None:
+        rewards.append(arguments.reward_model_name_or_path)
     if not rewards:
         raise ConfigError(
             "reward_funcs is missing: give file.py:function, package.module.function, or the hub name of a reward model "
@@ -46,12 +42,18 @@ def find_reward(name: str) -> Callable | str:
     """The function that `name` stands for, or the name itself if it is that of a reward model."""
     file, colon, function = name.rpartition(":")
     if colon:
-        module = _module_in(Path(file).expanduser()) if file.endswith(".py") else importlib.import_module(file)
+        module = _module_in(Path(file).expanduser()) if file.endswith(".py") else _module(file, name)
         return _member(module, function, name)
     if "/" in name or Path(name).is_dir():
         return name
     module, dot, function = name.rpartition(".")
-    return _member(importlib.import_module(module if dot else "trl.rewards"), function, name)
+    return _member(_module(module if dot else "trl.rewards", name), function, name)
+
+
+def _module(module: str, name: str) -> ModuleType:
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise ConfigError(f"reward_funcs={name!r}: there is no module {module!r}.")
+    return importlib.import_module(module)
 
 
 def _module_in(file: Path) -> ModuleType:

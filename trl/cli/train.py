@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
     from trl.trainers.config import TrainerConfig
 
+logger = logging.getLogger(__name__)
+
 RESUME_LAST = ("true", "last")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command line asks for. `extra` holds the method's own arguments (of the class `method.extra[0]`)."""
+    """What a command line asks for. `extra` holds the method's own arguments, of the class `method.extra`."""
 
     method: Method
     script: ScriptArguments
@@ -41,14 +43,13 @@ def read_run(method: Method, given: Given) -> Run:
     for name in given.outdated:
         print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
     given.values = {**method.defaults, **given.values}
-    script, mixture, model, *extra = (
-        given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL, *method.extra)
-    )
+    script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
+    extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
     check_model(model.model_name_or_path)
     training = given.arguments_for(load(method.config))
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
-    return Run(method, script, mixture, model, training, *extra)
+    return Run(method, script, mixture, model, training, extra)
 
 
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
@@ -96,7 +97,7 @@ def datasets_of(run: Run) -> tuple[Any, Any]:
 
 def build_trainer(run: Run) -> BaseTrainer:
     """The trainer, with its model loaded and its rows encoded."""
-    keywords: Mapping[str, Any] = load(run.method.keywords)(run) if run.method.keywords else {}
+    keywords: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
     loading = {
         "peft_config": get_peft_config(run.model),
         "quantization_config": get_quantization_config(run.model),
@@ -125,6 +126,7 @@ def train(run: Run) -> int:
     trainer.create_model_card(dataset_name=names)
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
+    logger.info(f"The model is in {run.training.output_dir}.")
     return 0
 
 
