@@ -38,6 +38,15 @@ OPENS_THOUGHTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+CLOSES_THE_WHOLE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}"
+)
+CLOSES_THE_LAST_OTHERWISE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}</s>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 REWRITES = "{{ messages | length }} messages{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
 TEMPLATES = {
     "chatml": CHATML,
@@ -45,6 +54,8 @@ TEMPLATES = {
     "inst": INST,
     "forgets_thoughts": FORGETS_THOUGHTS,
     "opens_thoughts": OPENS_THOUGHTS,
+    "closes_the_whole": CLOSES_THE_WHOLE,
+    "closes_the_last_otherwise": CLOSES_THE_LAST_OTHERWISE,
     "rewrites": REWRITES,
 }
 

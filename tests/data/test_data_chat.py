@@ -50,6 +50,16 @@ def test_brackets_without_a_header(make, dialogue):
     assert trained_text(dialogue, make.tokenizer("inst")) == [" blue </s>", " fine </s>"]
 
 
+def test_a_token_that_closes_the_whole_conversation(make, dialogue):
+    learned = trained_text(dialogue, make.tokenizer("closes_the_whole"))
+    assert learned == ["blue<|im_end|>", "fine<|im_end|>\n</s>"]
+
+
+def test_a_last_turn_that_is_closed_by_another_token(make, dialogue):
+    learned = trained_text(dialogue, make.tokenizer("closes_the_last_otherwise"))
+    assert learned == ["blue<|im_end|>", "fine</s>"]
+
+
 def test_a_tokenizer_that_writes_leading_spaces(make, dialogue):
     tokenizer = make.sentencepiece_like()
     tokenizer.chat_template = make.tokenizer("inst").chat_template

@@ -134,7 +134,8 @@ class ChatTemplate:
         """
         if self.is_marked:
             text, marked = self.render(messages, row, mark=True)
-            return text, [self._closed(text, *span) for span in marked]
+            limits = [*(start for start, _ in marked), len(text)][1:]
+            return text, [self._stopped(text, *span, limit) for span, limit in zip(marked, limits, strict=True)]
         text = self.render(messages, row)[0]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         opened = [self.render(messages[:i], row, add_generation_prompt=True)[0] for i in turns]
@@ -153,9 +154,21 @@ class ChatTemplate:
         return next((i for i in range(shared, len(bare), -1) if prompt[:i].endswith(("\n", *self.closers))), None)
 
     def _end(self, messages: Messages, text: str, row: Row) -> int | None:
-        """Where in `text` the last of `messages` ends."""
-        rendered = self.render(messages, row)[0]
-        return len(rendered) if text.startswith(rendered) else None
+        """Where in `text` the last of `messages` ends.
+
+        Some templates close the last turn otherwise than earlier ones, or the whole by a token of its own: what their
+        rendering is closed by need not be in `text`, but another closing token may stand there instead.
+        """
+        rendered = kept = self.render(messages, row)[0]
+        while not text.startswith(kept):
+            kept = kept.rstrip()
+            closer = next((c for c in self.closers if kept.endswith(c)), None)
+            if closer is None:
+                return None
+            kept = kept.removesuffix(closer)
+        if kept == rendered or kept.rstrip().endswith(self.closers):
+            return len(kept)
+        return len(kept) + len(next((c for c in self.closers if text.startswith(c, len(kept))), ""))
 
     def _located(self, text: str, starts: list[int | None], ends: list[int | None]) -> list[Span]:
         known = [self._closed(text, s, e) for s, e in zip(starts, ends, strict=True) if s is not None and e is not None]
@@ -172,10 +185,15 @@ class ChatTemplate:
 
     def _closed(self, text: str, start: int, end: int) -> Span:
         """The span up to the token that closes the turn, without the blank space that templates write after it."""
-        if text.startswith(self.eos, end) and not text[start:end].endswith(self.closers):
-            end += len(self.eos)
+        start, end = self._stopped(text, start, end, len(text))
         trimmed = start + len(text[start:end].rstrip())
         return (start, trimmed) if text[start:trimmed].endswith(self.closers) else (start, end)
+
+    def _stopped(self, text: str, start: int, end: int, limit: int) -> Span:
+        """The span with the EOS that follows it, where nothing else closes it."""
+        follows = self.eos and text.startswith(self.eos, end) and end < limit
+        is_closed = text[start:end].rstrip().endswith(self.closers)
+        return start, end + len(self.eos) if follows and not is_closed else end
 
     def _cannot_be_masked(self) -> str:
         source = self.source(self.tools)
