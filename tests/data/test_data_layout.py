@@ -97,12 +97,18 @@ def test_rows_are_filled_best_fit_decreasing():
 
 
 def test_rows_are_as_wide_as_is_cheapest():
-    # Width 10: 3 rows cost 30 (6H + 10); width 15: 2 rows cost 30 (6H + 15); width 13, the mean of two rows: 26 (6H + 13).
-    # With a narrow model attention decides, with a wide one the number of positions.
+    # One each: 4 rows of 10 cost 40 (6H + 5). Two rows of 13 cost 26 (6H + 19.5). With H = 1: 440 and 663; with H = 10:
+    # 2,600 and 2,067.
     sizes = [10, 8, 5, 3]
-    assert cheapest_rows(sizes, hidden_size=1) == [[0], [1], [2, 3]]
-    assert cheapest_rows(sizes, hidden_size=1000) == [[0, 3], [1, 2]]
+    assert cheapest_rows(sizes, hidden_size=1) == [[0], [1], [2], [3]]
+    assert cheapest_rows(sizes, hidden_size=10) == [[0, 3], [1, 2]]
     assert cheapest_rows([7], hidden_size=8) == [[0]]
+
+
+def test_rows_of_one_sequence_need_no_mask():
+    batch = lay_out([PAIR, TEXT], "packed", hidden_size=1)
+    assert batch.inputs["position_ids"].tolist() == [list(range(6))] * 3
+    assert set(batch.inputs) == {"input_ids", "position_ids"}
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])

@@ -39,10 +39,12 @@ from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
 from trl.trainers.meter import Meter
-from trl.trainers.window import plan_micro_batches, share_out, weigh, with_signals
+from trl.trainers.window import filler, plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)
+
+CPU_TOKEN_BUDGET = 2048
 
 Rows = Dataset | IterableDataset
 EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
@@ -241,17 +243,26 @@ class BaseTrainer(Trainer):
         examples = [example for examples in pulled for example in examples]
         if not examples:
             return [], 1
-        groups = plan_micro_batches(
-            [example.tokens for example in examples],
-            count=len(pulled),
-            token_budget=self.args.max_tokens_per_micro_batch,
-        )
+        groups = self._plan(examples, len(pulled))
         batches = with_signals(
             [self.lay_out([examples[i] for i in group]) for group in groups], self.statistics(examples)
         )
         batches, tokens = weigh(batches, self.weights, self._sum_over_processes)
         self._count_tokens(tokens)
+        most = int(self._gather(torch.tensor([len(batches)], device=self.args.device)).max())
+        batches += [filler(batches[-1])] * (most - len(batches))
         return share_out(batches, len(pulled)), 1
+
+    def _plan(self, examples: Sequence[Example], count: int) -> list[list[int]]:
+        """Which examples share a forward pass."""
+        sizes = [example.tokens for example in examples]
+        return plan_micro_batches(sizes, count=count, token_budget=self.token_budget())
+
+    def token_budget(self) -> int | None:
+        """Tokens that a forward pass should stay under. A CPU gains nothing from wider ones, and narrow ones pad less."""
+        if self.args.max_tokens_per_micro_batch is not None or self.args.device.type != "cpu":
+            return self.args.max_tokens_per_micro_batch
+        return CPU_TOKEN_BUDGET
 
     def lay_out(self, examples: Sequence[Example]) -> Batch:
         config = unwrap(self.model).config
@@ -289,19 +300,18 @@ class BaseTrainer(Trainer):
     ) -> Tensor:
         """Σ weight · loss, times the number of processes, since gradients are averaged over them."""
         loss, metrics = self.loss(model, inputs)
-        positions = inputs.inputs["input_ids"].numel()
-        self.meters["train"].add(metrics, inputs)
-        self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
+        if inputs.tokens:
+            positions = inputs.inputs["input_ids"].numel()
+            self.meters["train"].add(metrics, inputs)
+            self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
         return (loss * inputs.weight).sum() * self.accelerator.num_processes
 
     # ---- evaluation ----
 
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
-        sizes = [example.tokens for example in inputs]
-        groups = plan_micro_batches(sizes, count=1, token_budget=self.args.max_tokens_per_micro_batch)
         statistics = self.statistics(inputs)
-        for group in groups:
+        for group in self._plan(inputs, 1):
             self.evaluate_batch(model, [inputs[i] for i in group], statistics)
         return None, None, None
 

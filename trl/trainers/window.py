@@ -58,6 +58,12 @@ def with_signals(batches: Sequence[Batch], statistics: Mapping[str, Tensor]) -> 
     ]
 
 
+def filler(batch: Batch) -> Batch:
+    """A batch that takes part in forward and backward and changes nothing: every process has to take part equally."""
+    nothing = batch.scored[:0]
+    return replace(batch, mask=batch.mask * 0, scored=nothing, weight=batch.weight * 0, tokens=0)
+
+
 def weigh(
     batches: Sequence[Batch],
     weights: Callable[[Batch], Tensor],
