@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,7 +25,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.encode import EncodeSettings
 from trl.data.encoders import describe
-from trl.data.layout import lay_out
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.layouts import choose_layout
 from trl.models.rewards import prepare_rewards, score_rewards
@@ -145,9 +144,7 @@ class RewardTrainer(BaseTrainer):
         return encoded
 
     def lay_out(self, examples: Sequence[Example]) -> Batch:
-        """As classifiers read it: an encoder-decoder's prompt and completion in one row."""
-        pad = self.tokenizer_.pad_token_id or 0
-        return lay_out(examples, self.layout, pad_token_id=pad, capacity=self._row_capacity(unwrap(self.model).config))
+        return self.lay_out_rows(examples)
 
     # ---- loss ----
 
@@ -169,8 +166,10 @@ class RewardTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
-    def evaluate_batch(self, model: nn.Module, examples: Sequence[Example], **statistics: Tensor) -> Metrics:
-        metrics = super().evaluate_batch(model, examples, **statistics)
+    def evaluate_batch(
+        self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
+    ) -> Metrics:
+        metrics = super().evaluate_batch(model, examples, statistics)
         if self.kind in PAIRED and self.args.mistakes_shown:
             self._judged.append((metrics["margin"], examples))
         return metrics

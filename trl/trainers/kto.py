@@ -1,0 +1,214 @@
+"""Learning from single completions that are labelled good or bad: KTO, APO-zero, BCO.
+
+    loss = λ (1 − σ(β s [h(y) − z₀])),   h(y) = log π(y|x) − log π_ref(y|x),   s = ±1;   see `trl.algorithms.kto`
+
+z₀ and BCO's δ are statistics of the whole accumulation window, over all processes; they are computed before the window
+is trained on, so that the loss does not depend on how it is split.
+
+KTOTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.algorithms.kto import KTO, RewardShift, kl_estimate, recommended_weights, with_margin
+from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
+from trl.errors import ConfigError
+from trl.models.reference import evaluating
+from trl.models.score import score
+from trl.trainers.base import Rows
+from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
+from trl.trainers.window import plan_micro_batches
+from trl.types import Batch, Example, Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class KTOConfig(PreferenceConfig):
+    """Options of `KTOTrainer`."""
+
+    loss_type: str = "kto"
+    """"kto", "apo_zero_unpaired" or "bco"."""
+
+    desirable_weight: float = 1.0
+    """λ_D, weight of desirable completions."""
+
+    undesirable_weight: float = 1.0
+    """λ_U, weight of undesirable completions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.make_algorithm().needs_signal == "kl" and rows < 2:
+            raise ConfigError(
+                "loss_type='kto' estimates a divergence from prompts with the completions of other rows, and a step of "
+                "one row has no other: set per_device_train_batch_size or gradient_accumulation_steps to 2 or more."
+            )
+
+    def make_algorithm(self) -> KTO:
+        """The loss that these options describe. Raises ConfigError for those that are out of range."""
+        return KTO(**{name: getattr(self, name) for name in KTO.__dataclass_fields__})
+
+
+class KTOTrainer(PreferenceTrainer):
+    """Train a causal or encoder-decoder language model on completions labelled desirable or not.
+
+    Rows have `prompt`, `completion` and `label` (true or false); pairs (`chosen`, `rejected`) are taken apart.
+    Arguments: see `BaseTrainer` and `PreferenceTrainer`.
+    """
+
+    config_class = KTOConfig
+    kinds: ClassVar[Sequence[str]] = ("unpaired_preference",)
+    keep_columns: ClassVar[tuple[str, ...]] = ("label",)
+
+    @cached_property
+    def algorithm(self) -> KTO:
+        return self.args.make_algorithm()
+
+    @property
+    def asks_beyond_rows(self) -> bool:
+        return self.algorithm.needs_signal == "kl"
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        encoded = super().encode(unpaired(rows), split, name)
+        if split == "train" and isinstance(encoded, Dataset) and self.algorithm.needs_signal == "kl":
+            self._recommend_weights(np.asarray(encoded["label"][:], dtype=bool))
+        return encoded
+
+    def _recommend_weights(self, labels: np.ndarray) -> None:
+        desirable, undesirable = int(labels.sum()), int((~labels).sum())
+        given = {"desirable_weight": self.args.desirable_weight, "undesirable_weight": self.args.undesirable_weight}
+        ranges = recommended_weights(desirable, undesirable, **given)
+        if not ranges.met:
+            logger.warning(
+                f"{desirable:,} completions are desirable and {undesirable:,} are not. With the weights "
+                f"{given['desirable_weight']:g} and {given['undesirable_weight']:g} they count {ranges.ratio:.2f} to 1, "
+                f"where the paper (arXiv:2402.01306) recommends 1 to 1.33. Set desirable_weight between "
+                f"{ranges.desirable[0]:.2f} and {ranges.desirable[1]:.2f}, or undesirable_weight between "
+                f"{ranges.undesirable[0]:.2f} and {ranges.undesirable[1]:.2f}."
+            )
+
+    # ---- loss ----
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Every completion counts the same (before λ): `[N]`."""
+        return batch.mask.new_ones(len(batch.mask))
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        batch = self.with_reference(model, batch)
+        scores = score(model, batch, want={"entropy"})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        if self.algorithm.needs_signal == "delta" and model.training:
+            self._count_rewards(metrics, batch.signals["label"] > 0.5)
+        return loss, {**metrics, "entropy": scores.entropy}
+
+    def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """z₀ or δ, over all processes."""
+        if self.algorithm.needs_signal == "kl":
+            return {"kl": self._divergence(mismatched(examples))}
+        if self.algorithm.needs_signal == "delta":
+            return {"delta": self._shift().delta.float()}
+        return {}
+
+    @torch.no_grad()
+    def _divergence(self, examples: Sequence[Example]) -> Tensor:
+        """z₀ from completions under prompts that are not theirs. A sum and a count cross processes."""
+        args = self.args
+        count = max(1, len(examples) // args.per_device_train_batch_size)
+        sizes = [example.tokens for example in examples]
+        total = torch.zeros(2, device=args.device)
+        with evaluating(self.model_wrapped), self.compute_loss_context_manager():
+            for group in plan_micro_batches(sizes, count=count, token_budget=args.max_tokens_per_micro_batch):
+                logratio = self._logratio(self.lay_out([examples[i] for i in group]).to(args.device))
+                total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
+        summed, number = self._gather(total[None]).sum(0)
+        return kl_estimate((summed / number.clamp(min=1))[None])
+
+    def _logratio(self, batch: Batch) -> Tensor:
+        """h `[N]`, without gradient."""
+        reference = self.reference.logprobs(self.model_wrapped, batch)
+        return (score(self.model_wrapped, batch).logprobs - reference).sum(-1)
+
+    # ---- BCO's shift: rewards of all steps before this one ----
+
+    @cached_property
+    def _totals(self) -> dict[str, RewardShift]:
+        """Rewards seen: `all` of them, and `new` ones of this process since processes last met."""
+        zero = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        return {"all": RewardShift(*zero.unbind()), "new": RewardShift(*zero.unbind())}
+
+    def _count_rewards(self, metrics: Metrics, desirable: Tensor) -> None:
+        rewards = torch.where(desirable, metrics["rewards/chosen"], metrics["rewards/rejected"])
+        self._totals["new"] = self._totals["new"].update(rewards, desirable)
+
+    def _shift(self) -> RewardShift:
+        """Averages over what all processes have seen."""
+        new = torch.stack(astuple(self._totals["new"]))
+        total = torch.stack(astuple(self._totals["all"])) + self._gather(new[None]).sum(0)
+        self._totals |= {"all": RewardShift(*total.unbind()), "new": RewardShift(*torch.zeros_like(new).unbind())}
+        return self._totals["all"]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        shift = {"reward_shift": torch.stack(astuple(self._shift()))} if self.algorithm.needs_signal == "delta" else {}
+        return super().state_tensors() | shift
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_tensors(state)
+        if self.algorithm.needs_signal == "delta":
+            self._totals["all"] = RewardShift(*state["reward_shift"].to(self.args.device).unbind())
+
+    # ---- what is reported ----
+
+    def _train_metrics(self) -> dict[str, float]:
+        return with_margin(super()._train_metrics())
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        plain = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()}
+        if "rewards/margins" in (found := with_margin(plain)):
+            output.metrics[f"{metric_key_prefix}_rewards/margins"] = found["rewards/margins"]
+        return output
+
+
+def unpaired(rows: Rows) -> Rows:
+    """Rows with one labelled completion each: pairs are taken apart, their prompt found first."""
+    columns = rows.column_names or list(next(iter(rows)))
+    if not {"chosen", "rejected"} <= set(columns):
+        return rows
+    return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt))
+
+
+def mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Every completion under the prompt of another example: (x_i, y_j), j ≠ i, with a different prompt where there is one.
+
+    Which prompt that is depends on what the examples are and not on their order. KTO, arXiv:2402.01306, Section 4.
+    """
+    shuffled = sorted(examples, key=_digest)
+    if len(shuffled) < 2:
+        return []
+    return [Example(_other_prompt(shuffled, i), example.completions) for i, example in enumerate(shuffled)]
+
+
+def _other_prompt(examples: Sequence[Example], i: int) -> Sequence[int]:
+    """The prompt of the next example, in a circle, that has another prompt than example i."""
+    circle = [*examples[i + 1 :], *examples[:i]]
+    own = list(examples[i].prompt)
+    return next((other.prompt for other in circle if list(other.prompt) != own), circle[0].prompt)
+
+
+def _digest(example: Example) -> bytes:
+    ids = [*example.prompt, -1, *example.completions[0].ids]
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
