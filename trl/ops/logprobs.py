@@ -167,7 +167,9 @@ class _LinearLogprobs(torch.autograd.Function):
                     *(g if g is None else g[rows] for g in (d_logprobs, d_entropy, d_mean)),
                     entropy=None if d_entropy is None else ctx.entropy[rows],
                 )
-                d = d.mul_(factor).to(hidden.dtype)
+                if not isinstance(factor, float) or factor != 1.0:
+                    d.mul_(factor)
+                d = d.to(hidden.dtype)
                 if d_hidden is not None:
                     torch.mm(d, head[0], out=d_hidden[rows])
                 if d_weight is not None:
