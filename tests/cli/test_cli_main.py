@@ -269,6 +269,18 @@ overwrite_output_dir: true
     assert not list((folder / "by-file").glob("checkpoint-*"))
 
 
+def test_what_files_refuse_is_a_message(inside, capsys):
+    bare = inside / "without-weights"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((inside / "tiny" / "config.json").read_bytes())
+    words = ["--model_name_or_path", "without-weights", "--dataset_name", "train.jsonl", "--use_cpu"]
+    assert main(["sft", *words]) == 1
+    error = capsys.readouterr().err
+    assert "trl: error: " in error
+    assert "found in directory without-weights" in error
+    assert "Traceback" not in error
+
+
 def test_errors_of_data_are_messages(inside, capsys):
     words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--output_dir", "none", "--use_cpu"]
     assert main(["sft", *words, "--eval_strategy", "steps"]) == 2

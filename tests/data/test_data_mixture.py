@@ -173,6 +173,7 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": ["train.jsonl", "b.csv"]}, "files of different kinds"),
         ({"dataset_name": ["train.jsonl", "imdb"]}, "mix datasets with `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
+        ({"dataset_name": "broken.jsonl"}, r"Dataset \['broken.jsonl'\] cannot be read as json: "),
         ({"dataset_train_split": "tran"}, r"has no split 'tran'. Did you mean 'train'\? Its splits: train."),
         ({"dataset_train_split": "train[2]"}, r"split='train\[2\]' is not a slice: write name\[start:end\]"),
         ({"dataset_train_split": "train[a:]"}, "is not a slice"),
@@ -184,6 +185,7 @@ def test_refused_datasets(tmp_path, arguments, message):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "b.csv")
     (tmp_path / "notes.md").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": [')
     with pytest.raises((DataError, ConfigError), match=message):
         load_dataset_argument(ScriptArguments(**{"dataset_name": "train.jsonl", **arguments}))
 

@@ -2,7 +2,8 @@
 
     trl sft --model_name_or_path facebook/opt-125m --dataset_name imdb --output_dir opt-sft-imdb
 
-Options are read and checked before torch is imported; errors that a user can mend are one message and status 2.
+Options are read and checked before torch is imported. Errors that a user can mend are one message and status 2; what
+files, disks and networks refuse is one message and status 1.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(words)
     except TrlError as error:
-        message = str(error)
+        return _fail(error, status=2)
     except ImportError as error:
         if error.name is not None:
             raise
-        message = str(error)  # an optional dependency: Python's own import errors carry the module's name
+        return _fail(error, status=2)  # an optional dependency: Python's own import errors carry the module's name
+    except OSError as error:
+        return _fail(error, status=1)
     except KeyboardInterrupt:
-        print("trl: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    print(f"trl: error: {message}", file=sys.stderr)
-    return 2
+        return _fail("interrupted", status=INTERRUPTED)
+
+
+def _fail(error: Exception | str, *, status: int) -> int:
+    print(f"trl: error: {error}", file=sys.stderr)
+    return status
 
 
 def dispatch(words: list[str]) -> int:

@@ -46,7 +46,7 @@ def read_run(method: Method, given: Given) -> Run:
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
-    check_model(model.model_name_or_path)
+    model.model_name_or_path = check_model(model.model_name_or_path)
     training = given.arguments_for(load(method.config))
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
     return Run(method, script, mixture, model, training, extra)
@@ -61,13 +61,16 @@ def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
         )
 
 
-def check_model(name: str | None) -> None:
-    """Raises ConfigError if a model's name is missing, or is that of a folder which is not there or holds no model."""
+def check_model(name: str | None) -> str:
+    """The name of a model, with `~` written out.
+
+    Raises ConfigError if it is missing, or is that of a folder which is not there or holds no model.
+    """
     if name is None:
         raise ConfigError("--model_name_or_path is missing: the hub name or folder of a model.")
     folder = Path(name).expanduser()
     if not folder.exists() and not name.startswith(("/", "./", "../", "~")):
-        return
+        return name
     if not folder.is_dir():
         beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest(folder.name, beside)}")
@@ -76,6 +79,7 @@ def check_model(name: str | None) -> None:
         checkpoints = [each for each in inside if each.startswith("checkpoint-")]
         instead = f" Did you mean '{Path(name, checkpoints[-1])}'?" if checkpoints else ""
         raise ConfigError(f"model_name_or_path={name!r} holds no model: config.json is missing.{instead}")
+    return os.path.expanduser(name)
 
 
 def datasets_of(run: Run) -> tuple[Any, Any]:

@@ -247,13 +247,17 @@ def load_splits(
 
 def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     builders = {_builder(path) for path in paths}
     if len(builders) > 1:
         raise DataError(f"Dataset {paths}: files of different kinds cannot be read as one.")
     builder = builders.pop()
     separator = {"sep": "\t"} if any(".tsv" in path for path in paths) else {}
-    return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
+    try:
+        return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
+    except DatasetGenerationError as error:
+        raise DataError(f"Dataset {paths} cannot be read as {builder}: {error.__cause__ or error}") from error
 
 
 def _streamed(splits: DatasetDict) -> IterableDatasetDict:
