@@ -89,7 +89,9 @@ def write_data(folder: Path, rows: int) -> None:
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=32_000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(
         (" ".join(writer.pool[i : i + 1000]) for i in range(0, len(writer.pool), 1000)), trainer
     )
@@ -99,7 +101,7 @@ def write_data(folder: Path, rows: int) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
-def encode_here(rows: list[dict[str, Any]], tokenizer: Any, options: dict[str, Any]) -> int:
+def encode_here(rows: list[dict[str, Any]], tokenizer: Any, options: dict[str, Any]) -> float:
     from datasets import Dataset
 
     from trl.data.encode import EncodeSettings, encode_dataset
