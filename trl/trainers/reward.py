@@ -122,7 +122,6 @@ class RewardTrainer(BaseTrainer):
             kind=(*PAIRED, "stepwise", *SCORED),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            completion_only_loss=True,
             step_separator=args.step_separator,
             keep_columns=("margin", "score"),
             num_proc=args.dataset_num_proc,

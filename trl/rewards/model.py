@@ -1,0 +1,111 @@
+"""A trained reward model as a reward function.
+
+    reward = RewardModel("path/to/reward-model")
+    reward(["What is 2 + 2?"], ["4."])                     one number per completion
+
+Prompts and completions are texts, conversations, or token ids. They are encoded as they were for training, a prompt is
+read once for all its completions, and padding plays no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl.data.encode import EncodeSettings
+from trl.data.encoders import Codec, Columns, prompt_completion
+from trl.data.layout import lay_out
+from trl.data.trees import Tree, keep_end
+from trl.errors import DataError, ModelError
+from trl.models.layouts import choose_layout
+from trl.models.load import load_model
+from trl.models.rewards import prepare_rewards, score_rewards
+from trl.models.score import unwrap
+from trl.types import Completion, Example
+
+Text = str | Sequence[dict[str, Any]] | Sequence[int]
+"""A text, a conversation, or token ids."""
+
+
+class RewardModel:
+    """A sequence classifier with one label as a function `(prompts, completions, **columns) -> rewards`.
+
+    model               the classifier, or its name or folder
+    tokenizer           its tokenizer; loaded by the model's name if left out
+    max_length          tokens of prompt and completion; the beginning of a longer prompt is cut. None: no limit
+    tokens_per_batch    tokens in a forward pass, prompts counted once per completion
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 16384,
+        **model_kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            model = load_model(model, auto_class=AutoModelForSequenceClassification, **model_kwargs)
+        elif model_kwargs:
+            raise ModelError(f"{sorted(model_kwargs)} are for loading a model by name, and this one is an object.")
+        inner = unwrap(model)
+        prepare_rewards(inner)
+        self.model = model.eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(inner.config._name_or_path) if tokenizer is None else tokenizer
+        self.max_length = max_length
+        self.tokens_per_batch = tokens_per_batch
+        self.layout = choose_layout(inner, branches=True, measure=score_rewards)
+        self.codec = Codec(self.tokenizer, EncodeSettings(kind="prompt_completion"))
+        self.__name__ = Path(inner.config._name_or_path or type(inner).__name__).name
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        """Rewards of `completions`, each under the prompt at its place; other columns are not read."""
+        if len(prompts) != len(completions):
+            raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
+        rewards = [0.0] * len(prompts)
+        for places, examples in self._batches(self._encode(prompts, completions)):
+            batch = lay_out(examples, self.layout, pad_token_id=self.tokenizer.pad_token_id or 0)
+            found = score_rewards(self.model, batch.to(unwrap(self.model).device))
+            for place, reward in zip(places, found.tolist(), strict=True):
+                rewards[place] = reward
+        return rewards
+
+    def _encode(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Tree]:
+        if not prompts:
+            return []
+        if is_ids(completions[0]):
+            trees = [Tree(list(p), [list(c)]) for p, c in zip(prompts, completions, strict=True)]
+        else:
+            columns = Columns({"prompt": list(prompts), "completion": list(completions)}, range(len(prompts)))
+            trees = prompt_completion(columns, self.codec)
+        return trees if self.max_length is None else [keep_end(tree, self.max_length) for tree in trees]
+
+    def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[list[int], list[Example]]]:
+        """Examples for one forward pass each, and the places of their completions; like lengths together."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place, tree in enumerate(trees):
+            groups.setdefault(tuple(tree.prompt), []).append(place)
+        places: list[int] = []
+        examples: list[Example] = []
+        room = self.tokens_per_batch
+        for prompt, members in sorted(groups.items(), key=lambda item: -max(trees[i].tokens for i in item[1])):
+            size = sum(trees[i].tokens for i in members)
+            if examples and size > room:
+                yield places, examples
+                places, examples, room = [], [], self.tokens_per_batch
+            places += members
+            examples.append(Example(prompt, tuple(Completion(trees[i].completions[0]) for i in members)))
+            room -= size
+        if examples:
+            yield places, examples
+
+
+def is_ids(value: Text) -> bool:
+    """Whether `value` is token ids."""
+    return not isinstance(value, str) and all(isinstance(token, int) for token in value)
