@@ -132,7 +132,7 @@ def test_overview_lists_what_is_there(capsys):
 
 
 def test_help_of_a_method(capsys):
-    assert main(["sft", "--help"]) == 0
+    assert main(["help", "sft"]) == 0
     short = capsys.readouterr().out
     assert main(["sft", "--help-all"]) == 0
     whole = capsys.readouterr().out

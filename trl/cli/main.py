@@ -45,7 +45,9 @@ def _fail(error: Exception | str, *, status: int) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    if not words or words[0] in (*HELP, "help"):
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    if not words or words[0] in HELP:
         return print_overview()
     if words[0] in ("--version", "-V"):
         print(f"trl {__version__}")

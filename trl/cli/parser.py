@@ -81,34 +81,38 @@ class OptionParser:
         while words:
             word = words.pop(0)
             name, equals, text = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or word == "--":
-                if not keep_rest:
-                    self._refuse_word(word, before)
+            if word.startswith("--") and self._read_option(name, [text] if equals else None, words, values, given):
+                before = name
+            elif keep_rest:
                 given.rest.append(word)
-                continue
-            before = name
-            attached = [text] if equals else None
-            if name == "config":
-                given.files += attached or self._take_many(words, "config", "a YAML file")
-                continue
-            found = self._today(name, given)
-            if found is None and (positive := self._negated(name, given)):
-                values[positive] = False
-            elif found is None:
-                if not keep_rest:
-                    self._refuse_option(name)
-                given.rest.append(word)
-            elif found == "":
-                self._skip_values(words, attached)
+            elif word.startswith("--"):
+                self._refuse_option(name)
             else:
-                values[found] = self._value(name, self.options[found], words, attached)
+                self._refuse_word(word, before)
         return values
 
+    def _read_option(
+        self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: Given
+    ) -> bool:
+        """Take an option's value (`attached` by "=", or the words after it) into `values`; False if nobody knows it."""
+        found = self._today(name, given)
+        if name == "config":
+            given.files += attached or self._take_many(words, name, "a YAML file")
+        elif found:
+            values[found] = self._value(name, self.options[found], words, attached)
+        elif found == "":
+            self._skip_values(words, attached)
+        elif switch := self._negated(name, given):
+            values[switch] = False
+        else:
+            return False
+        return True
+
     def _negated(self, name: str, given: Given) -> str | None:
-        """The boolean option that `--no_name` switches off."""
+        """The switch that `--no_name` turns off."""
         name = name.replace("-", "_")
-        positive = self._today(name.removeprefix(NEGATION), given) if name.startswith(NEGATION) else None
-        return positive if positive and "bool" in self.options[positive].kind.scalars else None
+        switch = self._today(name.removeprefix(NEGATION), given) if name.startswith(NEGATION) else None
+        return switch if switch and "bool" in self.options[switch].kind.scalars else None
 
     def _value(self, name: str, option: Option, words: list[str], attached: list[str] | None) -> Any:
         kind = option.kind
