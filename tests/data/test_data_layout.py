@@ -48,6 +48,11 @@ def test_packed_restarts_positions_and_repeats_the_prompt():
     assert set(batch.inputs) == {"input_ids", "position_ids"}
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_widths_are_rounded_up(layout):
+    assert lay_out([PAIR, TEXT], layout, multiple_of=8).inputs["input_ids"].shape[1] == 8
+
+
 def test_a_branch_sees_the_prompt_and_itself():
     batch = lay_out([PAIR, TEXT], "shared", capacity=11)
     seen = tree_mask(*batch.tree)[0, 0]

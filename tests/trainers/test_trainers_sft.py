@@ -175,6 +175,26 @@ def test_a_collator_of_the_users_decides_what_is_trained_on(make_model, tokenize
     assert sorted(tokenizer.decode(seen[0]).split("</s>")) == ["", " no", " yes"]
 
 
+def test_a_chat_template_from_a_file(make_model, tmp_path):
+    bare = make_tokenizer()
+    bare.chat_template = None
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}. {% endfor %}")
+    data = Dataset.from_dict(
+        {"messages": [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]]}
+    )
+    args = config(tmp_path, chat_template_path=str(tmp_path / "chat.jinja"))
+    trainer = SFTTrainer(make_model("llama"), args, train_dataset=data, tokenizer=bare)
+    assert bare.decode(trainer.train_dataset[0]["completion_ids"][0]) == "user: hi. assistant: yo. "
+
+
+def test_dropout_is_switched_off(make_model, tokenizer, tmp_path):
+    model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    args = config(tmp_path, disable_dropout=True, max_steps=1, learning_rate=0.0, per_device_train_batch_size=24)
+    trainer = SFTTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
 # ---- adapters ----
 
 

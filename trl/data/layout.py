@@ -39,12 +39,13 @@ def lay_out(
     pad_token_id: int = 0,
     capacity: int | None = None,
     hidden_size: int | None = None,
+    multiple_of: int = 1,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
     `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest tree.
     Without it, rows are as wide as is cheapest for a model of `hidden_size`: see `cheapest_rows`. Completions are
-    numbered in the order of `examples`.
+    numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`.
     """
     trees, numbers = LAYOUTS[layout](examples)
     sizes = [tree.tokens for tree in trees]
@@ -52,7 +53,7 @@ def lay_out(
         rows = [[i] for i in range(len(trees))]
     else:
         rows = fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
-    grid = _Grid(trees, numbers, rows, pad_token_id)
+    grid = _Grid(trees, numbers, rows, pad_token_id, multiple_of)
     if layout == "packed" and len(rows) == len(trees):
         # Positions that never restart tell the model that nothing has to be masked: padding comes last, and nobody sees it.
         grid.positions[:] = np.arange(grid.positions.shape[1])
@@ -155,8 +156,16 @@ class _Grid:
     `before[n]` is the flat index of the token before completion n, −1 if there is none; `first[n]` that of its first.
     """
 
-    def __init__(self, trees: list[Example], numbers: list[list[int]], rows: list[list[int]], pad_token_id: int):
+    def __init__(
+        self,
+        trees: list[Example],
+        numbers: list[list[int]],
+        rows: list[list[int]],
+        pad_token_id: int,
+        multiple_of: int,
+    ) -> None:
         width = max(sum(trees[i].tokens for i in row) for row in rows)
+        width += -width % multiple_of
         shape = (len(rows), width)
         self.ids = np.full(shape, pad_token_id, dtype=np.int64)
         self.positions = np.zeros(shape, dtype=np.int64)

@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, decode, encode_dataset
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
@@ -192,7 +194,15 @@ class BaseTrainer(Trainer):
         for token in ("pad_token", "eos_token"):
             if (value := getattr(self.args, token)) is not None:
                 _set_token(tokenizer_of(processor), token, value)
+        if (path := self.args.chat_template_path) is not None:
+            self._take_chat_template(tokenizer_of(processor), path)
         return processor
+
+    def _take_chat_template(self, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+        if path.endswith((".jinja", ".j2")):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            clone_chat_template(unwrap(self.model), tokenizer, path)
 
     def _use_one_device_per_process(self) -> None:
         if self.args.n_gpu > 1:
@@ -278,7 +288,14 @@ class BaseTrainer(Trainer):
         # Flash attention skips pairs that are masked: one long row is best.
         capacity = 2**62 if "flash" in config._attn_implementation else None
         width = config.get_text_config().hidden_size
-        return lay_out(examples, self.layout, pad_token_id=pad, capacity=capacity, hidden_size=width)
+        return lay_out(
+            examples,
+            self.layout,
+            pad_token_id=pad,
+            capacity=capacity,
+            hidden_size=width,
+            multiple_of=self.args.width_multiple,
+        )
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return self._gather(values[None].to(self.args.device)).sum(0).cpu()
@@ -392,6 +409,9 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
 
 
 def _set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:

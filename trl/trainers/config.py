@@ -92,8 +92,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Split an accumulation window into as many forward passes as keep each under so many tokens. None: no limit with
     an accelerator; 2,048 on a CPU, where wide passes are not faster."""
 
-    pad_to_multiple_of: int | str | None = None
-    """Widths of a forward pass are multiples of this. "auto": 8 on an accelerator."""
+    pad_to_multiple_of: int | str | None = "auto"
+    """Widths of a forward pass are multiples of this. "auto": of 8 on an accelerator."""
 
     shuffle_dataset: bool = False
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
@@ -119,3 +119,10 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if not accelerated:
             self.dataloader_pin_memory = False
         super().__post_init__()
+
+    @property
+    def width_multiple(self) -> int:
+        """`pad_to_multiple_of` as a number."""
+        if self.pad_to_multiple_of == "auto":
+            return 1 if self.device.type == "cpu" else 8
+        return int(self.pad_to_multiple_of or 1)
