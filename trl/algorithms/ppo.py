@@ -1,0 +1,138 @@
+"""Proximal policy optimisation of language models.
+
+    r_t = −β KL_t + [t is the last token] · score          the reference holds the policy, the score pulls it
+    A, R = GAE(r, V; γ, λ),   A whitened                   see `trl.algorithms.gae`
+    loss = −min(ρ A, clip(ρ, 1 ± ε) A) + c · ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
+
+Ziegler et al. 2019, arXiv:1909.08593 (rewards); Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 (loss). ρ = π/π_old, and
+`old` is the policy that sampled. An action is a token, its state all tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trl.algorithms.gae import gae
+from trl.algorithms.kl_control import AdaptiveKL, KLController
+from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
+from trl.errors import ConfigError, DataError, unknown
+from trl.ops.reduce import masked_whiten
+from trl.types import Batch, Experience, Metrics, Scores
+
+
+def _absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return k1(logprobs, ref_logprobs).abs()
+
+
+PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": k1, "abs": _absolute, "mse": k2}
+"""KL of a token from its two log-probabilities `[N,C]`; "full" is the exact divergence, a signal of its own."""
+
+KL_PENALTIES = (*PENALTIES, "full")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: float) -> Tensor:
+    """−β KL_t, plus the score of a completion on its last unmasked token: `[N,C]` from scores `[N]`, kl `[N,C]`."""
+    rewards = -coefficient * kl * mask
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def clip_values(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
+    """V, kept within `cliprange` of what it was when the responses were sampled."""
+    return torch.clamp(values, old_values - cliprange, old_values + cliprange)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), `[N,C]`: no gain from a step larger than ε."""
+    clipped = clip_values(values, old_values, cliprange=cliprange)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class PPO:
+    """The algorithm as an object: credit, loss, and the coefficient of its KL penalty.
+
+    Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full").
+    Signals it adds: `kl`, `token_rewards`, `advantages`, `returns`.
+    """
+
+    gamma: float = 1.0
+    """Discount of a token's later rewards."""
+    lam: float = 0.95
+    """λ of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """ε of the policy's ratio."""
+    cliprange_value: float = 0.2
+    """ε of the value."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    kl_penalty: str = "kl"
+    """How a token's KL is measured: "kl", "abs", "mse" or "full"."""
+    whiten_rewards: bool = False
+    """Scale token rewards to variance 1, without shifting their mean."""
+    controller: KLController = field(default_factory=AdaptiveKL)
+    """Holds the coefficient of the KL penalty."""
+
+    needs_reference = True
+    needs_values = True
+
+    def __post_init__(self) -> None:
+        if self.kl_penalty not in KL_PENALTIES:
+            raise ConfigError(unknown("kl_penalty", self.kl_penalty, KL_PENALTIES))
+
+    def advantages(self, experience: Experience) -> Experience:
+        """Credit of every token, from the completions' rewards `[N]` and the KL of its tokens."""
+        mask, signals = experience.mask, experience.signals
+        kl = self.kl(experience) * mask
+        rewards = token_rewards(experience.rewards, kl, mask, coefficient=self.controller.coefficient)
+        credited = masked_whiten(rewards, mask, keep_mean=True) if self.whiten_rewards else rewards
+        advantages, returns = gae(credited, signals["values"], mask, gamma=self.gamma, lam=self.lam)
+        return experience.with_signals(
+            kl=kl, token_rewards=rewards, advantages=masked_whiten(advantages, mask), returns=returns
+        )
+
+    def kl(self, experience: Experience) -> Tensor:
+        """KL of every token `[N,C]`, as `kl_penalty` measures it."""
+        name = "full_kl" if self.kl_penalty == "full" else "ref_logprobs"
+        if name not in experience.signals:
+            raise DataError(
+                f"kl_penalty={self.kl_penalty!r} needs the signal {name!r}, but the experience has "
+                f"{sorted(experience.signals)}: score it with the reference policy first."
+            )
+        if self.kl_penalty == "full":
+            return experience.signals["full_kl"]
+        return PENALTIES[self.kl_penalty](experience.signals["old_logprobs"], experience.signals["ref_logprobs"])
+
+    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss `[N,C]`, and metrics `[N,C]`; needs `scores.value`."""
+        assert scores.value is not None, 'score the batch with want={"value"}'
+        signals = batch.signals
+        moved = log_ratio(scores.logprobs, signals["old_logprobs"])
+        policy = -clipped_surrogate(moved, signals["advantages"], low=self.cliprange, high=self.cliprange)
+        value = value_loss(scores.value, signals["values"], signals["returns"], cliprange=self.cliprange_value)
+        loss = policy + self.vf_coef * value
+        terms = {"loss/policy": policy.detach(), "loss/value": value.detach(), "loss/total": loss.detach()}
+        return loss, terms | self.metrics(scores, batch)
+
+    @torch.no_grad()
+    def metrics(self, scores: Scores, batch: Batch) -> Metrics:
+        """How far the policy has moved since it sampled, and how well the values predict the returns; `[N,C]`."""
+        signals, eps = batch.signals, self.cliprange
+        moved = log_ratio(scores.logprobs, signals["old_logprobs"])
+        error = (scores.value - signals["returns"]).square()
+        clipped = clip_values(scores.value, signals["values"], cliprange=self.cliprange_value)
+        entropy = {} if scores.entropy is None else {"policy/entropy": scores.entropy.detach()}
+        return entropy | {
+            "policy/approxkl": moved.square() / 2,
+            "policy/policykl": -moved,
+            "policy/clipfrac": is_clipped(moved, signals["advantages"], low=eps, high=eps),
+            "policy/advantages_mean": signals["advantages"],
+            "policy/ratio": ratio(moved),
+            "val/vpred": scores.value.detach(),
+            "val/error": error,
+            "val/clipfrac": ((clipped - signals["returns"]).square() > error).to(error.dtype),
+        }
