@@ -132,6 +132,19 @@ def test_a_sample_does_not_depend_on_its_neighbours(make):
     assert [[r.ids for r in samples[:2]] for samples in many[:2]] == [[r.ids for r in samples] for samples in few]
 
 
+@pytest.mark.parametrize("limit", [60, 10_000])
+def test_a_prompt_is_read_once_and_finished_rows_no_more(make, limit):
+    """Tokens that the model reads: each prompt's all but last, and one per sampled token. Not one more."""
+    model, prompts = make("llama"), ragged(lengths=(9, 9, 9))
+    params = SamplingParams(max_new_tokens=12, stop_token_ids=STOPS, seed=0)
+    engine, read = LocalEngine(model, max_tokens_alive=limit), []
+    engine.generate(prompts, params, 1)  # the first call tries the model out
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+    rollouts = flat(engine.generate(prompts, params, 4))
+    assert len({len(rollout) for rollout in rollouts}) > 2
+    assert sum(read) == 3 * 8 + sum(map(len, rollouts))
+
+
 def test_without_a_seed_torchs_state_decides(make):
     model, prompts, params = make("llama"), ragged(), SamplingParams(max_new_tokens=8)
     engine = LocalEngine(model)
