@@ -8,13 +8,33 @@ from typing import Any
 __version__ = "2.0.0.dev0"
 
 _PUBLIC = {
-    "types": ["Batch", "Completion", "Example", "Scores"],
-    "trainers.config": ["TrainerConfig"],
-    "trainers.base": ["BaseTrainer"],
-    "trainers.sft": ["SFTConfig", "SFTTrainer"],
-    "models.score": ["score"],
+    "algorithms.dpo": ["DPO"],
+    "algorithms.kto": ["KTO"],
+    "algorithms.reward": ["PairwiseReward", "ScoreRegression", "StepReward"],
+    "cli.parser": ["TrlParser"],
+    "data.chat": ["apply_chat_template", "clone_chat_template", "maybe_apply_chat_template"],
+    "data.collate": ["DataCollatorForCompletionOnlyLM"],
+    "data.encode": ["EncodeSettings", "EncodingReport", "decode", "encode_dataset"],
+    "data.formats": [
+        "extract_prompt",
+        "is_conversational",
+        "is_conversational_from_value",
+        "maybe_convert_to_chatml",
+        "maybe_extract_prompt",
+        "maybe_unpair_preference_dataset",
+        "unpair_preference_dataset",
+    ],
     "data.layout": ["lay_out"],
+    "data.mixture": ["DatasetConfig", "DatasetMixtureConfig", "ScriptArguments", "get_dataset"],
+    "data.packing": ["pack_dataset"],
     "errors": ["ConfigError", "DataError", "ModelError", "TrlError"],
+    "models.config": ["ModelConfig", "get_peft_config", "get_quantization_config"],
+    "models.score": ["score"],
+    "trainers.base": ["BaseTrainer"],
+    "trainers.config": ["TrainerConfig"],
+    "trainers.progress": ["RichProgressCallback"],
+    "trainers.sft": ["SFTConfig", "SFTTrainer"],
+    "types": ["Algorithm", "Batch", "Completion", "Example", "Experience", "Scores"],
 }
 
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -28,6 +28,10 @@ ALIASES = {
 """Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
 
 
+RENAMED_CHECKPOINTING = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+"""Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
+
+
 class _ConfigMeta(type):
     """Checks the keywords of a configuration before its dataclass sees them: old names work, others get an error."""
 
@@ -109,11 +113,10 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = accelerated
-        if self.activation_checkpointing is None:
+        if RENAMED_CHECKPOINTING and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
-            self.activation_checkpointing_kwargs = (
-                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
-            )
+            if self.activation_checkpointing_kwargs is None:
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         if self.accelerator_config is None:
             self.accelerator_config = {"dispatch_batches": False}
         if not accelerated:
