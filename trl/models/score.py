@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
+from trl.models.heads import WithValueHead, reading
 from trl.ops.logprobs import (
     STATISTICS,
     LogitTransform,
@@ -57,15 +58,30 @@ class ScoreRequest:
     """T of the grid. Virtual tokens that an adapter puts before it are not part of it."""
     example: Tensor | None = None
     """`[N]`, encoder-decoders only: the prompt of each completion."""
+    value_head: Callable[[Tensor], Tensor] | None = None
+    """`[M,H] -> [M]`, put here by a model with a value head: it reads the states that the language-model head reads."""
 
 
 def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()) -> Scores:
     """Log-probabilities `[N,C]` float32 of the batch's completions, and the statistics named in `want`.
 
-    model is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters). `want` is any of
-    "entropy", "mean_logprob", "collision", "greedy": see `Scores`. Gradients flow as autograd is told.
+    model is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters, a value head).
+    `want` is any of "entropy", "mean_logprob", "collision", "greedy", "value": see `Scores`. Gradients flow as autograd
+    is told. Raises ModelError where the value is wanted of a model without a value head.
     """
+    found = _score(model, batch, temperature=temperature, want=want)
+    return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
+
+
+def score_logits(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    """Logits `[M,V]` float32 of the distributions that predict the scored tokens, for what needs all of them."""
+    return _score(model, batch, temperature=temperature, want=("logits",))["logits"]
+
+
+def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:
     inner = unwrap(model)
+    if "value" in want and not isinstance(extract_model_from_parallel(model, keep_fp32_wrapper=True), WithValueHead):
+        raise ModelError(f"This {type(inner).__name__} has no value head: see trl.models.heads.with_value_head.")
     prepare_scoring(inner)
     request = ScoreRequest(
         index=batch.predictor.flatten()[batch.scored],
@@ -75,13 +91,13 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
         positions=batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1],
         example=batch.example if inner.config.is_encoder_decoder else None,
     )
-    found = model(**batch.inputs, **tree_attention(inner, batch), score=request)
-    return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
+    return model(**batch.inputs, **tree_attention(inner, batch), score=request)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile` and adapters."""
+    """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile`, a value head's model and adapters."""
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    inner = inner.pretrained_model if isinstance(inner, WithValueHead) else inner
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
@@ -123,11 +139,22 @@ def _accepting_score(plain: Callable) -> Callable:
             kwargs = _encoded(self, score.example, **kwargs)
         head = self.get_output_embeddings()
         if head._trl_transform is None:
-            return _from_plain_logits(self._trl_plain_forward(*args, **kwargs).logits, score)
-        hidden = _hidden_states(self, head, *args, **kwargs)[:, -score.positions :]
-        return head(hidden.flatten(0, 1).index_select(0, score.index), score)
+            with reading(head) as read:
+                logits = self._trl_plain_forward(*args, **kwargs).logits
+            return _from_plain_logits(_at(logits, score), score) | _value(_at(read[-1], score), score)
+        hidden = _at(_hidden_states(self, head, *args, **kwargs), score)
+        return head(hidden, score) | _value(hidden, score)
 
     return with_self(functools.update_wrapper(forward, plain), plain)
+
+
+def _at(grid: Tensor, request: ScoreRequest) -> Tensor:
+    """Rows `[M,…]` of a grid `[B,T,…]` at the positions that are scored."""
+    return grid[:, -request.positions :].flatten(0, 1).index_select(0, request.index)
+
+
+def _value(hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+    return {"value": request.value_head(hidden).float()} if "value" in request.want else {}
 
 
 def with_self(forward: Callable, plain: Callable) -> Callable:
@@ -163,6 +190,8 @@ def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs
 def _head_statistics(head: nn.Module, hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
     known = head._trl_transform
     transform = LogitTransform(known.scale, known.softcap, request.temperature)
+    if "logits" in request.want:
+        return {"logits": transform(head._trl_plain_forward(hidden).float())}
     if type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor):
         return logprobs_from_linear(
             hidden, head.weight, head.bias, request.target, want=request.want, transform=transform
@@ -178,9 +207,10 @@ def _head_statistics(head: nn.Module, hidden: Tensor, request: ScoreRequest) -> 
 
 
 def _from_plain_logits(logits: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
-    rows = logits[:, -request.positions :].flatten(0, 1).index_select(0, request.index)
     transform = LogitTransform(temperature=request.temperature)
-    return logprobs_from_logits(rows, request.target, want=request.want, transform=transform)
+    if "logits" in request.want:
+        return {"logits": transform(logits.float())}
+    return logprobs_from_logits(logits, request.target, want=request.want, transform=transform)
 
 
 def _encoded(

@@ -1,0 +1,255 @@
+"""Language models with a value head: one more scalar per token.
+
+    V(s_t) = w · dropout(h_t) + b,      h_t the hidden state that the language-model head reads
+
+`AutoModelForCausalLMWithValueHead` and its encoder-decoder twin wrap a model of `transformers`, with or without
+adapters: `.pretrained_model` is the model, `.v_head` the head, and everything else is the model's. On disk the model is
+saved as ever, and the head beside it, so that any loader reads the folder and only this one reads the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import PushToHubMixin
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl.errors import ConfigError, ModelError, unknown
+from trl.models.load import load_model, with_adapters
+from trl.models.stored import HEAD_FILE, add_reward_adapter, stored_head
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Options of `from_pretrained` that say where files are found."""
+
+
+def _normal(summary: nn.Linear, spread: float) -> None:
+    nn.init.normal_(summary.weight, mean=0.0, std=spread)
+    nn.init.zeros_(summary.bias)
+
+
+def _as_linear(summary: nn.Linear, spread: float) -> None:
+    """The start that `nn.Linear` has given itself."""
+
+
+INIT_STRATEGIES = {None: _as_linear, "normal": _normal}
+
+
+class ValueHead(nn.Module):
+    """Dropout and a linear map to one number: `[…,H] -> […]`, in the precision of its own weights."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        dropout: float = 0.1,
+        init_strategy: str | None = None,
+        initializer_range: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if init_strategy not in INIT_STRATEGIES:
+            raise ConfigError(unknown("v_head_init_strategy", str(init_strategy), map(str, INIT_STRATEGIES)))
+        self.dropout = nn.Dropout(dropout)
+        self.summary = nn.Linear(hidden_size, 1)
+        INIT_STRATEGIES[init_strategy](self.summary, initializer_range)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.summary.weight.device, self.summary.weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.summary(self.dropout(hidden)).squeeze(-1)
+
+
+class WithValueHead(nn.Module, PushToHubMixin):
+    """A language model, in `pretrained_model`, and a `ValueHead`, in `v_head`. What it lacks is the model's."""
+
+    auto_class: ClassVar[Any] = None
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel | PeftModel,
+        *,
+        summary_dropout_prob: float = 0.1,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+    ) -> None:
+        super().__init__()
+        head = pretrained_model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(pretrained_model).__name__} has no language-model head, so it samples nothing.")
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(
+            head.in_features,
+            dropout=summary_dropout_prob,
+            init_strategy=v_head_init_strategy,
+            initializer_range=v_head_initializer_range,
+        ).to(next(head.parameters()).device)
+        self.has_new_adapter = False
+        self.reward_adapter_name: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "pretrained_model":
+                raise
+            return getattr(self.pretrained_model, name)
+
+    # ---- forward ----
+
+    def forward(self, *args: Any, score: Any = None, return_past_key_values: bool = False, **kwargs: Any) -> Any:
+        """`(logits [B,T,V] float32, loss or None, values [B,T])`, and with `return_past_key_values` the cache.
+
+        Arguments are those of the wrapped model. `score` is what `trl.models.score` sends.
+        """
+        if score is not None:
+            return self.pretrained_model(*args, **kwargs, score=replace(score, value_head=self.v_head))
+        with reading(self.pretrained_model.get_output_embeddings()) as hidden:
+            output = self.pretrained_model(*args, **{**kwargs, "return_dict": True})
+        found = (output.logits.float(), output.loss, self.v_head(hidden[-1]))
+        return (*found, output.past_key_values) if return_past_key_values else found
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample with the wrapped model: see `transformers.GenerationMixin.generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def compute_reward_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Rewards `[B,T,labels]` of the reward adapter, on the same base model.
+
+        Raises ModelError without one: pass `reward_adapter=` to `from_pretrained`.
+        """
+        if self.reward_adapter_name is None:
+            raise ModelError(
+                "This model has no reward adapter: load it with from_pretrained(..., peft_config=..., "
+                "reward_adapter=<folder or name of an adapter trained by RewardTrainer>)."
+            )
+        with _adapter(self.pretrained_model, self.reward_adapter_name):
+            with reading(self.pretrained_model.get_output_embeddings()) as hidden:
+                self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self.score(hidden[-1].to(self.score.weight.dtype))
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | PreTrainedModel | PeftModel,
+        *,
+        peft_config: PeftConfig | None = None,
+        is_trainable: bool = True,
+        reward_adapter: str | None = None,
+        reward_adapter_name: str = "reward_adapter",
+        summary_dropout_prob: float = 0.1,
+        v_head_init_strategy: str | None = None,
+        v_head_initializer_range: float = 0.2,
+        **kwargs: Any,
+    ) -> WithValueHead:
+        """A model with a value head, from a name or folder, or from a model, with or without adapters.
+
+        A folder that was saved with a head gives it back; otherwise the head is new. `peft_config` puts a new adapter
+        on; `is_trainable` says whether the adapter that a folder holds trains on. `reward_adapter` is a second one, with
+        the head of a reward model, for `compute_reward_score`. Other `kwargs` go to the model's `from_pretrained`.
+        """
+        given, head = pretrained_model_name_or_path, None
+        if isinstance(given, str | Path):
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            model, head = cls._load(str(given), is_trainable, hub, **kwargs), stored_head(str(given), hub)
+        elif kwargs:
+            raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
+        else:
+            model = given
+        wrapped = cls(
+            with_adapters(model, peft_config),
+            summary_dropout_prob=summary_dropout_prob,
+            v_head_init_strategy=v_head_init_strategy,
+            v_head_initializer_range=v_head_initializer_range,
+        )
+        wrapped.has_new_adapter = peft_config is not None
+        if head is not None:
+            wrapped.v_head.load_state_dict(head)
+        if reward_adapter is not None:
+            wrapped.score = add_reward_adapter(wrapped.pretrained_model, reward_adapter, reward_adapter_name)
+            wrapped.reward_adapter_name = reward_adapter_name
+        return wrapped
+
+    @classmethod
+    def _load(cls, name: str, is_trainable: bool, hub: dict[str, Any], **kwargs: Any) -> PreTrainedModel | PeftModel:
+        if find_adapter_config_file(name, **{k: v for k, v in hub.items() if k != "subfolder"}) is None:
+            return load_model(name, auto_class=cls.auto_class, **kwargs)
+        base = PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
+        model = load_model(base, auto_class=cls.auto_class, **{k: v for k, v in kwargs.items() if k != "revision"})
+        return PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **hub)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save the wrapped model (or its adapters) as ever, and the head beside it.
+
+        `state_dict` is this module's, where weights were gathered beforehand; `kwargs` go to the model's
+        `save_pretrained` (`max_shard_size`, …).
+        """
+        head = self.v_head.state_dict()
+        if state_dict is not None:
+            head = _below("v_head.", state_dict)
+            kwargs["state_dict"] = _below("pretrained_model.", state_dict)
+        self.pretrained_model.save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            tensors = {f"v_head.{name}": value.contiguous().cpu() for name, value in head.items()}
+            save_file(tensors, Path(save_directory) / HEAD_FILE, metadata={"format": "pt"})
+
+
+class AutoModelForCausalLMWithValueHead(WithValueHead):
+    """A causal language model with a value head."""
+
+    auto_class = AutoModelForCausalLM
+
+
+class AutoModelForSeq2SeqLMWithValueHead(WithValueHead):
+    """An encoder-decoder with a value head on its decoder."""
+
+    auto_class = AutoModelForSeq2SeqLM
+
+
+def with_value_head(model: PreTrainedModel | PeftModel) -> WithValueHead:
+    """`model` with a new value head, causal or encoder-decoder as it is."""
+    kinds = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
+    return kinds[model.config.is_encoder_decoder].from_pretrained(model)
+
+
+@contextmanager
+def reading(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the hidden states that the language-model head is given meanwhile."""
+    seen: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _adapter(model: PeftModel, name: str) -> Iterator[None]:
+    """`model` with another of its adapters, in evaluation mode; what trains, trains again afterwards."""
+    active, training = model.active_adapter, model.training
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+        model.train(training)
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

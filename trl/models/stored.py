@@ -1,0 +1,91 @@
+"""Heads on disk: where a value head or the head of a reward model is found, in today's files and in older ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from trl.errors import ModelError
+
+HEAD_FILE = "value_head.safetensors"
+"""Where `save_pretrained` puts the value head. Older checkpoints keep it among the model's weights."""
+
+PREFIX = "v_head."
+
+
+def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    """State of the value head that was saved with the model `name` (a folder, or on the hub); None without one."""
+    if (path := _find(name, HEAD_FILE, hub)) is not None:
+        return _read(path)
+    for index, whole in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        if (path := _find(name, index, hub)) is not None:
+            shards = {
+                file for key, file in json.loads(path.read_text())["weight_map"].items() if key.startswith(PREFIX)
+            }
+            return {k: v for shard in shards for k, v in _read(_find(name, shard, hub)).items()} or None
+        if (path := _find(name, whole, hub)) is not None:
+            return _read(path) or None
+    return None
+
+
+def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:
+    found = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+        **hub,
+    )
+    return None if found is None else Path(found)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of the value head in one file, by their names within it."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            return {key.removeprefix(PREFIX): stored.get_tensor(key) for key in stored.keys() if key.startswith(PREFIX)}  # noqa: SIM118
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+
+
+def add_reward_adapter(model: PeftModel, adapter: str, name: str) -> nn.Linear:
+    """Load a reward model's adapter beside those of `model`, frozen, under `name`; gives the reward head.
+
+    Raises ModelError for a model without adapters, and for an adapter that was saved without a reward head.
+    """
+    if not isinstance(model, PeftModel):
+        raise ModelError(
+            "reward_adapter needs a policy that is an adapter as well, so that both share one base model: pass "
+            "peft_config=LoraConfig(...), or a PeftModel."
+        )
+    state = load_peft_weights(adapter, device="cpu")
+    heads = {key: value for key, value in state.items() if key.endswith((".score.weight", ".score.bias"))}
+    if not heads:
+        raise ModelError(
+            f"reward_adapter={adapter!r} holds no 'score' head (it holds {sorted(state)[:3]}, …): train it with "
+            "RewardTrainer and peft_config=LoraConfig(task_type='SEQ_CLS', ...)."
+        )
+    config = PeftConfig.from_pretrained(adapter)
+    config.modules_to_save, config.task_type, config.inference_mode = None, None, True
+    model.add_adapter(name, config)
+    set_peft_model_state_dict(model, {k: v for k, v in state.items() if k not in heads}, adapter_name=name)
+    return _linear(heads).to(model.device)
+
+
+def _linear(state: dict[str, Tensor]) -> nn.Linear:
+    """The frozen linear layer whose weight, and perhaps bias, `state` holds."""
+    parts = {key.rpartition(".")[2]: value for key, value in state.items()}
+    labels, hidden = parts["weight"].shape
+    head = nn.Linear(hidden, labels, bias="bias" in parts, dtype=parts["weight"].dtype)
+    head.load_state_dict(parts)
+    return head.requires_grad_(False)
