@@ -1,7 +1,7 @@
 """`trl demo`: fine-tune a small language model on the shipped film reviews, and show what changed.
 
-    trl demo                                  a GPT-2 of 1.4 million parameters, made and trained on the spot
-    trl demo --model_name_or_path gpt2        a real model
+trl demo                                  a GPT-2 of 1.4 million parameters, made and trained on the spot
+trl demo --model_name_or_path gpt2        a real model
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def fine_tune(
-    model: Any, tokenizer: Any, train: Any, test: Any, options: argparse.Namespace, console: Console
-) -> None:
+def fine_tune(model: Any, tokenizer: Any, train: Any, test: Any, options: argparse.Namespace, console: Console) -> None:
     recipe = SMALL if options.model_name_or_path is None else REAL
     args = SFTConfig(
         output_dir=options.output_dir,
