@@ -17,7 +17,7 @@ LEVELS = [
     {"data", "models", "rollouts", "rewards"},
     {"trainers"},
 ]
-LEVELS += [{"demo"}, {"cli", "__main__"}]
+LEVELS += [{"core", "demo"}, {"cli", "__main__"}]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 TORCH_ONLY = ("ops", "algorithms")
 HEAVY = ("transformers", "datasets", "accelerate", "peft", "rich")
