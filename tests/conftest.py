@@ -108,7 +108,7 @@ def make_model():
         model = MODELS[name](**config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() > 1 and name != "t5":
+                if parameter.dim() > 1:
                     parameter.mul_(5)
         return model
 

@@ -76,7 +76,7 @@ def test_equals_the_models_own_logits(make_model, name, layout):
         for completion in example.completions:
             here = batch.mask[n].bool()
             expected = plain_logprobs(model, example, completion)[here[: len(completion)]]
-            torch.testing.assert_close(found[n][here], expected, rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(found[n][here], expected, rtol=1e-4, atol=2e-5)
             assert (found[n][~here] == 0).all()
             n += 1
 
