@@ -29,7 +29,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 
 def pairs(n: int = 8) -> Dataset:
-    words = "red green blue cyan pink grey teal gold".split()
+    words = ["red", "green", "blue", "cyan", "pink", "grey", "teal", "gold"]
     return Dataset.from_dict(
         {
             "prompt": [f"colour {words[i % 8]} " + "please " * (i % 3) for i in range(n)],
