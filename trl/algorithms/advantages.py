@@ -1,0 +1,107 @@
+"""Credit of whole completions from their rewards, relative to the other samples of their prompt or of the round.
+
+    A_i = (r_i − b_i) / s_i
+
+baseline b     "group"           mean of the group                          GRPO, arXiv:2402.03300, section 4.1.2
+               "leave_one_out"   mean of the other samples of the group     RLOO, arXiv:2402.14740, Eq. 8
+               "batch"           mean of the round                          REINFORCE
+               "none"            0
+scale s        "group"           standard deviation of the group + ε        GRPO
+               "batch"           standard deviation of the round + ε        arXiv:2508.08221; REINFORCE++, arXiv:2501.03262
+               "mean"            mean of the group, rewards ≥ 0             MaxRL, arXiv:2602.02710
+               "none"            1                                          Dr. GRPO, arXiv:2503.20783
+
+A group is all samples of one prompt. Standard deviations have Bessel's correction. Rewards that are NaN (no function
+applied) take no part, and their advantage is 0. A group whose rewards are all equal has no advantages under "group" and
+"leave_one_out": it teaches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4
+
+
+def group_index(group: Tensor) -> Tensor:
+    """`[N]` numbers of groups as 0, 1, 2, …"""
+    return torch.unique(group, return_inverse=True)[1]
+
+
+def group_sum(values: Tensor, group: Tensor) -> Tensor:
+    """`[N]`: the sum of each one's group, NaN left out."""
+    index = group_index(group)
+    sums = values.new_zeros(len(values)).index_add(0, index, values.nan_to_num())
+    return sums[index]
+
+
+def group_count(values: Tensor, group: Tensor) -> Tensor:
+    """`[N]`: how many of each one's group are not NaN."""
+    return group_sum((~values.isnan()).to(values.dtype), group)
+
+
+def group_mean(values: Tensor, group: Tensor) -> Tensor:
+    """`[N]`: the mean of each one's group, NaN left out."""
+    return group_sum(values, group) / group_count(values, group).clamp(min=1)
+
+
+def group_std(values: Tensor, group: Tensor) -> Tensor:
+    """`[N]`: the standard deviation of each one's group, NaN left out; 0 in groups of one."""
+    squares = (values - group_mean(values, group)).square()
+    return (group_sum(squares, group) / (group_count(values, group) - 1).clamp(min=1)).sqrt()
+
+
+def _leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    others = group_count(rewards, group) - 1
+    return torch.where(others > 0, (group_sum(rewards, group) - rewards) / others.clamp(min=1), rewards)
+
+
+def _whole(statistic: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A statistic of groups, of the round as one group."""
+    return lambda rewards, group: statistic(rewards, torch.zeros_like(group))
+
+
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "group": group_mean,
+    "leave_one_out": _leave_one_out,
+    "batch": _whole(group_mean),
+    "none": lambda rewards, group: torch.zeros_like(rewards),
+}
+
+SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "group": lambda rewards, group: group_std(rewards, group) + EPSILON,
+    "batch": lambda rewards, group: _whole(group_std)(rewards, group) + EPSILON,
+    "mean": lambda rewards, group: group_mean(rewards, group).clamp(min=EPSILON),
+    "none": lambda rewards, group: torch.ones_like(rewards),
+}
+
+
+def advantages(rewards: Tensor, group: Tensor, *, baseline: str, scale: str) -> Tensor:
+    """A `[N]` of rewards `[N]` and groups `[N]`; names as in `BASELINES` and `SCALES`."""
+    centred = rewards - BASELINES[baseline](rewards, group)
+    return (centred / SCALES[scale](rewards, group)).nan_to_num()
+
+
+def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
+    """`[N]` bool: whether all rewards of each one's group are equal (or there are none)."""
+    return group_std(rewards, group) <= 1e-8 * (1 + group_mean(rewards, group).abs())
+
+
+SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+
+
+def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregation: str) -> Tensor:
+    """One reward `[N]` of those of F functions `[N,F]`, with weights `[F]`; NaN where no function applied.
+
+    "sum_then_normalize"   Σ_f w_f r_f
+    "normalize_then_sum"   Σ_f w_f (r_f − mean_g) / (std_g + ε), each function normalised in its group, so that none
+                           drowns the others (GDPO, arXiv:2601.05242, Eq. 4); to be scaled by "batch" thereafter
+    """
+    if aggregation == NORMALIZE_THEN_SUM:
+        columns = [(r - group_mean(r, group)) / (group_std(r, group) + EPSILON) for r in rewards.unbind(1)]
+        rewards = torch.stack(columns, 1)
+    total = (rewards * weights).nan_to_num().sum(1)
+    return total.masked_fill(rewards.isnan().all(1), torch.nan)

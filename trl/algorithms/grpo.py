@@ -1,0 +1,155 @@
+"""Group relative policy optimisation and its family: policy gradients whose baseline is the group, not a critic.
+
+    A_i     = (r_i − mean(r_1…r_G)) / (std(r_1…r_G) + ε)                       G samples of one prompt
+    loss_it = −min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) + β KL_it           ρ = π / π_old
+
+Shao et al. 2024, arXiv:2402.03300, Eq. 3. What its successors changed are independent axes here:
+
+    baseline, scale    how a reward becomes an advantage              `trl.algorithms.advantages`
+    ratio_level        what ρ is the ratio of                         "token"; "sequence": the geometric mean over the
+                                                                      completion (GSPO, arXiv:2507.18071, Eq. 7); "whole":
+                                                                      the product over it
+    surrogate          how ρ is kept in bounds                        `trl.algorithms.surrogates`
+    averaging          what counts the same: tokens, completions      the trainer's weights, `trl.ops.reduce`
+    KL                 in the loss (k1, k2, k3, or unbiased) or in the reward
+    entropy            a bonus; only the tokens of highest entropy (arXiv:2506.01939)
+    correction         for a sampler that is not the policy           `trl.algorithms.importance`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trl.algorithms.advantages import BASELINES, SCALES, advantages
+from trl.algorithms.importance import Correction
+from trl.algorithms.policy_gradient import KL, k1, log_ratio, ratio
+from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
+from trl.errors import ConfigError, unknown
+from trl.types import Batch, Experience, Metrics, Scores
+
+RATIO_LEVELS = ("token", "sequence", "whole")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO:
+    """The algorithm as an object.
+
+    Signals it reads `[N,C]`: `old_logprobs`; `ref_logprobs` where `beta` is not 0; `sampler_logprobs` with a `correction`
+    or an `off_policy_threshold`; `entropy` of the whole round where `top_entropy` < 1. Signals it adds: `advantages`
+    `[N]`, `high_entropy` `[N,C]`.
+    """
+
+    baseline: str = "group"
+    """What a reward is compared with: a name in `BASELINES`."""
+    scale: str = "group"
+    """What an advantage is divided by: a name in `SCALES`."""
+    ratio_level: str = "token"
+    """"token", "sequence" or "whole"."""
+    surrogate: Surrogate = field(default_factory=Clip)
+    """How ratios are kept in bounds."""
+    beta: float = 0.0
+    """Coefficient of the KL penalty."""
+    kl: str = "k3"
+    """Estimate of a token's KL in the loss: a name in `trl.algorithms.policy_gradient.KL`."""
+    unbiased_kl: bool = True
+    """Multiply it by ρ: its gradient is then that of the reverse KL (arXiv:2512.02556, Eq. 7)."""
+    kl_in_reward: bool = False
+    """Take β Σ_t log π_old/π_ref off the reward, and leave KL out of the loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    top_entropy: float = 1.0
+    """Learn from this share of the round's tokens alone, those of highest entropy."""
+    off_policy_threshold: float | None = None
+    """Do not learn from completions with A < 0 whose mean log π_sampler/π is above this (arXiv:2512.02556, Eq. 9)."""
+    correction: Correction | None = None
+    """Importance weights for a sampler that is not the policy."""
+
+    needs_values = False
+
+    def __post_init__(self) -> None:
+        for name, known in {"baseline": BASELINES, "scale": SCALES, "ratio_level": RATIO_LEVELS, "kl": KL}.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown(name, getattr(self, name), known))
+        if not 0 < self.top_entropy <= 1:
+            raise ConfigError(f"top_entropy is a share in (0, 1], got {self.top_entropy}.")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta != 0
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.top_entropy < 1
+
+    # ---- credit ----
+
+    def advantages(self, experience: Experience) -> Experience:
+        """Advantages `[N]`, and which tokens are of high entropy."""
+        rewards = self.penalised(experience)
+        found = advantages(rewards, experience.group, baseline=self.baseline, scale=self.scale)
+        experience = experience.with_signals(advantages=found)
+        if not self.needs_entropy:
+            return experience
+        entropy = experience.signals["entropy"]
+        threshold = quantile(entropy[experience.mask.bool()], 1 - self.top_entropy)
+        return experience.with_signals(high_entropy=(entropy >= threshold).to(entropy.dtype))
+
+    def penalised(self, experience: Experience) -> Tensor:
+        """Rewards `[N]`, less β KL of the completion where KL is part of the reward."""
+        if not (self.kl_in_reward and self.beta):
+            return experience.rewards
+        signals = experience.signals
+        kl = k1(signals["old_logprobs"], signals["ref_logprobs"]) * experience.mask
+        return experience.rewards - self.beta * kl.sum(-1)
+
+    # ---- loss ----
+
+    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss `[N,C]`, and metrics."""
+        terms = self.terms(scores, batch)
+        loss = -self.surrogate(terms) * self.share(terms, batch)
+        metrics = {"entropy": scores.entropy.detach(), **self.surrogate.metrics(terms)}
+        if self.beta and not self.kl_in_reward:
+            divergence = KL[self.kl](scores.logprobs, batch.signals["ref_logprobs"])
+            loss = loss + self.beta * (divergence * ratio(terms.log_ratio) if self.unbiased_kl else divergence)
+        if self.beta:
+            metrics["kl"] = KL["k3"](scores.logprobs.detach(), batch.signals["ref_logprobs"])
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * scores.entropy * batch.signals.get("high_entropy", batch.mask)
+        return loss.expand_as(batch.mask), metrics
+
+    def terms(self, scores: Scores, batch: Batch) -> Terms:
+        """Log-ratios at the level asked for, and advantages."""
+        moved = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
+        level = {
+            "token": lambda: moved,
+            "sequence": lambda: mean_over_completion(moved, batch.mask),
+            "whole": lambda: moved.sum(-1, keepdim=True),
+        }[self.ratio_level]()
+        credit = batch.signals["advantages"]
+        return Terms(scores.logprobs, moved, level, credit if credit.dim() == 2 else credit[:, None], batch.mask)
+
+    def share(self, terms: Terms, batch: Batch) -> Tensor:
+        """How much of a token's surrogate is learned from, `[N,C]` or `[N,1]`, without gradient."""
+        signals = batch.signals
+        share = torch.ones_like(terms.advantages)
+        if self.off_policy_threshold is not None:
+            drift = mean_over_completion(signals["sampler_logprobs"] - terms.logprobs.detach(), batch.mask)
+            share = share * ((terms.advantages >= 0) | (drift <= self.off_policy_threshold))
+        if self.needs_entropy:
+            share = share * signals["high_entropy"]
+        if self.correction is not None:
+            share = share * self.correction(signals["old_logprobs"], signals["sampler_logprobs"], batch.mask)
+        return share
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The q-quantile of `values [M]`, interpolated between neighbours; of any number of values."""
+    ordered = values.sort().values
+    place = q * (len(ordered) - 1)
+    lower = int(place)
+    upper = min(lower + 1, len(ordered) - 1)
+    return torch.lerp(ordered[lower], ordered[upper], place - lower)

@@ -1,0 +1,62 @@
+"""Corrections for a sampler that is not the policy in training: other kernels, other precision, older weights.
+
+    w = π_old / π_sampler        of a token, or of a whole completion (the product over its tokens)
+
+truncate   clip(w, low, high): biased, bounded variance
+mask       w where low ≤ w ≤ high, else 0: outliers teach nothing
+
+A gradient under the sampler's samples, times w, is one under π_old's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl.algorithms.policy_gradient import k3, ratio
+from trl.errors import ConfigError, unknown
+from trl.types import Metrics
+
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """Importance weights of samples, by mode and bounds (None: no bound)."""
+
+    mode: str = "sequence_mask"
+    low: float | None = None
+    high: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(unknown("importance_sampling_mode", self.mode, MODES))
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ConfigError(f"The bounds of importance weights are low={self.low}, high={self.high}: swap them.")
+
+    @torch.no_grad()
+    def __call__(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """w `[N,C]`, or `[N,1]` for whole completions, without gradient."""
+        log_w = (old_logprobs - sampler_logprobs) * mask
+        w = ratio(log_w.sum(-1, keepdim=True) if self.mode.startswith("sequence") else log_w)
+        low = -torch.inf if self.low is None else self.low
+        high = torch.inf if self.high is None else self.high
+        return w.clamp(low, high) if self.mode.endswith("truncate") else w * ((w >= low) & (w <= high))
+
+
+@torch.no_grad()
+def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Metrics:
+    """How far the sampler is from the policy that is trained, `[N,C]`; the extremes `[N]` of each completion."""
+    log_w = (logprobs - sampler_logprobs) * mask
+    w = ratio(log_w)
+    absent = mask == 0
+    return {
+        "sampling/sampling_logp_difference/mean": log_w.abs(),
+        "sampling/sampling_logp_difference/max": log_w.abs().amax(-1),
+        "sampling/importance_sampling_ratio/mean": w,
+        "sampling/importance_sampling_ratio/min": w.masked_fill(absent, torch.inf).amin(-1),
+        "sampling/importance_sampling_ratio/max": w.masked_fill(absent, 0).amax(-1),
+        "sampling/kl": k3(sampler_logprobs, logprobs) * mask,
+    }

@@ -1,0 +1,262 @@
+"""Calling reward functions: what a user's function gives, checked before anything is learned from it.
+
+    reward(prompts=[…], completions=[…], completion_ids=[…], **columns) -> [1.0, None, …]
+
+One number per sample; None where the function does not apply. Functions may be async: those of one round run at the same
+time. What raises, takes too long, or gives anything else than one finite number (or None) per sample is an error that
+names function and sample, or, with on_error="drop", a sample that is not learned from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.errors import ConfigError, TrlError, unknown
+from trl.rewards.model import RewardModel
+
+RewardFunction = Callable[..., "Sequence[float | None] | Awaitable[Sequence[float | None]]"]
+ON_ERROR = ("stop", "drop")
+
+
+class RewardError(TrlError):
+    """A reward function that failed, or gave something else than rewards."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function, its name in logs, and its weight in the sum."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is to be rewarded. `columns` hold one value per sample; `extras` are handed to every call as they are."""
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def one(self, i: int) -> Samples:
+        """Sample i alone."""
+        columns = {name: [values[i]] for name, values in self.columns.items()}
+        return Samples([self.prompts[i]], [self.completions[i]], columns, self.extras)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "completions": self.completions, **self.columns, **self.extras}
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """values [N,F], NaN where a function did not apply; failed [N,F] bool, with on_error="drop"."""
+
+    values: Tensor
+    failed: Tensor
+
+
+def make_rewards(
+    reward_funcs: Any, *, weights: Sequence[float] | None = None, processing_classes: Any = None
+) -> list[Reward]:
+    """Reward functions from what a trainer is given: one or several of a callable, a reward model, or the name of one.
+
+    `processing_classes` are tokenizers of the reward models, None for those loaded by name. Raises ConfigError where
+    numbers of functions, weights and tokenizers differ, or something is no function.
+    """
+    functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if not functions or functions == [None]:
+        raise ConfigError("reward_funcs is missing: give a function (prompts, completions, **columns) -> rewards.")
+    tokenizers = _one_each("reward_processing_classes", processing_classes, functions)
+    made = [_function(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
+    numbers = [1.0] * len(made) if weights is None else _one_each("reward_weights", list(weights), functions)
+    return [Reward(_name(f), f, float(w)) for f, w in zip(made, numbers, strict=True)]
+
+
+def _one_each(argument: str, values: Any, functions: Sequence[Any]) -> list[Any]:
+    values = list(values) if isinstance(values, list | tuple) else [values] * len(functions)
+    if len(values) != len(functions):
+        raise ConfigError(f"{argument} has {len(values)} entries for {len(functions)} reward functions: give one each.")
+    return values
+
+
+def _function(given: Any, tokenizer: Any) -> RewardFunction:
+    if isinstance(given, RewardModel):
+        return given
+    if isinstance(given, str | nn.Module):
+        return RewardModel(given, tokenizer)
+    if not callable(given):
+        raise ConfigError(f"reward_funcs holds a {type(given).__name__}: give a function, a reward model or its name.")
+    return given
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def call_rewards(
+    rewards: Sequence[Reward], samples: Samples, *, timeout: float | None = None, on_error: str = "stop"
+) -> Rewarded:
+    """Rewards of `samples` by every function. `timeout` is in seconds, per call.
+
+    Raises RewardError, with function and sample, unless `on_error` is "drop".
+    """
+    if on_error not in ON_ERROR:
+        raise ConfigError(unknown("on_reward_error", on_error, ON_ERROR))
+    outcomes = _outcomes(rewards, samples, timeout)
+    columns = [_column(r, o, samples, timeout, on_error) for r, o in zip(rewards, outcomes, strict=True)]
+    values = torch.tensor([[math.nan if v is None else v for v in values] for values, _ in columns]).T
+    failed = torch.tensor([failed for _, failed in columns], dtype=torch.bool).T
+    return Rewarded(values.float().reshape(len(samples), len(rewards)), failed.reshape(len(samples), len(rewards)))
+
+
+Outcome = Sequence[float | None] | Exception
+
+
+def _outcomes(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
+    """What each function gave, or raised; the async ones run at the same time."""
+    found: dict[int, Outcome] = {}
+    waiting = [i for i, reward in enumerate(rewards) if reward.is_async]
+    if waiting:
+        found.update(zip(waiting, _all_async([rewards[i] for i in waiting], samples, timeout), strict=True))
+    for i, reward in enumerate(rewards):
+        if i not in found:
+            try:
+                found[i] = _within(timeout, lambda reward=reward: reward.function(**samples.keywords))
+            except Exception as error:  # a user's function may raise anything; it is reported with its name
+                found[i] = error
+    return [found[i] for i in range(len(rewards))]
+
+
+def _within(timeout: float | None, function: Callable[[], Any]) -> Any:
+    """The result of a function that may take `timeout` seconds. Beyond, its thread is abandoned."""
+    return function() if timeout is None else _in_thread(function, timeout)
+
+
+def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
+    done: list[tuple[Any, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((function(), None))
+        except Exception as error:  # handed to the thread that waits
+            done.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not done:
+        raise TimeoutError
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _all_async(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
+    """In a thread of its own, since a notebook has a loop running already."""
+
+    async def run() -> list[Outcome]:
+        calls = [asyncio.wait_for(reward.function(**samples.keywords), timeout) for reward in rewards]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return _in_thread(lambda: asyncio.run(run()), None)
+
+
+def _column(
+    reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str
+) -> tuple[list[float | None], list[bool]]:
+    """The rewards of one function, and which samples failed."""
+    failures = _failures(reward, outcome, samples, timeout)
+    if not failures:
+        return list(map(_number, outcome)), [False] * len(samples)
+    if on_error == "stop":
+        i, (reason, cause) = next(iter(failures.items()))
+        raise RewardError(_message(reward, samples, i, reason, len(failures))) from cause
+    if isinstance(outcome, Exception) or len(outcome) != len(samples):
+        alone = [None if i in failures else _alone(reward, samples, i, timeout) for i in range(len(samples))]
+        return [None if a is None else _number(a[0]) for a in alone], [i in failures for i in range(len(samples))]
+    values = [None if i in failures else _number(value) for i, value in enumerate(outcome)]
+    return values, [i in failures for i in range(len(samples))]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+Failures = dict[int, tuple[str, Exception | None]]
+
+
+def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None) -> Failures:
+    """What is wrong, by sample."""
+    everything = range(len(samples))
+    if isinstance(outcome, TimeoutError):
+        return dict.fromkeys(everything, (f"took longer than {timeout:g} s", outcome))
+    if isinstance(outcome, Exception):
+        return _raised(reward, outcome, samples, timeout)
+    if not isinstance(outcome, Sequence | Tensor) and not hasattr(outcome, "__len__"):
+        reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
+        return dict.fromkeys(everything, (reason, None))
+    if len(outcome) != len(samples):
+        reason = f"gave {len(outcome)} rewards for {len(samples)} samples: it has to give one each"
+        return dict.fromkeys(everything, (reason, None))
+    return {i: (wrong, None) for i, value in enumerate(outcome) if (wrong := _wrong(value))}
+
+
+def _raised(reward: Reward, error: Exception, samples: Samples, timeout: float | None) -> Failures:
+    """The samples with which the function raises on its own; all, where it raises with none alone."""
+    found: Failures = {}
+    for i in range(len(samples)):
+        (outcome,) = _outcomes([reward], samples.one(i), timeout)
+        if isinstance(outcome, Exception):
+            found[i] = (f"raised {type(outcome).__name__}: {outcome}", outcome)
+    whole = (f"raised {type(error).__name__}: {error}", error)
+    return found or dict.fromkeys(range(len(samples)), whole)
+
+
+def _alone(reward: Reward, samples: Samples, i: int, timeout: float | None) -> Sequence[float | None]:
+    (outcome,) = _outcomes([reward], samples.one(i), timeout)
+    return outcome
+
+
+def _wrong(value: Any) -> str:
+    """What is wrong with one reward; empty if nothing is."""
+    if value is None:
+        return ""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return f"gave a {type(value).__name__} ({value!r:.60}) where a number belongs"
+    return "" if math.isfinite(number) else f"gave {number} (None says that it does not apply)"
+
+
+def _message(reward: Reward, samples: Samples, i: int, reason: str, failures: int) -> str:
+    others = f", as {failures - 1} of the others" if failures > 1 else ""
+    return (
+        f"Reward function {reward.name!r} {reason}. Sample {i} of {len(samples)}{others}: prompt "
+        f"{_short(samples.prompts[i])}, completion {_short(samples.completions[i])}. Mend the function, or set "
+        "on_reward_error='drop' to learn from the other samples."
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
