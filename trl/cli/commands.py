@@ -19,6 +19,7 @@ SCRIPT = "trl.data.mixture:ScriptArguments"
 MIXTURE = "trl.data.mixture:DatasetMixtureConfig"
 MODEL = "trl.models.config:ModelConfig"
 REWARDS = "trl.cli.rewards:RewardArguments"
+LAUNCH = "trl.cli.launch:LaunchArguments"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Method:
     @property
     def argument_classes(self) -> tuple[str, ...]:
         """References of the dataclasses with this command's options; those that import nothing heavy first."""
-        return (SCRIPT, MODEL, MIXTURE, *([self.extra] if self.extra else []), self.config)
+        return (SCRIPT, MODEL, MIXTURE, LAUNCH, *([self.extra] if self.extra else []), self.config)
 
     def options(self, *more: str) -> list[Option]:
         """The command's options, and those of the dataclasses `more`."""
@@ -152,6 +153,8 @@ METHODS = (
 
 TOOLS = (
     Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
+    Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
+    Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
     Tool("demo", "trl.demo.run:main", "Fine-tune a small model on the film reviews that the package brings along."),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
     Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),

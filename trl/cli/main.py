@@ -9,15 +9,18 @@ files, disks and networks refuse is one message and status 1.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from trl import __version__
 from trl.cli.commands import Method, load, methods, tools
+from trl.cli.launch import launch, needs_launcher
 from trl.cli.parser import HELP
 from trl.errors import ConfigError, TrlError, suggest
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+STOPPED = (INTERRUPTED, TERMINATED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +69,24 @@ def run_method(method: Method, words: list[str]) -> int:
     given = method.parser().parse(words)
     if given.help:
         return print_method(method, everything=given.help == "all")
+    if needs_launcher(given) and not given.values.get("dry_run"):
+        return _say_how_to_resume(launch(given, [method.name, *words]), [method.name, *words])
     from trl.cli.train import read_run, train
 
-    return train(read_run(method, given))
+    run = read_run(method, given)
+    if given.values.get("dry_run"):
+        return load("trl.cli.check:check")(run)
+    status = train(run)
+    if "LOCAL_RANK" in os.environ and status in STOPPED:
+        return 0  # the launcher above knows of the signal, and takes any other status for a failure
+    return _say_how_to_resume(status, [method.name, *words])
+
+
+def _say_how_to_resume(status: int, words: Sequence[str]) -> int:
+    if status in STOPPED:
+        again = words if "--resume" in words else [*words, "--resume"]
+        print(f"Stopped, with a checkpoint. To go on:\n\n    {shlex.join(['trl', *again])}\n", file=sys.stderr)
+    return status
 
 
 def print_overview() -> int:

@@ -35,6 +35,7 @@ class Run:
     model: ModelConfig
     training: TrainerConfig
     extra: Any = None
+    resume: bool = False
 
 
 def read_run(method: Method, given: Given) -> Run:
@@ -49,7 +50,7 @@ def read_run(method: Method, given: Given) -> Run:
     model.model_name_or_path = check_model(model.model_name_or_path)
     training = given.arguments_for(load(method.config))
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
-    return Run(method, script, mixture, model, training, extra)
+    return Run(method, script, mixture, model, training, extra, given.values.get("resume", False))
 
 
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
@@ -118,20 +119,64 @@ def build_trainer(run: Run) -> BaseTrainer:
 
 
 def train(run: Run) -> int:
-    """Train, save the model to `output_dir`, push it if asked to."""
+    """Train, save the model to `output_dir`, push it if asked to. A signal ends training with a checkpoint.
+
+    Returns the exit status: 0, or 128 and the number of the signal.
+    """
+    from trl.trainers.stop import full_disk_explained, stop_on_signal
+
     report_progress()
+    resume = checkpoint_of(run)
     trainer = build_trainer(run)
     if sys.stdout.isatty() and not run.training.disable_tqdm:
         _draw_progress(trainer)
-    resume = run.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in RESUME_LAST else resume)
-    trainer.save_model(run.training.output_dir)
+    with full_disk_explained(run.training.output_dir), stop_on_signal(trainer) as stop:
+        trainer.train(resume_from_checkpoint=resume)
+        if stop.signal is None:
+            trainer.save_model(run.training.output_dir)
+            _publish(run, trainer)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return 0 if stop.signal is None else 128 + stop.signal
+
+
+def _publish(run: Run, trainer: BaseTrainer) -> None:
+    """Write the model's card, and push both if asked to."""
     names = run.script.dataset_name if isinstance(run.script.dataset_name, str) else None
     trainer.create_model_card(dataset_name=names)
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
     logger.info(f"The model is in {run.training.output_dir}.")
-    return 0
+
+
+def checkpoint_of(run: Run) -> str | None:
+    """The checkpoint to go on from; None to start from the beginning."""
+    from trl.trainers.stop import newest_checkpoint
+
+    asked = run.training.resume_from_checkpoint
+    if not run.resume and asked not in RESUME_LAST:
+        return None if asked in (None, False, "false") else check_checkpoint(asked)
+    found = newest_checkpoint(run.training.output_dir)
+    if found is None:
+        logger.warning(
+            f"There is no checkpoint to go on from in {run.training.output_dir!r}: starting at the beginning."
+        )
+        return None
+    logger.info(f"Going on from {found}.")
+    return str(found)
+
+
+def check_checkpoint(folder: str) -> str:
+    """The name of a checkpoint. Raises ConfigError if it is not there, or was cut short."""
+    from trl.trainers.stop import checkpoints, why_not_resumable
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        beside = [str(each) for each in checkpoints(path.parent)]
+        raise ConfigError(f"resume_from_checkpoint={folder!r}: there is no such folder.{suggest(str(path), beside)}")
+    if reason := why_not_resumable(path):
+        raise ConfigError(f"resume_from_checkpoint={folder!r} cannot be gone on from: {reason}.")
+    return str(path)
 
 
 def _draw_progress(trainer: BaseTrainer) -> None:

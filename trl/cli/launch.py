@@ -1,0 +1,155 @@
+"""Several processes, by accelerate's launcher: this command, entered again in each of them.
+
+    trl sft … --num_processes 4
+    trl sft … --accelerate_config zero3 --num_processes 8
+    trl sft … --accelerate_config two-nodes.yaml
+
+One process needs no launcher, and runs where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trl.cli.parser import Given
+from trl.errors import ConfigError, suggest
+
+SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
+
+ON_CPU = ("single", "ddp")
+"""Shipped configurations that need no accelerator."""
+
+
+@dataclass
+class LaunchArguments:
+    """How a training command is run."""
+
+    num_processes: int | None = None
+    """Processes to train in, one for each device. None: as `accelerate_config` says, or one."""
+
+    accelerate_config: str | None = None
+    """How devices work together: "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", or a file of `accelerate config`."""
+
+    resume: bool = False
+    """Go on from the newest good checkpoint in `output_dir`; start from the beginning if there is none."""
+
+    dry_run: bool = False
+    """Check rows, plan and memory, as `trl check` does, and train nothing."""
+
+
+def needs_launcher(given: Given) -> bool:
+    """Whether processes have to be started: several, or as a configuration describes them.
+
+    Raises ConfigError for a number that no configuration can start.
+    """
+    arguments = given.arguments_for(LaunchArguments)
+    count, config = arguments.num_processes or 1, arguments.accelerate_config
+    if count < 1 or arguments.num_processes == 0:
+        raise ConfigError(f"num_processes={arguments.num_processes}: give 1 or more.")
+    if config == "single" and count > 1:
+        raise ConfigError(
+            f"accelerate_config='single' is one process, and num_processes={count}: leave one of them out."
+        )
+    if "LOCAL_RANK" in os.environ:  # this is one of the processes
+        return False
+    return count > 1 or config not in (None, "single")
+
+
+def find_config(name: str) -> Path:
+    """The file of a shipped configuration, or of the user's own. Raises ConfigError where there is none."""
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    path = shipped.get(name, Path(name).expanduser())
+    if not path.is_file():
+        raise ConfigError(
+            f"accelerate_config={name!r} is neither a file nor one of {', '.join(shipped)}.{suggest(name, shipped)}"
+        )
+    return path
+
+
+def launch(given: Given, words: Sequence[str]) -> int:
+    """Run `trl WORDS` in each of the processes that were asked for. Returns the exit status."""
+    arguments = given.arguments_for(LaunchArguments)
+    name = arguments.accelerate_config or "ddp"
+    config = find_config(name)
+    os.environ.update(given.environment)
+    devices = count_devices(use_cpu=given.values.get("use_cpu", False))
+    check_devices(name, arguments.num_processes, devices)
+    if not devices:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    count = arguments.num_processes or (devices if config.parent == SHIPPED else None)
+    with _signals_passed_on() as received:
+        failed = _run([*_launcher_options(config, count), "--module", "trl", *words])
+    return 128 + received[0] if received else int(failed)
+
+
+def count_devices(*, use_cpu: bool) -> int:
+    """Accelerators to train on."""
+    import torch
+
+    return 0 if use_cpu else torch.accelerator.device_count()
+
+
+def check_devices(name: str, count: int | None, devices: int) -> None:
+    """Raises ConfigError where a shipped configuration wants other or more devices than there are."""
+    shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
+    if not devices and name in shipped - set(ON_CPU):
+        raise ConfigError(
+            f"accelerate_config={name!r} shards a model over accelerators, and there are none here. On CPUs, "
+            "--num_processes N trains in N processes that each hold the whole model."
+        )
+    if devices and name in shipped and (count or 1) > devices:
+        raise ConfigError(
+            f"num_processes={count}, and there are {devices} devices here: give {devices} at most, or use --use_cpu."
+        )
+
+
+def _launcher_options(config: Path, count: int | None) -> list[str]:
+    """Options of `accelerate launch`."""
+    return ["--config_file", str(config), *(["--num_processes", str(count)] if count else [])]
+
+
+def _run(words: Sequence[str]) -> bool:
+    """Run accelerate's launcher; True if a process failed, which has said why itself."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        arguments = launch_command_parser().parse_args(list(words))
+        arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # an option of torchrun; the others are passed on
+        launch_command(arguments)
+    except ChildFailedError as error:
+        rank, failure = next(iter(error.failures.items()))
+        print(f"trl: error: process {rank} ended with status {failure.exitcode}.", file=sys.stderr)
+        return True
+    return False
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[list[int]]:
+    """Hand SIGINT and SIGTERM to the processes below this one, which end with a checkpoint; gives those received.
+
+    torch's launcher would give its processes a few seconds to end, and then kill them.
+    """
+    import psutil
+
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in psutil.Process().children(recursive=True):
+            process.send_signal(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
