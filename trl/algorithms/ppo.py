@@ -11,7 +11,7 @@ Ziegler et al. 2019, arXiv:1909.08593 (rewards); Schulman et al. 2017, arXiv:170
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -84,16 +84,28 @@ class PPO:
         if self.kl_penalty not in KL_PENALTIES:
             raise ConfigError(unknown("kl_penalty", self.kl_penalty, KL_PENALTIES))
 
+    def after(self, kl: float, n: int) -> PPO:
+        """The algorithm once `n` more responses, of mean KL `kl`, have been learned from."""
+        return replace(self, controller=self.controller.updated(kl, n))
+
     def advantages(self, experience: Experience) -> Experience:
         """Credit of every token, from the completions' rewards `[N]` and the KL of its tokens."""
-        mask, signals = experience.mask, experience.signals
+        return self.credited(self.rewarded(experience))
+
+    def rewarded(self, experience: Experience) -> Experience:
+        """The experience with `kl` and `token_rewards`."""
+        mask = experience.mask
         kl = self.kl(experience) * mask
         rewards = token_rewards(experience.rewards, kl, mask, coefficient=self.controller.coefficient)
-        credited = masked_whiten(rewards, mask, keep_mean=True) if self.whiten_rewards else rewards
-        advantages, returns = gae(credited, signals["values"], mask, gamma=self.gamma, lam=self.lam)
-        return experience.with_signals(
-            kl=kl, token_rewards=rewards, advantages=masked_whiten(advantages, mask), returns=returns
-        )
+        return experience.with_signals(kl=kl, token_rewards=rewards)
+
+    def credited(self, experience: Experience) -> Experience:
+        """The experience with `advantages`, whitened over its mask, and `returns`, from `token_rewards` and `values`."""
+        mask, rewards = experience.mask, experience.signals["token_rewards"]
+        if self.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, keep_mean=True)
+        advantages, returns = gae(rewards, experience.signals["values"], mask, gamma=self.gamma, lam=self.lam)
+        return experience.with_signals(advantages=masked_whiten(advantages, mask), returns=returns)
 
     def kl(self, experience: Experience) -> Tensor:
         """KL of every token `[N,C]`, as `kl_penalty` measures it."""
@@ -136,3 +148,9 @@ class PPO:
             "val/error": error,
             "val/clipfrac": ((clipped - signals["returns"]).square() > error).to(error.dtype),
         }
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Σ_v π(v) [log π(v) − log π_ref(v)], `[M]` from logits `[M,V]`: the divergence of whole distributions."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)

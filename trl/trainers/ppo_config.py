@@ -1,0 +1,224 @@
+"""Options of PPO: see `trl.algorithms.ppo` for the formulas they stand in."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trl.algorithms.kl_control import AdaptiveKL, FixedKL
+from trl.algorithms.ppo import KL_PENALTIES, PPO
+from trl.errors import ConfigError, unknown
+from trl.trainers.config import TrainerConfig
+
+ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
+
+
+def _script_name() -> str:
+    return Path(sys.argv[0]).stem
+
+
+@dataclass
+class PPOConfig(TrainerConfig):
+    """Options of `PPOTrainer`."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **TrainerConfig.ALIASES,
+        "kl_coef": "init_kl_coef",
+        "num_ppo_epochs": "ppo_epochs",
+        "optimize_cuda_cache": "optimize_device_cache",
+    }
+
+    exp_name: str = field(default_factory=_script_name)
+    """Name of the experiment; the script's by default."""
+
+    seed: int = 0
+    """Seed of every random choice."""
+
+    log_with: str | None = None
+    """Tracker of `accelerate` that `log_stats` writes to: "wandb", "tensorboard", …, or a tracker object."""
+
+    task_name: str | None = None
+    """Name of the task, for the tracker."""
+
+    model_name: str = "gpt2"
+    """Name of the model, for scripts that load it from here, and for the tracker."""
+
+    query_dataset: str = "imdb"
+    """Name of the dataset of queries, for scripts that load it from here, and for the tracker."""
+
+    reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
+    """Task and name of the reward model, for scripts that load it from here, and for the tracker."""
+
+    remove_unused_columns: bool = True
+    """Accepted for older scripts: the loader of `dataset` keeps all columns, and the collator takes what it needs."""
+
+    tracker_kwargs: dict[str, Any] | str = field(default_factory=dict)
+    """Keyword arguments of the tracker, by its name: {"wandb": {"entity": "team"}}."""
+
+    accelerator_kwargs: dict[str, Any] | str = field(default_factory=dict)
+    """Older way to set {"mixed_precision": "bf16"} and {"cpu": true}; bf16, fp16 and use_cpu are today's."""
+
+    project_kwargs: dict[str, Any] | str = field(default_factory=dict)
+    """Folder of the tracker's files: {"logging_dir": "logs"}."""
+
+    tracker_project_name: str = "trl"
+    """Name of the project in the tracker."""
+
+    push_to_hub_if_best_kwargs: dict[str, Any] | str = field(default_factory=dict)
+    """Arguments of `push_to_hub`; with them, the model is uploaded whenever the mean score is the best so far."""
+
+    compare_steps: int = 1
+    """Steps between two such comparisons."""
+
+    steps: int = 20_000
+    """Samples that a script means to train on in all; read by scripts."""
+
+    learning_rate: float = 1.41e-5
+    """Learning rate of Adam."""
+
+    batch_size: int = 128
+    """Triplets of one `step`, per process."""
+
+    mini_batch_size: int = 128
+    """Triplets of one forward and backward pass; at most `batch_size`."""
+
+    forward_batch_size: int | None = None
+    """Older name of `mini_batch_size`."""
+
+    gradient_accumulation_steps: int = 1
+    """Mini-batches of one optimizer step."""
+
+    ppo_epochs: int = 4
+    """Times that a batch is learned from."""
+
+    max_grad_norm: float | None = None
+    """Longest gradient; longer ones are scaled down to it. None: no limit."""
+
+    optimize_device_cache: bool = False
+    """Give cached memory of the device back after every step: slower, and smaller between steps."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them."""
+
+    adap_kl_ctrl: bool = True
+    """Adapt the coefficient of the KL penalty, so that the KL stays near `target`."""
+
+    init_kl_coef: float = 0.2
+    """Coefficient of the KL penalty; its first value if it is adapted."""
+
+    kl_penalty: str = "kl"
+    """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
+
+    target: float = 6
+    """KL of a response, in nats, that the adapted coefficient aims at."""
+
+    horizon: float = 10_000
+    """Samples over which the coefficient adapts."""
+
+    gamma: float = 1
+    """Discount of a token's later rewards."""
+
+    lam: float = 0.95
+    """λ of generalised advantage estimation."""
+
+    cliprange: float = 0.2
+    """How far the probability ratio of a token may move in one batch before it stops being rewarded."""
+
+    cliprange_value: float = 0.2
+    """How far a value may move in one batch before it stops being rewarded."""
+
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+
+    early_stopping: bool = False
+    """End a batch's epochs early once the policy has moved beyond 1.5 `target_kl`."""
+
+    target_kl: float = 1
+    """KL between the policy and the one that sampled, for `early_stopping`."""
+
+    ratio_threshold: float = 10
+    """Mini-batches whose mean probability ratio is above this are skipped."""
+
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation."""
+
+    use_score_norm: bool = False
+    """Subtract the scores' running mean as well; needs `use_score_scaling`."""
+
+    score_clip: float | None = None
+    """Clip scores, after scaling, to ± this."""
+
+    whiten_rewards: bool = False
+    """Scale the token rewards of a batch to variance 1."""
+
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to zero, so that ratios come from training alone."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainerConfig._VALID_DICT_FIELDS,
+        "tracker_kwargs",
+        "accelerator_kwargs",
+        "project_kwargs",
+        "push_to_hub_if_best_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        self._read_accelerator_kwargs()
+        self._size_batches()
+        super().__post_init__()
+        if self.kl_penalty not in KL_PENALTIES:
+            raise ConfigError(unknown("kl_penalty", self.kl_penalty, KL_PENALTIES))
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ConfigError("use_score_norm=True centres scores that are scaled: set use_score_scaling=True as well.")
+        if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
+            raise ConfigError('push_to_hub_if_best_kwargs needs a "repo_id" to upload to.')
+        for name in ("target", "horizon", "ppo_epochs", "ratio_threshold", "compare_steps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    def _read_accelerator_kwargs(self) -> None:
+        if not isinstance(self.accelerator_kwargs, dict):
+            return
+        for name in self.accelerator_kwargs:
+            if name not in ACCELERATOR_OPTIONS:
+                raise ConfigError(unknown("entry of accelerator_kwargs", name, ACCELERATOR_OPTIONS))
+        precision = self.accelerator_kwargs.get("mixed_precision")
+        self.use_cpu = self.use_cpu or self.accelerator_kwargs.get("cpu", False)
+        self.fp16 = self.fp16 or precision == "fp16"
+        self.bf16 = self.bf16 if precision is None else precision == "bf16"
+
+    def _size_batches(self) -> None:
+        if self.forward_batch_size is not None:
+            self.mini_batch_size = self.forward_batch_size
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.mini_batch_size > self.batch_size:
+            self.mini_batch_size = max(1, self.batch_size // self.gradient_accumulation_steps)
+        if self.batch_size % self.backward_batch_size:
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be a multiple of mini_batch_size × gradient_accumulation_steps = "
+                f"{self.mini_batch_size} × {self.gradient_accumulation_steps} = {self.backward_batch_size}, the triplets of "
+                "one optimizer step."
+            )
+
+    @property
+    def backward_batch_size(self) -> int:
+        """Triplets of one optimizer step."""
+        return self.mini_batch_size * self.gradient_accumulation_steps
+
+    def algorithm(self) -> PPO:
+        """The algorithm that these options describe."""
+        adaptive = AdaptiveKL(self.init_kl_coef, self.target, self.horizon)
+        return PPO(
+            gamma=self.gamma,
+            lam=self.lam,
+            cliprange=self.cliprange,
+            cliprange_value=self.cliprange_value,
+            vf_coef=self.vf_coef,
+            kl_penalty=self.kl_penalty,
+            whiten_rewards=self.whiten_rewards,
+            controller=adaptive if self.adap_kl_ctrl else FixedKL(self.init_kl_coef),
+        )

@@ -1,0 +1,75 @@
+"""Responses to queries with the options of `model.generate`, sampled by the rollout engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from trl.errors import ConfigError, DataError
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+
+DEFAULT_LENGTH = 20
+"""New tokens where nothing says how many, as in `transformers`."""
+
+LONGEST = 2**31
+"""New tokens where the length of each response is drawn."""
+
+
+def prompts_of(queries: Sequence[Tensor], length_sampler: Callable[[], int] | None) -> list[Prompt]:
+    """The queries as prompts, each with its own number of new tokens if lengths are drawn."""
+    for i, query in enumerate(queries):
+        if not isinstance(query, Tensor) or query.dim() != 1:
+            found = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
+            raise DataError(f"query_tensor[{i}] has to be a tensor of token ids of shape [L], got {found}.")
+    lengths = [None if length_sampler is None else length_sampler() for _ in queries]
+    return [Prompt(query.tolist(), max_new_tokens=n) for query, n in zip(queries, lengths, strict=True)]
+
+
+def sampling_params(
+    defaults: GenerationConfig, options: dict[str, Any], *, sampled_length: bool = False
+) -> SamplingParams:
+    """What `model.generate(**options)` would do, for a model with these `defaults`.
+
+    Raises ConfigError for options that no `GenerationConfig` has.
+    """
+    config = copy.deepcopy(defaults)
+    unknown = config.update(**options)
+    if unknown:
+        raise ConfigError(
+            f"generate() has no option {', '.join(map(repr, unknown))}: it takes the fields of a GenerationConfig "
+            "(max_new_tokens, do_sample, top_k, …). Sample with trainer.model.generate for anything else."
+        )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    changes: dict[str, Any] = {"stop_token_ids": [token for token in ends if token is not None and token >= 0]}
+    changes["ignore_eos"] = config.eos_token_id is not None
+    if (config.min_length or 0) <= 0:
+        config.min_length = None
+    if sampled_length:
+        config.max_new_tokens = LONGEST
+    elif config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = DEFAULT_LENGTH
+    return SamplingParams.from_generation_config(config, **changes)
+
+
+def sample(
+    engine: LocalEngine, model: nn.Module, prompts: Sequence[Prompt], params: SamplingParams, batch_size: int | None
+) -> list[list[int]]:
+    """Token ids of one response each; at most `batch_size` at a time."""
+    size = batch_size or max(1, len(prompts))
+    engine.sync(model, step=0)
+    found = []
+    for start in range(0, len(prompts), size):
+        rollouts = engine.generate(prompts[start : start + size], params)
+        found += [list(rollout.ids) for (rollout,) in rollouts]
+    return found
+
+
+def untrimmed(ids: Sequence[int], end: int | None) -> list[int]:
+    """`ids` up to the first `end`, which is kept."""
+    return list(ids[: ids.index(end) + 1]) if end in ids else list(ids)

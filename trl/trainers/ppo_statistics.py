@@ -1,0 +1,136 @@
+"""What a step of PPO reports, under the names that its users know."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl.ops.reduce import masked_mean
+from trl.trainers.meter import Meter
+from trl.trainers.triplets import Triplet
+from trl.types import Batch, Experience, Metrics
+
+
+class Stopwatch:
+    """Seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last call as that of `name`."""
+        now = time.perf_counter()
+        self.seconds[f"time/ppo/{name}"] = now - self.last
+        self.last = now
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "time/ppo/total": time.perf_counter() - self.started}
+
+
+class Record:
+    """What the mini-batches of a step have shown."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+        self.ratios: list[Tensor] = []
+        self.kept: list[Tensor] = []
+
+    def add(self, metrics: Metrics, batch: Batch, kept: Tensor) -> None:
+        """Count a mini-batch; `kept` says whether it was learned from."""
+        self.meter.add(metrics, batch)
+        self.ratios.append(metrics["policy/ratio"][batch.mask.bool()])
+        self.kept.append(kept)
+
+    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device, *, threshold: float) -> dict[str, float]:
+        """Means over tokens and processes; warns of mini-batches that were skipped."""
+        skipped = len(self.kept) - int(torch.stack(self.kept).sum())
+        if skipped:
+            warnings.warn(
+                f"{skipped} of {len(self.kept)} mini-batches were skipped, because their mean probability ratio was above "
+                f"ratio_threshold={threshold}: the policy has moved too far from the one that sampled. Lower "
+                "learning_rate or ppo_epochs.",
+                stacklevel=4,
+            )
+        return self.meter.read(gather, device)
+
+
+def rollout_means(experience: Experience, scores: Tensor, coefficient: float) -> dict[str, Tensor]:
+    """Means over the batch, of quantities known before anything is learned from it."""
+    mask, signals = experience.mask, experience.signals
+    non_score = -coefficient * signals["kl"]
+    value_mean, value_var = _moments(signals["values"], mask)
+    return_mean, return_var = _moments(signals["returns"], mask)
+    return {
+        "objective/kl": (signals["kl"] * mask).sum(1).mean(),
+        "objective/entropy": -(signals["old_logprobs"] * mask).sum(1).mean(),
+        "ppo/mean_non_score_reward": masked_mean(non_score, mask),
+        "ppo/mean_scores": scores.mean(),
+        "ppo/std_scores": scores.std(correction=min(1, len(scores) - 1)),
+        "ppo/val/mean": value_mean,
+        "ppo/val/var": value_var,
+        "ppo/returns/mean": return_mean,
+        "ppo/returns/var": return_var,
+    }
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    mean = masked_mean(x, mask)
+    return mean, ((x - mean).square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
+
+
+def token_counts(triplets: Sequence[Triplet]) -> dict[str, Any]:
+    """Lengths of queries and responses."""
+    found: dict[str, Any] = {}
+    for name, lengths in (
+        ("queries", [len(triplet.query) for triplet in triplets]),
+        ("responses", [len(triplet.response) for triplet in triplets]),
+    ):
+        dist = np.array(lengths, dtype=np.float32)
+        found |= {
+            f"tokens/{name}_len_mean": float(dist.mean()),
+            f"tokens/{name}_len_std": float(dist.std(ddof=min(1, len(dist) - 1))),
+            f"tokens/{name}_dist": dist,
+        }
+    return found
+
+
+def distributions(experience: Experience, ratios: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """Arrays of this process: `[N]` of responses, `[N,C]` of tokens, flat where only scored tokens are meant."""
+    signals, scored = experience.signals, experience.mask.bool()
+    return {
+        "objective/kl_dist": _array((signals["kl"] * experience.mask).sum(1)),
+        "objective/logprobs": _array(signals["old_logprobs"]),
+        "objective/ref_logprobs": _array(signals["ref_logprobs"]),
+        "ppo/policy/advantages": _array(signals["advantages"][scored]),
+        "ppo/policy/ratio": _array(torch.cat(list(ratios))),
+    }
+
+
+def training_means(found: Mapping[str, float], returns_var: float) -> dict[str, float]:
+    """The meter's means under their reported names, and how much of the returns' variance the values explain."""
+    means = {f"ppo/{name}": value for name, value in found.items() if name != "policy/ratio"}
+    explained = 1 - means["ppo/val/error"] / returns_var if returns_var > 0 else float("nan")
+    return {**means, "ppo/val/var_explained": explained}
+
+
+def mean_over_processes(values: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Scalars averaged over the processes. `gather` stacks a tensor `[1,…]` of every process."""
+    row = torch.stack([value.float() for value in values.values()])[None]
+    return dict(zip(values, gather(row).mean(0).tolist(), strict=True))
+
+
+def environment(rewards: Tensor) -> dict[str, Any]:
+    """Mean, standard deviation and distribution of the environment's rewards `[N]`."""
+    dist = _array(rewards)
+    return {"env/reward_mean": float(dist.mean()), "env/reward_std": float(dist.std()), "env/reward_dist": dist}
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()

@@ -1,0 +1,136 @@
+"""Triplets (query, response, score) that a user brings: checked, and laid out for the stations.
+
+A query is a prompt and its response a completion that hangs from it. Triplets with equal queries share one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.errors import DataError
+from trl.types import Batch, Completion, Example
+
+
+@dataclass(frozen=True, slots=True)
+class Triplet:
+    """Token ids of a query and of the response to it, and which of the response's tokens count."""
+
+    query: tuple[int, ...]
+    response: tuple[int, ...]
+    mask: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.query) + len(self.response)
+
+
+def read_triplets(
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    masks: Sequence[Tensor] | None = None,
+    *,
+    batch_size: int,
+    start_token: int | None = None,
+) -> list[Triplet]:
+    """The triplets of a batch; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
+
+    A `start_token` that begins a response, as an encoder-decoder generates it, is not one of its tokens.
+
+    Raises DataError, naming the argument and the index, for what cannot be trained on.
+    """
+    for name, given in (("queries", queries), ("responses", responses), ("response_masks", masks)):
+        if given is not None:
+            _check_list(name, given, batch_size)
+    triplets = []
+    for i in range(batch_size):
+        query, response = _ids("queries", i, queries[i]), _ids("responses", i, responses[i])
+        mask = (1,) * len(response) if masks is None else _mask(i, masks[i], len(response))
+        starts = len(response) > 0 and response[0] == start_token
+        response, mask = response[starts:], mask[starts:]
+        if not query:
+            raise DataError(f"queries[{i}] is empty: give at least one token (a beginning-of-sequence token, say).")
+        if not response:
+            raise DataError(
+                f"responses[{i}] is empty: sample at least one token, or leave the sample out of the batch."
+            )
+        if not any(mask):
+            raise DataError(
+                f"response_masks[{i}] masks all {len(mask)} tokens of its response: none is left to learn from."
+            )
+        triplets.append(Triplet(query, response, mask))
+    return triplets
+
+
+def read_scores(scores: Sequence[Any], *, batch_size: int) -> Tensor:
+    """Scores `[N]` float32, from tensors or numbers. Raises DataError for what is no finite scalar, by its index."""
+    _check_list("scores", scores, batch_size)
+    values = []
+    for i, score in enumerate(scores):
+        found = torch.as_tensor(score)
+        if found.numel() != 1:
+            raise DataError(f"scores[{i}] has shape {tuple(found.shape)}: a score is one number per response.")
+        if not torch.isfinite(found):
+            raise DataError(f"scores[{i}] is {found.item()}: give a finite number for this query and response.")
+        values.append(float(found))
+    return torch.tensor(values)
+
+
+def _check_list(name: str, given: Any, batch_size: int) -> None:
+    if not isinstance(given, list | tuple):
+        raise DataError(f"{name} has to be a list with one tensor per sample, got {type(given).__name__}.")
+    if len(given) != batch_size:
+        raise DataError(
+            f"{name} has {len(given)} entries, but batch_size={batch_size}: step() takes a whole batch. Give "
+            f"{batch_size}, or set batch_size={len(given)} in PPOConfig."
+        )
+
+
+def _ids(name: str, i: int, given: Any) -> tuple[int, ...]:
+    if not isinstance(given, Tensor):
+        raise DataError(f"{name}[{i}] has to be a tensor of token ids, got {type(given).__name__}.")
+    if given.dim() > 2 or (given.dim() == 2 and len(given) != 1):
+        raise DataError(f"{name}[{i}] has shape {tuple(given.shape)}: give one sequence, of shape [L] or [1, L].")
+    if given.is_floating_point():
+        raise DataError(f"{name}[{i}] holds {given.dtype} numbers: token ids are integers.")
+    return tuple(given.flatten().tolist())
+
+
+def _mask(i: int, given: Tensor, length: int) -> tuple[int, ...]:
+    mask = tuple(int(bool(x)) for x in given.flatten().tolist())
+    if len(mask) != length:
+        raise DataError(f"response_masks[{i}] has {len(mask)} entries for the {length} tokens of responses[{i}].")
+    return mask
+
+
+def group_by_query(triplets: Sequence[Triplet], rows: Sequence[int]) -> tuple[list[Example], list[int]]:
+    """Examples of the triplets numbered `rows`, one per different query, and the order of their completions."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        groups.setdefault(triplets[row].query, []).append(row)
+    examples = [
+        Example(query, tuple(Completion(triplets[row].response, triplets[row].mask) for row in members))
+        for query, members in groups.items()
+    ]
+    return examples, [row for members in groups.values() for row in members]
+
+
+def group_numbers(triplets: Sequence[Triplet]) -> Tensor:
+    """`[N]`, equal where queries are equal."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(triplet.query, len(numbers)) for triplet in triplets])
+
+
+def with_rows(batch: Batch, tables: dict[str, Tensor], order: Sequence[int]) -> Batch:
+    """The batch with signals `[n,c]`, the rows `order` of tables `[N,C]`."""
+    width = batch.mask.shape[1]
+    return replace(batch, signals={name: table[order, :width] for name, table in tables.items()})
+
+
+def put_rows(table: Tensor, values: Tensor, order: Sequence[int]) -> None:
+    """Write `[n,c]` values into the rows `order` of a table `[N,C]`."""
+    table[torch.as_tensor(order, device=table.device), : values.shape[1]] = values
