@@ -13,7 +13,8 @@ from trl.trainers.dpo import DPOTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.reward import RewardTrainer
 
-WORDS = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm".split()
+TEXT = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm"
+WORDS = TEXT.split()
 EIGHT = range(8)
 PROMPTS = [" ".join(WORDS[: 3 + i % 5]) for i in EIGHT]
 SHORT = [f" {WORDS[i]} {i}" * (1 + i % 3) for i in EIGHT]
