@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -26,7 +27,6 @@ from trl.models.reference import (
     NamedAdapter,
     Precomputed,
     Reference,
-    create_reference_model,
     make_reference,
 )
 from trl.models.score import prepare_scoring, unwrap
@@ -339,7 +339,8 @@ def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
 
 def check_prompts(encoded: Dataset, name: str) -> None:
     """Raise DataError for rows without a prompt: there is nothing their completions answer."""
-    lengths = encoded.with_format("arrow")[:]["prompt_ids"].combine_chunks().value_lengths().to_numpy()
+    prompts = encoded.with_format("arrow", columns=["prompt_ids"])[:]["prompt_ids"]
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in prompts.chunks])
     empty = (lengths == 0).nonzero()[0]
     if len(empty):
         raise DataError(
@@ -347,6 +348,3 @@ def check_prompts(encoded: Dataset, name: str) -> None:
             "column 'prompt' is empty, or there is none and chosen and rejected have no beginning in common. Give every "
             "row a prompt."
         )
-
-
-__all__ = ["PreferenceConfig", "PreferenceTrainer", "SyncRefModelCallback", "create_reference_model"]
