@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(options.seed)
     train, test = load_reviews("train"), load_reviews("test")
     model, tokenizer = load(options.model_name_or_path, train["text"])
-    prompts = prompt_openings(test.select(range(200)))
+    prompts = prompt_openings(test.select(range(options.judged)))
     console.print(
         f"[bold]Supervised fine-tuning[/bold] of {type(model).__name__} ({count_parameters(model)[1] / 1e6:.1f} million "
         f"parameters) on {len(train):,} film reviews",
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     after = sample(model, tokenizer, prompts, seed=options.seed)
     console.print(table_of_samples(prompts, before, after, rows=options.samples))
     console.print(
-        f"Texts that are sentences of English, of {len(prompts)} samples: "
+        f"Reviews that are grammatical throughout, of {len(prompts)} samples: "
         f"{share_grammatical(before):.0%} before, [bold]{share_grammatical(after):.0%}[/bold] after.\n"
         f"The model is in {options.output_dir}.",
         highlight=False,
@@ -60,6 +60,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="trl-demo", help="where the model goes; default: %(default)s")
     parser.add_argument("--max_steps", type=int, default=-1, help="stop after so many optimizer steps")
     parser.add_argument("--samples", type=int, default=5, help="samples to show; default: %(default)s")
+    parser.add_argument("--judged", type=int, default=200, help="samples to judge; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(argv)
 
