@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.conftest import make_tokenizer
 from trl.errors import ConfigError, DataError
 from trl.models.reference import Precomputed
-from trl.trainers.kto import KTOConfig, KTOTrainer, mismatched
+from trl.trainers.kto import KTOConfig, KTOTrainer, keyed, mismatched
 from trl.types import Completion, Example
 
 COLOURS = ["red", "green", "blue", "cyan", "pink", "grey", "teal", "gold"]
@@ -120,7 +120,9 @@ def test_mismatched_keeps_completions_and_changes_every_prompt():
     found = mismatched(examples)
     assert sorted(e.completions[0].ids[0] for e in found) == list(range(6))
     assert all(list(e.prompt) != own[e.completions[0].ids[0]] for e in found)
-    assert mismatched(examples[::-1]) == found
+    assert mismatched(examples[::-1]) == found[::-1]
+    halves = [mismatched(half, keyed(examples)) for half in (examples[:2], examples[2:])]
+    assert [*halves[0], *halves[1]] == found, "split over processes"
     assert mismatched(examples[:1]) == []
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
@@ -118,7 +119,10 @@ class KTOTrainer(PreferenceTrainer):
     def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """z₀ or δ, over all processes."""
         if self.algorithm.needs_signal == "kl":
-            return {"kl": self._divergence(mismatched(examples))}
+            circle = keyed(examples)
+            if self.accelerator.num_processes > 1:
+                circle = gather_object(circle)
+            return {"kl": self._divergence(mismatched(examples, circle))}
         if self.algorithm.needs_signal == "delta":
             return {"delta": self._shift().delta.float()}
         return {}
@@ -191,24 +195,34 @@ def unpaired(rows: Rows) -> Rows:
     return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt))
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Every completion under the prompt of another example: (x_i, y_j), j ≠ i, with a different prompt where there is one.
+Keyed = tuple[bytes, list[int]]
+"""An example's digest and its prompt."""
 
-    Which prompt that is depends on what the examples are and not on their order. KTO, arXiv:2402.01306, Section 4.
+
+def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = None) -> list[Example]:
+    """Every completion under another example's prompt: (x_i, y_j), j ≠ i, with a different prompt where there is one.
+
+    `circle` are the examples to take prompts from, by default these. Which prompt is taken depends on what the examples
+    are, and not on their order. Empty if there is no other example. KTO, arXiv:2402.01306, Section 4.
     """
-    shuffled = sorted(examples, key=_digest)
-    if len(shuffled) < 2:
+    circle = sorted(keyed(examples) if circle is None else circle)
+    if len(circle) < 2:
         return []
-    return [Example(_other_prompt(shuffled, i), example.completions) for i, example in enumerate(shuffled)]
+    places = {digest: i for i, (digest, _) in enumerate(circle)}
+    return [Example(_other_prompt(circle, places[digest(e)]), e.completions) for e in examples]
 
 
-def _other_prompt(examples: Sequence[Example], i: int) -> Sequence[int]:
-    """The prompt of the next example, in a circle, that has another prompt than example i."""
-    circle = [*examples[i + 1 :], *examples[:i]]
-    own = list(examples[i].prompt)
-    return next((other.prompt for other in circle if list(other.prompt) != own), circle[0].prompt)
+def _other_prompt(circle: Sequence[Keyed], i: int) -> list[int]:
+    """The next prompt, in a circle, that differs from the one at i."""
+    others = [prompt for _, prompt in [*circle[i + 1 :], *circle[:i]]]
+    return next((prompt for prompt in others if prompt != circle[i][1]), others[0])
 
 
-def _digest(example: Example) -> bytes:
+def keyed(examples: Sequence[Example]) -> list[Keyed]:
+    return [(digest(example), list(example.prompt)) for example in examples]
+
+
+def digest(example: Example) -> bytes:
+    """A hash of an example's tokens."""
     ids = [*example.prompt, -1, *example.completions[0].ids]
     return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
