@@ -301,7 +301,8 @@ class PPOTrainer(BaseTrainer):
         if self.policy is not None:
             return
         if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            options = {"use_reentrant": False, **(self.args.activation_checkpointing_kwargs or {})}
+            self.model.activation_checkpointing_enable(options)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     @contextmanager
