@@ -9,14 +9,24 @@ from torch import Tensor
 
 from trl.types import Batch
 
-EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {"min_reward": torch.amin, "max_reward": torch.amax}
+EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "min_reward": torch.amin,
+    "max_reward": torch.amax,
+    "completions/min_length": torch.amin,
+    "completions/max_length": torch.amax,
+    "clip_ratio/low_min": torch.amin,
+    "clip_ratio/high_max": torch.amax,
+    "sampling/importance_sampling_ratio/min": torch.amin,
+    "sampling/importance_sampling_ratio/max": torch.amax,
+    "sampling/sampling_logp_difference/max": torch.amax,
+}
 """Metrics of which the smallest or largest value is reported, not the mean."""
 
 
 class Meter:
     """Weighted means of named measurements.
 
-    `add` takes what algorithms return (see `trl.types.Metrics`): `[N,C]` values are averaged over the mask, vectors
+    `add` takes what algorithms return (see `trl.types.Metrics`): `[N,C]` values are averaged over the batch's mask, vectors
     over their entries that are not NaN; of names in `EXTREMES` the smallest or largest value is kept. It neither
     synchronises nor communicates; `read` does both, once.
     """
@@ -25,7 +35,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._extremes: dict[str, Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor], batch: Batch) -> None:
+    def add(self, metrics: Mapping[str, Tensor], batch: Batch | None = None) -> None:
         for name, values in metrics.items():
             if name in EXTREMES:
                 self._keep(name, values.detach().double())

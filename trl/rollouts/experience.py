@@ -1,0 +1,143 @@
+"""A round of rollouts: from groups of samples to the examples that are trained on, and back from a checkpoint.
+
+    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──credit──▶ examples with signals ──▶ slices
+
+Experience is tensors over the whole round, for algorithms; examples are ragged lists, one prompt with those of its samples
+that are learned from. A slice is what one counted step of the loop trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.types import Completion, Example, Experience
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one prompt, and their rewards.
+
+    row           the dataset's row
+    example       the prompt and its G completions, with the signal `sampler_logprobs`
+    finished      [G] whether a completion came to its end
+    completions   [G] as reward functions see them: texts or conversations
+    rewards       [G,F] of every function, NaN where it did not apply
+    failed        [G] whether a function failed
+    """
+
+    row: Mapping[str, Any]
+    example: Example
+    finished: Tensor
+    completions: Sequence[Any]
+    rewards: Tensor
+    failed: Tensor
+
+
+def completions_of(examples: Sequence[Example]) -> list[Completion]:
+    return [completion for example in examples for completion in example.completions]
+
+
+def padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Ragged rows as `[N,C]` float32, zero beyond their ends."""
+    width = max(1, *map(len, rows))
+    table = torch.zeros(len(rows), width)
+    for out, row in zip(table, rows, strict=True):
+        out[: len(row)] = torch.tensor(row)
+    return table
+
+
+def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
+    """The experience of a round: rewards `[N]` of its completions, and their signals as tensors."""
+    completions = completions_of(examples)
+    sizes = torch.tensor([len(example.completions) for example in examples])
+    mask = padded([[1.0] * len(c) if c.mask is None else list(map(float, c.mask)) for c in completions])
+    signals = {
+        name: torch.tensor([c.signals[name] for c in completions])
+        if isinstance(value, float)
+        else padded([c.signals[name] for c in completions])
+        for name, value in completions[0].signals.items()
+    }
+    return Experience(rewards, torch.arange(len(examples)).repeat_interleave(sizes), mask, signals)
+
+
+def with_signals(examples: Sequence[Example], signals: Mapping[str, Tensor]) -> list[Example]:
+    """The examples with signals `[N]` or `[N,C]` added to those of their completions."""
+    rows = {name: values.tolist() for name, values in signals.items()}
+    made, n = [], 0
+    for example in examples:
+        completions = []
+        for completion in example.completions:
+            added = {k: v[n][: len(completion)] if isinstance(v[n], list) else v[n] for k, v in rows.items()}
+            completions.append(replace(completion, signals={**completion.signals, **added}))
+            n += 1
+        made.append(replace(example, completions=tuple(completions)))
+    return made
+
+
+def without_signals(examples: Sequence[Example], names: Sequence[str]) -> list[Example]:
+    """The examples less the named signals."""
+
+    def less(completion: Completion) -> Completion:
+        return replace(completion, signals={k: v for k, v in completion.signals.items() if k not in names})
+
+    return [replace(e, completions=tuple(map(less, e.completions))) for e in examples]
+
+
+def cut_slices(
+    examples: Sequence[Example], keep: Sequence[bool], slices: int, budget: int | None
+) -> list[list[Example]]:
+    """The completions to keep, in as many slices of like numbers of completions; groups stay together as far as they can.
+
+    A group is split where it crosses the end of a slice, or holds more than `budget` tokens with its prompt. Where there
+    are fewer completions than slices, one that nothing is learned from fills the rest.
+    """
+    wanted = iter(keep)
+    flat = [(i, c) for i, example in enumerate(examples) for c in example.completions if next(wanted)]
+    if len(flat) < slices:
+        first = examples[0].completions[0]
+        muted = replace(first, mask=[0] * len(first))
+        flat += [(0, muted)] * (slices - len(flat))
+    bounds = [len(flat) * k // slices for k in range(slices + 1)]
+    return [_grouped(examples, flat[a:b], budget) for a, b in pairwise(bounds)]
+
+
+def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]], budget: int | None) -> list[Example]:
+    """Neighbours with the same prompt as one example, of at most `budget` tokens."""
+    pieces: list[tuple[int, list[Completion], int]] = []
+    for i, completion in flat:
+        prompt = len(examples[i].prompt)
+        if pieces and pieces[-1][0] == i and (budget is None or pieces[-1][2] + len(completion) <= budget):
+            index, completions, tokens = pieces[-1]
+            pieces[-1] = (index, [*completions, completion], tokens + len(completion))
+        else:
+            pieces.append((i, [completion], prompt + len(completion)))
+    return [replace(examples[i], completions=tuple(completions)) for i, completions, _ in pieces]
+
+
+def state_of(slices: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
+    """Slices as lists, dicts and numbers, for a checkpoint."""
+
+    def plain(c: Completion) -> dict[str, Any]:
+        return {"ids": list(c.ids), "mask": None if c.mask is None else list(c.mask), "signals": dict(c.signals)}
+
+    return [
+        [
+            {"prompt": list(e.prompt), "inputs": dict(e.inputs), "completions": [plain(c) for c in e.completions]}
+            for e in each
+        ]
+        for each in slices
+    ]
+
+
+def slices_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
+    """Slices from what `state_of` gave."""
+    return [
+        [Example(e["prompt"], tuple(Completion(**c) for c in e["completions"]), e["inputs"]) for e in each]
+        for each in state
+    ]

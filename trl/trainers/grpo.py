@@ -1,0 +1,194 @@
+"""Group relative policy optimisation and its family: reinforcement learning whose baseline is the prompt's other samples.
+
+    A_i = (r_i − mean r) / std r,     loss = −min(ρ A, clip(ρ, 1 ± ε) A);     for the others see `trl.algorithms.grpo`
+
+GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=short, train_dataset=prompts).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trl.algorithms.advantages import NORMALIZE_THEN_SUM
+from trl.algorithms.grpo import GRPO
+from trl.algorithms.importance import Correction
+from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
+from trl.errors import ConfigError, unknown
+from trl.trainers.online import OnlineTrainer
+from trl.trainers.online_config import OnlineConfig
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Options of `GRPOTrainer`."""
+
+    beta: float = 0.0
+    """Coefficient of the KL penalty. 0: no reference is kept."""
+
+    epsilon: float = 0.2
+    """How far a ratio may fall below 1 before it is clipped."""
+
+    epsilon_high: float | None = None
+    """How far it may rise above 1; the largest weight itself with loss_type="cispo". None: as `epsilon`."""
+
+    delta: float | None = None
+    """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
+
+    importance_sampling_level: str = "token"
+    """What the ratio is of: each "token", or the "sequence" (GSPO, arXiv:2507.18071)."""
+
+    scale_rewards: str | bool = "group"
+    """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
+    arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
+
+    loss_type: str = "dapo"
+    """How ratios are bounded and tokens averaged: a name in `LOSS_TYPES`."""
+
+    sapo_temperature_neg: float = 1.05
+    """Temperature of SAPO's gate where the advantage is negative."""
+
+    sapo_temperature_pos: float = 1.0
+    """Temperature of SAPO's gate where the advantage is positive."""
+
+    vespo_k_pos: float = 2.0
+    """Exponent of VESPO's weight where the advantage is positive."""
+
+    vespo_lambda_pos: float = 3.0
+    """Decay of VESPO's weight where the advantage is positive."""
+
+    vespo_k_neg: float = 3.0
+    """Exponent of VESPO's weight where the advantage is negative."""
+
+    vespo_lambda_neg: float = 2.0
+    """Decay of VESPO's weight where the advantage is negative."""
+
+    kl_estimator: str = "k3"
+    """Estimate of a token's KL: "k1", "k2" or "k3"."""
+
+    use_bias_correction_kl: bool = True
+    """Multiply the KL of a token by its ratio, so that its gradient is that of the reverse KL (arXiv:2512.02556)."""
+
+    kl_in_reward: bool = False
+    """Take the KL penalty off the reward, in place of adding it to the loss."""
+
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    use_adaptive_entropy: bool = False
+    """Not available: set `entropy_coef`."""
+
+    top_entropy_quantile: float = 1.0
+    """Learn from this share of tokens alone, those of highest entropy in the round (arXiv:2506.01939)."""
+
+    off_policy_mask_threshold: float | None = None
+    """Do not learn from completions with a negative advantage that the policy has moved away from by more than this
+    (arXiv:2512.02556). None: learn from all."""
+
+    importance_sampling_correction: bool = False
+    """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's."""
+
+    importance_sampling_mode: str = "sequence_mask"
+    """"token_truncate", "token_mask", "sequence_truncate" or "sequence_mask"."""
+
+    importance_sampling_clip_max: float | None = 3.0
+    """Largest such weight. None: no bound."""
+
+    importance_sampling_clip_min: float | None = None
+    """Smallest such weight. None: no bound."""
+
+    max_tool_calling_iterations: int | None = None
+    """Not available: tools are not called in this version."""
+
+    cast_lm_head_to_fp32: bool = False
+    """Not available: log-probabilities are computed in float32 from the head's output."""
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise ConfigError(unknown("loss_type", self.loss_type, LOSS_TYPES))
+        self.loss_aggregation = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        super().__post_init__()
+        for name in ("use_adaptive_entropy", "max_tool_calling_iterations", "cast_lm_head_to_fp32"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 completions.")
+        self.make_algorithm()
+
+    def make_algorithm(self) -> GRPO:
+        """The algorithm that these options describe."""
+        gdpo = self.multi_objective_aggregation == NORMALIZE_THEN_SUM
+        return GRPO(
+            scale="batch" if gdpo else self.scale_rewards,
+            ratio_level=self.importance_sampling_level,
+            surrogate=LOSS_TYPES[self.loss_type].surrogate(self),
+            beta=self.beta,
+            kl=self.kl_estimator,
+            unbiased_kl=self.use_bias_correction_kl,
+            kl_in_reward=self.kl_in_reward,
+            entropy_coef=self.entropy_coef,
+            top_entropy=self.top_entropy_quantile,
+            off_policy_threshold=self.off_policy_mask_threshold,
+            correction=self._correction() if self.importance_sampling_correction else None,
+        )
+
+    def _correction(self) -> Correction:
+        bounds = (self.importance_sampling_clip_min, self.importance_sampling_clip_max)
+        return Correction(self.importance_sampling_mode, *bounds)
+
+
+@dataclass(frozen=True)
+class LossType:
+    """A surrogate made from the options, and how it is averaged (None: as `loss_aggregation` says)."""
+
+    surrogate: Callable[[GRPOConfig], Surrogate]
+    averaging: str | None
+
+
+def _high(config: GRPOConfig) -> float:
+    return config.epsilon if config.epsilon_high is None else config.epsilon_high
+
+
+def _clip(config: GRPOConfig) -> Clip:
+    return Clip(config.epsilon, _high(config), config.delta)
+
+
+def _cispo(config: GRPOConfig) -> CISPO:
+    return CISPO(_high(config))
+
+
+def _sapo(config: GRPOConfig) -> SAPO:
+    return SAPO(config.sapo_temperature_pos, config.sapo_temperature_neg)
+
+
+def _vespo(config: GRPOConfig) -> VESPO:
+    return VESPO(config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg)
+
+
+def _gmpo(config: GRPOConfig) -> GMPO:
+    return GMPO(config.epsilon, _high(config))
+
+
+LOSS_TYPES = {
+    "grpo": LossType(_clip, "sequence"),
+    "dr_grpo": LossType(_clip, "constant"),
+    "dapo": LossType(_clip, "token"),
+    "bnpo": LossType(_clip, "token"),
+    "luspo": LossType(_clip, "sum"),
+    "cispo": LossType(_cispo, "token"),
+    "sapo": LossType(_sapo, "sequence"),
+    "vespo": LossType(_vespo, "token"),
+    "gmpo": LossType(_gmpo, "sequence"),
+    "clip": LossType(_clip, None),
+}
+"""Names of known combinations. "clip" leaves the averaging to `loss_aggregation`."""
+
+
+class GRPOTrainer(OnlineTrainer):
+    """Sample groups of completions, and make those likelier that are rewarded above their group's mean.
+
+    Arguments: see `OnlineTrainer`.
+    """
+
+    config_class = GRPOConfig

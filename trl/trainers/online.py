@@ -1,0 +1,544 @@
+"""Learning from samples of the model that is trained: one trainer, given an algorithm, an engine and reward functions.
+
+    prompt ──engine──▶ completions ──reward functions──▶ rewards ──algorithm.advantages──▶ credit ──▶ steps of BaseTrainer
+
+    trainer = OnlineTrainer(model, reward_funcs=short, args=OnlineConfig(...), train_dataset=prompts, algorithm=Mine())
+
+An algorithm is a class with two methods, `advantages` and `loss`: see `trl.types.Algorithm`. The named trainers (GRPO,
+RLOO, …) are this one with a configuration that makes theirs.
+
+A round of samples comes when its first micro-batch is asked for. The sampler's log-probabilities stand for the policy that
+sampled, so no second pass is needed; in a round that is trained on once, in one step, the ratio is exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from trl.algorithms.advantages import combine_rewards, group_std, has_no_variance
+from trl.algorithms.importance import mismatch
+from trl.data.encode import EncodeSettings
+from trl.errors import ConfigError
+from trl.models.reference import FrozenModel, Reference, make_reference
+from trl.models.score import prepare_scoring, score, unwrap
+from trl.rewards.call import Rewarded, Samples, call_rewards, make_rewards
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.experience import (
+    Group,
+    completions_of,
+    cut_slices,
+    experience_of,
+    with_signals,
+    without_signals,
+)
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.trainers.base import BaseTrainer, EvalRows, Rows
+from trl.trainers.completion_log import CompletionLog, as_text
+from trl.trainers.online_config import AVERAGING, OnlineConfig
+from trl.trainers.preference import SyncRefModelCallback
+from trl.trainers.prompts import Prompts, StreamRows, TableRows
+from trl.trainers.rounds import Rounds, Slice
+from trl.trainers.window import filler
+from trl.types import Algorithm, Batch, Completion, Example, Experience, Metrics
+
+NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
+"""Columns that reward functions are not given under their name."""
+
+
+class OnlineTrainer(BaseTrainer):
+    """Sample, reward, learn.
+
+    reward_funcs                one or several of: a function `(prompts, completions, **columns) -> rewards`, async or
+                                not; a reward model, or the name of one
+    train_dataset               rows with `prompt`, a text or a conversation; other columns go to the reward functions
+    reward_processing_classes   tokenizers of the reward models
+    algorithm                   credit and loss; by default what the configuration describes
+    engine                      where samples come from; by default the model itself, in process
+
+    The other arguments are those of `BaseTrainer`.
+    """
+
+    config_class = OnlineConfig
+    branches = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: OnlineConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        algorithm: Algorithm | None = None,
+        engine: RolloutEngine | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.algorithm, self.engine = algorithm, engine
+        self.reference: Reference | None = None
+        self.completion_log = CompletionLog()
+        self.rounds: Rounds | None = None
+        self.samplings = {"train": 0, "eval": 0}
+        self._columns: dict[str, list[str]] = {}
+        self._resumed_from: str | None = None
+        self._fresh = True
+        super().__init__(
+            model,
+            args,
+            None,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            **keywords,
+        )
+        weights = self.args.reward_weights
+        self.rewards = make_rewards(reward_funcs, weights=weights, processing_classes=reward_processing_classes)
+        self.data_collator = _rows
+
+    @property
+    def averaging(self) -> str:
+        return AVERAGING[self.args.loss_aggregation]
+
+    # ---- model and data ----
+
+    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
+        self.args.check_batches()
+        self._has_new_adapter = peft_config is not None
+        return super()._resolve_model(model, quantization_config, peft_config)
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        if self.algorithm is None:
+            self.algorithm = self.args.make_algorithm()
+        if self.engine is None:
+            self.engine = LocalEngine(self.model, self.tokenizer_, progress=not self.args.disable_tqdm)
+        if self.algorithm.needs_reference:
+            self.reference = self._make_reference()
+
+    def _make_reference(self) -> Reference:
+        reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
+        if isinstance(reference, FrozenModel):
+            prepare_scoring(unwrap(reference.model))
+            reference = FrozenModel(self.accelerator.prepare_model(reference.model, evaluation_mode=True))
+        if self.args.sync_ref_model:
+            if not isinstance(reference, FrozenModel):
+                raise ConfigError(
+                    "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares "
+                    "the model's: train without an adapter, or set sync_ref_model=False."
+                )
+            self.add_callback(SyncRefModelCallback(reference.model))
+        return reference
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        return EncodeSettings(
+            kind="prompt_only",
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            keep_columns=tuple(self._columns[split]),
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=self.args.dataset_num_proc,
+        )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        self._columns[split] = rows.column_names or list(next(iter(rows)))
+        return super().encode(rows, split, name)
+
+    def _shuffled(self, rows: Rows) -> Rows:
+        """A dataset is shuffled as prompts are taken."""
+        return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
+
+    def get_train_dataloader(self) -> DataLoader:
+        args, rank, world = self.args, self.args.process_index, self.args.world_size
+        together = args.prompts_per_round * world
+        if isinstance(self.train_dataset, Dataset):
+            table = TableRows(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
+            self.prompts = Prompts(table, rank=rank, world=world)
+            per_epoch = max(1, len(self.train_dataset) // together)
+        else:
+            self.prompts, per_epoch = Prompts(StreamRows(self.train_dataset), rank=rank, world=world), None
+        self.samplings["train"] = 0
+        self.rounds = Rounds(
+            self.roll_out, slices=args.slices_per_round, iterations=args.num_iterations, per_epoch=per_epoch
+        )
+        return self.rounds.loader()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
+        if self._resumed_from is not None:
+            self._load_rng_state(self._resumed_from)
+        self._fresh = self.rounds.is_fresh
+        return super().get_batch_samples(*args, **kwargs)
+
+    # ---- a round ----
+
+    def roll_out(self) -> list[Slice]:
+        """The slices of a new round: sampled, rewarded, with credit."""
+        self.engine.sync(self.model, self.state.global_step)
+        groups = self._full_round()
+        examples, experience = self.learn_from(groups, "train")
+        self._log_round(groups, experience, "train")
+        if self.args.is_on_policy:
+            examples = without_signals(examples, ["old_logprobs"])
+        budget = self.token_budget()
+        return cut_slices(examples, self._kept(groups, experience), self.args.slices_per_round, budget)
+
+    def _full_round(self) -> list[Group]:
+        """As many groups as a round has; those without variance replaced by fresh prompts where that is asked for."""
+        args = self.args
+        groups = self.sample(self.prompts.take(args.prompts_per_round), args.num_generations, "train")
+        if args.zero_variance != "resample":
+            return groups
+        for _ in range(args.max_resampling):
+            missing = sum(map(self._is_flat, groups))
+            most = int(self._gather(torch.tensor([missing], device=args.device)).max())
+            if not most:
+                break
+            groups += self.sample(self.prompts.take(most)[:missing], args.num_generations, "train")
+            groups.sort(key=self._is_flat)
+            self._count("resampled_groups", missing, len(groups))
+            groups = groups[: args.prompts_per_round]
+        return groups
+
+    def _is_flat(self, group: Group) -> bool:
+        rewards = self._combined([group])
+        return bool(has_no_variance(rewards, torch.zeros(len(rewards), dtype=torch.long)).all())
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
+        """n completions of each row's prompt, rewarded."""
+        prompts = [Prompt(row["prompt_ids"]) for row in rows]
+        sampled = self.engine.generate(prompts, self.sampling_params(mode), n)
+        shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
+        rewarded = self.reward(rows, sampled, shown, mode)
+        values, failed = rewarded.values.split(n), rewarded.failed.any(1).split(n)
+        return [
+            Group(row, _example(row, rollouts), _finished(rollouts), texts, values[i], failed[i])
+            for i, (row, rollouts, texts) in enumerate(zip(rows, sampled, shown, strict=True))
+        ]
+
+    def sampling_params(self, mode: str) -> SamplingParams:
+        """How to sample next: every round and process has a seed of its own."""
+        args = self.args
+        number = self.samplings[mode] * args.world_size + args.process_index
+        self.samplings[mode] += 1
+        given = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p or 0.0,
+            "repetition_penalty": args.repetition_penalty,
+            "max_new_tokens": self._completion_limit(),
+            "seed": (2 * args.seed + (mode == "eval")) * 2**40 + number,
+        }
+        options = args.generation_kwargs or {}
+        known = {field.name for field in fields(SamplingParams)}
+        further = {name: value for name, value in options.items() if name not in known}
+        config = {"generation_config": GenerationConfig(**further)} if further else {}
+        return SamplingParams(**{**given, **config, **{k: v for k, v in options.items() if k in known}})
+
+    def _completion_limit(self) -> int:
+        if self.args.max_completion_length is not None:
+            return self.args.max_completion_length
+        return unwrap(self.model).config.get_text_config().max_position_embeddings
+
+    def _shown(self, row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> list[Any]:
+        """Completions as reward functions see them: texts, or a conversation's next message."""
+        texts = [self.tokenizer_.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
+        if isinstance(row["prompt"], str):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def reward(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        sampled: Sequence[Sequence[Rollout]],
+        shown: Sequence[Sequence[Any]],
+        mode: str,
+    ) -> Rewarded:
+        """Rewards of all samples, by every function."""
+        if not rows:
+            return Rewarded(torch.zeros(0, len(self.rewards)), torch.zeros(0, len(self.rewards), dtype=torch.bool))
+        repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
+        names = [name for name in rows[0] if name not in NOT_FOR_REWARDS]
+        columns = {name: [row[name] for row in repeated] for name in names}
+        columns["completion_ids"] = [list(rollout.ids) for rollout in chain(*sampled)]
+        extras = {"trainer_state": self.state, "log_metric": lambda name, value: self._count(name, value, 1, mode)}
+        samples = Samples([row["prompt"] for row in repeated], list(chain(*shown)), columns, extras)
+        return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout, on_error=self.args.on_reward_error)
+
+    # ---- credit ----
+
+    def learn_from(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
+        """Examples with all signals that the loss needs, and the experience that they come from."""
+        examples = [group.example for group in groups]
+        signals = [self._of_sampler(examples)]
+        if self.reference is not None:
+            signals.append({"ref_logprobs": self.measure(examples, self._reference_logprobs)})
+        if mode == "train" and self.args.recompute_old_logprobs and not self.args.is_on_policy:
+            signals.append({"old_logprobs": self.measure(examples, self._logprobs)})
+        if getattr(self.algorithm, "needs_entropy", False):
+            signals.append({"entropy": self.measure(examples, self._entropy)})
+        local = experience_of(examples, self._combined(groups)).with_signals(
+            **{k: v for s in signals for k, v in s.items()}
+        )
+        experience = self._with_credit(local)
+        added = {k: v for k, v in experience.signals.items() if k != "sampler_logprobs"}
+        return with_signals(examples, added), experience
+
+    def _of_sampler(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        signals = experience_of(examples, torch.zeros(0)).signals
+        return {"old_logprobs": signals["sampler_logprobs"]}
+
+    def _combined(self, groups: Sequence[Group]) -> Tensor:
+        """One reward `[N]` per completion, from those of all functions."""
+        rewards = torch.cat([group.rewards for group in groups])
+        sizes = torch.tensor([len(group.rewards) for group in groups])
+        index = torch.arange(len(groups)).repeat_interleave(sizes)
+        weights = torch.tensor([reward.weight for reward in self.rewards])
+        return combine_rewards(rewards, weights, index, aggregation=self.args.multi_objective_aggregation)
+
+    def _with_credit(self, local: Experience) -> Experience:
+        """The algorithm sees the round of all processes; its signals come back to each."""
+        if self.accelerator.num_processes == 1:
+            return self.algorithm.advantages(local)
+        whole, start = self._gathered(local)
+        found = self.algorithm.advantages(whole).signals
+        here = slice(start, start + len(local.rewards))
+        width = local.mask.shape[1]
+        return local.with_signals(**{k: v[here] if v.dim() == 1 else v[here, :width] for k, v in found.items()})
+
+    def _gathered(self, local: Experience) -> tuple[Experience, int]:
+        """The experience of all processes, and where this one's begins. Every process has as many completions."""
+        device = self.args.device
+
+        def gather(values: Tensor) -> Tensor:
+            values = values.to(device)
+            if values.dim() == 2:
+                values = self.accelerator.pad_across_processes(values, dim=1)
+            return self.accelerator.gather(values.contiguous()).cpu()
+
+        group = local.group + self.args.process_index * (int(local.group.max()) + 1)
+        signals = {name: gather(values) for name, values in sorted(local.signals.items())}
+        whole = Experience(gather(local.rewards), gather(group), gather(local.mask), signals)
+        return whole, self.args.process_index * len(local.rewards)
+
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Example], numbers: Any) -> Tensor:
+        """`[N,C]` numbers of the round's completions, by `numbers(batch)`, a micro-batch at a time."""
+        groups = self._plan(examples, 1)
+        most = int(self._gather(torch.tensor([len(groups)], device=self.args.device)).max())
+        first = list(_offsets(examples))
+        width = max(1, *(len(c) for c in completions_of(examples)))
+        table = torch.zeros(sum(len(e.completions) for e in examples), width)
+        for k in range(most):
+            group = groups[min(k, len(groups) - 1)]
+            batch = self.lay_out([examples[i] for i in group])
+            batch = batch if k < len(groups) else filler(replace(batch, weight=batch.mask))
+            with self.compute_loss_context_manager():
+                found = numbers(batch.to(self.args.device)).float().cpu()
+            if k < len(groups):
+                rows = [first[i] + j for i in group for j in range(len(examples[i].completions))]
+                table[torch.tensor(rows), : found.shape[1]] = found
+        return table
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        return self.reference.logprobs(self.model_wrapped, batch, temperature=self._temperature)
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        return score(self.model_wrapped, batch, temperature=self._temperature).logprobs
+
+    def _entropy(self, batch: Batch) -> Tensor:
+        return score(self.model_wrapped, batch, temperature=self._temperature, want={"entropy"}).entropy
+
+    @property
+    def _temperature(self) -> float:
+        """Greedy samples (0) are scored at temperature 1."""
+        return self.args.temperature or 1.0
+
+    def _kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
+        """Which completions are learned from."""
+        keep = ~torch.cat([group.failed for group in groups])
+        if self.args.mask_truncated_completions:
+            keep &= torch.cat([group.finished for group in groups])
+        if self.args.zero_variance == "drop":
+            keep &= ~has_no_variance(experience.rewards, experience.group)
+        return keep.tolist()
+
+    # ---- loss ----
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        scores = score(model, batch, temperature=self._temperature, want={"entropy"})
+        on_policy = "old_logprobs" not in batch.signals
+        if on_policy:
+            batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        if on_policy or self._fresh:
+            metrics |= mismatch(scores.logprobs.detach(), batch.signals["sampler_logprobs"], batch.mask)
+        loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
+        return loss * self._length_scale(batch), metrics
+
+    def _length_scale(self, batch: Batch) -> Tensor | float:
+        """What turns the mean over a completion's tokens into their sum, or their sum over a constant."""
+        if self.args.loss_aggregation not in ("constant", "sum"):
+            return 1.0
+        lengths = batch.mask.sum(-1, keepdim=True)
+        return lengths / self._completion_limit() if self.args.loss_aggregation == "constant" else lengths
+
+    # ---- evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: list[Mapping[str, Any]], *_: Any, **__: Any
+    ) -> tuple[None, None, None]:
+        """Sample completions of a batch of prompts, and count their rewards and loss."""
+        self.engine.sync(self.model, self.state.global_step)
+        groups = self.sample(inputs, self.args.num_generations_eval or self.args.num_generations, "eval")
+        examples, experience = self.learn_from(groups, "eval")
+        self._log_round(groups, experience, "eval")
+        examples = without_signals(examples, ["old_logprobs"])
+        for group in self._plan(examples, 1):
+            self.evaluate_batch(model, [examples[i] for i in group], {})
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.samplings["eval"] = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    # ---- what is reported ----
+
+    def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
+        self.meters[mode].count(name, float(amount), per=float(per))
+
+    def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        meter = self.meters[mode]
+        lengths = torch.tensor([float(len(c)) for g in groups for c in g.example.completions])
+        finished = torch.cat([group.finished for group in groups])
+        rewards, index = experience.rewards, experience.group
+        everything = torch.zeros_like(index)
+        meter.add(
+            {
+                "reward": rewards,
+                "reward_std": group_std(rewards, everything)[:1],
+                "frac_reward_zero_std": has_no_variance(rewards, index).float(),
+                "completions/mean_length": lengths,
+                "completions/min_length": lengths,
+                "completions/max_length": lengths,
+                "completions/clipped_ratio": 1 - finished.float(),
+                "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
+                "failed_rewards": torch.cat([group.failed for group in groups]).float(),
+                **self._rewards_by_function(groups),
+            }
+        )
+        if mode == "train" and self.args.log_completions:
+            self.completion_log.add(self._log_rows(groups, experience))
+
+    def _rewards_by_function(self, groups: Sequence[Group]) -> Metrics:
+        columns = torch.cat([group.rewards for group in groups]).unbind(1)
+        named = {reward.name: column for reward, column in zip(self.rewards, columns, strict=True)}
+        stds = {f"rewards/{n}/std": group_std(c, torch.zeros(len(c), dtype=torch.long))[:1] for n, c in named.items()}
+        return {f"rewards/{n}/mean": column for n, column in named.items()} | stds
+
+    def _log_rows(self, groups: Sequence[Group], experience: Experience) -> list[dict[str, Any]]:
+        credit = experience.signals.get("advantages", experience.rewards)
+        advantages = iter((credit if credit.dim() == 1 else credit.mean(-1)).tolist())
+        names = [reward.name for reward in self.rewards]
+        return [
+            {
+                "prompt": as_text(group.row["prompt"]),
+                "completion": as_text(completion),
+                **dict(zip(names, rewards, strict=True)),
+                "advantage": next(advantages),
+            }
+            for group in groups
+            for completion, rewards in zip(group.completions, group.rewards.tolist(), strict=True)
+        ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        args = self.args
+        if "loss" in logs and args.log_completions and self.is_world_process_zero():
+            folder = Path(args.output_dir) / "completions"
+            self.completion_log.flush(
+                folder, self.state.global_step, show=args.num_completions_to_print, unique=args.log_unique_prompts
+            )
+
+    # ---- checkpoints ----
+
+    def _round_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"rollouts_{self.args.process_index}.pt"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not self.args.save_only_model and folder.exists():
+            torch.save(self.round_state(), self._round_file(folder))
+
+    def round_state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold for sampling and training to go on exactly."""
+        reference = {}
+        if self.args.sync_ref_model and isinstance(self.reference, FrozenModel):
+            reference = {name: p.detach().cpu() for name, p in unwrap(self.reference.model).named_parameters()}
+        return {
+            "rounds": self.rounds.state(),
+            "cursor": self.prompts.cursor,
+            "samplings": self.samplings["train"],
+            "reference": reference,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = None if checkpoint is None else self._round_file(checkpoint)
+        if file is None or not file.exists():
+            return
+        state = torch.load(file, weights_only=True)
+        self.prompts.cursor, self.samplings["train"] = state["cursor"], state["samplings"]
+        if not self.args.ignore_data_skip:
+            self.rounds.load_state(state["rounds"])
+        with torch.no_grad():
+            for name, value in state["reference"].items():
+                unwrap(self.reference.model).get_parameter(name).copy_(value)
+        self._resumed_from = checkpoint
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random states come back before the first rollout after a checkpoint, and once."""
+        if checkpoint is None or checkpoint == self._resumed_from:
+            super()._load_rng_state(checkpoint)
+            self._resumed_from = None
+
+
+def _rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list(rows)
+
+
+def _example(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
+    return Example(
+        row["prompt_ids"], tuple(Completion(r.ids, signals={"sampler_logprobs": r.logprobs}) for r in rollouts)
+    )
+
+
+def _finished(rollouts: Sequence[Rollout]) -> Tensor:
+    return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+
+
+def _offsets(examples: Sequence[Example]) -> list[int]:
+    """The number of each example's first completion."""
+    counts = [len(example.completions) for example in examples]
+    return [sum(counts[:i]) for i in range(len(counts))]

@@ -1,0 +1,221 @@
+"""Options that the trainers share which learn from samples of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from trl.algorithms.advantages import AGGREGATIONS
+from trl.errors import ConfigError, unknown
+from trl.rewards.call import ON_ERROR
+from trl.trainers.config import TrainerConfig
+from trl.types import Algorithm
+
+AVERAGING = {"token": "token", "sequence": "sequence", "constant": "sequence", "sum": "sequence"}
+"""How a step's loss is averaged → the weights of the window. The last two rescale completions thereafter."""
+
+ZERO_VARIANCE = ("keep", "drop", "resample")
+
+ALIASES = {
+    "max_new_tokens": "max_completion_length",
+    "response_length": "max_completion_length",
+    "vllm_importance_sampling_correction": "importance_sampling_correction",
+    "vllm_importance_sampling_mode": "importance_sampling_mode",
+    "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
+    "vllm_importance_sampling_cap": "importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
+    "cache_implementation": "",
+    "ds3_gather_for_generation": "",
+    "log_multimodal": "",
+    "use_transformers_continuous_batching": "",
+    "transformers_continuous_batching_config": "",
+    "use_transformers_paged": "",
+    "use_liger_loss": "",
+    "vllm_mode": "",
+    "vllm_model_impl": "",
+    "vllm_enable_sleep_mode": "",
+    "vllm_structured_outputs_regex": "",
+    "vllm_server_base_url": "",
+    "vllm_server_host": "",
+    "vllm_server_port": "",
+    "vllm_server_timeout": "",
+    "vllm_group_port": "",
+    "vllm_gpu_memory_utilization": "",
+    "vllm_max_model_length": "",
+    "vllm_tensor_parallel_size": "",
+}
+
+
+@dataclass
+class OnlineConfig(TrainerConfig):
+    """Options of `OnlineTrainer`. Batch sizes count completions."""
+
+    ALIASES: ClassVar[dict[str, str]] = {**TrainerConfig.ALIASES, **ALIASES}
+
+    learning_rate: float = 1e-6
+    """Initial learning rate."""
+
+    shuffle_dataset: bool = True
+    """Take prompts in a random order, another one each epoch."""
+
+    max_prompt_length: int | None = None
+    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit."""
+
+    max_completion_length: int | None = 512
+    """Tokens sampled at most per completion. None: as many as the model's context leaves."""
+
+    num_generations: int = 8
+    """Completions of each prompt."""
+
+    num_generations_eval: int | None = None
+    """Completions of each prompt in evaluation. None: as in training."""
+
+    generation_batch_size: int | None = None
+    """Completions of a round, over all processes. None: as `steps_per_generation` says."""
+
+    steps_per_generation: int | None = None
+    """Micro-batches of per_device_train_batch_size that a round is trained on in. None: gradient_accumulation_steps, so
+    that every round is one optimizer step."""
+
+    num_iterations: int = 1
+    """How often a round is gone through."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in training."""
+
+    top_p: float = 1.0
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
+
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 for all."""
+
+    min_p: float | None = None
+    """Sample only tokens at least this fraction as likely as the most likely one."""
+
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there before become less likely to be sampled."""
+
+    generation_kwargs: dict[str, Any] | str | None = None
+    """Further options of sampling: fields of `SamplingParams` (stop, min_new_tokens, …) or of `GenerationConfig`."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    """Arguments for the chat template."""
+
+    use_vllm: bool = False
+    """Not available in this version: samples are drawn in process, or by the trainer's argument `engine`."""
+
+    reward_weights: list[float] | None = None
+    """Weight of each reward function in the sum. None: 1 each."""
+
+    multi_objective_aggregation: str = "sum_then_normalize"
+    """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
+
+    reward_timeout: float | None = None
+    """Seconds that a call of a reward function may take. None: no limit."""
+
+    on_reward_error: str = "stop"
+    """What happens when a reward function fails: "stop", or "drop" the sample and count it."""
+
+    zero_variance: str = "keep"
+    """Groups whose rewards are all equal: "keep" them, "drop" them (not trained on), or "resample": take fresh prompts in
+    their place (dynamic sampling, DAPO, arXiv:2503.14476)."""
+
+    max_resampling: int = 4
+    """How often fresh prompts are taken at most in a round, with zero_variance="resample"."""
+
+    mask_truncated_completions: bool = False
+    """Do not learn from completions that were cut at the limit. Their rewards count in their group."""
+
+    loss_aggregation: str = "token"
+    """What counts the same in a step: every "token", every "sequence", every token with a "constant" in place of their
+    number (max_completion_length, Dr. GRPO, arXiv:2503.20783), or "sum": every token, over the number of sequences."""
+
+    recompute_old_logprobs: bool = False
+    """Log-probabilities of the policy that sampled: compute them again, in place of the sampler's own."""
+
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
+
+    ref_model_mixup_alpha: float = 0.6
+    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
+
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two moves of the reference."""
+
+    log_completions: bool = False
+    """At every log, show completions with their rewards, and write them to output_dir/completions as parquet."""
+
+    num_completions_to_print: int | None = None
+    """Completions shown in the terminal. None: all."""
+
+    log_unique_prompts: bool = False
+    """Log one completion per prompt."""
+
+    log_completions_hub_repo: str | None = None
+    """Not available in this version: the files in output_dir/completions can be uploaded."""
+
+    router_aux_loss_coef: float | None = None
+    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainerConfig._VALID_DICT_FIELDS,
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("use_vllm", "log_completions_hub_repo", "router_aux_loss_coef"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        for name, known in {
+            "multi_objective_aggregation": AGGREGATIONS,
+            "on_reward_error": ON_ERROR,
+            "zero_variance": ZERO_VARIANCE,
+            "loss_aggregation": AVERAGING,
+        }.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown(name, getattr(self, name), known))
+        for name in ("num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        self.check_batches()
+
+    def make_algorithm(self) -> Algorithm:
+        """The algorithm that these options describe."""
+        raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
+
+    @property
+    def slices_per_round(self) -> int:
+        """Micro-batches of a round, on each process."""
+        if self.generation_batch_size is None:
+            return self.steps_per_generation or self.gradient_accumulation_steps
+        together = self.per_device_train_batch_size * self.world_size
+        slices, rest = divmod(self.generation_batch_size, together)
+        if rest or self.steps_per_generation not in (None, slices):
+            raise ConfigError(
+                f"generation_batch_size={self.generation_batch_size} has to be per_device_train_batch_size × processes × "
+                f"steps_per_generation ({self.per_device_train_batch_size} × {self.world_size} × "
+                f"{self.steps_per_generation or 'a whole number'}): leave one of them out."
+            )
+        return slices
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Prompts of a round, on each process. A group stays whole on one process."""
+        return self.per_device_train_batch_size * self.slices_per_round // self.num_generations
+
+    def check_batches(self) -> None:
+        """Raise ConfigError where a round does not hold whole groups."""
+        completions = self.per_device_train_batch_size * self.slices_per_round
+        if completions % self.num_generations:
+            raise ConfigError(
+                f"A round has {completions} completions per process (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} × steps_per_generation={self.slices_per_round}), which is no multiple "
+                f"of num_generations={self.num_generations}: change one of the three."
+            )
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether every round is trained on once, in the optimizer step for which it was sampled."""
+        return self.num_iterations == 1 and self.gradient_accumulation_steps % self.slices_per_round == 0

@@ -1,0 +1,76 @@
+"""REINFORCE with the other samples of a prompt as baseline: arXiv:2402.14740.
+
+    A_i = r_i − mean of the others' r,      r less β log π/π_ref;      see `trl.algorithms.rloo`
+
+RLOOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=short, train_dataset=prompts).train()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl.algorithms.rloo import RLOO
+from trl.algorithms.surrogates import Clip
+from trl.errors import ConfigError
+from trl.trainers.online import OnlineTrainer
+from trl.trainers.online_config import OnlineConfig
+
+
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """Options of `RLOOTrainer`."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **OnlineConfig.ALIASES,
+        "rloo_k": "num_generations",
+        "kl_coef": "beta",
+        "cliprange": "epsilon",
+        "normalize_advantage": "normalize_advantages",
+    }
+
+    num_generations: int = 2
+    """Completions of each prompt."""
+
+    beta: float = 0.05
+    """Coefficient of the KL penalty in the reward. 0: no reference is kept."""
+
+    epsilon: float = 0.2
+    """How far the ratio of a completion may fall below 1 before it is clipped."""
+
+    epsilon_high: float | None = None
+    """How far it may rise above 1. None: as `epsilon`."""
+
+    normalize_advantages: bool = False
+    """Give the advantages of a round mean 0 and standard deviation 1."""
+
+    reward_clip_range: tuple[float, float] | None = None
+    """Bounds that rewards are clipped to."""
+
+    loss_aggregation: str = "sequence"
+    """What counts the same in a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: leaving one out needs at least 2 completions.")
+        self.make_algorithm()
+
+    def make_algorithm(self) -> RLOO:
+        """The algorithm that these options describe."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return RLOO(
+            surrogate=Clip(self.epsilon, high),
+            beta=self.beta,
+            reward_clip_range=None if self.reward_clip_range is None else tuple(self.reward_clip_range),
+            normalize_advantages=self.normalize_advantages,
+        )
+
+
+class RLOOTrainer(OnlineTrainer):
+    """Sample groups of completions, and make those likelier that are rewarded above the others of their group.
+
+    Arguments: see `OnlineTrainer`.
+    """
+
+    config_class = RLOOConfig
