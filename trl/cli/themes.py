@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from trl.cli.fields import Option
 
 THEMES: dict[str, str] = {
+    "Chat": """
+        server server_timeout system_prompt user examples_path save_folder device
+    """,
     "Data": """
         dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming dataset_columns
         datasets streaming test_split_size probabilities stopping_strategy
@@ -16,7 +19,7 @@ THEMES: dict[str, str] = {
     """,
     "Model": """
         model_name_or_path model_revision dtype attn_implementation trust_remote_code model_init_kwargs disable_dropout
-        layout max_tokens_per_micro_batch use_liger_kernel liger_kernel_config use_cache
+        adapter_name_or_path layout max_tokens_per_micro_batch use_liger_kernel liger_kernel_config use_cache
     """,
     "Adapters": """
         use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save
@@ -25,6 +28,9 @@ THEMES: dict[str, str] = {
     "Quantisation": """
         load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
         bnb_4bit_compute_dtype
+    """,
+    "Generation": """
+        max_new_tokens do_sample temperature top_k top_p min_p repetition_penalty stop
     """,
     "Rewards": "reward_funcs reward_model_name_or_path reward_weights",
     "Method": "",

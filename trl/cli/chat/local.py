@@ -1,0 +1,168 @@
+"""A model in this process, which answers token by token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import find_adapter_config_file
+
+from trl.cli.chat.arguments import ChatArguments, Generation
+from trl.cli.chat.talk import Message, Say, Stream, TooLong
+from trl.data.chat import ChatTemplate
+from trl.models.config import ModelConfig, get_quantization_config
+from trl.models.load import count_parameters, load_model
+
+UNLIMITED = 10**9
+"""From here on, a tokenizer's `model_max_length` says that it knows none."""
+
+ROOM = 4
+"""The messages leave this part of the context (one in four) to the answer, or `max_new_tokens` if that is less."""
+
+
+class LocalSpeaker:
+    """Answers with `model`. Without a chat template the conversation is one text, a line per message, to be continued."""
+
+    def __init__(self, model: Any, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.template = ChatTemplate(tokenizer, template_kwargs=template_kwargs) if tokenizer.chat_template else None
+        self.context = context_of(self.inner, tokenizer)
+        self.name = (tokenizer.name_or_path or type(self.inner).__name__).rstrip("/").rpartition("/")[2]
+        size = f"{count_parameters(model)[1] / 1e6:,.1f} million parameters"
+        window = f"{self.context:,} tokens of context" if self.context else "no limit of context"
+        self.details = f"{size} · {window} · {str(self.inner.dtype).removeprefix('torch.')} on {self.inner.device}"
+        self.notes = () if self.template else (PLAIN,)
+
+    def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
+        """Sample until the model ends, a stop text comes, or there is no more room. Returns the tokens sampled."""
+        ids = torch.tensor([self.encode(messages)], device=self.inner.device)
+        config = self._config(generation, self._room(ids.shape[1], generation))
+        stream = Stream(say, generation.stop)
+        streamer = TokenStream(self.tokenizer, stream)
+        if generation.seed is not None:
+            torch.manual_seed(generation.seed)
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
+        )
+        return len(streamer.ids)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens after which the model answers."""
+        if self.template is not None:
+            return self.tokenizer(self.template.prompt(messages), add_special_tokens=False)["input_ids"]
+        return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+
+    def _room(self, tokens: int, generation: Generation) -> int:
+        """Tokens that an answer to so many may have. Raises TooLong where those are too many."""
+        if self.context is None:
+            return generation.max_new_tokens
+        if self.context - tokens < min(generation.max_new_tokens, max(self.context // ROOM, 1)):
+            raise TooLong(
+                f"The message has {tokens:,} tokens and the model's context is {self.context:,}: that leaves too little "
+                "for an answer. Say it in fewer words."
+            )
+        return min(generation.max_new_tokens, self.context - tokens)
+
+    def _config(self, generation: Generation, room: int) -> GenerationConfig:
+        """The model's own generation config, with what was asked for in its place."""
+        config = copy.deepcopy(self.inner.generation_config)
+        config.max_new_tokens, config.max_length = room, None
+        config.num_beams, config.num_return_sequences = 1, 1
+        config.do_sample = not generation.greedy
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            value = None if generation.greedy else getattr(generation, name)
+            if value is not None or generation.greedy:
+                setattr(config, name, value)
+        if generation.repetition_penalty is not None:
+            config.repetition_penalty = generation.repetition_penalty
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None}) or None
+        if config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
+        return config
+
+
+PLAIN = (
+    "This model has no chat template: it was not taught to take turns. What you type, and what came before, is one text "
+    "that it continues."
+)
+
+
+class TokenStream(BaseStreamer):
+    """Text of tokens as they come: whole characters only, special tokens left out. The first `put` is the prompt."""
+
+    def __init__(self, tokenizer: Any, stream: Stream) -> None:
+        self.tokenizer, self.stream = tokenizer, stream
+        self.ids: list[int] = []
+        self.prompted = False
+        self.anchor = self.read = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompted:
+            self.prompted = True
+            return
+        self.ids += value.flatten().tolist()
+        self._say(whole=True)
+
+    def end(self) -> None:
+        self._say(whole=False)
+        self.stream.end()
+
+    def _say(self, *, whole: bool) -> None:
+        """Say what the tokens since `read` add to those since `anchor`: how a token reads depends on the one before."""
+        before, after = self._text(self.ids[self.anchor : self.read]), self._text(self.ids[self.anchor :])
+        if len(after) > len(before) and not (whole and after.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.stream.put(after[len(before) :])
+            self.anchor, self.read = self.read, len(self.ids)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stream.stopped, device=input_ids.device)
+
+
+def context_of(inner: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model can read and write, or None where nothing says."""
+    said = [getattr(inner.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    return min((size for size in said if size is not None and 0 < size < UNLIMITED), default=None)
+
+
+def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
+    """The model that the options name, with its adapter, quantised if they say so."""
+    name, adapter = model.model_name_or_path, arguments.adapter_name_or_path
+    if adapter is None and find_adapter_config_file(name) is not None:
+        adapter, name = name, PeftConfig.from_pretrained(name).base_model_name_or_path
+    loaded = load_model(
+        name,
+        quantization_config=get_quantization_config(model),
+        trust_remote_code=model.trust_remote_code,
+        **model.init_kwargs(),
+        **_placement(arguments.device),
+    )
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    return LocalSpeaker(loaded, tokenizer, arguments.chat_template_kwargs)
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Where `from_pretrained` puts the weights."""
+    if device == "auto" and not torch.accelerator.is_available():
+        return {}
+    return {"device_map": device}

@@ -1,0 +1,131 @@
+"""What the user sees: colour and a spinner in a terminal; only the answers where output is redirected."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+WIDEST = 120
+USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
+_ANSI = {USER: "\x1b[1;36m", "": "\x1b[0m"}
+
+_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters that a model might write: a terminal would obey them."""
+
+
+class Screen:
+    """The terminal, or plain text. Notes and errors go to standard error where standard output is redirected."""
+
+    def __init__(self) -> None:
+        self.out = Console(highlight=False)
+        self.talks = self.out.is_terminal and sys.stdin.isatty()
+        """Whether a person types and reads: then there are prompts."""
+        self.aside = self.out if self.out.is_terminal else Console(stderr=True, highlight=False)
+        if self.talks:
+            _edit_lines()
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """A spinner with `text` while something is done."""
+        if not self.talks:
+            yield
+            return
+        with self.out.status(Text(text, style=NOTE)):
+            yield
+
+    def greet(self, name: str, details: str, notes: Sequence[str]) -> None:
+        if self.talks:
+            self.out.print(Text.assemble((name, SPEAKER), "  ", (details, NOTE)))
+            self.out.print(Text("help lists the commands · Ctrl-C stops an answer · exit leaves", style=NOTE))
+        for note in notes:
+            self.note(note)
+
+    def ask(self, user: str) -> str:
+        """The next line that the user types; lines that end in a backslash go on. Raises EOFError at the end."""
+        lines = [self._line(user)]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._line("…"))
+        return "\n".join(lines)
+
+    def _line(self, prompt: str) -> str:
+        if self.talks:
+            # \x01 and \x02 tell readline what takes no room.
+            return input(f"\n\x01{_ANSI[USER]}\x02{prompt} ›\x01{_ANSI['']}\x02 " if prompt != "…" else "… ")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def echo(self, user: str, text: str) -> None:
+        """Show what was said in the user's name."""
+        if self.talks:
+            self.out.print(Text.assemble((f"{user} › ", USER), text))
+
+    @contextmanager
+    def answer(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Gives a function that shows the pieces of an answer, the speaker's name before the first."""
+        spinner = self.out.status(Text("…", style=NOTE)) if self.talks else None
+        begun = False
+
+        def show(piece: str) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                self._begin_answer(spinner, name)
+                piece = piece.lstrip()
+            self.out.file.write(piece.translate(_UNPRINTABLE))
+            self.out.file.flush()
+
+        if spinner is not None:
+            spinner.start()
+        try:
+            yield show
+        finally:
+            if spinner is not None:
+                spinner.stop()
+            if begun:
+                self.out.print()
+
+    def _begin_answer(self, spinner: object, name: str) -> None:
+        if spinner is not None:
+            spinner.stop()
+            self.out.print(Text(f"{name} › ", style=SPEAKER), end="")
+
+    def close_answer(self, tokens: int, seconds: float, *, interrupted: bool) -> None:
+        """How long it was and how fast, or that it was interrupted."""
+        if interrupted:
+            self.note("Interrupted.")
+        elif self.talks and tokens:
+            self.note(f"{tokens:,} tokens · {tokens / seconds:,.1f} tokens/s")
+
+    def note(self, text: str) -> None:
+        self.aside.print(Text(text, style=NOTE))
+
+    def error(self, text: str) -> None:
+        self.aside.print(Text(text, style=ERROR))
+
+    def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style=NAME, max_width=WIDEST // 3)
+        table.add_column()
+        for name, text in rows:
+            table.add_row(Text(name), Text(text))
+        self.out.print(Text(f"\n{title}", style=HEADING))
+        self.out.print(Padding(table, (0, 0, 0, 2)), width=min(self.out.width, WIDEST))
+
+    def clear(self) -> None:
+        if self.talks:
+            self.out.clear()
+
+
+def _edit_lines() -> None:
+    """Arrow keys and history at the prompt, where the system has them."""
+    with suppress(ImportError):  # Windows edits lines by itself
+        import readline  # noqa: F401

@@ -1,0 +1,225 @@
+"""The session: what is typed is a command or a message, and nothing that goes wrong ends it.
+
+you › set temperature=0.2; max_new_tokens=64
+you › Why is the sky blue?
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+
+from trl.cli.chat.arguments import Generation
+from trl.cli.chat.screen import Screen
+from trl.cli.chat.talk import Conversation, Speaker, TooLong
+from trl.cli.fields import options_of
+from trl.cli.values import Mismatch, from_words
+from trl.errors import ConfigError, TrlError, unknown
+
+COMMANDS = {
+    "help": "this list, and what `set` can change",
+    "example [NAME]": "say an example message; without a name, list them",
+    "set KEY=VALUE; …": "change how answers are made",
+    "save [NAME]": "write the conversation to a file",
+    "clear": "start a new conversation on an empty screen",
+    "reset": "start a new conversation, with everything that was set as it was at the start",
+    "exit": "leave (as does Ctrl-D)",
+}
+"""What may be typed beside messages, and what it does. A slash before the name is fine."""
+
+_ALONE = ("help", "clear", "reset", "exit")
+_WITH_NAME = ("example", "save")
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    rest: str = ""
+
+
+def read_command(line: str) -> Command | None:
+    """The command that a line is, or None for a message: "save draft" is one, "save me from this" is not."""
+    name, _, rest = line.strip().partition(" ")
+    name, rest = name.removeprefix("/").lower(), rest.strip()
+    if name in _ALONE and not rest:
+        return Command(name)
+    if name in _WITH_NAME and " " not in rest:
+        return Command(name, rest)
+    return Command(name, rest) if name == "set" and (not rest or "=" in rest) else None
+
+
+def with_changes(generation: Generation, text: str) -> Generation:
+    """`generation` after `key=value; key=value`. Raises ConfigError."""
+    options = {option.name: option for option in options_of(Generation)}
+    changes = {}
+    for part in filter(str.strip, text.split(";")):
+        key, equals, word = (piece.strip() for piece in part.partition("="))
+        key = key.removeprefix("--").replace("-", "_")
+        if not equals:
+            raise ConfigError(f"{part.strip()!r} sets nothing: write key=value.")
+        if key not in options:
+            raise ConfigError(unknown("setting", key, options))
+        try:
+            changes[key] = from_words(options[key].kind, [word])
+        except Mismatch as error:
+            raise ConfigError(f"{key} was given {word!r}, but takes {error}.") from None
+    return replace(generation, **changes)
+
+
+class Session:
+    """One person and one speaker. `run` returns when the person leaves."""
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        generation: Generation,
+        screen: Screen,
+        *,
+        user: str,
+        examples: Mapping[str, str],
+        save_folder: str,
+    ) -> None:
+        self.speaker, self.screen, self.user, self.examples = speaker, screen, user, examples
+        self.generation = self.initial = generation
+        self.folder = Path(save_folder).expanduser()
+        self.conversation = Conversation()
+        self.saved: set[Path] = set()
+        self.told_of_dropping = False
+
+    def run(self) -> None:
+        self.screen.greet(self.speaker.name, self.speaker.details, self.speaker.notes)
+        interrupted = False
+        while True:
+            try:
+                line = self.screen.ask(self.user)
+                interrupted = False
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if interrupted:
+                    return
+                interrupted = True
+                self.screen.note("Ctrl-C once more, or `exit`, leaves.")
+                continue
+            command = read_command(line)
+            if command == Command("exit"):
+                return
+            self._guard(lambda line=line, command=command: self._obey(command) if command else self.say(line))
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Do it; what cannot be done is said, and the session goes on."""
+        try:
+            action()
+        except (TrlError, OSError, HTTPException) as error:
+            self.screen.error(str(error) or type(error).__name__)
+
+    def _obey(self, command: Command) -> None:
+        takes_rest = command.name in (*_WITH_NAME, "set")
+        method = getattr(self, f"_do_{command.name}")
+        method(command.rest) if takes_rest else method()
+
+    # ---- talking ----
+
+    def say(self, text: str) -> None:
+        """Say `text` to the speaker and show the answer. A turn without an answer is as if it had not been."""
+        if not text.strip():
+            return
+        self.conversation.add("user", text)
+        pieces: list[str] = []
+        try:
+            self._answer(pieces)
+        finally:
+            answer = "".join(pieces).strip()
+            if answer:
+                self.conversation.add("assistant", answer)
+            else:
+                self.conversation.messages.pop()
+
+    def _answer(self, pieces: list[str]) -> None:
+        """Show an answer as it is made, up to its end or an interrupt, and keep it in `pieces`."""
+        tokens, interrupted, started = 0, False, time.perf_counter()
+        with self.screen.answer(self.speaker.name) as show:
+
+            def say(piece: str) -> None:
+                pieces.append(piece)
+                show(piece)
+
+            try:
+                tokens = self._ask(say)
+            except KeyboardInterrupt:
+                interrupted = True
+        self.screen.close_answer(tokens, time.perf_counter() - started, interrupted=interrupted)
+
+    def _ask(self, say: Callable[[str], None]) -> int:
+        """Ask the speaker with as much of the conversation as fits."""
+        while True:
+            try:
+                return self.speaker.answer(self.conversation.seen(self.generation.system_prompt), self.generation, say)
+            except TooLong:
+                if not self.conversation.drop_oldest():
+                    raise
+                self._tell_of_dropping()
+
+    def _tell_of_dropping(self) -> None:
+        if not self.told_of_dropping:
+            self.told_of_dropping = True
+            self.screen.note("The conversation is longer than the model's context: it forgets the oldest turns.")
+
+    # ---- commands ----
+
+    def _do_help(self) -> None:
+        self.screen.table("Commands", COMMANDS.items())
+        options = {option.name: option for option in options_of(Generation)}
+        values = asdict(self.generation)
+        self.screen.table("Settings", [(f"{k} = {_shown(v)}", options[k].help) for k, v in values.items()])
+
+    def _do_example(self, name: str) -> None:
+        if not name:
+            self.screen.table("Examples", self.examples.items())
+        elif name not in self.examples:
+            raise ConfigError(unknown("example", name, self.examples))
+        else:
+            self.screen.echo(self.user, self.examples[name])
+            self.say(self.examples[name])
+
+    def _do_set(self, text: str) -> None:
+        before = asdict(self.generation)
+        self.generation = with_changes(self.generation, text)
+        changed = {k: v for k, v in asdict(self.generation).items() if v != before[k]}
+        self.screen.note(", ".join(f"{k} = {_shown(v)}" for k, v in changed.items()) or "Nothing has changed.")
+
+    def _do_save(self, name: str) -> None:
+        name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
+        path = self.folder / (name if name.endswith(".json") else f"{name}.json")
+        if path.exists() and path not in self.saved:
+            raise ConfigError(f"{path} is there already, from another conversation: give another name.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "model": self.speaker.name,
+            "settings": asdict(self.generation),
+            "messages": self.conversation.messages,
+        }
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        self.saved.add(path)
+        self.screen.note(f"The conversation is in {path}.")
+
+    def _do_clear(self) -> None:
+        self._start_anew()
+        self.screen.clear()
+        self.screen.note("A new conversation.")
+
+    def _do_reset(self) -> None:
+        self._start_anew()
+        self.generation = self.initial
+        self.screen.note("A new conversation, with the settings of the start.")
+
+    def _start_anew(self) -> None:
+        self.conversation, self.told_of_dropping = Conversation(), False
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
