@@ -70,7 +70,7 @@ class DPOConfig(PreferenceConfig):
 
     def make_algorithm(self) -> DPO:
         """The loss that these options describe. Raises ConfigError for those that do not go together."""
-        shared = {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name not in ("loss_types",)}
+        shared = {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name != "loss_types"}
         return self.whole(DPO(loss_types=self.loss_type, **shared))
 
     def whole(self, algorithm: DPO) -> DPO:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,20 +51,28 @@ def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: 
             f"precompute_ref_log_probs reads {name!r} before training, and it is a stream: load it whole."
         )
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference" / cache_key(trainer, rows)
-    if not folder.exists():
+    if _all_have(folder, trainer):
+        logger.info(f"Reference log-probabilities of {name!r} are read from {folder}.")
+    else:
         found = compute(trainer, rows, name=name, batch_size=batch_size)
-        if trainer.is_world_process_zero():
+        if trainer.is_local_process_zero():
             _store(found, folder)
         trainer.accelerator.wait_for_everyone()
-    else:
-        logger.info(f"Reference log-probabilities of {name!r} are read from {folder}.")
     return concatenate_datasets([rows, datasets.load_from_disk(str(folder))], axis=1)
+
+
+def _all_have(folder: Path, trainer: PreferenceTrainer) -> bool:
+    """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
+    found = [folder.exists()]
+    return all(gather_object(found) if trainer.accelerator.num_processes > 1 else found)
 
 
 def _store(found: list[Logprobs], folder: Path) -> None:
     """Write to disk, complete or not at all."""
+    if folder.exists():
+        return
     column = Dataset.from_dict({COLUMN: found}, features=Features({COLUMN: List(List(Value("float32")))}))
-    partial = folder.with_suffix(".partial")
+    partial = folder.with_suffix(f".{os.getpid()}")
     column.save_to_disk(str(partial))
     partial.rename(folder)
 
