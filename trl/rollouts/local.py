@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
+from trl.models.heads import WithValueHead
 from trl.rollouts.decoders import (
     Decoder,
     Policy,
@@ -198,9 +199,10 @@ class _Round:
 
 
 def unwrap(model: nn.Module) -> Policy:
-    """The policy without its data-parallel wrapper. Raises ModelError for what is no generating transformers model."""
+    """The policy without its data-parallel wrapper and value head. Raises ModelError for what does not generate."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    model = model.pretrained_model if isinstance(model, WithValueHead) else model
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
         raise ModelError(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
-from trl.models.heads import WithValueHead
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
@@ -21,7 +20,6 @@ def respond_to_batch(
 
     An end-of-sequence token does not end a response. Queries are of one length, without padding.
     """
-    model = model.pretrained_model if isinstance(model, WithValueHead) else model
     params = SamplingParams(max_new_tokens=txt_len, ignore_eos=True, top_k=int(top_k), top_p=top_p)
     rollouts = LocalEngine(model).generate([Prompt(query) for query in queries.tolist()], params)
     return torch.tensor([sample.ids for (sample,) in rollouts], device=queries.device)

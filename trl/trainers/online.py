@@ -295,6 +295,8 @@ class OnlineTrainer(BaseTrainer):
             signals.append({"ref_logprobs": self.measure(examples, self._reference_logprobs)})
         if mode == "train" and self.args.recompute_old_logprobs and not self.args.is_on_policy:
             signals.append({"old_logprobs": self.measure(examples, self._logprobs)})
+        if self.algorithm.needs_values:
+            signals.append({"values": self.measure(examples, self._values)})
         if getattr(self.algorithm, "needs_entropy", False):
             signals.append({"entropy": self.measure(examples, self._entropy)})
         local = experience_of(examples, self._combined(groups)).with_signals(
@@ -366,6 +368,9 @@ class OnlineTrainer(BaseTrainer):
     def _logprobs(self, batch: Batch) -> Tensor:
         return score(self.model_wrapped, batch, temperature=self._temperature).logprobs
 
+    def _values(self, batch: Batch) -> Tensor:
+        return score(self.model_wrapped, batch, temperature=self._temperature, want={"value"}).value
+
     def _entropy(self, batch: Batch) -> Tensor:
         return score(self.model_wrapped, batch, temperature=self._temperature, want={"entropy"}).entropy
 
@@ -386,7 +391,8 @@ class OnlineTrainer(BaseTrainer):
     # ---- loss ----
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        scores = score(model, batch, temperature=self._temperature, want={"entropy"})
+        want = {"entropy", "value"} if self.algorithm.needs_values else {"entropy"}
+        scores = score(model, batch, temperature=self._temperature, want=want)
         on_policy = "old_logprobs" not in batch.signals
         if on_policy:
             batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
