@@ -9,13 +9,14 @@ that are learned from. A slice is what one counted step of the loop trains on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl.rollouts.engine import Rollout
 from trl.types import Completion, Example, Experience
 
 
@@ -29,6 +30,7 @@ class Group:
     completions   [G] as reward functions see them: texts or conversations
     rewards       [G,F] of every function, NaN where it did not apply
     failed        [G] whether a function failed
+    extra         what reward functions logged of each completion, by name
     """
 
     row: Mapping[str, Any]
@@ -37,6 +39,23 @@ class Group:
     completions: Sequence[Any]
     rewards: Tensor
     failed: Tensor
+    extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+def example_of(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
+    """The row's prompt with its sampled completions."""
+    completions = (Completion(r.ids, signals={"sampler_logprobs": r.logprobs}) for r in rollouts)
+    return Example(row["prompt_ids"], tuple(completions))
+
+
+def finished(rollouts: Sequence[Rollout]) -> Tensor:
+    """`[G]` bool: whether completions came to their end, or were cut at the limit."""
+    return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+
+
+def offsets(examples: Sequence[Example]) -> list[int]:
+    """The number of each example's first completion."""
+    return [0, *accumulate(len(example.completions) for example in examples)][:-1]
 
 
 def completions_of(examples: Sequence[Example]) -> list[Completion]:

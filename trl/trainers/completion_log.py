@@ -1,4 +1,4 @@
-"""The log of completions: a table in the terminal, and a parquet file per log."""
+"""What is logged of a round: its numbers, and its completions as a table in the terminal and a parquet file per log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,53 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from trl.algorithms.advantages import group_std, has_no_variance
+from trl.rollouts.experience import Group
+from trl.types import Experience, Metrics
+
+
+def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> Metrics:
+    """Numbers of a round, `[N]` each; `names` are those of the reward functions."""
+    lengths = torch.tensor([float(len(c)) for group in groups for c in group.example.completions])
+    finished = torch.cat([group.finished for group in groups])
+    rewards = experience.rewards
+    whole = torch.zeros_like(experience.group)
+    columns = dict(zip(names, torch.cat([group.rewards for group in groups]).unbind(1), strict=True))
+    return {
+        "reward": rewards,
+        "reward_std": group_std(rewards, whole)[:1],
+        "frac_reward_zero_std": has_no_variance(rewards, experience.group).float(),
+        "completions/mean_length": lengths,
+        "completions/min_length": lengths,
+        "completions/max_length": lengths,
+        "completions/clipped_ratio": 1 - finished.float(),
+        "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
+        "failed_rewards": torch.cat([group.failed for group in groups]).float(),
+        **{f"rewards/{name}/mean": column for name, column in columns.items()},
+        **{f"rewards/{name}/std": group_std(column, whole)[:1] for name, column in columns.items()},
+    }
+
+
+def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each completion of a round."""
+    credit = experience.signals.get("advantages", experience.rewards)
+    advantages = iter((credit if credit.dim() == 1 else credit.mean(-1)).tolist())
+    return [
+        {
+            "prompt": as_text(group.row["prompt"]),
+            "completion": as_text(completion),
+            **dict(zip(names, group.rewards[i].tolist(), strict=True)),
+            **{name: column[i] for name, column in group.extra.items()},
+            "advantage": next(advantages),
+        }
+        for group in groups
+        for i, completion in enumerate(group.completions)
+    ]
 
 
 class CompletionLog:

@@ -13,8 +13,8 @@ sampled, so no second pass is needed; in a round that is trained on once, in one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from trl.algorithms.advantages import combine_rewards, group_std, has_no_variance
+from trl.algorithms.advantages import combine_rewards, has_no_variance
+from trl.algorithms.grpo import GRPO
 from trl.algorithms.importance import mismatch
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError
@@ -38,14 +39,17 @@ from trl.rollouts.experience import (
     Group,
     completions_of,
     cut_slices,
+    example_of,
     experience_of,
+    finished,
+    offsets,
     with_signals,
     without_signals,
 )
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.base import BaseTrainer, EvalRows, Rows
-from trl.trainers.completion_log import CompletionLog, as_text
+from trl.trainers.completion_log import CompletionLog, log_rows, round_metrics
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.preference import SyncRefModelCallback
 from trl.trainers.prompts import Prompts, StreamRows, TableRows
@@ -228,32 +232,28 @@ class OnlineTrainer(BaseTrainer):
         prompts = [Prompt(row["prompt_ids"]) for row in rows]
         sampled = self.engine.generate(prompts, self.sampling_params(mode), n)
         shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
-        rewarded = self.reward(rows, sampled, shown, mode)
+        extra: dict[str, Sequence[Any]] = {}
+        rewarded = self.reward(rows, sampled, shown, mode, log_extra=extra.__setitem__)
         values, failed = rewarded.values.split(n), rewarded.failed.any(1).split(n)
         return [
-            Group(row, _example(row, rollouts), _finished(rollouts), texts, values[i], failed[i])
+            Group(
+                row,
+                example_of(row, rollouts),
+                finished(rollouts),
+                texts,
+                values[i],
+                failed[i],
+                {name: list(column[i * n : (i + 1) * n]) for name, column in extra.items()},
+            )
             for i, (row, rollouts, texts) in enumerate(zip(rows, sampled, shown, strict=True))
         ]
 
     def sampling_params(self, mode: str) -> SamplingParams:
         """How to sample next: every round and process has a seed of its own."""
-        args = self.args
-        number = self.samplings[mode] * args.world_size + args.process_index
+        number = self.samplings[mode] * self.args.world_size + self.args.process_index
         self.samplings[mode] += 1
-        given = {
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k,
-            "min_p": args.min_p or 0.0,
-            "repetition_penalty": args.repetition_penalty,
-            "max_new_tokens": self._completion_limit(),
-            "seed": (2 * args.seed + (mode == "eval")) * 2**40 + number,
-        }
-        options = args.generation_kwargs or {}
-        known = {field.name for field in fields(SamplingParams)}
-        further = {name: value for name, value in options.items() if name not in known}
-        config = {"generation_config": GenerationConfig(**further)} if further else {}
-        return SamplingParams(**{**given, **config, **{k: v for k, v in options.items() if k in known}})
+        seed = (2 * self.args.seed + (mode == "eval")) * 2**40 + number
+        return self.args.sampling_params(max_new_tokens=self._completion_limit(), seed=seed)
 
     def _completion_limit(self) -> int:
         if self.args.max_completion_length is not None:
@@ -273,15 +273,20 @@ class OnlineTrainer(BaseTrainer):
         sampled: Sequence[Sequence[Rollout]],
         shown: Sequence[Sequence[Any]],
         mode: str,
+        log_extra: Callable[[str, Sequence[Any]], None],
     ) -> Rewarded:
-        """Rewards of all samples, by every function."""
+        """Rewards of all samples, by every function. A function may log columns and numbers of its own."""
         if not rows:
             return Rewarded(torch.zeros(0, len(self.rewards)), torch.zeros(0, len(self.rewards), dtype=torch.bool))
         repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
         names = [name for name in rows[0] if name not in NOT_FOR_REWARDS]
         columns = {name: [row[name] for row in repeated] for name in names}
         columns["completion_ids"] = [list(rollout.ids) for rollout in chain(*sampled)]
-        extras = {"trainer_state": self.state, "log_metric": lambda name, value: self._count(name, value, 1, mode)}
+        extras = {
+            "trainer_state": self.state,
+            "log_extra": log_extra,
+            "log_metric": lambda name, value: self._count(name, value, mode=mode),
+        }
         samples = Samples([row["prompt"] for row in repeated], list(chain(*shown)), columns, extras)
         return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout, on_error=self.args.on_reward_error)
 
@@ -290,25 +295,19 @@ class OnlineTrainer(BaseTrainer):
     def learn_from(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
         """Examples with all signals that the loss needs, and the experience that they come from."""
         examples = [group.example for group in groups]
-        signals = [self._of_sampler(examples)]
+        local = experience_of(examples, self._combined(groups))
+        signals = {"old_logprobs": local.signals["sampler_logprobs"]}
         if self.reference is not None:
-            signals.append({"ref_logprobs": self.measure(examples, self._reference_logprobs)})
+            signals["ref_logprobs"] = self.measure(examples, self._reference_logprobs)
         if mode == "train" and self.args.recompute_old_logprobs and not self.args.is_on_policy:
-            signals.append({"old_logprobs": self.measure(examples, self._logprobs)})
+            signals["old_logprobs"] = self.measure(examples, self._logprobs)
         if self.algorithm.needs_values:
-            signals.append({"values": self.measure(examples, self._values)})
-        if getattr(self.algorithm, "needs_entropy", False):
-            signals.append({"entropy": self.measure(examples, self._entropy)})
-        local = experience_of(examples, self._combined(groups)).with_signals(
-            **{k: v for s in signals for k, v in s.items()}
-        )
-        experience = self._with_credit(local)
-        added = {k: v for k, v in experience.signals.items() if k != "sampler_logprobs"}
+            signals["values"] = self.measure(examples, self._values)
+        if isinstance(self.algorithm, GRPO) and self.algorithm.needs_entropy:
+            signals["entropy"] = self.measure(examples, self._entropy)
+        experience = self._with_credit(local.with_signals(**signals))
+        added = {name: values for name, values in experience.signals.items() if name != "sampler_logprobs"}
         return with_signals(examples, added), experience
-
-    def _of_sampler(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        signals = experience_of(examples, torch.zeros(0)).signals
-        return {"old_logprobs": signals["sampler_logprobs"]}
 
     def _combined(self, groups: Sequence[Group]) -> Tensor:
         """One reward `[N]` per completion, from those of all functions."""
@@ -344,11 +343,11 @@ class OnlineTrainer(BaseTrainer):
         return whole, self.args.process_index * len(local.rewards)
 
     @torch.no_grad()
-    def measure(self, examples: Sequence[Example], numbers: Any) -> Tensor:
+    def measure(self, examples: Sequence[Example], numbers: Callable[[Batch], Tensor]) -> Tensor:
         """`[N,C]` numbers of the round's completions, by `numbers(batch)`, a micro-batch at a time."""
         groups = self._plan(examples, 1)
         most = int(self._gather(torch.tensor([len(groups)], device=self.args.device)).max())
-        first = list(_offsets(examples))
+        first = offsets(examples)
         width = max(1, *(len(c) for c in completions_of(examples)))
         table = torch.zeros(sum(len(e.completions) for e in examples), width)
         for k in range(most):
@@ -434,48 +433,10 @@ class OnlineTrainer(BaseTrainer):
         self.meters[mode].count(name, float(amount), per=float(per))
 
     def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
-        meter = self.meters[mode]
-        lengths = torch.tensor([float(len(c)) for g in groups for c in g.example.completions])
-        finished = torch.cat([group.finished for group in groups])
-        rewards, index = experience.rewards, experience.group
-        everything = torch.zeros_like(index)
-        meter.add(
-            {
-                "reward": rewards,
-                "reward_std": group_std(rewards, everything)[:1],
-                "frac_reward_zero_std": has_no_variance(rewards, index).float(),
-                "completions/mean_length": lengths,
-                "completions/min_length": lengths,
-                "completions/max_length": lengths,
-                "completions/clipped_ratio": 1 - finished.float(),
-                "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
-                "failed_rewards": torch.cat([group.failed for group in groups]).float(),
-                **self._rewards_by_function(groups),
-            }
-        )
-        if mode == "train" and self.args.log_completions:
-            self.completion_log.add(self._log_rows(groups, experience))
-
-    def _rewards_by_function(self, groups: Sequence[Group]) -> Metrics:
-        columns = torch.cat([group.rewards for group in groups]).unbind(1)
-        named = {reward.name: column for reward, column in zip(self.rewards, columns, strict=True)}
-        stds = {f"rewards/{n}/std": group_std(c, torch.zeros(len(c), dtype=torch.long))[:1] for n, c in named.items()}
-        return {f"rewards/{n}/mean": column for n, column in named.items()} | stds
-
-    def _log_rows(self, groups: Sequence[Group], experience: Experience) -> list[dict[str, Any]]:
-        credit = experience.signals.get("advantages", experience.rewards)
-        advantages = iter((credit if credit.dim() == 1 else credit.mean(-1)).tolist())
         names = [reward.name for reward in self.rewards]
-        return [
-            {
-                "prompt": as_text(group.row["prompt"]),
-                "completion": as_text(completion),
-                **dict(zip(names, rewards, strict=True)),
-                "advantage": next(advantages),
-            }
-            for group in groups
-            for completion, rewards in zip(group.completions, group.rewards.tolist(), strict=True)
-        ]
+        self.meters[mode].add(round_metrics(groups, experience, names))
+        if mode == "train" and self.args.log_completions:
+            self.completion_log.add(log_rows(groups, experience, names))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -532,19 +493,3 @@ class OnlineTrainer(BaseTrainer):
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(rows)
-
-
-def _example(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
-    return Example(
-        row["prompt_ids"], tuple(Completion(r.ids, signals={"sampler_logprobs": r.logprobs}) for r in rollouts)
-    )
-
-
-def _finished(rollouts: Sequence[Rollout]) -> Tensor:
-    return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
-
-
-def _offsets(examples: Sequence[Example]) -> list[int]:
-    """The number of each example's first completion."""
-    counts = [len(example.completions) for example in examples]
-    return [sum(counts[:i]) for i in range(len(counts))]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
+
+from transformers import GenerationConfig
 
 from trl.algorithms.advantages import AGGREGATIONS
 from trl.errors import ConfigError, unknown
 from trl.rewards.call import ON_ERROR
+from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import TrainerConfig
 from trl.types import Algorithm
 
@@ -184,6 +187,23 @@ class OnlineConfig(TrainerConfig):
     def make_algorithm(self) -> Algorithm:
         """The algorithm that these options describe."""
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
+
+    def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
+        """How completions are sampled."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        options = self.generation_kwargs or {}
+        known = {field.name for field in fields(SamplingParams)}
+        further = {name: value for name, value in options.items() if name not in known}
+        config = {"generation_config": GenerationConfig(**further)} if further else {}
+        return SamplingParams(**{**given, **config, **{k: v for k, v in options.items() if k in known}})
 
     @property
     def slices_per_round(self) -> int:
