@@ -20,6 +20,9 @@ from trl.demo.model import make_model, train_tokenizer
 from trl.demo.reviews import is_grammatical, load_reviews
 from trl.demo.sample import prompt_openings, sample
 from trl.rewards.model import RewardModel
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
 from trl.trainers.dpo import DPOTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.reward import RewardTrainer
@@ -88,7 +91,7 @@ def reward(reward_trainer, tokenizer):
 @pytest.fixture(scope="module")
 def preferences(policy, tokenizer, reward):
     """Two continuations of every prompt, the positive one chosen; prompts where both agree are left out."""
-    samples = [continuations(policy, tokenizer, PROMPTS, seed) for seed in (1, 2)]
+    samples = two_continuations(policy, tokenizer)
     rewards = [reward(PROMPTS, texts) for texts in samples]
     rows = zip(PROMPTS, *samples, *rewards, strict=True)
     pairs = [(p, a, b) if x > 0 else (p, b, a) for p, a, b, x, y in rows if x * y < 0]
@@ -96,9 +99,13 @@ def preferences(policy, tokenizer, reward):
     return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
 
 
-def continuations(model, tokenizer, prompts, seed=0):
-    texts = sample(model, tokenizer, prompts, seed=seed)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+def two_continuations(model, tokenizer) -> list[list[str]]:
+    """Two columns of sampled continuations of the prompts."""
+    params = SamplingParams(temperature=0.7, max_new_tokens=64, seed=1)
+    rollouts = LocalEngine(model, tokenizer, progress=False).generate(
+        [Prompt(tokenizer.encode(prompt)) for prompt in PROMPTS], params, 2
+    )
+    return [[tokenizer.decode(pair[k].ids, skip_special_tokens=True) for pair in rollouts] for k in range(2)]
 
 
 # ---- a judge that no model here has to do with ----
@@ -162,8 +169,8 @@ def test_a_reward_model_tells_good_reviews_from_bad(reward_trainer):
 
 
 METHODS = {
-    "dpo": (DPOTrainer, {"learning_rate": 4e-4, "rpo_alpha": 0.5}),
-    "kto": (KTOTrainer, {"learning_rate": 3e-4, "beta": 0.3}),
+    "dpo": (DPOTrainer, {"learning_rate": 3e-4, "rpo_alpha": 0.5, "num_train_epochs": 2}),
+    "kto": (KTOTrainer, {"learning_rate": 2e-4, "beta": 1.0, "num_train_epochs": 2}),
 }
 
 
@@ -175,7 +182,7 @@ def test_samples_become_positive_and_stay_grammatical(
     model = copy.deepcopy(policy)
     before = sample(model, tokenizer, HELD_OUT)
     assert 0.35 < share_positive(before) < 0.65
-    kind(model, tokenizer=tokenizer, train_dataset=preferences, num_train_epochs=1, **options, **quiet).train()
+    kind(model, tokenizer=tokenizer, train_dataset=preferences, **options, **quiet).train()
     after = sample(model, tokenizer, HELD_OUT)
     judged = reward(HELD_OUT, [text[len(prompt) :] for text, prompt in zip(after, HELD_OUT, strict=True)])
     print(f"{method}: positive {share_positive(before):.2f} → {share_positive(after):.2f} (words),", end=" ")
