@@ -19,6 +19,7 @@ import shutil
 import signal
 import struct
 import threading
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SAME_SIGNAL = 0.5
+"""Seconds in which a terminal and a launcher may both deliver one Ctrl-C."""
 LITTLE = 2**20
 """Bytes; a disk with less is full."""
 FIRST_WORDS = "\nFinishing this step, then writing a checkpoint. Once more stops at once, without one.\n"
@@ -43,16 +46,19 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = 0
+        self._since = 0.0
         self.signal: int | None = None
         """The signal that training was ended for; None if it ran to its end."""
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """A handler of signals."""
+        if self.received and time.monotonic() - self._since < SAME_SIGNAL:
+            return
         if self.received:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.received = number
+        self.received, self._since = number, time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, FIRST_WORDS.encode())  # print may be interrupted in the middle of a line of its own
 
