@@ -88,6 +88,10 @@ class PPO:
         """The algorithm once `n` more responses, of mean KL `kl`, have been learned from."""
         return replace(self, controller=self.controller.updated(kl, n))
 
+    def with_coefficient(self, coefficient: float) -> PPO:
+        """The algorithm with another coefficient of its KL penalty."""
+        return replace(self, controller=replace(self.controller, coefficient=coefficient))
+
     def advantages(self, experience: Experience) -> Experience:
         """Credit of every token, from the completions' rewards `[N]` and the KL of its tokens."""
         return self.credited(self.rewarded(experience))

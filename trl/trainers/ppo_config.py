@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from trl.algorithms.kl_control import AdaptiveKL, FixedKL
 from trl.algorithms.ppo import KL_PENALTIES, PPO
 from trl.errors import ConfigError, unknown
-from trl.trainers.config import TrainerConfig
+from trl.trainers.online_config import OnlineConfig
 
 ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
 
@@ -20,11 +20,11 @@ def _script_name() -> str:
 
 
 @dataclass
-class PPOConfig(TrainerConfig):
+class PPOConfig(OnlineConfig):
     """Options of `PPOTrainer`."""
 
     ALIASES: ClassVar[dict[str, str]] = {
-        **TrainerConfig.ALIASES,
+        **OnlineConfig.ALIASES,
         "kl_coef": "init_kl_coef",
         "num_ppo_epochs": "ppo_epochs",
         "optimize_cuda_cache": "optimize_device_cache",
@@ -86,6 +86,21 @@ class PPOConfig(TrainerConfig):
 
     forward_batch_size: int | None = None
     """Older name of `mini_batch_size`."""
+
+    per_device_train_batch_size: int | None = None
+    """Another name of `mini_batch_size`."""
+
+    steps_per_generation: int | None = None
+    """Mini-batches of a batch: sets `batch_size`."""
+
+    num_iterations: int | None = None
+    """Another name of `ppo_epochs`."""
+
+    num_generations: int = 1
+    """Responses that `train` samples to each prompt."""
+
+    max_completion_length: int | None = 53
+    """Tokens that `train` samples at most per response. None: as many as the model's context leaves."""
 
     gradient_accumulation_steps: int = 1
     """Mini-batches of one optimizer step."""
@@ -157,7 +172,7 @@ class PPOConfig(TrainerConfig):
     """Set every dropout probability of the model to zero, so that ratios come from training alone."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainerConfig._VALID_DICT_FIELDS,
+        *OnlineConfig._VALID_DICT_FIELDS,
         "tracker_kwargs",
         "accelerator_kwargs",
         "project_kwargs",
@@ -190,8 +205,12 @@ class PPOConfig(TrainerConfig):
         self.bf16 = self.bf16 if precision is None else precision == "bf16"
 
     def _size_batches(self) -> None:
-        if self.forward_batch_size is not None:
-            self.mini_batch_size = self.forward_batch_size
+        """Settle batch, mini-batch and epochs, whichever of their names were given."""
+        self.mini_batch_size = self.forward_batch_size or self.per_device_train_batch_size or self.mini_batch_size
+        self.ppo_epochs = self.num_iterations or self.ppo_epochs
+        self.batch_size = (
+            self.mini_batch_size * self.steps_per_generation if self.steps_per_generation else self.batch_size
+        )
         for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -203,13 +222,15 @@ class PPOConfig(TrainerConfig):
                 f"{self.mini_batch_size} × {self.gradient_accumulation_steps} = {self.backward_batch_size}, the triplets of "
                 "one optimizer step."
             )
+        self.per_device_train_batch_size, self.num_iterations = self.mini_batch_size, self.ppo_epochs
+        self.steps_per_generation = self.batch_size // self.mini_batch_size
 
     @property
     def backward_batch_size(self) -> int:
         """Triplets of one optimizer step."""
         return self.mini_batch_size * self.gradient_accumulation_steps
 
-    def algorithm(self) -> PPO:
+    def make_algorithm(self) -> PPO:
         """The algorithm that these options describe."""
         adaptive = AdaptiveKL(self.init_kl_coef, self.target, self.horizon)
         return PPO(

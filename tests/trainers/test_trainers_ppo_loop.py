@@ -1,0 +1,199 @@
+"""PPO as a whole loop: the same algorithm as `step`, rewards that rise, checkpoints that go on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl.errors import ConfigError
+from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.trainers.ppo import PPOConfig, PPOTrainer
+
+PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
+WANTED = 42
+
+
+def wanted(completion_ids, **_):
+    """How many of a completion's tokens are the wanted one."""
+    return [float(ids.count(WANTED)) for ids in completion_ids]
+
+
+@pytest.fixture
+def make_loop(make_model, tokenizer, tmp_path):
+    def make(model="llama", *, reward_funcs=wanted, head=True, folder="out", keywords=None, **config):
+        torch.manual_seed(7)
+        model = make_model(model) if isinstance(model, str) else model
+        options = {
+            "output_dir": str(tmp_path / folder),
+            "batch_size": 8,
+            "mini_batch_size": 4,
+            "ppo_epochs": 2,
+            "max_completion_length": 5,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "generation_kwargs": {"ignore_eos": True},
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        return PPOTrainer(
+            args=PPOConfig(**{**options, **config}),
+            model=with_value_head(model) if head else model,
+            reward_funcs=reward_funcs,
+            train_dataset=PROMPTS,
+            processing_class=tokenizer,
+            **(keywords or {}),
+        )
+
+    return make
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same(found, expected):
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_round_is_a_batch_gone_through_ppo_epochs_times():
+    config = PPOConfig(batch_size=8, mini_batch_size=2, ppo_epochs=3)
+    assert (config.per_device_train_batch_size, config.slices_per_round, config.num_iterations) == (2, 4, 3)
+    assert (config.prompts_per_round, config.num_generations) == (8, 1)
+    other = PPOConfig(per_device_train_batch_size=2, steps_per_generation=4, num_iterations=3)
+    assert (other.mini_batch_size, other.batch_size, other.ppo_epochs) == (2, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_loop_runs_and_reports(make_loop, name):
+    trainer = make_loop(name, head=False)
+    before = parameters(trainer)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    for metric in ("reward", "kl", "kl_coef", "policy/approxkl", "policy/clipfrac", "val/error", "loss/value"):
+        assert np.isfinite(first[metric]), metric
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    moved = [name for name, p in parameters(trainer).items() if not torch.equal(p, before[name])]
+    assert "v_head.summary.weight" in moved
+    assert len(moved) > len(before) / 2
+
+
+def test_the_first_step_of_the_loop_is_a_step_on_its_samples(make_loop, make_model, tokenizer, monkeypatch):
+    """The loop's first optimizer step, and `step` on the same responses with the same rewards."""
+    optimizers = []
+    seen = {}
+
+    def noted(prompts, completion_ids, **_):
+        seen.update(prompts=prompts, ids=completion_ids, rewards=wanted(completion_ids))
+        return seen["rewards"]
+
+    def descent(model):
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1))
+        return optimizers[-1]
+
+    torch.manual_seed(3)
+    one, other = (with_value_head(make_model("llama")) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    sizes = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1}
+    options = {**sizes, "max_steps": 1, "lr_scheduler_type": "constant"}
+    keywords = {"optimizers": (descent(one), None)}
+    loop = make_loop(one, head=False, reward_funcs=noted, keywords=keywords, **options)
+    loop.train()
+    by_hand = PPOTrainer(PPOConfig(**sizes), other, None, tokenizer, optimizer=descent(other))
+    queries = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in seen["prompts"]]
+    by_hand.step(queries, [torch.tensor(ids) for ids in seen["ids"]], seen["rewards"])
+    for name, value in parameters(by_hand).items():
+        torch.testing.assert_close(parameters(loop)[name], value, rtol=1e-4, atol=1e-5)
+    assert by_hand.algorithm.controller.coefficient == pytest.approx(loop.algorithm.controller.coefficient)
+
+
+def test_the_reward_rises(make_loop):
+    trainer = make_loop(
+        batch_size=32, mini_batch_size=16, learning_rate=5e-3, init_kl_coef=0.05, ppo_epochs=4, max_steps=160,
+        max_completion_length=8, lr_scheduler_type="constant", logging_steps=8,
+    )  # fmt: skip
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert np.mean(rewards[:2]) < 1
+    assert np.mean(rewards[-3:]) > 4
+
+
+def test_what_resumes_goes_on_exactly(make_loop, tmp_path):
+    """A checkpoint in the middle of a round: weights, head, optimizer, samples, coefficient, running moments."""
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "use_score_scaling": True, "horizon": 20}
+    whole = make_loop(folder="whole", **options)
+    whole.train()
+    again = make_loop(folder="again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(parameters(again), parameters(whole))
+    assert again.algorithm.controller.coefficient == whole.algorithm.controller.coefficient != 0.2
+    assert again.moments == whole.moments
+    state = json.loads((tmp_path / "again" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert loaded.v_head.summary.weight.shape == (1, 32)
+
+
+def test_the_best_model_is_loaded_with_its_head(make_loop):
+    trainer = make_loop(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="reward", keywords={"eval_dataset": PROMPTS.select(range(4))},
+    )  # fmt: skip
+    trainer.train()
+    best = AutoModelForCausalLMWithValueHead.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same(parameters(trainer), dict(best.named_parameters()))
+    assert Path(trainer.state.best_model_checkpoint).exists()
+
+
+def test_evaluation_leaves_the_running_numbers_alone(make_loop):
+    trainer = make_loop(use_score_scaling=True, keywords={"eval_dataset": PROMPTS.select(range(4))})
+    found = trainer.evaluate()
+    assert np.isfinite(found["eval_reward"])
+    assert trainer.moments.count == 0
+    assert trainer.algorithm.controller.coefficient == 0.2
+
+
+def test_adapters_only(make_loop):
+    trainer = make_loop(head=False, max_steps=8, keywords={"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM")})
+    base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert_same(parameters(trainer), base)
+    assert abs([entry["kl"] for entry in trainer.state.log_history if "kl" in entry][-1]) > 1e-3
+
+
+def test_the_full_penalty(make_loop):
+    trainer = make_loop(kl_penalty="full", max_steps=6)
+    trainer.train()
+    kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kls[0] == pytest.approx(0, abs=1e-4)
+    assert min(kls) > -1e-4
+
+
+def test_a_function_that_does_not_apply(make_loop):
+    def sometimes(completion_ids, **_):
+        return [None if i % 2 else 1.0 for i in range(len(completion_ids))]
+
+    trainer = make_loop(reward_funcs=sometimes)
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert trainer.state.log_history[0]["reward"] == 1.0
+
+
+def test_loops_that_cannot_be(make_loop, make_model, tokenizer):
+    by_hand = PPOTrainer(PPOConfig(batch_size=1), with_value_head(make_model("llama")), None, tokenizer)
+    with pytest.raises(ConfigError, match=r"train\(\) needs reward_funcs and train_dataset.*call step\("):
+        by_hand.train()
+    with pytest.raises(ConfigError, match="early_stopping=True ends the epochs of step"):
+        make_loop(early_stopping=True).train()
+    with pytest.raises(ConfigError, match="reward_funcs and reward_model are two names"):
+        make_loop(keywords={"reward_model": wanted})
+    with pytest.raises(ConfigError, match="The first argument of PPOTrainer is its configuration"):
+        PPOTrainer(make_model("llama"))
