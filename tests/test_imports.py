@@ -15,7 +15,7 @@ LEVELS = [
     {"ops"},
     {"algorithms"},
     {"data", "models", "rollouts", "rewards"},
-    {"trainers"},
+    {"trainers", "report"},
 ]
 LEVELS += [{"core", "demo"}, {"cli", "__main__"}]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,133 @@
+"""At the end of a run: what it logged and how it was set, as `run.json`, and its page, `report.html`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from trl import __version__
+from trl.models.load import count_parameters
+from trl.report.page import write_report
+from trl.report.record import RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")
+
+DERIVED = {"accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "output_dir"}
+"""Options that the configuration fills in by itself, and the one that the page's title tells."""
+
+
+class ReportCallback(TrainerCallback):
+    """Writes `run.json` to the output folder at every checkpoint and at the end, and then the page too.
+
+    An evaluation after the end is added to both. `data` are lines about the dataset to put on the page.
+    """
+
+    def __init__(self, data: tuple[str, ...] = ()) -> None:
+        self.data = data
+        self.started, self.clock, self.ended = "", 0.0, False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        self.started, self.clock, self.ended = time.strftime("%Y-%m-%d %H:%M"), time.monotonic(), False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        self._write(args, state, model, page=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.ended = True
+        self._write(args, state, model, page=True)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if self.ended:
+            self._write(args, state, model, page=True)
+
+    def _write(self, args: TrainingArguments, state: TrainerState, model: Any, *, page: bool) -> None:
+        """A disk that is full must not cost the run: its model is saved after this."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / RUN_FILE, json.dumps(self.record(args, state, model), indent=1, default=str))
+            if page:
+                logger.info(f"The report is in {write_report(folder)}.")
+        except OSError as error:
+            logger.warning(f"The report could not be written: {error}. The run goes on.")
+
+    def record(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
+        """What `run.json` holds."""
+        return {
+            "method": type(args).__name__.removesuffix("Config"),
+            "model": {} if model is None else _describe(model),
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "started": self.started,
+            "seconds": time.monotonic() - self.clock,
+            "data": self.data,
+            "versions": versions(),
+            "options": args.to_dict(),
+            "changed": changed_options(args),
+            "log_history": state.log_history,
+        }
+
+
+def changed_options(args: TrainingArguments) -> list[str]:
+    """Names of options that differ from their defaults; where a default is found out at run time, it does not count."""
+    changed = []
+    for field in dataclasses.fields(args):
+        if field.name in DERIVED:
+            continue
+        value = getattr(args, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found_out = default is None and (value is None or isinstance(value, bool))
+        if value != default and not found_out and field.init and not field.name.startswith("_"):
+            changed.append(field.name)
+    return changed
+
+
+def versions() -> dict[str, str]:
+    """The library, those it stands on, and the machine."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    machine = {"python": platform.python_version(), "system": platform.platform(), "device": _device()}
+    return {"trl": __version__, **found, **machine}
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else platform.machine()
+
+
+def _describe(model: torch.nn.Module) -> dict[str, Any]:
+    trained, parameters = count_parameters(model)
+    config = getattr(model, "config", None)  # any module can be trained
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "_name_or_path", ""),
+        "parameters": parameters,
+        "trained": trained,
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

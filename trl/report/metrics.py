@@ -1,0 +1,175 @@
+"""From rows of a log to curves: which metrics stand together, what is train and what evaluation, and smoothing.
+
+A curve of n values is drawn in at most BUCKETS buckets: the raw line by each one's extremes, so that no spike is lost,
+the smooth one by their means m: at each bucket i the straight line that fits its neighbours best,
+
+    s_i = argmin_a min_b Σ_j exp(−(j−i)²/2σ²) · (m_j − a − b·(j−i))²,   σ = buckets / 40
+
+(local linear regression, Cleveland 1979), which neither lags behind, as a running mean does, nor bends at the ends.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Point = tuple[float, float]
+
+BUCKETS = 320
+FEWEST = 24
+"""With fewer values, a smooth line would only blur."""
+
+GROUPS: tuple[tuple[str, str], ...] = (
+    ("Speed and size", r"runtime|per_second|num_tokens|padding_share|total_flos|num_input_tokens|^time/|memory"),
+    ("Completions", r"^completions?/"),
+    ("Loss", r"(^|[/_])loss([/_]|$)|perplexity"),
+    ("Rewards", r"reward|score|margin"),
+    ("Divergence and exploration", r"(^|[/_])(approx)?(policy)?kl|entropy|ratio|clip|coef"),
+    ("Accuracy", r"accurac"),
+    ("Log-probabilities", r"logp|logit|logprobs"),
+    ("Values and advantages", r"value|advantage|return|(^|/)val/|vpred"),
+    ("Completions", r"completion|length|tokens/|terminated"),
+    ("Optimisation", r"learning_rate|grad_norm|(^|[/_])lr$"),
+)
+"""Headings, and the pattern of metrics that stand under each; the first that matches."""
+
+ORDER = (
+    "Rewards",
+    "Loss",
+    "Accuracy",
+    "Divergence and exploration",
+    "Values and advantages",
+    "Log-probabilities",
+    "Completions",
+    "Optimisation",
+    "Speed and size",
+    "Other",
+)
+LEADING = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "kl", "entropy")
+"""Metrics that come first under their heading."""
+
+_ONCE = re.compile(r"^(train_(runtime|loss|samples_per_second|steps_per_second)|total_flos)$")
+"""Totals that are logged once, at the end: no curves."""
+
+_TIMES = re.compile(r"(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
+"""Of evaluations; nobody looks at them as curves."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: "train", "eval" or the name of an evaluation set. `lost` counts values that are no finite numbers."""
+
+    label: str
+    points: tuple[Point, ...]
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A metric, in training and in evaluation."""
+
+    name: str
+    series: tuple[Series, ...]
+
+    @property
+    def lost(self) -> int:
+        return sum(each.lost for each in self.series)
+
+
+def charts_by_group(log: Sequence[Mapping[str, object]]) -> dict[str, list[Chart]]:
+    """The log's charts under their headings, both in the order they are shown."""
+    grouped: dict[str, list[Chart]] = {}
+    for chart in charts_of(log):
+        grouped.setdefault(group_of(chart.name), []).append(chart)
+    return {title: sorted(grouped[title], key=_rank) for title in ORDER if title in grouped}
+
+
+def _rank(chart: Chart) -> tuple[int, str]:
+    return (LEADING.index(chart.name) if chart.name in LEADING else len(LEADING), chart.name)
+
+
+def group_of(name: str) -> str:
+    return next((title for title, pattern in GROUPS if re.search(pattern, name)), "Other")
+
+
+def charts_of(log: Sequence[Mapping[str, object]]) -> list[Chart]:
+    """One chart per metric. `eval_loss` joins `loss`, and so does `eval_easy_loss`, labelled "easy"."""
+    columns = _columns(log)
+    trained = [name for name in columns if not name.startswith("eval_")]
+    series: dict[str, list[Series]] = {name: [_series("train", columns[name])] for name in trained}
+    for name in columns.keys() - set(trained):
+        if not _TIMES.search(name):
+            metric, label = _evaluated(name.removeprefix("eval_"), trained)
+            series.setdefault(metric, []).append(_series(label, columns[name]))
+    return [Chart(name, tuple(sorted(lines, key=_train_first))) for name, lines in series.items()]
+
+
+def _train_first(series: Series) -> tuple[bool, str]:
+    return series.label != "train", series.label
+
+
+def _columns(log: Sequence[Mapping[str, object]]) -> dict[str, list[Point]]:
+    columns: dict[str, list[Point]] = {}
+    for row in log:
+        step = row.get("step", 0)
+        for name, value in row.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and name not in ("step", "epoch") and not _ONCE.match(name):
+                columns.setdefault(name, []).append((float(step), float(value)))
+    return columns
+
+
+def _evaluated(name: str, trained: Sequence[str]) -> tuple[str, str]:
+    """Which metric an evaluation's is, and the name of the evaluation set."""
+    if name in trained:
+        return name, "eval"
+    found = max((each for each in trained if name.endswith(f"_{each}")), key=len, default=None)
+    return (name, "eval") if found is None else (found, name.removesuffix(f"_{found}"))
+
+
+def _series(label: str, points: Sequence[Point]) -> Series:
+    finite = tuple(sorted((point for point in points if math.isfinite(point[1])), key=lambda point: point[0]))
+    return Series(label, finite, len(points) - len(finite))
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """The points, or each bucket's lowest and highest in the order they came."""
+    if len(points) <= 2 * BUCKETS:
+        return list(points)
+    kept = []
+    for bucket in _buckets(points):
+        extremes = {min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])}
+        kept += sorted(extremes)
+    return kept
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """The smooth line; empty where there are too few points for one."""
+    if len(points) < FEWEST:
+        return []
+    buckets = _buckets(points)
+    steps = [sum(step for step, _ in bucket) / len(bucket) for bucket in buckets]
+    means = [sum(value for _, value in bucket) / len(bucket) for bucket in buckets]
+    sigma = max(len(means) / 40, 1.0)
+    reach = math.ceil(3 * sigma)
+    weights = [math.exp(-((i / sigma) ** 2) / 2) for i in range(reach + 1)]
+    return [(step, _fitted(means, i, weights)) for i, step in enumerate(steps)]
+
+
+def _fitted(values: Sequence[float], centre: int, weights: Sequence[float]) -> float:
+    """At `centre`, the line of least weighted squares through the values around it."""
+    reach = len(weights) - 1
+    near = range(max(0, centre - reach), min(len(values), centre + reach + 1))
+    rows = [(weights[abs(j - centre)], j - centre, values[j]) for j in near]
+    w, wx, wxx = (sum(weight * x**power for weight, x, _ in rows) for power in (0, 1, 2))
+    wy, wxy = (sum(weight * x**power * y for weight, x, y in rows) for power in (0, 1))
+    return (wxx * wy - wx * wxy) / (w * wxx - wx * wx)
+
+
+def _buckets(points: Sequence[Point]) -> list[Sequence[Point]]:
+    count = min(len(points), BUCKETS)
+    edges = [round(i * len(points) / count) for i in range(count + 1)]
+    return [points[a:b] for a, b in pairwise(edges)]

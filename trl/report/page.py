@@ -1,0 +1,159 @@
+"""A page of a run: one HTML file with its curves, samples, options and versions, that needs nothing beside itself.
+
+write_report("opt-sft-imdb")        opt-sft-imdb/report.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from trl import __version__
+from trl.report.draw import COLOURS, draw, number
+from trl.report.metrics import LEADING, Chart, charts_by_group, smoothed
+from trl.report.record import RunRecord, read_run
+
+REPORT_FILE = "report.html"
+KEY_FIGURES = 4
+"""So many metrics are told at the top."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number at the top of the page: where it ended, and where it began."""
+
+    label: str
+    value: str
+    before: str = ""
+
+
+def write_report(run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of the run in `run_folder` to `output` (`report.html` in that folder); returns where it is.
+
+    Raises DataError for a folder that holds nothing of a run.
+    """
+    folder = Path(run_folder).expanduser()
+    page = render(read_run(folder))
+    path = folder / REPORT_FILE if output is None else Path(output).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(run: RunRecord) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("trl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "shown": shown}
+    groups = charts_by_group(run.log)
+    return environment.get_template("page.html").render(
+        run=run,
+        groups=groups,
+        drawings={chart.name: Markup(draw(chart)) for charts in groups.values() for chart in charts},
+        figures=list(key_figures(groups)),
+        facts=list(facts(run)),
+        warnings=list(warnings(run, groups)),
+        extremes=extremes,
+        colours=COLOURS,
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        version=__version__,
+    )
+
+
+def _asset(name: str) -> Markup:
+    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+# ---- what the page says ----
+
+
+def facts(run: RunRecord) -> Iterator[str]:
+    """The line under the title."""
+    if name := run.model.get("name") or run.model.get("class") or run.model.get("type"):
+        yield str(name)
+    if parameters := run.model.get("parameters"):
+        trained = run.model.get("trained", parameters)
+        share = "" if trained == parameters else f", {number(trained)} trained"
+        yield f"{number(parameters)} parameters{share}"
+    if run.max_steps:
+        yield f"{run.step:,} of {run.max_steps:,} steps"
+    elif run.step:
+        yield f"{run.step:,} steps"
+    if tokens := _last(run.log, "num_tokens"):
+        yield f"{number(tokens)} tokens"
+    if seconds := _last(run.log, "train_runtime") or run.seconds:
+        yield duration(seconds)
+    if run.started:
+        yield run.started
+
+
+def warnings(run: RunRecord, groups: Mapping[str, Sequence[Chart]]) -> Iterator[str]:
+    """What a reader must not miss."""
+    if not run.log:
+        yield "No log was found: neither run.json, nor a checkpoint with trainer_state.json, nor log_history.jsonl."
+    if run.step < run.max_steps:
+        yield f"The log ends at step {run.step:,} of {run.max_steps:,}: the run stopped early, or has not ended yet."
+    lost = [f"{chart.name} ({chart.lost:,})" for charts in groups.values() for chart in charts if chart.lost]
+    if lost:
+        yield f"Logged, but infinite or not a number, and so not drawn: {', '.join(lost)}."
+
+
+def key_figures(groups: Mapping[str, Sequence[Chart]]) -> Iterator[Figure]:
+    """The leading metrics where they began and ended: in evaluation where there was one, else by the smooth line."""
+    leading = [chart for charts in groups.values() for chart in charts if chart.name in LEADING]
+    for chart in leading[:KEY_FIGURES]:
+        drawn = {series.label: series.points for series in chart.series if series.points}
+        label = next((label for label in ("eval", "train", *drawn) if label in drawn), None)
+        if label is not None:
+            line = smoothed(drawn[label]) or drawn[label]
+            before = number(line[0][1]) if len(line) > 1 else ""
+            name = chart.name if label == "train" else f"{chart.name} ({label})"
+            yield Figure(name.replace("_", " "), number(line[-1][1]), before)
+
+
+def extremes(chart: Chart) -> Iterator[tuple[str, Sequence[str]]]:
+    """For every line of a chart: first, last, lowest and highest value, these two with their steps."""
+    for series in (series for series in chart.series if series.points):
+        lowest = min(series.points, key=lambda point: point[1])
+        highest = max(series.points, key=lambda point: point[1])
+        placed = [f"{number(value)} at {step:,.0f}" for step, value in (lowest, highest)]
+        yield series.label, [number(series.points[0][1]), number(series.points[-1][1]), *placed]
+
+
+def shown(value: Any) -> str:
+    """A value of an option, as people write it."""
+    if value is None or value in ("", [], {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {shown(each)}" for name, each in value.items())
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `3 min 20 s`, `1.7 s`."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _last(log: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(log) if name in row), None)
