@@ -285,6 +285,11 @@ def test_fronts_are_dpo_losses():
     assert CPOConfig(loss_type="simpo", cpo_alpha=0.0).make_algorithm().terms == [("simpo", 1.0)]
     assert CPOConfig(cpo_alpha=0.3).make_algorithm().terms == [("sigmoid", 1.0), ("sft", 0.3)]
     assert not CPOConfig().make_algorithm().needs_reference
+    assert CPOConfig(ld_alpha=0.5, loss_type="alphapo", alpha=0.1).make_algorithm().alphapo_alpha == 0.1
+    with pytest.raises(ConfigError, match="rpo_alpha=1.0 is called cpo_alpha here"):
+        CPOConfig(rpo_alpha=1.0)
+    with pytest.raises(ConfigError, match=r"Unknown loss_type 'orpo'\. Known: sigmoid, hinge, ipo, simpo, alphapo"):
+        CPOConfig(loss_type="orpo")
     assert ORPOConfig(beta=0.2).make_algorithm().terms == [("orpo", 1.0)]
 
 
@@ -338,6 +343,10 @@ WRONG = {
     "reference of nothing": (
         {"loss_type": "simpo", "ref_model": "x"},
         r"ref_model was given, but loss_type='simpo' compares with no reference",
+    ),
+    "precomputed reference of nothing": (
+        {"loss_type": "orpo", "precompute_ref_log_probs": True},
+        r"loss_type='orpo' compares with no reference: leave out sync_ref_model and precompute_ref_log_probs",
     ),
     "reference and new adapter": (
         {"ref_model": "x", "peft_config": LORA},

@@ -34,16 +34,10 @@ class CPOConfig(DPOConfig):
     def make_algorithm(self) -> DPO:
         if self.loss_type not in CPO_LOSSES:
             raise ConfigError(unknown("loss_type", self.loss_type, CPO_LOSSES))
-        algorithm = DPO(
-            loss_types=self.loss_type,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            reference_free=True,
-            rpo_alpha=self.cpo_alpha or None,
-            simpo_gamma=self.simpo_gamma,
-            alphapo_alpha=self.alpha,
-        )
-        return self.whole(algorithm)
+        if self.rpo_alpha is not None:
+            raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: give that.")
+        fixed = {"reference_free": True, "rpo_alpha": self.cpo_alpha or None, "alphapo_alpha": self.alpha}
+        return self.whole(DPO(loss_types=self.loss_type, **self.options() | fixed))
 
 
 class CPOTrainer(DPOTrainer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -70,8 +70,11 @@ class DPOConfig(PreferenceConfig):
 
     def make_algorithm(self) -> DPO:
         """The loss that these options describe. Raises ConfigError for those that do not go together."""
-        shared = {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name != "loss_types"}
-        return self.whole(DPO(loss_types=self.loss_type, **shared))
+        return self.whole(DPO(loss_types=self.loss_type, **self.options()))
+
+    def options(self) -> dict[str, Any]:
+        """What the algorithm takes beside its losses, by the names of `DPO`'s fields."""
+        return {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name != "loss_types"}
 
     def whole(self, algorithm: DPO) -> DPO:
         """`algorithm`, if the pairs that it sees at once are those of a step however the options split it."""

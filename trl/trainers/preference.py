@@ -221,6 +221,12 @@ class PreferenceTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
+        moved_or_kept = self.args.sync_ref_model or self.args.precompute_ref_log_probs
+        if moved_or_kept and not self.needs_reference:
+            raise ConfigError(
+                f"loss_type={self.args.loss_type!r} compares with no reference: leave out sync_ref_model and "
+                "precompute_ref_log_probs."
+            )
         if self.needs_reference:
             self.reference = self._make_reference()
             if self.args.sync_ref_model:
