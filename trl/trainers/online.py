@@ -55,7 +55,7 @@ from trl.trainers.preference import SyncRefModelCallback
 from trl.trainers.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.rounds import Rounds, Slice
 from trl.trainers.window import filler
-from trl.types import Algorithm, Batch, Completion, Example, Experience, Metrics
+from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
 """Columns that reward functions are not given under their name."""

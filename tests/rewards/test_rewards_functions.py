@@ -1,0 +1,162 @@
+"""Reward functions by hand: answers, form, code."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from trl.errors import ConfigError
+from trl.rewards import (
+    accuracy_reward,
+    boxed_format_reward,
+    get_code_reward,
+    get_combined_reward,
+    get_cosine_scaled_reward,
+    get_json_reward,
+    get_length_reward,
+    get_regex_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    think_format_reward,
+    think_tags_reward,
+)
+from trl.rewards.answers import boxed, extract_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{4}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("first 3, then 1,234.5 dollars.", "1,234.5"),
+        ("It is -7.", "-7"),
+        ("x = 3/4", "3/4"),
+        ("nothing", None),
+    ],
+)
+def test_answers_are_found(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_a_box_that_is_not_closed():
+    assert boxed(r"\boxed{1 + {2}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "solution", "expected"),
+    [
+        (r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", 1.0),
+        (r"\boxed{\dfrac{2}{4}}", "1/2", 1.0),
+        ("The total is $1,000.", "#### 1000", 1.0),
+        ("The total is 1001", "#### 1000", 0.0),
+        (r"\boxed{x + 1}", r"\boxed{x+1}", 1.0),
+        ("no idea", "5", 0.0),
+        ("5", " ", None),
+    ],
+)
+def test_accuracy(text, solution, expected):
+    assert accuracy_reward([text], [solution]) == [expected]
+    assert accuracy_reward([[{"role": "assistant", "content": text}]], [solution]) == [expected]
+
+
+def test_accuracy_after_reasoning():
+    texts = ["<think>maybe 4</think> It is 5.", "<think>5</think> It is 4.", "<think>5"]
+    assert reasoning_accuracy_reward(texts, ["5"] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_cosine_scaled_accuracy():
+    """Half way between the bounds at half of the length: (1 + ½) / 2 and −(1 + ½) / 2."""
+    reward = get_cosine_scaled_reward(max_len=100)
+    given = {"completions": ["1", "2", "1", "2", "1"], "solution": ["1"] * 5}
+    found = reward(**given, completion_ids=[[0] * n for n in (50, 50, 0, 0, 300)])
+    assert found == pytest.approx([0.75, -0.75, 1.0, -1.0, 0.5])
+
+
+def test_think_tags():
+    texts = [
+        "<think>a\nb</think>\nanswer",
+        "answer",
+        "<think>a",
+        "<think></think><think></think>",
+        "x <think>a</think>",
+    ]
+    assert think_format_reward(texts) == [1, 0, 0, 0, 0]
+    assert think_tags_reward(texts) == [1, 0, 0.5, 0, 1]
+
+
+def test_boxes():
+    assert boxed_format_reward([r"\boxed{1}", "1", r"\boxed{1} \boxed{1}"]) == [1, 0, 0]
+
+
+def test_overlong_completions():
+    reward = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    assert reward(completion_ids=[[0] * n for n in (80, 85, 90, 100, 101)]) == [0, -0.25, -0.5, -1, -1]
+
+
+def test_lengths():
+    assert get_length_reward(10)(completion_ids=[[0] * n for n in (10, 5, 15, 40)]) == [0, -0.5, -0.5, -1]
+
+
+def test_repetition():
+    """Bigrams of 1 2 1 2 1: four, of which two differ."""
+    reward = get_repetition_penalty_reward(ngram_size=2)
+    assert reward(completion_ids=[[1, 2, 1, 2, 1], [1, 2, 3], [1]]) == [-0.5, 0, 0]
+    with pytest.raises(ConfigError, match="would reward repetition"):
+        get_repetition_penalty_reward(max_penalty=1.0)
+
+
+def test_patterns():
+    assert get_regex_reward(r"yes|no")(completions=["yes", "yes!", "no"]) == [1, 0, 1]
+    assert get_regex_reward(r"\d", search=True)(completions=["a 1", "a"]) == [1, 0]
+
+
+def test_json():
+    schema = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {
+            "name": {"type": "string", "minLength": 1},
+            "ages": {"items": {"type": "integer", "minimum": 0}},
+        },
+        "additionalProperties": False,
+    }
+    reward = get_json_reward(schema, partial=0.25)
+    texts = ['{"name": "A"}', '```json\n{"name": "A", "ages": [1, 2]}\n```', '{"name": ""}', "[1]", "name: A"]
+    assert reward(completions=texts) == [1, 1, 0.25, 0.25, 0]
+    assert reward(completions=['{"name": "A", "ages": [-1]}', '{"name": "A", "x": 1}']) == [0.25, 0.25]
+    with pytest.raises(ConfigError, match="Unknown keyword of the JSON schema 'typ'. Did you mean 'type'"):
+        get_json_reward({"properties": {"a": {"typ": "string"}}})
+
+
+def test_combinations():
+    def a(completions, **_):
+        return [1.0, 0.5, None]
+
+    def b(completions, **_):
+        return [2.0, None, None]
+
+    given = {"completions": ["x", "y", "z"]}
+    assert get_combined_reward([a, b])(**given) == [3, 0.5, None]
+    assert get_combined_reward([a, b], weights=[1, 10])(**given) == [21, 0.5, None]
+    assert get_combined_reward([a, b], how="product")(**given) == [2, 0.5, None]
+    assert get_combined_reward([a, b], how="min")(**given) == [1, 0.5, None]
+    with pytest.raises(ConfigError, match="Unknown how 'max'"):
+        get_combined_reward([a], how="max")
+
+
+def test_code_is_run_when_asked_for():
+    with pytest.raises(ConfigError, match="Set run_untrusted_code=True"):
+        get_code_reward()
+    reward = get_code_reward(run_untrusted_code=True, seconds=2.0, processes=2)
+    right = "Here:\n```python\ndef double(x):\n    return 2 * x\n```"
+    network = "import socket\nsocket.create_connection(('127.0.0.1', 9))"
+    programs = [right, "def double(x): return 0", network, "while True: pass", "x = 'a' * 10**10", right]
+    tests = [["assert double(2) == 4", "assert double(0) == 0"]] * 2 + [["pass"]] * 3 + [[]]
+    assert reward(completions=programs, tests=tests) == [1.0, 0.5, 0.0, 0.0, 0.0, None]
+
+
+def test_rewards_can_be_sent_to_other_processes():
+    made = [get_length_reward(3), get_json_reward({"type": "object"}), get_cosine_scaled_reward(5)]
+    for reward in pickle.loads(pickle.dumps(made)):
+        assert reward.__name__.endswith("_reward")

@@ -1,0 +1,151 @@
+"""Answers in texts, and whether they agree with a solution.
+
+The answer is what stands in the last \\boxed{…}, else the last number. With math-verify installed, answers are compared as
+mathematics (0.5 = \\frac{1}{2} = 50\\%); without it, as numbers where both are numbers, else as text.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from trl.imports import is_available, require
+
+Completion = str | Sequence[dict[str, Any]]
+
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+IGNORED = re.compile(r"\\(?:text|mathrm|left|right|,|;|!)|[\s${}]|\\%|%")
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion: itself, or the last message of a conversation."""
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+
+
+def boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{…} of a text; None if there is none, or it is not closed."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += (text[i] == "{") - (text[i] == "}")
+        if not depth:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+def extract_answer(text: str) -> str | None:
+    """The last boxed expression of a text, else its last number, else None."""
+    if (found := boxed(text)) is not None:
+        return found
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def normalised(answer: str) -> str:
+    """An answer without what makes no difference: spaces, dollars, braces, \\text, thousands separators."""
+    plain = IGNORED.sub("", FRACTION.sub(r"\1/\2", answer)).rstrip(".")
+    return plain.replace(",", "") if NUMBER.fullmatch(plain) else plain
+
+
+def as_number(answer: str) -> Fraction | None:
+    """An answer as a number, None if it is none."""
+    try:
+        return Fraction(normalised(answer))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def agree(answer: str, solution: str) -> bool:
+    """Whether two answers are the same number, or the same text."""
+    numbers = as_number(answer), as_number(solution)
+    if None in numbers:
+        return normalised(answer) == normalised(solution)
+    return numbers[0] == numbers[1]
+
+
+def is_correct(text: str, solution: str) -> bool | None:
+    """Whether the answer in a text is that of the solution; None where the solution has no answer."""
+    gold = extract_answer(solution) or solution.strip()
+    if not gold:
+        return None
+    if is_available("math_verify"):
+        return _verified(text, solution)
+    answer = extract_answer(text)
+    return answer is not None and agree(answer, gold)
+
+
+def _verified(text: str, solution: str) -> bool | None:
+    math_verify = require("math_verify", to="comparing answers")
+    parse = functools.partial(math_verify.parse, parsing_timeout=None)
+    gold = parse(solution)
+    return bool(math_verify.verify(gold, parse(text), timeout_seconds=None)) if gold else None
+
+
+def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **_: Any) -> list[float | None]:
+    """1 where the answer of a completion is that of the column `solution`, else 0; None where that has none."""
+    found = [is_correct(text_of(c), s) for c, s in zip(completions, solution, strict=True)]
+    return [None if each is None else float(each) for each in found]
+
+
+def reasoning_accuracy_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[str],
+    reasoning_delimiters: Sequence[str] = ("</think>",),
+    **_: Any,
+) -> list[float | None]:
+    """`accuracy_reward` of what follows the reasoning; 0 where the reasoning is not closed."""
+    rewards: list[float | None] = []
+    for completion, gold in zip(completions, solution, strict=True):
+        text = text_of(completion)
+        ends = [text.rfind(d) + len(d) for d in reasoning_delimiters if d in text]
+        found = is_correct(text[max(ends) :] if ends else "", gold)
+        rewards.append(None if found is None else float(found))
+    return rewards
+
+
+class get_cosine_scaled_reward:
+    """Accuracy whose worth depends on length: right and short is best, wrong and short is worst.
+
+    r = v + ½ (w − v) (1 + cos(π · length / max_len)), w at length 0 and v at `max_len`; right answers go from
+    `max_value_correct` down to `min_value_correct`, wrong ones from `min_value_wrong` up to `max_value_wrong`
+    (arXiv:2502.03373, appendix C.1). Lengths are in tokens, at most `max_len`.
+    """
+
+    __name__ = "cosine_scaled_reward"
+
+    def __init__(
+        self,
+        max_len: int,
+        min_value_wrong: float = -1.0,
+        max_value_wrong: float = -0.5,
+        min_value_correct: float = 0.5,
+        max_value_correct: float = 1.0,
+    ) -> None:
+        self.max_len = max_len
+        self.bounds = {
+            True: (max_value_correct, min_value_correct),
+            False: (min_value_wrong, max_value_wrong),
+        }
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        **_: Any,
+    ) -> list[float | None]:
+        rewards: list[float | None] = []
+        for completion, gold, ids in zip(completions, solution, completion_ids, strict=True):
+            found = is_correct(text_of(completion), gold)
+            if found is None:
+                rewards.append(None)
+                continue
+            start, end = self.bounds[found]
+            share = min(len(ids) / self.max_len, 1.0)
+            rewards.append(end + (start - end) * (1 + math.cos(math.pi * share)) / 2)
+        return rewards
