@@ -1,0 +1,259 @@
+"""Folders of runs, whole and in parts, and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from tests.conftest import make_tokenizer
+from trl.cli.main import main
+from trl.errors import DataError
+from trl.report.callback import ReportCallback
+from trl.report.page import duration, shown, write_report
+from trl.report.record import read_run
+from trl.trainers.sft import SFTConfig, SFTTrainer
+
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that what is opened is closed; keeps the text of a page and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.loads = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+        self.loads += [tag] if tag in ("link", "iframe") else []
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def log(*losses, step=0):
+    return [{"step": step + i, "loss": loss, "epoch": 0.0} for i, loss in enumerate(losses, start=1)]
+
+
+def write(file, data):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data))
+
+
+def page_of(folder):
+    text = write_report(folder).read_text()
+    assert "url(" not in text
+    assert "@import" not in text
+    page = Page(text)
+    assert page.loads == []
+    return page
+
+
+# ---- what is read ----
+
+
+def test_the_newest_checkpoint_tells_the_log(tmp_path):
+    for step in (9, 10):
+        write(
+            tmp_path / f"checkpoint-{step}" / "trainer_state.json", {"log_history": log(*range(step)), "max_steps": 20}
+        )
+    run = read_run(tmp_path)
+    assert (len(run.log), run.step, run.max_steps) == (10, 10, 20)
+    assert "The log ends at step 10 of 20" in page_of(tmp_path).text
+
+
+def test_a_checkpoint_that_is_newer_than_run_json_wins(tmp_path):
+    write(tmp_path / "run.json", {"log_history": log(3.0), "method": "DPO", "options": {"beta": 0.1}, "max_steps": 2})
+    write(tmp_path / "checkpoint-2" / "trainer_state.json", {"log_history": log(3.0, 2.0)})
+    run = read_run(tmp_path)
+    assert (run.step, run.method, run.options) == (2, "DPO", {"beta": 0.1})
+
+
+def test_a_log_of_lines_that_was_cut_off(tmp_path):
+    (tmp_path / "log_history.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert [row["loss"] for row in read_run(tmp_path).log] == [2.0, 1.0]
+
+
+def test_a_model_card_alone_makes_a_page(tmp_path):
+    card = (
+        "# a\n\n`gpt2`, trained with KTO by `KTOTrainer` of trl.\n\n## Data\n\n- train: 8 rows\n\n## Options\n\n"
+        "| option | value |\n|---|---|\n| `learning_rate` | 0.003 |\n\n## Versions\n\n- torch 2.13.0\n"
+    )
+    (tmp_path / "README.md").write_text(card)
+    write(tmp_path / "config.json", {"architectures": ["GPT2LMHeadModel"]})
+    run = read_run(tmp_path)
+    assert (run.method, run.options, run.versions) == ("KTO", {"learning_rate": "0.003"}, {"torch": "2.13.0"})
+    assert (run.data, run.model) == (("train: 8 rows",), {"class": "GPT2LMHeadModel"})
+    text = page_of(tmp_path).text
+    assert "No log was found" in text
+    assert "learning_rate 0.003" in text
+
+
+def test_a_folder_that_holds_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(DataError, match=r"holds no run: .* Found: notes\.txt\."):
+        read_run(tmp_path)
+    with pytest.raises(DataError, match="There is no folder .*: give the output_dir of a run"):
+        read_run(tmp_path / "no")
+
+
+def test_samples_of_tables_and_lines(tmp_path):
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    rows = [{"step": 5, "prompt": "Hi", "completion": f"answer {i}", "correct": i / 9, "why": "so"} for i in range(10)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "completions_00005.parquet")
+    chat = {"prompt": [{"role": "user", "content": "Ho"}], "completion": "done", "reward": None}
+    (folder / "completions_00012.jsonl").write_text(json.dumps(chat))
+    samples = read_run(tmp_path).samples
+    assert list(samples) == [5, 12]
+    assert [sample.completion for sample in samples[5]] == ["answer 0", "answer 3", "answer 6", "answer 9"]
+    assert samples[5][-1].numbers == {"correct": 1.0}
+    assert (samples[12][0].prompt, samples[12][0].numbers) == ("Ho", {})
+
+
+# ---- the page ----
+
+
+def test_what_a_model_wrote_cannot_act_on_the_page(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
+    row = {"step": 1, "prompt": evil, "completion": evil, evil: 1.0}
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions" / "a.jsonl").write_text(json.dumps(row))
+    history = [{"step": i, evil: float(i), "loss": 1.0} for i in (1, 2)]
+    write(tmp_path / "run.json", {"log_history": history, "options": {evil: evil}, "method": evil})
+    page = page_of(tmp_path)
+    assert (tmp_path / "report.html").read_text().count("<script>") == 1
+    assert evil in " ".join(page.words)
+
+
+def test_not_a_number_is_told(tmp_path):
+    write(tmp_path / "run.json", {"log_history": log(1.0, float("nan"), float("inf"), 0.5)})
+    text = page_of(tmp_path).text
+    assert "Logged, but infinite or not a number, and so not drawn: loss (2)." in text
+    assert "loss 0.5 from 1" in text
+
+
+def test_words():
+    assert [duration(s) for s in (1.66, 200, 7500, 7195)] == ["1.66 s", "3 min 20 s", "2 h 5 min", "2 h 0 min"]
+    assert [shown(v) for v in (None, True, [1, "a"], {"k": None}, 1e-5)] == ["none", "true", "1, a", "k: none", "1e-05"]
+
+
+# ---- at the end of a run ----
+
+
+def trainer(make_model, folder, **options):
+    rows = Dataset.from_dict({"text": [f"What is {i}?" for i in range(8)]})
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    callback = ReportCallback(data=("train: 8 rows",))
+    return SFTTrainer(
+        make_model("llama"),
+        args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=make_tokenizer(),
+        callbacks=[callback],
+    )
+
+
+def test_a_run_writes_its_report(make_model, tmp_path):
+    run = trainer(make_model, tmp_path, save_steps=2, learning_rate=1e-3)
+    run.train()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["log_history"] == run.state.log_history
+    assert {"learning_rate", "max_steps", "save_steps"} <= set(record["changed"])
+    assert not {"seed", "bf16", "max_length", "output_dir"} & set(record["changed"])
+    assert record["model"]["parameters"] == sum(p.numel() for p in run.model.parameters())
+    text = Page((tmp_path / "report.html").read_text()).text
+    for part in ("SFT run", "4 of 4 steps", "learning_rate 0.001", "train: 8 rows", "LlamaForCausalLM"):
+        assert part in text
+    assert "eval" not in text.split("Numbers")[0]
+    run.evaluate()
+    assert "loss (eval)" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_a_run_that_stops_keeps_its_log(make_model, tmp_path):
+    run = trainer(make_model, tmp_path, save_steps=2)
+
+    class Stop(ReportCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert not (tmp_path / "report.html").exists()
+    assert "The log ends at step 2 of 4" in page_of(tmp_path).text
+
+
+def test_a_report_that_cannot_be_written_costs_nothing(make_model, tmp_path, caplog):
+    (tmp_path / "report.html").mkdir()
+    with caplog.at_level(logging.WARNING, "trl.report.callback"):
+        trainer(make_model, tmp_path, save_strategy="no").train()
+    assert "The report could not be written: [Errno 21] Is a directory" in caplog.text
+    assert (tmp_path / "run.json").exists()
+
+
+# ---- the command ----
+
+
+def test_the_command(tmp_path, capsys):
+    write(tmp_path / "run.json", {"log_history": log(2.0, 1.0)})
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "pages" / "a.html")]) == 0
+    assert capsys.readouterr().out == f"The report is in {tmp_path / 'pages' / 'a.html'}.\n"
+    Page((tmp_path / "pages" / "a.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "trl report takes the folder of a run: trl report RUN [--output FILE]."),
+        (["no"], "There is no folder 'no'"),
+        ([".", "--ouput", "a"], "Unknown option --ouput. Did you mean '--output'"),
+    ],
+)
+def test_refused(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_imports_nothing_heavy(tmp_path):
+    write(tmp_path / "run.json", {"log_history": log(2.0, 1.0)})
+    heavy = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"
+    words = ["report", str(tmp_path)]
+    code = f"import sys; from trl.cli.main import main; main({words}); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.endswith("set()\n")
