@@ -155,6 +155,7 @@ TOOLS = (
     Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
     Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
+    Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
     Tool("demo", "trl.demo.run:main", "Fine-tune a small model on the film reviews that the package brings along."),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
     Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),

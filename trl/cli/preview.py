@@ -55,31 +55,46 @@ def _print_help(method: Method, *, everything: bool) -> int:
     return 0
 
 
-def trainer_without_weights(run: Run) -> BaseTrainer:
-    """The trainer of a run, its training rows encoded, on a model whose weights take no memory."""
+def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> BaseTrainer:
+    """The trainer of a run, its training rows (or `rows` of them) encoded, on a model whose weights take no memory.
+
+    `keywords` are further arguments of the trainer.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     trainer_class = load(run.method.trainer)
     trust = run.training.trust_remote_code
-    config = AutoConfig.from_pretrained(
-        run.model.model_name_or_path, revision=run.model.model_revision, trust_remote_code=trust
-    )
+    name, revision = run.model.model_name_or_path, run.model.model_revision
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
     config.num_labels = 1  # of reward models
     usual = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
+    if run.model.attn_implementation is not None:
+        kwargs["attn_implementation"] = run.model.attn_implementation
     with torch.device("meta"):
-        model = (trainer_class.auto_class or usual).from_config(config, trust_remote_code=trust)
+        model = (trainer_class.auto_class or usual).from_config(config, **kwargs)
     run.training.model_init_kwargs = None
-    train_dataset, _ = datasets_of(run)
-    return _without_weights(trainer_class)(model=model, args=run.training, train_dataset=train_dataset)
+    train_dataset = datasets_of(run)[0] if rows is None else rows
+    return _without_weights(trainer_class)(model=model, args=run.training, train_dataset=train_dataset, **keywords)
+
+
+def dtype_of(name: str | None, config: Any) -> Any:
+    """The precision that weights are loaded in."""
+    import torch
+
+    saved = config.dtype or torch.float32
+    return saved if name in (None, "auto") else vars(torch)[name]
 
 
 def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
     class WithoutWeights(trainer_class):
         """Leaves the model as it is: there is nothing to prepare or to move."""
 
+        plain_prepare_model = trainer_class.prepare_model
+
         def prepare_model(self) -> None:
-            pass
+            self.accelerator.device_placement = False
 
         def _move_model_to_device(self, model: Any, device: Any) -> Any:
             return model

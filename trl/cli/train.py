@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
+from trl.cli.launch import LaunchArguments
 from trl.cli.parser import Given
 from trl.data.mixture import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, suggest
@@ -36,6 +37,8 @@ class Run:
     training: TrainerConfig
     extra: Any = None
     resume: bool = False
+    num_processes: int | None = None
+    accelerate_config: str | None = None
 
 
 def read_run(method: Method, given: Given) -> Run:
@@ -50,7 +53,18 @@ def read_run(method: Method, given: Given) -> Run:
     model.model_name_or_path = check_model(model.model_name_or_path)
     training = given.arguments_for(load(method.config))
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
-    return Run(method, script, mixture, model, training, extra, given.values.get("resume", False))
+    launch = given.arguments_for(LaunchArguments)
+    return Run(
+        method,
+        script,
+        mixture,
+        model,
+        training,
+        extra,
+        resume=launch.resume,
+        num_processes=launch.num_processes,
+        accelerate_config=launch.accelerate_config,
+    )
 
 
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:

@@ -1,0 +1,221 @@
+"""`trl check METHOD …`, or `trl METHOD … --dry_run`: what a training command would do, without doing it.
+
+Shows rows as the model would see them, what was cut and dropped, the plan of optimizer steps, and an estimate of memory;
+calls each reward function once. What is wrong is listed last, and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.cli.commands import Method, load, methods
+from trl.cli.train import Run, datasets_of, read_run
+from trl.errors import ConfigError, TrlError, suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trl.cli.estimate import MemoryEstimate
+    from trl.trainers.base import BaseTrainer
+
+ROWS_READ, ROWS_SHOWN = 1000, 2
+"""So many rows are encoded (lengths and counts are theirs), and so many shown."""
+
+USUAL_METHOD = "sft"
+GIB = 2**30
+
+
+def run(words: Sequence[str]) -> int:
+    known = methods()
+    named = bool(words) and not words[0].startswith("-")
+    if named and words[0] not in known:
+        raise ConfigError(f"Unknown method {words[0]!r}.{suggest(words[0], known)} Methods: {', '.join(known)}.")
+    method = known[words[0] if named else USUAL_METHOD]
+    given = method.parser().parse(words[1:] if named else words)
+    if given.help:
+        return _print_help(method, everything=given.help == "all")
+    return check(read_run(method, given))
+
+
+def _print_help(method: Method, *, everything: bool) -> int:
+    from trl.cli.help import print_options
+
+    name = f"trl check {method.name}"
+    summary = f"Show what `trl {method.name}` would train on, its plan and its memory, and call its reward functions."
+    print_options(name, summary, method.options(), everything=everything, examples=[f"{name} {method.example}"])
+    return 0
+
+
+def check(run: Run) -> int:
+    """Print all that can be known before training. Returns 1 if something is wrong, else 0."""
+    from trl.cli.estimate import estimate_memory
+    from trl.cli.help import console
+    from trl.models.config import get_peft_config
+
+    out = console()
+    rows = datasets_of(run)[0]
+    sample = rows.take(ROWS_READ)
+    rewards: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
+    trainer = trainer_of(run, sample, peft_config=get_peft_config(run.model), **rewards)
+    trainer.preview(ROWS_SHOWN)
+    processes = run.num_processes or trainer.args.world_size
+    print_table(out, "Plan", plan_of(trainer, rows, sample, processes))
+    quantised = (
+        {True: 4, False: 8}[run.model.load_in_4bit] if run.model.load_in_4bit or run.model.load_in_8bit else None
+    )
+    estimate = estimate_memory(trainer, sharding=run.accelerate_config, processes=processes, quantised_bits=quantised)
+    print_table(out, f"Memory of each {estimate.device} device, estimated", table_of(estimate))
+    problems = [*weights_problems(run), *memory_problems(estimate, run)]
+    if rewards:
+        found, wrong = try_rewards(trainer, sample)
+        print_table(out, "Rewards of a trial", found)
+        problems += wrong
+    return print_verdict(out, problems)
+
+
+def trainer_of(run: Run, rows: Any, **keywords: Any) -> BaseTrainer:
+    from trl.cli.preview import trainer_without_weights
+
+    return trainer_without_weights(run, rows, **keywords)
+
+
+# ---- the plan ----
+
+
+def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dict[str, str]:
+    """What an optimizer step takes, and how many there are."""
+    from trl.data.encode import decode
+
+    args = trainer.args
+    examples = [example for row in trainer.train_dataset for example in decode(row)]
+    mean = sum(example.tokens for example in examples) / len(examples)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    plan = {
+        "sequences per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
+        f"{args.gradient_accumulation_steps:,} accumulated × {processes:,} process{'es' if processes > 1 else ''}",
+        "tokens per step": f"{per_step * mean:,.0f} on average, {per_step * max(e.tokens for e in examples):,} at most",
+    }
+    if budget := trainer.token_budget():
+        plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
+    return plan | _steps(args, len(examples), rows, sample, per_step)
+
+
+def _steps(args: Any, encoded: int, rows: Any, sample: Any, per_step: int) -> dict[str, str]:
+    if not hasattr(rows, "__len__"):
+        return {"optimizer steps": f"{args.max_steps:,}, from a stream"}
+    whole = round(encoded * len(rows) / len(sample))
+    per_epoch = max(1, math.ceil(whole / per_step))
+    about = "about " if len(rows) > len(sample) else ""
+    if args.max_steps > 0:
+        epochs = args.max_steps / per_epoch
+        return {"optimizer steps": f"{args.max_steps:,}, {about}{epochs:.2g} epochs of {per_epoch:,}"}
+    total = math.ceil(per_epoch * args.num_train_epochs)
+    return {"optimizer steps": f"{about}{total:,} = {args.num_train_epochs:g} epochs of {per_epoch:,}"}
+
+
+# ---- memory ----
+
+
+def table_of(estimate: MemoryEstimate) -> dict[str, str]:
+    rows = {name: size_of(count) for name, count in estimate.parts.items() if count}
+    rows["together"] = size_of(estimate.total)
+    if estimate.available is not None:
+        rows["free now"] = size_of(estimate.available)
+    return rows
+
+
+def size_of(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
+
+
+def memory_problems(estimate: MemoryEstimate, run: Run) -> list[str]:
+    if estimate.fits:
+        return []
+    needed, free = size_of(estimate.total), size_of(estimate.available)
+    return [f"Memory: a step takes {needed}, and {free} are free. {' '.join(remedies(estimate, run))}"]
+
+
+def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
+    """What to change for less memory, what saves most first."""
+    parts, training = estimate.parts, run.training
+    saved = {}
+    if not training.gradient_checkpointing:
+        saved["--gradient_checkpointing computes activations again in backward."] = 0.8 * parts["activations"]
+    if not run.model.use_peft:
+        saved["--use_peft trains a LoRA adapter: no gradients and optimizer states of the model itself."] = (
+            parts["gradients"] + parts["optimizer"]
+        )
+    elif not (run.model.load_in_4bit or run.model.load_in_8bit):
+        saved["--load_in_4bit keeps the frozen weights in 4 bits."] = 0.8 * parts["weights"]
+    if run.model.dtype == "float32":
+        saved["--dtype bfloat16 halves weights, gradients and optimizer states."] = 0.5 * parts["weights"]
+    if training.per_device_train_batch_size > 1:
+        smaller = training.per_device_train_batch_size // 2
+        accumulated = training.gradient_accumulation_steps * 2
+        saved[
+            f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {accumulated} is the same step in "
+            "more forward passes."
+        ] = 0.5 * parts["activations"]
+    if length := getattr(training, "max_length", None):
+        saved[f"--max_length {length // 2} cuts rows shorter."] = 0.4 * parts["activations"]
+    return sorted(saved, key=lambda remedy: -saved[remedy])
+
+
+# ---- what may be wrong ----
+
+
+def weights_problems(run: Run) -> list[str]:
+    """A folder of a model that holds no weights. Names on a hub are not looked up."""
+    folder = Path(run.model.model_name_or_path)
+    if not folder.is_dir() or any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        return []
+    return [
+        f"Model: the folder {str(folder)!r} holds no weights (no *.safetensors or *.bin): copy them there, or name "
+        "another with --model_name_or_path."
+    ]
+
+
+def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:
+    """The reward of a made-up answer to the first prompt from every function, and what went wrong."""
+    from trl.rewards.call import Samples, call_rewards
+
+    row = next(iter(sample))
+    answer = (
+        "This is an answer."
+        if isinstance(row["prompt"], str)
+        else [{"role": "assistant", "content": "This is an answer."}]
+    )
+    columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion")}
+    extras = {"trainer_state": trainer.state, "completion_ids": [trainer.tokenizer_("This is an answer.")["input_ids"]]}
+    found, wrong = {}, []
+    for reward in trainer.rewards:
+        try:
+            values = call_rewards([reward], Samples([row["prompt"]], [answer], columns, extras)).values
+            found[reward.name] = f"{values.item():g}"
+        except TrlError as error:
+            found[reward.name] = "failed"
+            wrong.append(f"Reward: {error}")
+    return found, wrong
+
+
+# ---- on the screen ----
+
+
+def print_table(out: Console, title: str, rows: Mapping[str, str]) -> None:
+    from trl.cli.help import print_rows
+
+    print_rows(out, title, list(rows.items()))
+
+
+def print_verdict(out: Console, problems: Sequence[str]) -> int:
+    from rich.text import Text
+
+    out.print()
+    if not problems:
+        out.print(Text("Ready to train.", style="bold green"))
+    for problem in problems:
+        out.print(Text(f"✗ {problem}", style="bold red"))
+    return int(bool(problems))

@@ -1,0 +1,215 @@
+"""Memory of a run, before it is started: the heaviest optimizer step, traced on fake tensors, and what comes beside it.
+
+See `trl.models.memory` for what is traced, and what it comes to in equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from trl.data.encode import decode
+from trl.models.memory import (
+    ACTIVATIONS,
+    CACHE,
+    GRADIENTS,
+    MIB,
+    OPTIMIZER,
+    REFERENCE,
+    WEIGHTS,
+    cache_bytes,
+    heap_peak,
+    peak_parts,
+    take_shape,
+    trace_steps,
+    tracing,
+)
+from trl.models.score import unwrap
+from trl.trainers.base import BaseTrainer
+from trl.types import Completion, Example
+
+STEPS = 3
+"""Optimizer steps that are traced: from the second on, optimizer states are there; holes in memory settle."""
+
+LIBRARIES = {"cpu": 90 * MIB, "cuda": 450 * MIB}
+"""What torch and its kernels take on their first use, whatever the model. Measured; not part of torch's own count."""
+
+STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
+"""Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
+
+SHARDED = {"zero1": (OPTIMIZER,), "zero2": (OPTIMIZER, GRADIENTS), "zero3": (OPTIMIZER, GRADIENTS, WEIGHTS)}
+SHARDED["fsdp2"] = SHARDED["zero3"]
+"""What shipped configurations of accelerate divide among processes."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each device, at the moment when most are needed."""
+
+    parts: dict[str, int]
+    device: str
+    processes: int = 1
+    available: int | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.total <= self.available
+
+
+def estimate_memory(
+    trainer: BaseTrainer, *, sharding: str | None = None, processes: int = 1, quantised_bits: int | None = None
+) -> MemoryEstimate:
+    """Memory of `trainer`, made without weights, in its heaviest step.
+
+    `sharding` names a shipped configuration of accelerate; `quantised_bits` are those of each weight that no adapter
+    trains.
+    """
+    trainer = trainer
+    device = trainer.args.device
+    config = unwrap(trainer.model).config.get_text_config(decoder=True)
+    examples = heaviest_window(trainer)
+    with tracing(config.vocab_size) as trace:
+        take_shape(trainer.model, device)
+        trace.mark(trainer.model.parameters(), WEIGHTS)
+        trace.mark(trainer.model.buffers(), WEIGHTS)
+        before = len(trace.part)
+        type(trainer).plain_prepare_model(trainer)
+        trace.part.update({n: REFERENCE for n in range(before, len(trace.part)) if trace.alive(n)})
+        step = _Step(trainer, examples)
+        trace_steps(trace, trainer.model, step, state_sizes=_StateSizes(trainer.args), steps=STEPS)
+    parts = peak_parts(trace.events, trace.part)
+    if device.type == "cpu":
+        parts["holes between blocks"] = heap_peak(trace.events) - sum(parts.values())
+    parts["libraries"] = LIBRARIES.get(device.type, 0)
+    parts = _quantised(parts, trainer.model, quantised_bits)
+    estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))
+    estimate = _divided(estimate, sharding, processes, trainer.model)
+    return _while_sampling(estimate, trainer)
+
+
+class _Step:
+    """Forward and backward of the micro-batches of a window, as the trainer plans them."""
+
+    def __init__(self, trainer: BaseTrainer, examples: Sequence[Example]) -> None:
+        self.trainer, self.examples = trainer, examples
+        args = trainer.args
+        trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        if args.gradient_checkpointing:
+            inner = unwrap(trainer.model)
+            inner.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            inner.enable_input_require_grads()
+
+    def __call__(self) -> None:
+        trainer, count = self.trainer, self.trainer.args.gradient_accumulation_steps
+        size = -(-len(self.examples) // count)
+        rows = [list(self.examples[i : i + size]) for i in range(0, len(self.examples), size)]
+        slots, _ = BaseTrainer.get_batch_samples(trainer, iter(rows), count, trainer.args.device)
+        for batches in slots:
+            trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
+
+
+def _unmasked(batch):
+    """The batch without what the model only looks at to find that nothing is masked: fake tensors have no values."""
+    inputs = dict(batch.inputs)
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if mask is not None and bool(mask.numel() == batch.tokens):
+        del inputs["attention_mask"]
+    if batch.tree is None and positions is not None and batch.last.numel() == len(positions):
+        del inputs["position_ids"]
+    return replace(batch, inputs=inputs)
+
+
+class _StateSizes:
+    """Bytes of the states that an optimizer keeps of a parameter."""
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.name = str(getattr(args.optim, "value", args.optim))
+
+    def __call__(self, parameter: Tensor) -> list[int]:
+        if "adafactor" in self.name:
+            rows, columns = (parameter.shape[:-1].numel(), parameter.shape[-1]) if parameter.dim() > 1 else (0, 0)
+            return [4 * (rows + columns) or 4 * parameter.numel()]
+        if "8bit" in self.name:
+            return [parameter.numel()] * (1 if "lion" in self.name else 2)
+        return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
+
+
+def heaviest_window(trainer: BaseTrainer) -> list[Example]:
+    """As many of the longest rows as a step sees in one process."""
+    args = trainer.args
+    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = trainer.train_dataset
+    examples = sorted((each for row in rows for each in decode(row)), key=lambda each: -each.tokens)
+    if examples[0].completions and max(map(len, examples[0].completions)):
+        return (examples * -(-count // len(examples)))[:count]
+    group, tokens = args.num_generations, args.max_completion_length or 512
+    answer = Completion([0] * tokens, signals={name: [0.0] * tokens for name in PER_TOKEN} | {"advantages": 0.0})
+    prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
+    return [Example(example.prompt, (answer,) * min(group, count)) for example in prompts]
+
+
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "returns")
+"""Signals that online methods learn from."""
+
+
+def _quantised(parts: dict[str, int], model: nn.Module, bits: int | None) -> dict[str, int]:
+    """Weights of frozen matrices in `bits` each, with a float32 scale for every 64 of them."""
+    if bits is None:
+        return parts
+    head = unwrap(model).get_output_embeddings()
+    frozen = [
+        module.weight
+        for module in unwrap(model).modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    ]
+    saved = sum(int(w.nbytes - w.numel() * (bits / 8 + (4 / 64 if bits == 4 else 0))) for w in frozen)
+    return {**parts, WEIGHTS: parts[WEIGHTS] - saved}
+
+
+def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, model: nn.Module) -> MemoryEstimate:
+    """What each of several processes holds."""
+    if processes == 1:
+        return estimate
+    parts = dict(estimate.parts)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    divided = SHARDED.get(sharding or "ddp", ())
+    for name in divided:
+        parts[name] = -(-parts[name] // processes)
+    if not divided:
+        parts["buckets of gradients"] = trained
+    return replace(estimate, parts=parts, processes=processes)
+
+
+def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
+    """The estimate while sampling, if keys and values take more than a training step does."""
+    args, model = trainer.args, unwrap(trainer.model)
+    if "max_completion_length" not in vars(args):
+        return estimate
+    prompts = max(len(example.prompt) for row in trainer.train_dataset for example in decode(row))
+    tokens = prompts + (args.max_completion_length or 512)
+    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    width = next(model.parameters()).element_size()
+    cache = cache_bytes(model.config, sequences=count, tokens=tokens, bytes_per_number=width)
+    training = estimate.parts.get(ACTIVATIONS, 0) + estimate.parts[GRADIENTS]
+    if cache <= training:
+        return estimate
+    return replace(estimate, parts={**estimate.parts, ACTIVATIONS: 0, GRADIENTS: 0, CACHE: cache})
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a process may take on `device`; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    return None
