@@ -12,9 +12,10 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
     const found = series.filter(({ points }) => points.length).map(({ label, points }) => [label, ...nearest(points, x)]);
-    const told = found.map(([label, , step, value]) =>
-      found.length > 1 ? `${label} ${value} (step ${step.toLocaleString("en")})` : `${value} at step ${step.toLocaleString("en")}`);
-    output.textContent = told.join(" · ");
+    const step = found.reduce((a, b) => (Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a))[2];
+    const told = found.map(([label, , own, value]) =>
+      (found.length > 1 ? `${label} ` : "") + value + (own === step ? "" : ` (${own.toLocaleString("en")})`));
+    output.textContent = [`step ${step.toLocaleString("en")}`, ...told].join(" · ");
   };
   const hide = () => {
     at = -1;
