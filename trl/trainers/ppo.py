@@ -36,7 +36,6 @@ from trl.models.score import prepare_scoring, unwrap
 from trl.models.stored import stored_head
 from trl.ops.reduce import masked_mean
 from trl.rollouts.experience import Group, with_signals
-from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo_config import PPOConfig
 from trl.trainers.ppo_step import TripletSteps
 from trl.trainers.preference import SyncRefModelCallback
@@ -52,7 +51,7 @@ def no_rewards(**_: Any) -> list[float]:
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
-class PPOTrainer(TripletSteps, OnlineTrainer):
+class PPOTrainer(TripletSteps):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
     config             a `PPOConfig`; `args` is the same

@@ -28,7 +28,7 @@ from trl.models.score import score, score_logits, unwrap
 from trl.models.standin import standing_in
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
-from trl.trainers.base import BaseTrainer
+from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo_generate import prompts_of, sample, sampling_params, untrimmed
 from trl.trainers.ppo_statistics import (
     Record,
@@ -56,7 +56,7 @@ LOWEST_KL = -1.0
 """Mean KL of a batch below which its responses cannot well have been sampled from the policy as it is."""
 
 
-class TripletSteps(BaseTrainer):
+class TripletSteps(OnlineTrainer):
     """`generate`, `step` and `log_stats`."""
 
     algorithm: PPO
@@ -154,7 +154,7 @@ class TripletSteps(BaseTrainer):
             coefficient = self.algorithm.controller.coefficient
             experience = self.algorithm.rewarded(experience)
             watch.lap("compute_rewards")
-            experience = self.algorithm.credited(experience)
+            experience = self._credited(experience)
             watch.lap("compute_advantages")
             record = self._optimize(triplets, experience)
             watch.lap("optimize_step")
@@ -162,6 +162,11 @@ class TripletSteps(BaseTrainer):
         watch.lap("calc_stats")
         self._finish(statistics)
         return {**statistics, **watch.total()}
+
+    def _credited(self, experience: Experience) -> Experience:
+        """Credit as the algorithm gives it to the batches of all processes together."""
+        found = super()._with_credit(experience).signals
+        return experience.with_signals(**{name: values.to(self.current_device) for name, values in found.items()})
 
     def _start_token(self) -> int | None:
         config = unwrap(self.model).config
