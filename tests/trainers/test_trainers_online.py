@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from trl.rollouts.engine import Rollout
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
+from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
 from trl.types import Algorithm
 
@@ -76,7 +78,9 @@ def config(tmp_path, cls=GRPOConfig, **options):
     return cls(**{**given, **options})
 
 
-def make_trainer(model, tmp_path, reward=of_length, rows=None, *, cls=GRPOTrainer, engine=None, peft=None, **options):
+def make_trainer(
+    model, tmp_path, reward=of_length, rows=None, *, cls=GRPOTrainer, engine=None, peft=None, judge=None, **options
+):
     return cls(
         model=model,
         reward_funcs=reward,
@@ -84,7 +88,7 @@ def make_trainer(model, tmp_path, reward=of_length, rows=None, *, cls=GRPOTraine
         train_dataset=prompts() if rows is None else rows,
         processing_class=make_tokenizer(),
         peft_config=peft,
-        **({} if engine is None else {"engine": engine}),
+        **{name: value for name, value in {"engine": engine, "judge": judge}.items() if value is not None},
     )
 
 
@@ -554,3 +558,39 @@ def test_rewards_are_needed(make_model, tmp_path):
         make_trainer(make_model("llama"), tmp_path, None)
     with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1 reward functions"):
         make_trainer(make_model("llama"), tmp_path, letters, reward_weights=[1.0, 2.0])
+
+
+# ---- online DPO ----
+
+
+def test_online_dpo_learns_from_the_best_and_the_worst(make_model, tmp_path):
+    options = {"num_generations": 4, "per_device_train_batch_size": 2, "loss_type": "sigmoid", "max_steps": 2}
+    trainer = make_trainer(
+        make_model("llama"), tmp_path, cls=OnlineDPOTrainer, engine=Table(), shuffle_dataset=False, **options
+    )
+    trainer.train()
+    groups = Table().generate(_encoded(4)[2:], None, 4)
+    pairs = [[len(c) for c in example.completions] for example in trainer.rounds.round[0]]
+    assert pairs == [[max(map(len, g)), min(map(len, g))] for g in groups]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert trainer.state.log_history[0]["pairs"] == 1
+
+
+def test_online_dpo_splits_have_the_same_gradient(make_model, tmp_path):
+    whole = {"cls": OnlineDPOTrainer, "num_generations": 2, "per_device_train_batch_size": 8}
+    expected = gradient(make_model("llama"), tmp_path, **whole)
+    splits = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert_same(gradient(make_model("llama"), tmp_path, **{**whole, **splits}), expected)
+
+
+def test_a_judge_ranks(make_model, tmp_path):
+    def judge(prompts, completions):
+        return [-1 if i else max(range(2), key=lambda k: len(group[k])) for i, group in enumerate(completions)]
+
+    options = {"num_generations": 2, "per_device_train_batch_size": 2}
+    trainer = make_trainer(
+        make_model("llama"), tmp_path, None, cls=OnlineDPOTrainer, engine=Table(), judge=judge, **options
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["pairs"] == 0.5
+    assert trainer.state.log_history[0]["rewards/judge/mean"] == 0.5

@@ -118,12 +118,21 @@ def cut_slices(
     """
     wanted = iter(keep)
     flat = [(i, c) for i, example in enumerate(examples) for c in example.completions if next(wanted)]
-    if len(flat) < slices:
-        first = examples[0].completions[0]
-        muted = replace(first, mask=[0] * len(first))
-        flat += [(0, muted)] * (slices - len(flat))
+    flat += [(0, muted(examples[0]).completions[0])] * (slices - len(flat))
     bounds = [len(flat) * k // slices for k in range(slices + 1)]
     return [_grouped(examples, flat[a:b], budget) for a, b in pairwise(bounds)]
+
+
+def muted(example: Example) -> Example:
+    """The example, with nothing in it to learn from."""
+    return replace(example, completions=tuple(replace(c, mask=[0] * len(c)) for c in example.completions))
+
+
+def deal_slices(examples: Sequence[Example], spare: Example, slices: int) -> list[list[Example]]:
+    """Examples that are to stay whole, in slices of like numbers; `spare`, muted, where there are too few."""
+    whole = [*examples, *[muted(spare)] * (slices - len(examples))]
+    bounds = [len(whole) * k // slices for k in range(slices + 1)]
+    return [whole[a:b] for a, b in pairwise(bounds)]
 
 
 def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]], budget: int | None) -> list[Example]:

@@ -118,7 +118,7 @@ class OnlineTrainer(BaseTrainer):
         )
         weights = self.args.reward_weights
         self.rewards = make_rewards(reward_funcs, weights=weights, processing_classes=reward_processing_classes)
-        self.data_collator = _rows
+        self.data_collator = list
 
     @property
     def averaging(self) -> str:
@@ -203,8 +203,13 @@ class OnlineTrainer(BaseTrainer):
         self._log_round(groups, experience, "train")
         if self.args.is_on_policy:
             examples = without_signals(examples, ["old_logprobs"])
-        budget = self.token_budget()
-        return cut_slices(examples, self._kept(groups, experience), self.args.slices_per_round, budget)
+        return self.slices(examples, groups, experience, self.args.slices_per_round)
+
+    def slices(
+        self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
+    ) -> list[Slice]:
+        """What is learned from of a round, in `count` parts."""
+        return cut_slices(examples, self.kept(groups, experience), count, self.token_budget())
 
     def _full_round(self) -> list[Group]:
         """As many groups as a round has; those without variance replaced by fresh prompts where that is asked for."""
@@ -315,7 +320,10 @@ class OnlineTrainer(BaseTrainer):
         sizes = torch.tensor([len(group.rewards) for group in groups])
         index = torch.arange(len(groups)).repeat_interleave(sizes)
         weights = torch.tensor([reward.weight for reward in self.rewards])
-        return combine_rewards(rewards, weights, index, aggregation=self.args.multi_objective_aggregation)
+        total = combine_rewards(rewards, weights, index, aggregation=self.args.multi_objective_aggregation)
+        if self.args.missing_eos_penalty is None:
+            return total
+        return total - self.args.missing_eos_penalty * ~torch.cat([group.finished for group in groups])
 
     def _with_credit(self, local: Experience) -> Experience:
         """The algorithm sees the round of all processes; its signals come back to each."""
@@ -378,7 +386,7 @@ class OnlineTrainer(BaseTrainer):
         """Greedy samples (0) are scored at temperature 1."""
         return self.args.temperature or 1.0
 
-    def _kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
+    def kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
         """Which completions are learned from."""
         keep = ~torch.cat([group.failed for group in groups])
         if self.args.mask_truncated_completions:
@@ -418,7 +426,7 @@ class OnlineTrainer(BaseTrainer):
         groups = self.sample(inputs, self.args.num_generations_eval or self.args.num_generations, "eval")
         examples, experience = self.learn_from(groups, "eval")
         self._log_round(groups, experience, "eval")
-        examples = without_signals(examples, ["old_logprobs"])
+        (examples,) = self.slices(without_signals(examples, ["old_logprobs"]), groups, experience, 1)
         for group in self._plan(examples, 1):
             self.evaluate_batch(model, [examples[i] for i in group], {})
         return None, None, None
@@ -489,7 +497,3 @@ class OnlineTrainer(BaseTrainer):
         if checkpoint is None or checkpoint == self._resumed_from:
             super()._load_rng_state(checkpoint)
             self._resumed_from = None
-
-
-def _rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return list(rows)

@@ -119,6 +119,9 @@ class OnlineConfig(TrainerConfig):
     on_reward_error: str = "stop"
     """What happens when a reward function fails: "stop", or "drop" the sample and count it."""
 
+    missing_eos_penalty: float | None = None
+    """Taken off the reward of a completion that was cut at the limit."""
+
     zero_variance: str = "keep"
     """Groups whose rewards are all equal: "keep" them, "drop" them (not trained on), or "resample": take fresh prompts in
     their place (dynamic sampling, DAPO, arXiv:2503.14476)."""

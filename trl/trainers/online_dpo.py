@@ -1,0 +1,154 @@
+"""Online DPO: pairs that the model samples and a reward or judge ranks, learned from as preferences: arXiv:2402.04792.
+
+    loss = −log σ(β [h(y⁺) − h(y⁻)]),   h(y) = log π(y|x) − log π_ref(y|x);      see `trl.algorithms.online_dpo`
+
+OnlineDPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=short, train_dataset=prompts).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trl.algorithms.dpo import DPO
+from trl.algorithms.online_dpo import OnlineDPO
+from trl.errors import ConfigError, DataError
+from trl.models.score import score
+from trl.rollouts.experience import Group, deal_slices
+from trl.trainers.online import OnlineTrainer
+from trl.trainers.online_config import OnlineConfig
+from trl.trainers.rounds import Slice
+from trl.types import Batch, Completion, Example, Experience, Metrics
+
+Judge = Callable[[Sequence[Any], Sequence[Sequence[Any]]], Sequence[int]]
+"""`judge(prompts, completions)`: for each prompt the index of its best completion, −1 where there is none."""
+
+
+@dataclass
+class OnlineDPOConfig(OnlineConfig):
+    """Options of `OnlineDPOTrainer`. per_device_train_batch_size counts prompts."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **OnlineConfig.ALIASES,
+        "max_length": "",
+        "reward_model_path": "",
+    }
+
+    learning_rate: float = 5e-7
+    """Initial learning rate."""
+
+    num_generations: int = 2
+    """Completions of each prompt; the best and the worst of them make a pair."""
+
+    max_completion_length: int | None = 64
+    """Tokens sampled at most per completion."""
+
+    temperature: float = 0.9
+    """Divides the logits, in sampling and in training."""
+
+    beta: float = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward."""
+
+    loss_type: str = "sigmoid"
+    """The loss of a pair: a name in `trl.algorithms.dpo.LOSSES`."""
+
+    loss_aggregation: str = "sequence"
+    """Every pair counts the same."""
+
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to zero."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: a pair needs at least 2 completions.")
+        self.make_algorithm()
+
+    def make_algorithm(self) -> OnlineDPO:
+        """The algorithm that these options describe."""
+        dpo = DPO(beta=self.beta, loss_types=self.loss_type)
+        if dpo.couples_pairs:
+            raise ConfigError(f"loss_type={self.loss_type!r} compares the pairs of a batch: choose another.")
+        return OnlineDPO(dpo)
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Prompts of a round, on each process."""
+        return self.per_device_train_batch_size * self.slices_per_round
+
+    def check_batches(self) -> None:
+        """Groups are whole whatever the batch sizes."""
+
+
+class OnlineDPOTrainer(OnlineTrainer):
+    """Sample completions, rank them, and learn from the best and the worst.
+
+    judge   in place of reward functions: `judge(prompts, completions)` gives the index of each prompt's best completion,
+            −1 where none is
+
+    The other arguments are those of `OnlineTrainer`.
+    """
+
+    config_class = OnlineDPOConfig
+
+    def __init__(self, *args: Any, judge: Judge | None = None, **keywords: Any) -> None:
+        if judge is not None:
+            if keywords.get("reward_funcs") is not None:
+                raise ConfigError("judge and reward_funcs both rank completions: give one of them.")
+            keywords["reward_funcs"] = JudgeReward(judge)
+        super().__init__(*args, **keywords)
+
+    def slices(
+        self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
+    ) -> list[Slice]:
+        """The pairs of a round."""
+        keep = iter(self.kept(groups, experience))
+        pairs = []
+        for example in examples:
+            known = [c for c in example.completions if next(keep)]
+            pair = tuple(c for sign in (1, -1) for c in known if c.signals["preferred"] == sign)
+            pairs += [replace(example, completions=pair)] if len(pair) == 2 else []
+        return deal_slices(pairs, _first_two(examples[0]), count)
+
+    def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        super()._log_round(groups, experience, mode)
+        self._count("pairs", (experience.signals["preferred"] > 0).sum().item(), len(groups), mode)
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Every pair counts the same: `[P]`. Muted ones do not."""
+        return batch.mask.amax(-1)[0::2]
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        scores = score(model, batch, temperature=self.args.temperature or 1.0, want={"entropy"})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        return loss, {**metrics, "entropy": scores.entropy}
+
+
+def _first_two(example: Example) -> Example:
+    first: tuple[Completion, ...] = example.completions[:2]
+    return replace(example, completions=first)
+
+
+class JudgeReward:
+    """A judge as a reward function: 1 for the best completion of a prompt, 0 for its others."""
+
+    __name__ = "judge"
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] is not prompts[i - 1]]
+        ends = [*starts[1:], len(prompts)]
+        groups = [list(completions[a:b]) for a, b in zip(starts, ends, strict=True)]
+        best = self.judge([prompts[i] for i in starts], groups)
+        if len(best) != len(groups):
+            raise DataError(f"judge gave {len(best)} verdicts for {len(groups)} prompts: it has to give one each.")
+        return [
+            None if winner < 0 else float(i == winner)
+            for winner, group in zip(best, groups, strict=True)
+            for i in range(len(group))
+        ]
