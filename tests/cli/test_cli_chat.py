@@ -29,6 +29,7 @@ from trl.cli.chat.local import TokenStream, load_speaker
 from trl.cli.chat.server import ServerError, ServerSpeaker, read_events
 from trl.cli.chat.session import Command, Session, read_command, with_changes
 from trl.cli.chat.talk import Conversation, Stream, TooLong
+from trl.cli.chat.wrap import Wrapper, printable
 from trl.cli.main import main
 from trl.errors import ConfigError
 from trl.models.config import ModelConfig
@@ -256,6 +257,38 @@ def test_stop_texts_are_not_shown(pieces, stop, said):
         stream.put(piece)
     stream.end()
     assert heard == said
+
+
+@pytest.mark.parametrize(
+    ("pieces", "width", "shown"),
+    [
+        (["one tw", "o three"], 8, "one two \nthree"),
+        (["one two", " three"], 7, "one two\nthree"),
+        (["a\n\n", "  b"], 10, "a\n\n  b"),
+        (["日本", "語です"], 4, "日本\n語で\nす"),
+        (["x" * 50], 20, "x" * 50),
+        (["x" * 9, " y"], 8, "x" * 9 + "\ny"),
+        (["a\tbc"], 10, "a\tbc"),
+        (["a\tbcd"], 10, "a\t\nbcd"),
+    ],
+)
+def test_lines_break_between_words(pieces, width, shown):
+    wrapper = Wrapper(width, 0)
+    written = "".join(map(wrapper.put, pieces))
+    assert on_paper(written) == shown
+
+
+def on_paper(written):
+    """What is left of a text after its cursor movements."""
+    paper = ""
+    for part in re.split(r"(\x1b\[\d+D\x1b\[K)", written):
+        back = re.match(r"\x1b\[(\d+)D", part)
+        paper = paper[: -int(back.group(1))] if back else paper + part
+    return paper
+
+
+def test_control_characters_are_not_printed():
+    assert printable("a\x1b[2J\x07b\n\t\x9bc") == "a[2Jb\n\tc"
 
 
 def test_the_oldest_turn_is_left_out_first():

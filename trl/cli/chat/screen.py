@@ -11,12 +11,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-WIDEST = 120
+from trl.cli.chat.wrap import Wrapper, printable
+
+WIDEST, UNBROKEN = 120, 10**9
+"""Columns of tables, at most; and of an answer that is not shown in a terminal."""
+
 USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
 _ANSI = {USER: "\x1b[1;36m", "": "\x1b[0m"}
-
-_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters that a model might write: a terminal would obey them."""
 
 
 class Screen:
@@ -71,17 +72,21 @@ class Screen:
     @contextmanager
     def answer(self, name: str) -> Iterator[Callable[[str], None]]:
         """Gives a function that shows the pieces of an answer, the speaker's name before the first."""
+        label = Text(f"{name} › ", style=SPEAKER) if self.talks else Text()
         spinner = self.out.status(Text("…", style=NOTE)) if self.talks else None
+        # One column is left free: a cursor behind the last one cannot be moved back reliably.
+        wrapper = Wrapper(self.out.width - 1 if self.talks else UNBROKEN, label.cell_len)
         begun = False
 
         def show(piece: str) -> None:
             nonlocal begun
             if not begun:
                 begun = True
-                self._begin_answer(spinner, name)
                 piece = piece.lstrip()
-            self.out.file.write(piece.translate(_UNPRINTABLE))
-            self.out.file.flush()
+                if spinner is not None:
+                    spinner.stop()
+                    self.out.print(label, end="")
+            self._write(wrapper.put(printable(piece)))
 
         if spinner is not None:
             spinner.start()
@@ -91,12 +96,11 @@ class Screen:
             if spinner is not None:
                 spinner.stop()
             if begun:
-                self.out.print()
+                self._write("\n")
 
-    def _begin_answer(self, spinner: object, name: str) -> None:
-        if spinner is not None:
-            spinner.stop()
-            self.out.print(Text(f"{name} › ", style=SPEAKER), end="")
+    def _write(self, text: str) -> None:
+        self.out.file.write(text)
+        self.out.file.flush()
 
     def close_answer(self, tokens: int, seconds: float, *, interrupted: bool) -> None:
         """How long it was and how fast, or that it was interrupted."""
