@@ -47,24 +47,31 @@ def processor_seconds(run: Run, *, per_token: bool) -> float:
     return sum(run["cpu_seconds"]) / (sum(run["tokens"]) if per_token else 1)
 
 
+def seconds_per_sample(run: Run) -> float:
+    """Time of the timed steps divided by the tokens that were sampled in them."""
+    return sum(run["step_seconds"]) / sum(run["sampled"])
+
+
 def loss_gap(ours: Run, theirs: Run) -> float:
     """Largest relative difference between the losses of a step."""
     return max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
 
 
-def compare(ours: Sequence[Run], theirs: Sequence[Run], *, same_batches: bool) -> dict[str, Any]:
+def compare(ours: Sequence[Run], theirs: Sequence[Run], *, same_batches: bool, per_token: bool) -> dict[str, Any]:
     """Ratios of ours to theirs: of medians over repeats, and the smallest and largest over pairs of neighbouring runs.
 
-    Returns `time`, `time_range`, `processor`, `memory`, and `loss_gap` (None where the sides batch differently).
+    Returns `time`, `time_range`, `processor`, `memory`, `per_sample` (time per sampled token; None where nothing is
+    sampled) and `loss_gap` (None where the sides batch differently).
     """
-    wall = partial(seconds, per_token=not same_batches)
-    processor = partial(processor_seconds, per_token=not same_batches)
+    wall = partial(seconds, per_token=per_token)
+    processor = partial(processor_seconds, per_token=per_token)
     pairs = [wall(a) / wall(b) for a, b in zip(ours, theirs, strict=True)]
     return {
         "time": _ratio(wall, ours, theirs),
         "time_range": [min(pairs), max(pairs)],
         "processor": _ratio(processor, ours, theirs),
         "memory": _ratio(itemgetter("peak_mib"), ours, theirs),
+        "per_sample": _ratio(seconds_per_sample, ours, theirs) if sum(ours[0]["sampled"]) else None,
         "loss_gap": loss_gap(ours[0], theirs[0]) if same_batches else None,
     }
 
@@ -90,18 +97,19 @@ def ratio_grid(result: Mapping[str, Any]) -> Grid:
             low, high = comparison["time_range"]
             rows.append(
                 [
-                    name + ("" if workload["same_batches"] else " (per token)"),
+                    name + (" (per token)" if workload["per_token"] else ""),
                     side,
                     f"{comparison['time']:.2f} ({low:.2f}–{high:.2f})",
                     _aim(target["time"]),
+                    "–" if comparison["per_sample"] is None else f"{comparison['per_sample']:.2f}",
                     f"{comparison['processor']:.2f}",
                     f"{comparison['memory']:.2f}",
                     _aim(target["memory"]),
-                    "packs differ" if comparison["loss_gap"] is None else f"{comparison['loss_gap']:.0e}",
+                    "batches differ" if comparison["loss_gap"] is None else f"{comparison['loss_gap']:.0e}",
                     verdict(comparison, target),
                 ]
             )
-    header = ["workload", "against", "time", "aim", "cpu", "memory", "aim", "loss gap", ""]
+    header = ["workload", "against", "time", "aim", "per sample", "cpu", "memory", "aim", "loss gap", ""]
     return Grid("Ours divided by theirs: below 1 we need less", header, rows)
 
 
@@ -117,6 +125,7 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
             steps = len(runs[0]["step_seconds"])
             wall = median(seconds(run, per_token=False) for run in runs)
             processor = median(processor_seconds(run, per_token=False) for run in runs)
+            sampled = sum(sum(run["sampled"]) for run in runs) / len(runs)
             tokens, positions = sum(runs[0]["tokens"]), sum(runs[0]["positions"])
             rows.append(
                 [
@@ -126,11 +135,12 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
                     f"{processor / wall:.1f}",
                     f"{tokens / steps:,.0f}",
                     f"{1 - tokens / positions:.0%}",
+                    f"{sampled / steps:,.0f}",
                     f"{median(run['peak_mib'] for run in runs) / 1024:.2f}",
                     f"{median(run['peak_mib'] - run['loaded_mib'] for run in runs) / 1024:.2f}",
                 ]
             )
-    header = ["workload", "side", "s/step", "busy", "tokens/step", "padding", "peak GiB", "training"]
+    header = ["workload", "side", "s/step", "busy", "tokens/step", "padding", "sampled", "peak GiB", "training"]
     return Grid(
         "Measured here: threads busy, tokens through the model, peak memory and what training added", header, rows
     )

@@ -31,7 +31,10 @@ class WorkerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Bench:
-    """How to run a worker: where the material lies, which interpreter each side has, and the settings they share."""
+    """How to run a worker: where the material lies, which interpreter each side has, and the settings they share.
+
+    `worker` takes the command line of worker.py and writes what that writes.
+    """
 
     directory: Path
     interpreters: dict[str, str]
@@ -39,6 +42,7 @@ class Bench:
     steps: int
     seed: int
     threads: int
+    worker: Path = WORKER
 
     def run(self, workload: Workload, side: str) -> dict[str, Any]:
         """What the worker of this side measured.
@@ -46,7 +50,7 @@ class Bench:
         Raises WorkerFailed with everything that the worker wrote.
         """
         out = self.directory / "run.json"
-        command = [self.interpreters[side], str(WORKER), "--side", side, "--workload", workload.name]
+        command = [self.interpreters[side], str(self.worker), "--side", side, "--workload", workload.name]
         command += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
         command += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
         done = subprocess.run(command, env=self._environment(), cwd=self.directory, capture_output=True, text=True)
@@ -75,7 +79,7 @@ class Bench:
 def summarise(workload: Workload, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The part of the result that this workload fills."""
     compared = {
-        side: report.compare(runs["ours"], runs[side], same_batches=workload.same_batches)
+        side: report.compare(runs["ours"], runs[side], same_batches=workload.same_batches, per_token=workload.per_token)
         for side in runs
         if side != "ours" and "ours" in runs
     }
@@ -83,7 +87,7 @@ def summarise(workload: Workload, runs: dict[str, list[dict[str, Any]]]) -> dict
         "about": workload.about,
         "trainer": workload.trainer,
         "config": dict(workload.config),
-        "same_batches": workload.same_batches,
+        "per_token": workload.per_token,
         "targets": {side: asdict(target) for side, target in workload.targets.items()},
         "comparisons": compared,
         "runs": {side: [{k: v for k, v in run.items() if k != "versions"} for run in runs[side]] for side in runs},

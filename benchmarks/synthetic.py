@@ -19,6 +19,9 @@ Row = dict[str, Any]
 SYLLABLES = [consonant + vowel for consonant, vowel in product("bcdfghjklmnpqrstvwxz", "aeiou")]
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY = 32_000
+END_SHARE = 0.03
+"""Part of the vocabulary that ends a text of the model that ends at random: a geometric length, 33 tokens on average."""
+
 LONGEST = 1_024
 """Tokens of the longest row."""
 
@@ -101,11 +104,24 @@ def model(*, seed: int, reward: bool = False):
     return (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config)
 
 
+def ending_at_random(model):
+    """The model, with `END_SHARE` of the vocabulary for end tokens: fresh weights choose nearly uniformly among tokens,
+    so that every one sampled is the last with about that chance, whoever samples.
+    """
+    model.generation_config.eos_token_id = list(range(1, 1 + round(END_SHARE * VOCABULARY)))
+    return model
+
+
 def write_material(directory: Path, *, seed: int) -> None:
-    """Save what every worker loads: `policy/` and `reward/`, each with the tokenizer beside the weights."""
+    """Save what every worker loads: `policy/`, `reward/` and `sampler/`, each with the tokenizer beside the weights."""
     words = tokenizer()
-    for name in ("policy", "reward"):
-        model(seed=seed, reward=name == "reward").save_pretrained(directory / name)
+    made = {
+        "policy": model(seed=seed),
+        "reward": model(seed=seed, reward=True),
+        "sampler": ending_at_random(model(seed=seed)),
+    }
+    for name, network in made.items():
+        network.save_pretrained(directory / name)
         words.save_pretrained(directory / name)
 
 
@@ -145,6 +161,12 @@ def _chat(rng: random.Random, tokens: int) -> Row:
         messages.append({"role": "user", "content": prose(rng, asked)})
         messages.append({"role": "assistant", "content": prose(rng, share - asked)})
     return {"messages": messages}
+
+
+def prompt_rows(count: int, *, seed: int, prompt: tuple[int, int]) -> list[Row]:
+    """Prompts alone; `prompt` bounds their tokens, uniformly drawn."""
+    rng = random.Random(seed)
+    return [{"prompt": prose(rng, rng.randint(*prompt))} for _ in range(count)]
 
 
 def completion_rows(

@@ -12,7 +12,9 @@ import importlib
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,11 @@ from transformers import (
 from workloads import COMMON, WARMUP, WORKLOADS, Workload
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOADERS = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+LOADERS = {
+    "policy": AutoModelForCausalLM,
+    "reward": AutoModelForSequenceClassification,
+    "sampler": AutoModelForCausalLM,
+}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -42,6 +48,7 @@ class Recorder:
     cpu_seconds     processor time of all threads in those steps: far below time × threads, the machine was shared
     tokens          not padding, that went through the policy with gradient (a prompt laid out once counts once)
     positions       the same with padding
+    sampled         tokens that the step sampled, the end token included
     prepare_seconds loading the trainer with its data: encoding, packing, a reference model
     loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was
     """
@@ -52,6 +59,7 @@ class Recorder:
     gradient_norms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
     prepare_seconds: float = 0.0
     loaded_mib: float = 0.0
     peak_mib: float = 0.0
@@ -72,7 +80,8 @@ class Clock(TrainerCallback):
             self.recorder.cpu_seconds.append(cpu_now - self.cpu_before)
             self.recorder.tokens.append(self.counter.tokens)
             self.recorder.positions.append(self.counter.positions)
-        self.counter.tokens = self.counter.positions = 0
+            self.recorder.sampled.append(self.counter.sampled)
+        self.counter.clear()
         self.before, self.cpu_before = now, cpu_now
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -82,10 +91,16 @@ class Clock(TrainerCallback):
 
 
 class Counter:
-    """Counts the tokens that enter a model's embedding while gradients are on."""
+    """Counts the tokens that enter a model's embedding while gradients are on, and those that a reward is asked about."""
 
-    def __init__(self, embedding: torch.nn.Module, pad: int) -> None:
-        self.pad, self.tokens, self.positions = pad, 0, 0
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+        self.clear()
+
+    def clear(self) -> None:
+        self.tokens = self.positions = self.sampled = 0
+
+    def watch(self, embedding: torch.nn.Module) -> None:
         embedding.register_forward_pre_hook(self._count)
 
     def _count(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -93,6 +108,16 @@ class Counter:
             (ids,) = arguments
             self.tokens += int((ids != self.pad).sum())
             self.positions += ids.numel()
+
+    def counted(self, reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+        """The reward function, with its completions counted."""
+
+        @wraps(reward)
+        def counted(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            self.sampled += sum(map(len, completion_ids))
+            return reward(completion_ids=completion_ids, **columns)
+
+        return counted
 
 
 def memory_mib(name: str) -> float:
@@ -105,7 +130,7 @@ def library_trainer(workload: Workload, options: dict[str, Any], parts: dict[str
     """The workload's trainer from whichever `trl` this interpreter has."""
     trl = importlib.import_module("trl")
     config = getattr(trl, workload.config_class)(**options)
-    return getattr(trl, workload.trainer)(args=config, **parts, **workload.arguments())
+    return getattr(trl, workload.trainer)(args=config, **parts)
 
 
 def plain_trainer(workload: Workload, options: dict[str, Any], parts: dict[str, Any]) -> Trainer:
@@ -135,11 +160,14 @@ def measure(
 
     started = time.perf_counter()
     rows = Dataset.from_list(workload.read_rows(directory))
-    parts = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
+    parts = {"model": model, "train_dataset": rows, "processing_class": tokenizer} | workload.arguments()
+    counter = Counter(tokenizer.pad_token_id)
+    if "reward_funcs" in parts:
+        parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
     trainer = BUILDERS[side](workload, options, parts)
     recorder.prepare_seconds = time.perf_counter() - started
 
-    counter = Counter(model.get_input_embeddings(), tokenizer.pad_token_id)
+    counter.watch(model.get_input_embeddings())
     trainer.add_callback(Clock(recorder, counter))
     recorder.parameters = sum(p.numel() for p in model.parameters())
     recorder.loaded_mib = memory_mib("VmRSS")

@@ -51,8 +51,8 @@ class Workload:
     rows_per_step  rows that one optimizer step uses up (for packing: at least as many)
     config         fields of the trainer's config, over `COMMON`
     targets        the sides that we are compared with ("trl", "transformers") and what the comparison should give
-    same_batches   whether a step holds the same rows on every side. Where it does, times and losses are compared step
-                   for step; where it does not (packing), time is per token that is not padding and losses are not compared
+    same_batches   whether a step holds the same tokens on every side. Where it does, losses are compared step for step
+    per_token      whether time is compared per token that is not padding, for steps of different size (packing)
     material       which saved model is trained
     arguments      makes further keyword arguments of the trainer (reward functions, …)
     """
@@ -66,6 +66,7 @@ class Workload:
     config: Mapping[str, Any]
     targets: Mapping[str, Target]
     same_batches: bool = True
+    per_token: bool = False
     material: str = "policy"
     arguments: Callable[[], dict[str, Any]] = field(default=dict)
 
@@ -87,6 +88,32 @@ class Workload:
 
 _sft = partial(Workload, trainer="SFTTrainer", config_class="SFTConfig")
 _dpo = partial(Workload, trainer="DPOTrainer", config_class="DPOConfig")
+
+
+def remainder(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that costs nothing and differs within a group."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+_grpo = partial(
+    Workload,
+    trainer="GRPOTrainer",
+    config_class="GRPOConfig",
+    rows_per_step=8,
+    same_batches=False,
+    material="sampler",
+    arguments=lambda: {"reward_funcs": remainder},
+)
+
+ROUND = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "num_generations": 8,
+    "max_completion_length": 64,
+    "learning_rate": 1e-6,
+    "shuffle_dataset": False,
+}
+"""Online: 8 prompts × 8 completions, in 8 micro-batches of one optimizer step. At this rate, lengths stay as they are."""
 
 _ALL = [
     _sft(
@@ -110,6 +137,7 @@ _ALL = [
         },
         targets={"trl": Target(time=0.7, memory=0.6)},
         same_batches=False,
+        per_token=True,
     ),
     _sft(
         name="sft-long-prompt",
@@ -155,6 +183,27 @@ _ALL = [
         rows_per_step=8,
         config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
         targets={"trl": Target(time=0.7, memory=1.0)},
+    ),
+    _grpo(
+        name="grpo-long-prompt",
+        about="8 prompts of 400 tokens × 8 completions of at most 64, ended at random, a step",
+        rows=partial(synthetic.prompt_rows, prompt=(400, 400)),
+        config=ROUND,
+        targets={"trl": Target(time=0.4, memory=0.6)},
+    ),
+    _grpo(
+        name="grpo-short-prompt",
+        about="8 prompts of 20 to 60 tokens × 8 completions of at most 64, ended at random, a step",
+        rows=partial(synthetic.prompt_rows, prompt=(20, 60)),
+        config=ROUND,
+        targets={"trl": Target(time=0.7)},
+    ),
+    _grpo(
+        name="grpo-two-iterations",
+        about="as grpo-long-prompt, every round learned from in two steps",
+        rows=partial(synthetic.prompt_rows, prompt=(400, 400)),
+        config=ROUND | {"num_iterations": 2},
+        targets={"trl": Target(time=0.4, memory=0.6)},
     ),
 ]
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -72,6 +73,8 @@ def test_prompts_and_completions_stay_in_their_bounds(tokenizer):
         assert row["chosen"] != row["rejected"]
         for side in ("chosen", "rejected"):
             assert 60 <= len(tokenizer(row[side])["input_ids"]) <= 100
+    for row in synthetic.prompt_rows(10, seed=0, prompt=(400, 400)):
+        assert len(tokenizer(row["prompt"])["input_ids"]) == 400
     assert [row["label"] for row in synthetic.unpaired_rows(4, seed=0)] == [True, False, True, False]
 
 
@@ -101,13 +104,14 @@ def test_model_has_about_15_million_parameters_and_weights_from_its_seed():
     assert not weights[0].equal(weights[2])
 
 
-def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0)):
+def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0), sampled=(0, 0)):
     return {
         "step_seconds": steps,
         "cpu_seconds": cpu,
         "losses": losses,
         "tokens": tokens,
         "positions": [2 * n for n in tokens],
+        "sampled": sampled,
         "peak_mib": peak,
         "loaded_mib": 512.0,
     }
@@ -126,7 +130,7 @@ THEIRS = [
 
 
 def test_ratios_are_of_medians_and_ranges_of_neighbours():
-    comparison = report.compare(OURS, THEIRS, same_batches=True)
+    comparison = report.compare(OURS, THEIRS, same_batches=True, per_token=False)
     assert comparison["time"] == pytest.approx(3 / 8)
     assert comparison["time_range"] == pytest.approx([2 / 8, 5 / 10])
     assert comparison["memory"] == pytest.approx(1024 / 4096)
@@ -134,9 +138,29 @@ def test_ratios_are_of_medians_and_ranges_of_neighbours():
 
 
 def test_different_batches_are_compared_per_token_and_not_by_their_losses():
-    comparison = report.compare(OURS, THEIRS, same_batches=False)
+    comparison = report.compare(OURS, THEIRS, same_batches=False, per_token=True)
     assert comparison["time"] == pytest.approx((3 / 200) / (8 / 400))
     assert comparison["loss_gap"] is None
+    assert comparison["per_sample"] is None
+
+
+def test_sampled_steps_are_compared_as_they_are_and_per_sampled_token():
+    ours = [run(steps=[1.0, 1.0], losses=[], peak=1024.0, sampled=(10, 30))]
+    theirs = [run(steps=[2.0, 2.0], losses=[], peak=1024.0, sampled=(10, 10))]
+    comparison = report.compare(ours, theirs, same_batches=False, per_token=False)
+    assert comparison["time"] == pytest.approx(2 / 4)
+    assert comparison["per_sample"] == pytest.approx((2 / 40) / (4 / 20))
+
+
+def test_every_token_of_the_sampling_model_ends_a_text_with_about_the_same_chance():
+    torch.manual_seed(0)
+    model = synthetic.ending_at_random(synthetic.model(seed=0)).eval()
+    ends = model.generation_config.eos_token_id
+    with torch.no_grad():
+        chances = model(torch.randint(1_000, 32_000, (4, 64))).logits.softmax(-1)[..., ends].sum(-1)
+    assert synthetic.tokenizer().eos_token_id in ends
+    assert chances.mean().item() == pytest.approx(0.03, rel=0.05)
+    assert 0.02 < chances.min() < chances.max() < 0.04
 
 
 @pytest.mark.parametrize(
@@ -155,9 +179,9 @@ def test_verdict_names_what_was_missed(change, words):
 
 
 def result():
-    comparison = report.compare(OURS, THEIRS, same_batches=True)
+    comparison = report.compare(OURS, THEIRS, same_batches=True, per_token=False)
     workload = {
-        "same_batches": True,
+        "per_token": False,
         "targets": {"trl": {"time": 0.6, "memory": None}},
         "comparisons": {"trl": comparison},
         "runs": {"ours": OURS, "trl": THEIRS},
@@ -169,11 +193,11 @@ def result():
 def test_tables_read_as_written():
     ratios, measured = report.ratio_grid(result()), report.measured_grid(result())
     assert ratios.rows == [
-        ["sft-padded", "trl", "0.38 (0.25–0.50)", "≤ 0.60", "1.00", "0.25", "–", "1e-04", "met"],
+        ["sft-padded", "trl", "0.38 (0.25–0.50)", "≤ 0.60", "–", "1.00", "0.25", "–", "1e-04", "met"],
     ]
     assert measured.rows == [
-        ["sft-padded", "ours", "1.50", "0.7", "100", "50%", "1.00", "0.50"],
-        ["sft-padded", "trl", "4.00", "0.2", "200", "50%", "4.00", "3.50"],
+        ["sft-padded", "ours", "1.50", "0.7", "100", "50%", "0", "1.00", "0.50"],
+        ["sft-padded", "trl", "4.00", "0.2", "200", "50%", "0", "4.00", "3.50"],
     ]
 
 
