@@ -199,13 +199,22 @@ def test_an_adapter_is_found_in_its_folder_and_changes_the_answer(tiny, tmp_path
     adapted = get_peft_model(base.model, LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
     adapted.peft_config["default"].base_model_name_or_path = tiny
     adapted.save_pretrained(tmp_path)
-    base.tokenizer.save_pretrained(tmp_path)
     answers = []
     for folder, options in ((str(tmp_path), {}), (tiny, {"adapter_name_or_path": str(tmp_path)}), (tiny, {})):
         pieces: list[str] = []
         speaker(folder, **options).answer([{"role": "user", "content": "Hi"}], GREEDY, pieces.append)
         answers.append("".join(pieces))
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_encoder_decoders_answer(tmp_path):
+    torch.manual_seed(0)
+    MODELS["t5"]().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    talks, pieces = speaker(str(tmp_path)), []
+    talks.model.generation_config.suppress_tokens = [*SPECIAL, *range(len(talks.tokenizer), 99)]
+    assert talks.answer([{"role": "user", "content": "Hi"}], GREEDY, pieces.append) == 8
+    assert len("".join(pieces)) == 8
 
 
 def test_without_a_chat_template_the_text_is_continued(tmp_path):
@@ -469,6 +478,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.go, self.bodies, self.headers, self.refusal = threading.Event(), [], [], None
+        self.models = {"data": [{"id": "org/hello-1b"}]}
 
     @property
     def url(self):
@@ -480,7 +490,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._send(200, {"data": [{"id": "org/hello-1b"}]})
+        self._send(200, self.server.models)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -592,9 +602,15 @@ def test_a_server_that_is_not_there(capsys, monkeypatch):
     assert "server='localhost:8000' is not a URL" in capsys.readouterr().err
 
 
+def test_a_server_of_another_kind(server):
+    server.models = ["a", "list"]
+    with pytest.raises(ServerError, match="does not answer as an OpenAI-compatible server does: b'\\[\"a"):
+        ServerSpeaker(server.url)
+
+
 def test_events_are_read_to_the_end():
     lines = [b"event: x\n", b'data: {"a": 1}\n', b"\n", b'data:{"b": 2}\r\n', b"data: [DONE]\n", b"data: rest\n"]
-    assert list(read_events(iter(lines))) == [{"a": 1}, {"b": 2}]
+    assert list(read_events(iter(lines))) == ['{"a": 1}', '{"b": 2}']
 
 
 # ---- the command ----

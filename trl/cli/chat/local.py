@@ -10,11 +10,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.data.chat import ChatTemplate
+from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model
 
@@ -47,13 +48,19 @@ class LocalSpeaker:
         streamer = TokenStream(self.tokenizer, stream)
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
-        self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
-        )
+        try:
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
+            )
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{self.inner.device} ran out of memory after {ids.shape[1] + len(streamer.ids):,} tokens: `clear` starts a "
+                "new conversation, and --load_in_4bit makes room."
+            ) from None
         return len(streamer.ids)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -157,7 +164,11 @@ def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
     )
     if adapter is not None:
         loaded = PeftModel.from_pretrained(loaded, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
+    beside = cached_file(model.model_name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name if beside is None else model.model_name_or_path, trust_remote_code=model.trust_remote_code, **hub
+    )
     return LocalSpeaker(loaded, tokenizer, arguments.chat_template_kwargs)
 
 

@@ -17,7 +17,6 @@ WIDEST, UNBROKEN = 120, 10**9
 """Columns of tables, at most; and of an answer that is not shown in a terminal."""
 
 USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
-_ANSI = {USER: "\x1b[1;36m", "": "\x1b[0m"}
 
 
 class Screen:
@@ -27,6 +26,7 @@ class Screen:
         self.out = Console(highlight=False)
         self.talks = self.out.is_terminal and sys.stdin.isatty()
         """Whether a person types and reads: then there are prompts."""
+        self.has_cursor = self.talks and not self.out.is_dumb_terminal
         self.aside = self.out if self.out.is_terminal else Console(stderr=True, highlight=False)
         if self.talks:
             _edit_lines()
@@ -57,12 +57,17 @@ class Screen:
 
     def _line(self, prompt: str) -> str:
         if self.talks:
-            # \x01 and \x02 tell readline what takes no room.
-            return input(f"\n\x01{_ANSI[USER]}\x02{prompt} ›\x01{_ANSI['']}\x02 " if prompt != "…" else "… ")
+            return input("… " if prompt == "…" else f"\n{self._coloured(f'{prompt} ›')} ")
         line = sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\n")
+
+    def _coloured(self, prompt: str) -> str:
+        """The prompt in colour, where there is any; \\x01 and \\x02 tell readline what takes no room."""
+        return (
+            prompt if self.out.no_color or not self.out.color_system else f"\x01\x1b[1;36m\x02{prompt}\x01\x1b[0m\x02"
+        )
 
     def echo(self, user: str, text: str) -> None:
         """Show what was said in the user's name."""
@@ -75,7 +80,7 @@ class Screen:
         label = Text(f"{name} › ", style=SPEAKER) if self.talks else Text()
         spinner = self.out.status(Text("…", style=NOTE)) if self.talks else None
         # One column is left free: a cursor behind the last one cannot be moved back reliably.
-        wrapper = Wrapper(self.out.width - 1 if self.talks else UNBROKEN, label.cell_len)
+        wrapper = Wrapper(self.out.width - 1 if self.has_cursor else UNBROKEN, label.cell_len)
         begun = False
 
         def show(piece: str) -> None:

@@ -50,7 +50,7 @@ class ServerSpeaker:
         """Pass on what the server sends. Returns the tokens that it says it has made, 0 if it says nothing of them."""
         stream, tokens = Stream(say, generation.stop), 0
         with self._open("chat/completions", self._body(messages, generation)) as response:
-            for event in read_events(response):
+            for event in map(self._parsed, read_events(response)):
                 if "error" in event:
                     raise ServerError(f"{self.url} broke off: {_reason(event)}")
                 tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
@@ -76,10 +76,20 @@ class ServerSpeaker:
 
     def _first_model(self) -> str:
         with self._open("models") as response:
-            found = json.load(response).get("data") or []
+            found = self._parsed(response.read()).get("data") or []
         if not found:
             raise ServerError(f"{self.url} offers no model: name one with --model_name_or_path.")
         return found[0]["id"]
+
+    def _parsed(self, text: str | bytes) -> Json:
+        """A JSON object that the server sent."""
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ServerError(f"server={self.url} does not answer as an OpenAI-compatible server does: {text[:80]!r}.")
+        return found
 
     def _open(self, path: str, body: Json | None = None) -> Any:
         """The server's response. Raises TooLong or ServerError, with its own words."""
@@ -113,7 +123,7 @@ def _reason(answer: Any) -> str:
     return str(answer)
 
 
-def read_events(lines: Iterator[bytes]) -> Iterator[Json]:
+def read_events(lines: Iterator[bytes]) -> Iterator[str]:
     """The data of server-sent events, up to [DONE]."""
     for line in lines:
         field, _, data = line.decode("utf-8", "replace").strip().partition(":")
@@ -121,7 +131,7 @@ def read_events(lines: Iterator[bytes]) -> Iterator[Json]:
             continue
         if data.strip() == "[DONE]":
             return
-        yield json.loads(data)
+        yield data.strip()
 
 
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:
