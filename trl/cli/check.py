@@ -90,28 +90,39 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
     from trl.data.encode import decode
 
     args = trainer.args
-    examples = [example for row in trainer.train_dataset for example in decode(row)]
-    mean = sum(example.tokens for example in examples) / len(examples)
+    generations = args.num_generations if is_online(args) else 1
+    sampled = (args.max_completion_length or 0) if is_online(args) else 0
+    sizes = [example.tokens + sampled for row in trainer.train_dataset for example in decode(row)]
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    unit = "completions" if is_online(args) else "sequences"
     plan = {
-        "sequences per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
+        f"{unit} per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
         f"{args.gradient_accumulation_steps:,} accumulated × {processes:,} process{'es' if processes > 1 else ''}",
-        "tokens per step": f"{per_step * mean:,.0f} on average, {per_step * max(e.tokens for e in examples):,} at most",
+        "tokens per step": f"{per_step * max(sizes):,} at most"
+        + ("" if is_online(args) else f", {per_step * sum(sizes) / len(sizes):,.0f} on average"),
     }
     if budget := trainer.token_budget():
         plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
-    return plan | _steps(args, len(examples), rows, sample, per_step)
+    return plan | _steps(args, len(sizes) * generations, rows, sample, per_step)
 
 
-def _steps(args: Any, encoded: int, rows: Any, sample: Any, per_step: int) -> dict[str, str]:
-    if not hasattr(rows, "__len__"):
+def is_online(args: Any) -> bool:
+    """Whether a method samples what it learns from."""
+    return "num_generations" in vars(args)
+
+
+def _steps(args: Any, sequences: int, rows: Any, sample: Any, per_step: int) -> dict[str, str]:
+    """Optimizer steps; `sequences` are those that the rows of `sample` made."""
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
         return {"optimizer steps": f"{args.max_steps:,}, from a stream"}
-    whole = round(encoded * len(rows) / len(sample))
-    per_epoch = max(1, math.ceil(whole / per_step))
+    per_epoch = max(1, math.ceil(sequences * len(rows) / len(sample) / per_step))
     about = "about " if len(rows) > len(sample) else ""
     if args.max_steps > 0:
-        epochs = args.max_steps / per_epoch
-        return {"optimizer steps": f"{args.max_steps:,}, {about}{epochs:.2g} epochs of {per_epoch:,}"}
+        return {
+            "optimizer steps": f"{args.max_steps:,}, {about}{args.max_steps / per_epoch:.2g} epochs of {per_epoch:,}"
+        }
     total = math.ceil(per_epoch * args.num_train_epochs)
     return {"optimizer steps": f"{about}{total:,} = {args.num_train_epochs:g} epochs of {per_epoch:,}"}
 

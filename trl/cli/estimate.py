@@ -72,10 +72,8 @@ def estimate_memory(
     `sharding` names a shipped configuration of accelerate; `quantised_bits` are those of each weight that no adapter
     trains.
     """
-    trainer = trainer
     device = trainer.args.device
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
-    examples = heaviest_window(trainer)
     with tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
         trace.mark(trainer.model.parameters(), WEIGHTS)
@@ -83,7 +81,7 @@ def estimate_memory(
         before = len(trace.part)
         type(trainer).plain_prepare_model(trainer)
         trace.part.update({n: REFERENCE for n in range(before, len(trace.part)) if trace.alive(n)})
-        step = _Step(trainer, examples)
+        step = _Step(trainer, heaviest_window(trainer))
         trace_steps(trace, trainer.model, step, state_sizes=_StateSizes(trainer.args), steps=STEPS)
     parts = peak_parts(trace.events, trace.part)
     if device.type == "cpu":
@@ -151,12 +149,13 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     if examples[0].completions and max(map(len, examples[0].completions)):
         return (examples * -(-count // len(examples)))[:count]
     group, tokens = args.num_generations, args.max_completion_length or 512
-    answer = Completion([0] * tokens, signals={name: [0.0] * tokens for name in PER_TOKEN} | {"advantages": 0.0})
+    advantages = [0.0] * tokens if trainer.algorithm.needs_values else 0.0
+    answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
     prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
     return [Example(example.prompt, (answer,) * min(group, count)) for example in prompts]
 
 
-PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "returns")
+PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 """Signals that online methods learn from."""
 
 

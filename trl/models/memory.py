@@ -24,6 +24,7 @@ simple and the sequence of requests is known, so `heap_peak` plays it through.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,6 +112,8 @@ class Trace(TorchDispatchMode):
 def tracing(vocabulary: int) -> Iterator[Trace]:
     """Operations on tensors compute nothing, and their memory is written down."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies of a model
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Trace(vocabulary))
 
