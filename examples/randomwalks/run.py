@@ -19,17 +19,17 @@ METHODS = {
     "grpo": (
         GRPOTrainer,
         GRPOConfig,
-        {"per_device_train_batch_size": 160, "num_generations": 8, "max_steps": 20, "logging_steps": 2},
+        {"per_device_train_batch_size": 160, "num_generations": 8, "max_steps": 32, "logging_steps": 4},
     ),
     "rloo": (
         RLOOTrainer,
         RLOOConfig,
-        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 20, "logging_steps": 2},
+        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 32, "logging_steps": 4},
     ),
     "ppo": (
         PPOTrainer,
         PPOConfig,
-        {"batch_size": 160, "mini_batch_size": 80, "ppo_epochs": 2, "init_kl_coef": 0.01, "max_steps": 100}
+        {"batch_size": 160, "mini_batch_size": 80, "ppo_epochs": 2, "init_kl_coef": 0.01, "max_steps": 120}
         | {"logging_steps": 8},
     ),
 }
