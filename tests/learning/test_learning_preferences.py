@@ -30,7 +30,7 @@ from trl.trainers.reward import RewardTrainer
 pytestmark = pytest.mark.slow
 
 TRAIN, TEST = load_reviews("train"), load_reviews("test")
-PROMPTS = prompt_openings(TRAIN.select(range(1600)))
+PROMPTS = prompt_openings(TRAIN.select(range(2000)))
 HELD_OUT = prompt_openings(TEST.select(range(200)))
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 16}
 
@@ -170,7 +170,7 @@ def test_a_reward_model_tells_good_reviews_from_bad(reward_trainer):
 
 METHODS = {
     "dpo": (DPOTrainer, {"learning_rate": 3e-4, "rpo_alpha": 0.5, "num_train_epochs": 2}),
-    "kto": (KTOTrainer, {"learning_rate": 2e-4, "beta": 1.0, "num_train_epochs": 2}),
+    "kto": (KTOTrainer, {"learning_rate": 2.5e-4, "beta": 0.5, "num_train_epochs": 2}),
 }
 
 
