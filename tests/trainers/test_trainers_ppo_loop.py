@@ -86,7 +86,7 @@ def test_the_loop_runs_and_reports(make_loop, name):
     assert len(moved) > len(before) / 2
 
 
-def test_the_first_step_of_the_loop_is_a_step_on_its_samples(make_loop, make_model, tokenizer, monkeypatch):
+def test_the_first_step_of_the_loop_is_a_step_on_its_samples(make_loop, make_model, tokenizer):
     """The loop's first optimizer step, and `step` on the same responses with the same rewards."""
     optimizers = []
     seen = {}
