@@ -1,4 +1,8 @@
-"""`trl demo`: fine-tune a small language model on the shipped film reviews, and show what changed.
+"""`trl demo`: the three steps of learning from human feedback, on the shipped film reviews.
+
+1. supervised fine-tuning    a model learns to write reviews, good and bad ones
+2. reward model              a classifier learns which of two reviews is the positive one
+3. PPO                       the model learns to write positive ones, and not to stray from what it wrote before
 
 trl demo                                  a GPT-2 of 1.4 million parameters, made and trained on the spot
 trl demo --model_name_or_path gpt2        a real model
@@ -7,59 +11,82 @@ trl demo --model_name_or_path gpt2        a real model
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
-from transformers import PrinterCallback, ProgressCallback, set_seed
-from transformers import logging as transformers_logging
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
 from trl.demo.model import make_model, train_tokenizer
-from trl.demo.reviews import is_grammatical, load_reviews
+from trl.demo.reviews import load_reviews
 from trl.demo.sample import prompt_openings, sample
+from trl.demo.show import Step, judge, quiet, share_grammatical, table_of_samples
 from trl.models.load import count_parameters, load_model, load_processor
+from trl.rewards.model import RewardModel
+from trl.trainers.ppo import PPOTrainer
+from trl.trainers.ppo_config import PPOConfig
 from trl.trainers.progress import RichProgressCallback
+from trl.trainers.reward import RewardConfig, RewardTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
 SMALL = {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0}
 """From random weights: the highest rate that trains this model without a spike."""
 REAL = {"learning_rate": 5e-5, "num_train_epochs": 1}
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 16}
+SIDES = {"chosen": "positive", "rejected": "negative"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     options = read_options(argv)
-    console = Console()
-    transformers_logging.set_verbosity_error()
+    with quiet():
+        show(options, Console())
+    return 0
+
+
+def show(options: argparse.Namespace, console: Console) -> None:
+    """The three steps, one after the other."""
     set_seed(options.seed)
     train, test = load_reviews("train"), load_reviews("test")
-    model, tokenizer = load(options.model_name_or_path, train["text"])
     prompts = prompt_openings(test.select(range(options.judged)))
-    console.print(
-        f"[bold]Supervised fine-tuning[/bold] of {type(model).__name__} ({count_parameters(model)[1] / 1e6:.1f} million "
-        f"parameters) on {len(train):,} film reviews",
-        highlight=False,
-    )
+
+    with Step(console, 1, "Supervised fine-tuning", f"{len(train):,} film reviews, positive and negative ones"):
+        model, tokenizer = load(options.model_name_or_path, train["text"])
+        untrained = sample(model, tokenizer, prompts[: options.samples], seed=options.seed)
+        fine_tune(model, tokenizer, train, test, options, console)
     before = sample(model, tokenizer, prompts, seed=options.seed)
-    fine_tune(model, tokenizer, train, test, options, console)
+    console.print(table_of_samples(prompts, {"untrained": untrained, "fine-tuned": before}, rows=options.samples))
+
+    with Step(console, 2, "Reward model", "pairs of a positive and a negative review; the positive one is chosen"):
+        reward = learn_rewards(model, tokenizer, train, test, options, console)
+
+    with Step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
+        reinforce(model, tokenizer, reward, prompt_openings(train), options, console)
     after = sample(model, tokenizer, prompts, seed=options.seed)
-    console.print(table_of_samples(prompts, before, after, rows=options.samples))
+    console.print(table_of_samples(prompts, {"before PPO": before, "after PPO": after}, rows=options.samples))
     console.print(
-        f"Reviews that are grammatical throughout, of {len(prompts)} samples: "
-        f"{share_grammatical(before):.0%} before, [bold]{share_grammatical(after):.0%}[/bold] after.\n"
-        f"The model is in {options.output_dir}.",
+        f"Positive reviews, of {len(prompts)} samples: {judge(reward, prompts, before):.0%} before, "
+        f"[bold]{judge(reward, prompts, after):.0%}[/bold] after. Grammatical throughout: "
+        f"{share_grammatical(before):.0%} before, {share_grammatical(after):.0%} after.\n"
+        f"The report is in {Path(options.output_dir) / 'ppo' / 'report.html'}, the models are beside it.",
         highlight=False,
     )
-    return 0
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trl demo", description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="a causal language model; default: one made on the spot")
-    parser.add_argument("--output_dir", default="trl-demo", help="where the model goes; default: %(default)s")
-    parser.add_argument("--max_steps", type=int, default=-1, help="stop after so many optimizer steps")
-    parser.add_argument("--samples", type=int, default=5, help="samples to show; default: %(default)s")
+    parser.add_argument("--output_dir", default="trl-demo", help="where models and report go; default: %(default)s")
+    parser.add_argument("--max_steps", type=int, default=-1, help="optimizer steps of each stage at most")
+    parser.add_argument("--samples", type=int, default=3, help="samples to show; default: %(default)s")
     parser.add_argument("--judged", type=int, default=200, help="samples to judge; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(argv)
@@ -77,45 +104,98 @@ def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def fine_tune(model: Any, tokenizer: Any, train: Any, test: Any, options: argparse.Namespace, console: Console) -> None:
-    recipe = SMALL if options.model_name_or_path is None else REAL
-    args = SFTConfig(
-        output_dir=options.output_dir,
-        per_device_train_batch_size=16,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        max_steps=options.max_steps,
-        max_length=128,
-        eval_strategy="epoch",
-        logging_steps=10,
-        save_strategy="no",
-        seed=options.seed,
-        **recipe,
-    )
-    trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+def run(trainer: Any, console: Console) -> None:
+    """Train with one bar of progress."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(RichProgressCallback(console))
     trainer.train()
+
+
+def common(options: argparse.Namespace, stage: str) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(options.output_dir) / stage),
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "seed": options.seed,
+        "max_steps": options.max_steps,
+    }
+
+
+def fine_tune(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: argparse.Namespace, console: Console
+) -> None:
+    """Step 1: the model learns to write reviews."""
+    console.print(f"{type(model).__name__}, {count_parameters(model)[1] / 1e6:.1f} million parameters", style="dim")
+    recipe = SMALL if options.model_name_or_path is None else REAL
+    args = SFTConfig(max_length=128, **SCHEDULE, **recipe, **common(options, "sft"))
+    trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+    run(trainer, console)
     loss = trainer.evaluate()["eval_loss"]
     console.print(f"Loss on {len(test):,} held-out reviews: [bold]{loss:.3f}[/bold] nats per token", highlight=False)
     trainer.save_model()
 
 
-def share_grammatical(texts: Sequence[str]) -> float:
-    """Share of texts that the reviews' grammar could have written."""
-    return sum(map(is_grammatical, texts)) / len(texts)
+def learn_rewards(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: argparse.Namespace, console: Console
+) -> RewardModel:
+    """Step 2: a classifier on the fine-tuned weights learns to tell positive from negative reviews."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    given = common(options, "reward")
+    steps = 100 if options.max_steps < 0 else options.max_steps
+    rate = 1e-3 if options.model_name_or_path is None else 2e-5
+    args = RewardConfig(
+        learning_rate=rate,
+        center_rewards_coefficient=0.01,
+        mistakes_shown=0,
+        **SCHEDULE,
+        **{**given, "max_steps": steps},
+    )
+    trainer = RewardTrainer(
+        classifier, args, train_dataset=opposites(train), eval_dataset=opposites(test), processing_class=tokenizer
+    )
+    run(trainer, console)
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    console.print(f"Accuracy on held-out pairs: [bold]{accuracy:.1%}[/bold]", highlight=False)
+    trainer.save_model()
+    return RewardModel(classifier, tokenizer)
 
 
-def table_of_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str], *, rows: int) -> Table:
-    """What the model made of the same prompts before and after, prompts in bold."""
-    table = Table("before", "after", title="Samples", show_lines=True, expand=True)
-    for prompt, old, new in list(zip(prompts, before, after, strict=True))[:rows]:
-        table.add_row(_marked(prompt, old, "dim"), _marked(prompt, new, ""))
-    return table
+def opposites(reviews: Dataset) -> Dataset:
+    """Pairs of a positive and a negative review."""
+    sides = {side: [row["text"] for row in reviews if row["label"] == label] for side, label in SIDES.items()}
+    return Dataset.from_dict(sides)
 
 
-def _marked(prompt: str, text: str, style: str) -> Any:
-    from rich.text import Text
-
-    return Text.assemble((prompt, "bold"), (text[len(prompt) :], style))
+def reinforce(
+    model: Any,
+    tokenizer: Any,
+    reward: RewardModel,
+    prompts: Sequence[str],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was."""
+    given = common(options, "ppo")
+    args = PPOConfig(
+        learning_rate=3e-4 if options.model_name_or_path is None else 1.41e-5,
+        lr_scheduler_type="constant",
+        batch_size=64,
+        mini_batch_size=32,
+        ppo_epochs=2,
+        init_kl_coef=0.1,
+        target=6,
+        horizon=1000,
+        max_completion_length=64,
+        temperature=0.7,
+        max_grad_norm=1.0,
+        **{**given, "max_steps": 80 if options.max_steps < 0 else options.max_steps, "logging_steps": 4},
+    )
+    rows = Dataset.from_dict({"prompt": list(prompts)})
+    trainer = PPOTrainer(args=args, model=model, reward_funcs=reward, train_dataset=rows, processing_class=tokenizer)
+    run(trainer, console)
+    trainer.save_pretrained(given["output_dir"])

@@ -37,6 +37,7 @@ from trl.models.layouts import choose_layout
 from trl.models.load import load_model, load_processor, make_trainable, tokenizer_of, with_adapters
 from trl.models.score import prepare_scoring, unwrap
 from trl.ops.reduce import WEIGHTS
+from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
@@ -105,6 +106,8 @@ class BaseTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self._use_one_device_per_process()
+        if self.args.html_report:
+            self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
         self.model_accepts_loss_kwargs = True
         self.meters = {"train": Meter(), "eval": Meter()}
         self._throughput = (0, 0.0)

@@ -105,6 +105,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     disable_dropout: bool = False
     """Set every dropout probability of the model to zero."""
 
+    html_report: bool = True
+    """Write a page of the run, with its curves and options, to `report.html` in the output folder at the end."""
+
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
