@@ -24,7 +24,7 @@ METHODS = {
     "rloo": (
         RLOOTrainer,
         RLOOConfig,
-        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 32, "logging_steps": 4},
+        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 48, "logging_steps": 4},
     ),
     "ppo": (
         PPOTrainer,
