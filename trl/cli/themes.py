@@ -51,12 +51,12 @@ THEMES: dict[str, str] = {
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics debug
     """,
     "Saving": """
-        output_dir save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
+        output_dir resume save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
         save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint
         push_to_hub hub_model_id hub_private_repo hub_token hub_strategy hub_always_push hub_revision
     """,
     "Hardware": """
-        bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+        num_processes accelerate_config dry_run bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
         accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode
         torch_empty_cache_steps dataloader_num_workers dataloader_drop_last dataloader_pin_memory
