@@ -9,7 +9,7 @@ from datasets import Dataset
 from tests.conftest import make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-WORDS = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm".split()
+WORDS = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm".split()  # noqa: SIM905
 
 
 def texts() -> Dataset:

@@ -107,6 +107,10 @@ class DPOTrainer(PreferenceTrainer):
     def needs_reference(self) -> bool:
         return self.algorithm.needs_reference
 
+    def token_budget(self) -> int | None:
+        """None for losses that sort a batch: they see it whole."""
+        return None if self.algorithm.couples_pairs else super().token_budget()
+
     def weights(self, batch: Batch) -> Tensor:
         """Every pair counts the same: `[P]`."""
         return batch.mask.new_ones(len(batch.mask) // 2)

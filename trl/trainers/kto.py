@@ -135,7 +135,7 @@ class KTOTrainer(PreferenceTrainer):
         sizes = [example.tokens for example in examples]
         total = torch.zeros(2, device=args.device)
         with evaluating(self.model_wrapped), self.compute_loss_context_manager():
-            for group in plan_micro_batches(sizes, count=count, token_budget=args.max_tokens_per_micro_batch):
+            for group in plan_micro_batches(sizes, count=count, token_budget=self.token_budget()):
                 logratio = self._logratio(self.lay_out([examples[i] for i in group]).to(args.device))
                 total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
         summed, number = self._gather(total[None]).sum(0)

@@ -111,7 +111,7 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
     examples = {i: decode(rows[i])[0] for i in mine}
     sizes = [examples[i].tokens for i in mine]
     count = -(-len(mine) // batch_size)
-    groups = plan_micro_batches(sizes, count=count, token_budget=trainer.args.max_tokens_per_micro_batch)
+    groups = plan_micro_batches(sizes, count=count, token_budget=trainer.token_budget())
     found: dict[int, Logprobs] = {}
     progress = tqdm(total=len(mine), desc=f"Reference of {name}", unit="row", disable=trainer.args.disable_tqdm)
     with progress, evaluating(trainer.model):
