@@ -30,7 +30,7 @@ from trl.models.memory import (
 )
 from trl.models.score import unwrap
 from trl.trainers.base import BaseTrainer
-from trl.types import Completion, Example
+from trl.types import Batch, Completion, Example
 
 STEPS = 3
 """Optimizer steps that are traced: from the second on, optimizer states are there; holes in memory settle."""
@@ -114,11 +114,11 @@ class _Step:
             trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
 
 
-def _unmasked(batch):
+def _unmasked(batch: Batch) -> Batch:
     """The batch without what the model only looks at to find that nothing is masked: fake tensors have no values."""
     inputs = dict(batch.inputs)
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if mask is not None and bool(mask.numel() == batch.tokens):
+    if mask is not None and mask.numel() == batch.tokens:
         del inputs["attention_mask"]
     if batch.tree is None and positions is not None and batch.last.numel() == len(positions):
         del inputs["position_ids"]

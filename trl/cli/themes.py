@@ -56,7 +56,8 @@ THEMES: dict[str, str] = {
         push_to_hub hub_model_id hub_private_repo hub_token hub_strategy hub_always_push hub_revision
     """,
     "Hardware": """
-        num_processes accelerate_config dry_run bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+        num_processes accelerate_config dry_run
+        bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
         accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode
         torch_empty_cache_steps dataloader_num_workers dataloader_drop_last dataloader_pin_memory
