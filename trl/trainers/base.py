@@ -287,7 +287,8 @@ class BaseTrainer(Trainer):
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
         """Prompts and completions in one grid, as decoders and classifiers read them."""
         config = unwrap(self.model).config
-        pad = self.tokenizer_.pad_token_id or 0
+        # Any token will do; models warn about their padding token where there is nothing to mask.
+        pad = 1 if config.get_text_config().to_dict().get("pad_token_id") == 0 else 0
         # Flash attention skips pairs that are masked: one long row is best.
         capacity = 2**62 if "flash" in config._attn_implementation else None
         width = config.get_text_config().hidden_size
