@@ -15,15 +15,13 @@ from peft import LoraConfig
 from tests.conftest import make_tokenizer
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
-from trl.rollouts.engine import Rollout
+from trl.rollouts.engine import Prompt, Rollout
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
 from trl.types import Algorithm
-
-LETTER_A = make_tokenizer().convert_tokens_to_ids("a")
 
 
 def prompts(count: int = 8, **columns) -> Dataset:
@@ -153,19 +151,30 @@ def test_an_encoder_decoder(make_model, tmp_path):
     assert_same(gradient(make_model("t5"), tmp_path, **splits), expected)
 
 
-def test_the_first_step_is_reinforce(make_model, tmp_path):
-    """Its loss is the mean of −A over tokens, by hand: ρ is exactly 1 whatever the sampler says it was."""
-    trainer = make_trainer(make_model("llama"), tmp_path, engine=Table(), scale_rewards="none", shuffle_dataset=False)
+AVERAGES = {
+    "dapo": lambda losses, lengths: sum(x * n for x, n in zip(losses, lengths, strict=True)) / sum(lengths),
+    "grpo": lambda losses, lengths: sum(losses) / len(losses),
+    "dr_grpo": lambda losses, lengths: sum(x * n for x, n in zip(losses, lengths, strict=True)) / (8 * len(losses)),
+    "luspo": lambda losses, lengths: sum(x * n for x, n in zip(losses, lengths, strict=True)) / len(losses),
+}
+
+
+@pytest.mark.parametrize("loss_type", AVERAGES)
+def test_the_first_step_is_reinforce(make_model, tmp_path, loss_type):
+    """Its loss is an average of −A, by hand: ρ is exactly 1 whatever the sampler says it was."""
+    options = {"loss_type": loss_type, "scale_rewards": "none", "shuffle_dataset": False}
+    trainer = make_trainer(make_model("llama"), tmp_path, engine=Table(), **options)
     trainer.train()
-    lengths = [[len(r) for r in rollouts] for rollouts in Table().generate(_encoded(2), None, 4)]
-    expected = sum(-(n - sum(g) / 4) * n for g in lengths for n in g) / sum(map(sum, lengths))
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    groups = [[len(rollout) for rollout in rollouts] for rollouts in Table().generate(_encoded(2), None, 4)]
+    lengths = [n for group in groups for n in group]
+    losses = [sum(group) / 4 - n for group in groups for n in group]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(
+        AVERAGES[loss_type](losses, lengths), rel=1e-5, abs=1e-6
+    )
     assert trainer.state.log_history[0]["clip_ratio/region_mean"] == 0
 
 
 def _encoded(count):
-    from trl.rollouts.engine import Prompt
-
     tokenizer = make_tokenizer()
     return [Prompt(tokenizer(row["prompt"])["input_ids"]) for row in prompts(count)]
 
