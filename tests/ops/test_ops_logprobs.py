@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -85,6 +87,21 @@ def test_no_gradient_is_computed_for_a_frozen_head():
 def test_nothing_to_score_gives_nothing():
     found = logprobs_from_linear(torch.zeros(0, 4), torch.randn(5, 4), None, torch.zeros(0, dtype=torch.long))
     assert found["logprobs"].shape == (0,)
+
+
+def test_probabilities_are_freed_with_the_graph():
+    """Without waiting for Python's collector of cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        hidden = torch.randn(8, 4, requires_grad=True)
+        found = logprobs_from_linear(hidden, torch.randn(11, 4), None, torch.arange(8), want=EVERYTHING)
+        node = weakref.ref(found["logprobs"].grad_fn)
+        found["logprobs"].sum().backward()
+        del found
+        assert node() is None
+    finally:
+        gc.enable()
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):

@@ -129,7 +129,6 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, want, transform):
         ctx.set_materialize_grads(False)
         ctx.transform = transform
-        ctx.save_for_backward(hidden, weight, bias, target)
         trains = any(ctx.needs_input_grad)
         budget = KEPT_ELEMENTS if trains and transform.softcap is None else 0
         parts, ctx.kept = [], []
@@ -141,13 +140,13 @@ class _LinearLogprobs(torch.autograd.Function):
                 budget -= p.numel()
                 ctx.kept.append(p if budget >= 0 else None)
         results = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        ctx.entropy = results.get("entropy")
+        ctx.save_for_backward(hidden, weight, bias, target, results.get("entropy"))
         ctx.mark_non_differentiable(*(results[name] for name in DETACHED if name in results))
         return tuple(results.get(name) for name in STATISTICS)
 
     @staticmethod
     def backward(ctx, d_logprobs, d_entropy, d_mean, *_):
-        hidden, weight, bias, target = ctx.saved_tensors
+        hidden, weight, bias, target, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = weight.new_zeros(weight.shape, dtype=_sum_dtype(weight)) if ctx.needs_input_grad[1] else None
         d_bias = bias.new_zeros(bias.shape, dtype=_sum_dtype(bias)) if ctx.needs_input_grad[2] else None
@@ -165,7 +164,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     p,
                     target[rows],
                     *(g if g is None else g[rows] for g in (d_logprobs, d_entropy, d_mean)),
-                    entropy=None if d_entropy is None else ctx.entropy[rows],
+                    entropy=None if d_entropy is None else entropy[rows],
                 )
                 if not isinstance(factor, float) or factor != 1.0:
                     d.mul_(factor)
