@@ -69,19 +69,22 @@ class Recorder:
 class Clock(TrainerCallback):
     """Stamps the end of every step and keeps its loss and gradient norm."""
 
-    def __init__(self, recorder: Recorder, counter: Counter) -> None:
-        self.recorder, self.counter = recorder, counter
+    def __init__(self, recorder: Recorder, counter: Counter, *, counts_itself: bool) -> None:
+        self.recorder, self.counter, self.counts_itself = recorder, counter, counts_itself
         self.before = self.cpu_before = 0.0
+        self.seen = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         now, cpu_now = time.perf_counter(), time.process_time()
         if state.global_step > WARMUP:
             self.recorder.step_seconds.append(now - self.before)
             self.recorder.cpu_seconds.append(cpu_now - self.cpu_before)
-            self.recorder.tokens.append(self.counter.tokens)
+            counted = state.num_input_tokens_seen - self.seen
+            self.recorder.tokens.append(counted if self.counts_itself else self.counter.tokens)
             self.recorder.positions.append(self.counter.positions)
             self.recorder.sampled.append(self.counter.sampled)
         self.counter.clear()
+        self.seen = state.num_input_tokens_seen
         self.before, self.cpu_before = now, cpu_now
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -168,7 +171,8 @@ def measure(
     recorder.prepare_seconds = time.perf_counter() - started
 
     counter.watch(model.get_input_embeddings())
-    trainer.add_callback(Clock(recorder, counter))
+    # Our rows are not filled up with the padding token: the trainer says how many tokens there were.
+    trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours"))
     recorder.parameters = sum(p.numel() for p in model.parameters())
     recorder.loaded_mib = memory_mib("VmRSS")
     trainer.train()

@@ -49,6 +49,15 @@ logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
 
+ENCODED = {"prompt_ids", "completion_ids", "seq_lengths"}
+"""Columns that tell encoded rows."""
+
+UNAVAILABLE = {"compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"}
+UNAVAILABLE_REASON = (
+    "logits of all tokens never exist here. For metrics or a loss of your own, override "
+    "`loss(model, batch) -> (loss, metrics)`; metrics are averaged over the set and logged."
+)
+
 Rows = Dataset | IterableDataset
 EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
 
@@ -160,6 +169,9 @@ class BaseTrainer(Trainer):
 
     @classmethod
     def _options(cls, classic: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(UNAVAILABLE & classic.keys()):
+            if classic.pop(name) is not None:
+                raise ConfigError(f"{cls.__name__} has no {name}: {UNAVAILABLE_REASON}")
         try:
             return cls.config_class.translated(classic)
         except ConfigError:
@@ -322,7 +334,7 @@ class BaseTrainer(Trainer):
         """Σ weight · loss, times the number of processes, since gradients are averaged over them."""
         loss, metrics = self.loss(model, inputs)
         if inputs.tokens:
-            positions = inputs.inputs["input_ids"].numel()
+            positions = _positions(inputs)
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
         return (loss * inputs.weight).sum() * self.accelerator.num_processes
@@ -347,6 +359,18 @@ class BaseTrainer(Trainer):
         self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
         self.meters["eval"].add(metrics, batch)
         return metrics
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Metrics of the trainer's evaluation rows, or of others, encoded or not."""
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            eval_dataset = self._encoded_rows(eval_dataset, "eval")
+        elif isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._encoded_rows(rows, name) for name, rows in eval_dataset.items()}
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _encoded_rows(self, rows: Rows, name: str) -> Rows:
+        is_encoded = bool(ENCODED & set(rows.column_names or next(iter(rows))))
+        return rows if is_encoded else self.encode(rows, "eval", name)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
@@ -390,7 +414,7 @@ class BaseTrainer(Trainer):
         """Tokens are counted with the window."""
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:
-        positions = sum(batch.inputs["input_ids"].numel() for batch in inputs)
+        positions = sum(map(_positions, inputs))
         return 6 * positions * self.model.num_parameters(exclude_embeddings=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -407,6 +431,11 @@ class BaseTrainer(Trainer):
         """Write README.md to the output folder: what was trained, how, and with which versions."""
         if self.is_world_process_zero():
             write_model_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+
+def _positions(batch: Batch) -> int:
+    """Positions of the grid, padding included; encoder and decoder together."""
+    return sum(batch.inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch.inputs)
 
 
 def _disable_dropout(model: nn.Module) -> None:
