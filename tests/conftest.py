@@ -145,3 +145,8 @@ def make_tokenizer(**kwargs):
     )
     made.chat_template = CHATML
     return made
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
