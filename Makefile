@@ -14,9 +14,9 @@ $(VENV)/.%: pyproject.toml constraints.txt
 demo: $(VENV)/.test
 	$(BIN)/trl demo
 
-# Tiny models run fastest on one thread each; files are shared out between two processes.
+# Tiny models run fastest on one thread each; files are shared out between two processes, slow ones first.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
