@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trl.elsewhere import NOT_HERE
+
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports"},
+    {"errors", "types", "imports", "elsewhere"},
     {"ops"},
     {"algorithms"},
     {"data", "models", "rollouts", "rewards"},
@@ -77,3 +80,27 @@ def test_a_misspelt_name_gets_a_suggestion():
 
     with pytest.raises(AttributeError, match="no attribute 'SFTTrianer'. Did you mean 'SFTTrainer'"):
         trl.SFTTrianer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "path", ["trl.trainer", "trl.trainer.sft_trainer", "trl.experimental.cpo", "trl.data_utils", "trl.import_utils"]
+)
+def test_import_paths_of_other_releases_lead_to_trl(path):
+    from trl import CPOTrainer
+
+    assert importlib.import_module(path).CPOTrainer is CPOTrainer
+
+
+def test_a_name_of_another_release_says_what_to_do():
+    with pytest.raises(ImportError, match=r"trl.GKDTrainer is of another release .*`advantages` and `loss`"):
+        from trl.experimental.gkd import GKDTrainer  # noqa: F401
+    with pytest.raises(ImportError, match=r"trl.BCOConfig .* use `KTOTrainer` with `KTOConfig\(loss_type=\"bco\"\)`"):
+        from trl import BCOConfig  # noqa: F401
+
+
+def test_no_name_is_both_here_and_elsewhere():
+    import trl
+
+    assert not set(trl.__all__) & set(NOT_HERE)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("trl.nonsense")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+from trl.elsewhere import OldPaths, refuse
 
 __version__ = "2.0.0.dev0"
 
@@ -63,12 +66,14 @@ _PUBLIC = {
 
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)
+sys.meta_path.append(OldPaths())
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         from trl.errors import suggest
 
+        refuse(name)
         raise AttributeError(f"module 'trl' has no attribute {name!r}.{suggest(name, _MODULE_OF)}")
     value = getattr(importlib.import_module(f"trl.{_MODULE_OF[name]}"), name)
     globals()[name] = value
