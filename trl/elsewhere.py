@@ -67,6 +67,7 @@ NOT_HERE = {
     "prepare_multimodal_messages": "vision-language models are not covered yet.",
     "setup_chat_format": "use `clone_chat_template`, or `chat_template_path` of the configuration.",
     "supports_tool_calling": "tools are not called yet.",
+    "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
 }
 NOT_HERE |= {name.replace("Trainer", "Config"): remedy for name, remedy in NOT_HERE.items() if name.endswith("Trainer")}
 """Names that other releases have, and what to do without each."""
@@ -89,10 +90,11 @@ class OldPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__doc__ = "An import path of other releases. See `trl`."
-        module.__dict__["__getattr__"] = _name_of_trl
+        module.__dict__["__getattr__"] = name_of_trl
 
 
-def _name_of_trl(name: str) -> Any:
+def name_of_trl(name: str) -> Any:
+    """A package's `__getattr__` that finds names in `trl`."""
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(importlib.import_module("trl"), name)
