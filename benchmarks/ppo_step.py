@@ -15,9 +15,8 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import report
@@ -54,17 +53,6 @@ PPO_STEP = Workload(
 # ---- in a worker ----
 
 
-def recorder_class() -> type:
-    """The recorder of worker.py, which also says how much of a round was sampling."""
-    import worker
-
-    @dataclass
-    class Recorder(worker.Recorder):
-        generate_seconds: list[float] = field(default_factory=list)
-
-    return Recorder
-
-
 def make_trainer(side: str, directory: Path, seed: int, overrides: dict[str, Any]) -> Any:
     """`PPOTrainer` of whichever `trl` this interpreter has, on the saved policy with a fresh value head."""
     from transformers import AutoModelForCausalLM
@@ -93,7 +81,7 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
     import worker
 
-    found, recorder = worker.versions(arguments.side), recorder_class()()
+    found, recorder = worker.versions(arguments.side), worker.Recorder()
     started = time.perf_counter()
     trainer = make_trainer(arguments.side, arguments.dir, arguments.seed, arguments.options)
     recorder.prepare_seconds = time.perf_counter() - started
@@ -109,7 +97,7 @@ def work(arguments: argparse.Namespace) -> None:
         if number >= WARMUP:
             recorder.step_seconds.append(time.perf_counter() - wall)
             recorder.cpu_seconds.append(time.process_time() - processor)
-            recorder.generate_seconds.append(generating)
+            recorder.sampling_seconds.append(generating)
             recorder.tokens.append(counter.tokens)
             recorder.positions.append(counter.positions)
             recorder.sampled.append(sampled)
@@ -118,15 +106,6 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 # ---- the comparison ----
-
-
-def shares_line(result: dict[str, Any]) -> str:
-    """How sampling and learning compare, each by itself."""
-    runs = result["workloads"][PPO_STEP.name]["runs"]
-    generate = {side: median(sum(run["generate_seconds"]) for run in runs[side]) for side in runs}
-    whole = {side: median(sum(run["step_seconds"]) for run in runs[side]) for side in runs}
-    learn = {side: whole[side] - generate[side] for side in runs}
-    return f"generate {generate['ours'] / generate['trl']:.2f}, step {learn['ours'] / learn['trl']:.2f} of TRL's time"
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -143,7 +122,7 @@ def compare(arguments: argparse.Namespace) -> None:
         sys.exit(1)
     for grid in (report.ratio_grid(result), report.measured_grid(result)):
         report.show(grid)
-    print(shares_line(result), report.settings_line(result), sep="\n")
+    print(report.settings_line(result))
 
 
 def main() -> None:

@@ -47,9 +47,9 @@ def processor_seconds(run: Run, *, per_token: bool) -> float:
     return sum(run["cpu_seconds"]) / (sum(run["tokens"]) if per_token else 1)
 
 
-def seconds_per_sample(run: Run) -> float:
-    """Time of the timed steps divided by the tokens that were sampled in them."""
-    return sum(run["step_seconds"]) / sum(run["sampled"])
+def seconds_per_sample(run: Run, of: str = "step_seconds") -> float:
+    """Time of the timed steps (or of their sampling alone) divided by the tokens that were sampled in them."""
+    return sum(run[of]) / sum(run["sampled"])
 
 
 def loss_gap(ours: Run, theirs: Run) -> float:
@@ -60,9 +60,10 @@ def loss_gap(ours: Run, theirs: Run) -> float:
 def compare(ours: Sequence[Run], theirs: Sequence[Run], *, same_batches: bool, per_token: bool) -> dict[str, Any]:
     """Ratios of ours to theirs: of medians over repeats, and the smallest and largest over pairs of neighbouring runs.
 
-    Returns `time`, `time_range`, `processor`, `memory`, `per_sample` (time per sampled token; None where nothing is
-    sampled) and `loss_gap` (None where the sides batch differently).
+    Returns `time`, `time_range`, `processor`, `memory`, `per_sample` and `sampling` (time per sampled token, of the step
+    and of sampling alone; None where nothing is sampled) and `loss_gap` (None where the sides batch differently).
     """
+    sampling, samples = partial(seconds_per_sample, of="sampling_seconds"), sum(ours[0]["sampled"])
     wall = partial(seconds, per_token=per_token)
     processor = partial(processor_seconds, per_token=per_token)
     pairs = [wall(a) / wall(b) for a, b in zip(ours, theirs, strict=True)]
@@ -71,7 +72,8 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], *, same_batches: bool, p
         "time_range": [min(pairs), max(pairs)],
         "processor": _ratio(processor, ours, theirs),
         "memory": _ratio(itemgetter("peak_mib"), ours, theirs),
-        "per_sample": _ratio(seconds_per_sample, ours, theirs) if sum(ours[0]["sampled"]) else None,
+        "per_sample": _ratio(seconds_per_sample, ours, theirs) if samples else None,
+        "sampling": _ratio(sampling, ours, theirs) if samples else None,
         "loss_gap": loss_gap(ours[0], theirs[0]) if same_batches else None,
     }
 
@@ -101,7 +103,8 @@ def ratio_grid(result: Mapping[str, Any]) -> Grid:
                     side,
                     f"{comparison['time']:.2f} ({low:.2f}–{high:.2f})",
                     _aim(target["time"]),
-                    "–" if comparison["per_sample"] is None else f"{comparison['per_sample']:.2f}",
+                    _share(comparison["per_sample"]),
+                    _share(comparison["sampling"]),
                     f"{comparison['processor']:.2f}",
                     f"{comparison['memory']:.2f}",
                     _aim(target["memory"]),
@@ -109,8 +112,12 @@ def ratio_grid(result: Mapping[str, Any]) -> Grid:
                     verdict(comparison, target),
                 ]
             )
-    header = ["workload", "against", "time", "aim", "per sample", "cpu", "memory", "aim", "loss gap", ""]
+    header = ["workload", "against", "time", "aim", "per sample", "sampling", "cpu", "memory", "aim", "loss gap", ""]
     return Grid("Ours divided by theirs: below 1 we need less", header, rows)
+
+
+def _share(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def _aim(ratio: float | None) -> str:

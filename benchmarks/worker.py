@@ -48,7 +48,7 @@ class Recorder:
     cpu_seconds     processor time of all threads in those steps: far below time × threads, the machine was shared
     tokens          not padding, that went through the policy with gradient (a prompt laid out once counts once)
     positions       the same with padding
-    sampled         tokens that the step sampled, the end token included
+    sampled         tokens that the step sampled, the end token included; `sampling_seconds` is what that took
     prepare_seconds loading the trainer with its data: encoding, packing, a reference model
     loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was
     """
@@ -60,6 +60,7 @@ class Recorder:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)
+    sampling_seconds: list[float] = field(default_factory=list)
     prepare_seconds: float = 0.0
     loaded_mib: float = 0.0
     peak_mib: float = 0.0
@@ -83,6 +84,7 @@ class Clock(TrainerCallback):
             self.recorder.tokens.append(counted if self.counts_itself else self.counter.tokens)
             self.recorder.positions.append(self.counter.positions)
             self.recorder.sampled.append(self.counter.sampled)
+            self.recorder.sampling_seconds.append(self.counter.sampling_seconds)
         self.counter.clear()
         self.seen = state.num_input_tokens_seen
         self.before, self.cpu_before = now, cpu_now
@@ -94,7 +96,10 @@ class Clock(TrainerCallback):
 
 
 class Counter:
-    """Counts the tokens that enter a model's embedding while gradients are on, and those that a reward is asked about."""
+    """Counts the tokens that enter a model's embedding while gradients are on, and those that a reward is asked about.
+
+    Takes the time of functions that sample.
+    """
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -102,6 +107,7 @@ class Counter:
 
     def clear(self) -> None:
         self.tokens = self.positions = self.sampled = 0
+        self.sampling_seconds = 0.0
 
     def watch(self, embedding: torch.nn.Module) -> None:
         embedding.register_forward_pre_hook(self._count)
@@ -121,6 +127,18 @@ class Counter:
             return reward(completion_ids=completion_ids, **columns)
 
         return counted
+
+    def timed(self, sample: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time counted."""
+
+        @wraps(sample)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            found = sample(*arguments, **options)
+            self.sampling_seconds += time.perf_counter() - started
+            return found
+
+        return timed
 
 
 def memory_mib(name: str) -> float:
@@ -168,6 +186,9 @@ def measure(
     if "reward_funcs" in parts:
         parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
     trainer = BUILDERS[side](workload, options, parts)
+    if "reward_funcs" in parts:
+        sampler = trainer.engine if side == "ours" else model
+        sampler.generate = counter.timed(sampler.generate)
     recorder.prepare_seconds = time.perf_counter() - started
 
     counter.watch(model.get_input_embeddings())

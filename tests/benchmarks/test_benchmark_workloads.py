@@ -104,7 +104,7 @@ def test_model_has_about_15_million_parameters_and_weights_from_its_seed():
     assert not weights[0].equal(weights[2])
 
 
-def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0), sampled=(0, 0)):
+def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0), sampled=(0, 0), sampling=(0, 0)):
     return {
         "step_seconds": steps,
         "cpu_seconds": cpu,
@@ -112,6 +112,7 @@ def run(*, steps, losses, peak, tokens=(100, 100), cpu=(1.0, 1.0), sampled=(0, 0
         "tokens": tokens,
         "positions": [2 * n for n in tokens],
         "sampled": sampled,
+        "sampling_seconds": sampling,
         "peak_mib": peak,
         "loaded_mib": 512.0,
     }
@@ -145,11 +146,12 @@ def test_different_batches_are_compared_per_token_and_not_by_their_losses():
 
 
 def test_sampled_steps_are_compared_as_they_are_and_per_sampled_token():
-    ours = [run(steps=[1.0, 1.0], losses=[], peak=1024.0, sampled=(10, 30))]
-    theirs = [run(steps=[2.0, 2.0], losses=[], peak=1024.0, sampled=(10, 10))]
+    ours = [run(steps=[1.0, 1.0], losses=[], peak=1024.0, sampled=(10, 30), sampling=(0.5, 0.3))]
+    theirs = [run(steps=[2.0, 2.0], losses=[], peak=1024.0, sampled=(10, 10), sampling=(1.0, 1.0))]
     comparison = report.compare(ours, theirs, same_batches=False, per_token=False)
     assert comparison["time"] == pytest.approx(2 / 4)
     assert comparison["per_sample"] == pytest.approx((2 / 40) / (4 / 20))
+    assert comparison["sampling"] == pytest.approx((0.8 / 40) / (2 / 20))
 
 
 def test_every_token_of_the_sampling_model_ends_a_text_with_about_the_same_chance():
