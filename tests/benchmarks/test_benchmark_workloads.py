@@ -195,7 +195,7 @@ def result():
 def test_tables_read_as_written():
     ratios, measured = report.ratio_grid(result()), report.measured_grid(result())
     assert ratios.rows == [
-        ["sft-padded", "trl", "0.38 (0.25–0.50)", "≤ 0.60", "–", "1.00", "0.25", "–", "1e-04", "met"],
+        ["sft-padded", "trl", "0.38 (0.25–0.50)", "≤ 0.60", "–", "–", "1.00", "0.25", "–", "1e-04", "met"],
     ]
     assert measured.rows == [
         ["sft-padded", "ours", "1.50", "0.7", "100", "50%", "0", "1.00", "0.50"],
