@@ -1,0 +1,77 @@
+"""Two processes train as one does, under every engine: losses, gradient norms and saved weights after ten steps.
+
+Each engine is started once, by accelerate's launcher and the configuration that is shipped, and trains all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers.utils import is_deepspeed_available
+
+from trl.cli.launch import find_config
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = Path(__file__).parent / "train.py"
+METHODS = ("sft", "reward", "dpo", "kto", "grpo", "ppo", "step")
+CASES = [*METHODS, *(f"{name}+lora" for name in METHODS)]
+EXACTNESS = {"ddp": 1e-5, "fsdp2": 1e-5, "zero2": 1e-4, "zero3": 1e-4}
+
+
+def run(folder: Path, cases: list[str], launcher: list[str], timeout: float = 400) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+    command = [sys.executable, *launcher, str(PROGRAM), str(folder), *cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, CASES, [])
+    return folder
+
+
+@pytest.fixture(scope="module", params=EXACTNESS)
+def engine(request) -> str:
+    if request.param.startswith("zero") and not (is_deepspeed_available() and shutil.which("g++")):
+        pytest.skip("DeepSpeed or a C++ compiler is not installed: pip install 'trl[deepspeed]'")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def together(engine, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(engine)
+    config = str(find_config(engine))
+    run(folder, CASES, ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"])
+    return folder
+
+
+def saved(folder: Path) -> dict:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case, alone, together, engine):
+    one, two = (json.loads((folder / f"{case}.json").read_text()) for folder in (alone, together))
+    exactness = EXACTNESS[engine]
+    assert one.pop("sampled", None) == two.pop("sampled", None)
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, abs=exactness, rel=exactness), name
+    ours, theirs = (saved(folder / case / "model") for folder in (alone, together))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() <= exactness, name
+    if case.endswith("+lora"):
+        assert not (together / case / "model" / "model.safetensors").exists()

@@ -1,0 +1,173 @@
+"""Train named cases in one process or as one of several, and leave losses and saved models in a folder.
+
+    python train.py FOLDER sft dpo+lora …         launched by test_engines.py, with and without an engine
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from tests.conftest import MODELS, WIDTHS, make_tokenizer
+from trl.models.heads import with_value_head
+from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.trainers.dpo import DPOTrainer
+from trl.trainers.grpo import GRPOTrainer
+from trl.trainers.kto import KTOTrainer
+from trl.trainers.ppo import PPOTrainer
+from trl.trainers.reward import RewardTrainer
+from trl.trainers.sft import SFTTrainer
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+STEPS, BATCH = 10, 4
+WORDS = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm".split()
+PROMPTS = [" ".join(WORDS[i % 7 : 3 + i % 7 + i % 3]) for i in range(12)]
+GOOD = [f" {WORDS[i]} {i}" * (1 + i % 3) for i in range(12)]
+BAD = [f" {WORDS[-i - 1]}" * (1 + i % 4) for i in range(12)]
+TEXTS = [" ".join(WORDS[i % 5 : 5 + i]) for i in range(12)]
+SMALL = {"hidden_size": 16, "intermediate_size": 24}
+
+
+class Scripted:
+    """An engine that samples the same responses to the same prompts, whoever asks; the policy plays no part."""
+
+    def sync(self, model: torch.nn.Module, step: int) -> None: ...
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
+        return [[self._sample(prompt, i) for i in range(n)] for prompt in prompts]
+
+    def _sample(self, prompt: Prompt, number: int) -> Rollout:
+        generator = torch.Generator().manual_seed(sum(prompt.ids) + number)
+        length = int(torch.randint(1, 7, (), generator=generator))
+        ids = torch.randint(3, 99, (length,), generator=generator).tolist()
+        return Rollout(tuple(ids), (-4.6,) * length, "length")
+
+
+def language_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MODELS["llama"](**SMALL)
+
+
+def tied() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MODELS["llama"](**SMALL, tie_word_embeddings=True)
+
+
+def valued() -> torch.nn.Module:
+    return with_value_head(language_model())
+
+
+def classifier() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(**{**WIDTHS, **SMALL}, num_labels=1))
+
+
+def pairs() -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD})
+
+
+def labelled() -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS, "completion": GOOD, "label": [i % 3 > 0 for i in range(12)]})
+
+
+def brief(completions: list[str], **_: object) -> list[float]:
+    return [-len(set(completion)) / 4 for completion in completions]
+
+
+ONLINE = {"reward_funcs": brief, "engine": Scripted(), "train_dataset": Dataset.from_dict({"prompt": PROMPTS})}
+CASES: dict[str, tuple] = {
+    "sft": (SFTTrainer, tied, {"train_dataset": Dataset.from_dict({"text": TEXTS})}, {"max_tokens_per_micro_batch": 60}),
+    "reward": (RewardTrainer, classifier, {"train_dataset": pairs()}, {}),
+    "dpo": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"gradient_accumulation_steps": 2}),
+    "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 60}),
+    "grpo": (GRPOTrainer, language_model, ONLINE, {"num_generations": 2, "beta": 0.1}),
+    "ppo": (PPOTrainer, valued, ONLINE, {"batch_size": 2 * BATCH // WORLD, "ppo_epochs": 2, "whiten_rewards": True}),
+}
+"""Trainer, model, its arguments, its options."""
+
+
+def options(folder: Path, trainer: type, extra: dict) -> dict:
+    """Options under which a step of one process and of two is the same step."""
+    size = BATCH // WORLD // extra.get("gradient_accumulation_steps", 1)
+    common = {
+        "per_device_train_batch_size": 2 * size if trainer in (GRPOTrainer, PPOTrainer) else size,
+        "output_dir": str(folder / "run"),
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "html_report": False,
+        "disable_dropout": True,
+    }
+    return common | extra
+
+
+def adapter(lora: bool) -> dict:
+    return {"peft_config": LoraConfig(r=4, lora_dropout=0.0)} if lora else {}
+
+
+def trained(folder: Path, name: str, lora: bool) -> dict:
+    trainer_class, make_model, arguments, extra = CASES[name]
+    args = trainer_class.config_class(**options(folder, trainer_class, extra))
+    trainer = trainer_class(args=args, model=make_model(), tokenizer=make_tokenizer(), **arguments, **adapter(lora))
+    trainer.train()
+    trainer.save_model(str(folder / "model"))
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    found = {key: [log[key] for log in logs] for key in ("loss", "grad_norm", "num_tokens")}
+    return found | ({"sampled": sampled(trainer)} if trainer_class in (GRPOTrainer, PPOTrainer) else {})
+
+
+def sampled(trainer: GRPOTrainer) -> list[list[int]]:
+    """Greedy continuations by the trained model; the second process samples longer ones, in more forward passes."""
+    engine = LocalEngine(trainer.model_wrapped, progress=False)
+    prompts = [Prompt([5, 9, 7]), Prompt([8, 4, 6, 11])]
+    params = SamplingParams(temperature=0, max_new_tokens=6 + 10 * RANK, ignore_eos=True)
+    return [list(rollout.ids) for (rollout,) in engine.generate(prompts, params)]
+
+
+def stepped(folder: Path, lora: bool) -> dict:
+    """`PPOTrainer.step`, on triplets of this process's own."""
+    config = PPOTrainer.config_class(
+        **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50})
+    )
+    trainer = PPOTrainer(config, valued(), tokenizer=make_tokenizer(), **adapter(lora))
+    generator = torch.Generator().manual_seed(1)
+    queries = [torch.randint(3, 99, (2 + i % 3,), generator=generator) for i in range(8)]
+    responses = [torch.randint(3, 99, (1 + i,), generator=generator) for i in range(8)]
+    scores = torch.randn(8, generator=generator).tolist()
+    mine = slice(RANK * 8 // WORLD, (RANK + 1) * 8 // WORLD)
+    stats = [trainer.step(queries[mine], responses[mine], scores[mine]) for _ in range(STEPS // 2)]
+    trainer.save_model(str(folder / "model"))
+    names = ("ppo/loss/total", "ppo/policy/approxkl", "ppo/mean_scores", "objective/kl", "objective/kl_coef")
+    return {name: [float(found[name]) for found in stats] for name in names}
+
+
+def main(folder: Path, cases: Sequence[str]) -> None:
+    for case in cases:
+        name, _, lora = case.partition("+")
+        run: Callable[[], dict] = (
+            (lambda: stepped(folder / case, bool(lora)))
+            if name == "step"
+            else (lambda: trained(folder / case, name, bool(lora)))
+        )
+        found = run()
+        if RANK == 0:
+            (folder / f"{case}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,62 @@
+"""Weights that engines have cut into shards: made whole for a while, and models beside the one in training.
+
+FSDP2 and ZeRO-3 keep a share of every weight on each process, and gather a layer's weights whenever it runs. For a
+forward and a backward that is little; for sampling, which runs every layer once per token, it is all that happens. So
+the weights are gathered once around a round of samples:
+
+    with whole_weights(model):
+        engine.generate(...)        # any number of forward passes, on each process as many as it needs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether each process holds all weights of `model`."""
+    return not any(isinstance(p, DTensor) or "ds_id" in p.__dict__ for p in model.parameters())
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """`model`, wrapped by its engine or not, with all weights on each process; all processes enter and leave together.
+
+    Within, forward passes communicate nothing, so their number may differ between processes. Not for training.
+    """
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    if is_whole(inner):
+        yield
+    elif isinstance(inner, FSDPModule):
+        with _whole_fsdp(inner):
+            yield
+    else:
+        with _whole_zero3(model):
+            yield
+
+
+@contextmanager
+def _whole_fsdp(model: FSDPModule) -> Iterator[None]:
+    model._get_fsdp_state()._lazy_init()
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for part in parts if (group := part._get_fsdp_state()._fsdp_param_group) is not None]
+    # What says whether a layer gives its weights up after forward; there is no public way to read it.
+    before = [group.post_forward_mesh_info for group in groups]
+    model.set_reshard_after_forward(False)
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+        for group, mesh in zip(groups, before, strict=True):
+            group.post_forward_mesh_info = mesh

@@ -1,0 +1,103 @@
+"""Which engine trains in several processes: DDP, FSDP2 or DeepSpeed ZeRO, and what CPUs have to be told about it.
+
+A launcher names the engine by environment variables: `trl … --accelerate_config`, `accelerate launch`, or torchrun with
+the variables of accelerate. accelerate follows them beside an accelerator only. On CPUs an FSDP configuration would
+silently run DDP, and under DeepSpeed, or without `use_cpu`, every process would take itself for the only one. So here,
+and nowhere else:
+
+    processes on CPUs talk over gloo, and no wait is longer than `ddp_timeout`
+    the engine that was asked for is the one that runs, with all processes that were started, or there is an error
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from torch import nn
+from transformers import TrainingArguments
+
+from trl.errors import ConfigError
+
+SHARDING = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+}
+"""Environment variable of a launcher → the engine that it asks for."""
+
+
+def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
+    """The engine that shards, by the launcher or the arguments `fsdp` and `deepspeed`; None for one process or DDP."""
+    if args.deepspeed:
+        return DistributedType.DEEPSPEED
+    if args.fsdp:
+        return DistributedType.FSDP
+    return next((kind for name, kind in SHARDING.items() if os.environ.get(name, "").lower() == "true"), None)
+
+
+@contextmanager
+def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
+    """Let the processes of a launch find each other, and their engine, where there is no accelerator.
+
+    Options are read within. Nothing changes for a single process, or where there are accelerators.
+    """
+    if "LOCAL_RANK" not in os.environ or "MASTER_ADDR" not in os.environ or torch.accelerator.is_available():
+        yield
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
+    args.use_cpu = sharding_asked_for(args) is None
+    if args.use_cpu:
+        yield
+        return
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    plain = PartialState._prepare_backend
+    # What accelerate takes for accelerators that talk is what it lets engines shard over.
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = plain
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Raise ConfigError where processes that were started together would each train on their own."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if args.world_size != started:
+        raise ConfigError(
+            f"{started} processes were started, and this one would train in {args.world_size}: accelerate found no "
+            f"device to train on together (use_cpu={args.use_cpu}, device {args.device}). Start as many processes as "
+            "there are devices; on CPUs, hide the others (CUDA_VISIBLE_DEVICES=)."
+        )
+
+
+def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raise ConfigError where another engine runs than was asked for, or one that is not known to be right."""
+    asked, runs = sharding_asked_for(args), accelerator.distributed_type
+    if asked is not None and runs != asked:
+        raise ConfigError(
+            f"The launcher asks for {asked.value}, and {runs.value} would run, with whole weights on every device. Start "
+            "with `accelerate launch` or `trl … --accelerate_config`, without use_cpu where there are accelerators."
+        )
+    if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+
+
+@contextmanager
+def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Backward passes within add up gradients: nothing is exchanged, and DeepSpeed does not step."""
+    state = accelerator.gradient_state
+    if not state.sync_gradients:  # already so, outside
+        yield
+        return
+    state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(True)
