@@ -38,6 +38,38 @@ def test_aliases_are_those_of_the_class(reference):
     assert aliases_in_source(reference) == getattr(load(reference), "ALIASES", {})
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "formulas"),
+    [
+        ("sft", "loss_type", "trl.algorithms.sft:LOSSES"),
+        ("sft", "truncation_mode", "trl.data.trees:TRUNCATIONS"),
+        ("reward", "truncation_mode", "trl.data.trees:TRUNCATIONS"),
+        ("dpo", "loss_type", "trl.algorithms.dpo:LOSSES"),
+        ("dpo", "f_divergence_type", "trl.algorithms.f_dpo:F_DIVERGENCES"),
+        ("kto", "loss_type", "trl.algorithms.kto:LOSSES"),
+        ("ppo", "kl_penalty", "trl.algorithms.ppo:KL_PENALTIES"),
+        ("grpo", "loss_type", "trl.trainers.grpo:LOSS_TYPES"),
+        ("grpo", "scale_rewards", "trl.algorithms.advantages:SCALES"),
+        ("grpo", "kl_estimator", "trl.algorithms.policy_gradient:KL"),
+        ("grpo", "importance_sampling_level", "trl.algorithms.grpo:RATIO_LEVELS"),
+        ("grpo", "importance_sampling_mode", "trl.algorithms.importance:MODES"),
+        ("grpo", "multi_objective_aggregation", "trl.algorithms.advantages:AGGREGATIONS"),
+        ("grpo", "loss_aggregation", "trl.trainers.online_config:AVERAGING"),
+        ("grpo", "zero_variance", "trl.trainers.online_config:ZERO_VARIANCE"),
+        ("grpo", "on_reward_error", "trl.rewards.call:ON_ERROR"),
+        ("online-dpo", "loss_type", "trl.algorithms.dpo:LOSSES"),
+    ],
+)
+def test_choices_are_the_names_of_the_formulas(method, name, formulas):
+    options = {option.name: option for option in methods()[method].options()}
+    assert sorted(options[name].kind.choices) == sorted(load(formulas))
+
+
+def test_choices_of_layout_are_the_layouts():
+    (layout,) = [option for option in methods()["sft"].options() if option.name == "layout"]
+    assert sorted(layout.kind.choices) == sorted([*load("trl.data.layout:LAYOUTS"), "auto"])
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package whose files are read; the reader's memory is emptied around it."""

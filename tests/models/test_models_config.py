@@ -36,7 +36,17 @@ def test_adapter():
     )
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (4, 8, 0.1, True)
     assert config.target_modules == {"q_proj", "v_proj"}
-    assert config.task_type == "CAUSAL_LM"
+    assert config.task_type is None
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_the_architecture_says_what_an_adapter_is_for(make_model, name, task):
+    from trl.models.load import with_adapters
+
+    config = get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
+    adapted = with_adapters(make_model(name), config)
+    assert adapted.active_peft_config.task_type == task
+    assert config.task_type is None
 
 
 def test_all_linear_is_a_word_of_its_own():

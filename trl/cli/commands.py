@@ -7,8 +7,7 @@ this file imports nothing.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
@@ -28,7 +27,6 @@ class Method:
 
     extra       dataclass with options beside those of dataset, model and trainer
     keywords    function that makes further keyword arguments of the trainer from that dataclass
-    defaults    values of options that differ from those of their dataclass
     example     words of an example, for the help screen
     """
 
@@ -39,7 +37,6 @@ class Method:
     example: str
     extra: str | None = None
     keywords: str | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def argument_classes(self) -> tuple[str, ...]:
@@ -83,7 +80,6 @@ METHODS = (
         "trl.trainers.reward:RewardConfig",
         "Train a reward model on pairs of a chosen and a rejected answer.",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-reward",
-        defaults={"lora_task_type": "SEQ_CLS"},
     ),
     Method(
         "dpo",
@@ -156,7 +152,7 @@ TOOLS = (
     Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
-    Tool("demo", "trl.demo.run:main", "Fine-tune a small model on the film reviews that the package brings along."),
+    Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
     Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,11 @@ class Option:
     default: Any = COMPUTED
     help: str = ""
     owner: str = ""
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the documentation."""
+        return re.split(r"(?<=[a-z)`'])\.\s+(?=[A-Z`'\"])", self.help, maxsplit=1)[0].rstrip(".") + "."
 
 
 def merge_options(*groups: list[Option]) -> list[Option]:

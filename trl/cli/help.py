@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -102,9 +101,9 @@ def _metavar(kind: Kind) -> str:
 
 def _description(option: Option, *, whole: bool) -> Text:
     own = option.owner != "TrainingArguments"
-    text = _with_code(option.help if whole or own else _first_sentence(option.help))
+    text = _with_code(option.help if whole or own else option.summary)
     choices = [str(choice) for choice in option.kind.choices if not isinstance(choice, bool)]
-    if choices:
+    if not all(f'"{choice}"' in option.help for choice in choices):
         listed = choices if whole or len(choices) <= _SHORT_CHOICES else [*choices[:_SHORT_CHOICES], "…"]
         text.append(f" {{{', '.join(listed)}}}", style=NAME)
     if option.default is REQUIRED:
@@ -112,10 +111,6 @@ def _description(option: Option, *, whole: bool) -> Text:
     elif option.default is not COMPUTED:
         text.append(f" [{_shown(option.default)}]", style=DEFAULT)
     return text
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[a-z)`'])\.\s+(?=[A-Z`'\"])", text, maxsplit=1)[0].rstrip(".") + "."
 
 
 def _with_code(text: str) -> Text:

@@ -192,7 +192,8 @@ class OptionParser:
 
 
 def _nearest(option: Option, text: str) -> str:
-    return suggest(text, [str(choice) for choice in option.kind.choices])
+    choices = option.kind.choices or (option.kind.item.choices if option.kind.item else ())
+    return suggest(text, [str(choice) for choice in choices])
 
 
 def _load_yaml(path: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trl.errors import ConfigError, DataError, suggest, unknown
 
@@ -33,7 +33,7 @@ BUILDERS = {
 """Data files by their ending, and what `datasets` reads them with."""
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-STOPPING = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
+Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 
 
 @dataclass
@@ -112,7 +112,7 @@ class DatasetMixtureConfig:
     probabilities: list[float] | None = None
     """Interleave: draw each row from one of the datasets with these probabilities. None: one dataset after the other."""
 
-    stopping_strategy: str = "first_exhausted"
+    stopping_strategy: Stopping = "first_exhausted"
     """Interleaving stops when the "first_exhausted" dataset ends, or repeats until "all_exhausted"."""
 
     seed: int = 42
@@ -120,8 +120,8 @@ class DatasetMixtureConfig:
 
     def __post_init__(self) -> None:
         self.datasets = [_dataset_config(i, each) for i, each in enumerate(self.datasets)]
-        if self.stopping_strategy not in STOPPING:
-            raise ConfigError(unknown("stopping_strategy", self.stopping_strategy, STOPPING))
+        if self.stopping_strategy not in get_args(Stopping):
+            raise ConfigError(unknown("stopping_strategy", self.stopping_strategy, get_args(Stopping)))
         self._check_shares()
         if self.streaming and self.test_split_size is not None:
             raise ConfigError("test_split_size does not work with streaming=True: rows are not counted beforehand.")

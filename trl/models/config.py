@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from trl.errors import ConfigError, unknown
 from trl.imports import require
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-QUANT_TYPES = ("nf4", "fp4")
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+QuantType = Literal["nf4", "fp4"]
+Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 
 @dataclass
@@ -59,8 +59,8 @@ class ModelConfig:
     lora_modules_to_save: list[str] | None = None
     """Layers to train in full and save with the adapter."""
 
-    lora_task_type: str = "CAUSAL_LM"
-    """"CAUSAL_LM", "SEQ_2_SEQ_LM", or "SEQ_CLS" for reward models (which the reward command sets)."""
+    lora_task_type: Task | None = None
+    """What the adapted model is for. None: as its architecture says."""
 
     use_rslora: bool = False
     """Scale by 1/√r in place of 1/r (arXiv:2312.03732)."""
@@ -74,7 +74,7 @@ class ModelConfig:
     load_in_4bit: bool = False
     """Load the weights in 4 bits; needs `use_peft` to train (QLoRA, arXiv:2305.14314)."""
 
-    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_quant_type: QuantType = "nf4"
     """"nf4" or "fp4"."""
 
     use_bnb_nested_quant: bool = False
@@ -94,10 +94,12 @@ class ModelConfig:
                 raise ConfigError(unknown("dtype", self.dtype, DTYPES))
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
-        if self.bnb_4bit_quant_type not in QUANT_TYPES:
-            raise ConfigError(unknown("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES))
-        if self.lora_task_type not in TASK_TYPES:
-            raise ConfigError(unknown("lora_task_type", self.lora_task_type, TASK_TYPES))
+        for name, known in {
+            "bnb_4bit_quant_type": get_args(QuantType),
+            "lora_task_type": (None, *get_args(Task)),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown(name, getattr(self, name), filter(None, known)))
         self._check_adapter()
 
     def _check_adapter(self) -> None:

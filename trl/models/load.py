@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -89,7 +90,19 @@ def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
         )
     if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, peft_config)
+    return get_peft_model(model, _with_task(peft_config, model))
+
+
+def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """An adapter's configuration; where it names no task, with the one that the architecture says."""
+    if peft_config.task_type is not None:
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    if "ForSequenceClassification" in type(model).__name__:
+        peft_config.task_type = TaskType.SEQ_CLS
+    elif model.can_generate():
+        peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    return peft_config
 
 
 def make_trainable(model: torch.nn.Module) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from trl.errors import ConfigError, suggest
+from trl.trainers.engines import check_processes, processes_on_cpu
 
 ALIASES = {
     "max_seq_length": "max_length",
@@ -89,7 +90,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     dataset_num_proc: int | None = None
     """Processes that encode the dataset."""
 
-    layout: str = "auto"
+    layout: Literal["padded", "packed", "shared", "auto"] = "auto"
     """How sequences lie in a forward pass: "padded", "packed", "shared", or "auto", the fastest that the model can."""
 
     max_tokens_per_micro_batch: int | None = None
@@ -102,8 +103,18 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     shuffle_dataset: bool = False
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
 
+    max_skipped_steps: int | None = 3
+    """Skipped steps in a row that end the run. A step is skipped, and counted, if its loss or gradient is not finite:
+    weights and optimizer stay as they are, while data and learning rate go on. None: never."""
+
+    logging_nan_inf_filter: bool = False
+    """Not needed: steps whose loss is not finite are skipped, and not part of the loss that is logged."""
+
     disable_dropout: bool = False
     """Set every dropout probability of the model to zero."""
+
+    ddp_find_unused_parameters: bool | None = False
+    """Look for parameters that the loss of a step does not depend on, with DDP; costs time in every step."""
 
     html_report: bool = True
     """Write a page of the run, with its curves and options, to `report.html` in the output folder at the end."""
@@ -124,7 +135,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             self.accelerator_config = {"dispatch_batches": False}
         if not accelerated:
             self.dataloader_pin_memory = False
-        super().__post_init__()
+        with processes_on_cpu(self):
+            super().__post_init__()
+            check_processes(self)
 
     @property
     def width_multiple(self) -> int:

@@ -10,19 +10,20 @@ The trainer is `DPOTrainer`; only the options differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from trl.algorithms.dpo import DPO
 from trl.errors import ConfigError, unknown
 from trl.trainers.dpo import DPOConfig, DPOTrainer
 
-CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
+CPOLoss = Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"]
 
 
 @dataclass
 class CPOConfig(DPOConfig):
     """Options of `CPOTrainer`."""
 
-    loss_type: str = "sigmoid"
+    loss_type: CPOLoss = "sigmoid"
     """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo"; all of them with `cpo_alpha`'s term."""
 
     cpo_alpha: float = 1.0
@@ -32,8 +33,8 @@ class CPOConfig(DPOConfig):
     """Shape of AlphaPO's reward: 0 is SimPO's."""
 
     def make_algorithm(self) -> DPO:
-        if self.loss_type not in CPO_LOSSES:
-            raise ConfigError(unknown("loss_type", self.loss_type, CPO_LOSSES))
+        if self.loss_type not in get_args(CPOLoss):
+            raise ConfigError(unknown("loss_type", self.loss_type, get_args(CPOLoss)))
         if self.rpo_alpha is not None:
             raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: give that.")
         fixed = {"reference_free": True, "rpo_alpha": self.cpo_alpha or None, "alphapo_alpha": self.alpha}
@@ -50,7 +51,7 @@ class CPOTrainer(DPOTrainer):
 class ORPOConfig(DPOConfig):
     """Options of `ORPOTrainer`; `beta` is the paper's λ."""
 
-    loss_type: str = "orpo"
+    loss_type: Literal["orpo"] = "orpo"
     """Always "orpo"."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,13 +20,36 @@ from trl.models.score import score
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.types import Batch, Metrics
 
+DPOLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "aot",
+    "aot_unpaired",
+    "sft",
+    "cpo",
+    "simpo",
+    "alphapo",
+    "orpo",
+]
+"""The names in `trl.algorithms.dpo.LOSSES`: the command line offers them without importing it."""
+
 
 @dataclass
 class DPOConfig(PreferenceConfig):
     """Options of `DPOTrainer`."""
 
-    loss_type: list[str] | str = field(default_factory=lambda: ["sigmoid"])
-    """One loss or several, by the names in `trl.algorithms.dpo.LOSSES`."""
+    loss_type: list[DPOLoss] | DPOLoss = field(default_factory=lambda: ["sigmoid"])
+    """One loss or several; see `trl.algorithms.dpo.LOSSES`."""
 
     loss_weights: list[float] | None = None
     """Weight of each of several losses in the sum. None: 1 each."""
@@ -34,7 +57,7 @@ class DPOConfig(PreferenceConfig):
     label_smoothing: float = 0.0
     """Probability that a label is wrong, in [0, 0.5], for the losses that model it."""
 
-    f_divergence_type: str = "reverse_kl"
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence from the reference: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence"."""
 
     f_alpha_divergence_coef: float = 0.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from trl.algorithms.advantages import NORMALIZE_THEN_SUM
 from trl.algorithms.grpo import GRPO
@@ -17,6 +18,9 @@ from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
 from trl.errors import ConfigError, unknown
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
+
+GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo", "gmpo", "clip"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass
@@ -35,14 +39,14 @@ class GRPOConfig(OnlineConfig):
     delta: float | None = None
     """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
 
-    importance_sampling_level: str = "token"
+    importance_sampling_level: Literal["token", "sequence", "whole"] = "token"
     """What the ratio is of: each "token", or the "sequence" (GSPO, arXiv:2507.18071)."""
 
-    scale_rewards: str | bool = "group"
+    scale_rewards: Literal["group", "batch", "mean", "none"] | bool = "group"
     """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
     arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
 
-    loss_type: str = "dapo"
+    loss_type: GRPOLoss = "dapo"
     """How ratios are bounded and tokens averaged: a name in `LOSS_TYPES`."""
 
     sapo_temperature_neg: float = 1.05
@@ -63,7 +67,7 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = 2.0
     """Decay of VESPO's weight where the advantage is negative."""
 
-    kl_estimator: str = "k3"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimate of a token's KL: "k1", "k2" or "k3"."""
 
     use_bias_correction_kl: bool = True
@@ -88,7 +92,7 @@ class GRPOConfig(OnlineConfig):
     importance_sampling_correction: bool = False
     """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's."""
 
-    importance_sampling_mode: str = "sequence_mask"
+    importance_sampling_mode: CorrectionMode = "sequence_mask"
     """"token_truncate", "token_mask", "sequence_truncate" or "sequence_mask"."""
 
     importance_sampling_clip_max: float | None = 3.0

@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from trl.errors import ConfigError
 from trl.models.reference import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
+from trl.trainers.checkpoint import Part
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.trainers.window import plan_micro_batches
 from trl.types import Batch, Example, Metrics
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 class KTOConfig(PreferenceConfig):
     """Options of `KTOTrainer`."""
 
-    loss_type: str = "kto"
+    loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
     """"kto", "apo_zero_unpaired" or "bco"."""
 
     desirable_weight: float = 1.0
@@ -165,14 +166,17 @@ class KTOTrainer(PreferenceTrainer):
         self._totals |= {"all": RewardShift(*total.unbind()), "new": RewardShift(*torch.zeros_like(new).unbind())}
         return self._totals["all"]
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        shift = {"reward_shift": torch.stack(astuple(self._shift()))} if self.algorithm.needs_signal == "delta" else {}
-        return super().state_tensors() | shift
-
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_tensors(state)
+    def prepare_model(self) -> None:
+        super().prepare_model()
         if self.algorithm.needs_signal == "delta":
-            self._totals["all"] = RewardShift(*state["reward_shift"].to(self.args.device).unbind())
+            self.parts.keep("reward_shift", Part(lambda: asdict(self._shift()), self._load_shift))
+
+    def _load_shift(self, state: Mapping[str, Tensor]) -> None:
+        self._totals["all"] = RewardShift(**{name: value.to(self.args.device) for name, value in state.items()})
+
+    def forget_window(self) -> None:
+        super().forget_window()
+        self._totals["new"] = RewardShift(*torch.zeros_like(torch.stack(astuple(self._totals["new"]))).unbind())
 
     # ---- what is reported ----
 

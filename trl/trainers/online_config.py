@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 
@@ -16,6 +16,8 @@ from trl.types import Algorithm
 
 AVERAGING = {"token": "token", "sequence": "sequence", "constant": "sequence", "sum": "sequence"}
 """How a step's loss is averaged → the weights of the window. The last two rescale completions thereafter."""
+
+LossAggregation = Literal["token", "sequence", "constant", "sum"]
 
 ZERO_VARIANCE = ("keep", "drop", "resample")
 
@@ -110,19 +112,19 @@ class OnlineConfig(TrainerConfig):
     reward_weights: list[float] | None = None
     """Weight of each reward function in the sum. None: 1 each."""
 
-    multi_objective_aggregation: str = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
 
     reward_timeout: float | None = None
     """Seconds that a call of a reward function may take. None: no limit."""
 
-    on_reward_error: str = "stop"
+    on_reward_error: Literal["stop", "drop"] = "stop"
     """What happens when a reward function fails: "stop", or "drop" the sample and count it."""
 
     missing_eos_penalty: float | None = None
     """Taken off the reward of a completion that was cut at the limit."""
 
-    zero_variance: str = "keep"
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
     """Groups whose rewards are all equal: "keep" them, "drop" them (not trained on), or "resample": take fresh prompts in
     their place (dynamic sampling, DAPO, arXiv:2503.14476)."""
 
@@ -132,7 +134,7 @@ class OnlineConfig(TrainerConfig):
     mask_truncated_completions: bool = False
     """Do not learn from completions that were cut at the limit. Their rewards count in their group."""
 
-    loss_aggregation: str = "token"
+    loss_aggregation: LossAggregation = "token"
     """What counts the same in a step: every "token", every "sequence", every token with a "constant" in place of their
     number (max_completion_length, Dr. GRPO, arXiv:2503.20783), or "sum": every token, over the number of sequences."""
 

@@ -18,8 +18,9 @@ from trl.algorithms.online_dpo import OnlineDPO
 from trl.errors import ConfigError, DataError
 from trl.models.score import score
 from trl.rollouts.experience import Group, deal_slices
+from trl.trainers.dpo import DPOLoss
 from trl.trainers.online import OnlineTrainer
-from trl.trainers.online_config import OnlineConfig
+from trl.trainers.online_config import LossAggregation, OnlineConfig
 from trl.trainers.rounds import Slice
 from trl.types import Batch, Completion, Example, Experience, Metrics
 
@@ -52,10 +53,10 @@ class OnlineDPOConfig(OnlineConfig):
     beta: float = 0.1
     """How strongly the reference holds: the inverse temperature of the reward."""
 
-    loss_type: str = "sigmoid"
+    loss_type: DPOLoss = "sigmoid"
     """The loss of a pair: a name in `trl.algorithms.dpo.LOSSES`."""
 
-    loss_aggregation: str = "sequence"
+    loss_aggregation: LossAggregation = "sequence"
     """Every pair counts the same."""
 
     disable_dropout: bool = True

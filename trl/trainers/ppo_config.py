@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from trl.algorithms.kl_control import AdaptiveKL, FixedKL
 from trl.algorithms.ppo import KL_PENALTIES, PPO
@@ -26,6 +26,7 @@ class PPOConfig(OnlineConfig):
     ALIASES: ClassVar[dict[str, str]] = {
         **OnlineConfig.ALIASES,
         "kl_coef": "init_kl_coef",
+        "num_value_layers_unfrozen": "num_value_layers",
         "num_ppo_epochs": "ppo_epochs",
         "optimize_cuda_cache": "optimize_device_cache",
     }
@@ -123,7 +124,7 @@ class PPOConfig(OnlineConfig):
     init_kl_coef: float = 0.2
     """Coefficient of the KL penalty; its first value if it is adapted."""
 
-    kl_penalty: str = "kl"
+    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
     """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
 
     target: float = 6
@@ -147,11 +148,15 @@ class PPOConfig(OnlineConfig):
     vf_coef: float = 0.1
     """Weight of the value loss."""
 
+    num_value_layers: int = 0
+    """Upper layers of which the value has a copy of its own, on the policy's lower ones. 0: a linear head alone."""
+
     early_stopping: bool = False
-    """End a batch's epochs early once the policy has moved beyond 1.5 `target_kl`."""
+    """End the epochs over a batch once, after one of them, the policy has moved by more than 1.5 `target_kl`. In `train` the
+    next round is then sampled; the number of optimizer steps stays as planned."""
 
     target_kl: float = 1
-    """KL between the policy and the one that sampled, for `early_stopping`."""
+    """KL per token, in nats, of the policy from the one that sampled, in the last optimizer step: for `early_stopping`."""
 
     ratio_threshold: float = 10
     """Mini-batches whose mean probability ratio is above this are skipped."""

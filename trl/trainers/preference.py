@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, DataError, unknown
@@ -31,12 +28,10 @@ from trl.models.reference import (
 )
 from trl.models.score import prepare_scoring, unwrap
 from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.checkpoint import Weights
 from trl.trainers.config import TrainerConfig
 from trl.trainers.precompute import with_reference_logprobs
 from trl.types import Batch
-
-STATE_FILE = "trl_state.safetensors"
-"""Tensors that a checkpoint holds beside the model and the optimizer."""
 
 
 @dataclass
@@ -63,7 +58,7 @@ class PreferenceConfig(TrainerConfig):
     max_prompt_length: int | None = None
     """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""
 
-    truncation_mode: str = "keep_start"
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
 
     beta: float = 0.1
@@ -267,6 +262,7 @@ class PreferenceTrainer(BaseTrainer):
                 "model's: train without an adapter, or set sync_ref_model=False."
             )
         self.add_callback(SyncRefModelCallback(self.reference.model))
+        self.parts.keep("reference", Weights(unwrap(self.reference.model)), per_process=self.is_sharded)
 
     def with_reference(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the signal `ref_logprobs [N,C]`."""
@@ -289,34 +285,6 @@ class PreferenceTrainer(BaseTrainer):
         keeps = self.asks_beyond_rows or not isinstance(self.reference, FrozenModel)
         self.reference = Precomputed(self.reference if keeps else None)
         self.ref_model = self.ref_model if keeps else None
-
-    # ---- checkpoints ----
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold for training to go on exactly, beside model and optimizer."""
-        if not self.args.sync_ref_model:
-            return {}
-        return {f"reference.{name}": p.detach() for name, p in unwrap(self.reference.model).named_parameters()}
-
-    @torch.no_grad()
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state_tensors` gave."""
-        if self.args.sync_ref_model:
-            for name, parameter in unwrap(self.reference.model).named_parameters():
-                parameter.copy_(state[f"reference.{name}"])
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        state = self.state_tensors()
-        if state and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / STATE_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / STATE_FILE
-        if file.exists():
-            self.load_state_tensors(load_file(file))
 
 
 class SyncRefModelCallback(TrainerCallback):

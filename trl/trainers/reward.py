@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -51,7 +51,7 @@ class RewardConfig(TrainerConfig):
     max_length: int | None = 1024
     """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
 
-    truncation_mode: str = "keep_start"
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
 
     disable_dropout: bool = True

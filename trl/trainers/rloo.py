@@ -14,7 +14,7 @@ from trl.algorithms.rloo import RLOO
 from trl.algorithms.surrogates import Clip
 from trl.errors import ConfigError
 from trl.trainers.online import OnlineTrainer
-from trl.trainers.online_config import OnlineConfig
+from trl.trainers.online_config import LossAggregation, OnlineConfig
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RLOOConfig(OnlineConfig):
     reward_clip_range: tuple[float, float] | None = None
     """Bounds that rewards are clipped to."""
 
-    loss_aggregation: str = "sequence"
+    loss_aggregation: LossAggregation = "sequence"
     """What counts the same in a step."""
 
     def __post_init__(self) -> None:

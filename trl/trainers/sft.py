@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -23,7 +23,8 @@ from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Metrics
 
-PACKING = ("bfd", "bfd_split", "wrapped")
+Packing = Literal["bfd", "bfd_split", "wrapped"]
+Averaging = Literal["token", "sequence"]
 
 
 @dataclass
@@ -39,7 +40,7 @@ class SFTConfig(TrainerConfig):
     max_length: int | None = 1024
     """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
 
-    truncation_mode: str = "keep_start"
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     """Which end of a long row stays: "keep_start" or "keep_end"."""
 
     completion_only_loss: bool | None = None
@@ -48,13 +49,13 @@ class SFTConfig(TrainerConfig):
     assistant_only_loss: bool = False
     """Train on the assistant's turns only; works with every chat template whose turns can be told apart."""
 
-    loss_type: str = "nll"
+    loss_type: Literal["nll", "dft"] = "nll"
     """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability."""
 
     packing: bool = False
     """Put several short rows into one of up to `max_length` tokens; none of them sees another."""
 
-    packing_strategy: str = "bfd"
+    packing_strategy: Packing = "bfd"
     """"bfd" (best fit; long rows are cut), "bfd_split" (long rows are split), "wrapped" (rows are split anywhere)."""
 
     eval_packing: bool | None = None
@@ -63,7 +64,7 @@ class SFTConfig(TrainerConfig):
     padding_free: bool = False
     """Lay sequences out without padding. What layout="auto" does wherever the model can."""
 
-    average_loss_over: str = "token"
+    average_loss_over: Averaging = "token"
     """Average the loss of a step over every "token", or over "sequence"s, each with the same weight."""
 
     activation_offloading: bool = False
@@ -78,13 +79,12 @@ class SFTConfig(TrainerConfig):
         super().__post_init__()
         if self.loss_type not in sft.LOSSES:
             raise ConfigError(unknown("loss_type", self.loss_type, sft.LOSSES))
-        if self.packing_strategy not in PACKING:
-            raise ConfigError(unknown("packing_strategy", self.packing_strategy, PACKING))
+        for name, known in {"packing_strategy": get_args(Packing), "average_loss_over": get_args(Averaging)}.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown(name, getattr(self, name), known))
         for name in ("activation_offloading", "router_aux_loss_coef"):
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
-        if self.average_loss_over not in ("token", "sequence"):
-            raise ConfigError(unknown("average_loss_over", self.average_loss_over, ("token", "sequence")))
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
