@@ -137,14 +137,15 @@ def train(run: Run) -> int:
 
     Returns the exit status: 0, or 128 and the number of the signal.
     """
-    from trl.trainers.stop import full_disk_explained, stop_on_signal
+    from trl.trainers.checkpoint import full_disk_explained
+    from trl.trainers.stop import stop_on_signal
 
     report_progress()
     resume = checkpoint_of(run)
     trainer = build_trainer(run)
     if sys.stdout.isatty() and not run.training.disable_tqdm:
         _draw_progress(trainer)
-    with full_disk_explained(run.training.output_dir), stop_on_signal(trainer) as stop:
+    with full_disk_explained(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         trainer.train(resume_from_checkpoint=resume)
         if stop.signal is None:
             trainer.save_model(run.training.output_dir)
@@ -165,7 +166,7 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
 
 def checkpoint_of(run: Run) -> str | None:
     """The checkpoint to go on from; None to start from the beginning."""
-    from trl.trainers.stop import newest_checkpoint
+    from trl.trainers.checkpoint import check_checkpoint, newest_checkpoint
 
     asked = run.training.resume_from_checkpoint
     if not run.resume and asked not in RESUME_LAST:
@@ -178,19 +179,6 @@ def checkpoint_of(run: Run) -> str | None:
         return None
     logger.info(f"Going on from {found}.")
     return str(found)
-
-
-def check_checkpoint(folder: str) -> str:
-    """The name of a checkpoint. Raises ConfigError if it is not there, or was cut short."""
-    from trl.trainers.stop import checkpoints, why_not_resumable
-
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        beside = [str(each) for each in checkpoints(path.parent)]
-        raise ConfigError(f"resume_from_checkpoint={folder!r}: there is no such folder.{suggest(str(path), beside)}")
-    if reason := why_not_resumable(path):
-        raise ConfigError(f"resume_from_checkpoint={folder!r} cannot be gone on from: {reason}.")
-    return str(path)
 
 
 def _draw_progress(trainer: BaseTrainer) -> None:

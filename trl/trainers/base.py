@@ -41,7 +41,9 @@ from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
+from trl.trainers.finite import StepCount, Window, poisoned, takes_step
 from trl.trainers.meter import Meter
+from trl.trainers.resumable import ResumableTrainer
 from trl.trainers.window import filler, plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Batch, Example, Metrics
 
@@ -62,7 +64,7 @@ Rows = Dataset | IterableDataset
 EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(ResumableTrainer):
     """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
 
     model               a name or folder, a model, or a model with adapters
@@ -119,6 +121,9 @@ class BaseTrainer(Trainer):
             self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
         self.model_accepts_loss_kwargs = True
         self.meters = {"train": Meter(), "eval": Meter()}
+        self.steps = StepCount()
+        self.parts.keep("metrics", self.meters["train"], per_process=True, optional=True)
+        self.parts.keep("steps", self.steps, optional=True)
         self._throughput = (0, 0.0)
         self._window_started: float | None = None
         self.prepare_model()
@@ -264,6 +269,7 @@ class BaseTrainer(Trainer):
     ) -> tuple[list[list[Batch]], int]:
         """The rows of one optimizer step, as micro-batches laid out and weighed: a list of them per counted step."""
         self._window_started = time.perf_counter()
+        self.take_up()
         pulled = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
         examples = [example for examples in pulled for example in examples]
         if not examples:
@@ -276,6 +282,8 @@ class BaseTrainer(Trainer):
         self._count_tokens(tokens)
         most = int(self._gather(torch.tensor([len(batches)], device=self.args.device)).max())
         batches += [filler(batches[-1])] * (most - len(batches))
+        parts = [[examples[i] for i in group] for group in groups]
+        self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
         return share_out(batches, len(pulled)), 1
 
     def _plan(self, examples: Sequence[Example], count: int) -> list[list[int]]:
@@ -337,7 +345,17 @@ class BaseTrainer(Trainer):
             positions = _positions(inputs)
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
-        return (loss * inputs.weight).sum() * self.accelerator.num_processes
+        return poisoned((loss * inputs.weight).sum() * self.accelerator.num_processes)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.trainers.finite`."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm if takes_step(self, model, norm, self._window) else None
+
+    def forget_window(self) -> None:
+        """Go back to what was counted before this step."""
+        self.meters["train"].go_back(self._window.mark)
+        self._tr_loss.copy_(self._window.loss)
 
     # ---- evaluation ----
 
@@ -383,7 +401,7 @@ class BaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._train_metrics()}
+            logs = {**self.steps.corrected(logs), **self._train_metrics()}
         super().log(logs, start_time)
 
     def _train_metrics(self) -> dict[str, float]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
+import datasets
+from torch.utils.data import IterableDataset
+
 from trl.data.encode import decode
+from trl.errors import DataError
 from trl.types import Completion, Example
 
 IGNORE = -100
@@ -40,3 +45,23 @@ def _examples_of_tensors(batch: Mapping[str, Any]) -> list[Example]:
         Example([], (Completion(ids[here].tolist(), (labels[here] != IGNORE).long().tolist()),))
         for ids, labels, here in zip(batch["input_ids"], batch["labels"], present, strict=True)
     ]
+
+
+class Endless(IterableDataset):
+    """A stream of rows, from its beginning again when it ends: one epoch, in which every batch is full.
+
+    Where training stands in it is then the number of batches alone. A shuffled stream has another order each time.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for epoch in count():
+            self.rows.set_epoch(epoch)
+            empty = True
+            for row in self.rows:
+                empty = False
+                yield row
+            if empty:
+                raise DataError("The stream of training rows is empty: nothing is left of it, or it holds no row.")

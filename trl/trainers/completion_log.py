@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class CompletionLog:
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows += map(dict, rows)
+
+    def state_dict(self) -> dict[str, str]:
+        return {"rows": json.dumps(self.rows, default=str)}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        self.rows = json.loads(state["rows"])
 
     def flush(
         self, folder: Path, step: int, *, show: int | None = None, unique: bool = False, console: Console | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sampling/sampling_logp_difference/max": torch.amax,
 }
 """Metrics of which the smallest or largest value is reported, not the mean."""
+
+
+Mark = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""What a meter held at a moment."""
 
 
 class Meter:
@@ -49,16 +54,18 @@ class Meter:
         """Count `values` into the mean of `name` with `weights` of the same shape."""
         weights = weights.double()
         pair = torch.stack([(values.detach().double() * weights).sum(), weights.sum()])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._sum(name, pair)
 
     def _keep(self, name: str, values: Tensor) -> None:
-        kept = [self._extremes[name]] if name in self._extremes else []
+        kept = [self._extremes[name].to(values.device)] if name in self._extremes else []
         self._extremes[name] = EXTREMES[name](torch.stack([EXTREMES[name](values.flatten(), 0), *kept]), 0)
 
     def count(self, name: str, amount: float, *, per: float = 1.0) -> None:
         """Count host numbers into the ratio Σ amount / Σ per."""
-        pair = torch.tensor([amount, per], dtype=torch.float64)
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._sum(name, torch.tensor([amount, per], dtype=torch.float64))
+
+    def _sum(self, name: str, pair: Tensor) -> None:
+        self._sums[name] = self._sums[name].to(pair.device) + pair if name in self._sums else pair
 
     def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Means and extremes of everything added since the last reading, on all processes; forgets what it has read.
@@ -76,3 +83,17 @@ class Meter:
             found[name] = EXTREMES[name](column, 0).item()
         self._sums, self._extremes = {}, {}
         return found
+
+    def mark(self) -> Mark:
+        """What is held now, for `go_back`; costs nothing, since additions leave tensors as they are."""
+        return dict(self._sums), dict(self._extremes)
+
+    def go_back(self, mark: Mark) -> None:
+        """Forget what was added since."""
+        self._sums, self._extremes = mark
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "extremes": self._extremes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._extremes = dict(state["sums"]), dict(state["extremes"])

@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.advantages import combine_rewards, has_no_variance
 from trl.algorithms.grpo import GRPO
@@ -49,6 +49,7 @@ from trl.rollouts.experience import (
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.base import BaseTrainer, EvalRows, Rows
+from trl.trainers.checkpoint import Part, Weights
 from trl.trainers.completion_log import CompletionLog, log_rows, round_metrics
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.preference import SyncRefModelCallback
@@ -101,7 +102,6 @@ class OnlineTrainer(BaseTrainer):
         self.rounds: Rounds | None = None
         self.samplings = {"train": 0, "eval": 0}
         self._columns: dict[str, list[str]] = {}
-        self._resumed_from: str | None = None
         self._fresh = True
         super().__init__(
             model,
@@ -139,6 +139,10 @@ class OnlineTrainer(BaseTrainer):
             self.engine = LocalEngine(self.model, self.tokenizer_, progress=not self.args.disable_tqdm)
         if self.algorithm.needs_reference:
             self.reference = self._make_reference()
+        self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
+        self.parts.keep("completions", self.completion_log, per_process=True, optional=True)
+        if self.args.sync_ref_model and isinstance(self.reference, FrozenModel):
+            self.parts.keep("reference", Weights(unwrap(self.reference.model)), per_process=self.is_sharded)
 
     def _make_reference(self) -> Reference:
         reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
@@ -188,8 +192,6 @@ class OnlineTrainer(BaseTrainer):
         return self.rounds.loader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        if self._resumed_from is not None:
-            self._load_rng_state(self._resumed_from)
         self._fresh = self.rounds.is_fresh
         return super().get_batch_samples(*args, **kwargs)
 
@@ -457,43 +459,11 @@ class OnlineTrainer(BaseTrainer):
 
     # ---- checkpoints ----
 
-    def _round_file(self, folder: str | Path) -> Path:
-        return Path(folder) / f"rollouts_{self.args.process_index}.pt"
+    def _rounds_state(self) -> dict[str, Any]:
+        """Where sampling and training stand, and the samples that are still to be learned from."""
+        return {"rounds": self.rounds.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if not self.args.save_only_model and folder.exists():
-            torch.save(self.round_state(), self._round_file(folder))
-
-    def round_state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold for sampling and training to go on exactly."""
-        reference = {}
-        if self.args.sync_ref_model and isinstance(self.reference, FrozenModel):
-            reference = {name: p.detach().cpu() for name, p in unwrap(self.reference.model).named_parameters()}
-        return {
-            "rounds": self.rounds.state(),
-            "cursor": self.prompts.cursor,
-            "samplings": self.samplings["train"],
-            "reference": reference,
-        }
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = None if checkpoint is None else self._round_file(checkpoint)
-        if file is None or not file.exists():
-            return
-        state = torch.load(file, weights_only=True)
+    def _load_rounds(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor, self.samplings["train"] = state["cursor"], state["samplings"]
         if not self.args.ignore_data_skip:
             self.rounds.load_state(state["rounds"])
-        with torch.no_grad():
-            for name, value in state["reference"].items():
-                unwrap(self.reference.model).get_parameter(name).copy_(value)
-        self._resumed_from = checkpoint
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Random states come back before the first rollout after a checkpoint, and once."""
-        if checkpoint is None or checkpoint == self._resumed_from:
-            super()._load_rng_state(checkpoint)
-            self._resumed_from = None

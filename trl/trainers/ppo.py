@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from trl.models.score import prepare_scoring, unwrap
 from trl.models.stored import stored_head
 from trl.ops.reduce import masked_mean
 from trl.rollouts.experience import Group, with_signals
+from trl.trainers.checkpoint import Part
 from trl.trainers.ppo_config import PPOConfig
 from trl.trainers.ppo_step import TripletSteps
 from trl.trainers.preference import SyncRefModelCallback
@@ -101,6 +102,7 @@ class PPOTrainer(TripletSteps):
         )
         self.config, self.tokenizer = self.args, self.tokenizer_
         self.prepare_steps(dataset, data_collator)
+        self.parts.keep("kl_and_rewards", Part(self._running_state, self._load_running))
         if self.train_dataset is None and self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
 
@@ -220,18 +222,12 @@ class PPOTrainer(TripletSteps):
 
     # ---- checkpoints ----
 
-    def round_state(self) -> dict[str, Any]:
-        moments = self.moments
-        running = {"count": moments.count, "mean": moments.mean, "deviations": moments.deviations}
-        return {**super().round_state(), "kl_coef": self.algorithm.controller.coefficient, "moments": running}
+    def _running_state(self) -> dict[str, Any]:
+        return {"kl_coef": self.algorithm.controller.coefficient, "moments": asdict(self.moments)}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = None if checkpoint is None else self._round_file(checkpoint)
-        if file is not None and file.exists():
-            state: Mapping[str, Any] = torch.load(file, weights_only=True)
-            self.moments = RunningMoments(**state["moments"])
-            self.algorithm = self.algorithm.with_coefficient(state["kl_coef"])
+    def _load_running(self, state: Mapping[str, Any]) -> None:
+        self.moments = RunningMoments(**state["moments"])
+        self.algorithm = self.algorithm.with_coefficient(state["kl_coef"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.pretrained_model)

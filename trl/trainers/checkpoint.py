@@ -1,0 +1,398 @@
+"""Checkpoints: written beside, and given their name when everything is on disk.
+
+    partial-checkpoint-8/ ──all processes have written, every file is synced──▶ checkpoint-8/
+
+So whenever a run is killed, a folder named `checkpoint-N` was written whole. What is in it: the model, optimizer, scheduler
+and random states of every process (as `transformers` writes them), and
+
+    manifest.json           how long every file is, so that one which lost bytes later is known too
+    trl_state.pt            parts of the trainer that are the same on all processes
+    trl_state_R.pt          parts of process R
+
+A part is anything with `state_dict()` and `load_state_dict(state)`. The trainer registers it once, by name (`Parts.keep`),
+and the checkpoint code does the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trl.errors import ConfigError, suggest
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"(replaced-)?checkpoint-(\d+)")
+PARTIAL, REPLACED = "partial-", "replaced-"
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+WEIGHTS = re.compile(r"((adapter_)?model|pytorch_model|adapter_model).*\.(safetensors|bin)|.*_fsdp_\d+|global_step\d+")
+OPTIMIZER = re.compile(r"optimizer(_\d+)?(\.pt|\.bin)?|global_step\d+")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LITTLE = 2**20
+"""Bytes; a disk with less is full."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written. Earlier ones are as they were."""
+
+
+# ---- parts of a trainer that have a state ----
+
+
+class Stateful(Protocol):
+    """A part of a trainer whose state belongs in a checkpoint.
+
+    States are dicts of tensors, numbers, texts, lists and dicts: they are read without running code that a file brings.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part made of two functions."""
+
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model that is not trained by the optimizer, but changes; of a sharded one, this process's."""
+
+    model: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: _local(parameter).detach() for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, parameter in self.model.named_parameters():
+            _local(parameter).copy_(state[name])
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@dataclass
+class Parts:
+    """The parts of a trainer, by name; `own` ones differ from process to process."""
+
+    shared: dict[str, Stateful] = field(default_factory=dict)
+    own: dict[str, Stateful] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)
+
+    def keep(self, name: str, part: Stateful, *, per_process: bool = False, optional: bool = False) -> None:
+        """Save and restore `part` with every checkpoint.
+
+        Training cannot go on from a checkpoint without it, unless it is `optional`.
+        """
+        (self.own if per_process else self.shared)[name] = part
+        if optional:
+            self.optional.add(name)
+
+    def save(self, folder: Path, *, rank: int, is_main: bool) -> None:
+        """Write the states of all parts. Every process takes part, since a state may be gathered."""
+        shared = {name: part.state_dict() for name, part in self.shared.items()}
+        torch.save({name: part.state_dict() for name, part in self.own.items()}, folder / f"trl_state_{rank}.pt")
+        if is_main and shared:
+            torch.save(shared, folder / "trl_state.pt")
+
+    def load(self, folder: Path, *, rank: int, processes: int) -> None:
+        """Give every part its state back.
+
+        Raises ConfigError for a checkpoint that holds no state of a part, or that was written by another number of
+        processes where parts cannot be dealt out anew.
+        """
+        written_by = read_manifest(folder).get("processes", processes)
+        own = _read_state(folder / f"trl_state_{rank}.pt") if written_by == processes else {}
+        found = {**_read_state(folder / "trl_state.pt"), **own}
+        parts = {**self.shared, **self.own}
+        if lost := sorted(parts.keys() - found.keys() - self.optional):
+            why = f"it was written by {written_by} processes, and here are {processes}"
+            raise ConfigError(
+                f"Training cannot go on from {str(folder)!r}: it does not hold {', '.join(lost)} for this process "
+                f"({why if written_by != processes else 'it was written by another trainer, or by an earlier version'}). "
+                "Go on with what wrote it, or begin anew with its weights: give the folder as the model."
+            )
+        if written_by != processes:
+            logger.warning(
+                f"{folder} was written by {written_by} processes, and here are {processes}: random states and metrics "
+                "since the last log start anew, so that results differ from those of a run that was never stopped."
+            )
+        for name, part in parts.items():
+            if name in found:
+                part.load_state_dict(found[name])
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {}
+
+
+# ---- writing ----
+
+
+def write_checkpoint(
+    folder: Path, write: Callable[[Path], None], accelerator: Accelerator, *, names_it: bool = True
+) -> None:
+    """Have all processes `write(beside)`, and then name the result `folder`, where `names_it`.
+
+    Raises CheckpointError on all processes if one could not write; what was written is removed.
+    """
+    beside = folder.with_name(PARTIAL + folder.name)
+    if accelerator.is_local_main_process:
+        sweep(folder.parent)
+    accelerator.wait_for_everyone()
+    try:
+        with full_disk_explained(folder.parent, folder.name, beside):
+            _together(lambda: _write(beside, write), folder, accelerator)
+            _together(
+                lambda: publish(beside, folder, accelerator.num_processes) if names_it else None, folder, accelerator
+            )
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _write(beside: Path, write: Callable[[Path], None]) -> None:
+    beside.mkdir(parents=True, exist_ok=True)
+    write(beside)
+
+
+def _together(action: Callable[[], None], folder: Path, accelerator: Accelerator) -> None:
+    """Act on every process; where one fails, all do. Nobody goes on before everybody is done."""
+    failure: Exception | None = None
+    try:
+        action()
+    except Exception as error:  # the others wait to hear of it
+        failure = error
+    failed = torch.tensor([failure is not None], device=accelerator.device).int()
+    number = int(accelerator.gather(failed).sum()) if accelerator.num_processes > 1 else int(failed)
+    if failure is not None:
+        raise failure
+    if number:
+        raise CheckpointError(f"{str(folder)!r} was not written: it failed on {number} of the other processes.")
+
+
+def publish(beside: Path, folder: Path, processes: int = 1) -> None:
+    """Put everything in `beside` on disk, and name it `folder`, in place of what has that name."""
+    sizes = {str(path.relative_to(beside)): path.stat().st_size for path in sorted(beside.rglob("*")) if path.is_file()}
+    (beside / MANIFEST).write_text(json.dumps({"processes": processes, "files": sizes}, indent=1))
+    for path in (*beside.rglob("*"), beside):
+        _sync(path)
+    if folder.exists():
+        replaced = folder.with_name(REPLACED + folder.name)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+    os.rename(beside, folder)
+    _sync(folder.parent)
+    sweep(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # has no such call for folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(run: Path) -> None:
+    """Remove what writing left behind when it was interrupted: partial checkpoints, and replaced ones."""
+    if not run.is_dir():
+        return
+    for path in run.iterdir():
+        whole = path.with_name(path.name.removeprefix(REPLACED))
+        is_replaced = path.name.startswith(f"{REPLACED}checkpoint-") and whole.exists()
+        if path.name.startswith(f"{PARTIAL}checkpoint-") or is_replaced:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints of a run beyond `limit`, never the `newest` or the `best`."""
+    found = [path for path in checkpoints(newest.parent) if path != newest and str(path) != best]
+    kept = 1 + (best is not None and Path(best).parent == newest.parent and Path(best) != newest)
+    for path in found[max(0, limit - kept) :] if limit else []:
+        beside = path.with_name(PARTIAL + path.name)
+        os.rename(path, beside)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# ---- finding ----
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoints in a folder, good or not, newest first."""
+    if not Path(folder).is_dir():
+        return []
+    named = [(found, path) for path in Path(folder).iterdir() if (found := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(named, key=lambda pair: (-int(pair[0][2]), pair[0][1] or ""))]
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest good checkpoint in the output folder of a run; None if there is none.
+
+    Those that are passed over are logged with the reason.
+    """
+    for checkpoint in checkpoints(folder):
+        if not (reason := why_not_resumable(checkpoint)):
+            return checkpoint
+        logger.warning(f"{checkpoint} is passed over: {reason}.")
+    return None
+
+
+def why_not_resumable(checkpoint: Path) -> str:
+    """Why training cannot go on from a checkpoint; empty if it can.
+
+    A good one has all files of its manifest, as long as they were, and among them the trainer's state, weights, and the
+    optimizer's state. One without a manifest, from elsewhere, is judged by the names of its files.
+    """
+    manifest = checkpoint / MANIFEST
+    try:
+        sizes = read_manifest(checkpoint).get("files", {})
+    except ValueError:
+        return f"{MANIFEST} is incomplete"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, and was written with {size:,}"
+    names = [path.name for path in checkpoint.iterdir()]
+    if STATE not in names:
+        return f"{STATE} is missing, so writing it was interrupted"
+    if not any(map(WEIGHTS.fullmatch, names)):
+        return "it holds no weights"
+    if not any(map(OPTIMIZER.fullmatch, names)):
+        return "it holds no optimizer state" + (" (save_only_model was set)" if manifest.exists() else "")
+    return ""
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What `publish` wrote of a checkpoint; empty for one from elsewhere. Raises ValueError for one that was cut short."""
+    file = checkpoint / MANIFEST
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def resolve_checkpoint(asked: str | Path | bool | None, run: str, accelerator: Accelerator) -> str | None:
+    """The folder that `resume_from_checkpoint` means; None to start at the beginning.
+
+    True is the newest good checkpoint in `run`, "last" as well, or the beginning if there is none. All processes go by
+    what the main one finds. Raises ConfigError for one that is not there, or not whole.
+    """
+    if asked in (None, False):
+        return None
+    found = [*_find(asked, run)] if accelerator.is_main_process else [None, ""]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    checkpoint, problem = found
+    if problem:
+        raise ConfigError(problem)
+    return checkpoint
+
+
+def _find(asked: str | Path | bool, run: str) -> tuple[str | None, str]:
+    """The checkpoint's name, or what is wrong."""
+    if asked is not True and asked != "last":
+        return str(Path(asked).expanduser()), _problem(asked)
+    newest = newest_checkpoint(run)
+    if newest is not None or asked == "last":
+        return newest and str(newest), ""
+    return None, (
+        f"resume_from_checkpoint=True: there is no good checkpoint in {run!r}. Start from the beginning "
+        "(resume_from_checkpoint=None), or say 'last' to do that where there is none."
+    )
+
+
+def check_checkpoint(folder: str | Path) -> str:
+    """The name of a checkpoint. Raises ConfigError if it is not there, or not whole."""
+    if problem := _problem(folder):
+        raise ConfigError(problem)
+    return str(Path(folder).expanduser())
+
+
+def _problem(folder: str | Path) -> str:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        beside = [str(each) for each in checkpoints(path.parent)]
+        return f"resume_from_checkpoint={str(folder)!r}: there is no such folder.{suggest(str(path), beside)}"
+    if reason := why_not_resumable(path):
+        return f"resume_from_checkpoint={str(folder)!r} cannot be gone on from: {reason}."
+    return ""
+
+
+# ---- full disks ----
+
+
+@contextmanager
+def full_disk_explained(run: str | Path, name: str, beside: Path | None = None) -> Iterator[None]:
+    """Turn what a full disk makes writers raise into one CheckpointError: where, how much, and what remains.
+
+    `name` is what is written to the folder `run`, by way of `beside`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, CheckpointError) or not _is_full_disk(error, Path(run)):
+            raise
+        raise CheckpointError(_no_space(Path(run), name, beside)) from error
+
+
+def _no_space(run: Path, name: str, beside: Path | None) -> str:
+    written = 0 if beside is None else _size(beside)
+    free = shutil.disk_usage(run).free + written
+    good = next((path for path in checkpoints(run) if not why_not_resumable(path)), None)
+    needed = (
+        f"more than {written / 1e6:,.1f} MB" if good is None else f"about {max(_size(good), written) / 1e6:,.1f} MB"
+    )
+    remains = "No checkpoint is whole." if good is None else f"{good} is whole: make room, then go on with --resume."
+    return (
+        f"No space left on the disk of {str(run)!r} while {name} was written: that needs {needed}, and {free / 1e6:,.1f} MB "
+        f"are free. {remains} save_total_limit=N keeps only the newest N checkpoints, save_only_model=true leaves out "
+        "the optimizer."
+    )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_full_disk(error: BaseException, folder: Path) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full.
+
+    safetensors says so in words only, and torch's writer of archives says no more than that it failed.
+    """
+    chain: list[BaseException] = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    if any(isinstance(each, OSError) and each.errno in FULL for each in chain):
+        return True
+    words = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b")
+    if any(isinstance(each, SafetensorError) and words.search(str(each)) for each in chain):
+        return True
+    failed_to_write = any("inline_container" in str(each) or "iostream" in str(each) for each in chain)
+    return failed_to_write and shutil.disk_usage(folder).free < LITTLE

@@ -1,0 +1,120 @@
+"""A `transformers.Trainer` that goes on exactly where it was stopped.
+
+Whatever changes while training is in its checkpoints: what `transformers` keeps (model, optimizer, scheduler, random
+states, history), the loss since the last log, and the parts that a trainer registers once with `self.parts.keep(name,
+part)`. How a checkpoint is written, and found again, is in `trl.trainers.checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.data_loader import BatchSamplerShard
+from datasets import IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl.trainers.checkpoint import Part, Parts, resolve_checkpoint, rotate, write_checkpoint
+from trl.trainers.collate import Endless
+
+
+class ResumableTrainer(Trainer):
+    """Writes whole checkpoints, and takes up all that is in them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = Parts()
+        self.parts.keep("loss", Part(self._loss_state, self._remember_loss), per_process=True, optional=True)
+        self._resumed_from: str | None = None
+        self._resumed_loss: Mapping[str, Any] | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    # ---- going on ----
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`; True goes on from the newest good checkpoint, "last" from there or the beginning."""
+        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, IterableDataset):
+            size, rows = self._train_batch_size, Endless(self.train_dataset)
+            return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
+        loader = super().get_train_dataloader()
+        if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
+            # What accelerate looks at to tell the sampler which epoch it is, also where batches are skipped.
+            shard.sampler = shard.batch_sampler.sampler
+        return loader
+
+    def take_up(self) -> None:
+        """Before the first step after a checkpoint: its random states, and the loss since its last log."""
+        self._load_rng_state(self._resumed_from)
+        if self._resumed_loss is not None:
+            self._tr_loss += self._resumed_loss["sum"].to(self._tr_loss.device)
+            self._total_loss_scalar -= self._tr_loss.item()  # `train_loss` is that of the steps of this call
+            self._globalstep_last_logged = self._resumed_loss["logged"]
+            self._resumed_loss = None
+
+    def _loss_state(self) -> dict[str, Any]:
+        return {"sum": self._tr_loss, "logged": self._globalstep_last_logged}
+
+    def _remember_loss(self, state: Mapping[str, Any]) -> None:
+        self._resumed_loss = state
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random states come back once: before the first step, or before an epoch where one begins with it."""
+        if checkpoint is not None and checkpoint == self._resumed_from:
+            super()._load_rng_state(checkpoint)
+            self._resumed_from = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.parts.load(Path(checkpoint), rank=self.args.process_index, processes=self.args.world_size)
+            self._resumed_from = checkpoint
+
+    # ---- stopping ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint, whole or not at all."""
+        self.store_flos()
+        state = self.state
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best == folder or best.exists():
+            state.best_model_checkpoint = str(best)
+        write_checkpoint(folder, self._write_checkpoint, self.accelerator, names_it=self.args.should_save)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate(folder, self.args.save_total_limit, state.best_model_checkpoint)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """The files of a checkpoint."""
+        self.save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.parts.save(folder, rank=self.args.process_index, is_main=self.args.should_save)
+        if self.args.should_save:
+            self.state.stateful_callbacks = self._callback_states()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _callback_states(self) -> dict[str, Any]:
+        """By class; a list of them where there are several callbacks of one."""
+        found: dict[str, list] = {}
+        for each in (*self.callback_handler.callbacks, self.control):
+            if isinstance(each, ExportableState):
+                found.setdefault(type(each).__name__, []).append(each.state())
+        return {name: states if len(states) > 1 else states[0] for name, states in found.items()}
