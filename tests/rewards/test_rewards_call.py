@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from trl.errors import ConfigError
-from trl.rewards.call import RewardError, Samples, call_rewards, make_rewards
+from trl.rewards.call import RewardError, Samples, call_rewards, check_columns, make_rewards
 
 SAMPLES = Samples(["p", "q", "r"], ["aa", "b", "ccc"], {"answer": [1, 2, 3]}, {"step": 7})
 
@@ -28,6 +29,57 @@ def test_columns_and_extras_come_by_name():
         return [a * step + len(c) for a, c in zip(answer, completions, strict=True)]
 
     assert rewards_of(reward).values.tolist() == [[9.0], [15.0], [24.0]]
+
+
+def test_a_function_is_given_what_it_names():
+    def reward(completions, answer=None):
+        return [len(c) + a for c, a in zip(completions, answer, strict=True)]
+
+    async def other(prompts, missing=5):
+        return [missing] * len(prompts)
+
+    class Letters:
+        def __call__(self, completions):
+            return lengths(completions)
+
+    found = rewards_of(reward, other, Letters(), partial(lengths))
+    assert found.values.tolist() == [[3, 5, 2, 2], [3, 5, 1, 1], [6, 5, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda completions, anwser: [], "'<lambda>' asks for 'anwser', which is no column .* Did you mean 'answer'"),
+        (lambda x, /: [], "'<lambda>' takes 'x' by position, but arguments come by name"),
+        (
+            lambda texts=(): [],
+            r"takes neither completions nor any other of .*: write it as \(completions, \*\*columns\)",
+        ),
+    ],
+)
+def test_functions_that_cannot_be_called(function, words):
+    check_columns(make_rewards([lengths, lambda completions, answer: []]), ["answer"])
+    with pytest.raises(ConfigError, match=words):
+        check_columns(make_rewards([lengths, function]), ["answer"])
+
+
+def test_calls_that_fail_before_they_are_awaited():
+    async def reward(completions, answer, more):
+        return []
+
+    with pytest.raises(
+        RewardError, match=r"'reward' raised TypeError: .*missing 1 required positional argument: 'more'"
+    ):
+        rewards_of(reward)
+
+
+def test_names_are_given_once():
+    assert [r.name for r in make_rewards([lengths, lengths, slow, lengths])] == [
+        "lengths",
+        "lengths_2",
+        "slow",
+        "lengths_3",
+    ]
 
 
 def test_none_does_not_apply():

@@ -10,7 +10,6 @@ from trl.errors import ConfigError
 from trl.rewards import (
     accuracy_reward,
     boxed_format_reward,
-    get_code_reward,
     get_combined_reward,
     get_cosine_scaled_reward,
     get_json_reward,
@@ -143,17 +142,6 @@ def test_combinations():
     assert get_combined_reward([a, b], how="min")(**given) == [1, 0.5, None]
     with pytest.raises(ConfigError, match="Unknown how 'max'"):
         get_combined_reward([a], how="max")
-
-
-def test_code_is_run_when_asked_for():
-    with pytest.raises(ConfigError, match="Set run_untrusted_code=True"):
-        get_code_reward()
-    reward = get_code_reward(run_untrusted_code=True, seconds=2.0, processes=2)
-    right = "Here:\n```python\ndef double(x):\n    return 2 * x\n```"
-    network = "import socket\nsocket.create_connection(('127.0.0.1', 9))"
-    programs = [right, "def double(x): return 0", network, "while True: pass", "x = 'a' * 10**10", right]
-    tests = [["assert double(2) == 4", "assert double(0) == 0"]] * 2 + [["pass"]] * 3 + [[]]
-    assert reward(completions=programs, tests=tests) == [1.0, 0.5, 0.0, 0.0, 0.0, None]
 
 
 def test_rewards_can_be_sent_to_other_processes():

@@ -2,8 +2,8 @@
 
     reward(prompts=[…], completions=[…], completion_ids=[…], **columns) -> [1.0, None, …]
 
-One number per sample; None where the function does not apply. Functions may be async: those of one round run at the same
-time. What raises, takes too long, or gives anything else than one finite number (or None) per sample is an error that
+One number per sample; None where the function does not apply. A function is given the arguments that it names, all of them
+if it takes `**columns`. Functions may be async: those of one round run at the same time. What raises, takes too long, or gives anything else than one finite number (or None) per sample is an error that
 names function and sample, or, with on_error="drop", a sample that is not learned from.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trl.errors import ConfigError, TrlError, unknown
 from trl.rewards.model import RewardModel
+from trl.rewards.signature import check_arguments, fitting
 
 RewardFunction = Callable[..., "Sequence[float | None] | Awaitable[Sequence[float | None]]"]
 ON_ERROR = ("stop", "drop")
@@ -42,6 +43,10 @@ class Reward:
     @property
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__)
+
+    def call(self, samples: Samples) -> Any:
+        """What the function gives for the samples; to be awaited if it is async."""
+        return self.function(**fitting(self.function, samples.keywords))
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,13 @@ def make_rewards(
     tokenizers = _one_each("reward_processing_classes", processing_classes, functions)
     made = [_function(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
     numbers = [1.0] * len(made) if weights is None else _one_each("reward_weights", list(weights), functions)
-    return [Reward(_name(f), f, float(w)) for f, w in zip(made, numbers, strict=True)]
+    return [Reward(name, f, float(w)) for name, f, w in zip(_names(made), made, numbers, strict=True)]
+
+
+def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
+    """Raise ConfigError for a function that asks for something else than the dataset's `columns`."""
+    for reward in rewards:
+        check_arguments(reward.name, reward.function, columns)
 
 
 def _one_each(argument: str, values: Any, functions: Sequence[Any]) -> list[Any]:
@@ -108,8 +119,11 @@ def _function(given: Any, tokenizer: Any) -> RewardFunction:
     return given
 
 
-def _name(function: RewardFunction) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def _names(functions: Sequence[RewardFunction]) -> list[str]:
+    """Names in logs, each once: a second `short` is `short_2`."""
+    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def call_rewards(
@@ -140,7 +154,7 @@ def _outcomes(rewards: Sequence[Reward], samples: Samples, timeout: float | None
     for i, reward in enumerate(rewards):
         if i not in found:
             try:
-                found[i] = _within(timeout, lambda reward=reward: reward.function(**samples.keywords))
+                found[i] = _within(timeout, lambda reward=reward: reward.call(samples))
             except Exception as error:  # a user's function may raise anything; it is reported with its name
                 found[i] = error
     return [found[i] for i in range(len(rewards))]
@@ -174,9 +188,11 @@ def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
 def _all_async(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
     """In a thread of its own, since a notebook has a loop running already."""
 
+    async def call(reward: Reward) -> Sequence[float | None]:
+        return await asyncio.wait_for(reward.call(samples), timeout)
+
     async def run() -> list[Outcome]:
-        calls = [asyncio.wait_for(reward.function(**samples.keywords), timeout) for reward in rewards]
-        return await asyncio.gather(*calls, return_exceptions=True)
+        return await asyncio.gather(*map(call, rewards), return_exceptions=True)
 
     return _in_thread(lambda: asyncio.run(run()), None)
 

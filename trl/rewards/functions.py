@@ -14,6 +14,7 @@ from typing import Any
 
 from trl.errors import ConfigError, unknown
 from trl.rewards.answers import Completion, text_of
+from trl.rewards.signature import fitting
 
 THINKS = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*", re.DOTALL)
 
@@ -216,7 +217,7 @@ class get_combined_reward:
             raise ConfigError("weights are for how='sum': give one for each function.")
 
     def __call__(self, **given: Any) -> list[float | None]:
-        rewards = [function(**given) for function in self.functions]
+        rewards = [function(**fitting(function, given)) for function in self.functions]
         weights = self.weights or [1.0] * len(rewards)
         return [self._of(each, weights) for each in zip(*rewards, strict=True)]
 

@@ -1,0 +1,46 @@
+"""What a reward function asks for: it is given the arguments that it names, or all of them if it takes `**columns`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trl.errors import ConfigError, suggest
+
+SAMPLES = ("prompts", "completions", "completion_ids")
+EXTRAS = ("trainer_state", "log_extra", "log_metric")
+BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `given` that the function takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return dict(given)
+    names = {p.name for p in parameters if p.kind in BY_KEYWORD}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def check_arguments(name: str, function: Callable, columns: Sequence[str] | None) -> None:
+    """Raise ConfigError if the function asks for what it will not be given.
+
+    `columns` are those of the dataset; None: not known yet, so any name may be one.
+    """
+    known = [*SAMPLES, *EXTRAS, *(columns or ())]
+    parameters = inspect.signature(function).parameters.values()
+    if positional := [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]:
+        raise ConfigError(f"Reward function {name!r} takes {positional[0]!r} by position, but arguments come by name.")
+    required = [p.name for p in parameters if p.kind in BY_KEYWORD and p.default is inspect.Parameter.empty]
+    missing = [each for each in required if each not in known]
+    if missing and columns is not None:
+        raise ConfigError(
+            f"Reward function {name!r} asks for {missing[0]!r}, which is no column of the dataset."
+            f"{suggest(missing[0], known)} It is given: {', '.join(known)}."
+        )
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if not takes_any and not {p.name for p in parameters} & {*SAMPLES, *(columns or required)}:
+        raise ConfigError(
+            f"Reward function {name!r} takes neither completions nor any other of {', '.join(known)}: write it as "
+            "(completions, **columns)."
+        )
