@@ -51,10 +51,7 @@ def test_a_function_is_given_what_it_names():
     [
         (lambda completions, anwser: [], "'<lambda>' asks for 'anwser', which is no column .* Did you mean 'answer'"),
         (lambda x, /: [], "'<lambda>' takes 'x' by position, but arguments come by name"),
-        (
-            lambda texts=(): [],
-            r"takes neither completions nor any other of .*: write it as \(completions, \*\*columns\)",
-        ),
+        (lambda texts=(): [], r"takes none of prompts, .* write it as \(completions, \*\*columns\)"),
     ],
 )
 def test_functions_that_cannot_be_called(function, words):

@@ -1,17 +1,30 @@
-"""Reward functions by name: `--reward_funcs rewards.py:short my_package.rewards.polite org/reward-model`."""
+"""Reward functions by name.
+
+accuracy_reward                      one of `trl.rewards`
+get_length_reward(target=100)        one of those that are made from options
+rewards.py:short                     a function in a file
+my_package.rewards:polite            a function of a module; a dot will do for the colon
+org/reward-model                     the hub name, or folder, of a reward model
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError, suggest, unknown
+
+CALL = re.compile(r"(?P<name>[^()]+)\((?P<arguments>[^()]*)\)")
 
 
 @dataclass
@@ -19,55 +32,135 @@ class RewardArguments:
     """What rewards the samples of an online method."""
 
     reward_funcs: list[str] | None = None
-    """Functions: file.py:function, package.module.function or one of trl.rewards; or hub names of reward models."""
+    """Functions: names of trl.rewards, file.py:function or package.module:function; or hub names of reward models."""
 
     reward_model_name_or_path: str | None = None
-    """Hub name or folder of a reward model, beside the functions."""
+    """Hub name or folder of a reward model, before the functions."""
 
 
 def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
-    """The `reward_funcs` of an online trainer: the functions, and the reward model last."""
-    rewards = [find_reward(name) for name in arguments.reward_funcs or []]
-    if arguments.reward_model_name_or_path is not None:
-        rewards.append(arguments.reward_model_name_or_path)
+    """The `reward_funcs` of an online trainer: the reward model first, then the functions."""
+    model = arguments.reward_model_name_or_path
+    rewards = [*([] if model is None else [model]), *map(find_reward, arguments.reward_funcs or [])]
     if not rewards:
         raise ConfigError(
-            "reward_funcs is missing: give file.py:function, package.module.function, or the hub name of a reward model "
-            "(--reward_model_name_or_path)."
+            "reward_funcs is missing: give a name of trl.rewards, file.py:function, package.module:function, or the hub "
+            "name of a reward model (--reward_model_name_or_path)."
         )
     return {"reward_funcs": rewards}
 
 
 def find_reward(name: str) -> Callable | str:
     """The function that `name` stands for, or the name itself if it is that of a reward model."""
+    call = CALL.fullmatch(name)
+    plain = name if call is None else call["name"]
+    source, found = _located(plain)
+    if found is None:
+        return name
+    if call is not None:
+        found = _made(plain, found, *_arguments(name, call["arguments"]))
+    elif isinstance(found, type):
+        found = _made(plain, found, [], {})
+    from trl.rewards.signature import check_arguments
+
+    check_arguments(source, found, None)
+    return found
+
+
+def _located(name: str) -> tuple[str, Callable | None]:
+    """What stands under a name, and what to call it; None if it is the name of a reward model."""
     file, colon, function = name.rpartition(":")
     if colon:
-        module = _module_in(Path(file).expanduser()) if file.endswith(".py") else _module(file, name)
-        return _member(module, function, name)
+        module = _module_in(Path(file).expanduser(), name) if file.endswith(".py") else _module(file, name)
+        return function, _member(module, function, name)
+    if name.endswith(".py"):
+        functions = _functions(_module_in(Path(name).expanduser(), name))
+        raise ConfigError(
+            f"reward_funcs={name!r} names a file: give {name}:FUNCTION. It has {', '.join(functions) or 'none'}."
+        )
     if "/" in name or Path(name).is_dir():
-        return name
+        return name, None
     module, dot, function = name.rpartition(".")
-    return _member(_module(module if dot else "trl.rewards", name), function, name)
+    return function, _member(_module(module, name), function, name) if dot else _registered(name)
+
+
+def _registered(name: str) -> Callable:
+    import trl.rewards
+
+    if name not in trl.rewards.__all__:
+        raise ConfigError(
+            f"{unknown('reward function', name, trl.rewards.__all__)} One of your own is file.py:function or "
+            "package.module:function."
+        )
+    return getattr(trl.rewards, name)
 
 
 def _module(module: str, name: str) -> ModuleType:
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise ConfigError(f"reward_funcs={name!r}: there is no module {module!r}.")
+    """The module, which may stand in the current folder."""
+    _search_in(Path.cwd())
+    for part in accumulate(module.split("."), "{}.{}".format):
+        if importlib.util.find_spec(part) is None:
+            raise ConfigError(f"reward_funcs={name!r}: there is no module {part!r}.")
     return importlib.import_module(module)
 
 
-def _module_in(file: Path) -> ModuleType:
+def _module_in(file: Path, name: str) -> ModuleType:
+    """The module that a file makes; what stands beside the file can be imported from it."""
     if not file.is_file():
-        raise ConfigError(f"reward_funcs: there is no file {str(file)!r}.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+        beside = [each.name for each in file.parent.glob("*.py")]
+        raise ConfigError(f"reward_funcs={name!r}: there is no file {str(file)!r}.{suggest(file.name, beside)}")
+    _search_in(file.resolve().parent)
+    own_name = f"{file.stem}_py"  # a name of its own, so that a file called random.py hides nothing
+    spec = importlib.util.spec_from_file_location(own_name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[own_name] = module
     spec.loader.exec_module(module)
     return module
 
 
+def _search_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+        importlib.invalidate_caches()
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+
+
 def _member(module: ModuleType, function: str, name: str) -> Callable:
-    known = [each for each in dir(module) if not each.startswith("_")]
+    known = _functions(module)
     if function not in known:
-        raise ConfigError(f"reward_funcs={name!r}: {module.__name__} has no {function!r}.{suggest(function, known)}")
+        where = Path(module.__file__).name if module.__file__ else module.__name__
+        raise ConfigError(
+            f"reward_funcs={name!r}: {where} has no function {function!r}.{suggest(function, known)} "
+            f"It has {', '.join(known) or 'none'}."
+        )
     return getattr(module, function)
+
+
+# ---- functions that are made from options ----
+
+
+def _arguments(name: str, text: str) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments, from what stands in parentheses: Python literals."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        return [ast.literal_eval(each) for each in call.args], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"reward_funcs={name!r}: write arguments as in get_length_reward(target=100), with plain values."
+        ) from error
+
+
+def _made(name: str, maker: Callable, given: Sequence[Any], named: Mapping[str, Any]) -> Callable:
+    """The reward function that `maker` makes of arguments."""
+    parameters = inspect.signature(maker).parameters
+    for each in named:
+        if each not in parameters:
+            raise ConfigError(unknown(f"argument of {name}", each, parameters))
+    required = [p.name for p in list(parameters.values())[len(given) :] if p.default is inspect.Parameter.empty]
+    if missing := [each for each in required if each not in named]:
+        shown = ", ".join(f"{each}=…" for each in required)
+        raise ConfigError(f"{name} is made from options, and {missing[0]} is missing: write '{name}({shown})'.")
+    return maker(*given, **named)

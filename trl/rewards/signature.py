@@ -39,8 +39,8 @@ def check_arguments(name: str, function: Callable, columns: Sequence[str] | None
             f"{suggest(missing[0], known)} It is given: {', '.join(known)}."
         )
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    if not takes_any and not {p.name for p in parameters} & {*SAMPLES, *(columns or required)}:
+    if not takes_any and not {p.name for p in parameters} & set(SAMPLES):
         raise ConfigError(
-            f"Reward function {name!r} takes neither completions nor any other of {', '.join(known)}: write it as "
+            f"Reward function {name!r} takes none of {', '.join(SAMPLES)}, so it cannot tell samples apart: write it as "
             "(completions, **columns)."
         )
