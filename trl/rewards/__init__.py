@@ -13,6 +13,8 @@ from trl.rewards.functions import (
     think_format_reward,
     think_tags_reward,
 )
+from trl.rewards.human import HumanPreference as human_preference
+from trl.rewards.human import HumanRating as human_rating
 
 __all__ = [
     "accuracy_reward",
@@ -25,6 +27,8 @@ __all__ = [
     "get_regex_reward",
     "get_repetition_penalty_reward",
     "get_soft_overlong_punishment",
+    "human_preference",
+    "human_rating",
     "reasoning_accuracy_reward",
     "think_format_reward",
     "think_tags_reward",
