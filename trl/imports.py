@@ -15,6 +15,7 @@ EXTRAS = {
     "PIL": "vlm",
     "torchvision": "vlm",
     "diffusers": "diffusion",
+    "math_verify": "math",
 }
 
 

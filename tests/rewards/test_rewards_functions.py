@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from trl.errors import ConfigError
+from trl.imports import is_available
 from trl.rewards import (
     accuracy_reward,
     boxed_format_reward,
@@ -21,7 +24,7 @@ from trl.rewards import (
     think_format_reward,
     think_tags_reward,
 )
-from trl.rewards.answers import boxed, extract_answer
+from trl.rewards.answers import agree, boxed, extract_answer, has_math_verify
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,43 @@ def test_a_box_that_is_not_closed():
 def test_accuracy(text, solution, expected):
     assert accuracy_reward([text], [solution]) == [expected]
     assert accuracy_reward([[{"role": "assistant", "content": text}]], [solution]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "equal"),
+    [
+        ("0.5", r"\frac{1}{2}", True),
+        ("1,000", "1000.0", True),
+        (r"\text{Paris}", "Paris", True),
+        ("$7$", "7", True),
+        ("3/0", "3", False),
+        ("(x-1)(x+1)", "x^2-1", False),
+    ],
+)
+def test_answers_agree_as_numbers_or_as_text(answer, solution, equal):
+    assert agree(answer, solution) is equal
+
+
+def test_answers_agree_as_mathematics():
+    pytest.importorskip("math_verify")
+    texts = [r"\boxed{(x-1)(x+1)}", r"\boxed{x^2+1}", r"so it is $\{2, 1\}$", "no idea"]
+    solutions = ["x^2-1", r"\boxed{x^2-1}", r"$\{1,2\}$", "5"]
+    assert accuracy_reward(texts, solutions) == [1.0, 0.0, 1.0, 0.0]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(accuracy_reward, texts, solutions).result() == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_how_answers_are_compared_is_said_once():
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("trl.rewards.answers").addHandler(handler)
+    has_math_verify.cache_clear()
+    accuracy_reward(["1", "2"], ["1", "1"])
+    accuracy_reward(["1"], ["1"])
+    logging.getLogger("trl.rewards.answers").removeHandler(handler)
+    assert len(said) == (0 if is_available("math_verify") else 1)
+    assert all("trl[math]" in line for line in said)
 
 
 def test_accuracy_after_reasoning():

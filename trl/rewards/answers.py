@@ -1,19 +1,27 @@
 """Answers in texts, and whether they agree with a solution.
 
-The answer is what stands in the last \\boxed{…}, else the last number. With math-verify installed, answers are compared as
-mathematics (0.5 = \\frac{1}{2} = 50\\%); without it, as numbers where both are numbers, else as text.
+The answer is what stands in the last \\boxed{…}, else the last number. With math-verify installed (the extra "math"), answers
+are found and compared as mathematics: (x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are
+numbers (0.5 = \\frac{1}{2}), else as text.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from trl.imports import is_available, require
+
+logger = logging.getLogger(__name__)
+
+VERIFY_SECONDS = 5
+"""Time that math-verify may take to read or compare one answer."""
 
 Completion = str | Sequence[dict[str, Any]]
 
@@ -73,17 +81,31 @@ def is_correct(text: str, solution: str) -> bool | None:
     gold = extract_answer(solution) or solution.strip()
     if not gold:
         return None
-    if is_available("math_verify"):
-        return _verified(text, solution)
+    if has_math_verify():
+        return is_verified(text, solution)
     answer = extract_answer(text)
     return answer is not None and agree(answer, gold)
 
 
-def _verified(text: str, solution: str) -> bool | None:
-    math_verify = require("math_verify", to="comparing answers")
-    parse = functools.partial(math_verify.parse, parsing_timeout=None)
-    gold = parse(solution)
-    return bool(math_verify.verify(gold, parse(text), timeout_seconds=None)) if gold else None
+@functools.cache
+def has_math_verify() -> bool:
+    """Whether math-verify is installed; says once what happens if it is not."""
+    found = is_available("math_verify")
+    if not found:
+        logger.warning(
+            'Answers are compared as numbers, or else as text. To compare them as mathematics: pip install "trl[math]".'
+        )
+    return found
+
+
+def is_verified(text: str, solution: str) -> bool | None:
+    """Whether math-verify finds the answers equal; None where it finds no answer in the solution."""
+    math_verify = require("math_verify", to="comparing answers as mathematics")
+    # Its time limits are signals, which only the main thread may set.
+    seconds = VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
+    parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
+    gold = parse(solution) or parse(f"${solution}$")
+    return bool(math_verify.verify(gold, parse(text), timeout_seconds=seconds)) if gold else None
 
 
 def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **_: Any) -> list[float | None]:
