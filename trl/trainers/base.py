@@ -269,8 +269,8 @@ class BaseTrainer(ResumableTrainer):
     ) -> tuple[list[list[Batch]], int]:
         """The rows of one optimizer step, as micro-batches laid out and weighed: a list of them per counted step."""
         self._window_started = time.perf_counter()
-        self.take_up()
         pulled = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
+        self.take_up()
         examples = [example for examples in pulled for example in examples]
         if not examples:
             return [], 1

@@ -192,6 +192,7 @@ class OnlineTrainer(BaseTrainer):
         return self.rounds.loader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
+        self.take_up()  # before a round is sampled
         self._fresh = self.rounds.is_fresh
         return super().get_batch_samples(*args, **kwargs)
 

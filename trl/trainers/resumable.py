@@ -57,7 +57,10 @@ class ResumableTrainer(Trainer):
         return loader
 
     def take_up(self) -> None:
-        """Before the first step after a checkpoint: its random states, and the loss since its last log."""
+        """Before the first step after a checkpoint: its random states, and the loss since its last log.
+
+        Loaders draw on random states when they start, so that comes after the first rows are there.
+        """
         self._load_rng_state(self._resumed_from)
         if self._resumed_loss is not None:
             self._tr_loss += self._resumed_loss["sum"].to(self._tr_loss.device)

@@ -1,0 +1,16 @@
+"""A run that was stopped and gone on with is the run that was never stopped: weights and logged numbers, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.stops.runs import RUNS, differences, in_parts, whole
+
+STOPS = (1, 3, 5)
+"""In the middle of an epoch, at its end, and in the second one; each between two logs, and within a round of samples."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_in_parts_is_the_whole_run(name, tmp_path):
+    make = RUNS[name]
+    assert not differences(whole(make, tmp_path), in_parts(make, tmp_path, STOPS))
