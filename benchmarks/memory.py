@@ -1,9 +1,9 @@
-"""How near `trl check`'s estimate of memory comes to what training takes: a table over architectures and options.
+"""How near `trl check`'s estimate of memory comes to what training takes: a table over architectures, methods, options.
 
     python benchmarks/memory.py
 
-Every run trains for a few steps in a process of its own. Measured is by how much its resident memory grew beyond what it
-held before it had a model (VmHWM of Linux).
+Every run trains for a few steps in a process of its own. Measured is the most memory that the process ever held (VmHWM of
+Linux), and what of it came after its libraries were imported.
 """
 
 from __future__ import annotations
@@ -27,36 +27,52 @@ SHAPES = {
 }
 VOCABULARY = {"llama-tiny": 1000, "gpt2-tiny": 1000, "llama-15m": 8000, "gpt2-15m": 8000}
 
-OPTIONS = {
-    "sft": "",
-    "sft checkpointed": "--gradient_checkpointing",
-    "sft LoRA": "--use_peft --lora_target_modules all-linear",
-    "sft LoRA checkpointed": "--use_peft --lora_target_modules all-linear --gradient_checkpointing",
-    "sft accumulated": "--per_device_train_batch_size 2 --gradient_accumulation_steps 4",
+LORA = "--use_peft --lora_target_modules all-linear"
+SAMPLED = "--reward_funcs rewards.py:long --max_completion_length 128 --num_generations 8"
+RUNS = {
+    "sft": "sft",
+    "sft checkpointed": "sft --gradient_checkpointing",
+    "sft LoRA": f"sft {LORA}",
+    "sft LoRA checkpointed": f"sft {LORA} --gradient_checkpointing",
+    "sft accumulated": "sft --per_device_train_batch_size 2 --gradient_accumulation_steps 4",
+    "dpo": "dpo",
+    "dpo LoRA": f"dpo {LORA}",
+    "grpo": f"grpo {SAMPLED} --gradient_accumulation_steps 4",
 }
+
+COMMON = "--use_cpu --max_steps 4 --save_strategy no --report_to none --no_html_report"
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """Bytes: of the whole process, and of what came after its libraries."""
+
     estimated: float
     measured: float
+    estimated_after: float
+    measured_after: float
 
     @property
     def ratio(self) -> float:
         return self.estimated / self.measured
 
+    @property
+    def ratio_after(self) -> float:
+        return self.estimated_after / self.measured_after
+
 
 def compare(shape: str, options: str, folder: Path) -> Comparison:
-    """Estimated and measured bytes of a few steps of `trl sft` on rows of 256 tokens."""
+    """Estimated and measured bytes of a few steps on rows of 256 tokens."""
     make_model(shape, folder)
-    words = ["--model_name_or_path", str(folder / shape), "--dataset_name", str(folder / "rows.jsonl"), "--use_cpu"]
-    words += ["--max_steps", "4", "--save_strategy", "no", "--report_to", "none", "--output_dir", str(folder / "out")]
-    words += options.split()
-    return Comparison(*(_in_process(what, words) for what in ("estimate", "measure")))
+    method, *more = options.split()
+    words = [method, "--model_name_or_path", shape, "--dataset_name", f"{method}.jsonl", "--output_dir", "out"]
+    words += [*COMMON.split(), *more]
+    estimated, measured = (_in_process(what, words, folder) for what in ("estimate", "measure"))
+    return Comparison(estimated["peak"], measured["peak"], estimated["after"], measured["after"])
 
 
 def make_model(shape: str, folder: Path) -> None:
-    """A random model of that shape with a tokenizer of digits, and rows of 256 tokens."""
+    """A random model of that shape with a tokenizer of digits, and rows of 256 tokens for every method."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -70,28 +86,41 @@ def make_model(shape: str, folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder / shape)
-    rows = [{"text": " ".join(str((7 * i + j) % 500) for j in range(255))} for i in range(48)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def digits(start: int, count: int) -> str:
+        return " ".join(str((7 * start + j) % 500) for j in range(count))
+
+    rows = {
+        "sft": [{"text": digits(i, 255)} for i in range(48)],
+        "dpo": [
+            {"prompt": digits(i, 128), "chosen": digits(i, 127), "rejected": digits(i + 1, 127)} for i in range(48)
+        ],
+        "grpo": [{"prompt": digits(i, 128)} for i in range(48)],
+    }
+    for method, each in rows.items():
+        (folder / f"{method}.jsonl").write_text("\n".join(map(json.dumps, each)))
+    (folder / "rewards.py").write_text("def long(completions, **_):\n    return [float(len(c)) for c in completions]\n")
 
 
-def _in_process(what: str, words: list[str]) -> float:
-    command = [sys.executable, __file__, what, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _in_process(what: str, words: list[str], folder: Path) -> dict[str, int]:
+    command = [sys.executable, str(Path(__file__).resolve()), what, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    return float(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def estimate(words: list[str]) -> int:
-    from trl.cli.estimate import estimate_memory
-    from trl.cli.preview import trainer_without_weights
-    from trl.models.config import get_peft_config
+def estimate(words: list[str]) -> dict[str, int]:
+    from trl.cli.check import estimate_of, trainer_of
+    from trl.cli.estimate import LIBRARIES
+    from trl.cli.train import datasets_of
 
     run = _run(words)
-    return estimate_memory(trainer_without_weights(run, peft_config=get_peft_config(run.model))).total
+    found = estimate_of(run, trainer_of(run, datasets_of(run)[0]))
+    return {"peak": found.total, "after": found.total - found.parts[LIBRARIES]}
 
 
-def measure(words: list[str]) -> int:
+def measure(words: list[str]) -> dict[str, int]:
     from trl.cli.commands import load
     from trl.cli.train import build_trainer
 
@@ -99,7 +128,7 @@ def measure(words: list[str]) -> int:
     load(run.method.trainer)
     before = _resident("VmRSS")
     build_trainer(run).train()
-    return _resident("VmHWM") - before
+    return {"peak": _resident("VmHWM"), "after": _resident("VmHWM") - before}
 
 
 def _run(words: list[str]):
@@ -107,8 +136,8 @@ def _run(words: list[str]):
     from trl.cli.train import read_run
 
     os.environ["TQDM_DISABLE"] = "1"
-    method = methods()["sft"]
-    return read_run(method, method.parser().parse(words))
+    method = methods()[words[0]]
+    return read_run(method, method.parser().parse(words[1:]))
 
 
 def _resident(key: str) -> int:
@@ -119,18 +148,24 @@ def _resident(key: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    shapes = parser.parse_args().shapes
-    print(f"{'model':<12} {'run':<24} {'estimated':>10} {'measured':>10} {'ratio':>6}   (MiB)")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    chosen = parser.parse_args()
+    print(f"{'':36} {'whole process':>24}   {'beyond its libraries':>24}   (MiB)")
+    print(f"{'model':<12} {'run':<23} {'estimate':>8} {'measured':>8} {'ratio':>6}", end=" ")
+    print(f"  {'estimate':>8} {'measured':>8} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for shape in shapes:
-            for name, options in OPTIONS.items():
-                found = compare(shape, options, Path(folder))
-                numbers = f"{found.estimated / MIB:>10.0f} {found.measured / MIB:>10.0f} {found.ratio:>6.2f}"
-                print(f"{shape:<12} {name:<24} {numbers}", flush=True)
+        for shape in chosen.shapes:
+            for name in chosen.runs:
+                found = compare(shape, RUNS[name], Path(folder))
+                whole = f"{found.estimated / MIB:>8.0f} {found.measured / MIB:>8.0f} {found.ratio:>6.2f}"
+                after = (
+                    f"{found.estimated_after / MIB:>8.0f} {found.measured_after / MIB:>8.0f} {found.ratio_after:>6.2f}"
+                )
+                print(f"{shape:<12} {name:<23} {whole}   {after}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["estimate"], ["measure"]):
-        print({"estimate": estimate, "measure": measure}[sys.argv[1]](sys.argv[2:]))
+        print(json.dumps({"estimate": estimate, "measure": measure}[sys.argv[1]](sys.argv[2:])))
     else:
         main()

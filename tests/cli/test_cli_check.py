@@ -54,7 +54,7 @@ def test_rows_plan_and_memory(words, folder, capsys):
     for part in ("weights", "optimizer", "activations", "together"):
         assert f"\n  {part} " in shown
     assert "Ready to train." in shown
-    assert not list((folder / "out").glob("*"))
+    assert not (folder / "out").exists()
 
 
 def test_processes_count(folder, capsys):
@@ -71,7 +71,7 @@ def test_a_reward_that_fails_is_named(folder, capsys):
     assert main(["check", "grpo", *words_for("prompts.jsonl", *more)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "short -18" in shown
-    assert "8 = 8 per micro-batch" in shown
+    assert "completions per round 8 = 2 prompts × 4 samples × 1 process" in shown
     assert "30 = 3 epochs of 10" in shown
     assert main(["check", "grpo", *words_for("prompts.jsonl", *more, "rewards.py:words")]) == 1
     shown = " ".join(capsys.readouterr().out.split())
@@ -80,10 +80,46 @@ def test_a_reward_that_fails_is_named(folder, capsys):
     assert "Ready" not in shown
 
 
+PAIRS = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
+ROUND = ["--reward_funcs", "rewards.py:short", "--max_completion_length", "8", "--use_cpu"]
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "more", "plan"),
+    [
+        ("reward", PAIRS, [], "optimizer steps 6 = 3 epochs of 2"),
+        ("dpo", PAIRS, [], "optimizer steps 6 = 3 epochs of 2"),
+        ("dpo", PAIRS, ["--precompute_ref_log_probs"], "optimizer steps 6 = 3 epochs of 2"),
+        ("cpo", PAIRS, [], "optimizer steps 6 = 3 epochs of 2"),
+        ("orpo", PAIRS, ["--use_peft", "--gradient_checkpointing"], "optimizer steps 6 = 3 epochs of 2"),
+        (
+            "kto",
+            {"prompt": "Why?", "completion": " So.", "label": None},
+            ["--gradient_accumulation_steps", "2"],
+            "rows per step 16 = 8 per micro-batch × 2 accumulated",
+        ),
+        ("ppo", {"prompt": "Why?"}, [*ROUND, "--batch_size", "4", "--mini_batch_size", "2"], "steps per round 8"),
+        ("rloo", {"prompt": "Why?"}, ROUND, "completions per round 8 = 4 prompts × 2 samples"),
+        ("online-dpo", {"prompt": "Why?"}, ROUND, "completions per round 16 = 8 prompts × 2 samples"),
+    ],
+)
+def test_every_method_has_a_plan_and_an_estimate(method, row, more, plan, folder, capsys):
+    """12 rows in steps of 8, unless a row says otherwise."""
+    rows = [{**row, "label": i % 2 == 0} if "label" in row else row for i in range(12)]
+    (folder / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["check", method, *words_for("few.jsonl", *more)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert plan in shown
+    assert "activations" in shown
+    assert ("short -18" in shown) == ("--reward_funcs" in more)
+    assert shown.endswith("Ready to train.")
+    assert not (folder / "out").exists()
+
+
 def test_a_folder_without_weights_is_a_reason(folder, capsys):
     (folder / "tiny" / "model.safetensors").unlink()
     assert main(["check", *words_for("rows.jsonl")]) == 1
-    assert "✗ Model: the folder 'tiny' holds no weights" in capsys.readouterr().out
+    assert "✗ Model: model_name_or_path='tiny': the folder holds no weights" in capsys.readouterr().out
 
 
 def test_columns_that_a_method_does_not_take(folder, capsys):

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, datasets_of, read_run
+from trl.cli.train import Run, check_weights, datasets_of, read_run
 from trl.errors import ConfigError, TrlError, suggest
 
 if TYPE_CHECKING:
@@ -51,35 +50,40 @@ def _print_help(method: Method, *, everything: bool) -> int:
 
 def check(run: Run) -> int:
     """Print all that can be known before training. Returns 1 if something is wrong, else 0."""
-    from trl.cli.estimate import estimate_memory
     from trl.cli.help import console
-    from trl.models.config import get_peft_config
 
     out = console()
     rows = datasets_of(run)[0]
     sample = rows.take(ROWS_READ)
-    rewards: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
-    trainer = trainer_of(run, sample, peft_config=get_peft_config(run.model), **rewards)
+    trainer = trainer_of(run, sample)
     trainer.preview(ROWS_SHOWN)
-    processes = run.num_processes or trainer.args.world_size
-    print_table(out, "Plan", plan_of(trainer, rows, sample, processes))
-    quantised = (
-        {True: 4, False: 8}[run.model.load_in_4bit] if run.model.load_in_4bit or run.model.load_in_8bit else None
-    )
-    estimate = estimate_memory(trainer, sharding=run.accelerate_config, processes=processes, quantised_bits=quantised)
-    print_table(out, f"Memory of each {estimate.device} device, estimated", table_of(estimate))
+    estimate = estimate_of(run, trainer)
+    print_table(out, "Plan", plan_of(trainer, rows, sample, estimate.processes))
+    print_table(out, f"Memory of {'each' if estimate.processes > 1 else 'the'} process", table_of(estimate))
     problems = [*weights_problems(run), *memory_problems(estimate, run)]
-    if rewards:
+    if is_online(trainer.args):
         found, wrong = try_rewards(trainer, sample)
         print_table(out, "Rewards of a trial", found)
         problems += wrong
     return print_verdict(out, problems)
 
 
-def trainer_of(run: Run, rows: Any, **keywords: Any) -> BaseTrainer:
+def trainer_of(run: Run, rows: Any) -> BaseTrainer:
+    """The trainer of a run on `rows`, without weights."""
     from trl.cli.preview import trainer_without_weights
+    from trl.models.config import get_peft_config
 
-    return trainer_without_weights(run, rows, **keywords)
+    rewards: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
+    return trainer_without_weights(run, rows, peft_config=get_peft_config(run.model), **rewards)
+
+
+def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
+    """The memory of a run whose trainer was made by `trainer_of`."""
+    from trl.cli.estimate import estimate_memory
+
+    bits = 4 if run.model.load_in_4bit else 8 if run.model.load_in_8bit else None
+    processes = run.num_processes or trainer.args.world_size
+    return estimate_memory(trainer, sharding=run.accelerate_config, processes=processes, quantised_bits=bits)
 
 
 # ---- the plan ----
@@ -90,20 +94,11 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
     from trl.data.encode import decode
 
     args = trainer.args
-    generations = args.num_generations if is_online(args) else 1
-    sampled = (args.max_completion_length or 0) if is_online(args) else 0
-    sizes = [example.tokens + sampled for row in trainer.train_dataset for example in decode(row)]
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    unit = "completions" if is_online(args) else "sequences"
-    plan = {
-        f"{unit} per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
-        f"{args.gradient_accumulation_steps:,} accumulated × {processes:,} process{'es' if processes > 1 else ''}",
-        "tokens per step": f"{per_step * max(sizes):,} at most"
-        + ("" if is_online(args) else f", {per_step * sum(sizes) / len(sizes):,.0f} on average"),
-    }
+    sizes = [example.tokens for row in trainer.train_dataset for example in decode(row)]
+    plan, per_step = (_rounds if is_online(args) else _windows)(args, sizes, processes)
     if budget := trainer.token_budget():
         plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
-    return plan | _steps(args, len(sizes) * generations, rows, sample, per_step)
+    return plan | _steps(args, len(sizes) / per_step, rows, sample)
 
 
 def is_online(args: Any) -> bool:
@@ -111,13 +106,42 @@ def is_online(args: Any) -> bool:
     return "num_generations" in vars(args)
 
 
-def _steps(args: Any, sequences: int, rows: Any, sample: Any, per_step: int) -> dict[str, str]:
-    """Optimizer steps; `sequences` are those that the rows of `sample` made."""
+def _windows(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
+    """What an optimizer step takes of rows with so many tokens, and how many rows that are."""
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    mean = sum(sizes) / len(sizes)
+    return {
+        "rows per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
+        f"{args.gradient_accumulation_steps:,} accumulated × {_counted(processes, 'process')}",
+        "tokens per step": f"{per_step * max(sizes):,} at most, {per_step * mean:,.0f} on average",
+    }, per_step
+
+
+def _rounds(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
+    """What a round samples after prompts of so many tokens, and how many prompts an optimizer step stands for."""
+    prompts, samples = args.prompts_per_round * processes, args.num_generations
+    steps = args.slices_per_round * args.num_iterations / args.gradient_accumulation_steps
+    sampled = args.max_completion_length or 0
+    return {
+        "completions per round": f"{prompts * samples:,} = {_counted(args.prompts_per_round, 'prompt')} × "
+        f"{_counted(samples, 'sample')} × {_counted(processes, 'process')}",
+        "steps per round": f"{steps:g}",
+        "tokens per round": f"{prompts * samples * (max(sizes) + sampled):,} at most",
+    }, prompts / steps
+
+
+def _counted(number: int, name: str) -> str:
+    plural = f"{name}es" if name.endswith("s") else f"{name}s"
+    return f"{number:,} {name if number == 1 else plural}"
+
+
+def _steps(args: Any, steps: float, rows: Any, sample: Any) -> dict[str, str]:
+    """Optimizer steps; `steps` are those of the rows of `sample`."""
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
         return {"optimizer steps": f"{args.max_steps:,}, from a stream"}
-    per_epoch = max(1, math.ceil(sequences * len(rows) / len(sample) / per_step))
+    per_epoch = max(1, math.ceil(steps * len(rows) / len(sample)))
     about = "about " if len(rows) > len(sample) else ""
     if args.max_steps > 0:
         return {
@@ -179,14 +203,12 @@ def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
 
 
 def weights_problems(run: Run) -> list[str]:
-    """A folder of a model that holds no weights. Names on a hub are not looked up."""
-    folder = Path(run.model.model_name_or_path)
-    if not folder.is_dir() or any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        return []
-    return [
-        f"Model: the folder {str(folder)!r} holds no weights (no *.safetensors or *.bin): copy them there, or name "
-        "another with --model_name_or_path."
-    ]
+    """A folder of a model that holds no weights."""
+    try:
+        check_weights(run.model.model_name_or_path)
+    except ConfigError as error:
+        return [f"Model: {error}"]
+    return []
 
 
 def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:

@@ -1,15 +1,18 @@
 """`trl completion bash|zsh|fish` prints what makes the shell complete commands, options and choices.
 
-    eval "$(trl completion bash)"          in ~/.bashrc;  zsh likewise;  fish: trl completion fish | source
+    eval "$(trl completion bash)"          in ~/.bashrc;  zsh likewise, after compinit;
+    trl completion fish | source           in ~/.config/fish/config.fish
 
-The shell hands over the words typed so far (`trl completion words …`) and is given the candidates, one a line.
+The shell hands over the words typed so far (`trl completion words …`) and is given the candidates, one a line; those of
+`trl completion described …` have their description behind a tab. Where there are none, it completes names of files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trl.cli.commands import methods, tools
+from trl.cli.fields import Option, options_in_source
 from trl.errors import ConfigError, unknown
 
 SHELLS = {
@@ -19,17 +22,40 @@ SHELLS = {
 complete -o default -F _trl trl""",
     "zsh": """_trl() {
   local -a found
-  found=(${(f)"$(trl completion words "${words[@]:1:$((CURRENT - 1))}")"})
-  (( $#found )) && compadd -a found || _files
+  found=(${(f)"$(trl completion described "${(@)words[2,CURRENT]}")"})
+  if (( $#found )); then
+    found=(${found//:/\\\\:})
+    found=(${found/$'\\t'/:})
+    _describe 'trl' found
+  else
+    _files
+  fi
 }
 compdef _trl trl""",
-    "fish": """complete -c trl -f -a '(trl completion words (commandline -opc)[2..] (commandline -ct))'""",
+    "fish": """function __trl_complete
+  set -l found (trl completion described (commandline -opc)[2..] (commandline -ct))
+  if set -q found[1]
+    printf '%s\\n' $found
+  else
+    __fish_complete_path (commandline -ct)
+  end
+end
+complete -c trl -f -a '(__trl_complete)'""",
 }
+
+ABOUT_ROWS = ("check", "preview")
+"""Tools that are followed by a training command and its options."""
+
+EVERYWHERE = {"--help": "Options that are used most", "--help-all": "All options"}
+CONFIG = {"--config": "YAML files with options"}
 
 
 def run(words: Sequence[str]) -> int:
-    if words and words[0] == "words":
-        print("\n".join(candidates(words[1:])))
+    if words and words[0] in ("words", "described"):
+        found = candidates(words[1:])
+        print(
+            "\n".join(f"{name}\t{text}" if words[0] == "described" and text else name for name, text in found.items())
+        )
         return 0
     if not words or words[0] in ("-h", "--help"):
         print(f"Usage  trl completion SHELL    SHELL is one of {', '.join(SHELLS)}\n")
@@ -41,27 +67,52 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def candidates(words: Sequence[str]) -> list[str]:
-    """What may stand in place of the last of `words`, the words after `trl`; empty where only the shell knows."""
+def candidates(words: Sequence[str]) -> dict[str, str]:
+    """What may stand in place of the last of `words`, the words after `trl`, and what it is.
+
+    Empty where only the shell knows: names of files.
+    """
     *before, last = words or [""]
-    if before[:1] == ["preview"] and before[1:2] and not before[1].startswith("--"):
-        before = before[1:]
-    found = methods()
+    trained = {name: method.summary for name, method in methods().items()}
     if not before:
-        return _starting(last, [*found, *tools()])
-    if before == ["preview"]:
-        return _starting(last, list(found))
+        return _starting(last, trained | {name: tool.summary for name, tool in tools().items()})
     if before == ["completion"]:
-        return _starting(last, list(SHELLS))
-    if before[0] not in found:
+        return _starting(last, dict.fromkeys(SHELLS, ""))
+    if len(before) == 1 and before[0] in ABOUT_ROWS and not last.startswith("-"):
+        return _starting(last, trained)
+    options = {f"--{option.name}": option for option in _options(before)}
+    if last.startswith("-"):
+        config = CONFIG if options else {}
+        described = {name: option.summary for name, option in options.items()}
+        return _starting(last, described | config | EVERYWHERE)
+    return _starting(last, dict.fromkeys(_choices(before, options), ""))
+
+
+def _options(before: Sequence[str]) -> list[Option]:
+    """The options of the command that the words begin with."""
+    from trl.cli.chat.command import options as chat_options
+    from trl.cli.preview import PREVIEW, USUAL_METHOD
+
+    command, *rest = before
+    found = methods()
+    if command in ABOUT_ROWS:
+        method = found[rest[0] if rest and rest[0] in found else USUAL_METHOD]
+        return method.options(*([PREVIEW] if command == "preview" else []))
+    if command == "chat":
+        return chat_options()
+    if command == "report":
+        return options_in_source("trl.cli.report:ReportArguments")
+    return found[command].options() if command in found else []
+
+
+def _choices(before: Sequence[str], options: Mapping[str, Option]) -> list[str]:
+    """The choices of the option whose value, or one of whose values, comes next."""
+    at = max((i for i, word in enumerate(before) if word.startswith("--")), default=None)
+    option = None if at is None else options.get(before[at])
+    if option is None or (at < len(before) - 1 and option.kind.item is None):
         return []
-    options = {f"--{option.name}": option for option in found[before[0]].options()}
-    if last.startswith("--"):
-        return _starting(last, [*options, "--config", "--help", "--help-all"])
-    if before[-1] in options:
-        return _starting(last, [str(choice) for choice in options[before[-1]].kind.choices])
-    return []
+    return [str(choice) for choice in option.kind.choices or (option.kind.item.choices if option.kind.item else ())]
 
 
-def _starting(prefix: str, names: Sequence[str]) -> list[str]:
-    return [name for name in names if name.startswith(prefix)]
+def _starting(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in names.items() if name.startswith(prefix)}

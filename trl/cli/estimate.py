@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -30,12 +31,15 @@ from trl.models.memory import (
 )
 from trl.models.score import unwrap
 from trl.trainers.base import BaseTrainer
+from trl.trainers.config import RENAMED_CHECKPOINTING
+from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example
 
 STEPS = 3
 """Optimizer steps that are traced: from the second on, optimizer states are there; holes in memory settle."""
 
-LIBRARIES = {"cpu": 90 * MIB, "cuda": 450 * MIB}
+LIBRARIES = "libraries"
+FIRST_USE = {"cpu": 90 * MIB, "cuda": 450 * MIB}
 """What torch and its kernels take on their first use, whatever the model. Measured; not part of torch's own count."""
 
 STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
@@ -73,6 +77,7 @@ def estimate_memory(
     trains.
     """
     device = trainer.args.device
+    libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
     with tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
@@ -86,7 +91,7 @@ def estimate_memory(
     parts = peak_parts(trace.events, trace.part)
     if device.type == "cpu":
         parts["holes between blocks"] = heap_peak(trace.events) - sum(parts.values())
-    parts["libraries"] = LIBRARIES.get(device.type, 0)
+    parts[LIBRARIES] = libraries
     parts = _quantised(parts, trainer.model, quantised_bits)
     estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))
     estimate = _divided(estimate, sharding, processes, trainer.model)
@@ -100,16 +105,22 @@ class _Step:
         self.trainer, self.examples = trainer, examples
         args = trainer.args
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        trainer._tr_loss = torch.zeros((), device=args.device)
+        if isinstance(args, OnlineConfig):
+            trainer.get_train_dataloader()
         if args.gradient_checkpointing:
             inner = unwrap(trainer.model)
-            inner.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            enable = (
+                inner.activation_checkpointing_enable if RENAMED_CHECKPOINTING else inner.gradient_checkpointing_enable
+            )
+            enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
             inner.enable_input_require_grads()
 
     def __call__(self) -> None:
         trainer, count = self.trainer, self.trainer.args.gradient_accumulation_steps
         size = -(-len(self.examples) // count)
         rows = [list(self.examples[i : i + size]) for i in range(0, len(self.examples), size)]
-        slots, _ = BaseTrainer.get_batch_samples(trainer, iter(rows), count, trainer.args.device)
+        slots, _ = trainer.get_batch_samples(iter(rows), count, trainer.args.device)
         for batches in slots:
             trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
 
@@ -147,12 +158,18 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     rows = trainer.train_dataset
     examples = sorted((each for row in rows for each in decode(row)), key=lambda each: -each.tokens)
     if examples[0].completions and max(map(len, examples[0].completions)):
-        return (examples * -(-count // len(examples)))[:count]
+        return [_with_reference(example) for example in (examples * -(-count // len(examples)))[:count]]
     group, tokens = args.num_generations, args.max_completion_length or 512
     advantages = [0.0] * tokens if trainer.algorithm.needs_values else 0.0
     answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
     prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
     return [Example(example.prompt, (answer,) * min(group, count)) for example in prompts]
+
+
+def _with_reference(example: Example) -> Example:
+    """The example with log-probabilities of a reference, as if they had been computed beforehand."""
+    completions = (replace(c, signals={**c.signals, "ref_logprobs": [0.0] * len(c)}) for c in example.completions)
+    return replace(example, completions=tuple(completions))
 
 
 PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
@@ -190,7 +207,7 @@ def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, mod
 def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
     """The estimate while sampling, if keys and values take more than a training step does."""
     args, model = trainer.args, unwrap(trainer.model)
-    if "max_completion_length" not in vars(args):
+    if not isinstance(args, OnlineConfig):
         return estimate
     prompts = max(len(example.prompt) for row in trainer.train_dataset for example in decode(row))
     tokens = prompts + (args.max_completion_length or 512)
@@ -203,12 +220,16 @@ def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEst
     return replace(estimate, parts={**estimate.parts, ACTIVATIONS: 0, GRADIENTS: 0, CACHE: cache})
 
 
+def libraries_bytes(device: torch.device) -> int:
+    """What is held on `device` without a model: on a CPU, what this process holds and torch's first use adds."""
+    held = psutil.Process().memory_info().rss if device.type == "cpu" else 0
+    return held + FIRST_USE.get(device.type, 0)
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Memory that a process may take on `device`; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":
-        import psutil
-
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     return None

@@ -69,10 +69,12 @@ def run_method(method: Method, words: list[str]) -> int:
     given = method.parser().parse(words)
     if given.help:
         return print_method(method, everything=given.help == "all")
-    if needs_launcher(given) and not given.values.get("dry_run"):
-        return _say_how_to_resume(launch(given, [method.name, *words]), [method.name, *words])
-    from trl.cli.train import read_run, train
+    from trl.cli.train import check_weights, read_run, train
 
+    if not given.values.get("dry_run"):
+        check_weights(given.values.get("model_name_or_path"))
+        if needs_launcher(given):
+            return _say_how_to_resume(launch(given, [method.name, *words]), [method.name, *words])
     run = read_run(method, given)
     if given.values.get("dry_run"):
         return load("trl.cli.check:check")(run)

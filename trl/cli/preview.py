@@ -5,8 +5,10 @@ The trainer is the real one, on a model without weights: all that happens to row
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
@@ -74,9 +76,11 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
         kwargs["attn_implementation"] = run.model.attn_implementation
     with torch.device("meta"):
         model = (trainer_class.auto_class or usual).from_config(config, **kwargs)
-    run.training.model_init_kwargs = None
     train_dataset = datasets_of(run)[0] if rows is None else rows
-    return _without_weights(trainer_class)(model=model, args=run.training, train_dataset=train_dataset, **keywords)
+    with TemporaryDirectory() as folder:  # trainers make their output folder: one that is only looked at leaves none
+        args = copy.copy(run.training)
+        args.output_dir, args.model_init_kwargs = folder, None
+        return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
 
 
 def dtype_of(name: str | None, config: Any) -> Any:
@@ -88,6 +92,8 @@ def dtype_of(name: str | None, config: Any) -> Any:
 
 
 def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
+    from trl.models.reference import FrozenModel, Precomputed
+
     class WithoutWeights(trainer_class):
         """Leaves the model as it is: there is nothing to prepare or to move."""
 
@@ -95,6 +101,12 @@ def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
 
         def prepare_model(self) -> None:
             self.accelerator.device_placement = False
+
+        def _precompute(self) -> None:
+            """Nothing has values, so none is computed beforehand: what is read from disk in training is not there."""
+            keeps = self.asks_beyond_rows or not isinstance(self.reference, FrozenModel)
+            self.reference = Precomputed(self.reference if keeps else None)
+            self.ref_model = self.ref_model if keeps else None
 
         def _move_model_to_device(self, model: Any, device: Any) -> Any:
             return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUME_LAST = ("true", "last")
+
+WEIGHTS = re.compile(r".+\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin")
+"""Files that hold a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ def read_run(method: Method, given: Given) -> Run:
     os.environ.update(given.environment)
     for name in given.outdated:
         print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
-    given.values = {**method.defaults, **given.values}
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
@@ -95,6 +98,19 @@ def check_model(name: str | None) -> str:
         instead = f" Did you mean '{Path(name, checkpoints[-1])}'?" if checkpoints else ""
         raise ConfigError(f"model_name_or_path={name!r} holds no model: config.json is missing.{instead}")
     return os.path.expanduser(name)
+
+
+def check_weights(name: str | None) -> None:
+    """Raises ConfigError if `name` is that of a model's folder without weights. Names on a hub are not looked up."""
+    folder = None if name is None else Path(name).expanduser()
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    if any(WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
+        return
+    raise ConfigError(
+        f"model_name_or_path={name!r}: the folder holds no weights (no *.safetensors or pytorch_model*.bin). Copy them "
+        "there, or name another."
+    )
 
 
 def datasets_of(run: Run) -> tuple[Any, Any]:

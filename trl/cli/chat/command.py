@@ -83,12 +83,11 @@ def make_speaker(given: Given, arguments: ChatArguments, screen: Screen) -> Spea
         from trl.cli.chat.server import connect
 
         return connect(arguments, name)
-    from trl.cli.train import check_model
+    from trl.cli.train import check_model, check_weights
     from trl.models.config import ModelConfig
 
-    model = replace(given, values={**DEFAULTS, **given.values, "model_name_or_path": check_model(name)}).arguments_for(
-        ModelConfig
-    )
+    check_weights(name := check_model(name))
+    model = replace(given, values={**DEFAULTS, **given.values, "model_name_or_path": name}).arguments_for(ModelConfig)
     with screen.waiting(f"Loading {model.model_name_or_path} …"):
         from transformers import logging
 
