@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
+import torch
+import transformers
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
@@ -18,16 +21,33 @@ from trl.demo.reviews import is_grammatical
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only, for the moment: the demo says itself what it does."""
+    """Errors only, and no bars of single chores, for the moment: the demo says itself what it does."""
     loggers = [logging.getLogger(name) for name in ("trl", "transformers")]
     levels = [logger.level for logger in loggers]
+    bars = [(library, library.is_progress_bar_enabled()) for library in (datasets, transformers.logging)]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    for library, _ in bars:
+        library.disable_progress_bar()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        for library, shown in bars:
+            if shown:
+                library.enable_progress_bar()
+
+
+@contextmanager
+def few_threads(most: int = 1) -> Iterator[None]:
+    """At most so many threads, for the moment: with more, a tiny model waits for them longer than it computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, most))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Step:
@@ -51,11 +71,8 @@ def share_grammatical(texts: Sequence[str]) -> float:
     return sum(map(is_grammatical, texts)) / len(texts)
 
 
-def judge(reward: Any, prompts: Sequence[str], texts: Sequence[str]) -> float:
-    """Share of texts with a positive reward, their prompts included."""
-    continuations = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
-    rewards = reward(list(prompts), continuations)
-    return sum(value > 0 for value in rewards) / len(rewards)
+def share_positive(rewards: Sequence[float]) -> float:
+    return sum(reward > 0 for reward in rewards) / len(rewards)
 
 
 def table_of_samples(prompts: Sequence[str], columns: Mapping[str, Sequence[str]], *, rows: int) -> Table:

@@ -3,6 +3,7 @@
 run.json                        log, options, versions: what `ReportCallback` keeps
 checkpoint-*/trainer_state.json, trainer_state.json, log_history.jsonl        the log alone
 completions/*.parquet, *.jsonl  samples: step, prompt, completion, and numbers such as rewards
+before_after.jsonl              the same prompts before and after: prompt, before, after (completion, and numbers)
 README.md, config.json          the model card and the model's configuration
 """
 
@@ -18,6 +19,9 @@ from typing import Any
 from trl.errors import DataError
 
 RUN_FILE = "run.json"
+COMPARISONS_FILE = "before_after.jsonl"
+COMPARISONS = 6
+"""So many prompts are shown before and after."""
 SAMPLED_STEPS, SAMPLES_PER_STEP = 8, 4
 """Samples of so many steps are shown, and so many of each."""
 
@@ -37,9 +41,10 @@ class Sample:
 class RunRecord:
     """A run as far as its folder tells: what is not known is empty.
 
-    log       rows as the trainer logged them, each with its `step`
-    options   of the trainer; `changed` names those that differ from their defaults
-    samples   by step
+    log          rows as the trainer logged them, each with its `step`
+    options      of the trainer; `changed` names those that differ from their defaults
+    samples      by step
+    comparisons  the same prompts before and after
     """
 
     name: str
@@ -55,6 +60,7 @@ class RunRecord:
     started: str = ""
     seconds: float = 0.0
     samples: Mapping[int, Sequence[Sample]] = field(default_factory=dict)
+    comparisons: Sequence[tuple[Sample, Sample]] = ()
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -77,7 +83,7 @@ def read_run(folder: Path) -> RunRecord:
     known |= {"step": max(map(_last_step, states), default=0), "max_steps": _first(states, "max_steps", 0)}
     known |= {name: _first(states, name, card.get(name, empty)) for name, empty in _KEPT.items()}
     known["model"] = {**_model_of(config), **known["model"]}
-    return RunRecord(name=folder.resolve().name, samples=samples, **known)
+    return RunRecord(name=folder.resolve().name, samples=samples, comparisons=read_comparisons(folder), **known)
 
 
 _KEPT: dict[str, Any] = {
@@ -185,6 +191,13 @@ def read_samples(folder: Path) -> dict[int, list[Sample]]:
         step: [_sample(row) for row in _spread(by_step[step], SAMPLES_PER_STEP)]
         for step in _spread(sorted(by_step), SAMPLED_STEPS)
     }
+
+
+def read_comparisons(folder: Path) -> list[tuple[Sample, Sample]]:
+    """Up to COMPARISONS prompts with what became of them before and after."""
+    file = folder / COMPARISONS_FILE
+    rows = _spread(_read_lines(file), COMPARISONS) if file.is_file() else []
+    return [tuple(_sample({"prompt": row["prompt"], **row[side]}) for side in ("before", "after")) for row in rows]
 
 
 def _read_table(file: Path) -> list[Row]:

@@ -1,0 +1,162 @@
+"""The steps of the demo: what is trained in each, on what, and how."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, PrinterCallback, ProgressCallback
+
+from trl.demo.model import make_model, train_tokenizer
+from trl.demo.options import DemoArguments
+from trl.models.load import count_parameters, load_model, load_processor
+from trl.rewards.classifier import ClassifierReward
+from trl.rewards.model import RewardModel
+from trl.trainers.ppo import PPOTrainer
+from trl.trainers.ppo_config import PPOConfig
+from trl.trainers.progress import RichProgressCallback
+from trl.trainers.reward import RewardConfig, RewardTrainer
+from trl.trainers.sft import SFTConfig, SFTTrainer
+
+STAGES = ("sft", "reward", "ppo")
+"""Folders of the steps."""
+
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 16}
+SMALL = {
+    # From random weights: the highest rate that trains this model without a spike.
+    "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
+    "reward": {"learning_rate": 1e-3, "max_steps": 100},
+    "ppo": {"learning_rate": 3e-4, "max_steps": 80},
+}
+"""For the model that is made on the spot."""
+REAL = {
+    "sft": {"learning_rate": 5e-5, "num_train_epochs": 1},
+    "reward": {"learning_rate": 2e-5, "max_steps": 100},
+    "ppo": {"learning_rate": 2e-5, "max_steps": 400},
+}
+"""For a model that has been trained before."""
+
+SIDES = {"chosen": "positive", "rejected": "negative"}
+
+Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
+    """A model and its tokenizer: by name, or made from a configuration and trained on the texts."""
+    if name is None:
+        tokenizer = train_tokenizer(texts)
+        return make_model(tokenizer), tokenizer
+    model = load_model(name)
+    tokenizer = load_processor(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def recipe(options: DemoArguments, stage: str) -> dict[str, Any]:
+    """Options of a stage's trainer."""
+    given = (SMALL if options.model_name_or_path is None else REAL)[stage]
+    return {
+        "output_dir": str(Path(options.output_dir) / stage),
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "seed": options.seed,
+        **given,
+        **({} if options.max_steps < 0 else {"max_steps": options.max_steps}),
+    }
+
+
+def run(trainer: Any, console: Console) -> None:
+    """Train with one bar of progress, which is taken away also where training is interrupted."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    bar = RichProgressCallback(console)
+    trainer.add_callback(bar)
+    try:
+        trainer.train()
+    finally:
+        bar.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def fine_tune(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments, console: Console
+) -> None:
+    """Step 1: the model learns to write reviews."""
+    console.print(f"{type(model).__name__}, {count_parameters(model)[1] / 1e6:.1f} million parameters", style="dim")
+    args = SFTConfig(max_length=128, **SCHEDULE, **recipe(options, "sft"))
+    trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
+    run(trainer, console)
+    loss = trainer.evaluate()["eval_loss"]
+    console.print(f"Loss on {len(test):,} held-out reviews: [bold]{loss:.3f}[/bold] nats per token", highlight=False)
+    trainer.save_model()
+
+
+def learn_rewards(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments, console: Console
+) -> RewardModel:
+    """Step 2: a classifier on the fine-tuned weights learns to tell positive from negative reviews."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    args = RewardConfig(center_rewards_coefficient=0.01, mistakes_shown=0, **SCHEDULE, **recipe(options, "reward"))
+    trainer = RewardTrainer(
+        classifier, args, train_dataset=opposites(train), eval_dataset=opposites(test), processing_class=tokenizer
+    )
+    run(trainer, console)
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    console.print(f"Accuracy on held-out pairs: [bold]{accuracy:.1%}[/bold]", highlight=False)
+    trainer.save_model()
+    reward = RewardModel(classifier, tokenizer)
+    reward.__name__ = "sentiment"
+    return reward
+
+
+def opposites(reviews: Dataset) -> Dataset:
+    """Pairs of a positive and a negative review."""
+    sides = {side: [row["text"] for row in reviews if row["label"] == label] for side, label in SIDES.items()}
+    return Dataset.from_dict(sides)
+
+
+def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
+    """Step 2 with a classifier that was named: how well it tells positive from negative reviews."""
+    rewards = classifier([""] * len(test), test["text"])
+    right = sum((r > 0) == (label == "positive") for r, label in zip(rewards, test["label"], strict=True))
+    console.print(f"Accuracy on held-out reviews: [bold]{right / len(test):.1%}[/bold]", highlight=False)
+    classifier.__name__ = "sentiment"
+    return classifier
+
+
+def reinforce(
+    model: Any, tokenizer: Any, reward: Reward, prompts: Sequence[str], options: DemoArguments, console: Console
+) -> None:
+    """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was."""
+    args = PPOConfig(
+        lr_scheduler_type="constant",
+        batch_size=64,
+        mini_batch_size=32,
+        ppo_epochs=2,
+        init_kl_coef=0.1,
+        target=6,
+        horizon=1000,
+        max_completion_length=64,
+        temperature=0.7,
+        max_grad_norm=1.0,
+        log_completions=True,
+        num_completions_to_print=0,
+        **{**recipe(options, "ppo"), "logging_steps": 4},
+    )
+    rows = Dataset.from_dict({"prompt": list(prompts)})
+    trainer = PPOTrainer(args=args, model=model, reward_funcs=reward, train_dataset=rows, processing_class=tokenizer)
+    run(trainer, console)
+    trainer.save_pretrained(args.output_dir)
+
+
+def continuations(prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """What stands after each prompt."""
+    return [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
