@@ -12,19 +12,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
 
-from tests.conftest import make_tokenizer
+from tests.conftest import MODELS, make_tokenizer
 from trl.cli.rewards import find_reward
 from trl.errors import ConfigError, DataError
 from trl.rewards.human import HumanPreference, HumanRating, pairs_in_rings
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-PATIENCE = 30.0
+PATIENCE = 60.0
+EXAMPLE = Path(__file__).parents[2] / "examples" / "human_feedback.py"
 
 
 class Answers:
@@ -196,12 +199,11 @@ def test_bad_arguments():
 class Terminal:
     """A pseudo-terminal in which a person is asked; every wait ends after PATIENCE seconds."""
 
-    def __init__(self, code):
+    def __init__(self, *words, folder=None):
         self.screen, terminal = pty.openpty()
         self.text = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
-        )
+        streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+        self.process = subprocess.Popen([sys.executable, *words], cwd=folder, start_new_session=True, **streams)
         os.close(terminal)
 
     def wait_for(self, words, count=1):
@@ -227,7 +229,7 @@ with Progress(refresh_per_second=50) as progress:
 
 
 def test_in_a_terminal_bars_stand_aside():
-    terminal = Terminal(IN_TERMINAL)
+    terminal = Terminal("-c", IN_TERMINAL)
     for count, word in enumerate(("5", "seven", "2", "s"), start=1):
         terminal.wait_for("q quit: ", count)
         time.sleep(0.1)  # a bar would be drawn again now
@@ -236,6 +238,21 @@ def test_in_a_terminal_bars_stand_aside():
     terminal.wait_for("rewards [1.0, -0.5, None]")
     assert terminal.process.wait(PATIENCE) == 0
     assert "'seven' is none of" in terminal.text
+
+
+def test_the_example_learns_until_its_person_quits(tmp_path):
+    torch.manual_seed(0)
+    MODELS["gpt2"]().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    terminal = Terminal(str(EXAMPLE), "tiny", folder=tmp_path)
+    for count, word in enumerate("5432q", start=1):
+        terminal.wait_for("q quit: ", count)
+        terminal.type(word)
+    terminal.wait_for("The model is in human-feedback.")
+    assert terminal.process.wait(PATIENCE) == 0
+    assert "mean reward 0.25, KL from the first model 0.00" in terminal.text
+    assert len((tmp_path / "ratings.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "human-feedback" / "config.json").is_file()
 
 
 # ---- in a trainer ----
