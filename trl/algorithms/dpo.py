@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -196,48 +196,64 @@ LOSSES: dict[str, Loss] = {
 """Names of `loss_types`. Those that couple the pairs of a batch need it whole: they cannot be split."""
 
 
-@dataclass(frozen=True, slots=True)
-class DPO:
+@dataclass(kw_only=True)
+class DPOOptions:
+    """What the losses are tuned by. A trainer's configuration has these options too."""
+
+    beta: float = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward. IPO's τ, ORPO's λ."""
+
+    loss_weights: list[float] | None = None
+    """Weight of each of several losses in the sum. None: 1 each."""
+
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong, in [0, 0.5], for the losses that model it."""
+
+    reference_free: bool = False
+    """Compare with a uniform distribution in place of the reference: h is the log-probability."""
+
+    rpo_alpha: float | None = None
+    """Weight of −log π(y_w) / |y_w|, added to the loss (RPO, arXiv:2404.19733)."""
+
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
+
+    f_alpha_divergence_coef: float = 0.5
+    """Coefficient of the α-divergence: 1 is reverse KL, 0 is forward KL."""
+
+    ld_alpha: float | None = None
+    """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411). None: 1."""
+
+    use_weighting: bool = False
+    """Weigh each pair by how likely the policy is to write it (WPO, arXiv:2406.11827)."""
+
+    discopop_tau: float = 0.05
+    """Temperature of DiscoPOP's mixture (arXiv:2406.08414); the value that was found with it."""
+
+    simpo_gamma: float = 0.5
+    """Margin that SimPO and AlphaPO aim at, after β."""
+
+    cpo_alpha: float = 1.0
+    """Weight of CPO's imitation term."""
+
+    alphapo_alpha: float = 0.25
+    """Shape of AlphaPO's reward: 0 is SimPO's logarithm."""
+
+
+@dataclass(kw_only=True)
+class DPO(DPOOptions):
     """The family as an algorithm: a weighted sum of `LOSSES` under one reference.
 
     Needs `batch.signals["ref_logprobs"] [N,C]` if `needs_reference`, and the statistics `wants` of `Scores`.
     Raises ConfigError for options that are unknown, out of range, or used by none of the losses.
     """
 
-    beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward. IPO's τ, ORPO's λ."""
     loss_types: str | Sequence[str] = ("sigmoid",)
     """One loss or several, by the names in `LOSSES`."""
-    loss_weights: Sequence[float] | None = None
-    """Weight of each of `loss_types` in the sum; 1 each by default."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, ½], for all losses that model it."""
-    reference_free: bool = False
-    """Compare with a uniform distribution instead of a reference: h is the log-probability."""
-    rpo_alpha: float | None = None
-    """Weight of −log π(y_w) / |y_w| added to the loss (RPO, arXiv:2404.19733)."""
-    f_divergence_type: str = "reverse_kl"
-    """Divergence from the reference, by the names in `F_DIVERGENCES` (f-DPO, arXiv:2309.16240)."""
-    f_alpha_divergence_coef: float = 0.5
-    """c of the α-divergence: 1 is reverse KL, 0 is forward KL."""
-    ld_alpha: float | None = None
-    """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411); 1 by default."""
-    use_weighting: bool = False
-    """Weigh each pair's loss by the policy's probability of it (WPO, arXiv:2406.11827)."""
-    discopop_tau: float = 0.05
-    """Temperature of DiscoPOP's mixture; the value that was found with it."""
-    simpo_gamma: float = 0.5
-    """Margin that SimPO and AlphaPO aim at, after β."""
-    cpo_alpha: float = 1.0
-    """Weight of CPO's imitation term."""
-    alphapo_alpha: float = 0.25
-    """Shape of AlphaPO's reward: 0 is SimPO's logarithm."""
 
     def __post_init__(self) -> None:
-        names = (self.loss_types,) if isinstance(self.loss_types, str) else tuple(self.loss_types)
-        weights = (1.0,) * len(names) if self.loss_weights is None else tuple(self.loss_weights)
-        object.__setattr__(self, "loss_types", names)
-        object.__setattr__(self, "loss_weights", weights)
+        self.loss_types = [self.loss_types] if isinstance(self.loss_types, str) else self.loss_types
+        self.loss_weights = [1.0] * len(self.loss_types) if self.loss_weights is None else list(self.loss_weights)
         _check_names(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -280,7 +296,7 @@ class DPO:
         reference = batch.signals.get("ref_logprobs") if self.needs_reference else None
         if self.needs_reference and reference is None:
             raise DataError(
-                f"loss_types={list(self.loss_types)} compare with a reference, but the batch has no signal "
+                f"loss_types={self.loss_types} compare with a reference, but the batch has no signal "
                 f"'ref_logprobs' (it has {sorted(batch.signals)}). Score the batch with the reference policy first."
             )
         weight = None if self.ld_alpha is None else pairs.desensitised_weights(batch.mask, self.ld_alpha)
@@ -311,7 +327,7 @@ def _check_names(o: DPO) -> None:
         raise ConfigError("loss_types is empty: name at least one loss, for example 'sigmoid'.")
     if len(o.loss_weights) != len(o.loss_types):
         raise ConfigError(
-            f"loss_weights has {len(o.loss_weights)} entries for {len(o.loss_types)} loss_types {list(o.loss_types)}: "
+            f"loss_weights has {len(o.loss_weights)} entries for {len(o.loss_types)} loss_types {o.loss_types}: "
             "give one weight per loss, or none at all."
         )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,22 +106,30 @@ LOSSES: dict[str, Unpaired] = {
 """Names of `loss_type`."""
 
 
-@dataclass(frozen=True, slots=True)
-class KTO:
+@dataclass(kw_only=True)
+class KTOOptions:
+    """What the losses are tuned by. A trainer's configuration has these options too."""
+
+    beta: float = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
+    """One of `trl.algorithms.kto.LOSSES`."""
+
+    desirable_weight: float = 1.0
+    """λ_D, weight of desirable completions."""
+
+    undesirable_weight: float = 1.0
+    """λ_U, weight of undesirable completions."""
+
+
+@dataclass(kw_only=True)
+class KTO(KTOOptions):
     """The losses as an algorithm.
 
     Needs of `batch.signals`: `ref_logprobs [N,C]`, `label [N]` (1 desirable, 0 not), and what `needs_signal` names:
     `kl [N]` or `delta [N]`, the same number for every completion of the window.
     """
-
-    beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward."""
-    loss_type: str = "kto"
-    """One of `LOSSES`."""
-    desirable_weight: float = 1.0
-    """λ_D, weight of desirable completions."""
-    undesirable_weight: float = 1.0
-    """λ_U, weight of undesirable completions."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in LOSSES:

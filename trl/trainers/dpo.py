@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from trl.algorithms.dpo import DPO
+from trl.algorithms.dpo import DPO, DPOOptions
 from trl.errors import ConfigError
 from trl.models.score import score
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
@@ -45,47 +45,11 @@ DPOLoss = Literal[
 
 
 @dataclass
-class DPOConfig(PreferenceConfig):
+class DPOConfig(DPOOptions, PreferenceConfig):
     """Options of `DPOTrainer`."""
 
     loss_type: list[DPOLoss] | DPOLoss = field(default_factory=lambda: ["sigmoid"])
     """One loss or several; see `trl.algorithms.dpo.LOSSES`."""
-
-    loss_weights: list[float] | None = None
-    """Weight of each of several losses in the sum. None: 1 each."""
-
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5], for the losses that model it."""
-
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Divergence from the reference: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence"."""
-
-    f_alpha_divergence_coef: float = 0.5
-    """Coefficient of the α-divergence: 1 is reverse KL, 0 is forward KL."""
-
-    reference_free: bool = False
-    """Compare with a uniform distribution in place of the reference."""
-
-    rpo_alpha: float | None = None
-    """Weight of the chosen completion's negative log-likelihood per token, added to the loss (arXiv:2404.19733)."""
-
-    ld_alpha: float | None = None
-    """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411). None: 1."""
-
-    use_weighting: bool = False
-    """Weigh each pair by how likely the policy is to write it (WPO, arXiv:2406.11827)."""
-
-    discopop_tau: float = 0.05
-    """Temperature of DiscoPOP's mixture (arXiv:2406.08414)."""
-
-    simpo_gamma: float = 0.5
-    """Margin that SimPO and AlphaPO aim at."""
-
-    cpo_alpha: float = 1.0
-    """Weight of CPO's imitation term."""
-
-    alphapo_alpha: float = 0.25
-    """Shape of AlphaPO's reward: 0 is SimPO's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +68,7 @@ class DPOConfig(PreferenceConfig):
         split = self.gradient_accumulation_steps > 1 or self.max_tokens_per_micro_batch is not None
         if algorithm.couples_pairs and split:
             raise ConfigError(
-                f"loss_type={list(algorithm.loss_types)} sorts the pairs of a batch, so a step cannot be split: set "
+                f"loss_type={algorithm.loss_types} sorts the pairs of a batch, so a step cannot be split: set "
                 "gradient_accumulation_steps=1, leave out max_tokens_per_micro_batch, and raise "
                 "per_device_train_batch_size instead."
             )

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.algorithms.kto import KTO, RewardShift, kl_estimate, recommended_weights, with_margin
+from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
 from trl.errors import ConfigError
 from trl.models.reference import evaluating
@@ -39,17 +39,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class KTOConfig(PreferenceConfig):
+class KTOConfig(KTOOptions, PreferenceConfig):
     """Options of `KTOTrainer`."""
-
-    loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
-    """"kto", "apo_zero_unpaired" or "bco"."""
-
-    desirable_weight: float = 1.0
-    """λ_D, weight of desirable completions."""
-
-    undesirable_weight: float = 1.0
-    """λ_U, weight of undesirable completions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +104,7 @@ class KTOTrainer(PreferenceTrainer):
         batch = self.with_reference(model, batch)
         scores = score(model, batch, want={"entropy"})
         loss, metrics = self.algorithm.loss(scores, batch)
-        if self.algorithm.needs_signal == "delta" and model.training:
+        if self.algorithm.needs_signal == "delta" and model.training and batch.tokens:
             self._count_rewards(metrics, batch.signals["label"] > 0.5)
         return loss, {**metrics, "entropy": scores.entropy}
 
@@ -135,10 +126,13 @@ class KTOTrainer(PreferenceTrainer):
         count = max(1, len(examples) // args.per_device_train_batch_size)
         sizes = [example.tokens for example in examples]
         total = torch.zeros(2, device=args.device)
+        groups = plan_micro_batches(sizes, count=count, token_budget=self.token_budget())
         with evaluating(self.model_wrapped), self.compute_loss_context_manager():
-            for group in plan_micro_batches(sizes, count=count, token_budget=self.token_budget()):
+            for k in range(self._most(len(groups))):
+                group = groups[min(k, len(groups) - 1)]
                 logratio = self._logratio(self.lay_out([examples[i] for i in group]).to(args.device))
-                total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
+                if k < len(groups):
+                    total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
         summed, number = self._gather(total[None]).sum(0)
         return kl_estimate((summed / number.clamp(min=1))[None])
 

@@ -61,9 +61,6 @@ class PreferenceConfig(TrainerConfig):
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
 
-    beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward."""
-
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero, so that policy and reference differ by training alone."""
 
