@@ -56,7 +56,7 @@ def inside(folder, monkeypatch):
     logger.handlers, logger.level, logger.propagate = before
 
 
-@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["sft", "--help-all"], ["preview", "sft", "-h"]])
+@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["sft", "--help-all"], ["check", "ppo", "-h"]])
 def test_help_imports_nothing_heavy(words):
     code = (
         f"import sys; from trl.cli.main import main; main({words}); print({HEAVY} & set(sys.modules), file=sys.stderr)"
@@ -75,6 +75,11 @@ def test_help_imports_nothing_heavy(words):
         (["sft", "--max_steps", "few"], "--max_steps was given 'few', but takes an int."),
         (["sft", "--eval_strategy", "epochs"], "takes one of 'no', 'steps', 'epoch'. Did you mean 'epoch'"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: there is no such file."),
+        (["sft", "--loss_type", "nlll"], "--loss_type was given 'nlll', but takes one of 'nll', 'dft'. Did you mean"),
+        (["dpo", "--loss_type", "sigmod"], "but takes one or several of 'sigmoid', 'sigmoid_norm', "),
+        (["dpo", "--loss_type", "ipo", "sigmod"], "Did you mean 'sigmoid'"),
+        (["grpo", "--scale_rewards", "grup"], "or true or false. Did you mean 'group'?"),
+        (["ppo", "--kl_penalty", "kll"], "takes one of 'kl', 'abs', 'mse', 'full'. Did you mean 'kl'?"),
         (["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"], "dataset_name='./no.jsonl'"),
         (
             ["sft", "--dataset_name", "imdb", "--model_name_or_path", "./no"],
@@ -101,11 +106,25 @@ def test_refused(words, message, capsys, tmp_path, monkeypatch):
 
 
 def test_refused_before_anything_heavy_is_imported(tmp_path):
-    words = ["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"]
-    code = f"import sys; from trl.cli.main import main; print(main({words}), {HEAVY} & set(sys.modules))"
+    (tmp_path / "bad.yaml").write_text("max_lenght: 3\n")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    wrong = [
+        ["sft", "--max_lenght", "3"],
+        ["sft", "--config", "bad.yaml"],
+        ["sft", "--max_steps", "few"],
+        ["dpo", "--loss_type", "sigmod"],
+        ["sft", "--config", "no.yaml"],
+        ["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"],
+        ["sft", "--dataset_name", "imdb", "--model_name_or_path", "bare"],
+        ["chat", "--model_name_or_path", "bare"],
+    ]
+    code = f"import sys; from trl.cli.main import main; print([main(w) for w in {wrong}], {HEAVY} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == "2 set()\n"
-    assert done.stderr.count("\n") == 1
+    assert done.stdout == f"{[2] * len(wrong)} set()\n"
+    assert done.stderr.count("\n") == done.stderr.count("trl: error: ") == len(wrong)
+    assert "bad.yaml: unknown key 'max_lenght'. Did you mean 'max_length'" in done.stderr
+    assert done.stderr.count("'bare': the folder holds no weights") == 2
 
 
 def test_model_folder_with_checkpoints_inside(tmp_path, monkeypatch, capsys):
@@ -269,3 +288,7 @@ def test_errors_of_data_are_messages(inside, capsys):
     )
     assert main(["sft", *words, "--dataset_train_split", "tran"]) == 2
     assert "no split 'tran'. Did you mean 'train'? Its splits: train." in capsys.readouterr().err
+    assert main(["dpo", *words]) == 2
+    error = capsys.readouterr().err
+    assert "The dataset's columns ['messages'] are not those" in error
+    assert "\n  preference: chosen, rejected\n" in error

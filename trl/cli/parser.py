@@ -133,7 +133,7 @@ class OptionParser:
         """Whether the word after a switch belongs to it."""
         if not words or words[0].startswith("--"):
             return False
-        if set(option.kind.scalars) <= {"bool", "none"}:
+        if set(option.kind.scalars) <= {"bool", "none"} and not option.kind.choices:
             return words[0].lower() in TRUE + FALSE + (NONE if "none" in option.kind.scalars else ())
         return True
 

@@ -45,9 +45,11 @@ class Kind:
 
     def __str__(self) -> str:
         """For people: `an int or none`, `one of 'no', 'steps', 'epoch'`, `a list of str`."""
-        parts = [f"one of {', '.join(map(repr, self.choices))}"] if self.choices else []
+        several = self.item is not None and self.item == Kind(choices=self.choices)
+        count = "one or several" if several else "one"
+        parts = [f"{count} of {', '.join(map(repr, self.choices))}"] if self.choices else []
         parts += [_SPOKEN[name] for name in self.scalars if name not in ("none", "any")]
-        parts += [f"a list ({self.item})"] if self.item else []
+        parts += [f"a list ({self.item})"] if self.item and not several else []
         parts += ["none"] if "none" in self.scalars else []
         return " or ".join(parts) or "a value"
 
