@@ -1,0 +1,195 @@
+"""Losses and gradients that are not finite: steps skipped and counted, the run ended with the rows named."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tests.conftest import MODELS, make_tokenizer
+from trl.trainers.checkpoint import newest_checkpoint
+from trl.trainers.finite import NonFiniteError, StepCount, is_finite, poisoned
+from trl.trainers.meter import Meter
+from trl.trainers.sft import SFTConfig, SFTTrainer
+
+BAD = "Z"
+OPTIONS = {
+    "per_device_train_batch_size": 1,
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+    "html_report": False,
+}
+
+
+def rows(*bad: int, count: int = 8) -> Dataset:
+    return Dataset.from_dict({"text": [f"row {i} {BAD if i in bad else 'a'}" for i in range(count)]})
+
+
+def broken_model() -> torch.nn.Module:
+    """A model in which one token stands for infinity."""
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[make_tokenizer().convert_tokens_to_ids(BAD)] = torch.inf
+    return model
+
+
+class Watch(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.weights.append(model.lm_head.weight.detach().clone())
+
+
+def make(folder, *bad: int, cls=SFTTrainer, model=None, callbacks=(), **options) -> SFTTrainer:
+    args = SFTConfig(output_dir=str(folder), **{**OPTIONS, **options})
+    model = broken_model() if model is None else model
+    return cls(model, args, train_dataset=rows(*bad), tokenizer=make_tokenizer(), callbacks=list(callbacks))
+
+
+def logged(trainer, name: str) -> list:
+    return [entry.get(name) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class FlatAtZero(SFTTrainer):
+    """The loss is finite everywhere, the gradient of rows with the bad token is not: √x at zero."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        is_bad = batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)
+        return torch.where(is_bad, torch.where(is_bad, loss - loss.detach(), 1.0).sqrt(), loss), metrics
+
+
+class LostInAConstant(SFTTrainer):
+    """The loss of rows with the bad token is NaN, by a term that has no gradient."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        is_bad = batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)
+        return loss + torch.where(is_bad, math.nan, 0.0), metrics
+
+
+def sane_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MODELS["llama"]()
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("cls", "model"), [(SFTTrainer, broken_model), (FlatAtZero, sane_model), (LostInAConstant, sane_model)]
+)
+def test_such_a_step_changes_nothing_and_is_counted(tmp_path, cls, model, clip):
+    watch = Watch()
+    trainer = make(tmp_path, 2, cls=cls, model=model(), callbacks=[watch], max_grad_norm=clip)
+    trainer.train()
+    moved = [not torch.equal(a, b) for a, b in zip(watch.weights, watch.weights[1:], strict=False)]
+    assert moved == [True, False, True, True, True]
+    assert logged(trainer, "skipped_steps") == [None, None, 1, 1, 1, 1]
+    assert [math.isfinite(loss) for loss in logged(trainer, "loss")] == [True, True, False, True, True, True]
+    assert logged(trainer, "grad_norm")[2] is None
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {5}
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-2 * (6 - k) / 6 for k in range(6)])
+
+
+def test_what_is_logged_is_the_mean_of_the_steps_that_were_taken(tmp_path):
+    each = make(tmp_path, 2, model=broken_model())
+    each.train()
+    thrice = make(tmp_path, 2, model=broken_model(), logging_steps=3)
+    thrice.train()
+    losses = logged(each, "loss")
+    assert logged(thrice, "loss") == pytest.approx([sum(losses[:2]) / 2, sum(losses[3:]) / 3], rel=1e-5)
+    accuracies = logged(each, "mean_token_accuracy")
+    assert accuracies[2] is None
+    assert logged(thrice, "mean_token_accuracy")[0] == pytest.approx(sum(accuracies[:2]) / 2, abs=0.1)
+
+
+def test_several_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path):
+    options = {"max_skipped_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make(tmp_path, 1, 3, 4, **options)
+    words = (
+        r"not finite in 2 steps in a row, the last of them step 5; max_skipped_steps=2 ends the run here\. Rows of the "
+        r"last of them whose loss is not finite: train_dataset\[4\] 'row 4 Z</s>'\. Nothing was learned"
+    )
+    with pytest.raises(NonFiniteError, match=words):
+        trainer.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert all(value.isfinite().all() for name, value in trainer.model.named_parameters() if "embed" not in name)
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert again.steps.skipped == 2
+
+
+def test_rows_are_named_by_their_gradient_where_the_loss_is_finite(tmp_path):
+    trainer = make(tmp_path, 2, cls=FlatAtZero, model=sane_model(), max_skipped_steps=1, per_device_train_batch_size=3)
+    with pytest.raises(NonFiniteError, match=r"whose gradient is not finite: train_dataset\[2\] 'row 2 Z</s>'\."):
+        trainer.train()
+
+
+def test_a_model_that_is_broken_blames_no_single_row_for_long(tmp_path):
+    """Every row is named, five of them with their text."""
+    model = sane_model()
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    trainer = make(tmp_path, model=model, max_skipped_steps=1, per_device_train_batch_size=7)
+    with pytest.raises(NonFiniteError, match=r"in 1 step in a row.*train_dataset\[0\] .*, and 2 more\."):
+        trainer.train()
+
+
+def test_no_limit(tmp_path):
+    trainer = make(tmp_path, *range(8), max_skipped_steps=None)
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert torch.equal(trainer.model.lm_head.weight, before)
+    assert trainer.steps.skipped == 6
+
+
+# ---- its parts, by hand ----
+
+
+def test_a_finite_loss_and_its_gradient_stay_as_they_are():
+    x = torch.tensor([3.0, -0.0, 1e38], requires_grad=True)
+    assert torch.equal(poisoned(x), x)
+    poisoned(x).sum().backward()
+    assert x.grad.tolist() == [1, 1, 1]
+    y = torch.tensor(2.0, requires_grad=True)
+    poisoned(y + math.inf).backward()
+    assert y.grad.isnan()
+
+
+def test_norms():
+    assert [is_finite(x) for x in (None, 0.0, torch.tensor(5.0), math.inf, math.nan, -1.0)] == [True] * 3 + [False] * 3
+
+
+def test_counts():
+    count = StepCount()
+    for skipped in (False, True, True, False):
+        count.add(skipped=skipped)
+    assert (count.skipped, count.in_a_row) == (2, 0)
+    assert count.corrected({"loss": 1.0}) == {"loss": 2.0, "skipped_steps": 2}
+    assert count.corrected({"loss": 1.0}) == {"loss": 1.0, "skipped_steps": 2}
+    other = StepCount()
+    other.load_state_dict(count.state_dict())
+    assert other == count
+
+
+def test_a_meter_goes_back():
+    meter = Meter()
+    meter.add({"x": torch.tensor([1.0]), "max_reward": torch.tensor([1.0])})
+    mark = meter.mark()
+    meter.add({"x": torch.tensor([5.0]), "y": torch.tensor([5.0]), "max_reward": torch.tensor([7.0])})
+    meter.go_back(mark)
+    assert meter.read(lambda row: row, torch.device("cpu")) == {"x": 1.0, "max_reward": 1.0}
