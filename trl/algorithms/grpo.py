@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trl.algorithms.advantages import BASELINES, SCALES, advantages
+from trl.algorithms.entropy_control import AdaptiveEntropy
 from trl.algorithms.importance import Correction
 from trl.algorithms.policy_gradient import KL, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
@@ -39,7 +40,8 @@ class GRPO:
 
     Signals it reads `[N,C]`: `old_logprobs`; `ref_logprobs` where `beta` is not 0; `sampler_logprobs` with a `correction`
     or an `off_policy_threshold`; `entropy` of the whole round where `top_entropy` < 1. Signals it adds: `advantages`
-    `[N]`, `high_entropy` `[N,C]`.
+    `[N]`, `high_entropy` `[N,C]`. A trainer whose loss is no mean over tokens says with `entropy_share` `[N]` what makes
+    the bonus one.
     """
 
     baseline: str = "group"
@@ -60,6 +62,8 @@ class GRPO:
     """Take β Σ_t log π_old/π_ref off the reward, and leave KL out of the loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    entropy_control: AdaptiveEntropy | None = None
+    """What makes that weight follow the entropy, in place of `entropy_coef`."""
     top_entropy: float = 1.0
     """Learn from this share of the round's tokens alone, those of highest entropy."""
     off_policy_threshold: float | None = None
@@ -83,6 +87,10 @@ class GRPO:
     @property
     def needs_entropy(self) -> bool:
         return self.top_entropy < 1
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.entropy_control is not None
 
     # ---- credit ----
 
@@ -117,9 +125,16 @@ class GRPO:
             loss = loss + self.beta * (divergence * ratio(terms.log_ratio) if self.unbiased_kl else divergence)
         if self.beta:
             metrics["kl"] = KL["k3"](scores.logprobs.detach(), batch.signals["ref_logprobs"])
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * scores.entropy * batch.signals.get("high_entropy", batch.mask)
+        if self.has_entropy_bonus:
+            loss = loss - self.bonus(scores, batch)
         return loss.expand_as(batch.mask), metrics
+
+    def bonus(self, scores: Scores, batch: Batch) -> Tensor:
+        """α H of the tokens that are learned from, `[N,C]`."""
+        weight = self.entropy_coef if self.entropy_control is None else self.entropy_control.applied
+        acting = batch.signals.get("high_entropy", batch.mask)
+        share = batch.signals.get("entropy_share", acting.new_ones(len(acting)))
+        return weight * share[:, None] * acting * scores.entropy
 
     def terms(self, scores: Scores, batch: Batch) -> Terms:
         """Log-ratios at the level asked for, and advantages."""

@@ -39,16 +39,31 @@ class Correction:
     @torch.no_grad()
     def __call__(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
         """w `[N,C]`, or `[N,1]` for whole completions, without gradient."""
-        log_w = (old_logprobs - sampler_logprobs) * mask
-        w = ratio(log_w.sum(-1, keepdim=True) if self.mode.startswith("sequence") else log_w)
-        low = -torch.inf if self.low is None else self.low
-        high = torch.inf if self.high is None else self.high
+        w, (low, high) = self.ratio(old_logprobs, sampler_logprobs, mask), self.bounds
         return w.clamp(low, high) if self.mode.endswith("truncate") else w * ((w >= low) & (w <= high))
+
+    @torch.no_grad()
+    def is_beyond(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """1 where the weight of a token is beyond the bounds, else 0, `[N,C]`."""
+        w, (low, high) = self.ratio(old_logprobs, sampler_logprobs, mask), self.bounds
+        return ((w < low) | (w > high)).to(mask.dtype).expand_as(mask)
+
+    def ratio(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """w before any bound."""
+        log_w = (old_logprobs - sampler_logprobs) * mask
+        return ratio(log_w.sum(-1, keepdim=True) if self.mode.startswith("sequence") else log_w)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return -torch.inf if self.low is None else self.low, torch.inf if self.high is None else self.high
 
 
 @torch.no_grad()
-def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Metrics:
-    """How far the sampler is from the policy that is trained, `[N,C]`; the extremes `[N]` of each completion."""
+def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, correction: Correction) -> Metrics:
+    """How far the sampler is from the policy that is trained, `[N,C]`; the extremes `[N]` of each completion.
+
+    `sampling/masked_share` is the share of tokens whose weight is beyond the bounds of `correction`.
+    """
     log_w = (logprobs - sampler_logprobs) * mask
     w = ratio(log_w)
     absent = mask == 0
@@ -59,4 +74,5 @@ def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Metric
         "sampling/importance_sampling_ratio/min": w.masked_fill(absent, torch.inf).amin(-1),
         "sampling/importance_sampling_ratio/max": w.masked_fill(absent, 0).amax(-1),
         "sampling/kl": k3(sampler_logprobs, logprobs) * mask,
+        "sampling/masked_share": correction.is_beyond(logprobs, sampler_logprobs, mask),
     }

@@ -1,34 +1,46 @@
-"""What is logged of a round: its numbers, and its completions as a table in the terminal and a parquet file per log."""
+"""What is logged of a round: its numbers, and its completions.
+
+Completions are a table in the terminal, a parquet file per log, and a table in trackers that have them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from trl.algorithms.advantages import group_std, has_no_variance
 from trl.rollouts.experience import Group
 from trl.types import Experience, Metrics
 
+TRACKERS_WITH_TABLES = ("wandb", "trackio")
 
-def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> Metrics:
-    """Numbers of a round, `[N]` each; `names` are those of the reward functions."""
+
+def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor) -> Metrics:
+    """Numbers of a round, `[N]` or `[1]` each.
+
+    names        those of the reward functions
+    everywhere   `[M,1+F]` rewards, combined and of every function, of all processes: standard deviations are theirs
+    """
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.example.completions])
     finished = torch.cat([group.finished for group in groups])
     rewards = experience.rewards
-    whole = torch.zeros_like(experience.group)
+    deviation = spread(everywhere)
     columns = dict(zip(names, torch.cat([group.rewards for group in groups]).unbind(1), strict=True))
     return {
         "reward": rewards,
-        "reward_std": group_std(rewards, whole)[:1],
+        "reward_std": deviation[:1],
         "frac_reward_zero_std": has_no_variance(rewards, experience.group).float(),
         "completions/mean_length": lengths,
         "completions/min_length": lengths,
@@ -37,8 +49,45 @@ def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequen
         "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
         "failed_rewards": torch.cat([group.failed for group in groups]).float(),
         **{f"rewards/{name}/mean": column for name, column in columns.items()},
-        **{f"rewards/{name}/std": group_std(column, whole)[:1] for name, column in columns.items()},
+        **{f"rewards/{name}/std": deviation[i : i + 1] for i, name in enumerate(names, 1)},
     }
+
+
+def spread(columns: Tensor) -> Tensor:
+    """`[K]` standard deviations of `[M,K]`, NaN left out."""
+    whole = torch.zeros(len(columns), dtype=torch.long)
+    return torch.stack([group_std(column, whole)[0] for column in columns.unbind(1)])
+
+
+class LoggedMetrics:
+    """Means of numbers that reward functions log by name. Processes may log different names."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, value: float, count: int = 1) -> None:
+        total, known = self.sums.get(name, (0.0, 0))
+        self.sums[name] = (total + float(value), known + count)
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """Sum and count by name since the last time."""
+        sums, self.sums = self.sums, {}
+        return sums
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: list(pair) for name, pair in self.sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self.sums = {name: (total, int(count)) for name, (total, count) in state.items()}
+
+
+def means_of(logged: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means by name of what several processes have logged."""
+    together = LoggedMetrics()
+    for sums in logged:
+        for name, (total, count) in sums.items():
+            together.add(name, total, count)
+    return {name: total / count for name, (total, count) in together.sums.items()}
 
 
 def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -73,19 +122,33 @@ class CompletionLog:
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         self.rows = json.loads(state["rows"])
 
-    def flush(
-        self, folder: Path, step: int, *, show: int | None = None, unique: bool = False, console: Console | None = None
-    ) -> list[dict[str, Any]]:
-        """Print `show` rows (None: all), write all to `folder`, and forget them. With `unique`, one row per prompt."""
+    def take(self) -> list[dict[str, Any]]:
+        """The rows, which are forgotten."""
         rows, self.rows = self.rows, []
-        if unique:
-            rows = [*{row["prompt"]: row for row in rows}.values()]
-        if rows:
-            print_completions(rows[:show], step, console or Console())
-            folder.mkdir(parents=True, exist_ok=True)
-            table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
-            pq.write_table(table, folder / f"completions_{step:05d}.parquet")
         return rows
+
+
+def write_completions(
+    rows: Sequence[Mapping[str, Any]], folder: Path, step: int, *, show: int | None = None, trackers: Sequence[str] = ()
+) -> None:
+    """Print `show` rows (None: all), and write all to `folder` and to those of `trackers` that have tables."""
+    if not rows:
+        return
+    columns = list({name: None for row in rows for name in row})
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    print_completions(rows[:show], step, Console())
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
+    pq.write_table(table, folder / f"completions_{step:05d}.parquet")
+    for name in TRACKERS_WITH_TABLES:
+        if name in trackers:
+            tracker = importlib.import_module(name)
+            tracker.log({"completions": tracker.Table(dataframe=pd.DataFrame(rows))})
+
+
+def one_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last row of every prompt."""
+    return [*{row["prompt"]: row for row in rows}.values()]
 
 
 def print_completions(rows: Sequence[Mapping[str, Any]], step: int, console: Console) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl.algorithms.advantages import NORMALIZE_THEN_SUM
+from trl.algorithms.entropy_control import AdaptiveEntropy
 from trl.algorithms.grpo import GRPO
 from trl.algorithms.importance import Correction
 from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
@@ -80,7 +81,20 @@ class GRPOConfig(OnlineConfig):
     """Weight of the entropy bonus."""
 
     use_adaptive_entropy: bool = False
-    """Not available: set `entropy_coef`."""
+    """Raise the weight of the entropy bonus by steps while entropy is below a target, and lower it above
+    (arXiv:2505.22312). It starts at `entropy_coef`."""
+
+    entropy_coef_min: float = 0.0
+    """Smallest weight, with use_adaptive_entropy."""
+
+    entropy_coef_max: float = 1.0
+    """Largest weight, with use_adaptive_entropy."""
+
+    entropy_coef_delta: float = 0.005
+    """Change of the weight with every optimizer step."""
+
+    entropy_target: float = 0.2
+    """Mean entropy of a token, in nats, that use_adaptive_entropy keeps the policy from falling below."""
 
     top_entropy_quantile: float = 1.0
     """Learn from this share of tokens alone, those of highest entropy in the round (arXiv:2506.01939)."""
@@ -113,7 +127,7 @@ class GRPOConfig(OnlineConfig):
         self.loss_aggregation = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
-        for name in ("use_adaptive_entropy", "max_tool_calling_iterations", "cast_lm_head_to_fp32"):
+        for name in ("max_tool_calling_iterations", "cast_lm_head_to_fp32"):
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
         if self.num_generations < 2:
@@ -132,10 +146,15 @@ class GRPOConfig(OnlineConfig):
             unbiased_kl=self.use_bias_correction_kl,
             kl_in_reward=self.kl_in_reward,
             entropy_coef=self.entropy_coef,
+            entropy_control=self._entropy_control() if self.use_adaptive_entropy else None,
             top_entropy=self.top_entropy_quantile,
             off_policy_threshold=self.off_policy_mask_threshold,
             correction=self._correction() if self.importance_sampling_correction else None,
         )
+
+    def _entropy_control(self) -> AdaptiveEntropy:
+        bounds = {"low": self.entropy_coef_min, "high": self.entropy_coef_max}
+        return AdaptiveEntropy(self.entropy_coef, self.entropy_target, self.entropy_coef_delta, **bounds)
 
     def _correction(self) -> Correction:
         bounds = (self.importance_sampling_clip_min, self.importance_sampling_clip_max)

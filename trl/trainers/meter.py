@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ class Meter:
     """Weighted means of named measurements.
 
     `add` takes what algorithms return (see `trl.types.Metrics`): `[N,C]` values are averaged over the batch's mask, vectors
-    over their entries that are not NaN; of names in `EXTREMES` the smallest or largest value is kept. It neither
+    over their entries that are not NaN; of names in `EXTREMES` the smallest or largest of those is kept. It neither
     synchronises nor communicates; `read` does both, once.
     """
 
@@ -57,8 +58,10 @@ class Meter:
         self._sum(name, pair)
 
     def _keep(self, name: str, values: Tensor) -> None:
+        extreme = EXTREMES[name]
+        values = values.nan_to_num(nan=torch.inf if extreme is torch.amin else -torch.inf)
         kept = [self._extremes[name].to(values.device)] if name in self._extremes else []
-        self._extremes[name] = EXTREMES[name](torch.stack([EXTREMES[name](values.flatten(), 0), *kept]), 0)
+        self._extremes[name] = extreme(torch.stack([extreme(values.flatten(), 0), *kept]), 0)
 
     def count(self, name: str, amount: float, *, per: float = 1.0) -> None:
         """Count host numbers into the ratio Σ amount / Σ per."""
@@ -80,7 +83,8 @@ class Meter:
         sums = table[:, : 2 * len(pairs)].sum(0).view(-1, 2)
         found = {name: (x / n).item() for name, (x, n) in zip(self._sums, sums, strict=True) if n > 0}
         for name, column in zip(self._extremes, table[:, 2 * len(pairs) :].T, strict=True):
-            found[name] = EXTREMES[name](column, 0).item()
+            if math.isfinite(value := EXTREMES[name](column, 0).item()):
+                found[name] = value
         self._sums, self._extremes = {}, {}
         return found
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trl.algorithms.dpo import DPO
@@ -125,6 +126,8 @@ class OnlineDPOTrainer(OnlineTrainer):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         scores = score(model, batch, temperature=self.args.temperature or 1.0, want={"entropy"})
         loss, metrics = self.algorithm.loss(scores, batch)
+        nothing = self.weights(batch) == 0
+        metrics = {name: values.masked_fill(nothing, torch.nan) for name, values in metrics.items()}
         return loss, {**metrics, "entropy": scores.entropy}
 
 

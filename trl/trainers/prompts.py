@@ -6,7 +6,7 @@ more prompts than planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,22 @@ class StreamRows:
 
 
 class Prompts:
-    """`take(count)` rows for this process; `cursor` is the number of rows that all processes have taken."""
+    """Rows for this process; `cursor` is the number of rows that all processes have taken.
+
+    Rows are dealt out in turn, one to each process, so that a part of a round holds the same prompts whatever the number
+    of processes.
+    """
 
     def __init__(self, rows: TableRows | StreamRows, *, rank: int = 0, world: int = 1) -> None:
         self.rows, self.rank, self.world = rows, rank, world
         self.cursor = 0
 
     def take(self, count: int) -> list[Row]:
-        start = self.cursor + self.rank * count
-        self.cursor += self.world * count
-        return [self.rows[position] for position in range(start, start + count)]
+        """`count` rows; the other processes take as many."""
+        return self.deal([count] * self.world)
+
+    def deal(self, counts: Sequence[int]) -> list[Row]:
+        """`counts[rank]` rows, where each process takes as many as `counts` says of it."""
+        owners = [rank for turn in range(max(counts)) for rank, count in enumerate(counts) if turn < count]
+        start, self.cursor = self.cursor, self.cursor + len(owners)
+        return [self.rows[start + i] for i, owner in enumerate(owners) if owner == self.rank]

@@ -1,0 +1,66 @@
+"""A round over several processes: each samples and rewards whole groups of its own, and all of them give credit together.
+
+    experience of this process ──gather──▶ of the round ──algorithm.advantages──▶ signals ──▶ this process's part
+
+So what an algorithm measures over a round (normalised advantages, a quantile of entropies) does not depend on how many
+processes sampled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from trl.types import Experience
+
+
+def with_credit(
+    local: Experience, advantages: Callable[[Experience], Experience], accelerator: Accelerator
+) -> Experience:
+    """The experience of this process with signals that `advantages` makes of that of all processes."""
+    if accelerator.num_processes == 1:
+        return advantages(local)
+    whole, start = gather_experience(local, accelerator)
+    found = advantages(whole).signals
+    rows, width = slice(start, start + len(local.rewards)), local.mask.shape[1]
+    return local.with_signals(**{name: v[rows] if v.dim() == 1 else v[rows, :width] for name, v in found.items()})
+
+
+def gather_experience(local: Experience, accelerator: Accelerator) -> tuple[Experience, int]:
+    """The experience of all processes in their order, and where this one's begins."""
+    group = local.group * accelerator.num_processes + accelerator.process_index
+    vectors = {"rewards": local.rewards, "group": group}
+    vectors |= {name: v for name, v in sorted(local.signals.items()) if v.dim() == 1}
+    tables = {"mask": local.mask} | {name: v for name, v in sorted(local.signals.items()) if v.dim() == 2}
+    numbers, start = gather_rows(torch.stack([v.double() for v in vectors.values()], 1), accelerator)
+    grids, _ = gather_rows(torch.stack([v.float() for v in tables.values()], 1), accelerator)
+    found = dict(zip([*vectors, *tables], [*numbers.unbind(1), *grids.unbind(1)], strict=True))
+    signals = {name: found[name].to(value.dtype) for name, value in local.signals.items()}
+    return Experience(found["rewards"].to(local.rewards.dtype), found["group"].long(), found["mask"], signals), start
+
+
+def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
+    """`rows [N,…]` of all processes in their order, and where this one's begin.
+
+    Processes may have different numbers of rows; where other dimensions differ, zeros fill up to the longest.
+    """
+    if accelerator.num_processes == 1:
+        return rows, 0
+    shapes = accelerator.gather(torch.tensor([rows.shape], device=accelerator.device)).cpu()
+    most = shapes.amax(0).tolist()
+    missing = [side for n, m in zip(reversed(rows.shape), reversed(most), strict=True) for side in (0, m - n)]
+    parts = accelerator.gather(F.pad(rows, missing).to(accelerator.device)).cpu().split(most[0])
+    counts = shapes[:, 0].tolist()
+    whole = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return whole, sum(counts[: accelerator.process_index])
+
+
+def everyones(value: Any, accelerator: Accelerator) -> list[Any]:
+    """`value` of every process: anything that can be pickled."""
+    return [value] if accelerator.num_processes == 1 else gather_object([value])

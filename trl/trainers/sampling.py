@@ -1,0 +1,252 @@
+"""The first half of an online method: prompts in, samples with rewards out.
+
+    row ──encode──▶ prompt ──engine.generate──▶ G completions ──reward functions──▶ Group
+
+A group is all samples of one prompt. It stays whole on one process: every process takes prompts of its own, and samples
+and rewards all of their completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.algorithms.advantages import combine_rewards, has_no_variance
+from trl.data.encode import EncodeSettings
+from trl.models.score import unwrap
+from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.model import RewardModel
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.experience import Group, example_of, finished
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.trainers.across import everyones, gather_rows
+from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.completion_log import (
+    CompletionLog,
+    LoggedMetrics,
+    log_rows,
+    means_of,
+    one_per_prompt,
+    round_metrics,
+    write_completions,
+)
+from trl.trainers.online_config import OnlineConfig
+from trl.trainers.prompts import Prompts
+from trl.types import Experience
+
+NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
+"""Columns that reward functions are not given under their name."""
+
+
+class SamplingTrainer(BaseTrainer):
+    """Sample and reward: what `OnlineTrainer` learns from. Its arguments are described there."""
+
+    config_class = OnlineConfig
+    branches = True
+
+    def __init__(
+        self,
+        *arguments: Any,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        engine: RolloutEngine | None = None,
+        **keywords: Any,
+    ) -> None:
+        self.engine = engine
+        self.prompts: Prompts | None = None
+        self.completion_log = CompletionLog()
+        self.logged = {"train": LoggedMetrics(), "eval": LoggedMetrics()}
+        self.samplings = {"train": 0, "eval": 0}
+        self._columns: dict[str, list[str]] = {}
+        super().__init__(*arguments, **keywords)
+        weights = self.args.reward_weights
+        self.rewards = make_rewards(reward_funcs, weights=weights, processing_classes=reward_processing_classes)
+        for columns in self._columns.values():
+            check_columns(self.rewards, [name for name in columns if name not in NOT_FOR_REWARDS])
+        for reward in self.rewards:
+            if isinstance(reward.function, RewardModel):
+                reward.function.to(self.args.device)
+        self.data_collator = list
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        if self.engine is None:
+            shown = self.is_local_process_zero() and not self.args.disable_tqdm
+            self.engine = LocalEngine(self.model, self.tokenizer_, progress=shown)
+        self.parts.keep("completions", self.completion_log, per_process=True, optional=True)
+        self.parts.keep("logged", self.logged["train"], per_process=True, optional=True)
+
+    # ---- prompts ----
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        return EncodeSettings(
+            kind="prompt_only",
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            keep_columns=tuple(self._columns[split]),
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=self.args.dataset_num_proc,
+        )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        self._columns[split] = rows.column_names or list(next(iter(rows)))
+        return super().encode(rows, split, name)
+
+    def _shuffled(self, rows: Rows) -> Rows:
+        """A dataset is shuffled as prompts are taken."""
+        return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
+
+    # ---- samples ----
+
+    def sample_round(self) -> list[Group]:
+        """As many groups as a round has; those without variance replaced by fresh prompts where that is asked for."""
+        args = self.args
+        groups = self.sample(self.prompts.take(args.prompts_per_round), args.num_generations, "train")
+        if args.zero_variance != "resample":
+            return groups
+        for _ in range(args.max_resampling):
+            missing = torch.tensor([sum(map(self._is_flat, groups))], device=args.device)
+            everywhere = self._gather(missing).tolist()
+            if not any(everywhere):
+                break
+            groups += self.sample(self.prompts.deal(everywhere), args.num_generations, "train")
+            groups.sort(key=self._is_flat)
+            self._count("resampled_groups", missing.item(), len(groups))
+            groups = groups[: args.prompts_per_round]
+        return groups
+
+    def _is_flat(self, group: Group) -> bool:
+        rewards = self._combined([group])
+        return bool(has_no_variance(rewards, torch.zeros(len(rewards), dtype=torch.long)).all())
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
+        """n completions of each row's prompt, rewarded."""
+        prompts = [Prompt(row["prompt_ids"]) for row in rows]
+        sampled = self.engine.generate(prompts, self.sampling_params(mode), n)
+        shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
+        extra: dict[str, Sequence[Any]] = {}
+        rewarded = self.reward(rows, sampled, shown, mode, log_extra=extra.__setitem__)
+        values, failed = rewarded.values.split(n), rewarded.failed.any(1).split(n)
+        return [
+            Group(
+                row,
+                example_of(row, rollouts),
+                finished(rollouts),
+                texts,
+                values[i],
+                failed[i],
+                {name: list(column[i * n : (i + 1) * n]) for name, column in extra.items()},
+            )
+            for i, (row, rollouts, texts) in enumerate(zip(rows, sampled, shown, strict=True))
+        ]
+
+    def sampling_params(self, mode: str) -> SamplingParams:
+        """How to sample next: every round and process has a seed of its own."""
+        number = self.samplings[mode] * self.args.world_size + self.args.process_index
+        self.samplings[mode] += 1
+        seed = (2 * self.args.seed + (mode == "eval")) * 2**40 + number
+        return self.args.sampling_params(max_new_tokens=self._completion_limit(), seed=seed)
+
+    def _completion_limit(self) -> int:
+        if self.args.max_completion_length is not None:
+            return self.args.max_completion_length
+        return unwrap(self.model).config.get_text_config().max_position_embeddings
+
+    def _shown(self, row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> list[Any]:
+        """Completions as reward functions see them: texts, or a conversation's next message."""
+        texts = [self.tokenizer_.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
+        if isinstance(row["prompt"], str):
+            return texts
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    # ---- rewards ----
+
+    def reward(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        sampled: Sequence[Sequence[Rollout]],
+        shown: Sequence[Sequence[Any]],
+        mode: str,
+        log_extra: Callable[[str, Sequence[Any]], None],
+    ) -> Rewarded:
+        """Rewards of all samples, by every function. A function may log columns and numbers of its own."""
+        if not rows:
+            return Rewarded(torch.zeros(0, len(self.rewards)), torch.zeros(0, len(self.rewards), dtype=torch.bool))
+        repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
+        names = [name for name in rows[0] if name not in NOT_FOR_REWARDS]
+        columns = {name: [row[name] for row in repeated] for name in names}
+        columns["completion_ids"] = [list(rollout.ids) for rollout in chain(*sampled)]
+        samples = Samples(
+            [row["prompt"] for row in repeated], list(chain(*shown)), columns, self._extras(mode, log_extra)
+        )
+        return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout, on_error=self.args.on_reward_error)
+
+    def _extras(self, mode: str, log_extra: Callable[[str, Sequence[Any]], None]) -> dict[str, Any]:
+        """What reward functions are given beside columns."""
+        return {"trainer_state": self.state, "log_extra": log_extra, "log_metric": self.logged[mode].add}
+
+    def _combined(self, groups: Sequence[Group]) -> Tensor:
+        """One reward `[N]` per completion, from those of all functions."""
+        rewards = torch.cat([group.rewards for group in groups])
+        sizes = torch.tensor([len(group.rewards) for group in groups])
+        index = torch.arange(len(groups)).repeat_interleave(sizes)
+        weights = torch.tensor([reward.weight for reward in self.rewards])
+        total = combine_rewards(rewards, weights, index, aggregation=self.args.multi_objective_aggregation)
+        if self.args.missing_eos_penalty is None:
+            return total
+        return total - self.args.missing_eos_penalty * ~torch.cat([group.finished for group in groups])
+
+    # ---- what is reported ----
+
+    def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
+        self.meters[mode].count(name, float(amount), per=float(per))
+
+    def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        names = [reward.name for reward in self.rewards]
+        everywhere = self._rewards_everywhere(groups, experience)
+        self.meters[mode].add(round_metrics(groups, experience, names, everywhere))
+        if mode == "train" and self.args.log_completions:
+            self.completion_log.add(log_rows(groups, experience, names))
+
+    def _rewards_everywhere(self, groups: Sequence[Group], experience: Experience) -> Tensor:
+        """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
+        functions = torch.cat([group.rewards for group in groups])
+        return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
+
+    def _train_metrics(self) -> dict[str, float]:
+        return {**super()._train_metrics(), **self._logged_by_rewards("train")}
+
+    def _logged_by_rewards(self, mode: str) -> dict[str, float]:
+        return means_of(everyones(self.logged[mode].take(), self.accelerator))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs and self.args.log_completions:
+            self._write_completions()
+
+    def _write_completions(self) -> None:
+        """Those of all processes, by one of them."""
+        args = self.args
+        rows = list(chain(*everyones(self.completion_log.take(), self.accelerator)))
+        if self.is_world_process_zero():
+            rows = one_per_prompt(rows) if args.log_unique_prompts else rows
+            folder = Path(args.output_dir) / "completions"
+            show, trackers = args.num_completions_to_print, args.report_to
+            write_completions(rows, folder, self.state.global_step, show=show, trackers=trackers)
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.samplings["eval"] = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self._logged_by_rewards("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
