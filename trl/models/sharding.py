@@ -60,3 +60,11 @@ def _whole_fsdp(model: FSDPModule) -> Iterator[None]:
             part.reshard()
         for group, mesh in zip(groups, before, strict=True):
             group.post_forward_mesh_info = mesh
+
+
+@contextmanager
+def _whole_zero3(engine: nn.Module) -> Iterator[None]:
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(engine):
+        yield

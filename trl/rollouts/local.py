@@ -18,15 +18,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.heads import WithValueHead
+from trl.models.sharding import whole_weights
 from trl.rollouts.decoders import (
     Decoder,
     Policy,
@@ -51,6 +52,8 @@ Path = Literal["shared", "repeated", "generate"]
 
 class LocalEngine:
     """Samples from `model` as it is at the call, adapters included: a `RolloutEngine`.
+
+    Weights that an engine has sharded are gathered once per call, so all processes make as many calls.
 
     `max_tokens_alive` limits the tokens that prompts and samples under way may come to hold (a shared prompt counts
     once, a sample for its `max_new_tokens`); samples beyond wait. One sample is always admitted. The tokenizer is
@@ -87,7 +90,8 @@ class LocalEngine:
         policy, params = unwrap(self.model), with_seed(params)
         stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
-        with torch.no_grad(), evaluating(policy.model), self._bar(len(prompts) * n) as bar:
+        bar = self._bar(len(prompts) * n)
+        with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), bar:
             path = self._path(policy, prompts, params)
             if path == "generate":
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
@@ -199,9 +203,8 @@ class _Round:
 
 
 def unwrap(model: nn.Module) -> Policy:
-    """The policy without its data-parallel wrapper and value head. Raises ModelError for what does not generate."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    """The policy without its engine's wrapper and value head. Raises ModelError for what does not generate."""
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     model = model.pretrained_model if isinstance(model, WithValueHead) else model
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):

@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,11 +37,13 @@ from trl.errors import ConfigError, suggest
 from trl.models.layouts import choose_layout
 from trl.models.load import load_model, load_processor, make_trainable, tokenizer_of, with_adapters
 from trl.models.score import prepare_scoring, unwrap
+from trl.models.stored import without_copies
 from trl.ops.reduce import WEIGHTS
 from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
+from trl.trainers.engines import accumulating, check_engine
 from trl.trainers.finite import StepCount, Window, poisoned, takes_step
 from trl.trainers.meter import Meter
 from trl.trainers.resumable import ResumableTrainer
@@ -116,6 +119,7 @@ class BaseTrainer(ResumableTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        check_engine(self.args, self.accelerator)
         self._use_one_device_per_process()
         if self.args.html_report:
             self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
@@ -280,8 +284,7 @@ class BaseTrainer(ResumableTrainer):
         )
         batches, tokens = weigh(batches, self.weights, self._sum_over_processes)
         self._count_tokens(tokens)
-        most = int(self._gather(torch.tensor([len(batches)], device=self.args.device)).max())
-        batches += [filler(batches[-1])] * (most - len(batches))
+        batches += [filler(batches[-1])] * (self._most(len(batches)) - len(batches))
         parts = [[examples[i] for i in group] for group in groups]
         self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
         return share_out(batches, len(pulled)), 1
@@ -329,7 +332,7 @@ class BaseTrainer(ResumableTrainer):
         *before, last = inputs
         loss = torch.zeros((), device=self.args.device)
         for batch in before:
-            with self.accelerator.no_sync(model):
+            with accumulating(self.accelerator, model):
                 loss += super().training_step(model, batch, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
@@ -361,10 +364,20 @@ class BaseTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
-        statistics = self.statistics(inputs)
-        for group in self._plan(inputs, 1):
-            self.evaluate_batch(model, [inputs[i] for i in group], statistics)
+        self.evaluate_examples(model, inputs, self.statistics(inputs))
         return None, None, None
+
+    def evaluate_examples(
+        self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
+    ) -> None:
+        """Count `examples` into the evaluation's metrics, in as many forward passes as every other process."""
+        groups = [[examples[i] for i in group] for group in self._plan(examples, 1)]
+        for group in groups:
+            self.evaluate_batch(model, group, statistics)
+        for _ in range(self._most(len(groups)) - len(groups)):
+            (batch,) = with_signals([self.lay_out(groups[-1])], statistics)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.loss(model, filler(replace(batch, weight=batch.mask)).to(self.args.device))
 
     def evaluate_batch(
         self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
@@ -425,6 +438,10 @@ class BaseTrainer(ResumableTrainer):
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
             self._window_started = None
 
+    def _most(self, count: int) -> int:
+        """The largest `count` of any process: all have to take part in as many forward passes."""
+        return int(self._gather(torch.tensor([count], device=self.args.device)).max())
+
     def _gather(self, row: Tensor) -> Tensor:
         return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
 
@@ -438,6 +455,10 @@ class BaseTrainer(ResumableTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.create_model_card()
         super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """`state_dict` is given where weights were gathered."""
+        super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
 
     def create_model_card(
         self,
