@@ -56,6 +56,8 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
         return
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    if sharding_asked_for(args) == DistributedType.DEEPSPEED:
+        _spare_compiling()
     plain = PartialState._prepare_backend
     # What accelerate takes for accelerators that talk is what it lets engines shard over.
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
@@ -63,6 +65,13 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend = plain
+
+
+def _spare_compiling() -> None:
+    """Let DeepSpeed use gloo between processes of one machine, in place of an operation that it compiles for minutes."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_processes(args: TrainingArguments) -> None:
