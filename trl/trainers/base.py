@@ -272,6 +272,8 @@ class BaseTrainer(ResumableTrainer):
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[list[Batch]], int]:
         """The rows of one optimizer step, as micro-batches laid out and weighed: a list of them per counted step."""
+        if self.has_ended():
+            return [], 1
         self._window_started = time.perf_counter()
         pulled = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
         self.take_up()

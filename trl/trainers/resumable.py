@@ -68,6 +68,11 @@ class ResumableTrainer(Trainer):
             self._globalstep_last_logged = self._resumed_loss["logged"]
             self._resumed_loss = None
 
+    def has_ended(self) -> bool:
+        """Whether no step is left: a run that goes on from its last checkpoint. It stops here."""
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        return self.control.should_training_stop
+
     def _loss_state(self) -> dict[str, Any]:
         return {"sum": self._tr_loss, "logged": self._globalstep_last_logged}
 
