@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from trl.data.layout import lay_out
+from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ModelError
 from trl.models.reference import (
     AdapterOff,
     EarlierWeights,
     FrozenModel,
     NamedAdapter,
+    SharedTrunk,
     create_reference_model,
+    frozen_reference,
     make_reference,
+    observe,
 )
 from trl.models.score import score
+from trl.models.trunk import layers_of
 from trl.types import Completion, Example
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -34,6 +39,12 @@ def disturb(model, scale=0.1):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(scale * torch.randn_like(parameter))
+
+
+def batch_for(model):
+    if model.config.is_encoder_decoder:
+        return lay_out_encoder_decoder(EXAMPLES, pad_token_id=0, decoder_start_token_id=0)
+    return lay_out(EXAMPLES)
 
 
 def logprobs(model):
@@ -170,3 +181,94 @@ def test_copy_of_a_copied_model_scores_by_itself(make_model):
     twin = copy.deepcopy(create_reference_model(model))
     disturb(model)
     torch.testing.assert_close(logprobs(twin), given)
+
+
+# ---- lower layers that run once ----
+
+
+@contextmanager
+def counting_layers(model):
+    """How often each layer of the model has really run: its first part counts."""
+    runs = [0] * len(layers_of(model))
+
+    def count(i):
+        def counted(module, args, output):
+            runs[i] += 1
+
+        return counted
+
+    leaves = [next(m for m in layer.modules() if not list(m.children())) for layer in layers_of(model)]
+    hooks = [leaf.register_forward_hook(count(i)) for i, leaf in enumerate(leaves)]
+    yield runs
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "start"),
+    [
+        ("gpt2", {"n_layer": 4}, 3),
+        ("llama", {"num_hidden_layers": 4}, 1),
+        *((name, {}, 1) for name in ("qwen3", "gemma2", "gemma3", "cohere", "opt", "bloom", "t5")),
+    ],
+)
+def test_only_the_upper_layers_of_a_reference_run(make_model, name, sizes, start):
+    policy = make_model(name, **sizes)
+    batch = batch_for(policy)
+    whole = FrozenModel(create_reference_model(policy))
+    reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=start))
+    assert isinstance(reference, SharedTrunk)
+    assert reference.start == start
+    disturb(policy)
+    expected = whole.logprobs(policy, batch)
+    with counting_layers(policy) as own, counting_layers(reference.model) as theirs:
+        scores, found = observe(policy, reference, batch, want={"entropy"}, temperature=1.0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert own == [1] * len(own)
+    assert theirs == [0] * start + [1] * (len(own) - start)
+    torch.testing.assert_close(scores.logprobs, score(policy, batch).logprobs.detach())
+    assert not torch.allclose(scores.logprobs, found, atol=1e-3)
+    torch.testing.assert_close(reference.logprobs(policy, batch), expected, atol=1e-6, rtol=1e-6)
+
+
+class Writes(torch.nn.Module):
+    """A layer that hands something to a later one by another way than its output."""
+
+    def __init__(self, layer, store):
+        super().__init__()
+        self.layer, self.store = layer, store
+
+    def forward(self, hidden, **inputs):
+        self.store["mean"] = hidden.mean()
+        return self.layer(hidden, **inputs)
+
+
+class Reads(Writes):
+    def forward(self, hidden, **inputs):
+        return self.layer(hidden + self.store.pop("mean"), **inputs)
+
+
+def test_a_reference_runs_whole_where_its_upper_layers_do_not_run_alone(make_model, caplog):
+    policy, store = make_model("llama"), {}
+    policy.model.layers = torch.nn.ModuleList(
+        kind(layer, store) for kind, layer in zip((Writes, Reads), policy.model.layers, strict=True)
+    )
+    reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
+    assert type(reference) is FrozenModel
+    assert "the reference runs them by itself: its upper layers do not run alone (KeyError" in caplog.text
+    scores, found = observe(policy, reference, lay_out(EXAMPLES))
+    torch.testing.assert_close(found, scores.logprobs)
+
+
+def test_a_reference_runs_whole_where_something_below_is_not_in_common(make_model, caplog):
+    """BART registers the norm of its embeddings behind its layers."""
+    policy = make_model("bart")
+    reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
+    assert type(reference) is FrozenModel
+    assert "'model.decoder.layernorm_embedding' is not among them and runs before they end" in caplog.text
+
+
+def test_references_that_share_nothing_run_whole(make_model):
+    policy = make_model("llama")
+    for other in (create_reference_model(policy), make_model("gpt2")):
+        assert type(frozen_reference(policy, other)) is FrozenModel

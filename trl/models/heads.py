@@ -1,17 +1,18 @@
 """Language models with a value head: one more scalar per token.
 
-    V(s_t) = w · dropout(h_t) + b,      h_t the hidden state that the language-model head reads
+    V(s_t) = w · dropout(h_t) + b
 
-`AutoModelForCausalLMWithValueHead` and its encoder-decoder twin wrap a model of `transformers`, with or without
-adapters: `.pretrained_model` is the model, `.v_head` the head, and everything else is the model's. On disk the model is
-saved as ever, and the head beside it, so that any loader reads the folder and only this one reads the head.
+What h_t is tells the heads of `trl.models.values` apart: the hidden state that the language-model head reads, or that of
+upper layers, or of a whole model, of the value's own. `AutoModelForCausalLMWithValueHead` and its encoder-decoder twin
+wrap a model of `transformers`, with or without adapters: `.pretrained_model` is the model, `.v_head` the head, and
+everything else is the model's. On disk the model is saved as ever, and the head beside it, so that any loader reads the
+folder and only this one reads the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,48 +24,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from transformers.utils import PushToHubMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl.errors import ConfigError, ModelError, unknown
+from trl.errors import ConfigError, ModelError
 from trl.models.load import load_model, with_adapters
-from trl.models.stored import HEAD_FILE, add_reward_adapter, stored_head
+from trl.models.stored import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
+from trl.models.trunk import last_states
+from trl.models.values import HeadOptions, ValueBranch, ValueHead, ValueModel
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say where files are found."""
-
-
-def _normal(summary: nn.Linear, spread: float) -> None:
-    nn.init.normal_(summary.weight, mean=0.0, std=spread)
-    nn.init.zeros_(summary.bias)
-
-
-def _as_linear(summary: nn.Linear, spread: float) -> None:
-    """The start that `nn.Linear` has given itself."""
-
-
-INIT_STRATEGIES = {None: _as_linear, "normal": _normal}
-
-
-class ValueHead(nn.Module):
-    """Dropout and a linear map to one number: `[…,H] -> […]`, in the precision of its own weights."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        dropout: float = 0.1,
-        init_strategy: str | None = None,
-        initializer_range: float = 0.2,
-    ) -> None:
-        super().__init__()
-        if init_strategy not in INIT_STRATEGIES:
-            raise ConfigError(unknown("v_head_init_strategy", str(init_strategy), map(str, INIT_STRATEGIES)))
-        self.dropout = nn.Dropout(dropout)
-        self.summary = nn.Linear(hidden_size, 1)
-        INIT_STRATEGIES[init_strategy](self.summary, initializer_range)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.summary.weight.device, self.summary.weight.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.summary(self.dropout(hidden)).squeeze(-1)
 
 
 class WithValueHead(nn.Module, PushToHubMixin):
@@ -79,18 +46,15 @@ class WithValueHead(nn.Module, PushToHubMixin):
         summary_dropout_prob: float = 0.1,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
+        num_value_layers: int = 0,
     ) -> None:
         super().__init__()
         head = pretrained_model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(pretrained_model).__name__} has no language-model head, so it samples nothing.")
         self.pretrained_model = pretrained_model
-        self.v_head = ValueHead(
-            head.in_features,
-            dropout=summary_dropout_prob,
-            init_strategy=v_head_init_strategy,
-            initializer_range=v_head_initializer_range,
-        ).to(next(head.parameters()).device)
+        self.head_options = HeadOptions(summary_dropout_prob, v_head_init_strategy, v_head_initializer_range)
+        self.v_head = self._new_head(num_value_layers)
         self.has_new_adapter = False
         self.reward_adapter_name: str | None = None
 
@@ -102,19 +66,50 @@ class WithValueHead(nn.Module, PushToHubMixin):
                 raise
             return getattr(self.pretrained_model, name)
 
+    def branch(self, layers: int) -> None:
+        """Give the value a copy of its own of so many upper layers. Its linear map stays what it is."""
+        made = self._new_head(layers)
+        made.summary = self.v_head.summary
+        self.v_head = made
+
+    def _new_head(self, layers: int) -> ValueHead:
+        model, options = self.pretrained_model, self.head_options
+        made = ValueBranch(model, layers, options) if layers else ValueHead.on(model, options)
+        return made.to(next(model.get_output_embeddings().parameters()).device)
+
     # ---- forward ----
 
-    def forward(self, *args: Any, score: Any = None, return_past_key_values: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        score: Any = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """`(logits [B,T,V] float32, loss or None, values [B,T])`, and with `return_past_key_values` the cache.
 
         Arguments are those of the wrapped model. `score` is what `trl.models.score` sends.
         """
+        kwargs["input_ids"] = input_ids
         if score is not None:
-            return self.pretrained_model(*args, **kwargs, score=replace(score, value_head=self.v_head))
-        with reading(self.pretrained_model.get_output_embeddings()) as hidden:
+            return self._scored(score, kwargs)
+        with self.v_head.states(self.pretrained_model, kwargs) as states:
             output = self.pretrained_model(*args, **{**kwargs, "return_dict": True})
-        found = (output.logits.float(), output.loss, self.v_head(hidden[-1]))
+            found = (output.logits.float(), output.loss, self.v_head(states()))
         return (*found, output.past_key_values) if return_past_key_values else found
+
+    def _scored(self, score: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        if "value" not in score.want:
+            return self.pretrained_model(**inputs, score=score)
+        with self.v_head.states(self.pretrained_model, inputs, score.example) as states:
+            found = self.pretrained_model(**inputs, score=score)
+            return {**found, "value": self.v_head(score.at(states())).float()}
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Compute activations again in backward: see `transformers.PreTrainedModel`."""
+        self.pretrained_model.activation_checkpointing_enable(*args, **kwargs)
+        self.v_head.activation_checkpointing_enable(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with the wrapped model: see `transformers.GenerationMixin.generate`."""
@@ -132,9 +127,8 @@ class WithValueHead(nn.Module, PushToHubMixin):
                 "reward_adapter=<folder or name of an adapter trained by RewardTrainer>)."
             )
         with _adapter(self.pretrained_model, self.reward_adapter_name):
-            with reading(self.pretrained_model.get_output_embeddings()) as hidden:
-                self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            return self.score(hidden[-1].to(self.score.weight.dtype))
+            hidden = last_states(self.pretrained_model.get_base_model(), input_ids, attention_mask, **kwargs)
+            return self.score(hidden.to(self.score.weight.dtype))
 
     # ---- loading and saving ----
 
@@ -150,13 +144,15 @@ class WithValueHead(nn.Module, PushToHubMixin):
         summary_dropout_prob: float = 0.1,
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
+        num_value_layers: int = 0,
         **kwargs: Any,
     ) -> WithValueHead:
         """A model with a value head, from a name or folder, or from a model, with or without adapters.
 
         A folder that was saved with a head gives it back; otherwise the head is new. `peft_config` puts a new adapter
         on; `is_trainable` says whether the adapter that a folder holds trains on. `reward_adapter` is a second one, with
-        the head of a reward model, for `compute_reward_score`. Other `kwargs` go to the model's `from_pretrained`.
+        the head of a reward model, for `compute_reward_score`. With `num_value_layers`, the value has a copy of its own of
+        the upper layers. Other `kwargs` go to the model's `from_pretrained`.
         """
         given, head = pretrained_model_name_or_path, None
         if isinstance(given, str | Path):
@@ -171,14 +167,23 @@ class WithValueHead(nn.Module, PushToHubMixin):
             summary_dropout_prob=summary_dropout_prob,
             v_head_init_strategy=v_head_init_strategy,
             v_head_initializer_range=v_head_initializer_range,
+            num_value_layers=num_value_layers,
         )
         wrapped.has_new_adapter = peft_config is not None
         if head is not None:
-            wrapped.v_head.load_state_dict(head)
+            wrapped._take_head(str(given), head, hub)
         if reward_adapter is not None:
             wrapped.score = add_reward_adapter(wrapped.pretrained_model, reward_adapter, reward_adapter_name)
             wrapped.reward_adapter_name = reward_adapter_name
         return wrapped
+
+    def _take_head(self, name: str, head: dict[str, Tensor], hub: dict[str, Any]) -> None:
+        """The value head that was saved with the model `name`, of the kind that it was."""
+        if layers := {key.split(".")[1] for key in head if key.startswith("layers.")}:
+            self.v_head = self._new_head(len(layers))
+        elif has_value_model(name, hub):
+            self.v_head = ValueModel(load_value_model(name, hub), self.head_options)
+        self.v_head.take(head)
 
     @classmethod
     def _load(cls, name: str, is_trainable: bool, hub: dict[str, Any], **kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -199,8 +204,12 @@ class WithValueHead(nn.Module, PushToHubMixin):
         head = self.v_head.state_dict()
         if state_dict is not None:
             head = _below("v_head.", state_dict)
-            kwargs["state_dict"] = _below("pretrained_model.", state_dict)
-        self.pretrained_model.save_pretrained(save_directory, **kwargs)
+            self.pretrained_model.save_pretrained(
+                save_directory, state_dict=_below("pretrained_model.", state_dict), **kwargs
+            )
+        else:
+            self.pretrained_model.save_pretrained(save_directory, **kwargs)
+        head = self.v_head.save(Path(save_directory), head, **kwargs)
         if kwargs.get("is_main_process", True):
             tensors = {f"v_head.{name}": value.contiguous().cpu() for name, value in head.items()}
             save_file(tensors, Path(save_directory) / HEAD_FILE, metadata={"format": "pt"})
@@ -218,21 +227,10 @@ class AutoModelForSeq2SeqLMWithValueHead(WithValueHead):
     auto_class = AutoModelForSeq2SeqLM
 
 
-def with_value_head(model: PreTrainedModel | PeftModel) -> WithValueHead:
-    """`model` with a new value head, causal or encoder-decoder as it is."""
+def with_value_head(model: PreTrainedModel | PeftModel, **options: Any) -> WithValueHead:
+    """`model` with a new value head, causal or encoder-decoder as it is; `options` as in `from_pretrained`."""
     kinds = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
-    return kinds[model.config.is_encoder_decoder].from_pretrained(model)
-
-
-@contextmanager
-def reading(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that the language-model head is given meanwhile."""
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    return kinds[model.config.is_encoder_decoder].from_pretrained(model, **options)
 
 
 @contextmanager

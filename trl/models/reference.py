@@ -6,6 +6,7 @@ A reference starts as *the model that was given*, whatever was done to its weigh
 from the name that the model once had. What stands behind it:
 
     FrozenModel      a copy of its own, or another model
+    SharedTrunk      a copy of the upper layers alone, on what the policy's lower layers give
     AdapterOff       the model in training, without its new adapter
     EarlierWeights   the model in training, its trained parameters put back for the moment to what they were
     NamedAdapter     the model in training, with another of its adapters
@@ -15,8 +16,9 @@ from the name that the model once had. What stands behind it:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,10 +27,16 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
-from trl.models.score import score
-from trl.types import Batch
+from trl.models.layouts import TRIAL
+from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.trunk import depth, layer_pattern, layers_of, recording, resuming
+from trl.types import Batch, Scores
+
+logger = logging.getLogger(__name__)
 
 NEUTRAL_STARTS = (True, False, "gaussian", "eva")
 """`init_lora_weights` that leave the base model's weights as they are. PiSSA, OLoRA, … move a part into the adapter."""
@@ -44,48 +52,71 @@ class Reference(Protocol):
         """
         ...
 
+    def standing_in(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+        """The model that behaves as the reference meanwhile, to sample from or to ask for whole distributions.
+
+        Raises ModelError where the reference is numbers.
+        """
+        ...
+
+
+class _Scored:
+    """A reference whose log-probabilities are those of the model that stands in for it."""
+
+    @torch.no_grad()
+    def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        with self.standing_in(policy) as model:
+            return score(model, batch, temperature=temperature).logprobs
+
 
 @dataclass(frozen=True)
-class FrozenModel:
+class FrozenModel(_Scored):
     """A model that is not trained."""
 
     model: nn.Module
 
-    @torch.no_grad()
-    def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-        return score(self.model, batch, temperature=temperature).logprobs
+    @contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self.model
 
 
 @dataclass(frozen=True)
-class AdapterOff:
+class SharedTrunk(FrozenModel):
+    """A model that is not trained, whose layers below number `start` are the policy's own: see `observe`."""
+
+    start: int
+
+
+@dataclass(frozen=True)
+class AdapterOff(_Scored):
     """The model in training with its adapter switched off."""
 
-    @torch.no_grad()
-    def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    @contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
         with evaluating(policy), _adapted(policy).disable_adapter():
-            return score(policy, batch, temperature=temperature).logprobs
+            yield policy
 
 
 @dataclass(frozen=True)
-class NamedAdapter:
+class NamedAdapter(_Scored):
     """The model in training with the adapter `reference` in place of `trained`."""
 
     trained: str
     reference: str
 
-    @torch.no_grad()
-    def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+    @contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
         adapted = _adapted(policy)
         with evaluating(policy):
             adapted.set_adapter(self.reference)
             try:
-                return score(policy, batch, temperature=temperature).logprobs
+                yield policy
             finally:
                 adapted.set_adapter(self.trained)
 
 
 @dataclass(frozen=True)
-class EarlierWeights:
+class EarlierWeights(_Scored):
     """The model in training, with the parameters that are trained put back to `weights` for the moment.
 
     For an adapter that was trained before: memory for the adapter's weights, not the model's.
@@ -98,17 +129,19 @@ class EarlierWeights:
         """The trainable parameters as they are now."""
         return cls({n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad})
 
-    @torch.no_grad()
-    def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-        parameters = dict(extract_model_from_parallel(policy, keep_fp32_wrapper=True).named_parameters())
+    @contextmanager
+    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+        parameters = dict(_adapted(policy).named_parameters())
         trained = [parameters[name] for name in self.weights]
         now = [parameter.detach().clone() for parameter in trained]
-        torch._foreach_copy_(trained, list(self.weights.values()))
+        with torch.no_grad():
+            torch._foreach_copy_(trained, list(self.weights.values()))
         try:
             with evaluating(policy):
-                return score(policy, batch, temperature=temperature).logprobs
+                yield policy
         finally:
-            torch._foreach_copy_(trained, now)
+            with torch.no_grad():
+                torch._foreach_copy_(trained, now)
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,88 @@ class Precomputed:
                 "eval_dataset to the trainer when it is made, or set precompute_ref_log_probs=False."
             )
         return self.other.logprobs(policy, batch, temperature=temperature)
+
+    def standing_in(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+        raise ModelError("A reference that was computed beforehand is numbers, not a model: it cannot be sampled from.")
+
+
+@torch.no_grad()
+def observe(
+    policy: nn.Module, reference: Reference, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()
+) -> tuple[Scores, Tensor]:
+    """Scores of the policy and log π_ref `[N,C]`, without gradient; layers that both have in common run once."""
+    if not isinstance(reference, SharedTrunk):
+        found = score(policy, batch, temperature=temperature, want=want)
+        return found, reference.logprobs(policy, batch, temperature=temperature)
+    prepare_scoring(unwrap(policy))
+    with evaluating(policy), recording(unwrap(policy), reference.start) as lower:
+        found = score(policy, batch, temperature=temperature, want=want)
+    with resuming(unwrap(reference.model), reference.start, lower):
+        return found, score(reference.model, batch, temperature=temperature).logprobs
+
+
+def frozen_reference(policy: PreTrainedModel, model: nn.Module) -> FrozenModel:
+    """`model` as the reference of `policy`. Lower layers that are the same parameters run once for both.
+
+    That is tried on a few tokens first: where an architecture does not allow it, the reference runs whole, and a warning
+    says why.
+    """
+    prepare_scoring(unwrap(model))
+    whole, start = FrozenModel(model), _shared_layers(policy, unwrap(model))
+    if start == 0 or is_deepspeed_zero3_enabled():
+        return whole
+    shared = SharedTrunk(model, start)
+    if reason := _why_not_resumed(policy, shared, whole):
+        logger.warning(
+            f"Policy and reference have {start} layers in common, but the reference runs them by itself: {reason}."
+        )
+        return whole
+    return shared
+
+
+def _shared_layers(policy: PreTrainedModel, model: PreTrainedModel) -> int:
+    """The number of lower layers that are, with all before them, the same parameters in both."""
+    if type(policy) is not type(model) or depth(policy) != depth(model):
+        return 0
+    own = dict(policy.named_parameters())
+    stack = layer_pattern(model)
+    border = next((name for name, p in model.named_parameters() if p is not own.get(name)), None)
+    if border is None:
+        return 0
+    return next((n for n in range(1, depth(model)) if stack.format(layer=n) + "." in border), 0)
+
+
+def _why_not_resumed(policy: PreTrainedModel, shared: SharedTrunk, whole: FrozenModel) -> str:
+    """Why the upper layers cannot run alone; empty if they can."""
+    if policy.config.is_encoder_decoder:
+        start = policy.config.decoder_start_token_id
+        batch = lay_out_encoder_decoder(TRIAL[:1], pad_token_id=0, decoder_start_token_id=start)
+    else:
+        batch = lay_out(TRIAL)
+    batch = batch.to(policy.device)
+    expected = whole.logprobs(policy, batch)
+    if apart := _apart_below(policy, shared, batch):
+        return f"{apart[0]!r} is not among them and runs before they end"
+    try:
+        _, found = observe(policy, shared, batch)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        return f"its upper layers do not run alone ({type(error).__name__}: {str(error).splitlines()[0]})"
+    worst = (found - expected).abs().max().item()
+    tolerance = 1e-5 if policy.dtype == torch.float32 else 5e-2
+    return "" if worst < tolerance else f"its upper layers alone give numbers that differ by {worst:.2g}"
+
+
+@torch.no_grad()
+def _apart_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> list[str]:
+    """Modules that policy and reference have one each of, and that run before the layers in common have."""
+    theirs, called = dict(unwrap(shared.model).named_parameters()), []
+    apart = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p is not theirs[name]}
+    modules = {**{name: policy.get_submodule(name) for name in apart}, "": layers_of(policy)[shared.start - 1]}
+    hooks = [m.register_forward_hook(lambda module, args, out, name=n: called.append(name)) for n, m in modules.items()]
+    score(policy, batch)
+    for hook in hooks:
+        hook.remove()
+    return called[: called.index("")]
 
 
 def make_reference(policy: nn.Module, *, has_new_adapter: bool = False) -> Reference:
@@ -173,7 +288,7 @@ def create_reference_model(
 
     Raises ModelError if no parameter is named so.
     """
-    shared = [] if num_shared_layers is None else _lower_parameters(model, num_shared_layers, pattern)
+    shared = [] if num_shared_layers is None else _lower_parameters(unwrap(model), num_shared_layers, pattern)
     reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
     for parameter in reference.parameters():
         parameter.requires_grad_(False)
@@ -181,9 +296,9 @@ def create_reference_model(
     return reference.eval()
 
 
-def _lower_parameters(model: nn.Module, layers: int, pattern: str | None) -> list[nn.Parameter]:
+def _lower_parameters(model: PreTrainedModel, layers: int, pattern: str | None) -> list[nn.Parameter]:
     """What the model registers before layer number `layers`: its embeddings, and the layers below."""
-    pattern = pattern or _layer_pattern(model)
+    pattern = pattern or layer_pattern(model)
     above = pattern.format(layer=layers) + "."
     names = [name for name, _ in model.named_parameters()]
     border = next((i for i, name in enumerate(names) if above in name), None)
@@ -191,21 +306,6 @@ def _lower_parameters(model: nn.Module, layers: int, pattern: str | None) -> lis
         raise ModelError(
             f"num_shared_layers={layers} and pattern={pattern!r}: {type(model).__name__} has no parameters named "
             f"{above}…, the first layer that would not be shared. Its parameters are named {names[len(names) // 2]!r} "
-            f"and so on, and it has {_depth(model)} layers, of which 1 to {_depth(model) - 1} can be shared."
+            f"and so on, and it has {depth(model)} layers, of which 1 to {depth(model) - 1} can be shared."
         )
     return [model.get_parameter(name) for name in names[:border]]
-
-
-def _layer_pattern(model: nn.Module) -> str:
-    """How the model's layers are named; those of the decoder if there are two stacks."""
-    stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == _depth(model)]
-    if not stacks:
-        raise ModelError(
-            f"The layers of this {type(model).__name__} were not found: name them, as in pattern='model.layers.{{layer}}'."
-        )
-    shallowest = min(name.count(".") for name in stacks)
-    return [name for name in stacks if name.count(".") == shallowest][-1] + ".{layer}"
-
-
-def _depth(model: nn.Module) -> int:
-    return model.config.get_text_config().num_hidden_layers

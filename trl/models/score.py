@@ -8,7 +8,7 @@ ZeRO-3 gather weights as usual:
 
     model(**inputs, score=request)
       └ the architecture's forward, whose head only records the hidden states it is given
-      └ head(hidden[request.index], request)   → log-probabilities
+      └ head(None, request with hidden[request.index])   → log-probabilities
 
 What the architecture does to logits after the head (soft-capping, scaling) is read from its configuration and verified
 once per model by sending known values through it; a model that does something else is scored from plain logits,
@@ -21,7 +21,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -35,7 +35,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
-from trl.models.heads import WithValueHead, reading
+from trl.models.heads import WithValueHead
+from trl.models.trunk import encoded
 from trl.ops.logprobs import (
     STATISTICS,
     LogitTransform,
@@ -58,8 +59,13 @@ class ScoreRequest:
     """T of the grid. Virtual tokens that an adapter puts before it are not part of it."""
     example: Tensor | None = None
     """`[N]`, encoder-decoders only: the prompt of each completion."""
-    value_head: Callable[[Tensor], Tensor] | None = None
-    """`[M,H] -> [M]`, put here by a model with a value head: it reads the states that the language-model head reads."""
+    hidden: Callable[[], Tensor] | None = None
+    """Gives `[M,H]`, what the head is to score. A tensor would be found by FSDP2, which takes the gradient of an argument
+    for the end of the backward pass of all that is gathered with the head, the norm before it included."""
+
+    def at(self, grid: Tensor) -> Tensor:
+        """Rows `[M,…]` of a grid `[B,T,…]` at the positions that are scored."""
+        return grid[:, -self.positions :].flatten(0, 1).index_select(0, self.index)
 
 
 def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()) -> Scores:
@@ -139,22 +145,11 @@ def _accepting_score(plain: Callable) -> Callable:
             kwargs = _encoded(self, score.example, **kwargs)
         head = self.get_output_embeddings()
         if head._trl_transform is None:
-            with reading(head) as read:
-                logits = self._trl_plain_forward(*args, **kwargs).logits
-            return _from_plain_logits(_at(logits, score), score) | _value(_at(read[-1], score), score)
-        hidden = _at(_hidden_states(self, head, *args, **kwargs), score)
-        return head(hidden, score) | _value(hidden, score)
+            return _from_plain_logits(score.at(self._trl_plain_forward(*args, **kwargs).logits), score)
+        hidden = score.at(_hidden_states(self, head, *args, **kwargs))
+        return head(None, replace(score, hidden=lambda: hidden))
 
     return with_self(functools.update_wrapper(forward, plain), plain)
-
-
-def _at(grid: Tensor, request: ScoreRequest) -> Tensor:
-    """Rows `[M,…]` of a grid `[B,T,…]` at the positions that are scored."""
-    return grid[:, -request.positions :].flatten(0, 1).index_select(0, request.index)
-
-
-def _value(hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
-    return {"value": request.value_head(hidden).float()} if "value" in request.want else {}
 
 
 def with_self(forward: Callable, plain: Callable) -> Callable:
@@ -166,10 +161,10 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
     return forward
 
 
-def _head_forward(self: nn.Module, hidden: Tensor, score: ScoreRequest | None = None) -> Any:
+def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | None = None) -> Any:
     """The head's forward: logits as always; or nothing, while hidden states are recorded; or the scores asked for."""
     if score is not None:
-        return _head_statistics(self, hidden, score)
+        return _head_statistics(self, score)
     if self._trl_recorded is None:
         return self._trl_plain_forward(hidden)
     self._trl_recorded.append(hidden)
@@ -187,12 +182,12 @@ def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs
     return recorded[0]
 
 
-def _head_statistics(head: nn.Module, hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
-    known = head._trl_transform
+def _head_statistics(head: nn.Module, request: ScoreRequest) -> dict[str, Tensor]:
+    known, hidden = head._trl_transform, request.hidden()
     transform = LogitTransform(known.scale, known.softcap, request.temperature)
     if "logits" in request.want:
         return {"logits": transform(head._trl_plain_forward(hidden).float())}
-    if type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor):
+    if _is_plain_linear(head):
         return logprobs_from_linear(
             hidden, head.weight, head.bias, request.target, want=request.want, transform=transform
         )
@@ -206,6 +201,12 @@ def _head_statistics(head: nn.Module, hidden: Tensor, request: ScoreRequest) -> 
     )
 
 
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head is a matrix product; FSDP2 makes its class one of its own."""
+    linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    return linear and type(head.weight) in (nn.Parameter, Tensor)
+
+
 def _from_plain_logits(logits: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
     transform = LogitTransform(temperature=request.temperature)
     if "logits" in request.want:
@@ -217,9 +218,8 @@ def _encoded(
     model: PreTrainedModel, example: Tensor, *, input_ids: Tensor, attention_mask: Tensor, **decoder: Any
 ) -> dict[str, Any]:
     """Arguments of an encoder-decoder's forward after its encoder has read each prompt once."""
-    hidden = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    repeated = BaseModelOutput(last_hidden_state=hidden.index_select(0, example))
-    return {"encoder_outputs": repeated, "attention_mask": attention_mask.index_select(0, example), **decoder}
+    hidden, mask = encoded(model, example, input_ids, attention_mask)
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask, **decoder}
 
 
 def tree_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from trl.errors import ModelError
 
 HEAD_FILE = "value_head.safetensors"
 """Where `save_pretrained` puts the value head. Older checkpoints keep it among the model's weights."""
+
+VALUE_MODEL = "value_model"
+"""Folder beside it, of the network that the value head reads, where it has one of its own."""
 
 PREFIX = "v_head."
 
@@ -35,6 +40,23 @@ def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
         if (path := _find(name, whole, hub)) is not None:
             return _read(path) or None
     return None
+
+
+def has_value_model(name: str, hub: dict[str, Any]) -> bool:
+    """Whether a network of the value's own was saved with the model `name`."""
+    return _find(name, f"{VALUE_MODEL}/{CONFIG_NAME}", hub) is not None
+
+
+def load_value_model(name: str, hub: dict[str, Any]) -> PreTrainedModel:
+    """The network that was saved beside the model `name` for its values."""
+    subfolder = "/".join(filter(None, (hub.get("subfolder"), VALUE_MODEL)))
+    return AutoModel.from_pretrained(name, dtype="auto", **{**hub, "subfolder": subfolder})
+
+
+def without_copies(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, of `model` or of what wraps it, without tied weights: gathering shards makes copies of them."""
+    tied = tuple(model.all_tied_weights_keys)
+    return {name: tensor for name, tensor in state.items() if not name.endswith(tied)}
 
 
 def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:

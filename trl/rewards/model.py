@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl.data.encode import EncodeSettings
@@ -25,7 +26,7 @@ from trl.models.layouts import choose_layout
 from trl.models.load import load_model
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
-from trl.types import Completion, Example
+from trl.types import Batch, Completion, Example
 
 Text = str | Sequence[dict[str, Any]] | Sequence[int]
 """A text, a conversation, or token ids."""
@@ -60,7 +61,7 @@ class RewardModel:
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
         self.layout = choose_layout(inner, branches=True, measure=score_rewards)
-        self.codec = Codec(self.tokenizer, EncodeSettings(kind="prompt_completion"))
+        self.codec = codec_of(self.tokenizer)
         self.__name__ = Path(inner.config._name_or_path or type(inner).__name__).name
 
     @torch.no_grad()
@@ -71,10 +72,14 @@ class RewardModel:
         rewards = [0.0] * len(prompts)
         for places, examples in self._batches(self._encode(prompts, completions)):
             batch = lay_out(examples, self.layout, pad_token_id=self.tokenizer.pad_token_id or 0)
-            found = score_rewards(self.model, batch.to(unwrap(self.model).device))
+            found = self._score(batch.to(unwrap(self.model).device))
             for place, reward in zip(places, found.tolist(), strict=True):
                 rewards[place] = reward
         return rewards
+
+    def _score(self, batch: Batch) -> Tensor:
+        """Rewards `[N]` of the batch's completions."""
+        return score_rewards(self.model, batch)
 
     def _encode(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Tree]:
         if not prompts:
@@ -104,6 +109,11 @@ class RewardModel:
             room -= size
         if examples:
             yield places, examples
+
+
+def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
+    """How prompts and completions become token ids, as they did when the reward model was trained."""
+    return Codec(tokenizer, EncodeSettings(kind="prompt_completion"))
 
 
 def is_ids(value: Text) -> bool:

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from trl.algorithms.moments import RunningMoments
 from trl.errors import ConfigError
@@ -30,11 +30,21 @@ from trl.models.heads import (
     WithValueHead,
     with_value_head,
 )
+from trl.models.layouts import why_not
 from trl.models.load import load_model, with_adapters
-from trl.models.reference import EarlierWeights, FrozenModel, Reference, create_reference_model, make_reference
-from trl.models.score import prepare_scoring, unwrap
-from trl.models.stored import stored_head
+from trl.models.reference import (
+    EarlierWeights,
+    Reference,
+    create_reference_model,
+    evaluating,
+    frozen_reference,
+    make_reference,
+)
+from trl.models.score import score, unwrap
+from trl.models.stored import VALUE_MODEL, stored_head
+from trl.models.values import ValueBranch, ValueModel
 from trl.ops.reduce import masked_mean
+from trl.rewards.adapter import AdapterReward
 from trl.rollouts.experience import Group, with_signals
 from trl.trainers.checkpoint import Part
 from trl.trainers.ppo_config import PPOConfig
@@ -62,8 +72,10 @@ class PPOTrainer(TripletSteps):
     dataset            rows for `dataloader`, which gives shuffled batches of `batch_size`, collated by `data_collator`
     optimizer          Adam by default; `lr_scheduler` is stepped once per `step`
     num_shared_layers  layers that policy and reference have in common, frozen
-    reward_funcs       for `train`, as in `OnlineTrainer`; `reward_model` is one of them
+    reward_funcs       for `train`, as in `OnlineTrainer`; `reward_model` is one of them. None: the model's reward adapter
     train_dataset      rows with `prompt`, for `train`
+    value_model        a network of the value's own, trained with the policy, in place of a head on it: a sequence
+                       classifier with one label, any model of the same tokenizer, or the name of one
 
     The other arguments are those of `OnlineTrainer`.
     """
@@ -85,12 +97,15 @@ class PPOTrainer(TripletSteps):
         args: PPOConfig | None = None,
         reward_funcs: Any = None,
         reward_model: Any = None,
+        value_model: str | nn.Module | None = None,
         optimizers: tuple = (None, None),
         **more: Any,
     ) -> None:
-        _check_arguments(config, args, model, ref_model, reward_funcs, reward_model)
-        self.ref_model, self.num_shared_layers = ref_model, num_shared_layers
+        _check_arguments(config, args, model, ref_model, reward_funcs, reward_model, value_model)
+        self.ref_model, self.num_shared_layers, self.value_model = ref_model, num_shared_layers, value_model
         rewards = reward_model if reward_funcs is None else reward_funcs
+        if rewards is None and isinstance(model, WithValueHead) and model.reward_adapter_name is not None:
+            rewards = AdapterReward(model)
         self.has_rewards = rewards is not None
         super().__init__(
             model,
@@ -101,6 +116,10 @@ class PPOTrainer(TripletSteps):
             **more,
         )
         self.config, self.tokenizer = self.args, self.tokenizer_
+        if isinstance(rewards, AdapterReward):
+            rewards.read_with(self.tokenizer_)
+        if self.optimizer is not None:
+            self._train_new_head(self.optimizer)
         self.prepare_steps(dataset, data_collator)
         self.parts.keep("kl_and_rewards", Part(self._running_state, self._load_running))
         if self.train_dataset is None and self.optimizer is None:
@@ -111,13 +130,61 @@ class PPOTrainer(TripletSteps):
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         if isinstance(model, str):
             model = self._load(model, quantization_config)
+        given_head = model.v_head if isinstance(model, WithValueHead) else None
         if isinstance(model, WithValueHead):
             model.pretrained_model = with_adapters(model.pretrained_model, peft_config)
         else:
             model = with_value_head(with_adapters(model, peft_config))
-            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
+            if self.value_model is None:
+                logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
+        if self.value_model is not None:
+            model.v_head = self._value_head(self.value_model)
+        elif self.args.num_value_layers and not isinstance(model.v_head, ValueBranch):
+            model.branch(self.args.num_value_layers)
+        self._has_new_head = model.v_head is not given_head
         model.has_new_adapter = model.has_new_adapter or peft_config is not None
         return super()._resolve_model(model, None, None)
+
+    def _train_new_head(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimizer that was made beforehand what the trainer has put on the model since."""
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self._has_new_head:
+            optimizer.param_groups[0]["params"] += [p for p in self.model.v_head.parameters() if id(p) not in known]
+
+    def _value_head(self, given: str | nn.Module) -> ValueModel:
+        """A value head on the network of its own that was given."""
+        if isinstance(given, WithValueHead):
+            return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
+        if isinstance(given, str):
+            trust = self.args.trust_remote_code
+            whole = AutoConfig.from_pretrained(given, trust_remote_code=trust).is_encoder_decoder
+            kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
+            given = load_model(given, trust_remote_code=trust, **kind)
+        return ValueModel.of(given)
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        if isinstance(self.model.v_head, ValueModel) and not self.model.config.is_encoder_decoder:
+            self._check_layout(self.model.v_head.model)
+
+    def _check_layout(self, network: PreTrainedModel) -> None:
+        """Take the padded layout where the value's network cannot be run in the policy's."""
+        attention = network.config._attn_implementation
+        if self.layout == "shared" and attention != (own := unwrap(self.model).config._attn_implementation):
+            reason = f"its attention implementation is {attention!r}, the policy's {own!r}"
+        else:
+            with evaluating(self.model):
+                reason = why_not(network, self.layout, measure=lambda _, batch: self._value_of(self.model, batch))
+        if not reason:
+            return
+        if self.args.layout != "auto":
+            raise ConfigError(f"layout={self.layout!r} does not work with this value_model: {reason}.")
+        logger.warning(f"Layout 'padded' (the value model does not work with {self.layout!r}: {reason}).")
+        self.layout = "padded"
+
+    @staticmethod
+    def _value_of(model: nn.Module, batch: Batch) -> Tensor:
+        return score(model, batch, want={"value"}).value
 
     def _load(self, name: str, quantization_config: Any) -> WithValueHead:
         args = self.args
@@ -133,6 +200,12 @@ class PPOTrainer(TripletSteps):
 
     def _make_reference(self) -> Reference:
         inner = self.model.pretrained_model
+        if self.num_shared_layers is not None and (self.ref_model is not None or isinstance(inner, PeftModel)):
+            raise ConfigError(
+                f"num_shared_layers={self.num_shared_layers} is for a reference that the trainer makes by copying: with "
+                "a ref_model, make that with create_reference_model(model, num_shared_layers); with an adapter, the "
+                "reference shares all layers already."
+            )
         if self.ref_model is None and isinstance(inner, PeftModel):
             if self.args.sync_ref_model:
                 raise ConfigError(
@@ -144,7 +217,7 @@ class PPOTrainer(TripletSteps):
         self.ref_model = self.accelerator.prepare_model(self._frozen_model(inner), evaluation_mode=True)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model))
-        return FrozenModel(self.ref_model)
+        return frozen_reference(inner, self.ref_model)
 
     def _frozen_model(self, policy: PreTrainedModel) -> nn.Module:
         """The reference model: the one that was given, or a copy of the policy."""
@@ -156,7 +229,6 @@ class PPOTrainer(TripletSteps):
             model = self.ref_model
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        prepare_scoring(unwrap(model))
         return model.eval()
 
     @property
@@ -176,10 +248,6 @@ class PPOTrainer(TripletSteps):
             raise ConfigError(
                 f"train() needs {' and '.join(missing)}: PPOTrainer(args=..., model=..., reward_funcs=..., "
                 "train_dataset=...). To sample and score by yourself, call step(queries, responses, scores)."
-            )
-        if self.args.early_stopping:
-            raise ConfigError(
-                "early_stopping=True ends the epochs of step() early; train() has all of them: leave it out."
             )
         self.args.max_grad_norm = self.args.max_grad_norm or 0.0  # what `transformers` reads as no limit
         return super().train(*args, **kwargs)
@@ -204,11 +272,11 @@ class PPOTrainer(TripletSteps):
         if self.args.kl_penalty != "full":
             return groups
         examples = [group.example for group in groups]
-        found = with_signals(examples, {"full_kl": self.measure(examples, self._divergence)})
+        found = with_signals(examples, self.measure(examples, self._divergence))
         return [replace(group, example=example) for group, example in zip(groups, found, strict=True)]
 
-    def _divergence(self, batch: Batch) -> Tensor:
-        return self.full_kl(self.model_wrapped, batch)
+    def _divergence(self, batch: Batch) -> dict[str, Tensor]:
+        return {"full_kl": self.full_kl(self.model_wrapped, batch)}
 
     def _with_credit(self, local: Experience) -> Experience:
         """Credit from the rewards as they are scaled and clipped; 0 where no reward function applied."""
@@ -218,7 +286,21 @@ class PPOTrainer(TripletSteps):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, metrics = super().loss(model, batch)
         kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
+        if batch.weight is not None:
+            self._moved += (metrics["policy/policykl"] * batch.weight).sum()
         return loss * kept, metrics
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
+        self._moved = torch.zeros((), device=self.args.device)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.args.early_stopping and self.rounds.is_between_epochs:
+            stops = self.has_moved(self._moved)
+            self._count("early_stop", stops)
+            if stops:
+                self.rounds.give_up()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- checkpoints ----
 
@@ -231,9 +313,11 @@ class PPOTrainer(TripletSteps):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.pretrained_model)
+        if isinstance(self.model.v_head, ValueModel):
+            super()._load_from_checkpoint(str(Path(resume_from_checkpoint) / VALUE_MODEL), self.model.v_head.model)
         head = stored_head(resume_from_checkpoint, {})
         assert head is not None, "checkpoints are written by save_pretrained, with the head"
-        self.model.v_head.load_state_dict(head)
+        self.model.v_head.take(head)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -256,13 +340,19 @@ class PPOTrainer(TripletSteps):
         return self.accelerator.unwrap_model(self.model).push_to_hub(repo_id, **kwargs)
 
 
-def _check_arguments(config: Any, args: Any, model: Any, ref_model: Any, reward_funcs: Any, reward_model: Any) -> None:
+def _check_arguments(
+    config: Any, args: Any, model: Any, ref_model: Any, reward_funcs: Any, reward_model: Any, value_model: Any
+) -> None:
     if isinstance(config, str | nn.Module):
         raise ConfigError("The first argument of PPOTrainer is its configuration: PPOTrainer(config, model, ...).")
     if model is None:
         raise ConfigError("model is missing: PPOTrainer(config, model, ...) trains a model, or the name of one.")
     if ref_model is not None and ref_model is model and not isinstance(model, str):
         raise ConfigError("model and ref_model are the same object, so both would be trained: leave ref_model out.")
+    others = {"model": model, "ref_model": ref_model, "reward_funcs": reward_funcs, "reward_model": reward_model}
+    for name, other in others.items():
+        if value_model is other and isinstance(other, nn.Module):
+            raise ConfigError(f"value_model and {name} are the same object, but the value is trained: give it a copy.")
     for name, other, both in (
         ("config", "args", (config, args)),
         ("reward_funcs", "reward_model", (reward_funcs, reward_model)),

@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
-from trl.models.reference import Reference, evaluating
+from trl.models.reference import Reference, evaluating, observe
 from trl.models.score import score, score_logits, unwrap
-from trl.models.standin import standing_in
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
 from trl.trainers.online import OnlineTrainer
@@ -117,7 +116,7 @@ class TripletSteps(OnlineTrainer):
         responses = respond(self.accelerator.unwrap_model(self.model))
         if not generate_ref_response:
             return responses
-        with standing_in(self.reference, self.model) as reference:
+        with self.reference.standing_in(self.model) as reference:
             return responses, respond(self.accelerator.unwrap_model(reference))
 
     def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
@@ -229,15 +228,14 @@ class TripletSteps(OnlineTrainer):
         parts = self._mini_batches(triplets, range(len(triplets)))
         for rows in parts + parts[-1:] * (self._most(len(parts)) - len(parts)):
             batch, order = self._micro_batch(triplets, rows)
-            for name, values in self._observe(batch.to(self.current_device)).items():
+            for name, values in self._seen(batch.to(self.current_device)).items():
                 put_rows(tables.setdefault(name, values.new_zeros(shape)), values, order)
         mask = tables.pop("mask")
         return Experience(rewards=scores, group=group_numbers(triplets), mask=mask, signals=tables)
 
     @torch.no_grad()
-    def _observe(self, batch: Batch) -> dict[str, Tensor]:
-        found = score(self.policy, batch, want={"value"})
-        reference = self.reference.logprobs(self.policy, batch)
+    def _seen(self, batch: Batch) -> dict[str, Tensor]:
+        found, reference = observe(self.policy, self.reference, batch, want={"value"})
         seen = {"mask": batch.mask, "old_logprobs": found.logprobs, "values": found.value, "ref_logprobs": reference}
         if self.args.kl_penalty == "full":
             seen["full_kl"] = self.full_kl(self.policy, batch)
@@ -246,7 +244,7 @@ class TripletSteps(OnlineTrainer):
     def full_kl(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Divergence from the reference `[N,C]` of the distributions that predict the batch's tokens."""
         logits = score_logits(policy, batch)
-        with standing_in(self.reference, policy) as model:
+        with self.reference.standing_in(policy) as model:
             divergence = full_kl(logits, score_logits(model, batch))
         return divergence.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, divergence).view_as(batch.mask)
 
@@ -257,9 +255,16 @@ class TripletSteps(OnlineTrainer):
             order = torch.randperm(len(triplets)).tolist()
             for start in range(0, len(order), args.backward_batch_size):
                 policykl = self._optimizer_step(triplets, experience, order[start:][: args.backward_batch_size], record)
-            if args.early_stopping and self._gather(policykl[None]).sum() > 1.5 * args.target_kl:
+            if args.early_stopping and self.has_moved(policykl):
                 break
         return record
+
+    def has_moved(self, policykl: Tensor) -> bool:
+        """Whether the policy has moved too far from the one that sampled to go through the batch once more.
+
+        policykl   this process's part of the mean of −log ratio over the tokens of the last optimizer step
+        """
+        return bool(self._gather(policykl.detach()[None]).sum() > 1.5 * self.args.target_kl)
 
     def _optimizer_step(
         self, triplets: Sequence[Triplet], experience: Experience, rows: Sequence[int], record: Record

@@ -1,7 +1,7 @@
 """Rounds in the order in which they are trained on.
 
 A round is rolled out when its first slice is asked for, with the weights of that moment, and gone through `iterations`
-times. Where training stands in it is part of a checkpoint.
+times, or fewer where the rest is given up: the next round then comes sooner. Where training stands is part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Rounds(IterableDataset):
         self.per_epoch = per_epoch
         self.round: list[Slice] = []
         self.position = 0
+        self.served = 0
 
     def __len__(self) -> int:
         if self.per_epoch is None:
@@ -43,7 +44,7 @@ class Rounds(IterableDataset):
 
     def __iter__(self) -> Iterator[Slice]:
         """The slices of this epoch; empty ones for those that were trained on before a checkpoint, to be skipped."""
-        done = self.position if self.per_epoch is None else self.position % len(self)
+        done = self.served if self.per_epoch is None else self.served % len(self)
         for i in count() if self.per_epoch is None else range(len(self)):
             yield [] if i < done else self.next_slice()
 
@@ -52,6 +53,7 @@ class Rounds(IterableDataset):
         if turn == 0:
             self.round = self.roll_out()
         self.position += 1
+        self.served += 1
         return self.round[turn % self.slices]
 
     @property
@@ -59,12 +61,21 @@ class Rounds(IterableDataset):
         """Whether nothing has been learned from the samples of the next slice's round."""
         return self.position % self.turns == 0
 
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether the round has been gone through at least once, and is about to be gone through again."""
+        return not self.is_fresh and self.position % self.slices == 0
+
+    def give_up(self) -> None:
+        """Go on with a new round."""
+        self.position += -self.position % self.turns
+
     def state(self) -> dict[str, Any]:
-        unfinished = self.position % self.turns != 0
-        return {"position": self.position, "round": state_of(self.round) if unfinished else []}
+        round_ = [] if self.is_fresh else state_of(self.round)
+        return {"position": self.position, "served": self.served, "round": round_}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.position, self.round = state["position"], slices_from(state["round"])
+        self.position, self.served, self.round = state["position"], state["served"], slices_from(state["round"])
 
     def loader(self) -> DataLoader:
         """Slices one at a time. It reads nothing ahead: samples have to come from the weights of their moment.

@@ -1,0 +1,334 @@
+"""PPO with each source of values and each reference: one step, the loop, checkpoints, adapters for everything."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from tests.trainers.ppo_support import TRIPLETS, assert_same, parameters
+from trl.errors import ConfigError
+from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.reference import AdapterOff, FrozenModel, SharedTrunk, create_reference_model
+from trl.models.values import ValueBranch, ValueModel
+from trl.rewards.model import RewardModel
+from trl.trainers.ppo import PPOConfig, PPOTrainer
+
+LORA = {"r": 4, "task_type": "CAUSAL_LM"}
+PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
+WANTED = 42
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def wanted(completion_ids, **_):
+    """How many of a completion's tokens are the wanted one."""
+    return [float(ids.count(WANTED)) for ids in completion_ids]
+
+
+def classifier(labels=1):
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+    return GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=labels))
+
+
+def headed(make_model, name="llama"):
+    torch.manual_seed(7)
+    return with_value_head(make_model(name))
+
+
+# ---- a network of the value's own ----
+
+
+@pytest.mark.parametrize("vf_coef", [0.0, 0.5])
+def test_a_network_like_the_policys_leaves_the_policys_gradient_alone(make_model, make_ppo, vf_coef):
+    """Values, hence advantages, are the same; what the value loss would do to the policy, it does to the network."""
+    plain = make_ppo(headed(make_model), vf_coef=0.0)
+    own = make_ppo(
+        headed(make_model), vf_coef=vf_coef, rate=0.1, keywords={"value_model": copy.deepcopy(headed(make_model))}
+    )
+    assert isinstance(own.model.v_head, ValueModel)
+    before = parameters(own)
+    first, second = plain.step(*TRIPLETS), own.step(*TRIPLETS)
+    assert second["ppo/val/mean"] == pytest.approx(first["ppo/val/mean"], rel=1e-5)
+    policy = {name: p for name, p in parameters(plain).items() if name.startswith("pretrained_model.")}
+    assert_same(parameters(own), policy, rtol=1e-5, atol=1e-6)
+    network = {name: p for name, p in before.items() if name.startswith("v_head.")}
+    moved = [name for name, p in network.items() if not torch.equal(parameters(own)[name], p)]
+    assert bool(moved) == (vf_coef > 0)
+
+
+def test_the_networks_gradient_is_that_of_the_value_loss(make_model, make_ppo):
+    """With the policy frozen where a head would read it, the head on a network learns what the head alone learns."""
+    frozen, own = headed(make_model), headed(make_model)
+    frozen.pretrained_model.requires_grad_(False)
+    network = copy.deepcopy(frozen)
+    one = make_ppo(frozen, vf_coef=0.7)
+    other = make_ppo(own, vf_coef=0.7, keywords={"value_model": network})
+    one.step(*TRIPLETS)
+    other.step(*TRIPLETS)
+    expected = one.model.v_head.summary
+    torch.testing.assert_close(other.model.v_head.summary.weight, expected.weight)
+    torch.testing.assert_close(other.model.v_head.summary.bias, expected.bias)
+
+
+def test_gradients_of_both_are_clipped_together(make_model, make_ppo):
+    trainer = make_ppo(headed(make_model), rate=1.0, max_grad_norm=0.01, keywords={"value_model": classifier()})
+    before = parameters(trainer)
+    trainer.step(*TRIPLETS)
+    moved = sum((p - before[name]).square().sum() for name, p in parameters(trainer).items()) ** 0.5
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_one_optimizer_trains_policy_and_network(make_model, tokenizer):
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=4, learning_rate=0.01), make_model("llama"), None, tokenizer, value_model=classifier()
+    )
+    before = parameters(trainer)
+    trainer.step(*TRIPLETS)
+    moved = {name for name, p in parameters(trainer).items() if not torch.equal(p, before[name])}
+    assert {name for name in before if name.startswith("v_head.")} - moved <= {"v_head.model.wpe.weight"}
+    assert any(name.startswith("pretrained_model.") for name in moved)
+    assert len(trainer.optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", ["classifier", "language model", "encoder-decoder"])
+def test_a_network_by_name(make_model, tokenizer, tmp_path, kind):
+    network = {
+        "classifier": classifier,
+        "language model": lambda: make_model("gpt2"),
+        "encoder-decoder": lambda: make_model("bart"),
+    }[kind]()
+    network.save_pretrained(tmp_path / "network")
+    policy = make_model("t5" if kind == "encoder-decoder" else "llama")
+    trainer = PPOTrainer(PPOConfig(batch_size=4), policy, None, tokenizer, value_model=str(tmp_path / "network"))
+    trainer.step(*TRIPLETS)
+    embeddings = trainer.model.v_head.model.get_input_embeddings().weight
+    torch.testing.assert_close(embeddings, network.get_input_embeddings().weight, atol=1e-3, rtol=0)
+
+
+def test_networks_that_cannot_be(make_model, tokenizer):
+    model = make_model("llama")
+    with pytest.raises(ConfigError, match="value_model and model are the same object"):
+        PPOTrainer(PPOConfig(), model, None, tokenizer, value_model=model)
+    judge = classifier()
+    with pytest.raises(ConfigError, match="value_model and reward_model are the same object"):
+        PPOTrainer(PPOConfig(), model, None, tokenizer, reward_model=judge, value_model=judge)
+    with pytest.raises(ConfigError, match="layout='shared' does not work with this value_model: it has .*sliding"):
+        PPOTrainer(PPOConfig(layout="shared"), model, None, tokenizer, value_model=make_model("gemma3"))
+
+
+def test_a_layout_that_the_network_cannot_have_is_left(make_model, tokenizer, caplog):
+    trainer = PPOTrainer(
+        PPOConfig(batch_size=4), make_model("llama"), None, tokenizer, value_model=make_model("gemma2")
+    )
+    assert trainer.layout == "padded"
+    assert "the value model does not work with 'shared': its attention implementation is 'eager'" in caplog.text
+    trainer.step(*TRIPLETS)
+
+
+# ---- upper layers of the value's own ----
+
+
+def test_a_branch_learns_and_the_policys_gradient_is_the_policys(make_model, make_ppo):
+    plain = make_ppo(headed(make_model), vf_coef=0.0)
+    own = make_ppo(headed(make_model), vf_coef=0.0, num_value_layers=1)
+    assert isinstance(own.model.v_head, ValueBranch)
+    plain.step(*TRIPLETS)
+    own.step(*TRIPLETS)
+    policy = {name: p for name, p in parameters(plain).items() if name.startswith("pretrained_model.")}
+    assert_same(parameters(own), policy, rtol=1e-5, atol=1e-6)
+
+
+# ---- lower layers in common with the reference ----
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("by", ["trainer", "hand"])
+def test_a_shared_trunk_gives_the_steps_of_a_whole_copy(make_model, tokenizer, name, by):
+    def trainer_of(reference, **keywords):
+        config = PPOConfig(batch_size=4, ppo_epochs=2, learning_rate=1e-3)
+        return PPOTrainer(config, model, reference, tokenizer, **keywords)
+
+    model = headed(make_model, name)
+    whole = copy.deepcopy(model.pretrained_model)
+    if by == "hand":
+        shared = trainer_of(create_reference_model(model, num_shared_layers=1))
+    else:
+        shared = trainer_of(None, num_shared_layers=1)
+    assert isinstance(shared.reference, SharedTrunk)
+    model = copy.deepcopy(model)
+    apart = trainer_of(whole)
+    assert type(apart.reference) is FrozenModel
+    for _ in range(2):
+        torch.manual_seed(1)
+        found = shared.step(*TRIPLETS)
+        torch.manual_seed(1)
+        expected = apart.step(*TRIPLETS)
+        assert found["objective/kl"] == pytest.approx(expected["objective/kl"], abs=1e-5)
+    assert found["objective/kl"] != pytest.approx(0, abs=1e-4)
+    assert_same(parameters(shared), parameters(apart), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_in_common_need_a_copy(make_model, tokenizer):
+    with pytest.raises(ConfigError, match="num_shared_layers=1 is for a reference that the trainer makes by copying"):
+        PPOTrainer(PPOConfig(), make_model("llama"), make_model("llama"), tokenizer, num_shared_layers=1)
+
+
+# ---- the loop ----
+
+
+def loop(model, tokenizer, folder, *, reward_funcs=wanted, rows=PROMPTS, keywords=None, **config):
+    options = {
+        "output_dir": str(folder),
+        "batch_size": 8,
+        "mini_batch_size": 4,
+        "ppo_epochs": 2,
+        "max_completion_length": 5,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "generation_kwargs": {"ignore_eos": True},
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return PPOTrainer(
+        args=PPOConfig(**{**options, **config}),
+        model=model,
+        reward_funcs=reward_funcs,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **(keywords or {}),
+    )
+
+
+@pytest.mark.parametrize("source", ["network", "branch", "network and shared trunk"])
+def test_a_loop_resumes_with_whatever_gives_values(make_model, tokenizer, tmp_path, source):
+    def make(folder):
+        network = {"value_model": classifier()} if source.startswith("network") else {}
+        keywords = {**network, **({"num_shared_layers": 1} if source.endswith("trunk") else {})}
+        layers = 1 if source == "branch" else 0
+        options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "num_value_layers": layers}
+        return loop(headed(make_model), tokenizer, tmp_path / folder, keywords=keywords, **options)
+
+    whole, again = make("whole"), make("again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(parameters(again), parameters(whole), rtol=0, atol=0)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert type(loaded.v_head) is type(whole.model.v_head)
+
+
+def test_the_best_network_is_loaded(make_model, tokenizer, tmp_path):
+    keywords = {"value_model": classifier(), "eval_dataset": PROMPTS.select(range(4))}
+    trainer = loop(
+        headed(make_model), tokenizer, tmp_path, keywords=keywords, save_strategy="steps", save_steps=2,
+        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="reward",
+    )  # fmt: skip
+    trainer.train()
+    best = AutoModelForCausalLMWithValueHead.from_pretrained(trainer.state.best_model_checkpoint)
+    assert_same(parameters(trainer), dict(best.named_parameters()), rtol=0, atol=0)
+
+
+def learned(trainer):
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    return np.mean(rewards[:2]), np.mean(rewards[-3:])
+
+
+LEARNING = {
+    "batch_size": 32, "mini_batch_size": 16, "learning_rate": 5e-3, "init_kl_coef": 0.05, "ppo_epochs": 4,
+    "max_steps": 160, "max_completion_length": 8, "lr_scheduler_type": "constant", "logging_steps": 8,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["network", "branch and shared trunk"])
+def test_the_reward_rises_with_other_values(make_model, tokenizer, tmp_path, source):
+    network = source == "network"
+    keywords = {"value_model": classifier()} if network else {"num_shared_layers": 1}
+    trainer = loop(
+        headed(make_model), tokenizer, tmp_path, keywords=keywords, num_value_layers=0 if network else 1, **LEARNING
+    )
+    trainer.train()
+    before, after = learned(trainer)
+    assert before < 1
+    assert after > 4
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_learns(make_model, tokenizer, tmp_path):
+    trainer = loop(headed(make_model, "t5"), tokenizer, tmp_path, **LEARNING)
+    trainer.train()
+    before, after = learned(trainer)
+    assert before < 1
+    assert after > 4
+
+
+# ---- everything in one base model ----
+
+
+@pytest.fixture
+def in_one_base(make_model, tmp_path):
+    """A model whose policy and reward are adapters of one base."""
+    base = make_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    judge = LlamaForSequenceClassification(LlamaConfig(**{**base.config.to_dict(), "num_labels": 1}))
+    judge.model.load_state_dict(base.model.state_dict())
+    judge.score.weight.data.mul_(20)
+    judge = get_peft_model(judge, LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False))
+    judge.save_pretrained(tmp_path / "reward")
+    torch.manual_seed(2)
+    return AutoModelForCausalLMWithValueHead.from_pretrained(
+        tmp_path / "base", peft_config=LoraConfig(**LORA), reward_adapter=str(tmp_path / "reward")
+    ), judge.eval()
+
+
+def assert_only_policy_and_head_train(trainer, before):
+    for name, parameter in trainer.model.named_parameters():
+        trained = ".default." in name or name.startswith("v_head.")
+        assert trained != torch.equal(parameter, before[name]), name
+
+
+def test_adapters_for_everything_step_by_step(in_one_base, tokenizer):
+    model, judge = in_one_base
+    trainer = PPOTrainer(PPOConfig(batch_size=4, learning_rate=0.02), model, None, tokenizer)
+    assert isinstance(trainer.reference, AdapterOff)
+    before = parameters(trainer)
+    for _ in range(2):
+        responses = trainer.generate(TRIPLETS[0], max_new_tokens=4, do_sample=True, return_prompt=False)
+        texts = [torch.cat(pair)[None] for pair in zip(TRIPLETS[0], responses, strict=True)]
+        scores = [trainer.model.compute_reward_score(text)[0, -1, 0] for text in texts]
+        expected = [judge(text).logits[0, 0] for text in texts]
+        torch.testing.assert_close(torch.stack(scores), torch.stack(expected).detach())
+        found = trainer.step(TRIPLETS[0], responses, scores)
+    assert abs(found["objective/kl"]) > 1e-3
+    assert_only_policy_and_head_train(trainer, before)
+
+
+def test_adapters_for_everything_in_the_loop(in_one_base, tokenizer, tmp_path):
+    """The reward adapter rewards without being asked to, as the reward model that it was would; the policy follows."""
+    model, judge = in_one_base
+    trainer = loop(model, tokenizer, tmp_path / "out", reward_funcs=None, **{**LEARNING, "max_steps": 96})
+    prompts, completions = ["ab", "cb"], ["xyz", "hello"]
+    expected = RewardModel(judge, tokenizer)(prompts, completions)
+    assert trainer.rewards[0].function(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    before = parameters(trainer)
+    trainer.train()
+    assert_only_policy_and_head_train(trainer, before)
+    rewards = [entry["rewards/reward_adapter/mean"] for entry in trainer.state.log_history if "reward" in entry]
+    assert np.mean(rewards[-2:]) > rewards[0] + 0.5

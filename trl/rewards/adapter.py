@@ -1,0 +1,49 @@
+"""A reward model that is an adapter of the policy: both in one base model.
+
+r = w · h_last + b,     h the base model's hidden states with the reward adapter on
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trl.errors import ModelError
+from trl.models.heads import WithValueHead
+from trl.rewards.model import RewardModel, codec_of
+from trl.types import Batch
+
+
+class AdapterReward(RewardModel):
+    """The reward adapter of a model with a value head as a function `(prompts, completions, **columns) -> rewards`.
+
+    model   loaded with `from_pretrained(..., peft_config=..., reward_adapter=...)`; it may be trained meanwhile
+    """
+
+    def __init__(
+        self,
+        model: WithValueHead,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 16384,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ModelError("A reward adapter reads prompt and completion as one text; an encoder-decoder does not.")
+        self.model, self.layout = model, "padded"
+        self.max_length, self.tokens_per_batch = max_length, tokens_per_batch
+        self.__name__ = model.reward_adapter_name
+        if tokenizer is not None:
+            self.read_with(tokenizer)
+
+    def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Encode prompts and completions by `tokenizer`."""
+        self.tokenizer, self.codec = tokenizer, codec_of(tokenizer)
+
+    def to(self, device: torch.device) -> None:
+        """The policy's weights are where the policy is."""
+
+    def _score(self, batch: Batch) -> Tensor:
+        rewards = self.model.compute_reward_score(**batch.inputs)
+        return rewards[..., 0].flatten().index_select(0, batch.last).float()
