@@ -310,7 +310,7 @@ class OnlineTrainer(SamplingTrainer):
         return replace(batch, signals={**batch.signals, "entropy_share": shares})
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._entropy_control is not None:
+        if self.entropy_meter.sums is not None:
             control = self.entropy_meter.updated(self._entropy_control, self._sum_over_processes)
             self.algorithm = replace(self.algorithm, entropy_control=control)
             self._count("entropy_coef", control.coefficient)

@@ -1,0 +1,107 @@
+"""Online methods in two processes are those of one: losses, weights, metrics, and what is logged of completions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import asyncio, json, os, sys
+import pyarrow.parquet as pq
+import torch
+from tests.conftest import MODELS, make_tokenizer
+from tests.trainers.online_support import Table, even_prompts, of_length, prompts
+from trl.trainers.grpo import GRPOTrainer
+from trl.trainers.online_dpo import OnlineDPOTrainer
+from trl.trainers.rloo import RLOOTrainer
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+NOT_COMPARED = ("second", "runtime", "padding_share", "flos", "num_tokens")
+
+
+async def of_some(prompts, completion_ids, number, log_metric, log_extra):
+    await asyncio.sleep(0.01 * RANK)
+    for n in number:
+        if n % 2:
+            log_metric("odd", n)
+            log_extra("odd", [n % 2 for n in number])
+    return [None if len(ids) == 3 else len(ids) * (n + 1) for ids, n in zip(completion_ids, number, strict=True)]
+
+
+def fails_where_odd(completion_ids, number):
+    return [float("nan") if n % 2 and len(ids) > 2 else len(ids) for ids, n in zip(completion_ids, number, strict=True)]
+
+
+def run(name, cls, reward, batch=16, resume=None, **options):
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    folder = f"{sys.argv[1]}/{name}"
+    given = dict(
+        output_dir=folder, use_cpu=True, per_device_train_batch_size=batch // WORLD, num_generations=4,
+        max_completion_length=8, max_steps=3, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
+        logging_steps=1, save_strategy="no", disable_tqdm=True, report_to=[], log_completions=True,
+        num_completions_to_print=0, html_report=False)
+    args = cls.config_class(**{**given, **options})
+    rows = prompts(16, number=list(range(16)))
+    trainer = cls(model, reward, args, rows, processing_class=make_tokenizer(), engine=Table())
+    trainer.train(resume_from_checkpoint=resume)
+    if RANK == 0:
+        logs = [{k: v for k, v in log.items() if not any(word in k for word in NOT_COMPARED)}
+                for log in trainer.state.log_history]
+        weights = {n: p.double().sum().item() for n, p in trainer.accelerator.unwrap_model(model).named_parameters()}
+        files = sorted(os.listdir(f"{folder}/completions"))
+        table = pq.read_table(f"{folder}/completions/{files[0]}").to_pylist()
+        rows = sorted((row["prompt"], row["completion"], round(row["advantage"], 3)) for row in table)
+        print("FOUND", json.dumps([logs, weights, files, rows]))
+
+
+run("several", GRPOTrainer, [of_some, of_length], reward_weights=[0.1, 1.0], scale_rewards="batch", beta=0.1,
+    top_entropy_quantile=0.5, entropy_coef=0.01, loss_type="grpo")
+run("steps", GRPOTrainer, of_length, batch=8, steps_per_generation=2, num_iterations=2, gradient_accumulation_steps=1,
+    use_adaptive_entropy=True, entropy_target=10.0, entropy_coef_delta=0.01, loss_type="dr_grpo", max_steps=6)
+run("flat", GRPOTrainer, even_prompts, zero_variance="drop", shuffle_dataset=False, max_steps=2)
+run("fresh", GRPOTrainer, even_prompts, zero_variance="resample", shuffle_dataset=False, loss_type="bnpo")
+run("failed", GRPOTrainer, fails_where_odd, on_reward_error="drop", loss_type="sapo", mask_truncated_completions=True)
+run("rloo", RLOOTrainer, [of_some, of_length], normalize_advantages=True, missing_eos_penalty=1.0,
+    shuffle_dataset=False)
+run("dpo", OnlineDPOTrainer, even_prompts, batch=4, shuffle_dataset=False)
+"""
+KINDS = ("several", "steps", "flat", "fresh", "failed", "rloo", "dpo")
+
+
+def found(launcher: list[str], folder: Path) -> list:
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    environment = {
+        "PATH": str(Path(sys.executable).parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "home"),
+        "HOME": str(folder),
+    }
+    command = [*launcher, str(script), str(folder / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line.removeprefix("FOUND ")) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+
+
+def test_two_processes_are_one(tmp_path):
+    alone = found([sys.executable], tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = found(launcher, tmp_path / "two")
+    assert len(alone) == len(together) == len(KINDS)
+    for kind, (logs, weights, files, rows), expected in zip(KINDS, together, alone, strict=True):
+        for log, one in zip(logs, expected[0], strict=True):
+            assert set(log) == set(one), kind
+            assert log == pytest.approx(one, rel=1e-4, abs=1e-6), kind
+        assert weights == pytest.approx(expected[1], rel=1e-5, abs=1e-6), kind
+        assert files == expected[2], kind
+        assert rows == expected[3], kind
