@@ -9,7 +9,7 @@ from html import unescape
 
 import pytest
 
-from trl.report.draw import describe, draw, frame_of, number, ticks
+from trl.report.draw import describe, draw, frame_of, number, tick, ticks
 from trl.report.metrics import BUCKETS, FEWEST, Chart, Series, charts_by_group, charts_of, group_of, smoothed, thinned
 
 LOG = [
@@ -106,6 +106,17 @@ def test_thinning_keeps_every_spike_and_the_order():
 )
 def test_numbers(value, text):
     assert number(value) == text
+
+
+def test_axes_have_room_for_six_characters():
+    assert [tick(value) for value in (0.0, 9000.0, 12000.0, 100_000.0, -20_000.0, 2e6)] == [
+        "0",
+        "9,000",
+        "12k",
+        "100k",
+        "-20k",
+        "2M",
+    ]
 
 
 def test_ticks_are_round_and_inside():

@@ -137,6 +137,25 @@ def test_samples_of_tables_and_lines(tmp_path):
 # ---- the page ----
 
 
+def test_the_same_prompts_before_and_after(tmp_path):
+    sides = {"before": {"completion": "so-so.", "reward": -1.5}, "after": {"completion": "a joy!", "reward": 2.0}}
+    write(tmp_path / "before_after.jsonl", {"prompt": "It was ", **sides})
+    write(tmp_path / "run.json", {"log_history": log(1.0)})
+    ((before, after),) = read_run(tmp_path).comparisons
+    assert (before.prompt, before.completion, after.completion) == ("It was ", "so-so.", "a joy!")
+    assert (before.numbers, after.numbers) == ({"reward": -1.5}, {"reward": 2.0})
+    assert "before It was so-so. reward -1.5 after It was a joy! reward 2" in page_of(tmp_path).text
+
+
+def test_what_never_changed_is_told_and_not_drawn(tmp_path):
+    rows = [{"step": i, "loss": 0.0, "lam": 0.5, "ratio": 1.0 + 1e-7 * i, "reward": float(i)} for i in (1, 2)]
+    write(tmp_path / "run.json", {"log_history": rows})
+    page = write_report(tmp_path).read_text()
+    assert page.count("<svg") == 2  # the reward, and the loss: of that a reader wants to see that it stays
+    assert "Unchanged: ratio 1" in page_of(tmp_path).text
+    assert "Unchanged: lam 0.5" in page_of(tmp_path).text
+
+
 def test_what_a_model_wrote_cannot_act_on_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
     row = {"step": 1, "prompt": evil, "completion": evil, evil: 1.0}

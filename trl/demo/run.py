@@ -58,10 +58,10 @@ def show(options: DemoArguments, console: Console) -> None:
     classifier = named and ClassifierReward(named, positive_label=options.positive_label)
 
     with Step(console, 1, "Supervised fine-tuning", f"{len(train):,} film reviews, positive and negative ones"):
-        first = sample(model, tokenizer, prompts[: options.samples], seed=options.seed)
+        first = sample(model, tokenizer, prompts[:1], seed=options.seed)
         fine_tune(model, tokenizer, train, test, options, console)
     before = sample(model, tokenizer, prompts, seed=options.seed)
-    console.print(table_of_samples(prompts, {"before": first, "fine-tuned": before}, rows=options.samples))
+    console.print(table_of_samples(prompts, {"before": first, "fine-tuned": before}, rows=1))
 
     if classifier:
         with Step(console, 2, "Reward model", f"{named}: how much more likely its label {classifier.label_name!r} is"):

@@ -30,7 +30,7 @@ SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
     "reward": {"learning_rate": 1e-3, "max_steps": 100},
-    "ppo": {"learning_rate": 3e-4, "max_steps": 80},
+    "ppo": {"learning_rate": 3e-4, "max_steps": 60},
 }
 """For the model that is made on the spot."""
 REAL = {
@@ -141,8 +141,8 @@ def reinforce(
         batch_size=64,
         mini_batch_size=32,
         ppo_epochs=2,
-        init_kl_coef=0.1,
-        target=6,
+        init_kl_coef=0.3,
+        target=4,
         horizon=1000,
         max_completion_length=64,
         temperature=0.7,

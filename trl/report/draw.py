@@ -96,17 +96,22 @@ def number(value: float) -> str:
     return f"{value:.4g}" if size >= 1e-3 else f"{value:.3g}"
 
 
+def tick(value: float) -> str:
+    """A number as it stands beside an axis, where there is room for six characters: 9,000 and 12k."""
+    return f"{number(value / 1000)}k" if 10_000 <= abs(value) < 1e6 else number(value)
+
+
 def _axes(frame: Frame) -> Iterator[str]:
     for value in ticks(*frame.values, most=5):
         y = frame.y(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
+        yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>'
     yield f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 8}" text-anchor="end">step</text>'
     for step in ticks(*frame.steps, most=5):
         x = frame.x(step)
         anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
         if step == int(step):
-            yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{number(step)}</text>'
+            yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{tick(step)}</text>'
 
 
 def _line(series: Series, colour: int, frame: Frame) -> str:

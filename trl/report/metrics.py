@@ -48,7 +48,8 @@ ORDER = (
     "Speed and size",
     "Other",
 )
-LEADING = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "kl", "entropy")
+LEADING = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss/value", "kl", "entropy")
+LEADING += ("policy/entropy",)
 """Metrics that come first under their heading."""
 
 _ONCE = re.compile(r"^(train_(runtime|loss|samples_per_second|steps_per_second)|total_flos)$")

@@ -20,7 +20,7 @@ from trl.report.metrics import LEADING, Chart, charts_by_group, smoothed
 from trl.report.record import RunRecord, read_run
 
 REPORT_FILE = "report.html"
-KEY_FIGURES = 4
+KEY_FIGURES = 5
 """So many metrics are told at the top."""
 
 
@@ -56,11 +56,14 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "shown": shown}
+    environment.tests["flat"] = is_flat
     groups = charts_by_group(run.log)
     return environment.get_template("page.html").render(
         run=run,
         groups=groups,
-        drawings={chart.name: Markup(draw(chart)) for charts in groups.values() for chart in charts},
+        drawings={
+            chart.name: Markup(draw(chart)) for charts in groups.values() for chart in charts if not is_flat(chart)
+        },
         figures=list(key_figures(groups)),
         facts=list(facts(run)),
         warnings=list(warnings(run, groups)),
@@ -121,6 +124,12 @@ def key_figures(groups: Mapping[str, Sequence[Chart]]) -> Iterator[Figure]:
             before = number(line[0][1]) if len(line) > 1 else ""
             name = chart.name if label == "train" else f"{chart.name} ({label})"
             yield Figure(name.replace("_", " "), number(line[-1][1]), before)
+
+
+def is_flat(chart: Chart) -> bool:
+    """Whether all that was logged of a metric reads the same, so that a sentence says more than a drawing."""
+    values = [value for series in chart.series for _, value in series.points]
+    return chart.name not in LEADING and len(values) > 1 and number(min(values)) == number(max(values))
 
 
 def extremes(chart: Chart) -> Iterator[tuple[str, Sequence[str]]]:
