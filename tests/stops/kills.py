@@ -154,10 +154,10 @@ def _count_touches(board: Board, die_at: int | None) -> None:
             return
         phase, step, *_ = board.read()
         if phase == 2 and step == AIMED_AT:
+            touches += 1  # before the kill, which is an event, too
             board.write(phase, step, touches=touches)
             if touches == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            touches += 1
 
     sys.addaudithook(hook)
 
@@ -217,14 +217,14 @@ def aimed_kills(name: str, root: Path, *, every: int = 1, max_steps: int = 4) ->
     (before / RESULT).unlink()
     shutil.copytree(before, attempts.folder)
     expected = attempts.finish(attempts.start())
-    touches = attempts.board.read()[3] + 1
-    for number in range(0, touches, every):
+    touches = attempts.board.read()[3]
+    for number in range(1, touches + 1, every):
         attempts.clear()
         shutil.copytree(before, attempts.folder)
         attempts.board.write(0, 0, saved=AIMED_AT - 1)
         _, status = os.waitpid(attempts.start(die_at=number), 0)
         if not os.WIFSIGNALED(status):
-            raise RuntimeError(f"touch {number} never came: status {status}")
+            raise RuntimeError(attempts.folder.with_suffix(".err").read_text()[-3000:])
         left = (
             " beside a partial one" if any(each.name.startswith(PARTIAL) for each in attempts.folder.iterdir()) else ""
         )

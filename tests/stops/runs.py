@@ -93,12 +93,13 @@ def made_by(
 ) -> Make:
     keywords = {"reward_funcs": noisy} if options.get("max_completion_length") else {}
 
-    def make(folder: Path, callbacks: Any = (), **more: Any) -> Trainer:
+    def make(folder: Path, callbacks: Any = (), *, evaluation: Any = None, **more: Any) -> Trainer:
         random.seed(0)
         return trainer(
             model=model(),
             args=trainer.config_class(**{**OPTIONS, **options, **more, "output_dir": str(folder)}),
             train_dataset=rows(),
+            eval_dataset=evaluation,
             processing_class=make_tokenizer(),
             peft_config=LoraConfig(r=2, lora_dropout=0.1, fan_in_fan_out=True, task_type="CAUSAL_LM") if peft else None,
             callbacks=list(callbacks),

@@ -276,6 +276,8 @@ def why_not_resumable(checkpoint: Path) -> str:
         return f"{MANIFEST} is incomplete"
     for name, size in sizes.items():
         path = checkpoint / name
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            return f"{MANIFEST} names {name!r}, which is not in its folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -355,7 +357,7 @@ def full_disk_explained(run: str | Path, name: str, beside: Path | None = None) 
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, CheckpointError) or not _is_full_disk(error, Path(run)):
+        if isinstance(error, CheckpointError) or not _is_full_disk(error, Path(run), beside):
             raise
         raise CheckpointError(_no_space(Path(run), name, beside)) from error
 
@@ -380,10 +382,10 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _is_full_disk(error: BaseException, folder: Path) -> bool:
-    """Whether an error, or one that it came from, says that a disk or a quota is full.
+def _is_full_disk(error: BaseException, run: Path, beside: Path | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk, a quota or a limit is full.
 
-    safetensors says so in words only, and torch's writer of archives says no more than that it failed.
+    safetensors says so in words only, and torch's writer of archives says no more than that it failed: then it is tried.
     """
     chain: list[BaseException] = []
     while error is not None:
@@ -395,4 +397,16 @@ def _is_full_disk(error: BaseException, folder: Path) -> bool:
     if any(isinstance(each, SafetensorError) and words.search(str(each)) for each in chain):
         return True
     failed_to_write = any("inline_container" in str(each) or "iostream" in str(each) for each in chain)
-    return failed_to_write and shutil.disk_usage(folder).free < LITTLE
+    if beside is None:
+        return failed_to_write and shutil.disk_usage(run).free < LITTLE
+    return failed_to_write and _takes_no_more(beside)
+
+
+def _takes_no_more(beside: Path) -> bool:
+    """Whether the file that was written last, which is given up, cannot grow by a little."""
+    files = [path for path in beside.rglob("*") if path.is_file()]
+    try:
+        with max(files, key=lambda path: path.stat().st_mtime_ns).open("ab", buffering=0) as file:
+            return file.write(bytes(LITTLE)) < LITTLE
+    except OSError as error:
+        return error.errno in FULL

@@ -1,0 +1,322 @@
+"""Checkpoints: whole or not at all, found again, cleared away; and what a full disk leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.stops.runs import RUNS, StopAt, texts
+from trl.errors import ConfigError
+from trl.trainers.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    Part,
+    Parts,
+    checkpoints,
+    newest_checkpoint,
+    publish,
+    rotate,
+    sweep,
+    why_not_resumable,
+)
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A run of three steps and three checkpoints."""
+    folder = tmp_path_factory.mktemp("written")
+    RUNS["sft"](folder, **SAVING).train()
+    return folder
+
+
+@pytest.fixture
+def run(written, tmp_path) -> Path:
+    shutil.copytree(written, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ---- what is in one ----
+
+
+def test_a_checkpoint_holds_all_that_changes(tmp_path):
+    RUNS["ppo"](tmp_path, **{**SAVING, "sync_ref_model": True, "max_steps": 1}).train()
+    folder = tmp_path / "checkpoint-1"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "model.safetensors", "value_head.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+        "trainer_state.json", "trl_state.pt", "trl_state_0.pt", MANIFEST,
+    }  # fmt: skip
+    shared = torch.load(folder / "trl_state.pt", weights_only=True)
+    assert shared.keys() == {"reference", "kl_and_rewards", "steps"}
+    assert shared["kl_and_rewards"]["moments"]["count"] == 4
+    own = torch.load(folder / "trl_state_0.pt", weights_only=True)
+    assert own.keys() >= {"rounds", "completions", "metrics", "loss"}
+    assert own["rounds"]["cursor"] == 4
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["processes"] == 1
+    assert manifest["files"]["optimizer.pt"] == (folder / "optimizer.pt").stat().st_size
+    assert set(manifest["files"]) == names - {MANIFEST}
+
+
+class Glance(TrainerCallback):
+    """What the folder of a run looks like while a checkpoint is written."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.args = None
+
+    def on_step_begin(self, args, state, control, **_):
+        self.args = args
+
+    def state_dict(self):
+        self.seen.append(sorted(path.name for path in Path(self.args.output_dir).glob("*checkpoint*")))
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_it_has_its_name_when_it_is_whole(tmp_path):
+    glance = Glance()
+    trainer = RUNS["sft"](tmp_path, [glance], **SAVING)
+    trainer.parts.keep("glance", glance)
+    trainer.train()
+    assert glance.seen == [
+        ["partial-checkpoint-1"],
+        ["checkpoint-1", "partial-checkpoint-2"],
+        ["checkpoint-1", "checkpoint-2", "partial-checkpoint-3"],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", *(f"checkpoint-{k}" for k in (1, 2, 3))]
+
+
+# ---- which one is gone on from ----
+
+
+def test_the_newest_good_one_is_found(run):
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    assert newest_checkpoint(run) == run / "checkpoint-3"
+    assert newest_checkpoint(run / "nowhere") is None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
+        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt has "),
+        (lambda folder: cut(folder / "model.safetensors"), "bytes, and was written with "),
+        (lambda folder: cut(folder / MANIFEST), "manifest.json is incomplete"),
+        (
+            lambda folder: _edit(folder / MANIFEST, {"../../elsewhere": 1}),
+            "'../../elsewhere', which is not in its folder",
+        ),
+    ],
+)
+def test_a_damaged_one_is_passed_over(run, damage, reason, caplog):
+    damage(run / "checkpoint-3")
+    assert reason in why_not_resumable(run / "checkpoint-3")
+    logging.getLogger("trl").propagate = True
+    assert newest_checkpoint(run) == run / "checkpoint-2"
+    assert f"{run / 'checkpoint-3'} is passed over: " in caplog.text
+
+
+def _edit(manifest: Path, files: dict) -> None:
+    manifest.write_text(json.dumps({"processes": 1, "files": files}))
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        ("trainer_state.json", "trainer_state.json is missing, so writing it was interrupted"),
+        ("model.safetensors", "it holds no weights"),
+        ("optimizer.pt", "it holds no optimizer state"),
+    ],
+)
+def test_one_from_elsewhere_is_judged_by_its_files(run, lost, reason):
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    assert not why_not_resumable(run / "checkpoint-3")
+    (run / "checkpoint-3" / lost).unlink()
+    assert why_not_resumable(run / "checkpoint-3") == reason
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path):
+    RUNS["sft"](tmp_path, **SAVING, save_only_model=True).train()
+    assert why_not_resumable(tmp_path / "checkpoint-3") == "it holds no optimizer state (save_only_model was set)"
+
+
+def test_what_to_go_on_from(run, tmp_path):
+    trainer = RUNS["sft"](tmp_path / "empty", **SAVING)
+    with pytest.raises(ConfigError, match="there is no good checkpoint in .*empty'. Start from the beginning"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="checkpoint-4': there is no such folder. Did you mean .*checkpoint-3"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    cut(run / "checkpoint-3" / "optimizer.pt")
+    with pytest.raises(ConfigError, match="checkpoint-3' cannot be gone on from: optimizer.pt has "):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    trainer = RUNS["sft"](run, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history] == [2, 3]
+
+
+def test_a_finished_run_is_not_trained_further(run):
+    trainer = RUNS["sft"](run, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    saved = torch.load(run / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    assert trainer.state.global_step == 3
+    assert {int(state["step"]) for state in saved["state"].values()} == {3}
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
+
+
+# ---- parts ----
+
+
+def test_a_part_comes_back(tmp_path):
+    parts, kept = Parts(), {"x": torch.tensor(1.0), "names": ["a"]}
+    parts.keep("shared", Part(lambda: kept, lambda state: kept.update(state)))
+    parts.keep("own", Part(lambda: kept, lambda state: kept.update(state)), per_process=True)
+    parts.save(tmp_path, rank=0, is_main=True)
+    kept.update(x=None, names=None)
+    parts.load(tmp_path, rank=0, processes=1)
+    assert kept == {"x": torch.tensor(1.0), "names": ["a"]}
+
+
+def test_parts_that_a_checkpoint_does_not_hold(tmp_path, caplog):
+    parts, nothing = Parts(), Part(dict, lambda state: None)
+    parts.keep("metrics", nothing, per_process=True, optional=True)
+    (tmp_path / MANIFEST).write_text(json.dumps({"processes": 2, "files": {}}))
+    parts.load(tmp_path, rank=0, processes=1)
+    assert "was written by 2 processes, and here are 1: random states and metrics" in caplog.text
+    parts.keep("rounds", nothing, per_process=True)
+    with pytest.raises(
+        ConfigError, match=r"does not hold rounds for this process \(it was written by 2 processes, and"
+    ):
+        parts.load(tmp_path, rank=0, processes=1)
+    with pytest.raises(
+        ConfigError, match="does not hold rounds .*written by another trainer, or by an earlier version"
+    ):
+        parts.load(tmp_path, rank=0, processes=2)
+
+
+# ---- replacing and clearing away ----
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "file").write_text(name)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_of_the_same_name_is_replaced(tmp_path):
+    make(tmp_path, "checkpoint-4", "partial-checkpoint-4")
+    publish(tmp_path / "partial-checkpoint-4", tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "file").read_text() == "partial-checkpoint-4"
+    assert left(tmp_path) == ["checkpoint-4"]
+
+
+def test_one_that_was_about_to_be_replaced_still_counts(run):
+    (run / "checkpoint-3").rename(run / "replaced-checkpoint-3")
+    assert newest_checkpoint(run) == run / "replaced-checkpoint-3"
+    sweep(run)
+    assert newest_checkpoint(run) == run / "replaced-checkpoint-3"
+    trainer = RUNS["sft"](run, **{**SAVING, "max_steps": 4})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def test_leftovers_are_swept(tmp_path):
+    make(tmp_path, "checkpoint-4", "replaced-checkpoint-4", "partial-checkpoint-8", "replaced-checkpoint-2", "mine")
+    sweep(tmp_path)
+    assert left(tmp_path) == ["checkpoint-4", "mine", "replaced-checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, [2, 4, 6, 8]),
+        (0, None, [2, 4, 6, 8]),
+        (3, None, [4, 6, 8]),
+        (1, None, [8]),
+        (2, 4, [4, 8]),
+        (1, 4, [4, 8]),
+        (2, 8, [6, 8]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, kept):
+    make(tmp_path, *(f"checkpoint-{k}" for k in (2, 4, 6, 8)))
+    rotate(tmp_path / "checkpoint-8", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert left(tmp_path) == [f"checkpoint-{k}" for k in kept]
+
+
+def test_the_best_model_of_transformers(tmp_path):
+    """`load_best_model_at_end` with a limit: the best one stays, its path is right, and its weights come back."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    options |= {**SAVING, "max_steps": 4, "learning_rate": 5.0}
+    trainer = RUNS["sft"](tmp_path, evaluation=texts(), **options)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert best.name == f"checkpoint-{1 + losses.index(min(losses))}"
+    assert trainer.evaluate()["eval_loss"] == min(losses)
+
+
+# ---- full disks ----
+
+
+class Limit(TrainerCallback):
+    """No file may grow beyond some bytes, from a step on."""
+
+    def __init__(self, step: int, size: int) -> None:
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("size", [20_000, 150_000], ids=["the model", "the optimizer"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, size):
+    trainer = RUNS["sft"](tmp_path, [Limit(2, size)], **SAVING)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = str(error.value)
+    assert words.startswith(
+        f"No space left on the disk of '{tmp_path}' while checkpoint-2 was written: that needs about 0."
+    )
+    assert f"MB are free. {tmp_path}/checkpoint-1 is whole: make room, then go on with --resume." in words
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
+    again = RUNS["sft"](tmp_path, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_what_else_fails_is_not_called_a_full_disk(tmp_path):
+    trainer = RUNS["sft"](tmp_path, [StopAt(1)])
+
+    def broken():
+        raise RuntimeError("the state of this part is odd")
+
+    trainer.parts.keep("odd", Part(broken, lambda state: None))
+    with pytest.raises(RuntimeError, match="the state of this part is odd"):
+        trainer.train()
+    assert not list(tmp_path.glob("*checkpoint*"))
