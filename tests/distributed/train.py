@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.conftest import MODELS, WIDTHS, make_tokenizer
 from trl.models.heads import with_value_head
@@ -122,8 +123,9 @@ def adapter(lora: bool) -> dict:
 
 def trained(folder: Path, name: str, lora: bool) -> dict:
     trainer_class, make_model, arguments, extra = CASES[name]
+    model = make_model()
     args = trainer_class.config_class(**options(folder, trainer_class, extra))
-    trainer = trainer_class(args=args, model=make_model(), tokenizer=make_tokenizer(), **arguments, **adapter(lora))
+    trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **arguments, **adapter(lora))
     trainer.train()
     trainer.save_model(str(folder / "model"))
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
@@ -141,10 +143,11 @@ def sampled(trainer: GRPOTrainer) -> list[list[int]]:
 
 def stepped(folder: Path, lora: bool) -> dict:
     """`PPOTrainer.step`, on triplets of this process's own."""
+    model = valued()
     config = PPOTrainer.config_class(
         **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50})
     )
-    trainer = PPOTrainer(config, valued(), tokenizer=make_tokenizer(), **adapter(lora))
+    trainer = PPOTrainer(config, model, tokenizer=make_tokenizer(), **adapter(lora))
     generator = torch.Generator().manual_seed(1)
     queries = [torch.randint(3, 99, (2 + i % 3,), generator=generator) for i in range(8)]
     responses = [torch.randint(3, 99, (1 + i,), generator=generator) for i in range(8)]
@@ -164,6 +167,7 @@ def main(folder: Path, cases: Sequence[str]) -> None:
             if name == "step"
             else (lambda: trained(folder / case, name, bool(lora)))
         )
+        unset_hf_deepspeed_config()  # the last trainer's, which would shard what is made from a configuration
         found = run()
         if RANK == 0:
             (folder / f"{case}.json").write_text(json.dumps(found))

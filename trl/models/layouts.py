@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
 from trl.models.attention import TREE_ATTENTION
 from trl.models.score import score
+from trl.models.sharding import is_whole
 from trl.types import Batch, Completion, Example
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
         return ""
     if model.config.is_encoder_decoder:
         return "an encoder-decoder reads its prompt in the encoder"
-    if is_deepspeed_zero3_enabled():
-        return "weights are sharded at load time (ZeRO-3), so the layout cannot be tried out"
+    if not is_whole(model):
+        return "its weights are sharded already, so the layout cannot be tried out"
     if layout == "shared":
         implementation = model.config._attn_implementation
         if implementation not in TREE_ATTENTION:

@@ -30,12 +30,12 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
 from trl.models.heads import WithValueHead
+from trl.models.sharding import is_whole
 from trl.models.trunk import encoded
 from trl.ops.logprobs import (
     STATISTICS,
@@ -125,7 +125,7 @@ def prepare_scoring(model: PreTrainedModel) -> None:
     head._trl_transform = None
     head.forward = MethodType(_head_forward, head)
     transform = _configured_transform(model)
-    if is_deepspeed_zero3_enabled() or _does_to_logits(model, head, transform):
+    if not is_whole(model) or _does_to_logits(model, head, transform):
         head._trl_transform = transform
     else:
         warnings.warn(
