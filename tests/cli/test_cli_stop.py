@@ -15,8 +15,9 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 from trl.cli.main import main
+from trl.trainers.checkpoint import checkpoints, why_not_resumable
 from trl.trainers.sft import SFTConfig, SFTTrainer
-from trl.trainers.stop import SIGNALS, checkpoints, newest_checkpoint, stop_on_signal, why_not_resumable
+from trl.trainers.stop import SIGNALS, stop_on_signal
 
 WORDS = "sft --model_name_or_path tiny --dataset_name rows.jsonl --use_cpu --report_to none --logging_steps 1"
 
@@ -117,31 +118,8 @@ def run(folder, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_newest_checkpoint_is_found(run):
-    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
-    assert newest_checkpoint(run) == run / "checkpoint-4"
-    assert newest_checkpoint(run / "nowhere") is None
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing or incomplete"),
-        (lambda folder: cut(folder / "trainer_state.json"), "trainer_state.json is missing or incomplete"),
-        (lambda folder: (folder / "optimizer.pt").unlink(), "it holds no optimizer state"),
-        (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is incomplete"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "it holds no weights"),
-        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is incomplete"),
-    ],
-)
-def test_a_checkpoint_that_was_cut_short_is_passed_over(run, damage, reason):
-    damage(run / "checkpoint-4")
-    assert reason in why_not_resumable(run / "checkpoint-4")
-    assert newest_checkpoint(run) == run / "checkpoint-2"
 
 
 def test_a_checkpoint_by_name_has_to_be_whole(run, folder, capsys, monkeypatch):
@@ -149,7 +127,7 @@ def test_a_checkpoint_by_name_has_to_be_whole(run, folder, capsys, monkeypatch):
     words = [*WORDS.split(), "--output_dir", "none", "--resume_from_checkpoint"]
     cut(run / "checkpoint-4" / "optimizer.pt")
     assert main([*words, str(run / "checkpoint-4")]) == 2
-    assert "cannot be gone on from: optimizer.pt is incomplete." in capsys.readouterr().err
+    assert "cannot be gone on from: optimizer.pt has " in capsys.readouterr().err
     assert main([*words, str(run / "checkpoint-3")]) == 2
     assert "there is no such folder. Did you mean" in capsys.readouterr().err
 
@@ -167,7 +145,9 @@ def test_a_full_disk_is_a_message_and_earlier_checkpoints_stay(folder):
     process = start(folder, words, *unshare, script, "sh")
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == 1, stderr
-    assert "trl: error: No space left on the disk of 'disk/out' while a checkpoint was written." in stderr
+    assert (
+        "trl: error: No space left on the disk of 'disk/out' while checkpoint-2 was written: that needs about" in stderr
+    )
     assert "disk/out/checkpoint-1 is whole: make room, then go on with --resume" in stderr
     assert "Traceback" not in stderr
     assert "trainer_state.json" in stdout.split("checkpoint-2")[0]
