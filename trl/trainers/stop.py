@@ -1,23 +1,28 @@
-"""Stopping and going on: a signal ends a run with a checkpoint, and the newest good checkpoint is found again.
+"""A signal ends a run with a checkpoint.
 
-    with stop_on_signal(trainer) as stop:
-        trainer.train(resume_from_checkpoint=newest_checkpoint(output_dir))
-    if stop.signal is not None: …
+    with exit_on_signal(trainer):
+        trainer.train(resume_from_checkpoint="last")
+    trainer.save_model()
 
-The first SIGINT (Ctrl-C) or SIGTERM lets the optimizer step finish, writes a checkpoint and ends training; the second
-ends it at once. A checkpoint that was cut short is known by its files: it is passed over when a run goes on.
+The first SIGINT (Ctrl-C) or SIGTERM (what a cluster sends before it takes a machine away) lets the optimizer step finish,
+writes a checkpoint and ends training; the second ends it at once. The program then leaves with status 128 + the signal's
+number, 130 or 143, and says how to go on: by the same command, since "last" is the newest good checkpoint, or the beginning
+if there is none. With `stop_on_signal` the program goes on after the block, and decides for itself.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -84,3 +89,25 @@ def stop_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
         for number, handler in before.items():
             signal.signal(number, handler)
         trainer.remove_callback(stop)
+
+
+@contextmanager
+def exit_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
+    """As `stop_on_signal`, and leave the program after the block if a signal ended training in it.
+
+    Raises SystemExit(128 + the signal's number). A launcher of several processes has a status of its own.
+    """
+    with stop_on_signal(trainer) as stop:
+        yield stop
+    if stop.signal is None:
+        return
+    if trainer.is_world_process_zero():
+        print(f"Stopped, with a checkpoint. To go on:\n\n    {command()}\n", file=sys.stderr)
+    trainer.accelerator.end_training()
+    raise SystemExit(128 + stop.signal)
+
+
+def command() -> str:
+    """What this program, or the launcher of its processes, was started with."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    return shlex.join(psutil.Process().parent().cmdline() if launched else sys.orig_argv)

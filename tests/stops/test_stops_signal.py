@@ -1,0 +1,104 @@
+"""SIGTERM and Ctrl-C in a user's own program, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stops.runs import RUNS
+from trl.trainers.checkpoint import checkpoints, newest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys, time, warnings
+import torch
+from transformers import TrainerCallback
+from tests.stops.runs import RUNS
+from trl.trainers.stop import exit_on_signal
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+
+class Wait(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and len(sys.argv) > 2:
+            print("in step 3", flush=True)
+            time.sleep(1)
+
+trainer = RUNS["sft"](sys.argv[1], [Wait()], save_strategy="steps", save_steps=100, logging_steps=1)
+with exit_on_signal(trainer):
+    trainer.train(resume_from_checkpoint="last")
+print("ended at", trainer.state.global_step, flush=True)
+"""
+
+
+def start(folder: Path, *launcher: str, wait: bool = True) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(folder / "script.py"), str(folder / "out"), *["wait"] * wait],
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stopped(process: subprocess.Popen, number: int) -> str:
+    """Send the signal in step 3; gives what was said."""
+    assert any("in step 3" in line for line in process.stdout), process.stderr.read()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=240)
+    return stderr
+
+
+def losses(folder: Path) -> list[float]:
+    """What was logged, as the newest checkpoint has it."""
+    history = json.loads((newest_checkpoint(folder / "out") / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path, number, status):
+    process = start(tmp_path)
+    stderr = stopped(process, number)
+    assert process.returncode == status, stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    if number == signal.SIGINT:
+        return
+    words = re.search(r"Stopped, with a checkpoint. To go on:\n\n    (.*)\n", stderr)[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    again = subprocess.run(
+        shlex.split(words), env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "ended at 7" in again.stdout
+    saving = {"save_strategy": "steps", "save_steps": 100, "logging_steps": 1}
+    RUNS["sft"](tmp_path / "whole" / "out", **saving).train()
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_all_processes_end_after_the_same_step(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = start(tmp_path, *launcher)
+    stderr = stopped(process, signal.SIGTERM)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"], stderr
+    assert newest_checkpoint(tmp_path / "out")
+    assert re.search(r"To go on:\n\n    .*torch.distributed.run --standalone --nproc-per-node 2 .*script.py", stderr)
+    again = start(tmp_path, *launcher, wait=False)
+    stdout, stderr = again.communicate(timeout=240)
+    assert again.returncode == 0, stderr
+    assert stdout.count("ended at 7") == 2
+    assert len(losses(tmp_path)) == 7
