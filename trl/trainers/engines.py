@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from trl.errors import ConfigError
@@ -95,6 +95,12 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
     if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+
+
+def backward(accelerator: Accelerator, loss: Tensor) -> None:
+    """Gradients of `loss` as it is; DeepSpeed would divide it by the number of accumulated losses."""
+    options = {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+    accelerator.backward(loss, **options)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from trl.models.reference import (
     make_reference,
 )
 from trl.models.score import score, unwrap
-from trl.models.stored import VALUE_MODEL, stored_head
+from trl.models.stored import VALUE_MODEL, stored_head, without_copies
 from trl.models.values import ValueBranch, ValueModel
 from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
@@ -330,7 +330,9 @@ class PPOTrainer(TripletSteps):
         self.processing_class.save_pretrained(save_directory)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            state = None if state_dict is None else without_copies(unwrap(self.model), state_dict)
+            self.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
     def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
         """Upload model, value head and tokenizer to `repo_id`; without it, as `transformers.Trainer` does."""

@@ -27,6 +27,7 @@ from trl.models.reference import Reference, evaluating, observe
 from trl.models.score import score, score_logits, unwrap
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
+from trl.trainers.engines import accumulating, backward
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo_generate import prompts_of, sample, sampling_params, untrimmed
 from trl.trainers.ppo_statistics import (
@@ -113,11 +114,11 @@ class TripletSteps(OnlineTrainer):
             ]
             return found[0][None] if isinstance(query_tensor, Tensor) else found
 
-        responses = respond(self.accelerator.unwrap_model(self.model))
+        responses = respond(self.model_wrapped)
         if not generate_ref_response:
             return responses
         with self.reference.standing_in(self.model) as reference:
-            return responses, respond(self.accelerator.unwrap_model(reference))
+            return responses, respond(reference)
 
     def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
         """What each returned sequence begins with."""
@@ -190,6 +191,8 @@ class TripletSteps(OnlineTrainer):
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.model_wrapped = self.policy
+        self.deepspeed = self.policy if self.is_deepspeed_enabled else None  # what `save_model` asks
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -216,10 +219,6 @@ class TripletSteps(OnlineTrainer):
             token_budget=self.token_budget(),
         )
         return [[rows[i] for i in group] for group in groups]
-
-    def _most(self, count: int) -> int:
-        """The largest `count` of any process: all have to take part in as many forward passes."""
-        return int(self._gather(torch.tensor([count], device=self.current_device)).max())
 
     def _observe_all(self, triplets: Sequence[Triplet], scores: Tensor) -> Experience:
         """What policy and reference find of the batch, before anything is learned from it."""
@@ -279,7 +278,7 @@ class TripletSteps(OnlineTrainer):
         for i, (batch, (_, order)) in enumerate(zip(batches, laid_out, strict=True)):
             batch = with_rows(batch.to(self.current_device), experience.signals, order)
             last = i == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
+            with nullcontext() if last else accumulating(self.accelerator, self.policy):
                 policykl += self._backward(batch, record)
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
@@ -294,7 +293,7 @@ class TripletSteps(OnlineTrainer):
         kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
         if batch.tokens:
             record.add(metrics, batch, kept)
-        self.accelerator.backward((loss * batch.weight).sum() * kept * self.accelerator.num_processes)
+        backward(self.accelerator, (loss * batch.weight).sum() * kept * self.accelerator.num_processes)
         return (metrics["policy/policykl"] * batch.weight).sum()
 
     # ---- after a step ----
