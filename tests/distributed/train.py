@@ -145,7 +145,7 @@ def stepped(folder: Path, lora: bool) -> dict:
     """`PPOTrainer.step`, on triplets of this process's own."""
     model = valued()
     config = PPOTrainer.config_class(
-        **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50})
+        **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50, "max_grad_norm": None})
     )
     trainer = PPOTrainer(config, model, tokenizer=make_tokenizer(), **adapter(lora))
     generator = torch.Generator().manual_seed(1)

@@ -117,7 +117,7 @@ class TripletSteps(OnlineTrainer):
         responses = respond(self.model_wrapped)
         if not generate_ref_response:
             return responses
-        with self.reference.standing_in(self.model) as reference:
+        with self.reference.standing_in(self.model_wrapped) as reference:
             return responses, respond(reference)
 
     def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
@@ -190,6 +190,8 @@ class TripletSteps(OnlineTrainer):
             self.model.activation_checkpointing_enable(options)
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
+        if self.is_deepspeed_enabled:  # which clips by itself
+            self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm or 0.0
         self.policy, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.policy
         self.deepspeed = self.policy if self.is_deepspeed_enabled else None  # what `save_model` asks
