@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trl.errors import ConfigError, ModelError
+from trl.models.shards import check_shards
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def load_model(
     float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
     optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
     """
+    check_shards(name)
     kwargs = {"dtype": "float32", **kwargs}
     if "torch_dtype" in kwargs:
         kwargs["dtype"] = kwargs.pop("torch_dtype")

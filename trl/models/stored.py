@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.hub import cached_file
 
 from trl.errors import ModelError
+from trl.models.shards import check_shards
 
 HEAD_FILE = "value_head.safetensors"
 """Where `save_pretrained` puts the value head. Older checkpoints keep it among the model's weights."""
@@ -33,6 +34,7 @@ def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
         return _read(path)
     for index, whole in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         if (path := _find(name, index, hub)) is not None:
+            check_shards(path.parent)
             shards = {
                 file for key, file in json.loads(path.read_text())["weight_map"].items() if key.startswith(PREFIX)
             }

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trl.errors import ConfigError, suggest
+from trl.models.shards import check_shards, is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,15 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+def sibling(checkpoint: Path, other: str) -> str | None:
+    """The checkpoint beside this one that has the name of `other`; None if there is none.
+
+    Paths in a checkpoint are names in the run's folder: it may have been moved, and may not lead elsewhere.
+    """
+    found = checkpoint.parent / Path(other).name
+    return str(found) if CHECKPOINT.fullmatch(found.name) and found.is_dir() else None
+
+
 def why_not_resumable(checkpoint: Path) -> str:
     """Why training cannot go on from a checkpoint; empty if it can.
 
@@ -276,12 +286,16 @@ def why_not_resumable(checkpoint: Path) -> str:
         return f"{MANIFEST} is incomplete"
     for name, size in sizes.items():
         path = checkpoint / name
-        if not path.resolve().is_relative_to(checkpoint.resolve()):
+        if not is_inside(name):
             return f"{MANIFEST} names {name!r}, which is not in its folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, and was written with {size:,}"
+    try:
+        check_shards(checkpoint)
+    except ValueError as error:
+        return f"its weights cannot be trusted ({error})"
     names = [path.name for path in checkpoint.iterdir()]
     if STATE not in names:
         return f"{STATE} is missing, so writing it was interrupted"

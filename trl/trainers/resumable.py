@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl.trainers.checkpoint import Part, Parts, resolve_checkpoint, rotate, write_checkpoint
+from trl.trainers.checkpoint import Part, Parts, resolve_checkpoint, rotate, sibling, write_checkpoint
 from trl.trainers.collate import Endless
 
 
@@ -90,6 +90,8 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             self.parts.load(Path(checkpoint), rank=self.args.process_index, processes=self.args.world_size)
             self._resumed_from = checkpoint
+            best = self.state.best_model_checkpoint
+            self.state.best_model_checkpoint = best and sibling(Path(checkpoint), best)
 
     # ---- stopping ----
 
