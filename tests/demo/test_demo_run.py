@@ -70,6 +70,20 @@ def test_a_label_that_the_classifier_does_not_have(named, tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--judged", "0"], "judged=0: give 1 to 600, the held-out reviews."),
+        (["--positive_label", "good"], "positive_label names a label of reward_model_name_or_path"),
+        (["--model_name_or_path", "./no"], "model_name_or_path='./no': there is no such folder."),
+        (["--output", "x"], "Unknown option --output. Did you mean '--output_dir'"),
+    ],
+)
+def test_refused(words, message, capsys):
+    assert main(["demo", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 class Interrupting(io.StringIO):
     """Where Ctrl-C comes as soon as some words are shown."""
 

@@ -107,11 +107,11 @@ def test_comparisons_bound_the_questions():
 
 
 def test_prompt_and_completion_are_shown_and_bad_input_is_asked_again():
-    reward = rating("six", "", " 4 ")
+    reward = rating("[six]", "", " 4 ")
     assert reward(["Is it far?"], [" Two hours [bold]by[/bold] train."]) == [0.5]
     assert "Is it far?" in shown(reward)
     assert "Two hours [bold]by[/bold] train." in shown(reward)
-    assert "'six' is none of 1, 2, 3, 4, 5, s, q." in shown(reward)
+    assert "'[six]' is none of 1, 2, 3, 4, 5, s, q." in shown(reward)
     assert reward.person.answer.questions[0] == "1 bad … 5 good, s skip, q quit: "
 
 
@@ -182,6 +182,22 @@ def test_with_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"asked by one process, and this run has 2: start it with one"):
         rating("5")(["p"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p", "comple', r"ratings\.jsonl, line 1 is not JSON \(cut off\?\): take the line out"),
+        (
+            '{"prompt": "p", "chosen": "a", "rejected": "b"}',
+            r"ratings\.jsonl, line 1 has no 'completion': the file holds",
+        ),
+    ],
+)
+def test_a_file_of_something_else(line, message, tmp_path):
+    (tmp_path / "ratings.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        rating("5", file=tmp_path / "ratings.jsonl")(["p"], ["a"])
 
 
 def test_bad_arguments():

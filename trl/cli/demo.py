@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from trl.cli.fields import aliases_in_source, options_in_source
 from trl.cli.parser import OptionParser
+from trl.cli.train import check_model
 from trl.demo.options import DemoArguments
 
 SUMMARY = (
@@ -24,6 +25,9 @@ def run(words: Sequence[str]) -> int:
 
         print_options("trl demo", SUMMARY, options, everything=True, examples=EXAMPLES)
         return 0
+    arguments = given.arguments_for(DemoArguments)
+    if arguments.model_name_or_path is not None:
+        check_model(arguments.model_name_or_path)
     from trl.demo.run import run_demo
 
-    return run_demo(given.arguments_for(DemoArguments))
+    return run_demo(arguments)

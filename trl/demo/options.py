@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trl.demo.reviews import SIZES
+from trl.errors import ConfigError
+
 
 @dataclass
 class DemoArguments:
@@ -38,3 +41,12 @@ class DemoArguments:
 
     seed: int = 0
     """Seed of every random choice."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 0), ("judged", 1)):
+            if not least <= getattr(self, name) <= SIZES["test"]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: give {least} to {SIZES['test']}, the held-out reviews."
+                )
+        if self.positive_label is not None and self.reward_model_name_or_path is None:
+            raise ConfigError("positive_label names a label of reward_model_name_or_path: give that as well.")

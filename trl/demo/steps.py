@@ -112,9 +112,7 @@ def learn_rewards(
     accuracy = trainer.evaluate()["eval_accuracy"]
     console.print(f"Accuracy on held-out pairs: [bold]{accuracy:.1%}[/bold]", highlight=False)
     trainer.save_model()
-    reward = RewardModel(classifier, tokenizer)
-    reward.__name__ = "sentiment"
-    return reward
+    return RewardModel(classifier, tokenizer)
 
 
 def opposites(reviews: Dataset) -> Dataset:
@@ -128,7 +126,6 @@ def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> Cl
     rewards = classifier([""] * len(test), test["text"])
     right = sum((r > 0) == (label == "positive") for r, label in zip(rewards, test["label"], strict=True))
     console.print(f"Accuracy on held-out reviews: [bold]{right / len(test):.1%}[/bold]", highlight=False)
-    classifier.__name__ = "sentiment"
     return classifier
 
 
@@ -136,6 +133,10 @@ def reinforce(
     model: Any, tokenizer: Any, reward: Reward, prompts: Sequence[str], options: DemoArguments, console: Console
 ) -> None:
     """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was."""
+
+    def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
+        return reward(prompts, completions)
+
     args = PPOConfig(
         lr_scheduler_type="constant",
         batch_size=64,
@@ -152,7 +153,7 @@ def reinforce(
         **{**recipe(options, "ppo"), "logging_steps": 4},
     )
     rows = Dataset.from_dict({"prompt": list(prompts)})
-    trainer = PPOTrainer(args=args, model=model, reward_funcs=reward, train_dataset=rows, processing_class=tokenizer)
+    trainer = PPOTrainer(args=args, model=model, reward_funcs=sentiment, train_dataset=rows, processing_class=tokenizer)
     run(trainer, console)
     trainer.save_pretrained(args.output_dir)
 

@@ -75,7 +75,9 @@ class Person:
         known = [*choices, SKIP, QUIT]
         self.console.print(table)
         while (word := self._read(question)) not in known:
-            self.console.print(f"{word!r} is none of {', '.join(known)}.", style="yellow", highlight=False)
+            self.console.print(
+                f"{word!r} is none of {', '.join(known)}.", style="yellow", highlight=False, markup=False
+            )
         if word == QUIT:
             raise Stopped
         return None if word == SKIP else word
@@ -123,11 +125,12 @@ class _Asking:
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
         raise NotImplementedError
 
-    def _rows(self) -> list[dict[str, Any]]:
-        """What was said before."""
+    def _rows(self, *columns: str) -> list[dict[str, Any]]:
+        """What was said before. Raises DataError for a line without these columns."""
         if self.file is None or not self.file.is_file():
             return []
-        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        return [_row(line, f"{self.file}, line {number}", columns) for number, line in enumerate(lines, start=1)]
 
     def _keep(self, **row: Any) -> None:
         if self.file is not None:
@@ -147,7 +150,9 @@ class HumanRating(_Asking):
     __name__ = "human_rating"
 
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
-        known = {_key(row["prompt"], row["completion"]): row["score"] for row in self._rows()}
+        known = {
+            _key(row["prompt"], row["completion"]): row["score"] for row in self._rows("prompt", "completion", "score")
+        }
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             if (key := _key(prompt, completion)) not in known:
                 mark = self._mark(prompt, completion, f"{i + 1} of {len(prompts)}")
@@ -190,7 +195,9 @@ class HumanPreference(_Asking):
 
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
         groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: _plain(prompts[i]))]
-        known = {_key(row["prompt"], row["chosen"], row["rejected"]) for row in self._rows()}
+        known = {
+            _key(row["prompt"], row["chosen"], row["rejected"]) for row in self._rows("prompt", "chosen", "rejected")
+        }
         for number, members in enumerate(groups):
             if len(members) == 1:
                 raise ConfigError(
@@ -267,6 +274,20 @@ def pairs_in_rings(count: int, most: int | None = None) -> list[tuple[int, int]]
         for i in range(count // 2 if 2 * distance == count else count)
     ]
     return pairs[:most]
+
+
+def _row(line: str, where: str, columns: Sequence[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where} is not JSON (cut off?): take the line out, or keep answers in another file."
+        ) from error
+    if missing := [column for column in columns if column not in row]:
+        raise DataError(
+            f"{where} has no {missing[0]!r}: the file holds something else, so keep answers in another one."
+        )
+    return row
 
 
 def _plain(content: Content) -> str:
