@@ -93,10 +93,13 @@ def made_by(
 ) -> Make:
     keywords = {"reward_funcs": noisy} if options.get("max_completion_length") else {}
 
-    def make(folder: Path, callbacks: Any = (), *, evaluation: Any = None, **more: Any) -> Trainer:
+    def make(folder: Path, callbacks: Any = (), *, evaluation: Any = None, shift: float = 0, **more: Any) -> Trainer:
         random.seed(0)
+        begun_with = model()
+        if shift:
+            begun_with.get_input_embeddings().weight.data.add_(shift)
         return trainer(
-            model=model(),
+            model=begun_with,
             args=trainer.config_class(**{**OPTIONS, **options, **more, "output_dir": str(folder)}),
             train_dataset=rows(),
             eval_dataset=evaluation,
@@ -130,6 +133,7 @@ RUNS: dict[str, Make] = {
     "dpo": made_by(DPOTrainer, pairs),
     "dpo, a reference that moves": made_by(DPOTrainer, pairs, **SYNC),
     "dpo, computed beforehand": made_by(DPOTrainer, pairs, precompute_ref_log_probs=True),
+    "dpo, an adapter": made_by(DPOTrainer, pairs, peft=True),
     "kto": made_by(KTOTrainer, labelled),
     "bco": made_by(KTOTrainer, labelled, loss_type="bco"),
     "cpo": made_by(CPOTrainer, pairs),

@@ -17,8 +17,6 @@ from trl.errors import ConfigError
 from trl.trainers.checkpoint import (
     MANIFEST,
     CheckpointError,
-    Part,
-    Parts,
     checkpoints,
     newest_checkpoint,
     publish,
@@ -26,6 +24,7 @@ from trl.trainers.checkpoint import (
     sweep,
     why_not_resumable,
 )
+from trl.trainers.parts import Part, Parts
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 
@@ -189,25 +188,35 @@ def test_a_part_comes_back(tmp_path):
     parts.keep("own", Part(lambda: kept, lambda state: kept.update(state)), per_process=True)
     parts.save(tmp_path, rank=0, is_main=True)
     kept.update(x=None, names=None)
-    parts.load(tmp_path, rank=0, processes=1)
+    parts.load(tmp_path, rank=0, processes=1, written_by=1)
     assert kept == {"x": torch.tensor(1.0), "names": ["a"]}
 
 
 def test_parts_that_a_checkpoint_does_not_hold(tmp_path, caplog):
     parts, nothing = Parts(), Part(dict, lambda state: None)
     parts.keep("metrics", nothing, per_process=True, optional=True)
-    (tmp_path / MANIFEST).write_text(json.dumps({"processes": 2, "files": {}}))
-    parts.load(tmp_path, rank=0, processes=1)
+    parts.load(tmp_path, rank=0, processes=1, written_by=2)
     assert "was written by 2 processes, and here are 1: random states and metrics" in caplog.text
     parts.keep("rounds", nothing, per_process=True)
     with pytest.raises(
         ConfigError, match=r"does not hold rounds for this process \(it was written by 2 processes, and"
     ):
-        parts.load(tmp_path, rank=0, processes=1)
+        parts.load(tmp_path, rank=0, processes=1, written_by=2)
     with pytest.raises(
         ConfigError, match="does not hold rounds .*written by another trainer, or by an earlier version"
     ):
-        parts.load(tmp_path, rank=0, processes=2)
+        parts.load(tmp_path, rank=0, processes=2, written_by=2)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "dpo, computed beforehand", "dpo, an adapter"])
+def test_the_reference_is_the_one_that_the_run_began_with(tmp_path, name):
+    options = {"beta": 0.1, "sync_ref_model": False, "max_steps": 2}
+    RUNS[name](tmp_path, [StopAt(1)], **options).train()
+    again = RUNS[name](tmp_path, shift=1e-3, **options)
+    with pytest.raises(
+        ConfigError, match="cannot go on: the .* is not the one that this run began with. Give the model"
+    ):
+        again.train(resume_from_checkpoint=True)
 
 
 # ---- replacing and clearing away ----

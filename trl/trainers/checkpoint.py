@@ -9,8 +9,7 @@ and random states of every process (as `transformers` writes them), and
     trl_state.pt            parts of the trainer that are the same on all processes
     trl_state_R.pt          parts of process R
 
-A part is anything with `state_dict()` and `load_state_dict(state)`. The trainer registers it once, by name (`Parts.keep`),
-and the checkpoint code does the rest.
+For parts see `trl.trainers.parts`.
 """
 
 from __future__ import annotations
@@ -21,18 +20,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trl.errors import ConfigError, suggest
 from trl.models.shards import check_shards, is_inside
@@ -52,102 +48,6 @@ LITTLE = 2**20
 
 class CheckpointError(OSError):
     """A checkpoint that could not be written. Earlier ones are as they were."""
-
-
-# ---- parts of a trainer that have a state ----
-
-
-class Stateful(Protocol):
-    """A part of a trainer whose state belongs in a checkpoint.
-
-    States are dicts of tensors, numbers, texts, lists and dicts: they are read without running code that a file brings.
-    """
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part made of two functions."""
-
-    state_dict: Callable[[], dict[str, Any]]
-    load_state_dict: Callable[[Mapping[str, Any]], Any]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The parameters of a model that is not trained by the optimizer, but changes; of a sharded one, this process's."""
-
-    model: nn.Module
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: _local(parameter).detach() for name, parameter in self.model.named_parameters()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, parameter in self.model.named_parameters():
-            _local(parameter).copy_(state[name])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-@dataclass
-class Parts:
-    """The parts of a trainer, by name; `own` ones differ from process to process."""
-
-    shared: dict[str, Stateful] = field(default_factory=dict)
-    own: dict[str, Stateful] = field(default_factory=dict)
-    optional: set[str] = field(default_factory=set)
-
-    def keep(self, name: str, part: Stateful, *, per_process: bool = False, optional: bool = False) -> None:
-        """Save and restore `part` with every checkpoint.
-
-        Training cannot go on from a checkpoint without it, unless it is `optional`.
-        """
-        (self.own if per_process else self.shared)[name] = part
-        if optional:
-            self.optional.add(name)
-
-    def save(self, folder: Path, *, rank: int, is_main: bool) -> None:
-        """Write the states of all parts. Every process takes part, since a state may be gathered."""
-        shared = {name: part.state_dict() for name, part in self.shared.items()}
-        torch.save({name: part.state_dict() for name, part in self.own.items()}, folder / f"trl_state_{rank}.pt")
-        if is_main and shared:
-            torch.save(shared, folder / "trl_state.pt")
-
-    def load(self, folder: Path, *, rank: int, processes: int) -> None:
-        """Give every part its state back.
-
-        Raises ConfigError for a checkpoint that holds no state of a part, or that was written by another number of
-        processes where parts cannot be dealt out anew.
-        """
-        written_by = read_manifest(folder).get("processes", processes)
-        own = _read_state(folder / f"trl_state_{rank}.pt") if written_by == processes else {}
-        found = {**_read_state(folder / "trl_state.pt"), **own}
-        parts = {**self.shared, **self.own}
-        if lost := sorted(parts.keys() - found.keys() - self.optional):
-            why = f"it was written by {written_by} processes, and here are {processes}"
-            raise ConfigError(
-                f"Training cannot go on from {str(folder)!r}: it does not hold {', '.join(lost)} for this process "
-                f"({why if written_by != processes else 'it was written by another trainer, or by an earlier version'}). "
-                "Go on with what wrote it, or begin anew with its weights: give the folder as the model."
-            )
-        if written_by != processes:
-            logger.warning(
-                f"{folder} was written by {written_by} processes, and here are {processes}: random states and metrics "
-                "since the last log start anew, so that results differ from those of a run that was never stopped."
-            )
-        for name, part in parts.items():
-            if name in found:
-                part.load_state_dict(found[name])
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    return torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {}
 
 
 # ---- writing ----

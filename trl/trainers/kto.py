@@ -30,7 +30,7 @@ from trl.errors import ConfigError
 from trl.models.reference import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
-from trl.trainers.checkpoint import Part
+from trl.trainers.parts import Part
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.trainers.window import plan_micro_batches
 from trl.types import Batch, Example, Metrics

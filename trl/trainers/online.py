@@ -42,9 +42,9 @@ from trl.rollouts.experience import (
 )
 from trl.trainers.across import with_credit
 from trl.trainers.base import EvalRows, Rows
-from trl.trainers.checkpoint import Part, Weights
 from trl.trainers.entropy_bonus import EntropyMeter, count_tokens, share
 from trl.trainers.online_config import AVERAGING, OnlineConfig
+from trl.trainers.parts import Part
 from trl.trainers.preference import SyncRefModelCallback
 from trl.trainers.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.rounds import Rounds, Slice
@@ -129,8 +129,7 @@ class OnlineTrainer(SamplingTrainer):
         self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
         if self._entropy_control is not None:
             self.parts.keep("entropy", Part(self._entropy_state, self._load_entropy))
-        if self.args.sync_ref_model and isinstance(self.reference, FrozenModel):
-            self.parts.keep("reference", Weights(unwrap(self.reference.model)), per_process=self.is_sharded)
+        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
     def _make_reference(self) -> Reference:
         reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)

@@ -46,7 +46,7 @@ from trl.models.values import ValueBranch, ValueModel
 from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
 from trl.rollouts.experience import Group, with_signals
-from trl.trainers.checkpoint import Part
+from trl.trainers.parts import Part
 from trl.trainers.ppo_config import PPOConfig
 from trl.trainers.ppo_step import TripletSteps
 from trl.trainers.preference import SyncRefModelCallback

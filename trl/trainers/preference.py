@@ -28,7 +28,6 @@ from trl.models.reference import (
 )
 from trl.models.score import prepare_scoring, unwrap
 from trl.trainers.base import BaseTrainer, Rows
-from trl.trainers.checkpoint import Weights
 from trl.trainers.config import TrainerConfig
 from trl.trainers.precompute import with_reference_logprobs
 from trl.types import Batch
@@ -223,6 +222,7 @@ class PreferenceTrainer(BaseTrainer):
             self.reference = self._make_reference()
             if self.args.sync_ref_model:
                 self._sync_reference()
+            self.keep_reference(self.reference, moves=self.args.sync_ref_model)
             if self.args.precompute_ref_log_probs:
                 self._precompute()
 
@@ -259,7 +259,6 @@ class PreferenceTrainer(BaseTrainer):
                 "model's: train without an adapter, or set sync_ref_model=False."
             )
         self.add_callback(SyncRefModelCallback(self.reference.model))
-        self.parts.keep("reference", Weights(unwrap(self.reference.model)), per_process=self.is_sharded)
 
     def with_reference(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the signal `ref_logprobs [N,C]`."""

@@ -20,8 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl.trainers.checkpoint import Part, Parts, resolve_checkpoint, rotate, sibling, write_checkpoint
+from trl.models.reference import Reference
+from trl.trainers.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
 from trl.trainers.collate import Endless
+from trl.trainers.parts import Part, Parts, Unchanged, reference_part
 
 
 class ResumableTrainer(Trainer):
@@ -38,6 +40,13 @@ class ResumableTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether every process holds a part of the weights."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def keep_reference(self, reference: Reference | None, *, moves: bool = False) -> None:
+        """Save and restore what a checkpoint has to hold of a reference policy; of one that `moves`, all of it."""
+        part = reference_part(reference, self.model, moves=moves)
+        if part is not None:
+            optional = isinstance(part, Unchanged)
+            self.parts.keep("reference", part, per_process=self.is_sharded, optional=optional)
 
     # ---- going on ----
 
@@ -88,7 +97,9 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.parts.load(Path(checkpoint), rank=self.args.process_index, processes=self.args.world_size)
+            processes, rank = self.args.world_size, self.args.process_index
+            written_by = read_manifest(Path(checkpoint)).get("processes", processes)
+            self.parts.load(Path(checkpoint), rank=rank, processes=processes, written_by=written_by)
             self._resumed_from = checkpoint
             best = self.state.best_model_checkpoint
             self.state.best_model_checkpoint = best and sibling(Path(checkpoint), best)

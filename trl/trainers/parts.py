@@ -1,0 +1,173 @@
+"""The parts of a trainer that have a state: what a checkpoint holds of them, and how they get it back.
+
+    self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
+
+A part is anything with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name, and
+`trl.trainers.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R
+in `trl_state_R.pt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trl.errors import ConfigError
+from trl.models.reference import AdapterOff, EarlierWeights, FrozenModel, Reference
+from trl.models.score import unwrap
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 16
+"""Numbers of a tensor that its fingerprint is taken from."""
+
+
+class Stateful(Protocol):
+    """A part of a trainer whose state belongs in a checkpoint.
+
+    States are dicts of tensors, numbers, texts, lists and dicts: they are read without running code that a file brings.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part made of two functions."""
+
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model that is not trained by the optimizer, but changes; of a sharded one, this process's."""
+
+    model: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: _local(parameter).detach() for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, parameter in self.model.named_parameters():
+            _local(parameter).copy_(state[name])
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """Weights that stay as they are: a checkpoint holds their fingerprint, and the run that goes on has to have them.
+
+    `what` they are is said where they differ.
+    """
+
+    what: str
+    fingerprint: str
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the weights are others."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ConfigError(
+                f"Training cannot go on: {self.what} is not the one that this run began with. Give the model, and the "
+                "ref_model if there was one, that were given then: the checkpoint brings what was learned since."
+            )
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of the names and shapes of all tensors, and of a few numbers of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in weights:
+        flat = _local(tensor).detach().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(flat[:: max(1, len(flat) // SAMPLED)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_part(reference: Reference | None, policy: nn.Module, *, moves: bool) -> Stateful | None:
+    """What a checkpoint holds of a reference: weights that change or are nowhere else, a fingerprint of others."""
+    if isinstance(reference, FrozenModel):
+        model = unwrap(reference.model)
+        return Weights(model) if moves else Unchanged("the reference policy", fingerprint(model.named_parameters()))
+    if isinstance(reference, EarlierWeights):
+        return Part(lambda: dict(reference.weights), lambda state: _copy(state, reference.weights))
+    if isinstance(reference, AdapterOff):
+        frozen = ((name, p) for name, p in policy.named_parameters() if not p.requires_grad)
+        return Unchanged("the model below the adapter", fingerprint(frozen))
+    return None
+
+
+@torch.no_grad()
+def _copy(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        tensor.copy_(state[name])
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@dataclass
+class Parts:
+    """The parts of a trainer, by name; `own` ones differ from process to process."""
+
+    shared: dict[str, Stateful] = field(default_factory=dict)
+    own: dict[str, Stateful] = field(default_factory=dict)
+    optional: set[str] = field(default_factory=set)
+
+    def keep(self, name: str, part: Stateful, *, per_process: bool = False, optional: bool = False) -> None:
+        """Save and restore `part` with every checkpoint.
+
+        Training cannot go on from a checkpoint without it, unless it is `optional`.
+        """
+        (self.own if per_process else self.shared)[name] = part
+        if optional:
+            self.optional.add(name)
+
+    def save(self, folder: Path, *, rank: int, is_main: bool) -> None:
+        """Write the states of all parts. Every process takes part, since a state may be gathered."""
+        shared = {name: part.state_dict() for name, part in self.shared.items()}
+        torch.save({name: part.state_dict() for name, part in self.own.items()}, folder / f"trl_state_{rank}.pt")
+        if is_main and shared:
+            torch.save(shared, folder / "trl_state.pt")
+
+    def load(self, folder: Path, *, rank: int, processes: int, written_by: int) -> None:
+        """Give every part its state back, from a checkpoint that so many processes have written.
+
+        Raises ConfigError for a checkpoint that holds no state of a part, or that was written by another number of
+        processes where parts cannot be dealt out anew.
+        """
+        own = _read_state(folder / f"trl_state_{rank}.pt") if written_by == processes else {}
+        found = {**_read_state(folder / "trl_state.pt"), **own}
+        parts = {**self.shared, **self.own}
+        if lost := sorted(parts.keys() - found.keys() - self.optional):
+            why = f"it was written by {written_by} processes, and here are {processes}"
+            raise ConfigError(
+                f"Training cannot go on from {str(folder)!r}: it does not hold {', '.join(lost)} for this process "
+                f"({why if written_by != processes else 'it was written by another trainer, or by an earlier version'}). "
+                "Go on with what wrote it, or begin anew with its weights: give the folder as the model."
+            )
+        if written_by != processes:
+            logger.warning(
+                f"{folder} was written by {written_by} processes, and here are {processes}: random states and metrics "
+                "since the last log start anew, so that results differ from those of a run that was never stopped."
+            )
+        for name, part in parts.items():
+            if name in found:
+                part.load_state_dict(found[name])
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True, map_location="cpu") if file.exists() else {}
