@@ -71,7 +71,9 @@ def test_the_page_in_python(at_home):
 
 
 def test_the_page_on_the_command_line(at_home, monkeypatch, capsys):
-    by_function, by_person, reward = COMMANDS
+    demo, by_function, by_person, reward = COMMANDS
+    assert main(demo[1:]) == 0
+    assert (at_home / "trl-demo" / "ppo" / "report.html").is_file()
     assert main(by_function[1:]) == 0
     monkeypatch.setattr(sys, "stdin", Keyboard("5\n4\nwhat\n1\nq\n"))
     assert main(by_person[1:]) == 130
