@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,8 @@ INTERRUPTED = 130
 def run_demo(options: DemoArguments, console: Console | None = None) -> int:
     """Run the demo; returns the exit status."""
     console = console or Console()
-    with quiet(), few_threads():
+    tiny = options.model_name_or_path is None
+    with quiet(), few_threads() if tiny else nullcontext():
         try:
             show(options, console)
         except KeyboardInterrupt:
