@@ -1,0 +1,94 @@
+"""Two processes: going on to the bit, skipping the same steps, and failing together. One launch for all of it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RUNS = ("sft", "sft, a stream", "bco", "ppo", "grpo")
+SCRIPT = """
+import os, sys, warnings
+from pathlib import Path
+import torch
+from tests.stops.runs import RUNS, differences, in_parts, whole
+from tests.stops.test_stops_checkpoint import SAVING, Limit
+from tests.stops.test_stops_finite import make
+from trl.trainers.checkpoint import CheckpointError
+from trl.trainers.finite import NonFiniteError
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+def tell(name, found):
+    print("FOUND", repr((rank, name, found)), flush=True)
+
+for name in sys.argv[2:]:
+    tell(name, differences(whole(RUNS[name], folder / name), in_parts(RUNS[name], folder / name, (1, 3, 4))))
+
+trainer = make(folder / "skip", 3, max_steps=4)  # the second process has the bad row in the second step
+trainer.train()
+tell("skipped", (trainer.steps.skipped, trainer.model.lm_head.weight.double().sum().item()))
+
+try:
+    make(folder / "end", 3, 5, max_skipped_steps=2).train()
+except NonFiniteError as error:
+    tell("ended", str(error))
+
+callbacks = [Limit(2, 1000)] if rank == 1 else []
+try:
+    RUNS["sft"](folder / "full", callbacks, **SAVING).train()
+except CheckpointError as error:
+    tell("full", str(error))
+tell("left", sorted(path.name for path in (folder / "full").glob("*checkpoint*")))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict[tuple[int, str], object]:
+    """What each of the two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {
+        "PATH": str(Path(sys.executable).parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(folder),
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(folder / "script.py"), str(folder), *RUNS]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=400, cwd=os.getcwd(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return {(rank, name): found for rank, name, found in map(ast.literal_eval, lines)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_in_parts_is_the_whole_run(told, name):
+    assert told[0, name] == told[1, name] == []
+
+
+def test_both_skip_the_step_that_is_bad_on_one(told):
+    assert told[0, "skipped"] == told[1, "skipped"]
+    assert told[0, "skipped"][0] == 1
+
+
+def test_both_end_with_the_rows_of_either(told):
+    assert told[0, "ended"] == told[1, "ended"]
+    assert "train_dataset[5] 'row 5 Z</s>'." in told[0, "ended"]
+
+
+def test_a_disk_that_is_full_for_one_ends_both(told):
+    assert "failed on 1 of the other processes" in told[0, "full"]
+    assert "No space left on the disk" in told[1, "full"]
+    assert told[0, "left"] == ["checkpoint-1"]
