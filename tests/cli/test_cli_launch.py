@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import is_deepspeed_available
 
 from trl.cli.commands import methods
 from trl.cli.launch import SHIPPED, check_devices, find_config, needs_launcher
@@ -73,11 +74,10 @@ def test_refused(words, message, capsys, monkeypatch):
 
 
 def test_devices_are_counted():
-    with pytest.raises(ConfigError, match="'fsdp2' shards a model over accelerators, and there are none here"):
-        check_devices("fsdp2", 2, 0)
     with pytest.raises(ConfigError, match="num_processes=3, and there are 2 devices here"):
         check_devices("ddp", 3, 2)
     check_devices("ddp", 3, 0)
+    check_devices("fsdp2", 3, 0)
     check_devices("zero3", None, 2)
 
 
@@ -98,6 +98,7 @@ def losses(folder, *words):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     from tests.conftest import MODELS, make_tokenizer
 
@@ -110,3 +111,7 @@ def test_two_processes_train_like_one(tmp_path):
     assert len(alone) == 3
     assert both == pytest.approx(alone, abs=1e-5)
     assert alone[2] < alone[0] - 0.1
+    for engine in ("fsdp2", "zero3") if is_deepspeed_available() else ("fsdp2",):
+        words = ["--per_device_train_batch_size", "2", "--num_processes", "2", "--accelerate_config", engine]
+        assert losses(tmp_path, *words, "--output_dir", engine) == pytest.approx(alone, abs=1e-5)
+        assert (tmp_path / engine / "model.safetensors").exists()

@@ -1,6 +1,6 @@
 """Train named cases in one process or as one of several, and leave losses and saved models in a folder.
 
-    python train.py FOLDER sft dpo+lora …         launched by test_engines.py, with and without an engine
+python train.py FOLDER sft dpo+lora …         launched by test_engines.py, with and without an engine
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from trl.models.heads import with_value_head
 from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
+from trl.trainers.base import BaseTrainer
 from trl.trainers.dpo import DPOTrainer
 from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.kto import KTOTrainer
@@ -31,7 +32,8 @@ from trl.trainers.sft import SFTTrainer
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 STEPS, BATCH = 10, 4
-WORDS = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm".split()
+TEXT = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm"
+WORDS = TEXT.split()
 PROMPTS = [" ".join(WORDS[i % 7 : 3 + i % 7 + i % 3]) for i in range(12)]
 GOOD = [f" {WORDS[i]} {i}" * (1 + i % 3) for i in range(12)]
 BAD = [f" {WORDS[-i - 1]}" * (1 + i % 4) for i in range(12)]
@@ -87,10 +89,17 @@ def brief(completions: list[str], **_: object) -> list[float]:
 
 ONLINE = {"reward_funcs": brief, "engine": Scripted(), "train_dataset": Dataset.from_dict({"prompt": PROMPTS})}
 CASES: dict[str, tuple] = {
-    "sft": (SFTTrainer, tied, {"train_dataset": Dataset.from_dict({"text": TEXTS})}, {"max_tokens_per_micro_batch": 60}),
+    "sft": (
+        SFTTrainer,
+        tied,
+        {"train_dataset": Dataset.from_dict({"text": TEXTS})},
+        {"max_tokens_per_micro_batch": 60},
+    ),
     "reward": (RewardTrainer, classifier, {"train_dataset": pairs()}, {}),
     "dpo": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"gradient_accumulation_steps": 2}),
     "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 60}),
+    "bco": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"loss_type": "bco"}),
+    "early": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"precompute_ref_log_probs": True}),
     "grpo": (GRPOTrainer, language_model, ONLINE, {"num_generations": 2, "beta": 0.1}),
     "ppo": (PPOTrainer, valued, ONLINE, {"batch_size": 2 * BATCH // WORLD, "ppo_epochs": 2, "whiten_rewards": True}),
 }
@@ -122,15 +131,30 @@ def adapter(lora: bool) -> dict:
 
 
 def trained(folder: Path, name: str, lora: bool) -> dict:
+    """Losses, metrics and samples of a case, and its model saved."""
     trainer_class, make_model, arguments, extra = CASES[name]
     model = make_model()
     args = trainer_class.config_class(**options(folder, trainer_class, extra))
-    trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **arguments, **adapter(lora))
+    online = trainer_class in (GRPOTrainer, PPOTrainer)
+    evaluated = {} if online else {"eval_dataset": arguments["train_dataset"]}
+    given = {**arguments, **evaluated, **adapter(lora)}
+    trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
     trainer.train()
     trainer.save_model(str(folder / "model"))
-    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
-    found = {key: [log[key] for log in logs] for key in ("loss", "grad_norm", "num_tokens")}
-    return found | ({"sampled": sampled(trainer)} if trainer_class in (GRPOTrainer, PPOTrainer) else {})
+    if online:
+        return logged(trainer) | {"sampled": sampled(trainer)}
+    trainer.evaluate()
+    return logged(trainer)
+
+
+def logged(trainer: BaseTrainer) -> dict:
+    """Metrics of every step and of the evaluation, by name; none that time has a part in."""
+    found: dict = {}
+    for log in (log for log in trainer.state.log_history if "train_runtime" not in log):
+        for name, value in log.items():
+            if not name.endswith(("runtime", "_per_second", "padding_share")):
+                found.setdefault(name, []).append(value)
+    return found
 
 
 def sampled(trainer: GRPOTrainer) -> list[list[int]]:
@@ -141,13 +165,14 @@ def sampled(trainer: GRPOTrainer) -> list[list[int]]:
     return [list(rollout.ids) for (rollout,) in engine.generate(prompts, params)]
 
 
-def stepped(folder: Path, lora: bool) -> dict:
-    """`PPOTrainer.step`, on triplets of this process's own."""
+def stepped(folder: Path, name: str, lora: bool) -> dict:
+    """`PPOTrainer.step`, on triplets of this process's own; in "shared", policy and reference have a layer in common."""
     model = valued()
     config = PPOTrainer.config_class(
         **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50, "max_grad_norm": None})
     )
-    trainer = PPOTrainer(config, model, tokenizer=make_tokenizer(), **adapter(lora))
+    shared = {"num_shared_layers": 1} if name == "shared" else {}
+    trainer = PPOTrainer(config, model, tokenizer=make_tokenizer(), **shared, **adapter(lora))
     generator = torch.Generator().manual_seed(1)
     queries = [torch.randint(3, 99, (2 + i % 3,), generator=generator) for i in range(8)]
     responses = [torch.randint(3, 99, (1 + i,), generator=generator) for i in range(8)]
@@ -162,13 +187,8 @@ def stepped(folder: Path, lora: bool) -> dict:
 def main(folder: Path, cases: Sequence[str]) -> None:
     for case in cases:
         name, _, lora = case.partition("+")
-        run: Callable[[], dict] = (
-            (lambda: stepped(folder / case, bool(lora)))
-            if name == "step"
-            else (lambda: trained(folder / case, name, bool(lora)))
-        )
         unset_hf_deepspeed_config()  # the last trainer's, which would shard what is made from a configuration
-        found = run()
+        found = (trained if name in CASES else stepped)(folder / case, name, bool(lora))
         if RANK == 0:
             (folder / f"{case}.json").write_text(json.dumps(found))
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +24,6 @@ from trl.cli.parser import Given
 from trl.errors import ConfigError, suggest
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
-
-ON_CPU = ("single", "ddp")
-"""Shipped configurations that need no accelerator."""
 
 
 @dataclass
@@ -82,8 +80,6 @@ def launch(given: Given, words: Sequence[str]) -> int:
     os.environ.update(given.environment)
     devices = count_devices(use_cpu=given.values.get("use_cpu", False))
     check_devices(name, arguments.num_processes, devices)
-    if not devices:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     count = arguments.num_processes or (devices if config.parent == SHIPPED else None)
     with _signals_passed_on() as received:
         failed = _run([*_launcher_options(config, count), "--module", "trl", *words])
@@ -100,11 +96,8 @@ def count_devices(*, use_cpu: bool) -> int:
 def check_devices(name: str, count: int | None, devices: int) -> None:
     """Raises ConfigError where a shipped configuration wants other or more devices than there are."""
     shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
-    if not devices and name in shipped - set(ON_CPU):
-        raise ConfigError(
-            f"accelerate_config={name!r} shards a model over accelerators, and there are none here. On CPUs, "
-            "--num_processes N trains in N processes that each hold the whole model."
-        )
+    if name.startswith("zero") and name in shipped and find_spec("deepspeed") is None:
+        raise ConfigError(f"accelerate_config={name!r} needs DeepSpeed: pip install 'trl[deepspeed]'.")
     if devices and name in shipped and (count or 1) > devices:
         raise ConfigError(
             f"num_processes={count}, and there are {devices} devices here: give {devices} at most, or use --use_cpu."
@@ -126,7 +119,7 @@ def _run(words: Sequence[str]) -> bool:
         arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # an option of torchrun; the others are passed on
         launch_command(arguments)
     except ChildFailedError as error:
-        rank, failure = next(iter(error.failures.items()))
+        rank, failure = error.get_first_failure()
         print(f"trl: error: process {rank} ended with status {failure.exitcode}.", file=sys.stderr)
         return True
     return False

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trl.errors import ConfigError, ModelError
+from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def load_model(
             name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision") or "main"
         )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    with loaded_whole():
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -10,8 +10,9 @@ the weights are gathered once around a round of samples:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import extract_model_from_parallel
@@ -19,6 +20,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations import deepspeed
 
 
 def is_whole(model: nn.Module) -> bool:
@@ -41,6 +43,39 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     else:
         with _whole_zero3(model):
             yield
+
+
+def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """`model`, which is not trained, on the devices: sharded where the model in training is."""
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
+        return _sharded_by_zero3(accelerator.deepspeed_plugin.deepspeed_config, model)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _sharded_by_zero3(options: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    from deepspeed import initialize
+
+    precision = {name: options[name] for name in ("bf16", "fp16") if name in options}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **precision}
+    engine, *_ = initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Models that are read meanwhile come whole under ZeRO-3 as well, and are sharded when training begins.
+
+    Their weights are looked at before: to try layouts, to copy references, to put adapters on.
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
 from trl.models.reference import FrozenModel, Reference, make_reference, observe
 from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.sharding import prepare_frozen
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
     Group,
@@ -135,7 +136,7 @@ class OnlineTrainer(SamplingTrainer):
         reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
         if isinstance(reference, FrozenModel):
             prepare_scoring(unwrap(reference.model))
-            reference = FrozenModel(self.accelerator.prepare_model(reference.model, evaluation_mode=True))
+            reference = FrozenModel(prepare_frozen(self.accelerator, reference.model))
         if self.args.sync_ref_model:
             if not isinstance(reference, FrozenModel):
                 raise ConfigError(

@@ -41,6 +41,7 @@ from trl.models.reference import (
     make_reference,
 )
 from trl.models.score import score, unwrap
+from trl.models.sharding import prepare_frozen
 from trl.models.stored import VALUE_MODEL, stored_head, without_copies
 from trl.models.values import ValueBranch, ValueModel
 from trl.ops.reduce import masked_mean
@@ -214,7 +215,7 @@ class PPOTrainer(TripletSteps):
                 )
             reference = make_reference(inner, has_new_adapter=self.model.has_new_adapter)
             return EarlierWeights.of(self.model) if isinstance(reference, EarlierWeights) else reference
-        self.ref_model = self.accelerator.prepare_model(self._frozen_model(inner), evaluation_mode=True)
+        self.ref_model = prepare_frozen(self.accelerator, self._frozen_model(inner))
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model))
         return frozen_reference(inner, self.ref_model)

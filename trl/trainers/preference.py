@@ -27,6 +27,7 @@ from trl.models.reference import (
     make_reference,
 )
 from trl.models.score import prepare_scoring, unwrap
+from trl.models.sharding import prepare_frozen
 from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.precompute import with_reference_logprobs
@@ -238,7 +239,7 @@ class PreferenceTrainer(BaseTrainer):
             reference = FrozenModel(self._given_ref_model())
         if isinstance(reference, FrozenModel):
             prepare_scoring(unwrap(reference.model))
-            self.ref_model = self.accelerator.prepare_model(reference.model, evaluation_mode=True)
+            self.ref_model = prepare_frozen(self.accelerator, reference.model)
             return FrozenModel(self.ref_model)
         return reference
 
