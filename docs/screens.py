@@ -23,6 +23,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 import pyte
@@ -37,7 +38,7 @@ PAGE = (1000, 1150)
 """Pixels of the report's picture."""
 
 PROMPT = Text.assemble(("$ ", "bright_black"))
-FAINT = re.compile(r"\x1b\[((?:\d+;)*)2((?:;\d+)*)m")
+FAINT = re.compile(r"\x1b\[((?:1;)?)2((?:;[\d;]+)?)m")
 """Faint letters, which the emulator does not know: they are shown in grey."""
 
 TEMPLATE = (
@@ -52,8 +53,8 @@ output_dir: sums
 assistant_only_loss: true
 learning_rate: 3e-3
 lr_scheduler_type: cosine
-per_device_train_batch_size: 64
-num_train_epochs: 8
+per_device_train_batch_size: 16
+num_train_epochs: 15
 logging_steps: 10
 save_strategy: "no"
 report_to: none
@@ -92,7 +93,7 @@ class Terminal:
             data = os.read(self.master, 65536)
         except OSError:  # what Linux says at the end
             return False
-        self.stream.feed(FAINT.sub(r"\x1b[\g<1>90\g<2>m", self.decode(data)))
+        self.stream.feed(FAINT.sub("\x1b[\\g<1>90\\g<2>m", self.decode(data)))
         return bool(data)
 
     def picture(self, name: str) -> None:
@@ -159,8 +160,7 @@ def check(folder: Path) -> None:
 
 def training(folder: Path) -> None:
     terminal = Terminal("trl sft --config sft.yaml", folder)
-    terminal.wait_for(r"\b([3-9]\d|1\d\d)/\d+")
-    terminal.wait_for("loss")
+    terminal.wait_for(r"\b[23]\d\d/405(?s:.)*loss")
     terminal.picture("training")
     terminal.wait()
     terminal.picture("trained")
@@ -168,16 +168,10 @@ def training(folder: Path) -> None:
 
 def chat(folder: Path) -> None:
     terminal = Terminal("trl chat --model_name_or_path sums --user you --seed 1", folder)
-    for words, answer in (
-        ("What is 4 + 7?", "tokens/s"),
-        ("set temperature=0.2; max_new_tokens=40", "max_new_tokens = 40"),
-        ("And 12 + 9?", "tokens/s(?s:.)*tokens/s"),
-        ("save sums", "The conversation is in"),
-    ):
-        terminal.wait_for(r"you › $|you › *\n? *$")
+    said = ("What is 4 + 7?", "set temperature=0.2; max_new_tokens=40", "And 12 + 9?", "save sums", "exit")
+    for number, words in enumerate(said, 1):
+        terminal.wait_for("you ›(?s:.)*" * number)
         terminal.type(f"{words}\n")
-        terminal.wait_for(answer)
-    terminal.type("exit\n")
     terminal.wait()
     terminal.picture("chat")
 
@@ -201,11 +195,12 @@ def prepare(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+    sums = [(a, b) for a in range(1, 13) for b in range(1, 13)]
+    others = [Random(seed).sample(sums, len(sums)) for seed in range(3)]
     chats = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": f"{a} + {b} is {a + b}."}]
-        for a in range(1, 21)
-        for b in range(1, 21)
-        for question in (f"What is {a} + {b}?", f"And {a} + {b}?")
+        _turn("What is", *first) + _turn("And", *then)
+        for shuffled in others
+        for first, then in zip(sums, shuffled, strict=True)
     ]
     (folder / "sums.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     (folder / "sft.yaml").write_text(YAML)
@@ -223,9 +218,14 @@ def prepare(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tiny")
     set_seed(0)
     widths = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=None, pad_token_id=None, **widths)
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, bos_token_id=None, pad_token_id=0, **widths)
     config.max_position_embeddings = 512
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+
+
+def _turn(question: str, a: int, b: int) -> list[dict[str, str]]:
+    asked, said = f"{question} {a} + {b}?", f"{a} + {b} is {a + b}."
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
 PICTURES: tuple[Callable[[Path], None], ...] = (check, training, chat, report)

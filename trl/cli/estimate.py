@@ -106,6 +106,7 @@ class _Step:
         args = trainer.args
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         trainer._tr_loss = torch.zeros((), device=args.device)
+        trainer.state.max_steps = STEPS
         if isinstance(args, OnlineConfig):
             trainer.get_train_dataloader()
         if args.gradient_checkpointing:

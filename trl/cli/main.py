@@ -26,8 +26,7 @@ STOPPED = (INTERRUPTED, TERMINATED)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
     try:
         return dispatch(words)
     except TrlError as error:
@@ -40,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, status=1)
     except KeyboardInterrupt:
         return _fail("interrupted", status=INTERRUPTED)
+
+
+def _bars() -> dict[str, str]:
+    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where output is redirected."""
+    return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
 
 
 def _fail(error: Exception | str, *, status: int) -> int:

@@ -108,6 +108,9 @@ def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
             self.reference = Precomputed(self.reference if keeps else None)
             self.ref_model = self.ref_model if keeps else None
 
+        def keep_reference(self, reference: Any, **_: Any) -> None:
+            """Nothing is saved."""
+
         def _move_model_to_device(self, model: Any, device: Any) -> Any:
             return model
 

@@ -207,11 +207,16 @@ def _draw_progress(trainer: BaseTrainer) -> None:
     trainer.add_callback(RichProgressCallback())
 
 
+class _Lines(logging.Handler):
+    """Messages, a line each, on standard error as it is at the time: a bar of progress moves out of their way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def report_progress() -> None:
     """Show what the library reports (rows cut and dropped, layout, …), in one process of a node."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("trl").addHandler(handler)
+        logging.getLogger("trl").addHandler(_Lines())
         logging.getLogger("trl").setLevel(logging.INFO)
         logging.getLogger("trl").propagate = False

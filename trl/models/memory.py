@@ -18,15 +18,14 @@ the MLP, A·D = H heads by their width, K·D width of keys and of values, L laye
     logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`
     cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
 
-On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks. Its rules are
-simple and the sequence of requests is known, so `heap_peak` plays it through.
+On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks; see `heap_peak`.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ PARTS = (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS)
 
 MIB = 2**20
 
-ALIGNMENT, NOTES, LEAST = 64, 16, 32
-"""Bytes: alignment of tensors; what the C library's allocator notes beside a block; its smallest block."""
+MAPPED = 32 * MIB
+"""Blocks of so many bytes have pages of their own, whatever was freed before (DEFAULT_MMAP_THRESHOLD_MAX of glibc)."""
 
 
 @dataclass(frozen=True)
@@ -175,99 +174,26 @@ def peak_parts(events: Sequence[Event], part: Mapping[int, str]) -> dict[str, in
 
 
 def heap_peak(events: Sequence[Event]) -> int:
-    """The most bytes that a process holds which serves `events` from the C library's allocator."""
-    heap, peak = Heap(), 0
-    for event in events:
-        if event.size > 0:
-            heap.allocate(event.number, event.size)
-            peak = max(peak, heap.held)
-        elif event.size < 0:
-            heap.free(event.number)
-    return peak
+    """The most bytes that a process holds which serves `events` from the C library's allocator.
 
-
-class Heap:
-    """The allocator of glibc, as far as blocks of a tensor's size go (`man mallopt`).
-
-    Tensors are aligned: a block is cut out of a hole with `ALIGNMENT + LEAST` bytes to spare, which are given back, so
-    that it does not fit into the hole that it leaves. A block of at least `threshold` bytes has pages of its own, which go back to the system when it is freed; then the
-    threshold grows to its size, up to 32 MiB. Smaller ones are cut from the smallest hole that is large enough, or from
-    the end of the heap. Neighbouring holes merge; a hole at the end goes back once it exceeds twice the threshold.
+    Blocks of `MAPPED` bytes and more have pages of their own, which go back to the system. A smaller one leaves a hole
+    that others of its size fill again. Other sizes hardly do: small things that Python and torch keep in between take a
+    bit of every hole. So each size takes as much as it ever took.
     """
-
-    MOST = 32 * MIB
-
-    def __init__(self) -> None:
-        self.threshold = 128 * 1024
-        self.end = 0
-        self.mapped = 0
-        self._own: dict[int, int] = {}
-        self._block: dict[int, tuple[int, int]] = {}
-        self._holes: list[tuple[int, int]] = []
-        self._starts: dict[int, int] = {}
-        self._ends: dict[int, int] = {}
-
-    @property
-    def held(self) -> int:
-        return self.end + self.mapped
-
-    def allocate(self, number: int, size: int) -> None:
-        size = -(-(size + NOTES) // 16) * 16
-        asked = size + ALIGNMENT + LEAST
-        if asked >= self.threshold:
-            self._own[number] = -(-asked // 4096) * 4096
-            self.mapped += self._own[number]
-            return
-        start, room = self._hole(asked)
-        before = -(start + NOTES) % ALIGNMENT
-        before += ALIGNMENT if 0 < before < LEAST else 0
-        self._block[number] = (start + before, size)
-        self._give_back(start, before)
-        self._give_back(start + before + size, room - before - size)
-
-    def _hole(self, size: int) -> tuple[int, int]:
-        """Start and size of the smallest hole for `size` bytes, or of new memory at the end; no longer a hole."""
-        at = bisect_left(self._holes, (size, 0))
-        if at < len(self._holes):
-            room, start = self._holes[at]
-            self._close(start, room)
-            return start, room
-        start = self._ends.get(self.end, self.end)
-        if start < self.end:
-            self._close(start, self.end - start)
-        self.end = start + size
-        return start, size
-
-    def free(self, number: int) -> None:
-        if number in self._own:
-            size = self._own.pop(number)
-            self.mapped -= size
-            if size <= self.MOST:
-                self.threshold = max(self.threshold, size)
-            return
-        self._give_back(*self._block.pop(number))
-
-    def _give_back(self, start: int, size: int) -> None:
-        if size == 0:
-            return
-        if (before := self._ends.get(start)) is not None:
-            self._close(before, start - before)
-            start, size = before, start + size - before
-        if (room := self._starts.get(start + size)) is not None:
-            self._close(start + size, room)
-            size += room
-        if start + size == self.end and size > 2 * self.threshold:
-            self.end = start
+    now: Counter[int] = Counter()
+    most: Counter[int] = Counter()
+    mapped = held = peak = 0
+    for event in events:
+        size = abs(event.size)
+        if size >= MAPPED:
+            mapped += event.size
         else:
-            self._open(start, size)
-
-    def _open(self, start: int, size: int) -> None:
-        insort(self._holes, (size, start))
-        self._starts[start], self._ends[start + size] = size, start
-
-    def _close(self, start: int, size: int) -> None:
-        del self._holes[bisect_left(self._holes, (size, start))]
-        del self._starts[start], self._ends[start + size]
+            now[size] += event.size
+            grown = max(0, now[size] - most[size])
+            most[size] += grown
+            held += grown
+        peak = max(peak, mapped + held)
+    return peak
 
 
 def cache_bytes(config: PreTrainedConfig, *, sequences: int, tokens: int, bytes_per_number: int) -> int:
