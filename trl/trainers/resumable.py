@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.data_loader import BatchSamplerShard
 from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -56,14 +55,10 @@ class ResumableTrainer(Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        if isinstance(self.train_dataset, IterableDataset):
-            size, rows = self._train_batch_size, Endless(self.train_dataset)
-            return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
-        loader = super().get_train_dataloader()
-        if isinstance(shard := loader.batch_sampler, BatchSamplerShard):
-            # What accelerate looks at to tell the sampler which epoch it is, also where batches are skipped.
-            shard.sampler = shard.batch_sampler.sampler
-        return loader
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        size, rows = self._train_batch_size, Endless(self.train_dataset)
+        return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
 
     def take_up(self) -> None:
         """Before the first step after a checkpoint: its random states, and the loss since its last log.
