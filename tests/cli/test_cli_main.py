@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,11 @@ def test_environment(capsys):
         (["sft", "--dataset_name", ""], []),
         (["preview", "s"], ["sft"]),
         (["preview", "sft", "--lora_a"], ["--lora_alpha"]),
+        (["check", "gr"], ["grpo"]),
+        (["check", "dpo", "--loss_w"], ["--loss_weights"]),
+        (["dpo", "--loss_type", "ipo", "rob"], ["robust"]),
+        (["chat", "--system"], ["--system_prompt"]),
+        (["report", "run", "--out"], ["--output"]),
         (["completion", "z"], ["zsh"]),
     ],
 )
@@ -208,6 +214,40 @@ def test_completion_in_bash():
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "--max_steps\n"
+
+
+IN_ZSH = """
+compdef() { :; }; _describe() { print -l -- ${(P)2}; }; _files() { print files; }
+eval "$(trl completion zsh)"
+words=(trl sft --max_st); CURRENT=3; _trl
+words=(trl sft --dataset_name tr); CURRENT=4; _trl
+"""
+IN_FISH = """
+trl completion fish | source
+complete -C "trl sft --max_st"
+touch train.jsonl
+complete -C "trl sft --dataset_name tra"
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "script", "shown"),
+    [
+        ("zsh", IN_ZSH, "--max_steps:Overrides `num_train_epochs`.\nfiles\n"),
+        ("fish", IN_FISH, "--max_steps\tOverrides `num_train_epochs`.\ntrain.jsonl\n"),
+    ],
+)
+def test_completion_in_other_shells(shell, script, shown, tmp_path):
+    """An option with what it is; names of files where only the shell knows."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    (tmp_path / "trl").write_text(f'#!/bin/sh\nexec {sys.executable} -m trl "$@"\n')
+    (tmp_path / "trl").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [shell, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout == shown
 
 
 def test_preview_shows_what_is_trained_and_loads_no_weights(inside, capsys):

@@ -52,10 +52,8 @@ CONFIG = {"--config": "YAML files with options"}
 
 def run(words: Sequence[str]) -> int:
     if words and words[0] in ("words", "described"):
-        found = candidates(words[1:])
-        print(
-            "\n".join(f"{name}\t{text}" if words[0] == "described" and text else name for name, text in found.items())
-        )
+        for name, text in candidates(words[1:]).items():
+            print(f"{name}\t{text}" if text and words[0] == "described" else name)
         return 0
     if not words or words[0] in ("-h", "--help"):
         print(f"Usage  trl completion SHELL    SHELL is one of {', '.join(SHELLS)}\n")
