@@ -10,9 +10,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.conftest import MODELS, make_tokenizer
+from trl.models.heads import with_value_head
 from trl.trainers.checkpoint import newest_checkpoint
 from trl.trainers.finite import NonFiniteError, StepCount, is_finite, poisoned
 from trl.trainers.meter import Meter
+from trl.trainers.ppo import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
 BAD = "Z"
@@ -193,3 +195,20 @@ def test_a_meter_goes_back():
     meter.add({"x": torch.tensor([5.0]), "y": torch.tensor([5.0]), "max_reward": torch.tensor([7.0])})
     meter.go_back(mark)
     assert meter.read(lambda row: row, torch.device("cpu")) == {"x": 1.0, "max_reward": 1.0}
+
+
+def test_steps_on_triplets(tmp_path):
+    """`PPOTrainer.step` leaves the weights alone where numbers overflow, and ends with the triplets named."""
+    model = with_value_head(sane_model())
+    config = PPOConfig(output_dir=str(tmp_path), batch_size=2, mini_batch_size=2, ppo_epochs=1, max_skipped_steps=2)
+    trainer = PPOTrainer(config, model, None, make_tokenizer())
+    triplets = [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8, 9]), torch.tensor([10])]
+    trainer.step(*triplets, [1.0, 2.0])
+    before = model.v_head.summary.weight.detach().clone()
+    found = trainer.step(*triplets, [3e38, -3e38])
+    assert found["ppo/skipped_steps"] == 1
+    assert torch.equal(model.v_head.summary.weight, before)
+    with pytest.raises(
+        NonFiniteError, match=r"in 2 optimizer steps in a row.*on the triplets (0, 1|1, 0) of this batch"
+    ):
+        trainer.step(*triplets, [3e38, -3e38])

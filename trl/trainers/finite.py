@@ -110,6 +110,23 @@ def takes_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | No
     return False
 
 
+def takes_triplets(trainer: BaseTrainer, norm: Tensor | float | None, rows: Sequence[int]) -> bool:
+    """Count an optimizer step on the triplets `rows` of a batch, and say whether it is to be taken.
+
+    Raises NonFiniteError where so many in a row are not.
+    """
+    finite = is_finite(norm)
+    trainer.steps.add(skipped=not finite)
+    if not finite and _ends_run(trainer):
+        raise NonFiniteError(
+            f"The loss or its gradient was not finite in {trainer.steps.in_a_row} optimizer steps in a row, and "
+            f"max_skipped_steps={trainer.args.max_skipped_steps}. The last of them was on the triplets "
+            f"{', '.join(map(str, rows))} of this batch: look at their scores, and at the learning rate. Nothing was "
+            "learned from these steps."
+        )
+    return finite
+
+
 def _ends_run(trainer: BaseTrainer) -> bool:
     if trainer.is_deepspeed_enabled and not trainer.args.fp16:  # has taken the step by now
         return True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from trl.models.score import score, score_logits, unwrap
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
 from trl.trainers.engines import accumulating, backward
+from trl.trainers.finite import poisoned, takes_triplets
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo_generate import prompts_of, sample, sampling_params, untrimmed
 from trl.trainers.ppo_statistics import (
@@ -282,9 +283,9 @@ class TripletSteps(OnlineTrainer):
             last = i == len(batches) - 1
             with nullcontext() if last else accumulating(self.accelerator, self.policy):
                 policykl += self._backward(batch, record)
-        if self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm or inf)
+        if takes_triplets(self, norm, rows):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return policykl
 
@@ -295,7 +296,8 @@ class TripletSteps(OnlineTrainer):
         kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
         if batch.tokens:
             record.add(metrics, batch, kept)
-        backward(self.accelerator, (loss * batch.weight).sum() * kept * self.accelerator.num_processes)
+        total = (loss * batch.weight).sum() * kept * self.accelerator.num_processes
+        backward(self.accelerator, poisoned(total))
         return (metrics["policy/policykl"] * batch.weight).sum()
 
     # ---- after a step ----
@@ -312,6 +314,7 @@ class TripletSteps(OnlineTrainer):
             **token_counts(triplets),
             "objective/kl_coef": coefficient,
             "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            **({"ppo/skipped_steps": self.steps.skipped} if self.steps.skipped else {}),
         }
 
     def _finish(self, statistics: Mapping[str, Any]) -> None:
