@@ -30,13 +30,13 @@ SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
     "reward": {"learning_rate": 1e-3, "max_steps": 100},
-    "ppo": {"learning_rate": 3e-4, "max_steps": 60},
+    "ppo": {"learning_rate": 3e-4, "max_steps": 60, "horizon": 1000},
 }
 """For the model that is made on the spot."""
 REAL = {
     "sft": {"learning_rate": 5e-5, "num_train_epochs": 1},
     "reward": {"learning_rate": 2e-5, "max_steps": 100},
-    "ppo": {"learning_rate": 2e-5, "max_steps": 400},
+    "ppo": {"learning_rate": 2e-5, "max_steps": 240, "horizon": 400},
 }
 """For a model that has been trained before."""
 
@@ -144,7 +144,6 @@ def reinforce(
         ppo_epochs=2,
         init_kl_coef=0.3,
         target=4,
-        horizon=1000,
         max_completion_length=64,
         temperature=0.7,
         max_grad_norm=1.0,
