@@ -36,7 +36,6 @@ class OnlineDPOConfig(OnlineConfig):
     ALIASES: ClassVar[dict[str, str]] = {
         **OnlineConfig.ALIASES,
         "max_length": "",
-        "reward_model_path": "",
     }
 
     learning_rate: float = 5e-7
@@ -51,8 +50,9 @@ class OnlineDPOConfig(OnlineConfig):
     temperature: float = 0.9
     """Divides the logits, in sampling and in training."""
 
-    beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward."""
+    beta: float | list[float] = 0.1
+    """How strongly the reference holds: the inverse temperature of the reward. Several: one for each epoch, the last for
+    those that follow."""
 
     loss_type: DPOLoss = "sigmoid"
     """The loss of a pair: a name in `trl.algorithms.dpo.LOSSES`."""
@@ -63,6 +63,9 @@ class OnlineDPOConfig(OnlineConfig):
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero."""
 
+    reward_model_path: str | None = None
+    """Hub name or folder of a reward model, where the trainer is given neither reward_funcs nor a judge."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations < 2:
@@ -71,10 +74,15 @@ class OnlineDPOConfig(OnlineConfig):
 
     def make_algorithm(self) -> OnlineDPO:
         """The algorithm that these options describe."""
-        dpo = DPO(beta=self.beta, loss_types=self.loss_type)
+        dpo = DPO(beta=self.beta_in(0), loss_types=self.loss_type)
         if dpo.couples_pairs:
             raise ConfigError(f"loss_type={self.loss_type!r} compares the pairs of a batch: choose another.")
         return OnlineDPO(dpo)
+
+    def beta_in(self, epoch: float) -> float:
+        """`beta` of that epoch."""
+        betas = self.beta if isinstance(self.beta, list) else [self.beta]
+        return betas[min(int(epoch), len(betas) - 1)]
 
     @property
     def prompts_per_round(self) -> int:
@@ -102,6 +110,15 @@ class OnlineDPOTrainer(OnlineTrainer):
                 raise ConfigError("judge and reward_funcs both rank completions: give one of them.")
             keywords["reward_funcs"] = JudgeReward(judge)
         super().__init__(*args, **keywords)
+
+    def _given_rewards(self, reward_funcs: Any) -> Any:
+        return self.args.reward_model_path if reward_funcs is None else reward_funcs
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
+        if isinstance(self.args.beta, list):
+            beta = self.args.beta_in(self.state.epoch or 0)
+            self.algorithm = replace(self.algorithm, dpo=replace(self.algorithm.dpo, beta=beta))
+        return super().get_batch_samples(*args, **kwargs)
 
     def slices(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int

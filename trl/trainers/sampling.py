@@ -62,12 +62,13 @@ class SamplingTrainer(BaseTrainer):
     ) -> None:
         self.engine = engine
         self.prompts: Prompts | None = None
-        self.completion_log = CompletionLog()
+        self.completion_log, self.eval_completions = CompletionLog(), CompletionLog()
         self.logged = {"train": LoggedMetrics(), "eval": LoggedMetrics()}
         self.samplings = {"train": 0, "eval": 0}
         self._columns: dict[str, list[str]] = {}
         super().__init__(*arguments, **keywords)
         weights = self.args.reward_weights
+        reward_funcs = self._given_rewards(reward_funcs)
         self.rewards = make_rewards(reward_funcs, weights=weights, processing_classes=reward_processing_classes)
         for columns in self._columns.values():
             check_columns(self.rewards, [name for name in columns if name not in NOT_FOR_REWARDS])
@@ -83,6 +84,10 @@ class SamplingTrainer(BaseTrainer):
             self.engine = LocalEngine(self.model, self.tokenizer_, progress=shown)
         self.parts.keep("completions", self.completion_log, per_process=True, optional=True)
         self.parts.keep("logged", self.logged["train"], per_process=True, optional=True)
+
+    def _given_rewards(self, reward_funcs: Any) -> Any:
+        """The reward functions that were given, by whichever argument or option."""
+        return reward_funcs
 
     # ---- prompts ----
 
@@ -213,8 +218,9 @@ class SamplingTrainer(BaseTrainer):
         names = [reward.name for reward in self.rewards]
         everywhere = self._rewards_everywhere(groups, experience)
         self.meters[mode].add(round_metrics(groups, experience, names, everywhere))
-        if mode == "train" and self.args.log_completions:
-            self.completion_log.add(log_rows(groups, experience, names))
+        if self.args.log_completions:
+            log = self.completion_log if mode == "train" else self.eval_completions
+            log.add(log_rows(groups, experience, names))
 
     def _rewards_everywhere(self, groups: Sequence[Group], experience: Experience) -> Tensor:
         """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
@@ -230,15 +236,15 @@ class SamplingTrainer(BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "loss" in logs and self.args.log_completions:
-            self._write_completions()
+            self._write_completions(self.completion_log)
 
-    def _write_completions(self) -> None:
-        """Those of all processes, by one of them."""
+    def _write_completions(self, log: CompletionLog, kind: str = "") -> None:
+        """Those of all processes, by one of them. Of an evaluation, in a folder of its own, `kind`."""
         args = self.args
-        rows = list(chain(*everyones(self.completion_log.take(), self.accelerator)))
+        rows = list(chain(*everyones(log.take(), self.accelerator)))
         if self.is_world_process_zero():
             rows = one_per_prompt(rows) if args.log_unique_prompts else rows
-            folder = Path(args.output_dir) / "completions"
+            folder = Path(args.output_dir) / "completions" / kind
             show, trackers = args.num_completions_to_print, args.report_to
             write_completions(rows, folder, self.state.global_step, show=show, trackers=trackers)
 
@@ -249,4 +255,6 @@ class SamplingTrainer(BaseTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._logged_by_rewards("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        if self.args.log_completions:
+            self._write_completions(self.eval_completions, metric_key_prefix)
         return output
