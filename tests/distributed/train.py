@@ -100,6 +100,12 @@ CASES: dict[str, tuple] = {
     "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 60}),
     "bco": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"loss_type": "bco"}),
     "early": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"precompute_ref_log_probs": True}),
+    "uneven": (
+        SFTTrainer,
+        language_model,
+        {"train_dataset": Dataset.from_dict({"text": TEXTS[:7]})},
+        {"learning_rate": 0.0, "max_tokens_per_micro_batch": 30},
+    ),
     "grpo": (GRPOTrainer, language_model, ONLINE, {"num_generations": 2, "beta": 0.1}),
     "ppo": (PPOTrainer, valued, ONLINE, {"batch_size": 2 * BATCH // WORLD, "ppo_epochs": 2, "whiten_rewards": True}),
 }
@@ -110,6 +116,7 @@ def options(folder: Path, trainer: type, extra: dict) -> dict:
     """Options under which a step of one process and of two is the same step."""
     size = BATCH // WORLD // extra.get("gradient_accumulation_steps", 1)
     common = {
+        "per_device_eval_batch_size": 6 // WORLD,
         "per_device_train_batch_size": 2 * size if trainer in (GRPOTrainer, PPOTrainer) else size,
         "output_dir": str(folder / "run"),
         "max_steps": STEPS,

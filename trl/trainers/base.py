@@ -366,18 +366,35 @@ class BaseTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
-        self.evaluate_examples(model, inputs, self.statistics(inputs))
+        self.evaluate_examples(model, self._counted(inputs), self.statistics(inputs), filling=inputs[:1])
         return None, None, None
 
+    def _counted(self, examples: list[Example]) -> list[Example]:
+        """This process's part of an evaluation batch, without rows that were repeated to give every process as many."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return examples
+        before = self.args.process_index * self.args.eval_batch_size
+        return examples[: max(0, state.remainder - before)]
+
     def evaluate_examples(
-        self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        statistics: Mapping[str, Tensor],
+        *,
+        filling: Sequence[Example],
     ) -> None:
-        """Count `examples` into the evaluation's metrics, in as many forward passes as every other process."""
+        """Count `examples` into the evaluation's metrics, in as many forward passes as every other process.
+
+        `filling` is run, and not counted, where another process has more.
+        """
         groups = [[examples[i] for i in group] for group in self._plan(examples, 1)]
+        missing = self._most(len(groups)) - len(groups)
         for group in groups:
             self.evaluate_batch(model, group, statistics)
-        for _ in range(self._most(len(groups)) - len(groups)):
-            (batch,) = with_signals([self.lay_out(groups[-1])], statistics)
+        for _ in range(missing):
+            (batch,) = with_signals([self.lay_out(filling)], statistics)
             with torch.no_grad(), self.compute_loss_context_manager():
                 self.loss(model, filler(replace(batch, weight=batch.mask)).to(self.args.device))
 

@@ -332,9 +332,9 @@ class OnlineTrainer(SamplingTrainer):
         groups = self.sample(inputs, self.args.num_generations_eval or self.args.num_generations, "eval")
         examples, experience = self.learn_from(groups, "eval")
         self._log_round(groups, experience, "eval")
-        (examples,) = self.slices(without_signals(examples, ["old_logprobs"]), groups, experience, 1)
-        for group in self._plan(examples, 1):
-            self.evaluate_batch(model, [examples[i] for i in group], {})
+        examples = without_signals(examples, ["old_logprobs"])
+        (kept,) = self.slices(examples, groups, experience, 1)
+        self.evaluate_examples(model, kept, {}, filling=examples[:1])
         return None, None, None
 
     # ---- checkpoints ----

@@ -39,7 +39,7 @@ def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | 
 def _even(order: list[int], count: int) -> list[list[int]]:
     """Consecutive parts whose numbers of sequences differ by at most one, none empty."""
     count = min(count, len(order))
-    bounds = [len(order) * k // count for k in range(count + 1)]
+    bounds = [len(order) * k // max(count, 1) for k in range(count + 1)]
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
