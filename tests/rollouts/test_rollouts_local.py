@@ -7,11 +7,14 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationConfig, GPT2Config, GPT2ForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
+from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
+from trl.models.score import score
 from trl.rollouts.decoders import fill_holes, like_lengths
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine, model_path, unwrap
 from trl.rollouts.sampling import SamplingParams
+from trl.types import Completion, Example
 
 VOCABULARY = 99
 STOPS = tuple(range(60, 72))
@@ -110,7 +113,39 @@ def test_logprobs_are_those_of_a_plain_forward(make, name):
     assert len({rollout.ids for rollout in flat(rollouts)}) > len(prompts)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "t5"])
+OPTIONS = [
+    {"temperature": 0.6},
+    {"top_k": 12, "top_p": 0.9},
+    {"min_p": 0.05, "temperature": 1.3},
+    {"repetition_penalty": 1.4, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "gemma3", "t5", "llama with an adapter"])
+def test_logprobs_are_those_of_score(make, name):
+    """Under the unmodified policy, whatever was done to the distribution that the tokens were drawn from."""
+    model, prompts = make(name.split()[0]), ragged(lengths=(5, 1, 9))
+    if name.endswith("adapter"):
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    for options in OPTIONS:
+        params = SamplingParams(max_new_tokens=8, stop_token_ids=STOPS, seed=5, **options)
+        rollouts = LocalEngine(model, max_tokens_alive=40).generate(prompts, params, 2)
+        pairs = zip(prompts, rollouts, strict=True)
+        examples = [Example(p.ids, tuple(Completion(r.ids) for r in samples)) for p, samples in pairs]
+        if name == "t5":
+            batch = lay_out_encoder_decoder(examples, pad_token_id=0, decoder_start_token_id=0)
+        else:
+            batch = lay_out(examples)
+        with torch.no_grad():
+            expected = score(model, batch, temperature=options.get("temperature", 1.0)).logprobs
+        found = torch.zeros_like(expected)
+        for row, rollout in zip(found, flat(rollouts), strict=True):
+            row[: len(rollout)] = torch.tensor(rollout.logprobs)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma2", "gemma3", "bloom", "t5"])
 def test_same_seed_same_samples_whatever_the_limit(make, name):
     model, prompts = make(name), ragged()
     params = SamplingParams(max_new_tokens=16, stop_token_ids=STOPS, seed=11)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from peft import LoraConfig
 
 from trl.errors import ConfigError
 from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.rewards.call import RewardError
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
@@ -224,6 +226,41 @@ def test_the_full_penalty(make_loop):
     kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kls[0] == pytest.approx(0, abs=1e-4)
     assert min(kls) > -1e-4
+
+
+def test_several_rewards_are_weighed(make_loop):
+    def firsts(completion_ids, **_):
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    trainer = make_loop(reward_funcs=[wanted, firsts], reward_weights=[1.0, 0.25], max_steps=2)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/firsts/mean"] > 0
+    expected = first["rewards/wanted/mean"] + 0.25 * first["rewards/firsts/mean"]
+    assert first["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_samples_of_an_evaluation_are_kept(make_loop, tmp_path):
+    rows = PROMPTS.select(range(4))
+    trainer = make_loop(log_completions=True, num_completions_to_print=0, keywords={"eval_dataset": rows})
+    found = trainer.evaluate()
+    (file,) = (tmp_path / "out" / "completions" / "eval").glob("*.parquet")
+    table = pq.read_table(file).to_pylist()
+    assert [row["prompt"] for row in table] == rows["prompt"]
+    assert np.mean([row["wanted"] for row in table]) == pytest.approx(found["eval_reward"])
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda completion_ids, **_: [1.0], "gave 1 rewards for 8 samples: it has to give one each"),
+        (lambda completion_ids, **_: [float("nan")] * 8, "gave nan .* Sample 0 of 8"),
+        (lambda completion_ids, **_: [len(completion_ids) / 0] * 8, "raised ZeroDivisionError"),
+    ],
+)
+def test_functions_that_give_no_rewards(make_loop, function, words):
+    with pytest.raises(RewardError, match=f"Reward function '<lambda>' {words}"):
+        make_loop(reward_funcs=function).train()
 
 
 def test_a_function_that_does_not_apply(make_loop):
