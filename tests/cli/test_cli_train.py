@@ -1,5 +1,7 @@
 """Every training command trains: from a YAML file in a process of its own, and from flags."""
 
+import ast
+import importlib.util
 import json
 import logging
 import os
@@ -106,3 +108,19 @@ def test_from_flags(inside, method, capsys):
     assert "'loss'" in capsys.readouterr().out
     assert (inside / f"flags-{method}" / "model.safetensors").is_file()
     assert not (inside / f"flags-{method}" / "report.html").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+def test_an_adapter_on_quantised_weights_learns(inside, method, bits, capsys):
+    """DPO asks the model without its adapter between steps: 4-bit weights must not be packed anew there."""
+    words = (
+        f"{method} --model_name_or_path tiny --output_dir {method}{bits} --use_cpu --use_peft {bits} --report_to none"
+    )
+    words += f" --dataset_name {OPTIONS[method]['dataset_name']} --lora_target_modules all-linear --max_steps 4"
+    words += " --logging_steps 1 --learning_rate 1e-2 --lr_scheduler_type constant --lora_dropout 0"
+    assert main(words.split()) == 0
+    logged = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    assert float(logged[-1]["loss"]) < float(logged[0]["loss"])
+    assert (inside / f"{method}{bits}" / "adapter_model.safetensors").is_file()

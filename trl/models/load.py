@@ -52,7 +52,20 @@ def load_model(
         )
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with loaded_whole():
-        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    _keep_unpacked(model)
+    return model
+
+
+def _keep_unpacked(model: torch.nn.Module) -> None:
+    """Leave 4-bit weights as they are in memory.
+
+    On processors with AVX512-BF16, bitsandbytes packs them anew in the first forward pass that trains nothing; no gradient
+    passes through weights packed so, and some shapes cannot be.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def _dtype(name: str) -> torch.dtype:
