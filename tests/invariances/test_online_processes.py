@@ -15,8 +15,10 @@ SCRIPT = """
 import asyncio, json, os, sys
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from tests.conftest import MODELS, make_tokenizer
 from tests.trainers.online_support import Table, even_prompts, of_length, prompts
+from trl.trainers.across import gather_rows
 from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.rloo import RLOOTrainer
@@ -49,7 +51,7 @@ def run(name, cls, reward, batch=16, resume=None, **options):
         num_completions_to_print=0, html_report=False)
     args = cls.config_class(**{**given, **options})
     rows = prompts(16, number=list(range(16)))
-    trainer = cls(model, reward, args, rows, processing_class=make_tokenizer(), engine=Table())
+    trainer = cls(model, reward, args, rows, rows, processing_class=make_tokenizer(), engine=Table())
     trainer.train(resume_from_checkpoint=resume)
     if RANK == 0:
         logs = [{k: v for k, v in log.items() if not any(word in k for word in NOT_COMPARED)}
@@ -69,8 +71,12 @@ run("flat", GRPOTrainer, even_prompts, zero_variance="drop", shuffle_dataset=Fal
 run("fresh", GRPOTrainer, even_prompts, zero_variance="resample", shuffle_dataset=False, loss_type="bnpo")
 run("failed", GRPOTrainer, fails_where_odd, on_reward_error="drop", loss_type="sapo", mask_truncated_completions=True)
 run("rloo", RLOOTrainer, [of_some, of_length], normalize_advantages=True, missing_eos_penalty=1.0,
-    shuffle_dataset=False)
+    shuffle_dataset=False, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16 // WORLD)
 run("dpo", OnlineDPOTrainer, even_prompts, batch=4, shuffle_dataset=False)
+
+if WORLD == 2:  # any number of rows, of any width
+    whole, start = gather_rows(torch.full((1 + RANK, 3 - RANK), 1.0 + RANK), Accelerator(cpu=True))
+    assert (whole.tolist(), start) == ([[1, 1, 1], [2, 2, 0], [2, 2, 0]], RANK), (whole, start)
 """
 KINDS = ("several", "steps", "flat", "fresh", "failed", "rloo", "dpo")
 

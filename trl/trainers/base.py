@@ -43,7 +43,7 @@ from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
-from trl.trainers.engines import accumulating, check_engine
+from trl.trainers.engines import accumulating, check_engine, waits_explained
 from trl.trainers.finite import StepCount, Window, poisoned, takes_step
 from trl.trainers.meter import Meter
 from trl.trainers.resumable import ResumableTrainer
@@ -265,6 +265,10 @@ class BaseTrainer(ResumableTrainer):
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         return data_collator
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with waits_explained(self):
+            return super()._inner_training_loop(*args, **kwargs)
 
     # ---- the window ----
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from trl.errors import ConfigError
 
@@ -28,6 +28,12 @@ SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
 }
 """Environment variable of a launcher → the engine that it asks for."""
+
+LOST = {
+    "timed out": "one of them did not come within ddp_timeout={limit} s. It hangs, or has more to do than this one",
+    "by peer": "one of them has ended. Its own error says why",
+}
+"""Words in what gloo and NCCL raise → what happened."""
 
 
 def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
@@ -103,6 +109,22 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
     if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+
+
+@contextmanager
+def waits_explained(trainer: Trainer) -> Iterator[None]:
+    """Say of a wait for other processes that came to nothing who waited, when, and where to look."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((reason for words, reason in LOST.items() if words in str(error).lower()), None)
+        if reason is None:
+            raise
+        args = trainer.args
+        raise RuntimeError(
+            f"Process {args.process_index} of {args.world_size} waited for the others in step "
+            f"{trainer.state.global_step + 1}: {reason.format(limit=args.ddp_timeout)}."
+        ) from error
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:
