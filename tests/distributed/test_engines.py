@@ -16,7 +16,6 @@ from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-
 from trl.cli.launch import find_config
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl.errors import ConfigError, ModelError
+from trl.errors import ConfigError, ModelError, suggest
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 
@@ -147,3 +147,22 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trained, all) numbers of parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability of `model` to zero."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+
+
+def set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:
+    """Make a token of the vocabulary the tokenizer's `pad_token` or `eos_token`."""
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"{kind}={token!r} is not in the tokenizer's vocabulary{suggest(token, tokenizer.get_vocab())}"
+        )
+    setattr(tokenizer, kind, token)

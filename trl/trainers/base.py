@@ -35,7 +35,15 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
 from trl.errors import ConfigError, suggest
 from trl.models.layouts import choose_layout
-from trl.models.load import load_model, load_processor, make_trainable, tokenizer_of, with_adapters
+from trl.models.load import (
+    disable_dropout,
+    load_model,
+    load_processor,
+    make_trainable,
+    set_token,
+    tokenizer_of,
+    with_adapters,
+)
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.stored import without_copies
 from trl.ops.reduce import WEIGHTS
@@ -43,7 +51,7 @@ from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import collate_examples, examples_from
 from trl.trainers.config import TrainerConfig
-from trl.trainers.engines import accumulating, check_engine, waits_explained
+from trl.trainers.engines import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
 from trl.trainers.finite import StepCount, Window, poisoned, takes_step
 from trl.trainers.meter import Meter
 from trl.trainers.resumable import ResumableTrainer
@@ -120,7 +128,7 @@ class BaseTrainer(ResumableTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         check_engine(self.args, self.accelerator)
-        self._use_one_device_per_process()
+        use_one_device(self.args)
         if self.args.html_report:
             self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
         self.model_accepts_loss_kwargs = True
@@ -206,7 +214,7 @@ class BaseTrainer(ResumableTrainer):
         model = with_adapters(model, peft_config)
         make_trainable(model)
         if self.args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         return model
 
     def _resolve_processor(self, processing_class: Any, tokenizer: Any) -> Any:
@@ -217,7 +225,7 @@ class BaseTrainer(ResumableTrainer):
             processor = load_processor(unwrap(self.model), trust_remote_code=self.args.trust_remote_code)
         for token in ("pad_token", "eos_token"):
             if (value := getattr(self.args, token)) is not None:
-                _set_token(tokenizer_of(processor), token, value)
+                set_token(tokenizer_of(processor), token, value)
         if (path := self.args.chat_template_path) is not None:
             self._take_chat_template(tokenizer_of(processor), path)
         return processor
@@ -227,14 +235,6 @@ class BaseTrainer(ResumableTrainer):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         else:
             clone_chat_template(unwrap(self.model), tokenizer, path)
-
-    def _use_one_device_per_process(self) -> None:
-        if self.args.n_gpu > 1:
-            logger.warning(
-                f"{self.args.n_gpu} devices are visible, but one process was started: one of them is used. Start one "
-                "process per device to use all: accelerate launch, torchrun, or trl with --num_processes."
-            )
-            self.args._n_gpu = 1
 
     # ---- data ----
 
@@ -370,16 +370,9 @@ class BaseTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
-        self.evaluate_examples(model, self._counted(inputs), self.statistics(inputs), filling=inputs[:1])
+        counted = inputs[: rows_of_its_own(self.args, self.accelerator, len(inputs))]
+        self.evaluate_examples(model, counted, self.statistics(inputs), filling=inputs[:1])
         return None, None, None
-
-    def _counted(self, examples: list[Example]) -> list[Example]:
-        """This process's part of an evaluation batch, without rows that were repeated to give every process as many."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return examples
-        before = self.args.process_index * self.args.eval_batch_size
-        return examples[: max(0, state.remainder - before)]
 
     def evaluate_examples(
         self,
@@ -498,21 +491,3 @@ class BaseTrainer(ResumableTrainer):
 def _positions(batch: Batch) -> int:
     """Positions of the grid, padding included; encoder and decoder together."""
     return sum(batch.inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in batch.inputs)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(module.__dict__.get(name), float):
-                setattr(module, name, 0.0)
-
-
-def _set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:
-    """Make a token of the vocabulary the tokenizer's `pad_token` or `eos_token`."""
-    if token not in tokenizer.get_vocab():
-        raise ConfigError(
-            f"{kind}={token!r} is not in the tokenizer's vocabulary{suggest(token, tokenizer.get_vocab())}"
-        )
-    setattr(tokenizer, kind, token)

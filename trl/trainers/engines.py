@@ -11,6 +11,7 @@ and nowhere else:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from trl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 SHARDING = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
@@ -109,6 +112,24 @@ def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
         )
     if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+
+
+def use_one_device(args: TrainingArguments) -> None:
+    """Keep `transformers` from spreading one process over several devices; says how to use them all."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} devices are visible, but one process was started: one of them is used. Start one process per "
+            "device to use all: accelerate launch, torchrun, or trl with --num_processes."
+        )
+        args._n_gpu = 1
+
+
+def rows_of_its_own(args: TrainingArguments, accelerator: Accelerator, rows: int) -> int:
+    """How many of a process's `rows` of an evaluation batch count: the last batch repeats some, so that all have as many."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return max(0, min(rows, state.remainder - args.process_index * args.eval_batch_size))
 
 
 @contextmanager
