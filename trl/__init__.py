@@ -39,6 +39,8 @@ _PUBLIC = {
     "report.page": ["write_report"],
     "rewards.answers": ["accuracy_reward", "reasoning_accuracy_reward"],
     "rewards.functions": ["boxed_format_reward", "think_format_reward", "think_tags_reward"],
+    "rewards.classifier": ["ClassifierReward"],
+    "rewards.human": ["HumanPreference", "HumanRating"],
     "rewards.model": ["RewardModel"],
     "rollouts.engine": ["Prompt", "Rollout", "RolloutEngine"],
     "rollouts.local": ["LocalEngine"],

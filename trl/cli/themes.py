@@ -102,7 +102,7 @@ def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
 def _home(option: Option) -> str:
     if option.owner == "TrainingArguments":
         return "Other"
-    return "Method" if option.owner.endswith(("Config", "Options")) else option.owner
+    return "Method" if option.owner.endswith(("Config", "Options")) else option.owner.removesuffix("Arguments")
 
 
 def is_common(option: Option) -> bool:

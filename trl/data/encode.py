@@ -93,8 +93,9 @@ class EncodingReport:
         return replace(self, **counts)
 
     def __str__(self) -> str:
-        share = self.trained / self.tokens if self.tokens else 0.0
-        parts = [f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.0%})"]
+        parts = [f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens"]
+        # Rows that are kept without a token to train on are prompts.
+        parts += [f"{self.trained:,} trained ({self.trained / self.tokens:.0%})"] if self.trained else []
         parts += [f"{self.truncated:,} truncated"] if self.truncated else []
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
         parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []

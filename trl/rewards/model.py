@@ -77,6 +77,10 @@ class RewardModel:
                 rewards[place] = reward
         return rewards
 
+    def to(self, device: torch.device) -> None:
+        """Move the model to `device`."""
+        self.model.to(device)
+
     def _score(self, batch: Batch) -> Tensor:
         """Rewards `[N]` of the batch's completions."""
         return score_rewards(self.model, batch)
