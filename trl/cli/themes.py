@@ -38,7 +38,8 @@ THEMES: dict[str, str] = {
         learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
         lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_skipped_steps label_smoothing_factor
-        neftune_noise_alpha seed data_seed full_determinism average_tokens_across_devices auto_find_batch_size train_sampling_strategy
+        neftune_noise_alpha seed data_seed full_determinism average_tokens_across_devices auto_find_batch_size
+        train_sampling_strategy
     """,
     "Evaluation": """
         eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
