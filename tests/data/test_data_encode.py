@@ -295,6 +295,10 @@ def test_tokens_count_a_shared_prompt_once(plain):
     assert (report.tokens, report.trained) == (5 + 3 + 2, 3 + 2)
 
 
+def test_prompts_are_not_reported_as_untrained(plain):
+    assert str(encoded([{"prompt": "the sky"}], plain).report) == "train: 1 rows, 2 tokens."
+
+
 def test_equal_pairs_are_dropped(plain):
     rows = [{"prompt": "sky", "chosen": " blue", "rejected": other} for other in (" blue", " green")]
     report = encoded(rows, plain).report
