@@ -6,8 +6,10 @@ import asyncio
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import make_tokenizer
 from tests.trainers.online_support import (
@@ -20,6 +22,8 @@ from tests.trainers.online_support import (
 )
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
+from trl.rewards.model import RewardModel
+from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
 
 # ---- rewards ----
@@ -78,6 +82,46 @@ def test_rewards_are_weighed_and_logged_by_name(make_model, tmp_path):
     assert log["reward"] == 2.25
     assert log["asked"] == 3.0
     assert log["frac_reward_zero_std"] == 0
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A folder with a reward model, and a tokenizer of its own."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_labels": 1, "pad_token_id": 0}
+    LlamaForSequenceClassification(LlamaConfig(**sizes)).save_pretrained(tmp_path / "judge")
+    make_tokenizer().save_pretrained(tmp_path / "judge")
+    return str(tmp_path / "judge")
+
+
+def test_reward_models_by_name_and_as_objects(make_model, tmp_path, classifier):
+    model = LlamaForSequenceClassification.from_pretrained(classifier)
+    trainer = GRPOTrainer(
+        make_model("llama"),
+        [classifier, model],
+        config(tmp_path / "run", reward_weights=[1.0, -1.0], log_completions=True),
+        prompts(),
+        processing_class=make_tokenizer(),
+        reward_processing_classes=[None, make_tokenizer()],
+        engine=Table(),
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/judge/mean"] == pytest.approx(log["rewards/judge_2/mean"])
+    assert log["rewards/judge/std"] > 0
+    assert log["reward"] == pytest.approx(0, abs=1e-6)
+    (row, *_) = pq.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pylist()
+    (expected,) = RewardModel(classifier)([row["prompt"]], [row["completion"]])
+    assert row["judge"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reward_functions_are_checked_before_training(make_model, tmp_path):
+    def reward(completions, anwser):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigError, match="'reward' asks for 'anwser', which is no column .* Did you mean 'answer'"):
+        make_trainer(make_model("llama"), tmp_path, reward, prompts(4, answer=["1"] * 4))
 
 
 def test_a_reward_that_fails_names_itself_and_the_sample(make_model, tmp_path):
