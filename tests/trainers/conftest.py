@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.trainers.ppo_support import PROMPTS, wanted
 from trl.models.heads import with_value_head
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -26,3 +27,42 @@ def make_ppo(make_model, tokenizer):
         return PPOTrainer(PPOConfig(**options), model, ref_model, tokenizer, optimizer=optimizer, **(keywords or {}))
 
     return make
+
+
+@pytest.fixture
+def make_loop(make_model, tokenizer, tmp_path):
+    """`make_loop("llama", **config)`: four steps of PPO on prompts of two letters, rewarded for one token."""
+
+    def make(model="llama", *, reward_funcs=wanted, head=True, folder="out", keywords=None, **config):
+        torch.manual_seed(7)
+        model = make_model(model) if isinstance(model, str) else model
+        options = {
+            "output_dir": str(tmp_path / folder),
+            "batch_size": 8,
+            "mini_batch_size": 4,
+            "ppo_epochs": 2,
+            "max_completion_length": 5,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "generation_kwargs": {"ignore_eos": True},
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        return PPOTrainer(
+            args=PPOConfig(**{**options, **config}),
+            model=with_value_head(model) if head else model,
+            reward_funcs=reward_funcs,
+            train_dataset=PROMPTS,
+            processing_class=tokenizer,
+            **(keywords or {}),
+        )
+
+    return make
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Classic scripts name no folder to write to."""
+    monkeypatch.chdir(tmp_path)

@@ -1,12 +1,28 @@
-"""What the tests of PPO share: four triplets, and a plain forward pass."""
+"""What the tests of PPO share: four triplets, prompts and a reward, a small classifier, a plain forward pass."""
 
 from __future__ import annotations
 
 import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
 RESPONSES = [[20, 21, 22], [30, 31, 32, 33, 34], [40], [50, 51, 52, 53]]
 SCORES = [1.0, -0.5, 2.0, 0.25]
+
+PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
+WANTED = 42
+
+
+def wanted(completion_ids, **_):
+    """How many of a completion's tokens are the wanted one."""
+    return [float(ids.count(WANTED)) for ids in completion_ids]
+
+
+def classifier(labels=1):
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+    return GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=labels))
 
 
 def tensors(rows):

@@ -38,9 +38,7 @@ STATISTICS = {
 """Names of statistics, by what they begin with."""
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # ---- the listing ----

@@ -13,10 +13,7 @@ from trl.errors import ConfigError, DataError
 from trl.models.heads import with_value_head
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # ---- configuration ----

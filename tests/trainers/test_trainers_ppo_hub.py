@@ -96,8 +96,7 @@ def downloaded(repo, folder):
     return folder
 
 
-def test_the_trainer_uploads_model_head_and_tokenizer(hub, make_ppo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_trainer_uploads_model_head_and_tokenizer(hub, make_ppo, own_folder, tmp_path):
     trainer = make_ppo()
     trainer.step(*TRIPLETS)
     trainer.push_to_hub("someone/walker", token="hf_x")
@@ -107,8 +106,7 @@ def test_the_trainer_uploads_model_head_and_tokenizer(hub, make_ppo, tmp_path, m
     assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
 
 
-def test_the_best_so_far_is_uploaded(hub, make_ppo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_best_so_far_is_uploaded(hub, make_ppo, own_folder, tmp_path):
     trainer = make_ppo(push_to_hub_if_best_kwargs={"repo_id": "someone/best", "token": "hf_x"})
     queries, responses, scores = TRIPLETS
     trainer.step(queries, responses, scores)

@@ -9,61 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 
+from tests.trainers.ppo_support import PROMPTS, assert_same, parameters, wanted
 from trl.errors import ConfigError
 from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.rewards.call import RewardError
 from trl.trainers.ppo import PPOConfig, PPOTrainer
-
-PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
-WANTED = 42
-
-
-def wanted(completion_ids, **_):
-    """How many of a completion's tokens are the wanted one."""
-    return [float(ids.count(WANTED)) for ids in completion_ids]
-
-
-@pytest.fixture
-def make_loop(make_model, tokenizer, tmp_path):
-    def make(model="llama", *, reward_funcs=wanted, head=True, folder="out", keywords=None, **config):
-        torch.manual_seed(7)
-        model = make_model(model) if isinstance(model, str) else model
-        options = {
-            "output_dir": str(tmp_path / folder),
-            "batch_size": 8,
-            "mini_batch_size": 4,
-            "ppo_epochs": 2,
-            "max_completion_length": 5,
-            "max_steps": 4,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "generation_kwargs": {"ignore_eos": True},
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        return PPOTrainer(
-            args=PPOConfig(**{**options, **config}),
-            model=with_value_head(model) if head else model,
-            reward_funcs=reward_funcs,
-            train_dataset=PROMPTS,
-            processing_class=tokenizer,
-            **(keywords or {}),
-        )
-
-    return make
-
-
-def parameters(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_same(found, expected):
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def test_a_round_is_a_batch_gone_through_ppo_epochs_times():
@@ -135,7 +87,7 @@ def test_what_resumes_goes_on_exactly(make_loop, tmp_path):
     whole.train()
     again = make_loop(folder="again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same(parameters(again), parameters(whole))
+    assert_same(parameters(again), parameters(whole), rtol=0, atol=0)
     assert again.algorithm.controller.coefficient == whole.algorithm.controller.coefficient != 0.2
     assert again.moments == whole.moments
     state = json.loads((tmp_path / "again" / "checkpoint-6" / "trainer_state.json").read_text())
@@ -151,7 +103,7 @@ def test_the_best_model_is_loaded_with_its_head(make_loop):
     )  # fmt: skip
     trainer.train()
     best = AutoModelForCausalLMWithValueHead.from_pretrained(trainer.state.best_model_checkpoint)
-    assert_same(parameters(trainer), dict(best.named_parameters()))
+    assert_same(parameters(trainer), dict(best.named_parameters()), rtol=0, atol=0)
     assert Path(trainer.state.best_model_checkpoint).exists()
 
 
@@ -200,7 +152,7 @@ def test_a_loop_that_stops_rounds_early_resumes_exactly(make_loop, tmp_path):
     assert whole.rounds.position > whole.rounds.served
     again = make_loop(folder="again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same(parameters(again), parameters(whole))
+    assert_same(parameters(again), parameters(whole), rtol=0, atol=0)
     assert (again.rounds.position, again.rounds.served) == (whole.rounds.position, whole.rounds.served)
 
 
@@ -216,7 +168,7 @@ def test_adapters_only(make_loop):
     trainer = make_loop(head=False, max_steps=8, keywords={"peft_config": LoraConfig(r=4, task_type="CAUSAL_LM")})
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
-    assert_same(parameters(trainer), base)
+    assert_same(parameters(trainer), base, rtol=0, atol=0)
     assert abs([entry["kl"] for entry in trainer.state.log_history if "kl" in entry][-1]) > 1e-3
 
 

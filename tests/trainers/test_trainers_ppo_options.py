@@ -29,10 +29,7 @@ from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.models.reference import AdapterOff, EarlierWeights
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # ---- options ----

@@ -7,16 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from tests.trainers.ppo_support import TRIPLETS, assert_same, parameters
+from tests.trainers.ppo_support import PROMPTS, TRIPLETS, assert_same, classifier, parameters
 from trl.errors import ConfigError
 from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.models.reference import AdapterOff, FrozenModel, SharedTrunk, create_reference_model
@@ -25,24 +19,7 @@ from trl.rewards.model import RewardModel
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 
 WIDE = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-PROMPTS = Dataset.from_dict({"prompt": [f"{letter}b" for letter in "abcdefgh"] * 4})
-WANTED = 42
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def wanted(completion_ids, **_):
-    """How many of a completion's tokens are the wanted one."""
-    return [float(ids.count(WANTED)) for ids in completion_ids]
-
-
-def classifier(labels=1):
-    torch.manual_seed(5)
-    sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
-    return GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=labels))
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def headed(make_model, name="llama"):
@@ -191,39 +168,14 @@ def test_layers_in_common_need_a_copy(make_model, tokenizer):
 # ---- the loop ----
 
 
-def loop(model, tokenizer, folder, *, reward_funcs=wanted, rows=PROMPTS, keywords=None, **config):
-    options = {
-        "output_dir": str(folder),
-        "batch_size": 8,
-        "mini_batch_size": 4,
-        "ppo_epochs": 2,
-        "max_completion_length": 5,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "generation_kwargs": {"ignore_eos": True},
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return PPOTrainer(
-        args=PPOConfig(**{**options, **config}),
-        model=model,
-        reward_funcs=reward_funcs,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        **(keywords or {}),
-    )
-
-
 @pytest.mark.parametrize("source", ["network", "branch", "network and shared trunk"])
-def test_a_loop_resumes_with_whatever_gives_values(make_model, tokenizer, tmp_path, source):
+def test_a_loop_resumes_with_whatever_gives_values(make_model, make_loop, tmp_path, source):
     def make(folder):
         network = {"value_model": classifier()} if source.startswith("network") else {}
         keywords = {**network, **({"num_shared_layers": 1} if source.endswith("trunk") else {})}
         layers = 1 if source == "branch" else 0
         options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "num_value_layers": layers}
-        return loop(headed(make_model), tokenizer, tmp_path / folder, keywords=keywords, **options)
+        return make_loop(headed(make_model), head=False, folder=folder, keywords=keywords, **options)
 
     whole, again = make("whole"), make("again")
     whole.train()
@@ -233,10 +185,10 @@ def test_a_loop_resumes_with_whatever_gives_values(make_model, tokenizer, tmp_pa
     assert type(loaded.v_head) is type(whole.model.v_head)
 
 
-def test_the_best_network_is_loaded(make_model, tokenizer, tmp_path):
+def test_the_best_network_is_loaded(make_model, make_loop):
     keywords = {"value_model": classifier(), "eval_dataset": PROMPTS.select(range(4))}
-    trainer = loop(
-        headed(make_model), tokenizer, tmp_path, keywords=keywords, save_strategy="steps", save_steps=2,
+    trainer = make_loop(
+        headed(make_model), head=False, keywords=keywords, save_strategy="steps", save_steps=2,
         eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="reward",
     )  # fmt: skip
     trainer.train()
@@ -257,11 +209,11 @@ LEARNING = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["network", "branch and shared trunk"])
-def test_the_reward_rises_with_other_values(make_model, tokenizer, tmp_path, source):
+def test_the_reward_rises_with_other_values(make_model, make_loop, source):
     network = source == "network"
     keywords = {"value_model": classifier()} if network else {"num_shared_layers": 1}
-    trainer = loop(
-        headed(make_model), tokenizer, tmp_path, keywords=keywords, num_value_layers=0 if network else 1, **LEARNING
+    trainer = make_loop(
+        headed(make_model), head=False, keywords=keywords, num_value_layers=0 if network else 1, **LEARNING
     )
     trainer.train()
     before, after = learned(trainer)
@@ -270,8 +222,8 @@ def test_the_reward_rises_with_other_values(make_model, tokenizer, tmp_path, sou
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_learns(make_model, tokenizer, tmp_path):
-    trainer = loop(headed(make_model, "t5"), tokenizer, tmp_path, **LEARNING)
+def test_an_encoder_decoder_learns(make_loop):
+    trainer = make_loop("t5", **LEARNING)
     trainer.train()
     before, after = learned(trainer)
     assert before < 1
@@ -330,10 +282,10 @@ def test_adapters_for_everything_step_by_step(in_one_base, tokenizer):
     assert_only_policy_and_head_train(trainer, before)
 
 
-def test_adapters_for_everything_in_the_loop(in_one_base, tokenizer, tmp_path):
+def test_adapters_for_everything_in_the_loop(in_one_base, make_loop, tokenizer):
     """The reward adapter rewards without being asked to, as the reward model that it was would."""
     model, judge = in_one_base
-    trainer = loop(model, tokenizer, tmp_path / "out", reward_funcs=None)
+    trainer = make_loop(model, head=False, reward_funcs=None)
     prompts, completions = ["ab", "cb"], ["xyz", "hello"]
     expected = RewardModel(judge, tokenizer)(prompts, completions)
     assert trainer.rewards[0].function(prompts, completions) == pytest.approx(expected, abs=1e-4)
