@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -83,7 +83,10 @@ def labelled() -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS, "completion": GOOD, "label": [i % 3 > 0 for i in range(12)]})
 
 
-def brief(completions: list[str], **_: object) -> list[float]:
+def brief(completions: list[str], log_metric: Callable, **_: object) -> list[float]:
+    """Fewer characters are better. The first process logs a metric that others know nothing of."""
+    if RANK == 0:
+        log_metric("seen", 1.0)
     return [-len(set(completion)) / 4 for completion in completions]
 
 

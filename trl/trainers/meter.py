@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from trl.types import Batch
 
@@ -24,6 +25,9 @@ EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 """Metrics of which the smallest or largest value is reported, not the mean."""
 
+
+NOTHING = {torch.amin: torch.tensor(torch.inf).double(), torch.amax: torch.tensor(-torch.inf).double()}
+"""The extreme of no values."""
 
 Mark = tuple[dict[str, Tensor], dict[str, Tensor]]
 """What a meter held at a moment."""
@@ -75,6 +79,7 @@ class Meter:
 
         `gather` stacks a tensor `[1,…]` of every process. Names without a single entry are left out.
         """
+        self._agree_on_names()
         if not self._sums and not self._extremes:
             return {}
         pairs = [pair.to(device) for pair in self._sums.values()]
@@ -87,6 +92,16 @@ class Meter:
                 found[name] = value
         self._sums, self._extremes = {}, {}
         return found
+
+    def _agree_on_names(self) -> None:
+        """Hold the names that any process holds, in one order: rewards may have logged some on one process only."""
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return
+        held: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(held, (list(self._sums), list(self._extremes)))
+        sums, extremes = (dict.fromkeys(chain.from_iterable(names)) for names in zip(*held, strict=True))
+        self._sums = {name: self._sums.get(name, torch.zeros(2, dtype=torch.float64)) for name in sums}
+        self._extremes = {name: self._extremes.get(name, NOTHING[EXTREMES[name]]) for name in extremes}
 
     def mark(self) -> Mark:
         """What is held now, for `go_back`; costs nothing, since additions leave tensors as they are."""
