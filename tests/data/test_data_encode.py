@@ -296,7 +296,7 @@ def test_tokens_count_a_shared_prompt_once(plain):
 
 
 def test_prompts_are_not_reported_as_untrained(plain):
-    assert str(encoded([{"prompt": "the sky"}], plain).report) == "train: 1 rows, 2 tokens."
+    assert str(encoded([{"prompt": "the sky"}], plain).report) == "train: 1 rows, 3 tokens."
 
 
 def test_equal_pairs_are_dropped(plain):
