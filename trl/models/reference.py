@@ -33,6 +33,7 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.models.layouts import TRIAL
 from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.sharding import is_whole
 from trl.models.trunk import depth, layer_pattern, layers_of, recording, resuming
 from trl.types import Batch, Scores
 
@@ -131,6 +132,11 @@ class EarlierWeights(_Scored):
 
     @contextmanager
     def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+        if not is_whole(_adapted(policy)):
+            raise ModelError(
+                "The reference is this model as it was given, with the adapter that it had, and FSDP2 and ZeRO-3 keep shards "
+                "of that: use DDP or ZeRO-2, or load the adapter twice and name the second one in ref_adapter_name."
+            )
         parameters = dict(_adapted(policy).named_parameters())
         trained = [parameters[name] for name in self.weights]
         now = [parameter.detach().clone() for parameter in trained]
