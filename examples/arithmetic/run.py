@@ -54,7 +54,7 @@ def learn(model: LlamaForCausalLM, *, seed: int = 0) -> None:
             num_generations=8,
             scale_rewards="mean",  # questions that are seldom answered well count more: arXiv:2602.02710
             max_completion_length=LONGEST,
-            max_steps=180,
+            max_steps=260,
             logging_steps=20,
             seed=seed,
             **QUIET,
