@@ -62,7 +62,7 @@ _PUBLIC = {
     "trainers.rloo": ["RLOOConfig", "RLOOTrainer"],
     "trainers.sft": ["SFTConfig", "SFTTrainer"],
     "trainers.preference": ["SyncRefModelCallback"],
-    "trainers.stop": ["StopOnSignal"],
+    "trainers.stop": ["StopOnSignal", "exit_on_signal", "stop_on_signal"],
     "types": ["Algorithm", "Batch", "Completion", "Example", "Experience", "Scores"],
 }
 

@@ -192,6 +192,9 @@ class SharedPromptLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length
+    """Its name in earlier releases of `transformers`."""
+
 
 class SharedPromptCache(Cache):
     """A `transformers` cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
