@@ -139,6 +139,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             super().__post_init__()
             check_processes(self)
 
+    def refuse(self, *names: str) -> None:
+        """Raises ConfigError for options that other releases have, if one of them is asked for."""
+        for name in names:
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+
     @property
     def width_multiple(self) -> int:
         """`pad_to_multiple_of` as a number."""

@@ -127,9 +127,7 @@ class GRPOConfig(OnlineConfig):
         self.loss_aggregation = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
-        for name in ("max_tool_calling_iterations", "cast_lm_head_to_fp32"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 completions.")
         self.make_algorithm()

@@ -173,9 +173,7 @@ class OnlineConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("use_vllm", "log_completions_hub_repo", "router_aux_loss_coef"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        self.refuse("use_vllm", "log_completions_hub_repo", "router_aux_loss_coef")
         for name, known in {
             "multi_objective_aggregation": AGGREGATIONS,
             "on_reward_error": ON_ERROR,

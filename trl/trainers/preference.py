@@ -104,9 +104,7 @@ class PreferenceConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("activation_offloading", "router_aux_loss_coef"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        self.refuse("activation_offloading", "router_aux_loss_coef")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
         if not 0 < self.ref_model_mixup_alpha <= 1:

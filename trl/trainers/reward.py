@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.encode import EncodeSettings
 from trl.data.encoders import describe
-from trl.errors import ConfigError, DataError, ModelError
+from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
@@ -71,8 +71,7 @@ class RewardConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation_offloading:
-            raise ConfigError("activation_offloading=True is not available in this version: leave it out.")
+        self.refuse("activation_offloading")
         PairwiseReward(self.center_rewards_coefficient)
 
 

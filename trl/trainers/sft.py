@@ -82,9 +82,7 @@ class SFTConfig(TrainerConfig):
         for name, known in {"packing_strategy": get_args(Packing), "average_loss_over": get_args(Averaging)}.items():
             if getattr(self, name) not in known:
                 raise ConfigError(unknown(name, getattr(self, name), known))
-        for name in ("activation_offloading", "router_aux_loss_coef"):
-            if getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+        self.refuse("activation_offloading", "router_aux_loss_coef")
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
