@@ -54,7 +54,7 @@ assistant_only_loss: true
 learning_rate: 3e-3
 lr_scheduler_type: cosine
 per_device_train_batch_size: 16
-num_train_epochs: 15
+num_train_epochs: 40
 logging_steps: 10
 save_strategy: "no"
 report_to: none
@@ -160,7 +160,7 @@ def check(folder: Path) -> None:
 
 def training(folder: Path) -> None:
     terminal = Terminal("trl sft --config sft.yaml", folder)
-    terminal.wait_for(r"\b[23]\d\d/405(?s:.)*loss")
+    terminal.wait_for(r"\b[5-9]\d\d/1080(?s:.)*loss")
     terminal.picture("training")
     terminal.wait()
     terminal.picture("trained")
