@@ -71,6 +71,7 @@ def write_checkpoint(
                 lambda: publish(beside, folder, accelerator.num_processes) if names_it else None, folder, accelerator
             )
     except Exception:
+        accelerator.wait_for_everyone()  # all fail together, and some still look at what was written
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
@@ -319,6 +320,8 @@ def _is_full_disk(error: BaseException, run: Path, beside: Path | None) -> bool:
 def _takes_no_more(beside: Path) -> bool:
     """Whether the file that was written last, which is given up, cannot grow by a little."""
     files = [path for path in beside.rglob("*") if path.is_file()]
+    if not files:
+        return shutil.disk_usage(beside.parent).free < LITTLE
     try:
         with max(files, key=lambda path: path.stat().st_mtime_ns).open("ab", buffering=0) as file:
             return file.write(bytes(LITTLE)) < LITTLE
