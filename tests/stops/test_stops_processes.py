@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-RUNS = ("sft", "sft, a stream", "bco", "ppo", "grpo")
+RUNS = ("sft", "sft, a stream", "reward", "dpo", "kto", "bco", "cpo", "ppo", "grpo", "rloo", "online dpo")
 SCRIPT = """
 import os, sys, warnings
 from pathlib import Path
