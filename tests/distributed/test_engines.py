@@ -6,17 +6,13 @@ Each engine is started once, by accelerate's launcher and the configuration that
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from trl.cli.launch import find_config
+from tests.processes import ALONE, run_well, under
 
 pytestmark = pytest.mark.slow
 
@@ -26,36 +22,22 @@ CASES = [*METHODS, "bco", "early", "shared", "uneven", *(f"{name}+lora" for name
 EXACTNESS = {"ddp": 1e-5, "fsdp2": 1e-5, "zero2": 1e-4, "zero3": 1e-4}
 
 
-def run(folder: Path, cases: list[str], launcher: list[str], timeout: float = 400) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")
-    }
-    environment |= {"PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
-    command = [sys.executable, *launcher, str(PROGRAM), str(folder), *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, CASES, [])
+    run_well(ALONE, PROGRAM, folder, *CASES)
     return folder
 
 
 @pytest.fixture(scope="module", params=EXACTNESS)
 def engine(request) -> str:
-    if request.param.startswith("zero") and not is_deepspeed_available():
-        pytest.skip("DeepSpeed is not installed: pip install 'trl[deepspeed]'")
     return request.param
 
 
 @pytest.fixture(scope="module")
 def together(engine, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(engine)
-    config = str(find_config(engine))
-    run(folder, CASES, ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"])
+    run_well(under(engine), PROGRAM, folder, *CASES)
     return folder
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.processes import ALONE, TOGETHER, run_well, told
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import asyncio, json, os, sys
+import asyncio, os, sys
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from tests.conftest import MODELS, make_tokenizer
+from tests.processes import tell
 from tests.trainers.online_support import Table, even_prompts, of_length, prompts
 from trl.trainers.across import gather_rows
 from trl.trainers.grpo import GRPOTrainer
@@ -60,7 +58,7 @@ def run(name, cls, reward, batch=16, resume=None, **options):
         files = sorted(os.listdir(f"{folder}/completions"))
         table = pq.read_table(f"{folder}/completions/{files[0]}").to_pylist()
         rows = sorted((row["prompt"], row["completion"], round(row["advantage"], 3)) for row in table)
-        print("FOUND", json.dumps([logs, weights, files, rows]))
+        tell(sys.argv[1], name, [logs, weights, files, rows])
 
 
 run("several", GRPOTrainer, [of_some, of_length], reward_weights=[0.1, 1.0], scale_rewards="batch", beta=0.1,
@@ -81,30 +79,13 @@ if WORLD == 2:  # any number of rows, of any width
 KINDS = ("several", "steps", "flat", "fresh", "failed", "rloo", "dpo")
 
 
-def found(launcher: list[str], folder: Path) -> list:
-    folder.mkdir()
-    script = folder / "train.py"
-    script.write_text(SCRIPT)
-    environment = {
-        "PATH": str(Path(sys.executable).parent),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "home"),
-        "HOME": str(folder),
-    }
-    command = [*launcher, str(script), str(folder / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line.removeprefix("FOUND ")) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-
-
 def test_two_processes_are_one(tmp_path):
-    alone = found([sys.executable], tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = found(launcher, tmp_path / "two")
-    assert len(alone) == len(together) == len(KINDS)
-    for kind, (logs, weights, files, rows), expected in zip(KINDS, together, alone, strict=True):
+    run_well(ALONE, SCRIPT, tmp_path / "one")
+    run_well(TOGETHER, SCRIPT, tmp_path / "two")
+    alone, together = told(tmp_path / "one"), told(tmp_path / "two")
+    assert list(alone) == list(together) == [(0, kind) for kind in KINDS]
+    for kind, (logs, weights, files, rows) in together.items():
+        expected = alone[kind]
         for log, one in zip(logs, expected[0], strict=True):
             assert set(log) == set(one), kind
             assert log == pytest.approx(one, rel=1e-4, abs=1e-6), kind

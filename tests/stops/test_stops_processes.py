@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.processes import TOGETHER, run_well
+from tests.processes import told as told_in
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +14,7 @@ SCRIPT = """
 import os, sys, warnings
 from pathlib import Path
 import torch
+from tests import processes
 from tests.stops.runs import RUNS, differences, in_parts, whole
 from tests.stops.test_stops_checkpoint import SAVING, Limit
 from tests.stops.test_stops_finite import make
@@ -28,8 +26,7 @@ torch.set_num_threads(1)
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
 def tell(name, found):
-    sys.stdout.write(f"FOUND {(rank, name, found)!r}\\n")  # at once: the other process writes as well
-    sys.stdout.flush()
+    processes.tell(folder, name, found)
 
 for name in sys.argv[2:]:
     tell(name, differences(whole(RUNS[name], folder / name), in_parts(RUNS[name], folder / name, (1, 3, 4))))
@@ -56,22 +53,8 @@ tell("left", sorted(path.name for path in (folder / "full").glob("*checkpoint*")
 def told(tmp_path_factory) -> dict[tuple[int, str], object]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "script.py").write_text(SCRIPT)
-    environment = {
-        "PATH": str(Path(sys.executable).parent),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(folder),
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(folder / "script.py"), str(folder), *RUNS]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=400, cwd=os.getcwd(), check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    return {(rank, name): found for rank, name, found in map(ast.literal_eval, lines)}
+    run_well(TOGETHER, SCRIPT, folder, *RUNS)
+    return told_in(folder)
 
 
 @pytest.mark.parametrize("name", RUNS)

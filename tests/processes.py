@@ -1,0 +1,69 @@
+"""Programs in processes of their own: one or two of them, under any engine, and what each tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.utils import is_deepspeed_available
+
+from trl.cli.launch import find_config
+
+ROOT = Path(__file__).parents[1]
+
+ALONE: list[str] = []
+TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def under(engine: str) -> list[str]:
+    """accelerate's launcher with a shipped configuration, for two processes; skips where the engine is not installed."""
+    if engine.startswith("zero") and not is_deepspeed_available():
+        pytest.skip("DeepSpeed is not installed: pip install 'trl[deepspeed]'")
+    return ["-m", "accelerate.commands.launch", "--config_file", str(find_config(engine)), "--num_processes", "2"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """This process's variables without its place among others; what is fetched or cached goes to `folder`."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
+    own = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
+    return {**kept, **own, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(
+    launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 400
+) -> subprocess.CompletedProcess:
+    """Run a program, or the text of one, to its end; its first word is `folder`."""
+    if isinstance(program, str):
+        folder.mkdir(exist_ok=True)
+        (folder / "script.py").write_text(program)
+        program = folder / "script.py"
+    command = [sys.executable, *launcher, str(program), str(folder), *words]
+    return subprocess.run(
+        command, env=environment(folder), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_well(launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 400) -> None:
+    """Run a program to a good end."""
+    done = run(launcher, program, folder, *words, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def tell(folder: str | Path, name: str, found: Any) -> None:
+    """What this process found, for `told`. Not by print: lines that processes write to one pipe may end up in each other."""
+    with Path(folder, f"told-{os.environ.get('RANK', 0)}.jsonl").open("a") as file:
+        file.write(json.dumps([name, found]) + "\n")
+
+
+def told(folder: Path) -> dict[tuple[int, str], Any]:
+    """What each process found, by its rank and the name of what it was about."""
+    return {
+        (int(path.stem.removeprefix("told-")), name): found
+        for path in sorted(folder.glob("told-*.jsonl"))
+        for name, found in map(json.loads, path.read_text().splitlines())
+    }
