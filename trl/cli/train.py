@@ -181,20 +181,13 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
 
 
 def checkpoint_of(run: Run) -> str | None:
-    """The checkpoint to go on from; None to start from the beginning."""
-    from trl.trainers.checkpoint import check_checkpoint, newest_checkpoint
+    """What the trainer is to go on from; None to start from the beginning. A folder is looked at before models are loaded."""
+    from trl.trainers.checkpoint import check_checkpoint
 
     asked = run.training.resume_from_checkpoint
-    if not run.resume and asked not in RESUME_LAST:
-        return None if asked in (None, False, "false") else check_checkpoint(asked)
-    found = newest_checkpoint(run.training.output_dir)
-    if found is None:
-        logger.warning(
-            f"There is no checkpoint to go on from in {run.training.output_dir!r}: starting at the beginning."
-        )
-        return None
-    logger.info(f"Going on from {found}.")
-    return str(found)
+    if run.resume or asked in RESUME_LAST:
+        return "last"
+    return None if asked in (None, False, "false") else check_checkpoint(asked)
 
 
 def _draw_progress(trainer: BaseTrainer) -> None:

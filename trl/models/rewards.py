@@ -54,12 +54,8 @@ def prepare_rewards(model: PreTrainedModel) -> None:
         model.forward = MethodType(_accepting_positions(model.forward), model)
 
 
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether completions of a prompt can share it: the model reads left to right and its head is a linear `score`."""
-    return _reads_positions(model)
-
-
 def _reads_positions(model: PreTrainedModel) -> bool:
+    """Whether rewards can be asked for at any position: the model reads left to right and its head is a linear `score`."""
     return "score" in dict(model.named_children()) and not model.config.is_encoder_decoder
 
 

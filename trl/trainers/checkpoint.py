@@ -235,8 +235,12 @@ def _find(asked: str | Path | bool, run: str) -> tuple[str | None, str]:
     if asked is not True and asked != "last":
         return str(Path(asked).expanduser()), _problem(asked)
     newest = newest_checkpoint(run)
-    if newest is not None or asked == "last":
-        return newest and str(newest), ""
+    if newest is not None:
+        logger.info(f"Going on from {newest}.")
+        return str(newest), ""
+    if asked == "last":
+        logger.info(f"There is no checkpoint to go on from in {run!r}: starting at the beginning.")
+        return None, ""
     return None, (
         f"resume_from_checkpoint=True: there is no good checkpoint in {run!r}. Start from the beginning "
         "(resume_from_checkpoint=None), or say 'last' to do that where there is none."

@@ -207,11 +207,10 @@ class OnlineTrainer(SamplingTrainer):
     ) -> dict[str, Tensor]:
         """Named `[N,C]` numbers of the round's completions, by `numbers(batch)`, a micro-batch at a time."""
         groups = self._plan(examples, 1)
-        most = int(self._gather(torch.tensor([len(groups)], device=self.args.device)).max())
         first = offsets(examples)
         shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
         tables: dict[str, Tensor] = {}
-        for k in range(most):
+        for k in range(self._most(len(groups))):
             group = groups[min(k, len(groups) - 1)]
             batch = self.lay_out([examples[i] for i in group])
             batch = batch if k < len(groups) else filler(replace(batch, weight=batch.mask))
