@@ -11,12 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.models.memory import (
     ACTIVATIONS,
     GRADIENTS,
-    MIB,
     OPTIMIZER,
     WEIGHTS,
-    Event,
     cache_bytes,
-    heap_peak,
     peak_parts,
     take_shape,
     trace_steps,
@@ -81,23 +78,6 @@ def test_activations_of_a_llama_grow_with_layers_and_tokens():
     by_hand = 4 * 40 * (4 * 16 + 2 * 16 + 16 + 2 * 16 + 16 + 4 * 32)
     assert by_hand <= layer <= 1.3 * by_hand
     assert activations(3, 80) - activations(2, 80) == pytest.approx(2 * layer, rel=0.01)
-
-
-def test_holes_are_filled_by_blocks_of_their_size():
-    """Two blocks of 100, both given back; then one of 100 fits where one was.
-
-    One of 120 (as many binary digits) does in one of the two extremes: (200 + 320) / 2. One of 300 does in neither.
-    """
-    below = [Event(0, 100), Event(1, 100), Event(0, -100), Event(1, -100)]
-    assert heap_peak(below) == 200
-    assert heap_peak([*below, Event(2, 100)]) == 200
-    assert heap_peak([*below, Event(2, 120)]) == 260
-    assert heap_peak([*below, Event(2, 300)]) == 500
-
-
-def test_large_blocks_go_back_to_the_system():
-    twice = [Event(0, 50 * MIB), Event(0, -50 * MIB), Event(1, 60 * MIB), Event(1, -60 * MIB)]
-    assert heap_peak(twice) == 60 * MIB
 
 
 def test_cache_by_hand():

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from trl.data.encode import decode
+from trl.models.heap import MIB, heap_peak
 from trl.models.memory import (
     ACTIVATIONS,
     CACHE,
     GRADIENTS,
-    MIB,
     OPTIMIZER,
     REFERENCE,
     WEIGHTS,
     cache_bytes,
-    heap_peak,
     peak_parts,
     take_shape,
     trace_steps,
@@ -39,7 +38,7 @@ STEPS = 3
 """Optimizer steps that are traced: from the second on, optimizer states are there; holes in memory settle."""
 
 LIBRARIES = "libraries"
-FIRST_USE = {"cpu": 90 * MIB, "cuda": 450 * MIB}
+FIRST_USE = {"cpu": 20 * MIB, "cuda": 450 * MIB}
 """What torch and its kernels take on their first use, whatever the model. Measured; not part of torch's own count."""
 
 STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}

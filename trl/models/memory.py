@@ -18,17 +18,16 @@ the MLP, A·D = H heads by their width, K·D width of keys and of values, L laye
     logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`
     cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
 
-On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks; see `heap_peak`.
+On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks, see
+`trl.models.heap`.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,22 +37,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
+from trl.models.heap import Event
+
 WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER = "weights", "reference", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits", "cache"
 PARTS = (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS)
-
-MIB = 2**20
-
-MAPPED = 32 * MIB
-"""Blocks of so many bytes have pages of their own, whatever was freed before (DEFAULT_MMAP_THRESHOLD_MAX of glibc)."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A block of memory that is asked for (`size` > 0), or given back (`size` < 0). `number` identifies the block."""
-
-    number: int
-    size: int
 
 
 class Trace(TorchDispatchMode):
@@ -171,38 +159,6 @@ def peak_parts(events: Sequence[Event], part: Mapping[int, str]) -> dict[str, in
     for event in events[: at + 1]:
         parts[part[event.number]] += event.size
     return parts
-
-
-def heap_peak(events: Sequence[Event]) -> int:
-    """About the most bytes that a process holds which serves `events` from the C library's allocator.
-
-    A block leaves a hole, which others of its size fill again. Those of other sizes do so less often than one would
-    think, since small things that Python and torch keep in between take a bit of every hole. Measured runs lie between
-    two extremes: only the same size fills a hole, and any size does that has as many binary digits. This is their mean.
-    """
-    return (_held_peak(events, lambda size: size) + _held_peak(events, int.bit_length)) // 2
-
-
-def _held_peak(events: Sequence[Event], size_class: Callable[[int], int]) -> int:
-    """The most that is held if each class of sizes keeps as much as it ever took.
-
-    Blocks of `MAPPED` bytes and more have pages of their own, which go back to the system.
-    """
-    now: Counter[int] = Counter()
-    most: Counter[int] = Counter()
-    mapped = held = peak = 0
-    for event in events:
-        size = abs(event.size)
-        if size >= MAPPED:
-            mapped += event.size
-        else:
-            kind = size_class(size)
-            now[kind] += event.size
-            grown = max(0, now[kind] - most[kind])
-            most[kind] += grown
-            held += grown
-        peak = max(peak, mapped + held)
-    return peak
 
 
 def cache_bytes(config: PreTrainedConfig, *, sequences: int, tokens: int, bytes_per_number: int) -> int:
