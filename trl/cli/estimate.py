@@ -39,7 +39,8 @@ STEPS = 3
 
 LIBRARIES = "libraries"
 FIRST_USE = {"cpu": 20 * MIB, "cuda": 450 * MIB}
-"""What torch and its kernels take on their first use, whatever the model. Measured; not part of torch's own count."""
+"""What torch and its kernels take on their first use, whatever the model. `benchmarks/memory.py` holds the first against
+measured runs; the second is the usual size of a CUDA context, and no run of ours has measured it."""
 
 STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
 """Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
