@@ -13,7 +13,7 @@ scale s        "group"           standard deviation of the group + ε        GRP
 
 A group is all samples of one prompt. Standard deviations have Bessel's correction. Rewards that are NaN (no function
 applied) take no part, and their advantage is 0. A group whose rewards are all equal has no advantages under "group" and
-"leave_one_out": it teaches nothing.
+"leave_one_out": it teaches nothing. For that, credit is computed in float64, where a sum of equal float32 numbers is exact.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def advantages(rewards: Tensor, group: Tensor, *, baseline: str, scale: str) -> Tensor:
     """A `[N]` of rewards `[N]` and groups `[N]`; names as in `BASELINES` and `SCALES`."""
-    centred = rewards - BASELINES[baseline](rewards, group)
-    return (centred / SCALES[scale](rewards, group)).nan_to_num()
+    exact = rewards.double()
+    centred = exact - BASELINES[baseline](exact, group)
+    return (centred / SCALES[scale](exact, group)).nan_to_num().to(rewards.dtype)
 
 
 def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
     """`[N]` bool: whether all rewards of each one's group are equal (or there are none)."""
-    return group_std(rewards, group) <= 1e-8 * (1 + group_mean(rewards, group).abs())
+    return group_std(rewards.double(), group) <= 1e-8 * (1 + group_mean(rewards.double(), group).abs())
 
 
 SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -101,7 +102,7 @@ def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregat
                            drowns the others (GDPO, arXiv:2601.05242, Eq. 4); to be scaled by "batch" thereafter
     """
     if aggregation == NORMALIZE_THEN_SUM:
-        columns = [(r - group_mean(r, group)) / (group_std(r, group) + EPSILON) for r in rewards.unbind(1)]
-        rewards = torch.stack(columns, 1)
+        columns = [(r - group_mean(r, group)) / (group_std(r, group) + EPSILON) for r in rewards.double().unbind(1)]
+        rewards = torch.stack(columns, 1).to(rewards.dtype)
     total = (rewards * weights).nan_to_num().sum(1)
     return total.masked_fill(rewards.isnan().all(1), torch.nan)
