@@ -14,11 +14,10 @@ from datasets import Dataset
 
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
+from trl.types import Algorithm
 
 
-class RAFT:
-    needs_reference = needs_values = False
-
+class RAFT(Algorithm):
     def advantages(self, experience):
         best = torch.zeros_like(experience.rewards)
         for group in experience.group.unique():

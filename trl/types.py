@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trl.algorithms.entropy_control import EntropyBonus
+    from trl.algorithms.importance import Correction
 
 Signal = float | Sequence[float]
 Metrics = dict[str, "Tensor"]
@@ -126,11 +129,22 @@ class Experience:
         return replace(self, signals={**self.signals, **signals})
 
 
+@runtime_checkable
 class Algorithm(Protocol):
-    """An online algorithm: credit from rewards, and a loss from credit. A user's own is a class with two methods."""
+    """An online algorithm: credit from rewards, and a loss from credit. One's own derives from it, with two methods.
 
-    needs_reference: bool
-    needs_values: bool
+    needs_reference   whether the experience is to have `ref_logprobs` `[N,C]`, of the policy as it was given
+    needs_values      … `values` `[N,C]`, and scores their `value`
+    needs_entropy     … `entropy` `[N,C]`, of the policy that samples
+    entropy_bonus     what is added for the entropy of tokens: of those that the signal `high_entropy` marks, else of all
+    correction        what samples are weighed by where the sampler is not the policy
+    """
+
+    needs_reference: bool = False
+    needs_values: bool = False
+    needs_entropy: bool = False
+    entropy_bonus: EntropyBonus | None = None
+    correction: Correction | None = None
 
     def advantages(self, experience: Experience) -> Experience:
         """The experience with signals that say how good each token, or completion, was."""

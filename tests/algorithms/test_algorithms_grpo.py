@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl.algorithms.advantages import advantages, combine_rewards, has_no_variance
-from trl.algorithms.entropy_control import AdaptiveEntropy
+from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.grpo import GRPO, quantile
 from trl.algorithms.importance import Correction, mismatch
 from trl.algorithms.rloo import RLOO, Reinforce, ReinforcePlusPlus
@@ -261,31 +261,17 @@ def test_reinforce_and_its_normalised_form():
     torch.testing.assert_close(found, torch.tensor([-1.0, 1.0]) / (math.sqrt(2) + 1e-4))
 
 
-def test_entropy_bonus_by_hand():
-    batch = make_batch(MASK, old_logprobs=OLD, advantages=[0.0, 0.0])
-    loss, _ = GRPO(entropy_coef=0.1).loss(scores_of(OLD, entropy=2.0), batch)
-    torch.testing.assert_close(loss, -0.2 * torch.tensor(MASK))
-
-
-def test_entropy_bonus_of_a_share_by_hand():
-    batch = make_batch(MASK, old_logprobs=OLD, advantages=[0.0, 0.0], entropy_share=[3.0, 0.5])
-    loss, _ = GRPO(entropy_coef=0.1).loss(scores_of(OLD, entropy=2.0), batch)
-    torch.testing.assert_close(loss, -torch.tensor([[0.6, 0.6, 0.6], [0.1, 0.1, 0.0]]))
-
-
 def test_the_weight_of_the_bonus_follows_entropy():
     """Nothing until an entropy at or below the target was seen; by steps of 0.1 from there, within [0, 0.25]."""
-    control, applied = AdaptiveEntropy(0.05, target=1.0, step=0.1, high=0.25), []
+    control, applied = EntropyBonus(0.05, target=1.0, step=0.1, low=0.0, high=0.25), []
     for entropy in (2.0, 0.9, 1.0, 0.5, 1.1):
         applied.append(control.applied)
         control = control.updated(entropy)
     assert applied == pytest.approx([0, 0, 0.1, 0.2, 0.25])
     assert (control.coefficient, control.applied) == (pytest.approx(0.15), 0)
-    batch = make_batch(MASK, old_logprobs=OLD, advantages=[0.0, 0.0])
-    low = GRPO(entropy_control=AdaptiveEntropy(0.1, target=1.0, entropy=0.5))
-    torch.testing.assert_close(low.loss(scores_of(OLD, entropy=2.0), batch)[0], -0.2 * torch.tensor(MASK))
+    assert EntropyBonus(0.1).updated(9.0).updated(0.0).applied == 0.1
     with pytest.raises(ConfigError, match="entropy_coef_min=1.0 is above entropy_coef_max=0.5"):
-        AdaptiveEntropy(low=1.0, high=0.5)
+        EntropyBonus(0.7, low=1.0, high=0.5)
 
 
 def test_only_tokens_of_high_entropy_are_learned_from():

@@ -20,6 +20,7 @@ from tests.trainers.online_support import (
     of_length,
     prompts,
 )
+from trl.algorithms.entropy_control import EntropyBonus
 from trl.errors import ConfigError
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
@@ -253,10 +254,8 @@ def test_a_round_of_which_nothing_is_left(make_model, tmp_path):
 # ---- an algorithm of one's own ----
 
 
-class Filtered:
+class Filtered(Algorithm):
     """Learn from the best completion of each group alone."""
-
-    needs_reference = needs_values = False
 
     def advantages(self, experience):
         best = torch.zeros_like(experience.rewards)
@@ -284,14 +283,57 @@ def test_an_algorithm_of_ones_own(make_model, tmp_path):
     assert sum(rewards[-5:]) / 5 > 0.5 > 0.1 > sum(rewards[:3]) / 3
 
 
+def own(algorithm, make_model, tmp_path, **options):
+    given = {"loss_aggregation": "sequence", **options}
+    data = {"train_dataset": prompts(), "processing_class": make_tokenizer(), "engine": Table()}
+    args = config(tmp_path, OnlineConfig, **given)
+    return OnlineTrainer(make_model("llama"), of_length, args, algorithm=algorithm, **data)
+
+
+def test_an_algorithm_of_ones_own_asks_for_what_it_needs(make_model, tmp_path):
+    """Nothing to learn but the entropy bonus, which rises by its steps; and all the signals of a round."""
+    seen = set()
+
+    class Bonus(Filtered):
+        needs_reference = needs_entropy = True
+        entropy_bonus = EntropyBonus(0.1, target=9.0, step=0.5)
+
+        def advantages(self, experience):
+            seen.update(experience.signals)
+            return experience.with_signals(best=0 * experience.rewards)
+
+    trainer = own(Bonus(), make_model, tmp_path, max_steps=3, learning_rate=0.05, lr_scheduler_type="constant")
+    trainer.train()
+    assert seen == {"sampler_logprobs", "old_logprobs", "ref_logprobs", "entropy"}
+    logs = trainer.state.log_history[:3]
+    assert [log["entropy_coef"] for log in logs] == pytest.approx([0.6, 1.1, 1.6])
+    assert [log["loss"] for log in logs] == pytest.approx([0, -0.6 * logs[1]["entropy"], -1.1 * logs[2]["entropy"]])
+    assert logs[2]["entropy"] > logs[0]["entropy"]
+
+
+def test_probabilities_are_computed_again_where_samples_are_weighed_by_them(make_model, tmp_path):
+    """Of an engine whose numbers are not the model's, in rounds of two steps: else every weight would be 1."""
+    options = {"steps_per_generation": 2, "importance_sampling_correction": True, "max_steps": 1}
+    trainer = make_trainer(make_model("llama"), tmp_path, engine=Table(), **options)
+    trainer.train()
+    signals = trainer.rounds.round[0][0].completions[0].signals
+    assert signals["old_logprobs"] != pytest.approx(signals["sampler_logprobs"], abs=1e-2)
+
+
+def test_an_algorithm_that_leaves_questions_open(make_model, tmp_path):
+    class Two:
+        advantages, loss = Filtered.advantages, Filtered.loss
+
+    with pytest.raises(ConfigError, match="algorithm is a Two, .* derive the class from trl.types.Algorithm"):
+        own(Two(), make_model, tmp_path)
+
+
 def test_a_loss_per_completion(make_model, tmp_path):
     class PerCompletion(Filtered):
         def loss(self, scores, batch):
             return torch.arange(1.0, 1 + len(batch.mask)) + 0 * scores.logprobs.sum(-1), {}
 
-    args = config(tmp_path, OnlineConfig, loss_aggregation="sequence")
-    data = {"train_dataset": prompts(), "processing_class": make_tokenizer()}
-    trainer = OnlineTrainer(make_model("llama"), of_length, args, algorithm=PerCompletion(), engine=Table(), **data)
+    trainer = own(PerCompletion(), make_model, tmp_path)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(4.5)
 

@@ -139,7 +139,7 @@ def test_options_reach_the_algorithm(tmp_path):
     assert (made.ratio_level, made.scale, made.beta, made.unbiased_kl) == ("sequence", "batch", 0.01, False)
     assert (made.surrogate.low, made.surrogate.high, made.surrogate.delta) == (0.1, 0.28, 2.0)
     assert (made.top_entropy, made.off_policy_threshold) == (0.2, 0.5)
-    control = made.entropy_control
+    control = made.entropy_bonus
     assert (control.coefficient, control.target, control.step) == (0.01, 0.3, 0.001)
     assert (control.low, control.high) == (0.001, 0.5)
     assert (made.correction.mode, made.correction.low, made.correction.high) == ("token_truncate", 0.5, 2.0)

@@ -1,15 +1,18 @@
-"""Parts of a round, by hand: who takes which prompt, and the share of a token's entropy in a step."""
+"""Parts of a round, by hand: who takes which prompt, and the entropy bonus of a step."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from datasets import Dataset
 
+from trl.algorithms.entropy_control import EntropyBonus
 from trl.trainers.completion_log import LoggedMetrics, means_of, spread, write_completions
-from trl.trainers.entropy_bonus import count_tokens, share
+from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.trainers.prompts import Prompts, StreamRows, TableRows
-from trl.types import Completion
+from trl.types import Batch, Completion, Scores
 
 ROWS = Dataset.from_dict({"prompt": list("abcdefgh")})
 
@@ -33,24 +36,40 @@ COMPLETIONS = [Completion([5, 6], signals={"high_entropy": [0.0, 1.0]}), Complet
 
 def test_tokens_that_a_bonus_acts_on():
     muted = Completion([5, 6], mask=[0, 0], signals={"high_entropy": [1.0, 1.0]})
-    assert count_tokens([*COMPLETIONS, muted]).tolist() == [2, 6, 3]
-    assert count_tokens([Completion([5, 6]), Completion([5], mask=[1])]).tolist() == [2, 3, 3]
+    assert count_tokens([*COMPLETIONS, muted]).item() == 3
+    assert count_tokens([Completion([5, 6]), Completion([5], mask=[1])]).item() == 3
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "weight", "expected"),
-    [
-        ("token", 1 / 6, 2),
-        ("sequence", 1 / (2 * 2) * 2, 2 / 3),
-        ("constant", 1 / (2 * 8), 16 / 3),
-        ("sum", 1 / 2, 2 / 3),
-    ],
-)
-def test_a_bonus_is_a_mean_over_its_tokens(aggregation, weight, expected):
-    """Two sequences of 2 and 4 tokens, 3 of which count: whatever a token weighs, its share makes that ⅓."""
-    found = share(count_tokens(COMPLETIONS), aggregation, 8).item()
-    assert found == pytest.approx(expected)
-    assert weight * found == pytest.approx(1 / 3)
+WEIGHTS = {"token": [[1 / 3, 1 / 3], [1 / 3, 0.0]], "sequence": [[1 / 4, 1 / 4], [1 / 2, 0.0]]}
+ACTING = {
+    "all": ({}, 3, (1 + 2 + 6) / 3),
+    "high": ({"high_entropy": torch.tensor([[0.0, 1.0], [1.0, 0.0]])}, 2, (2 + 6) / 2),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("acting", ACTING)
+def test_a_bonus_is_a_mean_over_its_tokens(weights, acting):
+    """Sequences of 2 tokens and 1: whatever a token weighs, the bonus is α times the mean entropy, and so its gradient."""
+    signals, count, mean = ACTING[acting]
+    entropy = torch.tensor([[1.0, 2.0], [6.0, 0.0]], requires_grad=True)
+    weight, none = torch.tensor(WEIGHTS[weights]), torch.zeros(0, dtype=torch.long)
+    signals = {**signals, "bonus_tokens": torch.tensor([count, count])}
+    batch = Batch({}, none, none, none, (weight > 0).float(), none, none, none, signals, weight)
+    steps = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01, entropy=1.0))
+    total = (steps(Scores(logprobs=entropy, entropy=entropy), batch) * weight).sum()
+    total.backward()
+    assert total.item() == pytest.approx(0.1 * mean)
+    assert sorted(entropy.grad.flatten().tolist()) == pytest.approx([0] * (4 - count) + [0.1 / count] * count)
+    steps.end_step(lambda sums: sums)
+    assert (steps.bonus.entropy, steps.bonus.coefficient) == pytest.approx((mean, 0.11))
+
+
+def test_a_step_without_a_number_moves_no_bonus():
+    steps = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01))
+    steps.sums = torch.tensor([math.nan, 3.0])
+    steps.end_step(lambda sums: sums)
+    assert (steps.bonus.coefficient, steps.sums) == (0.1, None)
 
 
 def test_numbers_that_processes_log():

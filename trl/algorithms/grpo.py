@@ -24,24 +24,23 @@ import torch
 from torch import Tensor
 
 from trl.algorithms.advantages import BASELINES, SCALES, advantages
-from trl.algorithms.entropy_control import AdaptiveEntropy
+from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.importance import Correction
 from trl.algorithms.policy_gradient import KL, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
 from trl.errors import ConfigError, unknown
-from trl.types import Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 RATIO_LEVELS = ("token", "sequence", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO:
+class GRPO(Algorithm):
     """The algorithm as an object.
 
     Signals it reads `[N,C]`: `old_logprobs`; `ref_logprobs` where `beta` is not 0; `sampler_logprobs` with a `correction`
     or an `off_policy_threshold`; `entropy` of the whole round where `top_entropy` < 1. Signals it adds: `advantages`
-    `[N]`, `high_entropy` `[N,C]`. A trainer whose loss is no mean over tokens says with `entropy_share` `[N]` what makes
-    the bonus one.
+    `[N]`, `high_entropy` `[N,C]`. The trainer adds the entropy bonus.
     """
 
     baseline: str = "group"
@@ -60,18 +59,14 @@ class GRPO:
     """Multiply it by ρ: its gradient is then that of the reverse KL (arXiv:2512.02556, Eq. 7)."""
     kl_in_reward: bool = False
     """Take β Σ_t log π_old/π_ref off the reward, and leave KL out of the loss."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    entropy_control: AdaptiveEntropy | None = None
-    """What makes that weight follow the entropy, in place of `entropy_coef`."""
+    entropy_bonus: EntropyBonus | None = None
+    """What is added for the entropy of the tokens that are learned from."""
     top_entropy: float = 1.0
     """Learn from this share of the round's tokens alone, those of highest entropy."""
     off_policy_threshold: float | None = None
     """Do not learn from completions with A < 0 whose mean log π_sampler/π is above this (arXiv:2512.02556, Eq. 9)."""
     correction: Correction | None = None
     """Importance weights for a sampler that is not the policy."""
-
-    needs_values = False
 
     def __post_init__(self) -> None:
         for name, known in {"baseline": BASELINES, "scale": SCALES, "ratio_level": RATIO_LEVELS, "kl": KL}.items():
@@ -87,10 +82,6 @@ class GRPO:
     @property
     def needs_entropy(self) -> bool:
         return self.top_entropy < 1
-
-    @property
-    def has_entropy_bonus(self) -> bool:
-        return self.entropy_coef != 0 or self.entropy_control is not None
 
     # ---- credit ----
 
@@ -125,16 +116,7 @@ class GRPO:
             loss = loss + self.beta * (divergence * ratio(terms.log_ratio) if self.unbiased_kl else divergence)
         if self.beta:
             metrics["kl"] = KL["k3"](scores.logprobs.detach(), batch.signals["ref_logprobs"])
-        if self.has_entropy_bonus:
-            loss = loss - self.bonus(scores, batch)
         return loss.expand_as(batch.mask), metrics
-
-    def bonus(self, scores: Scores, batch: Batch) -> Tensor:
-        """α H of the tokens that are learned from, `[N,C]`."""
-        weight = self.entropy_coef if self.entropy_control is None else self.entropy_control.applied
-        acting = batch.signals.get("high_entropy", batch.mask)
-        share = batch.signals.get("entropy_share", acting.new_ones(len(acting)))
-        return weight * share[:, None] * acting * scores.entropy
 
     def terms(self, scores: Scores, batch: Batch) -> Terms:
         """Log-ratios at the level asked for, and advantages."""

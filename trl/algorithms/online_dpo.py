@@ -14,17 +14,15 @@ import torch
 from torch import Tensor
 
 from trl.algorithms.dpo import DPO
-from trl.types import Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 
 @dataclass(frozen=True)
-class OnlineDPO:
+class OnlineDPO(Algorithm):
     """The algorithm as an object. Adds the signal `preferred` `[N]`: 1 for y⁺, −1 for y⁻, 0 for others."""
 
     dpo: DPO = field(default_factory=DPO)
     """The loss of a pair."""
-
-    needs_values = False
 
     @property
     def needs_reference(self) -> bool:

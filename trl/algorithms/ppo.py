@@ -21,7 +21,7 @@ from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import ConfigError, DataError, unknown
 from trl.ops.reduce import masked_whiten
-from trl.types import Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 
 def _absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
 
 
 @dataclass(frozen=True, slots=True)
-class PPO:
+class PPO(Algorithm):
     """The algorithm as an object: credit, loss, and the coefficient of its KL penalty.
 
     Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full").

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl.algorithms.advantages import NORMALIZE_THEN_SUM
-from trl.algorithms.entropy_control import AdaptiveEntropy
+from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.grpo import GRPO
 from trl.algorithms.importance import Correction
 from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
@@ -143,16 +143,17 @@ class GRPOConfig(OnlineConfig):
             kl=self.kl_estimator,
             unbiased_kl=self.use_bias_correction_kl,
             kl_in_reward=self.kl_in_reward,
-            entropy_coef=self.entropy_coef,
-            entropy_control=self._entropy_control() if self.use_adaptive_entropy else None,
+            entropy_bonus=self._entropy_bonus(),
             top_entropy=self.top_entropy_quantile,
             off_policy_threshold=self.off_policy_mask_threshold,
             correction=self._correction() if self.importance_sampling_correction else None,
         )
 
-    def _entropy_control(self) -> AdaptiveEntropy:
+    def _entropy_bonus(self) -> EntropyBonus | None:
+        if not self.use_adaptive_entropy:
+            return EntropyBonus(self.entropy_coef) if self.entropy_coef else None
         bounds = {"low": self.entropy_coef_min, "high": self.entropy_coef_max}
-        return AdaptiveEntropy(self.entropy_coef, self.entropy_target, self.entropy_coef_delta, **bounds)
+        return EntropyBonus(self.entropy_coef, self.entropy_target, self.entropy_coef_delta, **bounds)
 
     def _correction(self) -> Correction:
         bounds = (self.importance_sampling_clip_min, self.importance_sampling_clip_max)

@@ -24,8 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from trl.algorithms.advantages import has_no_variance
-from trl.algorithms.entropy_control import AdaptiveEntropy
-from trl.algorithms.grpo import GRPO
 from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
 from trl.models.reference import FrozenModel, Reference, make_reference, observe
@@ -43,7 +41,7 @@ from trl.rollouts.experience import (
 )
 from trl.trainers.across import with_credit
 from trl.trainers.base import EvalRows, Rows
-from trl.trainers.entropy_bonus import EntropyMeter, count_tokens, share
+from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.parts import Part
 from trl.trainers.preference import SyncRefModelCallback
@@ -91,7 +89,7 @@ class OnlineTrainer(SamplingTrainer):
         self.algorithm = algorithm
         self.reference: Reference | None = None
         self.rounds: Rounds | None = None
-        self.entropy_meter = EntropyMeter()
+        self.entropy_bonus: BonusOfSteps | None = None
         self._fresh = True
         super().__init__(
             model,
@@ -125,11 +123,17 @@ class OnlineTrainer(SamplingTrainer):
         super().prepare_model()
         if self.algorithm is None:
             self.algorithm = self.args.make_algorithm()
+        if not isinstance(self.algorithm, Algorithm):
+            raise ConfigError(
+                f"algorithm is a {type(self.algorithm).__name__}, which does not say all that a trainer asks of it: derive "
+                "the class from trl.types.Algorithm, and give it the methods advantages and loss."
+            )
         if self.algorithm.needs_reference:
             self.reference = self._make_reference()
         self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
-        if self._entropy_control is not None:
-            self.parts.keep("entropy", Part(self._entropy_state, self._load_entropy))
+        if self.algorithm.entropy_bonus is not None:
+            self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
+            self.parts.keep("entropy", self.entropy_bonus)
         self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
     def _make_reference(self) -> Reference:
@@ -224,11 +228,13 @@ class OnlineTrainer(SamplingTrainer):
 
     def _wanted(self, mode: str) -> set[str]:
         """Signals of a round that have to be measured, besides the sampler's log-probabilities."""
+        args, algorithm = self.args, self.algorithm
+        doubted = args.recompute_old_logprobs or algorithm.correction is not None
         needed = {
             "ref_logprobs": self.reference is not None,
-            "old_logprobs": mode == "train" and self.args.recompute_old_logprobs and not self.args.is_on_policy,
-            "values": self.algorithm.needs_values,
-            "entropy": isinstance(self.algorithm, GRPO) and self.algorithm.needs_entropy,
+            "old_logprobs": mode == "train" and doubted and not args.is_on_policy,
+            "values": algorithm.needs_values,
+            "entropy": algorithm.needs_entropy,
         }
         return {name for name, is_needed in needed.items() if is_needed}
 
@@ -267,19 +273,15 @@ class OnlineTrainer(SamplingTrainer):
         on_policy = "old_logprobs" not in batch.signals
         if on_policy:
             batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
-        if self._entropy_control is not None and model.training:
-            self.entropy_meter.add(scores, batch)
-        loss, metrics = self.algorithm.loss(scores, self._with_share(batch))
+        loss, metrics = self.algorithm.loss(scores, batch)
         if on_policy or self._fresh:
-            sampler_logprobs = batch.signals["sampler_logprobs"]
-            metrics |= mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, self._correction)
+            correction, sampler_logprobs = self.algorithm.correction or Correction(), batch.signals["sampler_logprobs"]
+            metrics |= mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, correction)
         loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
-        return loss * self._length_scale(batch), of_scored(metrics, batch)
-
-    @property
-    def _correction(self) -> Correction:
-        """The correction whose bounds the mismatch is compared with: the algorithm's, else the usual one."""
-        return (isinstance(self.algorithm, GRPO) and self.algorithm.correction) or Correction()
+        loss = loss * self._length_scale(batch)
+        if "bonus_tokens" in batch.signals:
+            loss = loss - self.entropy_bonus(scores, batch)
+        return loss, of_scored(metrics, batch)
 
     def _length_scale(self, batch: Batch) -> Tensor | float:
         """What turns the mean over a completion's tokens into their sum, or their sum over a constant."""
@@ -290,36 +292,17 @@ class OnlineTrainer(SamplingTrainer):
 
     # ---- entropy ----
 
-    @property
-    def _entropy_control(self) -> AdaptiveEntropy | None:
-        return self.algorithm.entropy_control if isinstance(self.algorithm, GRPO) else None
-
     def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """What makes an entropy bonus a mean over tokens, whatever else is averaged over: see `entropy_bonus`."""
-        if not (isinstance(self.algorithm, GRPO) and self.algorithm.has_entropy_bonus):
+        """How many tokens of the window an entropy bonus is the mean of."""
+        if self.entropy_bonus is None:
             return {}
-        counts = self._sum_over_processes(count_tokens(completions_of(examples)))
-        return {"entropy_share": share(counts, self.args.loss_aggregation, self._completion_limit())}
-
-    def _with_share(self, batch: Batch) -> Batch:
-        """The batch with its entropy share; of a mean over sequences, it grows with their lengths."""
-        if "entropy_share" not in batch.signals or self.args.loss_aggregation != "sequence":
-            return batch
-        shares = batch.signals["entropy_share"] * batch.mask.sum(-1)
-        return replace(batch, signals={**batch.signals, "entropy_share": shares})
+        return {"bonus_tokens": self._sum_over_processes(count_tokens(completions_of(examples))).float()}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.entropy_meter.sums is not None:
-            control = self.entropy_meter.updated(self._entropy_control, self._sum_over_processes)
-            self.algorithm = replace(self.algorithm, entropy_control=control)
-            self._count("entropy_coef", control.coefficient)
+        if self.entropy_bonus is not None and self.entropy_bonus.sums is not None:
+            self.entropy_bonus.end_step(self._sum_over_processes)
+            self._count("entropy_coef", self.entropy_bonus.bonus.coefficient)
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _entropy_state(self) -> dict[str, float]:
-        return {"coefficient": self._entropy_control.coefficient, "entropy": self._entropy_control.entropy}
-
-    def _load_entropy(self, state: Mapping[str, float]) -> None:
-        self.algorithm = replace(self.algorithm, entropy_control=replace(self._entropy_control, **state))
 
     # ---- evaluation ----
 
