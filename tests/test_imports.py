@@ -14,7 +14,7 @@ from trl.elsewhere import NOT_HERE
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports", "elsewhere"},
+    {"errors", "types", "imports", "elsewhere", "hints"},
     {"ops"},
     {"algorithms"},
     {"data", "models", "rollouts", "rewards"},

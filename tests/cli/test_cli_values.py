@@ -1,49 +1,17 @@
-"""Kinds of values: read from annotations and live types alike, spelt in words and in data."""
+"""Values spelt in words and in data."""
 
 import ast
-import enum
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from trl.cli.values import Kind, Mismatch, from_data, from_words, kind_of_annotation, kind_of_type
-
-
-class Pace(enum.Enum):
-    SLOW = "slow"
-    FAST = "fast"
-
+from trl.cli.values import Mismatch, from_data, from_words
+from trl.hints import Kind, kind_of_annotation
 
 PACE = Kind(choices=("slow", "fast"))
 
 
 def annotated(text: str) -> Kind:
     return kind_of_annotation(ast.parse(text, mode="eval").body, {"Pace": PACE}.get)
-
-
-@pytest.mark.parametrize(
-    ("text", "live", "kind"),
-    [
-        ("int", int, Kind(("int",))),
-        ("int | None", int | None, Kind(("int", "none"))),
-        ("Optional[float]", Optional[float], Kind(("float", "none"))),  # noqa: UP045
-        ("Union[int, str]", Union[int, str], Kind(("int", "str"))),  # noqa: UP007
-        ("'int | str'", int | str, Kind(("int", "str"))),
-        ("list[str] | None", list[str] | None, Kind(("none",), item=Kind(("str",)))),
-        ("Sequence[int]", Sequence[int], Kind(item=Kind(("int",)))),
-        ("dict[str, Any] | str", dict[str, Any] | str, Kind(("dict", "str"))),
-        ("Literal['a', 'b']", Literal["a", "b"], Kind(choices=("a", "b"))),
-        ("Path", Path, Kind(("str",))),
-        ("Pace", Pace, PACE),
-        ("Pace | str", Pace | str, PACE),
-        ("list", list, Kind(item=Kind(("any",)))),
-    ],
-)
-def test_annotation_and_live_type_mean_the_same(text, live, kind):
-    assert annotated(text) == kind
-    assert kind_of_type(live) == kind
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, replace
@@ -22,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from trl.cli.source import COMPUTED, Module, ancestry, class_constant, lookup, read_module, value_of
-from trl.cli.values import ANYTHING, Kind, kind_of_annotation, kind_of_type
+from trl.hints import ANYTHING, Kind, kind_of_annotation, kinds_of
 
 REQUIRED = object()
 """The default of an option that has none."""
@@ -170,11 +169,11 @@ def _kind_in_source(module: Module, name: str) -> Kind | None:
 
 def options_of(cls: type) -> list[Option]:
     """The options of a dataclass."""
-    documentation = _documentation_of(cls)
+    documentation, kinds = _documentation_of(cls), kinds_of(cls)
     return [
         Option(
             field.name,
-            _live_kind(cls, field),
+            kinds[field.name],
             _live_default(field),
             _joined(field.metadata.get("help") or documentation.get(field.name, "")),
             cls.__name__,
@@ -186,15 +185,6 @@ def options_of(cls: type) -> list[Option]:
 
 def aliases_of(cls: type) -> Mapping[str, str]:
     return getattr(cls, "ALIASES", {})
-
-
-def _live_kind(cls: type, field: dataclasses.Field) -> Kind:
-    if not isinstance(field.type, str):
-        return kind_of_type(field.type)
-    home = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
-    names = vars(sys.modules[home.__module__])
-    annotation = ast.parse(field.type, mode="eval").body
-    return kind_of_annotation(annotation, lambda name: kind_of_type(names[name]) if name in names else None)
 
 
 def _live_default(field: dataclasses.Field) -> Any:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from trl.errors import ConfigError, suggest
+from trl.hints import check_choices
 from trl.trainers.engines import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -122,6 +123,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        check_choices(self)
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
