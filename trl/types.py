@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl.algorithms.entropy_control import EntropyBonus
-    from trl.algorithms.importance import Correction
-
 Signal = float | Sequence[float]
 Metrics = dict[str, "Tensor"]
 """Named measurements of one batch. `[N,C]`: averaged over the mask. `[N]`: averaged over completions, NaN left out."""
@@ -136,15 +133,15 @@ class Algorithm(Protocol):
     needs_reference   whether the experience is to have `ref_logprobs` `[N,C]`, of the policy as it was given
     needs_values      … `values` `[N,C]`, and scores their `value`
     needs_entropy     … `entropy` `[N,C]`, of the policy that samples
-    entropy_bonus     what is added for the entropy of tokens: of those that the signal `high_entropy` marks, else of all
-    correction        what samples are weighed by where the sampler is not the policy
+    entropy_bonus     an `EntropyBonus`, for the tokens that the signal `high_entropy` marks, else for all; None: nothing
+    correction        the `Correction` that it makes for a sampler that is not the policy; None: it makes none
     """
 
     needs_reference: bool = False
     needs_values: bool = False
     needs_entropy: bool = False
-    entropy_bonus: EntropyBonus | None = None
-    correction: Correction | None = None
+    entropy_bonus: Any = None
+    correction: Any = None
 
     def advantages(self, experience: Experience) -> Experience:
         """The experience with signals that say how good each token, or completion, was."""
