@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from trl.algorithms.gae import gae
 from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
-from trl.errors import ConfigError, DataError, unknown
+from trl.errors import DataError
+from trl.hints import check_choices
 from trl.ops.reduce import masked_whiten
 from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
@@ -32,6 +34,7 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": k1, "abs": _ab
 """KL of a token from its two log-probabilities `[N,C]`; "full" is the exact divergence, a signal of its own."""
 
 KL_PENALTIES = (*PENALTIES, "full")
+"""Names of `kl_penalty`."""
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: float) -> Tensor:
@@ -52,28 +55,40 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
 
-@dataclass(frozen=True, slots=True)
-class PPO(Algorithm):
+@dataclass(kw_only=True)
+class PPOOptions:
+    """What credit and loss are tuned by. A trainer's configuration has these options too."""
+
+    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
+    """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
+
+    whiten_rewards: bool = False
+    """Scale the token rewards of a batch to variance 1, without shifting their mean."""
+
+    gamma: float = 1.0
+    """Discount of a token's later rewards."""
+
+    lam: float = 0.95
+    """λ of generalised advantage estimation (arXiv:1506.02438): 0 trusts the values, 1 the rewards."""
+
+    cliprange: float = 0.2
+    """ε: how far the probability ratio of a token may move in one batch before it stops being rewarded."""
+
+    cliprange_value: float = 0.2
+    """ε_v: how far a value may move in one batch before it stops being rewarded."""
+
+    vf_coef: float = 0.1
+    """c: weight of the value loss."""
+
+
+@dataclass(kw_only=True)
+class PPO(PPOOptions, Algorithm):
     """The algorithm as an object: credit, loss, and the coefficient of its KL penalty.
 
     Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full").
     Signals it adds: `kl`, `token_rewards`, `advantages`, `returns`.
     """
 
-    gamma: float = 1.0
-    """Discount of a token's later rewards."""
-    lam: float = 0.95
-    """λ of generalised advantage estimation."""
-    cliprange: float = 0.2
-    """ε of the policy's ratio."""
-    cliprange_value: float = 0.2
-    """ε of the value."""
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
-    kl_penalty: str = "kl"
-    """How a token's KL is measured: "kl", "abs", "mse" or "full"."""
-    whiten_rewards: bool = False
-    """Scale token rewards to variance 1, without shifting their mean."""
     controller: KLController = field(default_factory=AdaptiveKL)
     """Holds the coefficient of the KL penalty."""
 
@@ -81,8 +96,7 @@ class PPO(Algorithm):
     needs_values = True
 
     def __post_init__(self) -> None:
-        if self.kl_penalty not in KL_PENALTIES:
-            raise ConfigError(unknown("kl_penalty", self.kl_penalty, KL_PENALTIES))
+        check_choices(self)
 
     def after(self, kl: float, n: int) -> PPO:
         """The algorithm once `n` more responses, of mean KL `kl`, have been learned from."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from trl.algorithms.kl_control import AdaptiveKL, FixedKL
-from trl.algorithms.ppo import KL_PENALTIES, PPO
+from trl.algorithms.ppo import PPO, PPOOptions
 from trl.errors import ConfigError, unknown
 from trl.trainers.online_config import OnlineConfig
 
@@ -20,7 +20,7 @@ def _script_name() -> str:
 
 
 @dataclass
-class PPOConfig(OnlineConfig):
+class PPOConfig(PPOOptions, OnlineConfig):
     """Options of `PPOTrainer`."""
 
     ALIASES: ClassVar[dict[str, str]] = {
@@ -124,29 +124,11 @@ class PPOConfig(OnlineConfig):
     init_kl_coef: float = 0.2
     """Coefficient of the KL penalty; its first value if it is adapted."""
 
-    kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
-    """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
-
     target: float = 6
     """KL of a response, in nats, that the adapted coefficient aims at."""
 
     horizon: float = 10_000
     """Samples over which the coefficient adapts."""
-
-    gamma: float = 1
-    """Discount of a token's later rewards."""
-
-    lam: float = 0.95
-    """λ of generalised advantage estimation."""
-
-    cliprange: float = 0.2
-    """How far the probability ratio of a token may move in one batch before it stops being rewarded."""
-
-    cliprange_value: float = 0.2
-    """How far a value may move in one batch before it stops being rewarded."""
-
-    vf_coef: float = 0.1
-    """Weight of the value loss."""
 
     num_value_layers: int = 0
     """Upper layers of which the value has a copy of its own, on the policy's lower ones. 0: a linear head alone."""
@@ -170,9 +152,6 @@ class PPOConfig(OnlineConfig):
     score_clip: float | None = None
     """Clip scores, after scaling, to ± this."""
 
-    whiten_rewards: bool = False
-    """Scale the token rewards of a batch to variance 1."""
-
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero, so that ratios come from training alone."""
 
@@ -188,8 +167,6 @@ class PPOConfig(OnlineConfig):
         self._read_accelerator_kwargs()
         self._size_batches()
         super().__post_init__()
-        if self.kl_penalty not in KL_PENALTIES:
-            raise ConfigError(unknown("kl_penalty", self.kl_penalty, KL_PENALTIES))
         if self.use_score_norm and not self.use_score_scaling:
             raise ConfigError("use_score_norm=True centres scores that are scaled: set use_score_scaling=True as well.")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
@@ -238,13 +215,5 @@ class PPOConfig(OnlineConfig):
     def make_algorithm(self) -> PPO:
         """The algorithm that these options describe."""
         adaptive = AdaptiveKL(self.init_kl_coef, self.target, self.horizon)
-        return PPO(
-            gamma=self.gamma,
-            lam=self.lam,
-            cliprange=self.cliprange,
-            cliprange_value=self.cliprange_value,
-            vf_coef=self.vf_coef,
-            kl_penalty=self.kl_penalty,
-            whiten_rewards=self.whiten_rewards,
-            controller=adaptive if self.adap_kl_ctrl else FixedKL(self.init_kl_coef),
-        )
+        options = {name: getattr(self, name) for name in PPOOptions.__dataclass_fields__}
+        return PPO(controller=adaptive if self.adap_kl_ctrl else FixedKL(self.init_kl_coef), **options)
