@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import transformers
@@ -145,6 +147,11 @@ def make_tokenizer(**kwargs):
     )
     made.chat_template = CHATML
     return made
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays. Every training run collects garbage, and looking through all that takes longer than the run."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

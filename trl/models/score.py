@@ -29,6 +29,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -86,7 +87,7 @@ def score_logits(model: nn.Module, batch: Batch, *, temperature: float = 1.0) ->
 
 def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:
     inner = unwrap(model)
-    if "value" in want and not isinstance(extract_model_from_parallel(model, keep_fp32_wrapper=True), WithValueHead):
+    if "value" in want and not isinstance(_without_engine(model), WithValueHead):
         raise ModelError(f"This {type(inner).__name__} has no value head: see trl.models.heads.with_value_head.")
     prepare_scoring(inner)
     request = ScoreRequest(
@@ -102,9 +103,18 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile`, a value head's model and adapters."""
-    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    inner = _without_engine(model)
     inner = inner.pretrained_model if isinstance(inner, WithValueHead) else inner
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+def _without_engine(model: nn.Module) -> nn.Module:
+    """What an engine has wrapped. accelerate is asked of other wrappers alone: each time, it looks for what is installed."""
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    if isinstance(model, (PreTrainedModel, PeftModel, WithValueHead)):
+        return model
+    return extract_model_from_parallel(model, keep_fp32_wrapper=True)
 
 
 def prepare_scoring(model: PreTrainedModel) -> None:
