@@ -27,6 +27,7 @@ from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
 from trl.algorithms.pairs import Side
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
 from trl.errors import ConfigError, DataError, unknown
+from trl.hints import check_choices
 from trl.types import Batch, Metrics, Scores
 
 
@@ -172,7 +173,29 @@ def _bind(function: Callable[..., Tensor], options: Any) -> Callable[..., Tensor
     return partial(function, **{name: getattr(options, name) for name in _options(function)})
 
 
-LOSSES: dict[str, Loss] = {
+DPOLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "robust",
+    "discopop",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "aot",
+    "aot_unpaired",
+    "sft",
+    "cpo",
+    "simpo",
+    "alphapo",
+    "orpo",
+]
+
+LOSSES: dict[DPOLoss, Loss] = {
     "sigmoid": Loss(sigmoid, pairs.scores),
     "sigmoid_norm": Loss(sigmoid, pairs.mean_scores),
     "hinge": Loss(hinge, pairs.scores),
@@ -321,8 +344,7 @@ def _check_names(o: DPO) -> None:
     for name in o.loss_types:
         if name not in LOSSES:
             raise ConfigError(unknown("loss_type", name, LOSSES))
-    if o.f_divergence_type not in F_DIVERGENCES:
-        raise ConfigError(unknown("f_divergence_type", o.f_divergence_type, F_DIVERGENCES))
+    check_choices(o)
     if not o.loss_types:
         raise ConfigError("loss_types is empty: name at least one loss, for example 'sigmoid'.")
     if len(o.loss_weights) != len(o.loss_types):

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl.errors import ConfigError, DataError, unknown
+from trl.errors import ConfigError, DataError
+from trl.hints import check_choices
 from trl.types import Batch, Metrics, Scores
 
 KTO_WEIGHT_RATIO = (1.0, 4.0 / 3.0)
@@ -132,8 +133,7 @@ class KTO(KTOOptions):
     """
 
     def __post_init__(self) -> None:
-        if self.loss_type not in LOSSES:
-            raise ConfigError(unknown("loss_type", self.loss_type, LOSSES))
+        check_choices(self)
         if not self.beta > 0:
             raise ConfigError(f"beta must be positive, got {self.beta}.")
         for name in ("desirable_weight", "undesirable_weight"):

@@ -10,38 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from trl.algorithms.dpo import DPO, DPOOptions
+from trl.algorithms.dpo import DPO, DPOLoss, DPOOptions
 from trl.errors import ConfigError
 from trl.models.score import score
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.types import Batch, Metrics
-
-DPOLoss = Literal[
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "robust",
-    "discopop",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "aot",
-    "aot_unpaired",
-    "sft",
-    "cpo",
-    "simpo",
-    "alphapo",
-    "orpo",
-]
-"""The names in `trl.algorithms.dpo.LOSSES`: the command line offers them without importing it."""
 
 
 @dataclass

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trl.algorithms.dpo import DPO
+from trl.algorithms.dpo import DPO, DPOLoss
 from trl.algorithms.online_dpo import OnlineDPO
 from trl.errors import ConfigError, DataError
 from trl.models.score import score
 from trl.rollouts.experience import Group, deal_slices
-from trl.trainers.dpo import DPOLoss
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import LossAggregation, OnlineConfig
 from trl.trainers.rounds import Slice
