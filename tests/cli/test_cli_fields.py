@@ -55,7 +55,6 @@ def test_aliases_are_those_of_the_class(reference):
         ("grpo", "importance_sampling_mode", "trl.algorithms.importance:MODES"),
         ("grpo", "multi_objective_aggregation", "trl.algorithms.advantages:AGGREGATIONS"),
         ("grpo", "loss_aggregation", "trl.trainers.online_config:AVERAGING"),
-        ("grpo", "zero_variance", "trl.trainers.online_config:ZERO_VARIANCE"),
         ("grpo", "on_reward_error", "trl.rewards.call:ON_ERROR"),
         ("online-dpo", "loss_type", "trl.algorithms.dpo:LOSSES"),
     ],

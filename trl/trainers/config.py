@@ -120,10 +120,17 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     html_report: bool = True
     """Write a page of the run, with its curves and options, to `report.html` in the output folder at the end."""
 
+    activation_offloading: bool = False
+    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
+
+    router_aux_loss_coef: float | None = None
+    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
+
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -153,3 +160,30 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if self.pad_to_multiple_of == "auto":
             return 1 if self.device.type == "cpu" else 8
         return int(self.pad_to_multiple_of or 1)
+
+
+@dataclass
+class ReferenceConfig(TrainerConfig):
+    """Options that the trainers share which hold the policy near a reference."""
+
+    learning_rate: float = 1e-6
+    """Initial learning rate."""
+
+    max_prompt_length: int | None = None
+    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""
+
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
+
+    ref_model_mixup_alpha: float = 0.6
+    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
+
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two moves of the reference."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha is a share in (0, 1], got {self.ref_model_mixup_alpha}.")
+        if self.ref_model_sync_steps < 1:
+            raise ConfigError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}.")

@@ -7,19 +7,15 @@ from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 
-from trl.algorithms.advantages import AGGREGATIONS
-from trl.errors import ConfigError, unknown
-from trl.rewards.call import ON_ERROR
+from trl.errors import ConfigError
 from trl.rollouts.sampling import SamplingParams
-from trl.trainers.config import TrainerConfig
+from trl.trainers.config import ReferenceConfig
 from trl.types import Algorithm
 
 AVERAGING = {"token": "token", "sequence": "sequence", "constant": "sequence", "sum": "sequence"}
 """How a step's loss is averaged → the weights of the window. The last two rescale completions thereafter."""
 
 LossAggregation = Literal["token", "sequence", "constant", "sum"]
-
-ZERO_VARIANCE = ("keep", "drop", "resample")
 
 ALIASES = {
     "max_new_tokens": "max_completion_length",
@@ -52,19 +48,13 @@ ALIASES = {
 
 
 @dataclass
-class OnlineConfig(TrainerConfig):
+class OnlineConfig(ReferenceConfig):
     """Options of `OnlineTrainer`. Batch sizes count completions."""
 
-    ALIASES: ClassVar[dict[str, str]] = {**TrainerConfig.ALIASES, **ALIASES}
-
-    learning_rate: float = 1e-6
-    """Initial learning rate."""
+    ALIASES: ClassVar[dict[str, str]] = {**ReferenceConfig.ALIASES, **ALIASES}
 
     shuffle_dataset: bool = True
     """Take prompts in a random order, another one each epoch."""
-
-    max_prompt_length: int | None = None
-    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit."""
 
     max_completion_length: int | None = 512
     """Tokens sampled at most per completion. None: as many as the model's context leaves."""
@@ -141,15 +131,6 @@ class OnlineConfig(TrainerConfig):
     recompute_old_logprobs: bool = False
     """Log-probabilities of the policy that sampled: compute them again, in place of the sampler's own."""
 
-    sync_ref_model: bool = False
-    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
-
-    ref_model_mixup_alpha: float = 0.6
-    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
-
-    ref_model_sync_steps: int = 512
-    """Optimizer steps between two moves of the reference."""
-
     log_completions: bool = False
     """At every log, show completions with their rewards, and write them to output_dir/completions as parquet."""
 
@@ -162,26 +143,15 @@ class OnlineConfig(TrainerConfig):
     log_completions_hub_repo: str | None = None
     """Not available in this version: the files in output_dir/completions can be uploaded."""
 
-    router_aux_loss_coef: float | None = None
-    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
-
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainerConfig._VALID_DICT_FIELDS,
+        *ReferenceConfig._VALID_DICT_FIELDS,
         "generation_kwargs",
         "chat_template_kwargs",
     ]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse("use_vllm", "log_completions_hub_repo", "router_aux_loss_coef")
-        for name, known in {
-            "multi_objective_aggregation": AGGREGATIONS,
-            "on_reward_error": ON_ERROR,
-            "zero_variance": ZERO_VARIANCE,
-            "loss_aggregation": AVERAGING,
-        }.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(unknown(name, getattr(self, name), known))
+        self.refuse("use_vllm", "log_completions_hub_repo")
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")

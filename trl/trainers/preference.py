@@ -29,17 +29,17 @@ from trl.models.reference import (
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import prepare_frozen
 from trl.trainers.base import BaseTrainer, Rows
-from trl.trainers.config import TrainerConfig
+from trl.trainers.config import ReferenceConfig
 from trl.trainers.precompute import with_reference_logprobs
 from trl.types import Batch
 
 
 @dataclass
-class PreferenceConfig(TrainerConfig):
-    """Options that the trainers share which compare a policy with a reference."""
+class PreferenceConfig(ReferenceConfig):
+    """Options that the trainers share which learn from rows that are labelled good or bad."""
 
     ALIASES: ClassVar[dict[str, str]] = {
-        **TrainerConfig.ALIASES,
+        **ReferenceConfig.ALIASES,
         "ref_model_kwargs": "ref_model_init_kwargs",
         "is_encoder_decoder": "",
         "label_pad_token_id": "",
@@ -49,14 +49,8 @@ class PreferenceConfig(TrainerConfig):
         "use_num_logits_to_keep": "",
     }
 
-    learning_rate: float = 1e-6
-    """Initial learning rate."""
-
     max_length: int | None = 1024
     """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
-
-    max_prompt_length: int | None = None
-    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""
 
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
     """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
@@ -69,15 +63,6 @@ class PreferenceConfig(TrainerConfig):
 
     precompute_ref_batch_size: int | None = None
     """Rows per forward pass of that. None: as in training and evaluation."""
-
-    sync_ref_model: bool = False
-    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
-
-    ref_model_mixup_alpha: float = 0.6
-    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
-
-    ref_model_sync_steps: int = 512
-    """Optimizer steps between two moves of the reference."""
 
     ref_model_init_kwargs: dict[str, Any] | str | None = None
     """Keyword arguments of `from_pretrained` for a `ref_model` that is given by name."""
@@ -94,23 +79,12 @@ class PreferenceConfig(TrainerConfig):
     padding_free: bool = False
     """Lay sequences out without padding. What layout="auto" does wherever the model can."""
 
-    activation_offloading: bool = False
-    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
-
-    router_aux_loss_coef: float | None = None
-    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*ReferenceConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse("activation_offloading", "router_aux_loss_coef")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ConfigError(f"ref_model_mixup_alpha is a share in (0, 1], got {self.ref_model_mixup_alpha}.")
-        if self.ref_model_sync_steps < 1:
-            raise ConfigError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}.")
 
 
 class PreferenceTrainer(BaseTrainer):

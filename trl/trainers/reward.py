@@ -66,12 +66,8 @@ class RewardConfig(TrainerConfig):
     mistakes_shown: int = 5
     """Rows in the table of the most confident mistakes that evaluation prints; 0 for no table."""
 
-    activation_offloading: bool = False
-    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse("activation_offloading")
         PairwiseReward(self.center_rewards_coefficient)
 
 

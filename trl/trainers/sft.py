@@ -64,17 +64,10 @@ class SFTConfig(TrainerConfig):
     average_loss_over: Literal["token", "sequence"] = "token"
     """Average the loss of a step over every "token", or over "sequence"s, each with the same weight."""
 
-    activation_offloading: bool = False
-    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
-
-    router_aux_loss_coef: float | None = None
-    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
-
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse("activation_offloading", "router_aux_loss_coef")
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
