@@ -216,7 +216,7 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"generation_batch_size": 12}, "generation_batch_size=12 has to be per_device_train_batch_size"),
         ({"use_vllm": True}, "use_vllm=True is not available in this version"),
         ({"zero_variance": "skip"}, "Unknown zero_variance 'skip'"),
-        ({"scale_rewards": "groups"}, "Unknown scale 'groups'. Did you mean 'group'"),
+        ({"scale_rewards": "groups"}, "Unknown scale_rewards 'groups'. Did you mean 'group'"),
         ({"num_generation": 4}, "GRPOConfig has no option 'num_generation'. Did you mean 'num_generations'"),
     ],
 )

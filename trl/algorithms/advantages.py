@@ -19,6 +19,7 @@ applied) take no part, and their advantage is 0. A group whose rewards are all e
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -64,14 +65,17 @@ def _whole(statistic: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
     return lambda rewards, group: statistic(rewards, torch.zeros_like(group))
 
 
-BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Baseline = Literal["group", "leave_one_out", "batch", "none"]
+Scale = Literal["group", "batch", "mean", "none"]
+
+BASELINES: dict[Baseline, Callable[[Tensor, Tensor], Tensor]] = {
     "group": group_mean,
     "leave_one_out": _leave_one_out,
     "batch": _whole(group_mean),
     "none": lambda rewards, group: torch.zeros_like(rewards),
 }
 
-SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SCALES: dict[Scale, Callable[[Tensor, Tensor], Tensor]] = {
     "group": lambda rewards, group: group_std(rewards, group) + EPSILON,
     "batch": lambda rewards, group: _whole(group_std)(rewards, group) + EPSILON,
     "mean": lambda rewards, group: group_mean(rewards, group).clamp(min=EPSILON),
@@ -79,7 +83,7 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def advantages(rewards: Tensor, group: Tensor, *, baseline: str, scale: str) -> Tensor:
+def advantages(rewards: Tensor, group: Tensor, *, baseline: Baseline, scale: Scale) -> Tensor:
     """A `[N]` of rewards `[N]` and groups `[N]`; names as in `BASELINES` and `SCALES`."""
     exact = rewards.double()
     centred = exact - BASELINES[baseline](exact, group)
@@ -91,10 +95,11 @@ def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
     return group_std(rewards.double(), group) <= 1e-8 * (1 + group_mean(rewards.double(), group).abs())
 
 
-SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = get_args(RewardAggregation)
 
 
-def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregation: str) -> Tensor:
+def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregation: RewardAggregation) -> Tensor:
     """One reward `[N]` of those of F functions `[N,F]`, with weights `[F]`; NaN where no function applied.
 
     "sum_then_normalize"   Σ_f w_f r_f

@@ -18,20 +18,30 @@ Shao et al. 2024, arXiv:2402.03300, Eq. 3. What its successors changed are indep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trl.algorithms.advantages import BASELINES, SCALES, advantages
+from trl.algorithms.advantages import Baseline, Scale, advantages
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.importance import Correction
-from trl.algorithms.policy_gradient import KL, k1, log_ratio, ratio
+from trl.algorithms.policy_gradient import KL, KLEstimate, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
-from trl.errors import ConfigError, unknown
+from trl.errors import ConfigError
+from trl.hints import check_choices
 from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
-RATIO_LEVELS = ("token", "sequence", "whole")
+RatioLevel = Literal["token", "sequence", "whole"]
+
+RATIO_LEVELS: dict[RatioLevel, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": lambda moved, mask: moved,
+    "sequence": mean_over_completion,
+    "whole": lambda moved, mask: moved.sum(-1, keepdim=True),
+}
+"""log ρ `[N,C]` or `[N,1]` of log-ratios `[N,C]` that are zero where the mask is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +53,17 @@ class GRPO(Algorithm):
     `[N]`, `high_entropy` `[N,C]`. The trainer adds the entropy bonus.
     """
 
-    baseline: str = "group"
+    baseline: Baseline = "group"
     """What a reward is compared with: a name in `BASELINES`."""
-    scale: str = "group"
+    scale: Scale = "group"
     """What an advantage is divided by: a name in `SCALES`."""
-    ratio_level: str = "token"
-    """"token", "sequence" or "whole"."""
+    ratio_level: RatioLevel = "token"
+    """What ρ is the ratio of: a name in `RATIO_LEVELS`."""
     surrogate: Surrogate = field(default_factory=Clip)
     """How ratios are kept in bounds."""
     beta: float = 0.0
     """Coefficient of the KL penalty."""
-    kl: str = "k3"
+    kl: KLEstimate = "k3"
     """Estimate of a token's KL in the loss: a name in `trl.algorithms.policy_gradient.KL`."""
     unbiased_kl: bool = True
     """Multiply it by ρ: its gradient is then that of the reverse KL (arXiv:2512.02556, Eq. 7)."""
@@ -69,9 +79,7 @@ class GRPO(Algorithm):
     """Importance weights for a sampler that is not the policy."""
 
     def __post_init__(self) -> None:
-        for name, known in {"baseline": BASELINES, "scale": SCALES, "ratio_level": RATIO_LEVELS, "kl": KL}.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(unknown(name, getattr(self, name), known))
+        check_choices(self)
         if not 0 < self.top_entropy <= 1:
             raise ConfigError(f"top_entropy is a share in (0, 1], got {self.top_entropy}.")
 
@@ -121,11 +129,7 @@ class GRPO(Algorithm):
     def terms(self, scores: Scores, batch: Batch) -> Terms:
         """Log-ratios at the level asked for, and advantages."""
         moved = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
-        level = {
-            "token": lambda: moved,
-            "sequence": lambda: mean_over_completion(moved, batch.mask),
-            "whole": lambda: moved.sum(-1, keepdim=True),
-        }[self.ratio_level]()
+        level = RATIO_LEVELS[self.ratio_level](moved, batch.mask)
         credit = batch.signals["advantages"]
         return Terms(scores.logprobs, moved, level, credit if credit.dim() == 2 else credit[:, None], batch.mask)
 

@@ -11,6 +11,7 @@ A gradient under the sampler's samples, times w, is one under π_old's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,14 +20,15 @@ from trl.algorithms.policy_gradient import k3, ratio
 from trl.errors import ConfigError, unknown
 from trl.types import Metrics
 
-MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+MODES = get_args(CorrectionMode)
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
     """Importance weights of samples, by mode and bounds (None: no bound)."""
 
-    mode: str = "sequence_mask"
+    mode: CorrectionMode = "sequence_mask"
     low: float | None = None
     high: float | None = 3.0
 

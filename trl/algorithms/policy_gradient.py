@@ -10,6 +10,7 @@ PPO (Schulman et al. 2017, arXiv:1707.06347, Eq. 7), with the two bounds apart a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return ratio(log_r) - 1 - log_r
 
 
-KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KLEstimate = Literal["k1", "k2", "k3"]
+
+KL: dict[KLEstimate, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 """Estimates of KL(π ‖ π_ref) from tokens that π sampled, `[N,C]` each.
 
 Schulman 2020, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trl.algorithms.advantages import advantages
-from trl.algorithms.grpo import GRPO
+from trl.algorithms.advantages import Baseline, Scale, advantages
+from trl.algorithms.grpo import GRPO, RatioLevel
 from trl.types import Experience
 
 
@@ -22,16 +22,11 @@ from trl.types import Experience
 class RLOO(GRPO):
     """The other samples of the prompt are the baseline."""
 
-    baseline: str = "leave_one_out"
-    """What a reward is compared with."""
-    scale: str = "none"
-    """What an advantage is divided by."""
-    ratio_level: str = "whole"
-    """What the ratio is taken of."""
+    baseline: Baseline = "leave_one_out"
+    scale: Scale = "none"
+    ratio_level: RatioLevel = "whole"
     beta: float = 0.05
-    """Coefficient of the KL penalty."""
     kl_in_reward: bool = True
-    """Take the KL penalty off the reward."""
     reward_clip_range: tuple[float, float] | None = None
     """Bounds that rewards are clipped to, before the KL penalty."""
     normalize_advantages: bool = False
@@ -54,21 +49,15 @@ class ReinforcePlusPlus(GRPO):
     With `baseline="group"` it is the paper's REINFORCE++-baseline, for several samples of a prompt.
     """
 
-    baseline: str = "batch"
-    """What a reward is compared with."""
-    scale: str = "batch"
-    """What an advantage is divided by."""
+    baseline: Baseline = "batch"
+    scale: Scale = "batch"
     kl_in_reward: bool = True
-    """Take the KL penalty off the reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(GRPO):
     """Plain REINFORCE: the round's mean is the baseline."""
 
-    baseline: str = "batch"
-    """What a reward is compared with."""
-    scale: str = "none"
-    """What an advantage is divided by."""
+    baseline: Baseline = "batch"
+    scale: Scale = "none"
     kl_in_reward: bool = True
-    """Take the KL penalty off the reward."""

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from trl.algorithms.advantages import NORMALIZE_THEN_SUM
+from trl.algorithms.advantages import NORMALIZE_THEN_SUM, Scale
 from trl.algorithms.entropy_control import EntropyBonus
-from trl.algorithms.grpo import GRPO
-from trl.algorithms.importance import Correction
+from trl.algorithms.grpo import GRPO, RatioLevel
+from trl.algorithms.importance import Correction, CorrectionMode
+from trl.algorithms.policy_gradient import KLEstimate
 from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
-from trl.errors import ConfigError, unknown
+from trl.errors import ConfigError
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
 
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo", "gmpo", "clip"]
-CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass
@@ -40,10 +40,10 @@ class GRPOConfig(OnlineConfig):
     delta: float | None = None
     """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
 
-    importance_sampling_level: Literal["token", "sequence", "whole"] = "token"
+    importance_sampling_level: RatioLevel = "token"
     """What the ratio is of: each "token", or the "sequence" (GSPO, arXiv:2507.18071)."""
 
-    scale_rewards: Literal["group", "batch", "mean", "none"] | bool = "group"
+    scale_rewards: Scale | bool = "group"
     """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
     arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
 
@@ -68,7 +68,7 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = 2.0
     """Decay of VESPO's weight where the advantage is negative."""
 
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: KLEstimate = "k3"
     """Estimate of a token's KL: "k1", "k2" or "k3"."""
 
     use_bias_correction_kl: bool = True
@@ -122,11 +122,9 @@ class GRPOConfig(OnlineConfig):
     """Not available: log-probabilities are computed in float32 from the head's output."""
 
     def __post_init__(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise ConfigError(unknown("loss_type", self.loss_type, LOSS_TYPES))
+        super().__post_init__()
         self.loss_aggregation = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
-        super().__post_init__()
         self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 completions.")

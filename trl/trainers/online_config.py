@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 
+from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import ReferenceConfig
@@ -102,7 +103,7 @@ class OnlineConfig(ReferenceConfig):
     reward_weights: list[float] | None = None
     """Weight of each reward function in the sum. None: 1 each."""
 
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
     """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
 
     reward_timeout: float | None = None
