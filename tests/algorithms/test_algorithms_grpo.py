@@ -153,6 +153,14 @@ def test_cispo_by_hand():
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
+def test_a_bounded_weight_is_counted_where_the_advantage_is_positive():
+    """Ratios beyond 1.5 are the first of row 0 and the second of row 1, whose advantage is negative."""
+    _, metrics = loss_of(GRPO(surrogate=CISPO(high=1.5)))
+    assert metrics["cispo_clip_ratio"].tolist() == [[1, 0, 0], [0, 0, 0]]
+    _, both = loss_of(GRPO(surrogate=CISPO(high=1.5)), advantages=(1.0, 1.0))
+    assert both["cispo_clip_ratio"].tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
 def test_sapo_by_hand():
     loss, _ = loss_of(GRPO(surrogate=SAPO(positive=1.0, negative=2.0)))
     gate = 4 / (1 + math.exp(-(math.exp(0.5) - 1)))
@@ -174,6 +182,16 @@ def test_geometric_mean_of_clipped_ratios_by_hand():
     """Row 0 moved by (0.5, −0.5, 0): 0.5 is cut to 0.4. Row 1 by (−1, 0.5): −1 is cut to −0.4 where A < 0."""
     loss, _ = loss_of(GRPO(surrogate=GMPO(low=0.4, high=0.4)))
     torch.testing.assert_close(loss[:, 0], torch.tensor([-math.exp(-0.1 / 3), math.exp(0.1 / 2)]))
+
+
+@pytest.mark.parametrize(("low", "high", "cut"), [(0.4, 0.4, (1, 1)), (1.1, 0.4, (0, 1)), (0.4, 0.6, (1, 0))])
+def test_what_the_geometric_mean_cuts_is_counted(low, high, cut):
+    """Of row 0 a rise by 0.5 where A > 0, of row 1 a fall by 1 where A < 0."""
+    _, metrics = loss_of(GRPO(surrogate=GMPO(low=low, high=high)))
+    assert metrics["clip_ratio/low_mean"].tolist() == [[0, 0, 0], [cut[0], 0, 0]]
+    assert metrics["clip_ratio/high_mean"].tolist() == [[cut[1], 0, 0], [0, 0, 0]]
+    torch.testing.assert_close(metrics["clip_ratio/low_min"], torch.tensor([0, cut[0] / 2]))
+    torch.testing.assert_close(metrics["clip_ratio/high_max"], torch.tensor([cut[1] / 3, 0]))
 
 
 SURROGATES = [Clip(), Clip(delta=2.0), CISPO(), SAPO(), SAPO(2.0, 0.5), VESPO(), GMPO()]
@@ -254,6 +272,13 @@ def test_rewards_are_clipped_and_advantages_normalised():
     torch.testing.assert_close(found, torch.tensor([-1.0, 1.0]) / math.sqrt(2), atol=1e-3, rtol=0)
 
 
+def test_rewards_that_do_not_apply_take_no_part_in_the_deviation_of_a_round():
+    """Advantages are −2 and 2, of standard deviation 2√2; with a third of 0 it would be 2."""
+    given = Experience(torch.tensor([1.0, NAN, 3.0]), torch.zeros(3), torch.ones(3, 1))
+    found = RLOO(beta=0.0, normalize_advantages=True).advantages(given).signals["advantages"]
+    torch.testing.assert_close(found, torch.tensor([-1.0, 0.0, 1.0]) / math.sqrt(2), atol=1e-4, rtol=0)
+
+
 def test_reinforce_and_its_normalised_form():
     given = experience(old_logprobs=OLD)
     assert Reinforce().advantages(given).signals["advantages"].tolist() == [-1, 1]
@@ -284,6 +309,19 @@ def test_only_tokens_of_high_entropy_are_learned_from():
     assert (loss != 0).tolist() == [[False, True, False], [False, True, False]]
 
 
+def test_half_of_five_tokens_are_three():
+    """The median itself is of high entropy."""
+    given = experience(entropy=[[1.0, 5.0, 2.0], [3.0, 4.0, 0.0]])
+    high = GRPO(top_entropy=0.5).advantages(given).signals["high_entropy"]
+    assert high.tolist() == [[0, 1, 0], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_a_share_of_tokens_is_one(share):
+    with pytest.raises(ConfigError, match=f"top_entropy is a share in .0, 1., got {share}"):
+        GRPO(top_entropy=share)
+
+
 def test_quantiles():
     values = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0])
     assert [quantile(values, q).item() for q in (0.0, 0.5, 0.875, 1.0)] == [1, 3, 4.5, 5]
@@ -291,7 +329,7 @@ def test_quantiles():
 
 def test_completions_that_the_policy_left_are_not_pushed_further():
     """Row 1 has A < 0 and fell by a mean of 0.25; row 0 rose."""
-    for threshold, expected in ((0.2, 0.0), (0.3, 1.0)):
+    for threshold, expected in ((0.2, 0.0), (0.25, 1.0), (0.3, 1.0)):
         loss, _ = loss_of(GRPO(off_policy_threshold=threshold, surrogate=Clip(9, 9)), sampler_logprobs=OLD)
         assert (loss[1] != 0).float().tolist() == [expected, expected, expected]
         assert (loss[0] != 0).all()
