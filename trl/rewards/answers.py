@@ -1,8 +1,9 @@
 """Answers in texts, and whether they agree with a solution.
 
-The answer is what stands in the last \\boxed{…}, else the last number. With math-verify installed (the extra "math"), answers
-are found and compared as mathematics: (x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are
-numbers (0.5 = \\frac{1}{2}), else as text.
+The answer is what stands in the last \\boxed{…}, else after the last ####; a text that is a formula is its own answer, and of
+any other it is the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics:
+(x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are numbers (0.5 = \\frac{1}{2}), else as text. A
+unit has to be right where both have one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,18 @@ VERIFY_SECONDS = 5
 
 Completion = str | Sequence[dict[str, Any]]
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
-FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
-IGNORED = re.compile(r"\\(?:text|mathrm|left|right|,|;|!)|[\s${}]|\\%|%")
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])[-−–])?"  # a minus after a digit or a bracket is a difference or a range
+    r"(?:(?:\d+\s*)?\\[dt]?frac\{-?\d+\}\{\d+\}"
+    r"|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:\s*/\s*\d+)?|\.\d+)"
+)
+MIXED = re.compile(r"(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}|(\d))\s*(?:\{([^{}]+)\}|(\d))")
+ATOM = re.compile(r"\s*-?\\?\w+\s*")
+UNIT = re.compile(r"(?:\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\{?\\circ\}?|°)[\s$]*$")
+VARIABLE = re.compile(r"^[\s$]*[a-zA-Z]\s*=(?!=)")
+WORD = re.compile(r"(?:^|\s)[^\W\d_]{2,}(?=[\s.,:;!?]|$)")
+IGNORED = re.compile(r"\\(?:text|mathrm|mbox|left|right|[,;! ()\[\]])|[\s${}]|\\[%$]|%")
 
 
 def text_of(completion: Completion) -> str:
@@ -40,40 +50,61 @@ def boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        depth += (text[i] == "{") - (text[i] == "}")
+        depth += ((text[i] == "{") - (text[i] == "}")) * (text[i - 1] != "\\")
         if not depth:
             return text[start + len("\\boxed{") : i]
     return None
 
 
 def extract_answer(text: str) -> str | None:
-    """The last boxed expression of a text, else its last number, else None."""
+    """The last boxed expression of a text, or what follows the last ####; else the text if it is a formula; else its last
+    number, or None."""
     if (found := boxed(text)) is not None:
         return found
+    text = VARIABLE.sub("", text.rpartition("####")[2], count=1).strip()
+    if is_formula(text):
+        return text
     numbers = NUMBER.findall(text)
     return numbers[-1] if numbers else None
 
 
+def is_formula(text: str) -> bool:
+    """Whether a text is one line of mathematics, without words and without steps that lead to a result."""
+    return bool(text) and "\n" not in text and "=" not in text and not WORD.search(UNIT.sub("", text))
+
+
 def normalised(answer: str) -> str:
-    """An answer without what makes no difference: spaces, dollars, braces, \\text, thousands separators."""
-    plain = IGNORED.sub("", FRACTION.sub(r"\1/\2", answer)).rstrip(".")
+    """An answer without what makes no difference: spaces, dollars, braces, \\text, thousands separators, a leading `x =`."""
+    plain = VARIABLE.sub("", answer, count=1).replace("−", "-").replace("–", "-")
+    plain = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", plain)
+    plain = IGNORED.sub("", FRACTION.sub(_quotient, plain)).rstrip(".").removeprefix("+")
     return plain.replace(",", "") if NUMBER.fullmatch(plain) else plain
+
+
+def _quotient(fraction: re.Match) -> str:
+    parts = (fraction[1] or fraction[2], fraction[3] or fraction[4])
+    return "/".join(part if ATOM.fullmatch(part) else f"({part})" for part in parts)
 
 
 def as_number(answer: str) -> Fraction | None:
     """An answer as a number, None if it is none."""
+    plain = normalised(answer)
+    if not NUMBER.fullmatch(plain):
+        return None
+    top, _, bottom = plain.partition("/")
     try:
-        return Fraction(normalised(answer))
+        return Fraction(top) / Fraction(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return None
 
 
 def agree(answer: str, solution: str) -> bool:
-    """Whether two answers are the same number, or the same text."""
-    numbers = as_number(answer), as_number(solution)
+    """Whether two answers are the same number, of the same unit where both have one, or the same text."""
+    numbers = [as_number(UNIT.sub("", each)) for each in (answer, solution)]
     if None in numbers:
         return normalised(answer) == normalised(solution)
-    return numbers[0] == numbers[1]
+    units = {normalised(found[0]) for each in (answer, solution) if (found := UNIT.search(each))}
+    return numbers[0] == numbers[1] and len(units) < 2
 
 
 def is_correct(text: str, solution: str) -> bool | None:
