@@ -6,6 +6,8 @@ the weights are gathered once around a round of samples:
 
     with whole_weights(model):
         engine.generate(...)        # any number of forward passes, on each process as many as it needs
+
+Weights that are changed by themselves, number by number, need not be gathered: `shards` is what a process holds of them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed
@@ -45,20 +47,51 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             yield
 
 
+def shards(model: nn.Module) -> dict[str, Tensor]:
+    """What this process holds of the parameters of `model`, by name: all of each, or a share. They may be changed in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name: _shard(parameter).detach() for name, parameter in model.named_parameters()}
+
+
+def _shard(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return parameter.ds_tensor if "ds_id" in parameter.__dict__ else parameter
+
+
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """`model`, which is not trained, on the devices: sharded where the model in training is."""
     if accelerator.is_fsdp2:
+        share_modules(model)
         return fsdp2_prepare_model(accelerator, model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         return _sharded_by_zero3(accelerator.deepspeed_plugin.deepspeed_config, model)
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
+def share_modules(model: nn.Module) -> None:
+    """Make one module of those that are the same and have the same weights, as the embeddings of encoder and decoder.
+
+    FSDP2 takes a weight for that of one module, but for the input and output embeddings, which accelerate looks after.
+    """
+    seen: dict[tuple, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if own := tuple(map(id, module.parameters(recurse=False))):
+            options = frozenset((k, v) for k, v in vars(module).items() if isinstance(v, int | float))
+            first = seen.setdefault((type(module), own, options), module)
+            if first is not module:
+                model.set_submodule(name, first)
+
+
 def _sharded_by_zero3(options: Mapping[str, Any], model: nn.Module) -> nn.Module:
     from deepspeed import initialize
 
     precision = {name: options[name] for name in ("bf16", "fp16") if name in options}
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **precision}
+    # No weight is kept whole between two forward passes: what changes a shard changes the model.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision}
     engine, *_ = initialize(model=model, config=config)
     engine.eval()
     return engine

@@ -45,6 +45,7 @@ from trl.models.load import (
     with_adapters,
 )
 from trl.models.score import prepare_scoring, unwrap
+from trl.models.sharding import share_modules
 from trl.models.stored import without_copies
 from trl.ops.reduce import WEIGHTS
 from trl.report.callback import ReportCallback
@@ -165,6 +166,8 @@ class BaseTrainer(ResumableTrainer):
         """Last preparations of the model in memory, before anything wraps it."""
         inner = unwrap(self.model)
         prepare_scoring(inner)
+        if self.accelerator.is_fsdp2:
+            share_modules(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = choose_layout(inner, self.args.layout, branches=self.branches)
 

@@ -95,20 +95,12 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raise ConfigError where another engine runs than was asked for, or one that is not known to be right."""
+    """Raise ConfigError where another engine runs than was asked for, or FSDP 1."""
     asked, runs = sharding_asked_for(args), accelerator.distributed_type
     if asked is not None and runs != asked:
         raise ConfigError(
             f"The launcher asks for {asked.value}, and {runs.value} would run, with whole weights on every device. Start "
             "with `accelerate launch` or `trl … --accelerate_config`, without use_cpu where there are accelerators."
-        )
-    sharded = runs == DistributedType.FSDP or (
-        runs == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-    )
-    if sharded and args.to_dict().get("sync_ref_model"):
-        raise ConfigError(
-            f"sync_ref_model moves the reference's weights, of which {runs.value} keeps shards: use DDP or ZeRO-2, or leave "
-            "sync_ref_model out."
         )
     if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trl.errors import ConfigError
 from trl.models.reference import AdapterOff, EarlierWeights, FrozenModel, Reference
 from trl.models.score import unwrap
+from trl.models.sharding import shards
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class Weights:
     model: nn.Module
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: _local(parameter).detach() for name, parameter in self.model.named_parameters()}
+        return shards(self.model)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, parameter in self.model.named_parameters():
-            _local(parameter).copy_(state[name])
+        for name, shard in shards(self.model).items():
+            shard.copy_(state[name])
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of the names and shapes of all tensors, and of a few numbers of each."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in weights:
-        flat = _local(tensor).detach().flatten()
+        flat = tensor.detach().flatten()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(flat[:: max(1, len(flat) // SAMPLED)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -100,7 +100,7 @@ def reference_part(reference: Reference | None, policy: nn.Module, *, moves: boo
     """What a checkpoint holds of a reference: weights that change or are nowhere else, a fingerprint of others."""
     if isinstance(reference, FrozenModel):
         model = unwrap(reference.model)
-        return Weights(model) if moves else Unchanged("the reference policy", fingerprint(model.named_parameters()))
+        return Weights(model) if moves else Unchanged("the reference policy", fingerprint(shards(model).items()))
     if isinstance(reference, EarlierWeights):
         return Part(lambda: dict(reference.weights), lambda state: _copy(state, reference.weights))
     if isinstance(reference, AdapterOff):
@@ -113,10 +113,6 @@ def reference_part(reference: Reference | None, policy: nn.Module, *, moves: boo
 def _copy(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         tensor.copy_(state[name])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @dataclass

@@ -27,7 +27,7 @@ from trl.models.reference import (
     make_reference,
 )
 from trl.models.score import prepare_scoring, unwrap
-from trl.models.sharding import prepare_frozen
+from trl.models.sharding import prepare_frozen, shards
 from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.precompute import with_reference_logprobs
@@ -274,10 +274,10 @@ class SyncRefModelCallback(TrainerCallback):
 
 @torch.no_grad()
 def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Parameters of `reference` become α policy + (1 − α) reference."""
-    trained = dict(policy.named_parameters())
-    for name, parameter in reference.named_parameters():
-        parameter.lerp_(trained[name].to(parameter.dtype), alpha)
+    """Parameters of `reference` become α policy + (1 − α) reference, on each process those that it holds."""
+    trained = shards(policy)
+    for name, shard in shards(reference).items():
+        shard.lerp_(trained[name].to(shard.dtype), alpha)
 
 
 def check_prompts(encoded: Dataset, name: str) -> None:
