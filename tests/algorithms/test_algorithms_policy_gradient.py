@@ -17,6 +17,14 @@ def test_the_surrogate_by_hand():
     assert pg.is_clipped(moved, advantages, low=0.2, high=0.3).tolist() == [1, 1, 0, 0, 0]
 
 
+def test_at_a_bound_or_without_advantage_nothing_is_clipped():
+    """Ratio 1 with bounds at 1; ratios ½ and 2 whose advantage is 0 or asks for the way back."""
+    moved = torch.tensor([1.0, 1.0, 0.5, 2.0, 0.5, 2.0]).log()
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, -0.5])
+    assert pg.is_clipped(moved[:2], advantages[:2], low=0.0, high=0.0).tolist() == [0, 0]
+    assert pg.is_clipped(moved, advantages, low=0.2, high=0.2).tolist() == [0] * 6
+
+
 def test_no_gradient_beyond_the_bound():
     moved = torch.tensor([2.0, 0.5, 2.0]).log().requires_grad_()
     pg.clipped_surrogate(moved, torch.tensor([1.0, -1.0, -1.0]), low=0.2, high=0.2).sum().backward()

@@ -149,7 +149,7 @@ def test_loss_and_metrics_by_hand():
     batch = lay_out([Example([3], (Completion([5, 6], signals=signals),))])
     scores = Scores(
         logprobs=torch.tensor([[-1.0 + math.log(1.5), -2.0 + math.log(0.9)]], requires_grad=True),
-        entropy=torch.tensor([[0.7, 0.3]]),
+        entropy=torch.tensor([[0.7, 0.3]], requires_grad=True),
         value=torch.tensor([[1.0, -0.4]], requires_grad=True),
     )
     loss, metrics = PPO(vf_coef=0.1).loss(scores, batch)
@@ -175,6 +175,17 @@ def test_loss_and_metrics_by_hand():
     loss.sum().backward()
     assert scores.logprobs.grad[0].tolist() == pytest.approx([0.0, 0.9], abs=1e-6)
     assert scores.value.grad[0].tolist() == pytest.approx([0.1, -0.1], abs=1e-6)
+
+
+def test_values_that_the_bound_holds_back_are_counted():
+    """Old value 0, ε = 0.2, value 1: a return of 2 is nearer to 1 than to 0.2, returns of 0.5 and 0.2 are not."""
+    zeros = torch.zeros(1, 3)
+    signals = {name: zeros[0].tolist() for name in ("old_logprobs", "advantages", "values")}
+    completion = Completion([5, 6, 7], signals={**signals, "returns": [2.0, 0.5, 0.2]})
+    batch = lay_out([Example([3], (completion,))])
+    _, metrics = PPO().loss(Scores(logprobs=zeros, value=torch.ones(1, 3)), batch)
+    assert metrics["val/clipfrac"].tolist() == [[1, 0, 0]]
+    assert "policy/entropy" not in metrics
 
 
 # ---- controllers and moments ----
