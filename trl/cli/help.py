@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ WIDEST, PLAIN = 120, 100
 HEADING, NAME, TYPE, DEFAULT, CODE = "bold yellow", "cyan", "dim", "dim", "italic"
 
 _METAVARS = {"int": "INT", "float": "NUMBER", "str": "TEXT", "dict": "JSON", "any": "VALUE"}
+SHORT = 30
+"""Columns that names of options may take in a narrow terminal; a wide one gives them a third."""
+
 _SHORT_CHOICES = 6
 """So many choices are listed in the short help; --help-all lists all."""
 
@@ -40,13 +44,11 @@ def print_options(
     out = console()
     shown = [option for option in options if everything or is_common(option)]
     print_head(out, f"{usage} [--config FILE.yaml …] [--option VALUE …]", summary, examples)
-    width = 2 + max(len(option.name) for option in shown)
+    width = min(2 + max(len(option.name) for option in shown), max(out.width // 3, SHORT))
     for title, group in by_theme(shown).items():
-        out.print(Text(f"\n{title}", style=HEADING))
-        table = _grid(width)
+        print_title(out, title)
         for option in group:
-            table.add_row(f"--{option.name}", _metavar(option.kind), _description(option, whole=everything))
-        out.print(Padding(table, (0, 0, 0, 2)))
+            _print_option(out, option, width, whole=everything)
     _print_foot(out, usage, hidden=len(options) - len(shown))
 
 
@@ -56,13 +58,28 @@ def print_head(out: Console, usage: str, summary: str, examples: Sequence[str] =
         out.print(Text(f"\n{summary}"))
     if examples:
         out.print()
+    print_examples(out, examples)
+
+
+def print_title(out: Console, title: str) -> None:
+    out.print(Text(f"\n{title}", style=HEADING))
+
+
+def print_examples(out: Console, examples: Sequence[str]) -> None:
+    """Commands to copy; one that is too wide goes on behind a backslash, with its next option."""
     for example in examples:
-        out.print(Text(f"  {example}", style="green"), soft_wrap=True)
+        lines = [""]
+        for part in re.split(r" (?=--)", example):
+            if lines[-1] and len(f"{lines[-1]} {part} \\") + 2 > out.width:
+                lines[-1] += " \\"
+                lines.append("   ")
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+        out.print(Text("\n".join(f"  {line}" for line in lines), style="green"), soft_wrap=True)
 
 
 def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A heading and lines of a name and what it is."""
-    out.print(Text(f"\n{title}", style=HEADING))
+    print_title(out, title)
     table = Table.grid(padding=(0, 2))
     table.add_column(style=NAME, no_wrap=True)
     table.add_column()
@@ -71,12 +88,18 @@ def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
     out.print(Padding(table, (0, 0, 0, 2)))
 
 
-def _grid(width: int) -> Table:
+def _print_option(out: Console, option: Option, width: int, *, whole: bool) -> None:
+    """An option in three columns, the first of which has `width`: a longer name has a line of its own."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(width=width, style=NAME, no_wrap=True)
     table.add_column(width=8, style=TYPE, no_wrap=True)
-    table.add_column(ratio=1)
-    return table
+    table.add_column(ratio=1, overflow="fold")
+    name, kind = f"--{option.name}", _metavar(option.kind)
+    if len(name) > width:
+        out.print(Text.assemble((f"  {name}  ", NAME), (kind, TYPE)), soft_wrap=True)
+        name = kind = ""
+    table.add_row(name, kind, _description(option, whole=whole))
+    out.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _print_foot(out: Console, usage: str, *, hidden: int) -> None:
@@ -101,7 +124,7 @@ def _metavar(kind: Kind) -> str:
 
 def _description(option: Option, *, whole: bool) -> Text:
     own = option.owner != "TrainingArguments"
-    text = _with_code(option.help if whole or own else option.summary)
+    text = _with_code((option.help if whole or own else option.summary).replace("%%", "%"))
     choices = [str(choice) for choice in option.kind.choices if not isinstance(choice, bool)]
     if not all(f'"{choice}"' in option.help for choice in choices):
         listed = choices if whole or len(choices) <= _SHORT_CHOICES else [*choices[:_SHORT_CHOICES], "…"]

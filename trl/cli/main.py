@@ -8,8 +8,10 @@ files, disks and networks refuse is one message and status 1.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     try:
         return dispatch(words)
     except TrlError as error:
@@ -38,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, status=1)
     except KeyboardInterrupt:
+        print("\r", end="", file=sys.stderr)  # over the ^C of a terminal
         return _fail("interrupted", status=INTERRUPTED)
+    finally:
+        if argv is None:  # the process ends: one more Ctrl-C has nothing to stop
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _bars() -> dict[str, str]:
-    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where output is redirected."""
-    return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where nothing can draw them."""
+    drawn = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if drawn else {"TQDM_DISABLE": "1"}
 
 
 def _fail(error: Exception | str, *, status: int) -> int:
@@ -96,7 +104,7 @@ def _say_how_to_resume(status: int, words: Sequence[str]) -> int:
 
 
 def print_overview() -> int:
-    from trl.cli.help import console, print_head, print_rows
+    from trl.cli.help import console, print_examples, print_head, print_rows, print_title
 
     out = console()
     print_head(out, "trl COMMAND [--option VALUE …]", "Fine-tune and align language models.")
@@ -112,7 +120,8 @@ def print_overview() -> int:
         ],
     )
     first = next(iter(methods().values()))
-    print_rows(out, "Example", [(f"trl {first.name} {first.example}", "")])
+    print_title(out, "Example")
+    print_examples(out, [f"trl {first.name} {first.example}"])
     return 0
 
 

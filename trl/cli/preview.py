@@ -6,7 +6,9 @@ The trainer is the real one, on a model without weights: all that happens to row
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -77,10 +79,22 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
     with torch.device("meta"):
         model = (trainer_class.auto_class or usual).from_config(config, **kwargs)
     train_dataset = datasets_of(run)[0] if rows is None else rows
-    with TemporaryDirectory() as folder:  # trainers make their output folder: one that is only looked at leaves none
+    # Trainers make their output folder: one that is only looked at leaves none. What rows are counted, the preview says.
+    with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
         return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without what a logger reports."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def dtype_of(name: str | None, config: Any) -> Any:

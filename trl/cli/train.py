@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,10 +160,9 @@ def train(run: Run) -> int:
     report_progress()
     resume = checkpoint_of(run)
     trainer = build_trainer(run)
-    if sys.stdout.isatty() and not run.training.disable_tqdm:
-        _draw_progress(trainer)
     with full_disk_explained(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
-        trainer.train(resume_from_checkpoint=resume)
+        with _progress(trainer):
+            trainer.train(resume_from_checkpoint=resume)
         if stop.signal is None:
             trainer.save_model(run.training.output_dir)
             _publish(run, trainer)
@@ -190,14 +190,15 @@ def checkpoint_of(run: Run) -> str | None:
     return None if asked in (None, False, "false") else check_checkpoint(asked)
 
 
-def _draw_progress(trainer: BaseTrainer) -> None:
-    """One bar with the latest metrics, in place of a line for every log."""
-    from transformers import ProgressCallback
+def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
+    """Bars in a terminal that can draw them; elsewhere the trainer's own lines, one for every log."""
+    from rich.console import Console
 
-    from trl.trainers.progress import RichProgressCallback
+    from trl.cli.progress import bars_of, draws
 
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RichProgressCallback())
+    if trainer.args.disable_tqdm or not trainer.is_world_process_zero() or not draws(Console()):
+        return nullcontext()
+    return bars_of(trainer)
 
 
 class _Lines(logging.Handler):
