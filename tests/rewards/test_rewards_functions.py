@@ -192,6 +192,31 @@ def test_json():
     assert reward(completions=['{"name": "A", "ages": [-1]}', '{"name": "A", "x": 1}']) == [0.25, 0.25]
     with pytest.raises(ConfigError, match="Unknown keyword of the JSON schema 'typ'. Did you mean 'type'"):
         get_json_reward({"properties": {"a": {"typ": "string"}}})
+    with pytest.raises(ConfigError, match="Unknown type of the JSON schema 'strng'. Did you mean 'string'"):
+        get_json_reward({"items": {"type": "strng"}})
+
+
+def test_what_python_reads_as_json_and_is_none():
+    """NaN, nesting without end, a number beyond floats, true in place of 1."""
+    assert get_json_reward()(completions=["[NaN]", "[" * 100_000]) == [0, 0]
+    assert get_json_reward({"type": "integer"})(completions=["1e999", "3.0"]) == [0, 1]
+    assert get_json_reward({"enum": [1]})(completions=["true", "1.0"]) == [0, 1]
+    assert get_json_reward({"const": True})(completions=["1", "true"]) == [0, 1]
+
+
+def test_other_properties():
+    schema = {"properties": {"a": {}}, "additionalProperties": {"type": "string"}}
+    assert get_json_reward(schema)(completions=['{"a": 1, "b": "x"}', '{"b": 1}']) == [1, 0]
+
+
+def test_options_without_a_meaning():
+    for make in (lambda: get_regex_reward("("), lambda: get_json_reward({"pattern": "("})):
+        with pytest.raises(ConfigError, match=r"pattern='\(' is no regular expression: missing \)"):
+            make()
+    with pytest.raises(ConfigError, match="target=0: give a number of tokens"):
+        get_length_reward(0)
+    with pytest.raises(ConfigError, match="ngram_size=0: give a number of tokens"):
+        get_repetition_penalty_reward(0)
 
 
 def test_combinations():

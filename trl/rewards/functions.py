@@ -7,6 +7,7 @@ A function takes what the trainer hands it by name and gives one number per comp
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class get_length_reward:
 
     __name__ = "length_reward"
 
+    def __post_init__(self) -> None:
+        _check_positive("target", self.target)
+
     def __call__(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [-min(abs(len(ids) - self.target) / self.target, 1.0) for ids in completion_ids]
 
@@ -81,6 +85,7 @@ class get_repetition_penalty_reward:
     def __post_init__(self) -> None:
         if self.max_penalty > 0:
             raise ConfigError(f"max_penalty={self.max_penalty} would reward repetition: give 0 or less.")
+        _check_positive("ngram_size", self.ngram_size)
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
         return [self._of(ids) for ids in completion_ids]
@@ -99,6 +104,9 @@ class get_regex_reward:
     search: bool = False
 
     __name__ = "regex_reward"
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern)
 
     def __call__(self, completions: Sequence[Completion], **_: Any) -> list[float]:
         compiled = re.compile(self.pattern, re.DOTALL)
@@ -128,10 +136,27 @@ class get_json_reward:
     def _of(self, text: str) -> float:
         fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?```\s*", text, re.DOTALL)
         try:
-            value = json.loads(fenced[1] if fenced else text)
-        except ValueError:
+            value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+        except (ValueError, RecursionError):  # nested deeper than Python's parser goes
             return 0.0
         return 1.0 if conforms(value, self.schema or {}) else self.partial
+
+
+def _refuse(constant: str) -> None:
+    """NaN and Infinity, which Python's parser reads, are no JSON."""
+    raise ValueError(f"{constant} is not JSON.")
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}={value}: give a number of tokens, at least 1.")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}.") from error
 
 
 TYPES: dict[str, Callable[[Any], bool]] = {
@@ -140,17 +165,26 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
-    "integer": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v == int(v),
+    "integer": lambda v: TYPES["number"](v) and (isinstance(v, int) or v.is_integer()),
     "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
 }
 
 
 def _types(value: Any, names: str | list[str]) -> bool:
-    return any(TYPES[name](value) for name in ([names] if isinstance(names, str) else names))
+    return any(TYPES[name](value) for name in _names(names))
+
+
+def _names(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _properties(value: Any, schemas: Mapping[str, Any]) -> bool:
     return not isinstance(value, dict) or all(conforms(value[k], s) for k, s in schemas.items() if k in value)
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Python takes true for 1, JSON does not."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -159,8 +193,8 @@ def _is_number(value: Any) -> bool:
 
 RULES: dict[str, Callable[[Any, Any], bool]] = {
     "type": _types,
-    "enum": lambda v, allowed: v in allowed,
-    "const": lambda v, expected: v == expected,
+    "enum": lambda v, allowed: any(_same(v, each) for each in allowed),
+    "const": _same,
     "required": lambda v, names: not isinstance(v, dict) or all(name in v for name in names),
     "properties": _properties,
     "items": lambda v, schema: not isinstance(v, list) or all(conforms(each, schema) for each in v),
@@ -178,23 +212,41 @@ DESCRIPTIVE = ("title", "description", "default", "examples", "$schema", "additi
 
 def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a JSON value is as the schema says."""
-    closed = isinstance(value, dict) and schema.get("additionalProperties") is False
-    if closed and set(value) - set(schema.get("properties", {})):
-        return False
-    return all(RULES[name](value, rule) for name, rule in schema.items() if name in RULES)
+    named = all(RULES[name](value, rule) for name, rule in schema.items() if name in RULES)
+    return named and (not isinstance(value, dict) or _additional(value, schema))
+
+
+def _additional(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    """Whether the properties without a schema of their own are as `additionalProperties` says."""
+    others = [v for k, v in value.items() if k not in schema.get("properties", {})]
+    rule = schema.get("additionalProperties", True)
+    return (rule or not others) if isinstance(rule, bool) else all(conforms(v, rule) for v in others)
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a keyword that would be ignored."""
+    """Raise ConfigError for what would be ignored, or could not be checked."""
+    if not isinstance(schema, Mapping):
+        raise ConfigError(f"A JSON schema is a mapping of keywords to rules, but a part of this one is {schema!r}.")
     for name in schema:
         if name not in RULES and name not in DESCRIPTIVE:
             raise ConfigError(unknown("keyword of the JSON schema", name, [*RULES, *DESCRIPTIVE]))
-    inside = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
-    for each in [*inside, *([schema["items"]] if "items" in schema else [])]:
+    for name in _names(schema.get("type", ())):
+        if name not in TYPES:
+            raise ConfigError(unknown("type of the JSON schema", name, TYPES))
+    if "pattern" in schema:
+        _check_pattern(schema["pattern"])
+    others = [
+        schema[name] for name in ("items", "additionalProperties") if not isinstance(schema.get(name, True), bool)
+    ]
+    for each in [*schema.get("properties", {}).values(), *schema.get("anyOf", ()), *others]:
         check_schema(each)
 
 
-COMBINATIONS = ("sum", "product", "min")
+COMBINATIONS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
+    "sum": lambda rewards, weights: sum(r * w for r, w in zip(rewards, weights, strict=True)),
+    "product": lambda rewards, weights: math.prod(rewards),
+    "min": lambda rewards, weights: min(rewards),
+}
 
 
 @dataclass(frozen=True)
@@ -223,13 +275,4 @@ class get_combined_reward:
 
     def _of(self, rewards: Sequence[float | None], weights: Sequence[float]) -> float | None:
         known = [(r, w) for r, w in zip(rewards, weights, strict=True) if r is not None]
-        if not known:
-            return None
-        if self.how == "sum":
-            return float(sum(r * w for r, w in known))
-        if self.how == "min":
-            return float(min(r for r, _ in known))
-        product = 1.0
-        for r, _ in known:
-            product *= r
-        return product
+        return float(COMBINATIONS[self.how](*zip(*known, strict=True))) if known else None
