@@ -285,6 +285,12 @@ def test_fronts_are_dpo_losses():
     assert CPOConfig(cpo_alpha=0.3).make_algorithm().terms == [("sigmoid", 1.0), ("sft", 0.3)]
     assert not CPOConfig().make_algorithm().needs_reference
     assert CPOConfig(ld_alpha=0.5, loss_type="alphapo", alpha=0.1).make_algorithm().alphapo_alpha == 0.1
+    assert CPOConfig(loss_type="alphapo").make_algorithm().terms == [("alphapo", 1.0)]
+    assert CPOConfig(loss_type="alphapo", cpo_alpha=0.2).make_algorithm().terms == [("alphapo", 1.0), ("sft", 0.2)]
+    with pytest.raises(ConfigError, match=r"Unknown reference_free 'False'\. Known: True"):
+        CPOConfig(reference_free=False)
+    with pytest.raises(ConfigError, match=r"Unknown loss_type 'sigmoid'\. Known: orpo"):
+        ORPOConfig(loss_type="sigmoid")
     with pytest.raises(ConfigError, match="rpo_alpha=1.0 is called cpo_alpha here"):
         CPOConfig(rpo_alpha=1.0)
     with pytest.raises(ConfigError, match=r"Unknown loss_type 'orpo'\. Known: sigmoid, hinge, ipo, simpo, alphapo"):

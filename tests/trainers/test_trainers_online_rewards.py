@@ -217,6 +217,8 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"use_vllm": True}, "use_vllm=True is not available in this version"),
         ({"zero_variance": "skip"}, "Unknown zero_variance 'skip'"),
         ({"scale_rewards": "groups"}, "Unknown scale_rewards 'groups'. Did you mean 'group'"),
+        ({"loss_aggregation": "sequence"}, "is not that of loss_type='dapo', which is 'token': leave it out"),
+        ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha is a share in \\(0, 1\\], got 0"),
         ({"num_generation": 4}, "GRPOConfig has no option 'num_generation'. Did you mean 'num_generations'"),
     ],
 )

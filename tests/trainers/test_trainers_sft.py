@@ -320,6 +320,10 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
         SFTConfig(output_dir=str(tmp_path), packin=True)
     with pytest.raises(ConfigError, match="Unknown loss_type 'nil'. Did you mean 'nll'"):
         SFTConfig(output_dir=str(tmp_path), loss_type="nil")
+    with pytest.raises(ConfigError, match="Unknown entry of dataset_kwargs 'skip'"):
+        SFTConfig(dataset_kwargs={"skip": True})
+    with pytest.raises(ConfigError, match="Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'"):
+        SFTConfig(lr_scheduler_type="cosin")
     with pytest.raises(ConfigError, match="both 'max_seq_length' and 'max_length'"):
         SFTConfig(output_dir=str(tmp_path), max_seq_length=3, max_length=4)
 

@@ -115,13 +115,13 @@ class KTOOptions:
     """How strongly the reference holds: the inverse temperature of the reward."""
 
     loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
-    """One of `trl.algorithms.kto.LOSSES`."""
+    """"kto" (arXiv:2402.01306), "apo_zero_unpaired" (arXiv:2408.06266) or "bco" (arXiv:2404.04656)."""
 
     desirable_weight: float = 1.0
-    """λ_D, weight of desirable completions."""
+    """λ_D ≥ 0, weight of desirable completions. λ_D n_D / (λ_U n_U) should be between 1 and 4/3."""
 
     undesirable_weight: float = 1.0
-    """λ_U, weight of undesirable completions."""
+    """λ_U ≥ 0, weight of undesirable completions."""
 
 
 @dataclass(kw_only=True)

@@ -62,7 +62,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     ALIASES: ClassVar[dict[str, str]] = ALIASES
 
     learning_rate: float = 2e-5
-    """Initial learning rate."""
+    """Learning rate after warm-up, where its schedule starts."""
 
     logging_steps: float = 10
     """Log every so many optimizer steps; a number below 1 is a share of all steps."""
@@ -167,7 +167,6 @@ class ReferenceConfig(TrainerConfig):
     """Options that the trainers share which hold the policy near a reference."""
 
     learning_rate: float = 1e-6
-    """Initial learning rate."""
 
     max_prompt_length: int | None = None
     """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""

@@ -10,7 +10,7 @@ The trainer is `DPOTrainer`; only the options differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trl.algorithms.dpo import DPO
 from trl.errors import ConfigError
@@ -21,20 +21,29 @@ from trl.trainers.dpo import DPOConfig, DPOTrainer
 class CPOConfig(DPOConfig):
     """Options of `CPOTrainer`."""
 
+    ALIASES: ClassVar[dict[str, str]] = {**DPOConfig.ALIASES, "alpha": "alphapo_alpha"}
+
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
-    """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo"; all of them with `cpo_alpha`'s term."""
+    """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo", with `cpo_alpha`'s term."""
 
-    cpo_alpha: float = 1.0
-    """Weight of the chosen completion's negative log-likelihood per token. SimPO proper has 0."""
+    cpo_alpha: float | None = None
+    """Weight of the chosen completion's negative log-likelihood per token. None: 1, and 0 for "alphapo". SimPO proper
+    has 0."""
 
-    alpha: float = 0.0
-    """Shape of AlphaPO's reward: 0 is SimPO's."""
+    alphapo_alpha: float = 0.0
+
+    reference_free: Literal[True] = True
+    """Always: none of these losses has a reference."""
+
+    def __post_init__(self) -> None:
+        if self.cpo_alpha is None:
+            self.cpo_alpha = 0.0 if self.loss_type == "alphapo" else 1.0
+        super().__post_init__()
 
     def make_algorithm(self) -> DPO:
         if self.rpo_alpha is not None:
             raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: give that.")
-        fixed = {"reference_free": True, "rpo_alpha": self.cpo_alpha or None, "alphapo_alpha": self.alpha}
-        return self.whole(DPO(loss_types=self.loss_type, **self.options() | fixed))
+        return self.whole(DPO(loss_types=self.loss_type, **self.options() | {"rpo_alpha": self.cpo_alpha or None}))
 
 
 class CPOTrainer(DPOTrainer):

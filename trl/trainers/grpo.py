@@ -41,14 +41,17 @@ class GRPOConfig(OnlineConfig):
     """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
 
     importance_sampling_level: RatioLevel = "token"
-    """What the ratio is of: each "token", or the "sequence" (GSPO, arXiv:2507.18071)."""
+    """What the ratio is of: each "token"; the "sequence", the geometric mean of its tokens' (GSPO, arXiv:2507.18071); or
+    the "whole" completion, their product."""
 
     scale_rewards: Scale | bool = "group"
     """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
     arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
 
     loss_type: GRPOLoss = "dapo"
-    """How ratios are bounded and tokens averaged: a name in `LOSS_TYPES`."""
+    """How ratios are bounded, and what counts the same. Clipped: "dapo" and "bnpo" (every token), "grpo" (every
+    completion), "dr_grpo" (constant), "luspo" (sum), "clip" (what `loss_aggregation` says). Otherwise bounded: "cispo",
+    "sapo", "vespo", "gmpo"."""
 
     sapo_temperature_neg: float = 1.05
     """Temperature of SAPO's gate where the advantage is negative."""
@@ -69,7 +72,7 @@ class GRPOConfig(OnlineConfig):
     """Decay of VESPO's weight where the advantage is negative."""
 
     kl_estimator: KLEstimate = "k3"
-    """Estimate of a token's KL: "k1", "k2" or "k3"."""
+    """Estimate of a token's KL: "k1" (log-ratio), "k2" (half its square), "k3" (unbiased, never negative)."""
 
     use_bias_correction_kl: bool = True
     """Multiply the KL of a token by its ratio, so that its gradient is that of the reverse KL (arXiv:2512.02556)."""
@@ -78,7 +81,7 @@ class GRPOConfig(OnlineConfig):
     """Take the KL penalty off the reward, in place of adding it to the loss."""
 
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, per nat of a token's mean entropy."""
 
     use_adaptive_entropy: bool = False
     """Raise the weight of the entropy bonus by steps while entropy is below a target, and lower it above
@@ -100,14 +103,15 @@ class GRPOConfig(OnlineConfig):
     """Learn from this share of tokens alone, those of highest entropy in the round (arXiv:2506.01939)."""
 
     off_policy_mask_threshold: float | None = None
-    """Do not learn from completions with a negative advantage that the policy has moved away from by more than this
-    (arXiv:2512.02556). None: learn from all."""
+    """Do not learn from completions with a negative advantage that the policy has moved away from by more than this, in
+    nats per token (arXiv:2512.02556). None: learn from all."""
 
     importance_sampling_correction: bool = False
     """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's."""
 
     importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """"token_truncate", "token_mask", "sequence_truncate" or "sequence_mask"."""
+    """Weights of each "token_…" or of the whole "sequence_…": "…_truncate" bounds them, "…_mask" sets those beyond the
+    bounds to 0."""
 
     importance_sampling_clip_max: float | None = 3.0
     """Largest such weight. None: no bound."""
@@ -123,7 +127,7 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.loss_aggregation = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
+        self.loss_aggregation = self._averaging()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
         if self.num_generations < 2:
@@ -146,6 +150,16 @@ class GRPOConfig(OnlineConfig):
             off_policy_threshold=self.off_policy_mask_threshold,
             correction=self._correction() if self.importance_sampling_correction else None,
         )
+
+    def _averaging(self) -> str:
+        """What counts the same. Raises ConfigError where `loss_type` and `loss_aggregation` ask for different things."""
+        averaging = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
+        if self.loss_aggregation not in (GRPOConfig.loss_aggregation, averaging):
+            raise ConfigError(
+                f"loss_aggregation={self.loss_aggregation!r} is not that of loss_type={self.loss_type!r}, which is "
+                f"{averaging!r}: leave it out, or set loss_type='clip', which takes any."
+            )
+        return averaging
 
     def _entropy_bonus(self) -> EntropyBonus | None:
         if not self.use_adaptive_entropy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from trl.errors import ConfigError, DataError
 from trl.models.score import score
 from trl.rollouts.experience import Group, deal_slices
 from trl.trainers.online import OnlineTrainer
-from trl.trainers.online_config import LossAggregation, OnlineConfig
+from trl.trainers.online_config import OnlineConfig
 from trl.trainers.rounds import Slice
 from trl.types import Batch, Completion, Example, Experience, Metrics
 
@@ -38,16 +38,13 @@ class OnlineDPOConfig(OnlineConfig):
     }
 
     learning_rate: float = 5e-7
-    """Initial learning rate."""
 
     num_generations: int = 2
     """Completions of each prompt; the best and the worst of them make a pair."""
 
     max_completion_length: int | None = 64
-    """Tokens sampled at most per completion."""
 
     temperature: float = 0.9
-    """Divides the logits, in sampling and in training."""
 
     beta: float | list[float] = 0.1
     """How strongly the reference holds: the inverse temperature of the reward. Several: one for each epoch, the last for
@@ -56,11 +53,10 @@ class OnlineDPOConfig(OnlineConfig):
     loss_type: DPOLoss = "sigmoid"
     """The loss of a pair: a name in `trl.algorithms.dpo.LOSSES`."""
 
-    loss_aggregation: LossAggregation = "sequence"
-    """Every pair counts the same."""
+    loss_aggregation: Literal["sequence"] = "sequence"
+    """Always "sequence": every pair counts the same."""
 
     disable_dropout: bool = True
-    """Set every dropout probability of the model to zero."""
 
     reward_model_path: str | None = None
     """Hub name or folder of a reward model, where the trainer is given neither reward_funcs nor a judge."""

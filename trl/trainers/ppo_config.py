@@ -77,7 +77,6 @@ class PPOConfig(PPOOptions, OnlineConfig):
     """Samples that a script means to train on in all; read by scripts."""
 
     learning_rate: float = 1.41e-5
-    """Learning rate of Adam."""
 
     batch_size: int = 128
     """Triplets of one `step`, per process."""
@@ -128,7 +127,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
     """KL of a response, in nats, that the adapted coefficient aims at."""
 
     horizon: float = 10_000
-    """Samples over which the coefficient adapts."""
+    """Responses over which the coefficient adapts: after n of them it has changed by at most 20 % · n / horizon."""
 
     num_value_layers: int = 0
     """Upper layers of which the value has a copy of its own, on the policy's lower ones. 0: a linear head alone."""

@@ -46,7 +46,6 @@ class RewardConfig(TrainerConfig):
     """Options of `RewardTrainer`."""
 
     learning_rate: float = 1e-4
-    """Initial learning rate."""
 
     max_length: int | None = 1024
     """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
@@ -55,7 +54,6 @@ class RewardConfig(TrainerConfig):
     """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
 
     disable_dropout: bool = True
-    """Set every dropout probability of the model to zero."""
 
     center_rewards_coefficient: float | None = None
     """Weight of (r_w + r_l)², which centres rewards at zero (arXiv:2312.09244, Eq. 2, recommends 0.01). None: off."""

@@ -30,7 +30,6 @@ class RLOOConfig(OnlineConfig):
     }
 
     num_generations: int = 2
-    """Completions of each prompt."""
 
     beta: float = 0.05
     """Coefficient of the KL penalty in the reward. 0: no reference is kept."""
@@ -48,7 +47,6 @@ class RLOOConfig(OnlineConfig):
     """Bounds that rewards are clipped to."""
 
     loss_aggregation: LossAggregation = "sequence"
-    """What counts the same in a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
 from trl.data.packing import pack_examples
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
 from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Metrics
+
+DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
 @dataclass
@@ -32,7 +34,8 @@ class SFTConfig(TrainerConfig):
     """Column with the text, for rows that are plain text."""
 
     dataset_kwargs: dict[str, Any] | str | None = None
-    """Options of older scripts: {"skip_prepare_dataset": true} takes `input_ids` as they are (recognised by itself)."""
+    """{"skip_prepare_dataset": true} and other entries of older scripts, which are not needed: rows with `input_ids` are
+    taken as they are, and no special token is added twice."""
 
     max_length: int | None = 1024
     """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
@@ -68,6 +71,9 @@ class SFTConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.dataset_kwargs or ():
+            if name not in DATASET_OPTIONS:
+                raise ConfigError(unknown("entry of dataset_kwargs", name, DATASET_OPTIONS))
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
