@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.processes import TOGETHER, run_well
@@ -11,15 +13,17 @@ pytestmark = pytest.mark.slow
 
 RUNS = ("sft", "sft, a stream", "reward", "dpo", "kto", "bco", "cpo", "ppo", "grpo", "rloo", "online dpo")
 SCRIPT = """
-import os, sys, warnings
+import os, signal, sys, warnings
 from pathlib import Path
 import torch
+from transformers import TrainerCallback
 from tests import processes
-from tests.stops.runs import RUNS, differences, in_parts, whole
+from tests.stops.runs import RUNS, differences, found, in_parts, whole
 from tests.stops.test_stops_checkpoint import SAVING, Limit
 from tests.stops.test_stops_finite import make
 from trl.trainers.checkpoint import CheckpointError
 from trl.trainers.finite import NonFiniteError
+from trl.trainers.stop import stop_on_signal
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -30,6 +34,18 @@ def tell(name, found):
 
 for name in sys.argv[2:]:
     tell(name, differences(whole(RUNS[name], folder / name), in_parts(RUNS[name], folder / name, (1, 3, 4))))
+
+class Raise(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+trainer = RUNS["sft"](folder / "signal", [Raise()])
+with stop_on_signal(trainer) as stop:
+    trainer.train()
+again = RUNS["sft"](folder / "signal")
+again.train(resume_from_checkpoint=True)
+tell("signal", [stop.signal, trainer.state.global_step, differences(whole(RUNS["sft"], folder / "signal"), found(again))])
 
 trainer = make(folder / "skip", 3, max_steps=4)  # the second process has the bad row in the second step
 trainer.train()
@@ -60,6 +76,10 @@ def told(tmp_path_factory) -> dict[tuple[int, str], object]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_in_parts_is_the_whole_run(told, name):
     assert told[0, name] == told[1, name] == []
+
+
+def test_a_signal_to_one_stops_both_and_they_go_on(told):
+    assert told[0, "signal"] == told[1, "signal"] == [signal.SIGTERM, 3, []]
 
 
 def test_both_skip_the_step_that_is_bad_on_one(told):

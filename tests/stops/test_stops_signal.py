@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS
 from trl.trainers.checkpoint import checkpoints, newest_checkpoint
+from trl.trainers.stop import exit_on_signal
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -29,23 +31,23 @@ torch.set_num_threads(1)
 
 class Wait(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 2 and len(sys.argv) > 2:
+        if state.global_step == 2:
             print("in step 3", flush=True)
-            time.sleep(1)
+            while not stop.received:
+                time.sleep(0.01)
 
 trainer = RUNS["sft"](sys.argv[1], [Wait()], save_strategy="steps", save_steps=100, logging_steps=1)
-with exit_on_signal(trainer):
+with exit_on_signal(trainer) as stop:
     trainer.train(resume_from_checkpoint="last")
 print("ended at", trainer.state.global_step, flush=True)
 """
 
 
-def start(folder: Path, *launcher: str, wait: bool = True) -> subprocess.Popen:
-    folder.mkdir(exist_ok=True)
+def start(folder: Path, *launcher: str) -> subprocess.Popen:
     (folder / "script.py").write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(folder / "script.py"), str(folder / "out"), *["wait"] * wait],
+        [sys.executable, *launcher, str(folder / "script.py"), str(folder / "out")],
         env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -67,16 +69,36 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.slow
+class Raise(TrainerCallback):
+    """Sends a signal to this process in step 3."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            signal.raise_signal(self.number)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path, number, status):
+def test_the_block_is_left_with_the_status_of_its_signal(tmp_path, capfd, number, status):
+    before = signal.getsignal(number)
+    trainer = RUNS["sft"](tmp_path, [Raise(number)])
+    with pytest.raises(SystemExit) as left, exit_on_signal(trainer):
+        trainer.train()
+    assert left.value.code == status
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert signal.getsignal(number) is before
+    assert "Stopped, with a checkpoint. To go on:" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path):
     process = start(tmp_path)
-    stderr = stopped(process, number)
-    assert process.returncode == status, stderr
+    stderr = stopped(process, signal.SIGTERM)
+    assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
-    if number == signal.SIGINT:
-        return
     words = re.search(r"Stopped, with a checkpoint. To go on:\n\n    (.*)\n", stderr)[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     again = subprocess.run(
@@ -91,14 +113,10 @@ def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path, number, statu
 
 @pytest.mark.slow
 def test_all_processes_end_after_the_same_step(tmp_path):
+    """That they go on from there to the bit is in test_stops_processes.py."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = start(tmp_path, *launcher)
     stderr = stopped(process, signal.SIGTERM)
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"], stderr
     assert newest_checkpoint(tmp_path / "out")
     assert re.search(r"To go on:\n\n    .*torch.distributed.run --standalone --nproc-per-node 2 .*script.py", stderr)
-    again = start(tmp_path, *launcher, wait=False)
-    stdout, stderr = again.communicate(timeout=240)
-    assert again.returncode == 0, stderr
-    assert stdout.count("ended at 7") == 2
-    assert len(losses(tmp_path)) == 7
