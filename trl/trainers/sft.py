@@ -20,10 +20,11 @@ from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
 from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.collate import collate_examples, columns_of
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Metrics
 
-DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
+DATASET_OPTIONS = ("skip_prepare_dataset",)
 
 
 @dataclass
@@ -34,8 +35,7 @@ class SFTConfig(TrainerConfig):
     """Column with the text, for rows that are plain text."""
 
     dataset_kwargs: dict[str, Any] | str | None = None
-    """{"skip_prepare_dataset": true} and other entries of older scripts, which are not needed: rows with `input_ids` are
-    taken as they are, and no special token is added twice."""
+    """{"skip_prepare_dataset": true} of other releases, which is not needed: rows with `input_ids` are taken as they are."""
 
     max_length: int | None = 1024
     """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
@@ -111,6 +111,13 @@ class SFTTrainer(BaseTrainer):
         )
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
+            if self.data_collator is collate_examples:
+                raise ConfigError(
+                    'dataset_kwargs={"skip_prepare_dataset": True} leaves rows as they are, and nothing makes token ids '
+                    "of them: give a data_collator, or leave it out."
+                )
+            return rows
         if self.formatting_func is not None:
             rows = formatted(rows, self.formatting_func, self.args.dataset_text_field)
         encoded = super().encode(rows, split, name)
