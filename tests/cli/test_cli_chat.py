@@ -152,6 +152,9 @@ def test_a_session_in_a_terminal(tiny, tmp_path):
         screen.type("set max_new_tokens=many\n")
         screen.wait_for("max_new_tokens was given 'many', but takes an int.")
         screen.wait_for("you › ")
+        screen.type("\x03")
+        screen.wait_for("\nCtrl-C once more, or `exit`, leaves.")
+        screen.wait_for("you › ")
         screen.type("save talk\n")
         screen.wait_for(r"The conversation is in chat_history/talk\.json\.")
         screen.wait_for("you › ")
@@ -277,6 +280,7 @@ def test_stop_texts_are_not_shown(pieces, stop, said):
         (["日本", "語です"], 4, "日本\n語で\nす"),
         (["x" * 50], 20, "x" * 50),
         (["x" * 9, " y"], 8, "x" * 9 + "\ny"),
+        (["xx 👍", "🏽 abc"], 9, "xx 👍🏽 \nabc"),  # a colour of skin may take columns, or none
         (["a\tbc"], 10, "a\tbc"),
         (["a\tbcd"], 10, "a\t\nbcd"),
     ],
@@ -609,6 +613,8 @@ def test_a_server_of_another_kind(server):
 
 
 def test_events_are_read_to_the_end():
+    with pytest.raises(ServerError, match="broke off in the middle of its answer"):
+        list(read_events(iter([b'data: {"a": 1}\n'])))
     lines = [b"event: x\n", b'data: {"a": 1}\n', b"\n", b'data:{"b": 2}\r\n', b"data: [DONE]\n", b"data: rest\n"]
     assert list(read_events(iter(lines))) == ['{"a": 1}', '{"b": 2}']
 

@@ -18,6 +18,7 @@ from trl.data.chat import ChatTemplate
 from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model
+from trl.report.draw import number
 
 UNLIMITED = 10**9
 """From here on, a tokenizer's `model_max_length` says that it knows none."""
@@ -35,7 +36,7 @@ class LocalSpeaker:
         self.template = ChatTemplate(tokenizer, template_kwargs=template_kwargs) if tokenizer.chat_template else None
         self.context = context_of(self.inner, tokenizer)
         self.name = (tokenizer.name_or_path or type(self.inner).__name__).rstrip("/").rpartition("/")[2]
-        size = f"{count_parameters(model)[1] / 1e6:,.1f} million parameters"
+        size = f"{number(count_parameters(model)[1])} parameters"
         window = f"{self.context:,} tokens of context" if self.context else "no limit of context"
         self.details = f"{size} · {window} · {str(self.inner.dtype).removeprefix('torch.')} on {self.inner.device}"
         self.notes = () if self.template else (PLAIN,)

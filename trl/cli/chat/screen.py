@@ -57,7 +57,11 @@ class Screen:
 
     def _line(self, prompt: str) -> str:
         if self.talks:
-            return input("… " if prompt == "…" else f"\n{self._coloured(f'{prompt} ›')} ")
+            try:
+                return input("… " if prompt == "…" else f"\n{self._coloured(f'{prompt} ›')} ")
+            except (EOFError, KeyboardInterrupt):
+                self.out.print()  # what follows starts a line
+                raise
         line = sys.stdin.readline()
         if not line:
             raise EOFError

@@ -124,7 +124,7 @@ def _reason(answer: Any) -> str:
 
 
 def read_events(lines: Iterator[bytes]) -> Iterator[str]:
-    """The data of server-sent events, up to [DONE]."""
+    """The data of server-sent events, up to [DONE]. Raises ServerError if they end without it."""
     for line in lines:
         field, _, data = line.decode("utf-8", "replace").strip().partition(":")
         if field != "data":
@@ -132,6 +132,7 @@ def read_events(lines: Iterator[bytes]) -> Iterator[str]:
         if data.strip() == "[DONE]":
             return
         yield data.strip()
+    raise ServerError("The server broke off in the middle of its answer.")
 
 
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:

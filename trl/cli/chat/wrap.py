@@ -8,6 +8,9 @@ _UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(cod
 """Control characters that a model might write: a terminal would obey them."""
 
 TAB = 8
+_JOINING = {**{chr(code): 2 for code in range(0x1F3FB, 0x1F400)}, "\N{VARIATION SELECTOR-16}": 1}
+"""Letters that join the one before in some terminals and not in others, with the columns that they may take."""
+
 _BACK, _ERASE = "\x1b[{}D", "\x1b[K"
 """What moves a terminal's cursor back by so many columns, and erases from there to the end of the line."""
 
@@ -31,13 +34,13 @@ class Wrapper:
         return "".join(map(self._letter, text))
 
     def _letter(self, letter: str) -> str:
-        cells = cell_len(letter)
+        cells = _JOINING.get(letter, cell_len(letter))
         if letter == "\n":
             self.word, self.column = "", 0
             return letter
         if letter.isspace():
             return self._space(letter)
-        if cells > 1:
+        if cells > 1 or letter in _JOINING:
             return self._wide(letter, cells)
         self.word += letter
         self.column += cells
@@ -58,7 +61,7 @@ class Wrapper:
 
     def _wide(self, letter: str, cells: int) -> str:
         self.word = ""
-        if self.column + cells > self.width:
+        if self.column + cells > self.width and letter not in _JOINING:
             self.column = cells
             return f"\n{letter}"
         self.column += cells
