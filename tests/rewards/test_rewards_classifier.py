@@ -118,6 +118,18 @@ def test_by_name_with_a_name_in_logs(tmp_path):
     assert len(reward.function(prompts=["a"], completions=["b"])) == 1
 
 
+def test_the_name_of_a_classifier_is_enough_where_a_label_is_called_positive(tmp_path):
+    for name, labels in {"named": ["neg", "pos"], "stars": ["1 star", "2 stars", "3 stars"]}.items():
+        bert(labels).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    (reward,) = make_rewards(str(tmp_path / "named"))
+    assert reward.function.label_name == "pos"
+    with pytest.raises(
+        ConfigError, match=r"none of them are called positive: .* ClassifierReward\(model, positive_label="
+    ):
+        make_rewards(str(tmp_path / "stars"))
+
+
 def test_a_model_without_a_head(tmp_path):
     MODELS["gpt2"]().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)

@@ -3,8 +3,9 @@
     reward(prompts=[…], completions=[…], completion_ids=[…], **columns) -> [1.0, None, …]
 
 One number per sample; None where the function does not apply. A function is given the arguments that it names, all of them
-if it takes `**columns`. Functions may be async: those of one round run at the same time. What raises, takes too long, or gives anything else than one finite number (or None) per sample is an error that
-names function and sample, or, with on_error="drop", a sample that is not learned from.
+if it takes `**columns`. Functions may be async: those of one round run at the same time. What raises, takes too long, or
+gives anything else than one finite number (or None) per sample is an error that names function and sample, or, with
+on_error="drop", a sample that is not learned from.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from trl.errors import ConfigError, TrlError, unknown
+from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
 from trl.rewards.signature import check_arguments, fitting
 
@@ -84,6 +88,7 @@ def make_rewards(
 ) -> list[Reward]:
     """Reward functions from what a trainer is given: one or several of a callable, a reward model, or the name of one.
 
+    The name of a classifier with several named labels is a `ClassifierReward` of the one that is called positive.
     `processing_classes` are tokenizers of the reward models, None for those loaded by name. Raises ConfigError where
     numbers of functions, weights and tokenizers differ, or something is no function.
     """
@@ -110,8 +115,8 @@ def _one_each(argument: str, values: Any, functions: Sequence[Any]) -> list[Any]
 
 
 def _function(given: Any, tokenizer: Any) -> RewardFunction:
-    if isinstance(given, RewardModel):
-        return given
+    if isinstance(given, str) and len(PreTrainedConfig.get_config_dict(given)[0].get("id2label", ())) > 1:
+        return ClassifierReward(given, tokenizer)
     if isinstance(given, str | nn.Module):
         return RewardModel(given, tokenizer)
     if not callable(given):
@@ -228,13 +233,20 @@ def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float
         return dict.fromkeys(everything, (f"took longer than {timeout:g} s", outcome))
     if isinstance(outcome, Exception):
         return _raised(reward, outcome, samples, timeout)
-    if not isinstance(outcome, Sequence | Tensor) and not hasattr(outcome, "__len__"):
+    if not _is_list(outcome):
         reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
         return dict.fromkeys(everything, (reason, None))
     if len(outcome) != len(samples):
         reason = f"gave {len(outcome)} rewards for {len(samples)} samples: it has to give one each"
         return dict.fromkeys(everything, (reason, None))
     return {i: (wrong, None) for i, value in enumerate(outcome) if (wrong := _wrong(value))}
+
+
+def _is_list(outcome: Any) -> bool:
+    """Whether there is one value after another; a tensor may have no dimension, and a text or mapping means no numbers."""
+    if isinstance(outcome, Tensor | np.ndarray):
+        return outcome.ndim > 0
+    return isinstance(outcome, Sized) and not isinstance(outcome, str | Mapping | Set)
 
 
 def _raised(reward: Reward, error: Exception, samples: Samples, timeout: float | None) -> Failures:
@@ -258,8 +270,10 @@ def _wrong(value: Any) -> str:
     if value is None:
         return ""
     try:
-        number = float(value)
+        number = None if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
+        number = None
+    if number is None:
         return f"gave a {type(value).__name__} ({value!r:.60}) where a number belongs"
     return "" if math.isfinite(number) else f"gave {number} (None says that it does not apply)"
 

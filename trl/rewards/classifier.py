@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trl.errors import ConfigError, DataError, ModelError, unknown
+from trl.errors import ConfigError, ModelError, unknown
+from trl.rewards.signature import check_pairs
 
 NO_LIMIT = 10**9
 """A tokenizer's `model_max_length` above this says that it knows of none."""
@@ -74,8 +75,7 @@ class ClassifierReward:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Log-odds of the label for every completion under the prompt at its place."""
-        if len(prompts) != len(completions):
-            raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
+        check_pairs(prompts, completions)
         if self.places_itself:
             self.model.to(PartialState().device)
         texts = [_text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -128,7 +128,8 @@ def find_label(labels: Mapping[int, str], wanted: str | int | None = None) -> in
     if len(found) != 1:
         raise ConfigError(
             f"The classifier's labels are {', '.join(map(repr, labels.values()))}, and "
-            f"{'several' if found else 'none'} of them are called positive: give positive_label, the one to reward."
+            f"{'several' if found else 'none'} of them are called positive: give positive_label, the one to reward, as in "
+            "ClassifierReward(model, positive_label=...)."
         )
     return found[0]
 

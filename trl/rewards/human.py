@@ -32,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trl.errors import ConfigError, DataError
+from trl.rewards.signature import check_pairs
 
 MARKS = {str(mark): (mark - 3) / 2 for mark in range(1, 6)}
 SKIP, QUIT = "s", "q"
@@ -107,8 +108,7 @@ class _Asking:
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
     ) -> list[float | None]:
         """A reward for every completion, None where nothing was said."""
-        if len(prompts) != len(completions):
-            raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
+        check_pairs(prompts, completions)
         self.person.check()
         rewards: list[float | None] = [None] * len(prompts)
         stopped = False

@@ -21,11 +21,12 @@ from trl.data.encode import EncodeSettings
 from trl.data.encoders import Codec, Columns, prompt_completion
 from trl.data.layout import lay_out
 from trl.data.trees import Tree, keep_end
-from trl.errors import DataError, ModelError
+from trl.errors import ModelError
 from trl.models.layouts import choose_layout
 from trl.models.load import load_model
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
+from trl.rewards.signature import check_pairs
 from trl.types import Batch, Completion, Example
 
 Text = str | Sequence[dict[str, Any]] | Sequence[int]
@@ -67,8 +68,7 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Rewards of `completions`, each under the prompt at its place; other columns are not read."""
-        if len(prompts) != len(completions):
-            raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
+        check_pairs(prompts, completions)
         rewards = [0.0] * len(prompts)
         for places, examples in self._batches(self._encode(prompts, completions)):
             batch = lay_out(examples, self.layout, pad_token_id=self.tokenizer.pad_token_id or 0)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError, DataError, suggest
 
 SAMPLES = ("prompts", "completions", "completion_ids")
 EXTRAS = ("trainer_state", "log_extra", "log_metric")
@@ -20,6 +20,12 @@ def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     names = {p.name for p in parameters if p.kind in BY_KEYWORD}
     return {name: value for name, value in given.items() if name in names}
+
+
+def check_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+    """Raise DataError unless there is one completion for each prompt."""
+    if len(prompts) != len(completions):
+        raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
 
 
 def check_arguments(name: str, function: Callable, columns: Sequence[str] | None) -> None:
