@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.rewards import get_code_reward
 from trl.rewards.code import code_of, passes
 
@@ -35,7 +35,15 @@ def test_the_share_of_tests_that_hold():
 
 def test_the_last_block_is_the_program():
     assert code_of("```py\na = 1\n```\nor\n```\nb = 2\n```") == "b = 2\n"
+    assert code_of("```Python3\nc = 3\n```") == "c = 3\n"
     assert code_of("a = 1") == "a = 1"
+
+
+def test_tests_that_are_one_text():
+    with pytest.raises(
+        DataError, match="Sample 1, column 'tests': expected a list of statements, found text 'assert x'"
+    ):
+        get_code_reward(run_untrusted_code=True)(completions=["x = 1"] * 2, tests=[["assert x"], "assert x"])
 
 
 @pytest.mark.parametrize("program", ["print('é')", "import json, math", "open('own.txt', 'w').write('1')"])

@@ -21,10 +21,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.rewards.answers import Completion, text_of
 
-FENCE = re.compile(r"```(?:python|py)?\s*\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"```(?:python3?|py)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 GUARD = Path(__file__).with_name("code_guard.py")
 
@@ -82,6 +82,11 @@ class get_code_reward:
     def __call__(
         self, completions: Sequence[Completion], tests: Sequence[Sequence[str]], **_: Any
     ) -> list[float | None]:
+        for sample, each in enumerate(tests):
+            if isinstance(each, str):
+                raise DataError(
+                    f"Sample {sample}, column 'tests': expected a list of statements, found text {each!r:.60}."
+                )
         programs = [code_of(text_of(completion)) for completion in completions]
         with ThreadPoolExecutor(self.processes) as pool:
             return list(pool.map(self._share, programs, tests))

@@ -235,10 +235,10 @@ def check_schema(schema: Mapping[str, Any]) -> None:
             raise ConfigError(unknown("type of the JSON schema", name, TYPES))
     if "pattern" in schema:
         _check_pattern(schema["pattern"])
-    others = [
-        schema[name] for name in ("items", "additionalProperties") if not isinstance(schema.get(name, True), bool)
-    ]
-    for each in [*schema.get("properties", {}).values(), *schema.get("anyOf", ()), *others]:
+    inside = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+    inside += [schema["items"]] if "items" in schema else []
+    inside += [] if isinstance(schema.get("additionalProperties", True), bool) else [schema["additionalProperties"]]
+    for each in inside:
         check_schema(each)
 
 
