@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig
 
 from trl.algorithms.advantages import RewardAggregation
-from trl.errors import ConfigError
+from trl.errors import ConfigError, suggest
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import ReferenceConfig
 from trl.types import Algorithm
@@ -157,13 +158,15 @@ class OnlineConfig(ReferenceConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
         self.check_batches()
+        limit = self.max_completion_length
+        self.sampling_params(max_new_tokens=sys.maxsize if limit is None else limit, seed=self.seed)
 
     def make_algorithm(self) -> Algorithm:
         """The algorithm that these options describe."""
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
 
     def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
-        """How completions are sampled."""
+        """How completions are sampled. Raises ConfigError for options that are unknown or out of range."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -173,11 +176,14 @@ class OnlineConfig(ReferenceConfig):
             "max_new_tokens": max_new_tokens,
             "seed": seed,
         }
-        options = self.generation_kwargs or {}
+        options = dict(self.generation_kwargs or {})
         known = {field.name for field in fields(SamplingParams)}
-        further = {name: value for name, value in options.items() if name not in known}
-        config = {"generation_config": GenerationConfig(**further)} if further else {}
-        return SamplingParams(**{**given, **config, **{k: v for k, v in options.items() if k in known}})
+        further = {name: options.pop(name) for name in [*options] if name not in known}
+        config = GenerationConfig()
+        for name in config.update(**further):
+            near = suggest(name, [*known, *config.to_dict()])
+            raise ConfigError(f"generation_kwargs: neither SamplingParams nor GenerationConfig has {name!r}.{near}")
+        return SamplingParams(**{**given, **({"generation_config": config} if further else {}), **options})
 
     @property
     def slices_per_round(self) -> int:
