@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 RUNS = ("sft", "sft, a stream", "reward", "dpo", "kto", "bco", "cpo", "ppo", "grpo", "rloo", "online dpo")
 SCRIPT = """
-import os, signal, sys, warnings
+import os, resource, signal, sys, warnings
 from pathlib import Path
 import torch
 from transformers import TrainerCallback
@@ -60,6 +60,7 @@ callbacks = [Limit(2, 1000)] if rank == 1 else []
 try:
     RUNS["sft"](folder / "full", callbacks, **SAVING).train()
 except CheckpointError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     tell("full", str(error))
 tell("left", sorted(path.name for path in (folder / "full").glob("*checkpoint*")))
 """
