@@ -22,6 +22,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS, StopAt, found
@@ -99,6 +101,9 @@ class Attempts:
     def __init__(self, name: str, folder: Path, max_steps: int) -> None:
         self.folder, self.board = folder, Board()
         torch.set_num_threads(1)
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is one for all forks: who is killed holding it stops those that follow
         self.trainer = RUNS[name](folder, [Tell(self.board)], max_steps=max_steps, **OPTIONS)
         self.trainer.save_model(str(folder.with_name("warm")))  # what is only slow the first time
         gc.freeze()
