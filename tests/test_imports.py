@@ -82,7 +82,7 @@ def test_a_misspelt_name_gets_a_suggestion():
         trl.SFTTrianer  # noqa: B018
 
 
-@pytest.mark.parametrize("path", ["trl.trainer", "trl.trainer.sft_trainer", "trl.experimental.cpo", "trl.models"])
+@pytest.mark.parametrize("path", ["trl.trainer", "trl.trainer.sft_trainer", "trl.models", "trl.models.utils"])
 def test_import_paths_of_other_releases_lead_to_trl(path):
     from trl import CPOTrainer
 
@@ -92,8 +92,22 @@ def test_import_paths_of_other_releases_lead_to_trl(path):
 def test_a_name_of_another_release_says_what_to_do():
     with pytest.raises(ImportError, match=r"trl.GKDTrainer is of another release .*`advantages` and `loss`"):
         from trl.experimental.gkd import GKDTrainer  # noqa: F401
-    with pytest.raises(ImportError, match=r"trl.BCOConfig .* use `KTOTrainer` with `KTOConfig\(loss_type=\"bco\"\)`"):
-        from trl import BCOConfig  # noqa: F401
+    with pytest.raises(
+        ImportError, match=r"trl.GMPOConfig .* use `GRPOTrainer` with `GRPOConfig\(loss_type=\"gmpo\"\)`"
+    ):
+        from trl import GMPOConfig  # noqa: F401
+
+
+def test_an_old_path_says_what_it_does_not_have():
+    from trl.trainer import ppo_trainer
+
+    assert ppo_trainer.__name__ == "trl.trainer.ppo_trainer"
+    with pytest.raises(
+        ImportError, match=r"trl.trainer.utils is of another .* called 'SFTTrianer'. Did you mean 'SFTT"
+    ):
+        from trl.trainer.utils import SFTTrianer  # noqa: F401
+    with pytest.raises(ImportError, match="nothing here is called 'pad_to_length'"):
+        from trl.trainer.utils import pad_to_length  # noqa: F401
 
 
 def test_no_name_is_both_here_and_elsewhere():

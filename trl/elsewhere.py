@@ -3,74 +3,162 @@
 from trl.trainer.utils import DataCollatorForCompletionOnlyLM       # found: the path leads to `trl`
 from trl.experimental.cpo import CPOTrainer                         # found
 from trl import DDPOTrainer                                         # ImportError: … what to do
+class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigError: never called; what to do
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from trl.errors import ConfigError, suggest
+
 PATHS = (
     "trl.chat_template_utils",
     "trl.commands",
     "trl.data_utils",
+    "trl.env_utils",
     "trl.environment",
     "trl.experimental",
     "trl.extras",
+    "trl.generation",
     "trl.import_utils",
+    "trl.models.modeling_base",
+    "trl.models.modeling_value_head",
+    "trl.models.utils",
+    "trl.rewards.accuracy_rewards",
+    "trl.rewards.format_rewards",
+    "trl.rewards.other_rewards",
     "trl.scripts",
     "trl.trainer",
 )
 """Packages of other releases. A name imported from one of them, or from below, is that name of `trl`."""
 
+MODULES = ("_config", "_trainer", "callbacks", "core", "judges", "utils")
+"""How names of modules in them end: `from trl.trainer import ppo_trainer` is a module, all other names are of `trl`."""
+
 OBJECTIVE = "an algorithm of your own is a class with `advantages` and `loss`: see examples/own_algorithm.py."
+PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
 REPORT = "completions go to `log_completions`, and every run writes a report with samples: see `trl report`."
 BY_REWARD = "`OnlineDPOTrainer` chooses pairs by reward functions; a judge is one that returns 1 and 0."
+LOSS = "Override `loss(model, batch) -> (loss, metrics)`."
+ROWS = "Change the rows of the dataset, or override `encode(rows, split, name)`."
+SAMPLES = "Give an `engine`: see `trl.rollouts.engine`."
+SCORES = "Log-probabilities come from `score(model, batch)`: override `loss(model, batch) -> (loss, metrics)`."
 SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefModelCallback` is here."
 
 NOT_HERE = {
+    "A2POTrainer": OBJECTIVE,
     "AlignPropTrainer": "diffusion models are not covered yet.",
     "AllTrueJudge": BY_REWARD,
-    "BCOTrainer": 'use `KTOTrainer` with `KTOConfig(loss_type="bco")`.',
+    "AsyncDistillationTrainer": OBJECTIVE,
+    "AsyncGRPOTrainer": "use `GRPOTrainer`: an `engine` of your own may sample in other processes.",
     "BEMACallback": SIX_LINES,
     "BaseJudge": BY_REWARD,
     "BasePairwiseJudge": BY_REWARD,
+    "BaseRankJudge": BY_REWARD,
     "BestOfNSampler": "sample with `LocalEngine` and `n=…`, and keep the best of each group.",
     "ConstantLengthDataset": "use `SFTConfig(packing=True)`, or `pack_dataset`.",
+    "DDPOStableDiffusionPipeline": "diffusion models are not covered yet.",
     "DDPOTrainer": "diffusion models are not covered yet.",
+    "DPODataCollatorWithPadding": PADDING,
+    "DPOScriptArguments": "use `ScriptArguments`.",
+    "DataCollatorForChatML": "`SFTTrainer` takes `messages` as they are, and `assistant_only_loss=True`.",
+    "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers lay rows out by themselves.",
+    "DataCollatorForPreference": PADDING,
+    "DefaultDDPOStableDiffusionPipeline": "diffusion models are not covered yet.",
     "DistillationTrainer": OBJECTIVE,
+    "FDivergenceConstants": "give `f_divergence_type` and `f_alpha_divergence_coef` of `DPOConfig`.",
+    "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
+    "GFPOTrainer": OBJECTIVE,
     "GKDTrainer": OBJECTIVE,
     "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`.',
+    "GOLDTrainer": OBJECTIVE,
     "HfPairwiseJudge": BY_REWARD,
+    "IWOPDTrainer": OBJECTIVE,
     "IterativeSFTTrainer": "train an `SFTTrainer` on each round's rows.",
+    "KTOScriptArguments": "use `ScriptArguments`.",
     "LogCompletionsCallback": REPORT,
     "MergeModelCallback": SIX_LINES,
+    "MiniLLMTrainer": OBJECTIVE,
     "NashMDTrainer": "use `OnlineDPOTrainer`.",
     "OpenAIPairwiseJudge": BY_REWARD,
+    "PAPOTrainer": OBJECTIVE,
     "PPOv2Trainer": "use `PPOTrainer`: it has the whole loop, `train()`.",
     "PRMTrainer": "use `RewardTrainer` with rows of `prompt`, `completions`, `labels`.",
     "PairRMJudge": BY_REWARD,
+    "PreTrainedModelWrapper": "it is a base class: use `AutoModelForCausalLMWithValueHead`.",
+    "RandomPairwiseJudge": BY_REWARD,
+    "RandomRankJudge": BY_REWARD,
+    "RewardDataCollatorWithPadding": PADDING,
+    "RewardScriptArguments": "use `ScriptArguments`.",
+    "SDFTTrainer": OBJECTIVE,
+    "SDPOTrainer": OBJECTIVE,
+    "SFTScriptArguments": "use `ScriptArguments`.",
+    "ServerDistillationTrainer": OBJECTIVE,
+    "TPOTrainer": OBJECTIVE,
     "TextEnvironment": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
     "TextHistory": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
+    "VLLMClient": "vLLM is not available yet; an `engine` of your own can be given to every online trainer.",
     "WeaveCallback": REPORT,
     "WinRateCallback": REPORT,
     "XPOTrainer": "use `OnlineDPOTrainer`.",
     "add_response_schema": "tools are not called yet.",
+    "compute_accuracy": "`RewardTrainer` logs `accuracy` by itself.",
+    "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
     "get_training_chat_template": "`assistant_only_loss=True` works with any template: none has to be patched.",
     "init_zero_verbose": "set the level of Python's `logging`.",
     "is_npu_available": "import it from `transformers.utils`.",
     "is_xpu_available": "import it from `accelerate.utils`.",
+    "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights stay as they are loaded.",
     "prepare_multimodal_messages": "vision-language models are not covered yet.",
-    "setup_chat_format": "use `clone_chat_template`, or `chat_template_path` of the configuration.",
     "supports_tool_calling": "tools are not called yet.",
     "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
+    "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
 }
 NOT_HERE |= {name.replace("Trainer", "Config"): remedy for name, remedy in NOT_HERE.items() if name.endswith("Trainer")}
 """Names that other releases have, and what to do without each."""
+
+
+_NO_LOGITS = f"logits of all tokens never exist here. {LOSS} Metrics are averaged over the set and logged."
+ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
+ARGUMENTS["model_init"] = "give the model itself, or its name."
+"""Arguments of trainers elsewhere, and what to do without each."""
+
+HOOKS = {
+    "_calculate_rewards": "give `reward_funcs`.",
+    "_compute_loss": LOSS,
+    "_generate": SAMPLES,
+    "_generate_and_score_completions": f"{SAMPLES} Credit for rewards is an algorithm's: see examples/own_algorithm.py.",
+    "_generate_single_turn": SAMPLES,
+    "_get_per_token_logps": SCORES,
+    "_get_per_token_logps_and_entropies": SCORES,
+    "_prepare_dataset": ROWS,
+    "bco_loss": LOSS,
+    "concatenated_forward": SCORES,
+    "concatenated_inputs": ROWS,
+    "cpo_loss": LOSS,
+    "dpo_loss": LOSS,
+    "get_batch_logps": SCORES,
+    "get_batch_loss_metrics": LOSS,
+    "kto_loss": LOSS,
+    "odds_ratio_loss": LOSS,
+    "process_row": ROWS,
+    "tokenize_row": ROWS,
+}
+"""Methods of trainers that other releases call and this one does not, and what to override or give instead."""
+
+
+def refuse_hooks(cls: type) -> None:
+    """Raises ConfigError for a trainer with a method that nothing would call."""
+    for name in sorted(HOOKS.keys() & set(dir(cls))):
+        raise ConfigError(
+            f"{cls.__name__}.{name} would never be called: it is of another release of TRL. {HOOKS[name]}"
+        )
 
 
 def refuse(name: str) -> None:
@@ -90,7 +178,27 @@ class OldPaths(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__doc__ = "An import path of other releases. See `trl`."
-        module.__dict__["__getattr__"] = name_of_trl
+        module.__dict__["__getattr__"] = names_for(module.__name__)
+
+
+def names_for(path: str) -> Callable[[str], Any]:
+    """The `__getattr__` of an old path: it finds names in `trl`.
+
+    A name that is not there is an ImportError at once: after an AttributeError, Python takes it for a module of `path`.
+    """
+
+    def find(name: str) -> Any:
+        try:
+            return name_of_trl(name)
+        except AttributeError:
+            if name.startswith("__") or name.endswith(MODULES):
+                raise
+        raise ImportError(
+            f"{path} is of another release of TRL, and nothing here is called {name!r}."
+            f"{suggest(name, importlib.import_module('trl').__all__)} See docs/coming_from_trl.md."
+        )
+
+    return find
 
 
 def name_of_trl(name: str) -> Any:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
+
+from trl.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +106,16 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def __getitem__(self, *_: Any) -> NoReturn:
+        """Raises ConfigError: what a loss that was written for batches of `transformers` runs into."""
+        raise ConfigError(
+            "This is a `trl.Batch`, and not a dict of input_ids and labels: a row may hold several sequences. For a loss of "
+            "your own override `loss(model, batch) -> (loss, metrics)`: `score(model, batch)` gives log-probabilities [N,C], "
+            "and `batch.inputs` are the arguments of the model's forward."
+        )
+
+    keys = get = pop = __getitem__
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,20 @@
 """Rendering conversations, and which of their tokens the assistant wrote."""
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl.data.chat import ChatTemplate, apply_chat_template, clone_chat_template, maybe_apply_chat_template, render_chat
+from trl.data.chat import (
+    ChatTemplate,
+    apply_chat_template,
+    clone_chat_template,
+    maybe_apply_chat_template,
+    render_chat,
+    setup_chat_format,
+)
 from trl.errors import DataError
 
+SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 QUESTION = "what is the sky"
 
 
@@ -180,14 +190,13 @@ def test_a_prompt_must_not_end_with_the_system(make):
         apply_chat_template({"prompt": [{"role": "system", "content": "be"}]}, make.tokenizer("chatml"))
 
 
-def test_clone_chat_template(make):
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+def base_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=3, **shape))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_clone_chat_template(make):
+    tokenizer, model = base_tokenizer(), LlamaForCausalLM(LlamaConfig(vocab_size=3, **SHAPE))
     source = make.tokenizer("chatml", eos="<|im_end|>")
     model, tokenizer, added = clone_chat_template(model, tokenizer, source, resize_to_multiple_of=8)
     assert tokenizer.chat_template == source.chat_template
@@ -197,3 +206,22 @@ def test_clone_chat_template(make):
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(DataError, match="no chat template to clone"):
         clone_chat_template(model, tokenizer, make.tokenizer())
+
+
+def test_chatml_for_a_base_model(make, dialogue):
+    tokenizer, model = base_tokenizer(), LlamaForCausalLM(LlamaConfig(vocab_size=3, **SHAPE))
+    model, tokenizer = setup_chat_format(model, tokenizer)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 5
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, 4, 4)
+    marked = make.tokenizer("chatml")
+    expected = render_chat(dialogue, marked)
+    marked.chat_template = tokenizer.chat_template
+    assert render_chat(dialogue, marked) == expected
+    with pytest.raises(DataError, match="has a chat template already"):
+        setup_chat_format(model, tokenizer)

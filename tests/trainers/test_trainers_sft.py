@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import transformers
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from tests.conftest import make_tokenizer
@@ -351,3 +352,131 @@ def test_two_names_of_one_argument(make_model, tokenizer, tmp_path):
         SFTTrainer(
             make_model("llama"), config(tmp_path), train_dataset=rows(), tokenizer=tokenizer, processing_class=tokenizer
         )
+
+
+# ---- scripts as they were written for other releases ----
+
+
+def trained_on(trainer) -> list[tuple[list[int], list[int]]]:
+    """Ids and mask of the trainer's first batch."""
+    examples = next(iter(trainer.get_train_dataloader()))
+    return sorted((list(e.completions[0].ids), list(e.completions[0].mask)) for e in examples)
+
+
+def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Ids `[B,T]` and labels, which leave out padding and each row's first two tokens; no mask."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r["input_ids"]) for r in rows], batch_first=True)
+    labels = ids.masked_fill(ids == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_a_collator_without_a_mask_or_without_padding(make_model, tokenizer, tmp_path):
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 10, 11, 12]]})
+
+    def flattened(rows):
+        ids = [token for row in rows for token in row["input_ids"]]
+        positions = [position for row in rows for position in range(len(row["input_ids"]))]
+        labels = [-100 if p < 2 else i for i, p in zip(ids, positions, strict=True)]
+        return {n: torch.tensor([v]) for n, v in (("input_ids", ids), ("labels", labels), ("position_ids", positions))}
+
+    options = {"per_device_train_batch_size": 2, "max_steps": 1}
+    for collator, expected in (
+        (padded, [([5, 6, 7, 0, 0], [0, 0, 1, 0, 0]), ([8, 9, 10, 11, 12], [0, 0, 1, 1, 1])]),
+        (flattened, [([5, 6, 7], [0, 0, 1]), ([8, 9, 10, 11, 12], [0, 0, 1, 1, 1])]),
+    ):
+        trainer = SFTTrainer(make_model("llama"), config(tmp_path, **options), collator, data, tokenizer=tokenizer)
+        assert trained_on(trainer) == expected
+        trainer.train()
+        assert trainer.predict(data).metrics["test_loss"] > 0
+
+
+def test_raw_rows_for_a_collator(make_model, tokenizer, tmp_path):
+    args = config(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}, max_steps=1)
+
+    def collate(found):
+        return padded([{"input_ids": tokenizer(row["text"])["input_ids"]} for row in found])
+
+    trainer = SFTTrainer(make_model("llama"), args, collate, rows(), rows().select(range(2)), tokenizer=tokenizer)
+    trainer.train()
+    trainer.preview(1)
+    assert trainer.train_dataset.column_names == ["text"]
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(ConfigError, match="nothing makes token ids of them: give a data_collator"):
+        SFTTrainer(make_model("llama"), args, None, rows(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda b: {"input_ids": b["input_ids"]}, "of data_collator has no labels, but .'input_ids'.: give"),
+        (lambda b: {**b, "labels": b["labels"] + 1}, "labels of data_collator have to be input_ids, or -100"),
+        (lambda b: {**b, "labels": b["labels"][:, 1:]}, "For an encoder-decoder leave the collator out"),
+    ],
+)
+def test_a_collator_that_gives_something_else(make_model, tokenizer, tmp_path, made, words):
+    trainer = SFTTrainer(make_model("llama"), config(tmp_path), lambda r: made(padded(r)), rows(), tokenizer=tokenizer)
+    with pytest.raises(DataError, match=words):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "words"),
+    [
+        (
+            DatasetDict({"train": rows()}),
+            None,
+            r"train_dataset holds the splits \['train'\]: give .* dataset\['train'\]",
+        ),
+        ([{"text": "a"}], None, r"train_dataset has to be a Dataset .* got list: datasets.Dataset.from_list\(rows\)"),
+        (rows(), {"a": [1]}, r"eval_dataset\['a'\] has to be a Dataset .* got list"),
+    ],
+)
+def test_what_is_no_dataset(make_model, tokenizer, tmp_path, train, evaluation, words):
+    with pytest.raises(ConfigError, match=words):
+        SFTTrainer(make_model("llama"), config(tmp_path), None, train, evaluation, tokenizer=tokenizer)
+
+
+def test_hooks_of_transformers_are_called(make_model, tokenizer, tmp_path):
+    called = []
+
+    class Mine(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            called.append(sorted(outputs))
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+        def create_optimizer(self, *args):
+            called.append("create_optimizer")
+            return super().create_optimizer(*args)
+
+        def get_train_dataloader(self):
+            called.append("get_train_dataloader")
+            return DataLoader([{"input_ids": [5, 6, 7]}] * 4, batch_size=2, collate_fn=padded)
+
+        def log(self, logs, *args):
+            super().log({**logs, "mine": 1}, *args)
+
+    trainer = Mine(make_model("llama"), config(tmp_path, max_steps=1), train_dataset=rows(), tokenizer=tokenizer)
+    trainer.train()
+    assert called[:2] == ["get_train_dataloader", "create_optimizer"]
+    assert called[2] == ["entropy", "mean_token_accuracy"]
+    assert trainer.state.log_history[0]["mine"] == 1
+
+
+def test_hooks_that_nothing_calls_are_refused():
+    with pytest.raises(ConfigError, match=r"Mine\._prepare_dataset would never be called.* override `encode\("):
+
+        class Mine(SFTTrainer):
+            def _prepare_dataset(self, *_):
+                """Of another release."""
+
+
+def test_a_loss_written_for_dicts_says_what_to_override(make_model, tokenizer, tmp_path):
+    class Mine(SFTTrainer):
+        def compute_loss(self, model, inputs, **_):
+            return model(**inputs).loss
+
+    trainer = Mine(make_model("llama"), config(tmp_path), train_dataset=rows(), tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"not a dict of input_ids.* override `loss\(model, batch\)"):
+        trainer.train()

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational, to_chatml
 from trl.data.tokens import TextEncoder
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -311,9 +311,47 @@ def clone_chat_template(
     new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resize_to_multiple_of)
-    model.config.eos_token_id = tokenizer.eos_token_id
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    _fit_embeddings(model, tokenizer, resize_to_multiple_of)
     return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def setup_chat_format(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    format: Literal["chatml"] = "chatml",
+    resize_to_multiple_of: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Give a base model the chat format ChatML, with its two tokens: `<|im_end|>` becomes EOS and padding.
+
+    Both are changed in place. Raises DataError for a tokenizer that has a chat template already.
+    """
+    if tokenizer.chat_template is not None:
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path!r} has a chat template already. Train with that, or set "
+            "tokenizer.chat_template = None first."
+        )
+    if format != "chatml":
+        raise ConfigError(unknown("format", format, ["chatml"]))
+    ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer.add_special_tokens(ends)
+    tokenizer.chat_template = CHATML
+    _fit_embeddings(model, tokenizer, resize_to_multiple_of)
+    for config in filter(None, (model.config, model.generation_config)):
+        config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None) -> None:
+    """Rows for all tokens, and the tokenizer's EOS as the model's."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
+    for config in filter(None, (model.config, model.generation_config)):
+        config.eos_token_id = tokenizer.eos_token_id

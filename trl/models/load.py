@@ -7,17 +7,20 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from trl.errors import ConfigError, ModelError, suggest
+from trl.imports import require
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 
@@ -34,6 +37,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
 
+    `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
+
     Without `auto_class`, an encoder-decoder or a causal language model, as its configuration says. Weights are
     float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
     optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
@@ -44,6 +49,10 @@ def load_model(
         kwargs["dtype"] = kwargs.pop("torch_dtype")
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = _dtype(kwargs["dtype"])
+    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, False)}
+    if bits:
+        require("bitsandbytes", to=next(iter(bits)))
+        quantization_config = BitsAndBytesConfig(**bits)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if auto_class is None:
@@ -55,6 +64,11 @@ def load_model(
         model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     _keep_unpacked(model)
     return model
+
+
+def get_kbit_device_map() -> dict[str, int] | None:
+    """`device_map` of quantised weights: all on this process's accelerator; None where there is none."""
+    return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
 
 
 def _keep_unpacked(model: torch.nn.Module) -> None:

@@ -26,13 +26,15 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.data.chat import clone_chat_template
-from trl.data.encode import Encoded, EncodeSettings, decode, encode_dataset
+from trl.data.encode import Encoded, EncodeSettings, encode_dataset
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
+from trl.elsewhere import ARGUMENTS, refuse_hooks
 from trl.errors import ConfigError, suggest
 from trl.models.layouts import choose_layout
 from trl.models.load import (
@@ -50,7 +52,7 @@ from trl.models.stored import without_copies
 from trl.ops.reduce import WEIGHTS
 from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
-from trl.trainers.collate import collate_examples, examples_from
+from trl.trainers.collate import ENCODED, check_datasets, collate_examples, columns_of, examples_from, examples_of
 from trl.trainers.config import TrainerConfig
 from trl.trainers.engines import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
 from trl.trainers.finite import StepCount, Window, poisoned, takes_step
@@ -62,15 +64,6 @@ from trl.types import Batch, Example, Metrics
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
-
-ENCODED = {"prompt_ids", "completion_ids", "seq_lengths"}
-"""Columns that tell encoded rows."""
-
-UNAVAILABLE = {"compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "model_init"}
-UNAVAILABLE_REASON = (
-    "logits of all tokens never exist here. For metrics or a loss of your own, override "
-    "`loss(model, batch) -> (loss, metrics)`; metrics are averaged over the set and logged."
-)
 
 Rows = Dataset | IterableDataset
 EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
@@ -94,6 +87,10 @@ class BaseTrainer(ResumableTrainer):
     """Whether a prompt has several completions."""
     loss_is_scaled_for_ga = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_hooks(cls)
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -115,12 +112,13 @@ class BaseTrainer(ResumableTrainer):
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer)
         self.tokenizer_ = tokenizer_of(self.processing_class)
+        self.data_collator = collate_examples if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,
             args=self.args,
-            data_collator=collate_examples if data_collator is None else examples_from(data_collator),
+            data_collator=self.data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.processing_class,
@@ -189,9 +187,9 @@ class BaseTrainer(ResumableTrainer):
 
     @classmethod
     def _options(cls, classic: dict[str, Any]) -> dict[str, Any]:
-        for name in sorted(UNAVAILABLE & classic.keys()):
+        for name in sorted(ARGUMENTS.keys() & classic.keys()):
             if classic.pop(name) is not None:
-                raise ConfigError(f"{cls.__name__} has no {name}: {UNAVAILABLE_REASON}")
+                raise ConfigError(f"{cls.__name__} has no {name}: {ARGUMENTS[name]}")
         try:
             return cls.config_class.translated(classic)
         except ConfigError:
@@ -204,13 +202,9 @@ class BaseTrainer(ResumableTrainer):
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         kwargs = self.args.model_init_kwargs or {}
         if isinstance(model, str):
-            model = load_model(
-                model,
-                auto_class=self.auto_class,
-                quantization_config=quantization_config,
-                trust_remote_code=self.args.trust_remote_code,
-                **kwargs,
-            )
+            given = {} if quantization_config is None else {"quantization_config": quantization_config}
+            given |= {"trust_remote_code": self.args.trust_remote_code, **kwargs}
+            model = load_model(model, auto_class=self.auto_class, **given)
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
@@ -242,6 +236,7 @@ class BaseTrainer(ResumableTrainer):
     # ---- data ----
 
     def _encode_all(self, train: Rows | None, evaluation: EvalRows) -> tuple[Rows | None, EvalRows]:
+        check_datasets(train, evaluation)
         if train is not None:
             train = self.encode(self._shuffled(train), "train", "train")
         if isinstance(evaluation, Mapping):
@@ -259,9 +254,9 @@ class BaseTrainer(ResumableTrainer):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        rows = self.train_dataset.take(n)
-        preview_examples([example for row in rows for example in decode(row)][:n], self.tokenizer_)
-        print(self.encoded["train"].report)
+        preview_examples(self.data_collator(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
+        if "train" in self.encoded:
+            print(self.encoded["train"].report)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset
@@ -282,7 +277,10 @@ class BaseTrainer(ResumableTrainer):
         if self.has_ended():
             return [], 1
         self._window_started = time.perf_counter()
-        pulled = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
+        pulled = [
+            examples_of(batch, source="get_train_dataloader")
+            for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
+        ]
         self.take_up()
         examples = [example for examples in pulled for example in examples]
         if not examples:
@@ -350,14 +348,15 @@ class BaseTrainer(ResumableTrainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Σ weight · loss, times the number of processes, since gradients are averaged over them."""
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """Σ weight · loss, times the processes, over which gradients are averaged; as asked for, with the metrics."""
         loss, metrics = self.loss(model, inputs)
         if inputs.tokens:
             positions = _positions(inputs)
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
-        return poisoned((loss * inputs.weight).sum() * self.accelerator.num_processes)
+        total = poisoned((loss * inputs.weight).sum() * self.accelerator.num_processes)
+        return (total, metrics) if return_outputs else total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.trainers.finite`."""
@@ -373,6 +372,7 @@ class BaseTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
+        inputs = examples_of(inputs, source="get_eval_dataloader")
         counted = inputs[: rows_of_its_own(self.args, self.accelerator, len(inputs))]
         self.evaluate_examples(model, counted, self.statistics(inputs), filling=inputs[:1])
         return None, None, None
@@ -418,9 +418,11 @@ class BaseTrainer(ResumableTrainer):
             eval_dataset = {name: self._encoded_rows(rows, name) for name, rows in eval_dataset.items()}
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def get_test_dataloader(self, test_dataset: Rows) -> DataLoader:
+        return super().get_test_dataloader(self._encoded_rows(test_dataset, "test"))
+
     def _encoded_rows(self, rows: Rows, name: str) -> Rows:
-        is_encoded = bool(ENCODED & set(rows.column_names or next(iter(rows))))
-        return rows if is_encoded else self.encode(rows, "eval", name)
+        return rows if ENCODED & set(columns_of(rows)) else self.encode(rows, "eval", name)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""

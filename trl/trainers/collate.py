@@ -7,13 +7,41 @@ from itertools import count
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from trl.data.encode import decode
-from trl.errors import DataError
+from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example
 
 IGNORE = -100
+
+ENCODED = {"prompt_ids", "completion_ids", "seq_lengths"}
+"""Columns that tell encoded rows."""
+
+
+def columns_of(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """The columns of rows; a stream may not know them before its first row."""
+    return rows.column_names or list(next(iter(rows)))
+
+
+def check_datasets(train: Any, evaluation: Any) -> None:
+    """Raises ConfigError for arguments of a trainer that are not datasets; several to evaluate on come by name."""
+    sets = {f"eval_dataset[{k!r}]": rows for k, rows in evaluation.items()} if isinstance(evaluation, Mapping) else {}
+    for argument, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
+        if rows is not None:
+            _check_rows(rows, argument)
+
+
+def _check_rows(rows: Any, argument: str) -> None:
+    if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ConfigError(f"{argument} holds the splits {list(rows)}: give one of them, dataset[{next(iter(rows))!r}].")
+    if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
+        raise ConfigError(
+            f"{argument} has to be a Dataset or IterableDataset of the library datasets, got {type(rows).__name__}: "
+            "datasets.Dataset.from_list(rows) makes one of a list of dicts, Dataset.from_generator of anything else."
+        )
 
 
 def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
@@ -22,15 +50,12 @@ def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
 
 
 def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, Any]]], list[Example]]:
-    """A user's collator as a source of examples.
-
-    It is given rows with `input_ids`, and gives padded `input_ids`, `attention_mask` and `labels` `[B,T]`, as collators
-    of `transformers` do; tokens whose label is −100 are not trained on.
-    """
+    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, or raw rows."""
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        flat = [{"input_ids": _flat(example)} for example in collate_examples(rows)]
-        return _examples_of_tensors(data_collator(flat))
+        if ENCODED & rows[0].keys():
+            rows = [{"input_ids": _flat(example)} for example in collate_examples(rows)]
+        return examples_of(data_collator(rows), source="data_collator")
 
     return collate
 
@@ -39,12 +64,41 @@ def _flat(example: Example) -> list[int]:
     return [*example.prompt, *example.completions[0].ids]
 
 
-def _examples_of_tensors(batch: Mapping[str, Any]) -> list[Example]:
-    present = batch["attention_mask"].bool()
+def examples_of(batch: Sequence[Example] | Mapping[str, Any], *, source: str) -> list[Example]:
+    """The examples of a batch: a list of them, or tensors as collators of `transformers` make them.
+
+    Those are padded `input_ids`, `attention_mask` and `labels` `[B,T]`, or without padding `input_ids`, `labels` and
+    `position_ids` that restart `[1,T]`. Tokens whose label is −100 are not trained on.
+
+    Raises DataError, naming the `source`, for anything else.
+    """
+    if not isinstance(batch, Mapping):
+        return list(batch)
+    if missing := {"input_ids", "labels"} - batch.keys():
+        raise DataError(
+            f"The batch of {source} has no {' and no '.join(sorted(missing))}, but {sorted(batch)}: give input_ids, "
+            "attention_mask and labels [B,T], where labels of −100 are not trained on."
+        )
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.shape != labels.shape or ((labels != ids) & (labels != IGNORE)).any():
+        raise DataError(
+            f"The labels of {source} have to be input_ids, or {IGNORE} where nothing is trained on. For an "
+            "encoder-decoder leave the collator out: rows with input_ids and labels are taken as they are."
+        )
     return [
-        Example([], (Completion(ids[here].tolist(), (labels[here] != IGNORE).long().tolist()),))
-        for ids, labels, here in zip(batch["input_ids"], batch["labels"], present, strict=True)
+        Example([], (Completion(ids[row][here].tolist(), (labels[row][here] != IGNORE).long().tolist()),))
+        for row, here in _sequences(batch)
     ]
+
+
+def _sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
+    """Row and places of every sequence in a batch."""
+    everything = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    present = batch.get("attention_mask", everything).bool()
+    restarts = batch["position_ids"] == 0 if "position_ids" in batch and "attention_mask" not in batch else ~everything
+    for row, document in enumerate(restarts.cumsum(1)):
+        for number in document.unique():
+            yield row, present[row] & (document == number)
 
 
 class Endless(IterableDataset):

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from trl.errors import ConfigError
 from trl.models.reference import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
+from trl.trainers.collate import columns_of
 from trl.trainers.parts import Part
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.trainers.window import plan_micro_batches
@@ -185,10 +186,23 @@ class KTOTrainer(PreferenceTrainer):
         return output
 
 
+@dataclass
+class BCOConfig(KTOConfig):
+    """Options of `BCOTrainer`: those of `KTOTrainer`."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "bco"
+    """One of `trl.algorithms.kto.LOSSES`."""
+
+
+class BCOTrainer(KTOTrainer):
+    """`KTOTrainer` with the loss of a binary classifier. BCO, arXiv:2404.04656."""
+
+    config_class = BCOConfig
+
+
 def unpaired(rows: Rows) -> Rows:
     """Rows with one labelled completion each: pairs are taken apart, their prompt found first."""
-    columns = rows.column_names or list(next(iter(rows)))
-    if not {"chosen", "rejected"} <= set(columns):
+    if not {"chosen", "rejected"} <= set(columns_of(rows)):
         return rows
     return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt))
 

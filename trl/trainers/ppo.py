@@ -189,15 +189,13 @@ class PPOTrainer(TripletSteps):
 
     def _load(self, name: str, quantization_config: Any) -> WithValueHead:
         args = self.args
-        kwargs = dict(args.model_init_kwargs or {})
+        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         args.model_init_kwargs = None
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"])
         kinds = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
-        return kinds[config.is_encoder_decoder].from_pretrained(
-            name, trust_remote_code=args.trust_remote_code, **kwargs
-        )
+        return kinds[config.is_encoder_decoder].from_pretrained(name, **kwargs)
 
     def _make_reference(self) -> Reference:
         inner = self.model.pretrained_model
