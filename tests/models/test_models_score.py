@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from tests.conftest import MODELS
 from trl.data.layout import lay_out, lay_out_encoder_decoder
@@ -94,6 +95,24 @@ def test_the_named_layout_is_refused_with_its_reason(make_model):
         choose_layout(make_model("mamba"), "packed")
     with pytest.raises(ConfigError, match="Unknown layout 'pakced'. Did you mean 'packed'"):
         choose_layout(make_model("llama"), "pakced")
+
+
+def test_windows_that_the_configuration_names_otherwise():
+    """A window of 256 is longer than any trial: GPT-Neo says "local" of such layers."""
+    widths = {"vocab_size": 99, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**widths, attention_types=[[["global", "local"], 1]]))
+    assert why_not(model, "shared") == "it has local layers"
+    assert not why_not(model, "packed")
+    model = GPTNeoForCausalLM(GPTNeoConfig(**widths, attention_types=[[["global"], 2]]))
+    assert not why_not(model, "shared")
+
+
+def test_trials_leave_every_module_in_its_mode(make_model):
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    choose_layout(model)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_auto_takes_the_fastest_and_says_why_not_faster(make_model, caplog):

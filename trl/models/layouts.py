@@ -1,8 +1,7 @@
 """Which layout a model can be run in: the fastest one that gives the same numbers.
 
 A layout is tried on a few tokens before it is trusted: its log-probabilities (of a classifier, its rewards) must equal
-those of the padded layout.
-Sliding windows are longer than such a trial, so they are read from the configuration.
+those of the padded layout. Windows of attention are longer than such a trial, so they are read from the configuration.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
 from trl.models.attention import TREE_ATTENTION
+from trl.models.modes import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
 from trl.types import Batch, Completion, Example
@@ -43,9 +43,9 @@ def choose_layout(
 ) -> str:
     """The layout to use: the named one if the model can, or with "auto" the fastest it can.
 
-    `branches` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion,
-    that layouts are compared by. Raises ConfigError, with the reason, where the named layout
-    would give other numbers than the padded one; "auto" falls back, and logs the reason once.
+    `branches` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion, that
+    layouts are compared by. Raises ConfigError, with the reason, where the named layout would give other numbers than the
+    padded one; "auto" falls back, and logs the reason once.
     """
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
@@ -84,7 +84,7 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
 def _windowed(model: PreTrainedModel) -> str:
     """Kinds of layers that do not attend to everything before them, as the configuration names them."""
     config = model.config.get_text_config().to_dict()
-    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    kinds = set(config.get("layer_types") or config.get("attention_layers") or []) - {"full_attention", "global"}
     if "layer_types" not in config and config.get("sliding_window") and config.get("use_sliding_window", True):
         kinds = {"sliding_attention"}
     return ", ".join(sorted(kinds))
@@ -92,15 +92,12 @@ def _windowed(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel, layout: str, measure: Measure) -> str:
-    training = model.training
-    model.eval()
     try:
-        expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
-        found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
+        with evaluating(model):
+            expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
+            found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
     except (TypeError, ValueError, RuntimeError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
-    finally:
-        model.train(training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     worst = (found - expected).abs().max().item()
     return "" if worst < tolerance else f"its numbers differ by {worst:.2g} from those of separate sequences"

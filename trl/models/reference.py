@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.models.layouts import TRIAL
+from trl.models.modes import evaluating
 from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import is_whole
 from trl.models.trunk import depth, layer_pattern, layers_of, recording, resuming
@@ -243,9 +244,11 @@ def _apart_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> 
     apart = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p is not theirs[name]}
     modules = {**{name: policy.get_submodule(name) for name in apart}, "": layers_of(policy)[shared.start - 1]}
     hooks = [m.register_forward_hook(lambda module, args, out, name=n: called.append(name)) for n, m in modules.items()]
-    score(policy, batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        score(policy, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return called[: called.index("")]
 
 
@@ -269,18 +272,6 @@ def _leaves_base_alone(model: PeftModel) -> bool:
 
 def _adapted(policy: nn.Module) -> PeftModel:
     return extract_model_from_parallel(policy, keep_fp32_wrapper=True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, without dropout, for the moment."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def create_reference_model(

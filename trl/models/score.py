@@ -36,6 +36,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
 from trl.models.heads import WithValueHead
+from trl.models.modes import evaluating
 from trl.models.sharding import is_whole
 from trl.models.trunk import encoded
 from trl.ops.logprobs import (
@@ -268,14 +269,12 @@ def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTra
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    training = model.training
-    model.eval()
     head.forward = lambda hidden: ramp
     try:
-        logits = model._trl_plain_forward(**inputs, use_cache=False).logits
+        with evaluating(model):
+            logits = model._trl_plain_forward(**inputs, use_cache=False).logits
     finally:
         head.forward = MethodType(_head_forward, head)
-        model.train(training)
     return torch.allclose(logits.float(), transform(ramp.float()), rtol=2e-2, atol=1e-2)
 
 

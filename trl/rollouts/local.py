@@ -10,11 +10,11 @@ search, inputs beside the tokens, …) is left to `model.generate`, with one war
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -27,6 +27,7 @@ from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.heads import WithValueHead
+from trl.models.modes import evaluating
 from trl.models.sharding import whole_weights
 from trl.rollouts.decoders import (
     Decoder,
@@ -47,7 +48,7 @@ from trl.rollouts.stopping import Stopper
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Path = Literal["shared", "repeated", "generate"]
+Way = Literal["shared", "repeated", "generate"]
 
 
 class LocalEngine:
@@ -72,7 +73,7 @@ class LocalEngine:
             raise ConfigError(f"max_tokens_alive={max_tokens_alive}: give a positive number of tokens.")
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens_alive, self.progress = max_tokens_alive, progress
-        self._paths: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
+        self._ways: weakref.WeakKeyDictionary[nn.Module, Way] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
 
     def sync(self, model: nn.Module, step: int) -> None:
@@ -92,14 +93,11 @@ class LocalEngine:
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)
         with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), bar:
-            path = self._path(policy, prompts, params)
-            if path == "generate":
+            way = self._way(policy, prompts, params)
+            if way == "generate":
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
-            decoder = (
-                SharedDecoder(policy, attention_windows(policy.inner), n)
-                if path == "shared"
-                else RepeatedDecoder(policy)
-            )
+            shared = way == "shared"
+            decoder = SharedDecoder(policy, attention_windows(policy.inner), n) if shared else RepeatedDecoder(policy)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
             sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
             return _Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar).run(rows, len(prompts))
@@ -119,18 +117,18 @@ class LocalEngine:
             total=samples, desc="Sampling", unit="sample", delay=2, leave=False, disable=None if self.progress else True
         )
 
-    def _path(self, policy: Policy, prompts: Sequence[Prompt], params: SamplingParams) -> Path:
+    def _way(self, policy: Policy, prompts: Sequence[Prompt], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):
             return self._resign(f"{options[0]} of the generation config is left to model.generate")
         if any(prompt.inputs for prompt in prompts):
             return self._resign("prompts with inputs beside their tokens are left to model.generate")
-        if policy.model not in self._paths:
-            self._paths[policy.model] = model_path(policy)
-        if self._paths[policy.model] == "generate":
+        if policy.model not in self._ways:
+            self._ways[policy.model] = fastest_way(policy)
+        if self._ways[policy.model] == "generate":
             return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
-        return self._paths[policy.model]
+        return self._ways[policy.model]
 
-    def _resign(self, reason: str) -> Path:
+    def _resign(self, reason: str) -> Way:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"{reason}: same distribution, one prompt at a time, and slower.", stacklevel=4)
@@ -167,13 +165,10 @@ class _Round:
         if not waiting or (self.rows and self.decoder.reserved > self.budget * 7 / 8):
             return
         room, new = self.budget - self.decoder.reserved, []
-        prompts: set[int] = set()
         while waiting:
-            cost = waiting[0].limit if waiting[0].index in prompts else self.decoder.cost(waiting[0])
-            if cost > room and (new or self.rows):
+            room -= self.decoder.cost(waiting[0], after=new)
+            if room < 0 and (new or self.rows):
                 break
-            room -= cost
-            prompts.add(waiting[0].index)
             new.append(waiting.popleft())
         if new:
             self._enter(new)
@@ -190,6 +185,12 @@ class _Round:
         logits = self.decoder.step(self.tokens)
         self.tokens, logprobs = self.sampler.sample(logits)
         for row, token, logprob in zip(self.rows, self.tokens.tolist(), logprobs.tolist(), strict=True):
+            if math.isnan(logprob):
+                raise ModelError(
+                    f"The model's logits after prompts[{row.index}] and {len(row.ids)} sampled tokens are not finite. Its "
+                    "weights hold NaN, or numbers overflow in their precision: look at the loss of the steps before, lower "
+                    "learning_rate, or use bfloat16 or float32."
+                )
             row.ids.append(token)
             row.logprobs.append(logprob)
         return [self.stopper.reason(row.ids, row.limit) for row in self.rows]
@@ -214,8 +215,8 @@ def unwrap(model: nn.Module) -> Policy:
     return Policy(model, inner)
 
 
-def model_path(policy: Policy) -> Path:
-    """The fastest way that the model allows."""
+def fastest_way(policy: Policy) -> Way:
+    """The fastest way to sample that the model allows."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
         return "generate"
     cached = "past_key_values" in policy.arguments or policy.recurrent
@@ -243,15 +244,3 @@ def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingPara
             raise DataError(f"prompts[{index}] has {len(prompt)} tokens, {name} is {total}: shorten the prompt.")
         limit = limit if total is None else min(limit, total - len(prompt))
     return limit
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode (no dropout, no gradient checkpointing); every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
