@@ -10,10 +10,11 @@ from transformers import GenerationConfig, GPT2Config, GPT2ForSequenceClassifica
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.score import score
-from trl.rollouts.decoders import fill_holes, like_lengths
+from trl.rollouts.decoders import RepeatedDecoder, Sample, SharedDecoder, fill_holes, like_lengths
 from trl.rollouts.engine import Prompt
-from trl.rollouts.local import LocalEngine, model_path, unwrap
+from trl.rollouts.local import LocalEngine, fastest_way, unwrap
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.stopping import Stopper
 from trl.types import Completion, Example
 
 VOCABULARY = 99
@@ -81,7 +82,7 @@ def flat(rollouts):
 @pytest.mark.parametrize("name", SHARED + REPEATED)
 def test_the_path_is_the_one_meant_for_the_architecture(make, name):
     with torch.no_grad():
-        assert model_path(unwrap(make(name))) == ("shared" if name in SHARED else "repeated")
+        assert fastest_way(unwrap(make(name))) == ("shared" if name in SHARED else "repeated")
 
 
 @pytest.mark.parametrize("name", SHARED + REPEATED)
@@ -240,6 +241,29 @@ def test_a_stop_string_over_token_boundaries_ends_the_completion(make, tokenizer
     assert kept.ids == whole.ids
 
 
+def test_a_stop_string_before_the_least_length_is_past(tokenizer):
+    params = SamplingParams(stop=("ab",), min_new_tokens=4)
+    stopper, ids = Stopper(params, [], tokenizer), tokenizer.encode("abxxab", add_special_tokens=False)
+    assert [stopper.reason(ids[:length], 9) for length in range(1, 7)] == [None] * 5 + ["stop"]
+
+
+def test_copies_of_a_cache_count_each(make):
+    """Three samples of a prompt of 5 tokens, 2 new ones each: 21 tokens in three caches, 11 with one copy of the prompt."""
+    rows = [Sample(0, number, Prompt([6] * 5), 2) for number in range(3)]
+    for name, each in {"bloom": [7, 7, 7], "llama": [7, 2, 2]}.items():
+        policy = unwrap(make(name))
+        decoder = RepeatedDecoder(policy) if name == "bloom" else SharedDecoder(policy, [None, None], 3)
+        assert [decoder.cost(row, after=rows[:i]) for i, row in enumerate(rows)] == each
+
+
+def test_logits_that_are_not_finite(make):
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"logits after prompts\[0\] and 0 sampled tokens are not finite"):
+        LocalEngine(model).generate([Prompt([5, 6])], SamplingParams(max_new_tokens=3))
+
+
 def test_max_length_of_a_generation_config_counts_the_prompt(make):
     params = SamplingParams.from_generation_config(GenerationConfig(max_length=12), ignore_eos=True)
     assert [len(r) for r in flat(LocalEngine(make("llama")).generate(ragged(lengths=(5, 1, 9)), params, 1))] == [
@@ -285,7 +309,7 @@ def test_a_data_parallel_policy_is_sampled_from_its_module(make):
 def test_a_policy_in_half_precision_keeps_one_copy_of_the_prompt(make, name):
     model, prompts = make(name).to(torch.bfloat16), ragged()
     with torch.no_grad():
-        assert model_path(unwrap(model)) == "shared"
+        assert fastest_way(unwrap(model)) == "shared"
     rollouts = LocalEngine(model).generate(prompts, SamplingParams(max_new_tokens=12, seed=3), 2)
     for prompt, samples in zip(prompts, rollouts, strict=True):
         for rollout in samples:

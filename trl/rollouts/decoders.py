@@ -46,11 +46,11 @@ class Decoder(Protocol):
     @property
     def reserved(self) -> int: ...
 
-    def cost(self, sequence: Sample) -> int:
-        """What admitting the sequence would add to `reserved`."""
+    def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
+        """What the sample would add to `reserved` if it were admitted with those of `after`."""
         ...
 
-    def admit(self, sequences: Sequence[Sample]) -> None:
+    def admit(self, samples: Sequence[Sample]) -> None:
         """Add rows behind the present ones."""
         ...
 
@@ -127,8 +127,8 @@ def attention_windows(inner: PreTrainedModel) -> list[int | None] | None:
 class SharedDecoder:
     """Rows that read one copy of their prompt's keys. All but a prompt's last token is prefilled; a row starts with it."""
 
-    def __init__(self, policy: Policy, windows: Sequence[int | None], samples: int) -> None:
-        self.policy, self.samples = policy, samples
+    def __init__(self, policy: Policy, windows: Sequence[int | None], n: int) -> None:
+        self.policy, self.n = policy, n
         self.cache = SharedPromptCache(windows)
         self.configs = policy.configs
         self.rows: list[Sample] = []
@@ -141,18 +141,19 @@ class SharedDecoder:
     def reserved(self) -> int:
         return sum(len(self.prompts[index]) for index in self.slots) + sum(row.limit for row in self.rows)
 
-    def cost(self, sequence: Sample) -> int:
-        return sequence.limit + (0 if sequence.index in self.prompts else len(sequence.prompt))
+    def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
+        held = sample.index in self.prompts or sample.index in {other.index for other in after}
+        return sample.limit + (0 if held else len(sample.prompt))
 
-    def admit(self, sequences: Sequence[Sample]) -> None:
-        new = {s.index: s.prompt for s in sequences if s.index not in self.prompts}
+    def admit(self, samples: Sequence[Sample]) -> None:
+        new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
         for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
             self._prefill(batch, [new[index].ids[:-1] for index in batch])
         for layer in self.cache.layers:
             layer.reserve_prompts(len(self.slots))
         self.prompts |= new
-        self.unfinished |= dict.fromkeys(new, self.samples)
-        self.rows += sequences
+        self.unfinished |= dict.fromkeys(new, self.n)
+        self.rows += samples
         self._replan()
 
     def _prefill(self, batch: list[int], prefixes: list[Sequence[int]]) -> None:
@@ -204,8 +205,8 @@ class SharedDecoder:
         slot_of = {index: slot for slot, index in enumerate(self.slots)}
         members: list[list[int]] = [[] for _ in self.slots]
         spots = []
-        for row, sequence in enumerate(self.rows):
-            slot = slot_of[sequence.index]
+        for row, sample in enumerate(self.rows):
+            slot = slot_of[sample.index]
             spots.append((slot, len(members[slot])))
             members[slot].append(row)
         most = max(map(len, members))
@@ -250,8 +251,8 @@ def proves_sharing(policy: Policy, windows: Sequence[int | None]) -> bool:
     """
     vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
     *prompt, first, second = (token % vocabulary for token in (11, 7, 5, 3, 2, 13))
-    rows = [Sample(0, sample, Prompt(prompt), 4) for sample in range(2)]
-    decoder = SharedDecoder(policy, windows, samples=2)
+    rows = [Sample(0, number, Prompt(prompt), 4) for number in range(2)]
+    decoder = SharedDecoder(policy, windows, n=2)
     decoder.admit(rows)
     decoder.step(torch.tensor([prompt[-1]] * 2, device=policy.device))
     ours = decoder.step(torch.tensor([first, second], device=policy.device))
@@ -294,16 +295,16 @@ class RepeatedDecoder:
     def reserved(self) -> int:
         return sum(self.cost(row) for cohort in self.cohorts for row in cohort.rows)
 
-    def cost(self, sequence: Sample) -> int:
-        return len(sequence.prompt) + sequence.limit
+    def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
+        return len(sample.prompt) + sample.limit
 
-    def admit(self, sequences: Sequence[Sample]) -> None:
-        order = {index: number for number, index in enumerate(dict.fromkeys(s.index for s in sequences))}
-        prompts = {s.index: s.prompt.ids for s in sequences}
+    def admit(self, samples: Sequence[Sample]) -> None:
+        order = {index: number for number, index in enumerate(dict.fromkeys(s.index for s in samples))}
+        prompts = {s.index: s.prompt.ids for s in samples}
         start = self._encode if self.policy.inner.config.is_encoder_decoder else self._prefill
         cohort = start([prompts[index] for index in order])
-        cohort.rows = list(sequences)
-        cohort.select(torch.tensor([order[s.index] for s in sequences], device=self.policy.device))
+        cohort.rows = list(samples)
+        cohort.select(torch.tensor([order[s.index] for s in samples], device=self.policy.device))
         self.cohorts.append(cohort)
 
     def _prefill(self, prompts: list[Sequence[int]]) -> Cohort:

@@ -80,16 +80,16 @@ class Sampler:
         self.processors: dict[int, LogitsProcessorList] = {}
         self.processed = bool(options_set(params, PROCESSED))
 
-    def admit(self, sequences: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    def admit(self, samples: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
         """Add rows. A row's context is the tokens before its first, in the stream that it continues."""
-        index = torch.tensor([s.index for s in sequences], device=self.device)
-        sample = torch.tensor([s.number for s in sequences], device=self.device)
-        self.keys = torch.cat([self.keys, stream(self.params.seed, index, sample)])
+        index = torch.tensor([s.index for s in samples], device=self.device)
+        number = torch.tensor([s.number for s in samples], device=self.device)
+        self.keys = torch.cat([self.keys, stream(self.params.seed, index, number)])
         self.positions = torch.cat([self.positions, torch.zeros_like(index)])
-        self.rows = [*self.rows, *sequences]
-        self.contexts |= {s.index: context for s, context in zip(sequences, contexts, strict=True)}
+        self.rows = [*self.rows, *samples]
+        self.contexts |= {s.index: context for s, context in zip(samples, contexts, strict=True)}
         if self.params.repetition_penalty != 1:
-            seen = torch.zeros(len(sequences), vocabulary, dtype=torch.bool, device=self.device)
+            seen = torch.zeros(len(samples), vocabulary, dtype=torch.bool, device=self.device)
             for row, context in zip(seen, contexts, strict=True):
                 row[torch.tensor(list(context), device=self.device)] = True
             self.seen = seen if self.seen is None else torch.cat([self.seen, seen])

@@ -209,7 +209,8 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     inside = (u[:, None] * sums.sum(-1, True) - before.gather(1, block)) / sums.gather(1, block)
     tokens = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     candidates = weights.gather(1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens >= vocabulary, 0)
-    return (block * BLOCK + _search(candidates, inside[:, 0].clamp(0, 1 - 2.0**-53))).squeeze(1)
+    token = block * BLOCK + _search(candidates, inside[:, 0].clamp(0, 1 - 2.0**-53))
+    return token.clamp(max=vocabulary - 1).squeeze(1)  # NaN is found nowhere
 
 
 def _draw_sorted(probabilities: Tensor, tokens: Tensor, params: SamplingParams, u: Tensor) -> Tensor:

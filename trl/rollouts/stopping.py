@@ -36,5 +36,9 @@ class Stopper:
 
     def _ends_in_string(self, ids: Sequence[int]) -> bool:
         """Every token is at least a byte of text, so a string that ends here begins within the tail."""
-        text = self.tokenizer.decode(ids[-self.tail :], clean_up_tokenization_spaces=False)
-        return any(string in text for string in self.strings)
+        text = self._text(ids[-self.tail :])
+        found = [text[: text.rfind(string) + len(string)] for string in self.strings if string in text]
+        return bool(found) and not self._text(ids[-self.tail : -1]).startswith(max(found, key=len))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
