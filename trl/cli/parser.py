@@ -197,20 +197,50 @@ def _nearest(option: Option, text: str) -> str:
 
 
 def _load_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--config {path}: there is no such file.{_neighbours(file)}")
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    data = read_yaml(path, "--config")
     if not isinstance(data or {}, dict):
         raise ConfigError(
             f"{path}: a configuration is a list of `option: value` lines, and not a {type(data).__name__}."
         )
     return data or {}
+
+
+def read_yaml(path: str, option: str) -> Any:
+    """What the file that `option` names holds. Raises ConfigError where it is not there, or is not YAML."""
+    import yaml
+
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigError(f"{option} {path}: this is a folder, and not a file.")
+    if not file.is_file():
+        raise ConfigError(f"{option} {path}: there is no such file.{_neighbours(file)}")
+    try:
+        node = yaml.compose(text := file.read_text(encoding="utf-8"), yaml.SafeLoader)
+        _refuse_twice(path, node)
+        return yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {path}: this is no text in UTF-8, and so not YAML.") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{option} {path} is not YAML: {_what_is_wrong(error)}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option} {path} is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def _refuse_twice(path: str, node: Any) -> None:
+    """Raises ConfigError for a key that a file gives twice: YAML's readers would drop the first."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value if node is not None and node.id == "mapping" else ():
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ConfigError(f"{path}: {key.value} stands in lines {lines[key.value]} and {line}: keep one.")
+        lines[key.value] = line
+
+
+def _what_is_wrong(error: Any) -> str:
+    """`while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`"""
+    told = ": ".join(each for each in (error.context, error.problem) if each)
+    hint = ". YAML is indented with spaces, never with tabs" if "'\\t'" in told else ""
+    return f"{told} (line {error.problem_mark.line + 1}){hint}"
 
 
 def _neighbours(file: Path) -> str:

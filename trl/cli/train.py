@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,8 +15,9 @@ from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import Given
 from trl.data.mixture import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
-from trl.errors import ConfigError, DataError, suggest
+from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
+from trl.models.files import WEIGHTS
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUME_LAST = ("true", "last")
-
-WEIGHTS = re.compile(r".+\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin")
-"""Files that hold a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def read_run(method: Method, given: Given) -> Run:
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
     model.model_name_or_path = check_model(model.model_name_or_path)
-    training = given.arguments_for(load(method.config))
+    training = _training_arguments(method, given)
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
     launch = given.arguments_for(LaunchArguments)
     return Run(
@@ -69,6 +66,22 @@ def read_run(method: Method, given: Given) -> Run:
         num_processes=launch.num_processes,
         accelerate_config=launch.accelerate_config,
     )
+
+
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def _training_arguments(method: Method, given: Given) -> TrainerConfig:
+    """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
+    for name in COUNTS:
+        if given.values.get(name, 1) < 1:
+            raise ConfigError(f"{name}={given.values[name]}: give 1 or more.")
+    try:
+        return given.arguments_for(load(method.config))
+    except TrlError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"The options do not go together: {error}") from error
 
 
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
@@ -90,6 +103,8 @@ def check_model(name: str | None) -> str:
     folder = Path(name).expanduser()
     if not folder.exists() and not name.startswith(("/", "./", "../", "~")):
         return name
+    if folder.is_file():
+        raise ConfigError(f"model_name_or_path={name!r} is a file: give the folder of a model, or its hub name.")
     if not folder.is_dir():
         beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest(folder.name, beside)}")
@@ -109,7 +124,7 @@ def check_weights(name: str | None) -> None:
     if any(WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
         return
     raise ConfigError(
-        f"model_name_or_path={name!r}: the folder holds no weights (no *.safetensors or pytorch_model*.bin). Copy them "
+        f"model_name_or_path={name!r}: the folder holds no weights (no model*.safetensors or pytorch_model*.bin). Copy them "
         "there, or name another."
     )
 

@@ -31,6 +31,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from trl.errors import ConfigError, suggest
+from trl.models.files import SHARDS, WEIGHTS
 from trl.models.shards import check_shards, is_inside
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ CHECKPOINT = re.compile(r"(replaced-)?checkpoint-(\d+)")
 PARTIAL, REPLACED = "partial-", "replaced-"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-WEIGHTS = re.compile(r"((adapter_)?model|pytorch_model|adapter_model).*\.(safetensors|bin)|.*_fsdp_\d+|global_step\d+")
 OPTIMIZER = re.compile(r"optimizer(_\d+)?(\.pt|\.bin)?|global_step\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LITTLE = 2**20
@@ -200,7 +200,7 @@ def why_not_resumable(checkpoint: Path) -> str:
     names = [path.name for path in checkpoint.iterdir()]
     if STATE not in names:
         return f"{STATE} is missing, so writing it was interrupted"
-    if not any(map(WEIGHTS.fullmatch, names)):
+    if not any(WEIGHTS.fullmatch(name) or SHARDS.fullmatch(name) for name in names):
         return "it holds no weights"
     if not any(map(OPTIMIZER.fullmatch, names)):
         return "it holds no optimizer state" + (" (save_only_model was set)" if manifest.exists() else "")

@@ -10,13 +10,12 @@ import getpass
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl.cli.chat.arguments import EXAMPLES, ChatArguments, generation_of
 from trl.cli.commands import MODEL
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import Given, OptionParser
+from trl.cli.parser import Given, OptionParser, read_yaml
 from trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,15 +104,7 @@ def read_examples(path: str | None) -> Mapping[str, str]:
     """
     if path is None:
         return EXAMPLES
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--examples_path {path}: there is no such file.")
-    try:
-        found: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--examples_path {path} is not YAML: {' '.join(str(error).split())}.") from None
+    found = read_yaml(path, "--examples_path")
     if not isinstance(found, dict):
         raise ConfigError(f"--examples_path {path}: it takes `name: text` lines, and not a {type(found).__name__}.")
     texts = {str(name): value.get("text") if isinstance(value, dict) else value for name, value in found.items()}
