@@ -230,6 +230,12 @@ def test_options_that_do_not_fit(tmp_path, options, words):
         config(tmp_path, **options)
 
 
+@pytest.mark.parametrize("bounds", [(1.0, -1.0), (1.0,)])
+def test_bounds_of_rewards_are_two_in_order(tmp_path, bounds):
+    with pytest.raises(ConfigError, match="reward_clip_range=.* give two numbers, the lowest reward and the highest"):
+        RLOOConfig(output_dir=str(tmp_path), reward_clip_range=bounds)
+
+
 def test_options_of_older_scripts(tmp_path):
     made = config(tmp_path, vllm_importance_sampling_cap=2.0, vllm_mode="server", scale_rewards=False)
     assert made.importance_sampling_clip_max == 2.0

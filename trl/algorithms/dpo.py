@@ -236,7 +236,7 @@ class DPOOptions:
     """Compare with a uniform distribution in place of the reference: h is the log-probability."""
 
     rpo_alpha: float | None = None
-    """Weight of −log π(y_w) / |y_w|, added to the loss (RPO, arXiv:2404.19733)."""
+    """Weight of −log π(y_w) / |y_w|, added to the loss (RPO, arXiv:2404.19733). None: not added."""
 
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
@@ -254,13 +254,13 @@ class DPOOptions:
     """Temperature of DiscoPOP's mixture (arXiv:2406.08414); the value that was found with it."""
 
     simpo_gamma: float = 0.5
-    """Margin that SimPO and AlphaPO aim at, after β."""
+    """γ: margin of β-scaled mean log-probabilities that SimPO and AlphaPO aim at (arXiv:2405.14734)."""
 
     cpo_alpha: float = 1.0
-    """Weight of CPO's imitation term."""
+    """Weight of −log π(y_w) / |y_w| in "cpo" (arXiv:2401.08417)."""
 
     alphapo_alpha: float = 0.25
-    """Shape of AlphaPO's reward: 0 is SimPO's logarithm."""
+    """Shape of AlphaPO's reward: 0 is SimPO's logarithm (arXiv:2501.03884)."""
 
 
 @dataclass(kw_only=True)

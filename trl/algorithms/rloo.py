@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from trl.algorithms.advantages import Baseline, Scale, advantages
 from trl.algorithms.grpo import GRPO, RatioLevel
+from trl.errors import ConfigError
 from trl.types import Experience
 
 
@@ -31,6 +32,12 @@ class RLOO(GRPO):
     """Bounds that rewards are clipped to, before the KL penalty."""
     normalize_advantages: bool = False
     """Give the advantages of a round mean 0 and standard deviation 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = self.reward_clip_range
+        if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
+            raise ConfigError(f"reward_clip_range={bounds}: give two numbers, the lowest reward and the highest.")
 
     def advantages(self, experience: Experience) -> Experience:
         if self.reward_clip_range is not None:

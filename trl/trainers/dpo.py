@@ -26,7 +26,7 @@ class DPOConfig(DPOOptions, PreferenceConfig):
     """Options of `DPOTrainer`."""
 
     loss_type: list[DPOLoss] | DPOLoss = field(default_factory=lambda: ["sigmoid"])
-    """One loss or several; see `trl.algorithms.dpo.LOSSES`."""
+    """One loss or several, which are summed: "sigmoid" is that of the paper; see `trl.algorithms.dpo` for the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -78,7 +78,7 @@ class OnlineConfig(ReferenceConfig):
     """How often a round is gone through."""
 
     temperature: float = 1.0
-    """Divides the logits, in sampling and in training."""
+    """Divides the logits, in sampling and in training. 0: the most likely token is taken, and learned from at 1."""
 
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""

@@ -51,7 +51,7 @@ class OnlineDPOConfig(OnlineConfig):
     those that follow."""
 
     loss_type: DPOLoss = "sigmoid"
-    """The loss of a pair: a name in `trl.algorithms.dpo.LOSSES`."""
+    """The loss of a pair, as in `DPOConfig`; not one that compares the pairs of a batch ("aot", "aot_unpaired")."""
 
     loss_aggregation: Literal["sequence"] = "sequence"
     """Always "sequence": every pair counts the same."""

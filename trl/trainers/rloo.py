@@ -44,7 +44,7 @@ class RLOOConfig(OnlineConfig):
     """Give the advantages of a round mean 0 and standard deviation 1."""
 
     reward_clip_range: tuple[float, float] | None = None
-    """Bounds that rewards are clipped to."""
+    """Lowest and highest reward that counts; others are clipped to these, before the KL penalty."""
 
     loss_aggregation: LossAggregation = "sequence"
 
