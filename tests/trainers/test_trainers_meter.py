@@ -3,7 +3,7 @@ import torch
 
 from trl.data.layout import lay_out
 from trl.trainers.meter import Meter
-from trl.trainers.window import plan_micro_batches, share_out, weigh
+from trl.trainers.window import filler, plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Completion, Example
 
 BATCH = lay_out([Example([1], (Completion([2, 3]),)), Example([1], (Completion([4]),))])
@@ -36,9 +36,38 @@ def test_a_metric_without_entries_is_left_out():
     assert meter.read(lambda row: row, CPU) == {}
 
 
+def test_extremes_leave_out_what_does_not_apply():
+    meter, nan = Meter(), float("nan")
+    meter.add({"min_reward": torch.tensor([nan, 3.0]), "max_reward": torch.tensor([[nan, -3.0], [-5.0, nan]])})
+    assert meter.read(lambda row: row, CPU) == {"min_reward": 3.0, "max_reward": -3.0}
+    meter.add({"min_reward": torch.tensor([nan]), "max_reward": torch.tensor([nan])})
+    assert meter.read(lambda row: row, CPU) == {}
+
+
+def test_counts_are_means_unless_told_otherwise():
+    meter = Meter()
+    meter.count("tried", 1)
+    meter.count("tried", 4)
+    assert meter.read(lambda row: row, CPU) == {"tried": 2.5}
+
+
+def test_what_is_held_keeps_no_graph():
+    meter, x = Meter(), torch.ones(1, requires_grad=True)
+    meter.add({"reward": 2 * x, "entropy": x.expand(2, 2), "max_reward": 3 * x}, BATCH)
+    state = meter.state_dict()
+    assert not any(held.requires_grad for part in state.values() for held in part.values())
+    again = Meter()
+    again.load_state_dict(state)
+    found = again.read(lambda row: row, CPU)
+    assert found == {"reward": 2.0, "entropy": 1.0, "max_reward": 3.0}
+    assert {type(value) for value in found.values()} == {float}
+
+
 def test_micro_batches_hold_sequences_of_like_length():
     assert plan_micro_batches([3, 9, 1, 8, 2, 7], count=3) == [[1, 3], [5, 0], [4, 2]]
     assert plan_micro_batches([5, 4], count=8) == [[0], [1]]
+    assert plan_micro_batches([3, 9, 1], count=1) == [[1, 0, 2]]
+    assert plan_micro_batches([], count=2) == []
 
 
 def test_a_token_budget_opens_micro_batches_as_needed():
@@ -46,6 +75,8 @@ def test_a_token_budget_opens_micro_batches_as_needed():
     assert plan_micro_batches([4, 9, 8, 4, 2, 4], count=1, token_budget=15) == [[1], [2], [0, 3, 5], [4]]
     assert plan_micro_batches([20], count=1, token_budget=15) == [[0]]
     assert plan_micro_batches([1, 1, 1, 1], count=2, token_budget=100) == [[0, 1], [2, 3]]
+    assert plan_micro_batches([5, 5, 5], count=1, token_budget=15) == [[0, 1, 2]]
+    assert plan_micro_batches([9, 1, 1, 1], count=2, token_budget=9) == [[0], [1, 2, 3]]
 
 
 def test_micro_batches_are_dealt_to_counted_steps():
@@ -57,3 +88,17 @@ def test_weights_of_a_window_sum_to_one_over_processes():
     batches, tokens = weigh([BATCH], lambda b: b.mask, lambda local: local + torch.tensor([5.0, 100.0]))
     assert batches[0].weight.tolist() == [pytest.approx([1 / 8, 1 / 8]), pytest.approx([1 / 8, 0])]
     assert tokens == 100 + 5
+
+
+def test_a_filler_takes_part_and_counts_nothing():
+    (batch,), _ = weigh([BATCH], lambda b: b.mask, lambda local: local)
+    idle = filler(batch)
+    assert (idle.mask.shape, idle.mask.any(), idle.weight.any()) == (batch.mask.shape, False, False)
+    assert (len(idle.scored), idle.tokens) == (0, 0)
+    assert idle.inputs is batch.inputs
+
+
+def test_numbers_of_a_window_are_signals_of_each_of_its_completions():
+    (found,) = with_signals([BATCH], {"shift": torch.tensor(3.0)})
+    assert found.signals["shift"].tolist() == [3.0, 3.0]
+    assert with_signals([BATCH], {}) == [BATCH]
