@@ -60,6 +60,12 @@ def test_text_ends_with_one_eos(plain):
     assert plain.decode(only([{"text": "the sky"}], plain, add_eos=False).completions[0].ids) == "the sky"
 
 
+def test_an_eos_that_stands_in_a_prompt_stays(make):
+    tokenizer = make.tokenizer(bos=True)
+    prompt = only([{"prompt": "what is</s>", "completion": " blue"}], tokenizer).prompt
+    assert tokenizer.decode(prompt) == "<s>what is</s>"
+
+
 def test_text_field_and_eos_token(make):
     tokenizer = make.tokenizer(eos=None)
     example = only([{"review": "the sky"}], tokenizer, text_field="review", eos_token="<|im_end|>")
@@ -407,6 +413,9 @@ def test_wrong_types_name_row_and_column(plain, chatml):
         "Row 0, column 'labels': 1 values for the 2 tokens": [{"input_ids": [4, 5], "labels": [4]}],
         "Row 0, column 'labels': a label is the token of 'input_ids' or -100": [
             {"input_ids": [4, 5], "labels": [5, 6]}
+        ],
+        "Row 0, column 'seq_lengths': every document has at least one token, found [2, 0]": [
+            {"input_ids": [4, 5], "seq_lengths": [2, 0]}
         ],
         "Row 0, column 'seq_lengths': they add up to 3, the row has 2 tokens": [
             {"input_ids": [4, 5], "seq_lengths": [3]}

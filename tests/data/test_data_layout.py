@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl.data.layout import cheapest_rows, fill_rows, lay_out, lay_out_encoder_decoder
+from trl.errors import ConfigError
 from trl.models.attention import TREE_ATTENTION, tree_mask
 from trl.types import Completion, Example
 
@@ -114,6 +115,11 @@ def test_rows_of_one_sequence_need_no_mask():
     batch = lay_out([PAIR, TEXT], "packed", hidden_size=1)
     assert batch.inputs["position_ids"].tolist() == [list(range(6))] * 3
     assert set(batch.inputs) == {"input_ids", "position_ids"}
+
+
+def test_a_layout_that_there_is_not():
+    with pytest.raises(ConfigError, match="Unknown layout 'pakced'. Did you mean 'packed'"):
+        lay_out([PAIR], "pakced")
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])

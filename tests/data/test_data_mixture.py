@@ -171,6 +171,7 @@ def test_rows_set_aside(tmp_path, size, expected):
             "dataset_name='notes.md' is no data file: known endings are .jsonl, .json, .csv",
         ),
         ({"dataset_name": ["train.jsonl", "b.csv"]}, "files of different kinds"),
+        ({"dataset_name": ["b.csv", "c.tsv"]}, "files of different kinds"),
         ({"dataset_name": ["train.jsonl", "imdb"]}, "mix datasets with `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_name": "broken.jsonl"}, r"Dataset \['broken.jsonl'\] cannot be read as json: "),
@@ -178,12 +179,14 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_train_split": "train[2]"}, r"split='train\[2\]' is not a slice: write name\[start:end\]"),
         ({"dataset_train_split": "train[a:]"}, "is not a slice"),
         ({"dataset_train_split": "train[:50%]", "dataset_streaming": True}, "Give numbers of rows"),
+        ({"dataset_train_split": "train[-3:]", "dataset_streaming": True}, "has no end to count from"),
         ({"dataset_columns": ["txt"]}, r"has no column 'txt'. Did you mean 'text'\? Its columns: text, number."),
     ],
 )
 def test_refused_datasets(tmp_path, arguments, message):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "b.csv")
+    write(tmp_path / "c.tsv")
     (tmp_path / "notes.md").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": [')
     with pytest.raises((DataError, ConfigError), match=message):
@@ -207,6 +210,8 @@ def test_refused_datasets(tmp_path, arguments, message):
         ({"datasets": [{"path": "imdb"}], "probabilities": [-1]}, "none may be negative"),
         ({"stopping_strategy": "first_exausted"}, "Did you mean 'first_exhausted'"),
         ({"streaming": True, "test_split_size": 0.1}, "rows are not counted beforehand"),
+        ({"test_split_size": 1.5}, "test_split_size=1.5: give a share below 1, or a number of rows"),
+        ({"test_split_size": 0}, "test_split_size=0: give a share below 1"),
     ],
 )
 def test_refused_mixtures(options, message):

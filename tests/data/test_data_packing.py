@@ -32,12 +32,24 @@ def test_best_fit_places_each_document_once_and_overfills_no_row(capacity):
     assert len(rows) <= np.ceil(11 / 9 * lengths.sum() / capacity) + 1 or capacity == 7
 
 
+def test_best_fit_takes_documents_of_no_tokens():
+    """Two rows have room for the last two; the emptier one keeps it."""
+    assert best_fit_decreasing(np.array([0, 0]), 4) == [[0, 1]]
+    assert best_fit_decreasing(np.array([3, 3, 1, 0]), 5) == [[0], [1, 2, 3]]
+
+
 def test_bfd_cuts_long_documents():
     assert pack_dataset(Dataset.from_dict(ROWS), 4)[:] == {
         "input_ids": [[1, 2, 3, 4], [8, 9, 10, 11], [6, 7]],
         "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0]],
         "seq_lengths": [[4], [3, 1], [2]],
     }
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_a_document_without_a_token_is_none(strategy):
+    packed = pack_dataset(Dataset.from_dict({"input_ids": [[1], [], [2, 3]]}), 3, strategy)
+    assert sorted(packed["seq_lengths"][0]) == [1, 2]
 
 
 def test_bfd_split_keeps_every_token():
@@ -83,6 +95,14 @@ def test_packing_happens_within_the_batches_of_map():
 def test_unknown_strategy():
     with pytest.raises(ConfigError, match=r"Unknown packing strategy 'bdf'\. Did you mean 'bfd'"):
         pack_dataset(Dataset.from_dict(ROWS), 4, "bdf")
+    with pytest.raises(ConfigError, match=r"Unknown packing strategy 'bdf'\. Did you mean 'bfd'"):
+        pack_examples(Dataset.from_dict(TREES), 4, "bdf")
+
+
+def test_rows_that_hold_nothing():
+    with pytest.raises(ConfigError, match="Rows of 0 tokens cannot hold anything"):
+        pack_dataset(Dataset.from_dict(ROWS), 0)
+    assert pack_dataset(Dataset.from_dict(ROWS), 1, "wrapped").num_rows == 11
 
 
 def test_columns_that_are_no_lists_or_of_other_lengths():
@@ -145,3 +165,13 @@ def test_preferences_cannot_be_packed():
     rows = Dataset.from_dict({"prompt_ids": [[1]], "completion_ids": [[[2], [3]]]})
     with pytest.raises(DataError, match=r"rows of one completion.*packing=False"):
         pack_examples(rows, 4)
+    mixed = Dataset.from_dict({"prompt_ids": [[1], [1]], "completion_ids": [[[2]], [[2], [3]]]})
+    with pytest.raises(DataError, match="rows of one completion"):
+        pack_examples(mixed, 4)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_a_document_without_a_token_is_dropped(strategy):
+    rows = {"prompt_ids": [[1], []], "completion_ids": [[[2]], [[]]]}
+    packed, _ = pack_examples(Dataset.from_dict(rows), 4, strategy)
+    assert documents(packed) == [([1, 2], [False, True])]

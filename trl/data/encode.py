@@ -45,7 +45,7 @@ from trl.types import Completion, Example
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
 
 _COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
@@ -309,12 +309,14 @@ class RowEncoder:
 def documents(trees: list[Tree], columns: Columns) -> list[Tree]:
     """Rows that came packed, masked where a document begins: nothing predicts its first token.
 
-    Raises DataError where `seq_lengths` do not add up to a row's tokens.
+    Raises DataError where `seq_lengths` do not add up to a row's tokens, or name a document without a token.
     """
     lengths_of = columns.numbers("seq_lengths")
     for k, (tree, lengths) in enumerate(zip(trees, lengths_of, strict=True)):
         if sum(lengths) != tree.tokens:
             raise columns.error(k, "seq_lengths", f"they add up to {sum(lengths)}, the row has {tree.tokens} tokens.")
+        if not lengths or min(lengths) < 1:
+            raise columns.error(k, "seq_lengths", f"every document has at least one token, found {list(lengths)}.")
     return [_masked_starts(tree, lengths) for tree, lengths in zip(trees, lengths_of, strict=True)]
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trl.errors import ConfigError, unknown
 from trl.types import Batch, Completion, Example
 
 PADDING = -1
@@ -47,6 +48,8 @@ def lay_out(
     Without it, rows are as wide as is cheapest for a model of `hidden_size`: see `cheapest_rows`. Completions are
     numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`.
     """
+    if layout not in LAYOUTS:
+        raise ConfigError(unknown("layout", layout, LAYOUTS))
     trees, numbers = LAYOUTS[layout](examples)
     sizes = [tree.tokens for tree in trees]
     if layout == "padded":

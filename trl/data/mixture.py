@@ -123,8 +123,11 @@ class DatasetMixtureConfig:
         if self.stopping_strategy not in get_args(Stopping):
             raise ConfigError(unknown("stopping_strategy", self.stopping_strategy, get_args(Stopping)))
         self._check_shares()
-        if self.streaming and self.test_split_size is not None:
+        size = self.test_split_size
+        if self.streaming and size is not None:
             raise ConfigError("test_split_size does not work with streaming=True: rows are not counted beforehand.")
+        if size is not None and (size <= 0 or (size > 1 and size != int(size))):
+            raise ConfigError(f"test_split_size={size}: give a share below 1, or a number of rows.")
 
     def _check_shares(self) -> None:
         fractions = [each.fraction for each in self.datasets]
@@ -171,10 +174,13 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 
 def _builder(path: str) -> str | None:
     """What reads the file `path`, by its ending; None if that is not one of a data file."""
+    return BUILDERS.get(_ending(path))
+
+
+def _ending(path: str) -> str:
+    """The ending of a file's name, that of a compressed one before it was."""
     stem, ending = os.path.splitext(path)
-    if ending in PACKED:
-        ending = os.path.splitext(stem)[1]
-    return BUILDERS.get(ending)
+    return os.path.splitext(stem)[1] if ending in PACKED else ending
 
 
 def is_local(name: str) -> bool:
@@ -249,11 +255,11 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    builders = {_builder(path) for path in paths}
-    if len(builders) > 1:
+    readers = {(_builder(path), _ending(path) == ".tsv") for path in paths}
+    if len(readers) > 1:
         raise DataError(f"Dataset {paths}: files of different kinds cannot be read as one.")
-    builder = builders.pop()
-    separator = {"sep": "\t"} if any(".tsv" in path for path in paths) else {}
+    ((builder, has_tabs),) = readers
+    separator = {"sep": "\t"} if has_tabs else {}
     try:
         return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
     except DatasetGenerationError as error:
@@ -294,6 +300,10 @@ def _slice(rows: Rows, split: str, inside: str) -> Rows:
     if not colon:
         raise DataError(f"split={split!r} is not a slice: write name[start:end], in rows or with %.")
     if not isinstance(rows, Dataset):
+        if min(first or 0, last or 0) < 0:
+            raise DataError(
+                f"split={split!r}: a streaming dataset has no end to count from. Give numbers from its start."
+            )
         rows = rows.skip(first or 0)
         return rows if last is None else rows.take(last - (first or 0))
     if percent:

@@ -72,8 +72,9 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> list[list[int]]:
 
 
 def truncated_fit(lengths: Ints, capacity: int) -> Pieces:
-    """Best fit of documents cut to `capacity`; what is over is dropped."""
-    return _fitted(_starts(lengths), np.minimum(lengths, capacity), capacity)
+    """Best fit of documents cut to `capacity`; what is over is dropped, and documents without a token."""
+    filled = lengths > 0
+    return _fitted(_starts(lengths)[filled], np.minimum(lengths, capacity)[filled], capacity)
 
 
 def split_fit(lengths: Ints, capacity: int) -> Pieces:

@@ -24,12 +24,13 @@ class TextEncoder:
     """Batched tokenisation by one tokenizer.
 
     `cuts_freely`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
-    text; those tokenise a continuation together with its prompt.
+    text; those tokenise a continuation together with its prompt. `adds_eos`: special tokens are EOS at the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.cuts_freely = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
+        self.adds_eos = self.ids(["a"], add_special_tokens=True)[0][-1:] == [tokenizer.eos_token_id]
         added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self._header_ids: dict[str, list[int]] = {}
@@ -43,11 +44,8 @@ class TextEncoder:
 
     def prompts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of texts that are continued: without the EOS that some tokenizers put after every text."""
-        eos = self.tokenizer.eos_token_id
         rows = self.ids(texts, add_special_tokens=add_special_tokens)
-        if not add_special_tokens:
-            return rows
-        return [ids[:-1] if ids and ids[-1] == eos else ids for ids in rows]
+        return [ids[:-1] for ids in rows] if add_special_tokens and self.adds_eos else rows
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, add_special_tokens: bool
