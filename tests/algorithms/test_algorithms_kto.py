@@ -97,6 +97,8 @@ def test_reward_shift_lies_halfway_between_the_averages():
     assert shift.delta.item() == pytest.approx((1.5 - 1.0) / 2)
     shift = shift.update(torch.tensor([-2.0, -3.0]), torch.tensor([False, False]))
     assert shift.delta.item() == pytest.approx((1.5 - 2.0) / 2)
+    one_of_each = RewardShift.start().update(torch.tensor([3.0, -1.0]), torch.tensor([True, False]))
+    assert one_of_each.delta.item() == pytest.approx(1.0)
 
 
 def test_reward_shift_does_not_depend_on_how_batches_were_split():
@@ -154,6 +156,21 @@ def test_the_algorithm_weighs_by_label():
     assert loss.tolist() == pytest.approx([2 * (1 - sigma(0.2)), 3 * (1 - sigma(0.25))], rel=1e-5)
 
 
+def test_a_label_is_a_number_above_one_half():
+    scores, batch = make(kl=0.2)
+    batch.signals["label"] = torch.tensor([0.6, 0.5])
+    loss, _ = KTO(beta=0.5, desirable_weight=2.0, undesirable_weight=0.0).loss(scores, batch)
+    assert loss.tolist() == pytest.approx([2 * (1 - sigma(0.2)), 0.0], rel=1e-5)
+
+
+def test_metrics_keep_no_graph():
+    scores, batch = make(kl=0.2)
+    scores.logprobs.requires_grad_()
+    loss, metrics = KTO().loss(scores, batch)
+    assert loss.requires_grad
+    assert not [name for name, value in metrics.items() if value.requires_grad]
+
+
 def test_each_loss_says_what_it_needs():
     assert {name: KTO(loss_type=name).needs_signal for name in LOSSES} == {
         "kto": "kl",
@@ -202,6 +219,9 @@ def test_balanced_classes_need_no_weights():
 def test_one_class_alone_is_refused():
     with pytest.raises(DataError, match="'label' has 5 true and 0 false"):
         recommended_weights(5, 0)
+    with pytest.raises(DataError, match="'label' has 0 true and 5 false"):
+        recommended_weights(0, 5)
+    assert recommended_weights(1, 1).ratio == 1
 
 
 @pytest.mark.parametrize(
@@ -209,6 +229,7 @@ def test_one_class_alone_is_refused():
     [
         ({"loss_type": "kt0"}, "Unknown loss_type 'kt0'. Did you mean 'kto'"),
         ({"beta": -1.0}, "beta must be positive, got -1.0"),
+        ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"desirable_weight": -1.0}, "desirable_weight must not be negative, got -1.0"),
     ],
 )

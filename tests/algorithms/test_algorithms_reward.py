@@ -53,6 +53,23 @@ def test_equal_rewards_cost_log_two_and_are_no_success():
     assert metrics["accuracy"].tolist() == [0.0]
 
 
+def test_any_lead_is_a_success_and_an_offset_may_be_left_free():
+    _, metrics = PairwiseReward(center_rewards_coefficient=0.0).loss(torch.tensor([0.5, 0.25]), make(2))
+    assert metrics["accuracy"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "signals"),
+    [(PairwiseReward(), {}), (ScoreRegression(), {"score": REWARDS}), (StepReward(), {"step_label": REWARDS[:, None]})],
+)
+def test_metrics_keep_no_graph(algorithm, signals):
+    rewards = REWARDS.clone().requires_grad_()
+    given = rewards[:, None] if "step_label" in signals else rewards
+    loss, metrics = algorithm.loss(given, make(4, **signals))
+    assert loss.requires_grad
+    assert not [name for name, value in metrics.items() if value.requires_grad]
+
+
 def test_only_the_difference_matters():
     loss, _ = PairwiseReward().loss(REWARDS, make(4))
     torch.testing.assert_close(PairwiseReward().loss(REWARDS + 7, make(4))[0], loss)
@@ -112,6 +129,14 @@ def test_steps():
     for row, numbers in zip(loss.tolist(), expected, strict=True):
         assert row == pytest.approx(numbers, rel=1e-6)
     assert (metrics["accuracy"] * mask).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_step_is_right_above_one_half():
+    """Logits of −1, 0 and 1 for labels of ½ and 0.6."""
+    logits = torch.tensor([[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]])
+    label = torch.tensor([[0.5, 0.5, 0.5], [0.6, 0.6, 0.6]])
+    _, metrics = StepReward().loss(logits, make(2, mask=torch.ones(2, 3), step_label=label))
+    assert metrics["accuracy"].tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
 def test_two_kinds_of_step_are_the_binary_case():
