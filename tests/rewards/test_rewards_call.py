@@ -92,7 +92,7 @@ def test_tensors_and_booleans_are_numbers():
 
 
 def test_async_functions_run_at_the_same_time():
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=60)
 
     async def wait(completions, **_):
         await asyncio.to_thread(both.wait)

@@ -69,7 +69,7 @@ def test_time_is_limited():
     assert not runs("while True: pass", seconds=0.5)
     assert not runs("import time; time.sleep(60)", seconds=0.5)
     assert not runs("try:\n    import time; time.sleep(60)\nexcept BaseException: pass", seconds=0.5)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50, "on a machine that has other things to do, too"
 
 
 def test_memory_is_limited():
