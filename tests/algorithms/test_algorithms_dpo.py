@@ -317,8 +317,10 @@ def test_a_list_of_losses_is_their_weighted_sum():
 
 
 def test_rpo_adds_the_likelihood_of_the_chosen_completion():
-    loss, _ = DPO(beta=2.0, rpo_alpha=0.5).loss(*make(*PAIR))
+    loss, metrics = DPO(beta=2.0, rpo_alpha=0.5).loss(*make(*PAIR))
     assert loss.tolist() == pytest.approx([softplus(-1.8) + 0.5 * 0.7], rel=1e-5)
+    assert metrics["loss/sigmoid"].tolist() == pytest.approx([softplus(-1.8)], rel=1e-5)
+    assert not any(name.startswith("loss/") for name in DPO().loss(*make(*PAIR))[1])
 
 
 def test_reference_free_compares_log_probabilities():
