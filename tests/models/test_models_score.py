@@ -123,10 +123,14 @@ def test_auto_takes_the_fastest_and_says_why_not_faster(make_model, caplog):
     assert "not shared: it has sliding_attention layers" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "t5"])
+# T5 does not scale attention scores: with these weights float32 is wrong by 1e-3, and where it rounds otherwise by 1e-5.
+PRECISIONS = {"llama": torch.float32, "gpt2": torch.float32, "gemma2": torch.float32, "t5": torch.float64}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
 def test_gradients_equal_those_of_labels(make_model, name):
     """The mean over scored tokens has the gradient of a plain forward with `labels`, one row at a time."""
-    model = make_model(name).train()
+    model = make_model(name).to(PRECISIONS[name]).train()
     rows = examples(prompts=True)
     batch = lay(model, rows, "padded")
     (-score(model, batch).logprobs.sum() / batch.mask.sum()).backward()
@@ -149,7 +153,7 @@ def test_gradients_equal_those_of_labels(make_model, name):
     assert set(found) == set(expected)
     for key in expected:
         scale = expected[key].abs().max().item()
-        torch.testing.assert_close(found[key] / scale, expected[key] / scale, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(found[key] / scale, expected[key] / scale, rtol=1e-5, atol=5e-6)
 
 
 @torch.no_grad()
