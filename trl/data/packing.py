@@ -211,7 +211,7 @@ class PackingReport:
 
 
 def pack_examples(
-    dataset: Dataset | IterableDataset, max_length: int, strategy: str = "bfd", *, num_proc: int | None = None
+    dataset: Dataset | IterableDataset, max_length: int, strategy: str = "bfd"
 ) -> tuple[Dataset | IterableDataset, PackingReport | None]:
     """Pack encoded rows of one completion each into rows of at most `max_length` tokens.
 
@@ -224,7 +224,7 @@ def pack_examples(
     pack = partial(_pack_trees, capacity=max_length, strategy=strategy)
     if isinstance(dataset, IterableDataset):
         return _map_tables(dataset, pack, remove_columns=dataset.column_names), None
-    packed = _map_tables(dataset, pack, remove_columns=dataset.column_names, num_proc=num_proc, desc="Packing")
+    packed = _map_tables(dataset, pack, remove_columns=dataset.column_names, desc="Packing")
     if not len(packed):
         raise DataError(f"Packing to {max_length} tokens left no document with a token to train on. Raise max_length.")
     report = _report(dataset, packed, max_length)

@@ -81,9 +81,9 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
     return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
 
 
-def score_logits(model: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+def score_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits `[M,V]` float32 of the distributions that predict the scored tokens, for what needs all of them."""
-    return _score(model, batch, temperature=temperature, want=("logits",))["logits"]
+    return _score(model, batch, temperature=1.0, want=("logits",))["logits"]
 
 
 def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:

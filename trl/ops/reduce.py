@@ -20,7 +20,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
     """`x` with mean 0 (or its own, with `keep_mean`) and variance 1 over the mask, zero outside it.
 
     The variance has Bessel's correction, Σ (x − x̄)² / (m − 1).
@@ -28,7 +28,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: floa
     mean = masked_mean(x, mask)
     centred = (x - mean) * mask
     variance = centred.square().sum() / (mask.sum() - 1).clamp(min=1)
-    whitened = centred * torch.rsqrt(variance + eps)
+    whitened = centred * torch.rsqrt(variance + 1e-8)
     return whitened + mean * mask if keep_mean else whitened
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.errors import ModelError
 from trl.models.heads import WithValueHead
-from trl.rewards.model import RewardModel, codec_of
+from trl.rewards.model import TOKENS_PER_BATCH, RewardModel, codec_of
 from trl.types import Batch
 
 
@@ -19,23 +19,16 @@ class AdapterReward(RewardModel):
     """The reward adapter of a model with a value head as a function `(prompts, completions, **columns) -> rewards`.
 
     model   loaded with `from_pretrained(..., peft_config=..., reward_adapter=...)`; it may be trained meanwhile
+
+    Call `read_with` before the first rewards.
     """
 
-    def __init__(
-        self,
-        model: WithValueHead,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        max_length: int | None = None,
-        tokens_per_batch: int = 16384,
-    ) -> None:
+    def __init__(self, model: WithValueHead) -> None:
         if model.config.is_encoder_decoder:
             raise ModelError("A reward adapter reads prompt and completion as one text; an encoder-decoder does not.")
         self.model, self.layout = model, "padded"
-        self.max_length, self.tokens_per_batch = max_length, tokens_per_batch
+        self.max_length, self.tokens_per_batch = None, TOKENS_PER_BATCH
         self.__name__ = model.reward_adapter_name
-        if tokenizer is not None:
-            self.read_with(tokenizer)
 
     def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Encode prompts and completions by `tokenizer`."""

@@ -29,6 +29,8 @@ from trl.models.score import unwrap
 from trl.rewards.signature import check_pairs
 from trl.types import Batch, Completion, Example
 
+TOKENS_PER_BATCH = 16_384
+
 Text = str | Sequence[dict[str, Any]] | Sequence[int]
 """A text, a conversation, or token ids."""
 
@@ -48,7 +50,7 @@ class RewardModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         max_length: int | None = None,
-        tokens_per_batch: int = 16384,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
         **model_kwargs: Any,
     ) -> None:
         if isinstance(model, str):
