@@ -190,8 +190,8 @@ class KTOTrainer(PreferenceTrainer):
 class BCOConfig(KTOConfig):
     """Options of `BCOTrainer`: those of `KTOTrainer`."""
 
-    loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "bco"
-    """One of `trl.algorithms.kto.LOSSES`."""
+    loss_type: Literal["bco"] = "bco"
+    """Always "bco"."""
 
 
 class BCOTrainer(KTOTrainer):
