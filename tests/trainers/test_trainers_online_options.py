@@ -164,6 +164,11 @@ LOSSES = {
 }
 
 
+def test_the_largest_weight_of_cispo_is_not_that_of_clipping(tmp_path):
+    made = [GRPOConfig(str(tmp_path), use_cpu=True, loss_type="cispo", epsilon_high=high) for high in (None, 8.0)]
+    assert [each.make_algorithm().surrogate.high for each in made] == [5.0, 8.0]
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_names_of_losses(tmp_path, name):
     made = GRPOConfig(str(tmp_path), use_cpu=True, loss_type=name)

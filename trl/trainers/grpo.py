@@ -32,10 +32,11 @@ class GRPOConfig(OnlineConfig):
     """Coefficient of the KL penalty. 0: no reference is kept."""
 
     epsilon: float = 0.2
-    """How far a ratio may fall below 1 before it is clipped."""
+    """How far a ratio may fall below 1 before it is clipped; with loss_type="gmpo" its logarithm, whose paper has 0.4."""
 
     epsilon_high: float | None = None
-    """How far it may rise above 1; the largest weight itself with loss_type="cispo". None: as `epsilon`."""
+    """How far it may rise above 1; with loss_type="cispo" the largest weight itself. None: as `epsilon`, and 5 with
+    "cispo" (arXiv:2510.13786)."""
 
     delta: float | None = None
     """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
@@ -189,7 +190,7 @@ def _clip(config: GRPOConfig) -> Clip:
 
 
 def _cispo(config: GRPOConfig) -> CISPO:
-    return CISPO(_high(config))
+    return CISPO() if config.epsilon_high is None else CISPO(config.epsilon_high)
 
 
 def _sapo(config: GRPOConfig) -> SAPO:
