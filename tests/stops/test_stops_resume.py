@@ -6,8 +6,9 @@ import pytest
 
 from tests.stops.runs import RUNS, differences, in_parts, whole
 
-STOPS = (1, 3, 5)
-"""In the middle of an epoch, at its end, and in the second one; each between two logs, and within a round of samples."""
+STOPS = (1, 3, 4)
+"""In the middle of an epoch, at its end, and in the second one; of samples: twice within a round, and at its end and that of
+an epoch. Twice between two logs, and at one."""
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,8 +1,8 @@
-"""The online loop: what is sampled, rewarded and learned from, and that nothing depends on how it was split or stopped."""
+"""The online loop: what is sampled, rewarded and learned from, and that nothing depends on how it was split.
+
+That nothing depends on where it was stopped either is in tests/stops/test_stops_resume.py."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
@@ -152,46 +152,6 @@ def test_a_stream_of_prompts_starts_over(make_model, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.prompts.cursor == 8
-
-
-def noisy(completions, **_):
-    return [text.count("a") + random.random() for text in completions]
-
-
-RESUME = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "steps_per_generation": 4,
-    "num_iterations": 2,
-    "max_steps": 9,
-    "learning_rate": 1e-2,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "beta": 0.1,
-    "sync_ref_model": True,
-    "ref_model_sync_steps": 2,
-}
-TIMES = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-
-
-def run(make_model, tmp_path, resume=None):
-    random.seed(0)
-    model = make_model("gpt2", resid_pdrop=0.1)
-    trainer = make_trainer(model, tmp_path, noisy, prompts(8), **RESUME)
-    trainer.train(resume_from_checkpoint=resume)
-    log = [{k: v for k, v in entry.items() if k not in TIMES} for entry in trainer.state.log_history[:-1]]
-    return model.state_dict(), log
-
-
-def test_a_run_that_was_stopped_goes_on_to_the_bit(make_model, tmp_path):
-    """In the middle of a round, at its end, and at the end of an epoch (8 steps); with dropout and a random reward."""
-    weights, log = run(make_model, tmp_path)
-    weights = {name: value.clone() for name, value in weights.items()}
-    assert [entry["step"] for entry in log if "reward" in entry] == [1, 5, 9]
-    for step in (3, 4, 8):
-        found, again = run(make_model, tmp_path, str(tmp_path / f"checkpoint-{step}"))
-        assert again == log
-        assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
 # ---- what is learned from ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -78,22 +77,6 @@ def test_the_reward_rises(make_loop):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert np.mean(rewards[:2]) < 1
     assert np.mean(rewards[-3:]) > 4
-
-
-def test_what_resumes_goes_on_exactly(make_loop, tmp_path):
-    """A checkpoint in the middle of a round: weights, head, optimizer, samples, coefficient, running moments."""
-    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "use_score_scaling": True, "horizon": 20}
-    whole = make_loop(folder="whole", **options)
-    whole.train()
-    again = make_loop(folder="again", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same(parameters(again), parameters(whole), rtol=0, atol=0)
-    assert again.algorithm.controller.coefficient == whole.algorithm.controller.coefficient != 0.2
-    assert again.moments == whole.moments
-    state = json.loads((tmp_path / "again" / "checkpoint-6" / "trainer_state.json").read_text())
-    assert state["global_step"] == 6
-    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "whole" / "checkpoint-6")
-    assert loaded.v_head.summary.weight.shape == (1, 32)
 
 
 def test_the_best_model_is_loaded_with_its_head(make_loop):
