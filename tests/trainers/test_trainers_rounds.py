@@ -63,6 +63,9 @@ def test_a_bonus_is_a_mean_over_its_tokens(weights, acting):
     assert sorted(entropy.grad.flatten().tolist()) == pytest.approx([0] * (4 - count) + [0.1 / count] * count)
     steps.end_step(lambda sums: sums)
     assert (steps.bonus.entropy, steps.bonus.coefficient) == pytest.approx((mean, 0.11))
+    again = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01))
+    again.load_state_dict(steps.state_dict())
+    assert again.bonus == steps.bonus
 
 
 def test_a_step_without_a_number_moves_no_bonus():

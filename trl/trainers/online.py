@@ -48,7 +48,6 @@ from trl.trainers.preference import SyncRefModelCallback
 from trl.trainers.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.rounds import Rounds, Slice
 from trl.trainers.sampling import SamplingTrainer
-from trl.trainers.window import filler
 from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
@@ -214,16 +213,14 @@ class OnlineTrainer(SamplingTrainer):
         first = offsets(examples)
         shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
         tables: dict[str, Tensor] = {}
-        for k in range(self._most(len(groups))):
-            group = groups[min(k, len(groups) - 1)]
-            batch = self.lay_out([examples[i] for i in group])
-            batch = batch if k < len(groups) else filler(replace(batch, weight=batch.mask))
+        for group in groups + groups[-1:] * (self._most(len(groups)) - len(groups)):
+            batch = self.lay_out([examples[i] for i in group]).to(self.args.device)
             with self.compute_loss_context_manager():
-                found = numbers(batch.to(self.args.device))
-            rows = [first[i] + j for i in group for j in range(len(examples[i].completions))]
-            for name, values in found.items() if k < len(groups) else ():
+                found = numbers(batch)
+            rows = torch.tensor([first[i] + j for i in group for j in range(len(examples[i].completions))])
+            for name, values in found.items():
                 table = tables.setdefault(name, torch.zeros(shape))
-                table[torch.tensor(rows), : values.shape[1]] = values.float().cpu()
+                table[rows, : values.shape[1]] = values.float().cpu()
         return tables
 
     def _wanted(self, mode: str) -> set[str]:

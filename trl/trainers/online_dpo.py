@@ -136,7 +136,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         return batch.mask.amax(-1)[0::2]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        scores = score(model, batch, temperature=self.args.temperature or 1.0, want={"entropy"})
+        scores = score(model, batch, temperature=self._temperature, want={"entropy"})
         loss, metrics = self.algorithm.loss(scores, batch)
         nothing = self.weights(batch) == 0
         metrics = {name: values.masked_fill(nothing, torch.nan) for name, values in metrics.items()}

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import datasets
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from trl.data.encode import decode
 from trl.errors import ConfigError
 from trl.models.reference import AdapterOff, FrozenModel, evaluating
 from trl.models.score import unwrap
+from trl.trainers.across import everyones
 from trl.trainers.window import plan_micro_batches
 from trl.types import Example
 
@@ -63,8 +63,7 @@ def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: 
 
 def _all_have(folder: Path, trainer: PreferenceTrainer) -> bool:
     """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
-    found = [folder.exists()]
-    return all(gather_object(found) if trainer.accelerator.num_processes > 1 else found)
+    return all(everyones(folder.exists(), trainer.accelerator))
 
 
 def _store(found: list[Logprobs], folder: Path) -> None:
@@ -119,8 +118,7 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
             chosen = [mine[k] for k in group]
             found |= dict(zip(chosen, _logprobs(trainer, [examples[i] for i in chosen]), strict=True))
             progress.update(len(chosen))
-    everywhere = gather_object(list(found.items())) if state.num_processes > 1 else found.items()
-    merged = dict(everywhere)
+    merged = {i: logprobs for part in everyones(found, state) for i, logprobs in part.items()}
     return [merged[i] for i in range(len(rows))]
 
 
