@@ -5,6 +5,7 @@ python train.py FOLDER sft dpo+lora …         launched by test_engines.py, wit
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.conftest import MODELS, WIDTHS, make_tokenizer
+from trl.algorithms.entropy_control import EntropyBonus
+from trl.algorithms.rloo import ReinforcePlusPlus
 from trl.models.heads import with_value_head
 from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.local import LocalEngine
@@ -26,11 +29,15 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.dpo import DPOTrainer
 from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.kto import KTOTrainer
+from trl.trainers.online import OnlineTrainer
+from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.ppo import PPOTrainer
 from trl.trainers.reward import RewardTrainer
+from trl.trainers.rloo import RLOOTrainer
 from trl.trainers.sft import SFTTrainer
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+gc.freeze()  # what was imported: every case collects garbage
 STEPS, BATCH = 10, 4
 TEXT = "the quick brown fox jumps over a lazy dog and then runs far away from the sleepy old farm"
 WORDS = TEXT.split()
@@ -66,6 +73,11 @@ def tied() -> torch.nn.Module:
     return MODELS["llama"](**SMALL, tie_word_embeddings=True)
 
 
+def encoder_decoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MODELS["t5"]()
+
+
 def valued() -> torch.nn.Module:
     return with_value_head(language_model())
 
@@ -91,6 +103,10 @@ def brief(completions: list[str], log_metric: Callable, **_: object) -> list[flo
 
 
 ONLINE = {"reward_funcs": brief, "engine": Scripted(), "train_dataset": Dataset.from_dict({"prompt": PROMPTS})}
+PAIRS = {"num_generations": 2, "per_device_train_batch_size": 2 * BATCH // WORLD}
+LOOP = {"batch_size": 2 * BATCH // WORLD, "per_device_train_batch_size": 2 * BATCH // WORLD}
+SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2}
+REINFORCE = ReinforcePlusPlus(beta=0.1, entropy_bonus=EntropyBonus(0.1, target=4.5, step=0.02))
 CASES: dict[str, tuple] = {
     "sft": (
         SFTTrainer,
@@ -100,7 +116,7 @@ CASES: dict[str, tuple] = {
     ),
     "reward": (RewardTrainer, classifier, {"train_dataset": pairs()}, {}),
     "dpo": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"gradient_accumulation_steps": 2}),
-    "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 60}),
+    "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 100}),
     "bco": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"loss_type": "bco"}),
     "early": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"precompute_ref_log_probs": True}),
     "uneven": (
@@ -109,18 +125,29 @@ CASES: dict[str, tuple] = {
         {"train_dataset": Dataset.from_dict({"text": TEXTS[:7]})},
         {"learning_rate": 0.0, "max_tokens_per_micro_batch": 30},
     ),
-    "grpo": (GRPOTrainer, language_model, ONLINE, {"num_generations": 2, "beta": 0.1}),
-    "ppo": (PPOTrainer, valued, ONLINE, {"batch_size": 2 * BATCH // WORLD, "ppo_epochs": 2, "whiten_rewards": True}),
+    "grpo": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1}),
+    "bf16": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1, "bf16": True, "use_cpu": True}),
+    "t5": (GRPOTrainer, encoder_decoder, ONLINE, {**PAIRS, "beta": 0.1}),
+    "rloo": (RLOOTrainer, language_model, ONLINE, {**PAIRS, **SYNC}),
+    "reinforce": (OnlineTrainer, language_model, {**ONLINE, "algorithm": REINFORCE}, PAIRS),
+    "online_dpo": (OnlineDPOTrainer, language_model, ONLINE, {"num_generations": 3}),
+    "ppo": (PPOTrainer, valued, ONLINE, {**LOOP, "ppo_epochs": 2, "whiten_rewards": True}),
+    "critic": (
+        PPOTrainer,
+        language_model,
+        {**ONLINE, "value_model": classifier()},
+        {**LOOP, "ppo_epochs": 4, "early_stopping": True, "target_kl": 1e-4},
+    ),
 }
 """Trainer, model, its arguments, its options."""
 
 
-def options(folder: Path, trainer: type, extra: dict) -> dict:
+def options(folder: Path, extra: dict) -> dict:
     """Options under which a step of one process and of two is the same step."""
     size = BATCH // WORLD // extra.get("gradient_accumulation_steps", 1)
     common = {
         "per_device_eval_batch_size": 6 // WORLD,
-        "per_device_train_batch_size": 2 * size if trainer in (GRPOTrainer, PPOTrainer) else size,
+        "per_device_train_batch_size": size,
         "output_dir": str(folder / "run"),
         "max_steps": STEPS,
         "learning_rate": 1e-2,
@@ -144,17 +171,13 @@ def trained(folder: Path, name: str, lora: bool) -> dict:
     """Losses, metrics and samples of a case, and its model saved."""
     trainer_class, make_model, arguments, extra = CASES[name]
     model = make_model()
-    args = trainer_class.config_class(**options(folder, trainer_class, extra))
-    online = trainer_class in (GRPOTrainer, PPOTrainer)
-    evaluated = {} if online else {"eval_dataset": arguments["train_dataset"]}
-    given = {**arguments, **evaluated, **adapter(lora)}
+    args = trainer_class.config_class(**options(folder, extra))
+    given = {**arguments, "eval_dataset": arguments["train_dataset"], **adapter(lora)}
     trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
     trainer.train()
     trainer.save_model(str(folder / "model"))
-    if online:
-        return logged(trainer) | {"sampled": sampled(trainer)}
     trainer.evaluate()
-    return logged(trainer)
+    return logged(trainer) | ({"sampled": sampled(trainer)} if isinstance(trainer, OnlineTrainer) else {})
 
 
 def logged(trainer: BaseTrainer) -> dict:
@@ -167,7 +190,7 @@ def logged(trainer: BaseTrainer) -> dict:
     return found
 
 
-def sampled(trainer: GRPOTrainer) -> list[list[int]]:
+def sampled(trainer: OnlineTrainer) -> list[list[int]]:
     """Greedy continuations by the trained model; the second process samples longer ones, in more forward passes."""
     engine = LocalEngine(trainer.model_wrapped, progress=False)
     prompts = [Prompt([5, 9, 7]), Prompt([8, 4, 6, 11])]
@@ -178,9 +201,7 @@ def sampled(trainer: GRPOTrainer) -> list[list[int]]:
 def stepped(folder: Path, name: str, lora: bool) -> dict:
     """`PPOTrainer.step`, on triplets of this process's own; in "shared", policy and reference have a layer in common."""
     model = valued()
-    config = PPOTrainer.config_class(
-        **options(folder, PPOTrainer, {"batch_size": 8 // WORLD, "ppo_epochs": 2, "horizon": 50, "max_grad_norm": None})
-    )
+    config = PPOTrainer.config_class(**options(folder, {**LOOP, "ppo_epochs": 2, "horizon": 50, "max_grad_norm": None}))
     shared = {"num_shared_layers": 1} if name == "shared" else {}
     trainer = PPOTrainer(config, model, tokenizer=make_tokenizer(), **shared, **adapter(lora))
     generator = torch.Generator().manual_seed(1)
