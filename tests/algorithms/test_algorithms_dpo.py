@@ -376,6 +376,13 @@ def test_what_a_combination_needs():
     assert DPO(loss_types=["simpo", "sigmoid"]).needs_reference is True
     assert DPO(loss_types=["sigmoid", "aot"]).couples_pairs is True
     assert DPO(loss_types="orpo").couples_pairs is False
+    assert DPO(loss_types=["sigmoid", "hinge"], label_smoothing=0.1).couples_pairs is False
+
+
+def test_length_desensitising_with_zero_leaves_out_the_tail():
+    """Of the rejected completion's three tokens, the two that the chosen one has as well."""
+    loss, _ = DPO(ld_alpha=0.0, beta=2.0).loss(*make(*PAIR))
+    assert loss.tolist() == pytest.approx([softplus(-2 * (0.6 - 0.0))], rel=1e-5)
 
 
 def test_empty_completions_give_finite_numbers():
