@@ -35,7 +35,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run(
-    launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 400
+    launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 900
 ) -> subprocess.CompletedProcess:
     """Run a program, or the text of one, to its end; its first word is `folder`."""
     if isinstance(program, str):
@@ -48,7 +48,7 @@ def run(
     )
 
 
-def run_well(launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 400) -> None:
+def run_well(launcher: list[str], program: str | Path, folder: Path, *words: str, timeout: float = 900) -> None:
     """Run a program to a good end."""
     done = run(launcher, program, folder, *words, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]

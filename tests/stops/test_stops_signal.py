@@ -59,7 +59,7 @@ def stopped(process: subprocess.Popen, number: int) -> str:
     """Send the signal in step 3; gives what was said."""
     assert any("in step 3" in line for line in process.stdout), process.stderr.read()
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = process.communicate(timeout=600)
     return stderr
 
 
@@ -102,7 +102,7 @@ def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path):
     words = re.search(r"Stopped, with a checkpoint. To go on:\n\n    (.*)\n", stderr)[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     again = subprocess.run(
-        shlex.split(words), env=environment, capture_output=True, text=True, timeout=240, check=False
+        shlex.split(words), env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert again.returncode == 0, again.stderr
     assert "ended at 7" in again.stdout
