@@ -27,6 +27,8 @@ def parse(monkeypatch):
         ([], False),
         (["--num_processes", "1"], False),
         (["--accelerate_config", "single"], False),
+        (["--accelerate_config", "single_gpu"], False),
+        (["--accelerate_config", "multi_gpu"], True),
         (["--num_processes", "2"], True),
         (["--accelerate_config", "zero2"], True),
     ],

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
+from trl.imports import is_available
 from trl.models.heads import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
@@ -238,6 +239,14 @@ def test_options_of_loading_need_a_name(make_model):
 
 
 # ---- adapters ----
+
+
+@pytest.mark.skipif(is_available("bitsandbytes"), reason="bitsandbytes is installed")
+def test_older_ways_to_ask_for_quantised_weights(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    assert not CAUSAL.from_pretrained(tmp_path, load_in_8bit=False).is_peft_model
+    with pytest.raises(ImportError, match="load_in_8bit needs bitsandbytes: pip install"):
+        CAUSAL.from_pretrained(tmp_path, load_in_8bit=True)
 
 
 def test_adapters_come_back_with_the_head(make_model, tmp_path):

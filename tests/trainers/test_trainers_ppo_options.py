@@ -11,7 +11,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from tests.trainers.ppo_support import (
     QUERIES,
@@ -28,6 +28,7 @@ from trl.errors import ConfigError, DataError
 from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.models.reference import AdapterOff, EarlierWeights
 from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.trainers.ppo_generate import sampling_params
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -255,8 +256,17 @@ def test_an_encoder_decoder_responds_with_its_start_token(make_ppo):
     assert torch.equal(found[0], expected)
 
 
+def test_options_in_a_generation_config(sampling):
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, eos_token_id=7)
+    params = sampling_params(
+        GenerationConfig(top_k=5, eos_token_id=2), {"generation_config": config, "do_sample": False}
+    )
+    assert (params.max_new_tokens, params.stop_token_ids, params.temperature) == (3, (7,), 0.0)
+    assert all(len(ids) <= 3 for ids in sampling.generate(TRIPLETS[0], generation_config=config, return_prompt=False))
+
+
 def test_options_that_do_not_exist(sampling):
-    with pytest.raises(ConfigError, match=r"generate\(\) has no option 'max_new_tokns'"):
+    with pytest.raises(ConfigError, match=r"generate\(\) has no option 'max_new_tokns'. Did you mean 'max_new_tokens'"):
         sampling.generate(TRIPLETS[0], max_new_tokns=3)
     with pytest.raises(DataError, match=r"query_tensor\[1\] has to be .* of shape \[L\], got \(1, 2\)"):
         sampling.generate([TRIPLETS[0][0], torch.tensor([[1, 2]])])
@@ -317,6 +327,11 @@ def test_statistics_reach_the_tracker(make_ppo):
     assert trainer.state.log_history[-1]["env/reward_mean"] == logs["env/reward_mean"]
     with pytest.raises(ConfigError, match=r"columns_to_log names 'text', but the batch has \['query', 'response'\]"):
         trainer.log_stats(stats, batch, TRIPLETS[2], columns_to_log=["text"])
+
+
+def test_a_tracker_that_is_not_installed(make_ppo):
+    with pytest.raises(ConfigError, match="log_with='aim', but that tracker is not installed"):
+        make_ppo(log_with="aim")
 
 
 def test_what_was_saved_comes_back(make_ppo, tmp_path):

@@ -25,6 +25,8 @@ from trl.errors import ConfigError, suggest
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
 
+OLDER_NAMES = {"single_gpu": "single", "multi_gpu": "ddp"}
+
 
 @dataclass
 class LaunchArguments:
@@ -41,6 +43,9 @@ class LaunchArguments:
 
     dry_run: bool = False
     """Check rows, plan and memory, as `trl check` does, and train nothing."""
+
+    def __post_init__(self) -> None:
+        self.accelerate_config = OLDER_NAMES.get(self.accelerate_config, self.accelerate_config)
 
 
 def needs_launcher(given: Given) -> bool:

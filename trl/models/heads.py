@@ -66,6 +66,11 @@ class WithValueHead(nn.Module, PushToHubMixin):
                 raise
             return getattr(self.pretrained_model, name)
 
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the model carries adapters."""
+        return isinstance(self.pretrained_model, PeftModel)
+
     def branch(self, layers: int) -> None:
         """Give the value a copy of its own of so many upper layers. Its linear map stays what it is."""
         made = self._new_head(layers)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, suggest
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
@@ -36,14 +36,16 @@ def sampling_params(
 ) -> SamplingParams:
     """What `model.generate(**options)` would do, for a model with these `defaults`.
 
-    Raises ConfigError for options that no `GenerationConfig` has.
+    A `generation_config` among the options comes before the defaults, and after the others. Raises ConfigError for
+    options that no `GenerationConfig` has.
     """
     config = copy.deepcopy(defaults)
-    unknown = config.update(**options)
-    if unknown:
+    if (given := options.pop("generation_config", None)) is not None:
+        config.update(**given.to_diff_dict())
+    for name in config.update(**options):
         raise ConfigError(
-            f"generate() has no option {', '.join(map(repr, unknown))}: it takes the fields of a GenerationConfig "
-            "(max_new_tokens, do_sample, top_k, …). Sample with trainer.model.generate for anything else."
+            f"generate() has no option {name!r}.{suggest(name, config.to_dict())} It takes a generation_config, and the "
+            "fields of one (max_new_tokens, do_sample, top_k, …). Sample with trainer.model.generate for anything else."
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     changes: dict[str, Any] = {"stop_token_ids": [token for token in ends if token is not None and token >= 0]}

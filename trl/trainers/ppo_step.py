@@ -349,6 +349,10 @@ class TripletSteps(OnlineTrainer):
             **{"project_dir": self.args.output_dir, **self.args.project_kwargs}
         )
         self.accelerator.log_with = filter_trackers(self.args.log_with, self.accelerator.logging_dir)
+        if not self.accelerator.log_with and self.args.log_with != "all":
+            raise ConfigError(
+                f"log_with={self.args.log_with!r}, but that tracker is not installed: install it, or leave log_with out."
+            )
         options = {k: v for k, v in self.args.to_dict().items() if isinstance(v, bool | int | float | str)}
         self.accelerator.init_trackers(
             self.args.tracker_project_name, config=options, init_kwargs=self.args.tracker_kwargs
