@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, check_weights, datasets_of, read_run
+from trl.cli.train import Run, check_weights, datasets_of, read_run, refusals_said
 from trl.errors import ConfigError, TrlError, suggest
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def check(run: Run) -> int:
     out = console()
     rows = datasets_of(run)[0]
     sample = rows.take(ROWS_READ)
-    trainer = trainer_of(run, sample)
+    with refusals_said():
+        trainer = trainer_of(run, sample)
     trainer.preview(ROWS_SHOWN)
     estimate = estimate_of(run, trainer)
     print_table(out, "Plan", plan_of(trainer, rows, sample, estimate.processes))

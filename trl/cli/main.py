@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,12 +25,22 @@ from trl.errors import ConfigError, TrlError, suggest
 INTERRUPTED, TERMINATED = 130, 143
 STOPPED = (INTERRUPTED, TERMINATED)
 
+NOISE = {
+    "DeepSpeed": "Setting accelerator to CPU",
+    "datasets.packaged_modules.json.json": "Failed to load JSON",  # the error says so, too
+    "transformers.trainer_utils": "new PAD/BOS/EOS tokens",  # that is what they are set for
+    # A reward model has a head that no language model had. Weights that are missing beside it are no noise.
+    "transformers.modeling_utils": r"ForSequenceClassification.* LOAD REPORT(?!(?s:.)*\n(?!score\.)\S+ +\| MISSING)",
+}
+"""Loggers of other libraries, and what nobody needs to read of theirs."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
+    for name, noise in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, noise=noise: not re.search(noise, record.getMessage()))
     try:
         return dispatch(words)
     except TrlError as error:

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, datasets_of, read_run
+from trl.cli.train import Run, datasets_of, read_run, refusals_said
 from trl.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def run(words: Sequence[str]) -> int:
         return _print_help(method, everything=given.help == "all")
     rows = given.arguments_for(PreviewArguments).rows
     run = read_run(method, given)
-    trainer_without_weights(run).preview(rows)
+    with refusals_said():
+        trainer = trainer_without_weights(run)
+    trainer.preview(rows)
     return 0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from trl.cli.parser import Given
 from trl.data.mixture import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
-from trl.models.files import WEIGHTS
+from trl.models.files import WEIGHTS, is_cut_short
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESUME_LAST = ("true", "last")
+
+LIBRARIES = ("transformers", "peft", "datasets", "tokenizers", "huggingface_hub", "bitsandbytes")
+"""Their errors are about what they were given: names, files, and options that are handed on to them."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,26 @@ def read_run(method: Method, given: Given) -> Run:
     )
 
 
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+}
+"""The least that `transformers` can do with these."""
 
 
 def _training_arguments(method: Method, given: Given) -> TrainerConfig:
     """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
-    for name in COUNTS:
-        if given.values.get(name, 1) < 1:
-            raise ConfigError(f"{name}={given.values[name]}: give 1 or more.")
+    for name, least in LEAST.items():
+        if given.values.get(name, least) < least:
+            raise ConfigError(f"{name}={given.values[name]}: give {least} or more.")
+    template = given.values.get("chat_template_path")
+    if template is not None and template.endswith(".jinja") and not Path(template).expanduser().is_file():
+        raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
     try:
         return given.arguments_for(load(method.config))
     except TrlError:
@@ -87,6 +103,9 @@ def _training_arguments(method: Method, given: Given) -> TrainerConfig:
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
     if script.dataset_name and mixture.datasets:
         raise ConfigError("dataset_name and datasets are both given: keep one.")
+    names = [script.dataset_name] if isinstance(script.dataset_name, str) else script.dataset_name or []
+    if empty := [name for name in names if (file := Path(name)).is_file() and not file.stat().st_size]:
+        raise DataError(f"dataset_name: {empty[0]!r} is empty: it has no rows.")
     if not script.dataset_name and not mixture.datasets:
         raise ConfigError(
             "--dataset_name is missing: the hub name, folder or files of a dataset (or `datasets` in YAML)."
@@ -117,16 +136,19 @@ def check_model(name: str | None) -> str:
 
 
 def check_weights(name: str | None) -> None:
-    """Raises ConfigError if `name` is that of a model's folder without weights. Names on a hub are not looked up."""
+    """Raises ConfigError if `name` is that of a model's folder without whole weights. Names on a hub are not looked up."""
     folder = None if name is None else Path(name).expanduser()
     if folder is None or not (folder / "config.json").is_file():
         return
-    if any(WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
-        return
-    raise ConfigError(
-        f"model_name_or_path={name!r}: the folder holds no weights (no model*.safetensors or pytorch_model*.bin). Copy them "
-        "there, or name another."
-    )
+    files = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)]
+    if not files:
+        raise ConfigError(
+            f"model_name_or_path={name!r}: the folder holds no weights (no model*.safetensors or pytorch_model*.bin). Copy "
+            "them there, or name another."
+        )
+    for file in files:
+        if file.suffix == ".safetensors" and is_cut_short(file):
+            raise ConfigError(f"model_name_or_path={name!r}: {file.name} is cut short. Copy it there again.")
 
 
 def datasets_of(run: Run) -> tuple[Any, Any]:
@@ -173,8 +195,10 @@ def train(run: Run) -> int:
     from trl.trainers.stop import stop_on_signal
 
     report_progress()
+    _make_output_folder(run.training.output_dir)
     resume = checkpoint_of(run)
-    trainer = build_trainer(run)
+    with refusals_said():
+        trainer = build_trainer(run)
     with full_disk_explained(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         with _progress(trainer):
             trainer.train(resume_from_checkpoint=resume)
@@ -184,6 +208,34 @@ def train(run: Run) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0 if stop.signal is None else 128 + stop.signal
+
+
+def _make_output_folder(name: str) -> None:
+    """Raises ConfigError where nothing can be written, before a model is loaded."""
+    try:
+        os.makedirs(name, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={name!r}: no folder can be made there ({error.strerror}). Name another."
+        ) from error
+    if not os.access(name, os.W_OK):
+        raise ConfigError(f"output_dir={name!r}: you may not write there. Name another.")
+
+
+@contextmanager
+def refusals_said() -> Iterator[None]:
+    """What other libraries refuse while a trainer is made, as one message.
+
+    Raises ConfigError in place of an error that one of LIBRARIES raised itself; all others may be mistakes of ours.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        library = frame.f_globals["__name__"].partition(".")[0]
+        if isinstance(error, TrlError) or library not in LIBRARIES:
+            raise
+        raise ConfigError(f"{library} refuses: {error}") from error
 
 
 def _publish(run: Run, trainer: BaseTrainer) -> None:

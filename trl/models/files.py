@@ -1,11 +1,28 @@
-"""Names of files that hold a model's weights. Nothing is imported to know them."""
+"""Files that hold a model's weights, as far as they can be known without importing anything that reads them."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 WEIGHTS = re.compile(r"(adapter_|pytorch_)?model.*\.(safetensors|bin)|.+\.gguf")
 """Whole, or cut in files that can be read one by one."""
 
 SHARDS = re.compile(r".*_fsdp_\d+|global_step\d+")
 """Folders of what several processes keep of one model: FSDP's and ZeRO's."""
+
+NUMBER = 8
+"""Bytes of the number that a safetensors file begins with: the length of its header, which says where each tensor ends."""
+
+
+def is_cut_short(file: Path) -> bool:
+    """Whether a safetensors file is shorter, or longer, than its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(NUMBER), "little")
+        if NUMBER + length > size:
+            return True
+        header = json.loads(opened.read(length))
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    return NUMBER + length + max(ends, default=0) != size
