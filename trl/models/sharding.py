@@ -78,11 +78,10 @@ def share_modules(model: nn.Module) -> None:
     """
     seen: dict[tuple, nn.Module] = {}
     for name, module in list(model.named_modules()):
-        if own := tuple(map(id, module.parameters(recurse=False))):
-            options = frozenset((k, v) for k, v in vars(module).items() if isinstance(v, int | float))
-            first = seen.setdefault((type(module), own, options), module)
-            if first is not module:
-                model.set_submodule(name, first)
+        own = tuple(map(id, (*module.parameters(recurse=False), *module.buffers(recurse=False))))
+        options = frozenset((k, v) for k, v in vars(module).items() if isinstance(v, int | float))
+        if own and (first := seen.setdefault((type(module), own, options), module)) is not module:
+            model.set_submodule(name, first)
 
 
 def _sharded_by_zero3(options: Mapping[str, Any], model: nn.Module) -> nn.Module:
