@@ -128,6 +128,16 @@ def test_ticks_are_round_and_inside():
         assert all(low <= tick <= high for tick in ticks(low, high, most=5))
 
 
+def test_the_first_step_stands_clear_of_the_word_before_it():
+    svg = draw(Chart("loss", (Series("train", ((10.0, 1.0), (50.0, 2.0))),)))
+    assert re.findall(r'text-anchor="(\w+)">(step|10|20|50)<', svg) == [
+        ("end", "step"),
+        ("start", "10"),
+        ("middle", "20"),
+        ("end", "50"),
+    ]
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-30, 1e30])
 def test_one_point_and_constants_have_a_frame(value):
     for points in ([(5.0, value)], [(1.0, value), (9.0, value)]):

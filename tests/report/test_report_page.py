@@ -17,11 +17,11 @@ from tests.conftest import make_tokenizer
 from trl.cli.main import main
 from trl.errors import DataError
 from trl.report.callback import ReportCallback
-from trl.report.page import duration, shown, write_report
+from trl.report.page import breakable, duration, shown, write_report
 from trl.report.record import read_run
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
-VOID = {"meta", "input", "br", "hr", "img", "link"}
+VOID = {"meta", "input", "br", "hr", "img", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -154,6 +154,12 @@ def test_what_never_changed_is_told_and_not_drawn(tmp_path):
     assert page.count("<svg") == 2  # the reward, and the loss: of that a reader wants to see that it stays
     assert "Unchanged: ratio 1" in page_of(tmp_path).text
     assert "Unchanged: lam 0.5" in page_of(tmp_path).text
+
+
+def test_long_names_break_behind_their_strokes(tmp_path):
+    assert breakable("a/b_c<i>") == "a/<wbr>b_<wbr>c&lt;i&gt;"
+    write(tmp_path / "run.json", {"log_history": [{"step": i, "clip/high_max": 0.0} for i in (1, 2)]})
+    assert "<span>clip/<wbr>high_<wbr>max " in write_report(tmp_path).read_text()
 
 
 def test_what_a_model_wrote_cannot_act_on_the_page(tmp_path):

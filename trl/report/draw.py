@@ -109,7 +109,7 @@ def _axes(frame: Frame) -> Iterator[str]:
     yield f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 8}" text-anchor="end">step</text>'
     for step in ticks(*frame.steps, most=5):
         x = frame.x(step)
-        anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
+        anchor = "end" if x > WIDTH - RIGHT - 20 else "start" if x < LEFT + 20 else "middle"
         if step == int(step):
             yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{tick(step)}</text>'
 

@@ -6,13 +6,14 @@ write_report("opt-sft-imdb")        opt-sft-imdb/report.html
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from trl import __version__
 from trl.report.draw import COLOURS, draw, number
@@ -55,7 +56,7 @@ def render(run: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "shown": shown}
+    environment.filters |= {"number": number, "shown": shown, "breakable": breakable}
     environment.tests["flat"] = is_flat
     groups = charts_by_group(run.log)
     return environment.get_template("page.html").render(
@@ -152,6 +153,11 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {shown(each)}" for name, each in value.items())
     return str(value)
+
+
+def breakable(name: str) -> Markup:
+    """A metric's name, which a narrow line may break behind its strokes."""
+    return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
 
 
 def duration(seconds: float) -> str:
