@@ -9,7 +9,7 @@ class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigEr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -50,6 +50,8 @@ ROWS = "Change the rows of the dataset, or override `encode(rows, split, name)`.
 SAMPLES = "Give an `engine`: see `trl.rollouts.engine`."
 SCORES = "Log-probabilities come from `score(model, batch)`: override `loss(model, batch) -> (loss, metrics)`."
 SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefModelCallback` is here."
+
+TOOLS = "tools are not called yet; an `engine` of your own can be given to every online trainer."
 
 NOT_HERE = {
     "A2POTrainer": OBJECTIVE,
@@ -126,8 +128,31 @@ NOT_HERE |= {name.replace("Trainer", "Config"): remedy for name, remedy in NOT_H
 
 _NO_LOGITS = f"logits of all tokens never exist here. {LOSS} Metrics are averaged over the set and logged."
 ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
-ARGUMENTS["model_init"] = "give the model itself, or its name."
+ARGUMENTS |= {
+    "environment_factory": TOOLS,
+    "judge": BY_REWARD,
+    "model_init": "give the model itself, or its name.",
+    "policy": "it is `model`.",
+    "ref_policy": "the reference is the model as it is given.",
+    "reward_model": "it is one of `reward_funcs`.",
+    "rollout_func": SAMPLES,
+    "tools": TOOLS,
+}
 """Arguments of trainers elsewhere, and what to do without each."""
+
+OPTIONS = {
+    "generate_during_eval": REPORT,
+    "local_rollout_forward_batch_size": "`max_tokens_per_micro_batch` bounds a forward pass.",
+    "max_completion_length": "`max_length` bounds prompt and completion together, and `max_prompt_length` the prompt.",
+    "max_target_length": "`max_length` bounds prompt and completion each, with an encoder-decoder.",
+    "num_mini_batches": "`batch_size` is a batch, `mini_batch_size` a part of it.",
+    "num_sample_generations": REPORT,
+    "reward_model_path": "give the trainer `reward_funcs`: names of models are among them.",
+    "sft_model_path": "give the trainer `model`: the reference is that model as it is given.",
+    "stop_token": "responses end with the model's end-of-sequence tokens; `generation_kwargs` may name others.",
+    "total_episodes": "set `max_steps` or `num_train_epochs`.",
+}
+"""Options of configurations elsewhere, and what to do without each."""
 
 HOOKS = {
     "_calculate_rewards": "give `reward_funcs`.",
@@ -151,6 +176,13 @@ HOOKS = {
     "tokenize_row": ROWS,
 }
 """Methods of trainers that other releases call and this one does not, and what to override or give instead."""
+
+
+def remedy(name: str, known: Iterable[str]) -> str:
+    """What to do without an option or argument, as the end of an error; for others, which of the `known` are near."""
+    if name not in (remedies := ARGUMENTS | OPTIONS):
+        return suggest(name, known)
+    return f" {remedies[name][0].upper()}{remedies[name][1:]}"
 
 
 def refuse_hooks(cls: type) -> None:

@@ -74,7 +74,11 @@ def test_text_field_and_eos_token(make):
 
 def test_text_begins_with_bos_once_and_completions_without(make):
     tokenizer = make.tokenizer(bos=True)
-    assert only([{"text": "sky"}], tokenizer).completions[0].ids[0] == tokenizer.bos_token_id
+    sky = only([{"text": "sky"}], tokenizer)
+    assert sky.completions[0].ids[0] == tokenizer.bos_token_id
+    assert only([{"text": "<s>sky</s>"}], tokenizer) == sky
+    bare = only([{"text": "sky"}], tokenizer, add_special_tokens=False, add_eos=False)
+    assert tokenizer.decode(bare.completions[0].ids) == "sky"
     example = only([{"prompt": "sky", "completion": " blue"}], tokenizer)
     assert texts(example, tokenizer) == ("<s>sky", [" blue</s>"])
 

@@ -57,6 +57,13 @@ def test_both_forms_give_the_same_run(make_model, tokenizer, tmp_path):
     assert losses(new) == losses(old)
 
 
+def test_how_older_scripts_read_rows(make_model, tokenizer, tmp_path):
+    given = {"dataset_kwargs": {"add_special_tokens": False, "append_concat_token": False}, "infinite": True}
+    args = config(tmp_path, **given)
+    trainer = SFTTrainer(make_model("llama"), args, None, rows(), tokenizer=tokenizer, compute_metrics=None)
+    assert tokenizer.decode(trainer.train_dataset[0]["completion_ids"][0]) == TEXTS[0]
+
+
 def test_plain_training_arguments_and_old_option_names(make_model, tokenizer, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=1, learning_rate=0.5, save_strategy="no")
     trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows(), tokenizer=tokenizer)
@@ -306,6 +313,14 @@ def test_a_template_that_cannot_be_masked(make_model, tmp_path):
 def test_unknown_keywords(make_model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="SFTTrainer has no argument 'max_seq_len'. Did you mean .*'max_seq_length'"):
         SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, max_seq_len=3)
+    for name, words in {
+        "compute_metrics": r"'compute_metrics'. Logits .* Override `loss\(",
+        "generate_during_eval": "'generate_during_eval'. Completions go",
+    }.items():
+        with pytest.raises(ConfigError, match=f"SFTTrainer has no argument {words}"):
+            SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, **{name: 1})
+    with pytest.raises(ConfigError, match="both 'max_seq_length' and 'max_length'"):
+        SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, max_length=3, max_seq_length=4)
     with pytest.raises(ConfigError, match="SFTConfig has no option 'packin'. Did you mean 'packing'"):
         SFTConfig(output_dir=str(tmp_path), packin=True)
     with pytest.raises(ConfigError, match="Unknown loss_type 'nil'. Did you mean 'nll'"):

@@ -160,7 +160,7 @@ def language_modeling(columns: Columns, codec: Codec) -> list[Tree]:
         )
     if not columns.is_chat(name):
         _refuse_assistant_only(codec.settings, name)
-        ids = codec.text.ids(columns.texts(name), add_special_tokens=True)
+        ids = codec.text.ids(columns.texts(name), add_special_tokens=codec.settings.add_special_tokens)
         return [Tree([], [row]) for row in codec.ended(ids)]
     if codec.settings.assistant_only_loss:
         return _spoken(columns, columns.chats(name, answers=True), codec)

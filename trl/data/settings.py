@@ -29,6 +29,8 @@ class EncodeSettings:
     """Train only on what the assistant wrote in a conversation."""
     text_field: str = "text"
     """The column with the text of language modelling; `messages` and `conversations` come before it."""
+    add_special_tokens: bool = True
+    """Begin plain texts as the tokenizer begins them (with BOS)."""
     add_eos: bool = True
     """Close plain texts and completions with EOS. Conversations end as their template ends them."""
     eos_token: str | None = None

@@ -36,11 +36,14 @@ class TextEncoder:
         self._header_ids: dict[str, list[int]] = {}
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """Token ids of each text."""
-        if not self.tokenizer.is_fast:
-            return [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
-        encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        """Token ids of each text. With special tokens, a text that begins with BOS itself has it once."""
+        if self.tokenizer.is_fast:
+            encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            rows = [encoding.ids for encoding in encodings]
+        else:
+            rows = [self.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        twice = [self.tokenizer.bos_token_id] * 2
+        return [ids[1:] if add_special_tokens and ids[:2] == twice else ids for ids in rows]
 
     def prompts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of texts that are continued: without the EOS that some tokenizers put after every text."""

@@ -34,8 +34,8 @@ from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
-from trl.elsewhere import ARGUMENTS, refuse_hooks
-from trl.errors import ConfigError, suggest
+from trl.elsewhere import ARGUMENTS, refuse_hooks, remedy
+from trl.errors import ConfigError
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -112,13 +112,13 @@ class BaseTrainer(ResumableTrainer):
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer)
         self.tokenizer_ = tokenizer_of(self.processing_class)
-        self.data_collator = collate_examples if data_collator is None else examples_from(data_collator)
+        self.examples_of = collate_examples if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,
             args=self.args,
-            data_collator=self.data_collator,
+            data_collator=self.examples_of,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.processing_class,
@@ -187,17 +187,14 @@ class BaseTrainer(ResumableTrainer):
 
     @classmethod
     def _options(cls, classic: dict[str, Any]) -> dict[str, Any]:
-        for name in sorted(ARGUMENTS.keys() & classic.keys()):
-            if classic.pop(name) is not None:
-                raise ConfigError(f"{cls.__name__} has no {name}: {ARGUMENTS[name]}")
-        try:
-            return cls.config_class.translated(classic)
-        except ConfigError:
-            known = [*Trainer.__init__.__annotations__, *(f.name for f in dataclasses.fields(cls.config_class))]
-            name = next(n for n in classic if n not in known and n not in cls.config_class.ALIASES)
-            raise ConfigError(
-                f"{cls.__name__} has no argument {name!r}.{suggest(name, [*known, *cls.config_class.ALIASES, 'tokenizer', 'peft_config'])}"
-            ) from None
+        """Options of the configuration, by their names today, that were given as keywords of the trainer."""
+        options = {name: value for name, value in classic.items() if value is not None or name not in ARGUMENTS}
+        known = [*(f.name for f in dataclasses.fields(cls.config_class)), *cls.config_class.ALIASES]
+        for name in options:
+            if name not in known:
+                arguments = [*known, *Trainer.__init__.__annotations__, "tokenizer", "peft_config"]
+                raise ConfigError(f"{cls.__name__} has no argument {name!r}.{remedy(name, arguments)}")
+        return cls.config_class.translated(options)
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         kwargs = self.args.model_init_kwargs or {}
@@ -254,7 +251,7 @@ class BaseTrainer(ResumableTrainer):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        preview_examples(self.data_collator(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
+        preview_examples(self.examples_of(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
         if "train" in self.encoded:
             print(self.encoded["train"].report)
 

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from trl.errors import ConfigError, suggest
+from trl.elsewhere import remedy
+from trl.errors import ConfigError
 from trl.hints import check_choices
 from trl.trainers.engines import check_processes, processes_on_cpu
 
@@ -26,6 +27,8 @@ ALIASES = {
     "dataset_batch_size": "",
     "num_of_sequences": "",
     "chars_per_token": "",
+    "infinite": "",
+    "use_liger": "use_liger_kernel",
 }
 """Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
 
@@ -47,7 +50,7 @@ class _ConfigMeta(type):
         for name, value in kwargs.items():
             today = name if name in fields else cls.ALIASES.get(name, name)
             if today and today not in fields:
-                raise ConfigError(f"{cls.__name__} has no option {name!r}.{suggest(name, [*fields, *cls.ALIASES])}")
+                raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
             if today and name != today and today in kwargs:
                 raise ConfigError(f"{cls.__name__} was given both {name!r} and {today!r}, its name today: keep one.")
             if today:

@@ -24,7 +24,7 @@ from trl.trainers.collate import collate_examples, columns_of
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Metrics
 
-DATASET_OPTIONS = ("skip_prepare_dataset",)
+DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
 @dataclass
@@ -35,7 +35,9 @@ class SFTConfig(TrainerConfig):
     """Column with the text, for rows that are plain text."""
 
     dataset_kwargs: dict[str, Any] | str | None = None
-    """{"skip_prepare_dataset": true} of other releases, which is not needed: rows with `input_ids` are taken as they are."""
+    """{"skip_prepare_dataset": true} gives rows as they are to `data_collator` (those with `input_ids` are recognised by
+    themselves); {"add_special_tokens": false} begins plain texts without BOS, {"append_concat_token": false} ends them
+    without EOS. No text has either twice."""
 
     max_length: int | None = 1024
     """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
@@ -98,6 +100,7 @@ class SFTTrainer(BaseTrainer):
 
     def encode_settings(self, split: str) -> EncodeSettings:
         args = self.args
+        rows = args.dataset_kwargs or {}
         cut_by_packing = self._packs(split) and args.packing_strategy != "bfd"
         return EncodeSettings(
             kind=("language_modeling", "prompt_completion", "tokenized"),
@@ -106,13 +109,15 @@ class SFTTrainer(BaseTrainer):
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             text_field=args.dataset_text_field,
+            add_special_tokens=rows.get("add_special_tokens", True),
+            add_eos=rows.get("append_concat_token", True),
             encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
             num_proc=args.dataset_num_proc,
         )
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
-            if self.data_collator is collate_examples:
+            if self.examples_of is collate_examples:
                 raise ConfigError(
                     'dataset_kwargs={"skip_prepare_dataset": True} leaves rows as they are, and nothing makes token ids '
                     "of them: give a data_collator, or leave it out."
