@@ -104,7 +104,8 @@ def test_a_decoder_without_a_pad_token():
 def test_long_texts_are_cut_and_conversations_read():
     tokenizer = make_tokenizer(model_max_length=32)
     reward = ClassifierReward(bert(["neg", "pos"], max_position_embeddings=32), tokenizer)
-    assert len(reward(["a" * 100], ["b" * 100])) == 1
+    assert reward(["a" * 100], ["b" * 8]) == pytest.approx(reward(["a" * 24], ["b" * 8]))
+    assert reward(["a" * 100], ["b" * 8]) != pytest.approx(reward(["a" * 100], ["c" * 8]))
     said = reward([[{"role": "user", "content": "Was it?"}]], [[{"role": "assistant", "content": "It was."}]])
     assert said == reward([""], ["It was."])
 

@@ -45,7 +45,7 @@ class ClassifierReward:
     batch_size       texts of a forward pass
 
     Texts are classified as a whole, prompt and completion; of a conversation, what the completion says. The classifier has a
-    tokenizer and a vocabulary of its own. Text beyond its longest input is cut.
+    tokenizer and a vocabulary of its own. Of a text beyond its longest input the beginning is cut: the end is judged.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ClassifierReward:
         self.model = (load_classifier(model) if isinstance(model, str) else model).eval()
         config = self.model.config
         self.tokenizer = AutoTokenizer.from_pretrained(config._name_or_path) if tokenizer is None else tokenizer
+        self.tokenizer.truncation_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if config.pad_token_id is None:
