@@ -223,6 +223,14 @@ def test_rows_that_come_packed_stay_packed(plain):
     assert result.report.trained == 3
 
 
+def test_a_packed_document_of_one_token_has_none_to_predict(plain):
+    result = encoded([{"input_ids": [4, 5, 6], "seq_lengths": [1, 2]}], plain)
+    assert [(e.completions[0].ids, e.completions[0].mask) for e in decode(result.dataset[0])] == [
+        ([4], [False]),
+        ([5, 6], [False, True]),
+    ]
+
+
 def test_classic_reward_columns(plain):
     row = {"input_ids_chosen": [4, 5, 6, 0], "attention_mask_chosen": [1, 1, 1, 0]}
     row |= {"input_ids_rejected": [0, 4, 5, 7], "attention_mask_rejected": [0, 1, 1, 1]}
