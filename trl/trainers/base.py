@@ -112,13 +112,13 @@ class BaseTrainer(ResumableTrainer):
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer)
         self.tokenizer_ = tokenizer_of(self.processing_class)
-        self.examples_of = collate_examples if data_collator is None else examples_from(data_collator)
+        self.to_examples = collate_examples if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,
             args=self.args,
-            data_collator=self.examples_of,
+            data_collator=self.to_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.processing_class,
@@ -251,7 +251,7 @@ class BaseTrainer(ResumableTrainer):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        preview_examples(self.examples_of(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
+        preview_examples(self.to_examples(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
         if "train" in self.encoded:
             print(self.encoded["train"].report)
 

@@ -117,7 +117,7 @@ class SFTTrainer(BaseTrainer):
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
-            if self.examples_of is collate_examples:
+            if self.to_examples is collate_examples:
                 raise ConfigError(
                     'dataset_kwargs={"skip_prepare_dataset": True} leaves rows as they are, and nothing makes token ids '
                     "of them: give a data_collator, or leave it out."
