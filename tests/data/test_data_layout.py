@@ -82,6 +82,12 @@ def test_encoder_decoder_by_hand():
     assert batch.example.tolist() == [0, 0, 1]
 
 
+def test_the_last_token_of_an_empty_completion_is_within_the_batch():
+    batch = lay_out_encoder_decoder([Example([5], (Completion([]),))], pad_token_id=9, decoder_start_token_id=7)
+    assert batch.last.tolist() == [0]
+    assert not batch.mask.any()
+
+
 def test_signals_per_sequence_per_token_and_missing():
     a = Completion([1, 2], signals={"reward": 3.0, "advantage": [0.5, 0.25]})
     b = Completion([3], signals={"advantage": [1.0]})
@@ -109,6 +115,7 @@ def test_rows_are_as_wide_as_is_cheapest():
     assert cheapest_rows(sizes, hidden_size=1) == [[0], [1], [2], [3]]
     assert cheapest_rows(sizes, hidden_size=10) == [[0, 3], [1, 2]]
     assert cheapest_rows([7], hidden_size=8) == [[0]]
+    assert cheapest_rows(sizes) == [[0], [1], [2, 3]], "as wide as the longest, where nothing is known of the model"
 
 
 def test_rows_of_one_sequence_need_no_mask():
