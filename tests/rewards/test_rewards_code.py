@@ -46,7 +46,15 @@ def test_tests_that_are_one_text():
         get_code_reward(run_untrusted_code=True)(completions=["x = 1"] * 2, tests=[["assert x"], "assert x"])
 
 
-@pytest.mark.parametrize("program", ["print('é')", "import json, math", "open('own.txt', 'w').write('1')"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print('é')",
+        "import json, math",
+        "open('own.txt', 'w').write('1')",
+        "import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A and __name__ == '__main__'",
+    ],
+)
 def test_what_is_allowed(program):
     assert runs(program)
 

@@ -14,6 +14,7 @@ import platform
 import resource
 import struct
 import sys
+import types
 
 SYSCALLS = {
     # socket, connect, socketpair, fork, vfork, execve, execveat, kill, tkill, tgkill, ptrace, io_uring_setup
@@ -118,7 +119,8 @@ def main() -> None:
     report = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     limit(os.path.realpath(folder), memory, seconds)
-    exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+    sys.modules["__main__"] = types.ModuleType("__main__")  # pickle and typing look for the program's classes there
+    exec(compile(program, "program", "exec"), vars(sys.modules["__main__"]))
     os.write(report, secret.encode())
 
 
