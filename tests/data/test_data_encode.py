@@ -499,3 +499,20 @@ def test_unknown_settings():
         EncodeSettings(kind=("preferences",))
     with pytest.raises(ConfigError, match="max_length=0 leaves no token"):
         EncodeSettings(max_length=0)
+
+
+def test_content_in_parts(chatml):
+    parts = [{"type": "text", "text": "s"}, {"type": "text", "text": "ky"}]
+    ask = {"role": "user", "content": parts}
+    expected = only([{"messages": [{"role": "user", "content": "sky"}, *BLUE]}], chatml)
+    assert only(
+        [{"messages": [ask, {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]}], chatml
+    ) == (expected)
+
+
+def test_pictures_are_refused(chatml):
+    picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
+    with pytest.raises(DataError, match=r"[Rr]ow 0.* message 0: content has to be text, or parts of type text"):
+        only([picture], chatml)
+    with pytest.raises(DataError, match=r"columns \['images'\] hold pictures.*remove_columns\(\['images'\]\)"):
+        only([{"text": "sky", "images": "a.png"}], chatml)

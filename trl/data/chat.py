@@ -223,8 +223,15 @@ def without_none(value: Any) -> Any:
 
 
 def tidy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates read them: `role` and `content`, no empty keys."""
-    return [without_none(to_chatml(message)) for message in messages]
+    """Messages as templates read them: `role` and `content`, a text in parts as one text, no empty keys."""
+    return [_joined(without_none(to_chatml(message))) for message in messages]
+
+
+def _joined(message: Any) -> Any:
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or any(not isinstance(p, Mapping) or p.get("type") != "text" for p in parts):
+        return message
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def render_chat(

@@ -68,6 +68,9 @@ class Columns:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 expected = 'expected {"role": …, "content": …}'
                 raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
+            if isinstance(message.get("content"), list):
+                found = describe(message["content"])
+                raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
         return chat
 
     def numbers(self, name: str) -> Sequence[Sequence[int]]:

@@ -41,6 +41,7 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
 }
 """Row kind → all columns that its rows are read from, needed or not."""
 
+PICTURES = {"image", "images"}
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
 _FROM_VALUE_COLUMNS = (*TEXT_COLUMNS, "conversations")
 
@@ -50,9 +51,14 @@ def detect_kind(columns: Iterable[str], *, allowed: Sequence[str] | None = None,
 
     `text_field` is the column that holds the text of language modelling.
 
-    Raises DataError with the columns found and those that each kind needs.
+    Raises DataError with the columns found and those that each kind needs, and for columns of pictures.
     """
     present = set(columns)
+    if pictures := sorted(present & PICTURES):
+        raise DataError(
+            f"The columns {pictures} hold pictures, and vision-language models are not covered yet. To train on the texts "
+            f"alone: dataset.remove_columns({pictures})."
+        )
     kinds = {kind: _with_text_field(KINDS[kind], text_field) for kind in KINDS if allowed is None or kind in allowed}
     for kind, alternatives in kinds.items():
         if any(present.issuperset(needed) for needed in alternatives):

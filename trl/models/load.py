@@ -102,6 +102,8 @@ def load_processor(model: PreTrainedModel, *, trust_remote_code: bool = False) -
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or the one inside a processor."""
+    if isinstance(processing_class, str):
+        raise ConfigError(f"processing_class is a tokenizer: AutoTokenizer.from_pretrained({processing_class!r}).")
     if isinstance(processing_class, PreTrainedTokenizerBase):
         return processing_class
     return processing_class.tokenizer
