@@ -36,6 +36,7 @@ from transformers import (
 )
 
 transformers.logging.set_verbosity_error()
+gc.freeze()  # for programs that import this: see `pytest_collection_finish`
 
 VOCABULARY = 99
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
