@@ -137,7 +137,11 @@ class SFTTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
-        if not (self.args.packing or self.args.padding_free) or self.layout != "padded":
+        if not (self.args.packing or self.args.padding_free):
+            if self.args.neftune_noise_alpha is not None and self.args.layout == "auto":
+                self.layout = "padded"  # the noise is α/√(Td), of one sequence: arXiv:2310.05914, Algorithm 1
+            return
+        if self.layout != "padded":
             return
         asked = "packing" if self.args.packing else "padding_free"
         inner = unwrap(self.model)
