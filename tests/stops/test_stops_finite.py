@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests.conftest import MODELS, make_tokenizer
 from trl.models.heads import with_value_head
 from trl.trainers.checkpoint import newest_checkpoint
+from trl.trainers.dpo import DPOConfig, DPOTrainer
 from trl.trainers.finite import NonFiniteError, StepCount, is_finite, poisoned
 from trl.trainers.meter import Meter
 from trl.trainers.ppo import PPOConfig, PPOTrainer
@@ -141,13 +142,28 @@ def test_rows_are_named_by_their_gradient_where_the_loss_is_finite(tmp_path):
         trainer.train()
 
 
-def test_a_model_that_is_broken_blames_no_single_row_for_long(tmp_path):
+def test_rows_are_named_where_a_loss_is_that_of_a_pair(tmp_path):
+    columns = {"prompt": [f"row {i} " for i in range(3)], "chosen": ["a", "a", BAD], "rejected": ["b"] * 3}
+    args = DPOConfig(str(tmp_path), **{**OPTIONS, "max_skipped_steps": 1, "per_device_train_batch_size": 3})
+    trainer = DPOTrainer(
+        broken_model(), args=args, train_dataset=Dataset.from_dict(columns), tokenizer=make_tokenizer()
+    )
+    with pytest.raises(NonFiniteError, match=r"whose loss is not finite: train_dataset\[2\] 'row 2 Z</s>'\."):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(7, r"train_dataset\[4\] '[^;]*', and 2 more"), (5, r"train_dataset\[4\] '[^;]*'")]
+)
+def test_a_model_that_is_broken_blames_no_single_row_for_long(tmp_path, size, words):
     """Every row is named, five of them with their text."""
     model = sane_model()
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
-    trainer = make(tmp_path, model=model, max_skipped_steps=1, per_device_train_batch_size=7)
-    with pytest.raises(NonFiniteError, match=r"in 1 step in a row.*train_dataset\[0\] .*, and 2 more\."):
+    trainer = make(tmp_path, model=model, max_skipped_steps=1, per_device_train_batch_size=size)
+    with pytest.raises(
+        NonFiniteError, match=rf"in 1 step in a row.*train_dataset\[0\] .*{words}\. Nothing was learned"
+    ):
         trainer.train()
 
 
