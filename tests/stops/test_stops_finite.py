@@ -14,6 +14,7 @@ from trl.models.heads import with_value_head
 from trl.trainers.checkpoint import newest_checkpoint
 from trl.trainers.dpo import DPOConfig, DPOTrainer
 from trl.trainers.finite import NonFiniteError, StepCount, is_finite, poisoned
+from trl.trainers.kto import KTOConfig, KTOTrainer
 from trl.trainers.meter import Meter
 from trl.trainers.ppo import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
@@ -137,7 +138,31 @@ def test_several_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path):
 
 
 def test_rows_are_named_by_their_gradient_where_the_loss_is_finite(tmp_path):
-    trainer = make(tmp_path, 2, cls=FlatAtZero, model=sane_model(), max_skipped_steps=1, per_device_train_batch_size=3)
+    """Also where only embeddings are trained, most of whose gradient is finite: other tokens' is zero."""
+    for frozen in (False, True):
+        model = sane_model().requires_grad_(not frozen)
+        model.model.embed_tokens.requires_grad_(True)
+        trainer = make(tmp_path, 2, cls=FlatAtZero, model=model, max_skipped_steps=1, per_device_train_batch_size=3)
+        with pytest.raises(NonFiniteError, match=r"whose gradient is not finite: train_dataset\[2\] 'row 2 Z</s>'\."):
+            trainer.train()
+
+
+class FlatFeedback(KTOTrainer):
+    """As `FlatAtZero`, of completions."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        is_bad = (batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)).any(1)
+        return torch.where(is_bad, torch.where(is_bad, loss - loss.detach(), 1.0).sqrt(), loss), metrics
+
+
+def test_gradients_of_rows_are_those_in_their_window(tmp_path):
+    """KTO's divergence is that of the step, and no row has one of its own."""
+    columns = {"prompt": [f"row {i} " for i in range(3)], "completion": ["a", "b", BAD], "label": [True, False, True]}
+    args = KTOConfig(str(tmp_path), **{**OPTIONS, "max_skipped_steps": 1, "per_device_train_batch_size": 3})
+    trainer = FlatFeedback(
+        sane_model(), args=args, train_dataset=Dataset.from_dict(columns), tokenizer=make_tokenizer()
+    )
     with pytest.raises(NonFiniteError, match=r"whose gradient is not finite: train_dataset\[2\] 'row 2 Z</s>'\."):
         trainer.train()
 
