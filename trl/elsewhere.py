@@ -155,7 +155,7 @@ OPTIONS = {
 """Options of configurations elsewhere, and what to do without each."""
 
 HOOKS = {
-    "_calculate_rewards": "give `reward_funcs`.",
+    "_calculate_rewards": "Give `reward_funcs`.",
     "_compute_loss": LOSS,
     "_generate": SAMPLES,
     "_generate_and_score_completions": f"{SAMPLES} Credit for rewards is an algorithm's: see examples/own_algorithm.py.",

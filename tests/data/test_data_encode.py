@@ -263,6 +263,14 @@ def test_a_collator_s_mask(plain):
 # Truncation, dropping, counting
 
 
+def test_preferences_as_ids_with_and_without_a_prompt(make):
+    tokenizer = make.tokenizer()
+    whole = only([{"chosen_ids": [4, 5, 6], "rejected_ids": [4, 5, 7]}], tokenizer, kind="tokenized_preference")
+    parts = {"prompt_ids": [4, 5], "chosen_ids": [6], "rejected_ids": [7]}
+    assert only([parts], tokenizer, kind="tokenized_preference") == whole
+    assert (list(whole.prompt), [list(c.ids) for c in whole.completions]) == ([4, 5], [[6], [7]])
+
+
 PAIR = {"input_ids_chosen": [1, 2, 3, 4, 5, 6, 7, 8], "input_ids_rejected": [1, 2, 3, 4, 5, 9, 10]}
 PAIR_TEXT = {"prompt": "sky", "chosen": " blue", "rejected": " green"}
 

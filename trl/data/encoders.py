@@ -352,7 +352,16 @@ def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:
 
 
 def tokenized_preference(columns: Columns, codec: Codec) -> list[Tree]:
-    """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt."""
+    """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt.
+
+    Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
+    """
+    if "chosen_ids" in columns:
+        pairs = zip(columns.numbers("chosen_ids"), columns.numbers("rejected_ids"), strict=True)
+        if "prompt_ids" not in columns:
+            return [fork(list(chosen), list(rejected)) for chosen, rejected in pairs]
+        prompts = columns.numbers("prompt_ids")
+        return [Tree(list(p), [list(c), list(r)]) for p, (c, r) in zip(prompts, pairs, strict=True)]
     sides = [
         [
             _without_padding(Tree([], [list(ids)]), attention).completions[0]

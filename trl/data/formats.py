@@ -17,7 +17,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, Iterab
 Row = Mapping[str, Any]
 
 KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "tokenized_preference": (("input_ids_chosen", "input_ids_rejected"),),
+    "tokenized_preference": (("input_ids_chosen", "input_ids_rejected"), ("chosen_ids", "rejected_ids")),
     "tokenized": (("input_ids",),),
     "stepwise": (("prompt", "completions", "labels"),),
     "unpaired_preference": (("prompt", "completion", "label"),),
@@ -30,7 +30,13 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 _CHAT_OPTIONS = ("tools", "chat_template_kwargs")
 COLUMNS_READ: dict[str, tuple[str, ...]] = {
-    "tokenized_preference": (*KINDS["tokenized_preference"][0], "attention_mask_chosen", "attention_mask_rejected"),
+    "tokenized_preference": (
+        *KINDS["tokenized_preference"][0],
+        "attention_mask_chosen",
+        "attention_mask_rejected",
+        "prompt_ids",
+        *KINDS["tokenized_preference"][1],
+    ),
     "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "seq_lengths"),
     "stepwise": KINDS["stepwise"][0],
     "unpaired_preference": (*KINDS["unpaired_preference"][0], *_CHAT_OPTIONS),
@@ -73,6 +79,7 @@ def _with_text_field(alternatives: tuple[tuple[str, ...], ...], text_field: str)
 def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]]) -> str:
     needs = "\n".join(f"  {kind}: {' | '.join(', '.join(n) for n in needed)}" for kind, needed in kinds.items())
     known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
+    needs += "\nA text may stand in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
     hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
     return (
         f"The dataset's columns {present} are not those of a row kind that is used here. Rename or add columns; "

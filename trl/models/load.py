@@ -179,6 +179,6 @@ def set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None
     """Make a token of the vocabulary the tokenizer's `pad_token` or `eos_token`."""
     if token not in tokenizer.get_vocab():
         raise ConfigError(
-            f"{kind}={token!r} is not in the tokenizer's vocabulary{suggest(token, tokenizer.get_vocab())}"
+            f"{kind}={token!r} is not in the tokenizer's vocabulary.{suggest(token, tokenizer.get_vocab())}"
         )
     setattr(tokenizer, kind, token)

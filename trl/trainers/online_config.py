@@ -27,6 +27,7 @@ ALIASES = {
     "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
     "vllm_importance_sampling_cap": "importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
+    "wandb_log_unique_prompts": "log_unique_prompts",
     "cache_implementation": "",
     "ds3_gather_for_generation": "",
     "log_multimodal": "",
