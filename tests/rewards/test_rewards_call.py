@@ -71,7 +71,7 @@ def test_calls_that_fail_before_they_are_awaited():
 
 
 def test_names_are_given_once():
-    assert [r.name for r in make_rewards([lengths, lengths, slow, lengths])] == [
+    assert [r.name for r in make_rewards([lengths, lengths, slow, partial(lengths)])] == [
         "lengths",
         "lengths_2",
         "slow",

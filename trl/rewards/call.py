@@ -11,6 +11,7 @@ on_error="drop", a sample that is not learned from.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import threading
@@ -126,7 +127,8 @@ def _function(given: Any, tokenizer: Any) -> RewardFunction:
 
 def _names(functions: Sequence[RewardFunction]) -> list[str]:
     """Names in logs, each once: a second `short` is `short_2`."""
-    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+    named = [function.func if isinstance(function, functools.partial) else function for function in functions]
+    names = [getattr(function, "__name__", type(function).__name__) for function in named]
     before = [names[:i].count(name) for i, name in enumerate(names)]
     return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 

@@ -142,6 +142,7 @@ def _check_agreement(params: SamplingParams) -> None:
     config = params.generation_config
     for ours, theirs in _SHARED.items() if config is not None else ():
         value = getattr(config, theirs)
+        value = tuple(value) if isinstance(value, list) else value
         if value is not None and value != getattr(params, ours):
             raise ConfigError(
                 f"generation_config.{theirs}={value!r} but SamplingParams.{ours}={getattr(params, ours)!r}: "
