@@ -38,7 +38,7 @@ def fails_where_odd(completion_ids, number):
     return [float("nan") if n % 2 and len(ids) > 2 else len(ids) for ids, n in zip(completion_ids, number, strict=True)]
 
 
-def run(name, cls, reward, batch=16, resume=None, **options):
+def run(name, cls, reward, batch=16, evaluated=16, **options):
     torch.manual_seed(0)
     model = MODELS["llama"]()
     folder = f"{sys.argv[1]}/{name}"
@@ -49,8 +49,9 @@ def run(name, cls, reward, batch=16, resume=None, **options):
         num_completions_to_print=0, html_report=False)
     args = cls.config_class(**{**given, **options})
     rows = prompts(16, number=list(range(16)))
-    trainer = cls(model, reward, args, rows, rows, processing_class=make_tokenizer(), engine=Table())
-    trainer.train(resume_from_checkpoint=resume)
+    judged = rows.select(range(evaluated))
+    trainer = cls(model, reward, args, rows, judged, processing_class=make_tokenizer(), engine=Table())
+    trainer.train()
     if RANK == 0:
         logs = [{k: v for k, v in log.items() if not any(word in k for word in NOT_COMPARED)}
                 for log in trainer.state.log_history]
@@ -69,8 +70,9 @@ run("flat", GRPOTrainer, even_prompts, zero_variance="drop", shuffle_dataset=Fal
 run("fresh", GRPOTrainer, even_prompts, zero_variance="resample", shuffle_dataset=False, loss_type="bnpo")
 run("failed", GRPOTrainer, fails_where_odd, on_reward_error="drop", loss_type="sapo", mask_truncated_completions=True)
 run("rloo", RLOOTrainer, [of_some, of_length], normalize_advantages=True, missing_eos_penalty=1.0,
-    shuffle_dataset=False, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16 // WORLD)
-run("dpo", OnlineDPOTrainer, even_prompts, batch=4, shuffle_dataset=False)
+    shuffle_dataset=False, evaluated=13, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16 // WORLD)
+run("dpo", OnlineDPOTrainer, even_prompts, batch=4, shuffle_dataset=False, evaluated=5,  # none for the second process
+    eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=16 // WORLD)
 
 if WORLD == 2:  # any number of rows, of any width
     whole, start = gather_rows(torch.full((1 + RANK, 3 - RANK), 1.0 + RANK), Accelerator(cpu=True))

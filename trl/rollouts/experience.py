@@ -42,6 +42,14 @@ class Group:
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
+def nothing_of(row: Mapping[str, Any], n: int, *, functions: int) -> Group:
+    """A group of `n` for a process without a prompt of its own: nothing is rewarded, learned from or counted."""
+    completion = Completion([0], mask=[0], signals={"sampler_logprobs": [0.0]})
+    yes = torch.ones(n, dtype=torch.bool)
+    example = Example(row["prompt_ids"], (completion,) * n)
+    return Group(row, example, yes, [""] * n, torch.full((n, functions), torch.nan), failed=yes)
+
+
 def example_of(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
     """The row's prompt with its sampled completions."""
     completions = (Completion(r.ids, signals={"sampler_logprobs": r.logprobs}) for r in rollouts)

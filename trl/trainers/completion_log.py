@@ -28,7 +28,7 @@ TRACKERS_WITH_TABLES = ("wandb", "trackio")
 
 
 def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor) -> Metrics:
-    """Numbers of a round, `[N]` or `[1]` each.
+    """Numbers of a round, `[N]` each.
 
     names        those of the reward functions
     everywhere   `[M,1+F]` rewards, combined and of every function, of all processes: standard deviations are theirs
@@ -40,7 +40,7 @@ def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequen
     columns = dict(zip(names, torch.cat([group.rewards for group in groups]).unbind(1), strict=True))
     return {
         "reward": rewards,
-        "reward_std": deviation[:1],
+        "reward_std": deviation[0].expand_as(rewards),
         "frac_reward_zero_std": has_no_variance(rewards, experience.group).float(),
         "completions/mean_length": lengths,
         "completions/min_length": lengths,
@@ -49,7 +49,7 @@ def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequen
         "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
         "failed_rewards": torch.cat([group.failed for group in groups]).float(),
         **{f"rewards/{name}/mean": column for name, column in columns.items()},
-        **{f"rewards/{name}/std": deviation[i : i + 1] for i, name in enumerate(names, 1)},
+        **{f"rewards/{name}/std": deviation[i].expand_as(rewards) for i, name in enumerate(names, 1)},
     }
 
 

@@ -35,12 +35,14 @@ from trl.rollouts.experience import (
     completions_of,
     cut_slices,
     experience_of,
+    nothing_of,
     offsets,
     with_signals,
     without_signals,
 )
 from trl.trainers.across import with_credit
 from trl.trainers.base import EvalRows, Rows
+from trl.trainers.engines import rows_of_its_own
 from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.parts import Part
@@ -307,10 +309,15 @@ class OnlineTrainer(SamplingTrainer):
         self, model: nn.Module, inputs: list[Mapping[str, Any]], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
         """Sample completions of a batch of prompts, and count their rewards and loss."""
+        rows = inputs[: rows_of_its_own(self.args, self.accelerator, len(inputs))]
+        n = self.args.num_generations_eval or self.args.num_generations
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sample(inputs, self.args.num_generations_eval or self.args.num_generations, "eval")
+        groups = self.sample(rows, n, "eval") or [nothing_of(inputs[0], n, functions=len(self.rewards))]
         examples, experience = self.learn_from(groups, "eval")
-        self._log_round(groups, experience, "eval")
+        if rows:
+            self._log_round(groups, experience, "eval")
+        else:
+            self._rewards_everywhere(groups, experience)  # as the others do
         examples = without_signals(examples, ["old_logprobs"])
         (kept,) = self.slices(examples, groups, experience, 1)
         self.evaluate_examples(model, kept, {}, filling=examples[:1])
