@@ -1,4 +1,6 @@
-"""Every training command trains: from a YAML file in a process of its own, and from flags."""
+"""Every training command trains in a process of its own: from a YAML file, and from flags alone."""
+
+from __future__ import annotations
 
 import ast
 import importlib.util
@@ -7,31 +9,66 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from trl.cli.commands import methods
 from trl.cli.main import main
 
-OPTIONS = {
+SAMPLED = {"dataset_name": "prompts.jsonl", "max_completion_length": 4, "per_device_train_batch_size": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
     "sft": {"dataset_name": "chats.jsonl", "assistant_only_loss": True, "max_length": 64},
     "reward": {"dataset_name": "pairs.jsonl", "center_rewards_coefficient": 0.01},
     "dpo": {"dataset_name": "pairs.jsonl", "loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5]},
     "cpo": {"dataset_name": "pairs.jsonl", "loss_type": "simpo"},
     "orpo": {"dataset_name": "pairs.jsonl", "beta": 0.2},
     "kto": {"dataset_name": "labels.jsonl", "desirable_weight": 1.1},
-    "ppo": {
-        "dataset_name": "prompts.jsonl",
-        "reward_funcs": ["rewards.py:short"],
-        "max_completion_length": 4,
-        "batch_size": 4,
-        "mini_batch_size": 2,
+    "ppo": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "batch_size": 4, "mini_batch_size": 2},
+    "grpo": {
+        **SAMPLED,
+        "reward_funcs": ["accuracy_reward", "get_length_reward(target=4)"],
+        "reward_weights": [1.0, 0.1],
+        "loss_type": "dr_grpo",
+        "epsilon_high": 0.28,
+        "scale_rewards": False,
+        "use_adaptive_entropy": True,
+        "num_generations": 4,
+        "log_completions": True,
+        "num_completions_to_print": 1,
     },
+    "rloo": {**SAMPLED, "reward_funcs": ["rewards:short"], "num_generations": 2, "beta": 0.01},
+    "online-dpo": {**SAMPLED, "reward_funcs": ["./rewards.py:of_answer"], "beta": [0.2, 0.1]},
 }
+LOGGED = {
+    "grpo": (
+        "reward",
+        "rewards/accuracy_reward/mean",
+        "rewards/length_reward/mean",
+        "entropy_coef",
+        "sampling/masked_share",
+    ),
+    "rloo": ("reward", "rewards/short/mean"),
+    "online-dpo": ("reward", "rewards/of_answer/mean", "rewards/margins"),
+}
+"""Metrics beside the loss that tell that an option was heard."""
+
 REWARDS = """
 def short(completions, **columns):
     return [-float(len(text)) for text in completions]
+
+async def of_answer(completions, solution):
+    return [float(s in c) - len(c) / 100 for c, s in zip(completions, solution)]
+
+def of_solutions(completions, solutions):
+    return [0.0] * len(completions)
+
+def fails(completions):
+    return [1 / 0 for _ in completions]
 """
 
 
@@ -53,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
         folder / "labels.jsonl",
         [{"prompt": asked[i], "completion": said[i], "label": i % 2 == 0} for i in range(8)],
     )
-    write(folder / "prompts.jsonl", [{"prompt": q} for q in asked])
+    write(folder / "prompts.jsonl", [{"prompt": q, "solution": str(i)} for i, q in enumerate(asked)])
     (folder / "rewards.py").write_text(REWARDS)
     return folder
 
@@ -81,33 +118,115 @@ def trained(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+FORKS = """
+import importlib, json, os, sys
+from trl.cli.commands import methods
+from trl.cli.main import main
+for method in methods().values():
+    importlib.import_module(method.trainer.partition(":")[0])
+for line in sys.stdin:
+    if not (child := os.fork()):
+        sys.argv = ["trl", *json.loads(line)]
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.exit(main())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def trl(folder) -> Iterator[Callable[..., Ended]]:
+    """`trl("sft", "--max_steps", "1")`: how the command ended, in a process that was forked with its modules loaded."""
+    words = [sys.executable, "-P", "-c", FORKS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=folder, env=environment, text=True, **pipes) as process:
+
+        def run(*command: str) -> Ended:
+            process.stdin.write(json.dumps(command) + "\n")
+            process.stdin.flush()
+            status = process.stdout.readline()
+            return Ended(int(status), *((folder / name).read_text() for name in ("out", "err")))
+
+        yield run
+        process.stdin.close()
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [
+        word
+        for name, value in options.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def test_no_command_is_left_out():
+    assert OPTIONS.keys() == methods().keys()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
-def test_from_a_file_in_a_process_of_its_own(folder, method):
-    """`max_steps` of the command line wins over the file's."""
+def test_from_a_file(folder, method):
+    """The installed command, from its start. `max_steps` of the command line wins over the file's."""
     options = {"model_name_or_path": "tiny", "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"output_dir": f"file-{method}", "logging_steps": 1, "max_steps": 7} | OPTIONS[method]
     (folder / f"{method}.yaml").write_text(yaml.safe_dump(options))
-    words = [sys.executable, "-m", "trl", method, "--config", f"{method}.yaml", "--max_steps", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = Path(sys.executable).with_name("trl")  # does not search the current folder for modules, as `-m` does
+    words = [str(command), method, "--config", f"{method}.yaml", "--max_steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("'loss'") == 1
     assert trained(folder / f"file-{method}")["max_steps"] == 1
+    for metric in LOGGED.get(method, ()):
+        assert f"'{metric}'" in done.stdout
+    if "log_completions" in OPTIONS[method]:
+        table = pq.read_table(folder / f"file-{method}" / "completions" / "completions_00001.parquet").to_pylist()
+        assert len(table) == 4
+        assert {"accuracy_reward", "length_reward", "advantage"} <= set(table[0])
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_from_flags(inside, method, capsys):
+def test_from_flags(folder, method, trl):
     """The preview shows a row; the run trains, and has no page where none is wanted."""
-    words = f"{method} --model_name_or_path tiny --output_dir flags-{method} --use_cpu".split()
-    for name, value in OPTIONS[method].items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    assert main(["preview", *words, "--rows", "1"]) == 0
-    assert "row 1" in capsys.readouterr().out
-    assert not (inside / f"flags-{method}").exists()
-    assert main([*words, "--max_steps", "1", "--logging_steps", "1", "--no_html_report", "--report_to", "none"]) == 0
-    assert "'loss'" in capsys.readouterr().out
-    assert (inside / f"flags-{method}" / "model.safetensors").is_file()
-    assert not (inside / f"flags-{method}" / "report.html").exists()
+    words = [method, "--model_name_or_path", "tiny", "--output_dir", f"flags-{method}", "--use_cpu"]
+    words += flags(OPTIONS[method])
+    preview = trl("preview", *words, "--rows", "1")
+    assert preview.status == 0, preview.err
+    assert "row 1" in preview.out
+    assert not (folder / f"flags-{method}").exists()
+    done = trl(*words, "--max_steps", "1", "--logging_steps", "1", "--no_html_report", "--report_to", "none")
+    assert done.status == 0, done.err
+    for metric in ("loss", *LOGGED.get(method, ())):
+        assert f"'{metric}'" in done.out
+    assert (folder / f"flags-{method}" / "model.safetensors").is_file()
+    assert not (folder / f"flags-{method}" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("acuracy_reward", "Unknown reward function 'acuracy_reward'. Did you mean 'accuracy_reward'"),
+        (
+            "rewards.py:of_solutions",
+            "'of_solutions' asks for 'solutions', which is no column of the dataset. Did you mean 'solution'",
+        ),
+        ("rewards.py:fails", "Reward function 'fails' raised ZeroDivisionError: division by zero. Sample 0 of 4"),
+    ],
+)
+def test_what_is_wrong_with_rewards_is_one_message(reward, message, trl):
+    words = flags({**SAMPLED, "num_generations": 4, "reward_funcs": reward, "output_dir": "none", "max_steps": 1})
+    done = trl("grpo", "--model_name_or_path", "tiny", "--use_cpu", "--report_to", "none", *words)
+    assert done.status == 2
+    assert "trl: error: " in done.err
+    assert message in done.err
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

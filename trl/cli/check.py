@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trl.cli.commands import Method, load, methods
+from trl.cli.commands import Method, methods
 from trl.cli.train import Run, check_weights, datasets_of, read_run, refusals_said
 from trl.errors import ConfigError, TrlError, suggest
 
@@ -74,8 +74,7 @@ def trainer_of(run: Run, rows: Any) -> BaseTrainer:
     from trl.cli.preview import trainer_without_weights
     from trl.models.config import get_peft_config
 
-    rewards: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
-    return trainer_without_weights(run, rows, peft_config=get_peft_config(run.model), **rewards)
+    return trainer_without_weights(run, rows, peft_config=get_peft_config(run.model))
 
 
 def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:

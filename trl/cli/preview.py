@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, datasets_of, read_run, refusals_said
+from trl.cli.train import Run, datasets_of, own_keywords, read_run, refusals_said
 from trl.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
     with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
+        keywords |= own_keywords(run)
         return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
 
 

@@ -170,7 +170,6 @@ def datasets_of(run: Run) -> tuple[Any, Any]:
 
 def build_trainer(run: Run) -> BaseTrainer:
     """The trainer, with its model loaded and its rows encoded."""
-    keywords: Mapping[str, Any] = load(run.method.keywords)(run.extra) if run.method.keywords else {}
     loading = {
         "peft_config": get_peft_config(run.model),
         "quantization_config": get_quantization_config(run.model),
@@ -182,8 +181,13 @@ def build_trainer(run: Run) -> BaseTrainer:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         **loading,
-        **keywords,
+        **own_keywords(run),
     )
+
+
+def own_keywords(run: Run) -> Mapping[str, Any]:
+    """What the trainer of a method takes beside what all take: rewards."""
+    return load(run.method.keywords)(run.extra) if run.method.keywords else {}
 
 
 def train(run: Run) -> int:
