@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tests.conftest import make_tokenizer
 from trl.errors import ConfigError, DataError
 from trl.models.reference import Precomputed
-from trl.trainers.kto import KTOConfig, KTOTrainer, keyed, mismatched
+from trl.trainers.kto import BCOConfig, BCOTrainer, KTOConfig, KTOTrainer, keyed, mismatched
 from trl.types import Completion, Example
 
 COLOURS = ["red", "green", "blue", "cyan", "pink", "grey", "teal", "gold"]
@@ -85,6 +85,13 @@ def test_first_loss_where_policy_is_reference(make_model, tmp_path, case, loss_t
     log = trainer.state.log_history[1]
     assert metrics <= log.keys()
     assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"])
+
+
+def test_bco_under_its_own_name(make_model, tmp_path):
+    args = BCOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1, disable_tqdm=True)
+    trainer = BCOTrainer(make_model("llama"), args=args, train_dataset=labelled(), processing_class=make_tokenizer())
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(math.log(2), abs=1e-6)]
 
 
 def plain_logprob(model, prompt, ids):
