@@ -12,6 +12,7 @@ from trl.errors import ConfigError
 from trl.imports import is_available
 from trl.rewards import (
     accuracy_reward,
+    answers,
     boxed_format_reward,
     get_combined_reward,
     get_cosine_scaled_reward,
@@ -66,10 +67,16 @@ def test_a_box_that_is_not_closed():
         ("5", "5 apples", 1.0),
         (r"\boxed{2}", r"\frac{1}{2}", 0.0),
         (r"\boxed{2\pi}", r"2\pi", 1.0),
+        (r"\boxed{2}", r"2\pi", 0.0),
+        (r"2\pi", r"\boxed{2\pi}", 1.0),
         (r"\boxed{5}", "x = 5", 1.0),
     ],
 )
-def test_accuracy(text, solution, expected):
+@pytest.mark.parametrize("by_mathematics", [True, False])
+def test_accuracy(text, solution, expected, by_mathematics, monkeypatch):
+    if by_mathematics:
+        pytest.importorskip("math_verify")
+    monkeypatch.setattr(answers, "has_math_verify", lambda: by_mathematics)
     assert accuracy_reward([text], [solution]) == [expected]
     assert accuracy_reward([[{"role": "assistant", "content": text}]], [solution]) == [expected]
 

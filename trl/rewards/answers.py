@@ -135,8 +135,14 @@ def is_verified(text: str, solution: str) -> bool | None:
     # Its time limits are signals, which only the main thread may set.
     seconds = VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
     parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
-    gold = parse(solution) or parse(f"${solution}$")
-    return bool(math_verify.verify(gold, parse(text), timeout_seconds=seconds)) if gold else None
+    gold = parse(_marked(solution)) or parse(f"${solution}$")
+    return bool(math_verify.verify(gold, parse(_marked(text)), timeout_seconds=seconds)) if gold else None
+
+
+def _marked(text: str) -> str:
+    """A text whose answer is a formula without marks, as a marked one: math-verify takes only numbers from plain text."""
+    answer = text.rpartition("####")[2].strip()
+    return f"${answer}$" if is_formula(answer) and not re.search(r"\\boxed|\$|\\[(\[]", answer) else text
 
 
 def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **_: Any) -> list[float | None]:
