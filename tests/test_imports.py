@@ -103,9 +103,11 @@ def test_an_old_path_says_what_it_does_not_have():
 
     assert ppo_trainer.__name__ == "trl.trainer.ppo_trainer"
     with pytest.raises(
-        ImportError, match=r"trl.trainer.utils is of another .* called 'SFTTrianer'. Did you mean 'SFTT"
+        ImportError, match=r"trl.trainer.utils is a path of other .* called 'SFTTrianer'. Did you mean 'SFTT"
     ):
         from trl.trainer.utils import SFTTrianer  # noqa: F401
+    with pytest.raises(ImportError, match="trl.core is a path of other .* called 'PPODecorators'"):
+        from trl.core import PPODecorators  # noqa: F401
     with pytest.raises(ImportError, match="nothing here is called 'pad_to_length'"):
         from trl.trainer.utils import pad_to_length  # noqa: F401
 

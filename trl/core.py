@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from trl.elsewhere import names_for
 from trl.models.reference import create_reference_model
 from trl.ops import reduce
 from trl.ops.reduce import masked_mean
@@ -29,6 +30,8 @@ __all__ = [
     "stack_dicts",
     "whiten",
 ]
+
+__getattr__ = names_for("trl.core")
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, gather: bool = True) -> Tensor:

@@ -226,7 +226,7 @@ def names_for(path: str) -> Callable[[str], Any]:
             if name.startswith("__") or name.endswith(MODULES):
                 raise
         raise ImportError(
-            f"{path} is of another release of TRL, and nothing here is called {name!r}."
+            f"{path} is a path of other releases of TRL, and nothing here is called {name!r}."
             f"{suggest(name, importlib.import_module('trl').__all__)} See docs/coming_from_trl.md."
         )
 
