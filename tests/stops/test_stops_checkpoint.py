@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -237,6 +238,33 @@ def test_one_of_the_same_name_is_replaced(tmp_path):
     publish(tmp_path / "partial-checkpoint-4", tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4" / "file").read_text() == "partial-checkpoint-4"
     assert left(tmp_path) == ["checkpoint-4"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which file a descriptor is")
+def test_all_of_it_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(tmp_path)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    make(tmp_path, "partial-checkpoint-4")
+    (tmp_path / "partial-checkpoint-4" / "shards").mkdir()
+    (tmp_path / "partial-checkpoint-4" / "shards" / "1").write_text("some")
+    publish(tmp_path / "partial-checkpoint-4", tmp_path / "checkpoint-4", 2)
+    inside = ("", "/file", f"/{MANIFEST}", "/shards", "/shards/1")
+    assert {*synced[:-1]} == {f"partial-checkpoint-4{path}" for path in inside}
+    assert synced[-1] == ".", "the name itself"
+    manifest = json.loads((tmp_path / "checkpoint-4" / MANIFEST).read_text())
+    assert manifest == {"processes": 2, "files": {"file": len("partial-checkpoint-4"), "shards/1": 4}}
+
+
+def test_what_was_left_of_an_earlier_try_is_no_part_of_it(tmp_path):
+    make(tmp_path, "partial-checkpoint-1")
+    RUNS["sft"](tmp_path, **{**SAVING, "max_steps": 1}).train()
+    assert not (tmp_path / "checkpoint-1" / "file").exists()
+    assert not why_not_resumable(tmp_path / "checkpoint-1")
 
 
 def test_one_that_was_about_to_be_replaced_still_counts(run):
