@@ -13,6 +13,8 @@ import pytest
 from trl.cli import completion
 from trl.cli.commands import METHODS, methods
 from trl.cli.main import main
+from trl.cli.train import refusals_said
+from trl.errors import ConfigError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"
 
@@ -126,6 +128,46 @@ def test_refused_before_anything_heavy_is_imported(tmp_path):
     assert done.stderr.count("\n") == done.stderr.count("trl: error: ") == len(wrong)
     assert "bad.yaml: unknown key 'max_lenght'. Did you mean 'max_length'" in done.stderr
     assert done.stderr.count("'bare': the folder holds no weights") == 2
+
+
+FILES = {
+    "flow.yaml": b"model_name_or_path: [1\n",
+    "tabs.yaml": b"max_length:\n\t12\n",
+    "latin.yaml": b"output_dir: caf\xe9\n",
+    "twice.yaml": b"seed: 1\nmax_steps: 2\nseed: 3\n",
+    "text.yaml": b"just text\n",
+    "empty.jsonl": b"",
+}
+DATA = ["--dataset_name", "imdb", "--model_name_or_path", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--config", "flow.yaml"],
+            "flow.yaml is not YAML: while parsing a flow sequence: expected ',' or ']', but got",
+        ),
+        (["--config", "tabs.yaml"], "(line 2). YAML is indented with spaces, never with tabs."),
+        (["--config", "latin.yaml"], "--config latin.yaml: this is no text in UTF-8"),
+        (["--config", "twice.yaml"], "twice.yaml: seed stands in lines 1 and 3: keep one."),
+        (["--config", "text.yaml"], "a configuration is a list of `option: value` lines, and not a str."),
+        (["--config", "."], "--config .: this is a folder, and not a file."),
+        (["--dataset_name", "empty.jsonl", "--model_name_or_path", "gpt2"], "'empty.jsonl' is empty: it has no rows."),
+        (["--dataset_name", "imdb", "--model_name_or_path", "text.yaml"], "='text.yaml' is a file: give the folder of"),
+        ([*DATA, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0: give 1 or more."),
+        ([*DATA, "--learning_rate", "-1"], "learning_rate=-1.0: give 0 or more."),
+        ([*DATA, "--chat_template_path", "no.jinja"], "chat_template_path='no.jinja': there is no such file."),
+        ([*DATA, "--fp16", "--bf16"], "The options do not go together: At most one of fp16 and bf16 can be True"),
+        ([*DATA, "--output_dir", "text.yaml"], "output_dir='text.yaml': no folder can be made there (File exists)."),
+    ],
+)
+def test_files_and_values_that_nothing_can_be_done_with(words, message, capsys, tmp_path, monkeypatch):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert main(["sft", *words, "--use_cpu"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_model_folder_with_checkpoints_inside(tmp_path, monkeypatch, capsys):
@@ -317,6 +359,25 @@ def test_a_folder_without_weights_is_refused(inside, capsys):
     assert main(["sft", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("trl: error: model_name_or_path='without-weights': the folder holds no weights")
+
+
+def test_weights_that_were_cut_short_are_refused(inside, capsys):
+    shutil.copytree(inside / "tiny", inside / "cut")
+    weights = (inside / "cut" / "model.safetensors").read_bytes()
+    words = ["--model_name_or_path", "cut", "--dataset_name", "train.jsonl", "--use_cpu"]
+    for length in (4, 200, len(weights) - 1):
+        (inside / "cut" / "model.safetensors").write_bytes(weights[:length])
+        assert main(["sft", *words]) == 2
+        assert "model_name_or_path='cut': model.safetensors is cut short." in capsys.readouterr().err
+
+
+def test_what_libraries_refuse_is_a_message_and_mistakes_of_ours_are_not(inside, capsys):
+    words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--use_cpu", "--output_dir", "refused"]
+    assert main(["sft", *words, "--use_peft", "--lora_target_modules", "nothing"]) == 2
+    assert "trl: error: peft refuses: Target modules {'nothing'} not found" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="ours") as caught, refusals_said():
+        raise ValueError("ours")
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_errors_of_data_are_messages(inside, capsys):
