@@ -30,7 +30,8 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.cuts_freely = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
-        self.adds_eos = self.ids(["a"], add_special_tokens=True)[0][-1:] == [tokenizer.eos_token_id]
+        plain, whole = self.ids(["a"])[0], self.ids(["a"], add_special_tokens=True)[0]
+        self.adds_eos = whole[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]  # where "a" itself may be EOS
         added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self._header_ids: dict[str, list[int]] = {}
