@@ -159,7 +159,8 @@ def table_of(estimate: MemoryEstimate) -> dict[str, str]:
     rows["together"] = size_of(estimate.total)
     if estimate.available is not None:
         rows["free now"] = size_of(estimate.available)
-    return rows
+    width = max(map(len, rows.values()))
+    return {name: size.rjust(width) for name, size in rows.items()}
 
 
 def size_of(count: int) -> str:
@@ -170,7 +171,7 @@ def memory_problems(estimate: MemoryEstimate, run: Run) -> list[str]:
     if estimate.fits:
         return []
     needed, free = size_of(estimate.total), size_of(estimate.available)
-    return [f"Memory: a step takes {needed}, and {free} are free. {' '.join(remedies(estimate, run))}"]
+    return ["\n    ".join([f"Memory: a step takes {needed}, and {free} are free.", *remedies(estimate, run)])]
 
 
 def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
