@@ -1,6 +1,7 @@
 """What type hints admit: read from annotations and live types alike; values that are none of the choices."""
 
 import ast
+import dataclasses
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, ForwardRef, Literal, Optional, Union
 
 import pytest
+from transformers import HfArgumentParser
 
 from trl.errors import ConfigError
 from trl.hints import Kind, check_choices, kind_of_annotation, kind_of_type
@@ -115,6 +117,18 @@ def test_choices_are_taken(given):
 def test_other_values_are_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         check_choices(Journey(**given))
+
+
+def test_types_that_a_parser_writes_into_fields_do_not_count():
+    @dataclass
+    class Parsed:
+        stops: str | list[Literal["inn", "well"]] = ""
+
+    HfArgumentParser(Parsed)
+    assert dataclasses.fields(Parsed)[0].type == list[Literal["inn", "well"]]
+    check_choices(Parsed())
+    with pytest.raises(ConfigError, match="Unknown stops 'wel'"):
+        check_choices(Parsed(["wel"]))
 
 
 def test_hints_that_cannot_be_resolved_are_no_choices():

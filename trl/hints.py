@@ -157,12 +157,15 @@ def kinds_of(cls: type) -> dict[str, Kind]:
 
 
 def _kind_of_field(cls: type, field: dataclasses.Field) -> Kind:
-    if not isinstance(field.type, str):
-        return kind_of_type(field.type)
+    """From the class that declares it: parsers of `transformers` write other types into `field.type`."""
     home = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+    annotation = inspect.get_annotations(home)[field.name]
+    if not isinstance(annotation, str):
+        return kind_of_type(annotation)
     names = vars(sys.modules[home.__module__])
-    annotation = ast.parse(field.type, mode="eval").body
-    return kind_of_annotation(annotation, lambda name: kind_of_type(names[name]) if name in names else None)
+    return kind_of_annotation(
+        ast.parse(annotation, mode="eval").body, lambda name: kind_of_type(names[name]) if name in names else None
+    )
 
 
 def check_choices(subject: Any) -> None:

@@ -132,6 +132,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         check_choices(self)
         self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
