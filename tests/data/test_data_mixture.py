@@ -5,6 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import HfArgumentParser
 
 from trl.data.mixture import (
     DatasetConfig,
@@ -45,6 +46,11 @@ def test_files(tmp_path, name):
     rows = load_rows(write(tmp_path / name))
     assert rows["text"][3] == "row 3"
     assert rows["number"][:] == list(range(10))
+
+
+def test_a_parser_of_transformers_reads_them():
+    (arguments,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(["--dataset_name", "imdb"])
+    assert arguments == ScriptArguments(dataset_name="imdb")
 
 
 def test_several_files_are_one_dataset(tmp_path):

@@ -40,7 +40,7 @@ Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_re
 class ScriptArguments:
     """The dataset of a run."""
 
-    dataset_name: str | list[str] | None = None
+    dataset_name: list[str] | str | None = None
     """Hub name, folder (of data files, or made by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""
 
     dataset_config: str | None = None
