@@ -132,6 +132,15 @@ def _whole_fsdp(model: FSDPModule) -> Iterator[None]:
 @contextmanager
 def _whole_zero3(engine: nn.Module) -> Iterator[None]:
     from deepspeed.runtime.zero import unwrap_model_for_generation
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
+    optimizer = engine.optimizer
+    offload = optimizer if isinstance(optimizer, DeepSpeedZeRoOffload) else optimizer.parameter_offload
     with unwrap_model_for_generation(engine):
-        yield
+        # What DeepSpeed leaves on the model compares the first forward passes of all processes, and waits for them.
+        hooks, number = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+        compare = hooks.pop(number)
+        try:
+            yield
+        finally:
+            hooks[number] = compare
