@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parent / "train.py"
 FULL = ("sft", "reward", "dpo", "kto", "grpo", "ppo", "step")
 LORA = tuple(f"{name}+lora" for name in FULL)
-OTHERS = ("early", "shared", "uneven", "rloo", "reinforce", "online_dpo", "critic")
-"""A reference computed beforehand, or that shares layers, or moves; too few rows; value models, and epochs cut short."""
+OTHERS = ("early", "shared", "uneven", "few", "rloo", "reinforce", "online_dpo", "critic")
+"""A reference computed beforehand, or that shares layers, or moves; too few rows, or prompts; value models, and epochs cut short."""
 CASES = {
     "ddp": (*FULL, *LORA, "bco", "early", "shared", "uneven", "t5", "bf16"),
     "fsdp2": (*FULL, *LORA, *OTHERS, "t5"),

@@ -127,6 +127,18 @@ CASES: dict[str, tuple] = {
     ),
     "grpo": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1}),
     "bf16": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1, "bf16": True, "use_cpu": True}),
+    "few": (  # prompts: the second process evaluates two and then none, after one step
+        GRPOTrainer,
+        language_model,
+        {"reward_funcs": brief, "train_dataset": Dataset.from_dict({"prompt": PROMPTS[:5]})},
+        {
+            **PAIRS,
+            "per_device_eval_batch_size": 4 // WORLD,
+            "max_steps": 1,
+            "temperature": 0,
+            "max_completion_length": 5,
+        },
+    ),
     "t5": (GRPOTrainer, encoder_decoder, ONLINE, {**PAIRS, "beta": 0.1}),
     "rloo": (RLOOTrainer, language_model, ONLINE, {**PAIRS, **SYNC}),
     "reinforce": (OnlineTrainer, language_model, {**ONLINE, "algorithm": REINFORCE}, PAIRS),
