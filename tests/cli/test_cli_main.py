@@ -207,6 +207,13 @@ def test_help_of_a_method(capsys):
             assert f"--{option.name} " in whole or method.name != "sft"
 
 
+@pytest.mark.parametrize("words", ["sft --help-all", "completion bash"])
+def test_a_reader_that_has_read_enough_is_no_error(words):
+    script = f"{sys.executable} -m trl {words} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_version(capsys):
     from trl import __version__
 

@@ -22,7 +22,7 @@ from trl.cli.launch import launch, needs_launcher
 from trl.cli.parser import HELP
 from trl.errors import ConfigError, TrlError, suggest
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, TERMINATED, UNREAD = 130, 143, 141
 STOPPED = (INTERRUPTED, TERMINATED)
 
 NOISE = {
@@ -42,13 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, noise in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, noise=noise: not re.search(noise, record.getMessage()))
     try:
-        return dispatch(words)
+        status = dispatch(words)
+        sys.stdout.flush()
+        return status
     except TrlError as error:
         return _fail(error, status=2)
     except ImportError as error:
         if error.name is not None:
             raise
         return _fail(error, status=2)  # an optional dependency: Python's own import errors carry the module's name
+    except BrokenPipeError:  # who reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except OSError as error:
         return _fail(error, status=1)
     except KeyboardInterrupt:
