@@ -265,7 +265,7 @@ def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
     """Bars in a terminal that can draw them; elsewhere the trainer's own lines, one for every log."""
     from rich.console import Console
 
-    from trl.cli.progress import bars_of, draws
+    from trl.trainers.progress import bars_of, draws
 
     if trainer.args.disable_tqdm or not trainer.is_world_process_zero() or not draws(Console()):
         return nullcontext()

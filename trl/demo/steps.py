@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, PrinterCallback, ProgressCallback
+from transformers import AutoModelForSequenceClassification
 
 from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
@@ -18,7 +18,7 @@ from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
 from trl.trainers.ppo import PPOTrainer
 from trl.trainers.ppo_config import PPOConfig
-from trl.trainers.progress import RichProgressCallback
+from trl.trainers.progress import bars_of
 from trl.trainers.reward import RewardConfig, RewardTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
@@ -71,18 +71,6 @@ def recipe(options: DemoArguments, stage: str) -> dict[str, Any]:
     }
 
 
-def run(trainer: Any, console: Console) -> None:
-    """Train with one bar of progress, which is taken away also where training is interrupted."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    bar = RichProgressCallback(console)
-    trainer.add_callback(bar)
-    try:
-        trainer.train()
-    finally:
-        bar.on_train_end(trainer.args, trainer.state, trainer.control)
-
-
 def fine_tune(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments, console: Console
 ) -> None:
@@ -90,7 +78,8 @@ def fine_tune(
     console.print(f"{type(model).__name__}, {count_parameters(model)[1] / 1e6:.1f} million parameters", style="dim")
     args = SFTConfig(max_length=128, **SCHEDULE, **recipe(options, "sft"))
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
-    run(trainer, console)
+    with bars_of(trainer, console):
+        trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     console.print(f"Loss on {len(test):,} held-out reviews: [bold]{loss:.3f}[/bold] nats per token", highlight=False)
     trainer.save_model()
@@ -108,7 +97,8 @@ def learn_rewards(
     trainer = RewardTrainer(
         classifier, args, train_dataset=opposites(train), eval_dataset=opposites(test), processing_class=tokenizer
     )
-    run(trainer, console)
+    with bars_of(trainer, console):
+        trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
     console.print(f"Accuracy on held-out pairs: [bold]{accuracy:.1%}[/bold]", highlight=False)
     trainer.save_model()
@@ -153,7 +143,8 @@ def reinforce(
     )
     rows = Dataset.from_dict({"prompt": list(prompts)})
     trainer = PPOTrainer(args=args, model=model, reward_funcs=sentiment, train_dataset=rows, processing_class=tokenizer)
-    run(trainer, console)
+    with bars_of(trainer, console):
+        trainer.train()
     trainer.save_pretrained(args.output_dir)
 
 

@@ -1,74 +1,206 @@
-"""Progress in a terminal: one bar with what is being measured; plain lines where output is redirected."""
+"""Progress in a terminal: a bar for training and one for evaluation, below each what was measured last.
+
+    training   ━━━━━━━━━━━━╺━━━━━━━━━━━  67/135 0:00:11
+               loss 1.118 · token accuracy 0.625 · 5,552 tokens/s
+
+What others write meanwhile keeps its place: whole lines stand above the bars, and a line that is written again and again
+(a bar of another library) below them. Where nothing can be drawn, there is a line for every log.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from rich.text import Text
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-SHOWN = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "kl", "tokens_per_second")
-NAMES = {"mean_token_accuracy": "token accuracy", "rewards/accuracies": "accuracy", "tokens_per_second": "tokens/s"}
+from trl.trainers.stop import SIGNALS
+
+SHOWN = {
+    "loss": "loss",
+    "reward": "reward",
+    "rewards/accuracies": "accuracy",
+    "accuracy": "accuracy",
+    "mean_token_accuracy": "token accuracy",
+    "kl": "KL",
+}
+"""Metrics that are shown beside the speed, and what they are called."""
+
+INDENT = 11
+UNDISTURBED = {"redirect_stdout": False, "redirect_stderr": False}
+"""Options of rich: the streams are redirected here."""
+
+
+def draws(console: Console) -> bool:
+    """Whether a terminal can draw a line again and again."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def bars_of(trainer: Trainer, console: Console | None = None) -> Iterator[None]:
+    """Bars while `trainer` trains, in place of what it would print; they are left as they stand, whatever ends it."""
+    bars = RichProgressCallback(console)
+    for other in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(other)
+    trainer.add_callback(bars)
+    try:
+        yield
+    finally:
+        bars.close()
 
 
 class RichProgressCallback(TrainerCallback):
-    """A bar for training and one for evaluation, with the latest metrics beside it."""
+    """A bar for training and one for evaluation; see the top of the file."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        self.progress: Progress | None = None
+        self.console = console or Console(file=sys.stdout)
+        self.bars = Bars(self.console)
+        self.training = self.evaluation = None
+        self._drawn = ExitStack()
+
+    def close(self) -> None:
+        """Draw no more."""
+        self._drawn.close()
         self.training = self.evaluation = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and self.console.is_terminal:
-            self.progress = _bars(self.console)
-            self.progress.start()
-            self.training = self.progress.add_task("training", total=state.max_steps, metrics="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress is not None:
-            self.progress.update(self.training, completed=state.global_step)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
-        if self.progress is None:
-            return
-        if self.evaluation is None:
-            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
-            self.evaluation = self.progress.add_task("evaluation", total=total, metrics="")
-        self.progress.advance(self.evaluation)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress is not None and self.evaluation is not None:
-            self.progress.remove_task(self.evaluation)
-            self.evaluation = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        text = describe(logs)
-        if text and self.progress is not None:
-            self.progress.update(self.training, metrics=text)
-        elif text:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+        if state.is_world_process_zero and draws(self.console):
+            self._drawn.enter_context(drawn(self.bars))
+            self.training = self.bars.add_task(
+                "training", total=state.max_steps, completed=state.global_step, metrics=""
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.training is not None:
+            self.bars.update(self.training, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        text = describe(logs or {})
+        if text and self.training is not None:
+            self.bars.update(self.training, metrics=text)
+        elif text and state.is_world_process_zero and not draws(self.console):
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        if self.training is None:
+            return
+        if self.evaluation is None:
+            self.evaluation = self.bars.add_task("evaluation", total=len(eval_dataloader), metrics="")
+        if self.bars.tasks[self.evaluation].finished:
+            self.bars.reset(self.evaluation)
+        self.bars.advance(self.evaluation)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        text = describe({name.removeprefix("eval_"): value for name, value in (metrics or {}).items()})
+        if text and self.evaluation is not None:
+            self.bars.update(self.evaluation, metrics=f"{text} · at step {state.global_step:,}")
 
 
-def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("[dim]{task.fields[metrics]}"), console=console)
+class Bars(Progress):
+    """The bars, metrics below each, and last the unfinished line that something else writes."""
+
+    def __init__(self, console: Console) -> None:
+        self.unfinished = ""
+        columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        time = TimeRemainingColumn(elapsed_when_finished=True)
+        super().__init__(*columns, time, console=console, **UNDISTURBED)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["metrics"]:
+                yield Padding(Text(task.fields["metrics"], style="dim"), (0, 0, 0, INDENT))
+        if self.unfinished:
+            yield Text(self.unfinished, no_wrap=True, overflow="crop")
+
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """Nothing is drawn for the moment, and then below what was written. After an error, nothing is drawn any more."""
+        self.live.transient = True
+        self.stop()
+        yield
+        self.live = Live(console=self.console, get_renderable=self.get_renderable, **UNDISTURBED)
+        self.start()
 
 
-def describe(logs: dict[str, float]) -> str:
-    """`loss 1.234 · token accuracy 0.61 · 8,420 tokens/s`, of the metrics that matter most."""
-    parts = []
-    for name in SHOWN:
-        if name in logs:
-            value = float(logs[name])
-            label = NAMES.get(name, name)
-            parts.append(f"{value:,.0f} {label}" if value >= 1000 else f"{label} {value:.3f}")
+@contextmanager
+def drawn(bars: Bars) -> Iterator[None]:
+    """The bars, with everything that is written meanwhile beside them."""
+    bars.console.file = bars.console.file  # else it follows sys.stdout, which leads back to it from here on
+    errors = _Aside(sys.stderr, bars) if sys.stderr.isatty() else sys.stderr
+    with bars, redirect_stdout(_Aside(sys.stdout, bars)), redirect_stderr(errors), _messages_above(bars):
+        yield
+
+
+class _Aside:
+    """A stream whose lines are printed above the bars. It is no proxy that `rich` knows, and would write past."""
+
+    def __init__(self, file: TextIO, bars: Bars) -> None:
+        self.file, self.bars = file, bars
+
+    def write(self, text: str) -> int:
+        if not self.bars.live.is_started:
+            return self.file.write(text)
+        *lines, rest = (self.bars.unfinished + text).split("\n")
+        for line in lines:
+            self.bars.console.print(Text.from_ansi(_seen(line)), soft_wrap=True, highlight=False)
+        self.bars.unfinished = _seen(rest)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def _seen(line: str) -> str:
+    """What is seen of a line that was written over."""
+    return line.rstrip("\r").rpartition("\r")[2].rstrip()
+
+
+@contextmanager
+def _messages_above(bars: Bars) -> Iterator[None]:
+    """Have the bars gone while a signal is handled, whose handler writes past all streams."""
+
+    def around(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            with bars.gone():
+                handler(number, frame)
+
+        return handle
+
+    in_main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    before = {number: signal.getsignal(number) for number in SIGNALS} if in_main else {}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, around(handler))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(logs: Mapping[str, float]) -> str:
+    """`loss 1.234 · token accuracy 0.610 · 8,420 tokens/s`, of the metrics that matter most."""
+    parts = [f"{label} {_number(float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
+    if parts and "tokens_per_second" in logs:
+        parts.append(f"{float(logs['tokens_per_second']):,.0f} tokens/s")
     return " · ".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
