@@ -126,7 +126,10 @@ NOT_HERE |= {name.replace("Trainer", "Config"): remedy for name, remedy in NOT_H
 """Names that other releases have, and what to do without each."""
 
 
-_NO_LOGITS = f"logits of all tokens never exist here. {LOSS} Metrics are averaged over the set and logged."
+_NO_LOGITS = (
+    "logits of all tokens never exist here, but for `compute_metrics` of `SFTTrainer`. "
+    f"{LOSS} Metrics are averaged over the set and logged."
+)
 ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
 ARGUMENTS |= {
     "environment_factory": TOOLS,

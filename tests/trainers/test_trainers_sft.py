@@ -315,7 +315,7 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="SFTTrainer has no argument 'max_seq_len'. Did you mean .*'max_seq_length'"):
         SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, max_seq_len=3)
     for name, words in {
-        "compute_metrics": r"'compute_metrics'. Logits .* Override `loss\(",
+        "compute_loss_func": r"'compute_loss_func'. Logits .* Override `loss\(",
         "generate_during_eval": "'generate_during_eval'. Completions go",
     }.items():
         with pytest.raises(ConfigError, match=f"SFTTrainer has no argument {words}"):
@@ -332,6 +332,31 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
         SFTConfig(lr_scheduler_type="cosin")
     with pytest.raises(ConfigError, match="both 'max_seq_length' and 'max_length'"):
         SFTConfig(output_dir=str(tmp_path), max_seq_length=3, max_length=4)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_metrics_of_a_users_own(make_model, tokenizer, tmp_path, name):
+    """The loss and accuracy from all logits are those that the trainer finds by itself."""
+    shift = 0 if name == "t5" else 1  # a decoder's logits are about the next token
+    seen = []
+
+    def of_all(prediction):
+        logits = torch.tensor(prediction.predictions)[:, : prediction.predictions.shape[1] - shift]
+        labels = torch.tensor(prediction.label_ids)[:, shift:]
+        right = (logits.argmax(-1) == labels)[labels != -100].float().mean()
+        return {"own_loss": torch.nn.functional.cross_entropy(logits.mT, labels).item(), "own_accuracy": right.item()}
+
+    def kept(logits, labels):
+        seen.append((logits.shape[:2], labels.shape))
+        return logits
+
+    pairs = Dataset.from_dict({"prompt": [t[:4] for t in TEXTS], "completion": [t[4:] for t in TEXTS]})
+    own = {"compute_metrics": of_all, "preprocess_logits_for_metrics": kept}
+    args = config(tmp_path, per_device_eval_batch_size=5)
+    found = SFTTrainer(make_model(name), args, None, pairs, pairs, tokenizer=tokenizer, **own).evaluate()
+    assert found["eval_own_loss"] == pytest.approx(found["eval_loss"], rel=1e-4)
+    assert found["eval_own_accuracy"] == pytest.approx(found["eval_mean_token_accuracy"], abs=1e-6)
+    assert [logits for logits, _ in seen] == [labels for _, labels in seen]
 
 
 @pytest.mark.parametrize("name", ["mamba", "bloom"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
@@ -20,9 +21,10 @@ from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
 from trl.trainers.base import BaseTrainer, Rows
-from trl.trainers.collate import collate_examples, columns_of
+from trl.trainers.collate import collate_examples, columns_of, examples_of
 from trl.trainers.config import TrainerConfig
-from trl.types import Batch, Metrics
+from trl.trainers.predictions import predictions
+from trl.types import Batch, Example, Metrics
 
 DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
@@ -83,16 +85,28 @@ class SFTConfig(TrainerConfig):
 class SFTTrainer(BaseTrainer):
     """Fine-tune a causal or encoder-decoder language model on texts, chats, or prompts with completions.
 
-    Arguments: see `BaseTrainer`; `formatting_func(row) -> str` makes the text of a row from its columns.
+    formatting_func                 makes the text of a row from its columns: `(row) -> str`
+    compute_metrics                 metrics of an evaluation from the logits of all its tokens, which need a forward pass
+                                    and memory of their own: `(EvalPrediction) -> {name: number}`, see `predictions`
+    preprocess_logits_for_metrics   what is kept of a batch's logits for that: `(logits, labels) -> Tensor`
+
+    The other arguments are those of `BaseTrainer`.
     """
 
     config_class = SFTConfig
 
     def __init__(
-        self, *args: Any, formatting_func: Callable[[dict], str | list[str]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        formatting_func: Callable[[dict], str | list[str]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.formatting_func = formatting_func
         super().__init__(*args, **kwargs)
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
 
     @property
     def averaging(self) -> str:
@@ -149,6 +163,17 @@ class SFTTrainer(BaseTrainer):
             f"{asked}=True does not work with {type(inner).__name__}: {why_not(inner, 'packed')}. One document would see "
             f"another. Leave {asked} out: rows of like length are batched together anyway."
         )
+
+    def prediction_step(
+        self, model: nn.Module, inputs: list[Example], prediction_loss_only: bool | None = None, *_: Any, **__: Any
+    ) -> tuple[None, Tensor | None, Tensor | None]:
+        super().prediction_step(model, inputs)
+        if self.compute_metrics is None or prediction_loss_only:
+            return None, None, None
+        config = unwrap(model).config
+        start = config.decoder_start_token_id if config.is_encoder_decoder else None
+        with self.compute_loss_context_manager():
+            return None, *predictions(model, examples_of(inputs, source="get_eval_dataloader"), decoder_start=start)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         smoothing = self.args.label_smoothing_factor
