@@ -12,6 +12,7 @@ __version__ = "2.0.0.dev0"
 
 _PUBLIC = {
     "algorithms.dpo": ["DPO"],
+    "algorithms.entropy_control": ["EntropyBonus"],
     "algorithms.kto": ["KTO"],
     "algorithms.reward": ["PairwiseReward", "ScoreRegression", "StepReward"],
     "cli.parser": ["TrlParser"],

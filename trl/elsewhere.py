@@ -78,7 +78,7 @@ NOT_HERE = {
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
     "GFPOTrainer": OBJECTIVE,
     "GKDTrainer": OBJECTIVE,
-    "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`.',
+    "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`, and `epsilon=0.4`, as its paper has.',
     "GOLDTrainer": OBJECTIVE,
     "HfPairwiseJudge": BY_REWARD,
     "IWOPDTrainer": OBJECTIVE,

@@ -72,23 +72,8 @@ def read_run(method: Method, given: Given) -> Run:
     )
 
 
-LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "num_train_epochs": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-}
-"""The least that `transformers` can do with these."""
-
-
 def _training_arguments(method: Method, given: Given) -> TrainerConfig:
     """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
-    for name, least in LEAST.items():
-        if given.values.get(name, least) < least:
-            raise ConfigError(f"{name}={given.values[name]}: give {least} or more.")
     template = given.values.get("chat_template_path")
     if template is not None and template.endswith(".jinja") and not Path(template).expanduser().is_file():
         raise ConfigError(f"chat_template_path={template!r}: there is no such file.")

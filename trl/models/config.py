@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trl.errors import ConfigError, unknown
+from trl.hints import check_choices
 from trl.imports import require
 
 if TYPE_CHECKING:
@@ -94,12 +95,7 @@ class ModelConfig:
                 raise ConfigError(unknown("dtype", self.dtype, DTYPES))
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
-        for name, known in {
-            "bnb_4bit_quant_type": get_args(QuantType),
-            "lora_task_type": (None, *get_args(Task)),
-        }.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(unknown(name, getattr(self, name), filter(None, known)))
+        check_choices(self)
         self._check_adapter()
 
     def _check_adapter(self) -> None:

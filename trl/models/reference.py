@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.models.layouts import TRIAL
 from trl.models.modes import evaluating
-from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.score import prepare_scoring, score, unwrap, without_engine
 from trl.models.sharding import is_whole
 from trl.models.trunk import depth, layer_pattern, layers_of, recording, resuming
 from trl.types import Batch, Scores
@@ -271,7 +270,7 @@ def _leaves_base_alone(model: PeftModel) -> bool:
 
 
 def _adapted(policy: nn.Module) -> PeftModel:
-    return extract_model_from_parallel(policy, keep_fp32_wrapper=True)
+    return without_engine(policy)
 
 
 def create_reference_model(

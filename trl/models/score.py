@@ -88,7 +88,7 @@ def score_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:
     inner = unwrap(model)
-    if "value" in want and not isinstance(_without_engine(model), WithValueHead):
+    if "value" in want and not isinstance(without_engine(model), WithValueHead):
         raise ModelError(f"This {type(inner).__name__} has no value head: see trl.models.heads.with_value_head.")
     prepare_scoring(inner)
     request = ScoreRequest(
@@ -104,12 +104,12 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile`, a value head's model and adapters."""
-    inner = _without_engine(model)
+    inner = without_engine(model)
     inner = inner.pretrained_model if isinstance(inner, WithValueHead) else inner
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
-def _without_engine(model: nn.Module) -> nn.Module:
+def without_engine(model: nn.Module) -> nn.Module:
     """What an engine has wrapped. accelerate is asked of other wrappers alone: each time, it looks for what is installed."""
     while isinstance(model, DistributedDataParallel):
         model = model.module

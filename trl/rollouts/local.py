@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from transformers.generation import GenerationMixin
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.heads import WithValueHead
 from trl.models.modes import evaluating
+from trl.models.score import without_engine
 from trl.models.sharding import whole_weights
 from trl.rollouts.decoders import (
     Decoder,
@@ -205,7 +205,7 @@ class _Round:
 
 def unwrap(model: nn.Module) -> Policy:
     """The policy without its engine's wrapper and value head. Raises ModelError for what does not generate."""
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    model = without_engine(model)
     model = model.pretrained_model if isinstance(model, WithValueHead) else model
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):

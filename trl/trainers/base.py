@@ -137,6 +137,7 @@ class BaseTrainer(ResumableTrainer):
         self.parts.keep("steps", self.steps, optional=True)
         self._throughput = (0, 0.0)
         self._window_started: float | None = None
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
 
     # ---- what a trainer adds ----
@@ -467,8 +468,7 @@ class BaseTrainer(ResumableTrainer):
         """Tokens are counted with the window."""
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:
-        positions = sum(map(_positions, inputs))
-        return 6 * positions * self.model.num_parameters(exclude_embeddings=True)
+        return 6 * self._parameters * sum(map(_positions, inputs))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.create_model_card()

@@ -37,6 +37,18 @@ RENAMED_CHECKPOINTING = "activation_checkpointing" in TrainingArguments.__datacl
 """Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 
 
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+}
+"""The least that `transformers` can do with these."""
+
+
 class _ConfigMeta(type):
     """Checks the keywords of a configuration before its dataclass sees them: old names work, others get an error."""
 
@@ -134,6 +146,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     def __post_init__(self) -> None:
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         check_choices(self)
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")
         self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:

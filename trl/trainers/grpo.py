@@ -45,7 +45,7 @@ class GRPOConfig(OnlineConfig):
     """What the ratio is of: each "token"; the "sequence", the geometric mean of its tokens' (GSPO, arXiv:2507.18071); or
     the "whole" completion, their product."""
 
-    scale_rewards: Scale | bool = "group"
+    scale_rewards: Scale | str | bool = "group"
     """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
     arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
 
