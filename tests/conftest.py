@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import random
+import signal
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -148,6 +151,20 @@ def make_tokenizer(**kwargs):
     )
     made.chat_template = CHATML
     return made
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What is random is so in the same way, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in the background deaf to Ctrl-C, and tests press it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -152,6 +152,7 @@ def test_a_session_in_a_terminal(tiny, tmp_path):
         screen.type("set max_new_tokens=many\n")
         screen.wait_for("max_new_tokens was given 'many', but takes an int.")
         screen.wait_for("you › ")
+        time.sleep(0.5)  # Python loses a signal that comes just before it begins to wait for keys
         screen.type("\x03")
         screen.wait_for("\nCtrl-C once more, or `exit`, leaves.")
         screen.wait_for("you › ")
