@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import is_deepspeed_available
 
 from trl.cli.launch import find_config
@@ -52,6 +53,12 @@ def run_well(launcher: list[str], program: str | Path, folder: Path, *words: str
     """Run a program to a good end."""
     done = run(launcher, program, folder, *words, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def leave() -> None:
+    """Take leave of the other processes: threads that still listen to them may abort a program that ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def tell(folder: str | Path, name: str, found: Any) -> None:
