@@ -5,14 +5,16 @@ the variables of accelerate. accelerate follows them beside an accelerator only.
 silently run DDP, and under DeepSpeed, or without `use_cpu`, every process would take itself for the only one. So here,
 and nowhere else:
 
-    processes on CPUs talk over gloo, and no wait is longer than `ddp_timeout`
+    processes on CPUs talk over gloo, no wait is longer than `ddp_timeout`, and they end in peace
     the engine that was asked for is the one that runs, with all processes that were started, or there is an error
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,6 +61,8 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
         return
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
     args.use_cpu = sharding_asked_for(args) is None
     if args.use_cpu:
         yield
@@ -74,6 +78,15 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         PartialState._prepare_backend = plain
+
+
+def _let_go() -> None:
+    """Give threads of gloo the moment they need to let go of the tensors they exchanged last.
+
+    One that does so while the interpreter takes itself apart aborts the process ("terminate called without an active
+    exception"). `destroy_process_group` does not wait for them as long as anything, a sharded model say, knows the group.
+    """
+    time.sleep(0.1)
 
 
 def _spare_compiling() -> None:
