@@ -74,9 +74,6 @@ def read_run(method: Method, given: Given) -> Run:
 
 def _training_arguments(method: Method, given: Given) -> TrainerConfig:
     """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
-    template = given.values.get("chat_template_path")
-    if template is not None and template.endswith(".jinja") and not Path(template).expanduser().is_file():
-        raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
     try:
         return given.arguments_for(load(method.config))
     except TrlError:

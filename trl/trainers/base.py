@@ -53,7 +53,7 @@ from trl.ops.reduce import WEIGHTS
 from trl.report.callback import ReportCallback
 from trl.trainers.card import write_model_card
 from trl.trainers.collate import ENCODED, check_datasets, collate_examples, columns_of, examples_from, examples_of
-from trl.trainers.config import TrainerConfig
+from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.trainers.engines import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
 from trl.trainers.finite import StepCount, Window, poisoned, takes_step
 from trl.trainers.meter import Meter
@@ -200,9 +200,8 @@ class BaseTrainer(ResumableTrainer):
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         kwargs = self.args.model_init_kwargs or {}
         if isinstance(model, str):
-            given = {} if quantization_config is None else {"quantization_config": quantization_config}
-            given |= {"trust_remote_code": self.args.trust_remote_code, **kwargs}
-            model = load_model(model, auto_class=self.auto_class, **given)
+            quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
+            model = load_model(model, auto_class=self.auto_class, **quantised | self.args.loading(kwargs))
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
@@ -226,8 +225,8 @@ class BaseTrainer(ResumableTrainer):
         return processor
 
     def _take_chat_template(self, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-        if path.endswith((".jinja", ".j2")):
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        if path.endswith(TEMPLATES):
+            tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
         else:
             clone_chat_template(unwrap(self.model), tokenizer, path)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,6 +38,9 @@ ALIASES = {
 RENAMED_CHECKPOINTING = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
 """Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 
+
+TEMPLATES = (".jinja", ".j2")
+"""Endings of files with a chat template."""
 
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -149,6 +154,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")
+        template = self.chat_template_path or ""
+        if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
+            raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
         self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
@@ -166,6 +174,10 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         with processes_on_cpu(self):
             super().__post_init__()
             check_processes(self)
+
+    def loading(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
+        return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}
 
     def refuse(self, *names: str) -> None:
         """Raises ConfigError for options that other releases have, if one of them is asked for."""

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
 from trl.errors import ConfigError
-from trl.models.reference import evaluating
+from trl.models.modes import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
 from trl.trainers.collate import columns_of

@@ -32,11 +32,11 @@ from trl.models.heads import (
 )
 from trl.models.layouts import why_not
 from trl.models.load import load_model, with_adapters
+from trl.models.modes import evaluating
 from trl.models.reference import (
     EarlierWeights,
     Reference,
     create_reference_model,
-    evaluating,
     frozen_reference,
     make_reference,
 )
@@ -189,7 +189,7 @@ class PPOTrainer(TripletSteps):
 
     def _load(self, name: str, quantization_config: Any) -> WithValueHead:
         args = self.args
-        kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        kwargs = args.loading(args.model_init_kwargs)
         if quantization_config is not None:
             kwargs["quantization_config"] = quantization_config
         args.model_init_kwargs = None

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
-from trl.models.reference import Reference, evaluating, observe
+from trl.models.modes import evaluating
+from trl.models.reference import Reference, observe
 from trl.models.score import score, score_logits, unwrap
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine

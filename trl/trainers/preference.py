@@ -217,8 +217,7 @@ class PreferenceTrainer(BaseTrainer):
 
     def _given_ref_model(self) -> nn.Module:
         if isinstance(self.ref_model, str):
-            kwargs = {"trust_remote_code": self.args.trust_remote_code, **(self.args.ref_model_init_kwargs or {})}
-            model = load_model(self.ref_model, **kwargs)
+            model = load_model(self.ref_model, **self.args.loading(self.args.ref_model_init_kwargs))
         else:
             model = self.ref_model
         for parameter in model.parameters():

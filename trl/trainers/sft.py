@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
+from trl.data.layout import lay_out
 from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
@@ -170,10 +171,10 @@ class SFTTrainer(BaseTrainer):
         super().prediction_step(model, inputs)
         if self.compute_metrics is None or prediction_loss_only:
             return None, None, None
-        config = unwrap(model).config
-        start = config.decoder_start_token_id if config.is_encoder_decoder else None
+        rows = examples_of(inputs, source="get_eval_dataloader")
+        batch = self.lay_out(rows) if unwrap(model).config.is_encoder_decoder else lay_out(rows, "padded")
         with self.compute_loss_context_manager():
-            return None, *predictions(model, examples_of(inputs, source="get_eval_dataloader"), decoder_start=start)
+            return None, *predictions(model, batch.to(self.args.device))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         smoothing = self.args.label_smoothing_factor
