@@ -228,3 +228,19 @@ def test_refused_mixtures(options, message):
 def test_empty_mixture():
     with pytest.raises(ConfigError, match="datasets is empty"):
         get_dataset(DatasetMixtureConfig())
+
+
+def test_columns_of_one_name_and_two_types(tmp_path):
+    text = write(tmp_path / "text.jsonl", [{"text": "a"}])
+    parts = write(tmp_path / "parts.jsonl", [{"text": ["a", "b"]}])
+    words = r"Column 'text' of the mixture is Value\('string'\) in '.*text.jsonl' and List\(.*\) in '.*parts.jsonl'"
+    with pytest.raises(DataError, match=words):
+        get_dataset(DatasetMixtureConfig([{"path": text}, {"path": parts}]))
+
+
+def test_columns_that_one_dataset_lacks_are_named(tmp_path, caplog):
+    bare = write(tmp_path / "bare.jsonl", [{"text": "a"}])
+    scored = write(tmp_path / "scored.jsonl", [{"text": "b", "score": 1.0}])
+    rows = get_dataset(DatasetMixtureConfig([{"path": bare}, {"path": scored}]))["train"]
+    assert list(rows) == [{"text": "a", "score": None}, {"text": "b", "score": 1.0}]
+    assert caplog.messages == [f"Dataset {bare!r} of the mixture has no column 'score': None there."]

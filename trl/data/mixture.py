@@ -7,6 +7,7 @@ Importing this file imports nothing heavy: the command line reads its dataclasse
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     Rows = Dataset | IterableDataset
     Splits = DatasetDict | IterableDatasetDict
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {
     ".jsonl": "json",
@@ -366,11 +369,34 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
         )
         for each in mixture_config.datasets
     ]
+    _check_columns(parts, [each.path for each in mixture_config.datasets])
     rows = _mixed(parts, mixture_config)
     if mixture_config.test_split_size is not None:
         size = mixture_config.test_split_size
         return rows.train_test_split(size if size < 1 else int(size), seed=mixture_config.seed)
     return (IterableDatasetDict if mixture_config.streaming else DatasetDict)({"train": rows})
+
+
+def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
+    """Raises DataError for a column that has different types in two of the datasets; says which ones lack a column."""
+    from datasets import Value
+
+    empty = Value("null")
+    known: dict[str, tuple[str, Any]] = {}
+    for part, path in zip(parts, paths, strict=True):
+        for column, kind in (part.features or {}).items():
+            home, first = known.setdefault(column, (path, kind))
+            if kind != first and empty not in (kind, first):
+                raise DataError(
+                    f"Column {column!r} of the mixture is {first} in {home!r} and {kind} in {path!r}: bring it to one form, "
+                    "or leave it out by naming the columns to keep (columns)."
+                )
+    for part, path in zip(parts, paths, strict=True):
+        lacking = [column for column in known if part.features and column not in part.features]
+        if lacking:
+            logger.warning(
+                f"Dataset {path!r} of the mixture has no column {' or '.join(map(repr, lacking))}: None there."
+            )
 
 
 def _mixed(parts: list[Rows], mixture: DatasetMixtureConfig) -> Rows:
