@@ -73,7 +73,7 @@ class FlatAtZero(SFTTrainer):
 
     def loss(self, model, batch):
         loss, metrics = super().loss(model, batch)
-        is_bad = batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)
+        is_bad = batch.target == self.tokenizer.convert_tokens_to_ids(BAD)
         return torch.where(is_bad, torch.where(is_bad, loss - loss.detach(), 1.0).sqrt(), loss), metrics
 
 
@@ -82,7 +82,7 @@ class LostInAConstant(SFTTrainer):
 
     def loss(self, model, batch):
         loss, metrics = super().loss(model, batch)
-        is_bad = batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)
+        is_bad = batch.target == self.tokenizer.convert_tokens_to_ids(BAD)
         return loss + torch.where(is_bad, math.nan, 0.0), metrics
 
 
@@ -152,7 +152,7 @@ class FlatFeedback(KTOTrainer):
 
     def loss(self, model, batch):
         loss, metrics = super().loss(model, batch)
-        is_bad = (batch.target == self.tokenizer_.convert_tokens_to_ids(BAD)).any(1)
+        is_bad = (batch.target == self.tokenizer.convert_tokens_to_ids(BAD)).any(1)
         return torch.where(is_bad, torch.where(is_bad, loss - loss.detach(), 1.0).sqrt(), loss), metrics
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser
 
 from tests.conftest import make_tokenizer
 from trl.errors import ConfigError, DataError
@@ -377,3 +378,10 @@ def test_wrong_references(make_model, tmp_path):
         make_trainer(two_adapters(make_model("llama")), tmp_path, ref_adapter_name="reff")
     with pytest.raises(ConfigError, match=r"ref_adapter_name='default' is the adapter that is trained"):
         make_trainer(two_adapters(make_model("llama")), tmp_path, ref_adapter_name="default")
+
+
+@pytest.mark.parametrize("words", [[], ["--loss_type", "ipo"]])
+def test_a_parser_of_transformers_makes_the_configuration(tmp_path, words):
+    fixed = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu"]
+    (made,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses([*fixed, *words])
+    assert made.make_algorithm().terms == [(words[1] if words else "sigmoid", 1.0)]

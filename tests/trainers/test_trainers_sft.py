@@ -55,6 +55,7 @@ def test_both_forms_give_the_same_run(make_model, tokenizer, tmp_path):
     new.train()
     old.train()
     assert losses(new) == losses(old)
+    assert new.tokenizer is old.processing_class is tokenizer
 
 
 def test_how_older_scripts_read_rows(make_model, tokenizer, tmp_path):

@@ -223,7 +223,7 @@ def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list
         else [{"role": "assistant", "content": "This is an answer."}]
     )
     columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion")}
-    extras = {"trainer_state": trainer.state, "completion_ids": [trainer.tokenizer_("This is an answer.")["input_ids"]]}
+    extras = {"trainer_state": trainer.state, "completion_ids": [trainer.tokenizer("This is an answer.")["input_ids"]]}
     found, wrong = {}, []
     for reward in trainer.rewards:
         try:

@@ -111,7 +111,7 @@ class BaseTrainer(ResumableTrainer):
         self.args = self._resolve_args(args, classic)
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer)
-        self.tokenizer_ = tokenizer_of(self.processing_class)
+        self.tokenizer = tokenizer_of(self.processing_class)
         self.to_examples = collate_examples if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
@@ -246,12 +246,12 @@ class BaseTrainer(ResumableTrainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            self.encoded[name] = encode_dataset(rows, self.tokenizer_, settings=self.encode_settings(split), name=name)
+            self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=self.encode_settings(split), name=name)
         return self.encoded[name].dataset
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        preview_examples(self.to_examples(list(self.train_dataset.take(n)))[:n], self.tokenizer_)
+        preview_examples(self.to_examples(list(self.train_dataset.take(n)))[:n], self.tokenizer)
         if "train" in self.encoded:
             print(self.encoded["train"].report)
 
@@ -307,7 +307,7 @@ class BaseTrainer(ResumableTrainer):
     def lay_out(self, examples: Sequence[Example]) -> Batch:
         config = unwrap(self.model).config
         if config.is_encoder_decoder:
-            pad, start = self.tokenizer_.pad_token_id or 0, config.decoder_start_token_id
+            pad, start = self.tokenizer.pad_token_id or 0, config.decoder_start_token_id
             return lay_out_encoder_decoder(examples, pad_token_id=pad, decoder_start_token_id=start)
         return self.lay_out_rows(examples)
 

@@ -8,7 +8,7 @@ DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from trl.types import Batch, Metrics
 class DPOConfig(DPOOptions, PreferenceConfig):
     """Options of `DPOTrainer`."""
 
-    loss_type: list[DPOLoss] | DPOLoss = field(default_factory=lambda: ["sigmoid"])
+    loss_type: list[DPOLoss] | DPOLoss | str = "sigmoid"  # str is there for HfArgumentParser, which wants it
     """One loss or several, which are summed: "sigmoid" is that of the paper; see `trl.algorithms.dpo` for the others."""
 
     def __post_init__(self) -> None:

@@ -202,7 +202,7 @@ def _bad_gradients(trainer: BaseTrainer, window: Window) -> list[Example]:
 def _described(trainer: BaseTrainer, examples: Sequence[Example]) -> Iterator[str]:
     numbers = row_numbers(trainer.train_dataset, examples[:SHOWN])
     for example, number in zip(examples, [*numbers, *[None] * (len(examples) - len(numbers))], strict=True):
-        text = trainer.tokenizer_.decode([*example.prompt, *example.completions[0].ids])
+        text = trainer.tokenizer.decode([*example.prompt, *example.completions[0].ids])
         place = "" if number is None else f"train_dataset[{number}] "
         yield f"{place}{text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'!r}"
 

@@ -116,9 +116,9 @@ class PPOTrainer(TripletSteps):
             optimizers=optimizers if optimizer is None else (optimizer, lr_scheduler),
             **more,
         )
-        self.config, self.tokenizer = self.args, self.tokenizer_
+        self.config = self.args
         if isinstance(rewards, AdapterReward):
-            rewards.read_with(self.tokenizer_)
+            rewards.read_with(self.tokenizer)
         if self.optimizer is not None:
             self._train_new_head(self.optimizer)
         self.prepare_steps(dataset, data_collator)

@@ -108,7 +108,7 @@ class TripletSteps(OnlineTrainer):
             with self.compute_loss_context_manager():
                 responses = sample(self.engine, model, prompts, params, batch_size)
             if isinstance(query_tensor, Sequence):
-                responses = [untrimmed(ids, self.tokenizer_.eos_token_id) for ids in responses]
+                responses = [untrimmed(ids, self.tokenizer.eos_token_id) for ids in responses]
             starts = self._starts(queries, return_prompt)
             found = [
                 torch.tensor([*start, *ids], device=self.current_device)

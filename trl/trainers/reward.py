@@ -170,7 +170,7 @@ class RewardTrainer(BaseTrainer):
         self._judged: list[tuple[Tensor, Sequence[Example]]] = []
         output = super().evaluation_loop(*args, **kwargs)
         if self._judged and self.is_world_process_zero():
-            print_mistakes(*worst(self._judged, self.args.mistakes_shown), self.tokenizer_)
+            print_mistakes(*worst(self._judged, self.args.mistakes_shown), self.tokenizer)
         return output
 
 

@@ -81,7 +81,7 @@ class SamplingTrainer(BaseTrainer):
         super().prepare_model()
         if self.engine is None:
             shown = self.is_local_process_zero() and not self.args.disable_tqdm
-            self.engine = LocalEngine(self.model, self.tokenizer_, progress=shown)
+            self.engine = LocalEngine(self.model, self.tokenizer, progress=shown)
         self.parts.keep("completions", self.completion_log, per_process=True, optional=True)
         self.parts.keep("logged", self.logged["train"], per_process=True, optional=True)
 
@@ -167,7 +167,7 @@ class SamplingTrainer(BaseTrainer):
 
     def _shown(self, row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> list[Any]:
         """Completions as reward functions see them: texts, or a conversation's next message."""
-        texts = [self.tokenizer_.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
+        texts = [self.tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
         if isinstance(row["prompt"], str):
             return texts
         return [[{"role": "assistant", "content": text}] for text in texts]
