@@ -175,7 +175,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             super().__post_init__()
             check_processes(self)
 
-    def loading(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    def loading(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
         return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}
 

@@ -157,10 +157,9 @@ class PPOTrainer(TripletSteps):
         if isinstance(given, WithValueHead):
             return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
         if isinstance(given, str):
-            trust = self.args.trust_remote_code
-            whole = AutoConfig.from_pretrained(given, trust_remote_code=trust).is_encoder_decoder
+            whole = AutoConfig.from_pretrained(given, **self.args.loading()).is_encoder_decoder
             kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
-            given = load_model(given, trust_remote_code=trust, **kind)
+            given = load_model(given, **self.args.loading(), **kind)
         return ValueModel.of(given)
 
     def prepare_model(self) -> None:
@@ -223,12 +222,10 @@ class PPOTrainer(TripletSteps):
         if self.ref_model is None:
             model = create_reference_model(policy, self.num_shared_layers)
         elif isinstance(self.ref_model, str):
-            model = load_model(self.ref_model, trust_remote_code=self.args.trust_remote_code)
+            model = load_model(self.ref_model, **self.args.loading())
         else:
             model = self.ref_model
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
     @property
     def current_device(self) -> torch.device:

@@ -216,13 +216,10 @@ class PreferenceTrainer(BaseTrainer):
         return reference
 
     def _given_ref_model(self) -> nn.Module:
-        if isinstance(self.ref_model, str):
-            model = load_model(self.ref_model, **self.args.loading(self.args.ref_model_init_kwargs))
-        else:
-            model = self.ref_model
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        return model.eval()
+        model = self.ref_model
+        if isinstance(model, str):
+            model = load_model(model, **self.args.loading(self.args.ref_model_init_kwargs))
+        return model.requires_grad_(False).eval()
 
     def _sync_reference(self) -> None:
         if not isinstance(self.reference, FrozenModel) or isinstance(self.model, PeftModel):
