@@ -184,6 +184,7 @@ class BaseTrainer(ResumableTrainer):
         args = copy.copy(args)
         for name, value in cls._options(classic).items():
             setattr(args, name, value)
+        args.check_values()
         return args
 
     @classmethod

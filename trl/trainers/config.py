@@ -150,13 +150,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
 
     def __post_init__(self) -> None:
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
-        check_choices(self)
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")
-        template = self.chat_template_path or ""
-        if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
-            raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
+        self.check_values()
         self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
@@ -174,6 +168,16 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         with processes_on_cpu(self):
             super().__post_init__()
             check_processes(self)
+
+    def check_values(self) -> None:
+        """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there."""
+        check_choices(self)
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")
+        template = self.chat_template_path or ""
+        if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
+            raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
 
     def loading(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
