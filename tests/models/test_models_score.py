@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -190,6 +191,22 @@ def test_a_copy_scores_with_its_own_weights(make_model):
     model.lm_head.weight.mul_(2)
     torch.testing.assert_close(score(twin, batch).logprobs, before)
     assert (score(model, batch).logprobs - before).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5", "gemma2"])
+def test_a_pickled_model_is_as_it_was_and_can_be_scored_again(make_model, name):
+    model = make_model(name)
+    batch = lay(model, examples(prompts=True), "padded")
+    before = score(model, batch).logprobs
+    ids = dict.fromkeys(
+        ["input_ids", "decoder_input_ids"] if name == "t5" else ["input_ids"], torch.tensor([[4, 5, 6]])
+    )
+    read = pickle.loads(pickle.dumps(model))
+    assert torch.equal(read(**ids).logits, model(**ids).logits)
+    assert torch.equal(score(read, batch).logprobs, before)
+    model.get_output_embeddings().weight.mul_(2)
+    assert torch.equal(score(read, batch).logprobs, before)
 
 
 @torch.no_grad()

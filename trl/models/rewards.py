@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
-from trl.models.score import tree_attention, unwrap, with_self
+from trl.models.forward import is_taught, teach, with_self
+from trl.models.score import tree_attention, unwrap
 from trl.types import Batch
 
 
@@ -49,9 +49,8 @@ def prepare_rewards(model: PreTrainedModel) -> None:
             f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "
             "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
-    if _reads_positions(model) and "_trl_plain_forward" not in model.__dict__:
-        model._trl_plain_forward = model.forward
-        model.forward = MethodType(_accepting_positions(model.forward), model)
+    if _reads_positions(model) and not is_taught(model):
+        teach(model, _accepting_positions(model.forward))
 
 
 def _reads_positions(model: PreTrainedModel) -> bool:

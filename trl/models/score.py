@@ -18,11 +18,9 @@ correct and slower, with one warning.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
+from trl.models.forward import is_taught, teach, with_self
 from trl.models.heads import WithValueHead
 from trl.models.modes import evaluating
 from trl.models.sharding import is_whole
@@ -126,15 +125,13 @@ def prepare_scoring(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no language-model head to score tokens with.")
-    if "_trl_plain_forward" in head.__dict__:
+    if is_taught(head):
         return
-    if "_trl_plain_forward" not in model.__dict__:
-        model._trl_plain_forward = model.forward
-        model.forward = MethodType(_accepting_score(model.forward), model)
-    head._trl_plain_forward = head.forward
+    if not is_taught(model):
+        teach(model, _accepting_score(model.forward))
     head._trl_recorded = None
     head._trl_transform = None
-    head.forward = MethodType(_head_forward, head)
+    teach(head, _head_forward)
     transform = _configured_transform(model)
     if not is_whole(model) or _does_to_logits(model, head, transform):
         head._trl_transform = transform
@@ -161,15 +158,6 @@ def _accepting_score(plain: Callable) -> Callable:
         return head(None, replace(score, hidden=lambda: hidden))
 
     return with_self(functools.update_wrapper(forward, plain), plain)
-
-
-def with_self(forward: Callable, plain: Callable) -> Callable:
-    """`forward(self, …)` with the signature of the bound `plain`: `transformers` inspects it."""
-    signature = inspect.signature(plain)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
-    del forward.__wrapped__
-    return forward
 
 
 def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | None = None) -> Any:
@@ -269,12 +257,12 @@ def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTra
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    head.forward = lambda hidden: ramp
+    taught, head.forward = head.forward, lambda hidden: ramp
     try:
         with evaluating(model):
             logits = model._trl_plain_forward(**inputs, use_cache=False).logits
     finally:
-        head.forward = MethodType(_head_forward, head)
+        head.forward = taught
     return torch.allclose(logits.float(), transform(ramp.float()), rtol=2e-2, atol=1e-2)
 
 

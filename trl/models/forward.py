@@ -1,0 +1,32 @@
+"""Forwards of loaded models that learn one keyword more, and are what they were without it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+
+from torch import nn
+
+
+def teach(module: nn.Module, forward: Callable) -> None:
+    """Put `forward(self, …)` in the place of the module's own, which is `self._trl_plain_forward` from now on.
+
+    A copy of the module is taught as well. A pickle of it, read again, has its own forward: it can be taught anew.
+    """
+    module._trl_plain_forward = module.forward
+    forward.__name__ = "forward"  # a pickle names a method, and finds that of the class
+    module.forward = MethodType(forward, module)
+
+
+def is_taught(module: nn.Module) -> bool:
+    return "_trl_plain_forward" in module.__dict__ and module.forward != module._trl_plain_forward
+
+
+def with_self(forward: Callable, plain: Callable) -> Callable:
+    """`forward(self, …)` with the signature of the bound `plain`: `transformers` inspects it."""
+    signature = inspect.signature(plain)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
+    del forward.__wrapped__
+    return forward
