@@ -39,6 +39,7 @@ from transformers import (
 )
 
 transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)  # sums are rounded by how many threads share them, and workers of pytest share the cores
 gc.freeze()  # for programs that import this: see `pytest_collection_finish`
 
 VOCABULARY = 99

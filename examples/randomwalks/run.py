@@ -19,18 +19,20 @@ METHODS = {
     "grpo": (
         GRPOTrainer,
         GRPOConfig,
-        {"per_device_train_batch_size": 160, "num_generations": 8, "max_steps": 32, "logging_steps": 4},
+        {"per_device_train_batch_size": 160, "num_generations": 8, "max_steps": 48, "logging_steps": 4}
+        | {"lr_scheduler_type": "constant"},
     ),
     "rloo": (
         RLOOTrainer,
         RLOOConfig,
-        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 48, "logging_steps": 4},
+        {"per_device_train_batch_size": 160, "num_generations": 8, "beta": 0.0, "max_steps": 64, "logging_steps": 4}
+        | {"lr_scheduler_type": "constant"},
     ),
     "ppo": (
         PPOTrainer,
         PPOConfig,
-        {"batch_size": 160, "mini_batch_size": 80, "ppo_epochs": 2, "init_kl_coef": 0.01, "max_steps": 120}
-        | {"logging_steps": 8},
+        {"batch_size": 160, "mini_batch_size": 80, "ppo_epochs": 2, "init_kl_coef": 0.01, "max_steps": 160}
+        | {"logging_steps": 8, "lr_scheduler_type": "linear"},
     ),
 }
 """Trainer, its configuration, and the options that matter. A round is 8 walks from each of the 20 starts."""
@@ -86,7 +88,6 @@ def learn(model: GPT2LMHeadModel, method: str, *, seed: int = 0) -> Curve:
         args = config_class(
             output_dir=folder,
             learning_rate=5e-4,
-            lr_scheduler_type="constant",
             max_completion_length=LONGEST - 1,
             seed=seed,
             **options,

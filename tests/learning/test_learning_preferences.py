@@ -169,7 +169,7 @@ def test_a_reward_model_tells_good_reviews_from_bad(reward_trainer):
 
 
 METHODS = {
-    "dpo": (DPOTrainer, {"learning_rate": 3e-4, "rpo_alpha": 0.5, "num_train_epochs": 2}),
+    "dpo": (DPOTrainer, {"learning_rate": 3e-4, "beta": 0.5, "rpo_alpha": 0.75, "num_train_epochs": 3}),
     "kto": (KTOTrainer, {"learning_rate": 2.5e-4, "beta": 0.5, "num_train_epochs": 2}),
 }
 
