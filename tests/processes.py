@@ -7,10 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-import torch
 from accelerate.utils import is_deepspeed_available
 
 from trl.cli.launch import find_config
@@ -53,16 +52,6 @@ def run_well(launcher: list[str], program: str | Path, folder: Path, *words: str
     """Run a program to a good end."""
     done = run(launcher, program, folder, *words, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def leave() -> NoReturn:
-    """Take leave of the other processes and end well, at once.
-
-    Threads of torch that still listen to them abort, once in many runs, an interpreter that takes itself apart.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    os._exit(0)
 
 
 def tell(folder: str | Path, name: str, found: Any) -> None:

@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.conftest import MODELS, WIDTHS, make_tokenizer
-from tests.processes import leave
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.rloo import ReinforcePlusPlus
 from trl.models.heads import with_value_head
@@ -239,4 +238,3 @@ def main(folder: Path, cases: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
-    leave()

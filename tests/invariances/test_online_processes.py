@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from tests.conftest import MODELS, make_tokenizer
-from tests.processes import leave, tell
+from tests.processes import tell
 from tests.trainers.online_support import Table, even_prompts, of_length, prompts
 from trl.trainers.across import gather_rows
 from trl.trainers.grpo import GRPOTrainer
@@ -77,7 +77,6 @@ run("dpo", OnlineDPOTrainer, even_prompts, batch=4, shuffle_dataset=False, evalu
 if WORLD == 2:  # any number of rows, of any width
     whole, start = gather_rows(torch.full((1 + RANK, 3 - RANK), 1.0 + RANK), Accelerator(cpu=True))
     assert (whole.tolist(), start) == ([[1, 1, 1], [2, 2, 0], [2, 2, 0]], RANK), (whole, start)
-leave()
 """
 KINDS = ("several", "steps", "flat", "fresh", "failed", "rloo", "dpo")
 

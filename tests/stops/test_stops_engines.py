@@ -12,7 +12,7 @@ SCRIPT = """
 import sys, warnings
 from pathlib import Path
 import torch
-from tests.processes import leave, tell
+from tests.processes import tell
 from tests.stops.runs import RUNS, StopAt, differences, found
 
 warnings.simplefilter("ignore")
@@ -31,7 +31,6 @@ for name in sys.argv[2:]:
     again = RUNS[name](folder / "parts", **options)
     again.train(resume_from_checkpoint=True)
     tell(sys.argv[1], name, [type(again.model_wrapped).__name__, differences(expected, ended(again))])
-leave()
 """
 
 

@@ -63,7 +63,6 @@ except CheckpointError as error:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     tell("full", str(error))
 tell("left", sorted(path.name for path in (folder / "full").glob("*checkpoint*")))
-processes.leave()
 """
 
 
