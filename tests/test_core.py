@@ -7,7 +7,7 @@ import torch
 
 from trl import core
 from trl.errors import ConfigError
-from trl.models.heads import with_value_head
+from trl.models.value_heads.auto_models import with_value_head
 
 
 def test_lengths_exclude_the_maximum():

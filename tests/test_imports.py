@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from trl.elsewhere import NOT_HERE
+from trl.compat import NOT_HERE
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports", "elsewhere", "hints"},
+    {"errors", "types", "imports", "compat", "option_types"},
     {"ops"},
     {"algorithms"},
     {"data", "models", "rollouts", "rewards"},

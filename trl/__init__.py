@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from trl.elsewhere import OldPaths, refuse
+from trl.compat import OldPaths, refuse
 
 __version__ = "2.0.0.dev0"
 
@@ -18,7 +18,7 @@ _PUBLIC = {
     "cli.parser": ["TrlParser"],
     "core": ["set_seed"],
     "data.chat": ["apply_chat_template", "clone_chat_template", "maybe_apply_chat_template", "setup_chat_format"],
-    "data.collate": ["DataCollatorForCompletionOnlyLM"],
+    "data.completion_collator": ["DataCollatorForCompletionOnlyLM"],
     "data.encode": ["EncodeSettings", "EncodingReport", "decode", "encode_dataset"],
     "data.formats": [
         "extract_prompt",
@@ -30,15 +30,15 @@ _PUBLIC = {
         "unpair_preference_dataset",
     ],
     "data.layout": ["lay_out"],
-    "data.mixture": ["DatasetConfig", "DatasetMixtureConfig", "ScriptArguments", "get_dataset"],
+    "data.sources": ["DatasetConfig", "DatasetMixtureConfig", "ScriptArguments", "get_dataset"],
     "data.packing": ["pack_dataset"],
     "errors": ["ConfigError", "DataError", "ModelError", "TrlError"],
     "models.config": ["ModelConfig", "get_peft_config", "get_quantization_config"],
-    "models.heads": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
+    "models.value_heads.auto_models": ["AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"],
     "models.load": ["get_kbit_device_map"],
     "models.reference": ["create_reference_model"],
     "models.score": ["score"],
-    "report.callback": ["ReportCallback"],
+    "callbacks.report": ["ReportCallback"],
     "report.page": ["write_report"],
     "rewards.answers": ["accuracy_reward", "reasoning_accuracy_reward"],
     "rewards.functions": ["boxed_format_reward", "think_format_reward", "think_tags_reward"],
@@ -58,14 +58,14 @@ _PUBLIC = {
     "trainers.online": ["OnlineTrainer"],
     "trainers.online_config": ["OnlineConfig"],
     "trainers.online_dpo": ["OnlineDPOConfig", "OnlineDPOTrainer"],
-    "trainers.ppo": ["PPOTrainer"],
-    "trainers.ppo_config": ["PPOConfig"],
-    "trainers.progress": ["RichProgressCallback"],
+    "trainers.ppo.trainer": ["PPOTrainer"],
+    "trainers.ppo.config": ["PPOConfig"],
+    "callbacks.progress": ["RichProgressCallback"],
     "trainers.reward": ["RewardConfig", "RewardTrainer"],
     "trainers.rloo": ["RLOOConfig", "RLOOTrainer"],
     "trainers.sft": ["SFTConfig", "SFTTrainer"],
     "trainers.preference": ["SyncRefModelCallback"],
-    "trainers.stop": ["StopOnSignal", "exit_on_signal", "stop_on_signal"],
+    "callbacks.stop": ["StopOnSignal", "exit_on_signal", "stop_on_signal"],
     "types": ["Algorithm", "Batch", "Completion", "Example", "Experience", "Scores"],
 }
 

@@ -12,7 +12,7 @@ from walks import LONGEST, make_model, make_tokenizer, mean_optimality, near_sho
 
 from trl import SFTConfig, SFTTrainer
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
 
 METHODS = {

@@ -10,7 +10,7 @@ from trl.cli.commands import load, methods
 from trl.cli.fields import REQUIRED, aliases_in_source, merge_options, options_in_source, options_of
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
-from trl.hints import Kind
+from trl.option_types import Kind
 
 REFERENCES = sorted({reference for method in methods().values() for reference in method.argument_classes})
 

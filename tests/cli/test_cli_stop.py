@@ -14,10 +14,10 @@ import pytest
 from datasets import load_dataset
 from transformers import TrainerCallback
 
+from trl.callbacks.stop import SIGNALS, stop_on_signal
 from trl.cli.main import main
-from trl.trainers.checkpoint import checkpoints, why_not_resumable
 from trl.trainers.sft import SFTConfig, SFTTrainer
-from trl.trainers.stop import SIGNALS, stop_on_signal
+from trl.training.checkpoint import checkpoints, why_not_resumable
 
 WORDS = "sft --model_name_or_path tiny --dataset_name rows.jsonl --use_cpu --report_to none --logging_steps 1"
 

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from trl.cli.values import Mismatch, from_data, from_words
-from trl.hints import Kind, kind_of_annotation
+from trl.option_types import Kind, kind_of_annotation
 
 PACE = Kind(choices=("slow", "fast"))
 

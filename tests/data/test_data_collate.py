@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl.data.collate import DataCollatorForCompletionOnlyLM, occurrences
+from trl.data.completion_collator import DataCollatorForCompletionOnlyLM, occurrences
 from trl.errors import ConfigError, DataError
 
 RESPONSE, INSTRUCTION = [7, 8], [5]

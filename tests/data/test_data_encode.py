@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from transformers import ByT5Tokenizer
 
-from trl.data.collate import DataCollatorForCompletionOnlyLM
+from trl.data.completion_collator import DataCollatorForCompletionOnlyLM
 from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset, tokenizer_key
 from trl.errors import ConfigError, DataError
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import HfArgumentParser
 
-from trl.data.mixture import (
+from trl.data.sources import (
     DatasetConfig,
     DatasetMixtureConfig,
     ScriptArguments,

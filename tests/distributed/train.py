@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tests.conftest import MODELS, WIDTHS, make_tokenizer
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.rloo import ReinforcePlusPlus
-from trl.models.heads import with_value_head
+from trl.models.value_heads.auto_models import with_value_head
 from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
@@ -31,7 +31,7 @@ from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
-from trl.trainers.ppo import PPOTrainer
+from trl.trainers.ppo.trainer import PPOTrainer
 from trl.trainers.reward import RewardTrainer
 from trl.trainers.rloo import RLOOTrainer
 from trl.trainers.sft import SFTTrainer

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from tests.conftest import MODELS, make_tokenizer
 from trl.cli.main import main
-from trl.trainers.ppo_config import PPOConfig
+from trl.trainers.ppo.config import PPOConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ppo.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", TEXT, re.DOTALL)

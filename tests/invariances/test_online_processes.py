@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tests.conftest import MODELS, make_tokenizer
 from tests.processes import tell
 from tests.trainers.online_support import Table, even_prompts, of_length, prompts
-from trl.trainers.across import gather_rows
+from trl.training.collectives import gather_rows
 from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.rloo import RLOOTrainer

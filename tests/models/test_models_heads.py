@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.imports import is_available
-from trl.models.heads import (
+from trl.models.reference import create_reference_model
+from trl.models.score import score
+from trl.models.value_heads.auto_models import (
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     with_value_head,
 )
-from trl.models.reference import create_reference_model
-from trl.models.score import score
 from trl.types import Completion, Example
 
 CAUSAL = AutoModelForCausalLMWithValueHead

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ModelError
+from trl.models.layer_sharing import layers_of
 from trl.models.reference import (
     AdapterOff,
     EarlierWeights,
@@ -23,7 +24,6 @@ from trl.models.reference import (
     observe,
 )
 from trl.models.score import score
-from trl.models.trunk import layers_of
 from trl.types import Completion, Example
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
-from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.layer_sharing import layers_of
 from trl.models.score import score
-from trl.models.trunk import layers_of
-from trl.models.values import ValueModel
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.value_heads.heads import ValueModel
 from trl.types import Completion, Example
 
 CAUSAL = AutoModelForCausalLMWithValueHead

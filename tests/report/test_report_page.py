@@ -14,9 +14,9 @@ import pytest
 from datasets import Dataset
 
 from tests.conftest import make_tokenizer
+from trl.callbacks.report import ReportCallback
 from trl.cli.main import main
 from trl.errors import DataError
-from trl.report.callback import ReportCallback
 from trl.report.page import breakable, duration, shown, write_report
 from trl.report.record import read_run
 from trl.trainers.sft import SFTConfig, SFTTrainer
@@ -245,7 +245,7 @@ def test_a_run_that_stops_keeps_its_log(make_model, tmp_path):
 
 def test_a_report_that_cannot_be_written_costs_nothing(make_model, tmp_path, caplog):
     (tmp_path / "report.html").mkdir()
-    with caplog.at_level(logging.WARNING, "trl.report.callback"):
+    with caplog.at_level(logging.WARNING, "trl.callbacks.report"):
         trainer(make_model, tmp_path, save_strategy="no").train()
     assert "The report could not be written: [Errno 21] Is a directory" in caplog.text
     assert (tmp_path / "run.json").exists()

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS, StopAt, found
-from trl.trainers.checkpoint import PARTIAL, newest_checkpoint
+from trl.training.checkpoint import PARTIAL, newest_checkpoint
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 PHASES = ("starting", "training step", "writing checkpoint", "after checkpoint")

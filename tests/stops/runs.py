@@ -18,13 +18,13 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 
 from tests.conftest import GPT2, MODELS, make_tokenizer
-from trl.models.heads import with_value_head
+from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.cpo import CPOTrainer
 from trl.trainers.dpo import DPOTrainer
 from trl.trainers.grpo import GRPOTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
-from trl.trainers.ppo import PPOTrainer
+from trl.trainers.ppo.trainer import PPOTrainer
 from trl.trainers.reward import RewardTrainer
 from trl.trainers.rloo import RLOOTrainer
 from trl.trainers.sft import SFTTrainer

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS, StopAt, texts
 from trl.errors import ConfigError
-from trl.trainers.checkpoint import (
+from trl.training.checkpoint import (
     MANIFEST,
     CheckpointError,
     checkpoints,
@@ -25,7 +25,7 @@ from trl.trainers.checkpoint import (
     sweep,
     why_not_resumable,
 )
-from trl.trainers.parts import Part, Parts
+from trl.training.state import Part, Parts
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 

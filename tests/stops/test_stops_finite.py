@@ -10,14 +10,14 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.conftest import MODELS, make_tokenizer
-from trl.models.heads import with_value_head
-from trl.trainers.checkpoint import newest_checkpoint
+from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.dpo import DPOConfig, DPOTrainer
-from trl.trainers.finite import NonFiniteError, StepCount, is_finite, poisoned
 from trl.trainers.kto import KTOConfig, KTOTrainer
-from trl.trainers.meter import Meter
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
+from trl.training.checkpoint import newest_checkpoint
+from trl.training.metrics import Meter
+from trl.training.nonfinite import NonFiniteError, StepCount, is_finite, poisoned
 
 BAD = "Z"
 OPTIONS = {

@@ -21,9 +21,9 @@ from tests import processes
 from tests.stops.runs import RUNS, differences, found, in_parts, whole
 from tests.stops.test_stops_checkpoint import SAVING, Limit
 from tests.stops.test_stops_finite import make
-from trl.trainers.checkpoint import CheckpointError
-from trl.trainers.finite import NonFiniteError
-from trl.trainers.stop import stop_on_signal
+from trl.training.checkpoint import CheckpointError
+from trl.training.nonfinite import NonFiniteError
+from trl.callbacks.stop import stop_on_signal
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS
-from trl.trainers.checkpoint import checkpoints, newest_checkpoint
-from trl.trainers.stop import exit_on_signal
+from trl.callbacks.stop import exit_on_signal
+from trl.training.checkpoint import checkpoints, newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -24,7 +24,7 @@ import sys, time, warnings
 import torch
 from transformers import TrainerCallback
 from tests.stops.runs import RUNS
-from trl.trainers.stop import exit_on_signal
+from trl.callbacks.stop import exit_on_signal
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer
 from tests.conftest import MODELS, make_tokenizer
 from tests.stops.runs import RUNS
 from trl.data.chat import ChatTemplate, clone_chat_template
-from trl.data.mixture import ScriptArguments, load_dataset_argument
+from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.config import ModelConfig
 from trl.models.load import load_model
-from trl.models.stored import stored_head
+from trl.models.value_heads.storage import stored_head
 from trl.rewards.model import RewardModel
-from trl.trainers.checkpoint import MANIFEST, newest_checkpoint, sibling, why_not_resumable
 from trl.trainers.config import TrainerConfig
+from trl.training.checkpoint import MANIFEST, newest_checkpoint, sibling, why_not_resumable
 
 CODE = "open({path!r}, 'w').close()\n"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.trainers.ppo_support import PROMPTS, wanted
-from trl.models.heads import with_value_head
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.models.value_heads.auto_models import with_value_head
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 
 @pytest.fixture

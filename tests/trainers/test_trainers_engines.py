@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from trl.errors import ConfigError
-from trl.models.stored import without_copies
-from trl.trainers.engines import accumulating, check_engine, check_processes, waits_explained
+from trl.models.value_heads.storage import without_copies
 from trl.trainers.sft import SFTConfig, SFTTrainer
+from trl.training.parallel import accumulating, check_engine, check_processes, waits_explained
 
 
 @pytest.fixture

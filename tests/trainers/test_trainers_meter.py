@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from trl.data.layout import lay_out
-from trl.trainers.meter import Meter
-from trl.trainers.window import filler, plan_micro_batches, share_out, weigh, with_signals
+from trl.training.metrics import Meter
+from trl.training.window import filler, plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Completion, Example
 
 BATCH = lay_out([Example([1], (Completion([2, 3]),)), Example([1], (Completion([4]),))])

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from trl.models.reference import AdapterOff, EarlierWeights, FrozenModel
-from trl.trainers.parts import SAMPLED, Unchanged, Weights, fingerprint, reference_part
+from trl.training.state import SAMPLED, Unchanged, Weights, fingerprint, reference_part
 
 NUMBERS = torch.arange(6.0)
 

@@ -21,9 +21,13 @@ from tests.trainers.ppo_support import (
     tensors,
 )
 from trl.core import respond_to_batch
-from trl.models.heads import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, with_value_head
 from trl.models.reference import create_reference_model
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.models.value_heads.auto_models import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    with_value_head,
+)
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 STATISTICS = {
     "objective": "kl kl_dist logprobs ref_logprobs kl_coef entropy",

@@ -10,8 +10,8 @@ from tests.trainers.ppo_support import (
     tensors,
 )
 from trl.errors import ConfigError, DataError
-from trl.models.heads import with_value_head
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.models.value_heads.auto_models import with_value_head
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from transformers.utils.hub import hf_api
 
 from tests.trainers.ppo_support import TRIPLETS, assert_same, parameters
-from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
-from trl.models.values import ValueModel
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.value_heads.heads import ValueModel
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -12,9 +12,9 @@ from peft import LoraConfig
 
 from tests.trainers.ppo_support import PROMPTS, assert_same, parameters, wanted
 from trl.errors import ConfigError
-from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.rewards.call import RewardError
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 
 def test_a_round_is_a_batch_gone_through_ppo_epochs_times():

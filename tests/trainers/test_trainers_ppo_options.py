@@ -25,10 +25,10 @@ from tests.trainers.ppo_support import (
 )
 from trl.core import LengthSampler
 from trl.errors import ConfigError, DataError
-from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.models.reference import AdapterOff, EarlierWeights
-from trl.trainers.ppo import PPOConfig, PPOTrainer
-from trl.trainers.ppo_generate import sampling_params
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.trainers.ppo.generate import sampling_params
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

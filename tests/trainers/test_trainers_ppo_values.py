@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tests.trainers.ppo_support import PROMPTS, TRIPLETS, assert_same, classifier, parameters
 from trl.errors import ConfigError
-from trl.models.heads import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.models.reference import AdapterOff, FrozenModel, SharedTrunk, create_reference_model
-from trl.models.values import ValueBranch, ValueModel
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
+from trl.models.value_heads.heads import ValueBranch, ValueModel
 from trl.rewards.model import RewardModel
-from trl.trainers.ppo import PPOConfig, PPOTrainer
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 WIDE = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 pytestmark = pytest.mark.usefixtures("own_folder")

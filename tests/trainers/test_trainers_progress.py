@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from trl.trainers.progress import RichProgressCallback, describe, draws
+from trl.callbacks.progress import RichProgressCallback, describe, draws
 
 
 @pytest.fixture

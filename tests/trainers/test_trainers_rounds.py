@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 
 from trl.algorithms.entropy_control import EntropyBonus
-from trl.trainers.completion_log import LoggedMetrics, means_of, spread, write_completions
+from trl.callbacks.completions import LoggedMetrics, means_of, spread, write_completions
+from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
-from trl.trainers.prompts import Prompts, StreamRows, TableRows
 from trl.types import Batch, Completion, Scores
 
 ROWS = Dataset.from_dict({"prompt": list("abcdefgh")})

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from tests.conftest import make_tokenizer
 from trl import SFTConfig, SFTTrainer
-from trl.data.collate import DataCollatorForCompletionOnlyLM
+from trl.data.completion_collator import DataCollatorForCompletionOnlyLM
 from trl.errors import ConfigError, DataError, ModelError
 
 TEXTS = [f"cat {i % 5} sat on mat {i % 3}." for i in range(24)]

@@ -27,7 +27,7 @@ from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
 from trl.algorithms.pairs import Side
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
 from trl.errors import ConfigError, DataError, unknown
-from trl.hints import check_choices
+from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
 

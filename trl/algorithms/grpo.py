@@ -31,7 +31,7 @@ from trl.algorithms.importance import Correction
 from trl.algorithms.policy_gradient import KL, KLEstimate, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
 from trl.errors import ConfigError
-from trl.hints import check_choices
+from trl.option_types import check_choices
 from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 RatioLevel = Literal["token", "sequence", "whole"]

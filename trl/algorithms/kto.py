@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.errors import ConfigError, DataError
-from trl.hints import check_choices
+from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
 KTO_WEIGHT_RATIO = (1.0, 4.0 / 3.0)

@@ -21,8 +21,8 @@ from trl.algorithms.gae import gae
 from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import DataError
-from trl.hints import check_choices
 from trl.ops.reduce import masked_whiten
+from trl.option_types import check_choices
 from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 

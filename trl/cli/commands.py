@@ -14,8 +14,8 @@ from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_
 from trl.cli.parser import OptionParser
 from trl.cli.source import locate
 
-SCRIPT = "trl.data.mixture:ScriptArguments"
-MIXTURE = "trl.data.mixture:DatasetMixtureConfig"
+SCRIPT = "trl.data.sources:ScriptArguments"
+MIXTURE = "trl.data.sources:DatasetMixtureConfig"
 MODEL = "trl.models.config:ModelConfig"
 REWARDS = "trl.cli.rewards:RewardArguments"
 LAUNCH = "trl.cli.launch:LaunchArguments"
@@ -111,8 +111,8 @@ METHODS = (
     ),
     Method(
         "ppo",
-        "trl.trainers.ppo:PPOTrainer",
-        "trl.trainers.ppo:PPOConfig",
+        "trl.trainers.ppo.trainer:PPOTrainer",
+        "trl.trainers.ppo.trainer:PPOConfig",
         "Reinforcement learning with a value head and a KL penalty (arXiv:1909.08593).",
         f"{_REWARDED} --output_dir qwen-ppo",
         extra=REWARDS,

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from trl.cli.source import COMPUTED, Module, ancestry, class_constant, lookup, read_module, value_of
-from trl.hints import ANYTHING, Kind, kind_of_annotation, kinds_of
+from trl.option_types import ANYTHING, Kind, kind_of_annotation, kinds_of
 
 REQUIRED = object()
 """The default of an option that has none."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import Given
-from trl.data.mixture import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
+from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short
@@ -177,8 +177,8 @@ def train(run: Run) -> int:
 
     Returns the exit status: 0, or 128 and the number of the signal.
     """
-    from trl.trainers.checkpoint import full_disk_explained
-    from trl.trainers.stop import stop_on_signal
+    from trl.callbacks.stop import stop_on_signal
+    from trl.training.checkpoint import full_disk_explained
 
     report_progress()
     _make_output_folder(run.training.output_dir)
@@ -235,7 +235,7 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
 
 def checkpoint_of(run: Run) -> str | None:
     """What the trainer is to go on from; None to start from the beginning. A folder is looked at before models are loaded."""
-    from trl.trainers.checkpoint import check_checkpoint
+    from trl.training.checkpoint import check_checkpoint
 
     asked = run.training.resume_from_checkpoint
     if run.resume or asked in RESUME_LAST:
@@ -247,7 +247,7 @@ def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
     """Bars in a terminal that can draw them; elsewhere the trainer's own lines, one for every log."""
     from rich.console import Console
 
-    from trl.trainers.progress import bars_of, draws
+    from trl.callbacks.progress import bars_of, draws
 
     if trainer.args.disable_tqdm or not trainer.is_world_process_zero() or not draws(Console()):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""From words of the command line, and from data of a YAML file, to values of a kind (see `trl.hints`)."""
+"""From words of the command line, and from data of a YAML file, to values of a kind (see `trl.option_types`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trl.hints import Kind
+from trl.option_types import Kind
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")

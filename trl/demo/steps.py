@@ -11,14 +11,14 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
+from trl.callbacks.progress import bars_of
 from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
 from trl.models.load import count_parameters, load_model, load_processor
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
-from trl.trainers.ppo import PPOTrainer
-from trl.trainers.ppo_config import PPOConfig
-from trl.trainers.progress import bars_of
+from trl.trainers.ppo.config import PPOConfig
+from trl.trainers.ppo.trainer import PPOTrainer
 from trl.trainers.reward import RewardConfig, RewardTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 

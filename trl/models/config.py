@@ -6,8 +6,8 @@ from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trl.errors import ConfigError, unknown
-from trl.hints import check_choices
 from trl.imports import require
+from trl.option_types import check_choices
 
 if TYPE_CHECKING:
     from peft import LoraConfig

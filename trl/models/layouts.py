@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
 from trl.models.attention import TREE_ATTENTION
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
 from trl.types import Batch, Completion, Example

@@ -30,11 +30,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
+from trl.models.layer_sharing import depth, layer_pattern, layers_of, recording, resuming
 from trl.models.layouts import TRIAL
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.score import prepare_scoring, score, unwrap, without_engine
 from trl.models.sharding import is_whole
-from trl.models.trunk import depth, layer_pattern, layers_of, recording, resuming
 from trl.types import Batch, Scores
 
 logger = logging.getLogger(__name__)

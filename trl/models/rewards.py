@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
-from trl.models.forward import is_taught, teach, with_self
+from trl.models.patching import is_taught, teach, with_self
 from trl.models.score import tree_attention, unwrap
 from trl.types import Batch
 

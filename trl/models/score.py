@@ -33,11 +33,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.attention import TREE_ATTENTION
-from trl.models.forward import is_taught, teach, with_self
-from trl.models.heads import WithValueHead
-from trl.models.modes import evaluating
+from trl.models.layer_sharing import encoded
+from trl.models.patching import evaluating, is_taught, teach, with_self
 from trl.models.sharding import is_whole
-from trl.models.trunk import encoded
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.ops.logprobs import (
     STATISTICS,
     LogitTransform,
@@ -88,7 +87,9 @@ def score_logits(model: nn.Module, batch: Batch) -> Tensor:
 def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:
     inner = unwrap(model)
     if "value" in want and not isinstance(without_engine(model), WithValueHead):
-        raise ModelError(f"This {type(inner).__name__} has no value head: see trl.models.heads.with_value_head.")
+        raise ModelError(
+            f"This {type(inner).__name__} has no value head: see trl.models.value_heads.auto_models.with_value_head."
+        )
     prepare_scoring(inner)
     request = ScoreRequest(
         index=batch.predictor.flatten()[batch.scored],

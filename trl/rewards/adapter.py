@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.errors import ModelError
-from trl.models.heads import WithValueHead
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.rewards.model import TOKENS_PER_BATCH, RewardModel, codec_of
 from trl.types import Batch
 

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
-from trl.models.heads import WithValueHead
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.score import without_engine
 from trl.models.sharding import whole_weights
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.rollouts.decoders import (
     Decoder,
     Policy,

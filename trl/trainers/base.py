@@ -9,7 +9,7 @@ A trainer says what it is in few places:
 
 The rest is here. The loader hands over encoded rows; `get_batch_samples` sees the rows of a whole accumulation window,
 plans its micro-batches by length, lays them out, and gives every loss a weight such that the weights sum to 1 over the
-window and all processes: see `trl.trainers.window`.
+window and all processes: see `trl.training.window`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from trl.callbacks.model_card import write_model_card
+from trl.callbacks.report import ReportCallback
+from trl.compat import ARGUMENTS, refuse_hooks, remedy
 from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
+from trl.data.examples import ENCODED, check_datasets, collate_examples, columns_of, examples_from, examples_of
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
-from trl.elsewhere import ARGUMENTS, refuse_hooks, remedy
 from trl.errors import ConfigError
 from trl.models.layouts import choose_layout
 from trl.models.load import (
@@ -48,17 +51,14 @@ from trl.models.load import (
 )
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
-from trl.models.stored import without_copies
+from trl.models.value_heads.storage import without_copies
 from trl.ops.reduce import WEIGHTS
-from trl.report.callback import ReportCallback
-from trl.trainers.card import write_model_card
-from trl.trainers.collate import ENCODED, check_datasets, collate_examples, columns_of, examples_from, examples_of
 from trl.trainers.config import TEMPLATES, TrainerConfig
-from trl.trainers.engines import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
-from trl.trainers.finite import StepCount, Window, poisoned, takes_step
-from trl.trainers.meter import Meter
-from trl.trainers.resumable import ResumableTrainer
-from trl.trainers.window import filler, plan_micro_batches, share_out, weigh, with_signals
+from trl.training.metrics import Meter
+from trl.training.nonfinite import StepCount, Window, poisoned, takes_step
+from trl.training.parallel import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
+from trl.training.resumable import ResumableTrainer
+from trl.training.window import filler, plan_micro_batches, share_out, weigh, with_signals
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)
@@ -357,7 +357,7 @@ class BaseTrainer(ResumableTrainer):
         return (total, metrics) if return_outputs else total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.trainers.finite`."""
+        """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.training.nonfinite`."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return norm if takes_step(self, model, norm, self._window) else None
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from trl.elsewhere import remedy
+from trl.compat import remedy
 from trl.errors import ConfigError
-from trl.hints import check_choices
-from trl.trainers.engines import check_processes, processes_on_cpu
+from trl.option_types import check_choices
+from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
     "max_seq_length": "max_length",

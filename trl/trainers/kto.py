@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
+from trl.data.examples import columns_of
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
 from trl.errors import ConfigError
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
-from trl.trainers.collate import columns_of
-from trl.trainers.parts import Part
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
-from trl.trainers.window import plan_micro_batches
+from trl.training.state import Part
+from trl.training.window import plan_micro_batches
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from trl.errors import ConfigError
 from trl.models.reference import FrozenModel, Reference, make_reference, observe
 from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import prepare_frozen
+from trl.rollouts.buffer import Rounds, Slice
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
     Group,
@@ -40,16 +41,15 @@ from trl.rollouts.experience import (
     with_signals,
     without_signals,
 )
-from trl.trainers.across import with_credit
+from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.base import EvalRows, Rows
-from trl.trainers.engines import rows_of_its_own
 from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.parts import Part
 from trl.trainers.preference import SyncRefModelCallback
-from trl.trainers.prompts import Prompts, StreamRows, TableRows
-from trl.trainers.rounds import Rounds, Slice
 from trl.trainers.sampling import SamplingTrainer
+from trl.training.collectives import with_credit
+from trl.training.parallel import rows_of_its_own
+from trl.training.state import Part
 from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}

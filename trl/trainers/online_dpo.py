@@ -18,10 +18,10 @@ from trl.algorithms.dpo import DPO, DPOLoss
 from trl.algorithms.online_dpo import OnlineDPO
 from trl.errors import ConfigError, DataError
 from trl.models.score import score
+from trl.rollouts.buffer import Slice
 from trl.rollouts.experience import Group, deal_slices
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
-from trl.trainers.rounds import Slice
 from trl.types import Batch, Completion, Example, Experience, Metrics
 
 Judge = Callable[[Sequence[Any], Sequence[Sequence[Any]]], Sequence[int]]

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from trl.data.encode import decode
 from trl.errors import ConfigError
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.reference import AdapterOff, FrozenModel
 from trl.models.score import unwrap
-from trl.trainers.across import everyones
-from trl.trainers.window import plan_micro_batches
+from trl.training.collectives import everyones
+from trl.training.window import plan_micro_batches
 from trl.types import Example
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trl.trainers.collate import IGNORE
+from trl.data.examples import IGNORE
 from trl.types import Batch
 
 

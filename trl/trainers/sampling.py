@@ -19,17 +19,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.advantages import combine_rewards, has_no_variance
-from trl.data.encode import EncodeSettings
-from trl.models.score import unwrap
-from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
-from trl.rewards.model import RewardModel
-from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
-from trl.rollouts.experience import Group, example_of, finished
-from trl.rollouts.local import LocalEngine
-from trl.rollouts.sampling import SamplingParams
-from trl.trainers.across import everyones, gather_rows
-from trl.trainers.base import BaseTrainer, Rows
-from trl.trainers.completion_log import (
+from trl.callbacks.completions import (
     CompletionLog,
     LoggedMetrics,
     log_rows,
@@ -38,8 +28,18 @@ from trl.trainers.completion_log import (
     round_metrics,
     write_completions,
 )
+from trl.data.encode import EncodeSettings
+from trl.models.score import unwrap
+from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.model import RewardModel
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.experience import Group, example_of, finished
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.prompts import Prompts
+from trl.rollouts.sampling import SamplingParams
+from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.online_config import OnlineConfig
-from trl.trainers.prompts import Prompts
+from trl.training.collectives import everyones, gather_rows
 from trl.types import Experience
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")

@@ -16,13 +16,13 @@ from transformers import EvalPrediction
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
+from trl.data.examples import collate_examples, columns_of, examples_of
 from trl.data.layout import lay_out
 from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
 from trl.trainers.base import BaseTrainer, Rows
-from trl.trainers.collate import collate_examples, columns_of, examples_of
 from trl.trainers.config import TrainerConfig
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Example, Metrics

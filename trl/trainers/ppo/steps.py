@@ -23,16 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.reference import Reference, observe
 from trl.models.score import score, score_logits, unwrap
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
-from trl.trainers.engines import accumulating, backward
-from trl.trainers.finite import poisoned, takes_triplets
 from trl.trainers.online import OnlineTrainer
-from trl.trainers.ppo_generate import prompts_of, sample, sampling_params, untrimmed
-from trl.trainers.ppo_statistics import (
+from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
+from trl.trainers.ppo.statistics import (
     Record,
     Stopwatch,
     distributions,
@@ -42,7 +40,7 @@ from trl.trainers.ppo_statistics import (
     token_counts,
     training_means,
 )
-from trl.trainers.triplets import (
+from trl.trainers.ppo.triplets import (
     Triplet,
     group_by_query,
     group_numbers,
@@ -51,7 +49,9 @@ from trl.trainers.triplets import (
     read_triplets,
     with_rows,
 )
-from trl.trainers.window import filler, plan_micro_batches, weigh
+from trl.training.nonfinite import poisoned, takes_triplets
+from trl.training.parallel import accumulating, backward
+from trl.training.window import filler, plan_micro_batches, weigh
 from trl.types import Batch, Experience
 
 LOWEST_KL = -1.0

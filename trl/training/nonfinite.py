@@ -25,7 +25,7 @@ from trl.types import Batch, Example
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
-    from trl.trainers.meter import Mark
+    from trl.training.metrics import Mark
 
 SHOWN = 5
 """Rows that an error names."""

@@ -9,7 +9,7 @@ and random states of every process (as `transformers` writes them), and
     trl_state.pt            parts of the trainer that are the same on all processes
     trl_state_R.pt          parts of process R
 
-For parts see `trl.trainers.parts`.
+For parts see `trl.training.state`.
 """
 
 from __future__ import annotations

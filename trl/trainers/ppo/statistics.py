@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trl.ops.reduce import masked_mean
-from trl.trainers.meter import Meter
-from trl.trainers.triplets import Triplet
+from trl.trainers.ppo.triplets import Triplet
+from trl.training.metrics import Meter
 from trl.types import Batch, Experience, Metrics
 
 

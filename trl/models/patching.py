@@ -1,9 +1,10 @@
-"""Forwards of loaded models that learn one keyword more, and are what they were without it."""
+"""Changes to a loaded model in place: a forward that takes one more keyword, and evaluation mode for a while."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 from torch import nn
@@ -30,3 +31,15 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
     forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
     del forward.__wrapped__
     return forward
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, without dropout, for the moment."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

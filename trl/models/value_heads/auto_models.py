@@ -2,7 +2,7 @@
 
     V(s_t) = w · dropout(h_t) + b
 
-What h_t is tells the heads of `trl.models.values` apart: the hidden state that the language-model head reads, or that of
+What h_t is tells the heads of `trl.models.value_heads.heads` apart: the hidden state that the language-model head reads, or that of
 upper layers, or of a whole model, of the value's own. `AutoModelForCausalLMWithValueHead` and its encoder-decoder twin
 wrap a model of `transformers`, with or without adapters: `.pretrained_model` is the model, `.v_head` the head, and
 everything else is the model's. On disk the model is saved as ever, and the head beside it, so that any loader reads the
@@ -25,10 +25,10 @@ from transformers.utils import PushToHubMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl.errors import ConfigError, ModelError
+from trl.models.layer_sharing import last_states
 from trl.models.load import load_model, with_adapters
-from trl.models.stored import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
-from trl.models.trunk import last_states
-from trl.models.values import HeadOptions, ValueBranch, ValueHead, ValueModel
+from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
+from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say where files are found."""

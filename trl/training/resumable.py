@@ -2,7 +2,7 @@
 
 Whatever changes while training is in its checkpoints: what `transformers` keeps (model, optimizer, scheduler, random
 states, history), the loss since the last log, and the parts that a trainer registers once with `self.parts.keep(name,
-part)`. How a checkpoint is written, and found again, is in `trl.trainers.checkpoint`.
+part)`. How a checkpoint is written, and found again, is in `trl.training.checkpoint`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl.data.examples import Endless
 from trl.models.reference import Reference
-from trl.trainers.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
-from trl.trainers.collate import Endless
-from trl.trainers.parts import Part, Parts, Unchanged, reference_part
+from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
+from trl.training.state import Part, Parts, Unchanged, reference_part
 
 
 class ResumableTrainer(Trainer):

@@ -12,7 +12,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from trl.errors import ConfigError
-from trl.hints import Kind, check_choices, kind_of_annotation, kind_of_type
+from trl.option_types import Kind, check_choices, kind_of_annotation, kind_of_type
 
 
 class Pace(enum.Enum):

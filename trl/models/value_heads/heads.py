@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ConfigError, ModelError, unknown
-from trl.models.stored import VALUE_MODEL
-from trl.models.trunk import last_states, layers_of, recording, resuming
+from trl.models.layer_sharing import last_states, layers_of, recording, resuming
+from trl.models.value_heads.storage import VALUE_MODEL
 
 READ = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 """Arguments of a policy's forward that a network of the value's own is given as well."""

@@ -24,15 +24,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from trl.algorithms.moments import RunningMoments
 from trl.errors import ConfigError
-from trl.models.heads import (
-    AutoModelForCausalLMWithValueHead,
-    AutoModelForSeq2SeqLMWithValueHead,
-    WithValueHead,
-    with_value_head,
-)
 from trl.models.layouts import why_not
 from trl.models.load import load_model, with_adapters
-from trl.models.modes import evaluating
+from trl.models.patching import evaluating
 from trl.models.reference import (
     EarlierWeights,
     Reference,
@@ -42,15 +36,21 @@ from trl.models.reference import (
 )
 from trl.models.score import score, unwrap
 from trl.models.sharding import prepare_frozen
-from trl.models.stored import VALUE_MODEL, stored_head, without_copies
-from trl.models.values import ValueBranch, ValueModel
+from trl.models.value_heads.auto_models import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    WithValueHead,
+    with_value_head,
+)
+from trl.models.value_heads.heads import ValueBranch, ValueModel
+from trl.models.value_heads.storage import VALUE_MODEL, stored_head, without_copies
 from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
 from trl.rollouts.experience import Group, with_signals
-from trl.trainers.parts import Part
-from trl.trainers.ppo_config import PPOConfig
-from trl.trainers.ppo_step import TripletSteps
+from trl.trainers.ppo.config import PPOConfig
+from trl.trainers.ppo.steps import TripletSteps
 from trl.trainers.preference import SyncRefModelCallback
+from trl.training.state import Part
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]

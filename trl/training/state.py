@@ -3,7 +3,7 @@
     self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
 
 A part is anything with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name, and
-`trl.trainers.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R
+`trl.training.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R
 in `trl_state_R.pt`.
 """
 
