@@ -12,7 +12,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from trl.errors import ConfigError
-from trl.option_types import Kind, check_choices, kind_of_annotation, kind_of_type
+from trl.option_types import OptionType, check_choices, kind_of_annotation, kind_of_type
 
 
 class Pace(enum.Enum):
@@ -20,29 +20,29 @@ class Pace(enum.Enum):
     FAST = "fast"
 
 
-PACE = Kind(choices=("slow", "fast"))
+PACE = OptionType(choices=("slow", "fast"))
 
 
-def annotated(text: str) -> Kind:
+def annotated(text: str) -> OptionType:
     return kind_of_annotation(ast.parse(text, mode="eval").body, {"Pace": PACE}.get)
 
 
 @pytest.mark.parametrize(
     ("text", "live", "kind"),
     [
-        ("int", int, Kind(("int",))),
-        ("int | None", int | None, Kind(("int", "none"))),
-        ("Optional[float]", Optional[float], Kind(("float", "none"))),  # noqa: UP045
-        ("Union[int, str]", Union[int, str], Kind(("int", "str"))),  # noqa: UP007
-        ("'int | str'", int | str, Kind(("int", "str"))),
-        ("list[str] | None", list[str] | None, Kind(("none",), item=Kind(("str",)))),
-        ("Sequence[int]", Sequence[int], Kind(item=Kind(("int",)))),
-        ("dict[str, Any] | str", dict[str, Any] | str, Kind(("dict", "str"))),
-        ("Literal['a', 'b']", Literal["a", "b"], Kind(choices=("a", "b"))),
-        ("Path", Path, Kind(("str",))),
+        ("int", int, OptionType(("int",))),
+        ("int | None", int | None, OptionType(("int", "none"))),
+        ("Optional[float]", Optional[float], OptionType(("float", "none"))),  # noqa: UP045
+        ("Union[int, str]", Union[int, str], OptionType(("int", "str"))),  # noqa: UP007
+        ("'int | str'", int | str, OptionType(("int", "str"))),
+        ("list[str] | None", list[str] | None, OptionType(("none",), item=OptionType(("str",)))),
+        ("Sequence[int]", Sequence[int], OptionType(item=OptionType(("int",)))),
+        ("dict[str, Any] | str", dict[str, Any] | str, OptionType(("dict", "str"))),
+        ("Literal['a', 'b']", Literal["a", "b"], OptionType(choices=("a", "b"))),
+        ("Path", Path, OptionType(("str",))),
         ("Pace", Pace, PACE),
         ("Pace | str", Pace | str, PACE),
-        ("list", list, Kind(item=Kind(("any",)))),
+        ("list", list, OptionType(item=OptionType(("any",)))),
     ],
 )
 def test_annotation_and_live_type_mean_the_same(text, live, kind):
@@ -51,7 +51,7 @@ def test_annotation_and_live_type_mean_the_same(text, live, kind):
 
 
 @pytest.mark.parametrize(
-    ("hint", "value", "misfits"),
+    ("hint", "value", "invalid_items"),
     [
         (Literal["a", "b"], "a", []),
         (Literal["a", "b"], "c", ["c"]),
@@ -71,8 +71,8 @@ def test_annotation_and_live_type_mean_the_same(text, live, kind):
         (Any, True, []),
     ],
 )
-def test_what_does_not_fit(hint, value, misfits):
-    assert kind_of_type(hint).misfits(value) == misfits
+def test_what_does_not_fit(hint, value, invalid_items):
+    assert kind_of_type(hint).invalid_items(value) == invalid_items
 
 
 class Road:

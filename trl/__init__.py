@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from trl.compat import OldPaths, refuse
+from trl.compat import LegacyImportFinder, refuse
 
 __version__ = "2.0.0.dev0"
 
@@ -71,7 +71,7 @@ _PUBLIC = {
 
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)
-sys.meta_path.append(OldPaths())
+sys.meta_path.append(LegacyImportFinder())
 
 
 def __getattr__(name: str) -> Any:

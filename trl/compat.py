@@ -53,7 +53,7 @@ SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefMode
 
 TOOLS = "tools are not called yet; an `engine` of your own can be given to every online trainer."
 
-NOT_HERE = {
+REMOVED = {
     "A2POTrainer": OBJECTIVE,
     "AlignPropTrainer": "diffusion models are not covered yet.",
     "AllTrueJudge": BY_REWARD,
@@ -122,7 +122,7 @@ NOT_HERE = {
     "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
     "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
 }
-NOT_HERE |= {name.replace("Trainer", "Config"): remedy for name, remedy in NOT_HERE.items() if name.endswith("Trainer")}
+REMOVED |= {name.replace("Trainer", "Config"): remedy for name, remedy in REMOVED.items() if name.endswith("Trainer")}
 """Names that other releases have, and what to do without each."""
 
 
@@ -188,7 +188,7 @@ def remedy(name: str, known: Iterable[str]) -> str:
     return f" {remedies[name][0].upper()}{remedies[name][1:]}"
 
 
-def refuse_hooks(cls: type) -> None:
+def reject_unused_overrides(cls: type) -> None:
     """Raises ConfigError for a trainer with a method that nothing would call."""
     for name in sorted(HOOKS.keys() & set(dir(cls))):
         raise ConfigError(
@@ -198,11 +198,11 @@ def refuse_hooks(cls: type) -> None:
 
 def refuse(name: str) -> None:
     """Raises ImportError for a name that exists in other releases alone: `from trl import …` shows its words."""
-    if name in NOT_HERE:
-        raise ImportError(f"trl.{name} is of another release of TRL and not in this one: {NOT_HERE[name]}")
+    if name in REMOVED:
+        raise ImportError(f"trl.{name} is of another release of TRL and not in this one: {REMOVED[name]}")
 
 
-class OldPaths(MetaPathFinder, Loader):
+class LegacyImportFinder(MetaPathFinder, Loader):
     """Finds the modules of `PATHS`, which have no files: their names are those of `trl`."""
 
     def find_spec(

@@ -1,6 +1,6 @@
 """What a type hint admits, read from a live type, or from an annotation's syntax tree without importing what it names.
 
-    kind_of_type(Literal["a", "b"] | None)        Kind(scalars=("none",), choices=("a", "b"))
+    kind_of_type(Literal["a", "b"] | None)        OptionType(scalars=("none",), choices=("a", "b"))
 
 The command line shows and checks options by it before torch is there; a dataclass checks its own by `check_choices`.
 """
@@ -37,15 +37,15 @@ _LISTS = ("list", "List", "Sequence", "tuple", "Tuple")
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptionType:
     """Any of the `scalars` ("int", "none", …), or one of the `choices`, or a list of `item`s."""
 
     scalars: tuple[str, ...] = ()
     choices: tuple[Any, ...] = ()
-    item: Kind | None = None
+    item: OptionType | None = None
 
-    def __or__(self, other: Kind) -> Kind:
-        return Kind(
+    def __or__(self, other: OptionType) -> OptionType:
+        return OptionType(
             tuple(dict.fromkeys(self.scalars + other.scalars)),
             tuple(dict.fromkeys(self.choices + other.choices)),
             self.item or other.item,
@@ -56,10 +56,10 @@ class Kind:
         """The choices: of the value itself, or of a list's entries."""
         return self.choices or (self.item.names if self.item else ())
 
-    def misfits(self, value: Any) -> list[Any]:
+    def invalid_items(self, value: Any) -> list[Any]:
         """What of `value` is not of this kind: itself, or entries of a list."""
         if self.item is not None and isinstance(value, list | tuple):
-            return [misfit for entry in value for misfit in self.item.misfits(entry)]
+            return [misfit for entry in value for misfit in self.item.invalid_items(entry)]
         value = value.value if isinstance(value, enum.Enum) else value
         if any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices):
             return []
@@ -68,7 +68,7 @@ class Kind:
 
     def __str__(self) -> str:
         """For people: `an int or none`, `one of 'no', 'steps', 'epoch'`, `a list of str`."""
-        several = self.item is not None and self.item == Kind(choices=self.choices)
+        several = self.item is not None and self.item == OptionType(choices=self.choices)
         count = "one or several" if several else "one"
         parts = [f"{count} of {', '.join(map(repr, self.choices))}"] if self.choices else []
         parts += [_SPOKEN[name] for name in self.scalars if name not in ("none", "any")]
@@ -78,16 +78,16 @@ class Kind:
 
 
 _SPOKEN = {"bool": "true or false", "int": "an int", "float": "a float", "str": "text", "dict": "a JSON object"}
-ANYTHING = Kind(("any",))
+ANYTHING = OptionType(("any",))
 
 
-def kind_of_annotation(node: ast.expr, resolve: Callable[[str], Kind | None]) -> Kind:
+def kind_of_annotation(node: ast.expr, resolve: Callable[[str], OptionType | None]) -> OptionType:
     """The kind that an annotation says. `resolve(name)` gives that of a name which is not built in, or None."""
     match node:
         case ast.Constant(value=str(text)):
             return kind_of_annotation(ast.parse(text, mode="eval").body, resolve)
         case ast.Constant(value=None):
-            return Kind(("none",))
+            return OptionType(("none",))
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return _union([kind_of_annotation(left, resolve), kind_of_annotation(right, resolve)])
         case ast.Subscript(value=head, slice=inside):
@@ -95,49 +95,49 @@ def kind_of_annotation(node: ast.expr, resolve: Callable[[str], Kind | None]) ->
     return _kind_of_name(_last_name(node), resolve)
 
 
-def _kind_of_subscript(head: str, inside: ast.expr, resolve: Callable[[str], Kind | None]) -> Kind:
+def _kind_of_subscript(head: str, inside: ast.expr, resolve: Callable[[str], OptionType | None]) -> OptionType:
     parts = list(inside.elts) if isinstance(inside, ast.Tuple) else [inside]
     if head == "Literal":
-        return Kind(choices=tuple(part.value for part in parts if isinstance(part, ast.Constant)))
+        return OptionType(choices=tuple(part.value for part in parts if isinstance(part, ast.Constant)))
     if head in ("Optional", "Union"):
         kinds = [kind_of_annotation(part, resolve) for part in parts]
-        return _union([*kinds, Kind(("none",))] if head == "Optional" else kinds)
+        return _union([*kinds, OptionType(("none",))] if head == "Optional" else kinds)
     if head in _LISTS:
-        return Kind(item=kind_of_annotation(parts[0], resolve))
+        return OptionType(item=kind_of_annotation(parts[0], resolve))
     return _kind_of_name(head, resolve)
 
 
-def _kind_of_name(name: str, resolve: Callable[[str], Kind | None]) -> Kind:
+def _kind_of_name(name: str, resolve: Callable[[str], OptionType | None]) -> OptionType:
     name = _ALSO.get(name, name)
     if name == "any":
         return ANYTHING
     if name in _LISTS:
-        return Kind(item=ANYTHING)
-    return Kind((name,)) if name in _TYPES else resolve(name) or Kind(("dict",))
+        return OptionType(item=ANYTHING)
+    return OptionType((name,)) if name in _TYPES else resolve(name) or OptionType(("dict",))
 
 
 def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def kind_of_type(annotation: Any) -> Kind:
+def kind_of_type(annotation: Any) -> OptionType:
     """The kind that a live type says."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _union([kind_of_type(a) for a in arguments])
     if origin is typing.Literal:
-        return Kind(choices=arguments)
+        return OptionType(choices=arguments)
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return Kind(choices=tuple(member.value for member in annotation))
+        return OptionType(choices=tuple(member.value for member in annotation))
     if origin is not None and origin.__name__ in _LISTS:
-        return Kind(item=kind_of_type(arguments[0]))
+        return OptionType(item=kind_of_type(arguments[0]))
     if annotation in (None, type(None)):
-        return Kind(("none",))
+        return OptionType(("none",))
     named = origin or annotation
     return _kind_of_name(named.__name__ if isinstance(named, type) else "", lambda name: None)
 
 
-def _union(kinds: Sequence[Kind]) -> Kind:
+def _union(kinds: Sequence[OptionType]) -> OptionType:
     """Any of `kinds`. `SomeEnum | str` means the texts of the enumeration, and not any text."""
     merged = kinds[0]
     for kind in kinds[1:]:
@@ -151,12 +151,12 @@ def _union(kinds: Sequence[Kind]) -> Kind:
 
 
 @cache
-def kinds_of(cls: type) -> dict[str, Kind]:
+def kinds_of(cls: type) -> dict[str, OptionType]:
     """What each field of a dataclass admits. A name that its hints mean, but its module has not, stands for a dict."""
     return {field.name: _kind_of_field(cls, field) for field in dataclasses.fields(cls)}
 
 
-def _kind_of_field(cls: type, field: dataclasses.Field) -> Kind:
+def _kind_of_field(cls: type, field: dataclasses.Field) -> OptionType:
     """From the class that declares it: parsers of `transformers` write other types into `field.type`."""
     home = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
     annotation = inspect.get_annotations(home)[field.name]
@@ -171,6 +171,6 @@ def _kind_of_field(cls: type, field: dataclasses.Field) -> Kind:
 def check_choices(subject: Any) -> None:
     """Raises ConfigError for the first field of a dataclass that is none of the choices that its type hint names."""
     for field, kind in kinds_of(type(subject)).items():
-        misfits = kind.misfits(getattr(subject, field)) if kind.names else []
-        for misfit in (each for each in misfits if isinstance(each, _PLAIN)):
+        invalid_items = kind.invalid_items(getattr(subject, field)) if kind.names else []
+        for misfit in (each for each in invalid_items if isinstance(each, _PLAIN)):
             raise ConfigError(unknown(field, str(misfit), map(str, kind.names)))

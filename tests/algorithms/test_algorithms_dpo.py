@@ -248,7 +248,7 @@ def test_aot_does_not_depend_on_the_order_of_pairs():
         torch.testing.assert_close(loss(H_W.flip(0), H_L, beta=0.7), loss(H_W, H_L.flip(0), beta=0.7))
 
 
-PER_PAIR = [name for name, loss in LOSSES.items() if not loss.couples_pairs]
+PER_PAIR = [name for name, loss in LOSSES.items() if not loss.needs_full_batch]
 
 
 @pytest.mark.parametrize("name", PER_PAIR)
@@ -374,9 +374,9 @@ def test_a_divergence_replaces_the_log_ratio(divergence):
 def test_what_a_combination_needs():
     assert DPO(loss_types=["simpo", "sft"]).needs_reference is False
     assert DPO(loss_types=["simpo", "sigmoid"]).needs_reference is True
-    assert DPO(loss_types=["sigmoid", "aot"]).couples_pairs is True
-    assert DPO(loss_types="orpo").couples_pairs is False
-    assert DPO(loss_types=["sigmoid", "hinge"], label_smoothing=0.1).couples_pairs is False
+    assert DPO(loss_types=["sigmoid", "aot"]).needs_full_batch is True
+    assert DPO(loss_types="orpo").needs_full_batch is False
+    assert DPO(loss_types=["sigmoid", "hinge"], label_smoothing=0.1).needs_full_batch is False
 
 
 def test_length_desensitising_with_zero_leaves_out_the_tail():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trl.algorithms.pairs import desensitised_weights, sides, split_pairs, wpo_weights
+from trl.algorithms.pairs import ld_dpo_weights, sides, split_pairs, wpo_weights
 from trl.errors import DataError
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.float32)
@@ -40,13 +40,13 @@ def test_without_a_reference_the_log_ratio_is_the_log_probability():
 
 def test_tokens_beyond_the_shorter_completion_count_less():
     expected = [[1, 1, 0, 0], [1, 1, 0.25, 0.25], [1, 0, 0.25, 0], [1, 0, 0, 0]]
-    assert desensitised_weights(MASK, 0.25).tolist() == expected
-    torch.testing.assert_close(desensitised_weights(MASK, 1.0), MASK)
+    assert ld_dpo_weights(MASK, 0.25).tolist() == expected
+    torch.testing.assert_close(ld_dpo_weights(MASK, 1.0), MASK)
 
 
 def test_desensitising_leaves_likelihood_and_length_alone():
     _, plain = sides(LOGPROBS, None, MASK)
-    _, weighted = sides(LOGPROBS, None, MASK, weight=desensitised_weights(MASK, 0.5))
+    _, weighted = sides(LOGPROBS, None, MASK, weight=ld_dpo_weights(MASK, 0.5))
     assert weighted.logprob.tolist() == [-6.0, -7.0]
     torch.testing.assert_close(weighted.nll, plain.nll)
     torch.testing.assert_close(weighted.length, plain.length)

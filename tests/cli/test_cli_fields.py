@@ -10,7 +10,7 @@ from trl.cli.commands import load, methods
 from trl.cli.fields import REQUIRED, aliases_in_source, merge_options, options_in_source, options_of
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
-from trl.option_types import Kind
+from trl.option_types import OptionType
 
 REFERENCES = sorted({reference for method in methods().values() for reference in method.argument_classes})
 
@@ -131,7 +131,7 @@ def test_inheritance_across_files(package):
     assert options["name"].default is REQUIRED
     assert (options["rate"].help, options["rate"].owner) == ("How fast.", "Derived")
     assert (options["pace"].default, options["pace"].help) == ("fast", "At what pace.")
-    assert options["pace"].kind == Kind(choices=("slow", "fast"))
+    assert options["pace"].kind == OptionType(choices=("slow", "fast"))
     assert options["tags"].default == ["a"]
     assert options["made"].default is COMPUTED
     assert aliases_in_source("readable.derived:Derived") == {"old_rate": "rate", "older": ""}

@@ -13,7 +13,7 @@ import pytest
 from trl.cli import completion
 from trl.cli.commands import METHODS, methods
 from trl.cli.main import main
-from trl.cli.train import refusals_said
+from trl.cli.train import library_errors_as_config_errors
 from trl.errors import ConfigError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"
@@ -382,7 +382,7 @@ def test_what_libraries_refuse_is_a_message_and_mistakes_of_ours_are_not(inside,
     words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--use_cpu", "--output_dir", "refused"]
     assert main(["sft", *words, "--use_peft", "--lora_target_modules", "nothing"]) == 2
     assert "trl: error: peft refuses: Target modules {'nothing'} not found" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="ours") as caught, refusals_said():
+    with pytest.raises(ValueError, match="ours") as caught, library_errors_as_config_errors():
         raise ValueError("ours")
     assert not isinstance(caught.value, ConfigError)
 

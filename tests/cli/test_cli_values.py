@@ -5,12 +5,12 @@ import ast
 import pytest
 
 from trl.cli.values import Mismatch, from_data, from_words
-from trl.option_types import Kind, kind_of_annotation
+from trl.option_types import OptionType, kind_of_annotation
 
-PACE = Kind(choices=("slow", "fast"))
+PACE = OptionType(choices=("slow", "fast"))
 
 
-def annotated(text: str) -> Kind:
+def annotated(text: str) -> OptionType:
     return kind_of_annotation(ast.parse(text, mode="eval").body, {"Pace": PACE}.get)
 
 

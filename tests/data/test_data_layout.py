@@ -5,7 +5,7 @@ import torch
 
 from trl.data.layout import cheapest_rows, fill_rows, lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError
-from trl.models.attention import TREE_ATTENTION, tree_mask
+from trl.models.attention import SEGMENT_ATTENTION, segment_mask
 from trl.types import Completion, Example
 
 PAIR = Example([10, 11, 12], (Completion([20, 21]), Completion([30, 31, 32])))
@@ -56,7 +56,7 @@ def test_widths_are_rounded_up(layout):
 
 def test_a_branch_sees_the_prompt_and_itself():
     batch = lay_out([PAIR, TEXT], "shared", capacity=11)
-    seen = tree_mask(*batch.tree)[0, 0]
+    seen = segment_mask(*batch.tree)[0, 0]
     ones = {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(seen)}
     assert ones[2] == {0, 1, 2}
     assert ones[4] == {0, 1, 2, 3, 4}
@@ -66,8 +66,8 @@ def test_a_branch_sees_the_prompt_and_itself():
 
 def test_eager_mask_is_the_boolean_mask_as_numbers():
     batch = lay_out([PAIR, TEXT], "shared")
-    boolean = TREE_ATTENTION["sdpa"](*batch.tree, torch.float32)
-    additive = TREE_ATTENTION["eager"](*batch.tree, torch.float32)
+    boolean = SEGMENT_ATTENTION["sdpa"](*batch.tree, torch.float32)
+    additive = SEGMENT_ATTENTION["eager"](*batch.tree, torch.float32)
     assert torch.equal(additive == 0, boolean)
     assert additive.min() == torch.finfo(torch.float32).min
 

@@ -14,14 +14,14 @@ from trl.errors import ModelError
 from trl.models.layer_sharing import layers_of
 from trl.models.reference import (
     AdapterOff,
-    EarlierWeights,
     FrozenModel,
     NamedAdapter,
     SharedTrunk,
+    SnapshotReference,
     create_reference_model,
     frozen_reference,
     make_reference,
-    observe,
+    score_with_reference,
 )
 from trl.models.score import score
 from trl.types import Completion, Example
@@ -76,14 +76,14 @@ REFERENCES = {
     "new adapter with biases": (
         lambda make: adapted(make("opt"), bias="all"),
         {"has_new_adapter": True},
-        EarlierWeights,
+        SnapshotReference,
     ),
     "new adapter that takes a part of the base": (
         lambda make: adapted(make("llama"), init_lora_weights="olora"),
         {"has_new_adapter": True},
-        EarlierWeights,
+        SnapshotReference,
     ),
-    "trained adapter": (trained_adapter, {}, EarlierWeights),
+    "trained adapter": (trained_adapter, {}, SnapshotReference),
 }
 
 
@@ -222,7 +222,7 @@ def test_only_the_upper_layers_of_a_reference_run(make_model, name, sizes, start
     disturb(policy)
     expected = whole.logprobs(policy, batch)
     with counting_layers(policy) as own, counting_layers(reference.model) as theirs:
-        scores, found = observe(policy, reference, batch, want={"entropy"}, temperature=1.0)
+        scores, found = score_with_reference(policy, reference, batch, want={"entropy"}, temperature=1.0)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert own == [1] * len(own)
     assert theirs == [0] * start + [1] * (len(own) - start)
@@ -256,7 +256,7 @@ def test_a_reference_runs_whole_where_its_upper_layers_do_not_run_alone(make_mod
     reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
     assert type(reference) is FrozenModel
     assert "the reference runs them by itself: its upper layers do not run alone (KeyError" in caplog.text
-    scores, found = observe(policy, reference, lay_out(EXAMPLES))
+    scores, found = score_with_reference(policy, reference, lay_out(EXAMPLES))
     torch.testing.assert_close(found, scores.logprobs)
 
 

@@ -117,10 +117,10 @@ def test_trials_leave_every_module_in_its_mode(make_model):
 
 
 def test_auto_takes_the_fastest_and_says_why_not_faster(make_model, caplog):
-    assert choose_layout(make_model("llama"), branches=True) == "shared"
-    assert choose_layout(make_model("llama"), branches=False) == "packed"
+    assert choose_layout(make_model("llama"), multiple_completions=True) == "shared"
+    assert choose_layout(make_model("llama"), multiple_completions=False) == "packed"
     assert not caplog.records
-    assert choose_layout(make_model("gemma3"), branches=True) == "packed"
+    assert choose_layout(make_model("gemma3"), multiple_completions=True) == "packed"
     assert "not shared: it has sliding_attention layers" in caplog.text
 
 

@@ -25,7 +25,7 @@ from trl.training.checkpoint import (
     sweep,
     why_not_resumable,
 )
-from trl.training.state import Part, Parts
+from trl.training.state import StateFunctions, StateRegistry
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 
@@ -88,7 +88,7 @@ class Glance(TrainerCallback):
 def test_it_has_its_name_when_it_is_whole(tmp_path):
     glance = Glance()
     trainer = RUNS["sft"](tmp_path, [glance], **SAVING)
-    trainer.parts.keep("glance", glance)
+    trainer.states.register("glance", glance)
     trainer.train()
     assert glance.seen == [
         ["partial-checkpoint-1"],
@@ -184,29 +184,29 @@ def test_a_finished_run_is_not_trained_further(run):
 
 
 def test_a_part_comes_back(tmp_path):
-    parts, kept = Parts(), {"x": torch.tensor(1.0), "names": ["a"]}
-    parts.keep("shared", Part(lambda: kept, lambda state: kept.update(state)))
-    parts.keep("own", Part(lambda: kept, lambda state: kept.update(state)), per_process=True)
-    parts.save(tmp_path, rank=0, is_main=True)
+    registry, kept = StateRegistry(), {"x": torch.tensor(1.0), "names": ["a"]}
+    registry.register("shared", StateFunctions(lambda: kept, lambda state: kept.update(state)))
+    registry.register("own", StateFunctions(lambda: kept, lambda state: kept.update(state)), per_rank=True)
+    registry.save(tmp_path, rank=0, is_main=True)
     kept.update(x=None, names=None)
-    parts.load(tmp_path, rank=0, processes=1, written_by=1)
+    registry.load(tmp_path, rank=0, processes=1, written_by=1)
     assert kept == {"x": torch.tensor(1.0), "names": ["a"]}
 
 
 def test_parts_that_a_checkpoint_does_not_hold(tmp_path, caplog):
-    parts, nothing = Parts(), Part(dict, lambda state: None)
-    parts.keep("metrics", nothing, per_process=True, optional=True)
-    parts.load(tmp_path, rank=0, processes=1, written_by=2)
+    registry, nothing = StateRegistry(), StateFunctions(dict, lambda state: None)
+    registry.register("metrics", nothing, per_rank=True, optional=True)
+    registry.load(tmp_path, rank=0, processes=1, written_by=2)
     assert "was written by 2 processes, and here are 1: random states and metrics" in caplog.text
-    parts.keep("rounds", nothing, per_process=True)
+    registry.register("rounds", nothing, per_rank=True)
     with pytest.raises(
         ConfigError, match=r"does not hold rounds for this process \(it was written by 2 processes, and"
     ):
-        parts.load(tmp_path, rank=0, processes=1, written_by=2)
+        registry.load(tmp_path, rank=0, processes=1, written_by=2)
     with pytest.raises(
         ConfigError, match="does not hold rounds .*written by another trainer, or by an earlier version"
     ):
-        parts.load(tmp_path, rank=0, processes=2, written_by=2)
+        registry.load(tmp_path, rank=0, processes=2, written_by=2)
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo", "dpo, computed beforehand", "dpo, an adapter"])
@@ -353,7 +353,7 @@ def test_what_else_fails_is_not_called_a_full_disk(tmp_path):
     def broken():
         raise RuntimeError("the state of this part is odd")
 
-    trainer.parts.keep("odd", Part(broken, lambda state: None))
+    trainer.states.register("odd", StateFunctions(broken, lambda state: None))
     with pytest.raises(RuntimeError, match="the state of this part is odd"):
         trainer.train()
     assert not list(tmp_path.glob("*checkpoint*"))

@@ -17,7 +17,7 @@ from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.training.checkpoint import newest_checkpoint
 from trl.training.metrics import Meter
-from trl.training.nonfinite import NonFiniteError, StepCount, is_finite, poisoned
+from trl.training.nonfinite import NonFiniteError, SkippedSteps, is_finite, propagate_nonfinite
 
 BAD = "Z"
 OPTIONS = {
@@ -205,11 +205,11 @@ def test_no_limit(tmp_path):
 
 def test_a_finite_loss_and_its_gradient_stay_as_they_are():
     x = torch.tensor([3.0, -0.0, 1e38], requires_grad=True)
-    assert torch.equal(poisoned(x), x)
-    poisoned(x).sum().backward()
+    assert torch.equal(propagate_nonfinite(x), x)
+    propagate_nonfinite(x).sum().backward()
     assert x.grad.tolist() == [1, 1, 1]
     y = torch.tensor(2.0, requires_grad=True)
-    poisoned(y + math.inf).backward()
+    propagate_nonfinite(y + math.inf).backward()
     assert y.grad.isnan()
 
 
@@ -218,13 +218,13 @@ def test_norms():
 
 
 def test_counts():
-    count = StepCount()
+    count = SkippedSteps()
     for skipped in (False, True, True, False):
         count.add(skipped=skipped)
     assert (count.skipped, count.in_a_row) == (2, 0)
     assert count.corrected({"loss": 1.0}) == {"loss": 2.0, "skipped_steps": 2}
     assert count.corrected({"loss": 1.0}) == {"loss": 1.0, "skipped_steps": 2}
-    other = StepCount()
+    other = SkippedSteps()
     other.load_state_dict(count.state_dict())
     assert other == count
 

@@ -15,10 +15,10 @@ from tests.conftest import make_tokenizer
 from trl.errors import ConfigError, DataError
 from trl.models.reference import (
     AdapterOff,
-    EarlierWeights,
     FrozenModel,
     NamedAdapter,
     Precomputed,
+    SnapshotReference,
     create_reference_model,
 )
 from trl.trainers.cpo import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
@@ -102,9 +102,9 @@ GIVEN = {
     "encoder-decoder": (lambda make, path: make("bart"), {}, FrozenModel),
     "no tree attention": (lambda make, path: make("mamba"), {}, FrozenModel),
     "new adapter": (lambda make, path: disturb(make("llama")), {"peft_config": LORA}, AdapterOff),
-    "untrained adapter": (lambda make, path: adapted(make("llama")), {}, EarlierWeights),
-    "trained adapter": (lambda make, path: disturb(adapted(make("llama"))), {}, EarlierWeights),
-    "adapter with dropout": (lambda make, path: adapted(make("llama"), lora_dropout=0.5), {}, EarlierWeights),
+    "untrained adapter": (lambda make, path: adapted(make("llama")), {}, SnapshotReference),
+    "trained adapter": (lambda make, path: disturb(adapted(make("llama"))), {}, SnapshotReference),
+    "adapter with dropout": (lambda make, path: adapted(make("llama"), lora_dropout=0.5), {}, SnapshotReference),
     "two adapters": (lambda make, path: two_adapters(make("llama")), {"ref_adapter_name": "ref"}, NamedAdapter),
     "precomputed": (lambda make, path: disturb(make("llama")), {"precompute_ref_log_probs": True}, Precomputed),
     "precomputed, adapter": (

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from trl.errors import ConfigError
 from trl.models.value_heads.storage import without_copies
 from trl.trainers.sft import SFTConfig, SFTTrainer
-from trl.training.parallel import accumulating, check_engine, check_processes, waits_explained
+from trl.training.parallel import accumulating, check_engine, check_processes, explain_waits
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def test_gradients_are_exchanged_again_after_accumulating():
 def test_a_wait_that_failed_says_who_waited(args, make_model, tokenizer):
     trainer = SFTTrainer(make_model("llama"), args, tokenizer=tokenizer)
     with pytest.raises(RuntimeError, match="Process 0 of 1 waited for the others in step 1: .* ddp_timeout=7 s"):  # noqa: SIM117
-        with waits_explained(trainer):
+        with explain_waits(trainer):
             raise RuntimeError("[pair.cc:1] Timed out waiting 7000ms for recv operation to complete")
-    with pytest.raises(RuntimeError, match="^another error$"), waits_explained(trainer):
+    with pytest.raises(RuntimeError, match="^another error$"), explain_waits(trainer):
         raise RuntimeError("another error")
 
 

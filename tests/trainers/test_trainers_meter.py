@@ -3,7 +3,7 @@ import torch
 
 from trl.data.layout import lay_out
 from trl.training.metrics import Meter
-from trl.training.window import filler, plan_micro_batches, share_out, weigh, with_signals
+from trl.training.window import dummy_batch, normalize_weights, plan_micro_batches, split_into_slots, with_signals
 from trl.types import Completion, Example
 
 BATCH = lay_out([Example([1], (Completion([2, 3]),)), Example([1], (Completion([4]),))])
@@ -80,19 +80,19 @@ def test_a_token_budget_opens_micro_batches_as_needed():
 
 
 def test_micro_batches_are_dealt_to_counted_steps():
-    assert share_out("abcde", 2) == [["a", "b"], ["c", "d", "e"]]
+    assert split_into_slots("abcde", 2) == [["a", "b"], ["c", "d", "e"]]
 
 
 def test_weights_of_a_window_sum_to_one_over_processes():
     # 3 scored tokens here, 5 more and 100 tokens elsewhere.
-    batches, tokens = weigh([BATCH], lambda b: b.mask, lambda local: local + torch.tensor([5.0, 100.0]))
+    batches, tokens = normalize_weights([BATCH], lambda b: b.mask, lambda local: local + torch.tensor([5.0, 100.0]))
     assert batches[0].weight.tolist() == [pytest.approx([1 / 8, 1 / 8]), pytest.approx([1 / 8, 0])]
     assert tokens == 100 + 5
 
 
 def test_a_filler_takes_part_and_counts_nothing():
-    (batch,), _ = weigh([BATCH], lambda b: b.mask, lambda local: local)
-    idle = filler(batch)
+    (batch,), _ = normalize_weights([BATCH], lambda b: b.mask, lambda local: local)
+    idle = dummy_batch(batch)
     assert (idle.mask.shape, idle.mask.any(), idle.weight.any()) == (batch.mask.shape, False, False)
     assert (len(idle.scored), idle.tokens) == (0, 0)
     assert idle.inputs is batch.inputs

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from trl.models.reference import AdapterOff, EarlierWeights, FrozenModel
+from trl.models.reference import AdapterOff, FrozenModel, SnapshotReference
 from trl.training.state import SAMPLED, Unchanged, Weights, fingerprint, reference_part
 
 NUMBERS = torch.arange(6.0)
@@ -62,7 +62,7 @@ def test_of_an_adapter_that_is_switched_off_only_the_model_below_counts(make_mod
 
 
 def test_an_adapter_as_it_was_comes_back(make_model):
-    reference = EarlierWeights.of(adapted(make_model, 1))
+    reference = SnapshotReference.of(adapted(make_model, 1))
     part = reference_part(reference, nn.Identity(), moves=False)
     state = {name: tensor.clone() for name, tensor in part.state_dict().items()}
     for tensor in reference.weights.values():

@@ -19,8 +19,12 @@ from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 def test_a_round_is_a_batch_gone_through_ppo_epochs_times():
     config = PPOConfig(batch_size=8, mini_batch_size=2, ppo_epochs=3)
-    assert (config.per_device_train_batch_size, config.slices_per_round, config.num_iterations) == (2, 4, 3)
-    assert (config.prompts_per_round, config.num_generations) == (8, 1)
+    assert (config.per_device_train_batch_size, config.minibatches_per_rollout_batch, config.num_iterations) == (
+        2,
+        4,
+        3,
+    )
+    assert (config.prompts_per_rollout_batch, config.num_generations) == (8, 1)
     other = PPOConfig(per_device_train_batch_size=2, steps_per_generation=4, num_iterations=3)
     assert (other.mini_batch_size, other.batch_size, other.ppo_epochs) == (2, 8, 3)
 

@@ -25,7 +25,7 @@ from tests.trainers.ppo_support import (
 )
 from trl.core import LengthSampler
 from trl.errors import ConfigError, DataError
-from trl.models.reference import AdapterOff, EarlierWeights
+from trl.models.reference import AdapterOff, SnapshotReference
 from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead, with_value_head
 from trl.trainers.ppo.generate import sampling_params
 from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
@@ -180,7 +180,7 @@ def test_an_adapter_that_was_trained_before_is_compared_with_itself(make_model, 
     adapted = get_peft_model(make_model("llama"), LoraConfig(**LORA, init_lora_weights=False))
     config = PPOConfig(batch_size=4, learning_rate=0.05, kl_penalty=penalty)
     trainer = PPOTrainer(config, adapted, None, tokenizer)
-    assert isinstance(trainer.reference, EarlierWeights)
+    assert isinstance(trainer.reference, SnapshotReference)
     first, second = trainer.step(*TRIPLETS), trainer.step(*TRIPLETS)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
     np.testing.assert_allclose(first["objective/ref_logprobs"], second["objective/ref_logprobs"], atol=1e-5)

@@ -106,7 +106,7 @@ def test_rewards_are_those_of_the_plain_forward(name):
         for example in EXAMPLES
         for completion in example.completions
     ]
-    best = choose_layout(model, branches=True, measure=score_rewards)
+    best = choose_layout(model, multiple_completions=True, measure=score_rewards)
     assert best == ("padded" if name in ("bert", "bart") else "shared")
     for layout in {"padded", best}:
         found = score_rewards(model, lay_out(EXAMPLES, layout)).detach()

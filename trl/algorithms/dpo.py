@@ -152,7 +152,7 @@ class Loss:
     view: Callable[[Side, Side], tuple[Tensor, ...]]
     reward: Callable[[Side], Tensor] = attrgetter("score")
     needs_reference: bool = True
-    couples_pairs: bool = False
+    needs_full_batch: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -208,8 +208,8 @@ LOSSES: dict[DPOLoss, Loss] = {
     "sppo_hard": Loss(sppo_hard, pairs.logratios),
     "apo_zero": Loss(apo_zero, pairs.logratios),
     "apo_down": Loss(apo_down, pairs.logratios),
-    "aot": Loss(aot, pairs.margins, couples_pairs=True),
-    "aot_unpaired": Loss(aot_unpaired, pairs.logratios, couples_pairs=True),
+    "aot": Loss(aot, pairs.margins, needs_full_batch=True),
+    "aot_unpaired": Loss(aot_unpaired, pairs.logratios, needs_full_batch=True),
     "sft": Loss(sft, pairs.chosen_nll, needs_reference=False),
     "cpo": Loss(cpo, pairs.logprobs_and_nll, attrgetter("logprob"), needs_reference=False),
     "simpo": Loss(simpo, pairs.mean_logprobs, attrgetter("mean_logprob"), needs_reference=False),
@@ -292,9 +292,9 @@ class DPO(DPOOptions):
         return not self.reference_free and any(LOSSES[name].needs_reference for name in self.loss_types)
 
     @property
-    def couples_pairs(self) -> bool:
+    def needs_full_batch(self) -> bool:
         """Whether a pair's loss depends on the other pairs of its batch."""
-        return any(LOSSES[name].couples_pairs for name in self.loss_types)
+        return any(LOSSES[name].needs_full_batch for name in self.loss_types)
 
     @property
     def wants(self) -> frozenset[str]:
@@ -322,7 +322,7 @@ class DPO(DPOOptions):
                 f"loss_types={self.loss_types} compare with a reference, but the batch has no signal "
                 f"'ref_logprobs' (it has {sorted(batch.signals)}). Score the batch with the reference policy first."
             )
-        weight = None if self.ld_alpha is None else pairs.desensitised_weights(batch.mask, self.ld_alpha)
+        weight = None if self.ld_alpha is None else pairs.ld_dpo_weights(batch.mask, self.ld_alpha)
         divergence = _bind(F_DIVERGENCES[self.f_divergence_type], self)
         return pairs.sides(scores.logprobs, reference, batch.mask, weight=weight, divergence=divergence)
 
@@ -376,7 +376,7 @@ def _check_combinations(o: DPO) -> None:
             f"label_smoothing={o.label_smoothing} is used by none of loss_types={list(losses)}: leave it at 0, or use one "
             f"of {[name for name, loss in LOSSES.items() if 'label_smoothing' in loss.options]}."
         )
-    coupled = [name for name, loss in losses.items() if loss.couples_pairs]
+    coupled = [name for name, loss in losses.items() if loss.needs_full_batch]
     if o.use_weighting and coupled:
         raise ConfigError(f"use_weighting weighs single pairs, but {coupled} sort a batch. Switch it off.")
     if o.f_divergence_type != "reverse_kl":

@@ -37,9 +37,9 @@ from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 RatioLevel = Literal["token", "sequence", "whole"]
 
 RATIO_LEVELS: dict[RatioLevel, Callable[[Tensor, Tensor], Tensor]] = {
-    "token": lambda moved, mask: moved,
+    "token": lambda log_ratio_t, mask: log_ratio_t,
     "sequence": mean_over_completion,
-    "whole": lambda moved, mask: moved.sum(-1, keepdim=True),
+    "whole": lambda log_ratio_t, mask: log_ratio_t.sum(-1, keepdim=True),
 }
 """log ρ `[N,C]` or `[N,1]` of log-ratios `[N,C]` that are zero where the mask is."""
 
@@ -91,11 +91,11 @@ class GRPO(Algorithm):
     def needs_entropy(self) -> bool:
         return self.top_entropy < 1
 
-    # ---- credit ----
+    # ---- advantages ----
 
     def advantages(self, experience: Experience) -> Experience:
         """Advantages `[N]`, and which tokens are of high entropy."""
-        rewards = self.penalised(experience)
+        rewards = self.kl_penalised_rewards(experience)
         found = advantages(rewards, experience.group, baseline=self.baseline, scale=self.scale)
         experience = experience.with_signals(advantages=found)
         if not self.needs_entropy:
@@ -104,7 +104,7 @@ class GRPO(Algorithm):
         threshold = quantile(entropy[experience.mask.bool()], 1 - self.top_entropy)
         return experience.with_signals(high_entropy=(entropy >= threshold).to(entropy.dtype))
 
-    def penalised(self, experience: Experience) -> Tensor:
+    def kl_penalised_rewards(self, experience: Experience) -> Tensor:
         """Rewards `[N]`, less β KL of the completion where KL is part of the reward."""
         if not (self.kl_in_reward and self.beta):
             return experience.rewards
@@ -117,7 +117,7 @@ class GRPO(Algorithm):
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]`, and metrics."""
         terms = self.terms(scores, batch)
-        loss = -self.surrogate(terms) * self.share(terms, batch)
+        loss = -self.surrogate(terms) * self.token_weight(terms, batch)
         metrics = {"entropy": scores.entropy.detach(), **self.surrogate.metrics(terms)}
         if self.beta and not self.kl_in_reward:
             divergence = KL[self.kl](scores.logprobs, batch.signals["ref_logprobs"])
@@ -128,12 +128,18 @@ class GRPO(Algorithm):
 
     def terms(self, scores: Scores, batch: Batch) -> Terms:
         """Log-ratios at the level asked for, and advantages."""
-        moved = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
-        level = RATIO_LEVELS[self.ratio_level](moved, batch.mask)
-        credit = batch.signals["advantages"]
-        return Terms(scores.logprobs, moved, level, credit if credit.dim() == 2 else credit[:, None], batch.mask)
+        log_ratio_t = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
+        level = RATIO_LEVELS[self.ratio_level](log_ratio_t, batch.mask)
+        advantages = batch.signals["advantages"]
+        return Terms(
+            scores.logprobs,
+            log_ratio_t,
+            level,
+            advantages if advantages.dim() == 2 else advantages[:, None],
+            batch.mask,
+        )
 
-    def share(self, terms: Terms, batch: Batch) -> Tensor:
+    def token_weight(self, terms: Terms, batch: Batch) -> Tensor:
         """How much of a token's surrogate is learned from, `[N,C]` or `[N,1]`, without gradient."""
         signals = batch.signals
         share = torch.ones_like(terms.advantages)

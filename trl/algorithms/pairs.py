@@ -67,7 +67,7 @@ def sides(
 ) -> tuple[Side, Side]:
     """Chosen and rejected sides of `logprobs [N,C]`, `ref_logprobs [N,C]` under `mask [N,C]`.
 
-    `weight [N,C]` replaces the mask in the log-probabilities (`desensitised_weights`). `divergence` gives the score
+    `weight [N,C]` replaces the mask in the log-probabilities (`ld_dpo_weights`). `divergence` gives the score
     from the log-ratio.
     """
     weight = mask if weight is None else weight
@@ -82,7 +82,7 @@ def sides(
     return chosen, rejected
 
 
-def desensitised_weights(mask: Tensor, alpha: float) -> Tensor:
+def ld_dpo_weights(mask: Tensor, alpha: float) -> Tensor:
     """Weights `[N,C]`: 1 up to the length that a pair's completions share, `alpha` on the longer one's tail.
 
         log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),       l = min(|y_w|, |y_l|)

@@ -108,16 +108,16 @@ class PPO(PPOOptions, Algorithm):
 
     def advantages(self, experience: Experience) -> Experience:
         """Credit of every token, from the completions' rewards `[N]` and the KL of its tokens."""
-        return self.credited(self.rewarded(experience))
+        return self.with_advantages(self.with_token_rewards(experience))
 
-    def rewarded(self, experience: Experience) -> Experience:
+    def with_token_rewards(self, experience: Experience) -> Experience:
         """The experience with `kl` and `token_rewards`."""
         mask = experience.mask
         kl = self.kl(experience) * mask
         rewards = token_rewards(experience.rewards, kl, mask, coefficient=self.controller.coefficient)
         return experience.with_signals(kl=kl, token_rewards=rewards)
 
-    def credited(self, experience: Experience) -> Experience:
+    def with_advantages(self, experience: Experience) -> Experience:
         """The experience with `advantages`, whitened over its mask, and `returns`, from `token_rewards` and `values`."""
         mask, rewards = experience.mask, experience.signals["token_rewards"]
         if self.whiten_rewards:
@@ -141,8 +141,8 @@ class PPO(PPOOptions, Algorithm):
         """Loss `[N,C]`, and metrics `[N,C]`; needs `scores.value`."""
         assert scores.value is not None, 'score the batch with want={"value"}'
         signals = batch.signals
-        moved = log_ratio(scores.logprobs, signals["old_logprobs"])
-        policy = -clipped_surrogate(moved, signals["advantages"], low=self.cliprange, high=self.cliprange)
+        log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])
+        policy = -clipped_surrogate(log_ratio_t, signals["advantages"], low=self.cliprange, high=self.cliprange)
         value = value_loss(scores.value, signals["values"], signals["returns"], cliprange=self.cliprange_value)
         loss = policy + self.vf_coef * value
         terms = {"loss/policy": policy.detach(), "loss/value": value.detach(), "loss/total": loss.detach()}
@@ -152,16 +152,16 @@ class PPO(PPOOptions, Algorithm):
     def metrics(self, scores: Scores, batch: Batch) -> Metrics:
         """How far the policy has moved since it sampled, and how well the values predict the returns; `[N,C]`."""
         signals, eps = batch.signals, self.cliprange
-        moved = log_ratio(scores.logprobs, signals["old_logprobs"])
+        log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])
         error = (scores.value - signals["returns"]).square()
         clipped = clip_values(scores.value, signals["values"], cliprange=self.cliprange_value)
         entropy = {} if scores.entropy is None else {"policy/entropy": scores.entropy.detach()}
         return entropy | {
-            "policy/approxkl": moved.square() / 2,
-            "policy/policykl": -moved,
-            "policy/clipfrac": is_clipped(moved, signals["advantages"], low=eps, high=eps),
+            "policy/approxkl": log_ratio_t.square() / 2,
+            "policy/policykl": -log_ratio_t,
+            "policy/clipfrac": is_clipped(log_ratio_t, signals["advantages"], low=eps, high=eps),
             "policy/advantages_mean": signals["advantages"],
-            "policy/ratio": ratio(moved),
+            "policy/ratio": ratio(log_ratio_t),
             "val/vpred": scores.value.detach(),
             "val/error": error,
             "val/clipfrac": ((clipped - signals["returns"]).square() > error).to(error.dtype),

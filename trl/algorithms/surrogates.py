@@ -27,14 +27,14 @@ class Terms:
     """What a surrogate is made of.
 
     logprobs    [N,C] log π
-    moved       [N,C] log ρ of tokens
+    log_ratio_token       [N,C] log ρ of tokens
     log_ratio   [N,C] or [N,1] log ρ at the level asked for
     advantages  [N,C] or [N,1]
     mask        [N,C]
     """
 
     logprobs: Tensor
-    moved: Tensor
+    log_ratio_token: Tensor
     log_ratio: Tensor
     advantages: Tensor
     mask: Tensor
@@ -114,7 +114,7 @@ class VESPO:
     @torch.no_grad()
     def weight(self, terms: Terms) -> Tensor:
         """φ(W) `[N,1]`, in logarithms: k log W + λ (1 − W)."""
-        log_w = (terms.moved * terms.mask).sum(-1, keepdim=True).clamp(-20, 20)
+        log_w = (terms.log_ratio_token * terms.mask).sum(-1, keepdim=True).clamp(-20, 20)
         good = terms.advantages >= 0
         k = torch.where(good, self.k_positive, self.k_negative)
         rate = torch.where(good, self.lambda_positive, self.lambda_negative)
@@ -132,13 +132,15 @@ class GMPO:
     high: float = 0.4
 
     def __call__(self, terms: Terms) -> Tensor:
-        clipped = terms.moved.clamp(-self.low, self.high)
-        held = torch.where(terms.advantages > 0, terms.moved.minimum(clipped), terms.moved.maximum(clipped))
+        clipped = terms.log_ratio_token.clamp(-self.low, self.high)
+        held = torch.where(
+            terms.advantages > 0, terms.log_ratio_token.minimum(clipped), terms.log_ratio_token.maximum(clipped)
+        )
         return ratio(mean_over_completion(held, terms.mask)) * terms.advantages
 
     def metrics(self, terms: Terms) -> Metrics:
         bounds = torch.tensor([-self.low, self.high]).exp().tolist()
-        return clip_metrics(terms.moved, terms, below=bounds[0], above=bounds[1])
+        return clip_metrics(terms.log_ratio_token, terms, below=bounds[0], above=bounds[1])
 
 
 def mean_over_completion(values: Tensor, mask: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from trl.types import Experience, Metrics
 TRACKERS_WITH_TABLES = ("wandb", "trackio")
 
 
-def round_metrics(groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor) -> Metrics:
+def rollout_metrics(
+    groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor
+) -> Metrics:
     """Numbers of a round, `[N]` each.
 
     names        those of the reward functions

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, methods
-from trl.cli.train import Run, check_weights, datasets_of, read_run, refusals_said
+from trl.cli.train import Run, check_weights, datasets_of, library_errors_as_config_errors, read_run
 from trl.errors import ConfigError, TrlError, suggest
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def check(run: Run) -> int:
     out = console()
     rows = datasets_of(run)[0]
     sample = rows.take(ROWS_READ)
-    with refusals_said():
+    with library_errors_as_config_errors():
         trainer = trainer_of(run, sample)
     trainer.preview(ROWS_SHOWN)
     estimate = estimate_of(run, trainer)
@@ -119,11 +119,11 @@ def _windows(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str,
 
 def _rounds(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
     """What a round samples after prompts of so many tokens, and how many prompts an optimizer step stands for."""
-    prompts, samples = args.prompts_per_round * processes, args.num_generations
-    steps = args.slices_per_round * args.num_iterations / args.gradient_accumulation_steps
+    prompts, samples = args.prompts_per_rollout_batch * processes, args.num_generations
+    steps = args.minibatches_per_rollout_batch * args.num_iterations / args.gradient_accumulation_steps
     sampled = args.max_completion_length or 0
     return {
-        "completions per round": f"{prompts * samples:,} = {_counted(args.prompts_per_round, 'prompt')} × "
+        "completions per round": f"{prompts * samples:,} = {_counted(args.prompts_per_rollout_batch, 'prompt')} × "
         f"{_counted(samples, 'sample')} × {_counted(processes, 'process')}",
         "steps per round": f"{steps:g}",
         "tokens per round": f"{prompts * samples * (max(sizes) + sampled):,} at most",

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from trl.cli.source import COMPUTED, Module, ancestry, class_constant, lookup, read_module, value_of
-from trl.option_types import ANYTHING, Kind, kind_of_annotation, kinds_of
+from trl.option_types import ANYTHING, OptionType, kind_of_annotation, kinds_of
 
 REQUIRED = object()
 """The default of an option that has none."""
@@ -32,7 +32,7 @@ class Option:
     """One option: its name, what it may be given, its default, its documentation, and the class it stands in."""
 
     name: str
-    kind: Kind = ANYTHING
+    kind: OptionType = ANYTHING
     default: Any = COMPUTED
     help: str = ""
     owner: str = ""
@@ -150,7 +150,7 @@ def _default(given: Mapping[str | None, ast.expr], module: Module) -> Any:
     return COMPUTED
 
 
-def _kind_in_source(module: Module, name: str) -> Kind | None:
+def _kind_in_source(module: Module, name: str) -> OptionType | None:
     """The kind of a name that a module defines or imports: an enumeration's values, or an alias of a type."""
     found = lookup(module, name)
     if found is None:
@@ -161,7 +161,7 @@ def _kind_in_source(module: Module, name: str) -> Kind | None:
     if not any(_head(base).endswith("Enum") for base in node.bases):
         return None
     values = [value_of(s.value, home) for s in node.body if isinstance(s, ast.Assign)]
-    return Kind(choices=tuple(value for value in values if value is not COMPUTED))
+    return OptionType(choices=tuple(value for value in values if value is not COMPUTED))
 
 
 # ---- from live classes ----

@@ -16,7 +16,7 @@ from rich.text import Text
 from trl.cli.fields import REQUIRED, Option
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
-from trl.cli.values import Kind
+from trl.cli.values import OptionType
 
 WIDEST, PLAIN = 120, 100
 """Columns: at most so many in a terminal, and so many where there is none."""
@@ -114,7 +114,7 @@ def _print_foot(out: Console, usage: str, *, hidden: int) -> None:
     )
 
 
-def _metavar(kind: Kind) -> str:
+def _metavar(kind: OptionType) -> str:
     if kind.item is not None:
         return f"{_metavar(kind.item)} …" if kind.item.item is None and not kind.item.choices else "LIST"
     if "bool" in kind.scalars:

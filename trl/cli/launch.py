@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trl.cli.parser import Given
+from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError, suggest
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
@@ -48,7 +48,7 @@ class LaunchArguments:
         self.accelerate_config = OLDER_NAMES.get(self.accelerate_config, self.accelerate_config)
 
 
-def needs_launcher(given: Given) -> bool:
+def needs_launcher(given: ParsedOptions) -> bool:
     """Whether processes have to be started: several, or as a configuration describes them.
 
     Raises ConfigError for a number that no configuration can start.
@@ -77,7 +77,7 @@ def find_config(name: str) -> Path:
     return path
 
 
-def launch(given: Given, words: Sequence[str]) -> int:
+def launch(given: ParsedOptions, words: Sequence[str]) -> int:
     """Run `trl WORDS` in each of the processes that were asked for. Returns the exit status."""
     arguments = given.arguments_for(LaunchArguments)
     name = arguments.accelerate_config or "ddp"

@@ -22,7 +22,7 @@ NEGATION = "no_"
 
 
 @dataclass
-class Given:
+class ParsedOptions:
     """What a command line and its files gave: values by option, environment variables, and words left over."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class OptionParser:
         self.options = {option.name: option for option in options}
         self.aliases = {old: new for old, new in (aliases or {}).items() if new in ("", *self.options)}
 
-    def parse(self, words: Sequence[str], *, keep_rest: bool = False) -> Given:
+    def parse(self, words: Sequence[str], *, keep_rest: bool = False) -> ParsedOptions:
         """Values that `words` and the files named in them give. With `keep_rest`, unknown words are kept, not refused.
 
         Raises ConfigError.
         """
-        given = Given(help=next((HELP[word] for word in words if word in HELP), ""))
+        given = ParsedOptions(help=next((HELP[word] for word in words if word in HELP), ""))
         if given.help:
             return given
         spoken = self._read_words(list(words), given, keep_rest)
@@ -64,7 +64,7 @@ class OptionParser:
             raise ConfigError(f"--{missing[0].name} is missing: it takes {missing[0].kind}.")
         return given
 
-    def _today(self, name: str, given: Given) -> str | None:
+    def _today(self, name: str, given: ParsedOptions) -> str | None:
         """Today's name of an option, "" for one that was dropped, None for one that nobody knows."""
         name = name.replace("-", "_")
         if name in self.options:
@@ -75,7 +75,7 @@ class OptionParser:
 
     # ---- words ----
 
-    def _read_words(self, words: list[str], given: Given, keep_rest: bool) -> dict[str, Any]:
+    def _read_words(self, words: list[str], given: ParsedOptions, keep_rest: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
         before = ""
         while words:
@@ -92,7 +92,7 @@ class OptionParser:
         return values
 
     def _read_option(
-        self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: Given
+        self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: ParsedOptions
     ) -> bool:
         """Take an option's value (`attached` by "=", or the words after it) into `values`; False if nobody knows it."""
         found = self._today(name, given)
@@ -108,7 +108,7 @@ class OptionParser:
             return False
         return True
 
-    def _negated(self, name: str, given: Given) -> str | None:
+    def _negated(self, name: str, given: ParsedOptions) -> str | None:
         """The switch that `--no_name` turns off."""
         name = name.replace("-", "_")
         switch = self._today(name.removeprefix(NEGATION), given) if name.startswith(NEGATION) else None
@@ -165,7 +165,7 @@ class OptionParser:
 
     # ---- files ----
 
-    def _read_file(self, path: str, given: Given) -> None:
+    def _read_file(self, path: str, given: ParsedOptions) -> None:
         data = _load_yaml(path)
         environment = data.pop("env", None) or {}
         if not isinstance(environment, dict):

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, datasets_of, own_keywords, read_run, refusals_said
+from trl.cli.train import Run, datasets_of, library_errors_as_config_errors, own_keywords, read_run
 from trl.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
         return _print_help(method, everything=given.help == "all")
     rows = given.arguments_for(PreviewArguments).rows
     run = read_run(method, given)
-    with refusals_said():
+    with library_errors_as_config_errors():
         trainer = trainer_without_weights(run)
     trainer.preview(rows)
     return 0
@@ -121,7 +121,7 @@ def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
 
         def _precompute(self) -> None:
             """Nothing has values, so none is computed beforehand: what is read from disk in training is not there."""
-            keeps = self.asks_beyond_rows or not isinstance(self.reference, FrozenModel)
+            keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
             self.reference = Precomputed(self.reference if keeps else None)
             self.ref_model = self.ref_model if keeps else None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.launch import LaunchArguments
-from trl.cli.parser import Given
+from trl.cli.parser import ParsedOptions
 from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
@@ -47,7 +47,7 @@ class Run:
     accelerate_config: str | None = None
 
 
-def read_run(method: Method, given: Given) -> Run:
+def read_run(method: Method, given: ParsedOptions) -> Run:
     """The arguments of a run. What can be refused without importing anything heavy is refused first."""
     os.environ.update(given.environment)
     for name in given.outdated:
@@ -72,7 +72,7 @@ def read_run(method: Method, given: Given) -> Run:
     )
 
 
-def _training_arguments(method: Method, given: Given) -> TrainerConfig:
+def _training_arguments(method: Method, given: ParsedOptions) -> TrainerConfig:
     """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
     try:
         return given.arguments_for(load(method.config))
@@ -178,14 +178,14 @@ def train(run: Run) -> int:
     Returns the exit status: 0, or 128 and the number of the signal.
     """
     from trl.callbacks.stop import stop_on_signal
-    from trl.training.checkpoint import full_disk_explained
+    from trl.training.checkpoint import explain_full_disk
 
     report_progress()
     _make_output_folder(run.training.output_dir)
     resume = checkpoint_of(run)
-    with refusals_said():
+    with library_errors_as_config_errors():
         trainer = build_trainer(run)
-    with full_disk_explained(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
+    with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         with _progress(trainer):
             trainer.train(resume_from_checkpoint=resume)
         if stop.signal is None:
@@ -209,7 +209,7 @@ def _make_output_folder(name: str) -> None:
 
 
 @contextmanager
-def refusals_said() -> Iterator[None]:
+def library_errors_as_config_errors() -> Iterator[None]:
     """What other libraries refuse while a trainer is made, as one message.
 
     Raises ConfigError in place of an error that one of LIBRARIES raised itself; all others may be mistakes of ours.

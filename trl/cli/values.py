@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trl.option_types import Kind
+from trl.option_types import OptionType
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
@@ -20,7 +20,7 @@ class Mismatch(Exception):
 # ---- from words of the command line ----
 
 
-def from_words(kind: Kind, words: Sequence[str]) -> Any:
+def from_words(kind: OptionType, words: Sequence[str]) -> Any:
     """The value that `words` spell. Raises Mismatch."""
     if kind.item is None or (len(words) == 1 and _is_scalar_word(kind, words[0])):
         return from_word(kind, words[0])
@@ -29,7 +29,7 @@ def from_words(kind: Kind, words: Sequence[str]) -> Any:
     return [from_word(kind.item, word) for word in words]
 
 
-def _is_scalar_word(kind: Kind, word: str) -> bool:
+def _is_scalar_word(kind: OptionType, word: str) -> bool:
     """Whether a lone word for a kind with lists is not a list of one."""
     if "none" in kind.scalars and word.lower() in NONE:
         return True
@@ -38,7 +38,7 @@ def _is_scalar_word(kind: Kind, word: str) -> bool:
     return "str" in kind.scalars or bool(kind.choices) or ("dict" in kind.scalars and word.startswith("{"))
 
 
-def from_word(kind: Kind, word: str) -> Any:
+def from_word(kind: OptionType, word: str) -> Any:
     """The value that one word spells, by the first of: none, a choice, bool, int, float, JSON object, text."""
     lower = word.lower()
     if lower in NONE and "none" in kind.scalars:
@@ -66,7 +66,7 @@ def _spells(number: type, word: str) -> bool:
     return True
 
 
-def _json(kind: Kind, word: str) -> Any:
+def _json(kind: OptionType, word: str) -> Any:
     try:
         return json.loads(word)
     except json.JSONDecodeError as error:
@@ -76,7 +76,7 @@ def _json(kind: Kind, word: str) -> Any:
 # ---- from data of a file ----
 
 
-def from_data(kind: Kind, value: Any) -> Any:
+def from_data(kind: OptionType, value: Any) -> Any:
     """`value`, checked. Raises Mismatch. Text that spells a number is one; `no` and `off`, which YAML reads as false, may be choices."""
     if isinstance(value, str):
         return from_words(kind, [value])
@@ -88,6 +88,6 @@ def from_data(kind: Kind, value: Any) -> Any:
                 return word
     if isinstance(value, list) and kind.item is not None:
         return [from_data(kind.item, each) for each in value]
-    if not kind.misfits(value):
+    if not kind.invalid_items(value):
         return value
     raise Mismatch(str(kind))

@@ -26,7 +26,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.encoders import ENCODERS, Codec, Columns
+from trl.data.encoders import ENCODERS, Columns, Tokenization
 from trl.data.formats import COLUMNS_READ, detect_kind
 from trl.data.settings import EncodeSettings
 from trl.data.trees import (
@@ -136,7 +136,7 @@ def encode_dataset(
     settings = settings or EncodeSettings()
     columns = _columns(dataset, name)
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field)
-    encoder = RowEncoder(Codec(tokenizer, settings), kind, tuple(columns))
+    encoder = RowEncoder(Tokenization(tokenizer, settings), kind, tuple(columns))
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
     return _encode_table(dataset, encoder, name)
@@ -200,10 +200,10 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
 class RowEncoder:
     """From a batch of rows to a table of encoded ones, row by row; the function that `map` calls."""
 
-    def __init__(self, codec: Codec, kind: str, columns: Sequence[str]) -> None:
-        self.codec = codec
+    def __init__(self, tokenization: Tokenization, kind: str, columns: Sequence[str]) -> None:
+        self.tokenization = tokenization
         self.kind = kind
-        self.settings = codec.settings
+        self.settings = tokenization.settings
         self.columns = [name for name in columns if name in self._needed() or name in self.settings.keep_columns]
         self.kept = [name for name in self.columns if name in self.settings.keep_columns]
         self.is_masked = self._is_masked()
@@ -221,7 +221,7 @@ class RowEncoder:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
         columns = Columns({name: batch[name] for name in self.columns}, rows)
-        trees = ENCODERS[self.kind](columns, self.codec)
+        trees = ENCODERS[self.kind](columns, self.tokenization)
         if self.settings.token_mask is not None:
             trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
         if self.is_packed:
@@ -302,7 +302,7 @@ class RowEncoder:
     def fingerprint(self, source: str) -> str:
         """Cache key of the encoding of a dataset with fingerprint `source`."""
         return Hasher.hash(
-            (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(self.codec.tokenizer))
+            (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(self.tokenization.tokenizer))
         )
 
 

@@ -98,7 +98,7 @@ def describe(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Codec:
+class Tokenization:
     """What encoding needs: the tokenizer in its three uses, and the settings."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -146,30 +146,30 @@ class Codec:
             return prompt_ids, [self.text.ids(column) for column in answers]
         return self.text.continuations(prompts, answers, add_special_tokens=add_special_tokens)
 
-    def ended(self, rows: list[list[int]]) -> list[list[int]]:
+    def append_eos(self, rows: list[list[int]]) -> list[list[int]]:
         """The rows, each with EOS at its end where it is not there yet."""
         if not self.settings.add_eos:
             return rows
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]
 
 
-def language_modeling(columns: Columns, codec: Codec) -> list[Tree]:
+def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A text or a conversation: one completion on an empty prompt."""
-    name = next(n for n in ("messages", "conversations", codec.settings.text_field) if n in columns)
-    if codec.settings.completion_only_loss and codec.settings.token_mask is None:
+    name = next(n for n in ("messages", "conversations", tokenization.settings.text_field) if n in columns)
+    if tokenization.settings.completion_only_loss and tokenization.settings.token_mask is None:
         raise DataError(
             f"completion_only_loss=True needs columns 'prompt' and 'completion', but {name!r} holds both in one. "
             "Split it, or train on a conversation's answers with assistant_only_loss=True."
         )
     if not columns.is_chat(name):
-        _refuse_assistant_only(codec.settings, name)
-        ids = codec.text.ids(columns.texts(name), add_special_tokens=codec.settings.add_special_tokens)
-        return [Tree([], [row]) for row in codec.ended(ids)]
-    if codec.settings.assistant_only_loss:
-        return _spoken(columns, columns.chats(name, answers=True), codec)
+        _refuse_assistant_only(tokenization.settings, name)
+        ids = tokenization.text.ids(columns.texts(name), add_special_tokens=tokenization.settings.add_special_tokens)
+        return [Tree([], [row]) for row in tokenization.append_eos(ids)]
+    if tokenization.settings.assistant_only_loss:
+        return _assistant_only(columns, columns.chats(name, answers=True), tokenization)
     chats = columns.chats(name)
-    texts = columns.each(lambda k, row: codec.chat.render(chats[k], row)[0])
-    return [Tree([], [row]) for row in codec.text.ids(texts)]
+    texts = columns.each(lambda k, row: tokenization.chat.render(chats[k], row)[0])
+    return [Tree([], [row]) for row in tokenization.text.ids(texts)]
 
 
 def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
@@ -177,69 +177,71 @@ def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
         raise DataError(f"assistant_only_loss=True needs conversations, but column {name!r} holds text.")
 
 
-def _spoken(columns: Columns, chats: Sequence[list[dict[str, Any]]], codec: Codec) -> list[Tree]:
+def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tokenization: Tokenization) -> list[Tree]:
     """Whole conversations, of which the assistant's turns are trained on."""
-    spanned = columns.each(lambda k, row: codec.chat.assistant_spans(chats[k], row))
-    ids, masks = codec.text.masked([text for text, _ in spanned], [spans for _, spans in spanned])
+    spanned = columns.each(lambda k, row: tokenization.chat.assistant_spans(chats[k], row))
+    ids, masks = tokenization.text.masked([text for text, _ in spanned], [spans for _, spans in spanned])
     return [Tree([], [row], [mask]) for row, mask in zip(ids, masks, strict=True)]
 
 
-def prompt_only(columns: Columns, codec: Codec) -> list[Tree]:
+def prompt_only(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt without completions."""
     if not columns.is_chat("prompt"):
-        return [Tree(ids, []) for ids in codec.prompts(columns.texts("prompt"))]
+        return [Tree(ids, []) for ids in tokenization.prompts(columns.texts("prompt"))]
     chats = columns.chats("prompt")
-    texts = columns.each(lambda k, row: codec.chat.prompt(chats[k], row))
-    return [Tree(ids, []) for ids in codec.text.ids(texts)]
+    texts = columns.each(lambda k, row: tokenization.chat.prompt(chats[k], row))
+    return [Tree(ids, []) for ids in tokenization.text.ids(texts)]
 
 
-def prompt_completion(columns: Columns, codec: Codec) -> list[Tree]:
+def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt and one completion; the prompt is trained on as well when completion_only_loss is False."""
-    if codec.settings.assistant_only_loss:
-        return _spoken_completions(columns, codec)
-    trees = _answers(columns, codec, ("completion",))
-    if codec.settings.completion_only_loss is False and not codec.settings.encoder_decoder:
+    if tokenization.settings.assistant_only_loss:
+        return _spoken_completions(columns, tokenization)
+    trees = _answers(columns, tokenization, ("completion",))
+    if tokenization.settings.completion_only_loss is False and not tokenization.settings.encoder_decoder:
         return [Tree([], [tree.prompt + tree.completions[0]]) for tree in trees]
     return trees
 
 
-def _spoken_completions(columns: Columns, codec: Codec) -> list[Tree]:
+def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """Prompts and completions of which only the assistant's turns are trained on, not a tool's or a user's."""
     if not columns.is_chat("prompt"):
-        _refuse_assistant_only(codec.settings, "prompt")
+        _refuse_assistant_only(tokenization.settings, "prompt")
     prompts, answers = columns.chats("prompt"), columns.chats("completion", answers=True)
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    if codec.settings.completion_only_loss is False:
-        return _spoken(columns, whole, codec)
+    if tokenization.settings.completion_only_loss is False:
+        return _assistant_only(columns, whole, tokenization)
 
     def spoken(k: int, row: dict[str, Any]) -> tuple[str, str, list[Span]]:
-        prompt, (answer,) = codec.chat.answers(prompts[k], [answers[k]], row)
-        spans = codec.chat.assistant_spans(whole[k], row)[1]
+        prompt, (answer,) = tokenization.chat.answers(prompts[k], [answers[k]], row)
+        spans = tokenization.chat.assistant_spans(whole[k], row)[1]
         start = len(prompt)
         return prompt, answer, [(max(s, start) - start, e - start) for s, e in spans if e > start]
 
     prompt_texts, texts, spans = zip(*columns.each(spoken), strict=True)
-    rows = zip(codec.text.ids(prompt_texts), *codec.text.masked(texts, spans), strict=True)
+    rows = zip(tokenization.text.ids(prompt_texts), *tokenization.text.masked(texts, spans), strict=True)
     return [Tree(prompt, [ids], [mask]) for prompt, ids, mask in rows]
 
 
-def unpaired_preference(columns: Columns, codec: Codec) -> list[Tree]:
+def unpaired_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt and one completion, with a label that says whether it is good."""
     for k, label in enumerate(columns["label"]):
         if label not in (True, False):
             raise columns.error(k, "label", f"expected true (desirable) or false, found {describe(label)}.")
-    return _answers(columns, codec, ("completion",))
+    return _answers(columns, tokenization, ("completion",))
 
 
-def preference(columns: Columns, codec: Codec) -> list[Tree]:
+def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt with the chosen and the rejected completion.
 
     A text pair without a prompt is tokenised as it stands, and its common beginning, in tokens, is the prompt.
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
-        sides = [codec.text.prompts(columns.texts(name), add_special_tokens=True) for name in ("chosen", "rejected")]
-        return [fork(*pair) for pair in zip(*map(codec.ended, sides), strict=True)]
-    return _answers(_with_prompt(columns), codec, ("chosen", "rejected"))
+        sides = [
+            tokenization.text.prompts(columns.texts(name), add_special_tokens=True) for name in ("chosen", "rejected")
+        ]
+        return [fork(*pair) for pair in zip(*map(tokenization.ended, sides), strict=True)]
+    return _answers(_with_prompt(columns), tokenization, ("chosen", "rejected"))
 
 
 def _with_prompt(columns: Columns) -> Columns:
@@ -257,40 +259,40 @@ def fork(chosen: list[int], rejected: list[int]) -> Tree:
     return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])
 
 
-def _answers(columns: Columns, codec: Codec, names: tuple[str, ...]) -> list[Tree]:
+def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...]) -> list[Tree]:
     """Trees of the prompt and the completions in the columns `names`."""
     if columns.is_chat("prompt"):
-        return _chat_answers(columns, codec, names)
+        return _chat_answers(columns, tokenization, names)
     prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
-    prompt_ids, answer_ids = codec.continuations(prompts, texts, add_special_tokens=True)
-    answers = zip(*map(codec.ended, answer_ids), strict=True)
+    prompt_ids, answer_ids = tokenization.continuations(prompts, texts, add_special_tokens=True)
+    answers = zip(*map(tokenization.ended, answer_ids), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in zip(prompt_ids, answers, strict=True)]
 
 
-def _chat_answers(columns: Columns, codec: Codec, names: tuple[str, ...]) -> list[Tree]:
+def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...]) -> list[Tree]:
     prompts = columns.chats("prompt")
     answers = [columns.chats(name, answers=True) for name in names]
 
-    rendered = columns.each(lambda k, row: codec.chat.answers(prompts[k], [chats[k] for chats in answers], row))
+    rendered = columns.each(lambda k, row: tokenization.chat.answers(prompts[k], [chats[k] for chats in answers], row))
     prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
-    prompt_ids, answer_ids = codec.continuations(prompt_texts, texts, add_special_tokens=False)
+    prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]
 
 
-def stepwise(columns: Columns, codec: Codec) -> list[Tree]:
+def stepwise(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt and one completion of steps, each closed by the separator.
 
     The mask marks the last token of each step, and the signal `step_label` holds its label there (0 elsewhere).
     """
-    prompts = codec.prompts(columns.texts("prompt"))
-    separator = codec.text.ids([codec.settings.step_separator])[0]
+    prompts = tokenization.prompts(columns.texts("prompt"))
+    separator = tokenization.text.ids([tokenization.settings.step_separator])[0]
     for k, (steps, labels) in enumerate(zip(columns["completions"], columns["labels"], strict=True)):
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
             raise columns.error(k, "completions", f"expected a list of strings, found {describe(steps)}.")
         if not isinstance(labels, list) or len(labels) != len(steps):
             raise columns.error(k, "labels", f"expected {len(steps)} labels, one per step, found {describe(labels)}.")
-    flat = iter(codec.text.ids([step for steps in columns["completions"] for step in steps]))
+    flat = iter(tokenization.text.ids([step for steps in columns["completions"] for step in steps]))
     steps_of = [[next(flat) + separator for _ in steps] for steps in columns["completions"]]
     return [_steps(*row) for row in zip(prompts, steps_of, columns["labels"], strict=True)]
 
@@ -302,13 +304,13 @@ def _steps(prompt: list[int], steps: list[list[int]], labels: Sequence[float]) -
     return Tree(prompt, [ids], [mask], {"step_label": [[float(next(values)) if end else 0.0 for end in mask]]})
 
 
-def tokenized(columns: Columns, codec: Codec) -> list[Tree]:
+def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """Token ids as they are. Labels of −100, and zeros of the mask columns, take tokens out of training."""
     ids = columns.numbers("input_ids")
-    if codec.settings.encoder_decoder and "labels" in columns:
+    if tokenization.settings.encoder_decoder and "labels" in columns:
         targets = [[t for t in labels if t != NOT_TRAINED] for labels in columns.numbers("labels")]
         return [Tree(list(prompt), [target]) for prompt, target in zip(ids, targets, strict=True)]
-    keeps = [_keep(columns, name) for name in _mask_columns(columns, codec.settings)]
+    keeps = [_keep(columns, name) for name in _mask_columns(columns, tokenization.settings)]
     masks = [[all(token) for token in zip(*row, strict=True)] for row in zip(*keeps, strict=True)] if keeps else None
     trees = [Tree([], [list(row)], None if masks is None else [masks[k]]) for k, row in enumerate(ids)]
     return [_without_padding(t, m) for t, m in zip(trees, _attention(columns, "attention_mask"), strict=True)]
@@ -351,7 +353,7 @@ def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:
     return Tree([], [[tree.completions[0][t] for t in real]], masks)
 
 
-def tokenized_preference(columns: Columns, codec: Codec) -> list[Tree]:
+def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt.
 
     Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
@@ -374,7 +376,7 @@ def tokenized_preference(columns: Columns, codec: Codec) -> list[Tree]:
     return [fork(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]
 
 
-ENCODERS: dict[str, Callable[[Columns, Codec], list[Tree]]] = {
+ENCODERS: dict[str, Callable[[Columns, Tokenization], list[Tree]]] = {
     "language_modeling": language_modeling,
     "prompt_only": prompt_only,
     "prompt_completion": prompt_completion,

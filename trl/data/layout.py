@@ -180,10 +180,10 @@ class _Grid:
         for r, row in enumerate(rows):
             start = 0
             for i in row:
-                self._plant(r, start, i, trees[i], numbers[i])
+                self._place(r, start, i, trees[i], numbers[i])
                 start += trees[i].tokens
 
-    def _plant(self, row: int, start: int, tree: int, example: Example, numbers: list[int]) -> None:
+    def _place(self, row: int, start: int, tree: int, example: Example, numbers: list[int]) -> None:
         trunk = len(example.prompt)
         origin = row * self.ids.shape[1]
         self.ids[row, start : start + trunk] = example.prompt

@@ -23,13 +23,13 @@ _HEADERS_KEPT = 4096
 class TextEncoder:
     """Batched tokenisation by one tokenizer.
 
-    `cuts_freely`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
+    `concatenates`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
     text; those tokenise a continuation together with its prompt. `adds_eos`: special tokens are EOS at the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.cuts_freely = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
+        self.concatenates = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
         plain, whole = self.ids(["a"])[0], self.ids(["a"], add_special_tokens=True)[0]
         self.adds_eos = whole[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]  # where "a" itself may be EOS
         added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
@@ -59,7 +59,7 @@ class TextEncoder:
         `add_special_tokens` concerns the beginning of the prompts.
         """
         prompt_ids = self.prompts(prompts, add_special_tokens=add_special_tokens)
-        if self.cuts_freely:
+        if self.concatenates:
             return prompt_ids, [self.ids(column) for column in answers]
         return prompt_ids, [self._tails(prompts, prompt_ids, column, add_special_tokens) for column in answers]
 
@@ -87,7 +87,7 @@ class TextEncoder:
             row = encoding.ids
             borders = [(_token_at(encoding, s, len(text)), _token_at(encoding, e, len(text))) for s, e in spans_]
             starts = zip(spans_, borders, strict=True)
-            if self.cuts_freely and not all(self._continues(text, s, row[:b]) for (s, _), (b, _) in starts):
+            if self.concatenates and not all(self._continues(text, s, row[:b]) for (s, _), (b, _) in starts):
                 row, mask = self._cut(text, spans_)
             else:
                 mask = _mask(len(row), borders)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 
-def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
+def segment_mask(tree: Tensor, branch: Tensor) -> Tensor:
     """Boolean `[B,1,T,T]` from tree and branch `[B,T]`."""
     same = tree[:, :, None] == tree[:, None, :]
     visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
@@ -21,11 +21,11 @@ def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
 
 
 def _sdpa(tree: Tensor, branch: Tensor, dtype: torch.dtype) -> Tensor:
-    return tree_mask(tree, branch)
+    return segment_mask(tree, branch)
 
 
 def _eager(tree: Tensor, branch: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = tree_mask(tree, branch)
+    mask = segment_mask(tree, branch)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
@@ -38,5 +38,5 @@ def _flex(tree: Tensor, branch: Tensor, dtype: torch.dtype):
     return create_block_mask(sees, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=tree.device)
 
 
-TREE_ATTENTION: dict[str, Callable] = {"sdpa": _sdpa, "eager": _eager, "flex_attention": _flex}
+SEGMENT_ATTENTION: dict[str, Callable] = {"sdpa": _sdpa, "eager": _eager, "flex_attention": _flex}
 """`(tree, branch, dtype) -> attention_mask`, by the model's attention implementation."""

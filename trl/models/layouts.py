@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
-from trl.models.attention import TREE_ATTENTION
+from trl.models.attention import SEGMENT_ATTENTION
 from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
@@ -39,11 +39,11 @@ def _logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def choose_layout(
-    model: PreTrainedModel, layout: str = "auto", *, branches: bool = False, measure: Measure = _logprobs
+    model: PreTrainedModel, layout: str = "auto", *, multiple_completions: bool = False, measure: Measure = _logprobs
 ) -> str:
     """The layout to use: the named one if the model can, or with "auto" the fastest it can.
 
-    `branches` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion, that
+    `multiple_completions` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion, that
     layouts are compared by. Raises ConfigError, with the reason, where the named layout would give other numbers than the
     padded one; "auto" falls back, and logs the reason once.
     """
@@ -54,7 +54,7 @@ def choose_layout(
             raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
         return layout
     reasons = {}
-    for candidate in PREFERENCE[branches]:
+    for candidate in PREFERENCE[multiple_completions]:
         if not (reason := why_not(model, candidate, measure=measure)):
             break
         reasons[candidate] = reason
@@ -74,7 +74,7 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
         return "its weights are sharded already, so the layout cannot be tried out"
     if layout == "shared":
         implementation = model.config._attn_implementation
-        if implementation not in TREE_ATTENTION:
+        if implementation not in SEGMENT_ATTENTION:
             return f"attention implementation {implementation!r} takes no mask of its own"
         if kinds := _windowed(model):
             return f"it has {kinds} layers"

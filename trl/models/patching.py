@@ -10,7 +10,7 @@ from types import MethodType
 from torch import nn
 
 
-def teach(module: nn.Module, forward: Callable) -> None:
+def patch_forward(module: nn.Module, forward: Callable) -> None:
     """Put `forward(self, …)` in the place of the module's own, which is `self._trl_plain_forward` from now on.
 
     A copy of the module is taught as well. A pickle of it, read again, has its own forward: it can be taught anew.
@@ -20,7 +20,7 @@ def teach(module: nn.Module, forward: Callable) -> None:
     module.forward = MethodType(forward, module)
 
 
-def is_taught(module: nn.Module) -> bool:
+def is_patched(module: nn.Module) -> bool:
     return "_trl_plain_forward" in module.__dict__ and module.forward != module._trl_plain_forward
 
 

@@ -8,7 +8,7 @@ from the name that the model once had. What stands behind it:
     FrozenModel      a copy of its own, or another model
     SharedTrunk      a copy of the upper layers alone, on what the policy's lower layers give
     AdapterOff       the model in training, without its new adapter
-    EarlierWeights   the model in training, its trained parameters put back for the moment to what they were
+    SnapshotReference   the model in training, its trained parameters put back for the moment to what they were
     NamedAdapter     the model in training, with another of its adapters
     Precomputed      numbers computed beforehand
 """
@@ -53,7 +53,7 @@ class Reference(Protocol):
         """
         ...
 
-    def standing_in(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+    def as_model(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """The model that behaves as the reference meanwhile, to sample from or to ask for whole distributions.
 
         Raises ModelError where the reference is numbers.
@@ -66,7 +66,7 @@ class _Scored:
 
     @torch.no_grad()
     def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-        with self.standing_in(policy) as model:
+        with self.as_model(policy) as model:
             return score(model, batch, temperature=temperature).logprobs
 
 
@@ -77,7 +77,7 @@ class FrozenModel(_Scored):
     model: nn.Module
 
     @contextmanager
-    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self.model
 
 
@@ -93,7 +93,7 @@ class AdapterOff(_Scored):
     """The model in training with its adapter switched off."""
 
     @contextmanager
-    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
         with evaluating(policy), _adapted(policy).disable_adapter():
             yield policy
 
@@ -106,7 +106,7 @@ class NamedAdapter(_Scored):
     reference: str
 
     @contextmanager
-    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
         adapted = _adapted(policy)
         with evaluating(policy):
             adapted.set_adapter(self.reference)
@@ -117,7 +117,7 @@ class NamedAdapter(_Scored):
 
 
 @dataclass(frozen=True)
-class EarlierWeights(_Scored):
+class SnapshotReference(_Scored):
     """The model in training, with the parameters that are trained put back to `weights` for the moment.
 
     For an adapter that was trained before: memory for the adapter's weights, not the model's.
@@ -126,12 +126,12 @@ class EarlierWeights(_Scored):
     weights: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, policy: nn.Module) -> EarlierWeights:
+    def of(cls, policy: nn.Module) -> SnapshotReference:
         """The trainable parameters as they are now."""
         return cls({n: p.detach().clone() for n, p in policy.named_parameters() if p.requires_grad})
 
     @contextmanager
-    def standing_in(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
         if not is_whole(_adapted(policy)):
             raise ModelError(
                 "The reference is this model as it was given, with the adapter that it had, and FSDP2 and ZeRO-3 keep shards "
@@ -166,12 +166,12 @@ class Precomputed:
             )
         return self.other.logprobs(policy, batch, temperature=temperature)
 
-    def standing_in(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+    def as_model(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         raise ModelError("A reference that was computed beforehand is numbers, not a model: it cannot be sampled from.")
 
 
 @torch.no_grad()
-def observe(
+def score_with_reference(
     policy: nn.Module, reference: Reference, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()
 ) -> tuple[Scores, Tensor]:
     """Scores of the policy and log π_ref `[N,C]`, without gradient; layers that both have in common run once."""
@@ -228,7 +228,7 @@ def _why_not_resumed(policy: PreTrainedModel, shared: SharedTrunk, whole: Frozen
     if apart := _apart_below(policy, shared, batch):
         return f"{apart[0]!r} is not among them and runs before they end"
     try:
-        _, found = observe(policy, shared, batch)
+        _, found = score_with_reference(policy, shared, batch)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         return f"its upper layers do not run alone ({type(error).__name__}: {str(error).splitlines()[0]})"
     worst = (found - expected).abs().max().item()
@@ -260,7 +260,7 @@ def make_reference(policy: nn.Module, *, has_new_adapter: bool = False) -> Refer
         return FrozenModel(create_reference_model(policy))
     if has_new_adapter and _leaves_base_alone(policy):
         return AdapterOff()
-    return EarlierWeights.of(policy)
+    return SnapshotReference.of(policy)
 
 
 def _leaves_base_alone(model: PeftModel) -> bool:

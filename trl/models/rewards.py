@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
-from trl.models.patching import is_taught, teach, with_self
-from trl.models.score import tree_attention, unwrap
+from trl.models.patching import is_patched, patch_forward, with_self
+from trl.models.score import segment_attention, unwrap
 from trl.types import Batch
 
 
@@ -33,7 +33,7 @@ def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) ->
     if not _reads_positions(inner):
         return _of_whole_rows(model, batch, per_token)
     index = batch.position.flatten()[batch.scored] if per_token else batch.last
-    rewards = model(**batch.inputs, **tree_attention(inner, batch), reward_at=index).float()
+    rewards = model(**batch.inputs, **segment_attention(inner, batch), reward_at=index).float()
     if not per_token:
         return rewards
     return rewards.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, rewards).view_as(batch.mask)
@@ -49,8 +49,8 @@ def prepare_rewards(model: PreTrainedModel) -> None:
             f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "
             "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
-    if _reads_positions(model) and not is_taught(model):
-        teach(model, _accepting_positions(model.forward))
+    if _reads_positions(model) and not is_patched(model):
+        patch_forward(model, _accepting_positions(model.forward))
 
 
 def _reads_positions(model: PreTrainedModel) -> bool:

@@ -32,9 +32,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
-from trl.models.attention import TREE_ATTENTION
+from trl.models.attention import SEGMENT_ATTENTION
 from trl.models.layer_sharing import encoded
-from trl.models.patching import evaluating, is_taught, teach, with_self
+from trl.models.patching import evaluating, is_patched, patch_forward, with_self
 from trl.models.sharding import is_whole
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.ops.logprobs import (
@@ -99,7 +99,7 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
         positions=batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1],
         example=batch.example if inner.config.is_encoder_decoder else None,
     )
-    return model(**batch.inputs, **tree_attention(inner, batch), score=request)
+    return model(**batch.inputs, **segment_attention(inner, batch), score=request)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -126,13 +126,13 @@ def prepare_scoring(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no language-model head to score tokens with.")
-    if is_taught(head):
+    if is_patched(head):
         return
-    if not is_taught(model):
-        teach(model, _accepting_score(model.forward))
+    if not is_patched(model):
+        patch_forward(model, _accepting_score(model.forward))
     head._trl_recorded = None
     head._trl_transform = None
-    teach(head, _head_forward)
+    patch_forward(head, _head_forward)
     transform = _configured_transform(model)
     if not is_whole(model) or _does_to_logits(model, head, transform):
         head._trl_transform = transform
@@ -222,12 +222,12 @@ def _encoded(
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask, **decoder}
 
 
-def tree_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """The attention mask of the shared layout, as the model's attention implementation takes it; else nothing."""
     if batch.tree is None:
         return {}
     implementation = model.config._attn_implementation
-    return {"attention_mask": TREE_ATTENTION[implementation](*batch.tree, model.dtype)}
+    return {"attention_mask": SEGMENT_ATTENTION[implementation](*batch.tree, model.dtype)}
 
 
 def _scatter(values: Tensor, batch: Batch) -> Tensor:

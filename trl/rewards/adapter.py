@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.errors import ModelError
 from trl.models.value_heads.auto_models import WithValueHead
-from trl.rewards.model import TOKENS_PER_BATCH, RewardModel, codec_of
+from trl.rewards.model import TOKENS_PER_BATCH, RewardModel, tokenization_of
 from trl.types import Batch
 
 
@@ -32,7 +32,7 @@ class AdapterReward(RewardModel):
 
     def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Encode prompts and completions by `tokenizer`."""
-        self.tokenizer, self.codec = tokenizer, codec_of(tokenizer)
+        self.tokenizer, self.tokenization = tokenizer, tokenization_of(tokenizer)
 
     def to(self, device: torch.device) -> None:
         """The policy's weights are where the policy is."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl.data.encode import EncodeSettings
-from trl.data.encoders import Codec, Columns, prompt_completion
+from trl.data.encoders import Columns, Tokenization, prompt_completion
 from trl.data.layout import lay_out
 from trl.data.trees import Tree, keep_end
 from trl.errors import ModelError
@@ -63,8 +63,8 @@ class RewardModel:
         self.tokenizer = AutoTokenizer.from_pretrained(inner.config._name_or_path) if tokenizer is None else tokenizer
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
-        self.layout = choose_layout(inner, branches=True, measure=score_rewards)
-        self.codec = codec_of(self.tokenizer)
+        self.layout = choose_layout(inner, multiple_completions=True, measure=score_rewards)
+        self.tokenization = tokenization_of(self.tokenizer)
         self.__name__ = Path(inner.config._name_or_path or type(inner).__name__).name
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class RewardModel:
             trees = [Tree(list(p), [list(c)]) for p, c in zip(prompts, completions, strict=True)]
         else:
             columns = Columns({"prompt": list(prompts), "completion": list(completions)}, range(len(prompts)))
-            trees = prompt_completion(columns, self.codec)
+            trees = prompt_completion(columns, self.tokenization)
         return trees if self.max_length is None else [keep_end(tree, self.max_length) for tree in trees]
 
     def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[list[int], list[Example]]]:
@@ -117,9 +117,9 @@ class RewardModel:
             yield places, examples
 
 
-def codec_of(tokenizer: PreTrainedTokenizerBase) -> Codec:
+def tokenization_of(tokenizer: PreTrainedTokenizerBase) -> Tokenization:
     """How prompts and completions become token ids, as they did when the reward model was trained."""
-    return Codec(tokenizer, EncodeSettings(kind="prompt_completion"))
+    return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion"))
 
 
 def is_ids(value: Text) -> bool:

@@ -1,6 +1,6 @@
 """A round of rollouts: from groups of samples to the examples that are trained on, and back from a checkpoint.
 
-    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──credit──▶ examples with signals ──▶ slices
+    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──credit──▶ examples with signals ──▶ minibatches
 
 Experience is tensors over the whole round, for algorithms; examples are ragged lists, one prompt with those of its samples
 that are learned from. A slice is what one counted step of the loop trains on.
@@ -42,7 +42,7 @@ class Group:
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-def nothing_of(row: Mapping[str, Any], n: int, *, functions: int) -> Group:
+def empty_group(row: Mapping[str, Any], n: int, *, functions: int) -> Group:
     """A group of `n` for a process without a prompt of its own: nothing is rewarded, learned from or counted."""
     completion = Completion([0], mask=[0], signals={"sampler_logprobs": [0.0]})
     yes = torch.ones(n, dtype=torch.bool)
@@ -116,30 +116,30 @@ def without_signals(examples: Sequence[Example], names: Sequence[str]) -> list[E
     return [replace(e, completions=tuple(map(less, e.completions))) for e in examples]
 
 
-def cut_slices(
-    examples: Sequence[Example], keep: Sequence[bool], slices: int, budget: int | None
+def split_into_minibatches(
+    examples: Sequence[Example], keep: Sequence[bool], minibatches: int, budget: int | None
 ) -> list[list[Example]]:
-    """The completions to keep, in as many slices of like numbers of completions; groups stay together as far as they can.
+    """The completions to keep, in as many minibatches of like numbers of completions; groups stay together as far as they can.
 
     A group is split where it crosses the end of a slice, or holds more than `budget` tokens with its prompt. Where there
-    are fewer completions than slices, one that nothing is learned from fills the rest.
+    are fewer completions than minibatches, one that nothing is learned from fills the rest.
     """
     wanted = iter(keep)
     flat = [(i, c) for i, example in enumerate(examples) for c in example.completions if next(wanted)]
-    flat += [(0, muted(examples[0]).completions[0])] * (slices - len(flat))
-    bounds = [len(flat) * k // slices for k in range(slices + 1)]
+    flat += [(0, masked_out(examples[0]).completions[0])] * (minibatches - len(flat))
+    bounds = [len(flat) * k // minibatches for k in range(minibatches + 1)]
     return [_grouped(examples, flat[a:b], budget) for a, b in pairwise(bounds)]
 
 
-def muted(example: Example) -> Example:
+def masked_out(example: Example) -> Example:
     """The example, with nothing in it to learn from."""
     return replace(example, completions=tuple(replace(c, mask=[0] * len(c)) for c in example.completions))
 
 
-def deal_slices(examples: Sequence[Example], spare: Example, slices: int) -> list[list[Example]]:
-    """Examples that are to stay whole, in slices of like numbers; `spare`, muted, where there are too few."""
-    whole = [*examples, *[muted(spare)] * (slices - len(examples))]
-    bounds = [len(whole) * k // slices for k in range(slices + 1)]
+def deal_minibatches(examples: Sequence[Example], padding_example: Example, minibatches: int) -> list[list[Example]]:
+    """Examples that are to stay whole, in minibatches of like numbers; `padding_example`, masked_out, where there are too few."""
+    whole = [*examples, *[masked_out(padding_example)] * (minibatches - len(examples))]
+    bounds = [len(whole) * k // minibatches for k in range(minibatches + 1)]
     return [whole[a:b] for a, b in pairwise(bounds)]
 
 
@@ -156,7 +156,7 @@ def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]]
     return [replace(examples[i], completions=tuple(completions)) for i, completions, _ in pieces]
 
 
-def state_of(slices: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
+def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
     """Slices as lists, dicts and numbers, for a checkpoint."""
 
     def plain(c: Completion) -> dict[str, Any]:
@@ -167,11 +167,11 @@ def state_of(slices: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
             {"prompt": list(e.prompt), "inputs": dict(e.inputs), "completions": [plain(c) for c in e.completions]}
             for e in each
         ]
-        for each in slices
+        for each in minibatches
     ]
 
 
-def slices_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
+def minibatches_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
     """Slices from what `state_of` gave."""
     return [
         [Example(e["prompt"], tuple(Completion(**c) for c in e["completions"]), e["inputs"]) for e in each]

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.callbacks.model_card import write_model_card
 from trl.callbacks.report import ReportCallback
-from trl.compat import ARGUMENTS, refuse_hooks, remedy
+from trl.compat import ARGUMENTS, reject_unused_overrides, remedy
 from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
 from trl.data.examples import ENCODED, check_datasets, collate_examples, columns_of, examples_from, examples_of
@@ -55,10 +55,10 @@ from trl.models.value_heads.storage import without_copies
 from trl.ops.reduce import WEIGHTS
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.training.metrics import Meter
-from trl.training.nonfinite import StepCount, Window, poisoned, takes_step
-from trl.training.parallel import accumulating, check_engine, rows_of_its_own, use_one_device, waits_explained
+from trl.training.nonfinite import SkippedSteps, Window, accept_step, propagate_nonfinite
+from trl.training.parallel import accumulating, check_engine, explain_waits, unduplicated_rows, use_one_device
 from trl.training.resumable import ResumableTrainer
-from trl.training.window import filler, plan_micro_batches, share_out, weigh, with_signals
+from trl.training.window import dummy_batch, normalize_weights, plan_micro_batches, split_into_slots, with_signals
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ class BaseTrainer(ResumableTrainer):
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     auto_class: ClassVar[Any] = None
     averaging: str = "token"
-    branches: ClassVar[bool] = False
+    multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
     loss_is_scaled_for_ga = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        refuse_hooks(cls)
+        reject_unused_overrides(cls)
 
     def __init__(
         self,
@@ -132,9 +132,9 @@ class BaseTrainer(ResumableTrainer):
             self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
         self.model_accepts_loss_kwargs = True
         self.meters = {"train": Meter(), "eval": Meter()}
-        self.steps = StepCount()
-        self.parts.keep("metrics", self.meters["train"], per_process=True, optional=True)
-        self.parts.keep("steps", self.steps, optional=True)
+        self.steps = SkippedSteps()
+        self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
+        self.states.register("steps", self.steps, optional=True)
         self._throughput = (0, 0.0)
         self._window_started: float | None = None
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
@@ -168,7 +168,7 @@ class BaseTrainer(ResumableTrainer):
         if self.accelerator.is_fsdp2:
             share_modules(self.model)
         if not inner.config.is_encoder_decoder:
-            self.layout = choose_layout(inner, self.args.layout, branches=self.branches)
+            self.layout = choose_layout(inner, self.args.layout, multiple_completions=self.multiple_completions)
 
     # ---- model, tokenizer, options ----
 
@@ -263,7 +263,7 @@ class BaseTrainer(ResumableTrainer):
         return data_collator
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with waits_explained(self):
+        with explain_waits(self):
             return super()._inner_training_loop(*args, **kwargs)
 
     # ---- the window ----
@@ -272,14 +272,14 @@ class BaseTrainer(ResumableTrainer):
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[list[Batch]], int]:
         """The rows of one optimizer step, as micro-batches laid out and weighed: a list of them per counted step."""
-        if self.has_ended():
+        if self.is_finished():
             return [], 1
         self._window_started = time.perf_counter()
         pulled = [
             examples_of(batch, source="get_train_dataloader")
             for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
         ]
-        self.take_up()
+        self.restore_rng_state()
         examples = [example for examples in pulled for example in examples]
         if not examples:
             return [], 1
@@ -287,12 +287,12 @@ class BaseTrainer(ResumableTrainer):
         batches = with_signals(
             [self.lay_out([examples[i] for i in group]) for group in groups], self.statistics(examples)
         )
-        batches, tokens = weigh(batches, self.weights, self._sum_over_processes)
+        batches, tokens = normalize_weights(batches, self.weights, self._sum_over_processes)
         self._count_tokens(tokens)
-        batches += [filler(batches[-1])] * (self._most(len(batches)) - len(batches))
+        batches += [dummy_batch(batches[-1])] * (self._most(len(batches)) - len(batches))
         parts = [[examples[i] for i in group] for group in groups]
         self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
-        return share_out(batches, len(pulled)), 1
+        return split_into_slots(batches, len(pulled)), 1
 
     def _plan(self, examples: Sequence[Example], count: int) -> list[list[int]]:
         """Which examples share a forward pass."""
@@ -353,15 +353,15 @@ class BaseTrainer(ResumableTrainer):
             positions = _positions(inputs)
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", positions - inputs.tokens, per=positions)
-        total = poisoned((loss * inputs.weight).sum() * self.accelerator.num_processes)
+        total = propagate_nonfinite((loss * inputs.weight).sum() * self.accelerator.num_processes)
         return (total, metrics) if return_outputs else total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.training.nonfinite`."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return norm if takes_step(self, model, norm, self._window) else None
+        return norm if accept_step(self, model, norm, self._window) else None
 
-    def forget_window(self) -> None:
+    def rollback_metrics(self) -> None:
         """Go back to what was counted before this step."""
         self.meters["train"].go_back(self._window.mark)
         self._tr_loss.copy_(self._window.loss)
@@ -371,7 +371,7 @@ class BaseTrainer(ResumableTrainer):
     def prediction_step(self, model: nn.Module, inputs: list[Example], *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
         inputs = examples_of(inputs, source="get_eval_dataloader")
-        counted = inputs[: rows_of_its_own(self.args, self.accelerator, len(inputs))]
+        counted = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
         self.evaluate_examples(model, counted, self.statistics(inputs), filling=inputs[:1])
         return None, None, None
 
@@ -394,7 +394,7 @@ class BaseTrainer(ResumableTrainer):
         for _ in range(missing):
             (batch,) = with_signals([self.lay_out(filling)], statistics)
             with torch.no_grad(), self.compute_loss_context_manager():
-                self.loss(model, filler(replace(batch, weight=batch.mask)).to(self.args.device))
+                self.loss(model, dummy_batch(replace(batch, weight=batch.mask)).to(self.args.device))
 
     def evaluate_batch(
         self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]

@@ -43,7 +43,9 @@ class CPOConfig(DPOConfig):
     def make_algorithm(self) -> DPO:
         if self.rpo_alpha is not None:
             raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: give that.")
-        return self.whole(DPO(loss_types=self.loss_type, **self.options() | {"rpo_alpha": self.cpo_alpha or None}))
+        return self.check_not_split(
+            DPO(loss_types=self.loss_type, **self.options() | {"rpo_alpha": self.cpo_alpha or None})
+        )
 
 
 class CPOTrainer(DPOTrainer):

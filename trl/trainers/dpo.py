@@ -34,16 +34,16 @@ class DPOConfig(DPOOptions, PreferenceConfig):
 
     def make_algorithm(self) -> DPO:
         """The loss that these options describe. Raises ConfigError for those that do not go together."""
-        return self.whole(DPO(loss_types=self.loss_type, **self.options()))
+        return self.check_not_split(DPO(loss_types=self.loss_type, **self.options()))
 
     def options(self) -> dict[str, Any]:
         """What the algorithm takes beside its losses, by the names of `DPO`'s fields."""
         return {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name != "loss_types"}
 
-    def whole(self, algorithm: DPO) -> DPO:
+    def check_not_split(self, algorithm: DPO) -> DPO:
         """`algorithm`, if the pairs that it sees at once are those of a step however the options split it."""
         split = self.gradient_accumulation_steps > 1 or self.max_tokens_per_micro_batch is not None
-        if algorithm.couples_pairs and split:
+        if algorithm.needs_full_batch and split:
             raise ConfigError(
                 f"loss_type={algorithm.loss_types} sorts the pairs of a batch, so a step cannot be split: set "
                 "gradient_accumulation_steps=1, leave out max_tokens_per_micro_batch, and raise "
@@ -60,7 +60,7 @@ class DPOTrainer(PreferenceTrainer):
     """
 
     config_class = DPOConfig
-    branches = True
+    multiple_completions = True
     kinds: ClassVar[Sequence[str]] = ("tokenized_preference", "preference")
 
     @cached_property
@@ -73,7 +73,7 @@ class DPOTrainer(PreferenceTrainer):
 
     def token_budget(self) -> int | None:
         """None for losses that sort a batch: they see it whole."""
-        return None if self.algorithm.couples_pairs else super().token_budget()
+        return None if self.algorithm.needs_full_batch else super().token_budget()
 
     def weights(self, batch: Batch) -> Tensor:
         """Every pair counts the same: `[P]`."""

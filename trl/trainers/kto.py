@@ -32,7 +32,7 @@ from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.trainers.base import Rows
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
-from trl.training.state import Part
+from trl.training.state import StateFunctions
 from trl.training.window import plan_micro_batches
 from trl.types import Batch, Example, Metrics
 
@@ -73,7 +73,7 @@ class KTOTrainer(PreferenceTrainer):
         return self.args.make_algorithm()
 
     @property
-    def asks_beyond_rows(self) -> bool:
+    def needs_online_reference(self) -> bool:
         return self.algorithm.needs_signal == "kl"
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
@@ -164,13 +164,13 @@ class KTOTrainer(PreferenceTrainer):
     def prepare_model(self) -> None:
         super().prepare_model()
         if self.algorithm.needs_signal == "delta":
-            self.parts.keep("reward_shift", Part(lambda: asdict(self._shift()), self._load_shift))
+            self.states.register("reward_shift", StateFunctions(lambda: asdict(self._shift()), self._load_shift))
 
     def _load_shift(self, state: Mapping[str, Tensor]) -> None:
         self._totals["all"] = RewardShift(**{name: value.to(self.args.device) for name, value in state.items()})
 
-    def forget_window(self) -> None:
-        super().forget_window()
+    def rollback_metrics(self) -> None:
+        super().rollback_metrics()
         self._totals["new"] = RewardShift(*torch.zeros_like(torch.stack(astuple(self._totals["new"]))).unbind())
 
     # ---- what is reported ----

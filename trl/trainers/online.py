@@ -26,18 +26,18 @@ from transformers import PreTrainedModel
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
-from trl.models.reference import FrozenModel, Reference, make_reference, observe
+from trl.models.reference import FrozenModel, Reference, make_reference, score_with_reference
 from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import prepare_frozen
-from trl.rollouts.buffer import Rounds, Slice
+from trl.rollouts.buffer import Minibatch, RolloutBuffer
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
     Group,
     completions_of,
-    cut_slices,
+    empty_group,
     experience_of,
-    nothing_of,
     offsets,
+    split_into_minibatches,
     with_signals,
     without_signals,
 )
@@ -47,9 +47,9 @@ from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.preference import SyncRefModelCallback
 from trl.trainers.sampling import SamplingTrainer
-from trl.training.collectives import with_credit
-from trl.training.parallel import rows_of_its_own
-from trl.training.state import Part
+from trl.training.collectives import advantages_over_ranks
+from trl.training.parallel import unduplicated_rows
+from trl.training.state import StateFunctions
 from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
@@ -89,9 +89,9 @@ class OnlineTrainer(SamplingTrainer):
     ) -> None:
         self.algorithm = algorithm
         self.reference: Reference | None = None
-        self.rounds: Rounds | None = None
+        self.buffer: RolloutBuffer | None = None
         self.entropy_bonus: BonusOfSteps | None = None
-        self._fresh = True
+        self._is_new_batch = True
         super().__init__(
             model,
             args,
@@ -131,10 +131,10 @@ class OnlineTrainer(SamplingTrainer):
             )
         if self.algorithm.needs_reference:
             self.reference = self._make_reference()
-        self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
+        self.states.register("rounds", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
         if self.algorithm.entropy_bonus is not None:
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
-            self.parts.keep("entropy", self.entropy_bonus)
+            self.states.register("entropy", self.entropy_bonus)
         self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
     def _make_reference(self) -> Reference:
@@ -153,7 +153,7 @@ class OnlineTrainer(SamplingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args, rank, world = self.args, self.args.process_index, self.args.world_size
-        together = args.prompts_per_round * world
+        together = args.prompts_per_rollout_batch * world
         if isinstance(self.train_dataset, Dataset):
             table = TableRows(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
             self.prompts = Prompts(table, rank=rank, world=world)
@@ -161,53 +161,56 @@ class OnlineTrainer(SamplingTrainer):
         else:
             self.prompts, per_epoch = Prompts(StreamRows(self.train_dataset), rank=rank, world=world), None
         self.samplings["train"] = 0
-        self.rounds = Rounds(
-            self.roll_out, slices=args.slices_per_round, iterations=args.num_iterations, per_epoch=per_epoch
+        self.buffer = RolloutBuffer(
+            self.roll_out,
+            minibatches=args.minibatches_per_rollout_batch,
+            iterations=args.num_iterations,
+            per_epoch=per_epoch,
         )
-        return self.rounds.loader()
+        return self.buffer.loader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        self.take_up()  # before a round is sampled
-        self._fresh = self.rounds.is_fresh
+        self.restore_rng_state()  # before a round is sampled
+        self._is_new_batch = self.buffer.is_new
         return super().get_batch_samples(*args, **kwargs)
 
     # ---- a round ----
 
-    def roll_out(self) -> list[Slice]:
-        """The slices of a new round: sampled, rewarded, with credit."""
+    def roll_out(self) -> list[Minibatch]:
+        """The minibatches of a new round: sampled, rewarded, with credit."""
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sample_round()
-        examples, experience = self.learn_from(groups, "train")
-        self._log_round(groups, experience, "train")
+        groups = self.sample_rollout_batch()
+        examples, experience = self.compute_advantages(groups, "train")
+        self._log_rollouts(groups, experience, "train")
         if self.args.is_on_policy:
             examples = without_signals(examples, ["old_logprobs"])
-        return self.slices(examples, groups, experience, self.args.slices_per_round)
+        return self.minibatches(examples, groups, experience, self.args.minibatches_per_rollout_batch)
 
-    def slices(
+    def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
-    ) -> list[Slice]:
+    ) -> list[Minibatch]:
         """What is learned from of a round, in `count` parts."""
-        return cut_slices(examples, self.kept(groups, experience), count, self.token_budget())
+        return split_into_minibatches(examples, self.kept(groups, experience), count, self.token_budget())
 
     # ---- credit ----
 
-    def learn_from(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
+    def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
         """Examples with all signals that the loss needs, and the experience that they come from."""
         examples = [group.example for group in groups]
         local = experience_of(examples, self._combined(groups))
         signals = {"old_logprobs": local.signals["sampler_logprobs"]}
         if wanted := self._wanted(mode):
-            signals |= self.measure(examples, lambda batch: self._observe(batch, wanted))
-        experience = self._with_credit(local.with_signals(**signals))
+            signals |= self.score_rollouts(examples, lambda batch: self._score_policy_and_reference(batch, wanted))
+        experience = self._with_advantages(local.with_signals(**signals))
         added = {name: values for name, values in experience.signals.items() if name != "sampler_logprobs"}
         return with_signals(examples, added), experience
 
-    def _with_credit(self, local: Experience) -> Experience:
+    def _with_advantages(self, local: Experience) -> Experience:
         """The algorithm sees the round of all processes; its signals come back to each."""
-        return with_credit(local, self.algorithm.advantages, self.accelerator)
+        return advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
 
     @torch.no_grad()
-    def measure(
+    def score_rollouts(
         self, examples: Sequence[Example], numbers: Callable[[Batch], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Named `[N,C]` numbers of the round's completions, by `numbers(batch)`, a micro-batch at a time."""
@@ -237,7 +240,7 @@ class OnlineTrainer(SamplingTrainer):
         }
         return {name for name, is_needed in needed.items() if is_needed}
 
-    def _observe(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    def _score_policy_and_reference(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
         """The signals `wanted`, from one pass of the policy where it is needed and one of the reference."""
         attributes = {name: FOUND_IN_SCORES[name] for name in wanted if name in FOUND_IN_SCORES}
         options = {"temperature": self._temperature, "want": set(attributes.values()) - {"logprobs"}}
@@ -245,7 +248,7 @@ class OnlineTrainer(SamplingTrainer):
         if "ref_logprobs" not in wanted:
             scores = score(self.model_wrapped, batch, **options)
         elif attributes:
-            scores, seen["ref_logprobs"] = observe(self.model_wrapped, self.reference, batch, **options)
+            scores, seen["ref_logprobs"] = score_with_reference(self.model_wrapped, self.reference, batch, **options)
         else:
             return {"ref_logprobs": self.reference.logprobs(self.model_wrapped, batch, temperature=self._temperature)}
         return {**seen, **{name: getattr(scores, attribute) for name, attribute in attributes.items()}}
@@ -273,7 +276,7 @@ class OnlineTrainer(SamplingTrainer):
         if on_policy:
             batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
         loss, metrics = self.algorithm.loss(scores, batch)
-        if on_policy or self._fresh:
+        if on_policy or self._is_new_batch:
             correction, sampler_logprobs = self.algorithm.correction or Correction(), batch.signals["sampler_logprobs"]
             metrics |= mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, correction)
         loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
@@ -309,30 +312,30 @@ class OnlineTrainer(SamplingTrainer):
         self, model: nn.Module, inputs: list[Mapping[str, Any]], *_: Any, **__: Any
     ) -> tuple[None, None, None]:
         """Sample completions of a batch of prompts, and count their rewards and loss."""
-        rows = inputs[: rows_of_its_own(self.args, self.accelerator, len(inputs))]
+        rows = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
         n = self.args.num_generations_eval or self.args.num_generations
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sample(rows, n, "eval") or [nothing_of(inputs[0], n, functions=len(self.rewards))]
-        examples, experience = self.learn_from(groups, "eval")
+        groups = self.sample(rows, n, "eval") or [empty_group(inputs[0], n, functions=len(self.rewards))]
+        examples, experience = self.compute_advantages(groups, "eval")
         if rows:
-            self._log_round(groups, experience, "eval")
+            self._log_rollouts(groups, experience, "eval")
         else:
-            self._rewards_everywhere(groups, experience)  # as the others do
+            self._gather_rewards(groups, experience)  # as the others do
         examples = without_signals(examples, ["old_logprobs"])
-        (kept,) = self.slices(examples, groups, experience, 1)
+        (kept,) = self.minibatches(examples, groups, experience, 1)
         self.evaluate_examples(model, kept, {}, filling=examples[:1])
         return None, None, None
 
     # ---- checkpoints ----
 
-    def _rounds_state(self) -> dict[str, Any]:
+    def _buffer_state(self) -> dict[str, Any]:
         """Where sampling and training stand, and the samples that are still to be learned from."""
-        return {"rounds": self.rounds.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
+        return {"rounds": self.buffer.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
 
-    def _load_rounds(self, state: Mapping[str, Any]) -> None:
+    def _load_buffer(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor, self.samplings["train"] = state["cursor"], state["samplings"]
         if not self.args.ignore_data_skip:
-            self.rounds.load_state(state["rounds"])
+            self.buffer.load_state(state["rounds"])
 
 
 def of_scored(metrics: Metrics, batch: Batch) -> Metrics:

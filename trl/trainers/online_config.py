@@ -187,36 +187,36 @@ class OnlineConfig(ReferenceConfig):
         return SamplingParams(**{**given, **({"generation_config": config} if further else {}), **options})
 
     @property
-    def slices_per_round(self) -> int:
+    def minibatches_per_rollout_batch(self) -> int:
         """Micro-batches of a round, on each process."""
         if self.generation_batch_size is None:
             return self.steps_per_generation or self.gradient_accumulation_steps
         together = self.per_device_train_batch_size * self.world_size
-        slices, rest = divmod(self.generation_batch_size, together)
-        if rest or self.steps_per_generation not in (None, slices):
+        minibatches, rest = divmod(self.generation_batch_size, together)
+        if rest or self.steps_per_generation not in (None, minibatches):
             raise ConfigError(
                 f"generation_batch_size={self.generation_batch_size} has to be per_device_train_batch_size × processes × "
                 f"steps_per_generation ({self.per_device_train_batch_size} × {self.world_size} × "
                 f"{self.steps_per_generation or 'a whole number'}): leave one of them out."
             )
-        return slices
+        return minibatches
 
     @property
-    def prompts_per_round(self) -> int:
+    def prompts_per_rollout_batch(self) -> int:
         """Prompts of a round, on each process. A group stays whole on one process."""
-        return self.per_device_train_batch_size * self.slices_per_round // self.num_generations
+        return self.per_device_train_batch_size * self.minibatches_per_rollout_batch // self.num_generations
 
     def check_batches(self) -> None:
         """Raise ConfigError where a round does not hold whole groups."""
-        completions = self.per_device_train_batch_size * self.slices_per_round
+        completions = self.per_device_train_batch_size * self.minibatches_per_rollout_batch
         if completions % self.num_generations:
             raise ConfigError(
                 f"A round has {completions} completions per process (per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} × steps_per_generation={self.slices_per_round}), which is no multiple "
+                f"{self.per_device_train_batch_size} × steps_per_generation={self.minibatches_per_rollout_batch}), which is no multiple "
                 f"of num_generations={self.num_generations}: change one of the three."
             )
 
     @property
     def is_on_policy(self) -> bool:
         """Whether every round is trained on once, in the optimizer step for which it was sampled."""
-        return self.num_iterations == 1 and self.gradient_accumulation_steps % self.slices_per_round == 0
+        return self.num_iterations == 1 and self.gradient_accumulation_steps % self.minibatches_per_rollout_batch == 0

@@ -18,8 +18,8 @@ from trl.algorithms.dpo import DPO, DPOLoss
 from trl.algorithms.online_dpo import OnlineDPO
 from trl.errors import ConfigError, DataError
 from trl.models.score import score
-from trl.rollouts.buffer import Slice
-from trl.rollouts.experience import Group, deal_slices
+from trl.rollouts.buffer import Minibatch
+from trl.rollouts.experience import Group, deal_minibatches
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example, Experience, Metrics
@@ -70,7 +70,7 @@ class OnlineDPOConfig(OnlineConfig):
     def make_algorithm(self) -> OnlineDPO:
         """The algorithm that these options describe."""
         dpo = DPO(beta=self.beta_in(0), loss_types=self.loss_type)
-        if dpo.couples_pairs:
+        if dpo.needs_full_batch:
             raise ConfigError(f"loss_type={self.loss_type!r} compares the pairs of a batch: choose another.")
         return OnlineDPO(dpo)
 
@@ -80,9 +80,9 @@ class OnlineDPOConfig(OnlineConfig):
         return betas[min(int(epoch), len(betas) - 1)]
 
     @property
-    def prompts_per_round(self) -> int:
+    def prompts_per_rollout_batch(self) -> int:
         """Prompts of a round, on each process."""
-        return self.per_device_train_batch_size * self.slices_per_round
+        return self.per_device_train_batch_size * self.minibatches_per_rollout_batch
 
     def check_batches(self) -> None:
         """Groups are whole whatever the batch sizes."""
@@ -115,9 +115,9 @@ class OnlineDPOTrainer(OnlineTrainer):
             self.algorithm = replace(self.algorithm, dpo=replace(self.algorithm.dpo, beta=beta))
         return super().get_batch_samples(*args, **kwargs)
 
-    def slices(
+    def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
-    ) -> list[Slice]:
+    ) -> list[Minibatch]:
         """The pairs of a round."""
         keep = iter(self.kept(groups, experience))
         pairs = []
@@ -125,10 +125,10 @@ class OnlineDPOTrainer(OnlineTrainer):
             known = [c for c in example.completions if next(keep)]
             pair = tuple(c for sign in (1, -1) for c in known if c.signals["preferred"] == sign)
             pairs += [replace(example, completions=pair)] if len(pair) == 2 else []
-        return deal_slices(pairs, _first_two(examples[0]), count)
+        return deal_minibatches(pairs, _first_two(examples[0]), count)
 
-    def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
-        super()._log_round(groups, experience, mode)
+    def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        super()._log_rollouts(groups, experience, mode)
         self._count("pairs", (experience.signals["preferred"] > 0).sum().item(), len(groups), mode)
 
     def weights(self, batch: Batch) -> Tensor:

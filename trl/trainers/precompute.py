@@ -25,7 +25,7 @@ from trl.errors import ConfigError
 from trl.models.patching import evaluating
 from trl.models.reference import AdapterOff, FrozenModel
 from trl.models.score import unwrap
-from trl.training.collectives import everyones
+from trl.training.collectives import all_gather_object
 from trl.training.window import plan_micro_batches
 from trl.types import Example
 
@@ -64,7 +64,7 @@ def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: 
 
 def _all_have(folder: Path, trainer: PreferenceTrainer) -> bool:
     """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
-    return all(everyones(folder.exists(), trainer.accelerator))
+    return all(all_gather_object(folder.exists(), trainer.accelerator))
 
 
 def _store(found: list[Logprobs], folder: Path) -> None:
@@ -119,7 +119,7 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
             chosen = [mine[k] for k in group]
             found |= dict(zip(chosen, _logprobs(trainer, [examples[i] for i in chosen]), strict=True))
             progress.update(len(chosen))
-    merged = {i: logprobs for part in everyones(found, state) for i, logprobs in part.items()}
+    merged = {i: logprobs for part in all_gather_object(found, state) for i, logprobs in part.items()}
     return [merged[i] for i in range(len(rows))]
 
 

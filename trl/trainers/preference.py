@@ -114,7 +114,7 @@ class PreferenceTrainer(BaseTrainer):
         return True
 
     @property
-    def asks_beyond_rows(self) -> bool:
+    def needs_online_reference(self) -> bool:
         """Whether the reference is asked about more than the rows' own completions."""
         return False
 
@@ -202,7 +202,7 @@ class PreferenceTrainer(BaseTrainer):
     def _make_reference(self) -> Reference:
         if self.args.ref_adapter_name is not None:
             return NamedAdapter(self.model.active_adapter, self.args.ref_adapter_name)
-        computed_once = self.args.precompute_ref_log_probs and not self.asks_beyond_rows
+        computed_once = self.args.precompute_ref_log_probs and not self.needs_online_reference
         if self.ref_model is None and computed_once and not isinstance(self.model, PeftModel):
             return FrozenModel(self.model)
         if self.ref_model is None:
@@ -247,7 +247,7 @@ class PreferenceTrainer(BaseTrainer):
             self.eval_dataset = {n: with_reference_logprobs(self, r, name=n, batch_size=size) for n, r in sets}
         elif self.eval_dataset is not None:
             self.eval_dataset = with_reference_logprobs(self, self.eval_dataset, name="eval", batch_size=size)
-        keeps = self.asks_beyond_rows or not isinstance(self.reference, FrozenModel)
+        keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
         self.reference = Precomputed(self.reference if keeps else None)
         self.ref_model = self.ref_model if keeps else None
 

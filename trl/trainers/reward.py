@@ -105,7 +105,9 @@ class RewardTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         inner = unwrap(self.model)
-        self.layout = choose_layout(inner, self.args.layout, branches=self.kind in PAIRED, measure=score_rewards)
+        self.layout = choose_layout(
+            inner, self.args.layout, multiple_completions=self.kind in PAIRED, measure=score_rewards
+        )
 
     # ---- data ----
 

@@ -25,7 +25,7 @@ from trl.callbacks.completions import (
     log_rows,
     means_of,
     one_per_prompt,
-    round_metrics,
+    rollout_metrics,
     write_completions,
 )
 from trl.data.encode import EncodeSettings
@@ -39,7 +39,7 @@ from trl.rollouts.prompts import Prompts
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.online_config import OnlineConfig
-from trl.training.collectives import everyones, gather_rows
+from trl.training.collectives import all_gather_object, gather_rows
 from trl.types import Experience
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
@@ -50,7 +50,7 @@ class SamplingTrainer(BaseTrainer):
     """Sample and reward: what `OnlineTrainer` learns from. Its arguments are described there."""
 
     config_class = OnlineConfig
-    branches = True
+    multiple_completions = True
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class SamplingTrainer(BaseTrainer):
         if self.engine is None:
             shown = self.is_local_process_zero() and not self.args.disable_tqdm
             self.engine = LocalEngine(self.model, self.tokenizer, progress=shown)
-        self.parts.keep("completions", self.completion_log, per_process=True, optional=True)
-        self.parts.keep("logged", self.logged["train"], per_process=True, optional=True)
+        self.states.register("completions", self.completion_log, per_rank=True, optional=True)
+        self.states.register("logged", self.logged["train"], per_rank=True, optional=True)
 
     def _given_rewards(self, reward_funcs: Any) -> Any:
         """The reward functions that were given, by whichever argument or option."""
@@ -111,10 +111,10 @@ class SamplingTrainer(BaseTrainer):
 
     # ---- samples ----
 
-    def sample_round(self) -> list[Group]:
+    def sample_rollout_batch(self) -> list[Group]:
         """As many groups as a round has; those without variance replaced by fresh prompts where that is asked for."""
         args = self.args
-        groups = self.sample(self.prompts.take(args.prompts_per_round), args.num_generations, "train")
+        groups = self.sample(self.prompts.take(args.prompts_per_rollout_batch), args.num_generations, "train")
         if args.zero_variance != "resample":
             return groups
         for _ in range(args.max_resampling):
@@ -125,7 +125,7 @@ class SamplingTrainer(BaseTrainer):
             groups += self.sample(self.prompts.deal(everywhere), args.num_generations, "train")
             groups.sort(key=self._is_flat)
             self._count("resampled_groups", missing.item(), len(groups))
-            groups = groups[: args.prompts_per_round]
+            groups = groups[: args.prompts_per_rollout_batch]
         return groups
 
     def _is_flat(self, group: Group) -> bool:
@@ -214,15 +214,15 @@ class SamplingTrainer(BaseTrainer):
     def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
         self.meters[mode].count(name, float(amount), per=float(per))
 
-    def _log_round(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+    def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
         names = [reward.name for reward in self.rewards]
-        everywhere = self._rewards_everywhere(groups, experience)
-        self.meters[mode].add(round_metrics(groups, experience, names, everywhere))
+        everywhere = self._gather_rewards(groups, experience)
+        self.meters[mode].add(rollout_metrics(groups, experience, names, everywhere))
         if self.args.log_completions:
             log = self.completion_log if mode == "train" else self.eval_completions
             log.add(log_rows(groups, experience, names))
 
-    def _rewards_everywhere(self, groups: Sequence[Group], experience: Experience) -> Tensor:
+    def _gather_rewards(self, groups: Sequence[Group], experience: Experience) -> Tensor:
         """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
         functions = torch.cat([group.rewards for group in groups])
         return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
@@ -231,7 +231,7 @@ class SamplingTrainer(BaseTrainer):
         return {**super()._train_metrics(), **self._logged_by_rewards("train")}
 
     def _logged_by_rewards(self, mode: str) -> dict[str, float]:
-        return means_of(everyones(self.logged[mode].take(), self.accelerator))
+        return means_of(all_gather_object(self.logged[mode].take(), self.accelerator))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -241,7 +241,7 @@ class SamplingTrainer(BaseTrainer):
     def _write_completions(self, log: CompletionLog, kind: str = "") -> None:
         """Those of all processes, by one of them. Of an evaluation, in a folder of its own, `kind`."""
         args = self.args
-        rows = list(chain(*everyones(log.take(), self.accelerator)))
+        rows = list(chain(*all_gather_object(log.take(), self.accelerator)))
         if self.is_world_process_zero():
             rows = one_per_prompt(rows) if args.log_unique_prompts else rows
             folder = Path(args.output_dir) / "completions" / kind

@@ -65,7 +65,7 @@ def write_checkpoint(
         sweep(folder.parent)
     accelerator.wait_for_everyone()
     try:
-        with full_disk_explained(folder.parent, folder.name, beside):
+        with explain_full_disk(folder.parent, folder.name, beside):
             _together(lambda: _write(beside, write), folder, accelerator)
             _together(
                 lambda: publish(beside, folder, accelerator.num_processes) if names_it else None, folder, accelerator
@@ -268,7 +268,7 @@ def _problem(folder: str | Path) -> str:
 
 
 @contextmanager
-def full_disk_explained(run: str | Path, name: str, beside: Path | None = None) -> Iterator[None]:
+def explain_full_disk(run: str | Path, name: str, beside: Path | None = None) -> Iterator[None]:
     """Turn what a full disk makes writers raise into one CheckpointError: where, how much, and what remains.
 
     `name` is what is written to the folder `run`, by way of `beside`.

@@ -20,7 +20,7 @@ from torch import Tensor
 from trl.types import Experience
 
 
-def with_credit(
+def advantages_over_ranks(
     local: Experience, advantages: Callable[[Experience], Experience], accelerator: Accelerator
 ) -> Experience:
     """The experience of this process with signals that `advantages` makes of that of all processes."""
@@ -61,6 +61,6 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
     return whole, sum(counts[: accelerator.process_index])
 
 
-def everyones(value: Any, accelerator: Accelerator) -> list[Any]:
+def all_gather_object(value: Any, accelerator: Accelerator) -> list[Any]:
     """`value` of every process: anything that can be pickled."""
     return [value] if accelerator.num_processes == 1 else gather_object([value])

@@ -4,7 +4,7 @@
                                                 else   ──▶ gradients are dropped, so that the optimizer changes nothing
 
 The norm is computed anyway, and is the same on all processes, so that they decide alike. A loss that is not finite is sent
-into the gradient by `poisoned`. So a step costs the reading of one number.
+into the gradient by `propagate_nonfinite`. So a step costs the reading of one number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NonFiniteError(TrlError):
     """Losses or gradients that are not finite, step after step."""
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The same loss, with a gradient that is not finite where the loss is not: NaN from a constant would get lost."""
     return loss * (1 + 0 * loss.detach())
 
@@ -58,7 +58,7 @@ class Window:
 
 
 @dataclass
-class StepCount:
+class SkippedSteps:
     """Steps that were skipped: in all, in a row, and of those since the last log."""
 
     skipped: int = 0
@@ -93,7 +93,7 @@ def is_finite(norm: Tensor | float | None) -> bool:
     return norm is None or 0 <= float(norm) < math.inf
 
 
-def takes_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | None, window: Window) -> bool:
+def accept_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | None, window: Window) -> bool:
     """Count the step, and drop its gradients if their norm is not finite, so that the optimizer changes nothing.
 
     Raises NonFiniteError where so many steps in a row were skipped that nothing else is to be expected.
@@ -102,7 +102,7 @@ def takes_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | No
     trainer.steps.add(skipped=not finite)
     if finite:
         return True
-    trainer.forget_window()
+    trainer.rollback_metrics()
     if _ends_run(trainer):
         raise explain(trainer, window, trainer.steps.in_a_row)
     if trainer.accelerator.scaler is None:  # the scaler of float16 skips by itself, and learns from it
@@ -110,7 +110,7 @@ def takes_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | No
     return False
 
 
-def takes_triplets(trainer: BaseTrainer, norm: Tensor | float | None, rows: Sequence[int]) -> bool:
+def accept_triplet_step(trainer: BaseTrainer, norm: Tensor | float | None, rows: Sequence[int]) -> bool:
     """Count an optimizer step on the triplets `rows` of a batch, and say whether it is to be taken.
 
     Raises NonFiniteError where so many in a row are not.

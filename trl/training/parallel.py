@@ -129,7 +129,7 @@ def use_one_device(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def rows_of_its_own(args: TrainingArguments, accelerator: Accelerator, rows: int) -> int:
+def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: int) -> int:
     """How many of a process's `rows` of an evaluation batch count: the last batch repeats some, so that all have as many."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -138,7 +138,7 @@ def rows_of_its_own(args: TrainingArguments, accelerator: Accelerator, rows: int
 
 
 @contextmanager
-def waits_explained(trainer: Trainer) -> Iterator[None]:
+def explain_waits(trainer: Trainer) -> Iterator[None]:
     """Say of a wait for other processes that came to nothing who waited, when, and where to look."""
     try:
         yield

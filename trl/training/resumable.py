@@ -1,7 +1,7 @@
 """A `transformers.Trainer` that goes on exactly where it was stopped.
 
 Whatever changes while training is in its checkpoints: what `transformers` keeps (model, optimizer, scheduler, random
-states, history), the loss since the last log, and the parts that a trainer registers once with `self.parts.keep(name,
+states, history), the loss since the last log, and the parts that a trainer registers once with `self.states.register(name,
 part)`. How a checkpoint is written, and found again, is in `trl.training.checkpoint`.
 """
 
@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.data.examples import Endless
 from trl.models.reference import Reference
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
-from trl.training.state import Part, Parts, Unchanged, reference_part
+from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 
 
 class ResumableTrainer(Trainer):
@@ -30,8 +30,10 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.parts = Parts()
-        self.parts.keep("loss", Part(self._loss_state, self._remember_loss), per_process=True, optional=True)
+        self.states = StateRegistry()
+        self.states.register(
+            "loss", StateFunctions(self._loss_state, self._remember_loss), per_rank=True, optional=True
+        )
         self._resumed_from: str | None = None
         self._resumed_loss: Mapping[str, Any] | None = None
 
@@ -45,7 +47,7 @@ class ResumableTrainer(Trainer):
         part = reference_part(reference, self.model, moves=moves)
         if part is not None:
             optional = isinstance(part, Unchanged)
-            self.parts.keep("reference", part, per_process=self.is_sharded, optional=optional)
+            self.states.register("reference", part, per_rank=self.is_sharded, optional=optional)
 
     # ---- going on ----
 
@@ -60,7 +62,7 @@ class ResumableTrainer(Trainer):
         size, rows = self._train_batch_size, Endless(self.train_dataset)
         return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
 
-    def take_up(self) -> None:
+    def restore_rng_state(self) -> None:
         """Before the first step after a checkpoint: its random states, and the loss since its last log.
 
         Loaders draw on random states when they start, so that comes after the first rows are there.
@@ -72,7 +74,7 @@ class ResumableTrainer(Trainer):
             self._globalstep_last_logged = self._resumed_loss["logged"]
             self._resumed_loss = None
 
-    def has_ended(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether no step is left: a run that goes on from its last checkpoint. It stops here."""
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
@@ -94,7 +96,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             processes, rank = self.args.world_size, self.args.process_index
             written_by = read_manifest(Path(checkpoint)).get("processes", processes)
-            self.parts.load(Path(checkpoint), rank=rank, processes=processes, written_by=written_by)
+            self.states.load(Path(checkpoint), rank=rank, processes=processes, written_by=written_by)
             self._resumed_from = checkpoint
             best = self.state.best_model_checkpoint
             self.state.best_model_checkpoint = best and sibling(Path(checkpoint), best)
@@ -122,7 +124,7 @@ class ResumableTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            self.parts.save(folder, rank=self.args.process_index, is_main=self.args.should_save)
+            self.states.save(folder, rank=self.args.process_index, is_main=self.args.should_save)
         if self.args.should_save:
             self.state.stateful_callbacks = self._callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))

@@ -1,6 +1,6 @@
 """The parts of a trainer that have a state: what a checkpoint holds of them, and how they get it back.
 
-    self.parts.keep("rounds", Part(self._rounds_state, self._load_rounds), per_process=True)
+    self.states.register("rounds", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
 
 A part is anything with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name, and
 `trl.training.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
-from trl.models.reference import AdapterOff, EarlierWeights, FrozenModel, Reference
+from trl.models.reference import AdapterOff, FrozenModel, Reference, SnapshotReference
 from trl.models.score import unwrap
 from trl.models.sharding import shards
 
@@ -42,7 +42,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class StateFunctions:
     """A part made of two functions."""
 
     state_dict: Callable[[], dict[str, Any]]
@@ -101,8 +101,8 @@ def reference_part(reference: Reference | None, policy: nn.Module, *, moves: boo
     if isinstance(reference, FrozenModel):
         model = unwrap(reference.model)
         return Weights(model) if moves else Unchanged("the reference policy", fingerprint(shards(model).items()))
-    if isinstance(reference, EarlierWeights):
-        return Part(lambda: dict(reference.weights), lambda state: _copy(state, reference.weights))
+    if isinstance(reference, SnapshotReference):
+        return StateFunctions(lambda: dict(reference.weights), lambda state: _copy(state, reference.weights))
     if isinstance(reference, AdapterOff):
         frozen = ((name, p) for name, p in policy.named_parameters() if not p.requires_grad)
         return Unchanged("the model below the adapter", fingerprint(frozen))
@@ -116,19 +116,19 @@ def _copy(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 
 
 @dataclass
-class Parts:
+class StateRegistry:
     """The parts of a trainer, by name; `own` ones differ from process to process."""
 
     shared: dict[str, Stateful] = field(default_factory=dict)
     own: dict[str, Stateful] = field(default_factory=dict)
     optional: set[str] = field(default_factory=set)
 
-    def keep(self, name: str, part: Stateful, *, per_process: bool = False, optional: bool = False) -> None:
+    def register(self, name: str, part: Stateful, *, per_rank: bool = False, optional: bool = False) -> None:
         """Save and restore `part` with every checkpoint.
 
         Training cannot go on from a checkpoint without it, unless it is `optional`.
         """
-        (self.own if per_process else self.shared)[name] = part
+        (self.own if per_rank else self.shared)[name] = part
         if optional:
             self.optional.add(name)
 

@@ -43,7 +43,7 @@ def _even(order: list[int], count: int) -> list[list[int]]:
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def share_out(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:
+def split_into_slots(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:
     """Deal micro-batches to the `slots` that the training loop counts, in order; each has at least one."""
     return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
 
@@ -58,13 +58,13 @@ def with_signals(batches: Sequence[Batch], statistics: Mapping[str, Tensor]) -> 
     ]
 
 
-def filler(batch: Batch) -> Batch:
+def dummy_batch(batch: Batch) -> Batch:
     """A batch that takes part in forward and backward and changes nothing: every process has to take part equally."""
     nothing = batch.scored[:0]
     return replace(batch, mask=batch.mask * 0, scored=nothing, weight=batch.weight * 0, tokens=0)
 
 
-def weigh(
+def normalize_weights(
     batches: Sequence[Batch],
     weights: Callable[[Batch], Tensor],
     sum_over_processes: Callable[[Tensor], Tensor],

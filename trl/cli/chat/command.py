@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from trl.cli.chat.arguments import EXAMPLES, ChatArguments, generation_of
 from trl.cli.commands import MODEL
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import Given, OptionParser, read_yaml
+from trl.cli.parser import OptionParser, ParsedOptions, read_yaml
 from trl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _print_help(*, everything: bool) -> int:
     return 0
 
 
-def make_speaker(given: Given, arguments: ChatArguments, screen: Screen) -> Speaker:
+def make_speaker(given: ParsedOptions, arguments: ChatArguments, screen: Screen) -> Speaker:
     """The server's model, or the one that is loaded here."""
     name = given.values.get("model_name_or_path")
     if arguments.server is not None:

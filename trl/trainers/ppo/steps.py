@@ -24,7 +24,7 @@ from trl.algorithms.moments import RunningMoments
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
 from trl.models.patching import evaluating
-from trl.models.reference import Reference, observe
+from trl.models.reference import Reference, score_with_reference
 from trl.models.score import score, score_logits, unwrap
 from trl.ops.reduce import masked_mean
 from trl.rollouts.engine import RolloutEngine
@@ -49,9 +49,9 @@ from trl.trainers.ppo.triplets import (
     read_triplets,
     with_rows,
 )
-from trl.training.nonfinite import poisoned, takes_triplets
+from trl.training.nonfinite import accept_triplet_step, propagate_nonfinite
 from trl.training.parallel import accumulating, backward
-from trl.training.window import filler, plan_micro_batches, weigh
+from trl.training.window import dummy_batch, normalize_weights, plan_micro_batches
 from trl.types import Batch, Experience
 
 LOWEST_KL = -1.0
@@ -119,7 +119,7 @@ class TripletSteps(OnlineTrainer):
         responses = respond(self.model_wrapped)
         if not generate_ref_response:
             return responses
-        with self.reference.standing_in(self.model_wrapped) as reference:
+        with self.reference.as_model(self.model_wrapped) as reference:
             return responses, respond(reference)
 
     def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
@@ -151,12 +151,12 @@ class TripletSteps(OnlineTrainer):
         shaped = self._shape(read_scores(scores, batch_size=size))
         self._prepare()
         with self._without_dropout():
-            experience = self._observe_all(triplets, shaped)
+            experience = self._score_triplets(triplets, shaped)
             watch.lap("forward_pass")
             coefficient = self.algorithm.controller.coefficient
-            experience = self.algorithm.rewarded(experience)
+            experience = self.algorithm.with_token_rewards(experience)
             watch.lap("compute_rewards")
-            experience = self._credited(experience)
+            experience = self._step_advantages(experience)
             watch.lap("compute_advantages")
             record = self._optimize(triplets, experience)
             watch.lap("optimize_step")
@@ -165,9 +165,9 @@ class TripletSteps(OnlineTrainer):
         self._finish(statistics)
         return {**statistics, **watch.total()}
 
-    def _credited(self, experience: Experience) -> Experience:
+    def _step_advantages(self, experience: Experience) -> Experience:
         """Credit as the algorithm gives it to the batches of all processes together."""
-        found = super()._with_credit(experience).signals
+        found = super()._with_advantages(experience).signals
         return experience.with_signals(**{name: values.to(self.current_device) for name, values in found.items()})
 
     def _start_token(self) -> int | None:
@@ -224,7 +224,7 @@ class TripletSteps(OnlineTrainer):
         )
         return [[rows[i] for i in group] for group in groups]
 
-    def _observe_all(self, triplets: Sequence[Triplet], scores: Tensor) -> Experience:
+    def _score_triplets(self, triplets: Sequence[Triplet], scores: Tensor) -> Experience:
         """What policy and reference find of the batch, before anything is learned from it."""
         shape = (len(triplets), max(len(triplet.response) for triplet in triplets))
         tables: dict[str, Tensor] = {}
@@ -238,7 +238,7 @@ class TripletSteps(OnlineTrainer):
 
     @torch.no_grad()
     def _seen(self, batch: Batch) -> dict[str, Tensor]:
-        found, reference = observe(self.policy, self.reference, batch, want={"value"})
+        found, reference = score_with_reference(self.policy, self.reference, batch, want={"value"})
         seen = {"mask": batch.mask, "old_logprobs": found.logprobs, "values": found.value, "ref_logprobs": reference}
         if self.args.kl_penalty == "full":
             seen["full_kl"] = self.full_kl(self.policy, batch)
@@ -247,7 +247,7 @@ class TripletSteps(OnlineTrainer):
     def full_kl(self, policy: nn.Module, batch: Batch) -> Tensor:
         """Divergence from the reference `[N,C]` of the distributions that predict the batch's tokens."""
         logits = score_logits(policy, batch)
-        with self.reference.standing_in(policy) as model:
+        with self.reference.as_model(policy) as model:
             divergence = full_kl(logits, score_logits(model, batch))
         return divergence.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, divergence).view_as(batch.mask)
 
@@ -274,9 +274,9 @@ class TripletSteps(OnlineTrainer):
     ) -> Tensor:
         """One step on the triplets `rows`; gives this process's part of the mean KL that the policy had moved by."""
         laid_out = [self._micro_batch(triplets, part) for part in self._mini_batches(triplets, rows)]
-        batches, _ = weigh([batch for batch, _ in laid_out], self.weights, self._sum_over_processes)
+        batches, _ = normalize_weights([batch for batch, _ in laid_out], self.weights, self._sum_over_processes)
         missing = self._most(len(batches)) - len(batches)
-        batches += [filler(batches[-1])] * missing
+        batches += [dummy_batch(batches[-1])] * missing
         laid_out += laid_out[-1:] * missing
         policykl = torch.zeros((), device=self.current_device)
         for i, (batch, (_, order)) in enumerate(zip(batches, laid_out, strict=True)):
@@ -285,7 +285,7 @@ class TripletSteps(OnlineTrainer):
             with nullcontext() if last else accumulating(self.accelerator, self.policy):
                 policykl += self._backward(batch, record)
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.args.max_grad_norm or inf)
-        if takes_triplets(self, norm, rows):
+        if accept_triplet_step(self, norm, rows):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return policykl
@@ -298,7 +298,7 @@ class TripletSteps(OnlineTrainer):
         if batch.tokens:
             record.add(metrics, batch, kept)
         total = (loss * batch.weight).sum() * kept * self.accelerator.num_processes
-        backward(self.accelerator, poisoned(total))
+        backward(self.accelerator, propagate_nonfinite(total))
         return (metrics["policy/policykl"] * batch.weight).sum()
 
     # ---- after a step ----

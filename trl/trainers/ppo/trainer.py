@@ -28,8 +28,8 @@ from trl.models.layouts import why_not
 from trl.models.load import load_model, with_adapters
 from trl.models.patching import evaluating
 from trl.models.reference import (
-    EarlierWeights,
     Reference,
+    SnapshotReference,
     create_reference_model,
     frozen_reference,
     make_reference,
@@ -50,7 +50,7 @@ from trl.rollouts.experience import Group, with_signals
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.steps import TripletSteps
 from trl.trainers.preference import SyncRefModelCallback
-from trl.training.state import Part
+from trl.training.state import StateFunctions
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -122,7 +122,7 @@ class PPOTrainer(TripletSteps):
         if self.optimizer is not None:
             self._train_new_head(self.optimizer)
         self.prepare_steps(dataset, data_collator)
-        self.parts.keep("kl_and_rewards", Part(self._running_state, self._load_running))
+        self.states.register("kl_and_rewards", StateFunctions(self._running_state, self._load_running))
         if self.train_dataset is None and self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
 
@@ -211,7 +211,7 @@ class PPOTrainer(TripletSteps):
                     "the model's: give a ref_model, or set sync_ref_model=False."
                 )
             reference = make_reference(inner, has_new_adapter=self.model.has_new_adapter)
-            return EarlierWeights.of(self.model) if isinstance(reference, EarlierWeights) else reference
+            return SnapshotReference.of(self.model) if isinstance(reference, SnapshotReference) else reference
         self.ref_model = prepare_frozen(self.accelerator, self._frozen_model(inner))
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(self.ref_model))
@@ -248,9 +248,9 @@ class PPOTrainer(TripletSteps):
         self.args.max_grad_norm = self.args.max_grad_norm or 0.0  # what `transformers` reads as no limit
         return super().train(*args, **kwargs)
 
-    def learn_from(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
+    def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
         moments = self.moments
-        examples, experience = super().learn_from(self._with_full_kl(groups), mode)
+        examples, experience = super().compute_advantages(self._with_full_kl(groups), mode)
         if mode != "train":
             self.moments = moments
             return examples, experience
@@ -268,16 +268,16 @@ class PPOTrainer(TripletSteps):
         if self.args.kl_penalty != "full":
             return groups
         examples = [group.example for group in groups]
-        found = with_signals(examples, self.measure(examples, self._divergence))
+        found = with_signals(examples, self.score_rollouts(examples, self._divergence))
         return [replace(group, example=example) for group, example in zip(groups, found, strict=True)]
 
     def _divergence(self, batch: Batch) -> dict[str, Tensor]:
         return {"full_kl": self.full_kl(self.model_wrapped, batch)}
 
-    def _with_credit(self, local: Experience) -> Experience:
+    def _with_advantages(self, local: Experience) -> Experience:
         """Credit from the rewards as they are scaled and clipped; 0 where no reward function applied."""
         shaped = self._shape(local.rewards.nan_to_num(0.0)).to(local.rewards)
-        return replace(super()._with_credit(replace(local, rewards=shaped)), rewards=local.rewards)
+        return replace(super()._with_advantages(replace(local, rewards=shaped)), rewards=local.rewards)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         loss, metrics = super().loss(model, batch)
@@ -291,11 +291,11 @@ class PPOTrainer(TripletSteps):
         return super().get_batch_samples(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.args.early_stopping and self.rounds.is_between_epochs:
+        if self.args.early_stopping and self.buffer.is_between_epochs:
             stops = self.has_moved(self._moved)
             self._count("early_stop", stops)
             if stops:
-                self.rounds.give_up()
+                self.buffer.skip_remaining_epochs()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- checkpoints ----

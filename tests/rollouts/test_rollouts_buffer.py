@@ -1,4 +1,4 @@
-"""Parts of a round, by hand: who takes which prompt, and the entropy bonus of a step."""
+"""A rollout batch, by hand: who takes which prompt, what is logged of it, and the entropy bonus of a step."""
 
 from __future__ import annotations
 
