@@ -64,7 +64,7 @@ _PUBLIC = {
     "trainers.reward": ["RewardConfig", "RewardTrainer"],
     "trainers.rloo": ["RLOOConfig", "RLOOTrainer"],
     "trainers.sft": ["SFTConfig", "SFTTrainer"],
-    "trainers.preference": ["SyncRefModelCallback"],
+    "trainers.reference": ["SyncRefModelCallback"],
     "callbacks.stop": ["StopOnSignal", "exit_on_signal", "stop_on_signal"],
     "types": ["Algorithm", "Batch", "Completion", "Example", "Experience", "Scores"],
 }

@@ -8,9 +8,9 @@ K completions of one prompt, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
 
 from trl.errors import ConfigError
 
@@ -49,6 +49,11 @@ class Example:
     prompt: Sequence[int]
     completions: tuple[Completion, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for examples whose prompts are the same to the model."""
+        return tuple(self.prompt)
 
     @property
     def tokens(self) -> int:
@@ -107,6 +112,15 @@ class Batch:
     def to(self, device: Any) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    @property
+    def positions(self) -> int:
+        """Positions of the grid, padding included; encoder and decoder together."""
+        return sum(self.inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in self.inputs)
+
+    def masked_out(self) -> Batch:
+        """The batch with no token scored."""
+        return replace(self, mask=self.mask * 0, scored=self.scored[:0])
+
     def __getitem__(self, *_: Any) -> NoReturn:
         """Raises ConfigError: what a loss that was written for batches of `transformers` runs into."""
         raise ConfigError(
@@ -120,7 +134,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A round of rollouts, before anything is learned from it: what an algorithm gives credit from.
+    """A rollout batch, before anything is learned from it: what an algorithm computes advantages from.
 
     rewards   [N] float32, NaN where no reward function applied
     group     [N] which prompt a completion belongs to: its group is all samples of that prompt, whole on one process
@@ -138,30 +152,80 @@ class Experience:
         return replace(self, signals={**self.signals, **signals})
 
 
+class Learnable(Protocol):
+    """What an algorithm reads of the batch that a loss is asked of: nothing of prompts, rows or padding.
+
+    C counts the actions of a completion: its tokens, or the steps by which a picture was denoised.
+    """
+
+    @property
+    def mask(self) -> Tensor:
+        """`[N,C]` float, 1 where the action counts."""
+        ...
+
+    @property
+    def signals(self) -> Mapping[str, Tensor]:
+        """Named numbers, `[N]` or `[N,C]`: what the experience had, and what `advantages` added."""
+        ...
+
+
+class StepBatch(Learnable, Protocol):
+    """What the step machine asks of a batch, which is a dataclass: see `trl.training.step_trainer`.
+
+    weight      in the shape of the losses, or None: sums to 1 over the window and all processes
+    example     [N] which item of the micro-batch a completion belongs to
+    tokens      what the batch counts for in throughput, on the host
+    positions   what its forward pass computes, padding included
+    """
+
+    weight: Tensor | None
+    example: Tensor
+    tokens: int
+
+    @property
+    def positions(self) -> int: ...
+
+    def masked_out(self) -> Self: ...
+
+    def to(self, device: Any) -> Self: ...
+
+
 @runtime_checkable
 class Algorithm(Protocol):
-    """An online algorithm: credit from rewards, and a loss from credit. One's own derives from it, with two methods.
+    """An online algorithm: advantages from rewards, and a loss from advantages. One's own derives from it.
 
-    needs_reference   whether the experience is to have `ref_logprobs` `[N,C]`, of the policy as it was given
-    needs_values      … `values` `[N,C]`, and scores their `value`
-    needs_entropy     … `entropy` `[N,C]`, of the policy that samples
-    entropy_bonus     an `EntropyBonus`, for the tokens that the signal `high_entropy` marks, else for all; None: nothing
-    correction        the `Correction` that it makes for a sampler that is not the policy; None: it makes none
+    Only `advantages` and `loss` have to be written. Neither changes the algorithm: `after_round` gives the one that goes
+    on, and `state_dict` what a checkpoint has to hold of it.
+
+    needs_reference      whether the experience is to have `ref_logprobs` `[N,C]`, of the policy as it was given
+    needs_values         … `values` `[N,C]`, and scores their `value`
+    needs_entropy        … `entropy` `[N,C]`, of the policy that samples
+    needs_old_logprobs   … `old_logprobs` `[N,C]` that the policy in training gives, also where the sampler gave its own
     """
 
     needs_reference: bool = False
     needs_values: bool = False
     needs_entropy: bool = False
-    entropy_bonus: Any = None
-    correction: Any = None
+    needs_old_logprobs: bool = False
 
     def advantages(self, experience: Experience) -> Experience:
-        """The experience with signals that say how good each token, or completion, was."""
+        """The experience with signals that say how good each action, or completion, was."""
         ...
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]` (or `[N]`) and metrics; `batch.signals` are those of the experience."""
         ...
+
+    def after_round(self, experience: Experience) -> Self:
+        """The algorithm once this rollout batch, of all processes, with its advantages, is to be learned from."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while training: tensors, numbers, texts, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state that `state_dict` gave."""
 
 
 _INDEX_FIELDS = ("predictor", "position", "target", "mask", "scored", "last", "example")
@@ -177,6 +241,7 @@ class Scores:
     collision      Σ_v p_v² (WPO), without gradient
     greedy         1 where the token is the most likely one, without gradient
     value          value of the state before token t
+    extras         what else a method asks for, by name (Q-values, …); `[N,C]` or `[N,C,V]`
     """
 
     logprobs: Tensor
@@ -185,3 +250,4 @@ class Scores:
     collision: Tensor | None = None
     greedy: Tensor | None = None
     value: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)

@@ -28,12 +28,16 @@ def experience(**signals):
     return Experience(rewards=torch.tensor([1.0, -2.0]), group=torch.tensor([0, 1]), mask=MASK, signals=signals)
 
 
+def scored(experience: Experience) -> Experience:
+    return PPO().with_scores(experience)
+
+
 # ---- rewards ----
 
 
 def test_token_rewards_by_hand():
     """β = 0.5; log-ratios 0.2, −1, 0 and −0.5, 0.2: the score is on the last token that counts."""
-    found = PPO(controller=FixedKL(0.5)).rewarded(experience()).signals
+    found = PPO(controller=FixedKL(0.5)).with_token_rewards(scored(experience())).signals
     torch.testing.assert_close(found["kl"], torch.tensor([[0.2, -1.0, 0.0], [-0.5, 0.2, 0.0]]))
     torch.testing.assert_close(found["token_rewards"], torch.tensor([[-0.1, 0.5, 1.0], [0.25, -2.1, 0.0]]))
 
@@ -48,7 +52,7 @@ def test_token_rewards_by_hand():
 )
 def test_other_penalties_by_hand(penalty, kl):
     full = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    found = PPO(kl_penalty=penalty).rewarded(experience(full_kl=full)).signals["kl"]
+    found = PPO(kl_penalty=penalty).with_token_rewards(scored(experience(full_kl=full))).signals["kl"]
     torch.testing.assert_close(found, torch.tensor(kl))
 
 
@@ -205,7 +209,9 @@ def test_the_fixed_controller_stays():
 
 def test_the_algorithm_moves_on_with_its_controller():
     algorithm = PPO(controller=AdaptiveKL(1.0, 1.0, 10))
-    assert algorithm.after(2.0, 10).controller.coefficient == pytest.approx(1.2)
+    mask = torch.tensor([[1.0, 1.0, 0.0]] * 10)
+    seen = Experience(torch.zeros(10), torch.arange(10), mask, {"kl": torch.tensor([[1.5, 0.5, 9.0]] * 10)})
+    assert algorithm.after_round(seen).controller.coefficient == pytest.approx(1.2)
     assert algorithm.controller.coefficient == 1.0
 
 

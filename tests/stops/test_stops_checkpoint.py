@@ -57,7 +57,7 @@ def test_a_checkpoint_holds_all_that_changes(tmp_path):
     }  # fmt: skip
     shared = torch.load(folder / "trl_state.pt", weights_only=True)
     assert shared.keys() == {"reference", "kl_and_rewards", "steps"}
-    assert shared["kl_and_rewards"]["moments"]["count"] == 4
+    assert shared["algorithm"]["moments"]["count"] == 4
     own = torch.load(folder / "trl_state_0.pt", weights_only=True)
     assert own.keys() >= {"rounds", "completions", "metrics", "loss"}
     assert own["rounds"]["cursor"] == 4

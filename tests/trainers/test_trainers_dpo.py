@@ -23,7 +23,7 @@ from trl.models.reference import (
 )
 from trl.trainers.cpo import CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from trl.trainers.dpo import DPOConfig, DPOTrainer
-from trl.trainers.preference import mix
+from trl.trainers.reference import mix
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

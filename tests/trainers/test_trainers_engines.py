@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from trl.errors import ConfigError
 from trl.models.value_heads.storage import without_copies
 from trl.trainers.sft import SFTConfig, SFTTrainer
-from trl.training.parallel import accumulating, check_engine, check_processes, explain_waits
+from trl.training.parallel import accumulating, check_parallelism, check_processes, explain_waits
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def args(tmp_path):
 
 def test_an_engine_that_does_not_run(args, monkeypatch):
     accelerator = Accelerator(cpu=True)
-    check_engine(args, accelerator)
+    check_parallelism(args, accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP, and NO would run, with whole weights on every device"):
-        check_engine(args, accelerator)
+        check_parallelism(args, accelerator)
 
 
 def test_processes_that_would_train_alone(args, monkeypatch):
@@ -46,9 +46,9 @@ def test_gradients_are_exchanged_again_after_accumulating():
 def test_a_wait_that_failed_says_who_waited(args, make_model, tokenizer):
     trainer = SFTTrainer(make_model("llama"), args, tokenizer=tokenizer)
     with pytest.raises(RuntimeError, match="Process 0 of 1 waited for the others in step 1: .* ddp_timeout=7 s"):  # noqa: SIM117
-        with explain_waits(trainer):
+        with explain_waits(trainer.args, trainer.state):
             raise RuntimeError("[pair.cc:1] Timed out waiting 7000ms for recv operation to complete")
-    with pytest.raises(RuntimeError, match="^another error$"), explain_waits(trainer):
+    with pytest.raises(RuntimeError, match="^another error$"), explain_waits(trainer.args, trainer.state):
         raise RuntimeError("another error")
 
 

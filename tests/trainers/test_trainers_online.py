@@ -158,7 +158,7 @@ def test_a_stream_of_prompts_starts_over(make_model, tmp_path):
 
 
 def scored_tokens(trainer):
-    completions = [c for part in trainer.buffer.round for example in part for c in example.completions]
+    completions = [c for part in trainer.buffer.batch for example in part for c in example.completions]
     return sum(sum(c.mask or [1] * len(c)) for c in completions)
 
 
@@ -182,7 +182,7 @@ def test_groups_without_variance_are_counted_dropped_or_replaced(make_model, tmp
         )
         trainer.train()
         flat = trainer.state.log_history[0]["frac_reward_zero_std"]
-        counts[choice] = flat, sum(len(e.completions) for e in trainer.buffer.round[0]), engine.calls
+        counts[choice] = flat, sum(len(e.completions) for e in trainer.buffer.batch[0]), engine.calls
     assert counts["keep"] == (0.5, 16, [(4, 4)])
     assert counts["drop"] == (0.5, 8, [(4, 4)])
     assert counts["resample"] == (0.0, 16, [(4, 4), (2, 4), (1, 4)])
@@ -276,7 +276,7 @@ def test_probabilities_are_computed_again_where_samples_are_weighed_by_them(make
     options = {"steps_per_generation": 2, "importance_sampling_correction": True, "max_steps": 1}
     trainer = make_trainer(make_model("llama"), tmp_path, engine=Table(), **options)
     trainer.train()
-    signals = trainer.buffer.round[0][0].completions[0].signals
+    signals = trainer.buffer.batch[0][0].completions[0].signals
     assert signals["old_logprobs"] != pytest.approx(signals["sampler_logprobs"], abs=1e-2)
 
 

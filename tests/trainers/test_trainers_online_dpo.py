@@ -25,7 +25,7 @@ def test_online_dpo_learns_from_the_best_and_the_worst(make_model, tmp_path):
     )
     trainer.train()
     groups = Table().generate(encoded(4)[2:], None, 4)
-    pairs = [[len(c) for c in example.completions] for example in trainer.buffer.round[0]]
+    pairs = [[len(c) for c in example.completions] for example in trainer.buffer.batch[0]]
     assert pairs == [[max(map(len, g)), min(map(len, g))] for g in groups]
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert trainer.state.log_history[0]["pairs"] == 1

@@ -136,18 +136,18 @@ def test_a_loop_that_stops_rounds_early_resumes_exactly(make_loop, tmp_path):
     options |= {"learning_rate": 2e-2, "ppo_epochs": 3}
     whole = make_loop(folder="whole", **options)
     whole.train()
-    assert whole.rounds.position > whole.rounds.served
+    assert whole.buffer.position > whole.buffer.served
     again = make_loop(folder="again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(parameters(again), parameters(whole), rtol=0, atol=0)
-    assert (again.rounds.position, again.rounds.served) == (whole.rounds.position, whole.rounds.served)
+    assert (again.buffer.position, again.buffer.served) == (whole.buffer.position, whole.buffer.served)
 
 
 def test_evaluation_leaves_the_running_numbers_alone(make_loop):
     trainer = make_loop(use_score_scaling=True, keywords={"eval_dataset": PROMPTS.select(range(4))})
     found = trainer.evaluate()
     assert np.isfinite(found["eval_reward"])
-    assert trainer.moments.count == 0
+    assert trainer.algorithm.moments.count == 0
     assert trainer.algorithm.controller.coefficient == 0.2
 
 

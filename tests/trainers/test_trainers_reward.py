@@ -178,7 +178,7 @@ def test_every_kind_of_row_is_learned(tmp_path, kind):
 def test_the_shared_prompt_is_laid_out_once(tmp_path):
     trainer = make_trainer(tmp_path, pairs())
     assert trainer.layout == "shared"
-    batch = trainer.lay_out([Example([5] * 40, (Completion([3]), Completion([4])))])
+    batch = trainer.collate([Example([5] * 40, (Completion([3]), Completion([4])))])
     assert batch.inputs["input_ids"].numel() == 42
 
 

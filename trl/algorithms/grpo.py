@@ -32,7 +32,7 @@ from trl.algorithms.policy_gradient import KL, KLEstimate, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
 from trl.errors import ConfigError
 from trl.option_types import check_choices
-from trl.types import Algorithm, Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 RatioLevel = Literal["token", "sequence", "whole"]
 
@@ -91,6 +91,10 @@ class GRPO(Algorithm):
     def needs_entropy(self) -> bool:
         return self.top_entropy < 1
 
+    @property
+    def needs_old_logprobs(self) -> bool:
+        return self.correction is not None
+
     # ---- advantages ----
 
     def advantages(self, experience: Experience) -> Experience:
@@ -114,7 +118,7 @@ class GRPO(Algorithm):
 
     # ---- loss ----
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]`, and metrics."""
         terms = self.terms(scores, batch)
         loss = -self.surrogate(terms) * self.token_weight(terms, batch)
@@ -124,9 +128,12 @@ class GRPO(Algorithm):
             loss = loss + self.beta * (divergence * ratio(terms.log_ratio) if self.unbiased_kl else divergence)
         if self.beta:
             metrics["kl"] = KL["k3"](scores.logprobs.detach(), batch.signals["ref_logprobs"])
+        if self.correction is not None:
+            old, sampler = batch.signals["old_logprobs"], batch.signals["sampler_logprobs"]
+            metrics["sampling/masked_share"] = self.correction.is_beyond(old, sampler, batch.mask)
         return loss.expand_as(batch.mask), metrics
 
-    def terms(self, scores: Scores, batch: Batch) -> Terms:
+    def terms(self, scores: Scores, batch: Learnable) -> Terms:
         """Log-ratios at the level asked for, and advantages."""
         log_ratio_t = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
         level = RATIO_LEVELS[self.ratio_level](log_ratio_t, batch.mask)
@@ -139,7 +146,7 @@ class GRPO(Algorithm):
             batch.mask,
         )
 
-    def token_weight(self, terms: Terms, batch: Batch) -> Tensor:
+    def token_weight(self, terms: Terms, batch: Learnable) -> Tensor:
         """How much of a token's surrogate is learned from, `[N,C]` or `[N,1]`, without gradient."""
         signals = batch.signals
         share = torch.ones_like(terms.advantages)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trl.algorithms.dpo import DPO
-from trl.types import Algorithm, Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class OnlineDPO(Algorithm):
                 preferred[mine[best]], preferred[mine[worst]] = 1, -1
         return experience.with_signals(preferred=preferred)
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[P]` of the batch's pairs, better completion first, and metrics."""
         return self.dpo.loss(scores, batch)

@@ -1,6 +1,6 @@
 """Proximal policy optimisation of language models.
 
-    r_t = −β KL_t + [t is the last token] · score          the reference holds the policy, the score pulls it
+    r_t = −β KL_t + [t is the last token] · score          β: strength of the KL penalty towards the reference
     A, R = GAE(r, V; γ, λ),   A whitened                   see `trl.algorithms.gae`
     loss = −min(ρ A, clip(ρ, 1 ± ε) A) + c · ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
 
@@ -10,20 +10,21 @@ Ziegler et al. 2019, arXiv:1909.08593 (rewards); Schulman et al. 2017, arXiv:170
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trl.algorithms.gae import gae
 from trl.algorithms.kl_control import AdaptiveKL, KLController
+from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import DataError
 from trl.ops.reduce import masked_whiten
 from trl.option_types import check_choices
-from trl.types import Algorithm, Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 
 def _absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
 
 @dataclass(kw_only=True)
 class PPOOptions:
-    """What credit and loss are tuned by. A trainer's configuration has these options too."""
+    """Options of advantages and loss; those of the trainer's configuration too."""
 
     kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
     """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
@@ -80,17 +81,28 @@ class PPOOptions:
     vf_coef: float = 0.1
     """c: weight of the value loss."""
 
+    use_score_scaling: bool = False
+    """Divide scores by their running standard deviation."""
+
+    use_score_norm: bool = False
+    """Subtract the scores' running mean as well; needs `use_score_scaling`."""
+
+    score_clip: float | None = None
+    """Clip scores, after scaling, to ± this."""
+
 
 @dataclass(kw_only=True)
 class PPO(PPOOptions, Algorithm):
-    """The algorithm as an object: credit, loss, and the coefficient of its KL penalty.
+    """The algorithm as an object: advantages, loss, and what it follows from one rollout batch to the next.
 
     Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full").
-    Signals it adds: `kl`, `token_rewards`, `advantages`, `returns`.
+    Signals it adds: `scores` `[N]`; `kl`, `token_rewards`, `advantages`, `returns` `[N,C]`.
     """
 
     controller: KLController = field(default_factory=AdaptiveKL)
     """Holds the coefficient of the KL penalty."""
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    """Mean and standard deviation of the scores so far, where they are scaled."""
 
     needs_reference = True
     needs_values = True
@@ -98,23 +110,45 @@ class PPO(PPOOptions, Algorithm):
     def __post_init__(self) -> None:
         check_choices(self)
 
-    def after(self, kl: float, n: int) -> PPO:
-        """The algorithm once `n` more responses, of mean KL `kl`, have been learned from."""
-        return replace(self, controller=self.controller.updated(kl, n))
+    # ---- state ----
 
-    def with_coefficient(self, coefficient: float) -> PPO:
-        """The algorithm with another coefficient of its KL penalty."""
-        return replace(self, controller=replace(self.controller, coefficient=coefficient))
+    def after_round(self, experience: Experience) -> PPO:
+        """The algorithm whose coefficient has followed the KL of these responses, and whose moments count their scores."""
+        kl = (experience.signals["kl"] * experience.mask).sum(1)
+        controller = self.controller.updated(kl.mean().item(), len(kl))
+        return replace(self, controller=controller, moments=self._moments_with(experience))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self.controller.coefficient, "moments": asdict(self.moments)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.controller = replace(self.controller, coefficient=state["kl_coef"])
+        self.moments = RunningMoments(**state["moments"])
+
+    def _moments_with(self, experience: Experience) -> RunningMoments:
+        scores = experience.rewards.nan_to_num(0.0)
+        return self.moments.updated(scores) if self.use_score_scaling else self.moments
+
+    # ---- advantages ----
 
     def advantages(self, experience: Experience) -> Experience:
-        """Credit of every token, from the completions' rewards `[N]` and the KL of its tokens."""
-        return self.with_advantages(self.with_token_rewards(experience))
+        """Advantages of every token, from the completions' rewards `[N]` and the KL of its tokens."""
+        return self.with_advantages(self.with_token_rewards(self.with_scores(experience)))
+
+    def with_scores(self, experience: Experience) -> Experience:
+        """The experience with `scores` `[N]`: rewards as they are learned from, 0 where no reward function applied."""
+        scores = experience.rewards.nan_to_num(0.0)
+        if self.use_score_scaling:
+            scores = self._moments_with(experience).scaled(scores, centred=self.use_score_norm)
+        clip = self.score_clip
+        return experience.with_signals(scores=scores if clip is None else scores.clamp(-clip, clip))
 
     def with_token_rewards(self, experience: Experience) -> Experience:
-        """The experience with `kl` and `token_rewards`."""
+        """The experience with `kl` and `token_rewards`, from its `scores`."""
         mask = experience.mask
         kl = self.kl(experience) * mask
-        rewards = token_rewards(experience.rewards, kl, mask, coefficient=self.controller.coefficient)
+        scores = experience.signals["scores"]
+        rewards = token_rewards(scores, kl, mask, coefficient=self.controller.coefficient)
         return experience.with_signals(kl=kl, token_rewards=rewards)
 
     def with_advantages(self, experience: Experience) -> Experience:
@@ -137,7 +171,9 @@ class PPO(PPOOptions, Algorithm):
             return experience.signals["full_kl"]
         return PENALTIES[self.kl_penalty](experience.signals["old_logprobs"], experience.signals["ref_logprobs"])
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    # ---- loss ----
+
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]`, and metrics `[N,C]`; needs `scores.value`."""
         assert scores.value is not None, 'score the batch with want={"value"}'
         signals = batch.signals
@@ -149,7 +185,7 @@ class PPO(PPOOptions, Algorithm):
         return loss, terms | self.metrics(scores, batch)
 
     @torch.no_grad()
-    def metrics(self, scores: Scores, batch: Batch) -> Metrics:
+    def metrics(self, scores: Scores, batch: Learnable) -> Metrics:
         """How far the policy has moved since it sampled, and how well the values predict the returns; `[N,C]`."""
         signals, eps = batch.signals, self.cliprange
         log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])

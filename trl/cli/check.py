@@ -96,7 +96,7 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
     args = trainer.args
     sizes = [example.tokens for row in trainer.train_dataset for example in decode(row)]
     plan, per_step = (_rounds if is_online(args) else _windows)(args, sizes, processes)
-    if budget := trainer.token_budget():
+    if budget := trainer.micro_batch_budget():
         plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
     return plan | _steps(args, len(sizes) / per_step, rows, sample)
 

@@ -240,7 +240,7 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
         sides = [
             tokenization.text.prompts(columns.texts(name), add_special_tokens=True) for name in ("chosen", "rejected")
         ]
-        return [fork(*pair) for pair in zip(*map(tokenization.ended, sides), strict=True)]
+        return [fork(*pair) for pair in zip(*map(tokenization.append_eos, sides), strict=True)]
     return _answers(_with_prompt(columns), tokenization, ("chosen", "rejected"))
 
 
@@ -265,7 +265,7 @@ def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...
         return _chat_answers(columns, tokenization, names)
     prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
     prompt_ids, answer_ids = tokenization.continuations(prompts, texts, add_special_tokens=True)
-    answers = zip(*map(tokenization.ended, answer_ids), strict=True)
+    answers = zip(*map(tokenization.append_eos, answer_ids), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in zip(prompt_ids, answers, strict=True)]
 
 

@@ -101,6 +101,23 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
             yield row, present[row] & (document == number)
 
 
+def row_numbers(rows: Any, examples: Sequence[Example]) -> list[int | None]:
+    """Where examples are in the encoded rows; None for those that are not, as samples and rows of a stream."""
+    if not isinstance(rows, datasets.Dataset) or not {"completion_ids", "seq_lengths"} & set(rows.column_names):
+        return [None] * len(examples)
+    wanted = {_key(example): i for i, example in enumerate(examples)}
+    found: list[int | None] = [None] * len(examples)
+    for number, row in enumerate(rows):
+        for example in decode(row):
+            if (i := wanted.get(_key(example))) is not None and found[i] is None:
+                found[i] = number
+    return found
+
+
+def _key(example: Example) -> tuple:
+    return tuple(example.prompt), tuple(tuple(c.ids) for c in example.completions)
+
+
 class Endless(IterableDataset):
     """A stream of rows, from its beginning again when it ends: one epoch, in which every batch is full.
 

@@ -71,9 +71,9 @@ class DPOTrainer(PreferenceTrainer):
     def needs_reference(self) -> bool:
         return self.algorithm.needs_reference
 
-    def token_budget(self) -> int | None:
+    def micro_batch_budget(self) -> int | None:
         """None for losses that sort a batch: they see it whole."""
-        return None if self.algorithm.needs_full_batch else super().token_budget()
+        return None if self.algorithm.needs_full_batch else super().micro_batch_budget()
 
     def weights(self, batch: Batch) -> Tensor:
         """Every pair counts the same: `[P]`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ def count_tokens(completions: Sequence[Completion]) -> Tensor:
     acts = [c.signals.get("high_entropy", mask) for c, mask in zip(completions, masks, strict=True)]
     pairs = (pair for mask, act in zip(masks, acts, strict=True) for pair in zip(mask, act, strict=True))
     return torch.tensor(sum(m * a for m, a in pairs), dtype=torch.float64)
+
+
+@runtime_checkable
+class HasEntropyBonus(Protocol):
+    """An algorithm with an entropy bonus; None: it has none now."""
+
+    entropy_bonus: EntropyBonus | None
 
 
 class BonusOfSteps:

@@ -127,11 +127,11 @@ class KTOTrainer(PreferenceTrainer):
         count = max(1, len(examples) // args.per_device_train_batch_size)
         sizes = [example.tokens for example in examples]
         total = torch.zeros(2, device=args.device)
-        groups = plan_micro_batches(sizes, count=count, token_budget=self.token_budget())
+        groups = plan_micro_batches(sizes, count=count, token_budget=self.micro_batch_budget())
         with evaluating(self.model_wrapped), self.compute_loss_context_manager():
             for k in range(self._most(len(groups))):
                 group = groups[min(k, len(groups) - 1)]
-                logratio = self._logratio(self.lay_out([examples[i] for i in group]).to(args.device))
+                logratio = self._logratio(self.collate([examples[i] for i in group]).to(args.device))
                 if k < len(groups):
                     total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
         summed, number = self._gather(total[None]).sum(0)

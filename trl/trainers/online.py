@@ -26,9 +26,8 @@ from transformers import PreTrainedModel
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
-from trl.models.reference import FrozenModel, Reference, make_reference, score_with_reference
-from trl.models.score import prepare_scoring, score, unwrap
-from trl.models.sharding import prepare_frozen
+from trl.models.reference import Reference, score_with_reference
+from trl.models.score import score
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
@@ -43,9 +42,9 @@ from trl.rollouts.experience import (
 )
 from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.base import EvalRows, Rows
-from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
+from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.preference import SyncRefModelCallback
+from trl.trainers.reference import reference_for, sync_callbacks
 from trl.trainers.sampling import SamplingTrainer
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
@@ -63,8 +62,9 @@ class OnlineTrainer(SamplingTrainer):
                                 not; a reward model, or the name of one
     train_dataset               rows with `prompt`, a text or a conversation; other columns go to the reward functions
     reward_processing_classes   tokenizers of the reward models
-    algorithm                   credit and loss; by default what the configuration describes
+    algorithm                   advantages and loss; by default what the configuration describes
     engine                      where samples come from; by default the model itself, in process
+    reference                   the reference policy, a model or its name; by default the model as it is given
 
     The other arguments are those of `BaseTrainer`.
     """
@@ -85,10 +85,12 @@ class OnlineTrainer(SamplingTrainer):
         *,
         algorithm: Algorithm | None = None,
         engine: RolloutEngine | None = None,
+        reference: str | nn.Module | None = None,
         **keywords: Any,
     ) -> None:
         self.algorithm = algorithm
         self.reference: Reference | None = None
+        self._given_reference = reference
         self.buffer: RolloutBuffer | None = None
         self.entropy_bonus: BonusOfSteps | None = None
         self._is_new_batch = True
@@ -131,25 +133,22 @@ class OnlineTrainer(SamplingTrainer):
             )
         if self.algorithm.needs_reference:
             self.reference = self._make_reference()
-        self.states.register("rounds", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
-        if self.algorithm.entropy_bonus is not None:
+            for callback in sync_callbacks(self.reference, self.args):
+                self.add_callback(callback)
+        elif self._given_reference is not None:
+            raise ConfigError(
+                f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
+            )
+        self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
+        self.states.register("algorithm", StateFunctions(self._algorithm_state, self._load_algorithm), optional=True)
+        if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
             self.states.register("entropy", self.entropy_bonus)
         self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
     def _make_reference(self) -> Reference:
-        reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
-        if isinstance(reference, FrozenModel):
-            prepare_scoring(unwrap(reference.model))
-            reference = FrozenModel(prepare_frozen(self.accelerator, reference.model))
-        if self.args.sync_ref_model:
-            if not isinstance(reference, FrozenModel):
-                raise ConfigError(
-                    "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares "
-                    "the model's: train without an adapter, or set sync_ref_model=False."
-                )
-            self.add_callback(SyncRefModelCallback(reference.model))
-        return reference
+        new = self._has_new_adapter
+        return reference_for(self.model, self._given_reference, self.args, self.accelerator, has_new_adapter=new)
 
     def get_train_dataloader(self) -> DataLoader:
         args, rank, world = self.args, self.args.process_index, self.args.world_size
@@ -190,7 +189,7 @@ class OnlineTrainer(SamplingTrainer):
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
         """What is learned from of a round, in `count` parts."""
-        return split_into_minibatches(examples, self.kept(groups, experience), count, self.token_budget())
+        return split_into_minibatches(examples, self.kept(groups, experience), count, self.micro_batch_budget())
 
     # ---- credit ----
 
@@ -201,25 +200,39 @@ class OnlineTrainer(SamplingTrainer):
         signals = {"old_logprobs": local.signals["sampler_logprobs"]}
         if wanted := self._wanted(mode):
             signals |= self.score_rollouts(examples, lambda batch: self._score_policy_and_reference(batch, wanted))
-        experience = self._with_advantages(local.with_signals(**signals))
+        experience = self.with_advantages(local.with_signals(**signals), mode)
         added = {name: values for name, values in experience.signals.items() if name != "sampler_logprobs"}
         return with_signals(examples, added), experience
 
-    def _with_advantages(self, local: Experience) -> Experience:
-        """The algorithm sees the round of all processes; its signals come back to each."""
-        return advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
+    def with_advantages(self, local: Experience, mode: str) -> Experience:
+        """The experience of this process with what the algorithm adds to that of all processes.
+
+        The algorithm follows a rollout batch that is trained on, and not one of an evaluation.
+        """
+        experience, everywhere = advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
+        if mode == "train":
+            self._replace_algorithm(self.algorithm.after_round(everywhere))
+        return experience
+
+    def _replace_algorithm(self, algorithm: Algorithm) -> None:
+        if not isinstance(algorithm, Algorithm):
+            raise ConfigError(
+                f"after_round of {type(self.algorithm).__name__} gave {algorithm!r}: it has to return the algorithm that "
+                "goes on, itself or another."
+            )
+        self.algorithm = algorithm
 
     @torch.no_grad()
     def score_rollouts(
-        self, examples: Sequence[Example], numbers: Callable[[Batch], Mapping[str, Tensor]]
+        self, examples: Sequence[Example], numbers: Callable[[Batch], Mapping[str, Tensor]], *, count: int = 1
     ) -> dict[str, Tensor]:
-        """Named `[N,C]` numbers of the round's completions, by `numbers(batch)`, a micro-batch at a time."""
-        groups = self._plan(examples, 1)
+        """Named `[N,C]` numbers of the examples' completions, by `numbers(batch)`, in at least `count` micro-batches."""
+        groups = self.plan(examples, count)
         first = offsets(examples)
         shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
         tables: dict[str, Tensor] = {}
         for group in groups + groups[-1:] * (self._most(len(groups)) - len(groups)):
-            batch = self.lay_out([examples[i] for i in group]).to(self.args.device)
+            batch = self.collate([examples[i] for i in group]).to(self.args.device)
             with self.compute_loss_context_manager():
                 found = numbers(batch)
             rows = torch.tensor([first[i] + j for i in group for j in range(len(examples[i].completions))])
@@ -231,7 +244,7 @@ class OnlineTrainer(SamplingTrainer):
     def _wanted(self, mode: str) -> set[str]:
         """Signals of a round that have to be measured, besides the sampler's log-probabilities."""
         args, algorithm = self.args, self.algorithm
-        doubted = args.recompute_old_logprobs or algorithm.correction is not None
+        doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs
         needed = {
             "ref_logprobs": self.reference is not None,
             "old_logprobs": mode == "train" and doubted and not args.is_on_policy,
@@ -276,9 +289,9 @@ class OnlineTrainer(SamplingTrainer):
         if on_policy:
             batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
         loss, metrics = self.algorithm.loss(scores, batch)
-        if on_policy or self._is_new_batch:
-            correction, sampler_logprobs = self.algorithm.correction or Correction(), batch.signals["sampler_logprobs"]
-            metrics |= mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, correction)
+        if "sampler_logprobs" in batch.signals and (on_policy or self._is_new_batch):
+            sampler_logprobs = batch.signals["sampler_logprobs"]
+            metrics = mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, Correction()) | metrics
         loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
         loss = loss * self._length_scale(batch)
         if "bonus_tokens" in batch.signals:
@@ -323,19 +336,25 @@ class OnlineTrainer(SamplingTrainer):
             self._gather_rewards(groups, experience)  # as the others do
         examples = without_signals(examples, ["old_logprobs"])
         (kept,) = self.minibatches(examples, groups, experience, 1)
-        self.evaluate_examples(model, kept, {}, filling=examples[:1])
+        self.evaluate_items(model, kept, {}, filling=examples[:1])
         return None, None, None
 
     # ---- checkpoints ----
 
+    def _algorithm_state(self) -> dict[str, Any]:
+        return self.algorithm.state_dict()
+
+    def _load_algorithm(self, state: Mapping[str, Any]) -> None:
+        self.algorithm.load_state_dict(state)
+
     def _buffer_state(self) -> dict[str, Any]:
         """Where sampling and training stand, and the samples that are still to be learned from."""
-        return {"rounds": self.buffer.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
+        return {"buffer": self.buffer.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
 
     def _load_buffer(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor, self.samplings["train"] = state["cursor"], state["samplings"]
         if not self.args.ignore_data_skip:
-            self.buffer.load_state(state["rounds"])
+            self.buffer.load_state(state["buffer"])
 
 
 def of_scored(metrics: Metrics, batch: Batch) -> Metrics:

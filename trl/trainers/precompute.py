@@ -111,7 +111,7 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
     examples = {i: decode(rows[i])[0] for i in mine}
     sizes = [examples[i].tokens for i in mine]
     count = -(-len(mine) // batch_size)
-    groups = plan_micro_batches(sizes, count=count, token_budget=trainer.token_budget())
+    groups = plan_micro_batches(sizes, count=count, token_budget=trainer.micro_batch_budget())
     found: dict[int, Logprobs] = {}
     progress = tqdm(total=len(mine), desc=f"Reference of {name}", unit="row", disable=trainer.args.disable_tqdm)
     with progress, evaluating(trainer.model):
@@ -124,7 +124,7 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
 
 
 def _logprobs(trainer: PreferenceTrainer, examples: list[Example]) -> list[Logprobs]:
-    batch = trainer.lay_out(examples).to(trainer.args.device)
+    batch = trainer.collate(examples).to(trainer.args.device)
     with trainer.compute_loss_context_manager():
         table = iter(trainer.reference.logprobs(trainer.model, batch).float().cpu())
     return [[next(table)[: len(c)].tolist() for c in example.completions] for example in examples]

@@ -10,27 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, DataError, unknown
-from trl.models.load import load_model
-from trl.models.reference import (
-    FrozenModel,
-    NamedAdapter,
-    Precomputed,
-    Reference,
-    make_reference,
-)
-from trl.models.score import prepare_scoring, unwrap
-from trl.models.sharding import prepare_frozen, shards
+from trl.models.reference import FrozenModel, NamedAdapter, Precomputed, Reference
+from trl.models.score import unwrap
 from trl.trainers.base import BaseTrainer, Rows
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.precompute import with_reference_logprobs
+from trl.trainers.reference import reference_for, sync_callbacks
 from trl.types import Batch
 
 
@@ -193,41 +185,24 @@ class PreferenceTrainer(BaseTrainer):
             )
         if self.needs_reference:
             self.reference = self._make_reference()
-            if self.args.sync_ref_model:
-                self._sync_reference()
+            for callback in sync_callbacks(self.reference, self.args):
+                self.add_callback(callback)
             self.keep_reference(self.reference, moves=self.args.sync_ref_model)
             if self.args.precompute_ref_log_probs:
                 self._precompute()
 
     def _make_reference(self) -> Reference:
-        if self.args.ref_adapter_name is not None:
-            return NamedAdapter(self.model.active_adapter, self.args.ref_adapter_name)
-        computed_once = self.args.precompute_ref_log_probs and not self.needs_online_reference
+        args = self.args
+        if args.ref_adapter_name is not None:
+            return NamedAdapter(self.model.active_adapter, args.ref_adapter_name)
+        computed_once = args.precompute_ref_log_probs and not self.needs_online_reference
         if self.ref_model is None and computed_once and not isinstance(self.model, PeftModel):
             return FrozenModel(self.model)
-        if self.ref_model is None:
-            reference = make_reference(self.model, has_new_adapter=self._has_new_adapter)
-        else:
-            reference = FrozenModel(self._given_ref_model())
-        if isinstance(reference, FrozenModel):
-            prepare_scoring(unwrap(reference.model))
-            self.ref_model = prepare_frozen(self.accelerator, reference.model)
-            return FrozenModel(self.ref_model)
+        loading = args.loading(args.ref_model_init_kwargs)
+        given, new = self.ref_model, self._has_new_adapter
+        reference = reference_for(self.model, given, args, self.accelerator, has_new_adapter=new, loading=loading)
+        self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
         return reference
-
-    def _given_ref_model(self) -> nn.Module:
-        model = self.ref_model
-        if isinstance(model, str):
-            model = load_model(model, **self.args.loading(self.args.ref_model_init_kwargs))
-        return model.requires_grad_(False).eval()
-
-    def _sync_reference(self) -> None:
-        if not isinstance(self.reference, FrozenModel) or isinstance(self.model, PeftModel):
-            raise ConfigError(
-                "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares the "
-                "model's: train without an adapter, or set sync_ref_model=False."
-            )
-        self.add_callback(SyncRefModelCallback(self.reference.model))
 
     def with_reference(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the signal `ref_logprobs [N,C]`."""
@@ -250,30 +225,6 @@ class PreferenceTrainer(BaseTrainer):
         keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
         self.reference = Precomputed(self.reference if keeps else None)
         self.ref_model = self.ref_model if keeps else None
-
-
-class SyncRefModelCallback(TrainerCallback):
-    """Moves the reference towards the policy, π_ref ← α π + (1 − α) π_ref, every so many steps.
-
-    TR-DPO, arXiv:2404.09656, Eq. 4; α and the steps are `ref_model_mixup_alpha` and `ref_model_sync_steps`.
-    """
-
-    def __init__(self, ref_model: nn.Module) -> None:
-        self.ref_model = ref_model
-
-    def on_step_end(
-        self, args: PreferenceConfig, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        if state.global_step % args.ref_model_sync_steps == 0:
-            mix(unwrap(self.ref_model), unwrap(model), args.ref_model_mixup_alpha)
-
-
-@torch.no_grad()
-def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Parameters of `reference` become α policy + (1 − α) reference, on each process those that it holds."""
-    trained = shards(policy)
-    for name, shard in shards(reference).items():
-        shard.lerp_(trained[name].to(shard.dtype), alpha)
 
 
 def check_prompts(encoded: Dataset, name: str) -> None:

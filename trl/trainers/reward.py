@@ -137,8 +137,8 @@ class RewardTrainer(BaseTrainer):
         self.kind = kind
         return encoded
 
-    def lay_out(self, examples: Sequence[Example]) -> Batch:
-        return self.lay_out_rows(examples)
+    def collate(self, items: Sequence[Example]) -> Batch:
+        return self.lay_out_rows(items)
 
     # ---- loss ----
 
@@ -160,12 +160,10 @@ class RewardTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
-    def evaluate_batch(
-        self, model: nn.Module, examples: Sequence[Example], statistics: Mapping[str, Tensor]
-    ) -> Metrics:
-        metrics = super().evaluate_batch(model, examples, statistics)
+    def evaluate_batch(self, model: nn.Module, items: Sequence[Example], statistics: Mapping[str, Tensor]) -> Metrics:
+        metrics = super().evaluate_batch(model, items, statistics)
         if self.kind in PAIRED and self.args.mistakes_shown:
-            self._judged.append((metrics["margin"], examples))
+            self._judged.append((metrics["margin"], items))
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -172,7 +172,7 @@ class SFTTrainer(BaseTrainer):
         if self.compute_metrics is None or prediction_loss_only:
             return None, None, None
         rows = examples_of(inputs, source="get_eval_dataloader")
-        batch = self.lay_out(rows) if unwrap(model).config.is_encoder_decoder else lay_out(rows, "padded")
+        batch = self.collate(rows) if unwrap(model).config.is_encoder_decoder else lay_out(rows, "padded")
         with self.compute_loss_context_manager():
             return None, *predictions(model, batch.to(self.args.device))
 

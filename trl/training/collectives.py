@@ -1,9 +1,9 @@
-"""A round over several processes: each samples and rewards whole groups of its own, and all of them give credit together.
+"""What several processes do together: advantages over all of their rollouts, and gathering of rows and objects.
 
-    experience of this process ──gather──▶ of the round ──algorithm.advantages──▶ signals ──▶ this process's part
+    experience of this process ──gather──▶ of all ──algorithm.advantages──▶ signals ──▶ this process's part
 
-So what an algorithm measures over a round (normalised advantages, a quantile of entropies) does not depend on how many
-processes sampled it.
+So what an algorithm measures over a rollout batch (normalised advantages, a quantile of entropies) does not depend on how
+many processes sampled it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from trl.types import Experience
 
 def advantages_over_ranks(
     local: Experience, advantages: Callable[[Experience], Experience], accelerator: Accelerator
-) -> Experience:
-    """The experience of this process with signals that `advantages` makes of that of all processes."""
+) -> tuple[Experience, Experience]:
+    """The experience of this process, and that of all processes, with the signals that `advantages` adds to the latter."""
     if accelerator.num_processes == 1:
-        return advantages(local)
+        found = advantages(local)
+        return found, found
     whole, start = gather_experience(local, accelerator)
-    found = advantages(whole).signals
+    whole = advantages(whole)
     rows, width = slice(start, start + len(local.rewards)), local.mask.shape[1]
-    return local.with_signals(**{name: v[rows] if v.dim() == 1 else v[rows, :width] for name, v in found.items()})
+    own = {name: v[rows] if v.dim() == 1 else v[rows, :width] for name, v in whole.signals.items()}
+    return local.with_signals(**own), whole
 
 
 def gather_experience(local: Experience, accelerator: Accelerator) -> tuple[Experience, int]:

@@ -10,27 +10,19 @@ into the gradient by `propagate_nonfinite`. So a step costs the reading of one n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 
-from trl.data.encode import decode
 from trl.errors import TrlError
-from trl.types import Batch, Example
-
-if TYPE_CHECKING:
-    from trl.trainers.base import BaseTrainer
-    from trl.training.metrics import Mark
+from trl.training.metrics import Mark
+from trl.types import StepBatch
 
 SHOWN = 5
 """Rows that an error names."""
-WIDTH = 60
-"""Characters of a row that it shows."""
 
 
 class NonFiniteError(TrlError):
@@ -46,13 +38,13 @@ def propagate_nonfinite(loss: Tensor) -> Tensor:
 class Window:
     """What a step is taken on, and what to go back to if it is skipped.
 
-    groups   the examples of each micro-batch
+    groups   the items of each micro-batch
     loss     the loss logged so far
     mark     the metrics so far
     """
 
-    groups: Sequence[Sequence[Example]]
-    batches: Sequence[Batch]
+    groups: Sequence[Sequence[Any]]
+    batches: Sequence[StepBatch]
     loss: Tensor
     mark: Mark
 
@@ -93,58 +85,45 @@ def is_finite(norm: Tensor | float | None) -> bool:
     return norm is None or 0 <= float(norm) < math.inf
 
 
-def accept_step(trainer: BaseTrainer, model: nn.Module, norm: Tensor | float | None, window: Window) -> bool:
-    """Count the step, and drop its gradients if their norm is not finite, so that the optimizer changes nothing.
-
-    Raises NonFiniteError where so many steps in a row were skipped that nothing else is to be expected.
-    """
-    finite = is_finite(norm)
-    trainer.steps.add(skipped=not finite)
-    if finite:
-        return True
-    trainer.rollback_metrics()
-    if _ends_run(trainer):
-        raise explain(trainer, window, trainer.steps.in_a_row)
-    if trainer.accelerator.scaler is None:  # the scaler of float16 skips by itself, and learns from it
-        model.zero_grad(set_to_none=True)
-    return False
+# ---- the items behind it ----
 
 
-def accept_triplet_step(trainer: BaseTrainer, norm: Tensor | float | None, rows: Sequence[int]) -> bool:
-    """Count an optimizer step on the triplets `rows` of a batch, and say whether it is to be taken.
+@torch.no_grad()
+def items_with_bad_losses(window: Window, losses: Callable[[StepBatch], Tensor]) -> list[Any]:
+    """Items whose loss is not finite; `losses(batch)` on the host. Every process does as many forward passes."""
+    bad: list[Any] = []
+    for k, batch in enumerate(window.batches):
+        loss = losses(batch)
+        if k < len(window.groups):  # the other batches are dummies
+            rows = ~(loss * batch.weight).flatten(1).isfinite().all(1) if loss.dim() > 1 else ~loss.isfinite()
+            numbers = batch.example[:: len(batch.example) // len(rows)]
+            bad += [window.groups[k][i] for i in sorted(set(numbers[rows].tolist()))]
+    return bad
 
-    Raises NonFiniteError where so many in a row are not.
-    """
-    finite = is_finite(norm)
-    trainer.steps.add(skipped=not finite)
-    if not finite and _ends_run(trainer):
-        raise NonFiniteError(
-            f"The loss or its gradient was not finite in {trainer.steps.in_a_row} optimizer steps in a row, and "
-            f"max_skipped_steps={trainer.args.max_skipped_steps}. The last of them was on the triplets "
-            f"{', '.join(map(str, rows))} of this batch: look at their scores, and at the learning rate. Nothing was "
-            "learned from these steps."
+
+def items_with_bad_gradients(
+    window: Window, loss: Callable[[Any, StepBatch], Tensor], trained: Sequence[nn.Parameter]
+) -> list[Any]:
+    """Items whose gradient alone is not finite: that of `loss(item, its batch)` by the parameters `trained`."""
+    if not trained:
+        return []
+    return [
+        item
+        for group, batch in zip(window.groups, window.batches, strict=False)
+        for item in group
+        if not all(
+            gradient is None or gradient.isfinite().all()
+            for gradient in torch.autograd.grad(loss(item, batch), trained, allow_unused=True)
         )
-    return finite
+    ]
 
 
-def _ends_run(trainer: BaseTrainer) -> bool:
-    if trainer.is_deepspeed_enabled and not trainer.args.fp16:  # has taken the step by now
-        return True
-    scaler, most = trainer.accelerator.scaler, trainer.args.max_skipped_steps
-    still_looking = scaler is not None and scaler.get_scale() > 1
-    return most is not None and trainer.steps.in_a_row >= most and not still_looking
+def nonfinite_error(rows: Sequence[str], what: str, *, in_a_row: int, step: int, limit: int | None) -> NonFiniteError:
+    """The error that ends a run in `step`, after so many steps `in_a_row` whose `what` (loss or gradient) is not finite.
 
-
-# ---- the rows behind it ----
-
-
-def explain(trainer: BaseTrainer, window: Window, steps: int) -> NonFiniteError:
-    """The error that ends a run after so many `steps` in a row; every process takes part, and names its rows."""
-    bad, what = _bad_losses(trainer, window), "loss"
-    if not _anywhere(trainer, bool(bad)):
-        bad, what = _bad_gradients(trainer, window), "gradient"
-    rows = list(_described(trainer, bad))
-    rows = gather_object(rows) if trainer.accelerator.num_processes > 1 else rows
+    rows    the items of the last of them that are to blame, in words
+    limit   the option max_skipped_steps
+    """
     more = f", and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     named = (
         f"Rows of the last of them whose {what} is not finite: {'; '.join(rows[:SHOWN])}{more}."
@@ -152,73 +131,8 @@ def explain(trainer: BaseTrainer, window: Window, steps: int) -> NonFiniteError:
         else "No single row of the last of them is to blame: its rows are finite one by one."
     )
     return NonFiniteError(
-        f"The loss or its gradient was not finite in {steps} step{'s' * (steps > 1)} in a row, the last of them step "
-        f"{trainer.state.global_step + 1}; max_skipped_steps={trainer.args.max_skipped_steps} ends the run here. {named} "
+        f"The loss or its gradient was not finite in {in_a_row} step{'s' * (in_a_row > 1)} in a row, the last of them step "
+        f"{step}; max_skipped_steps={limit} ends the run here. {named} "
         "Nothing was learned from these steps, and the last checkpoint is as it was. Look at the rows, or lower "
         "learning_rate or max_grad_norm, and go on from there."
     )
-
-
-def _anywhere(trainer: BaseTrainer, found: bool) -> bool:
-    return any(gather_object([found])) if trainer.accelerator.num_processes > 1 else found
-
-
-@torch.no_grad()
-def _bad_losses(trainer: BaseTrainer, window: Window) -> list[Example]:
-    """Examples whose loss is not finite. Every process does as many forward passes."""
-    bad: list[Example] = []
-    for k, batch in enumerate(window.batches):
-        batch = batch.to(trainer.args.device)
-        with trainer.compute_loss_context_manager():
-            loss, _ = trainer.loss(trainer.model_wrapped, batch)
-        if k < len(window.groups):
-            rows = ~(loss * batch.weight).flatten(1).isfinite().all(1) if loss.dim() > 1 else ~loss.isfinite()
-            numbers = batch.example[:: len(batch.example) // len(rows)]
-            bad += [window.groups[k][i] for i in sorted(set(numbers[rows].tolist()))]
-    return bad
-
-
-def _bad_gradients(trainer: BaseTrainer, window: Window) -> list[Example]:
-    """Examples whose gradient alone is not finite; unknown for sharded models, whose processes go together."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return []
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    bad = []
-    for group, batch in zip(window.groups, window.batches, strict=False):  # the other batches are fillers
-        for example in group:
-            alone = trainer.lay_out([example])
-            of_the_window = {
-                k: v[:1].expand(len(alone.mask)) for k, v in batch.signals.items() if k not in alone.signals
-            }
-            alone = replace(alone, signals={**alone.signals, **of_the_window}).to(trainer.args.device)
-            with trainer.compute_loss_context_manager():
-                loss, _ = trainer.loss(trainer.model, alone)
-            found = torch.autograd.grad((loss * trainer.weights(alone)).sum(), parameters, allow_unused=True)
-            if not all(gradient is None or gradient.isfinite().all() for gradient in found):
-                bad.append(example)
-    return bad
-
-
-def _described(trainer: BaseTrainer, examples: Sequence[Example]) -> Iterator[str]:
-    numbers = row_numbers(trainer.train_dataset, examples[:SHOWN])
-    for example, number in zip(examples, [*numbers, *[None] * (len(examples) - len(numbers))], strict=True):
-        text = trainer.tokenizer.decode([*example.prompt, *example.completions[0].ids])
-        place = "" if number is None else f"train_dataset[{number}] "
-        yield f"{place}{text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'!r}"
-
-
-def row_numbers(rows: Any, examples: Sequence[Example]) -> list[int | None]:
-    """Where examples are in the encoded rows; None for those that are not, as samples and rows of a stream."""
-    if not isinstance(rows, Dataset) or not {"completion_ids", "seq_lengths"} & set(rows.column_names):
-        return [None] * len(examples)
-    wanted = {_key(example): i for i, example in enumerate(examples)}
-    found: list[int | None] = [None] * len(examples)
-    for number, row in enumerate(rows):
-        for example in decode(row):
-            if (i := wanted.get(_key(example))) is not None and found[i] is None:
-                found[i] = number
-    return found
-
-
-def _key(example: Example) -> tuple:
-    return tuple(example.prompt), tuple(tuple(c.ids) for c in example.completions)

@@ -1,12 +1,12 @@
-"""Which engine trains in several processes: DDP, FSDP2 or DeepSpeed ZeRO, and what CPUs have to be told about it.
+"""How several processes train together: DDP, FSDP2 or DeepSpeed ZeRO, and what CPUs have to be told about it.
 
-A launcher names the engine by environment variables: `trl … --accelerate_config`, `accelerate launch`, or torchrun with
+A launcher names the kind of parallelism by environment variables: `trl … --accelerate_config`, `accelerate launch`, or torchrun with
 the variables of accelerate. accelerate follows them beside an accelerator only. On CPUs an FSDP configuration would
 silently run DDP, and under DeepSpeed, or without `use_cpu`, every process would take itself for the only one. So here,
 and nowhere else:
 
     processes on CPUs talk over gloo, no wait is longer than `ddp_timeout`, and they end in peace
-    the engine that was asked for is the one that runs, with all processes that were started, or there is an error
+    the parallelism that was asked for is the one that runs, with all processes that were started, or there is an error
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from trl.errors import ConfigError
 
@@ -32,7 +32,7 @@ SHARDING = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
 }
-"""Environment variable of a launcher → the engine that it asks for."""
+"""Environment variable of a launcher → the parallelism that it asks for."""
 
 LOST = {
     "timed out": "one of them did not come within ddp_timeout={limit} s. It hangs, or has more to do than this one",
@@ -42,7 +42,7 @@ LOST = {
 
 
 def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
-    """The engine that shards, by the launcher or the arguments `fsdp` and `deepspeed`; None for one process or DDP."""
+    """The parallelism that shards, by the launcher or the arguments `fsdp` and `deepspeed`; None for one process or DDP."""
     if args.deepspeed:
         return DistributedType.DEEPSPEED
     if args.fsdp:
@@ -52,7 +52,7 @@ def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
 
 @contextmanager
 def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
-    """Let the processes of a launch find each other, and their engine, where there is no accelerator.
+    """Let the processes of a launch find each other, and their parallelism, where there is no accelerator.
 
     Options are read within. Nothing changes for a single process, or where there are accelerators.
     """
@@ -72,7 +72,7 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
     if sharding_asked_for(args) == DistributedType.DEEPSPEED:
         _spare_compiling()
     plain = PartialState._prepare_backend
-    # What accelerate takes for accelerators that talk is what it lets engines shard over.
+    # What accelerate takes for accelerators that talk is what it lets shard.
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     try:
         yield
@@ -107,8 +107,8 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
-def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raise ConfigError where another engine runs than was asked for, or FSDP 1."""
+def check_parallelism(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raise ConfigError where another parallelism runs than was asked for, or FSDP 1."""
     asked, runs = sharding_asked_for(args), accelerator.distributed_type
     if asked is not None and runs != asked:
         raise ConfigError(
@@ -138,7 +138,7 @@ def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: i
 
 
 @contextmanager
-def explain_waits(trainer: Trainer) -> Iterator[None]:
+def explain_waits(args: TrainingArguments, state: TrainerState) -> Iterator[None]:
     """Say of a wait for other processes that came to nothing who waited, when, and where to look."""
     try:
         yield
@@ -146,10 +146,9 @@ def explain_waits(trainer: Trainer) -> Iterator[None]:
         reason = next((reason for words, reason in LOST.items() if words in str(error).lower()), None)
         if reason is None:
             raise
-        args = trainer.args
         raise RuntimeError(
             f"Process {args.process_index} of {args.world_size} waited for the others in step "
-            f"{trainer.state.global_step + 1}: {reason.format(limit=args.ddp_timeout)}."
+            f"{state.global_step + 1}: {reason.format(limit=args.ddp_timeout)}."
         ) from error
 
 

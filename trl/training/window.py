@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trl.types import Batch
+from trl.types import StepBatch
 
 
 def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | None = None) -> list[list[int]]:
@@ -43,12 +43,12 @@ def _even(order: list[int], count: int) -> list[list[int]]:
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def split_into_slots(batches: Sequence[Batch], slots: int) -> list[list[Batch]]:
+def split_into_slots(batches: Sequence[StepBatch], slots: int) -> list[list[StepBatch]]:
     """Deal micro-batches to the `slots` that the training loop counts, in order; each has at least one."""
     return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
 
 
-def with_signals(batches: Sequence[Batch], statistics: Mapping[str, Tensor]) -> list[Batch]:
+def with_statistics(batches: Sequence[StepBatch], statistics: Mapping[str, Tensor]) -> list[StepBatch]:
     """The batches with scalars of the whole window as signals `[N]`."""
     if not statistics:
         return list(batches)
@@ -58,17 +58,16 @@ def with_signals(batches: Sequence[Batch], statistics: Mapping[str, Tensor]) -> 
     ]
 
 
-def dummy_batch(batch: Batch) -> Batch:
+def dummy_batch(batch: StepBatch) -> StepBatch:
     """A batch that takes part in forward and backward and changes nothing: every process has to take part equally."""
-    nothing = batch.scored[:0]
-    return replace(batch, mask=batch.mask * 0, scored=nothing, weight=batch.weight * 0, tokens=0)
+    return replace(batch.masked_out(), weight=batch.weight * 0, tokens=0)
 
 
 def normalize_weights(
-    batches: Sequence[Batch],
-    weights: Callable[[Batch], Tensor],
+    batches: Sequence[StepBatch],
+    weights: Callable[[StepBatch], Tensor],
     sum_over_processes: Callable[[Tensor], Tensor],
-) -> tuple[list[Batch], int]:
+) -> tuple[list[StepBatch], int]:
     """The batches with `weight` filled in so that the weights of the window sum to 1, and the window's tokens.
 
     `weights(batch)` are unnormalised. `sum_over_processes` is called once, with a vector.

@@ -142,15 +142,6 @@ class PPOConfig(PPOOptions, OnlineConfig):
     ratio_threshold: float = 10
     """Mini-batches whose mean probability ratio is above this are skipped."""
 
-    use_score_scaling: bool = False
-    """Divide scores by their running standard deviation."""
-
-    use_score_norm: bool = False
-    """Subtract the scores' running mean as well; needs `use_score_scaling`."""
-
-    score_clip: float | None = None
-    """Clip scores, after scaling, to ± this."""
-
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero, so that ratios come from training alone."""
 

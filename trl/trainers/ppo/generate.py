@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from trl.errors import ConfigError, DataError, suggest
-from trl.rollouts.engine import Prompt
-from trl.rollouts.local import LocalEngine
+from trl.rollouts.engine import Prompt, RolloutEngine
 from trl.rollouts.sampling import SamplingParams
 
 DEFAULT_LENGTH = 20
@@ -60,14 +59,20 @@ def sampling_params(
 
 
 def sample(
-    engine: LocalEngine, model: nn.Module, prompts: Sequence[Prompt], params: SamplingParams, batch_size: int | None
+    engine: RolloutEngine,
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    batch_size: int | None,
+    *,
+    step: int,
 ) -> list[list[int]]:
-    """Token ids of one response each; at most `batch_size` at a time."""
+    """Token ids of one response each, of `model` as it is at `step`; at most `batch_size` at a time."""
     size = batch_size or max(1, len(prompts))
-    engine.sync(model, step=0)
+    engine.sync(model, step)
     found = []
     for start in range(0, len(prompts), size):
-        rollouts = engine.generate(prompts[start : start + size], params)
+        rollouts = engine.generate(prompts[start : start + size], params, 1)
         found += [list(rollout.ids) for (rollout,) in rollouts]
     return found
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from trl.ops.reduce import masked_mean
-from trl.trainers.ppo.triplets import Triplet
-from trl.training.metrics import Meter
-from trl.types import Batch, Experience, Metrics
+from trl.types import Example, Experience
 
 
 class Stopwatch:
@@ -35,21 +33,19 @@ class Stopwatch:
 
 
 class Record:
-    """What the mini-batches of a step have shown."""
+    """Probability ratios of the minibatches of a step, and which of them were learned from."""
 
     def __init__(self) -> None:
-        self.meter = Meter()
         self.ratios: list[Tensor] = []
         self.kept: list[Tensor] = []
 
-    def add(self, metrics: Metrics, batch: Batch, kept: Tensor) -> None:
-        """Count a mini-batch; `kept` says whether it was learned from."""
-        self.meter.add(metrics, batch)
-        self.ratios.append(metrics["policy/ratio"][batch.mask.bool()])
+    def add(self, ratio: Tensor, mask: Tensor, kept: Tensor) -> None:
+        """Count a minibatch with this ratio `[N,C]`; `kept` says whether it was learned from."""
+        self.ratios.append(ratio[mask.bool()])
         self.kept.append(kept)
 
-    def read(self, gather: Callable[[Tensor], Tensor], device: torch.device, *, threshold: float) -> dict[str, float]:
-        """Means over tokens and processes; warns of mini-batches that were skipped."""
+    def warn_of_skipped(self, threshold: float) -> None:
+        """Warn of minibatches that were skipped."""
         skipped = len(self.kept) - int(torch.stack(self.kept).sum())
         if skipped:
             warnings.warn(
@@ -58,12 +54,12 @@ class Record:
                 "learning_rate or ppo_epochs.",
                 stacklevel=4,
             )
-        return self.meter.read(gather, device)
 
 
-def rollout_means(experience: Experience, scores: Tensor, coefficient: float) -> dict[str, Tensor]:
+def rollout_means(experience: Experience, coefficient: float) -> dict[str, Tensor]:
     """Means over the batch, of quantities known before anything is learned from it."""
     mask, signals = experience.mask, experience.signals
+    scores = signals["scores"]
     non_score = -coefficient * signals["kl"]
     value_mean, value_var = _moments(signals["values"], mask)
     return_mean, return_var = _moments(signals["returns"], mask)
@@ -80,17 +76,33 @@ def rollout_means(experience: Experience, scores: Tensor, coefficient: float) ->
     }
 
 
+TRAINED = (
+    "policy/entropy",
+    "policy/approxkl",
+    "policy/policykl",
+    "policy/clipfrac",
+    "policy/advantages_mean",
+    "val/vpred",
+    "val/error",
+    "val/clipfrac",
+    "loss/policy",
+    "loss/value",
+    "loss/total",
+)
+"""Metrics of `trl.algorithms.ppo` that a step reports; NaN where every optimizer step was skipped."""
+
+
 def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     mean = masked_mean(x, mask)
     return mean, ((x - mean).square() * mask).sum() / (mask.sum() - 1).clamp(min=1)
 
 
-def token_counts(triplets: Sequence[Triplet]) -> dict[str, Any]:
+def token_counts(examples: Sequence[Example]) -> dict[str, Any]:
     """Lengths of queries and responses."""
     found: dict[str, Any] = {}
     for name, lengths in (
-        ("queries", [len(triplet.query) for triplet in triplets]),
-        ("responses", [len(triplet.response) for triplet in triplets]),
+        ("queries", [len(example.prompt) for example in examples]),
+        ("responses", [len(example.completions[0]) for example in examples]),
     ):
         dist = np.array(lengths, dtype=np.float32)
         found |= {
@@ -115,7 +127,7 @@ def distributions(experience: Experience, ratios: Sequence[Tensor]) -> dict[str,
 
 def training_means(found: Mapping[str, float], returns_var: float) -> dict[str, float]:
     """The meter's means under their reported names, and how much of the returns' variance the values explain."""
-    means = {f"ppo/{name}": value for name, value in found.items() if name != "policy/ratio"}
+    means = {f"ppo/{name}": found.get(name, float("nan")) for name in TRAINED}
     explained = 1 - means["ppo/val/error"] / returns_var if returns_var > 0 else float("nan")
     return {**means, "ppo/val/var_explained": explained}
 

@@ -2,60 +2,78 @@
 
     rollout        the model continues a query
     evaluation     a function, a model or a person gives one number per query and response
-    optimisation   credit per token, and several epochs of clipped losses; see `trl.algorithms.ppo`
+    optimisation   advantages per token, and several epochs of clipped losses; see `trl.algorithms.ppo`
 
 trainer = PPOTrainer(config, model, ref_model, tokenizer);  trainer.step([query], [response], [score])
 PPOTrainer(args=config, model=model, reward_funcs=positive, train_dataset=prompts).train()
+
+Both ways are one loop: what `train` samples and rewards, and what is given to `step`, become an experience from which the
+algorithm computes advantages, and minibatches that `optimizer_step` or the loop of `transformers` learns from.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
-from trl.algorithms.moments import RunningMoments
+from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
 from trl.models.layouts import why_not
-from trl.models.load import load_model, with_adapters
 from trl.models.patching import evaluating
-from trl.models.reference import (
-    Reference,
-    SnapshotReference,
-    create_reference_model,
-    frozen_reference,
-    make_reference,
-)
-from trl.models.score import score, unwrap
-from trl.models.sharding import prepare_frozen
-from trl.models.value_heads.auto_models import (
-    AutoModelForCausalLMWithValueHead,
-    AutoModelForSeq2SeqLMWithValueHead,
-    WithValueHead,
-    with_value_head,
-)
-from trl.models.value_heads.heads import ValueBranch, ValueModel
+from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
+from trl.models.score import score, score_logits, unwrap
+from trl.models.value_heads.auto_models import WithValueHead
+from trl.models.value_heads.heads import ValueModel
 from trl.models.value_heads.storage import VALUE_MODEL, stored_head, without_copies
 from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
-from trl.rollouts.experience import Group, with_signals
+from trl.rollouts.engine import RolloutEngine
+from trl.rollouts.experience import Group, experience_of, with_signals
+from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
-from trl.trainers.ppo.steps import TripletSteps
-from trl.trainers.preference import SyncRefModelCallback
-from trl.training.state import StateFunctions
+from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
+from trl.trainers.ppo.model import load_with_value_head, policy_with_value
+from trl.trainers.ppo.statistics import (
+    Record,
+    Stopwatch,
+    distributions,
+    environment,
+    mean_over_processes,
+    rollout_means,
+    token_counts,
+    training_means,
+)
+from trl.trainers.ppo.tracking import log_table, start_trackers
+from trl.trainers.ppo.triplets import (
+    adjacent_by_prompt,
+    merge_neighbours,
+    prompt_numbers,
+    read_scores,
+    read_triplets,
+)
+from trl.trainers.reference import reference_for
+from trl.training.nonfinite import NonFiniteError
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
 logger = logging.getLogger(__name__)
+
+LOWEST_KL = -1.0
+"""Mean KL of a batch below which its responses cannot well have been sampled from the policy as it is."""
 
 
 def no_rewards(**_: Any) -> list[float]:
@@ -63,7 +81,7 @@ def no_rewards(**_: Any) -> list[float]:
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
-class PPOTrainer(TripletSteps):
+class PPOTrainer(OnlineTrainer):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
     config             a `PPOConfig`; `args` is the same
@@ -82,6 +100,9 @@ class PPOTrainer(TripletSteps):
     """
 
     config_class = PPOConfig
+    algorithm: PPO
+    engine: RolloutEngine
+    reference: Reference
 
     def __init__(
         self,
@@ -121,29 +142,32 @@ class PPOTrainer(TripletSteps):
             rewards.read_with(self.tokenizer)
         if self.optimizer is not None:
             self._train_new_head(self.optimizer)
-        self.prepare_steps(dataset, data_collator)
-        self.states.register("kl_and_rewards", StateFunctions(self._running_state, self._load_running))
-        if self.train_dataset is None and self.optimizer is None:
+        elif self.train_dataset is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
+        self.best_score = float("-inf")
+        self.dataset, self.dataloader = dataset, self._make_loader(dataset, data_collator)
+        self._is_prepared = False
+        self._policykl = torch.zeros(())
+        self._record: Record | None = None
+        self._triplets: Sequence[int] = ()
+        start_trackers(self.args, self.accelerator)
+
+    def _make_loader(self, dataset: Dataset | None, data_collator: Callable | None) -> Any:
+        if dataset is None:
+            return None
+        size = self.args.batch_size
+        loader = DataLoader(dataset, batch_size=size, collate_fn=data_collator, shuffle=True, drop_last=True)
+        return self.accelerator.prepare_data_loader(loader)
 
     # ---- model and reference ----
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         if isinstance(model, str):
-            model = self._load(model, quantization_config)
+            model = load_with_value_head(model, self.args, quantization_config)
+            self.args.model_init_kwargs = None
         given_head = model.v_head if isinstance(model, WithValueHead) else None
-        if isinstance(model, WithValueHead):
-            model.pretrained_model = with_adapters(model.pretrained_model, peft_config)
-        else:
-            model = with_value_head(with_adapters(model, peft_config))
-            if self.value_model is None:
-                logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
-        if self.value_model is not None:
-            model.v_head = self._value_head(self.value_model)
-        elif self.args.num_value_layers and not isinstance(model.v_head, ValueBranch):
-            model.branch(self.args.num_value_layers)
+        model = policy_with_value(model, self.value_model, self.args, peft_config)
         self._has_new_head = model.v_head is not given_head
-        model.has_new_adapter = model.has_new_adapter or peft_config is not None
         return super()._resolve_model(model, None, None)
 
     def _train_new_head(self, optimizer: torch.optim.Optimizer) -> None:
@@ -152,15 +176,8 @@ class PPOTrainer(TripletSteps):
         if self._has_new_head:
             optimizer.param_groups[0]["params"] += [p for p in self.model.v_head.parameters() if id(p) not in known]
 
-    def _value_head(self, given: str | nn.Module) -> ValueModel:
-        """A value head on the network of its own that was given."""
-        if isinstance(given, WithValueHead):
-            return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
-        if isinstance(given, str):
-            whole = AutoConfig.from_pretrained(given, **self.args.loading()).is_encoder_decoder
-            kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
-            given = load_model(given, **self.args.loading(), **kind)
-        return ValueModel.of(given)
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def prepare_model(self) -> None:
         super().prepare_model()
@@ -186,52 +203,75 @@ class PPOTrainer(TripletSteps):
     def _value_of(model: nn.Module, batch: Batch) -> Tensor:
         return score(model, batch, want={"value"}).value
 
-    def _load(self, name: str, quantization_config: Any) -> WithValueHead:
-        args = self.args
-        kwargs = args.loading(args.model_init_kwargs)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        args.model_init_kwargs = None
-        config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"])
-        kinds = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
-        return kinds[config.is_encoder_decoder].from_pretrained(name, **kwargs)
-
     def _make_reference(self) -> Reference:
-        inner = self.model.pretrained_model
+        inner, new = self.model.pretrained_model, self.model.has_new_adapter
         if self.num_shared_layers is not None and (self.ref_model is not None or isinstance(inner, PeftModel)):
             raise ConfigError(
                 f"num_shared_layers={self.num_shared_layers} is for a reference that the trainer makes by copying: with "
                 "a ref_model, make that with create_reference_model(model, num_shared_layers); with an adapter, the "
                 "reference shares all layers already."
             )
-        if self.ref_model is None and isinstance(inner, PeftModel):
-            if self.args.sync_ref_model:
-                raise ConfigError(
-                    "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares "
-                    "the model's: give a ref_model, or set sync_ref_model=False."
-                )
-            reference = make_reference(inner, has_new_adapter=self.model.has_new_adapter)
-            return SnapshotReference.of(self.model) if isinstance(reference, SnapshotReference) else reference
-        self.ref_model = prepare_frozen(self.accelerator, self._frozen_model(inner))
-        if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(self.ref_model))
-        return frozen_reference(inner, self.ref_model)
-
-    def _frozen_model(self, policy: PreTrainedModel) -> nn.Module:
-        """The reference model: the one that was given, or a copy of the policy."""
-        if self.ref_model is None:
-            model = create_reference_model(policy, self.num_shared_layers)
-        elif isinstance(self.ref_model, str):
-            model = load_model(self.ref_model, **self.args.loading())
-        else:
-            model = self.ref_model
-        return model.requires_grad_(False).eval()
+        copy = partial(create_reference_model, num_shared_layers=self.num_shared_layers)
+        reference = reference_for(inner, self.ref_model, self.args, self.accelerator, has_new_adapter=new, copy=copy)
+        if isinstance(reference, SnapshotReference):
+            return SnapshotReference.of(self.model)
+        self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
+        return reference
 
     @property
     def current_device(self) -> torch.device:
         return self.accelerator.device
 
-    # ---- the whole loop ----
+    # ---- rollout ----
+
+    @torch.no_grad()
+    def generate(
+        self,
+        query_tensor: Tensor | Sequence[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int | None = None,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Sample a response to every query, as `model.generate` would with these options.
+
+        A list of 1-D queries gives a list of 1-D tensors, each cut after its first end-of-sequence token; a 1-D query
+        gives `[1,L]`. Responses begin with their query unless `return_prompt` is false, or with the decoder's start
+        token in an encoder-decoder. `length_sampler` draws each one's new tokens. `batch_size` bounds how many are
+        sampled at a time (None: as many as fit). With `generate_ref_response` a pair: of the model and the reference.
+        """
+        queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
+        prompts = prompts_of(queries, length_sampler)
+        defaults, drawn = unwrap(self.model).generation_config, length_sampler is not None
+        params = sampling_params(defaults, generation_kwargs, sampled_length=drawn)
+        starts = self._starts(queries, return_prompt)
+
+        def respond(model: nn.Module) -> Any:
+            with self.compute_loss_context_manager():
+                responses = sample(self.engine, model, prompts, params, batch_size, step=self.state.global_step)
+            if isinstance(query_tensor, Sequence):
+                responses = [untrimmed(ids, self.tokenizer.eos_token_id) for ids in responses]
+            found = [
+                torch.tensor([*start, *ids], device=self.current_device)
+                for start, ids in zip(starts, responses, strict=True)
+            ]
+            return found[0][None] if isinstance(query_tensor, Tensor) else found
+
+        responses = respond(self.model_wrapped)
+        if not generate_ref_response:
+            return responses
+        with self.reference.as_model(self.model_wrapped) as reference:
+            return responses, respond(reference)
+
+    def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
+        """What each returned sequence begins with."""
+        config = unwrap(self.model).config
+        if config.is_encoder_decoder:
+            return [[config.decoder_start_token_id]] * len(queries)
+        return [query.tolist() if return_prompt else [] for query in queries]
+
+    # ---- the loop over prompts ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Sample, reward, learn, as `args` say; see `transformers.Trainer.train`."""
@@ -249,63 +289,219 @@ class PPOTrainer(TripletSteps):
         return super().train(*args, **kwargs)
 
     def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
-        moments = self.moments
-        examples, experience = super().compute_advantages(self._with_full_kl(groups), mode)
-        if mode != "train":
-            self.moments = moments
-            return examples, experience
-        kl = (experience.signals["kl"] * experience.mask).sum(1)
-        self.meters[mode].add({"kl": kl})
-        self._count("kl_coef", self.algorithm.controller.coefficient, 1)
-        self.algorithm = self.algorithm.after(self._gather(kl.to(self.args.device)).mean().item(), self._round_size(kl))
+        coefficient = self.algorithm.controller.coefficient
+        examples, experience = super().compute_advantages(groups, mode)
+        if mode == "train":
+            self.meters[mode].add({"kl": (experience.signals["kl"] * experience.mask).sum(1)})
+            self._count("kl_coef", coefficient, 1)
         return examples, experience
-
-    def _round_size(self, completions: Tensor) -> int:
-        return len(completions) * self.accelerator.num_processes
-
-    def _with_full_kl(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """The groups with the signal `full_kl`, where the penalty is that."""
-        if self.args.kl_penalty != "full":
-            return groups
-        examples = [group.example for group in groups]
-        found = with_signals(examples, self.score_rollouts(examples, self._divergence))
-        return [replace(group, example=example) for group, example in zip(groups, found, strict=True)]
-
-    def _divergence(self, batch: Batch) -> dict[str, Tensor]:
-        return {"full_kl": self.full_kl(self.model_wrapped, batch)}
-
-    def _with_advantages(self, local: Experience) -> Experience:
-        """Credit from the rewards as they are scaled and clipped; 0 where no reward function applied."""
-        shaped = self._shape(local.rewards.nan_to_num(0.0)).to(local.rewards)
-        return replace(super()._with_advantages(replace(local, rewards=shaped)), rewards=local.rewards)
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        loss, metrics = super().loss(model, batch)
-        kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
-        if batch.weight is not None:
-            self._moved += (metrics["policy/policykl"] * batch.weight).sum()
-        return loss * kept, metrics
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        self._moved = torch.zeros((), device=self.args.device)
-        return super().get_batch_samples(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.args.early_stopping and self.buffer.is_between_epochs:
-            stops = self.has_moved(self._moved)
+            stops = self._has_left_target()
             self._count("early_stop", stops)
             if stops:
                 self.buffer.skip_remaining_epochs()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    # ---- checkpoints ----
+    # ---- the loop over triplets ----
 
-    def _running_state(self) -> dict[str, Any]:
-        return {"kl_coef": self.algorithm.controller.coefficient, "moments": asdict(self.moments)}
+    def step(
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        scores: Sequence[Tensor | float],
+        response_masks: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """Learn from `batch_size` triplets; gives statistics: floats, and arrays of distributions.
 
-    def _load_running(self, state: Mapping[str, Any]) -> None:
-        self.moments = RunningMoments(**state["moments"])
-        self.algorithm = self.algorithm.with_coefficient(state["kl_coef"])
+        queries, responses   token ids, `[L]` or `[1,L]`
+        scores               one number each: higher is better
+        response_masks       1 for the response tokens that the model is responsible for; all of them by default
+
+        Raises DataError, naming the argument and the index, for triplets that cannot be trained on.
+        """
+        watch, size = Stopwatch(), self.args.batch_size
+        self._record = record = Record()
+        examples = read_triplets(queries, responses, response_masks, batch_size=size, start_token=self._start_token())
+        rewards = read_scores(scores, batch_size=size)
+        self._prepare()
+        with self._without_dropout():
+            signals = self.score_rollouts(examples, self._step_signals, count=ceil(size / self.args.mini_batch_size))
+            watch.lap("forward_pass")
+            local = replace(experience_of(examples, rewards), group=prompt_numbers(examples), signals=signals)
+            watch.lap("compute_rewards")
+            coefficient = self.algorithm.controller.coefficient
+            experience = self.with_advantages(local, "train")
+            watch.lap("compute_advantages")
+            self._optimize(with_signals(examples, experience.signals))
+            watch.lap("optimize_step")
+        self._record = None
+        statistics = self._report(examples, experience, coefficient, record)
+        watch.lap("calc_stats")
+        self._finish(statistics)
+        return {**statistics, **watch.total()}
+
+    def _start_token(self) -> int | None:
+        config = unwrap(self.model).config
+        return config.decoder_start_token_id if config.is_encoder_decoder else None
+
+    def _prepare(self) -> None:
+        """Wrap model and optimizer for the devices, once."""
+        if self._is_prepared:
+            return
+        if self.args.gradient_checkpointing:
+            options = {"use_reentrant": False, **(self.args.activation_checkpointing_kwargs or {})}
+            self.model.activation_checkpointing_enable(options)
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
+        if self.is_deepspeed_enabled:  # which clips by itself
+            self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm or 0.0
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None  # what `save_model` asks
+        self._is_prepared = True
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Evaluation mode; with gradient checkpointing, which that would switch off, training without dropout."""
+        if self.args.gradient_checkpointing:
+            self.model.train()
+            yield
+        else:
+            with evaluating(self.model):
+                yield
+
+    def _step_signals(self, batch: Batch) -> dict[str, Tensor]:
+        return self._score_policy_and_reference(batch, {"old_logprobs", "values", "ref_logprobs"})
+
+    def _optimize(self, examples: Sequence[Example]) -> None:
+        """Epochs of optimizer steps over random permutations of the batch."""
+        args = self.args
+        for _ in range(args.ppo_epochs):
+            order = torch.randperm(len(examples)).tolist()
+            for start in range(0, len(order), args.backward_batch_size):
+                self._triplets = order[start:][: args.backward_batch_size]
+                count = ceil(len(self._triplets) / args.mini_batch_size)
+                self.optimizer_step([examples[i] for i in self._triplets], count=count)
+            if args.early_stopping and self._has_left_target():
+                break
+        self._triplets = ()
+
+    def _report(
+        self, examples: Sequence[Example], experience: Experience, coefficient: float, record: Record
+    ) -> dict[str, Any]:
+        means = mean_over_processes(rollout_means(experience, coefficient), self._gather)
+        record.warn_of_skipped(self.args.ratio_threshold)
+        trained = self.meters["train"].read(self._gather, self.current_device)
+        return {
+            **means,
+            **training_means(trained, means["ppo/returns/var"]),
+            **distributions(experience, record.ratios),
+            **token_counts(examples),
+            "objective/kl_coef": coefficient,
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            **({"ppo/skipped_steps": self.steps.skipped} if self.steps.skipped else {}),
+        }
+
+    def _finish(self, statistics: Mapping[str, Any]) -> None:
+        """Step the schedule, count the step, and publish the best model where that is asked for."""
+        if (kl := statistics["objective/kl"]) < LOWEST_KL:
+            warnings.warn(
+                f"The mean KL of this batch is {kl:.2f}. From responses that the policy sampled it is positive on "
+                "average: sample with top_k=0, top_p=1.0, temperature 1 and min_length=-1, and from the current weights.",
+                stacklevel=3,
+            )
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.state.global_step += 1
+        if self.args.optimize_device_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._push_if_best(statistics["ppo/mean_scores"])
+
+    def _push_if_best(self, mean_score: float) -> None:
+        options = self.args.push_to_hub_if_best_kwargs
+        if options and self.state.global_step % self.args.compare_steps == 0 and mean_score > self.best_score:
+            self.best_score = mean_score
+            self.push_to_hub(**options)
+
+    # ---- what both loops do ----
+
+    def plan(self, items: Sequence[Example], count: int) -> list[list[int]]:
+        return [adjacent_by_prompt(items, group) for group in super().plan(items, count)]
+
+    def collate(self, items: Sequence[Example]) -> Batch:
+        """Triplets with the same query read it once; what `train` samples comes in groups that do."""
+        return super().collate(items if self._record is None else merge_neighbours(items))
+
+    def micro_batches(self, items: Sequence[Example], *, slots: int = 1) -> list[list[Batch]]:
+        self._policykl = torch.zeros((), device=self.args.device)
+        return super().micro_batches(items, slots=slots)
+
+    def _score_policy_and_reference(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+        found = super()._score_policy_and_reference(batch, wanted)
+        return found | {"full_kl": self.full_kl(batch)} if self.args.kl_penalty == "full" else found
+
+    def full_kl(self, batch: Batch) -> Tensor:
+        """Divergence from the reference `[N,C]` of the distributions that predict the batch's tokens."""
+        logits = score_logits(self.model_wrapped, batch)
+        with self.reference.as_model(self.model_wrapped) as model:
+            divergence = full_kl(logits, score_logits(model, batch))
+        return divergence.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, divergence).view_as(batch.mask)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The algorithm's; 0 for a minibatch on which the policy has moved too far from the one that sampled."""
+        loss, metrics = super().loss(model, batch)
+        kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
+        if batch.weight is not None:
+            self._policykl += (metrics["policy/policykl"] * batch.weight).sum()
+        if self._record is not None and batch.tokens:
+            self._record.add(metrics["policy/ratio"], batch.mask, kept)
+        return loss * kept, metrics
+
+    def _has_left_target(self) -> bool:
+        """Whether the policy has moved too far from the one that sampled to go through the batch once more.
+
+        That is the mean of −log ratio over the tokens of the last optimizer step, on all processes.
+        """
+        return bool(self._gather(self._policykl.detach()[None]).sum() > 1.5 * self.args.target_kl)
+
+    def nonfinite_error(self) -> NonFiniteError:
+        if not self._triplets:
+            return super().nonfinite_error()
+        return NonFiniteError(
+            f"The loss or its gradient was not finite in {self.steps.in_a_row} optimizer steps in a row, and "
+            f"max_skipped_steps={self.args.max_skipped_steps}. The last of them was on the triplets "
+            f"{', '.join(map(str, self._triplets))} of this batch: look at their scores, and at the learning rate. Nothing "
+            "was learned from these steps."
+        )
+
+    # ---- tracking ----
+
+    def log_stats(
+        self,
+        stats: Mapping[str, Any],
+        batch: Mapping[str, Sequence],
+        rewards: Sequence[Tensor | float],
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> dict[str, Any]:
+        """Send the statistics of a step to the trackers, with mean, spread and distribution of `rewards`.
+
+        `batch` holds the texts of the step in `columns_to_log`, which go to a table where the tracker has them. Gives
+        what was sent.
+        """
+        found = read_scores(list(rewards), batch_size=len(rewards)).to(self.current_device)
+        logs = {**stats, **environment(self._gather(found))}
+        for column in columns_to_log:
+            if column not in batch:
+                raise ConfigError(f"columns_to_log names {column!r}, but the batch has {sorted(batch)}.")
+        step = self.state.global_step
+        if self.args.log_with is not None:
+            self.accelerator.log(logs, step=step)
+        self.log({name: value for name, value in logs.items() if isinstance(value, float)})
+        log_table(self.accelerator, batch, columns_to_log, rewards, step)
+        return logs
+
+    # ---- checkpoints and saving ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.pretrained_model)
@@ -317,8 +513,6 @@ class PPOTrainer(TripletSteps):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    # ---- saving ----
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the model with its value head, and the tokenizer."""

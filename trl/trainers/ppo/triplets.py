@@ -1,32 +1,19 @@
-"""Triplets (query, response, score) that a user brings: checked, and laid out for the stations.
+"""Triplets (query, response, score) that a user brings: checked, as examples of one prompt and one completion.
 
-A query is a prompt and its response a completion that hangs from it. Triplets with equal queries share one prompt.
+Examples with equal prompts are merged where they meet in a forward pass, so that the prompt is read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl.errors import DataError
-from trl.types import Batch, Completion, Example
-
-
-@dataclass(frozen=True, slots=True)
-class Triplet:
-    """Token ids of a query and of the response to it, and which of the response's tokens count."""
-
-    query: tuple[int, ...]
-    response: tuple[int, ...]
-    mask: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.query) + len(self.response)
+from trl.types import Completion, Example
 
 
 def read_triplets(
@@ -36,8 +23,8 @@ def read_triplets(
     *,
     batch_size: int,
     start_token: int | None = None,
-) -> list[Triplet]:
-    """The triplets of a batch; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
+) -> list[Example]:
+    """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
 
     A `start_token` that begins a response, as an encoder-decoder generates it, is not one of its tokens.
 
@@ -46,7 +33,7 @@ def read_triplets(
     for name, given in (("queries", queries), ("responses", responses), ("response_masks", masks)):
         if given is not None:
             _check_list(name, given, batch_size)
-    triplets = []
+    examples = []
     for i in range(batch_size):
         query, response = _ids("queries", i, queries[i]), _ids("responses", i, responses[i])
         mask = (1,) * len(response) if masks is None else _mask(i, masks[i], len(response))
@@ -62,8 +49,8 @@ def read_triplets(
             raise DataError(
                 f"response_masks[{i}] masks all {len(mask)} tokens of its response: none is left to learn from."
             )
-        triplets.append(Triplet(query, response, mask))
-    return triplets
+        examples.append(Example(query, (Completion(response, mask),)))
+    return examples
 
 
 def read_scores(scores: Sequence[Any], *, batch_size: int) -> Tensor:
@@ -107,30 +94,26 @@ def _mask(i: int, given: Tensor, length: int) -> tuple[int, ...]:
     return mask
 
 
-def group_by_query(triplets: Sequence[Triplet], rows: Sequence[int]) -> tuple[list[Example], list[int]]:
-    """Examples of the triplets numbered `rows`, one per different query, and the order of their completions."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        groups.setdefault(triplets[row].query, []).append(row)
-    examples = [
-        Example(query, tuple(Completion(triplets[row].response, triplets[row].mask) for row in members))
-        for query, members in groups.items()
-    ]
-    return examples, [row for members in groups.values() for row in members]
+def prompt_numbers(examples: Sequence[Example]) -> Tensor:
+    """`[N]`, equal where prompts are equal."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(example.key, len(numbers)) for example in examples])
 
 
-def group_numbers(triplets: Sequence[Triplet]) -> Tensor:
-    """`[N]`, equal where queries are equal."""
-    numbers: dict[tuple[int, ...], int] = {}
-    return torch.tensor([numbers.setdefault(triplet.query, len(numbers)) for triplet in triplets])
+def adjacent_by_prompt(examples: Sequence[Example], group: Sequence[int]) -> list[int]:
+    """The numbers `group` of examples, those with equal prompts next to each other."""
+    together: dict[Hashable, list[int]] = {}
+    for i in group:
+        together.setdefault(examples[i].key, []).append(i)
+    return [i for members in together.values() for i in members]
 
 
-def with_rows(batch: Batch, tables: dict[str, Tensor], order: Sequence[int]) -> Batch:
-    """The batch with signals `[n,c]`, the rows `order` of tables `[N,C]`."""
-    width = batch.mask.shape[1]
-    return replace(batch, signals={name: table[order, :width] for name, table in tables.items()})
-
-
-def put_rows(table: Tensor, values: Tensor, order: Sequence[int]) -> None:
-    """Write `[n,c]` values into the rows `order` of a table `[N,C]`."""
-    table[torch.as_tensor(order, device=table.device), : values.shape[1]] = values
+def merge_neighbours(examples: Sequence[Example]) -> list[Example]:
+    """The examples, neighbours with equal prompts as one: the prompt is then read once for all of their completions."""
+    merged: list[Example] = []
+    for example in examples:
+        if merged and merged[-1].key == example.key:
+            merged[-1] = replace(merged[-1], completions=merged[-1].completions + example.completions)
+        else:
+            merged.append(example)
+    return merged

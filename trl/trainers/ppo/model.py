@@ -1,0 +1,63 @@
+"""What PPO trains: a language model with a value head, a value branch, or a value model of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from trl.models.load import load_model, with_adapters
+from trl.models.score import unwrap
+from trl.models.value_heads.auto_models import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    WithValueHead,
+    with_value_head,
+)
+from trl.models.value_heads.heads import ValueBranch, ValueModel
+from trl.trainers.ppo.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+KINDS = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
+"""Value-head models, by whether they are encoder-decoders."""
+
+
+def load_with_value_head(name: str, args: PPOConfig, quantization_config: Any) -> WithValueHead:
+    """The model `name`, with the value head that is saved beside it or a new one."""
+    kwargs = args.loading(args.model_init_kwargs)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"])
+    return KINDS[config.is_encoder_decoder].from_pretrained(name, **kwargs)
+
+
+def policy_with_value(
+    model: nn.Module, value_model: str | nn.Module | None, args: PPOConfig, peft_config: Any
+) -> WithValueHead:
+    """`model` with a value head, an adapter where `peft_config` is given, and the `value_model` or branch asked for."""
+    if isinstance(model, WithValueHead):
+        model.pretrained_model = with_adapters(model.pretrained_model, peft_config)
+    else:
+        model = with_value_head(with_adapters(model, peft_config))
+        if value_model is None:
+            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
+    if value_model is not None:
+        model.v_head = _value_network(value_model, args)
+    elif args.num_value_layers and not isinstance(model.v_head, ValueBranch):
+        model.branch(args.num_value_layers)
+    model.has_new_adapter = model.has_new_adapter or peft_config is not None
+    return model
+
+
+def _value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
+    """A value head on the network of its own that was given."""
+    if isinstance(given, WithValueHead):
+        return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
+    if isinstance(given, str):
+        whole = AutoConfig.from_pretrained(given, **args.loading()).is_encoder_decoder
+        kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
+        given = load_model(given, **args.loading(), **kind)
+    return ValueModel.of(given)

@@ -1,0 +1,84 @@
+"""The reference policy of a trainer: which one it is, and how it follows the policy where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl.errors import ConfigError
+from trl.models.load import load_model
+from trl.models.reference import FrozenModel, Reference, create_reference_model, frozen_reference, make_reference
+from trl.models.score import prepare_scoring, unwrap
+from trl.models.sharding import prepare_frozen, shards
+from trl.trainers.config import ReferenceConfig
+
+
+def reference_for(
+    policy: nn.Module,
+    given: str | nn.Module | None,
+    config: ReferenceConfig,
+    accelerator: Accelerator,
+    *,
+    has_new_adapter: bool = False,
+    loading: dict[str, Any] | None = None,
+    copy: Callable[[nn.Module], nn.Module] = create_reference_model,
+) -> Reference:
+    """The reference of `policy`, a language model with or without adapters, ready on the devices.
+
+    given             a model, or the name of one, which `loading` says how to load; None: the policy as it is now
+    has_new_adapter   the adapter was put on just now, so that without it the policy is as it was given
+    copy              makes the frozen copy of a policy without adapters
+
+    Raises ConfigError where the reference is to follow a policy with an adapter.
+    """
+    if config.sync_ref_model and isinstance(policy, PeftModel):
+        raise ConfigError(
+            "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares the "
+            "model's: train without an adapter, or set sync_ref_model=False."
+        )
+    if given is None and isinstance(policy, PeftModel):
+        return make_reference(policy, has_new_adapter=has_new_adapter)
+    if given is None:
+        model = copy(policy)
+    else:
+        model = load_model(given, **(loading or config.loading())) if isinstance(given, str) else given
+        model.requires_grad_(False).eval()
+    prepare_scoring(unwrap(model))
+    return frozen_reference(policy, prepare_frozen(accelerator, model))
+
+
+def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[TrainerCallback]:
+    """What a trainer adds so that the reference follows the policy; nothing where that was not asked for."""
+    return (
+        [SyncRefModelCallback(reference.model)] if config.sync_ref_model and isinstance(reference, FrozenModel) else []
+    )
+
+
+class SyncRefModelCallback(TrainerCallback):
+    """Moves the reference towards the policy, π_ref ← α π + (1 − α) π_ref, every so many steps.
+
+    TR-DPO, arXiv:2404.09656, Eq. 4; α and the steps are `ref_model_mixup_alpha` and `ref_model_sync_steps`.
+    """
+
+    def __init__(self, ref_model: nn.Module) -> None:
+        self.ref_model = ref_model
+
+    def on_step_end(
+        self, args: ReferenceConfig, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            mix(unwrap(self.ref_model), unwrap(model), args.ref_model_mixup_alpha)
+
+
+@torch.no_grad()
+def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    """Parameters of `reference` become α policy + (1 − α) reference, on each process those that it holds."""
+    trained = shards(policy)
+    for name, shard in shards(reference).items():
+        shard.lerp_(trained[name].to(shard.dtype), alpha)

@@ -1,0 +1,350 @@
+"""How an optimizer step is run: one window of items, split into micro-batches, whose weights sum to 1.
+
+    items of a window ──plan──▶ micro-batches ──collate──▶ batches ──normalize weights──▶ Σ weight · loss ──▶ one step
+
+Nothing here knows what an item is: a text, a pair of answers, a denoising trajectory. A trainer says that in few places:
+
+    size(item)                what an item costs in a forward pass
+    collate(items)            items as one batch: see `StepBatch` in `trl.training.window`
+    loss(model, batch)        the losses of a batch, in the shape of its weights, and metrics
+    weights(batch)            what each loss weighs before normalisation
+    describe(items)           items in words, for the error that names them
+
+`transformers.Trainer` owns the loop over epochs; `get_batch_samples` hands it the micro-batches of a window. A loop of
+one's own calls `optimizer_step(items)`, which goes through the same micro-batches, skipping and counting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl.ops.reduce import WEIGHTS
+from trl.training.collectives import all_gather_object
+from trl.training.metrics import Meter
+from trl.training.nonfinite import (
+    NonFiniteError,
+    SkippedSteps,
+    Window,
+    is_finite,
+    items_with_bad_gradients,
+    items_with_bad_losses,
+    nonfinite_error,
+    propagate_nonfinite,
+)
+from trl.training.parallel import (
+    accumulating,
+    backward,
+    check_parallelism,
+    explain_waits,
+    unduplicated_rows,
+    use_one_device,
+)
+from trl.training.resumable import ResumableTrainer
+from trl.training.window import (
+    dummy_batch,
+    normalize_weights,
+    plan_micro_batches,
+    split_into_slots,
+    with_statistics,
+)
+from trl.types import Metrics
+
+
+class StepTrainer(ResumableTrainer):
+    """Runs optimizer steps, and evaluates, on items of any kind. See the top of the file for what a trainer adds."""
+
+    averaging: str = "token"
+    """What counts the same: a name in `trl.ops.reduce.WEIGHTS`."""
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_parallelism(self.args, self.accelerator)
+        use_one_device(self.args)
+        self.model_accepts_loss_kwargs = True
+        self.meters = {"train": Meter(), "eval": Meter()}
+        self.steps = SkippedSteps()
+        self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
+        self.states.register("steps", self.steps, optional=True)
+        self._window: Window
+        self._tr_loss = torch.zeros((), device=self.args.device)
+        self._throughput = (0, 0.0)
+        self._window_started: float | None = None
+
+    # ---- what a trainer adds ----
+
+    def items(self, rows: Any, *, source: str) -> list[Any]:
+        """The items of what a loader hands over; `source` names the loader in errors."""
+        return list(rows)
+
+    def size(self, item: Any) -> int:
+        """What an item costs in a forward pass: tokens, or denoising steps."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """The items as one batch, on the host."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+        """Loss of `batch`, in the shape of `weights(batch)`, and metrics."""
+        raise NotImplementedError
+
+    def weights(self, batch: Any) -> Tensor:
+        """Unnormalised weights of the losses of a batch."""
+        return WEIGHTS[self.averaging](batch.mask)
+
+    def statistics(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`.
+
+        Asked for once per window, before it is trained on, and once per evaluation batch.
+        """
+        return {}
+
+    def micro_batch_budget(self) -> int | None:
+        """The sum of sizes that a forward pass should stay under. None: as few micro-batches as are counted."""
+        return None
+
+    def describe(self, items: Sequence[Any]) -> list[str]:
+        """Each item in a few words."""
+        return [f"an item of size {self.size(item)}" for item in items]
+
+    # ---- the window ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[list[Any]], int]:
+        """The items of one optimizer step as micro-batches with weights: a list of them per counted step."""
+        if self.is_finished():
+            return [], 1
+        self._window_started = time.perf_counter()
+        pulled = [
+            self.items(rows, source="get_train_dataloader")
+            for _, rows in zip(range(num_batches), epoch_iterator, strict=False)
+        ]
+        self.restore_rng_state()
+        items = [item for part in pulled for item in part]
+        return (self.micro_batches(items, slots=len(pulled)) if items else []), 1
+
+    def micro_batches(self, items: Sequence[Any], *, slots: int = 1) -> list[list[Any]]:
+        """The batches of a window, for each of `slots` counted steps; every process gets as many."""
+        groups = self.plan(items, slots)
+        batches = [self.collate([items[i] for i in group]) for group in groups]
+        batches = with_statistics(batches, self.statistics(items))
+        batches, tokens = normalize_weights(batches, self.weights, self._sum_over_processes)
+        self._count_tokens(tokens)
+        batches += [dummy_batch(batches[-1])] * (self._most(len(batches)) - len(batches))
+        parts = [[items[i] for i in group] for group in groups]
+        self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
+        return split_into_slots(batches, slots)
+
+    def plan(self, items: Sequence[Any], count: int) -> list[list[int]]:
+        """Which items share a forward pass, in at least `count` of them."""
+        sizes = [self.size(item) for item in items]
+        return plan_micro_batches(sizes, count=count, token_budget=self.micro_batch_budget())
+
+    # ---- the step ----
+
+    def training_step(self, model: nn.Module, inputs: list[Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of the micro-batches that stand for one counted step."""
+        plain = super().training_step
+        return self._accumulate(model, inputs, lambda batch: plain(model, batch, num_items_in_batch))
+
+    def optimizer_step(self, items: Sequence[Any], *, count: int = 1) -> None:
+        """One optimizer step on `items`, in at least `count` micro-batches, outside the loop of `train`.
+
+        The model stays in the mode that it is in (training, or evaluation).
+
+        Raises NonFiniteError where so many steps in a row were not finite that nothing else is to be expected.
+        """
+        model = self.model_wrapped
+        batches = [batch for slot in self.micro_batches(items, slots=count) for batch in slot]
+        self._accumulate(model, batches, partial(self._backward, model))
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or inf)
+        if self.accept_step(model, norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _accumulate(self, model: nn.Module, batches: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
+        """The losses that `run` gives of the batches, added up; gradients are exchanged with the last of them."""
+        *before, last = batches
+        loss = torch.zeros((), device=self.args.device)
+        for batch in before:
+            with accumulating(self.accelerator, model):
+                loss += run(batch)
+        return loss + run(last)
+
+    def _backward(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(batch))
+        backward(self.accelerator, loss)
+        return loss.detach()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs.to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Metrics]:
+        """Σ weight · loss, times the processes, over which gradients are averaged; as asked for, with the metrics."""
+        loss, metrics = self.loss(model, inputs)
+        if inputs.tokens:
+            self.meters["train"].add(metrics, inputs)
+            self.meters["train"].count("padding_share", inputs.positions - inputs.tokens, per=inputs.positions)
+        total = propagate_nonfinite((loss * inputs.weight).sum() * self.accelerator.num_processes)
+        return (total, metrics) if return_outputs else total
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with explain_waits(self.args, self.state):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    # ---- steps that are not finite ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.training.nonfinite`."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm if self.accept_step(model, norm) else None
+
+    def accept_step(self, model: nn.Module, norm: Tensor | float | None) -> bool:
+        """Count the step; drop its gradients if their norm is not finite, so that the optimizer changes nothing.
+
+        Raises NonFiniteError where so many steps in a row were skipped that nothing else is to be expected.
+        """
+        finite = is_finite(norm)
+        self.steps.add(skipped=not finite)
+        if finite:
+            return True
+        self.rollback_metrics()
+        if self._skipped_too_many():
+            raise self.nonfinite_error()
+        if self.accelerator.scaler is None:  # the scaler of float16 skips by itself, and learns from it
+            model.zero_grad(set_to_none=True)
+        return False
+
+    def rollback_metrics(self) -> None:
+        """Go back to what was counted before this step."""
+        self.meters["train"].go_back(self._window.mark)
+        self._tr_loss.copy_(self._window.loss)
+
+    def _skipped_too_many(self) -> bool:
+        if self.is_deepspeed_enabled and not self.args.fp16:  # has taken the step by now
+            return True
+        scaler, most = self.accelerator.scaler, self.args.max_skipped_steps
+        still_looking = scaler is not None and scaler.get_scale() > 1
+        return most is not None and self.steps.in_a_row >= most and not still_looking
+
+    def nonfinite_error(self) -> NonFiniteError:
+        """The error that ends a run; every process takes part, and names its items."""
+        bad, what = items_with_bad_losses(self._window, self._losses_now), "loss"
+        if not any(all_gather_object(bool(bad), self.accelerator)):
+            trained = [] if self.is_sharded else [p for p in self.model.parameters() if p.requires_grad]
+            bad, what = items_with_bad_gradients(self._window, self._loss_alone, trained), "gradient"
+        rows = [row for part in all_gather_object(self.describe(bad), self.accelerator) for row in part]
+        step, limit = self.state.global_step + 1, self.args.max_skipped_steps
+        return nonfinite_error(rows, what, in_a_row=self.steps.in_a_row, step=step, limit=limit)
+
+    def _losses_now(self, batch: Any) -> Tensor:
+        with self.compute_loss_context_manager():
+            return self.loss(self.model_wrapped, batch.to(self.args.device))[0].cpu()
+
+    def _loss_alone(self, item: Any, batch: Any) -> Tensor:
+        """The loss of one item of a window, with the window's statistics as they are in its `batch`."""
+        alone = self.collate([item])
+        statistics = {k: v[:1].expand(len(alone.mask)) for k, v in batch.signals.items() if k not in alone.signals}
+        alone = replace(alone, signals={**alone.signals, **statistics}).to(self.args.device)
+        with self.compute_loss_context_manager():
+            loss, _ = self.loss(self.model, alone)
+        return (loss * self.weights(alone)).sum()
+
+    # ---- evaluation ----
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
+        items = self.items(inputs, source="get_eval_dataloader")
+        counted = items[: unduplicated_rows(self.args, self.accelerator, len(items))]
+        self.evaluate_items(model, counted, self.statistics(items), filling=items[:1])
+        return None, None, None
+
+    def evaluate_items(
+        self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor], *, filling: Sequence[Any]
+    ) -> None:
+        """Count `items` into the evaluation's metrics, in as many forward passes as every other process.
+
+        `filling` is run, and not counted, where another process has more.
+        """
+        groups = [[items[i] for i in group] for group in self.plan(items, 1)]
+        missing = self._most(len(groups)) - len(groups)
+        for group in groups:
+            self.evaluate_batch(model, group, statistics)
+        for _ in range(missing):
+            (batch,) = with_statistics([self.collate(filling)], statistics)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self.loss(model, dummy_batch(replace(batch, weight=batch.mask)).to(self.args.device))
+
+    def evaluate_batch(self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor]) -> Metrics:
+        """Count loss and metrics of `items`, a part of an evaluation batch with these `statistics`."""
+        (batch,) = with_statistics([self.collate(items)], statistics)
+        batch = batch.to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, metrics = self.loss(model, batch)
+        self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
+        self.meters["eval"].add(metrics, batch)
+        return metrics
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.meters["eval"].read(self._gather, self.args.device)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    # ---- what is reported ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**self.steps.corrected(logs), **self._train_metrics()}
+        super().log(logs, start_time)
+
+    def _train_metrics(self) -> dict[str, float]:
+        """Metrics since the last log; tokens per second of training alone, over all processes."""
+        metrics = self.meters["train"].read(self._gather, self.args.device)
+        tokens, seconds = self._throughput
+        self._throughput = (0, 0.0)
+        return {**metrics, "num_tokens": self.state.num_input_tokens_seen, "tokens_per_second": tokens / seconds}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_clock()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _count_tokens(self, tokens: int) -> None:
+        self.state.num_input_tokens_seen += tokens
+        self._throughput = (self._throughput[0] + tokens, self._throughput[1])
+
+    def _stop_clock(self) -> None:
+        if self._window_started is not None:
+            spent = time.perf_counter() - self._window_started
+            self._throughput = (self._throughput[0], self._throughput[1] + spent)
+            self._window_started = None
+
+    def _track_num_input_tokens(self, inputs: list[Any]) -> None:
+        """Tokens are counted with the window."""
+
+    # ---- over processes ----
+
+    def _most(self, count: int) -> int:
+        """The largest `count` of any process: all have to take part in as many forward passes."""
+        return int(self._gather(torch.tensor([count], device=self.args.device)).max())
+
+    def _gather(self, row: Tensor) -> Tensor:
+        return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return self._gather(values[None].to(self.args.device)).sum(0).cpu()
