@@ -427,7 +427,9 @@ class PPOTrainer(OnlineTrainer):
     # ---- what both loops do ----
 
     def plan(self, items: Sequence[Example], count: int) -> list[list[int]]:
-        return [adjacent_by_prompt(items, group) for group in super().plan(items, count)]
+        """Which examples share a forward pass; triplets with the same query are neighbours, for `collate`."""
+        groups = super().plan(items, count)
+        return groups if self._record is None else [adjacent_by_prompt(items, group) for group in groups]
 
     def collate(self, items: Sequence[Example]) -> Batch:
         """Triplets with the same query read it once; what `train` samples comes in groups that do."""
