@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import os
 import random
 import signal
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which models of transformers do
+
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -41,6 +47,7 @@ from transformers import (
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # sums are rounded by how many threads share them, and workers of pytest share the cores
 gc.freeze()  # for programs that import this: see `pytest_collection_finish`
+atexit.register(gc.unfreeze)  # extension modules say on the way out what was not collected
 
 VOCABULARY = 99
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

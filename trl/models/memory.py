@@ -15,7 +15,7 @@ the MLP, A·D = H heads by their width, K·D width of keys and of values, L laye
                    + H     output of attention, which its projection reads
                    + 4I    gate, its SiLU, up, their product
                    with checkpointing: H per layer, and one layer's worth of the above
-    logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`
+    logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`; on CUDA, a tile of them
     cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
 
 On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks, see

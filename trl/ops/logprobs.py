@@ -5,7 +5,8 @@
 
 A row of logits is as large as the vocabulary and is needed twice: to normalise, and for its gradient
 ∂ log p(token) / ∂z = onehot(token) − p. So tokens go through the head in chunks. While the probabilities of all chunks
-fit `KEPT_ELEMENTS`, backward reuses them; beyond that it computes the chunk's logits again.
+fit `KEPT_ELEMENTS`, backward reuses them; beyond that it computes the chunk's logits again. On CUDA the same is done by
+the kernels of `triton_head.py`. Factors of a half-precision head are rounded, its logits are not (`products.py`).
 
 M scored tokens, H hidden size, V vocabulary.
 """
@@ -14,10 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from trl.ops.products import add_product, operand, product, wide, wide_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
@@ -54,7 +59,7 @@ def logprobs_from_logits(
     logits: Tensor, target: Tensor, *, want: frozenset[str] = frozenset(), transform: LogitTransform | None = None
 ) -> dict[str, Tensor]:
     """Statistics `[M]` float32 of logits `[M,V]`, by autograd: for heads that are not understood, and small ones."""
-    z = (transform or LogitTransform())(_wide(logits))
+    z = (transform or LogitTransform())(wide(logits))
     logp = torch.log_softmax(z, dim=-1)
     chosen = logp.gather(-1, target[:, None]).squeeze(-1)
     result = {"logprobs": chosen}
@@ -111,10 +116,26 @@ def logprobs_from_linear(
     (1 where the target is a most likely token).
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    results = _LinearLogprobs.apply(hidden, weight, bias, target, frozenset(want), transform or LogitTransform())
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    results = _implementation(hidden.device, dtype).apply(
+        hidden, weight, bias, target, frozenset(want), transform or LogitTransform(), dtype
+    )
     return {name: value for name, value in zip(STATISTICS, results, strict=True) if value is not None}
+
+
+def _implementation(device: torch.device, dtype: torch.dtype) -> type[torch.autograd.Function]:
+    """Triton's kernels where they run and the factors are not float64, else plain torch."""
+    if device.type == "cuda" and dtype != torch.float64 and has_triton():
+        from trl.ops.triton_head import TritonLogprobs
+
+        return TritonLogprobs
+    return _LinearLogprobs
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed: it comes with torch's builds for CUDA, but not on every system."""
+    return find_spec("triton") is not None
 
 
 def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -126,14 +147,14 @@ def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, want, transform):
+    def forward(ctx, hidden, weight, bias, target, want, transform, dtype):
         ctx.set_materialize_grads(False)
-        ctx.transform = transform
+        ctx.transform, ctx.dtype = transform, dtype
         trains = any(ctx.needs_input_grad)
         budget = KEPT_ELEMENTS if trains and transform.softcap is None else 0
         parts, ctx.kept = [], []
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _cast(weight, bias, hidden.dtype)
+            hidden, head = operand(hidden, dtype), _head(weight, bias, dtype)
             for rows in _chunks(len(target), len(weight), hidden.device):
                 statistics, p = _statistics(_logits(hidden[rows], *head, transform), target[rows], want)
                 parts.append(statistics)
@@ -147,11 +168,13 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_logprobs, d_entropy, d_mean, *_):
         hidden, weight, bias, target, entropy = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = weight.new_zeros(weight.shape, dtype=_sum_dtype(weight)) if ctx.needs_input_grad[1] else None
-        d_bias = bias.new_zeros(bias.shape, dtype=_sum_dtype(bias)) if ctx.needs_input_grad[2] else None
+        d_hidden = torch.empty_like(hidden, dtype=wide_dtype(hidden.dtype)) if ctx.needs_input_grad[0] else None
+        d_weight, d_bias = (
+            torch.zeros_like(x, dtype=wide_dtype(x.dtype)) if needed else None
+            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _cast(weight, bias, hidden.dtype)
+            head = _head(weight, bias, ctx.dtype)
             chunks = _chunks(len(target), len(weight), hidden.device)
             for rows, p in zip(chunks, ctx.kept, strict=True):
                 slope = ctx.transform.derivative
@@ -168,38 +191,24 @@ class _LinearLogprobs(torch.autograd.Function):
                 )
                 if not isinstance(factor, float) or factor != 1.0:
                     d.mul_(factor)
+                if d_bias is not None:
+                    d_bias += d.sum(0)
                 d = d.to(hidden.dtype)
                 if d_hidden is not None:
-                    torch.mm(d, head[0], out=d_hidden[rows])
+                    product(d, head[0], out=d_hidden[rows])
                 if d_weight is not None:
-                    _add_product(d_weight, d.T, hidden[rows])
-                if d_bias is not None:
-                    d_bias += d.sum(0, dtype=d_bias.dtype)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+                    add_product(d_weight, d.T, hidden[rows])
+        return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to their inputs' types
 
 
-def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+def _head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return operand(weight, dtype), None if bias is None else wide(bias.detach().to(dtype))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     """z `[m,V]` in float32 (float64 stays), in memory of its own."""
-    return transform(_wide(torch.nn.functional.linear(hidden.detach(), weight, bias)))
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(_sum_dtype(x))
+    raw = product(hidden, weight.T)
+    return transform(raw if bias is None else raw.add_(bias))
 
 
 def _statistics(z: Tensor, target: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -243,11 +252,3 @@ def _logit_gradient(
     if d_entropy is not None:
         d -= d_entropy[:, None] * (torch.special.xlogy(p, p) + p * entropy[:, None])
     return d.scatter_add_(-1, target[:, None], g[:, None])
-
-
-def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b, in the accumulator's precision."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-    else:
-        accumulator += a @ b

@@ -1,0 +1,311 @@
+"""The statistics of `logprobs.py` on GPUs: one pass over tiles of logits, with an online logsumexp.
+
+With z a tile's logits, and for each token the running maximum m and sums over the vocabulary seen so far,
+
+    s = Σ e^(z−m)     t = Σ e^(z−m) (z−m)     c = Σ e^(2(z−m))     a = Σ z
+
+a larger maximum m′ takes s to s e^δ, t to e^δ (t + δ s), c to c e^(2δ) with δ = m − m′ (Milakov and Gimelshein 2018,
+"Online normalizer calculation for softmax", algorithm 3; t and c follow from the same substitution). At the end
+
+    log p(token) = z_token − m − log s      entropy = log s − t/s      Σ_v log p_v / V = a/V − m − log s      Σ p² = c/s²
+
+The product that gives a tile is torch's, into float32. Backward makes each tile again, turns it into the gradient of the
+logits in one kernel, and multiplies that with the weights and the hidden states; both sums are kept in float32. Tiles
+are taken along the vocabulary first, so that the gradient of a tile of weights is complete, and rounded once, before the
+next begins. Memory beside inputs and gradients: one tile.
+
+M tokens, H hidden size, V vocabulary; m and v a tile's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from trl.ops.logprobs import DETACHED, STATISTICS, LogitTransform
+from trl.ops.products import add_product, product
+
+TILE_ELEMENTS = 2**25
+"""Logits of a tile. Smaller tiles cost launches (four per tile in backward), larger ones memory."""
+
+TILE_ROWS = 4096
+"""Tokens of a tile at most."""
+
+BLOCK = 4096
+"""Logits that a program holds at once."""
+
+LOWEST = tl.constexpr(-3.0e38)
+"""The running maximum before the first tile: finite, so that differences of maxima stay numbers."""
+
+TOP, TOTAL, WEIGHTED, SQUARED, SUM, CHOSEN = range(6)
+"""Rows of the running state `[6,M]`: m, s, t, c, a of the top of the file, and z at the target."""
+
+
+# ── kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _transformed(raw, scale, softcap, inverse_temperature, CAPPED: tl.constexpr):
+    """z of raw logits; tanh(x) = 2 σ(2x) − 1."""
+    z = raw * scale
+    if CAPPED:
+        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
+    return z * inverse_temperature
+
+
+@triton.jit(do_not_specialize=["tokens", "first"])
+def _accumulate_kernel(
+    logits,
+    bias,
+    target,
+    state,
+    tokens,
+    first,
+    columns,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take a tile `[m,v]` of raw logits, of vocabulary from `first` on, into the state. One program per token."""
+    row = tl.program_id(0)
+    line = logits + row.to(tl.int64) * columns
+    state += row
+    top = tl.load(state)
+    total = tl.load(state + tokens)
+    weighted = tl.load(state + 2 * tokens)
+    squared = tl.load(state + 3 * tokens)
+    summed = tl.load(state + 4 * tokens)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        raw = tl.load(line + column, mask=inside, other=0.0)
+        if HAS_BIAS:
+            raw += tl.load(bias + first + column, mask=inside, other=0.0)
+        z = _transformed(raw, scale, softcap, inverse_temperature, CAPPED)
+        higher = tl.maximum(top, tl.max(tl.where(inside, z, LOWEST), axis=0))
+        shift = top - higher
+        decay = tl.exp(shift)
+        distance = z - higher
+        e = tl.where(inside, tl.exp(distance), 0.0)
+        weighted = decay * (weighted + shift * total) + tl.sum(tl.where(e > 0.0, e * distance, 0.0), axis=0)
+        total = decay * total + tl.sum(e, axis=0)
+        squared = decay * decay * squared + tl.sum(e * e, axis=0)
+        summed += tl.sum(tl.where(inside, z, 0.0), axis=0)
+        top = higher
+    tl.store(state, top)
+    tl.store(state + tokens, total)
+    tl.store(state + 2 * tokens, weighted)
+    tl.store(state + 3 * tokens, squared)
+    tl.store(state + 4 * tokens, summed)
+    place = tl.load(target + row) - first
+    if (place >= 0) & (place < columns):
+        raw = tl.load(line + place)
+        if HAS_BIAS:
+            raw += tl.load(bias + first + place)
+        tl.store(state + 5 * tokens, _transformed(raw, scale, softcap, inverse_temperature, CAPPED))
+
+
+@triton.jit(do_not_specialize=["tokens", "first"])
+def _gradient_kernel(
+    logits,
+    bias,
+    target,
+    factors,
+    out,
+    tokens,
+    first,
+    columns,
+    scale,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """∂loss/∂(raw logits) of a tile `[m,v]` into `out`, which may be `logits`. `factors [5,M]`: see `_factors`."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    offset = row.to(tl.int64) * columns + column
+    factors += row
+    normalizer = tl.load(factors)
+    chosen = tl.load(factors + tokens)
+    every = tl.load(factors + 2 * tokens)
+    raw = tl.load(logits + offset, mask=inside, other=0.0)
+    if HAS_BIAS:
+        raw += tl.load(bias + first + column, mask=inside, other=0.0)
+    z = _transformed(raw, scale, softcap, inverse_temperature, CAPPED)
+    logp = z - normalizer
+    p = tl.exp(logp)
+    both = chosen + tl.load(factors + 3 * tokens)
+    d = tl.where(column + first == tl.load(target + row), chosen, 0.0) + every - both * p
+    if ENTROPY:
+        d -= tl.where(p > 0.0, p * (tl.load(factors + 4 * tokens) * logp + tl.load(factors + 5 * tokens)), 0.0)
+    slope = scale * inverse_temperature
+    if CAPPED:
+        capped = z / (softcap * inverse_temperature)
+        d *= (1.0 - capped * capped) * slope
+    else:
+        d *= slope
+    tl.store(out + offset, d.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *tensors: Tensor | int | float, **flags) -> None:
+    """Run a kernel; nothing where tensors have shapes alone, for the estimate of memory."""
+    if not isinstance(tensors[0], FakeTensor):
+        with torch.cuda.device_of(tensors[0]):
+            kernel[grid](*tensors, **flags, num_warps=8)
+
+
+# ── tiles ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Tiles:
+    """The tiles of a head's logits, made one after the other in the same memory."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype
+    ) -> None:
+        self.hidden, self.weight, self.dtype = hidden, weight.detach(), dtype
+        self.bias = None if bias is None else bias.detach().to(dtype).float()
+        self.tokens, self.vocabulary = len(hidden), len(weight)
+        self.rows = max(1, min(self.tokens, TILE_ROWS))
+        self.columns = min(self.vocabulary, max(256, TILE_ELEMENTS // self.rows // 256 * 256))
+        self.memory = torch.empty(self.rows * self.columns, dtype=torch.float32, device=hidden.device)
+        softcap = 1.0 if transform.softcap is None else transform.softcap
+        self.constants = (float(transform.scale), float(softcap), 1.0 / transform.temperature)
+        self.flags = {"HAS_BIAS": bias is not None, "CAPPED": transform.softcap is not None}
+
+    def columns_in_turn(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary, and their rows of the weights `[v,H]` in the type of the product's factors."""
+        for first in range(0, self.vocabulary, self.columns):
+            part = slice(first, min(first + self.columns, self.vocabulary))
+            yield part, self.weight[part].to(self.dtype)
+
+    def rows_in_turn(self) -> Iterator[slice]:
+        for first in range(0, self.tokens, self.rows):
+            yield slice(first, min(first + self.rows, self.tokens))
+
+    def logits(self, rows: slice, weight: Tensor) -> Tensor:
+        """Raw logits `[m,v]` float32 of some tokens under some rows of the weights, without the bias."""
+        count = rows.stop - rows.start
+        out = self.memory[: count * len(weight)].view(count, len(weight))
+        return product(self.hidden[rows], weight.T, out=out)
+
+    def accumulate(self, rows: slice, part: slice, weight: Tensor, target: Tensor, state: Tensor) -> None:
+        """Take a tile into the state `[6,M]`."""
+        logits = self.logits(rows, weight)
+        tensors = logits, self.bias, target[rows], state[:, rows]
+        _launch(_accumulate_kernel, (len(logits),), *tensors, *self._numbers(part), **self.flags, BLOCK=BLOCK)
+
+    def gradient(
+        self, rows: slice, part: slice, weight: Tensor, target: Tensor, factors: Tensor, *, entropy: bool
+    ) -> Tensor:
+        """The gradient `[m,v]` of the loss with respect to a tile of raw logits; `factors [6,M]`: see `_factors`."""
+        logits = self.logits(rows, weight)
+        out = self.rounded[: logits.numel()].view_as(logits)
+        grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
+        tensors = logits, self.bias, target[rows], factors[:, rows], out
+        _launch(_gradient_kernel, grid, *tensors, *self._numbers(part), **self.flags, ENTROPY=entropy, BLOCK=BLOCK)
+        return out
+
+    @cached_property
+    def rounded(self) -> Tensor:
+        """Memory of a gradient in the type of the product's factors; that of the logits where the type is the same."""
+        return self.memory if self.dtype == torch.float32 else torch.empty_like(self.memory, dtype=self.dtype)
+
+    def _numbers(self, part: slice) -> tuple[int | float, ...]:
+        """What kernels are told of a tile after its tensors."""
+        return self.tokens, part.start, part.stop - part.start, *self.constants
+
+
+def _statistics(state: Tensor, vocabulary: int, want: frozenset[str]) -> dict[str, Tensor]:
+    """Statistics `[M]` by name from the state after the last tile: see the top of the file."""
+    log_total = state[TOTAL].log()
+    normalizer = state[TOP] + log_total
+    result = {"logprobs": (state[CHOSEN] - state[TOP]) - log_total}
+    if "entropy" in want:
+        result["entropy"] = log_total - state[WEIGHTED] / state[TOTAL]
+    if "mean_logprob" in want:
+        result["mean_logprob"] = state[SUM] / vocabulary - normalizer
+    if "collision" in want:
+        result["collision"] = state[SQUARED] / state[TOTAL].square()
+    if "greedy" in want:
+        result["greedy"] = (state[CHOSEN] >= state[TOP]).float()
+    return result
+
+
+def _factors(
+    normalizer: Tensor,
+    vocabulary: int,
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+    d_mean: Tensor | None,
+    entropy: Tensor | None,
+) -> Tensor:
+    """`[6,M]`: logsumexp, g of the log-probability, g/V of the mean, g of the mean, g of the entropy, g · entropy."""
+    factors = normalizer.new_zeros(6, len(normalizer))
+    factors[0] = normalizer
+    if d_logprobs is not None:
+        factors[1] = d_logprobs
+    if d_mean is not None:
+        factors[2], factors[3] = d_mean / vocabulary, d_mean
+    if d_entropy is not None:
+        factors[4], factors[5] = d_entropy, d_entropy * entropy
+    return factors
+
+
+class TritonLogprobs(torch.autograd.Function):
+    """As `logprobs._LinearLogprobs`, for tensors on a GPU in float32, bfloat16 or float16."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, want, transform, dtype):
+        ctx.set_materialize_grads(False)
+        ctx.transform, ctx.dtype = transform, dtype
+        state = torch.zeros(6, len(target), dtype=torch.float32, device=hidden.device)
+        state[TOP] = LOWEST.value
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, target = hidden.detach().to(dtype), target.contiguous()
+            tiles = _Tiles(hidden, weight, bias, transform, dtype)
+            for part, vectors in tiles.columns_in_turn():
+                for rows in tiles.rows_in_turn():
+                    tiles.accumulate(rows, part, vectors, target, state)
+        results = _statistics(state, len(weight), want)
+        normalizer = state[TOP] + state[TOTAL].log()
+        ctx.save_for_backward(hidden, weight, bias, target, normalizer, results.get("entropy"))
+        ctx.mark_non_differentiable(*(results[name] for name in DETACHED if name in results))
+        return tuple(results.get(name) for name in STATISTICS)
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropy, d_mean, *_):
+        hidden, weight, bias, target, normalizer, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        d_weight = torch.zeros_like(weight) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        factors = _factors(normalizer, len(weight), d_logprobs, d_entropy, d_mean, entropy)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = _Tiles(hidden, weight, bias, ctx.transform, ctx.dtype)
+            for part, vectors in tiles.columns_in_turn():
+                total = d_weight[part].float() if needs_weight else None  # d_weight itself where that is float32
+                for rows in tiles.rows_in_turn():
+                    d = tiles.gradient(rows, part, vectors, target, factors, entropy=d_entropy is not None)
+                    if needs_hidden:
+                        add_product(d_hidden[rows], d, vectors)
+                    if needs_weight:
+                        add_product(total, d.T, hidden[rows])
+                    if needs_bias:
+                        d_bias[part] += d.sum(0, dtype=torch.float32)
+                if needs_weight and total.dtype != d_weight.dtype:
+                    d_weight[part] = total
+        return d_hidden, d_weight, d_bias, None, None, None, None
