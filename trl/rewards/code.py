@@ -1,98 +1,139 @@
 """Code execution as a reward: the share of tests that a completion's program passes.
 
-A program runs in a process of its own, in an empty folder, with limits on time, memory and files, without the environment's
-variables, network, other processes or installed packages (`code_guard.py` says how). On Linux the kernel holds it to that;
-for code that may be hostile, run training in a container all the same.
+A program runs where `trl.rewards.sandbox` isolates it best, with limits on time, memory, processes, files and output that
+hold from outside. What it says of itself counts for nothing: its output is compared here, or the tests run in another
+place that it cannot reach. docs/security.md says what that stops.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+import ast
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import ceil
-from pathlib import Path
 from typing import Any
 
 from trl.errors import ConfigError, DataError
 from trl.rewards.answers import Completion, text_of
+from trl.rewards.sandbox import CodeRunner, Limits, find_runner, run_program, run_tests
 
-FENCE = re.compile(r"```(?:python3?|py)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+FENCE = "```"
+LANGUAGES = ("", "py", "python", "python3")
 
-GUARD = Path(__file__).with_name("code_guard.py")
+Test = str | Mapping[str, Any]
 
 
 def code_of(text: str) -> str:
-    """The last fenced block of a text, else all of it."""
-    blocks = FENCE.findall(text)
-    return blocks[-1] if blocks else text
+    """The last fenced block of Python in a text, else all of it."""
+    pieces = text.split(FENCE)
+    for block in reversed(pieces[1:-1:2]):
+        language, line_end, code = block.partition("\n")
+        if line_end and language.strip().lower() in LANGUAGES:
+            return code
+    return text
 
 
-def passes(program: str, *, seconds: float, megabytes: int) -> bool:
-    """Whether a Python program comes to its end without an error, within `seconds` of time and `megabytes` of memory."""
-    secret = secrets.token_hex()
-    limits = [str(megabytes * 2**20), str(ceil(seconds) + 1)]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as report:
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", GUARD, folder, *limits],
-            cwd=folder,
-            env={},
-            stdin=subprocess.PIPE,
-            stdout=report,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            try:
-                process.communicate(f"{secret}\n{program}".encode(errors="replace"), timeout=seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-        report.seek(0)
-        return report.read() == secret.encode()
+def holds(runner: CodeRunner, program: str, test: Test, limits: Limits) -> bool:
+    """Whether a program passes one test: statements with assertions, or `input` and `output`, or `call` and `output`."""
+    if isinstance(test, str):
+        return run_tests(runner, program, test, limits=limits).held
+    if test.get("call") is not None:
+        return run_tests(runner, program, _call(test), limits=limits).held
+    outcome = run_program(runner, program, stdin=test.get("input") or "", limits=limits)
+    return outcome.succeeded and _lines(outcome.stdout) == _lines(test["output"])
+
+
+def _call(test: Mapping[str, Any]) -> str:
+    arguments, keywords = list(test.get("args") or ()), dict(test.get("kwargs") or {})
+    return f"assert {test['call']}(*{arguments!r}, **{keywords!r}) == {test['output']!r}"
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without the space at their ends, and without empty ones at the end."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def check_test(test: Test, where: str) -> None:
+    """Raise DataError for a test that any program would pass, or that is none."""
+    if isinstance(test, Mapping):
+        _check_fields(test, where)
+    elif not isinstance(test, str):
+        raise DataError(f"{where}: a test is text or has fields, but this is a {type(test).__name__}.")
+    elif not _asserts(test, where):
+        raise DataError(
+            f"{where}: {test!r:.80} asserts nothing, so every program would pass it. Write `assert …` with a condition."
+        )
+
+
+def _check_fields(test: Mapping[str, Any], where: str) -> None:
+    call, output = test.get("call"), test.get("output")
+    if call is not None and (not isinstance(call, str) or not all(map(str.isidentifier, call.split(".")))):
+        raise DataError(f"{where}: 'call' has to name a function, but is {call!r:.60}.")
+    if output is None and ("output" not in test or call is None):
+        raise DataError(f"{where}: a test needs 'output', what is expected, with 'input' or with 'call' and 'args'.")
+    if call is None and not (isinstance(output, str) and isinstance(test.get("input") or "", str)):
+        raise DataError(f"{where}: 'input' and 'output' have to be text, that of standard input and output.")
+
+
+def _asserts(test: str, where: str) -> bool:
+    try:
+        nodes = list(ast.walk(ast.parse(test)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{where}: {test!r:.80} is no Python: {error}.") from error
+    conditions = [node.test for node in nodes if isinstance(node, ast.Assert)]
+    raised = any(isinstance(node, ast.Raise) for node in nodes)
+    return raised or any(not isinstance(condition, ast.Constant | ast.Tuple) for condition in conditions)
 
 
 @dataclass(frozen=True)
 class get_code_reward:
-    """The share of the column `tests` (a list of Python statements each) that hold after the completion's program: 0 to 1.
+    """The share of the column `tests` that a completion's program passes: 0 to 1; None where a row has no tests.
 
-    Each test is a run of its own, of at most `seconds` and `megabytes`; so many `processes` run at a time. None where a
-    row has no tests. Nothing is run unless `run_untrusted_code` is True.
+    A test is Python with assertions ("assert double(2) == 4"), or `{"input": …, "output": …}` for a program that reads
+    standard input, or `{"call": "double", "args": [2], "output": 4}`. Each is a run of its own, of at most `seconds` and
+    `megabytes`; so many `processes` run at a time. Nothing is run unless `run_untrusted_code` is True, and nothing
+    without isolation unless `without_isolation` is True as well. `runner` takes the place of the one that is found.
     """
 
     run_untrusted_code: bool = False
     seconds: float = 5.0
     megabytes: int = 512
     processes: int = 4
+    without_isolation: bool = False
+    runner: CodeRunner | None = None
 
     __name__ = "code_reward"
 
     def __post_init__(self) -> None:
         if not self.run_untrusted_code:
             raise ConfigError(
-                "This reward runs programs that a model wrote, with limits but not in a sandbox. Set "
-                "run_untrusted_code=True if that is wanted, best in a container."
+                "This reward runs programs that a model wrote. Set run_untrusted_code=True if that is wanted; they are "
+                "isolated as docs/security.md says."
             )
+        for name in ("seconds", "megabytes", "processes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: give more than 0.")
+        _ = self._runner
+
+    @property
+    def _runner(self) -> CodeRunner:
+        return self.runner or find_runner(without_isolation=self.without_isolation)
 
     def __call__(
-        self, completions: Sequence[Completion], tests: Sequence[Sequence[str]], **_: Any
+        self, completions: Sequence[Completion], tests: Sequence[Sequence[Test]], **_: Any
     ) -> list[float | None]:
         for sample, each in enumerate(tests):
+            where = f"Sample {sample}, column 'tests'"
             if isinstance(each, str):
-                raise DataError(
-                    f"Sample {sample}, column 'tests': expected a list of statements, found text {each!r:.60}."
-                )
+                raise DataError(f"{where}: expected a list of statements, found text {each!r:.60}.")
+            for test in each:
+                check_test(test, where)
         programs = [code_of(text_of(completion)) for completion in completions]
         with ThreadPoolExecutor(self.processes) as pool:
             return list(pool.map(self._share, programs, tests))
 
-    def _share(self, program: str, tests: Sequence[str]) -> float | None:
+    def _share(self, program: str, tests: Sequence[Test]) -> float | None:
         if not tests:
             return None
-        held = [passes(f"{program}\n{test}", seconds=self.seconds, megabytes=self.megabytes) for test in tests]
-        return sum(held) / len(held)
+        limits = Limits(seconds=self.seconds, megabytes=self.megabytes)
+        return sum(holds(self._runner, program, test, limits) for test in tests) / len(tests)

@@ -1,0 +1,179 @@
+"""Watching processes from outside: their time, memory, number and output, whatever they do themselves."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+INTERVAL = 0.01
+"""Seconds between two looks at memory and number of processes."""
+PIECE = 2**16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use up. With tests, the program and its tests each.
+
+    seconds      of wall clock
+    megabytes    of memory: of address space for each process, and resident for all of them together
+    processes    threads and processes at a time
+    files        files and folders that it may make
+    disk         MB that they may hold together
+    output       bytes that it may write to standard output, and as many to standard error
+    """
+
+    seconds: float = 5.0
+    megabytes: int = 512
+    processes: int = 16
+    files: int = 1000
+    disk: int = 16
+    output: int = 2**20
+
+    def resources(self) -> dict[str, int]:
+        """As names and values of `resource.setrlimit`."""
+        return {
+            "AS": self.megabytes * 2**20,
+            "CPU": int(self.seconds) + 2,
+            "FSIZE": self.disk * 2**20,
+            "NOFILE": 64,
+            "CORE": 0,
+        }
+
+
+@dataclass
+class Watch:
+    """Runs until all `processes` have ended, or one of `limits` is passed, which ends them."""
+
+    processes: Sequence[subprocess.Popen]
+    limits: Limits
+    outputs: Sequence[IO[bytes]] = ()
+    given: tuple[IO[bytes], bytes] | None = None
+    """A standard input, and what to write to it."""
+    written: dict[IO[bytes], bytearray] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def run(self) -> str:
+        """ "" if the processes ended by themselves, else the limit that ended them: a field of `Limits`."""
+        self.written = {stream: bytearray() for stream in self.outputs}
+        with selectors.DefaultSelector() as selector:
+            for stream in self.outputs:
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, selectors.EVENT_READ)
+            if self.given:
+                os.set_blocking(self.given[0].fileno(), False)
+                selector.register(self.given[0], selectors.EVENT_WRITE, memoryview(self.given[1]))
+            try:
+                return self._until_the_end(selector)
+            finally:
+                self._kill()
+                self._drain(selector)
+
+    def _until_the_end(self, selector: selectors.BaseSelector) -> str:
+        end, look = time.monotonic() + self.limits.seconds, 0.0
+        while any(process.poll() is None for process in self.processes):
+            now = time.monotonic()
+            if now >= end:
+                return "seconds"
+            if now >= look:
+                look = now + INTERVAL
+                if passed := self._passed():
+                    return passed
+            if selector.get_map():
+                self._move(selector, min(INTERVAL, end - now))
+            else:
+                with suppress(subprocess.TimeoutExpired):
+                    self.processes[0].wait(min(INTERVAL, end - now))
+            if any(len(text) > self.limits.output for text in self.written.values()):
+                return "output"
+        return ""
+
+    def _move(self, selector: selectors.BaseSelector, seconds: float) -> None:
+        """Read and write what can be at once."""
+        for key, _ in selector.select(seconds):
+            if key.fileobj in self.written:
+                piece = os.read(key.fd, PIECE)
+                self.written[key.fileobj].extend(piece)
+                if not piece:
+                    selector.unregister(key.fileobj)
+                continue
+            rest = _write(key.fd, key.data)
+            if rest:
+                selector.modify(key.fileobj, selectors.EVENT_WRITE, rest)
+            else:
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+
+    def _drain(self, selector: selectors.BaseSelector) -> None:
+        """Read what the processes left in their pipes."""
+        reading = [key for key in selector.get_map().values() if key.fileobj in self.written]
+        for key in reading:
+            with suppress(BlockingIOError):
+                while len(self.written[key.fileobj]) <= self.limits.output and (piece := os.read(key.fd, PIECE)):
+                    self.written[key.fileobj].extend(piece)
+
+    def _passed(self) -> str:
+        pids = {pid for process in self.processes for pid in descendants(process.pid)}
+        self.seen |= pids
+        if sum(map(resident, pids)) > self.limits.megabytes * 2**20 * len(self.processes):
+            return "megabytes"
+        if sum(map(threads, pids)) > (self.limits.processes + HELPERS) * len(self.processes):
+            return "processes"
+        return ""
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for pid in self.seen - {process.pid for process in self.processes}:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+
+HELPERS = 6
+"""Processes that the isolation itself takes."""
+
+
+def _write(fd: int, data: memoryview) -> memoryview:
+    """What is still to be written; nothing if nobody reads it."""
+    try:
+        return data[os.write(fd, data[:PIECE]) :]
+    except BlockingIOError:
+        return data
+    except BrokenPipeError:
+        return data[:0]
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and those below it, by Linux's /proc; itself alone elsewhere."""
+    found = [pid]
+    for each in found:
+        with suppress(OSError):  # it has ended
+            for thread in os.listdir(f"/proc/{each}/task"):
+                found += map(int, Path(f"/proc/{each}/task/{thread}/children").read_text().split())
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that are a process's own; 0 if it has ended."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return 0
+    return int(pages[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
