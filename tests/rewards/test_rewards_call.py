@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import re
+import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -125,6 +130,33 @@ async def slow(completions, **_):
     await asyncio.sleep(5)
 
 
+def exits(completions, **_):
+    if "b" in completions:
+        sys.exit(0)
+    return lengths(completions)
+
+
+async def exits_later(**_):
+    raise SystemExit(0)
+
+
+def interrupts(**_):
+    raise KeyboardInterrupt
+
+
+class Own(BaseException):
+    pass
+
+
+def raises_own(**_):
+    raise Own(1)
+
+
+class Shy:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
 FAILURES = {
     "raises": (
         fragile,
@@ -138,8 +170,19 @@ FAILURES = {
     "a number": (lambda **_: torch.tensor(1.0), "gave a Tensor: it has to give a list"),
     "mapping": (lambda **_: {0: 1.0, 1: 1.0, 2: 1.0}, "gave a dict: it has to give a list"),
     "a digit": (lambda **_: ["1", 0, 0], r"gave a str \('1'\) where a number belongs. Sample 0"),
+    "large": (lambda **_: [0, 10**400, 0], r"gave 1000.*, which float32 cannot hold. Sample 1 of 3: prompt 'q'"),
+    "very large": (lambda **_: [10**5000, 0, 0], "which float32 cannot hold. Sample 0 of 3"),
+    "beyond float32": (lambda **_: [0, 0, -1e39], r"gave -1e\+39, which float32 cannot hold. Sample 2"),
+    "complex": (lambda **_: [0, 1j, 0], r"gave a complex \(1j\) where a number belongs. Sample 1"),
+    "vectors": (lambda **_: torch.zeros(3, 2), "gave a Tensor .* where a number belongs. Sample 0"),
+    "generator": (lambda completions, **_: (1.0 for _ in completions), "gave a generator: it has to give a list"),
+    "exits": (exits, "'exits' raised SystemExit: 0. Sample 1 of 3: prompt 'q', completion 'b'"),
+    "exits, async": (exits_later, "'exits_later' raised SystemExit: 0. Sample 0 of 3, as 2 of the others"),
+    "interrupts": (interrupts, "'interrupts' raised KeyboardInterrupt: . Sample 0"),
+    "an exception of its own": (raises_own, "'raises_own' raised Own: 1. Sample 0"),
+    "a text that cannot be shown": (lambda **_: [Shy(), 0, 0], r"gave a Shy \(Shy \(no\)\) where a number belongs"),
     "nothing": (lambda **_: None, "gave a NoneType: it has to give a list"),
-    "slow": (lambda **_: time.sleep(5), "took longer than 0.2 s. Sample 0 of 3, as 2 of the others"),
+    "slow": (lambda **_: time.sleep(5), "took longer than 0.2 s. Sample 0 of 3"),
     "async": (slow, "'slow' took longer than 0.2 s"),
 }
 
@@ -158,6 +201,103 @@ def test_failures_can_be_dropped():
         assert found.values[:, 1].isnan().tolist() == [False, True, False]
     assert rewards_of(fragile, on_error="drop").values[2].item() == 0.5
     assert rewards_of(lambda **_: [], on_error="drop").failed.all()
+
+
+@pytest.mark.parametrize(
+    "function", [exits, lambda completions, **_: [10**400 if c == "b" else 1 for c in completions]]
+)
+def test_whatever_fails_can_be_dropped(function):
+    found = rewards_of(function, on_error="drop")
+    assert found.failed.flatten().tolist() == [False, True, False]
+    assert found.values[[0, 2]].isfinite().all()
+
+
+def test_a_signal_is_no_failure_of_a_function():
+    """Ctrl-C while a reward function runs ends the program, as it does anywhere else."""
+    with pytest.raises(KeyboardInterrupt):
+        rewards_of(lambda **_: signal.raise_signal(signal.SIGINT), on_error="drop")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---- with a limit, in processes of their own ----
+
+
+def backtracks(completions, **_):
+    """A regular expression that takes longer than the universe has, and holds the interpreter's lock meanwhile."""
+    return [float(bool(re.match(r"(a+)+$", "a" * 60 + "b" if c == "b" else "a"))) for c in completions]
+
+
+async def blocks(completions, **_):
+    return backtracks(completions)
+
+
+def powers(completions, **_):
+    return [9**9**9 if c == "b" else 0 for c in completions]
+
+
+def leaves(completions, **_):
+    if "b" in completions:
+        os._exit(7)
+    return lengths(completions)
+
+
+@pytest.mark.parametrize("function", [backtracks, blocks, powers])
+def test_limits_hold_for_code_that_never_yields(function):
+    with pytest.raises(RewardError, match=rf"{function.__name__!r} took longer than 3 s. Sample 1 of 3: prompt 'q'"):
+        rewards_of(function, timeout=3)
+
+
+def test_what_hangs_or_ends_its_process_can_be_dropped():
+    found = rewards_of(backtracks, leaves, timeout=4, on_error="drop")
+    assert found.failed.tolist() == [[False, False], [True, True], [False, False]]
+    assert found.values[2].tolist() == [1, 3]
+    with pytest.raises(RewardError, match="'leaves' ended its process with status 7. Sample 1 of 3"):
+        rewards_of(leaves, timeout=60)
+
+
+class Counter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, log_metric, **_):
+        self.calls += 1
+        log_metric("calls", self.calls)
+        return [self.calls] * len(completions)
+
+
+def test_a_process_is_kept_and_its_logs_come_back():
+    rewards, logged = make_rewards([Counter()]), []
+    samples = Samples(["p"], ["a"], {}, {"log_metric": lambda *given: logged.append(given)})
+    for _ in range(2):
+        call_rewards(rewards, samples, timeout=60)
+    assert logged == [("calls", 1), ("calls", 2)]
+    worker = rewards[0].worker
+    pid = worker._process.pid
+    worker.end()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_errors_of_other_processes_tell_where():
+    with pytest.raises(
+        RewardError, match="'fragile' raised ZeroDivisionError: division by zero. Sample 1 of 3"
+    ) as error:
+        rewards_of(fragile, timeout=60)
+    assert "in fragile" in error.value.__cause__.__notes__[0]
+
+
+def test_what_cannot_be_sent_stays_and_is_told_of(caplog):
+    lock = threading.Lock()
+
+    def reward(completions, **_):
+        with lock:
+            return lengths(completions)
+
+    with caplog.at_level(logging.WARNING, "trl"):
+        assert rewards_of(reward, timeout=60).values.flatten().tolist() == [2, 1, 3]
+    assert "'reward' runs in the trainer's own process, where reward_timeout cannot end code" in caplog.text
+    with pytest.raises(RewardError, match="took longer than 0.2 s"):
+        rewards_of(lambda **_: (lock, time.sleep(5)), timeout=0.2)
 
 
 def test_what_is_no_reward_function():

@@ -1,9 +1,8 @@
 """Answers in texts, and whether they agree with a solution.
 
-The answer is what stands in the last \\boxed{…}, else after the last ####; a text that is a formula is its own answer, and of
-any other it is the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics:
-(x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are numbers (0.5 = \\frac{1}{2}), else as text. A
-unit has to be right where both have one.
+The answer is what stands in the last \\boxed{…}, else after the last ####; of a line that has no words it is the line, of any
+other text the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics: (x − 1)(x + 1) = x² − 1. Without it they are
+compared as numbers where both are numbers (0.5 = 1/2), else as text without spaces and dollars.
 """
 
 from __future__ import annotations
@@ -23,21 +22,19 @@ logger = logging.getLogger(__name__)
 
 VERIFY_SECONDS = 5
 """Time that math-verify may take to read or compare one answer."""
+LONGEST_FORMULA, LONGEST_TEXT = 200, 2000
+"""Characters of a line that is taken for a formula, and those at the end of any other text that are looked through."""
 
 Completion = str | Sequence[dict[str, Any]]
 
+# A minus after a digit or a bracket is a difference or a range.
 NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-−–])?"  # a minus after a digit or a bracket is a difference or a range
-    r"(?:(?:\d+\s*)?\\[dt]?frac\{-?\d+\}\{\d+\}"
-    r"|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:\s*/\s*\d+)?|\.\d+)"
+    r"(?:(?<![\w)\]}])[-−–])?"
+    r"(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:/\d+)?)"
 )
-MIXED = re.compile(r"(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]+)\}|(\d))\s*(?:\{([^{}]+)\}|(\d))")
-ATOM = re.compile(r"\s*-?\\?\w+\s*")
-UNIT = re.compile(r"(?:\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?|\^\{?\\circ\}?|°)[\s$]*$")
-VARIABLE = re.compile(r"^[\s$]*[a-zA-Z]\s*=(?!=)")
-WORD = re.compile(r"(?:^|\s)[^\W\d_]{2,}(?=[\s.,:;!?]|$)")
-IGNORED = re.compile(r"\\(?:text|mathrm|mbox|left|right|[,;! ()\[\]])|[\s${}]|\\[%$]|%")
+FRACTION = re.compile(r"(?<!\d)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
+MARKS = ("$", "\\(", "\\[", "\\boxed")
 
 
 def text_of(completion: Completion) -> str:
@@ -57,41 +54,27 @@ def boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """The last boxed expression of a text, or what follows the last ####; else the text if it is a formula; else its last
-    number, or None."""
+    """The last boxed expression of a text; else, after the last ####, the line if it has no words, or the last number."""
     if (found := boxed(text)) is not None:
         return found
-    text = VARIABLE.sub("", text.rpartition("####")[2], count=1).strip()
+    text = text.rpartition("####")[2].strip()
     if is_formula(text):
         return text
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(text[-LONGEST_TEXT:])
     return numbers[-1] if numbers else None
 
 
 def is_formula(text: str) -> bool:
     """Whether a text is one line of mathematics, without words and without steps that lead to a result."""
-    return bool(text) and "\n" not in text and "=" not in text and not WORD.search(UNIT.sub("", text))
-
-
-def normalised(answer: str) -> str:
-    """An answer without what makes no difference: spaces, dollars, braces, \\text, thousands separators, a leading `x =`."""
-    plain = VARIABLE.sub("", answer, count=1).replace("−", "-").replace("–", "-")
-    plain = MIXED.sub(lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", plain)
-    plain = IGNORED.sub("", FRACTION.sub(_quotient, plain)).rstrip(".").removeprefix("+")
-    return plain.replace(",", "") if NUMBER.fullmatch(plain) else plain
-
-
-def _quotient(fraction: re.Match) -> str:
-    parts = (fraction[1] or fraction[2], fraction[3] or fraction[4])
-    return "/".join(part if ATOM.fullmatch(part) else f"({part})" for part in parts)
+    return 0 < len(text) <= LONGEST_FORMULA and "\n" not in text and "=" not in text and not WORD.search(text)
 
 
 def as_number(answer: str) -> Fraction | None:
     """An answer as a number, None if it is none."""
-    plain = normalised(answer)
+    plain = FRACTION.sub(r"\1/\2", answer).translate(str.maketrans("−–", "--", " $")).removesuffix(".")
     if not NUMBER.fullmatch(plain):
         return None
-    top, _, bottom = plain.partition("/")
+    top, _, bottom = plain.replace(",", "").partition("/")
     try:
         return Fraction(top) / Fraction(bottom or 1)
     except (ValueError, ZeroDivisionError):
@@ -99,22 +82,22 @@ def as_number(answer: str) -> Fraction | None:
 
 
 def agree(answer: str, solution: str) -> bool:
-    """Whether two answers are the same number, of the same unit where both have one, or the same text."""
-    numbers = [as_number(UNIT.sub("", each)) for each in (answer, solution)]
-    if None in numbers:
-        return normalised(answer) == normalised(solution)
-    units = {normalised(found[0]) for each in (answer, solution) if (found := UNIT.search(each))}
-    return numbers[0] == numbers[1] and len(units) < 2
+    """Whether two answers are the same number, or the same text without spaces and dollars."""
+    first, second = as_number(answer), as_number(solution)
+    if first is not None and second is not None:
+        return first == second
+    plain = [each.translate(str.maketrans("", "", " $\n")) for each in (answer, solution)]
+    return plain[0] == plain[1]
 
 
 def is_correct(text: str, solution: str) -> bool | None:
     """Whether the answer in a text is that of the solution; None where the solution has no answer."""
-    gold = extract_answer(solution) or solution.strip()
-    if not gold:
+    if not solution.strip():
         return None
     if has_math_verify():
         return is_verified(text, solution)
     answer = extract_answer(text)
+    gold = extract_answer(solution) or solution
     return answer is not None and agree(answer, gold)
 
 
@@ -135,20 +118,28 @@ def is_verified(text: str, solution: str) -> bool | None:
     # Its time limits are signals, which only the main thread may set.
     seconds = VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
     parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
-    gold = parse(_marked(solution)) or parse(f"${solution}$")
-    return bool(math_verify.verify(gold, parse(_marked(text)), timeout_seconds=seconds)) if gold else None
+    gold = parse(marked(solution)) or parse(f"${solution}$")
+    return bool(math_verify.verify(gold, parse(marked(text)), timeout_seconds=seconds)) if gold else None
 
 
-def _marked(text: str) -> str:
-    """A text whose answer is a formula without marks, as a marked one: math-verify takes only numbers from plain text."""
-    answer = text.rpartition("####")[2].strip()
-    return f"${answer}$" if is_formula(answer) and not re.search(r"\\boxed|\$|\\[(\[]", answer) else text
+def marked(text: str) -> str:
+    """The part of a text that holds the answer: its last box, a formula between dollars, or the end of it.
+
+    math-verify takes only numbers from plain text, so a formula without marks is given them.
+    """
+    if (found := boxed(text)) is not None:
+        return f"\\boxed{{{found}}}" if len(found) <= LONGEST_TEXT else ""
+    answer = text.rpartition("####")[2].strip()[-LONGEST_TEXT:]
+    return f"${answer}$" if is_formula(answer) and not any(mark in answer for mark in MARKS) else answer
 
 
 def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **_: Any) -> list[float | None]:
     """1 where the answer of a completion is that of the column `solution`, else 0; None where that has none."""
     found = [is_correct(text_of(c), s) for c, s in zip(completions, solution, strict=True)]
     return [None if each is None else float(each) for each in found]
+
+
+accuracy_reward.imports = ("math_verify",)
 
 
 def reasoning_accuracy_reward(
@@ -167,6 +158,9 @@ def reasoning_accuracy_reward(
     return rewards
 
 
+reasoning_accuracy_reward.imports = accuracy_reward.imports
+
+
 class get_cosine_scaled_reward:
     """Accuracy whose worth depends on length: right and short is best, wrong and short is worst.
 
@@ -176,6 +170,7 @@ class get_cosine_scaled_reward:
     """
 
     __name__ = "cosine_scaled_reward"
+    imports = accuracy_reward.imports
 
     def __init__(
         self,

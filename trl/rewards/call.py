@@ -4,8 +4,11 @@
 
 One number per sample; None where the function does not apply. A function is given the arguments that it names, all of them
 if it takes `**columns`. Functions may be async: those of one round run at the same time. What raises, takes too long, or
-gives anything else than one finite number (or None) per sample is an error that names function and sample, or, with
-on_error="drop", a sample that is not learned from.
+gives anything else than one number that float32 holds (or None) per sample is an error that names function and sample, or,
+with on_error="drop", a sample that is not learned from.
+
+With a timeout, a function runs in a process of its own (`worker.py`), so that the limit holds for any code. Reward models
+and people stay in this process.
 """
 
 from __future__ import annotations
@@ -13,10 +16,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import math
+import signal
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set, Sized
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,9 +37,13 @@ from trl.errors import ConfigError, TrlError, unknown
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
 from trl.rewards.signature import check_arguments, fitting
+from trl.rewards.worker import ProcessEnded, Worker, WorkerError, called
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., "Sequence[float | None] | Awaitable[Sequence[float | None]]"]
 ON_ERROR = ("stop", "drop")
+MOST_COSTLY = 3
 
 
 class RewardError(TrlError):
@@ -49,9 +62,28 @@ class Reward:
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__)
 
-    def call(self, samples: Samples) -> Any:
-        """What the function gives for the samples; to be awaited if it is async."""
-        return self.function(**fitting(self.function, samples.keywords))
+    def keywords(self, samples: Samples) -> dict[str, Any]:
+        """What the function asks for, of the samples."""
+        return fitting(self.function, samples.keywords)
+
+    @functools.cached_property
+    def worker(self) -> Worker | None:
+        """The function in a process of its own; None if it has to stay in this one, which is said."""
+        if getattr(self.function, "runs_in_trainer", False):
+            return None
+        try:
+            return Worker(self.function)
+        except WorkerError as error:
+            self.stay(error)
+            return None
+
+    def stay(self, error: WorkerError) -> None:
+        """Keep the function in this process from now on."""
+        vars(self)["worker"] = None
+        logger.warning(
+            f"Reward function {self.name!r} runs in the trainer's own process, where reward_timeout cannot end code that "
+            f"never yields: {error}. A function of a module that can be imported runs in one of its own."
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +181,7 @@ def call_rewards(
     return Rewarded(values.float().reshape(len(samples), len(rewards)), failed.reshape(len(samples), len(rewards)))
 
 
-Outcome = Sequence[float | None] | Exception
+Outcome = Sequence[float | None] | BaseException
 
 
 def _outcomes(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
@@ -157,28 +189,89 @@ def _outcomes(rewards: Sequence[Reward], samples: Samples, timeout: float | None
     found: dict[int, Outcome] = {}
     waiting = [i for i, reward in enumerate(rewards) if reward.is_async]
     if waiting:
-        found.update(zip(waiting, _all_async([rewards[i] for i in waiting], samples, timeout), strict=True))
+        asynchronous = [rewards[i] for i in waiting]
+        run = _all_async if timeout is None else functools.partial(_all_in_workers, timeout=timeout)
+        found.update(zip(waiting, run(asynchronous, samples), strict=True))
     for i, reward in enumerate(rewards):
-        if i not in found:
-            try:
-                found[i] = _within(timeout, lambda reward=reward: reward.call(samples))
-            except Exception as error:  # a user's function may raise anything; it is reported with its name
-                found[i] = error
+        if i not in found and timeout is None:
+            found[i] = _caught(lambda reward=reward: reward.function(**reward.keywords(samples)))
+        elif i not in found:
+            (found[i],) = _all_in_workers([reward], samples, timeout)
     return [found[i] for i in range(len(rewards))]
 
 
-def _within(timeout: float | None, function: Callable[[], Any]) -> Any:
-    """The result of a function that may take `timeout` seconds. Beyond, its thread is abandoned."""
-    return function() if timeout is None else _in_thread(function, timeout)
+def _caught(function: Callable[[], Any]) -> Outcome:
+    """What a user's function gives or raises, SystemExit included; a signal that ends the program is none of its doing."""
+    try:
+        with _signals_known():
+            return function()
+    except BaseException as error:
+        if _is_from_signal(error):
+            raise
+        return error
+
+
+@contextmanager
+def _signals_known() -> Iterator[None]:
+    """Ctrl-C raises from a function of ours meanwhile, to be told from a function that raises KeyboardInterrupt itself."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _is_from_signal(error: BaseException) -> bool:
+    """Whether a handler of signals raised it."""
+    if isinstance(error, Exception):
+        return False
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(h, "__func__", h), "__code__", None) for h in [*handlers, _interrupt]} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _all_in_workers(rewards: Sequence[Reward], samples: Samples, timeout: float) -> list[Outcome]:
+    """What functions give that start at the same time, each in a process of its own and within `timeout` seconds."""
+    ends = [_caught(lambda reward=reward: _send(reward, samples, timeout)) for reward in rewards]
+    return [_received(r, end, samples, timeout) for r, end in zip(rewards, ends, strict=True)]
+
+
+def _send(reward: Reward, samples: Samples, timeout: float) -> float | None:
+    """Let the function begin; by when it has to end. None if it has no process of its own."""
+    if reward.worker is None:
+        return None
+    try:
+        reward.worker.send(reward.keywords(samples))
+    except WorkerError as error:
+        reward.stay(error)
+        return None
+    return time.monotonic() + timeout
+
+
+def _received(reward: Reward, end: float | BaseException | None, samples: Samples, timeout: float) -> Outcome:
+    if isinstance(end, BaseException):
+        return end
+    if end is not None:
+        return _caught(lambda: reward.worker.receive(end))
+    return _caught(lambda: _in_thread(lambda: called(reward.function, reward.keywords(samples)), timeout))
 
 
 def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
-    done: list[tuple[Any, Exception | None]] = []
+    """The result of a function that may take `timeout` seconds. Beyond, its thread is abandoned."""
+    done: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
         try:
             done.append((function(), None))
-        except Exception as error:  # handed to the thread that waits
+        except BaseException as error:  # handed to the thread that waits
             done.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -192,14 +285,17 @@ def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
     return result
 
 
-def _all_async(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
+def _all_async(rewards: Sequence[Reward], samples: Samples) -> list[Outcome]:
     """In a thread of its own, since a notebook has a loop running already."""
 
-    async def call(reward: Reward) -> Sequence[float | None]:
-        return await asyncio.wait_for(reward.call(samples), timeout)
+    async def call(reward: Reward) -> Outcome:
+        try:
+            return await reward.function(**reward.keywords(samples))
+        except BaseException as error:  # SystemExit would end the loop, and the others with it
+            return error
 
     async def run() -> list[Outcome]:
-        return await asyncio.gather(*map(call, rewards), return_exceptions=True)
+        return await asyncio.gather(*map(call, rewards))
 
     return _in_thread(lambda: asyncio.run(run()), None)
 
@@ -208,33 +304,38 @@ def _column(
     reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str
 ) -> tuple[list[float | None], list[bool]]:
     """The rewards of one function, and which samples failed."""
-    failures = _failures(reward, outcome, samples, timeout)
+    failures = _failures(reward, outcome, samples, timeout, on_error)
     if not failures:
         return list(map(_number, outcome)), [False] * len(samples)
     if on_error == "stop":
         i, (reason, cause) = next(iter(failures.items()))
         raise RewardError(_message(reward, samples, i, reason, len(failures))) from cause
-    if isinstance(outcome, Exception) or len(outcome) != len(samples):
+    if isinstance(outcome, BaseException) or not _is_list(outcome) or len(outcome) != len(samples):
         alone = [None if i in failures else _alone(reward, samples, i, timeout) for i in range(len(samples))]
-        return [None if a is None else _number(a[0]) for a in alone], [i in failures for i in range(len(samples))]
+        wrong = [i in failures or not _is_one(a) for i, a in enumerate(alone)]
+        return [None if bad else _number(a[0]) for a, bad in zip(alone, wrong, strict=True)], wrong
     values = [None if i in failures else _number(value) for i, value in enumerate(outcome)]
     return values, [i in failures for i in range(len(samples))]
+
+
+def _is_one(outcome: Outcome | None) -> bool:
+    """Whether a sample alone was given one reward."""
+    is_list = not isinstance(outcome, BaseException) and _is_list(outcome)
+    return is_list and len(outcome) == 1 and not _wrong(outcome[0])
 
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-Failures = dict[int, tuple[str, Exception | None]]
+Failures = dict[int, tuple[str, BaseException | None]]
 
 
-def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None) -> Failures:
+def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str) -> Failures:
     """What is wrong, by sample."""
     everything = range(len(samples))
-    if isinstance(outcome, TimeoutError):
-        return dict.fromkeys(everything, (f"took longer than {timeout:g} s", outcome))
-    if isinstance(outcome, Exception):
-        return _raised(reward, outcome, samples, timeout)
+    if isinstance(outcome, BaseException):
+        return _raised(reward, outcome, samples, timeout, on_error)
     if not _is_list(outcome):
         reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
         return dict.fromkeys(everything, (reason, None))
@@ -251,15 +352,35 @@ def _is_list(outcome: Any) -> bool:
     return isinstance(outcome, Sized) and not isinstance(outcome, str | Mapping | Set)
 
 
-def _raised(reward: Reward, error: Exception, samples: Samples, timeout: float | None) -> Failures:
-    """The samples with which the function raises on its own; all, where it raises with none alone."""
+def _raised(reward: Reward, error: BaseException, samples: Samples, timeout: float | None, on_error: str) -> Failures:
+    """The samples with which the function fails on its own; all, where it fails with none alone.
+
+    A sample that takes all its time, or ends its process, costs much: the first is enough to stop for, and of those that
+    can be dropped, samples after the third are not tried.
+    """
     found: Failures = {}
+    costly = 0
     for i in range(len(samples)):
+        if costly >= (1 if on_error == "stop" else MOST_COSTLY):
+            found |= (
+                {}
+                if on_error == "stop"
+                else dict.fromkeys(range(i, len(samples)), ("was not tried after others", None))
+            )
+            break
         (outcome,) = _outcomes([reward], samples.one(i), timeout)
-        if isinstance(outcome, Exception):
-            found[i] = (f"raised {type(outcome).__name__}: {outcome}", outcome)
-    whole = (f"raised {type(error).__name__}: {error}", error)
-    return found or dict.fromkeys(range(len(samples)), whole)
+        if isinstance(outcome, BaseException):
+            found[i] = (_reason(outcome, timeout), outcome)
+            costly += isinstance(outcome, TimeoutError | ProcessEnded)
+    return found or dict.fromkeys(range(len(samples)), (_reason(error, timeout), error))
+
+
+def _reason(error: BaseException, timeout: float | None) -> str:
+    if isinstance(error, TimeoutError) and timeout is not None:
+        return f"took longer than {timeout:g} s"
+    if isinstance(error, ProcessEnded):
+        return str(error)
+    return f"raised {type(error).__name__}: {error}"
 
 
 def _alone(reward: Reward, samples: Samples, i: int, timeout: float | None) -> Sequence[float | None]:
@@ -273,10 +394,14 @@ def _wrong(value: Any) -> str:
         return ""
     try:
         number = None if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        return f"gave {_short(value)}, which float32 cannot hold"
+    except Exception:  # a value's own __float__ may raise anything
         number = None
     if number is None:
-        return f"gave a {type(value).__name__} ({value!r:.60}) where a number belongs"
+        return f"gave a {type(value).__name__} ({_short(value, 60)}) where a number belongs"
+    if math.isfinite(number) and abs(number) > torch.finfo(torch.float32).max:
+        return f"gave {number}, which float32 cannot hold"
     return "" if math.isfinite(number) else f"gave {number} (None says that it does not apply)"
 
 
@@ -289,6 +414,9 @@ def _message(reward: Reward, samples: Samples, i: int, reason: str, failures: in
     )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:99] + "…"
+def _short(value: Any, most: int = 100) -> str:
+    try:
+        text = repr(value)
+    except Exception as error:  # integers of thousands of digits, and values whose own __repr__ raises
+        text = f"{type(value).__name__} ({error})"
+    return text if len(text) <= most else text[: most - 1] + "…"

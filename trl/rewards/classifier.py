@@ -48,6 +48,9 @@ class ClassifierReward:
     tokenizer and a vocabulary of its own. Of a text beyond its longest input the beginning is cut: the end is judged.
     """
 
+    runs_in_trainer = True
+    """Its weights are on the trainer's device: it is not sent to another process for a time limit."""
+
     def __init__(
         self,
         model: str | PreTrainedModel,

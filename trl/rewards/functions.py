@@ -13,6 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jsonschema import Draft202012Validator, SchemaError
+from jsonschema.protocols import Validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
 from trl.errors import ConfigError, unknown
 from trl.rewards.answers import Completion, text_of
 from trl.rewards.signature import fitting
@@ -118,8 +123,7 @@ class get_regex_reward:
 class get_json_reward:
     """1 where a completion is JSON that conforms to `schema`, `partial` where it is other JSON, 0 where it is none.
 
-    A fence of ``` around it is no part of it. Of JSON schema: type, enum, const, required, properties,
-    additionalProperties, items, minItems, maxItems, minimum, maximum, minLength, maxLength, pattern, anyOf.
+    A fence of ``` around it is no part of it. `schema` is a JSON Schema of 2020-12, checked by `jsonschema`.
     """
 
     schema: Mapping[str, Any] | None = None
@@ -128,18 +132,27 @@ class get_json_reward:
     __name__ = "json_reward"
 
     def __post_init__(self) -> None:
-        check_schema(self.schema or {})
+        validator_of(self.schema or {})
 
     def __call__(self, completions: Sequence[Completion], **_: Any) -> list[float]:
-        return [self._of(text_of(completion)) for completion in completions]
+        validator = validator_of(self.schema or {})
+        return [self._of(text_of(completion), validator) for completion in completions]
 
-    def _of(self, text: str) -> float:
-        fenced = re.fullmatch(r"\s*```(?:json)?\s*\n(.*?)\n?```\s*", text, re.DOTALL)
+    def _of(self, text: str, validator: Validator) -> float:
         try:
-            value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+            value = json.loads(_unfenced(text), parse_constant=_refuse)
         except (ValueError, RecursionError):  # nested deeper than Python's parser goes
             return 0.0
-        return 1.0 if conforms(value, self.schema or {}) else self.partial
+        try:
+            return 1.0 if validator.is_valid(value) else self.partial
+        except RecursionError:
+            return self.partial
+
+
+def _unfenced(text: str) -> str:
+    """A text without a fence of ``` around all of it."""
+    inner = text.strip().removeprefix("```").removesuffix("```")
+    return inner.removeprefix("json") if len(inner) == len(text.strip()) - 6 else text
 
 
 def _refuse(constant: str) -> None:
@@ -159,87 +172,45 @@ def _check_pattern(pattern: str) -> None:
         raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}.") from error
 
 
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "object": lambda v: isinstance(v, dict),
-    "array": lambda v: isinstance(v, list),
-    "string": lambda v: isinstance(v, str),
-    "boolean": lambda v: isinstance(v, bool),
-    "null": lambda v: v is None,
-    "integer": lambda v: TYPES["number"](v) and (isinstance(v, int) or v.is_integer()),
-    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-}
+DESCRIPTIVE = ("$schema", "$id", "$defs", "$comment", "title", "description", "default", "examples", "format")
+"""Keywords that judge nothing. What `format` names is not checked, as the specification has it."""
+NAMED, SEVERAL = (
+    ("properties", "patternProperties", "$defs", "dependentSchemas"),
+    ("allOf", "anyOf", "oneOf", "prefixItems"),
+)
+SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems")
+RELATED = ("then", "else", "minContains", "maxContains")
+"""Keywords that others read."""
 
 
-def _types(value: Any, names: str | list[str]) -> bool:
-    return any(TYPES[name](value) for name in _names(names))
+def validator_of(schema: Mapping[str, Any]) -> Validator:
+    """What checks values by a schema (JSON Schema 2020-12). Raises ConfigError for what is no schema or would be ignored."""
+    try:
+        Draft202012Validator.check_schema(schema)
+        _check_keywords(schema)
+        validator = Draft202012Validator(schema, registry=Registry())  # which loads nothing from elsewhere
+        for value in (None, {}, [], "", 0):
+            validator.is_valid(value)
+    except SchemaError as error:
+        where = ".".join(map(str, error.path)) or "the schema"
+        raise ConfigError(f"This is no JSON schema: {where}: {error.message}.") from error
+    except (Unresolvable, RecursionError) as error:
+        raise ConfigError(f"The JSON schema refers to what is not in it, or to itself without end: {error}.") from error
+    return validator
 
 
-def _names(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names
-
-
-def _properties(value: Any, schemas: Mapping[str, Any]) -> bool:
-    return not isinstance(value, dict) or all(conforms(value[k], s) for k, s in schemas.items() if k in value)
-
-
-def _same(value: Any, expected: Any) -> bool:
-    """Python takes true for 1, JSON does not."""
-    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return TYPES["number"](value)
-
-
-RULES: dict[str, Callable[[Any, Any], bool]] = {
-    "type": _types,
-    "enum": lambda v, allowed: any(_same(v, each) for each in allowed),
-    "const": _same,
-    "required": lambda v, names: not isinstance(v, dict) or all(name in v for name in names),
-    "properties": _properties,
-    "items": lambda v, schema: not isinstance(v, list) or all(conforms(each, schema) for each in v),
-    "minItems": lambda v, n: not isinstance(v, list) or len(v) >= n,
-    "maxItems": lambda v, n: not isinstance(v, list) or len(v) <= n,
-    "minimum": lambda v, low: not _is_number(v) or v >= low,
-    "maximum": lambda v, high: not _is_number(v) or v <= high,
-    "minLength": lambda v, n: not isinstance(v, str) or len(v) >= n,
-    "maxLength": lambda v, n: not isinstance(v, str) or len(v) <= n,
-    "pattern": lambda v, pattern: not isinstance(v, str) or re.search(pattern, v) is not None,
-    "anyOf": lambda v, schemas: any(conforms(v, schema) for schema in schemas),
-}
-DESCRIPTIVE = ("title", "description", "default", "examples", "$schema", "additionalProperties")
-
-
-def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value is as the schema says."""
-    named = all(RULES[name](value, rule) for name, rule in schema.items() if name in RULES)
-    return named and (not isinstance(value, dict) or _additional(value, schema))
-
-
-def _additional(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    """Whether the properties without a schema of their own are as `additionalProperties` says."""
-    others = [v for k, v in value.items() if k not in schema.get("properties", {})]
-    rule = schema.get("additionalProperties", True)
-    return (rule or not others) if isinstance(rule, bool) else all(conforms(v, rule) for v in others)
-
-
-def check_schema(schema: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what would be ignored, or could not be checked."""
+def _check_keywords(schema: Any) -> None:
+    """Raise ConfigError for a keyword that is not known: it would be ignored."""
     if not isinstance(schema, Mapping):
-        raise ConfigError(f"A JSON schema is a mapping of keywords to rules, but a part of this one is {schema!r}.")
+        return
+    known = [*Draft202012Validator.VALIDATORS, *DESCRIPTIVE, *RELATED]
     for name in schema:
-        if name not in RULES and name not in DESCRIPTIVE:
-            raise ConfigError(unknown("keyword of the JSON schema", name, [*RULES, *DESCRIPTIVE]))
-    for name in _names(schema.get("type", ())):
-        if name not in TYPES:
-            raise ConfigError(unknown("type of the JSON schema", name, TYPES))
-    if "pattern" in schema:
-        _check_pattern(schema["pattern"])
-    inside = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
-    inside += [schema["items"]] if "items" in schema else []
-    inside += [] if isinstance(schema.get("additionalProperties", True), bool) else [schema["additionalProperties"]]
-    for each in inside:
-        check_schema(each)
+        if name not in known:
+            raise ConfigError(unknown("keyword of the JSON schema", name, known))
+    inside = [each for name in NAMED for each in schema.get(name, {}).values()]
+    inside += [each for name in SEVERAL for each in schema.get(name, ())]
+    for each in [*inside, *(schema[name] for name in SINGLE if name in schema)]:
+        _check_keywords(each)
 
 
 COMBINATIONS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {

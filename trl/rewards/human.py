@@ -94,6 +94,9 @@ class Person:
 class _Asking:
     """What rating and preference have in common: a person, and a file of what was said."""
 
+    runs_in_trainer = True
+    """The terminal is the trainer's: a person is not asked by another process for a time limit."""
+
     def __init__(
         self,
         file: str | Path | None = None,

@@ -44,6 +44,9 @@ class RewardModel:
     tokens_per_batch    tokens in a forward pass, prompts counted once per completion
     """
 
+    runs_in_trainer = True
+    """Its weights are on the trainer's device: it is not sent to another process for a time limit."""
+
     def __init__(
         self,
         model: str | PreTrainedModel,

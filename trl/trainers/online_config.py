@@ -109,7 +109,7 @@ class OnlineConfig(ReferenceConfig):
     """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
 
     reward_timeout: float | None = None
-    """Seconds that a call of a reward function may take. None: no limit."""
+    """Seconds that a call of a reward function may take. It then runs in a process of its own. None: no limit."""
 
     on_reward_error: Literal["stop", "drop"] = "stop"
     """What happens when a reward function fails: "stop", or "drop" the sample and count it."""

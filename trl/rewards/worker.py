@@ -1,0 +1,234 @@
+"""A reward function in a process of its own, which can be ended whatever it does.
+
+A thread cannot be: code in C that holds the interpreter's lock (a regular expression that backtracks, a power of large
+integers) stops every thread of its process. The function is sent with what it refers to; its prints go where ours go.
+What it logs is logged here, when its result has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+
+from trl.imports import is_available
+
+START_SECONDS = 120
+"""Seconds that a process may take to start and to import the function's modules."""
+MOST_BYTES = 2**27
+"""A function that refers to more than this is no function but a model, and stays where it is."""
+LOGS = ("log_metric", "log_extra")
+DEATH_SIGNAL = 1
+
+
+class WorkerError(Exception):
+    """A function that cannot be sent to another process, or whose process did not start."""
+
+
+class ProcessEnded(Exception):
+    """The function ended its process."""
+
+
+class RaisedInWorker(Exception):
+    """What the function raised, where that itself cannot be sent."""
+
+
+@dataclass
+class Worker:
+    """A process that calls one function. It starts with the first call, and again after it was ended.
+
+    Raises WorkerError where the function cannot run elsewhere.
+    """
+
+    function: Callable
+    _payload: bytes = b""
+    _process: subprocess.Popen | None = None
+    _connection: Connection | None = None
+    _logs: Mapping[str, Callable] = field(default_factory=dict)
+    _stop: Callable | None = None
+
+    def __post_init__(self) -> None:
+        self._payload = packed(self.function)
+
+    def send(self, keywords: Mapping[str, Any]) -> None:
+        """Call the function. `receive` has to follow."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        self._logs = {name: keywords[name] for name in LOGS if name in keywords}
+        plain = {name: value for name, value in keywords.items() if name not in LOGS}
+        self._connection.send_bytes(cloudpickle.dumps((plain, list(self._logs))))
+
+    def receive(self, until: float) -> Any:
+        """The function's result; raises what it raised, or TimeoutError when `time.monotonic()` is `until`."""
+        kind, value, logged = self._answer(until)
+        for name, arguments in logged:
+            self._logs[name](*arguments)
+        if kind == "raised":
+            raise value
+        return value
+
+    def _answer(self, until: float) -> tuple[str, Any, list]:
+        try:
+            if not self._connection.poll(max(0.0, until - time.monotonic())):
+                self.end()
+                raise TimeoutError
+            return pickle.loads(self._connection.recv_bytes())
+        except KeyboardInterrupt:
+            self.end()  # a result that comes later would be taken for that of the next call
+            raise
+        except (EOFError, ConnectionError) as error:
+            status = self._process.wait()
+            self.end()
+            raise ProcessEnded(f"ended its process with status {status}") from error
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        words = [sys.executable, "-c", "from trl.rewards.worker import main; main()", str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            words, pass_fds=[theirs.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        theirs.close()
+        self._connection = ours
+        self._stop = weakref.finalize(self, _end, self._process, ours)
+        ours.send_bytes(self._payload)
+        try:
+            kind, value, _ = self._answer(time.monotonic() + START_SECONDS)
+        except (TimeoutError, ProcessEnded) as error:
+            raise WorkerError("its process did not start") from error
+        if kind == "raised":
+            self.end()
+            raise WorkerError(f"it cannot be loaded in another process ({type(value).__name__}: {value})")
+
+    def end(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None:
+            self._stop()
+        self._process = None
+
+
+def _end(process: subprocess.Popen, connection: Connection) -> None:
+    process.kill()
+    process.wait()
+    connection.close()
+
+
+def packed(function: Callable) -> bytes:
+    """A function as bytes, with the place of its module.
+
+    What a script of the user's own defines is sent itself, so that what else the script imports is not imported again;
+    where that cannot be, and for installed packages, the other process imports the module.
+    """
+    plain = getattr(function, "func", function)  # of a functools.partial
+    name = getattr(plain, "__module__", None) or type(plain).__module__
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    is_own = file is not None and name != "__main__" and not Path(file).is_relative_to(sysconfig.get_path("purelib"))
+    content = _by_value(function, module) if is_own and not name.startswith("trl.") else None
+    try:
+        content = content or cloudpickle.dumps(function)
+    except Exception as error:  # whatever the function refers to may refuse, and how is up to it
+        raise WorkerError(f"it cannot be sent ({type(error).__name__}: {error})") from error
+    if len(content) > MOST_BYTES:
+        raise WorkerError(f"what it refers to takes {len(content) / 2**20:.0f} MB")
+    return pickle.dumps((name, file, content))
+
+
+def _by_value(function: Callable, module: ModuleType) -> bytes | None:
+    """A function with all of its module that it refers to; None if that cannot be sent."""
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(function)
+    except Exception:  # the module is imported there instead
+        return None
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+# ---- in the other process ----
+
+
+def main() -> None:
+    """Serve calls until the trainer is gone."""
+    _die_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    try:
+        function = _unpacked(connection.recv_bytes())
+        for name in getattr(function, "imports", ()):  # before the clock runs
+            is_available(name) and importlib.import_module(name)
+    except BaseException as error:
+        _reply(connection, "raised", error, [])
+        return
+    _reply(connection, "ready", None, [])
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        _serve(connection, function, request)
+
+
+def _serve(connection: Connection, function: Callable, request: bytes) -> None:
+    logged: list[tuple[str, tuple]] = []
+    try:
+        keywords, names = pickle.loads(request)
+        logs = {name: lambda *given, name=name: logged.append((name, given)) for name in names}
+        _reply(connection, "gave", called(function, {**keywords, **logs}), logged)
+    except BaseException as error:  # SystemExit included: whatever is raised is the caller's to judge
+        _reply(connection, "raised", error, logged)
+
+
+def called(function: Callable, keywords: Mapping[str, Any]) -> Any:
+    """What a function gives, async or not."""
+    result = function(**keywords)
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _reply(connection: Connection, kind: str, value: Any, logged: list) -> None:
+    if kind == "raised":
+        value.add_note("".join(traceback.format_exception(value)))
+    try:
+        content = cloudpickle.dumps((kind, value, logged))
+        pickle.loads(content)
+    except Exception as error:
+        told = f"{type(value).__name__}: {value}" if kind == "raised" else f"{type(error).__name__}: {error}"
+        content = cloudpickle.dumps(("raised", RaisedInWorker(told), []))
+    connection.send_bytes(content)
+
+
+def _unpacked(content: bytes) -> Callable:
+    name, file, function = pickle.loads(content)
+    if file is not None and name != "__main__" and importlib.util.find_spec(name.partition(".")[0]) is None:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return pickle.loads(function)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)
