@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from trl.cli.chat.arguments import ChatArguments, Generation
@@ -46,7 +45,7 @@ class LocalSpeaker:
         ids = torch.tensor([self.encode(messages)], device=self.inner.device)
         config = self._config(generation, self._room(ids.shape[1], generation))
         stream = Stream(say, generation.stop)
-        streamer = TokenStream(self.tokenizer, stream)
+        streamer = _Spoken(self.tokenizer, stream)
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
         try:
@@ -59,10 +58,10 @@ class LocalSpeaker:
             )
         except torch.OutOfMemoryError:
             raise ModelError(
-                f"{self.inner.device} ran out of memory after {ids.shape[1] + len(streamer.ids):,} tokens: `clear` starts a "
+                f"{self.inner.device} ran out of memory after {ids.shape[1] + streamer.tokens:,} tokens: `clear` starts a "
                 "new conversation, and --load_in_4bit makes room."
             ) from None
-        return len(streamer.ids)
+        return streamer.tokens
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which the model answers."""
@@ -106,35 +105,21 @@ PLAIN = (
 )
 
 
-class TokenStream(BaseStreamer):
-    """Text of tokens as they come: whole characters only, special tokens left out. The first `put` is the prompt."""
+class _Spoken(TextStreamer):
+    """Hands whole words to a stream, special tokens left out, and counts the tokens of an answer."""
 
     def __init__(self, tokenizer: Any, stream: Stream) -> None:
-        self.tokenizer, self.stream = tokenizer, stream
-        self.ids: list[int] = []
-        self.prompted = False
-        self.anchor = self.read = 0
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.stream, self.tokens = stream, -1  # the prompt comes first
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.prompted:
-            self.prompted = True
-            return
-        self.ids += value.flatten().tolist()
-        self._say(whole=True)
+        self.tokens += 1
+        super().put(value)
 
-    def end(self) -> None:
-        self._say(whole=False)
-        self.stream.end()
-
-    def _say(self, *, whole: bool) -> None:
-        """Say what the tokens since `read` add to those since `anchor`: how a token reads depends on the one before."""
-        before, after = self._text(self.ids[self.anchor : self.read]), self._text(self.ids[self.anchor :])
-        if len(after) > len(before) and not (whole and after.endswith("\N{REPLACEMENT CHARACTER}")):
-            self.stream.put(after[len(before) :])
-            self.anchor, self.read = self.read, len(self.ids)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.stream.put(text)
+        if stream_end:
+            self.stream.end()
 
 
 class _Stopped(StoppingCriteria):

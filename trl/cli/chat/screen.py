@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from io import TextIOWrapper
 
+from prompt_toolkit import PromptSession
+from prompt_toolkit.formatted_text import FormattedText
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from trl.cli.chat.wrap import Wrapper, printable
-
-WIDEST, UNBROKEN = 120, 10**9
-"""Columns of tables, at most; and of an answer that is not shown in a terminal."""
+WIDEST = 120
+"""Columns of tables, at most."""
 
 USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
+
+_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey, whoever wrote it."""
+    return text.translate(_UNPRINTABLE)
 
 
 class Screen:
@@ -26,10 +34,11 @@ class Screen:
         self.out = Console(highlight=False)
         self.talks = self.out.is_terminal and sys.stdin.isatty()
         """Whether a person types and reads: then there are prompts."""
-        self.has_cursor = self.talks and not self.out.is_dumb_terminal
         self.aside = self.out if self.out.is_terminal else Console(stderr=True, highlight=False)
-        if self.talks:
-            _edit_lines()
+        self.prompt = PromptSession() if self.talks else None
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # neither an odd byte nor a letter that it lacks ends the session
+                stream.reconfigure(errors="replace")
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -42,7 +51,7 @@ class Screen:
 
     def greet(self, name: str, details: str, notes: Sequence[str]) -> None:
         if self.talks:
-            self.out.print(Text.assemble((name, SPEAKER), "  ", (details, NOTE)))
+            self.out.print(Text.assemble((printable(name), SPEAKER), "  ", (details, NOTE)))
             self.out.print(Text("help lists the commands · Ctrl-C stops an answer · exit leaves", style=NOTE))
         for note in notes:
             self.note(note)
@@ -56,35 +65,25 @@ class Screen:
         return "\n".join(lines)
 
     def _line(self, prompt: str) -> str:
-        if self.talks:
-            try:
-                return input("… " if prompt == "…" else f"\n{self._coloured(f'{prompt} ›')} ")
-            except (EOFError, KeyboardInterrupt):
-                self.out.print()  # what follows starts a line
-                raise
+        if self.prompt is not None:
+            style = "" if self.out.no_color else "bold ansicyan"
+            text = "… " if prompt == "…" else f"\n{prompt} › "
+            return self.prompt.prompt(FormattedText([(style, text)]))
         line = sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\n")
 
-    def _coloured(self, prompt: str) -> str:
-        """The prompt in colour, where there is any; \\x01 and \\x02 tell readline what takes no room."""
-        return (
-            prompt if self.out.no_color or not self.out.color_system else f"\x01\x1b[1;36m\x02{prompt}\x01\x1b[0m\x02"
-        )
-
     def echo(self, user: str, text: str) -> None:
         """Show what was said in the user's name."""
         if self.talks:
-            self.out.print(Text.assemble((f"{user} › ", USER), text))
+            self.out.print(Text.assemble((f"{user} › ", USER), printable(text)))
 
     @contextmanager
     def answer(self, name: str) -> Iterator[Callable[[str], None]]:
         """Gives a function that shows the pieces of an answer, the speaker's name before the first."""
-        label = Text(f"{name} › ", style=SPEAKER) if self.talks else Text()
+        label = Text(printable(f"{name} › "), style=SPEAKER) if self.talks else Text()
         spinner = self.out.status(Text("…", style=NOTE)) if self.talks else None
-        # One column is left free: a cursor behind the last one cannot be moved back reliably.
-        wrapper = Wrapper(self.out.width - 1 if self.has_cursor else UNBROKEN, label.cell_len)
         begun = False
 
         def show(piece: str) -> None:
@@ -95,7 +94,7 @@ class Screen:
                 if spinner is not None:
                     spinner.stop()
                     self.out.print(label, end="")
-            self._write(wrapper.put(printable(piece)))
+            self._write(printable(piece))
 
         if spinner is not None:
             spinner.start()
@@ -119,10 +118,10 @@ class Screen:
             self.note(f"{tokens:,} tokens · {tokens / seconds:,.1f} tokens/s")
 
     def note(self, text: str) -> None:
-        self.aside.print(Text(text, style=NOTE))
+        self.aside.print(Text(printable(text), style=NOTE))
 
     def error(self, text: str) -> None:
-        self.aside.print(Text(text, style=ERROR))
+        self.aside.print(Text(printable(text), style=ERROR))
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         table = Table.grid(padding=(0, 2))
@@ -136,9 +135,3 @@ class Screen:
     def clear(self) -> None:
         if self.talks:
             self.out.clear()
-
-
-def _edit_lines() -> None:
-    """Arrow keys and history at the prompt, where the system has them."""
-    with suppress(ImportError):  # Windows edits lines by itself
-        import readline  # noqa: F401

@@ -1,27 +1,32 @@
-"""A model on an OpenAI-compatible server, asked over HTTP with the standard library.
-
-POST {url}/chat/completions  {"messages": …, "stream": true}      one event a line:  data: {"choices": [{"delta": …}]}
-"""
+"""A model on an OpenAI-compatible server, asked by `huggingface_hub.InferenceClient`."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+
+from huggingface_hub import InferenceClient, get_session
+from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, TextGenerationError
+from huggingface_hub.utils import logging
 
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.errors import ConfigError, TrlError
 
 KEY = "OPENAI_API_KEY"
-SENT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-"""Options that are sent where they are set; the server's own hold where they are not."""
+STANDARD = ("temperature", "top_p", "stop", "seed")
+EXTENSIONS = ("top_k", "min_p", "repetition_penalty")
+"""Options that are sent where they are set; the server's own hold where they are not. OpenAI's protocol knows the
+standard ones, and servers of open models the others, too."""
 
-Json = dict[str, Any]
+TRANSPORT = InferenceTimeoutError.__bases__[0]
+"""`HTTPError` of the HTTP library below `huggingface_hub`, whose releases differ in it."""
+
+SHOWN = 300
+"""Characters of an answer that cannot be understood, in an error."""
 
 
 class ServerError(TrlError):
@@ -43,77 +48,101 @@ class ServerSpeaker:
             raise ConfigError(f"server={url!r} is not a URL: give one such as http://localhost:8000.")
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
         self.timeout, self.template_kwargs = timeout, template_kwargs
-        self.name = name or self._first_model()
+        key = os.environ.get(KEY)
+        # None keeps the hub's own token, which the client would add, from a server that it does not belong to.
+        self.headers = {"authorization": f"Bearer {key}" if key else None}
+        self.name = name or self._guarded(self._first_model)
         self.details, self.notes = f"at {self.url}", ()
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
         """Pass on what the server sends. Returns the tokens that it says it has made, 0 if it says nothing of them."""
-        stream, tokens = Stream(say, generation.stop), 0
-        with self._open("chat/completions", self._body(messages, generation)) as response:
-            for event in map(self._parsed, read_events(response)):
-                if "error" in event:
-                    raise ServerError(f"{self.url} broke off: {_reason(event)}")
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-                for choice in event.get("choices") or ():
-                    stream.put((choice.get("delta") or {}).get("content") or "")
+        stream, reply = Stream(say, generation.stop), _Reply()
+        with InferenceClient(base_url=self.url, timeout=self.timeout, headers=self.headers) as client:
+            chunks = self._guarded(lambda: client.chat_completion(**self._request(messages, generation)))
+            while (piece := self._guarded(lambda: reply.next_piece(chunks))) is not None:
+                stream.put(piece)
         stream.end()
-        return tokens
+        if not reply.finished:
+            raise ServerError(f"{self.url} broke off in the middle of its answer.")
+        return reply.tokens
 
-    def _body(self, messages: Sequence[Message], generation: Generation) -> Json:
-        options = {name: value for name, value in asdict(generation).items() if name in SENT and value is not None}
+    def _request(self, messages: Sequence[Message], generation: Generation) -> dict[str, Any]:
+        options = {name: value for name, value in asdict(generation).items() if value is not None}
         if generation.greedy:
             options["temperature"] = 0.0
+        extensions = {name: options[name] for name in EXTENSIONS if name in options}
         if self.template_kwargs:
-            options["chat_template_kwargs"] = dict(self.template_kwargs)
+            extensions["chat_template_kwargs"] = dict(self.template_kwargs)
         return {
             "model": self.name,
             "messages": list(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": generation.max_new_tokens,
-            **options,
+            "extra_body": extensions,
+            **{name: options[name] for name in STANDARD if name in options},
         }
 
     def _first_model(self) -> str:
-        with self._open("models") as response:
-            found = self._parsed(response.read()).get("data") or []
-        if not found:
-            raise ServerError(f"{self.url} offers no model: name one with --model_name_or_path.")
-        return found[0]["id"]
-
-    def _parsed(self, text: str | bytes) -> Json:
-        """A JSON object that the server sent."""
+        headers = {name: value for name, value in self.headers.items() if value}
+        response = get_session().get(f"{self.url}/models", headers=headers, timeout=self.timeout)
+        if response.is_error:
+            raise self._refusal(response)
         try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise ServerError(f"server={self.url} does not answer as an OpenAI-compatible server does: {text[:80]!r}.")
-        return found
+            return str(response.json()["data"][0]["id"])
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            raise ServerError(
+                f"server={self.url} does not answer as an OpenAI-compatible server does: {response.content[:80]!r}. If "
+                "it lists no models, name one with --model_name_or_path."
+            ) from error
 
-    def _open(self, path: str, body: Json | None = None) -> Any:
-        """The server's response. Raises TooLong or ServerError, with its own words."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
+    def _guarded(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` gives. Whatever a server does, and the client makes of it, is a TrlError."""
         try:
-            return urlopen(Request(f"{self.url}/{path}", data, headers), timeout=self.timeout)
-        except HTTPError as error:
-            raise self._refusal(error) from None
-        except URLError as error:
-            raise ServerError(f"server={self.url}: it cannot be reached ({error.reason}). Is it running?") from None
+            return ask()
+        except TrlError:
+            raise
+        except HfHubHTTPError as error:
+            raise self._refusal(error.response) from error
+        except TextGenerationError as error:
+            raise ServerError(f"{self.url} broke off: {_reason(error.args[0])[:SHOWN]}") from error
+        except TRANSPORT as error:
+            raise ServerError(f"server={self.url}: it cannot be reached ({_shown(error)}). Is it running?") from error
+        except Exception as error:  # what the client raises where it cannot read an answer is not documented
+            raise ServerError(
+                f"server={self.url} does not answer as an OpenAI-compatible server does: {_shown(error)}."
+            ) from error
 
-    def _refusal(self, error: HTTPError) -> TrlError:
-        text = error.read().decode("utf-8", "replace")
+    def _refusal(self, response: Any) -> TrlError:
         try:
-            reason = _reason(json.loads(text))
-        except json.JSONDecodeError:
-            reason = " ".join(text.split())[:300] or str(error.reason)
-        if error.code in (400, 413, 422) and "context" in text:
+            reason = _reason(response.json())
+        except (ValueError, RecursionError):
+            reason = " ".join(response.text.split()) or str(response.reason_phrase)
+        reason = reason[:SHOWN]
+        if response.status_code in (400, 413, 422) and "context" in response.text:
             return TooLong(f"{self.url} says: {reason}")
-        hint = f" Its key is read from the environment variable {KEY}." if error.code == 401 else ""
-        return ServerError(f"{self.url} refused ({error.code}): {reason}{hint}")
+        hint = f" Its key is read from the environment variable {KEY}." if response.status_code == 401 else ""
+        return ServerError(f"{self.url} refused ({response.status_code}): {reason}{hint}")
+
+
+class _Reply:
+    """The texts of an answer, and what its last chunks say of it."""
+
+    def __init__(self) -> None:
+        self.tokens, self.finished = 0, False
+
+    def next_piece(self, chunks: Iterator[Any]) -> str | None:
+        """The text of the next chunk, "" for one without; None at the end."""
+        chunk = next(chunks, None)
+        if chunk is None:
+            return None
+        if chunk.usage is not None:
+            self.tokens = int(chunk.usage.completion_tokens or 0)
+        piece = ""
+        for choice in chunk.choices or ():
+            self.finished = self.finished or choice.finish_reason is not None
+            piece += (choice.delta.content if choice.delta is not None else None) or ""
+        return piece.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
 
 
 def _reason(answer: Any) -> str:
@@ -123,20 +152,14 @@ def _reason(answer: Any) -> str:
     return str(answer)
 
 
-def read_events(lines: Iterator[bytes]) -> Iterator[str]:
-    """The data of server-sent events, up to [DONE]. Raises ServerError if they end without it."""
-    for line in lines:
-        field, _, data = line.decode("utf-8", "replace").strip().partition(":")
-        if field != "data":
-            continue
-        if data.strip() == "[DONE]":
-            return
-        yield data.strip()
-    raise ServerError("The server broke off in the middle of its answer.")
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")[:SHOWN]
 
 
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:
     """The speaker behind `--server`."""
+    logging.set_verbosity_error()
+    get_session().event_hooks = {}  # HF_HUB_OFFLINE is about the hub, and this process only talks to this server
     return ServerSpeaker(
         arguments.server, name, timeout=arguments.server_timeout, template_kwargs=arguments.chat_template_kwargs
     )
