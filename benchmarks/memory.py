@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Every run trains for a few steps in a process of its own. Measured is the most memory that the process ever held (VmHWM of
-Linux), and what of it came after its libraries were imported.
+Linux), and what of it came after its libraries were imported. The estimate is of what is alive; an allocator holds more.
 """
 
 from __future__ import annotations

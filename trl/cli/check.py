@@ -160,7 +160,10 @@ def table_of(estimate: MemoryEstimate) -> dict[str, str]:
     if estimate.available is not None:
         rows["free now"] = size_of(estimate.available)
     width = max(map(len, rows.values()))
-    return {name: size.rjust(width) for name, size in rows.items()}
+    rows = {name: size.rjust(width) for name, size in rows.items()}
+    if estimate.device == "cpu":
+        rows["together"] += "   The process may hold up to twice this: memory allocators keep holes between blocks."
+    return rows
 
 
 def size_of(count: int) -> str:

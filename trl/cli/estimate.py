@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from trl.data.encode import decode
-from trl.models.heap import MIB, heap_peak
 from trl.models.memory import (
     ACTIVATIONS,
     CACHE,
@@ -35,9 +34,10 @@ from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example
 
 STEPS = 3
-"""Optimizer steps that are traced: from the second on, optimizer states are there; holes in memory settle."""
+"""Optimizer steps that are traced: from the second on, optimizer states are there."""
 
 LIBRARIES = "libraries"
+MIB = 2**20
 FIRST_USE = {"cpu": 20 * MIB, "cuda": 450 * MIB}
 """What torch and its kernels take on their first use, whatever the model. `benchmarks/memory.py` holds the first against
 measured runs; the second is the usual size of a CUDA context, and no run of ours has measured it."""
@@ -89,8 +89,6 @@ def estimate_memory(
         step = _Step(trainer, heaviest_window(trainer))
         trace_steps(trace, trainer.model, step, state_sizes=_StateSizes(trainer.args), steps=STEPS)
     parts = peak_parts(trace.events, trace.part)
-    if device.type == "cpu":
-        parts["holes between blocks"] = heap_peak(trace.events) - sum(parts.values())
     parts[LIBRARIES] = libraries
     parts = _quantised(parts, trainer.model, quantised_bits)
     estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))

@@ -18,8 +18,7 @@ the MLP, A·D = H heads by their width, K·D width of keys and of values, L laye
     logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`; on CUDA, a tile of them
     cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
 
-On a CPU the process holds more than what is alive: the C library's allocator keeps holes between blocks, see
-`trl.models.heap`.
+On a CPU the process may hold up to twice this: the C library's allocator keeps holes between blocks.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,11 +37,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
-from trl.models.heap import Event
-
 WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER = "weights", "reference", "gradients", "optimizer"
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits", "cache"
 PARTS = (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A block of memory that is asked for (`size` > 0), or given back (`size` < 0). `number` identifies the block."""
+
+    number: int
+    size: int
 
 
 class Trace(TorchDispatchMode):
