@@ -94,7 +94,7 @@ class Screen:
                 if spinner is not None:
                     spinner.stop()
                     self.out.print(label, end="")
-            self._write(printable(piece))
+            self.out.out(printable(piece), end="", highlight=False)
 
         if spinner is not None:
             spinner.start()
@@ -104,11 +104,7 @@ class Screen:
             if spinner is not None:
                 spinner.stop()
             if begun:
-                self._write("\n")
-
-    def _write(self, text: str) -> None:
-        self.out.file.write(text)
-        self.out.file.flush()
+                self.out.out("")
 
     def close_answer(self, tokens: int, seconds: float, *, interrupted: bool) -> None:
         """How long it was and how fast, or that it was interrupted."""
