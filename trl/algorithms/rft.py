@@ -1,0 +1,85 @@
+"""Rejection-sampling fine-tuning with a rising bar: learn to imitate the best of one's own samples.
+
+    p_k        = p_start + (p_end − p_start) · k / (n − 1),                     k = 0 … n − 1 improvement steps
+    bar_x      = clip(quantile_{p_k}{r(x, y)}, min_x bar + ε, max_x bar − ε)     of every prompt x; ε = 10⁻³
+    kept       = {(x, y) : r(x, y) ≥ bar_x}, each once
+    loss       = −log π(y | x)                                                 see `trl.algorithms.sft`
+
+Sampling is done once for n improvement steps (grow and improve: ReST, Gulcehre et al. 2023, arXiv:2308.08998); best-of-n
+fine-tuning as in RAFT (Dong et al. 2023, arXiv:2304.06767). The clip leaves out the prompts that are all bad where rewards
+take few values, and never all samples of those that are all good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl.errors import ConfigError
+
+MARGIN = 1e-3
+"""ε: how far the bars of prompts stay from the lowest and the highest of them."""
+
+
+def percentile(step: int, *, start: float, end: float, steps: int) -> float:
+    """p_k of improvement step k = `step` of `steps`, from `start` to `end`; with one step, `start`."""
+    return start + (end - start) * (step / (steps - 1) if steps > 1 else 0.0)
+
+
+def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
+    """The bar `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
+
+    A NaN is no reward and is left out; a prompt without any reward has the bar +∞.
+    """
+    count = int(group.max()) + 1 if len(group) else 0
+    members = [rewards[(group == g) & ~rewards.isnan()].double() for g in range(count)]
+    bars = torch.stack([each.quantile(p) if len(each) else each.new_tensor(torch.inf) for each in members])
+    there = bars[bars.isfinite()]
+    if not len(there):
+        return bars
+    return torch.where(bars.isfinite(), bars.clamp(there.min() + MARGIN, there.max() - MARGIN), bars)
+
+
+def selected(rewards: Tensor, group: Tensor, identity: Sequence[Hashable], p: float) -> Tensor:
+    """Which samples `[N]` bool are kept at percentile `p`: those at their prompt's bar or above, each `identity` once."""
+    reached = rewards.double() >= thresholds(rewards, group, p)[group]
+    seen: set[tuple[int, Hashable]] = set()
+    kept = []
+    for key, good in zip(zip(group.tolist(), identity, strict=True), reached.tolist(), strict=True):
+        kept.append(good and key not in seen)
+        seen |= {key} if good else set()
+    return torch.tensor(kept, dtype=torch.bool)
+
+
+@dataclass(kw_only=True)
+class RFTOptions:
+    """What the selection is tuned by. A trainer's configuration has these options too."""
+
+    start_percentile: float = 0.7
+    """Percentile of a prompt's rewards that its samples have to reach in the first improvement step, 0 to 1."""
+
+    end_percentile: float = 0.95
+    """… and in the last one, before new samples are drawn."""
+
+    n_improve_steps: int = 4
+    """Improvement steps for which the same samples are selected from."""
+
+    def check_options(self) -> None:
+        """Raises ConfigError for options out of range."""
+        for name in ("start_percentile", "end_percentile"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share from 0 to 1, got {getattr(self, name)}.")
+        if self.start_percentile > self.end_percentile:
+            raise ConfigError(
+                f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: the bar rises."
+            )
+        if self.n_improve_steps < 1:
+            raise ConfigError(f"n_improve_steps must be at least 1, got {self.n_improve_steps}.")
+
+    def percentile(self, step: int) -> float:
+        """The percentile of improvement step `step`, counted from 0 over the whole run."""
+        place = step % self.n_improve_steps
+        return percentile(place, start=self.start_percentile, end=self.end_percentile, steps=self.n_improve_steps)
