@@ -52,7 +52,7 @@ def q_loss(q: Tensor, target: Tensor) -> Tensor:
 def expectile_loss(values: Tensor, q: Tensor, *, tau: float) -> Tensor:
     """|τ − 1[Q < V]| (Q − V)², elementwise: least where V is the τ-expectile of Q, which is held constant."""
     difference = q.detach() - values
-    return torch.where(difference < 0, 1 - tau, tau) * difference.square()
+    return (tau - (difference < 0).to(difference.dtype)).abs() * difference.square()
 
 
 def awac_weights(q: Tensor, values: Tensor, *, beta: float) -> Tensor:

@@ -76,7 +76,9 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
     is told. Raises ModelError where the value is wanted of a model without a value head.
     """
     found = _score(model, batch, temperature=temperature, want=want)
-    return Scores(**{name: _scatter(values, batch) for name, values in found.items()})
+    tables = {name: _scatter(values, batch) for name, values in found.items()}
+    extras = {name: tables.pop(name) for name in [*tables] if name not in Scores.__slots__}
+    return Scores(**tables, extras=extras)
 
 
 def score_logits(model: nn.Module, batch: Batch) -> Tensor:

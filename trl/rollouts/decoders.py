@@ -8,7 +8,7 @@ new samples while others are under way, and give the same logits.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from trl.models.value_heads.heads import reading
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
 
@@ -55,7 +56,7 @@ class Decoder(Protocol):
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits [B,V] float32 after each row's last token: tokens [B], of a new row its prompt's last."""
+        """Logits [B,V] float32 (guided: [B,2,V]) after each row's last token: tokens [B], of a new row its prompt's last."""
         ...
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
@@ -69,6 +70,8 @@ class Policy:
 
     model: nn.Module
     inner: PreTrainedModel
+    action_values: Callable[[Tensor], Tensor] | None = None
+    """Gives `[B,V]` of the states `[B,H]` that the head reads, where samples are guided by values."""
 
     @property
     def device(self) -> torch.device:
@@ -91,13 +94,20 @@ class Policy:
         return "cache_params" in self.arguments
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Logits [B,V] float32 of the last position. Positions are left out for a model that counts them itself."""
+        """Logits [B,V] float32 of the last position; with `action_values` [B,2,V], those behind the logits.
+
+        Positions are left out for a model that counts them itself.
+        """
         if self.recurrent:
             inputs["cache_params"] = inputs.pop("past_key_values")
         inputs |= {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
         left_out = {"position_ids", "logits_to_keep"} - self.arguments
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
-        return self.model(**inputs).logits[:, -1].float()
+        if self.action_values is None:
+            return self.model(**inputs).logits[:, -1].float()
+        with reading(self.inner.get_output_embeddings()) as states:
+            logits = self.model(**inputs).logits[:, -1].float()
+        return torch.stack([logits, self.action_values(states[0][:, -1]).to(logits)], 1)
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -268,7 +278,7 @@ def proves_sharing(policy: Policy, windows: Sequence[int | None]) -> bool:
 
 @dataclass
 class Cohort:
-    """Rows that were admitted together: their cache, mask [R,T], encoder states, and logits [R,V] not yet handed out."""
+    """Rows that were admitted together: their cache, mask [R,T], encoder states, and logits [R,V] ([R,2,V]) not yet handed out."""
 
     rows: list[Sample]
     cache: Cache

@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,6 +30,7 @@ from trl.models.patching import evaluating
 from trl.models.score import without_engine
 from trl.models.sharding import whole_weights
 from trl.models.value_heads.auto_models import WithValueHead
+from trl.models.value_heads.ilql import WithILQLHeads
 from trl.rollouts.decoders import (
     Decoder,
     Policy,
@@ -88,13 +90,14 @@ class LocalEngine:
         """
         if n < 1:
             raise ConfigError(f"n={n}: give the number of samples per prompt, at least 1.")
-        policy, params = unwrap(self.model), with_seed(params)
+        policy, params = guided(unwrap(self.model), self.model, params), with_seed(params)
         stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)
         with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), bar:
             way = self._way(policy, prompts, params)
             if way == "generate":
+                _check_unguided(params, policy)
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
             shared = way == "shared"
             decoder = SharedDecoder(policy, attention_windows(policy.inner), n) if shared else RepeatedDecoder(policy)
@@ -213,6 +216,37 @@ def unwrap(model: nn.Module) -> Policy:
             f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
         )
     return Policy(model, inner)
+
+
+def guided(policy: Policy, model: nn.Module, params: SamplingParams) -> Policy:
+    """The policy with the Q-values that guide its samples, where `params.beta` asks for that.
+
+    Raises ModelError for a model without them, ConfigError for a mask of another vocabulary.
+    """
+    head = policy.inner.get_output_embeddings()
+    if params.logit_mask is not None and len(params.logit_mask) != (vocabulary := head.out_features):
+        raise ConfigError(
+            f"logit_mask is {tuple(params.logit_mask.shape)}, but the model's vocabulary has {vocabulary} tokens: give one row "
+            "and one column for each."
+        )
+    if not params.beta:
+        return policy
+    owner = without_engine(model)
+    if not isinstance(owner, WithILQLHeads):
+        raise ModelError(
+            f"beta={params.beta} guides samples by Q-values, and this {type(policy.inner).__name__} has no Q heads: train it "
+            "with ILQLTrainer, or load it with AutoModelForCausalLMWithILQLHeads."
+        )
+    return replace(policy, action_values=owner.v_head.action_values)
+
+
+def _check_unguided(params: SamplingParams, policy: Policy) -> None:
+    if params.beta or params.logit_mask is not None:
+        name = "beta" if params.beta else "logit_mask"
+        raise ConfigError(
+            f"{name} works in the engine's own loop, and this {type(policy.inner).__name__} is sampled by model.generate here: "
+            "leave out beams and other options of generate, or guidance."
+        )
 
 
 def fastest_way(policy: Policy) -> Way:

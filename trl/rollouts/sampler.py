@@ -79,6 +79,7 @@ class Sampler:
         self.contexts: dict[int, Sequence[int]] = {}
         self.processors: dict[int, LogitsProcessorList] = {}
         self.processed = bool(options_set(params, PROCESSED))
+        self.mask = None if params.logit_mask is None else params.logit_mask.to(device)
 
     def admit(self, samples: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
         """Add rows. A row's context is the tokens before its first, in the stream that it continues."""
@@ -101,13 +102,28 @@ class Sampler:
         self.rows = [self.rows[row] for row in rows]
 
     def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B] and their log-probabilities [B] under the unmodified policy, from logits [B,V] float32."""
+        """Tokens [B] and their log-probabilities [B] under the unmodified policy, from logits [B,V] float32.
+
+        With value guidance the logits are [B,2,V]: behind them the values of all actions.
+        """
         u = uniform(self.keys, self.positions)
-        tokens = self._draw_processed(logits, u) if self.processed else draw(self._modify(logits), self.params, u)
+        logits, guided = self._guide(logits)
+        tokens = self._draw_processed(guided, u) if self.processed else draw(self._modify(guided), self.params, u)
         self.positions = self.positions + 1
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens, chosen_logprobs(logits, tokens, self.params.temperature)
+
+    def _guide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's logits [B,V], and those that are drawn from. V(s) is the same for all tokens: it would cancel."""
+        guided = logits
+        if self.params.beta:
+            logits, values = logits.unbind(1)
+            guided = logits + self.params.beta * values
+        if self.mask is not None:
+            last = [row.ids[-1] if row.ids else self.contexts[row.index][-1] for row in self.rows]
+            guided = guided.masked_fill(self.mask[torch.tensor(last, device=self.device)], -torch.inf)
+        return logits, guided
 
     def _modify(self, logits: Tensor) -> Tensor:
         if self.seen is not None:

@@ -3,7 +3,8 @@
 With logits z of one position and temperature τ:
 
     log π(v) = z_v/τ − log Σ_u exp(z_u/τ)                      reported, whatever follows
-    z′       = penalty and bans applied to z                   repetition penalty (Keskar et al. 2019, section 4.1)
+    z′       = z + β min_i Q′_i(s, ·)                          value guidance (Snell et al. 2022, ILQL); then
+    z′       = penalty and bans applied to z′                  repetition penalty (Keskar et al. 2019, section 4.1)
     q(v)     ∝ exp(z′_v/τ) · [v among the top k] · [v in the nucleus of mass p] · [q_v ≥ min_p · max q]
     token    = min {v : Σ_{u≤v} q(u) > U},   U uniform on [0, 1)
 
@@ -15,7 +16,7 @@ does not depend on what else is in the batch. Equal logits are told apart by tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,12 @@ class SamplingParams:
     """Same seed, same samples; prompts are told apart by their place in the call, so give every round and every
     process a seed of its own. None takes one from torch's random state at every call."""
 
+    beta: float = 0.0
+    """β of value guidance: adds β · min Q′ of every token to the logits. Needs a model with the heads of ILQL."""
+
+    logit_mask: Tensor | None = field(default=None, compare=False)
+    """[V,V] bool: after token u, the tokens v where `logit_mask[u, v]` is true are never sampled."""
+
     generation_config: GenerationConfig | None = None
     """Options of `transformers` that have no field here (bad words, n-gram bans, beams, …), applied by it."""
 
@@ -87,6 +94,7 @@ class SamplingParams:
                 "lower the first or raise the second."
             )
         _check_agreement(self)
+        _check_mask(self.logit_mask)
 
     @property
     def greedy(self) -> bool:
@@ -120,6 +128,7 @@ _RANGES = (
     ("top_k", lambda x: x >= 0, "a count of tokens, or 0 for all"),
     ("top_p", lambda x: 0 < x <= 1, "a probability above 0 and up to 1"),
     ("min_p", lambda x: 0 <= x <= 1, "a fraction from 0 to 1"),
+    ("beta", lambda x: x >= 0, "0 (no guidance) or a positive number"),
     ("repetition_penalty", lambda x: x > 0, "a positive number (1 is no penalty)"),
     ("max_new_tokens", lambda x: x >= 1, "at least 1"),
     ("min_new_tokens", lambda x: x >= 0, "0 or more"),
@@ -148,6 +157,19 @@ def _check_agreement(params: SamplingParams) -> None:
                 f"generation_config.{theirs}={value!r} but SamplingParams.{ours}={getattr(params, ours)!r}: "
                 "use SamplingParams.from_generation_config(config), which reads both."
             )
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != mask.shape[1]:
+        raise ConfigError(
+            f"logit_mask is [V,V] of bool, true where a token may not follow another, got {tuple(mask.shape)} of {mask.dtype}."
+        )
+    if (dead := mask.all(1).nonzero().flatten()).numel():
+        raise ConfigError(
+            f"logit_mask forbids every token after token {int(dead[0])}: allow one, the end of the text, say."
+        )
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

@@ -47,6 +47,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
         v_head_init_strategy: str | None = None,
         v_head_initializer_range: float = 0.2,
         num_value_layers: int = 0,
+        v_head: ValueHead | None = None,
     ) -> None:
         super().__init__()
         head = pretrained_model.get_output_embeddings()
@@ -54,7 +55,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
             raise ModelError(f"{type(pretrained_model).__name__} has no language-model head, so it samples nothing.")
         self.pretrained_model = pretrained_model
         self.head_options = HeadOptions(summary_dropout_prob, v_head_init_strategy, v_head_initializer_range)
-        self.v_head = self._new_head(num_value_layers)
+        self.v_head = self._new_head(num_value_layers) if v_head is None else v_head
         self.has_new_adapter = False
         self.reward_adapter_name: str | None = None
 

@@ -1,0 +1,186 @@
+"""Language models with the heads of ILQL: a value, and Q-values of the whole vocabulary, of every state.
+
+    V(s_t)      = W₂ ReLU(W₁ h_t + b₁) + b₂                     one number
+    Q_i(s_t, ·) = the same, for every token of the vocabulary;   i = 1, 2, each with a target copy Q'_i
+
+h_t is what the language-model head reads. Of Q only the taken action's value and its log-softmax are needed in training, so
+`[M,V]` Q-values never exist there; sampling asks for them one position at a time. See `trl.algorithms.ilql`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from trl.algorithms.ilql import polyak_update
+from trl.errors import ConfigError, ModelError
+from trl.models.load import with_adapters
+from trl.models.sharding import shards
+from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
+from trl.models.value_heads.heads import ValueHead
+from trl.models.value_heads.storage import stored_head
+from trl.ops.logprobs import logprobs_from_linear
+
+
+class ActionValues(nn.Linear):
+    """A linear map to one value per action, `[…,H] -> […,V]`; or, told the actions taken, to theirs alone."""
+
+    def forward(self, hidden: Tensor, action: Tensor | None = None, *, normalized: bool = False) -> Any:
+        """Q `[M,V]`; with `action [M]` the pair of Q(a) `[M]` and, if `normalized`, log softmax(Q)[a] `[M]` (else None)."""
+        if action is None:
+            return super().forward(hidden)
+        chosen = (hidden * self.weight[action]).sum(-1) + self.bias[action]
+        if not normalized:
+            return chosen, None
+        return chosen, logprobs_from_linear(hidden, self.weight, self.bias, action)["logprobs"]
+
+
+class QHead(nn.Module):
+    """Q of one hidden layer of twice the width."""
+
+    def __init__(self, hidden_size: int, vocabulary: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, 2 * hidden_size)
+        self.actions = ActionValues(2 * hidden_size, vocabulary)
+
+    def forward(self, hidden: Tensor, *action: Tensor, **options: Any) -> Any:
+        return self.actions(self.inner(hidden).relu(), *action, **options)
+
+
+class ILQLHeads(ValueHead):
+    """V, the Q heads and their target copies, in float32. As a `ValueHead` it gives V."""
+
+    def __init__(self, hidden_size: int, vocabulary: int, *, two_qs: bool = True) -> None:
+        summary = nn.Linear(2 * hidden_size, 1)
+        super().__init__(summary, dropout=0.0)
+        self.inner = nn.Linear(hidden_size, 2 * hidden_size)
+        self.qs = nn.ModuleList(QHead(hidden_size, vocabulary) for _ in range(2 if two_qs else 1))
+        self.target_qs = copy.deepcopy(self.qs).requires_grad_(False)
+
+    @classmethod
+    def on(cls, model: PreTrainedModel | PeftModel, *, two_qs: bool = True) -> ILQLHeads:
+        """New heads for the states that the language-model head of `model` reads."""
+        head = model.get_output_embeddings()
+        made = cls(head.in_features, head.out_features, two_qs=two_qs)
+        return made.to(next(head.parameters()).device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """V `[…]` of states `[…,H]`."""
+        hidden = self._read(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.summary(self.inner(hidden).relu()).squeeze(-1)
+
+    def taken(self, hidden: Tensor, action: Tensor) -> dict[str, Tensor]:
+        """Of the actions `[M]` in states `[M,H]`: `q_i` and `q_logprobs_i` of every Q, and `target_q`, the least Q'; `[M]`."""
+        hidden, found = self._read(hidden), {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i, q in enumerate(self.qs):
+                found[f"q_{i}"], found[f"q_logprobs_{i}"] = q(hidden, action, normalized=True)
+            with torch.no_grad():
+                targets = [q(hidden, action)[0] for q in self.target_qs]
+        return {**found, "target_q": torch.stack(targets).amin(0)}
+
+    @torch.no_grad()
+    def action_values(self, hidden: Tensor) -> Tensor:
+        """min_i Q'_i(s, ·) `[B,V]` of states `[B,H]`."""
+        hidden = self._read(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.stack([q(hidden) for q in self.target_qs]).amin(0)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.summary.weight.device, self.summary.weight.dtype)
+
+
+class WithILQLHeads(WithValueHead):
+    """A language model, in `pretrained_model`, and `ILQLHeads`, in `v_head`. What it lacks is the model's."""
+
+    v_head: ILQLHeads
+
+    def __init__(self, pretrained_model: PreTrainedModel | PeftModel, *, two_qs: bool = True) -> None:
+        super().__init__(pretrained_model, v_head=ILQLHeads.on(pretrained_model, two_qs=two_qs))
+
+    def sync_targets(self, alpha: float) -> None:
+        """θ' ← α θ + (1 − α) θ'; of weights that are sharded, each process its share."""
+        held = shards(self)
+        target, source = (
+            [tensor for name, tensor in held.items() if name.startswith(f"v_head.{part}.")]
+            for part in ("target_qs", "qs")
+        )
+        polyak_update(target, source, alpha=alpha)
+
+    def branch(self, layers: int) -> None:
+        """Raises ConfigError: these heads read what the language-model head reads."""
+        raise ConfigError(f"num_value_layers={layers}: the heads of ILQL have no layers of their own.")
+
+    def _scored(self, score: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        if "q" not in score.want:
+            return super()._scored(score, inputs)
+        with self.v_head.states(self.pretrained_model, inputs, score.example) as states:
+            found = self.pretrained_model(**inputs, score=score)
+            hidden = score.at(states())
+            return {**found, "value": self.v_head(hidden).float(), **self.v_head.taken(hidden, score.target)}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | PreTrainedModel | PeftModel,
+        *,
+        peft_config: PeftConfig | None = None,
+        is_trainable: bool = True,
+        two_qs: bool = True,
+        **kwargs: Any,
+    ) -> WithILQLHeads:
+        """A model with heads, from a name or folder, or from a model, with or without adapters.
+
+        A folder that was saved with heads gives them back; otherwise they are new. `peft_config` puts a new adapter on;
+        `is_trainable` says whether the adapter that a folder holds trains on. Other `kwargs` go to the model's
+        `from_pretrained`. Raises ModelError for a folder whose head is that of another method.
+        """
+        given, state = pretrained_model_name_or_path, None
+        if isinstance(given, str | Path):
+            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            model, state = cls._load(str(given), is_trainable, hub, **kwargs), stored_head(str(given), hub)
+        elif kwargs:
+            raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
+        else:
+            model = given
+        stored_qs = None if state is None else _number_of_qs(state, str(given))
+        wrapped = cls(with_adapters(model, peft_config), two_qs=two_qs if stored_qs is None else stored_qs == 2)
+        wrapped.has_new_adapter = peft_config is not None
+        if state is not None:
+            wrapped.v_head.load_state_dict(state)
+        return wrapped
+
+
+def _number_of_qs(state: Mapping[str, Tensor], name: str) -> int:
+    qs = {key.split(".")[1] for key in state if key.startswith("qs.")}
+    if not qs:
+        raise ModelError(
+            f"{name!r} was saved with a value head and no Q heads, by another method than ILQL: give the language model alone."
+        )
+    return len(qs)
+
+
+class AutoModelForCausalLMWithILQLHeads(WithILQLHeads):
+    """A causal language model with the heads of ILQL."""
+
+    auto_class = AutoModelForCausalLM
+
+
+class AutoModelForSeq2SeqLMWithILQLHeads(WithILQLHeads):
+    """An encoder-decoder with the heads of ILQL on its decoder."""
+
+    auto_class = AutoModelForSeq2SeqLM
+
+
+def with_ilql_heads(model: PreTrainedModel | PeftModel, **options: Any) -> WithILQLHeads:
+    """`model` with new heads, causal or encoder-decoder as it is; `options` as in `from_pretrained`."""
+    kinds = {False: AutoModelForCausalLMWithILQLHeads, True: AutoModelForSeq2SeqLMWithILQLHeads}
+    return kinds[model.config.is_encoder_decoder].from_pretrained(model, **options)
