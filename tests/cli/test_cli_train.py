@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpo": {"dataset_name": "pairs.jsonl", "loss_type": "simpo"},
     "orpo": {"dataset_name": "pairs.jsonl", "beta": 0.2},
     "kto": {"dataset_name": "labels.jsonl", "desirable_weight": 1.1},
+    "ilql": {"dataset_name": "rewarded.jsonl", "beta": 1.0, "steps_for_target_q_sync": 1},
     "ppo": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "batch_size": 4, "mini_batch_size": 2},
     "grpo": {
         **SAMPLED,
@@ -45,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "online-dpo": {**SAMPLED, "reward_funcs": ["./rewards.py:of_answer"], "beta": [0.2, 0.1]},
 }
 LOGGED = {
+    "ilql": ("loss/q", "loss/v", "loss/cql", "loss/awac", "awac_weight"),
     "grpo": (
         "reward",
         "rewards/accuracy_reward/mean",
@@ -89,6 +91,10 @@ def folder(tmp_path_factory) -> Path:
     write(
         folder / "labels.jsonl",
         [{"prompt": asked[i], "completion": said[i], "label": i % 2 == 0} for i in range(8)],
+    )
+    write(
+        folder / "rewarded.jsonl",
+        [{"prompt": asked[i], "completion": said[i], "reward": float(i)} for i in range(8)],
     )
     write(folder / "prompts.jsonl", [{"prompt": q, "solution": str(i)} for i, q in enumerate(asked)])
     (folder / "rewards.py").write_text(REWARDS)

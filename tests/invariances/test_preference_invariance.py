@@ -8,8 +8,10 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from tests.conftest import VOCABULARY, WIDTHS, make_tokenizer
+from trl.models.value_heads.ilql import with_ilql_heads
 from trl.trainers.cpo import ORPOTrainer
 from trl.trainers.dpo import DPOTrainer
+from trl.trainers.ilql import ILQLTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.reward import RewardTrainer
 
@@ -39,6 +41,17 @@ def steps() -> Dataset:
     return Dataset.from_dict({"prompt": PROMPTS, "completions": completions, "labels": labels})
 
 
+def dialogues() -> Dataset:
+    """Prompts and outputs in turn, two or four, with a reward each."""
+    turns = [[PROMPTS[i], SHORT[i], LONG[i], SHORT[-i - 1]][: 2 + 2 * (i % 2)] for i in EIGHT]
+    return Dataset.from_dict({"dialogue": turns, "reward": [i / 4 - 1 for i in EIGHT]})
+
+
+def token_rewards() -> Dataset:
+    rewards = [[(i + t) % 3 / 2 for t in range(len(SHORT[i]))] for i in EIGHT]
+    return Dataset.from_dict({"prompt": PROMPTS, "completion": SHORT, "reward": rewards})
+
+
 def margins() -> Dataset:
     return pairs(margin=[0.1 * i for i in EIGHT])
 
@@ -51,6 +64,18 @@ def classifier(make_model):
 
 def language_model(make_model):
     return make_model("llama", seed=1)
+
+
+def with_q_values(make_model):
+    model = language_model(make_model)
+    torch.manual_seed(3)
+    return with_ilql_heads(model)
+
+
+def encoder_decoder(make_model):
+    model = make_model("t5", seed=1)
+    torch.manual_seed(3)
+    return with_ilql_heads(model)
 
 
 def encoder(make_model):
@@ -71,6 +96,8 @@ CASES = {
     "orpo": (ORPOTrainer, language_model, pairs, {}),
     "kto": (KTOTrainer, language_model, labelled, {"undesirable_weight": 1.7}),
     "bco": (KTOTrainer, language_model, labelled, {"loss_type": "bco"}),
+    "ilql": (ILQLTrainer, with_q_values, dialogues, {"beta": 1.0}),
+    "ilql, rewards of tokens": (ILQLTrainer, with_q_values, token_rewards, {"two_qs": True}),
     "reward": (RewardTrainer, classifier, margins, {"center_rewards_coefficient": 0.1}),
     "reward, scores": (RewardTrainer, classifier, scored, {}),
     "reward, steps": (RewardTrainer, classifier, steps, {}),
@@ -118,6 +145,10 @@ METRICS = {
     "max_reward",
     "kl",
     "entropy",
+    "loss/q",
+    "loss/v",
+    "loss/cql",
+    "loss/awac",
 }
 
 
@@ -165,6 +196,13 @@ def test_encoders_in_micro_batches(make_model, tmp_path):
     expected = gradient("reward", make_model, tmp_path, model=encoder(make_model))
     splits = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert_same(gradient("reward", make_model, tmp_path, model=encoder(make_model), **splits), expected)
+
+
+def test_encoder_decoders_in_micro_batches(make_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(CASES, "t5", (ILQLTrainer, encoder_decoder, token_rewards, {"beta": 1.0}))
+    expected = gradient("t5", make_model, tmp_path)
+    splits = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "order": [3, 1, 7, 0, 2, 6, 5, 4]}
+    assert_same(gradient("t5", make_model, tmp_path, **splits), expected)
 
 
 def test_pad_token_plays_no_role(make_model, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.cpo import CPOTrainer
 from trl.trainers.dpo import DPOTrainer
 from trl.trainers.grpo import GRPOTrainer
+from trl.trainers.ilql import ILQLTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.ppo.trainer import PPOTrainer
@@ -70,6 +71,10 @@ def pairs() -> Dataset:
 
 def labelled() -> Dataset:
     return table("prompt", "completion").add_column("label", [i % 3 > 0 for i in range(12)])
+
+
+def rewarded() -> Dataset:
+    return table("prompt", "completion").add_column("reward", [i % 5 / 2 for i in range(12)])
 
 
 def prompts() -> Dataset:
@@ -140,6 +145,8 @@ RUNS: dict[str, Make] = {
     "dpo, an adapter": made_by(DPOTrainer, pairs, peft=True),
     "kto": made_by(KTOTrainer, labelled),
     "bco": made_by(KTOTrainer, labelled, loss_type="bco"),
+    "ilql": made_by(ILQLTrainer, rewarded, steps_for_target_q_sync=2, alpha=0.1),
+    "ilql, an adapter": made_by(ILQLTrainer, rewarded, peft=True, steps_for_target_q_sync=2, alpha=0.1),
     "cpo": made_by(CPOTrainer, pairs),
     "ppo": made_by(PPOTrainer, prompts, model=lambda: with_value_head(language_model()), **PPO_LOOP),
     "grpo": made_by(GRPOTrainer, prompts, beta=0.1, **SYNC, **ONLINE),

@@ -110,6 +110,15 @@ METHODS = (
         f"{_MODEL_AND_DATA} trl-lib/kto-mix-14k --output_dir opt-kto",
     ),
     Method(
+        "ilql",
+        "trl.trainers.ilql:ILQLTrainer",
+        "trl.trainers.ilql:ILQLConfig",
+        "Offline reinforcement learning from answers with a reward each: Q-values that guide samples (arXiv:2206.11871).",
+        "--model_name_or_path gpt2 --dataset_name rewarded.jsonl --output_dir gpt2-ilql",
+        extra=REWARDS,
+        keywords="trl.cli.rewards:optional_reward_keywords",
+    ),
+    Method(
         "ppo",
         "trl.trainers.ppo.trainer:PPOTrainer",
         "trl.trainers.ppo.trainer:PPOConfig",

@@ -38,16 +38,22 @@ class RewardArguments:
     """Hub name or folder of a reward model, before the functions."""
 
 
-def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
-    """The `reward_funcs` of an online trainer: the reward model first, then the functions."""
+def optional_reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+    """The `reward_funcs`, where there are any: the reward model first, then the functions."""
     model = arguments.reward_model_name_or_path
     rewards = [*([] if model is None else [model]), *map(find_reward, arguments.reward_funcs or [])]
-    if not rewards:
+    return {"reward_funcs": rewards} if rewards else {}
+
+
+def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+    """The `reward_funcs` of an online trainer."""
+    keywords = optional_reward_keywords(arguments)
+    if not keywords:
         raise ConfigError(
             "reward_funcs is missing: give a name of trl.rewards, file.py:function, package.module:function, or the hub "
             "name of a reward model (--reward_model_name_or_path)."
         )
-    return {"reward_funcs": rewards}
+    return keywords
 
 
 def find_reward(name: str) -> Callable | str:

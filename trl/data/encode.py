@@ -39,6 +39,7 @@ from trl.data.trees import (
     keep_prompt_end,
     keep_sides,
     nested,
+    with_token_signal,
 )
 from trl.errors import DataError
 from trl.types import Completion, Example
@@ -204,7 +205,8 @@ class RowEncoder:
         self.tokenization = tokenization
         self.kind = kind
         self.settings = tokenization.settings
-        self.columns = [name for name in columns if name in self._needed() or name in self.settings.keep_columns]
+        wanted = self._needed() | {*self.settings.keep_columns, *self.settings.token_signals}
+        self.columns = [name for name in columns if name in wanted]
         self.kept = [name for name in self.columns if name in self.settings.keep_columns]
         self.is_masked = self._is_masked()
         self.is_packed = kind == "tokenized" and "seq_lengths" in columns
@@ -217,17 +219,25 @@ class RowEncoder:
         if self.kind == "tokenized":
             return any(name in self.columns for name in ("labels", "completion_mask", "assistant_masks"))
         chosen_tokens = self.settings.assistant_only_loss or self.settings.token_mask is not None
-        return self.kind == "stepwise" or chosen_tokens
+        return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
         columns = Columns({name: batch[name] for name in self.columns}, rows)
         trees = ENCODERS[self.kind](columns, self.tokenization)
         if self.settings.token_mask is not None:
             trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
+        for name in self.settings.token_signals:
+            trees = [self._with_signal(k, tree, name, columns) for k, tree in enumerate(trees)]
         if self.is_packed:
             trees = documents(trees, columns)
             return self._table(trees, trees, columns)
         return self._table(trees, [self._cut(tree) for tree in trees], columns)
+
+    def _with_signal(self, k: int, tree: Tree, name: str, columns: Columns) -> Tree:
+        try:
+            return with_token_signal(tree, name, columns[name][k])
+        except (TypeError, ValueError) as error:
+            raise columns.error(k, name, f"{error}.") from error
 
     def _masked(self, tree: Tree, row: int) -> Tree:
         ids = [tree.prompt + completion for completion in tree.completions]
@@ -285,6 +295,7 @@ class RowEncoder:
     def features(self, source: Features) -> Features:
         """The columns of an encoded dataset, `source` being those of the original."""
         types = {"prompt_ids": "int32", "completion_ids": "int32", "completion_mask": "bool", "step_label": "float32"}
+        types |= dict.fromkeys(self.settings.token_signals, "float32")
         rows = {name: List(List(Value(dtype))) for name, dtype in types.items()} | {"prompt_ids": List(Value("int32"))}
         absent = {
             "completion_ids": self.kind == "prompt_only",

@@ -146,6 +146,20 @@ class Tokenization:
             return prompt_ids, [self.text.ids(column) for column in answers]
         return self.text.continuations(prompts, answers, add_special_tokens=add_special_tokens)
 
+    @property
+    def start(self) -> int:
+        """Id of the token that begins a text: BOS, or EOS where the tokenizer has no other."""
+        start = self.tokenizer.bos_token_id
+        return self.eos if start is None else start
+
+    def following(self, rows: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Token ids of all turns but the first of every row, one after the other, as they continue what is before them."""
+        texts = [turn for turns in rows for turn in turns[1:]]
+        if self.text.concatenates or self.settings.encoder_decoder:
+            return self.text.ids(texts)
+        before = ["".join(turns[:i]) for turns in rows for i in range(1, len(turns))]
+        return self.text.continuations(before, [texts], add_special_tokens=True)[1][0]
+
     def append_eos(self, rows: list[list[int]]) -> list[list[int]]:
         """The rows, each with EOS at its end where it is not there yet."""
         if not self.settings.add_eos:
@@ -221,6 +235,48 @@ def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tr
     prompt_texts, texts, spans = zip(*columns.each(spoken), strict=True)
     rows = zip(tokenization.text.ids(prompt_texts), *tokenization.text.masked(texts, spans), strict=True)
     return [Tree(prompt, [ids], [mask]) for prompt, ids, mask in rows]
+
+
+def dialogue(columns: Columns, tokenization: Tokenization) -> list[Tree]:
+    """Prompts and outputs in turn, as texts; the outputs are trained on, and all with completion_only_loss=False.
+
+    An empty first prompt stands for the token that begins a text. An encoder reads the only prompt.
+    """
+    for k, turns in enumerate(columns["dialogue"]):
+        _check_turns(columns, k, turns, single=tokenization.settings.encoder_decoder)
+    rows = columns["dialogue"]
+    firsts = [ids or [tokenization.start] for ids in tokenization.prompts([turns[0] for turns in rows])]
+    pieces = iter(tokenization.following(rows))
+    turn_ids = [[first, *(next(pieces) for _ in turns[1:])] for first, turns in zip(firsts, rows, strict=True)]
+    trees = [_turns(first, others) for first, *others in (_ended(ids, tokenization) for ids in turn_ids)]
+    if tokenization.settings.completion_only_loss is False and not tokenization.settings.encoder_decoder:
+        return [Tree([], [whole := tree.prompt + tree.completions[0]], [[True] * len(whole)]) for tree in trees]
+    return trees
+
+
+def _ended(turns: list[list[int]], tokenization: Tokenization) -> list[list[int]]:
+    return [*turns[:-1], *tokenization.append_eos([turns[-1]])]
+
+
+def _turns(prompt: list[int], others: list[list[int]]) -> Tree:
+    """Outputs and prompts after the first prompt, as one completion of which the outputs are trained on."""
+    mask = [i % 2 == 0 for i, turn in enumerate(others) for _ in turn]
+    return Tree(prompt, [[token for turn in others for token in turn]], [mask])
+
+
+def _check_turns(columns: Columns, k: int, turns: Any, *, single: bool) -> None:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise columns.error(k, "dialogue", f"expected a list of texts, found {describe(turns)}.")
+    if len(turns) % 2:
+        raise columns.error(
+            k,
+            "dialogue",
+            f"{len(turns)} turns: prompts and outputs take turns, so their number is even. Found {describe(turns)}.",
+        )
+    if single and len(turns) != 2:
+        raise columns.error(
+            k, "dialogue", f"{len(turns)} turns: an encoder-decoder reads one prompt and writes one output."
+        )
 
 
 def unpaired_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -382,6 +438,7 @@ ENCODERS: dict[str, Callable[[Columns, Tokenization], list[Tree]]] = {
     "prompt_completion": prompt_completion,
     "unpaired_preference": unpaired_preference,
     "preference": preference,
+    "dialogue": dialogue,
     "stepwise": stepwise,
     "tokenized": tokenized,
     "tokenized_preference": tokenized_preference,

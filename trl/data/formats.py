@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tokenized_preference": (("input_ids_chosen", "input_ids_rejected"), ("chosen_ids", "rejected_ids")),
     "tokenized": (("input_ids",),),
+    "dialogue": (("dialogue",),),
     "stepwise": (("prompt", "completions", "labels"),),
     "unpaired_preference": (("prompt", "completion", "label"),),
     "preference": (("chosen", "rejected"),),
@@ -38,6 +39,7 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
         *KINDS["tokenized_preference"][1],
     ),
     "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "seq_lengths"),
+    "dialogue": KINDS["dialogue"][0],
     "stepwise": KINDS["stepwise"][0],
     "unpaired_preference": (*KINDS["unpaired_preference"][0], *_CHAT_OPTIONS),
     "preference": ("prompt", "chosen", "rejected", *_CHAT_OPTIONS),

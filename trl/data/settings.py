@@ -43,6 +43,8 @@ class EncodeSettings:
     """Text that closes each step of a stepwise row."""
     keep_columns: tuple[str, ...] = ()
     """Columns carried along where a dataset has them (margin, score, weight, …)."""
+    token_signals: tuple[str, ...] = ()
+    """Columns with one number for each token that is trained on (rewards, …); the token that ends a text may have none."""
     encoder_decoder: bool = False
     """The prompt goes to an encoder and the completion to a decoder."""
     token_mask: Callable[[Sequence[int], int], Sequence[bool]] | None = None

@@ -98,6 +98,21 @@ def keep_sides(tree: Tree, max_prompt_length: int | None, max_length: int | None
     return tree.sliced(whole if max_prompt_length is None else cut(max_prompt_length), [ends] * len(tree.completions))
 
 
+def with_token_signal(tree: Tree, name: str, values: Sequence[float]) -> Tree:
+    """The tree of one completion with a number for each trained token: zero for others, and for the last if one is missing.
+
+    Raises ValueError, saying how many there should be, for another number of values.
+    """
+    (mask,) = tree.all_masks
+    trained = sum(mask)
+    if len(values) not in (trained, trained - 1):
+        raise ValueError(
+            f"{len(values)} numbers for {trained} tokens that are trained on, the last of which ends the text"
+        )
+    each = iter([*map(float, values), 0.0])
+    return replace(tree, signals={**tree.signals, name: [[next(each) if trains else 0.0 for trains in mask]]})
+
+
 def nested(values: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
     """`list<kind>`, one list per row."""
     flat = np.fromiter(chain.from_iterable(values), kind.to_pandas_dtype(), count=sum(map(len, values)))

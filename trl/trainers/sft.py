@@ -118,7 +118,7 @@ class SFTTrainer(BaseTrainer):
         rows = args.dataset_kwargs or {}
         cut_by_packing = self._packs(split) and args.packing_strategy != "bfd"
         return EncodeSettings(
-            kind=("language_modeling", "prompt_completion", "tokenized"),
+            kind=("dialogue", "language_modeling", "prompt_completion", "tokenized"),
             max_length=None if cut_by_packing else args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
@@ -180,7 +180,16 @@ class AutoModelForSeq2SeqLMWithILQLHeads(WithILQLHeads):
     auto_class = AutoModelForSeq2SeqLM
 
 
+KINDS = {False: AutoModelForCausalLMWithILQLHeads, True: AutoModelForSeq2SeqLMWithILQLHeads}
+"""By whether the model is an encoder-decoder."""
+
+
 def with_ilql_heads(model: PreTrainedModel | PeftModel, **options: Any) -> WithILQLHeads:
     """`model` with new heads, causal or encoder-decoder as it is; `options` as in `from_pretrained`."""
-    kinds = {False: AutoModelForCausalLMWithILQLHeads, True: AutoModelForSeq2SeqLMWithILQLHeads}
-    return kinds[model.config.is_encoder_decoder].from_pretrained(model, **options)
+    return KINDS[model.config.is_encoder_decoder].from_pretrained(model, **options)
+
+
+def load_with_ilql_heads(name: str, **options: Any) -> WithILQLHeads:
+    """The model `name` with heads, those that it was saved with or new ones; `options` as in `from_pretrained`."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=options.get("trust_remote_code", False))
+    return KINDS[config.is_encoder_decoder].from_pretrained(name, **options)
