@@ -22,7 +22,7 @@ from tests.conftest import MODELS, WIDTHS, make_tokenizer
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.rloo import ReinforcePlusPlus
 from trl.models.value_heads.auto_models import with_value_head
-from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.base import BaseTrainer
@@ -48,7 +48,7 @@ TEXTS = [" ".join(WORDS[i % 5 : 5 + i]) for i in range(12)]
 SMALL = {"hidden_size": 16, "intermediate_size": 24}
 
 
-class Scripted:
+class Scripted(RolloutEngine):
     """An engine that samples the same responses to the same prompts, whoever asks; the policy plays no part."""
 
     def sync(self, model: torch.nn.Module, step: int) -> None: ...

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import make_tokenizer
-from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 
 
@@ -26,7 +26,7 @@ def of_length(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 
 
-class Table:
+class Table(RolloutEngine):
     """An engine whose samples are a function of the prompt and their number, whatever the model."""
 
     def __init__(self, longest: int = 7) -> None:

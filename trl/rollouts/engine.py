@@ -8,16 +8,17 @@ fixed table are three objects and no branch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from trl.rollouts.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,51 @@ class Rollout:
 
     ids            the sampled tokens, with the stop token (or the tokens of the stop string) where one was reached
     logprobs       one per token: log-softmax of logits / temperature, before any truncation, penalty or ban
-    finish_reason  "stop": a stop token or stop string; "length": the limit on new tokens, or the model's context
+    finish_reason  "stop": a stop token or stop string; "length": the limit on new tokens, or the model's context;
+                   "abort": ended from outside; "error": the engine failed
+    mask           1 for the tokens that the policy sampled, 0 for those that an environment wrote; None: all are sampled
+    version        the optimizer step whose weights sampled; None: not known
+    info           what else the engine tells of this sample, for reward functions and metrics
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+    mask: tuple[int, ...] | None = None
+    version: int | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples completions. `sync` makes later samples come from the weights of `model` as they are at `step`."""
+    """Samples completions. One's own derives from it, with `generate` and `sync`.
 
+    is_policy   whether samples come from the model in training itself, in process: any model can then be sampled from,
+                and log-probabilities are the trainer's own
+    """
+
+    is_policy: bool = False
+
+    @abstractmethod
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
         """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`."""
         ...
 
-    def sync(self, model: nn.Module, step: int) -> None: ...
+    @abstractmethod
+    def sync(self, model: nn.Module, step: int) -> None:
+        """Later samples come from the weights of `model` as they are at optimizer step `step`.
+
+        Called before every rollout batch and every evaluation batch, on all processes: an engine that is sent weights
+        sends them once per step.
+        """
+        ...
+
+    def exact_logprobs(self, params: SamplingParams) -> bool:
+        """Whether `Rollout.logprobs` are, for these parameters, what it says; else the trainer computes them again."""
+        return True
+
+    def close(self) -> None:
+        """Give back what the engine holds: connections, processes, memory."""

@@ -52,7 +52,7 @@ def empty_group(row: Mapping[str, Any], n: int, *, functions: int) -> Group:
 
 def example_of(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
     """The row's prompt with its sampled completions."""
-    completions = (Completion(r.ids, signals={"sampler_logprobs": r.logprobs}) for r in rollouts)
+    completions = (Completion(r.ids, r.mask, {"sampler_logprobs": r.logprobs}) for r in rollouts)
     return Example(row["prompt_ids"], tuple(completions))
 
 

@@ -41,7 +41,7 @@ from trl.rollouts.decoders import (
     decoder_start,
     proves_sharing,
 )
-from trl.rollouts.engine import FinishReason, Prompt, Rollout
+from trl.rollouts.engine import FinishReason, Prompt, Rollout, RolloutEngine
 from trl.rollouts.generate import generate_rollouts
 from trl.rollouts.sampler import GENERATE_ONLY, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, with_seed
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 Way = Literal["shared", "repeated", "generate"]
 
 
-class LocalEngine:
+class LocalEngine(RolloutEngine):
     """Samples from `model` as it is at the call, adapters included: a `RolloutEngine`.
 
     Weights that an engine has sharded are gathered once per call, so all processes make as many calls.
@@ -62,6 +62,8 @@ class LocalEngine:
     once, a sample for its `max_new_tokens`); samples beyond wait. One sample is always admitted. The tokenizer is
     needed for stop strings, and names an end-of-sequence token besides the model's own.
     """
+
+    is_policy = True
 
     def __init__(
         self,

@@ -244,7 +244,8 @@ class OnlineTrainer(SamplingTrainer):
     def _wanted(self, mode: str) -> set[str]:
         """Signals of a round that have to be measured, besides the sampler's log-probabilities."""
         args, algorithm = self.args, self.algorithm
-        doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs
+        given = self.engine.exact_logprobs(args.sampling_params(max_new_tokens=1, seed=0))
+        doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs or not given
         needed = {
             "ref_logprobs": self.reference is not None,
             "old_logprobs": mode == "train" and doubted and not args.is_on_policy,

@@ -6,10 +6,13 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError, suggest
+from trl.rollouts.engine import RolloutEngine
+from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import ReferenceConfig
 from trl.types import Algorithm
@@ -165,6 +168,10 @@ class OnlineConfig(ReferenceConfig):
     def make_algorithm(self) -> Algorithm:
         """The algorithm that these options describe."""
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
+
+    def make_engine(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> RolloutEngine:
+        """Where samples come from, as these options say: the model itself, in process."""
+        return LocalEngine(model, tokenizer, progress=progress)
 
     def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
         """How completions are sampled. Raises ConfigError for options that are unknown or out of range."""

@@ -29,12 +29,12 @@ from trl.callbacks.completions import (
     write_completions,
 )
 from trl.data.encode import EncodeSettings
+from trl.errors import ConfigError
 from trl.models.score import unwrap
 from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
 from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.experience import Group, example_of, finished
-from trl.rollouts.local import LocalEngine
 from trl.rollouts.prompts import Prompts
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.base import BaseTrainer, Rows
@@ -81,7 +81,12 @@ class SamplingTrainer(BaseTrainer):
         super().prepare_model()
         if self.engine is None:
             shown = self.is_local_process_zero() and not self.args.disable_tqdm
-            self.engine = LocalEngine(self.model, self.tokenizer, progress=shown)
+            self.engine = self.args.make_engine(self.model, self.tokenizer, progress=shown)
+        if not isinstance(self.engine, RolloutEngine):
+            raise ConfigError(
+                f"engine is a {type(self.engine).__name__}, which does not have all that a trainer asks of it: derive the "
+                "class from trl.RolloutEngine, and give it the methods generate and sync."
+            )
         self.states.register("completions", self.completion_log, per_rank=True, optional=True)
         self.states.register("logged", self.logged["train"], per_rank=True, optional=True)
 

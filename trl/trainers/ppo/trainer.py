@@ -42,6 +42,7 @@ from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import Group, experience_of, with_signals
+from trl.rollouts.local import LocalEngine
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
@@ -247,9 +248,9 @@ class PPOTrainer(OnlineTrainer):
         params = sampling_params(defaults, generation_kwargs, sampled_length=drawn)
         starts = self._starts(queries, return_prompt)
 
-        def respond(model: nn.Module) -> Any:
+        def respond(engine: RolloutEngine, model: nn.Module) -> Any:
             with self.compute_loss_context_manager():
-                responses = sample(self.engine, model, prompts, params, batch_size, step=self.state.global_step)
+                responses = sample(engine, model, prompts, params, batch_size, step=self.state.global_step)
             if isinstance(query_tensor, Sequence):
                 responses = [untrimmed(ids, self.tokenizer.eos_token_id) for ids in responses]
             found = [
@@ -258,11 +259,12 @@ class PPOTrainer(OnlineTrainer):
             ]
             return found[0][None] if isinstance(query_tensor, Tensor) else found
 
-        responses = respond(self.model_wrapped)
+        responses = respond(self.engine, self.model_wrapped)
         if not generate_ref_response:
             return responses
         with self.reference.as_model(self.model_wrapped) as reference:
-            return responses, respond(reference)
+            engine = self.engine if self.engine.is_policy else LocalEngine(reference, self.tokenizer)
+            return responses, respond(engine, reference)
 
     def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
         """What each returned sequence begins with."""
