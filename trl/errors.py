@@ -10,6 +10,10 @@ class TrlError(ValueError):
     """Base of the errors that a user can mend: the message names the argument, column or row, and the remedy."""
 
 
+class ShapeError(TrlError):
+    """A tensor has another shape than the formula is for."""
+
+
 class DataError(TrlError):
     """A dataset, row or conversation that cannot be used as it is."""
 

@@ -24,14 +24,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from trl.ops.shapes import shapes
+
 EPSILON = 1e-4
 
 
+@shapes(group="N")
 def group_index(group: Tensor) -> Tensor:
     """`[N]` numbers of groups as 0, 1, 2, …"""
     return torch.unique(group, return_inverse=True)[1]
 
 
+@shapes(values="N", group="N")
 def group_sum(values: Tensor, group: Tensor) -> Tensor:
     """`[N]`: the sum of each one's group, NaN left out."""
     index = group_index(group)
@@ -39,16 +43,19 @@ def group_sum(values: Tensor, group: Tensor) -> Tensor:
     return sums[index]
 
 
+@shapes(values="N", group="N")
 def group_count(values: Tensor, group: Tensor) -> Tensor:
     """`[N]`: how many of each one's group are not NaN."""
     return group_sum((~values.isnan()).to(values.dtype), group)
 
 
+@shapes(values="N", group="N")
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """`[N]`: the mean of each one's group, NaN left out."""
     return group_sum(values, group) / group_count(values, group).clamp(min=1)
 
 
+@shapes(values="N", group="N")
 def group_std(values: Tensor, group: Tensor) -> Tensor:
     """`[N]`: the standard deviation of each one's group, NaN left out; 0 in groups of one."""
     squares = (values - group_mean(values, group)).square()
@@ -83,6 +90,7 @@ SCALES: dict[Scale, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@shapes(rewards="N", group="N")
 def advantages(rewards: Tensor, group: Tensor, *, baseline: Baseline, scale: Scale) -> Tensor:
     """A `[N]` of rewards `[N]` and groups `[N]`; names as in `BASELINES` and `SCALES`."""
     exact = rewards.double()
@@ -90,6 +98,7 @@ def advantages(rewards: Tensor, group: Tensor, *, baseline: Baseline, scale: Sca
     return (centred / SCALES[scale](exact, group)).nan_to_num().to(rewards.dtype)
 
 
+@shapes(rewards="N", group="N")
 def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
     """`[N]` bool: whether all rewards of each one's group are equal (or there are none)."""
     return group_std(rewards.double(), group) <= 1e-8 * (1 + group_mean(rewards.double(), group).abs())
@@ -99,6 +108,7 @@ RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = get_args(RewardAggregation)
 
 
+@shapes(rewards="N F", weights="F", group="N")
 def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregation: RewardAggregation) -> Tensor:
     """One reward `[N]` of those of F functions `[N,F]`, with weights `[F]`; NaN where no function applied.
 

@@ -27,10 +27,12 @@ from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
 from trl.algorithms.pairs import Side
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
 from trl.errors import ConfigError, DataError, unknown
+from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
 
+@shapes(chosen="P", rejected="P")
 def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β [h_w − h_l]): Bradley–Terry. With label smoothing, labels are wrong with probability ε (cDPO).
 
@@ -39,11 +41,13 @@ def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: f
     return logistic(beta * (chosen - rejected), label_smoothing)
 
 
+@shapes(chosen="P", rejected="P")
 def hinge(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """max(0, 1 − β [h_w − h_l]): no gradient beyond the margin 1/β. SLiC as in RSO, arXiv:2309.06657."""
     return F.relu(1 - beta * (chosen - rejected))
 
 
+@shapes(chosen="P", rejected="P")
 def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """(h_w − h_l − 1/(2β))², of log-ratios per token: a margin to reach, not to exceed; β is the paper's τ.
 
@@ -52,6 +56,7 @@ def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return (chosen - rejected - 1 / (2 * beta)).square()
 
 
+@shapes(chosen="P", rejected="P")
 def exo_pair(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """KL(q ‖ p), q = (σ(d), σ(−d)) with d = β [h_w − h_l], p = (1−ε, ε): the reverse of DPO's divergence; ε > 0.
 
@@ -63,6 +68,7 @@ def exo_pair(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: 
     return correct + wrong
 
 
+@shapes(chosen="P", rejected="P")
 def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """[−(1−ε) log σ(d) + ε log σ(−d)] / (1 − 2ε), d = β [h_w − h_l]; 0 ≤ ε < ½.
 
@@ -73,6 +79,7 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
     return (-(1 - e) * F.logsigmoid(d) + e * F.logsigmoid(-d)) / (1 - 2 * e)
 
 
+@shapes(chosen="P", rejected="P")
 def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
     """(1 − m) log(1 + e^−d) + m e^−d, d = β [h_w − h_l], m = σ(d/τ): a loss that a language model found.
 
@@ -83,6 +90,7 @@ def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: flo
     return torch.lerp(-F.logsigmoid(d), exponential, torch.sigmoid(d / discopop_tau))
 
 
+@shapes(chosen="P", rejected="P")
 def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """−log σ(β h_w) − ½ [log σ(−β h_w) + log σ(−β h_l)]: keeps the likelihood of y_w from falling.
 
@@ -93,6 +101,7 @@ def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return pull + 0.5 * push
 
 
+@shapes(chosen="P", rejected="P")
 def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """−log σ(β h_w) − log σ(−β h_l): a classifier of good and bad, an upper bound of DPO's loss.
 
@@ -101,6 +110,7 @@ def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
 
 
+@shapes(chosen="P", rejected="P")
 def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """(h_w − 1/(2β))² + (h_l + 1/(2β))²: self-play with win probabilities 1 and 0; β is 1/η.
 
@@ -110,6 +120,7 @@ def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return (chosen - target).square() + (rejected + target).square()
 
 
+@shapes(chosen="P", rejected="P")
 def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """1 − σ(β h_w) + σ(β h_l): y_w up, y_l down; for chosen completions better than the model.
 
@@ -118,6 +129,7 @@ def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
 
 
+@shapes(chosen="P", rejected="P")
 def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     """σ(β h_w) + 1 − σ(β [h_w − h_l]): both down, y_l further; for chosen completions worse than the model.
 
@@ -126,6 +138,7 @@ def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
     return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
 
 
+@shapes(margin="P", ref_margin="P")
 def aot(margin: Tensor, ref_margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β [m₍ᵢ₎ − m_ref₍ᵢ₎]) of margins m = log π(y_w) − log π(y_l), each sorted over the batch.
 
@@ -135,6 +148,7 @@ def aot(margin: Tensor, ref_margin: Tensor, *, beta: float, label_smoothing: flo
     return sigmoid(margin.sort().values, ref_margin.sort().values, beta=beta, label_smoothing=label_smoothing)
 
 
+@shapes(chosen="P", rejected="P")
 def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), the log-ratios of either side sorted over the batch. Couples its pairs, as `aot`."""
     return sigmoid(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)

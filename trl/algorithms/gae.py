@@ -11,7 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trl.ops.shapes import shapes
 
+
+@shapes(rewards="N C", values="N C", mask="N C")
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns `[N,C]` from rewards and values of the states before each token, `[N,C]`.
 

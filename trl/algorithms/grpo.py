@@ -31,6 +31,7 @@ from trl.algorithms.importance import Correction
 from trl.algorithms.policy_gradient import KL, KLEstimate, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
 from trl.errors import ConfigError
+from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
@@ -160,6 +161,7 @@ class GRPO(Algorithm):
         return share
 
 
+@shapes(values="M")
 def quantile(values: Tensor, q: float) -> Tensor:
     """The q-quantile of `values [M]`, interpolated between neighbours; of any number of values."""
     ordered = values.sort().values

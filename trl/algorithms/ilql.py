@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError, DataError
+from trl.ops.shapes import shapes
 from trl.types import Batch, Metrics, Scores
 
 
@@ -35,6 +36,7 @@ def place_rewards(reward: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask).scatter(1, last, reward[:, None].to(mask.dtype)) * mask
 
 
+@shapes(values="N C", mask="N C")
 def next_values(values: Tensor, mask: Tensor) -> Tensor:
     """V(s_{t+1}) `[N,C]`: the value `[N,C]` at the next action of the same completion, zero after the last one."""
     width = mask.shape[1]
@@ -44,17 +46,20 @@ def next_values(values: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(len(values), 1)], 1).gather(1, following) * mask
 
 
+@shapes(q="...", target="...")
 def q_loss(q: Tensor, target: Tensor) -> Tensor:
     """(Q(s, a) − y)², elementwise; y is held constant."""
     return (q - target.detach()).square()
 
 
+@shapes(values="...", q="...")
 def expectile_loss(values: Tensor, q: Tensor, *, tau: float) -> Tensor:
     """|τ − 1[Q < V]| (Q − V)², elementwise: least where V is the τ-expectile of Q, which is held constant."""
     difference = q.detach() - values
     return (tau - (difference < 0).to(difference.dtype)).abs() * difference.square()
 
 
+@shapes(q="...", values="...")
 def awac_weights(q: Tensor, values: Tensor, *, beta: float) -> Tensor:
     """exp(β (Q − V)), elementwise, without gradient."""
     return torch.exp(beta * (q - values).detach())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trl.algorithms.policy_gradient import k3, ratio
 from trl.errors import ConfigError, unknown
+from trl.ops.shapes import shapes
 from trl.types import Metrics
 
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -60,6 +61,7 @@ class Correction:
         return -torch.inf if self.low is None else self.low, torch.inf if self.high is None else self.high
 
 
+@shapes(logprobs="N C", sampler_logprobs="N C", mask="N C")
 @torch.no_grad()
 def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, correction: Correction) -> Metrics:
     """How far the sampler is from the policy that is trained, `[N,C]`; the extremes `[N]` of each completion.

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.errors import ConfigError, DataError
+from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
@@ -30,16 +31,19 @@ KTO_WEIGHT_RATIO = (1.0, 4.0 / 3.0)
 """Range of (λ_D n_D) / (λ_U n_U) that arXiv:2402.01306 recommends."""
 
 
+@shapes(logratio="N", desirable="N")
 def kto(logratio: Tensor, desirable: Tensor, kl: Tensor, *, beta: float) -> Tensor:
     """1 − σ(β s [h − z₀]) with `kl` for z₀ (a scalar, or `[N]`). KTO, arXiv:2402.01306, Eq. 7, for λ = 1."""
     return torch.sigmoid(-beta * _sign(desirable, logratio) * (logratio - kl))
 
 
+@shapes(logratio="N", desirable="N")
 def apo_zero_unpaired(logratio: Tensor, desirable: Tensor, *, beta: float) -> Tensor:
     """1 − σ(β s h). APO-zero, arXiv:2408.06266, Eq. 7, one completion at a time."""
     return torch.sigmoid(-beta * _sign(desirable, logratio) * logratio)
 
 
+@shapes(logratio="N", desirable="N")
 def bco(logratio: Tensor, desirable: Tensor, delta: Tensor, *, beta: float) -> Tensor:
     """−log σ(s [β h − δ]): a classifier whose logit is the reward. BCO, arXiv:2404.04656."""
     return -F.logsigmoid(_sign(desirable, logratio) * (beta * logratio - delta))
@@ -49,6 +53,7 @@ def _sign(desirable: Tensor, like: Tensor) -> Tensor:
     return torch.where(desirable, 1.0, -1.0).to(like.dtype)
 
 
+@shapes(logratio="M")
 @torch.no_grad()
 def kl_estimate(logratio: Tensor) -> Tensor:
     """z₀ = max(0, mean h(y_j | x_i)) of mismatched completions, j ≠ i, `[M]`: a scalar without gradient.
@@ -169,6 +174,7 @@ class KTO(KTOOptions):
         return batch.signals[name]
 
 
+@shapes(rewards="N", logprob="N", desirable="N")
 def unpaired_metrics(rewards: Tensor, logprob: Tensor, desirable: Tensor) -> Metrics:
     """Rewards and log-probabilities `[N]` by label: a completion of the other label is NaN, hence left out."""
     nan = torch.full_like(rewards, torch.nan)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import DataError
+from trl.ops.shapes import shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[0::2], x[1::2]
 
 
+@shapes(logprobs="N C", ref_logprobs="N C", mask="N C", weight="N C")
 def sides(
     logprobs: Tensor,
     ref_logprobs: Tensor | None,
@@ -82,6 +84,7 @@ def sides(
     return chosen, rejected
 
 
+@shapes(mask="N C")
 def ld_dpo_weights(mask: Tensor, alpha: float) -> Tensor:
     """Weights `[N,C]`: 1 up to the length that a pair's completions share, `alpha` on the longer one's tail.
 
@@ -95,6 +98,7 @@ def ld_dpo_weights(mask: Tensor, alpha: float) -> Tensor:
     return torch.where(mask.cumsum(-1) <= shared[:, None], mask, mask * alpha)
 
 
+@shapes(logprobs="N C", collision="N C", mask="N C")
 @torch.no_grad()
 def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
     """Weight `[P]` of each pair: how likely the policy itself is to write these completions, without gradient.

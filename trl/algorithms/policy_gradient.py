@@ -15,10 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trl.ops.shapes import shapes
+
 MAX_EXPONENT = 80.0
 """Beyond it `exp` nears the largest float32, and an infinite ratio has no gradient."""
 
 
+@shapes(logprobs="...", old_logprobs="...")
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """log ρ = log π − log π_old, `[N,C]`. Without gradient to the old policy."""
     return logprobs - old_logprobs.detach()
@@ -29,6 +32,7 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=MAX_EXPONENT).exp()
 
 
+@shapes(log_ratio="...?", advantages="...?")
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
     """min(ρ A, clip(ρ, 1 − low, 1 + high) A): what is maximised, in the shape of `log_ratio` and `advantages` together.
 
@@ -38,6 +42,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high
     return torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
 
 
+@shapes(log_ratio="...?", advantages="...?")
 def is_clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
     """1 where `clipped_surrogate` has no gradient for being beyond the bound, 0 elsewhere; float, without gradient."""
     rho = ratio(log_ratio.detach())
@@ -45,16 +50,19 @@ def is_clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float
     return beyond.to(rho.dtype)
 
 
+@shapes(logprobs="...", ref_logprobs="...")
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log π − log π_ref: unbiased, often negative for a single token."""
     return logprobs - ref_logprobs
 
 
+@shapes(logprobs="...", ref_logprobs="...")
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """½ (log π − log π_ref)²: biased, small variance; its gradient is an unbiased one of the divergence."""
     return (logprobs - ref_logprobs).square() / 2
 
 
+@shapes(logprobs="...", ref_logprobs="...")
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """r − 1 − log r, r = π_ref / π: unbiased and never negative."""
     log_r = ref_logprobs - logprobs

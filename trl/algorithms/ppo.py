@@ -23,6 +23,7 @@ from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import DataError
 from trl.ops.reduce import masked_whiten
+from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
@@ -38,6 +39,7 @@ KL_PENALTIES = (*PENALTIES, "full")
 """Names of `kl_penalty`."""
 
 
+@shapes(scores="N", kl="N C", mask="N C")
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: float) -> Tensor:
     """−β KL_t, plus the score of a completion on its last unmasked token: `[N,C]` from scores `[N]`, kl `[N,C]`."""
     rewards = -coefficient * kl * mask
@@ -45,11 +47,13 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: floa
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
+@shapes(values="...", old_values="...")
 def clip_values(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
     """V, kept within `cliprange` of what it was when the responses were sampled."""
     return torch.clamp(values, old_values - cliprange, old_values + cliprange)
 
 
+@shapes(values="...", old_values="...", returns="...")
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
     """½ max((V − R)², (clip(V, V_old ± ε) − R)²), `[N,C]`: no gain from a step larger than ε."""
     clipped = clip_values(values, old_values, cliprange=cliprange)
@@ -204,6 +208,7 @@ class PPO(PPOOptions, Algorithm):
         }
 
 
+@shapes(logits="M V", ref_logits="M V")
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Σ_v π(v) [log π(v) − log π_ref(v)], `[M]` from logits `[M,V]`: the divergence of whole distributions."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)

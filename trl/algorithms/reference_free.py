@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.algorithms.f_dpo import power
+from trl.ops.shapes import shapes
 
 
+@shapes(logit="P")
 def logistic(logit: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """−(1−ε) log σ(logit) − ε log σ(−logit): cross-entropy with labels that are wrong with probability ε.
 
@@ -23,6 +25,7 @@ def logistic(logit: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(logit) - label_smoothing * F.logsigmoid(-logit)
 
 
+@shapes(chosen_nll="P")
 def sft(chosen_nll: Tensor) -> Tensor:
     """−log π(y_w) / |y_w|: imitate the chosen completion.
 
@@ -31,6 +34,7 @@ def sft(chosen_nll: Tensor) -> Tensor:
     return chosen_nll
 
 
+@shapes(chosen="P", rejected="P", chosen_nll="P")
 def cpo(
     chosen: Tensor, rejected: Tensor, chosen_nll: Tensor, *, beta: float, label_smoothing: float = 0.0, cpo_alpha: float
 ) -> Tensor:
@@ -41,6 +45,7 @@ def cpo(
     return logistic(beta * (chosen - rejected), label_smoothing) + cpo_alpha * chosen_nll
 
 
+@shapes(chosen="P", rejected="P")
 def simpo(chosen: Tensor, rejected: Tensor, *, beta: float, simpo_gamma: float, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β [m_w − m_l] − γ), of mean log-probabilities m: what is maximised is what sampling follows.
 
@@ -49,6 +54,7 @@ def simpo(chosen: Tensor, rejected: Tensor, *, beta: float, simpo_gamma: float, 
     return logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 
 
+@shapes(chosen="P", rejected="P")
 def alphapo(
     chosen: Tensor,
     rejected: Tensor,
@@ -66,6 +72,7 @@ def alphapo(
     return simpo(reward_w, reward_l, beta=beta, simpo_gamma=simpo_gamma, label_smoothing=label_smoothing)
 
 
+@shapes(chosen="P", rejected="P", chosen_nll="P")
 def orpo(chosen: Tensor, rejected: Tensor, chosen_nll: Tensor, *, beta: float) -> Tensor:
     """−log π(y_w) / |y_w| − λ log σ(log odds(y_w) − log odds(y_l)), of mean log-probabilities; λ is `beta`.
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from trl.algorithms.pairs import split_pairs
 from trl.errors import ConfigError, DataError
+from trl.ops.shapes import shapes
 from trl.types import Batch, Metrics
 
 
+@shapes(chosen="P", rejected="P", margin="P")
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """−log σ(r_w − r_l − m), `[P]`: the negative log-probability that the chosen completion wins, by more than m.
 
@@ -28,16 +30,19 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
     return -F.logsigmoid(chosen - rejected - margin)
 
 
+@shapes(chosen="P", rejected="P")
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """(r_w + r_l)², `[P]`: holds the offset that comparisons leave open at zero. arXiv:2312.09244."""
     return (chosen + rejected).square()
 
 
+@shapes(rewards="N", score="N")
 def regression(rewards: Tensor, score: Tensor) -> Tensor:
     """(r − s)², elementwise."""
     return (rewards - score).square()
 
 
+@shapes(rewards="...", label="...")
 def step_binary(rewards: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy of "this step is right", elementwise, of logits r and labels in [0, 1].
 
@@ -97,6 +102,7 @@ class StepReward:
         return step_binary(rewards, label) * batch.mask, {"accuracy": agreement, "mean_reward": rewards.detach()}
 
 
+@shapes(rewards="N")
 def reward_metrics(rewards: Tensor) -> Metrics:
     """Rewards `[N]` under three names: to be averaged, and reduced to the smallest and the largest."""
     rewards = rewards.detach()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
+from trl.ops.shapes import shapes
 
 MARGIN = 1e-3
 """ε: how far the bars of prompts stay from the lowest and the highest of them."""
@@ -29,6 +30,7 @@ def percentile(step: int, *, start: float, end: float, steps: int) -> float:
     return start + (end - start) * (step / (steps - 1) if steps > 1 else 0.0)
 
 
+@shapes(rewards="N", group="N")
 def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
     """The bar `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
 
@@ -43,6 +45,7 @@ def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
     return torch.where(bars.isfinite(), bars.clamp(there.min() + MARGIN, there.max() - MARGIN), bars)
 
 
+@shapes(rewards="N", group="N")
 def selected(rewards: Tensor, group: Tensor, identity: Sequence[Hashable], p: float) -> Tensor:
     """Which samples `[N]` bool are kept at percentile `p`: those at their prompt's bar or above, each `identity` once."""
     reached = rewards.double() >= thresholds(rewards, group, p)[group]

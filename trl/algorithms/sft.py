@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from trl.ops.shapes import shapes
 from trl.types import Batch, Metrics, Scores
 
 
@@ -30,6 +31,7 @@ def dft(scores: Scores) -> Tensor:
 LOSSES: dict[str, Callable[[Scores], Tensor]] = {"nll": nll, "dft": dft}
 
 
+@shapes(loss="N C")
 def smoothed(loss: Tensor, scores: Scores, *, epsilon: float) -> Tensor:
     """(1 − ε) loss − ε Σ_v log π(v) / V: the target distribution mixed with the uniform one. Needs `mean_logprob`."""
     return (1 - epsilon) * loss - epsilon * scores.mean_logprob

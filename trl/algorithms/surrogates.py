@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trl.algorithms.policy_gradient import ratio
+from trl.ops.shapes import shapes
 from trl.types import Metrics
 
 
@@ -143,11 +144,13 @@ class GMPO:
         return clip_metrics(terms.log_ratio_token, terms, below=bounds[0], above=bounds[1])
 
 
+@shapes(values="N C?", mask="N C")
 def mean_over_completion(values: Tensor, mask: Tensor) -> Tensor:
     """`[N,1]` mean of each completion's scored tokens."""
     return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+@shapes(log_ratio="N C?")
 @torch.no_grad()
 def clip_metrics(log_ratio: Tensor, terms: Terms, *, below: float, above: float) -> Metrics:
     """Share of ratios without gradient for being beyond a bound."""

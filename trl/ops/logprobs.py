@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trl.ops.products import add_product, operand, product, wide, wide_dtype
+from trl.ops.shapes import shapes
 
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
@@ -55,6 +56,7 @@ class LogitTransform:
         return (1 - capped.square()) * (self.scale / self.temperature)
 
 
+@shapes(logits="M V", target="M")
 def logprobs_from_logits(
     logits: Tensor, target: Tensor, *, want: frozenset[str] = frozenset(), transform: LogitTransform | None = None
 ) -> dict[str, Tensor]:
@@ -75,6 +77,7 @@ def logprobs_from_logits(
     return result
 
 
+@shapes(hidden="M H", target="M")
 def logprobs_from_module(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
@@ -100,6 +103,7 @@ def logprobs_from_module(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+@shapes(hidden="M H", weight="V H", bias="V", target="M")
 def logprobs_from_linear(
     hidden: Tensor,
     weight: Tensor,

@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trl.ops.shapes import shapes
 
+
+@shapes(x="...", mask="...")
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `x` where `mask` is 1; zero where the mask is empty."""
     if dim is None:
@@ -20,6 +23,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
+@shapes(x="...", mask="...")
 def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
     """`x` with mean 0 (or its own, with `keep_mean`) and variance 1 over the mask, zero outside it.
 
