@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -75,26 +75,33 @@ def collect(logs: Sequence[Mapping[str, Any]]) -> dict[str, list]:
 
 
 def run_case(case: Any, folder: Path, *, rank: int) -> Run:
-    """What a case gives in this process; as text, the error by which the trainer refuses it."""
+    """What a case gives in this process; where it fails, the error in its place, so that the others are compared."""
     import parity_cases
 
-    trl = importlib.import_module("trl")
     try:
         trainer = parity_cases.make_trainer(case, folder)
-    except trl.ConfigError as error:
-        return {"refused": [type(error).__name__]}
-    before = weights_digest(trainer.model)
-    if case.rows is None:
-        size = trainer.args.batch_size
-        logs = [
-            trainer.step(*parity_cases.triplets(size, first=rank * size, seed=step))
-            for step in range(parity_cases.STEPS)
-        ]
-    else:
-        trainer.train()
-        trainer.evaluate()
-        logs = trainer.state.log_history
+        before = weights_digest(trainer.model)
+        logs = stepped(trainer, rank) if case.rows is None else trained(trainer)
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": [f"{type(error).__name__}: {error}"]}
     return {"weights before": [before], **collect(logs), "weights after": [weights_digest(trainer.model)]}
+
+
+def trained(trainer: Any) -> list[dict[str, Any]]:
+    """What is logged by training and by an evaluation afterwards."""
+    trainer.train()
+    trainer.evaluate()
+    return trainer.state.log_history
+
+
+def stepped(trainer: Any, rank: int) -> list[dict[str, Any]]:
+    """Statistics of `PPOTrainer.step`, on triplets of this process's own."""
+    import parity_cases
+
+    size = trainer.args.batch_size
+    batches = [parity_cases.triplets(size, first=rank * size, seed=step) for step in range(parity_cases.STEPS)]
+    return [trainer.step(*batch) for batch in batches]
 
 
 def work(names: Sequence[str], folder: Path) -> None:
