@@ -21,6 +21,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 dev: $(VENV)/.dev
 	@echo "Ready: source $(BIN)/activate, then 'make test' and 'make lint'. See CONTRIBUTING.md."

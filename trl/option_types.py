@@ -12,9 +12,10 @@ import dataclasses
 import enum
 import inspect
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -174,3 +175,53 @@ def check_choices(subject: Any) -> None:
         invalid_items = kind.invalid_items(getattr(subject, field)) if kind.names else []
         for misfit in (each for each in invalid_items if isinstance(each, _PLAIN)):
             raise ConfigError(unknown(field, str(misfit), map(str, kind.names)))
+
+
+# ---- what fields are for ----
+
+
+def documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
+    """Statements with the string literal that follows them."""
+    for statement, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        match after:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                yield statement, joined(text)
+            case _:
+                yield statement, ""
+
+
+def joined(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())
+
+
+def documentation_of(cls: type) -> dict[str, str]:
+    """What stands under the fields of a class and its bases; nothing for classes whose source is not at hand."""
+    found: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        for statement, text in documented(ast.parse(source).body[0].body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and text:
+                found[statement.target.id] = text
+    return found
+
+
+@cache
+def describe_fields(cls: type) -> str:
+    """Every field of a dataclass with its type, default and documentation; those of the class itself first."""
+    texts, fields = documentation_of(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}
+    lines = []
+    for base in cls.__mro__:
+        for name in inspect.get_annotations(base):
+            if (field := fields.pop(name, None)) is not None:
+                default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+                hint = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+                text = joined(field.metadata.get("help") or texts.get(name, ""))
+                lines += [
+                    f"{name}: {hint}{default}",
+                    *textwrap.wrap(text, 112, initial_indent="    ", subsequent_indent="    "),
+                ]
+    return "\n".join(lines)

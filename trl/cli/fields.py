@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from typing import Any
 
 from trl.cli.source import COMPUTED, Module, ancestry, class_constant, lookup, read_module, value_of
-from trl.option_types import ANYTHING, OptionType, kind_of_annotation, kinds_of
+from trl.option_types import (
+    ANYTHING,
+    OptionType,
+    documentation_of,
+    documented,
+    joined,
+    kind_of_annotation,
+    kinds_of,
+)
 
 REQUIRED = object()
 """The default of an option that has none."""
@@ -79,7 +85,7 @@ def _class_in_source(reference: str) -> tuple[Module, ast.ClassDef]:
 
 
 def _options_in_body(module: Module, cls: ast.ClassDef, inherited: Mapping[str, Option]) -> Iterator[Option]:
-    for statement, documentation in _documented(cls.body):
+    for statement, documentation in documented(cls.body):
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
                 option = _option(module, name, annotation, value)
@@ -90,20 +96,6 @@ def _options_in_body(module: Module, cls: ast.ClassDef, inherited: Mapping[str, 
                 yield replace(option, help=text, owner=cls.name)
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in inherited:
                 yield replace(inherited[name], default=value_of(value, module))
-
-
-def _documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
-    """Statements with the string literal that follows them."""
-    for statement, after in zip(body, [*body[1:], ast.Pass()], strict=True):
-        match after:
-            case ast.Expr(value=ast.Constant(value=str(text))):
-                yield statement, _joined(text)
-            case _:
-                yield statement, ""
-
-
-def _joined(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _option(module: Module, name: str, annotation: ast.expr, value: ast.expr | None) -> Option | None:
@@ -126,7 +118,7 @@ def _help_in(metadata: ast.expr | None) -> str:
         for key, value in zip(metadata.keys, metadata.values, strict=True):
             match key, value:
                 case ast.Constant(value="help"), ast.Constant(value=str(text)):
-                    return _joined(text)
+                    return joined(text)
     return ""
 
 
@@ -169,13 +161,13 @@ def _kind_in_source(module: Module, name: str) -> OptionType | None:
 
 def options_of(cls: type) -> list[Option]:
     """The options of a dataclass."""
-    documentation, kinds = _documentation_of(cls), kinds_of(cls)
+    documentation, kinds = documentation_of(cls), kinds_of(cls)
     return [
         Option(
             field.name,
             kinds[field.name],
             _live_default(field),
-            _joined(field.metadata.get("help") or documentation.get(field.name, "")),
+            joined(field.metadata.get("help") or documentation.get(field.name, "")),
             cls.__name__,
         )
         for field in dataclasses.fields(cls)
@@ -191,17 +183,3 @@ def _live_default(field: dataclasses.Field) -> Any:
     if field.default is not MISSING:
         return field.default
     return REQUIRED if field.default_factory is MISSING else field.default_factory()
-
-
-def _documentation_of(cls: type) -> dict[str, str]:
-    """What stands under the fields of a class and its bases; nothing for classes whose source is not at hand."""
-    found: dict[str, str] = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):
-            continue
-        for statement, text in _documented(ast.parse(source).body[0].body):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and text:
-                found[statement.target.id] = text
-    return found

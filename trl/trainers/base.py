@@ -18,9 +18,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -55,6 +55,7 @@ from trl.models.load import (
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
 from trl.models.value_heads.storage import without_copies
+from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
@@ -65,9 +66,6 @@ logger = logging.getLogger(__name__)
 CPU_TOKEN_BUDGET = 2048
 WIDTH = 60
 """Characters of a row that an error shows."""
-
-Rows = Dataset | IterableDataset
-EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
 
 
 class BaseTrainer(StepTrainer):
@@ -105,7 +103,7 @@ class BaseTrainer(StepTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         tokenizer: Any = None,
-        **classic: Any,
+        **classic: Unpack[ClassicOptions],
     ) -> None:
         self.args = self._resolve_args(args, classic)
         self.model = self._resolve_model(model, quantization_config, peft_config)
@@ -148,7 +146,7 @@ class BaseTrainer(StepTrainer):
     # ---- model, tokenizer, options ----
 
     @classmethod
-    def _resolve_args(cls, args: TrainingArguments | None, classic: dict[str, Any]) -> TrainerConfig:
+    def _resolve_args(cls, args: TrainingArguments | None, classic: Mapping[str, Any]) -> TrainerConfig:
         """The configuration, with options that were given as keywords of the trainer put into it."""
         if args is None:
             return cls.config_class(**cls._options(classic))
@@ -163,7 +161,7 @@ class BaseTrainer(StepTrainer):
         return args
 
     @classmethod
-    def _options(cls, classic: dict[str, Any]) -> dict[str, Any]:
+    def _options(cls, classic: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the configuration, by their names today, that were given as keywords of the trainer."""
         options = {name: value for name, value in classic.items() if value is not None or name not in ARGUMENTS}
         known = [*(f.name for f in dataclasses.fields(cls.config_class)), *cls.config_class.ALIASES]

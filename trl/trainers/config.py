@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from trl.compat import remedy
 from trl.errors import ConfigError
-from trl.option_types import check_choices
+from trl.option_types import check_choices, describe_fields
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -57,8 +58,23 @@ LEAST = {
 class _ConfigMeta(type):
     """Checks the keywords of a configuration before its dataclass sees them: old names work, others get an error."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **cls.translated(kwargs))
+    if not TYPE_CHECKING:  # type checkers read the fields, and know today's names alone
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **cls.translated(kwargs))
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            """The fields, for `inspect.signature` and interactive shells."""
+            whole = inspect.signature(cls.__init__)
+            return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+        @property
+        def __doc__(cls) -> str:
+            """The class's own words, and every field with what it is."""
+            words = cls.__dict__.get("__doc__") or ""
+            # `dataclass` asks while it makes the class: nothing is read from source then.
+            return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
 
     def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` under today's names. Raises ConfigError for a name that no field has."""

@@ -52,6 +52,7 @@ class CPOTrainer(DPOTrainer):
     """Contrastive preference optimisation, and SimPO with `loss_type="simpo"`. Arguments: see `DPOTrainer`."""
 
     config_class = CPOConfig
+    args: CPOConfig
 
 
 @dataclass
@@ -66,3 +67,4 @@ class ORPOTrainer(DPOTrainer):
     """Odds-ratio preference optimisation: imitation and preference in one stage. Arguments: see `DPOTrainer`."""
 
     config_class = ORPOConfig
+    args: ORPOConfig

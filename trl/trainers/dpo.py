@@ -60,6 +60,7 @@ class DPOTrainer(PreferenceTrainer):
     """
 
     config_class = DPOConfig
+    args: DPOConfig
     multiple_completions = True
     kinds: ClassVar[Sequence[str]] = ("tokenized_preference", "preference")
 

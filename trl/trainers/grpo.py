@@ -227,3 +227,4 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     config_class = GRPOConfig
+    args: GRPOConfig

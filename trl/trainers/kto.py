@@ -30,7 +30,7 @@ from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_datas
 from trl.errors import ConfigError
 from trl.models.patching import evaluating
 from trl.models.score import score
-from trl.trainers.base import Rows
+from trl.trainers.arguments import Rows
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.training.state import StateFunctions
 from trl.training.window import plan_micro_batches
@@ -65,6 +65,7 @@ class KTOTrainer(PreferenceTrainer):
     """
 
     config_class = KTOConfig
+    args: KTOConfig
     kinds: ClassVar[Sequence[str]] = ("unpaired_preference",)
     keep_columns: ClassVar[tuple[str, ...]] = ("label",)
 
@@ -198,6 +199,7 @@ class BCOTrainer(KTOTrainer):
     """`KTOTrainer` with the loss of a binary classifier. BCO, arXiv:2404.04656."""
 
     config_class = BCOConfig
+    args: BCOConfig
 
 
 def unpaired(rows: Rows) -> Rows:

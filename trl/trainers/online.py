@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from datasets import Dataset
@@ -41,7 +41,7 @@ from trl.rollouts.experience import (
     without_signals,
 )
 from trl.rollouts.prompts import Prompts, StreamRows, TableRows
-from trl.trainers.base import EvalRows, Rows
+from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.reference import reference_for, sync_callbacks
@@ -86,7 +86,7 @@ class OnlineTrainer(SamplingTrainer):
         algorithm: Algorithm | None = None,
         engine: RolloutEngine | None = None,
         reference: str | nn.Module | None = None,
-        **keywords: Any,
+        **keywords: Unpack[OnlineKeywords],
     ) -> None:
         self.algorithm = algorithm
         self.reference: Reference | None = None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trl.algorithms.dpo import DPO, DPOLoss
 from trl.algorithms.online_dpo import OnlineDPO
@@ -20,6 +21,7 @@ from trl.errors import ConfigError, DataError
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
 from trl.rollouts.experience import Group, deal_minibatches
+from trl.trainers.arguments import EvalRows, OnlineDPOKeywords, Rows
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example, Experience, Metrics
@@ -98,13 +100,35 @@ class OnlineDPOTrainer(OnlineTrainer):
     """
 
     config_class = OnlineDPOConfig
+    args: OnlineDPOConfig
 
-    def __init__(self, *args: Any, judge: Judge | None = None, **keywords: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any = None,
+        args: OnlineDPOConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        *,
+        judge: Judge | None = None,
+        **keywords: Unpack[OnlineDPOKeywords],
+    ) -> None:
         if judge is not None:
-            if keywords.get("reward_funcs") is not None:
+            if reward_funcs is not None:
                 raise ConfigError("judge and reward_funcs both rank completions: give one of them.")
-            keywords["reward_funcs"] = JudgeReward(judge)
-        super().__init__(*args, **keywords)
+            reward_funcs = JudgeReward(judge)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            **keywords,
+        )
 
     def _given_rewards(self, reward_funcs: Any) -> Any:
         return self.args.reward_model_path if reward_funcs is None else reward_funcs

@@ -5,9 +5,9 @@ See `trl.models.reference` for the references themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 from datasets import Dataset
@@ -19,7 +19,8 @@ from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, DataError, unknown
 from trl.models.reference import FrozenModel, NamedAdapter, Precomputed, Reference
 from trl.models.score import unwrap
-from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
+from trl.trainers.base import BaseTrainer
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.precompute import with_reference_logprobs
 from trl.trainers.reference import reference_for, sync_callbacks
@@ -93,12 +94,15 @@ class PreferenceTrainer(BaseTrainer):
         model: str | PreTrainedModel | nn.Module,
         ref_model: str | PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
-        *arguments: Any,
-        **keywords: Any,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        **keywords: Unpack[TrainerKeywords],
     ) -> None:
         self.ref_model = ref_model
         self.reference: Reference | None = None
-        super().__init__(model, args, *arguments, **keywords)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
 
     @property
     def needs_reference(self) -> bool:

@@ -29,7 +29,8 @@ from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
-from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.arguments import Rows
+from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.types import Batch, Example, Metrics
 
@@ -78,6 +79,7 @@ class RewardTrainer(BaseTrainer):
     """
 
     config_class = RewardConfig
+    args: RewardConfig
     auto_class = AutoModelForSequenceClassification
     kind: str | None = None
 

@@ -72,3 +72,4 @@ class RLOOTrainer(OnlineTrainer):
     """
 
     config_class = RLOOConfig
+    args: RLOOConfig

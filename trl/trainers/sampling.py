@@ -37,7 +37,8 @@ from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.experience import Group, example_of, finished
 from trl.rollouts.prompts import Prompts
 from trl.rollouts.sampling import SamplingParams
-from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.arguments import Rows
+from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.training.collectives import all_gather_object, gather_rows
 from trl.types import Experience
@@ -50,6 +51,7 @@ class SamplingTrainer(BaseTrainer):
     """Sample and reward: what `OnlineTrainer` learns from. Its arguments are described there."""
 
     config_class = OnlineConfig
+    args: OnlineConfig
     multiple_completions = True
 
     def __init__(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor, nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
@@ -22,7 +22,8 @@ from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError, unknown
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
-from trl.trainers.base import BaseTrainer, Rows
+from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
+from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Example, Metrics
@@ -95,17 +96,24 @@ class SFTTrainer(BaseTrainer):
     """
 
     config_class = SFTConfig
+    args: SFTConfig
 
     def __init__(
         self,
-        *args: Any,
+        model: str | PreTrainedModel | nn.Module,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        *,
         formatting_func: Callable[[dict], str | list[str]] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
-        **kwargs: Any,
+        **keywords: Unpack[TrainerKeywords],
     ) -> None:
         self.formatting_func = formatting_func
-        super().__init__(*args, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
 

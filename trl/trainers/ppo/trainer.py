@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import PeftModel
@@ -43,6 +43,7 @@ from trl.rewards.adapter import AdapterReward
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import Group, experience_of, with_signals
 from trl.rollouts.local import LocalEngine
+from trl.trainers.arguments import PPOKeywords
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
@@ -101,6 +102,7 @@ class PPOTrainer(OnlineTrainer):
     """
 
     config_class = PPOConfig
+    args: PPOConfig
     algorithm: PPO
     engine: RolloutEngine
     reference: Reference
@@ -122,7 +124,7 @@ class PPOTrainer(OnlineTrainer):
         reward_model: Any = None,
         value_model: str | nn.Module | None = None,
         optimizers: tuple = (None, None),
-        **more: Any,
+        **keywords: Unpack[PPOKeywords],
     ) -> None:
         _check_arguments(config, args, model, ref_model, reward_funcs, reward_model, value_model)
         self.ref_model, self.num_shared_layers, self.value_model = ref_model, num_shared_layers, value_model
@@ -136,7 +138,7 @@ class PPOTrainer(OnlineTrainer):
             args if config is None else config,
             tokenizer=tokenizer,
             optimizers=optimizers if optimizer is None else (optimizer, lr_scheduler),
-            **more,
+            **keywords,
         )
         self.config = self.args
         if isinstance(rewards, AdapterReward):
