@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from datasets import Dataset
@@ -32,6 +32,7 @@ from trl.rewards.call import make_rewards
 from trl.rollouts.evaluation import SampledEvaluation
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
+from trl.trainers.arguments import TrainerKeywords
 from trl.trainers.base import EvalRows, Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.value_head_saving import ValueHeadSaving
@@ -127,6 +128,7 @@ class ILQLTrainer(ValueHeadSaving):
     """
 
     config_class = ILQLConfig
+    args: ILQLConfig
 
     def __init__(
         self,
@@ -138,7 +140,7 @@ class ILQLTrainer(ValueHeadSaving):
         *,
         reward_funcs: Any = None,
         eval_prompts: Dataset | None = None,
-        **keywords: Any,
+        **keywords: Unpack[TrainerKeywords],
     ) -> None:
         self.reward_scale: RewardScale | None = None
         self._rows: dict[str, Any] = {}
