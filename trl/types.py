@@ -226,6 +226,7 @@ class Algorithm(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state that `state_dict` gave."""
+        return
 
 
 _INDEX_FIELDS = ("predictor", "position", "target", "mask", "scored", "last", "example")
