@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from trl.errors import ConfigError, suggest, unknown
 
@@ -37,11 +37,17 @@ class RewardArguments:
     reward_model_name_or_path: str | None = None
     """Hub name or folder of a reward model, before the functions."""
 
+    ui: Literal["terminal", "web"] | None = None
+    """Where people are asked by human_rating and human_preference: in the terminal, or on the web page of `trl label`.
+    None: as the function says, which is the terminal unless it is human_rating(ui='web')."""
+
 
 def optional_reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
     """The `reward_funcs`, where there are any: the reward model first, then the functions."""
     model = arguments.reward_model_name_or_path
     rewards = [*([] if model is None else [model]), *map(find_reward, arguments.reward_funcs or [])]
+    if arguments.ui is not None:
+        _ask_people_on(arguments.ui, rewards)
     return {"reward_funcs": rewards} if rewards else {}
 
 
@@ -54,6 +60,16 @@ def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
             "name of a reward model (--reward_model_name_or_path)."
         )
     return keywords
+
+
+def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
+    from trl.rewards.human import HumanPreference, HumanRating
+
+    people = [reward for reward in rewards if isinstance(reward, HumanPreference | HumanRating)]
+    if not people:
+        raise ConfigError(f"ui={ui!r} says where people are asked, and reward_funcs asks none: add human_rating.")
+    for person in people:
+        person.use(ui)
 
 
 def find_reward(name: str) -> Callable | str:

@@ -31,14 +31,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, unknown
+from trl.label.live import LiveLabels
+from trl.label.settings import ServerSettings
+from trl.label.tasks import TIE, Content, Item, pairs_in_rings, score_of
 from trl.rewards.signature import check_pairs
 
-MARKS = {str(mark): (mark - 3) / 2 for mark in range(1, 6)}
+MARKS = {str(mark): score_of(mark) for mark in range(1, 6)}
 SKIP, QUIT = "s", "q"
-
-Content = str | Sequence[Mapping[str, Any]]
-"""A text, or the messages of a conversation."""
+UIS = ("terminal", "web")
 
 
 class Stopped(Exception):
@@ -56,7 +57,7 @@ class Person:
         self.answer = answer
         self.console = console or Console()
 
-    def check(self) -> None:
+    def check(self, *, in_terminal: bool = True) -> None:
         """Raises ConfigError where nobody can be asked."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1:
@@ -64,11 +65,11 @@ class Person:
                 f"A person is asked by one process, and this run has {processes}: start it with one (num_processes=1), or "
                 "train a reward model on the answers first."
             )
-        if self.answer is None and not sys.stdin.isatty():
+        if in_terminal and self.answer is None and not sys.stdin.isatty():
             raise ConfigError(
                 "A person is asked in the terminal, and this run has none (its input is a file, a pipe or a batch job): "
-                "start it in a terminal, or give HumanRating(answer=...) a function that asks in another way, as input "
-                "does in a notebook."
+                "start it in a terminal, ask on a web page (ui='web'), or give HumanRating(answer=...) a function that asks in "
+                "another way, as input does in a notebook."
             )
 
     def ask(self, table: Table, question: str, choices: Iterable[str]) -> str | None:
@@ -92,7 +93,16 @@ class Person:
 
 
 class _Asking:
-    """What rating and preference have in common: a person, and a file of what was said."""
+    """What rating and preference have in common: whom they ask, and a file of what was said.
+
+    file              keeps the answers, a JSON line each. None: nothing is kept in the terminal, NAME.jsonl on the web
+    ui                "terminal": a table and a question; "web": the page of `trl label`, for one person or several
+    answer            gives what is typed, as `input` does. None: the terminal
+    console           where tables are shown. None: the terminal
+    port, share_on_lan, token, guidelines, raters_per_item    of the page, as options of `trl label`
+    """
+
+    task = ""
 
     runs_in_trainer = True
     """The terminal is the trainer's: a person is not asked by another process for a time limit."""
@@ -101,23 +111,46 @@ class _Asking:
         self,
         file: str | Path | None = None,
         *,
+        ui: str = "terminal",
         answer: Callable[[str], str] | None = None,
         console: Console | None = None,
+        port: int = 8765,
+        share_on_lan: bool = False,
+        token: str | None = None,
+        guidelines: str = "",
+        raters_per_item: int = 1,
     ) -> None:
         self.person = Person(answer, console)
         self.file = None if file is None else Path(file).expanduser()
+        self.raters_per_item = raters_per_item
+        self.settings = ServerSettings(port, share_on_lan, token, guidelines)
+        self.use(ui)
+
+    def use(self, ui: str) -> None:
+        """Ask in another place from now on. Raises ConfigError for one that is not known."""
+        if ui not in UIS:
+            raise ConfigError(unknown("ui", ui, UIS))
+        self.ui = ui
+        self.page = LiveLabels(
+            self.task,
+            self.file or f"{self.__name__}.jsonl",
+            self.settings,
+            raters_per_item=self.raters_per_item,
+            say=lambda text: self.person.console.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
 
     def __call__(
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
     ) -> list[float | None]:
         """A reward for every completion, None where nothing was said."""
         check_pairs(prompts, completions)
-        self.person.check()
+        self.person.check(in_terminal=self.ui == "terminal")
         rewards: list[float | None] = [None] * len(prompts)
         stopped = False
+        fill = self._fill if self.ui == "terminal" else self._fill_from_page
         with bars_aside(), plain_interrupts():
             try:
-                self._fill(rewards, prompts, completions)
+                fill(rewards, prompts, completions)
             except (Stopped, KeyboardInterrupt):
                 stopped = True
         if stopped:
@@ -126,6 +159,11 @@ class _Asking:
         return rewards
 
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
+        raise NotImplementedError
+
+    def _fill_from_page(
+        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
+    ) -> None:
         raise NotImplementedError
 
     def _rows(self, *columns: str) -> list[dict[str, Any]]:
@@ -145,12 +183,11 @@ class _Asking:
 class HumanRating(_Asking):
     """A person who gives every completion a mark from 1 (bad) to 5 (good).
 
-    file      keeps the answers, a JSON line each: `prompt`, `completion`, `score`
-    answer    gives what is typed, as `input` does. None: the terminal
-    console   where tables are shown. None: the terminal
+    The file holds `prompt`, `completion`, `score`. Of several people's marks the mean counts. Arguments: see `_Asking`.
     """
 
     __name__ = "human_rating"
+    task = "rate"
 
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
         known = {
@@ -165,6 +202,13 @@ class HumanRating(_Asking):
                 self._keep(prompt=prompt, completion=completion, score=MARKS[mark])
             rewards[i] = known[key]
 
+    def _fill_from_page(
+        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
+    ) -> None:
+        items = [Item(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
+        for i, marks in enumerate(self.page(items)):
+            rewards[i] = sum(map(score_of, marks.values())) / len(marks) if marks else None
+
     def _mark(self, prompt: Content, completion: Content, title: str) -> str | None:
         table = _table(title, prompt, {"completion": completion})
         return self.person.ask(table, "1 bad … 5 good", MARKS)
@@ -173,40 +217,50 @@ class HumanRating(_Asking):
 class HumanPreference(_Asking):
     """A person who says which of two completions of a prompt is the better one.
 
-    file           keeps the answers, a JSON line each: `prompt`, `chosen`, `rejected`
     comparisons    questions about each prompt at most. None: every completion is compared with every other
-    answer         gives what is typed, as `input` does. None: the terminal
-    console        where tables are shown. None: the terminal
 
-    Of K completions, K comparisons let each meet two others, see `pairs_in_rings`.
+    The file holds `prompt`, `chosen`, `rejected`. Of K completions, K comparisons let each meet two others, see
+    `pairs_in_rings`. Further arguments: see `_Asking`.
     """
 
     __name__ = "human_preference"
+    task = "compare"
 
     def __init__(
         self,
         file: str | Path | None = None,
         *,
         comparisons: int | None = None,
+        ui: str = "terminal",
         answer: Callable[[str], str] | None = None,
         console: Console | None = None,
+        port: int = 8765,
+        share_on_lan: bool = False,
+        token: str | None = None,
+        guidelines: str = "",
+        raters_per_item: int = 1,
     ) -> None:
-        super().__init__(file, answer=answer, console=console)
+        super().__init__(
+            file,
+            ui=ui,
+            answer=answer,
+            console=console,
+            port=port,
+            share_on_lan=share_on_lan,
+            token=token,
+            guidelines=guidelines,
+            raters_per_item=raters_per_item,
+        )
         if comparisons is not None and comparisons < 1:
             raise ConfigError(f"comparisons={comparisons}: ask at least once about each prompt.")
         self.comparisons = comparisons
 
     def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
-        groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: _plain(prompts[i]))]
+        groups = _groups(prompts)
         known = {
             _key(row["prompt"], row["chosen"], row["rejected"]) for row in self._rows("prompt", "chosen", "rejected")
         }
         for number, members in enumerate(groups):
-            if len(members) == 1:
-                raise ConfigError(
-                    "human_preference compares completions of a prompt, and this prompt has one: set num_generations to 2 "
-                    "or more, or ask for marks (human_rating)."
-                )
             won, lost = [0] * len(members), [0] * len(members)
             try:
                 for pair in pairs_in_rings(len(members), self.comparisons):
@@ -219,6 +273,23 @@ class HumanPreference(_Asking):
             finally:
                 for member, wins, losses in zip(members, won, lost, strict=True):
                     rewards[member] = (wins - losses) / (wins + losses) if wins + losses else None
+
+    def _fill_from_page(
+        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
+    ) -> None:
+        pairs = [
+            (members[first], members[second])
+            for members in _groups(prompts)
+            for first, second in pairs_in_rings(len(members), self.comparisons)
+            if _plain(completions[members[first]]) != _plain(completions[members[second]])
+        ]
+        items = [Item(prompts[first], (completions[first], completions[second])) for first, second in pairs]
+        points: list[list[int]] = [[] for _ in prompts]
+        for pair, answers in zip(pairs, self.page(items), strict=True):
+            for better in answers.values():
+                points[pair[0]].append(0 if better == TIE else 1 - 2 * better)
+                points[pair[1]].append(-points[pair[0]][-1])
+        rewards[:] = [sum(each) / len(each) if each else None for each in points]
 
     def _first_is_better(
         self, prompt: Content, texts: Sequence[Content], title: str, known: set[tuple[str, ...]]
@@ -235,6 +306,17 @@ class HumanPreference(_Asking):
         known.add(_key(prompt, chosen, rejected))
         self._keep(prompt=prompt, chosen=chosen, rejected=rejected)
         return word == "1"
+
+
+def _groups(prompts: Sequence[Content]) -> list[list[int]]:
+    """Places of the completions of each prompt. Raises ConfigError where one has nothing to be compared with."""
+    groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: _plain(prompts[i]))]
+    if any(len(members) == 1 for members in groups):
+        raise ConfigError(
+            "human_preference compares completions of a prompt, and this prompt has one: set num_generations to 2 or more, "
+            "or ask for marks (human_rating)."
+        )
+    return groups
 
 
 @contextmanager
@@ -264,19 +346,6 @@ def plain_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def pairs_in_rings(count: int, most: int | None = None) -> list[tuple[int, int]]:
-    """Pairs of `count` members, at most `most` of them: neighbours in a circle first, then those at distance 2, ….
-
-    Every ring has each member once in first and once in second place, so that none is favoured by where it is shown.
-    """
-    pairs = [
-        (i, (i + distance) % count)
-        for distance in range(1, count // 2 + 1)
-        for i in range(count // 2 if 2 * distance == count else count)
-    ]
-    return pairs[:most]
 
 
 def _row(line: str, where: str, columns: Sequence[str]) -> dict[str, Any]:

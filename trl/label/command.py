@@ -1,0 +1,162 @@
+"""`trl label`: people rate, compare or correct completions on a local web page.
+
+trl label completions.jsonl --task rate --output ratings.jsonl
+trl label --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --task compare --output pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl.cli.commands import MODEL
+from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
+from trl.cli.parser import OptionParser
+from trl.errors import ConfigError
+from trl.label.arguments import LabelArguments
+
+if TYPE_CHECKING:
+    from trl.label.session import Session
+    from trl.label.tasks import Item
+
+LABEL = "trl.label.arguments:LabelArguments"
+TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
+"""Beginnings of the model's options that only training reads."""
+
+SUMMARY = "People rate, compare or correct completions on a local web page; the answers are a dataset."
+WORDS = (
+    "completions.jsonl --task rate --output ratings.jsonl",
+    "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --task compare --output pairs.jsonl",
+    "--output ratings.jsonl --export_to tasks.json --export_format label_studio",
+)
+
+
+def options() -> list[Option]:
+    found = merge_options(options_in_source(LABEL), options_in_source(MODEL))
+    kept = [option for option in found if not option.name.startswith(TRAINED)]
+    return [replace(option, default="auto") if option.name == "dtype" else option for option in kept]
+
+
+def run(words: Sequence[str]) -> int:
+    named = bool(words) and not words[0].startswith("-")
+    parsed = OptionParser(options(), aliases_in_source(MODEL)).parse(words[1:] if named else words)
+    if parsed.help:
+        from trl.cli.help import print_options
+
+        examples = [f"trl label {each}" for each in WORDS]
+        print_options("trl label [FILE]", SUMMARY, options(), everything=parsed.help == "all", examples=examples)
+        return 0
+    os.environ.update(parsed.environment)
+    arguments = parsed.arguments_for(LabelArguments)
+    file = Path(words[0]).expanduser() if named else None
+    if arguments.export_to is not None:
+        return _export(arguments, file)
+    from trl.imports import require
+
+    require("starlette", to="trl label")
+    require("uvicorn", to="trl label")
+    from trl.label.session import Session
+
+    session = Session(
+        arguments.task, arguments.output, form=arguments.rows, raters_per_item=arguments.raters_per_item
+    )
+    try:
+        _fill(session, arguments, file, parsed)
+        return _serve(session, arguments)
+    finally:
+        session.close()
+
+
+def _fill(session: Session, arguments: LabelArguments, file: Path | None, parsed: object) -> None:
+    """Offer what is to be judged, and keep what other tools' records say already."""
+    from trl.label.formats import answers_in, items_of, read_rows
+
+    if (file is None) == (parsed.values.get("model_name_or_path") is None):
+        raise ConfigError(
+            "Give either a file of completions (trl label FILE), or a model and prompts for it to continue "
+            "(--model_name_or_path MODEL --dataset_name PROMPTS)."
+        )
+    if file is None:
+        from trl.label.sampling import sample_rows
+
+        rows, where = sample_rows(parsed, arguments), "samples"
+    else:
+        rows, where = read_rows(file), str(file)
+    said = [(row, answers) for row in rows if (answers := answers_in(arguments.task, row))]
+    for row, answers in said:
+        (item,) = items_of(arguments.task, [row], where)
+        (key,) = session.add([item])
+        for rater, value in answers:
+            if rater not in session.answers.get(key, {}):
+                session.answer(rater, key, value)
+    items = _ordered(items_of(arguments.task, rows, where), arguments)
+    session.add(items)
+
+
+def _ordered(items: list[Item], arguments: LabelArguments) -> list[Item]:
+    if arguments.shuffle:
+        random.Random(arguments.seed).shuffle(items)
+    return items[: arguments.limit]
+
+
+def _serve(session: Session, arguments: LabelArguments) -> int:
+    """Serve the page until Ctrl-C."""
+    from trl.label.server import LabelServer
+    from trl.label.settings import ServerSettings
+
+    settings = ServerSettings(
+        arguments.port, arguments.share_on_lan, arguments.token, read_guidelines(arguments.guidelines)
+    )
+    progress = session.progress("")
+    with LabelServer(session, settings) as server:
+        print(f"{progress.total:,} items, {progress.done:,} of them done. The page is on {server.url}", flush=True)
+        if server.lan_url:
+            print(f"From other devices of this network: {server.lan_url}", flush=True)
+        print(f"Answers go to {session.output}. Ctrl-C ends it; the same command resumes.", flush=True)
+        if arguments.open_browser and _has_screen():
+            webbrowser.open(server.url)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("\r", end="")
+    print(f"{session.progress('').done:,} of {progress.total:,} items are done; {len(session.rows()):,} rows in {session.output}.")
+    return 0
+
+
+def _has_screen() -> bool:
+    return os.name == "nt" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) or os.uname().sysname == "Darwin"
+
+
+def read_guidelines(given: str | None) -> str:
+    """The text, or what the file of that name holds."""
+    if given is None:
+        return ""
+    path = Path(given).expanduser()
+    if len(given) < 1000 and path.suffix in (".md", ".txt"):
+        if not path.is_file():
+            raise ConfigError(f"guidelines={given!r}: there is no such file.")
+        return path.read_text(encoding="utf-8")
+    return given
+
+
+def _export(arguments: LabelArguments, file: Path | None) -> int:
+    from trl.label.formats import export, items_of, read_rows, write_records
+    from trl.label.session import Session
+
+    session = Session(arguments.task, arguments.output, raters_per_item=arguments.raters_per_item)
+    try:
+        if file is not None:
+            session.add(items_of(arguments.task, read_rows(file), str(file)))
+        records = export(session, arguments.export_format)
+    finally:
+        session.close()
+    path = Path(arguments.export_to).expanduser()
+    write_records(records, path)
+    print(f"{len(records):,} records for {arguments.export_format} are in {path}.")
+    return 0

@@ -1,0 +1,232 @@
+"""From files to what people are asked, and from what they said to files of other tools.
+
+Rows: `prompt` with `completion`, `completions` (a list), or `chosen` and `rejected`; also records of Argilla 2 (`fields`,
+`responses`) and tasks of Label Studio (`data`, `annotations`) whose fields have those names. A conversation is a list of
+messages, as everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from trl.errors import DataError, suggest, unknown
+from trl.label.session import Session
+from trl.label.tasks import TIE, Answer, Content, Item, pairs_in_rings
+
+Row = Mapping[str, Any]
+EXPORTS = ("argilla", "label_studio")
+FIELDS = {
+    "rate": ("prompt", "completion"),
+    "approve": ("prompt", "completion"),
+    "compare": ("prompt", "first", "second"),
+    "correct": ("prompt", "completion"),
+}
+"""Names of the fields of an item in other tools; the question is called as the task is."""
+
+
+# ---- items ----
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file: JSON lines, a JSON list, CSV or Parquet. Raises DataError where there are none."""
+    if not path.is_file():
+        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"There is no file {str(path)!r}.{suggest(path.name, beside)}")
+    rows = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_table(path)
+    if not rows:
+        raise DataError(f"{path} has no rows.")
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}.") from None
+
+
+def _read_table(path: Path) -> list[Row]:
+    from datasets import Dataset
+
+    readers = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: give .jsonl, .json, .csv or .parquet.")
+    return list(readers[path.suffix](str(path)))
+
+
+def items_of(task: str, rows: Iterable[Row], where: str) -> list[Item]:
+    """The questions that the task asks about the rows. Raises DataError, with the row, for one that has no completion."""
+    found = [_completions(_plain(row), f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+    if task != "compare":
+        return [Item(prompt, (each,)) for prompt, completions in found for each in completions]
+    items = []
+    for _, group in groupby(found, key=lambda pair: _identity(pair[0])):
+        members = list(group)
+        texts = {_identity(each): each for _, completions in members for each in completions}
+        items += [Item(members[0][0], pair) for pair in _pairs(list(texts.values()))]
+    if not items:
+        raise DataError(f"{where} has no prompt with two different completions: there is nothing to compare.")
+    return items
+
+
+def _pairs(completions: Sequence[Content]) -> Iterator[tuple[Content, Content]]:
+    """Each completion with two others."""
+    count = len(completions)
+    return ((completions[i], completions[j]) for i, j in pairs_in_rings(count, count))
+
+
+def _identity(content: Content) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False)
+
+
+def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
+    for names in (("completions",), ("chosen", "rejected"), ("first", "second"), ("completion",)):
+        if all(name in row for name in names):
+            values = row["completions"] if names == ("completions",) else [row[name] for name in names]
+            break
+    else:
+        raise DataError(
+            f"{where} has no completion: it has {sorted(row)}. A row is prompt with completion, completions (a list), or "
+            "chosen and rejected."
+        )
+    contents = [row.get("prompt") or "", *values]
+    for content in contents:
+        if not _is_content(content):
+            raise DataError(f"{where}: expected a text or a list of messages (role, content), found {content!r:.80}.")
+    return contents[0], contents[1:]
+
+
+def _is_content(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and all(isinstance(each, Mapping) and "content" in each for each in value) and bool(value)
+
+
+def _plain(row: Row) -> Row:
+    """The fields of an Argilla record or a Label Studio task; another row as it is."""
+    for nested in ("fields", "data"):
+        if isinstance(row.get(nested), Mapping):
+            return row[nested]
+    return row
+
+
+# ---- answers ----
+
+
+def answers_in(task: str, row: Row) -> list[tuple[str, Answer]]:
+    """What people said in an Argilla record or a Label Studio task, by rater; nothing in any other row."""
+    if "responses" in row:
+        said = row["responses"].get(task) or []
+        return [(str(each["user_id"]), _from_argilla(task, each["value"])) for each in said]
+    annotations = row.get("annotations") or []
+    return [
+        (_rater(each.get("completed_by")), value)
+        for each in annotations
+        if not each.get("was_cancelled")
+        for result in each["result"]
+        if (value := _from_label_studio(task, result["value"])) is not None
+    ]
+
+
+def _rater(completed_by: Any) -> str:
+    return str(completed_by.get("email") or completed_by.get("id")) if isinstance(completed_by, dict) else str(completed_by)
+
+
+_WORDS = {True: "good", False: "bad", 0: "first", 1: "second", TIE: TIE}
+
+
+def _word(task: str, value: Answer) -> Answer:
+    """What a choice is called in other tools; marks and texts as they are."""
+    return _WORDS[value] if task in ("approve", "compare") else value
+
+
+def _from_argilla(task: str, value: Any) -> Answer:
+    if task == "approve":
+        return value == "good"
+    return {"first": 0, "second": 1, TIE: TIE}[value] if task == "compare" else value
+
+
+def _from_label_studio(task: str, value: Mapping[str, Any]) -> Answer | None:
+    match task, value:
+        case "rate", {"rating": mark}:
+            return mark
+        case "approve", {"choices": [word]}:
+            return word == "good"
+        case "compare", {"selected": side}:
+            return {"left": 0, "right": 1}[side]
+        case "compare", {"choices": [word]}:
+            return _from_argilla(task, word)
+        case "correct", {"text": text}:
+            return text if isinstance(text, str) else "\n".join(text)
+    return None
+
+
+# ---- other tools ----
+
+
+def export(session: Session, to: str) -> list[dict[str, Any]]:
+    """All items with the answers of all raters, as records of Argilla or tasks of Label Studio. Raises DataError."""
+    if to not in EXPORTS:
+        raise DataError(unknown("format", to, EXPORTS))
+    write = _argilla_record if to == "argilla" else _label_studio_task
+    return [write(session.task, item, session.answers.get(key, {})) for key, item in session.items.items()]
+
+
+def write_records(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A JSON list (`.json`, what both tools import), or a line each."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def _fields(task: str, item: Item) -> dict[str, Content]:
+    return dict(zip(FIELDS[task], (item.prompt, *item.completions), strict=True))
+
+
+def _argilla_record(task: str, item: Item, answers: Mapping[str, Answer]) -> dict[str, Any]:
+    said = [{"value": _word(task, value), "user_id": user_id(rater)} for rater, value in answers.items()]
+    return {
+        "id": item.key,
+        "fields": _fields(task, item),
+        "metadata": {},
+        "suggestions": {},
+        "responses": {task: said} if said else {},
+        "vectors": {},
+        "status": "completed" if said else "pending",
+        "_server_id": None,
+    }
+
+
+def user_id(rater: str) -> str:
+    """The id under which Argilla knows a rater: their own if the name is one, else always the same made from the name."""
+    try:
+        return str(uuid.UUID(rater))
+    except ValueError:
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, rater))
+
+
+def _label_studio_task(task: str, item: Item, answers: Mapping[str, Answer]) -> dict[str, Any]:
+    annotations = [
+        {"result": [_label_studio_result(task, value)], "was_cancelled": False, "completed_by": {"email": rater}}
+        for rater, value in answers.items()
+    ]
+    return {"data": {**_fields(task, item), "key": item.key}, "annotations": annotations}
+
+
+def _label_studio_result(task: str, value: Answer) -> dict[str, Any]:
+    kind, content = {
+        "rate": ("rating", {"rating": value}),
+        "approve": ("choices", {"choices": [_word(task, value)]}),
+        "compare": ("choices", {"choices": [_word(task, value)]}),
+        "correct": ("textarea", {"text": [value]}),
+    }[task]
+    return {"from_name": task, "to_name": FIELDS[task][-1], "type": kind, "value": content}

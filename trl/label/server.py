@@ -1,0 +1,259 @@
+"""The web server behind the page: a small JSON interface over a `Session`.
+
+    GET  /            the page                         GET  /api/next      the next item of a rater
+    POST /api/answer  keep an answer                   POST /api/skip, /api/undo, /api/revisit
+
+Who may use it: on 127.0.0.1 whoever works on this machine, asked for under that name alone, so that no page of the web
+reaches it through a name of its own; on a network whoever has the token. Whatever is shown is sent as data and put into
+the page as text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trl.errors import ConfigError, DataError, TrlError
+from trl.imports import require
+from trl.label.session import Session
+from trl.label.settings import LOCAL, ServerSettings
+from trl.label.tasks import Item, text_of
+
+require("starlette", to="trl label")
+require("uvicorn", to="trl label")
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+PAGE = Path(__file__).parent / "page"
+LONGEST_BODY = 1_000_000
+LONGEST_NAME = 40
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+# ---- the interface ----
+
+
+def make_app(session: Session, settings: ServerSettings, token: str | None) -> Starlette:
+    """The application over a session."""
+    api = _Api(session, settings)
+    routes = [
+        Route("/", _page),
+        Route("/api/next", api.next),
+        *(Route(f"/api/{name}", getattr(api, name), methods=["POST"]) for name in ("answer", "skip", "undo", "revisit")),
+        Mount("/static", StaticFiles(directory=PAGE)),
+    ]
+    hosts = ["*"] if settings.share_on_lan else [LOCAL, "localhost"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Guard, token=token)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={TrlError: _refused, DataError: _refused})
+
+
+async def _page(request: Request) -> Response:
+    return Response((PAGE / "index.html").read_text(encoding="utf-8"), media_type="text/html")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, status_code=400)
+
+
+class _Guard:
+    """Lets requests with the token pass, as a cookie that the page's address sets once; adds headers to every answer."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope)
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in HEADERS.items())]
+            await send(message)
+
+        app = self.app if self._is_known(request) else self._ask(request)
+        return await app(scope, receive, send_with_headers)
+
+    def _is_known(self, request: Request) -> bool:
+        shown = request.cookies.get(_cookie(request), "")
+        return self.token is None or secrets.compare_digest(shown.encode(), self.token.encode())
+
+    def _ask(self, request: Request) -> Response:
+        shown = request.query_params.get("token", "")
+        if not secrets.compare_digest(shown.encode(), self.token.encode()):
+            return PlainTextResponse("This page needs its token: open the address that trl label printed.", status_code=403)
+        welcome = RedirectResponse("/", status_code=303)
+        welcome.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict", max_age=30 * 86400)
+        return welcome
+
+
+def _cookie(request: Request) -> str:
+    """A name by port: browsers keep cookies of a machine's ports together."""
+    return f"trl_label_{request.url.port or 80}"
+
+
+class _Api:
+    def __init__(self, session: Session, settings: ServerSettings) -> None:
+        self.session, self.settings = session, settings
+
+    async def next(self, request: Request) -> Response:
+        rater = _name(request.query_params.get("rater"))
+        item = await asyncio.to_thread(self.session.next, rater)
+        return await self._answer(rater, item)
+
+    async def answer(self, request: Request) -> Response:
+        given = await _body(request)
+        rater = _name(given.get("rater"))
+        item = self.session.items.get(str(given.get("item")))
+        value = given.get("value")
+        if self.session.task == "compare" and type(value) is int and item is not None:
+            places = self.session.order(rater, item)
+            value = places[value] if 0 <= value < len(places) else value
+        await asyncio.to_thread(self.session.answer, rater, str(given.get("item")), value)
+        return await self._next(rater)
+
+    async def skip(self, request: Request) -> Response:
+        given = await _body(request)
+        rater = _name(given.get("rater"))
+        await asyncio.to_thread(self.session.skip, rater, str(given.get("item")))
+        return await self._next(rater)
+
+    async def undo(self, request: Request) -> Response:
+        rater = _name((await _body(request)).get("rater"))
+        item, value = await asyncio.to_thread(self.session.undo, rater)
+        if self.session.task == "compare" and type(value) is int:
+            value = self.session.order(rater, item).index(value)
+        return await self._answer(rater, item, before=value)
+
+    async def revisit(self, request: Request) -> Response:
+        rater = _name((await _body(request)).get("rater"))
+        await asyncio.to_thread(self.session.revisit, rater)
+        return await self._next(rater)
+
+    async def _next(self, rater: str) -> Response:
+        return await self._answer(rater, await asyncio.to_thread(self.session.next, rater))
+
+    async def _answer(self, rater: str, item: Item | None, **more: Any) -> Response:
+        progress = await asyncio.to_thread(self.session.progress, rater)
+        shown = None if item is None else _shown(self.session, rater, item)
+        facts = {"task": self.session.task, "live": self.session.live, "guidelines": self.settings.guidelines}
+        return JSONResponse({"item": shown, "progress": asdict(progress), **facts, **more})
+
+
+def _shown(session: Session, rater: str, item: Item) -> dict[str, Any]:
+    completions = [item.completions[place] for place in session.order(rater, item)]
+    shown = {"key": item.key, "prompt": item.prompt, "completions": completions}
+    return {**shown, "text": text_of(item.completions[0])} if session.task == "correct" else shown
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object of a request. Its type has to be said, which no form of another page can do."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise DataError("Send application/json.")
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LONGEST_BODY:
+            raise DataError(f"A request may have {LONGEST_BODY:,} bytes.")
+    try:
+        given = json.loads(body)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise DataError("Send a JSON object.")
+    return given
+
+
+def _name(given: Any) -> str:
+    name = given.strip() if isinstance(given, str) else ""
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        raise DataError(f"Say who you are, in 1 to {LONGEST_NAME} printable characters.")
+    return name
+
+
+# ---- running it ----
+
+
+class LabelServer:
+    """Serves a session from a thread: `with LabelServer(session, settings) as server: print(server.url)`."""
+
+    def __init__(self, session: Session, settings: ServerSettings) -> None:
+        self.settings, self.token = settings, settings.with_token()
+        self.socket = _listen(settings.host, settings.port)
+        self.port = self.socket.getsockname()[1]
+        app = make_app(session, settings, self.token)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self._serve, daemon=True, name="trl-label")
+
+    def _serve(self) -> None:
+        asyncio.run(self.server.serve(sockets=[self.socket]))
+
+    @property
+    def url(self) -> str:
+        """The address on this machine, with the token if there is one."""
+        return self._address("localhost" if self.token is None else LOCAL)
+
+    @property
+    def lan_url(self) -> str | None:
+        """The address for other devices of the network, where it is shared."""
+        return self._address(_own_address()) if self.settings.share_on_lan else None
+
+    def _address(self, host: str) -> str:
+        return f"http://{host}:{self.port}/" + (f"?token={self.token}" if self.token else "")
+
+    def __enter__(self) -> LabelServer:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=5)
+        self.socket.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError where the port is taken."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ConfigError(f"port={port} cannot be used ({error.strerror}): give another, or 0 for a free one.") from None
+    return made
+
+
+def _own_address() -> str:
+    """This machine's address in the network; nothing is sent to find it."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return socket.gethostname()
+        return probe.getsockname()[0]
+
+

@@ -1,0 +1,38 @@
+"""Where the page is served, and to whom."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from trl.errors import ConfigError
+
+LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """port           0 takes a free one
+    share_on_lan   listen on every address of this machine; a token is needed then
+    token          what a browser has to show. None: a random one with `share_on_lan`, else none
+    guidelines     what raters are told
+    """
+
+    port: int = 0
+    share_on_lan: bool = False
+    token: str | None = None
+    guidelines: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port}: give 0 (a free one) to 65535.")
+        if self.token is not None and len(self.token) < 8:
+            raise ConfigError("token is too short: give at least 8 characters, or none for a random one.")
+
+    @property
+    def host(self) -> str:
+        return EVERYWHERE if self.share_on_lan else LOCAL
+
+    def with_token(self) -> str | None:
+        """The token that browsers have to show."""
+        return self.token or (secrets.token_urlsafe(16) if self.share_on_lan else None)
