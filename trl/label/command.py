@@ -63,9 +63,7 @@ def run(words: Sequence[str]) -> int:
     require("uvicorn", to="trl label")
     from trl.label.session import Session
 
-    session = Session(
-        arguments.task, arguments.output, form=arguments.rows, raters_per_item=arguments.raters_per_item
-    )
+    session = Session(arguments.task, arguments.output, form=arguments.rows, raters_per_item=arguments.raters_per_item)
     try:
         _fill(session, arguments, file, parsed)
         return _serve(session, arguments)
@@ -125,12 +123,18 @@ def _serve(session: Session, arguments: LabelArguments) -> int:
             threading.Event().wait()
         except KeyboardInterrupt:
             print("\r", end="")
-    print(f"{session.progress('').done:,} of {progress.total:,} items are done; {len(session.rows()):,} rows in {session.output}.")
+    print(
+        f"{session.progress('').done:,} of {progress.total:,} items are done; {len(session.rows()):,} rows in {session.output}."
+    )
     return 0
 
 
 def _has_screen() -> bool:
-    return os.name == "nt" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")) or os.uname().sysname == "Darwin"
+    return (
+        os.name == "nt"
+        or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+        or os.uname().sysname == "Darwin"
+    )
 
 
 def read_guidelines(given: str | None) -> str:

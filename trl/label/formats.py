@@ -107,7 +107,11 @@ def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
 def _is_content(value: Any) -> bool:
     if isinstance(value, str):
         return True
-    return isinstance(value, list) and all(isinstance(each, Mapping) and "content" in each for each in value) and bool(value)
+    return (
+        isinstance(value, list)
+        and all(isinstance(each, Mapping) and "content" in each for each in value)
+        and bool(value)
+    )
 
 
 def _plain(row: Row) -> Row:
@@ -137,21 +141,28 @@ def answers_in(task: str, row: Row) -> list[tuple[str, Answer]]:
 
 
 def _rater(completed_by: Any) -> str:
-    return str(completed_by.get("email") or completed_by.get("id")) if isinstance(completed_by, dict) else str(completed_by)
+    return (
+        str(completed_by.get("email") or completed_by.get("id"))
+        if isinstance(completed_by, dict)
+        else str(completed_by)
+    )
 
 
-_WORDS = {True: "good", False: "bad", 0: "first", 1: "second", TIE: TIE}
+_WORDS: dict[str, dict[Answer, str]] = {
+    "approve": {True: "good", False: "bad"},
+    "compare": {0: "first", 1: "second", TIE: TIE},
+}
 
 
 def _word(task: str, value: Answer) -> Answer:
     """What a choice is called in other tools; marks and texts as they are."""
-    return _WORDS[value] if task in ("approve", "compare") else value
+    return _WORDS[task][value] if task in _WORDS else value
 
 
 def _from_argilla(task: str, value: Any) -> Answer:
     if task == "approve":
         return value == "good"
-    return {"first": 0, "second": 1, TIE: TIE}[value] if task == "compare" else value
+    return {word: place for place, word in _WORDS["compare"].items()}[value] if task == "compare" else value
 
 
 def _from_label_studio(task: str, value: Mapping[str, Any]) -> Answer | None:

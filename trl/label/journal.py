@@ -34,7 +34,9 @@ class Journal:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ConfigError(f"{path} is being written by another process: stop that one, or use another output.") from None
+            raise ConfigError(
+                f"{path} is being written by another process: stop that one, or use another output."
+            ) from None
         self._cut_unfinished_line()
         self._file = path.open("a", encoding="utf-8")
 
@@ -58,7 +60,9 @@ class Journal:
         except json.JSONDecodeError:
             event = None
         if not isinstance(event, dict) or event.get("event") not in EVENTS:
-            raise DataError(f"{self.path}, line {number} is no event of a journal: take the line out, or use another output.")
+            raise DataError(
+                f"{self.path}, line {number} is no event of a journal: take the line out, or use another output."
+            )
         return event
 
     def add(self, **event: Any) -> None:

@@ -1,7 +1,7 @@
 """People who judge while a run waits for them: the page beside a trainer.
 
-    ask = LiveLabels("rate", "ratings.jsonl", ServerSettings(port=8765))
-    answers = ask([Item("Is it far?", ("Two hours by train.",))])       # [{"ada": 4}], once somebody has said so
+ask = LiveLabels("rate", "ratings.jsonl", ServerSettings(port=8765))
+answers = ask([Item("Is it far?", ("Two hours by train.",))])       # [{"ada": 4}], once somebody has said so
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from trl.imports import require
 from trl.label.session import Session
 from trl.label.settings import ServerSettings
 from trl.label.tasks import Answer, Item
@@ -40,6 +41,8 @@ class LiveLabels:
     def session(self) -> Session:
         """The session, served from now on."""
         if self._running is None:
+            for module in ("starlette", "uvicorn"):
+                require(module, to="ui='web'")
             from trl.label.server import LabelServer
 
             session = Session(self.task, self.output, raters_per_item=self.raters_per_item, live=True)

@@ -67,7 +67,9 @@ def sample(model: Any, tokenizer: Any, prompt: Any, arguments: LabelArguments) -
     """Completions of one prompt: texts, or messages of the assistant where the prompt is a conversation."""
     chat = not isinstance(prompt, str)
     if chat:
-        inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = inputs.to(model.device)

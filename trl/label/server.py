@@ -16,19 +16,9 @@ import json
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from trl.errors import ConfigError, DataError, TrlError
-from trl.imports import require
-from trl.label.session import Session
-from trl.label.settings import LOCAL, ServerSettings
-from trl.label.tasks import Item, text_of
-
-require("starlette", to="trl label")
-require("uvicorn", to="trl label")
 
 import uvicorn
 from starlette.applications import Starlette
@@ -39,6 +29,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trl.errors import ConfigError, DataError, TrlError
+from trl.label.session import Session
+from trl.label.settings import LOCAL, ServerSettings
+from trl.label.tasks import Item, text_of
 
 PAGE = Path(__file__).parent / "page"
 LONGEST_BODY = 1_000_000
@@ -62,7 +57,10 @@ def make_app(session: Session, settings: ServerSettings, token: str | None) -> S
     routes = [
         Route("/", _page),
         Route("/api/next", api.next),
-        *(Route(f"/api/{name}", getattr(api, name), methods=["POST"]) for name in ("answer", "skip", "undo", "revisit")),
+        *(
+            Route(f"/api/{name}", getattr(api, name), methods=["POST"])
+            for name in ("answer", "skip", "undo", "revisit")
+        ),
         Mount("/static", StaticFiles(directory=PAGE)),
     ]
     hosts = ["*"] if settings.share_on_lan else [LOCAL, "localhost"]
@@ -91,7 +89,10 @@ class _Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in HEADERS.items())]
+                message["headers"] = [
+                    *message["headers"],
+                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
+                ]
             await send(message)
 
         app = self.app if self._is_known(request) else self._ask(request)
@@ -104,7 +105,9 @@ class _Guard:
     def _ask(self, request: Request) -> Response:
         shown = request.query_params.get("token", "")
         if not secrets.compare_digest(shown.encode(), self.token.encode()):
-            return PlainTextResponse("This page needs its token: open the address that trl label printed.", status_code=403)
+            return PlainTextResponse(
+                "This page needs its token: open the address that trl label printed.", status_code=403
+            )
         welcome = RedirectResponse("/", status_code=303)
         welcome.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict", max_age=30 * 86400)
         return welcome
@@ -205,7 +208,9 @@ class LabelServer:
         self.socket = _listen(settings.host, settings.port)
         self.port = self.socket.getsockname()[1]
         app = make_app(session, settings, self.token)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=2
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self._serve, daemon=True, name="trl-label")
 
@@ -241,9 +246,12 @@ def _listen(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen()
     except OSError as error:
         made.close()
-        raise ConfigError(f"port={port} cannot be used ({error.strerror}): give another, or 0 for a free one.") from None
+        raise ConfigError(
+            f"port={port} cannot be used ({error.strerror}): give another, or 0 for a free one."
+        ) from None
     return made
 
 
@@ -255,5 +263,3 @@ def _own_address() -> str:
         except OSError:
             return socket.gethostname()
         return probe.getsockname()[0]
-
-

@@ -81,7 +81,11 @@ class Session:
         path = self.output.with_name(f"{self.output.stem}.journal.jsonl")
         earlier = _earlier_rows(self.output, task, has_journal=path.is_file())
         self.journal = Journal(path)
-        events = self.journal.read()
+        try:
+            events = self.journal.read()
+        except DataError:
+            self.journal.close()
+            raise
         for event in events:
             self._apply(event)
         self._adopt(earlier, {event["item"] for event in events})
@@ -115,7 +119,9 @@ class Session:
 
     def _is_open(self, key: str, rater: str) -> bool:
         said, skipped = self.answers.get(key, {}), self.skips.get(key, set())
-        return rater not in said and rater not in skipped and len(said) < self.raters_per_item and key not in self._final
+        return (
+            rater not in said and rater not in skipped and len(said) < self.raters_per_item and key not in self._final
+        )
 
     def _is_taken(self, key: str, rater: str, now: float) -> bool:
         others = [each for each, end in self._leases.get(key, {}).items() if each != rater and end > now]

@@ -1,9 +1,9 @@
 """What people are asked about completions, and what an answer is worth as a row of a dataset.
 
-    rate      a mark m from 1 (bad) to 5 (good)      prompt, completion, score      score = (m − 3) / 2
-    approve   good or bad                            prompt, completion, label
-    compare   the better of two                      prompt, chosen, rejected
-    correct   the completion as it should have been  prompt, chosen, rejected       chosen is the corrected one
+rate      a mark m from 1 (bad) to 5 (good)      prompt, completion, score      score = (m − 3) / 2
+approve   good or bad                            prompt, completion, label
+compare   the better of two                      prompt, chosen, rejected
+correct   the completion as it should have been  prompt, chosen, rejected       chosen is the corrected one
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 const $ = (id) => document.getElementById(id);
 const CHOICES = {
   rate: [1, 2, 3, 4, 5].map((mark) => ({
-    value: mark, key: String(mark), label: ["bad", "poor", "fair", "good", "very good"][mark - 1], kind: mark < 3 ? "bad" : mark > 3 ? "good" : "",
+    value: mark, key: String(mark), label: ["bad", "poor", "fair", "good", "great"][mark - 1], kind: mark < 3 ? "bad" : mark > 3 ? "good" : "",
   })),
   approve: [
     { value: false, key: "1", also: "ArrowLeft", label: "bad", kind: "bad" },
@@ -20,13 +20,13 @@ const CHOICES = {
 };
 const TITLES = { rate: "How good is it?", approve: "Good or bad?", compare: "Which is better?", correct: "Correct it" };
 const KEYS = {
-  rate: [["1 … 5", "from bad to very good"]],
+  rate: [["1 … 5", "from bad to great"]],
   approve: [["1 or ←", "bad"], ["2 or →", "good"]],
   compare: [["1 or ←", "A is better"], ["2 or →", "B is better"], ["3 or ↓", "no difference"]],
   correct: [["Ctrl Enter", "keep the text"], ["Esc", "leave the text field, for the other keys"]],
 };
 const COMMON = [["s", "skip"], ["u", "undo the last answer"], ["g", "guidelines"], ["p", "people and agreement"], ["?", "these keys"]];
-const POLL = 1000;
+const POLL = 300;
 
 let state = null;
 let busy = false;

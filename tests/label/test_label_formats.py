@@ -1,0 +1,99 @@
+"""From rows to questions, and to and from Argilla and Label Studio."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trl.cli.main import main
+from trl.errors import DataError
+from trl.label.formats import answers_in, export, items_of, read_rows, user_id
+from trl.label.session import Session
+from trl.label.tasks import Item, pairs_in_rings
+
+ANSWERS = {"rate": 4, "approve": False, "compare": 1, "correct": "Not at all."}
+
+
+def test_rows_become_questions():
+    rows = [{"prompt": "p", "completion": "a"}, {"prompt": "p", "completions": ["b", "c"]}]
+    assert [item.completions for item in items_of("rate", rows, "x")] == [("a",), ("b",), ("c",)]
+    assert [item.completions for item in items_of("compare", rows, "x")] == [("a", "b"), ("b", "c"), ("c", "a")]
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    assert items_of("compare", pairs, "x") == [Item("p", ("a", "b"))]
+
+
+def test_rings_of_two_are_one_pair():
+    assert pairs_in_rings(2) == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("rate", [{"prompt": "p", "text": "a"}], "x, row 1 has no completion: it has .'prompt', 'text'."),
+        ("rate", [{"prompt": "p", "completion": 5}], "row 1: expected a text or a list of messages"),
+        ("compare", [{"prompt": "p", "completion": "a"}], "no prompt with two different completions"),
+    ],
+)
+def test_rows_that_cannot_be_asked_about(task, rows, message):
+    with pytest.raises(DataError, match=message):
+        items_of(task, rows, "x")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_files(tmp_path, name):
+    from datasets import Dataset
+
+    rows = [{"prompt": "p", "completion": "a, b"}, {"prompt": "q", "completion": "c"}]
+    data = Dataset.from_list(rows)
+    if name.endswith("json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    else:
+        writers = {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}
+        writers[name.rpartition(".")[2]](str(tmp_path / name))
+    assert read_rows(tmp_path / name) == rows
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "ratings.jsonl").write_text("")
+    with pytest.raises(DataError, match="Did you mean 'ratings.jsonl'"):
+        read_rows(tmp_path / "rating.jsonl")
+    with pytest.raises(DataError, match="has no rows"):
+        read_rows(tmp_path / "ratings.jsonl")
+
+
+@pytest.mark.parametrize("tool", ["argilla", "label_studio"])
+@pytest.mark.parametrize("task", ["rate", "approve", "compare", "correct"])
+def test_there_and_back(tmp_path, task, tool):
+    item = Item("Is it far?", ("No.", "Two hours.") if task == "compare" else ("No.",))
+    session = Session(task, tmp_path / "out.jsonl", raters_per_item=2)
+    session.add([item])
+    session.answer("ada@example.org", item.key, ANSWERS[task])
+    (record,) = export(session, tool)
+    session.close()
+    assert items_of(task, [record], "x") == [item]
+    rater = user_id("ada@example.org") if tool == "argilla" else "ada@example.org"
+    assert answers_in(task, json.loads(json.dumps(record))) == [(rater, ANSWERS[task])]
+
+
+def test_what_a_pairwise_tag_of_label_studio_says():
+    said = [{"result": [{"value": {"selected": "right"}}], "completed_by": 7}, {"result": [], "was_cancelled": True}]
+    assert answers_in("compare", {"data": {}, "annotations": said}) == [("7", 1)]
+
+
+def test_export_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    item = Item("p", ("a",))
+    session = Session("rate", "labels.jsonl")
+    session.add([item])
+    session.answer("ada", item.key, 5)
+    session.close()
+    assert main(["label", "--export_to", "tasks.json", "--export_format", "label_studio"]) == 0
+    assert "1 records for label_studio are in tasks.json" in capsys.readouterr().out
+    (task,) = json.loads((tmp_path / "tasks.json").read_text())
+    assert task["annotations"][0]["result"] == [
+        {"from_name": "rate", "to_name": "completion", "type": "rating", "value": {"rating": 5}}
+    ]
+    assert main(["label", "--export_to", "records.jsonl"]) == 0
+    (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert record["responses"] == {"rate": [{"value": 5, "user_id": user_id("ada")}]}
