@@ -58,7 +58,7 @@ def tiny(tmp_path_factory):
 
 
 def speaker(folder, **options):
-    return load_speaker(ChatArguments(**options), ModelConfig(model_name_or_path=folder, dtype="auto"))
+    return load_speaker(ChatArguments(), ModelConfig(model_name_or_path=folder, dtype="auto", **options))
 
 
 class Terminal:

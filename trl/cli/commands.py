@@ -160,6 +160,7 @@ TOOLS = (
     Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
     Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
     Tool("label", "trl.label.command:run", "People rate, compare or correct completions on a local web page."),
+    Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
     Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),

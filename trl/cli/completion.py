@@ -89,6 +89,7 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
 def _options(before: Sequence[str]) -> list[Option]:
     """The options of the command that the words begin with."""
     from trl.cli.chat.command import options as chat_options
+    from trl.cli.merge import options as merge_options
     from trl.cli.preview import PREVIEW, USUAL_METHOD
 
     command, *rest = before
@@ -98,6 +99,8 @@ def _options(before: Sequence[str]) -> list[Option]:
         return method.options(*([PREVIEW] if command == "preview" else []))
     if command == "chat":
         return chat_options()
+    if command == "merge":
+        return merge_options()
     if command == "report":
         return options_in_source("trl.cli.report:ReportArguments")
     return found[command].options() if command in found else []

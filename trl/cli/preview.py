@@ -66,27 +66,49 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
 
     `keywords` are further arguments of the trainer.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     trainer_class = load(run.method.trainer)
-    trust = run.training.trust_remote_code
-    name, revision = run.model.model_name_or_path, run.model.model_revision
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    config.num_labels = 1  # of reward models
-    usual = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
-    if run.model.attn_implementation is not None:
-        kwargs["attn_implementation"] = run.model.attn_implementation
-    with torch.device("meta"):
-        model = (trainer_class.auto_class or usual).from_config(config, **kwargs)
+    model = model_without_weights(run, trainer_class.auto_class)
     train_dataset = datasets_of(run)[0] if rows is None else rows
     # Trainers make their output folder: one that is only looked at leaves none. What rows are counted, the preview says.
     with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
         keywords |= own_keywords(run)
+        keywords.setdefault("processing_class", processor_of(run, model))
         return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
+
+
+def model_without_weights(run: Run, auto_class: Any = None) -> Any:
+    """The model of a run, with its adapter if it names one, on the device "meta"."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from trl.models.adapters import is_adapter, with_shape_of
+    from trl.models.load import load_config
+
+    name, revision, trust = run.model.model_name_or_path, run.model.model_revision, run.training.trust_remote_code
+    hub = {} if revision == "main" else {"revision": revision}
+    config = load_config(name, trust_remote_code=trust, **hub)
+    config.num_labels = 1  # of reward models
+    usual = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
+    if run.model.attn_implementation is not None:
+        kwargs["attn_implementation"] = run.model.attn_implementation
+    with torch.device("meta"):
+        model = (auto_class or usual).from_config(config, **kwargs)
+        if run.model.adapter_name_or_path is not None:
+            return with_shape_of(model, run.model.adapter_name_or_path)
+        return with_shape_of(model, name, **hub) if is_adapter(name, **hub) else model
+
+
+def processor_of(run: Run, model: Any) -> Any:
+    """The tokenizer or processor of a run's model."""
+    from trl.models.load import load_processor
+    from trl.models.score import unwrap
+
+    hub = {} if run.model.model_revision == "main" else {"revision": run.model.model_revision}
+    name = run.model.adapter_name_or_path or run.model.model_name_or_path
+    return load_processor(unwrap(model), name, trust_remote_code=run.training.trust_remote_code, **hub)
 
 
 @contextmanager

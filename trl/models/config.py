@@ -30,6 +30,9 @@ class ModelConfig:
     model_revision: str = "main"
     """Branch, tag or commit of the model."""
 
+    adapter_name_or_path: str | None = None
+    """Adapter to put on the model. A `model_name_or_path` that is itself an adapter brings its model along."""
+
     dtype: str | None = "float32"
     """Precision of the weights: "float32", "bfloat16", "float16", or "auto", as they were saved."""
 
@@ -106,7 +109,11 @@ class ModelConfig:
 
     def init_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`: what differs from its own defaults, and the precision."""
-        kwargs = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        kwargs = {
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "adapter": self.adapter_name_or_path,
+        }
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         return kwargs if self.model_revision == "main" else {**kwargs, "revision": self.model_revision}
 

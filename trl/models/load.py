@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
+    AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from trl.errors import ConfigError, ModelError, suggest
 from trl.imports import require
+from trl.models.adapters import HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 
-logger = logging.getLogger(__name__)
+TOKENIZER = "tokenizer_config.json"
 
 
 def load_model(
@@ -33,16 +35,25 @@ def load_model(
     auto_class: Any = None,
     quantization_config: Any = None,
     trust_remote_code: bool = False,
+    adapter: str | None = None,
+    trainable: bool = True,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
 
-    `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
+    The name may be that of an adapter, which brings its base model along, or `adapter` names one to put on the model;
+    `trainable` says whether it trains on. `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
 
     Without `auto_class`, an encoder-decoder or a causal language model, as its configuration says. Weights are
     float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
     optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
     """
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+    if adapter is None and is_adapter(name, **hub):
+        name, adapter = base_of(name, **hub), name
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+    elif adapter is not None:
+        hub = {}
     check_shards(name)
     kwargs = {"dtype": "float32", **kwargs}
     if "torch_dtype" in kwargs:
@@ -56,14 +67,20 @@ def load_model(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if auto_class is None:
-        config = AutoConfig.from_pretrained(
-            name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision") or "main"
-        )
+        config = load_config(name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with loaded_whole():
         model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     _keep_unpacked(model)
-    return model
+    return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model by hub name or folder; of an adapter's, that of its base model."""
+    hub = {} if revision is None else {"revision": revision}
+    if is_adapter(name, **hub):
+        name, hub = base_of(name, **hub), {}
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
@@ -89,15 +106,27 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_processor(model: PreTrainedModel, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer or processor that belongs to a model which was loaded by name."""
-    name = model.config._name_or_path
+def load_processor(
+    model: PreTrainedModel, name: str | None = None, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The tokenizer or processor of a model that was loaded by `name`: that of an adapter's folder, if it holds one."""
+    hub = {} if revision is None else {"revision": revision}
+    base = model.config._name_or_path
+    if name is None or not has_file(name, TOKENIZER, **hub):
+        name, hub = base, hub if name == base else {}
     if not name:
         raise ConfigError(
             f"processing_class is missing: this {type(model).__name__} was made from a configuration, so its tokenizer "
             "cannot be found by name. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
         )
-    return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    auto = AutoProcessor if name == base else AutoTokenizer
+    return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+
+
+def has_file(name: str, file: str, **hub: Any) -> bool:
+    """Whether a folder, or a repository of the hub, holds a file."""
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, file, **options, **hub) is not None
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -109,54 +138,19 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer
 
 
-def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """`model` with a new adapter, or as it is. A quantised base is prepared for training.
-
-    Raises ConfigError if the model carries adapters already and another is asked for.
-    """
-    if peft_config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise ConfigError(
-            f"peft_config was given, but the model already carries the adapter(s) {sorted(model.peft_config)}. Train "
-            "those (leave out peft_config), or merge them first: model = model.merge_and_unload()."
-        )
-    if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, _with_task(peft_config, model))
-
-
-def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """An adapter's configuration; where it names no task, with the one that the architecture says."""
-    if peft_config.task_type is not None:
-        return peft_config
-    peft_config = copy.copy(peft_config)
-    if "ForSequenceClassification" in type(model).__name__:
-        peft_config.task_type = TaskType.SEQ_CLS
-    elif model.can_generate():
-        peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-    return peft_config
-
-
 def make_trainable(model: torch.nn.Module) -> None:
     """Check that something trains, and thaw the adapters of a model that was loaded for inference.
 
     `PeftModel.from_pretrained` loads adapters frozen: trained as they are, nothing would change.
     """
-    if any(p.requires_grad for p in model.parameters()):
+    if trains(model):
         return
     if not isinstance(model, PeftModel):
         raise ModelError(
             f"Nothing trains: every parameter of this {type(model).__name__} has requires_grad=False. Unfreeze some, or "
             "pass peft_config=LoraConfig(...) to train an adapter."
         )
-    adapter = model.active_adapter
-    logger.warning(f"Adapter {adapter!r} was loaded frozen (is_trainable=False): it is trained here.")
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name or f".{adapter}" == name[-len(adapter) - 1 :]:
-            parameter.requires_grad_(True)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(f"Nothing trains: adapter {adapter!r} ({model.peft_config[adapter].peft_type}) is frozen.")
+    thaw(model)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
+from trl.models.adapters import wrapped_layer
 from trl.models.attention import SEGMENT_ATTENTION
 from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, with_self
@@ -197,7 +198,7 @@ def _head_statistics(head: nn.Module, request: ScoreRequest) -> dict[str, Tensor
         head._trl_plain_forward,
         hidden,
         request.target,
-        vocabulary=head.out_features,
+        vocabulary=wrapped_layer(head).out_features,
         want=request.want,
         transform=transform,
     )
@@ -252,7 +253,7 @@ def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTra
 
     The head is made to return a ramp from −50 to 50 in place of logits, for two tokens.
     """
-    vocabulary = head.out_features
+    vocabulary = wrapped_layer(head).out_features
     weight = next(p for p in head.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
     ramp = torch.linspace(-50, 50, vocabulary, device=weight.device, dtype=dtype).expand(1, 2, vocabulary)

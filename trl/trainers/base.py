@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from trl.callbacks.model_card import write_model_card
 from trl.callbacks.report import ReportCallback
@@ -42,6 +43,7 @@ from trl.data.examples import (
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import preview_examples
 from trl.errors import ConfigError
+from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -50,7 +52,6 @@ from trl.models.load import (
     make_trainable,
     set_token,
     tokenizer_of,
-    with_adapters,
 )
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
@@ -106,9 +107,13 @@ class BaseTrainer(StepTrainer):
         **classic: Unpack[ClassicOptions],
     ) -> None:
         self.args = self._resolve_args(args, classic)
+        source = self._tokenizer_source(model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
-        self.processing_class = self._resolve_processor(processing_class, tokenizer)
+        self.processing_class = self._resolve_processor(processing_class, tokenizer, source)
         self.tokenizer = tokenizer_of(self.processing_class)
+        added = self._take_chat_template()
+        if isinstance(self._adapted(), PeftModel):
+            self._train_new_tokens(added, has_new_adapter=peft_config is not None)
         self.to_examples = collate_examples if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
@@ -185,24 +190,52 @@ class BaseTrainer(StepTrainer):
             disable_dropout(model)
         return model
 
-    def _resolve_processor(self, processing_class: Any, tokenizer: Any) -> Any:
+    def _tokenizer_source(self, model: Any) -> dict[str, Any]:
+        """Where the tokenizer of a model that is given by name is found: arguments of `load_processor`."""
+        options = self.args.model_init_kwargs or {}
+        if (adapter := options.get("adapter")) is not None:
+            return {"name": adapter}
+        return {"name": model, "revision": options.get("revision")} if isinstance(model, str) else {}
+
+    def _resolve_processor(self, processing_class: Any, tokenizer: Any, source: Mapping[str, Any]) -> Any:
         if processing_class is not None and tokenizer is not None:
             raise ConfigError("processing_class and tokenizer are two names of one argument: give one of them.")
         processor = processing_class if processing_class is not None else tokenizer
         if processor is None:
-            processor = load_processor(unwrap(self.model), trust_remote_code=self.args.trust_remote_code)
+            trust = self.args.trust_remote_code
+            processor = load_processor(unwrap(self.model), **source, trust_remote_code=trust)
         for token in ("pad_token", "eos_token"):
             if (value := getattr(self.args, token)) is not None:
                 set_token(tokenizer_of(processor), token, value)
-        if (path := self.args.chat_template_path) is not None:
-            self._take_chat_template(tokenizer_of(processor), path)
         return processor
 
-    def _take_chat_template(self, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    def _take_chat_template(self) -> list[int]:
+        """Give the tokenizer the template of `chat_template_path`. Returns the tokens that came with it."""
+        path = self.args.chat_template_path
+        if path is None:
+            return []
         if path.endswith(TEMPLATES):
-            tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
-        else:
-            clone_chat_template(unwrap(self.model), tokenizer, path)
+            self.tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
+            return []
+        return clone_chat_template(unwrap(self.model), self.tokenizer, path)[2]
+
+    def _train_new_tokens(self, added: list[int], *, has_new_adapter: bool) -> None:
+        """Let an adapter train the tokens that a template or a resize brought."""
+        if has_new_adapter:
+            ids = new_tokens(unwrap(self.model), self.tokenizer, added)
+            self._set_adapted(with_trained_tokens(self._adapted(), ids))
+        elif added:
+            raise ConfigError(
+                f"chat_template_path={self.args.chat_template_path!r} brings {len(added)} tokens that the adapter was made "
+                "without, so that it cannot learn them: merge it into its model first (`trl merge`)."
+            )
+
+    def _adapted(self) -> nn.Module:
+        """The policy with its adapters, if it has some."""
+        return self.model
+
+    def _set_adapted(self, model: nn.Module) -> None:
+        self.model = model
 
     # ---- data ----
 

@@ -19,7 +19,7 @@ from peft import PeftConfig, TaskType
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
@@ -27,6 +27,7 @@ from trl.data.encode import EncodeSettings
 from trl.data.encoders import describe
 from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout
+from trl.models.load import load_config
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.trainers.arguments import Rows
@@ -96,9 +97,7 @@ class RewardTrainer(BaseTrainer):
         """Give a language model a head with one label. Raises ModelError for a classifier that has several."""
         args = self.args
         kwargs = dict(args.model_init_kwargs or {})
-        config = AutoConfig.from_pretrained(
-            name, trust_remote_code=args.trust_remote_code, revision=kwargs.get("revision") or "main"
-        )
+        config = load_config(name, trust_remote_code=args.trust_remote_code, revision=kwargs.get("revision"))
         labels = kwargs.get("num_labels", config.num_labels)
         is_classifier = any("ForSequenceClassification" in kind for kind in config.architectures or ())
         if labels != 1 and (is_classifier or "num_labels" in kwargs):

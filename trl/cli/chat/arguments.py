@@ -75,9 +75,6 @@ class ChatArguments(Generation):
     server_timeout: float = 300.0
     """Seconds to wait for the server to say something."""
 
-    adapter_name_or_path: str | None = None
-    """Adapter to put on the model. A `model_name_or_path` that is itself an adapter needs no more."""
-
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", …; "auto": all accelerators there are, or the processor."""
 

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.utils import cached_file, find_adapter_config_file
+from peft import PeftModel
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.data.chat import ChatTemplate
 from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
-from trl.models.load import count_parameters, load_model
+from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
 from trl.report.draw import number
 
 UNLIMITED = 10**9
@@ -138,24 +137,19 @@ def context_of(inner: Any, tokenizer: Any) -> int | None:
 
 def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
     """The model that the options name, with its adapter, quantised if they say so."""
-    name, adapter = model.model_name_or_path, arguments.adapter_name_or_path
-    if adapter is None and find_adapter_config_file(name) is not None:
-        adapter, name = name, PeftConfig.from_pretrained(name).base_model_name_or_path
+    name = model.model_name_or_path
     loaded = load_model(
         name,
         quantization_config=get_quantization_config(model),
         trust_remote_code=model.trust_remote_code,
+        trainable=False,
         **model.init_kwargs(),
         **_placement(arguments.device),
     )
-    if adapter is not None:
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+    inner = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
     hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
-    beside = cached_file(model.model_name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
-    tokenizer = AutoTokenizer.from_pretrained(
-        name if beside is None else model.model_name_or_path, trust_remote_code=model.trust_remote_code, **hub
-    )
-    return LocalSpeaker(loaded, tokenizer, arguments.chat_template_kwargs)
+    tokenizer = load_processor(inner, name, trust_remote_code=model.trust_remote_code, **hub)
+    return LocalSpeaker(loaded, tokenizer_of(tokenizer), arguments.chat_template_kwargs)
 
 
 def _placement(device: str) -> dict[str, Any]:

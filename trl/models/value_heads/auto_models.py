@@ -20,13 +20,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import PushToHubMixin
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl.errors import ConfigError, ModelError
+from trl.models.adapters import with_adapters
 from trl.models.layer_sharing import last_states
-from trl.models.load import load_model, with_adapters
+from trl.models.load import load_model
 from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 
@@ -163,7 +163,8 @@ class WithValueHead(nn.Module, PushToHubMixin):
         given, head = pretrained_model_name_or_path, None
         if isinstance(given, str | Path):
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            model, head = cls._load(str(given), is_trainable, hub, **kwargs), stored_head(str(given), hub)
+            model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **kwargs)
+            head = stored_head(str(given), hub)
         elif kwargs:
             raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
         else:
@@ -190,14 +191,6 @@ class WithValueHead(nn.Module, PushToHubMixin):
         elif has_value_model(name, hub):
             self.v_head = ValueModel(load_value_model(name, hub), self.head_options)
         self.v_head.take(head)
-
-    @classmethod
-    def _load(cls, name: str, is_trainable: bool, hub: dict[str, Any], **kwargs: Any) -> PreTrainedModel | PeftModel:
-        if find_adapter_config_file(name, **{k: v for k, v in hub.items() if k != "subfolder"}) is None:
-            return load_model(name, auto_class=cls.auto_class, **kwargs)
-        base = PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
-        model = load_model(base, auto_class=cls.auto_class, **{k: v for k, v in kwargs.items() if k != "revision"})
-        return PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **hub)
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -233,10 +226,14 @@ class AutoModelForSeq2SeqLMWithValueHead(WithValueHead):
     auto_class = AutoModelForSeq2SeqLM
 
 
+def value_head_class(config: PreTrainedConfig) -> type[WithValueHead]:
+    """The class of a model with a value head, causal or encoder-decoder as its configuration says."""
+    return AutoModelForSeq2SeqLMWithValueHead if config.is_encoder_decoder else AutoModelForCausalLMWithValueHead
+
+
 def with_value_head(model: PreTrainedModel | PeftModel, **options: Any) -> WithValueHead:
-    """`model` with a new value head, causal or encoder-decoder as it is; `options` as in `from_pretrained`."""
-    kinds = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
-    return kinds[model.config.is_encoder_decoder].from_pretrained(model, **options)
+    """`model` with a new value head; `options` as in `from_pretrained`."""
+    return value_head_class(model.config).from_pretrained(model, **options)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ConfigError, ModelError, unknown
+from trl.models.adapters import wrapped_layer
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
 from trl.models.value_heads.storage import VALUE_MODEL
 
@@ -73,7 +74,7 @@ class ValueHead(nn.Module):
     @classmethod
     def on(cls, model: PreTrainedModel | PeftModel, options: HeadOptions) -> ValueHead:
         """A new head for the states that the language-model head of `model` reads."""
-        return cls(options.linear(model.get_output_embeddings().in_features), dropout=options.dropout)
+        return cls(options.linear(wrapped_layer(model.get_output_embeddings()).in_features), dropout=options.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.summary.weight.device, self.summary.weight.dtype)
@@ -119,7 +120,9 @@ class ValueBranch(ValueHead):
                 f"num_value_layers={layers}: {type(policy).__name__} has {len(stack)} layers, of which the value can have "
                 f"1 to {len(stack) - 1} of its own. For all of them, give a value_model."
             )
-        super().__init__(options.linear(policy.get_output_embeddings().in_features), dropout=options.dropout)
+        super().__init__(
+            options.linear(wrapped_layer(policy.get_output_embeddings()).in_features), dropout=options.dropout
+        )
         self.start = len(stack) - layers
         self.layers = copy.deepcopy(stack[self.start :])
 

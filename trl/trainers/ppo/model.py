@@ -6,23 +6,16 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-from trl.models.load import load_model, with_adapters
+from trl.models.adapters import with_adapters
+from trl.models.load import load_config, load_model
 from trl.models.score import unwrap
-from trl.models.value_heads.auto_models import (
-    AutoModelForCausalLMWithValueHead,
-    AutoModelForSeq2SeqLMWithValueHead,
-    WithValueHead,
-    with_value_head,
-)
+from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
 from trl.models.value_heads.heads import ValueBranch, ValueModel
 from trl.trainers.ppo.config import PPOConfig
 
 logger = logging.getLogger(__name__)
-
-KINDS = {False: AutoModelForCausalLMWithValueHead, True: AutoModelForSeq2SeqLMWithValueHead}
-"""Value-head models, by whether they are encoder-decoders."""
 
 
 def load_with_value_head(name: str, args: PPOConfig, quantization_config: Any) -> WithValueHead:
@@ -30,8 +23,8 @@ def load_with_value_head(name: str, args: PPOConfig, quantization_config: Any) -
     kwargs = args.loading(args.model_init_kwargs)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    config = AutoConfig.from_pretrained(name, trust_remote_code=kwargs["trust_remote_code"])
-    return KINDS[config.is_encoder_decoder].from_pretrained(name, **kwargs)
+    config = load_config(name, trust_remote_code=kwargs["trust_remote_code"], revision=kwargs.get("revision"))
+    return value_head_class(config).from_pretrained(name, **kwargs)
 
 
 def policy_with_value(
@@ -57,7 +50,7 @@ def _value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
     if isinstance(given, WithValueHead):
         return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
     if isinstance(given, str):
-        whole = AutoConfig.from_pretrained(given, **args.loading()).is_encoder_decoder
+        whole = load_config(given, **args.loading()).is_encoder_decoder
         kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
         given = load_model(given, **args.loading(), **kind)
     return ValueModel.of(given)

@@ -173,6 +173,12 @@ class PPOTrainer(OnlineTrainer):
         self._has_new_head = model.v_head is not given_head
         return super()._resolve_model(model, None, None)
 
+    def _adapted(self) -> nn.Module:
+        return self.model.pretrained_model
+
+    def _set_adapted(self, model: nn.Module) -> None:
+        self.model.pretrained_model = model
+
     def _train_new_head(self, optimizer: torch.optim.Optimizer) -> None:
         """Give an optimizer that was made beforehand what the trainer has put on the model since."""
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

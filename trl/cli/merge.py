@@ -1,0 +1,144 @@
+"""`trl merge`: one model of an adapter and the model that it was trained on, W + (α/r) B A.
+
+trl merge --model_name_or_path qwen-sft --output_dir qwen-sft-merged
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.cli.commands import MODEL
+from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
+from trl.cli.parser import OptionParser
+from trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl.models.config import ModelConfig
+
+SUMMARY = "Make one model of an adapter and its base, with its tokenizer, and with its value head if it has one."
+EXAMPLES = (
+    "trl merge --model_name_or_path qwen-sft --output_dir qwen-sft-merged",
+    "trl merge --model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
+)
+KEPT = ("model_name_or_path", "adapter_name_or_path", "model_revision", "dtype", "trust_remote_code")
+"""Options of the model that this command reads."""
+
+
+@dataclass
+class MergeArguments:
+    """Where the merged model goes."""
+
+    output_dir: str
+    """Folder that the merged model is written to."""
+
+    push_to_hub: bool = False
+    """Upload the merged model as well."""
+
+    hub_model_id: str | None = None
+    """Repository to upload to. None: the name of `output_dir`, in your own space."""
+
+    hub_private_repo: bool | None = None
+    """Make the repository private. None: public, unless your organisation's default is private."""
+
+
+MERGE = f"{__name__}:MergeArguments"
+
+
+def options() -> list[Option]:
+    kept = [replace(o, default="auto") if o.name == "dtype" else o for o in options_in_source(MODEL) if o.name in KEPT]
+    return merge_options(kept, options_in_source(MERGE))
+
+
+def run(words: Sequence[str]) -> int:
+    given = OptionParser(options(), aliases_in_source(MODEL)).parse(words)
+    if given.help:
+        from trl.cli.help import print_options
+
+        print_options("trl merge", SUMMARY, options(), everything=True, examples=EXAMPLES)
+        return 0
+    os.environ.update(given.environment)
+    from trl.cli.train import check_model, check_weights, library_errors_as_config_errors
+    from trl.models.config import ModelConfig
+
+    arguments = given.arguments_for(MergeArguments)
+    check_weights(name := check_model(given.values.get("model_name_or_path")))
+    model = replace(given, values={"dtype": "auto", **given.values, "model_name_or_path": name}).arguments_for(
+        ModelConfig
+    )
+    check_output(arguments.output_dir)
+    with library_errors_as_config_errors():
+        merge(model, arguments)
+    return 0
+
+
+def check_output(folder: str) -> None:
+    """Raises ConfigError where a model is already."""
+    there = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).exists()]
+    if there:
+        raise ConfigError(f"output_dir={folder!r} holds a model already ({there[0]}): name another folder.")
+
+
+def merge(model: ModelConfig, arguments: MergeArguments) -> None:
+    """Write the merged model and its tokenizer to `output_dir`, and push both if asked to.
+
+    The sum is taken in float32 and rounded once, to `dtype`: "auto" is the precision that the base was saved in.
+    Raises ConfigError for a model without an adapter.
+    """
+    from transformers import logging
+
+    from trl.models.adapters import merged
+    from trl.models.load import load_processor
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    loaded, precision = load_adapted(model)
+    whole = merged(loaded.pretrained_model if hasattr(loaded, "v_head") else loaded).to(precision)
+    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
+    name = model.adapter_name_or_path or model.model_name_or_path
+    processor = load_processor(whole, name, trust_remote_code=model.trust_remote_code, **hub)
+    if hasattr(loaded, "v_head"):
+        loaded.pretrained_model, whole = whole, loaded
+    whole.save_pretrained(arguments.output_dir)
+    processor.save_pretrained(arguments.output_dir)
+    print(f"The merged model is in {arguments.output_dir}.", file=sys.stderr)
+    if arguments.push_to_hub:
+        repository = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+        for each in (whole, processor):
+            each.push_to_hub(repository, private=arguments.hub_private_repo)
+
+
+def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
+    """The model with its adapter in float32, and the precision that it is to be saved in."""
+    import torch
+    from peft import PeftConfig, TaskType
+    from transformers import AutoModelForSequenceClassification
+
+    from trl.models.adapters import is_adapter
+    from trl.models.load import load_config, load_model
+    from trl.models.value_heads.auto_models import value_head_class
+    from trl.models.value_heads.storage import stored_head
+
+    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
+    name, adapter = model.model_name_or_path, model.adapter_name_or_path
+    if adapter is None and not is_adapter(name, **hub):
+        raise ConfigError(
+            f"model_name_or_path={name!r} is a whole model and no adapter: there is nothing to merge. Name the folder of an "
+            "adapter, or give one with --adapter_name_or_path."
+        )
+    base = load_config(name, trust_remote_code=model.trust_remote_code, **hub)
+    saved = base.dtype or torch.float32
+    precision = saved if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    kwargs = {"trust_remote_code": model.trust_remote_code, "dtype": "float32", **hub}
+    if adapter is not None:
+        kwargs["adapter"] = adapter
+    task = PeftConfig.from_pretrained(adapter or name, **({} if adapter else hub)).task_type
+    if task == TaskType.SEQ_CLS:
+        return load_model(name, auto_class=AutoModelForSequenceClassification, num_labels=1, **kwargs), precision
+    if adapter is None and stored_head(name, hub) is not None:
+        return value_head_class(base).from_pretrained(name, **kwargs), precision
+    return load_model(name, **kwargs), precision

@@ -1,0 +1,272 @@
+"""Adapters: new ones, those of a folder, and what becomes of a model that is given with them.
+
+    y = W x + (α/r) B A x        LoRA (arXiv:2106.09685); W stays as it is
+
+A folder that an adapter was saved to stands for its base model with the adapter on it, wherever a model is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from trl.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
+
+
+def is_adapter(name: str, **hub: Any) -> bool:
+    """Whether a folder, or a repository of the hub, holds an adapter. `hub` are options of its download."""
+    return (
+        find_adapter_config_file(name, **{key: value for key, value in hub.items() if key != "subfolder"}) is not None
+    )
+
+
+def base_of(adapter: str, **hub: Any) -> str:
+    """The model that an adapter was trained on. Raises ModelError where it does not say."""
+    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"{adapter!r} is an adapter that does not say of which model: give it as adapter_name_or_path, and the model "
+            "as model_name_or_path."
+        )
+    return base
+
+
+def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = True, **hub: Any) -> PeftModel:
+    """`model` with the adapter that a folder or repository holds; its vocabulary grows to that of the adapter.
+
+    With `trainable`, the adapter trains on, and a quantised base is prepared for that. Raises ModelError where the
+    adapter is not of this model.
+    """
+    config = _config_for(model, adapter, hub)
+    if trainable:
+        model = _prepared(model)
+    _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
+    try:
+        with warnings.catch_warnings():
+            # The head of a reward model on a language model's adapter is new, as on a language model.
+            warnings.filterwarnings(
+                "ignore", message=r"Found missing adapter keys while loading the checkpoint: \[[^,]*score"
+            )
+            return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config, **hub)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The adapter {adapter!r} does not fit {type(model).__name__} {model.config._name_or_path!r}: {error}"
+        ) from error
+
+
+def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel:
+    """`model`, on the device "meta", with an adapter of that shape, which trains."""
+    config = _config_for(model, adapter, hub)
+    config.inference_mode = False
+    _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
+    return get_peft_model(model, config)
+
+
+def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) -> PeftConfig:
+    """The configuration of an adapter, for a reward model with a head that trains and is saved with it.
+
+    Raises ModelError for a reward model's adapter on a language model.
+    """
+    config = PeftConfig.from_pretrained(adapter, **hub)
+    if "ForSequenceClassification" in type(model).__name__:
+        config.task_type = TaskType.SEQ_CLS
+    elif config.task_type == TaskType.SEQ_CLS:
+        raise ModelError(f"{adapter!r} is the adapter of a reward model: it gives scores, and writes no text.")
+    return config
+
+
+def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
+    """Give `model` as many tokens as the embeddings that were saved with an adapter have, or the tokens that it trains."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = tuple(f"{_name_of(model, table)}.weight" for table in tables if table is not None)
+    sizes = [len(value) for key, value in state.items() if key.endswith(names)]
+    trained = config.to_dict().get("trainable_token_indices") or {}
+    sizes += [1 + max(ids) for ids in (trained.values() if isinstance(trained, dict) else [trained])]
+    if max(sizes, default=0) > tables[0].num_embeddings:
+        model.resize_token_embeddings(max(sizes), mean_resizing=False)
+
+
+def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """`model` with a new adapter, or as it is. A quantised base is prepared for training.
+
+    A model on which `transformers` itself loaded an adapter becomes a `PeftModel`. Raises ConfigError if the model
+    carries adapters already and another is asked for.
+    """
+    if isinstance(model, PreTrainedModel) and model.__dict__.get("_hf_peft_config_loaded"):
+        model = as_peft_model(model)
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            f"peft_config was given, but the model already carries the adapter(s) {sorted(model.peft_config)}. Train "
+            "those (leave out peft_config or --use_peft), or merge them first: `trl merge`, or model = "
+            "model.merge_and_unload()."
+        )
+    return get_peft_model(_prepared(model), _with_task(peft_config, model))
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantised model as adapters train on it; others as they are."""
+    if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """An adapter's configuration; where it names no task, with the one that the architecture says."""
+    if peft_config.task_type is not None:
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    if "ForSequenceClassification" in type(model).__name__:
+        peft_config.task_type = TaskType.SEQ_CLS
+    elif model.can_generate():
+        peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    return peft_config
+
+
+def as_peft_model(model: PreTrainedModel) -> PeftModel:
+    """A model with an adapter inside, as `AutoModel.from_pretrained` makes it of an adapter's folder, as a `PeftModel`.
+
+    The active adapter trains. Raises ConfigError where several adapters are on it.
+    """
+    if len(model.peft_config) > 1:
+        raise ConfigError(
+            f"This {type(model).__name__} carries the adapters {sorted(model.peft_config)} that transformers loaded: load "
+            "it with peft.PeftModel.from_pretrained, and say which one trains with set_adapter."
+        )
+    ((name, config),) = model.peft_config.items()
+    state = model.get_adapter_state_dict(name)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(path, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            model.set_submodule(path, module.original_module)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    config = copy.copy(config)
+    config.inference_mode = False
+    adapted = get_peft_model(_prepared(model), _with_task(config, model), adapter_name=name)
+    set_peft_model_state_dict(adapted, state, adapter_name=name)
+    return adapted
+
+
+def wrapped_layer(module: nn.Module) -> nn.Module:
+    """The layer that an adapter stands in the place of; `module` itself, if it is none."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+# ---- tokens that are new ----
+
+
+def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = ()) -> list[int]:
+    """Ids of tokens that the model was not trained with: `added` ones, and rows that it has not where it was loaded from."""
+    first = len(tokenizer)
+    name = model.config._name_or_path
+    if name and (Path(name) / "config.json").is_file():
+        first = PreTrainedConfig.get_config_dict(name)[0].get("vocab_size") or first
+    return sorted({*added, *range(first, len(tokenizer))})
+
+
+def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
+    """`model` with its adapter, which is new, put on again so that the embeddings and logits of the tokens `ids` train as well.
+
+    Without that, what a chat template brings stays as it was made, and the end of a turn is never learned. Adapters of
+    a kind that cannot do it stay as they are, with a warning.
+    """
+    name = model.active_adapter
+    config = copy.copy(model.peft_config[name])
+    if not ids:
+        return model
+    if not isinstance(config, LoraConfig):
+        logger.warning(
+            f"{len(ids)} tokens are new ({list(ids)[:5]}, …), and an adapter of the kind {config.peft_type.value} does not "
+            "train them: use LoRA, or a model that knows them."
+        )
+        return model
+    logger.info(f"{len(ids)} tokens are new: their embeddings and logits train with the adapter.")
+    config.trainable_token_indices = _tables(model, config, ids)
+    if config.trainable_token_indices == model.peft_config[name].trainable_token_indices:
+        return model
+    base = model.unload()
+    vars(base).pop("peft_config", None)
+    return get_peft_model(base, config, adapter_name=name)
+
+
+def _tables(model: PeftModel, config: LoraConfig, ids: Collection[int]) -> dict[str, list[int]] | None:
+    """By the names of the embeddings and the head: `ids`, and those that train already. None where whole tables train."""
+    options = config.to_dict()
+    base = model.get_base_model()
+    given = options.get("trainable_token_indices") or {}
+    tables = {_name_of(base, base.get_input_embeddings())}
+    if not base.config.get_text_config().tie_word_embeddings:
+        tables.add(_name_of(base, base.get_output_embeddings()))
+    tables -= set(options.get("modules_to_save") or ())
+    if not isinstance(given, dict):
+        given = {_name_of(base, base.get_input_embeddings()): given}
+    return {table: sorted({*given.get(table, ()), *ids}) for table in sorted(tables)} or None
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module).rpartition(".")[2]
+
+
+# ---- merging ----
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter added to its weights: W + (α/r) B A.
+
+    Raises ModelError for a quantised base, whose weights could not take the sum exactly, and for adapters that are no
+    part of the weights (prompts).
+    """
+    base = model.get_base_model()
+    if base.__dict__.get("is_loaded_in_4bit") or base.__dict__.get("is_loaded_in_8bit"):
+        raise ModelError(
+            "Merging into quantised weights loses what was learned: load the model without load_in_4bit/8bit."
+        )
+    kind = model.peft_config[model.active_adapter]
+    if kind.is_prompt_learning:
+        raise ModelError(
+            f"An adapter of the kind {kind.peft_type.value} is no part of the weights: it cannot be merged."
+        )
+    return model.merge_and_unload(safe_merge=True)
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether any parameter trains."""
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+def thaw(model: PeftModel) -> None:
+    """Let the active adapter of a model that was loaded for inference train. Raises ModelError where nothing does then."""
+    adapter = model.active_adapter
+    logger.warning(f"Adapter {adapter!r} was loaded frozen (is_trainable=False): it is trained here.")
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name or f".{adapter}" == name[-len(adapter) - 1 :]:
+            parameter.requires_grad_(True)
+    if not trains(model):
+        raise ModelError(f"Nothing trains: adapter {adapter!r} ({model.peft_config[adapter].peft_type}) is frozen.")
