@@ -84,7 +84,9 @@ def test_what_transformers_makes_of_the_folder_trains_as_a_peft_model(adapter, t
 
 def test_the_reference_of_an_adapter_is_the_adapter_as_it_was(adapter, tmp_path):
     """At the start policy and reference are one, so the loss is ln 2, and afterwards they are not."""
-    trainer = DPOTrainer(adapter, DPOConfig(**options(tmp_path, max_steps=2, logging_steps=1)), train_dataset=PAIRS)
+    trainer = DPOTrainer(
+        adapter, args=DPOConfig(**options(tmp_path, max_steps=2, logging_steps=1)), train_dataset=PAIRS
+    )
     trainer.train()
     first, second = (log["loss"] for log in trainer.state.log_history if "loss" in log)
     assert first == pytest.approx(0.693147, abs=1e-4)
@@ -149,6 +151,16 @@ def test_new_tokens_train_with_an_adapter_and_load_again(tied, chat_tokenizer, t
         assert torch.allclose(loaded(input_ids=ids).logits[..., :known], expected, atol=1e-5)
     assert load_processor(loaded.get_base_model(), str(tmp_path / "out")).convert_tokens_to_ids("<|new|>") == new[0]
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "out"))
+
+
+def test_whole_embeddings_that_were_saved_with_an_adapter_load(base, tmp_path):
+    torch.manual_seed(2)
+    model = load_model(base)
+    model.resize_token_embeddings(128, mean_resizing=False)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(str(tmp_path / "grown"), save_embedding_layers=True)
+    assert torch.equal(logits(load_model(str(tmp_path / "grown")).eval()), logits(adapted))
 
 
 def test_tokens_of_a_resize_are_new(base):

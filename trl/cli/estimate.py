@@ -61,7 +61,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return sum(self.states.values())
+        return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:

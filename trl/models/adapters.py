@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from peft import (
     PeftModel,
     TaskType,
     get_peft_model,
+    get_peft_model_state_dict,
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
@@ -61,21 +61,27 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
     With `trainable`, the adapter trains on, and a quantised base is prepared for that. Raises ModelError where the
     adapter is not of this model.
     """
-    config = _config_for(model, adapter, hub)
+    config, state = _config_for(model, adapter, hub), load_peft_weights(adapter, device="cpu", **hub)
+    config.inference_mode = not trainable
     if trainable:
         model = _prepared(model)
-    _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
+    _grow_vocabulary(model, config, state)
     try:
-        with warnings.catch_warnings():
-            # The head of a reward model on a language model's adapter is new, as on a language model.
-            warnings.filterwarnings(
-                "ignore", message=r"Found missing adapter keys while loading the checkpoint: \[[^,]*score"
-            )
-            return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, config=config, **hub)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"The adapter {adapter!r} does not fit {type(model).__name__} {model.config._name_or_path!r}: {error}"
-        ) from error
+        adapted = get_peft_model(model, config)
+        # The head of a reward model on a language model's adapter is new, as it is on a language model.
+        heads = get_peft_model_state_dict(adapted, save_embedding_layers=False) if _is_classifier(model) else {}
+        found = set_peft_model_state_dict(adapted, {**heads, **state})
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise _unfit(adapter, model, str(error)) from error
+    if found.unexpected_keys:
+        raise _unfit(adapter, model, f"it has no {found.unexpected_keys[0]}")
+    return adapted if trainable else adapted.requires_grad_(False)
+
+
+def _unfit(adapter: str, model: PreTrainedModel, why: str) -> ModelError:
+    return ModelError(
+        f"The adapter {adapter!r} does not fit {type(model).__name__} {model.config._name_or_path!r}: {why}"
+    )
 
 
 def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel:
@@ -92,11 +98,15 @@ def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) ->
     Raises ModelError for a reward model's adapter on a language model.
     """
     config = PeftConfig.from_pretrained(adapter, **hub)
-    if "ForSequenceClassification" in type(model).__name__:
+    if _is_classifier(model):
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type == TaskType.SEQ_CLS:
         raise ModelError(f"{adapter!r} is the adapter of a reward model: it gives scores, and writes no text.")
     return config
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    return "ForSequenceClassification" in type(model).__name__
 
 
 def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
@@ -141,7 +151,7 @@ def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     if peft_config.task_type is not None:
         return peft_config
     peft_config = copy.copy(peft_config)
-    if "ForSequenceClassification" in type(model).__name__:
+    if _is_classifier(model):
         peft_config.task_type = TaskType.SEQ_CLS
     elif model.can_generate():
         peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
@@ -159,7 +169,7 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
             "it with peft.PeftModel.from_pretrained, and say which one trains with set_adapter."
         )
     ((name, config),) = model.peft_config.items()
-    state = model.get_adapter_state_dict(name)
+    state = {f"base_model.model.{key}": value for key, value in model.get_adapter_state_dict(name).items()}
     for path, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             model.set_submodule(path, module.get_base_layer())
