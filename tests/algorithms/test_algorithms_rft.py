@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from trl.algorithms.rft import RFTOptions, percentile, selected, thresholds
+from trl.algorithms.rft import RFT, RFTOptions, first_of_each, percentile, reached, thresholds
 from trl.errors import ConfigError
+from trl.types import Experience, Scores
+
+
+def selected(rewards, group, names, p):
+    """What is kept at `p`, each of a prompt's samples once."""
+    pairs = list(zip(group.tolist(), names, strict=True))
+    return torch.tensor(first_of_each(pairs, reached(rewards, group, p).tolist()))
+
 
 GROUP = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
 REWARDS = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 10.0, 20.0, 30.0, 40.0])
@@ -83,3 +93,16 @@ def test_a_higher_percentile_keeps_a_part_of_what_a_lower_one_keeps():
 def test_options_out_of_range(options, words):
     with pytest.raises(ConfigError, match=words):
         RFTOptions(**options).check_options()
+
+
+def test_the_algorithm_selects_at_the_percentile_of_its_step():
+    mask = torch.ones(len(REWARDS), 2)
+    algorithm = RFT(start_percentile=0.0, end_percentile=1.0, n_improve_steps=2)
+    every, best = (replace(algorithm, step=k).advantages(Experience(REWARDS, GROUP, mask)) for k in (0, 1))
+    assert every.signals["reached"].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]  # the lowest bar is raised by ε
+    assert best.signals["reached"].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_the_loss_is_that_of_fine_tuning():
+    scores = Scores(torch.tensor([[-0.5, -1.0]]), entropy=torch.zeros(1, 2), greedy=torch.ones(1, 2))
+    assert RFT().loss(scores, None)[0].tolist() == [[0.5, 1.0]]

@@ -27,6 +27,7 @@ from trl.trainers.kto import KTOTrainer
 from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.ppo.trainer import PPOTrainer
 from trl.trainers.reward import RewardTrainer
+from trl.trainers.rft import RFTTrainer
 from trl.trainers.rloo import RLOOTrainer
 from trl.trainers.sft import SFTTrainer
 
@@ -152,6 +153,14 @@ RUNS: dict[str, Make] = {
     "grpo": made_by(GRPOTrainer, prompts, beta=0.1, **SYNC, **ONLINE),
     "grpo, a stream": made_by(GRPOTrainer, lambda: prompts().to_iterable_dataset(), **ONLINE),
     "rloo": made_by(RLOOTrainer, prompts, **ONLINE),
+    "rft": made_by(
+        RFTTrainer,
+        prompts,
+        **{**ONLINE, "num_iterations": 1},
+        n_improve_steps=2,
+        start_percentile=0.4,
+        loss_aggregation="sequence",
+    ),
     "online dpo": made_by(OnlineDPOTrainer, prompts, **ONLINE),
 }
 

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl.algorithms import sft
 from trl.errors import ConfigError
 from trl.ops.shapes import shapes
+from trl.types import Algorithm, Batch, Experience, Metrics, Scores
 
 MARGIN = 1e-3
 """ε: how far the bars of prompts stay from the lowest and the highest of them."""
@@ -46,15 +48,19 @@ def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
 
 
 @shapes(rewards="N", group="N")
-def selected(rewards: Tensor, group: Tensor, identity: Sequence[Hashable], p: float) -> Tensor:
-    """Which samples `[N]` bool are kept at percentile `p`: those at their prompt's bar or above, each `identity` once."""
-    reached = rewards.double() >= thresholds(rewards, group, p)[group]
-    seen: set[tuple[int, Hashable]] = set()
+def reached(rewards: Tensor, group: Tensor, p: float) -> Tensor:
+    """Which samples `[N]` bool are at the bar of their prompt at percentile `p`, or above."""
+    return rewards.double() >= thresholds(rewards, group, p)[group]
+
+
+def first_of_each(identity: Sequence[Hashable], candidates: Sequence[bool]) -> list[bool]:
+    """The candidates less those that repeat an earlier one."""
+    seen: set[Hashable] = set()
     kept = []
-    for key, good in zip(zip(group.tolist(), identity, strict=True), reached.tolist(), strict=True):
-        kept.append(good and key not in seen)
-        seen |= {key} if good else set()
-    return torch.tensor(kept, dtype=torch.bool)
+    for each, is_candidate in zip(identity, candidates, strict=True):
+        kept.append(is_candidate and each not in seen)
+        seen |= {each} if is_candidate else set()
+    return kept
 
 
 @dataclass(kw_only=True)
@@ -86,3 +92,23 @@ class RFTOptions:
         """The percentile of improvement step `step`, counted from 0 over the whole run."""
         place = step % self.n_improve_steps
         return percentile(place, start=self.start_percentile, end=self.end_percentile, steps=self.n_improve_steps)
+
+
+@dataclass(kw_only=True)
+class RFT(RFTOptions, Algorithm):
+    """The method as an algorithm of an online trainer: `advantages` adds the signal `reached` `[N]`, 1 or 0."""
+
+    step: int = 0
+    """Improvement steps that were made before this one."""
+
+    def __post_init__(self) -> None:
+        self.check_options()
+
+    def advantages(self, experience: Experience) -> Experience:
+        """The experience with `reached`, at the percentile of this step."""
+        found = reached(experience.rewards, experience.group, self.percentile(self.step))
+        return experience.with_signals(reached=found.to(experience.mask.dtype))
+
+    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+        """−log π `[N,C]` of what is kept, and metrics."""
+        return sft.nll(scores), sft.metrics(scores, batch)

@@ -1,0 +1,156 @@
+"""Rejection-sampling fine-tuning: imitate the best of one's own samples, by a bar that rises.
+
+    sample n per prompt ──▶ keep those at the percentile ──▶ fine-tune ──▶ raise the percentile, keep, fine-tune ──▶ … ──▶ sample
+
+See `trl.algorithms.rft`. An improvement step is what a rollout batch is to other online trainers: batch sizes count sampled
+completions, and of those it learns from the ones that are kept.
+
+RFTTrainer(model, reward_funcs=short, args=RFTConfig(...), train_dataset=prompts).train()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trl.algorithms.rft import RFT, RFTOptions, first_of_each
+from trl.models.score import score
+from trl.rollouts.buffer import Minibatch
+from trl.rollouts.experience import Group, minibatches_from, split_into_minibatches, state_of, without_signals
+from trl.trainers.online import OnlineTrainer
+from trl.trainers.online_config import OnlineConfig
+from trl.types import Batch, Example, Experience, Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RFTConfig(RFTOptions, OnlineConfig):
+    """Options of `RFTTrainer`."""
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        **OnlineConfig.ALIASES,
+        "n_generations_per_prompt": "num_generations",
+        "n_rollouts": "num_generations",
+    }
+
+    learning_rate: float = 1e-5
+
+    num_generations: int = 32
+    """Completions of each prompt, of which the best are kept."""
+
+    per_device_train_batch_size: int = 32
+    """Sampled completions of which a micro-batch has the kept ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_options()
+        self.refuse("recompute_old_logprobs")
+
+    def make_algorithm(self) -> RFT:
+        """The algorithm that these options describe."""
+        return RFT(**{name: getattr(self, name) for name in RFTOptions.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was sampled last: the examples, with their experience, and which completions may be learned from."""
+
+    examples: list[Example] = field(default_factory=list)
+    experience: Experience | None = None
+    usable: list[bool] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: see `from_state`."""
+        if self.experience is None:
+            return {}
+        experience = {name: getattr(self.experience, name) for name in ("rewards", "group", "mask")}
+        return {"examples": state_of([self.examples]), "usable": self.usable, **experience}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Drawn:
+        if not state:
+            return cls()
+        experience = Experience(state["rewards"], state["group"], state["mask"])
+        return cls(minibatches_from(state["examples"])[0], experience, list(state["usable"]))
+
+
+class RFTTrainer(OnlineTrainer):
+    """Sample, keep the best, imitate them. The arguments are those of `OnlineTrainer`."""
+
+    config_class = RFTConfig
+    algorithm: RFT
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.drawn = Drawn()
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.buffer.per_epoch is not None:
+            self.buffer.per_epoch *= self.args.n_improve_steps  # an epoch samples every prompt once
+        return loader
+
+    # ---- an improvement step ----
+
+    def roll_out(self) -> list[Minibatch]:
+        """The kept completions of this step, in minibatches; sampled anew where the bar has reached its end."""
+        if self.algorithm.step % self.args.n_improve_steps == 0:
+            self.drawn = self._draw()
+        experience = self._with_advantages(self.drawn.experience)
+        keep = self._selected(self.drawn, experience)
+        self._count("kept_share", sum(keep), len(keep))
+        self._count("percentile", self.algorithm.percentile(self.algorithm.step))
+        if not any(keep):
+            logger.warning(
+                f"Nothing reaches the bar of improvement step {self.algorithm.step + 1}: nothing is learned in it."
+            )
+        self.algorithm = replace(self.algorithm, step=self.algorithm.step + 1)
+        return split_into_minibatches(
+            self.drawn.examples, keep, self.args.minibatches_per_rollout_batch, self.token_budget()
+        )
+
+    def _draw(self) -> Drawn:
+        self.engine.sync(self.model_wrapped, self.state.global_step)
+        groups = self.sample_rollout_batch()
+        examples, experience = self.compute_advantages(groups, "train")
+        self._log_rollouts(groups, experience, "train")
+        plain = Experience(experience.rewards, experience.group, experience.mask)
+        return Drawn(_without_any_signals(examples), plain, super().kept(groups, experience))
+
+    def kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
+        examples = [group.example for group in groups]
+        return self._selected(Drawn(examples, experience, super().kept(groups, experience)), experience)
+
+    def _selected(self, drawn: Drawn, experience: Experience) -> list[bool]:
+        """Completions at the bar or above, each once per prompt."""
+        identity = [(i, tuple(c.ids)) for i, example in enumerate(drawn.examples) for c in example.completions]
+        reached = experience.signals["reached"].bool().tolist()
+        return first_of_each(identity, [a and b for a, b in zip(reached, drawn.usable, strict=True)])
+
+    # ---- loss ----
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
+        scores = score(model, batch, want={"entropy", "greedy"})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        return loss * self._length_scale(batch), metrics
+
+    # ---- checkpoints ----
+
+    def _buffer_state(self) -> dict[str, Any]:
+        return {**super()._buffer_state(), "improvement": self.algorithm.step, "drawn": self.drawn.state()}
+
+    def _load_buffer(self, state: Mapping[str, Any]) -> None:
+        super()._load_buffer(state)
+        self.algorithm = replace(self.algorithm, step=state["improvement"])
+        self.drawn = Drawn.from_state(state["drawn"])
+
+
+def _without_any_signals(examples: Sequence[Example]) -> list[Example]:
+    names = {name for example in examples for completion in example.completions for name in completion.signals}
+    return without_signals(examples, list(names))

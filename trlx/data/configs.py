@@ -1,0 +1,218 @@
+"""The configuration of a run: six sections, as dataclasses, dicts or YAML.
+
+config = TRLConfig.load_yaml("ppo.yml")
+config = TRLConfig.update(config, {"method.init_kl_coef": 0.05, "train": {"seed": 1}})
+config = config.evolve(optimizer={"kwargs": {"lr": 1e-5}})
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl.errors import ConfigError, suggest
+from trlx.data.method_configs import MethodConfig, get_method
+from trlx.data.sections import Section, merged, nested
+from trlx.utils.yaml_files import read_yaml
+
+
+@dataclass
+class ModelConfig(Section):
+    """Which model, and what of it trains."""
+
+    model_path: Any
+    """Name or folder of a model; a `PretrainedConfig` gives one with random weights."""
+
+    model_arch_type: str = "causal"
+    """"causal", or "seq2seq" for an encoder-decoder."""
+
+    num_layers_unfrozen: int = -1
+    """Upper layers that train; the others are frozen, with the embeddings. −1: all train. 0: the heads alone."""
+
+    peft_config: Any = None
+    """An adapter to train: a configuration of peft, or a dict of one."""
+
+    model_extra_configs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of `from_pretrained`."""
+
+
+@dataclass
+class TokenizerConfig(Section):
+    """Which tokenizer, and which sides it pads and cuts."""
+
+    tokenizer_path: str
+    """Name or folder of a tokenizer."""
+
+    padding_side: str = "left"
+    """Side of padding in what `generate` of the trainer gives; training needs none."""
+
+    truncation_side: str = "right"
+    """Which end of a long prompt or sample is cut."""
+
+    tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of `from_pretrained`."""
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    name: str
+    """"adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb" or "sgd"."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its arguments: lr, betas, eps, weight_decay, momentum."""
+
+
+@dataclass
+class SchedulerConfig(Section):
+    """The learning rate's course."""
+
+    name: str
+    """"cosine_annealing" or "linear"."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """T_max and eta_min of the first; total_iters, start_factor and end_factor of the second."""
+
+
+@dataclass
+class TrainConfig(Section):
+    """How long, how much at a time, and what is written where."""
+
+    total_steps: int
+    """Optimizer steps at most."""
+
+    seq_length: int
+    """Tokens of a prompt and its output at most."""
+
+    epochs: int
+    """Passes over the data, or over the prompts' rollouts, at most."""
+
+    batch_size: int
+    """Samples of one optimizer step, per process."""
+
+    checkpoint_interval: int
+    """Optimizer steps between two checkpoints."""
+
+    eval_interval: int
+    """Optimizer steps between two evaluations."""
+
+    pipeline: str = "PromptPipeline"
+    """Registered pipeline of prompts."""
+
+    trainer: str = "AcceleratePPOTrainer"
+    """Registered trainer."""
+
+    trainer_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the trainer's class."""
+
+    project_name: str = "trlx"
+    """Project, in the tracker."""
+
+    run_name: str | None = None
+    """Name of the run, in the tracker."""
+
+    entity_name: str | None = None
+    """Entity, in the tracker."""
+
+    group_name: str | None = None
+    """Group of runs, in the tracker."""
+
+    checkpoint_dir: str = "ckpts"
+    """Folder of checkpoints."""
+
+    rollout_logging_dir: str | None = None
+    """Folder to write rollouts to, as JSON."""
+
+    save_best: bool = True
+    """Keep the model with the best mean reward in `best_checkpoint`."""
+
+    save_optimizer: bool = True
+    """Save what resuming needs beside the model."""
+
+    resume_from_checkpoint: str | None = None
+    """Folder of a checkpoint to go on from."""
+
+    tracker: str | None = "wandb"
+    """"wandb", "tensorboard" or None."""
+
+    logging_dir: str | None = None
+    """Folder of the tracker's files."""
+
+    tags: list[str] = field(default_factory=list)
+    """Tags, in the tracker."""
+
+    seed: int = 1000
+    """Seed of every random choice."""
+
+    minibatch_size: int | None = None
+    """Samples of one forward and backward pass; the step is the same. None: as many as are best."""
+
+
+SECTIONS = {
+    "method": MethodConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "tokenizer": TokenizerConfig,
+    "train": TrainConfig,
+}
+
+
+@dataclass
+class TRLConfig:
+    """All sections of a run."""
+
+    method: MethodConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    tokenizer: TokenizerConfig
+    train: TrainConfig
+
+    @classmethod
+    def load_yaml(cls, yml_fp: str | Path) -> TRLConfig:
+        """The configuration in a YAML file, with a mapping for every section."""
+        return cls.from_dict(read_yaml(yml_fp))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Nested dicts, copied."""
+        return {name: getattr(self, name).to_dict() for name in SECTIONS}
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
+        """The configuration that nested dicts describe. Raises ConfigError for what is unknown, or missing."""
+        for name in config:
+            if name not in SECTIONS:
+                raise ConfigError(
+                    f"The configuration has no section {name!r}.{suggest(name, SECTIONS)} It has: {', '.join(SECTIONS)}."
+                )
+        if missing := [name for name in SECTIONS if name not in config]:
+            raise ConfigError(
+                f"The configuration lacks {', '.join(missing)}: it has the sections {', '.join(SECTIONS)}."
+            )
+        if "name" not in config["method"]:
+            raise ConfigError(
+                "method.name is missing: PPOConfig, ILQLConfig, SFTConfig, RFTConfig, or one of your own."
+            )
+        kinds = {**SECTIONS, "method": get_method(config["method"]["name"])}
+        return cls(**{name: kind.from_dict(config[name]) for name, kind in kinds.items()})
+
+    def evolve(self, **kwargs: Any) -> TRLConfig:
+        """The configuration with changes: `config.evolve(method={"gamma": 0.99}, train={"seed": 1})`."""
+        return TRLConfig.update(self, kwargs)
+
+    @classmethod
+    def update(cls, baseconfig: Mapping[str, Any] | TRLConfig, config: Mapping[str, Any]) -> TRLConfig:
+        """`baseconfig` with changes, by section or with dotted keys: `{"train.seed": 1, "method": {"gamma": 0.99}}`.
+
+        Raises ConfigError, which is a ValueError, for a section or parameter that is not there.
+        """
+        base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
+        return cls.from_dict(merged(base, nested(config)))
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_dict(), indent=4, default=str)

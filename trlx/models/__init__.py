@@ -1,0 +1,1 @@
+"""Options of methods, where scripts import them from."""

@@ -1,0 +1,42 @@
+"""Classes by name, whatever its capitals."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from trl.errors import ConfigError, unknown
+
+
+class Registry:
+    """Classes of one `kind`, by name. `at_home` are modules of those that come along, imported when asked for."""
+
+    def __init__(self, kind: str, at_home: Mapping[str, str] | None = None) -> None:
+        self.kind, self.at_home = kind, {name.lower(): (name, module) for name, module in (at_home or {}).items()}
+        self.classes: dict[str, tuple[str, type]] = {}
+
+    def register(self, given: Any = None) -> Any:
+        """A class under its own name, or a decorator that registers under `given`."""
+        if isinstance(given, type):
+            return self._add(given.__name__, given)
+        return lambda cls: self._add(given or cls.__name__, cls)
+
+    def _add(self, name: str, cls: type) -> type:
+        self.classes[name.lower()] = (name, cls)
+        return cls
+
+    def get(self, name: str) -> Any:
+        """The class that goes by `name`. Raises ConfigError, with the names there are, for another."""
+        key = str(name).lower()
+        if key not in self.classes and key in self.at_home:
+            importlib.import_module(self.at_home[key][1])
+        if key not in self.classes:
+            raise ConfigError(unknown(self.kind, str(name), self.names))
+        return self.classes[key][1]
+
+    @property
+    def names(self) -> list[str]:
+        """All names, as they are written."""
+        known = {**{key: name for key, (name, _) in self.at_home.items()}}
+        return sorted({**known, **{key: name for key, (name, _) in self.classes.items()}}.values())
