@@ -99,7 +99,8 @@ class PPOOptions:
 class PPO(PPOOptions, Algorithm):
     """The algorithm as an object: advantages, loss, and what it follows from one rollout batch to the next.
 
-    Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full").
+    Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full"), and
+    `dense_rewards` where tokens are rewarded, in place of the completions' scores.
     Signals it adds: `scores` `[N]`; `kl`, `token_rewards`, `advantages`, `returns` `[N,C]`.
     """
 
@@ -151,8 +152,10 @@ class PPO(PPOOptions, Algorithm):
         """The experience with `kl` and `token_rewards`, from its `scores`."""
         mask = experience.mask
         kl = self.kl(experience) * mask
-        scores = experience.signals["scores"]
-        rewards = token_rewards(scores, kl, mask, coefficient=self.controller.coefficient)
+        scores, dense = experience.signals["scores"], experience.signals.get("dense_rewards")
+        last = scores if dense is None else torch.zeros_like(scores)
+        rewards = token_rewards(last, kl, mask, coefficient=self.controller.coefficient)
+        rewards = rewards if dense is None else rewards + dense * mask
         return experience.with_signals(kl=kl, token_rewards=rewards)
 
     def with_advantages(self, experience: Experience) -> Experience:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.algorithms.rft import RFT, RFTOptions, first_of_each
+from trl.errors import ConfigError
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
 from trl.rollouts.experience import Group, minibatches_from, split_into_minibatches, state_of, without_signals
@@ -47,10 +48,26 @@ class RFTConfig(RFTOptions, OnlineConfig):
     per_device_train_batch_size: int = 32
     """Sampled completions of which a micro-batch has the kept ones."""
 
+    num_prompts: int | None = None
+    """Prompts that are sampled from at a time, per process. None: as many as per_device_train_batch_size ×
+    steps_per_generation completions make."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_options()
         self.refuse("recompute_old_logprobs")
+
+    @property
+    def prompts_per_rollout_batch(self) -> int:
+        """Prompts that are sampled from at a time, on each process."""
+        return super().prompts_per_rollout_batch if self.num_prompts is None else self.num_prompts
+
+    def check_batches(self) -> None:
+        """Raise ConfigError where a set of samples does not hold whole groups."""
+        if self.num_prompts is None:
+            super().check_batches()
+        elif self.num_prompts < 1:
+            raise ConfigError(f"num_prompts={self.num_prompts}: give at least 1, or None.")
 
     def make_algorithm(self) -> RFT:
         """The algorithm that these options describe."""

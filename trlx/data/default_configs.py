@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from trlx.trainer.accelerate_sft_trainer import SFTConfig
-
 from trl.errors import ConfigError
 from trlx.data.configs import (
     ModelConfig,
@@ -17,6 +15,7 @@ from trlx.data.configs import (
 )
 from trlx.models.modeling_ilql import ILQLConfig
 from trlx.models.modeling_ppo import PPOConfig
+from trlx.trainer.accelerate_sft_trainer import SFTConfig
 
 __all__ = [
     "ILQLConfig",

@@ -1,0 +1,135 @@
+"""Online: PPO of prompts and a reward function, on `trl.PPOTrainer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from trl.algorithms.moments import RunningMoments
+from trl.errors import ConfigError, unknown
+from trl.models.layer_sharing import depth
+from trl.rollouts.experience import Group
+from trl.trainers.ppo.config import PPOConfig as TrlPPOConfig
+from trl.trainers.ppo.trainer import PPOTrainer
+from trlx.models.modeling_ppo import PPOConfig
+from trlx.trainer import register_trainer
+from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer, freeze_lower_layers
+from trlx.trainer.options import adapter_config, sampling_options, steps_of_epochs
+from trlx.trainer.prompted import Prompted
+from trlx.trainer.schedules import Scheduled
+from trlx.trainer.scoring import ScriptReward
+
+__all__ = ["AcceleratePPOTrainer", "PPOConfig"]
+
+ALGORITHM_OPTIONS = ("init_kl_coef", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef")
+SCALINGS = ("running", "ref", "ignored", None)
+
+
+class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
+    """`PPOTrainer` with a scheduler and prompts of this interface, its scaling of scores, and rewards of tokens.
+
+    scaling   "running", "ref" or None: by what standard deviation scores are divided
+    script    the reward function, which knows the rewards of tokens that it was given
+    """
+
+    def __init__(
+        self, *args: Any, scaling: str | None, ref_std: float | None, script: ScriptReward, **kwargs: Any
+    ) -> None:
+        self.scaling, self.ref_std, self.script = scaling, ref_std, script
+        super().__init__(*args, reward_funcs=script, **kwargs)
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
+        groups = super().sample(rows, n, mode)
+        if self.script.dense is None:
+            return groups
+        if self.scaling is not None:
+            raise ConfigError(
+                f"method.scale_reward={self.scaling!r} is for one reward per sample, and reward_fn gave lists."
+            )
+        rewards = iter(self.script.dense)
+        return [replace(group, example=_with_rewards(group.example, rewards)) for group in groups]
+
+    def _shape(self, scores: Tensor) -> Tensor:
+        """Scores, which were clipped before, divided by the standard deviation that is asked for."""
+        scores = scores.to(self.current_device)
+        if self.scaling is None:
+            return scores
+        if self.scaling == "ref" and self.ref_std is not None:
+            return scores / self.ref_std
+        if self.scaling == "running" or not self.moments.count:
+            self.moments: RunningMoments = self.moments.updated(self._gather(scores))
+        return self.moments.scaled(scores, centred=False)
+
+
+def _with_rewards(example: Any, rewards: Any) -> Any:
+    completions = (replace(c, signals={**c.signals, "dense_rewards": next(rewards)}) for c in example.completions)
+    return replace(example, completions=tuple(completions))
+
+
+@register_trainer
+class AcceleratePPOTrainer(AccelerateRLTrainer):
+    """Samples from the prompts, rewards, and learns by PPO. Arguments: see `AccelerateRLTrainer`.
+
+    A set of `num_rollouts` is learned from in as many batches of like size as `train.batch_size` asks for.
+    """
+
+    method_class = PPOConfig
+    has_value_head = True
+
+    def add_prompts(self, prompts: Sequence[Any], max_prompt_length: int) -> None:
+        self.rows = self.prompt_rows(prompts, max_prompt_length)
+
+    def make_trainer(self) -> PPOTrainer:
+        train, method, model = self.config.train, self.config.method, self.config.model
+        if self.reward_fn is None:
+            raise ConfigError("PPOConfig needs a reward_fn.")
+        if method.scale_reward not in SCALINGS:
+            raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
+        options = self.common_options()
+        updates = math.ceil(method.num_rollouts / train.batch_size)
+        accumulated = options.pop("gradient_accumulation_steps")
+        mini = math.ceil(method.num_rollouts / updates / accumulated)
+        del options["per_device_train_batch_size"]
+        args = TrlPPOConfig(
+            **options,
+            **sampling_options(method.gen_experience_kwargs or method.gen_kwargs),
+            **{name: getattr(method, name) for name in ALGORITHM_OPTIONS},
+            adap_kl_ctrl=method.target is not None,
+            target=method.target or 6,
+            batch_size=mini * accumulated * updates,
+            mini_batch_size=mini,
+            gradient_accumulation_steps=accumulated,
+            ppo_epochs=method.ppo_epochs,
+            num_value_layers=method.num_value_layers_unfrozen,
+            max_steps=steps_of_epochs(train, updates * method.ppo_epochs),
+        )
+        script = self.script_reward(
+            chunk_size=method.chunk_size, folder=self.rollout_folder, clip=method.cliprange_reward
+        )
+        return _PPOTrainer(
+            args=args,
+            model=self.given_model,
+            train_dataset=self.rows,
+            params=self.train_params(),
+            scheduler=self.config.scheduler,
+            scaling=None if method.scale_reward == "ignored" else method.scale_reward,
+            ref_std=method.ref_std,
+            script=script,
+            peft_config=adapter_config(model.peft_config),
+            num_shared_layers=self._shared_layers(),
+            **self.common_keywords(),
+        )
+
+    def _shared_layers(self) -> int | None:
+        """Lower layers that policy and reference have in common, frozen; None where the reference is a copy, or no model."""
+        unfrozen, layers = self.config.model.num_layers_unfrozen, depth(self.given_model)
+        if self.config.model.peft_config is not None or not 0 <= unfrozen < layers:
+            return None
+        if unfrozen == 0:
+            freeze_lower_layers(self.given_model, 0)
+            return None
+        return layers - unfrozen

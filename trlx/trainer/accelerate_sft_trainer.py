@@ -1,0 +1,70 @@
+"""Fine-tuning on samples, on `trl.SFTTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from trl.errors import DataError
+from trl.trainers.sft import SFTConfig as TrlSFTConfig
+from trl.trainers.sft import SFTTrainer
+from trlx.data.method_configs import MethodConfig, register_method
+from trlx.models.modeling_ppo import GEN_KWARGS
+from trlx.pipeline.offline_pipeline import dialogue_row, tokenize_dialogue
+from trlx.trainer import register_trainer
+from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+from trlx.trainer.options import adapter_config, steps_of_epochs
+from trlx.trainer.schedules import Scheduled
+
+
+@dataclass
+@register_method
+class SFTConfig(MethodConfig):
+    """Imitate samples."""
+
+    name: str = "SFTConfig"
+
+    gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
+    """Options of sampling in evaluation; one that is a list is swept."""
+
+
+class _SFTTrainer(Scheduled, SFTTrainer):
+    """`SFTTrainer` with a scheduler of this interface."""
+
+
+@register_trainer
+class AccelerateSFTTrainer(AccelerateRLTrainer):
+    """Learns all of samples that are texts, and the outputs of dialogues. Arguments: see `AccelerateRLTrainer`."""
+
+    method_class = SFTConfig
+
+    def add_samples(self, samples: Sequence[Any], rewards: Sequence[Any] | None = None) -> None:
+        length = self.config.train.seq_length
+        rows = []
+        for i, sample in enumerate(samples):
+            try:
+                messages = tokenize_dialogue(sample, self.tokenizer, length)
+                rows.append(dialogue_row(messages, encoder_decoder=self.seq2seq))
+            except DataError as error:
+                raise DataError(f"samples[{i}]: {error}") from error
+        self.rows = Dataset.from_list(rows)
+
+    def make_trainer(self) -> SFTTrainer:
+        train = self.config.train
+        args = TrlSFTConfig(
+            **self.common_options(),
+            max_steps=steps_of_epochs(train, len(self.rows) / train.batch_size),
+            max_length=None,
+        )
+        self.freeze()
+        return _SFTTrainer(
+            self.given_model,
+            args,
+            train_dataset=self.rows,
+            scheduler=self.config.scheduler,
+            peft_config=adapter_config(self.config.model.peft_config),
+            **self.common_keywords(),
+        )

@@ -1,0 +1,181 @@
+"""From sections of a configuration to what the trainers of `trl` are given."""
+
+from __future__ import annotations
+
+import math
+import netrc
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft import get_peft_config as peft_config_from_dict
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
+from transformers import GenerationConfig
+
+from trl.errors import ConfigError, suggest, unknown
+from trl.imports import is_available, require
+from trl.rollouts.sampling import SamplingParams
+from trlx.data.configs import OptimizerConfig, SchedulerConfig, TrainConfig
+from trlx.utils import logging
+
+logger = logging.get_logger(__name__)
+
+OPTIMIZERS = ("adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb", "sgd")
+SCHEDULERS = {"cosine_annealing": CosineAnnealingLR, "linear": LinearLR}
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens", "beta")
+"""Options of `gen_kwargs` that are fields of `SamplingParams`."""
+
+WITHOUT_EFFECT = ("pad_token_id", "use_cache", "synced_gpus", "return_dict_in_generate", "output_scores")
+"""Options of `gen_kwargs` that say how `generate` works, and not what it samples."""
+
+
+def optimizer_class(section: OptimizerConfig) -> tuple[type, dict[str, Any]]:
+    """The class of an optimizer and its arguments but for `weight_decay`. Raises ConfigError for another name."""
+    if section.name not in OPTIMIZERS:
+        raise ConfigError(unknown("optimizer.name", str(section.name), OPTIMIZERS))
+    if "lr" not in section.kwargs:
+        raise ConfigError("optimizer.kwargs.lr is missing: give the learning rate.")
+    kwargs = {name: value for name, value in section.kwargs.items() if name != "weight_decay"}
+    if section.name.endswith("_8bit_bnb"):
+        require("bitsandbytes", to=f"optimizer.name={section.name!r}")
+        import bitsandbytes
+
+        classes = {"adam_8bit_bnb": bitsandbytes.optim.Adam8bit, "adamw_8bit_bnb": bitsandbytes.optim.AdamW8bit}
+        return classes[section.name], kwargs
+    classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return classes[section.name], kwargs
+
+
+def make_scheduler(section: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """The learning rate's course. Raises ConfigError for another name, or arguments that it does not take."""
+    if section.name not in SCHEDULERS:
+        raise ConfigError(unknown("scheduler.name", str(section.name), SCHEDULERS))
+    try:
+        return SCHEDULERS[section.name](optimizer, **section.kwargs)
+    except TypeError as error:
+        raise ConfigError(f"scheduler.kwargs={section.kwargs} of {section.name}: {error}.") from error
+
+
+def adapter_config(given: PeftConfig | Mapping[str, Any] | None) -> PeftConfig | None:
+    """The configuration of an adapter. Raises ConfigError for a dict that is none."""
+    if given is None or isinstance(given, PeftConfig):
+        return given
+    if not isinstance(given, Mapping) or "peft_type" not in given:
+        raise ConfigError(
+            f"model.peft_config={given!r}: give a configuration of peft, or a dict of one with its peft_type."
+        )
+    try:
+        return peft_config_from_dict(dict(given))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.peft_config={given!r} is no configuration of peft: {error}") from error
+
+
+def sampling_params(
+    gen_kwargs: Mapping[str, Any], *, stop: list[str], seed: int | None = None, logit_mask: torch.Tensor | None = None
+) -> SamplingParams:
+    """How to sample, from options of `generate` and `beta`.
+
+    `do_sample=False` takes the best token. Raises ConfigError for an option that neither has.
+    """
+    options = {name: value for name, value in gen_kwargs.items() if name not in WITHOUT_EFFECT}
+    if options.pop("do_sample", True) is False:
+        options["temperature"] = 0.0
+    fields = {name: options.pop(name) for name in SAMPLING if options.get(name) is not None}
+    if "top_k" in fields:
+        fields["top_k"] = int(fields["top_k"])
+    fields |= {"stop": tuple(stop), "seed": seed, "logit_mask": logit_mask}
+    if (eos := options.pop("eos_token_id", None)) is not None:
+        fields |= {"stop_token_ids": eos, "ignore_eos": True}
+    config = GenerationConfig()
+    for name in config.update(**options):
+        raise ConfigError(
+            f"gen_kwargs has no option {name!r}.{suggest(name, [*SAMPLING, 'do_sample', *config.to_dict()])}"
+        )
+    return SamplingParams(**fields, generation_config=config if options else None)
+
+
+def sampling_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of an online trainer has to know of sampling, which `sampling_params` says in full."""
+    greedy = gen_kwargs.get("do_sample", True) is False
+    temperature = 0.0 if greedy else first_value(gen_kwargs.get("temperature", 1.0))
+    return {"max_completion_length": max_new_tokens(gen_kwargs), "temperature": temperature}
+
+
+def first_value(option: Any) -> Any:
+    """The first value of an option that is swept, or its only one."""
+    return option[0] if isinstance(option, list | tuple) else option
+
+
+def max_new_tokens(gen_kwargs: Mapping[str, Any]) -> int:
+    """Tokens of an output at most; of a sweep, those of the longest."""
+    limit = gen_kwargs.get("max_new_tokens")
+    if limit is None:
+        raise ConfigError(
+            "method.gen_kwargs.max_new_tokens is missing: give the number of tokens that are sampled at most."
+        )
+    return max(limit) if isinstance(limit, list | tuple) else limit
+
+
+def steps_of_epochs(section: TrainConfig, steps_per_epoch: float) -> int:
+    """Optimizer steps of a run."""
+    return max(1, min(section.total_steps, math.ceil(section.epochs * steps_per_epoch)))
+
+
+def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
+    """What the configuration of every trainer of `trl` is given."""
+    micro = train.minibatch_size or train.batch_size
+    if train.batch_size % micro:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} has to be a multiple of train.minibatch_size={train.minibatch_size}."
+        )
+    return {
+        "output_dir": train.checkpoint_dir,
+        "seed": train.seed,
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_interval,
+        "save_only_model": not train.save_optimizer,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": train.batch_size // micro,
+        "weight_decay": weight_decay,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": tracker(train),
+        "run_name": train.run_name,
+        "disable_tqdm": not logging.is_progress_bar_enabled(),
+    }
+
+
+def tracker(train: TrainConfig) -> str:
+    """Where numbers are sent: "none", with a warning, where wandb was asked for and cannot be reached."""
+    if train.tracker not in (None, "wandb", "tensorboard"):
+        raise ConfigError(unknown("train.tracker", str(train.tracker), ("wandb", "tensorboard", "None")))
+    if train.tracker == "wandb":
+        if not _has_wandb():
+            logger.warning(
+                "train.tracker='wandb', but wandb is not installed, or not logged in: nothing is sent to it."
+            )
+            return "none"
+        names = {"PROJECT": train.project_name, "ENTITY": train.entity_name, "RUN_GROUP": train.group_name}
+        names |= {"TAGS": ",".join(train.tags) or None, "DIR": train.logging_dir}
+        os.environ.update({f"WANDB_{name}": value for name, value in names.items() if value})
+    if train.tracker == "tensorboard":
+        if not is_available("tensorboard"):
+            raise ConfigError(
+                "train.tracker='tensorboard', which is not installed: pip install tensorboard, or set None."
+            )
+        if train.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = train.logging_dir
+    return train.tracker or "none"
+
+
+def _has_wandb() -> bool:
+    if not is_available("wandb"):
+        return False
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        return True
+    try:
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,148 @@
+"""Reward and metric functions of scripts, as `trl` calls them.
+
+    reward_fn(samples=…, prompts=…, outputs=…, tokenizer=…, **columns)      one number per sample, or one list per sample
+    metric_fn(samples=…, prompts=…, outputs=…, **columns)                   {name: one number per sample}
+
+An output ends before the first stop sequence, without white space at its end; a sample is prompt and output together, with
+the tokenizer's separator between them where an encoder reads the prompt. A list is rewards of the output's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trl.errors import DataError
+from trl.rewards.signature import fitting
+
+SEPARATOR = "<sep>"
+"""Between prompt and output of an encoder-decoder whose tokenizer has no token for it."""
+
+
+def cut_at(text: str, stop_sequences: Sequence[str]) -> str:
+    """The text before the first of the stop sequences in it, without white space at its end; as it is without one."""
+    places = [place for stop in stop_sequences if (place := text.find(stop)) >= 0]
+    return text[: min(places)].rstrip() if places else text
+
+
+@dataclass
+class Texts:
+    """Turns what `trl` gives into the arguments of a script's functions."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_sequences: Sequence[str] = ()
+    separator: str = ""
+
+    def arguments(self, prompts: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+        """`samples`, `prompts` and `outputs`."""
+        texts = self.tokenizer.batch_decode(list(completion_ids), skip_special_tokens=True)
+        outputs = [cut_at(text, self.stop_sequences) for text in texts]
+        samples = [prompt + self.separator + output for prompt, output in zip(prompts, outputs, strict=True)]
+        return {"samples": samples, "prompts": list(prompts), "outputs": outputs}
+
+
+@dataclass
+class ScriptReward:
+    """A `reward_fn` as a reward function of `trl`.
+
+    chunk_size   samples of one call of the function
+    with_extras  whether it is given the tokenizer and the prompts' other columns
+    folder       where rollouts are written to
+    clip         rewards are cut to ± this
+    """
+
+    reward_fn: Callable
+    texts: Texts
+    chunk_size: int | None = None
+    with_extras: bool = True
+    folder: Path | None = None
+    clip: float | None = None
+    dense: list[list[float]] | None = field(default=None, init=False)
+    """Rewards of the tokens of the last samples, where the function gave them."""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
+    calls: int = field(default=0, init=False)
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.reward_fn, "__name__", "reward_fn")
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
+    ) -> list[float]:
+        arguments = {**self.texts.arguments(prompts, completion_ids), **_of_prompts(columns, len(prompts))}
+        size = self.chunk_size or len(prompts)
+        found: list[Any] = []
+        for start in range(0, len(prompts), max(size, 1)):
+            found += self._call({name: values[start : start + size] for name, values in arguments.items()})
+        self.dense = None
+        if found and _is_list(found[0]) and len(found) == len(prompts):
+            self.dense = [
+                fitted(_numbers(values, i, self.clip), len(ids))
+                for i, (values, ids) in enumerate(zip(found, completion_ids, strict=True))
+            ]
+            found = [sum(values) for values in self.dense]
+        elif self.clip is not None:
+            found = [max(-self.clip, min(self.clip, float(value))) for value in found]
+        self._write(arguments, found)
+        return found
+
+    def _call(self, arguments: Mapping[str, list[Any]]) -> list[Any]:
+        texts = {name: arguments[name] for name in ("samples", "prompts", "outputs")}
+        given = {**arguments, "tokenizer": self.texts.tokenizer} if self.with_extras else texts
+        found = self.reward_fn(**fitting(self.reward_fn, given))
+        return found.tolist() if isinstance(found, Tensor) else list(found)
+
+    def _write(self, arguments: Mapping[str, list[Any]], scores: Sequence[float]) -> None:
+        if self.folder is None:
+            return
+        folder = self.folder / self.run
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = zip(arguments["prompts"], arguments["outputs"], map(float, scores), strict=True)
+        text = json.dumps([{"prompt": p, "response": o, "score": s} for p, o, s in rows], indent=1, ensure_ascii=False)
+        (folder / f"epoch_{self.calls}.json").write_text(text, encoding="utf-8")
+        self.calls += 1
+
+
+def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[str, Sequence[float]]]:
+    """A `metric_fn` as one of `trl`."""
+
+    def measure(
+        prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
+    ) -> Mapping[str, Sequence[float]]:
+        arguments = {**texts.arguments(prompts, completion_ids), **_of_prompts(columns, len(prompts))}
+        return {f"metrics/{name}": values for name, values in metric_fn(**fitting(metric_fn, arguments)).items()}
+
+    return measure
+
+
+def _of_prompts(columns: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
+    """The columns of the prompts: what `trl` hands to every call beside them is none."""
+    return {name: values for name, values in columns.items() if isinstance(values, list) and len(values) == count}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() > 0)
+
+
+def _numbers(values: Any, i: int, clip: float | None) -> list[float]:
+    if not _is_list(values):
+        raise DataError(
+            f"reward_fn gave a list for the first sample and {values!r:.40} for sample {i}: give lists for all."
+        )
+    numbers = torch.as_tensor(values, dtype=torch.float32)
+    return (numbers if clip is None else numbers.clamp(-clip, clip)).tolist()
+
+
+def fitted(values: Sequence[float], count: int) -> list[float]:
+    """Rewards of `count` tokens: zero where there are fewer; those that are more go to the last, so that their sum stays."""
+    if len(values) <= count:
+        return [*values, *[0.0] * (count - len(values))]
+    return [*values[: count - 1], sum(values[count - 1 :])]

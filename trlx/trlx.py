@@ -1,0 +1,117 @@
+"""`train`: online, offline, or imitation, by what it is given."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trl.errors import ConfigError, DataError
+from trlx.data.configs import TRLConfig
+from trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
+from trlx.trainer.options import max_new_tokens
+from trlx.utils import set_seed
+from trlx.utils.loading import get_trainer
+
+
+def train(
+    model_path: Any = None,
+    reward_fn: Callable | None = None,
+    dataset: tuple[Sequence[Any], Sequence[Any]] | None = None,
+    samples: Sequence[Any] | None = None,
+    rewards: Sequence[Any] | None = None,
+    prompts: Sequence[Any] | None = None,
+    eval_prompts: Sequence[Any] | None = None,
+    metric_fn: Callable[..., Mapping[str, Sequence[float]]] | None = None,
+    config: TRLConfig | None = None,
+    stop_sequences: Sequence[str] | None = None,
+) -> Any:
+    """Train a language model, and give its trainer.
+
+    Online, with `reward_fn`: sample from `prompts`, and learn from rewards (PPO, RFT). Offline, with `samples` and
+    `rewards`: ILQL. With `samples` alone: fine-tuning.
+
+    model_path       name or folder of a model, or a `PretrainedConfig`; in place of the configuration's
+    reward_fn        (samples, prompts, outputs, tokenizer, **columns) -> one number per sample, or one list per sample of
+                     rewards of the output's tokens
+    samples          texts, or lists of prompts and outputs in turn
+    rewards          one number per sample, or one list per sample with a number for each token of its outputs
+    prompts          texts, or dicts with `prompt` and further columns; by default the token that begins a text
+    eval_prompts     what to sample from in evaluation; by default the first of the prompts
+    metric_fn        (samples, prompts, outputs, **columns) -> {name: one number per sample}, in evaluation
+    config           by default that of the mode, as in `trlx.data.default_configs`
+    stop_sequences   texts at which outputs end
+
+    Raises ConfigError and DataError, which are ValueErrors, for arguments that do not go together.
+    """
+    if dataset is not None:
+        warnings.warn(
+            "dataset=(samples, rewards) is deprecated: give samples and rewards.", FutureWarning, stacklevel=2
+        )
+        samples, rewards = dataset
+    _check(reward_fn, samples, rewards, prompts)
+    config = _config(config, reward_fn, rewards)
+    if model_path is not None:
+        config = config.evolve(model={"model_path": model_path})
+    set_seed(config.train.seed)
+    trainer = get_trainer(config.train.trainer)(
+        config=config,
+        reward_fn=reward_fn,
+        metric_fn=metric_fn,
+        stop_sequences=stop_sequences,
+        **config.train.trainer_kwargs,
+    )
+    _add_data(trainer, samples, rewards, prompts, eval_prompts)
+    trainer.learn()
+    return trainer
+
+
+def _check(reward_fn: Any, samples: Any, rewards: Any, prompts: Any) -> None:
+    if reward_fn is not None and rewards is not None:
+        raise ConfigError(
+            "reward_fn and rewards are both given: reward_fn is for samples to come, rewards are of samples."
+        )
+    if rewards is not None and samples is None:
+        raise ConfigError("rewards are given without samples: give the samples that they are of.")
+    if reward_fn is not None and samples is not None:
+        raise ConfigError("reward_fn and samples are both given: reward_fn rewards samples to come, from prompts.")
+    if reward_fn is None and samples is None:
+        raise ConfigError("Neither reward_fn nor samples is given: one of them says what is learned.")
+    if rewards is not None and len(samples) != len(rewards):
+        raise DataError(
+            f"{len(samples)} samples and {len(rewards)} rewards were given: give one reward for each sample."
+        )
+    if prompts is not None and not len(prompts):
+        raise DataError("prompts is empty: give at least one, or leave it out.")
+
+
+def _config(config: TRLConfig | None, reward_fn: Any, rewards: Any) -> TRLConfig:
+    if config is not None:
+        return config
+    defaults = (
+        default_ppo_config if reward_fn is not None else default_sft_config if rewards is None else default_ilql_config
+    )
+    warnings.warn(f"config is not given: that of {defaults.__name__}() is taken.", stacklevel=3)
+    return defaults()
+
+
+def _add_data(trainer: Any, samples: Any, rewards: Any, prompts: Any, eval_prompts: Any) -> None:
+    """Give the trainer what it samples from, or learns from."""
+    config = trainer.config
+    room = config.train.seq_length - max_new_tokens(config.method.gen_kwargs)
+    if room < 1:
+        raise ConfigError(
+            f"train.seq_length={config.train.seq_length} leaves no token for a prompt, as method.gen_kwargs.max_new_tokens="
+            f"{max_new_tokens(config.method.gen_kwargs)} are sampled after it: raise the first, or lower the second."
+        )
+    tokenizer = trainer.tokenizer
+    batch = config.train.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    beginnings = [tokenizer.bos_token or tokenizer.eos_token] * batch
+    if samples is None:
+        prompts = beginnings if prompts is None else prompts
+        trainer.add_prompts(prompts, room)
+        beginnings = list(prompts)[:batch]
+    else:
+        trainer.add_samples(samples, rewards)
+    trainer.add_eval_prompts(beginnings if eval_prompts is None else eval_prompts, room)
