@@ -45,11 +45,10 @@ def tokenize_dialogue(
     if turns[-1][-1:] != [tokenizer.eos_token_id]:
         turns[-1] = [*turns[-1], tokenizer.eos_token_id]
     messages = [DialogMessage(i % 2 == 1, tuple(ids)) for i, ids in enumerate(turns)]
-    kept = [m for m in _cut(messages, max_length, tokenizer.truncation_side) if m.tokens]
+    kept = _cut(messages, max_length, tokenizer.truncation_side)
     if kept and kept[0].is_output:
-        room = max_length - 1 if sum(len(m.tokens) for m in kept) == max_length else max_length
-        kept = [DialogMessage(False, (start,)), *_cut(kept, room, tokenizer.truncation_side)]
-    return kept
+        kept = _cut(kept, max_length - 1, tokenizer.truncation_side)
+    return [DialogMessage(False, (start,)), *kept] if kept and kept[0].is_output else kept
 
 
 def _check(dialogue: Any) -> None:
@@ -66,7 +65,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cut(messages: Sequence[DialogMessage], limit: int, side: str) -> list[DialogMessage]:
-    """The messages less what is above `limit` tokens, at their beginning ("left") or end."""
+    """The messages that are left without what is above `limit` tokens, at their beginning ("left") or end."""
     ordered = messages[::-1] if side == "left" else messages
     kept = []
     for message in ordered:
@@ -74,7 +73,7 @@ def _cut(messages: Sequence[DialogMessage], limit: int, side: str) -> list[Dialo
         tokens = message.tokens[len(message.tokens) - length :] if side == "left" else message.tokens[:length]
         kept.append(replace(message, tokens=tokens))
         limit -= length
-    return kept[::-1] if side == "left" else kept
+    return [m for m in (kept[::-1] if side == "left" else kept) if m.tokens]
 
 
 def dialogue_row(messages: Sequence[DialogMessage], *, encoder_decoder: bool = False) -> dict[str, list[int]]:

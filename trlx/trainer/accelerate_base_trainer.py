@@ -134,7 +134,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     def script_reward(self, **options: Any) -> ScriptReward:
         """The script's reward function, as `trl` calls it."""
-        return ScriptReward(self.reward_fn, self.texts, **options)
+        return ScriptReward(self.reward_fn, self.texts, with_extras=self.with_extras, **options)
 
     def freeze(self) -> None:
         """Freeze what the configuration leaves frozen; an adapter freezes what is below it by itself."""
@@ -161,7 +161,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
         judged = SampledEvaluation(
             self.eval_rows,
             self.eval_params(),
-            [] if self.reward_fn is None else [Reward("reward_fn", self.script_reward(with_extras=self.with_extras))],
+            [] if self.reward_fn is None else [Reward("reward_fn", self.script_reward())],
             None if self.metric_fn is None else script_metrics(self.metric_fn, self.texts),
         )
         return judged(

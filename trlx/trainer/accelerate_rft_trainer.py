@@ -82,7 +82,7 @@ class AccelerateRFTTrainer(AccelerateRLTrainer):
         self.freeze()
         return _RFTTrainer(
             self.given_model,
-            self.script_reward(with_extras=False, folder=self.rollout_folder),
+            self.script_reward(folder=self.rollout_folder),
             args,
             self.rows,
             params=self.train_params(),

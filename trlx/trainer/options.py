@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import netrc
 import os
@@ -37,15 +38,24 @@ def optimizer_class(section: OptimizerConfig) -> tuple[type, dict[str, Any]]:
         raise ConfigError(unknown("optimizer.name", str(section.name), OPTIMIZERS))
     if "lr" not in section.kwargs:
         raise ConfigError("optimizer.kwargs.lr is missing: give the learning rate.")
+    cls = _optimizer_class(section)
     kwargs = {name: value for name, value in section.kwargs.items() if name != "weight_decay"}
+    taken = inspect.signature(cls).parameters
+    for name in kwargs:
+        if name not in taken:
+            raise ConfigError(f"optimizer.kwargs.{name} is no argument of {section.name}.{suggest(name, taken)}")
+    return cls, kwargs
+
+
+def _optimizer_class(section: OptimizerConfig) -> type:
     if section.name.endswith("_8bit_bnb"):
         require("bitsandbytes", to=f"optimizer.name={section.name!r}")
         import bitsandbytes
 
         classes = {"adam_8bit_bnb": bitsandbytes.optim.Adam8bit, "adamw_8bit_bnb": bitsandbytes.optim.AdamW8bit}
-        return classes[section.name], kwargs
+        return classes[section.name]
     classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    return classes[section.name], kwargs
+    return classes[section.name]
 
 
 def make_scheduler(section: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -140,7 +150,7 @@ def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
         "gradient_accumulation_steps": train.batch_size // micro,
         "weight_decay": weight_decay,
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
+        "logging_steps": min(10, train.eval_interval),
         "report_to": tracker(train),
         "run_name": train.run_name,
         "disable_tqdm": not logging.is_progress_bar_enabled(),

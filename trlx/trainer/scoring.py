@@ -70,9 +70,7 @@ class ScriptReward:
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
     calls: int = field(default=0, init=False)
 
-    @property
-    def __name__(self) -> str:
-        return getattr(self.reward_fn, "__name__", "reward_fn")
+    __name__ = "reward_fn"
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
