@@ -56,6 +56,16 @@ def test_other_penalties_by_hand(penalty, kl):
     torch.testing.assert_close(found, torch.tensor(kl))
 
 
+def test_rewards_of_tokens_stand_in_place_of_the_score():
+    """β = 0.5, log-ratios as above; a token outside the mask has no reward."""
+    dense = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    algorithm = PPO(controller=FixedKL(0.5))
+    found = algorithm.with_token_rewards(algorithm.with_scores(experience(dense_rewards=dense))).signals[
+        "token_rewards"
+    ]
+    torch.testing.assert_close(found, torch.tensor([[0.9, 2.5, 3.0], [4.25, 4.9, 0.0]]))
+
+
 def test_the_score_lies_on_the_last_token_that_counts():
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     found = token_rewards(torch.tensor([3.0, 5.0]), torch.ones(2, 4), mask, coefficient=0.1)

@@ -13,8 +13,10 @@ from tests.conftest import MODELS, make_tokenizer
 from trl.errors import ConfigError, DataError
 from trl.models.value_heads.ilql import AutoModelForCausalLMWithILQLHeads
 from trl.rewards.call import RewardError
+from trl.types import Experience
 from trlx.data.configs import TRLConfig
 from trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
+from trlx.trainer.accelerate_ppo_trainer import ScaledPPO
 from trlx.trainer.accelerate_rft_trainer import RFTConfig
 
 
@@ -167,13 +169,19 @@ def test_rewards_of_tokens(config_of):
 
 @pytest.mark.parametrize("scale", ["running", "ref"])
 def test_scores_are_scaled(config_of, scale):
-    trainer = trlx.train(
-        reward_fn=longer, prompts=PROMPTS, config=config_of(default_ppo_config, {"method.scale_reward": scale})
-    )
-    assert trainer.trainer.moments.count == 8
-    scores = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(trainer.trainer._shape(scores), scores / trainer.trainer.moments.std, check_dtype=False)
-    assert trainer.trainer.moments.count == (10 if scale == "running" else 8)
+    """By the standard deviation of all 16 scores of two rollouts, or of the 8 of the first."""
+    changes = {"method.scale_reward": scale, "train.total_steps": 4}
+    trainer = trlx.train(reward_fn=longer, prompts=PROMPTS, config=config_of(default_ppo_config, changes))
+    algorithm = trainer.trainer.algorithm
+    assert algorithm.moments.count == (16 if scale == "running" else 8)
+
+
+def test_a_standard_deviation_that_is_given():
+    algorithm = ScaledPPO(scaling="ref", ref_std=4.0)
+    experience = Experience(torch.tensor([2.0, 6.0]), torch.arange(2), torch.ones(2, 1))
+    assert algorithm.with_scores(experience).signals["scores"].tolist() == [0.5, 1.5]
+    dense = experience.with_signals(dense_rewards=torch.tensor([[2.0], [6.0]]))
+    assert algorithm.with_scores(dense).signals["dense_rewards"].tolist() == [[0.5], [1.5]]
 
 
 @pytest.mark.parametrize(

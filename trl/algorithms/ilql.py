@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trl.errors import ConfigError, DataError
 from trl.ops.shapes import shapes
-from trl.types import Batch, Metrics, Scores
+from trl.types import Learnable, Metrics, Scores
 
 
 def place_rewards(reward: Tensor, mask: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class ILQL(ILQLOptions):
         """How many Q there are."""
         return 2 if self.two_qs else 1
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]` of every action, to be averaged over the mask, and metrics `[N,C]`."""
         assert scores.value is not None, "score the batch with the heads of a model that has them"
         if "reward" not in batch.signals:

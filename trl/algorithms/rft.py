@@ -12,8 +12,9 @@ take few values, and never all samples of those that are all good.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from trl.algorithms import sft
 from trl.errors import ConfigError
 from trl.ops.shapes import shapes
-from trl.types import Algorithm, Batch, Experience, Metrics, Scores
+from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 MARGIN = 1e-3
 """ε: how far the bars of prompts stay from the lowest and the highest of them."""
@@ -109,6 +110,16 @@ class RFT(RFTOptions, Algorithm):
         found = reached(experience.rewards, experience.group, self.percentile(self.step))
         return experience.with_signals(reached=found.to(experience.mask.dtype))
 
-    def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
+    def after_round(self, experience: Experience) -> RFT:
+        """The algorithm of the next improvement step."""
+        return replace(self, step=self.step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+
+    def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """−log π `[N,C]` of what is kept, and metrics."""
         return sft.nll(scores), sft.metrics(scores, batch)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,7 +22,14 @@ from trl.algorithms.rft import RFT, RFTOptions, first_of_each
 from trl.errors import ConfigError
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
-from trl.rollouts.experience import Group, minibatches_from, split_into_minibatches, state_of, without_signals
+from trl.rollouts.experience import (
+    Group,
+    experience_of,
+    minibatches_from,
+    split_into_minibatches,
+    state_of,
+    without_signals,
+)
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Example, Experience, Metrics
@@ -117,28 +124,29 @@ class RFTTrainer(OnlineTrainer):
 
     def roll_out(self) -> list[Minibatch]:
         """The kept completions of this step, in minibatches; sampled anew where the bar has reached its end."""
-        if self.algorithm.step % self.args.n_improve_steps == 0:
-            self.drawn = self._draw()
-        experience = self._with_advantages(self.drawn.experience)
+        step, groups = self.algorithm.step, []
+        if step % self.args.n_improve_steps == 0:
+            groups = self._draw()
+        experience = self.with_advantages(self.drawn.experience, "train")
+        if groups:
+            self._log_rollouts(groups, experience, "train")
         keep = self._selected(self.drawn, experience)
         self._count("kept_share", sum(keep), len(keep))
-        self._count("percentile", self.algorithm.percentile(self.algorithm.step))
+        self._count("percentile", self.algorithm.percentile(step))
         if not any(keep):
-            logger.warning(
-                f"Nothing reaches the bar of improvement step {self.algorithm.step + 1}: nothing is learned in it."
-            )
-        self.algorithm = replace(self.algorithm, step=self.algorithm.step + 1)
-        return split_into_minibatches(
-            self.drawn.examples, keep, self.args.minibatches_per_rollout_batch, self.token_budget()
-        )
+            logger.warning(f"Nothing reaches the bar of improvement step {step + 1}: nothing is learned in it.")
+        count = self.args.minibatches_per_rollout_batch
+        return split_into_minibatches(self.drawn.examples, keep, count, self.micro_batch_budget())
 
-    def _draw(self) -> Drawn:
+    def _draw(self) -> list[Group]:
+        """Sample and reward, and remember what was drawn."""
         self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sample_rollout_batch()
-        examples, experience = self.compute_advantages(groups, "train")
-        self._log_rollouts(groups, experience, "train")
-        plain = Experience(experience.rewards, experience.group, experience.mask)
-        return Drawn(_without_any_signals(examples), plain, super().kept(groups, experience))
+        examples = [group.example for group in groups]
+        local = experience_of(examples, self._combined(groups))
+        experience = Experience(local.rewards, local.group, local.mask)
+        self.drawn = Drawn(_without_any_signals(examples), experience, super().kept(groups, experience))
+        return groups
 
     def kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
         examples = [group.example for group in groups]
@@ -160,11 +168,10 @@ class RFTTrainer(OnlineTrainer):
     # ---- checkpoints ----
 
     def _buffer_state(self) -> dict[str, Any]:
-        return {**super()._buffer_state(), "improvement": self.algorithm.step, "drawn": self.drawn.state()}
+        return {**super()._buffer_state(), "drawn": self.drawn.state()}
 
     def _load_buffer(self, state: Mapping[str, Any]) -> None:
         super()._load_buffer(state)
-        self.algorithm = replace(self.algorithm, step=state["improvement"])
         self.drawn = Drawn.from_state(state["drawn"])
 
 

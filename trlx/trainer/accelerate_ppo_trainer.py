@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import Tensor
-
 from trl.algorithms.moments import RunningMoments
+from trl.algorithms.ppo import PPO
 from trl.errors import ConfigError, unknown
 from trl.models.layer_sharing import depth
 from trl.rollouts.experience import Group
 from trl.trainers.ppo.config import PPOConfig as TrlPPOConfig
 from trl.trainers.ppo.trainer import PPOTrainer
+from trl.types import Experience
 from trlx.models.modeling_ppo import PPOConfig
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer, freeze_lower_layers
@@ -29,45 +29,61 @@ ALGORITHM_OPTIONS = ("init_kl_coef", "horizon", "gamma", "lam", "cliprange", "cl
 SCALINGS = ("running", "ref", "ignored", None)
 
 
-class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
-    """`PPOTrainer` with a scheduler and prompts of this interface, its scaling of scores, and rewards of tokens.
+@dataclass(kw_only=True)
+class ScaledPPO(PPO):
+    """PPO whose scores, which were clipped before, are divided by a standard deviation; rewards of tokens with them."""
 
-    scaling   "running", "ref" or None: by what standard deviation scores are divided
+    scaling: str | None = None
+    """"running": that of all scores so far. "ref": `ref_std`, or that of the first rollouts. None: they stay."""
+
+    ref_std: float | None = None
+    """Standard deviation for "ref"."""
+
+    def _moments_with(self, experience: Experience) -> RunningMoments:
+        fixed = self.scaling == "ref" and (self.ref_std is not None or self.moments.count > 0)
+        if self.scaling is None or fixed:
+            return self.moments
+        return self.moments.updated(experience.rewards.nan_to_num(0.0))
+
+    def with_scores(self, experience: Experience) -> Experience:
+        """The experience with `scores` `[N]`, and `dense_rewards` `[N,C]` where there are any, as they are learned from."""
+        std = 1.0 if self.scaling is None else self.ref_std or self._moments_with(experience).std
+        scores = {"scores": experience.rewards.nan_to_num(0.0) / std}
+        if "dense_rewards" in experience.signals:
+            scores["dense_rewards"] = experience.signals["dense_rewards"] / std
+        return experience.with_signals(**scores)
+
+
+class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
+    """`PPOTrainer` with a scheduler and prompts of this interface, and with rewards of tokens.
+
     script    the reward function, which knows the rewards of tokens that it was given
     """
 
-    def __init__(
-        self, *args: Any, scaling: str | None, ref_std: float | None, script: ScriptReward, **kwargs: Any
-    ) -> None:
-        self.scaling, self.ref_std, self.script = scaling, ref_std, script
+    def __init__(self, *args: Any, script: ScriptReward, **kwargs: Any) -> None:
+        self.script = script
         super().__init__(*args, reward_funcs=script, **kwargs)
 
     def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
         groups = super().sample(rows, n, mode)
         if self.script.dense is None:
             return groups
-        if self.scaling is not None:
-            raise ConfigError(
-                f"method.scale_reward={self.scaling!r} is for one reward per sample, and reward_fn gave lists."
-            )
         rewards = iter(self.script.dense)
         return [replace(group, example=_with_rewards(group.example, rewards)) for group in groups]
-
-    def _shape(self, scores: Tensor) -> Tensor:
-        """Scores, which were clipped before, divided by the standard deviation that is asked for."""
-        scores = scores.to(self.current_device)
-        if self.scaling is None:
-            return scores
-        if self.scaling == "ref" and self.ref_std is not None:
-            return scores / self.ref_std
-        if self.scaling == "running" or not self.moments.count:
-            self.moments: RunningMoments = self.moments.updated(self._gather(scores))
-        return self.moments.scaled(scores, centred=False)
 
 
 def _with_rewards(example: Any, rewards: Any) -> Any:
     completions = (replace(c, signals={**c.signals, "dense_rewards": next(rewards)}) for c in example.completions)
     return replace(example, completions=tuple(completions))
+
+
+def scaled(algorithm: PPO, method: PPOConfig) -> ScaledPPO:
+    """The algorithm with the scaling of scores that the method asks for. Raises ConfigError for another."""
+    if method.scale_reward not in SCALINGS:
+        raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
+    options = {each.name: getattr(algorithm, each.name) for each in fields(algorithm)}
+    scaling = None if method.scale_reward == "ignored" else method.scale_reward
+    return ScaledPPO(**options, scaling=scaling, ref_std=method.ref_std if scaling == "ref" else None)
 
 
 @register_trainer
@@ -87,8 +103,6 @@ class AcceleratePPOTrainer(AccelerateRLTrainer):
         train, method, model = self.config.train, self.config.method, self.config.model
         if self.reward_fn is None:
             raise ConfigError("PPOConfig needs a reward_fn.")
-        if method.scale_reward not in SCALINGS:
-            raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
         options = self.common_options()
         updates = math.ceil(method.num_rollouts / train.batch_size)
         accumulated = options.pop("gradient_accumulation_steps")
@@ -116,8 +130,7 @@ class AcceleratePPOTrainer(AccelerateRLTrainer):
             train_dataset=self.rows,
             params=self.train_params(),
             scheduler=self.config.scheduler,
-            scaling=None if method.scale_reward == "ignored" else method.scale_reward,
-            ref_std=method.ref_std,
+            algorithm=scaled(args.make_algorithm(), method),
             script=script,
             peft_config=adapter_config(model.peft_config),
             num_shared_layers=self._shared_layers(),

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -37,7 +36,6 @@ from trl.models.reference import FrozenModel, Reference, SnapshotReference, crea
 from trl.models.score import score, score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.heads import ValueModel
-from trl.models.value_heads.storage import VALUE_MODEL, stored_head, without_copies
 from trl.ops.reduce import masked_mean
 from trl.rewards.adapter import AdapterReward
 from trl.rollouts.engine import RolloutEngine
@@ -67,6 +65,7 @@ from trl.trainers.ppo.triplets import (
     read_triplets,
 )
 from trl.trainers.reference import reference_for
+from trl.trainers.value_head_saving import ValueHeadSaving
 from trl.training.nonfinite import NonFiniteError
 from trl.types import Batch, Example, Experience, Metrics
 
@@ -83,7 +82,7 @@ def no_rewards(**_: Any) -> list[float]:
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
-class PPOTrainer(OnlineTrainer):
+class PPOTrainer(ValueHeadSaving, OnlineTrainer):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
     config             a `PPOConfig`; `args` is the same
@@ -512,36 +511,6 @@ class PPOTrainer(OnlineTrainer):
         self.log({name: value for name, value in logs.items() if isinstance(value, float)})
         log_table(self.accelerator, batch, columns_to_log, rewards, step)
         return logs
-
-    # ---- checkpoints and saving ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, self.model.pretrained_model)
-        if isinstance(self.model.v_head, ValueModel):
-            super()._load_from_checkpoint(str(Path(resume_from_checkpoint) / VALUE_MODEL), self.model.v_head.model)
-        head = stored_head(resume_from_checkpoint, {})
-        assert head is not None, "checkpoints are written by save_pretrained, with the head"
-        self.model.v_head.take(head)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the model with its value head, and the tokenizer."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **kwargs)
-        self.processing_class.save_pretrained(save_directory)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            state = None if state_dict is None else without_copies(unwrap(self.model), state_dict)
-            self.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
-
-    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> Any:
-        """Upload model, value head and tokenizer to `repo_id`; without it, as `transformers.Trainer` does."""
-        if repo_id is None:
-            return super().push_to_hub(**kwargs)
-        self.processing_class.push_to_hub(repo_id, **kwargs)
-        return self.accelerator.unwrap_model(self.model).push_to_hub(repo_id, **kwargs)
 
 
 def _check_arguments(
