@@ -8,17 +8,18 @@ K completions of one prompt, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, runtime_checkable
+from typing import Any, NoReturn, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from trl.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Signal = float | Sequence[float]
-Metrics = dict[str, "Tensor"]
+Metrics = dict[str, Tensor]
 """Named measurements of one batch. `[N,C]`: averaged over the mask. `[N]`: averaged over completions, NaN left out."""
 
 
@@ -39,21 +40,51 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Concatenated:
+    """How an input of several prompts is joined: along `dim`, in the order in which the prompts lie in the grid, once per
+    occurrence of a prompt. Other dimensions are filled up with zeros to the largest."""
+
+    dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """How an input with one value per token is joined: it lies in the grid as the tokens do, `[…,L] -> [B,T]`.
+
+    L is the prompt's length; of a prompt with one completion the values may reach into the completion. `completion` stands
+    at the tokens of completions that are not covered, `padding` elsewhere.
+    """
+
+    completion: int = 0
+    padding: int = 0
+
+
+Join = Concatenated | PerToken
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One prompt and the K ≥ 1 completions that hang from it.
 
-    A text to model (plain or a whole chat) is one completion on an empty prompt. `inputs` holds what else the model
-    reads with the prompt (pixel values, …).
+    A text to model (plain or a whole chat) is one completion on an empty prompt.
+
+    inputs          what else the model reads with the prompt: tensors by the name of the forward's argument (pixel values,
+                    …). How those of several prompts are joined is said by the layout's `joins`.
+    positions       `[L]`, or `[3,L]` (time, height, width), of the first L tokens of the prompt, or with one completion of
+                    prompt and completion, where they are not 0, 1, 2, …
+    next_position   the position after those; the tokens that follow count on from it. None: L
     """
 
     prompt: Sequence[int]
     completions: tuple[Completion, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    positions: Any = None
+    next_position: int | None = None
 
     @property
     def key(self) -> Hashable:
-        """Equal for examples whose prompts are the same to the model."""
-        return tuple(self.prompt)
+        """Identity of the prompt: equal where token ids and all other inputs are."""
+        return prompt_key(self.prompt, self.inputs)
 
     @property
     def tokens(self) -> int:
@@ -64,6 +95,36 @@ class Example:
     def length(self) -> int:
         """Tokens of the longest prompt-and-completion."""
         return len(self.prompt) + max(map(len, self.completions))
+
+
+def prompt_key(ids: Sequence[int], inputs: Mapping[str, Any]) -> Hashable:
+    """What two prompts have in common that the model cannot tell apart: token ids, and a digest of the other inputs."""
+    if not inputs:
+        return tuple(ids)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(inputs):
+        value = inputs[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return tuple(ids), digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which sequence and which of its branches a position of the grid belongs to, `[B,T]` each. Attention is built from it.
+
+    sequence   number of the example; −1 is padding
+    branch     0 is the shared prompt, 1 … K are the completions
+    offset     number of tokens that come before in the same prompt and branch
+    """
+
+    sequence: Tensor
+    branch: Tensor
+    offset: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Segments:
+        """The segments with `function` applied to every tensor."""
+        return Segments(function(self.sequence), function(self.branch), function(self.offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +141,7 @@ class Batch:
     example     [N] which example a completion hangs from
     signals     `[N]` or `[N,C]` float tensors
     weight      [N,C] or None: weights that sum to 1 over the accumulation window and all processes
-    tree        (tree [B,T], branch [B,T]) or None: which example and which of its branches a position belongs to
-                (branch 0 is the shared prompt; tree −1 is padding). Attention is built from it.
+    segments    which sequence and branch a position belongs to, where attention is to be built from it; or None
     tokens      tokens that are neither padding nor repeated, on the host
     """
 
@@ -95,7 +155,7 @@ class Batch:
     example: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
-    tree: tuple[Tensor, Tensor] | None = None
+    segments: Segments | None = None
     tokens: int = 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -105,7 +165,7 @@ class Batch:
             inputs={k: function(v) for k, v in self.inputs.items()},
             signals={k: function(v) for k, v in self.signals.items()},
             weight=None if self.weight is None else function(self.weight),
-            tree=None if self.tree is None else (function(self.tree[0]), function(self.tree[1])),
+            segments=None if self.segments is None else self.segments.map(function),
             **{name: function(getattr(self, name)) for name in _INDEX_FIELDS},
         )
 

@@ -24,9 +24,9 @@ def test_shared_by_hand():
     assert batch.last.tolist() == [4, 7, 9]
     assert batch.example.tolist() == [0, 0, 1]
     assert batch.tokens == 10
-    tree, branch = batch.tree
-    assert tree.tolist() == [[0] * 8 + [1] * 2]
-    assert branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 1, 1]]
+    assert batch.segments.sequence.tolist() == [[0] * 8 + [1] * 2]
+    assert batch.segments.offset.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1]]
+    assert batch.segments.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 1, 1]]
 
 
 def test_padded_by_hand():
@@ -39,7 +39,7 @@ def test_padded_by_hand():
     assert batch.inputs["attention_mask"].sum(1).tolist() == [5, 6, 2]
     assert batch.predictor.tolist() == [[2, 3, 0], [8, 9, 10], [0, 12, 0]]
     assert batch.tokens == 13
-    assert batch.tree is None
+    assert batch.segments is None
 
 
 def test_packed_restarts_positions_and_repeats_the_prompt():
@@ -56,7 +56,7 @@ def test_widths_are_rounded_up(layout):
 
 def test_a_branch_sees_the_prompt_and_itself():
     batch = lay_out([PAIR, TEXT], "shared", capacity=11)
-    seen = segment_mask(*batch.tree)[0, 0]
+    seen = segment_mask(batch.segments)[0, 0]
     ones = {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(seen)}
     assert ones[2] == {0, 1, 2}
     assert ones[4] == {0, 1, 2, 3, 4}
@@ -66,8 +66,8 @@ def test_a_branch_sees_the_prompt_and_itself():
 
 def test_eager_mask_is_the_boolean_mask_as_numbers():
     batch = lay_out([PAIR, TEXT], "shared")
-    boolean = SEGMENT_ATTENTION["sdpa"](*batch.tree, torch.float32)
-    additive = SEGMENT_ATTENTION["eager"](*batch.tree, torch.float32)
+    boolean = SEGMENT_ATTENTION["sdpa"](batch.segments, None, torch.float32)
+    additive = SEGMENT_ATTENTION["eager"](batch.segments, None, torch.float32)
     assert torch.equal(additive == 0, boolean)
     assert additive.min() == torch.finfo(torch.float32).min
 

@@ -130,7 +130,7 @@ def _unmasked(batch: Batch) -> Batch:
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if mask is not None and mask.numel() == batch.tokens:
         del inputs["attention_mask"]
-    if batch.tree is None and positions is not None and batch.last.numel() == len(positions):
+    if batch.segments is None and positions is not None and batch.last.numel() == len(positions):
         del inputs["position_ids"]
     return replace(batch, inputs=inputs)
 

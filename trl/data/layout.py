@@ -4,22 +4,25 @@ padded   one row per completion, its prompt repeated
 packed   several sequences in a row, positions restart, none sees another
 shared   each prompt once, its K completions branch off it: every completion sees the prompt and itself
 
-All three give the same log-probabilities and gradients; they differ in work. All three are one construction: *trees*
-(a prompt and the completions that hang from it) are placed in rows. `padded` and `packed` cut every tree into trees
+All three give the same log-probabilities and gradients; they differ in work. All three are one construction: examples
+(a prompt and the completions that hang from it) are placed in rows. `padded` and `packed` cut every example into examples
 with one completion; `padded` gives each a row of its own.
 
-    tree of 2 completions    p0 p1 p2 | a0 a1 | b0 b1 b2      positions  0 1 2 | 3 4 | 3 4 5
+    2 completions            p0 p1 p2 | a0 a1 | b0 b1 b2      positions  0 1 2 | 3 4 | 3 4 5
     predictor of a           p2 a0                            predictor of b   p2 b0 b1
 
 The predictor of a completion's first token is the prompt's last token; a completion without a prompt has none, so its
 first token is not scored. In an encoder-decoder the prompt goes to the encoder, once per example, and the decoder's
 start token predicts the first token.
+
+What the model reads beside tokens (pixels, token types, …) goes with the prompt, as `trl.data.inputs` joins it: once where
+the prompt is shared, repeated where the prompt is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -27,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl.errors import ConfigError, unknown
-from trl.types import Batch, Completion, Example
+from trl.data.inputs import joined
+from trl.errors import ConfigError, DataError, unknown
+from trl.types import Batch, Completion, Example, Join, Segments
 
 PADDING = -1
 
@@ -41,32 +45,51 @@ def lay_out(
     capacity: int | None = None,
     hidden_size: int | None = None,
     multiple_of: int = 1,
+    joins: Mapping[str, Join] | None = None,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
-    `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest tree.
+    `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest example.
     Without it, rows are as wide as is cheapest for a model of `hidden_size`: see `cheapest_rows`. Completions are
-    numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`.
+    numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`. `joins` says how the
+    examples' inputs are joined, by name: see `trl.data.inputs.joined`.
+
+    Positions are `[B,T]`; where an example has three-dimensional ones `[3,B,T]`, and in the packed layout `[4,B,T]`, those
+    of the text first, by which models recognise where a sequence ends.
     """
     if layout not in LAYOUTS:
         raise ConfigError(unknown("layout", layout, LAYOUTS))
-    trees, numbers = LAYOUTS[layout](examples)
-    sizes = [tree.tokens for tree in trees]
+    placed, numbers = LAYOUTS[layout](examples)
+    sizes = [example.tokens for example in placed]
     if layout == "padded":
-        rows = [[i] for i in range(len(trees))]
+        rows = [[i] for i in range(len(placed))]
     else:
         rows = fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
-    grid = _Grid(trees, numbers, rows, pad_token_id, multiple_of)
-    if layout == "packed" and len(rows) == len(trees):
-        # Positions that never restart tell the model that nothing has to be masked: padding comes last, and nobody sees it.
-        grid.positions[:] = np.arange(grid.positions.shape[1])
-    inputs = {"input_ids": grid.ids, "position_ids": grid.positions}
-    tree = None
+    grid = _Grid(placed, numbers, rows, pad_token_id, multiple_of)
+    inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
+    segments = None
     if layout == "padded":
-        inputs["attention_mask"] = (grid.tree != PADDING).astype(np.int64)
+        inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
     elif layout == "shared":
-        tree = (torch.from_numpy(grid.tree), torch.from_numpy(grid.branch))
-    return _batch(examples, {k: torch.from_numpy(v) for k, v in inputs.items()}, grid.before, grid.first, tree, sizes)
+        segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
+    else:
+        inputs["position_ids"] = _packed_positions(grid, alone=len(rows) == len(placed))
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    order = [i for row in rows for i in row]
+    tensors |= joined([placed[i] for i in order], joins or {}, [grid.start[i] for i in order], grid.ids.shape)
+    return _batch(examples, tensors, grid.before, grid.first, segments, sizes)
+
+
+def _packed_positions(grid: _Grid, *, alone: bool) -> np.ndarray:
+    """Positions `[B,T]` or `[4,B,T]` of the packed layout.
+
+    Where every row holds one sequence `alone`, positions that never restart tell the model that nothing has to be masked:
+    padding comes last, and nobody sees it.
+    """
+    text = np.broadcast_to(np.arange(grid.ids.shape[1]), grid.ids.shape).copy() if alone else grid.positions
+    if grid.axes is None:
+        return text
+    return grid.axes if grid.axes.ndim == 2 else np.concatenate([text[None], grid.axes])
 
 
 def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, decoder_start_token_id: int) -> Batch:
@@ -74,7 +97,14 @@ def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, d
 
     The encoder's output is repeated by `Batch.example` inside the forward pass. `position` is that of the
     predictor, since the decoder reads a token one position later, and the last one never.
+
+    Raises DataError for examples with inputs beside their tokens.
     """
+    if any(example.inputs for example in examples):
+        names = sorted({name for example in examples for name in example.inputs})
+        raise DataError(
+            f"An encoder-decoder is given token ids alone, but these rows have inputs {names}: leave them out."
+        )
     prompts = _pad([example.prompt for example in examples], pad_token_id)
     completions = [completion for example in examples for completion in example.completions]
     decoder = _pad([[decoder_start_token_id, *completion.ids[:-1]] for completion in completions], pad_token_id)
@@ -90,16 +120,16 @@ def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, d
 
 
 def _whole(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
-    """The trees as they are, with the numbers of their completions."""
+    """The examples as they are, with the numbers of their completions."""
     ends = list(accumulate(len(example.completions) for example in examples))
     numbers = [list(range(end - len(e.completions), end)) for e, end in zip(examples, ends, strict=True)]
     return list(examples), numbers
 
 
 def _single(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
-    """A tree for every completion, the prompt repeated."""
-    trees = [Example(example.prompt, (completion,)) for example in examples for completion in example.completions]
-    return trees, [[n] for n in range(len(trees))]
+    """An example for every completion, the prompt repeated."""
+    single = [replace(example, completions=(completion,)) for example in examples for completion in example.completions]
+    return single, [[n] for n in range(len(single))]
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Example]], tuple[list[Example], list[list[int]]]]] = {
@@ -154,51 +184,73 @@ def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None) -> list[
 
 
 class _Grid:
-    """Token ids, positions, trees and branches `[B,T]`, and where each completion begins.
+    """Token ids, positions in the text, sequences and branches `[B,T]`, and where everything begins.
 
-    `before[n]` is the flat index of the token before completion n, −1 if there is none; `first[n]` that of its first.
+    `start[i]` is the flat index where example i begins; `before[n]` that of the token before completion n, −1 if there is
+    none; `first[n]` that of its first. `axes` are the positions that examples bring along, `[B,T]` or `[3,B,T]`, or None.
     """
 
     def __init__(
         self,
-        trees: list[Example],
+        examples: list[Example],
         numbers: list[list[int]],
         rows: list[list[int]],
         pad_token_id: int,
         multiple_of: int,
     ) -> None:
-        width = max(sum(trees[i].tokens for i in row) for row in rows)
+        width = max(sum(examples[i].tokens for i in row) for row in rows)
         width += -width % multiple_of
         shape = (len(rows), width)
         self.ids = np.full(shape, pad_token_id, dtype=np.int64)
         self.positions = np.zeros(shape, dtype=np.int64)
-        self.tree = np.full(shape, PADDING, dtype=np.int32)
+        self.sequence = np.full(shape, PADDING, dtype=np.int32)
         self.branch = np.zeros(shape, dtype=np.int32)
+        self.start = [0] * len(examples)
         completions = sum(map(len, numbers))
         self.before = np.full(completions, -1)
         self.first = np.zeros(completions, dtype=np.int64)
         for r, row in enumerate(rows):
-            start = 0
+            at = 0
             for i in row:
-                self._place(r, start, i, trees[i], numbers[i])
-                start += trees[i].tokens
+                self.start[i] = r * width + at
+                self._place(r, at, i, examples[i], numbers[i])
+                at += examples[i].tokens
+        self.axes = self._axes(examples)
 
-    def _place(self, row: int, start: int, tree: int, example: Example, numbers: list[int]) -> None:
-        trunk = len(example.prompt)
+    def _place(self, row: int, start: int, number: int, example: Example, numbers: list[int]) -> None:
+        prompt = len(example.prompt)
         origin = row * self.ids.shape[1]
-        self.ids[row, start : start + trunk] = example.prompt
-        self.positions[row, start : start + trunk] = np.arange(trunk)
-        self.tree[row, start : start + example.tokens] = tree
-        at = start + trunk
+        self.ids[row, start : start + prompt] = example.prompt
+        self.positions[row, start : start + prompt] = np.arange(prompt)
+        self.sequence[row, start : start + example.tokens] = number
+        at = start + prompt
         for branch, (n, completion) in enumerate(zip(numbers, example.completions, strict=True), start=1):
             end = at + len(completion)
             self.ids[row, at:end] = completion.ids
-            self.positions[row, at:end] = np.arange(trunk, trunk + len(completion))
+            self.positions[row, at:end] = np.arange(prompt, prompt + len(completion))
             self.branch[row, at:end] = branch
             self.first[n] = origin + at
-            if trunk:
-                self.before[n] = origin + start + trunk - 1
+            if prompt:
+                self.before[n] = origin + start + prompt - 1
             at = end
+
+    def _axes(self, examples: list[Example]) -> np.ndarray | None:
+        """The grid's positions where examples have their own: those, and what counts on from them."""
+        own = {i: np.asarray(e.positions) for i, e in enumerate(examples) if e.positions is not None}
+        if not own:
+            return None
+        axes = self.positions.copy()
+        if any(positions.ndim == 2 for positions in own.values()):
+            axes = np.repeat(axes[None], 3, axis=0)
+        flat = axes.reshape(*axes.shape[:-2], -1)
+        for i, positions in own.items():
+            start, end = self.start[i], self.start[i] + examples[i].tokens
+            covered = min(positions.shape[-1], examples[i].tokens)
+            following = examples[i].next_position
+            following = positions.shape[-1] if following is None else following
+            flat[..., start:end] += following - positions.shape[-1]
+            flat[..., start : start + covered] = positions[..., :covered]
+        return axes
 
 
 def _batch(
@@ -206,7 +258,7 @@ def _batch(
     inputs: dict[str, Tensor],
     before: np.ndarray,
     first: np.ndarray,
-    tree: tuple[Tensor, Tensor] | None,
+    segments: Segments | None,
     sizes: list[int],
 ) -> Batch:
     completions = [completion for example in examples for completion in example.completions]
@@ -230,7 +282,7 @@ def _batch(
         last=torch.from_numpy(last),
         example=torch.from_numpy(owner),
         signals=_signals(completions, len(step)),
-        tree=tree,
+        segments=segments,
         tokens=sum(sizes),
     )
 

@@ -1,13 +1,14 @@
 """Which layout a model can be run in: the fastest one that gives the same numbers.
 
 A layout is tried on a few tokens before it is trusted: its log-probabilities (of a classifier, its rewards) must equal
-those of the padded layout. Windows of attention are longer than such a trial, so they are read from the configuration.
+those of the padded layout. Windows of attention are longer than such a trial, so they are made shorter for it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
-from trl.models.attention import SEGMENT_ATTENTION
+from trl.models.attention import SEGMENT_ATTENTION, other_layers
 from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
@@ -32,6 +33,9 @@ TRIAL = (
     Example([5, 3, 8], (Completion([4, 9]), Completion([7, 2, 6, 3]))),
     Example([], (Completion([3, 9, 4, 5, 8]),)),
 )
+
+TRIAL_WINDOW = 3
+"""Tokens that a layer with a window sees in a trial."""
 
 
 def _logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -76,27 +80,33 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
         implementation = model.config._attn_implementation
         if implementation not in SEGMENT_ATTENTION:
             return f"attention implementation {implementation!r} takes no mask of its own"
-        if kinds := _windowed(model):
-            return f"it has {kinds} layers"
+        if kinds := other_layers(model.config):
+            return f"it has {', '.join(kinds)} layers"
     return _trial(model, layout, measure)
 
 
-def _windowed(model: PreTrainedModel) -> str:
-    """Kinds of layers that do not attend to everything before them, as the configuration names them."""
-    config = model.config.get_text_config().to_dict()
-    kinds = set(config.get("layer_types") or config.get("attention_layers") or []) - {"full_attention", "global"}
-    if "layer_types" not in config and config.get("sliding_window") and config.get("use_sliding_window", True):
-        kinds = {"sliding_attention"}
-    return ", ".join(sorted(kinds))
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Windows of attention that are shorter than a trial, for the moment."""
+    config = model.config.get_text_config()
+    window = config.to_dict().get("sliding_window")
+    if window is None:
+        yield
+        return
+    config.sliding_window = min(window, TRIAL_WINDOW)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
 
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel, layout: str, measure: Measure) -> str:
     try:
-        with evaluating(model):
+        with evaluating(model), _short_windows(model):
             expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
             found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     worst = (found - expected).abs().max().item()

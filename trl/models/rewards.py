@@ -71,7 +71,7 @@ def _accepting_positions(plain: Callable) -> Callable:
 
 def _of_whole_rows(model: nn.Module, batch: Batch, per_token: bool) -> Tensor:
     """Rewards of an encoder's classifier, which reads a padded row as a whole."""
-    if per_token or batch.tree is not None or len(batch.inputs["input_ids"]) != len(batch.mask):
+    if per_token or batch.segments is not None or len(batch.inputs["input_ids"]) != len(batch.mask):
         raise ModelError(f"{type(unwrap(model)).__name__} reads a row as a whole: it gives one reward per padded row.")
     inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
     return model(**inputs).logits.squeeze(-1).float()

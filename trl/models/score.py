@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from trl.errors import ModelError
 from trl.models.adapters import wrapped_layer
-from trl.models.attention import SEGMENT_ATTENTION
+from trl.models.attention import layer_masks
 from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, with_self
 from trl.models.sharding import is_whole
@@ -227,10 +227,9 @@ def _encoded(
 
 def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """The attention mask of the shared layout, as the model's attention implementation takes it; else nothing."""
-    if batch.tree is None:
+    if batch.segments is None:
         return {}
-    implementation = model.config._attn_implementation
-    return {"attention_mask": SEGMENT_ATTENTION[implementation](*batch.tree, model.dtype)}
+    return {"attention_mask": layer_masks(model.config, batch.segments, model.dtype)}
 
 
 def _scatter(values: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,97 @@
+"""What a model reads with a prompt beside its tokens, joined for a whole grid.
+
+    pixel_values   of two prompts  [1,3,H,W], [2,3,H,W]   ─Concatenated()─▶  [3,3,H,W]
+    token_type_ids of two prompts  [P₁], [P₂]             ─PerToken()─────▶  [B,T]
+
+Models that read images fill the places of image tokens in the order of the flattened grid, so inputs are concatenated in
+the order in which prompts are placed, once per occurrence of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.errors import DataError
+from trl.types import Concatenated, Example, Join, PerToken
+
+BY_DEFAULT = Concatenated()
+"""How inputs are joined that no `joins` name."""
+
+
+def joined(
+    examples: Sequence[Example], joins: Mapping[str, Join], starts: Sequence[int], shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The inputs of all examples, by name; `starts` are the flat indices in a grid `[B,T]` where the examples begin.
+
+    Raises DataError for per-token values that are not one per token of the prompt.
+    """
+    names = dict.fromkeys(name for example in examples for name in example.inputs)
+    found = {}
+    for name in names:
+        join = joins.get(name, BY_DEFAULT)
+        if isinstance(join, PerToken):
+            found[name] = _per_token(name, join, examples, starts, shape)
+        else:
+            found[name] = concatenated([e.inputs[name] for e in examples if name in e.inputs], join.dim)
+    return found
+
+
+def concatenated(values: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors one after the other along `dim`; in other dimensions zeros fill them up to the largest."""
+    if len({v.shape[:dim] + v.shape[dim + 1 :] for v in values}) == 1:
+        return torch.cat(list(values), dim)
+    largest = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
+    largest[dim] = sum(v.shape[dim] for v in values)
+    whole, at = values[0].new_zeros(largest), 0
+    for value in values:
+        end = at + value.shape[dim]
+        place = [slice(size) for size in value.shape]
+        place[dim] = slice(at, end)
+        whole[tuple(place)] = value
+        at = end
+    return whole
+
+
+def _per_token(
+    name: str, join: PerToken, examples: Sequence[Example], starts: Sequence[int], shape: tuple[int, int]
+) -> Tensor:
+    first = next(e.inputs[name] for e in examples if name in e.inputs)
+    grid = torch.full(shape, join.padding, dtype=first.dtype).flatten()
+    for example, start in zip(examples, starts, strict=True):
+        prompt, end = start + len(example.prompt), start + example.tokens
+        grid[prompt:end] = join.completion
+        if name in example.inputs:
+            values = covering(name, example.inputs[name], example)
+            grid[start : start + len(values)] = values
+    return grid.view(shape)
+
+
+def covering(name: str, values: Tensor, example: Example) -> Tensor:
+    """Per-token values `[L]` of an example, checked: L is P, or at most P + C where it has one completion."""
+    prompt, single = len(example.prompt), len(example.completions) == 1
+    if values.dim() != 1 or len(values) < prompt or (len(values) > prompt and not single):
+        raise DataError(
+            f"The input {name!r} has one value per token: its shape is {tuple(values.shape)}, and the prompt has {prompt} "
+            "tokens. Give a tensor with as many values, and do not let prompts be cut."
+        )
+    return values[: example.tokens]
+
+
+def batched(
+    rows: Sequence[Mapping[str, Any]], joins: Mapping[str, Join], lengths: Sequence[int], *, left: bool
+) -> dict:
+    """The inputs of prompts that lie one in each row, of which the first `lengths` tokens are there, padded to the longest.
+
+    `left`: padding comes first.
+    """
+    width = max(lengths)
+    prompts = [
+        Example(range(n), (), {k: v[:n] if isinstance(joins.get(k), PerToken) else v for k, v in inputs.items()})
+        for n, inputs in zip(lengths, rows, strict=True)
+    ]
+    starts = [row * width + (width - n if left else 0) for row, n in enumerate(lengths)]
+    return joined(prompts, joins, starts, (len(rows), width))
