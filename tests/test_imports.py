@@ -17,6 +17,7 @@ LEVELS = [
     {"errors", "types", "imports", "compat", "option_types"},
     {"ops"},
     {"algorithms"},
+    {"vision"},
     {"data"},
     {"models"},
     {"rollouts", "rewards", "training", "report"},

@@ -390,17 +390,10 @@ def test_beam_search_is_left_to_generate_said_once(make, name):
             torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_inputs_beside_the_tokens_are_left_to_generate(make):
-    """A soft prompt given as further inputs is what VLMs do with pixels; here, token types that GPT-2 embeds."""
-    model, (prompt, *_) = make("llama"), ragged()
-    plain, engine = SamplingParams(max_new_tokens=8, seed=2), LocalEngine(model)
-    with pytest.warns(UserWarning, match="inputs beside their tokens"):
-        ((first,), (second,)) = engine.generate([Prompt(prompt.ids, {"logits_to_keep": 0})] * 2, plain, 1)
-    assert first.ids != second.ids
-    torch.testing.assert_close(
-        torch.tensor(first.logprobs), forward_logprobs(model, prompt, first.ids), atol=1e-4, rtol=0
-    )
-    assert engine.generate([Prompt(prompt.ids, {"logits_to_keep": 0})], plain, 1) == [[first]]
+def test_an_encoder_decoder_is_given_tokens_alone(make):
+    prompt = Prompt([5, 6], {"pixel_values": torch.zeros(1, 3)})
+    with pytest.raises(DataError, match=r"prompts\[1\] has inputs \['pixel_values'\]"):
+        LocalEngine(make("t5")).generate([Prompt([5]), prompt], SamplingParams(max_new_tokens=2), 1)
 
 
 def test_rows_that_leave_are_replaced_by_the_last():

@@ -162,7 +162,7 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     advantages = [0.0] * tokens if trainer.algorithm.needs_values else 0.0
     answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
     prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
-    return [Example(example.prompt, (answer,) * min(group, count)) for example in prompts]
+    return [replace(example, completions=(answer,) * min(group, count)) for example in prompts]
 
 
 def _with_reference(example: Example) -> Example:

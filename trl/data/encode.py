@@ -6,6 +6,7 @@ An encoded row holds
     completion_ids   list[list[int32]]   K completions; chosen before rejected
     completion_mask  list[list[bool]]    the tokens to train on; the column is absent where all are
     step_label, …    list[list[float]]   numbers per token
+    inputs           {name: array}       what else the model reads with the prompt, as it was; where rows have it
     keep_columns     as they were
 
 Where the border between prompt and completion lies in tokens: what a model continues is ids(prompt), so a prompt is
@@ -22,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.encoders import ENCODERS, Columns, Tokenization
@@ -52,7 +55,10 @@ _FORMAT = 2
 _COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
 """Columns that the report is made of; they are taken off afterwards."""
 
-_LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask"})
+INPUTS = "inputs"
+"""Column with what else the model reads with a prompt: a dict of arrays, by the name of the forward's argument."""
+
+_LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask", INPUTS})
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ def encode_dataset(
     settings = settings or EncodeSettings()
     columns = _columns(dataset, name)
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field)
-    encoder = RowEncoder(Tokenization(tokenizer, settings), kind, tuple(columns))
+    has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)
+    encoder = RowEncoder(Tokenization(tokenizer, settings), kind, tuple(columns), has_inputs=has_inputs)
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
     return _encode_table(dataset, encoder, name)
@@ -201,13 +208,17 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
 class RowEncoder:
     """From a batch of rows to a table of encoded ones, row by row; the function that `map` calls."""
 
-    def __init__(self, tokenization: Tokenization, kind: str, columns: Sequence[str]) -> None:
+    def __init__(
+        self, tokenization: Tokenization, kind: str, columns: Sequence[str], *, has_inputs: bool = False
+    ) -> None:
         self.tokenization = tokenization
         self.kind = kind
         self.settings = tokenization.settings
-        wanted = self._needed() | {*self.settings.keep_columns, *self.settings.token_signals}
+        settings = self.settings
+        keep = {*settings.keep_columns, INPUTS} if has_inputs else {*settings.keep_columns}
+        wanted = self._needed() | {*keep, *settings.token_signals}
         self.columns = [name for name in columns if name in wanted]
-        self.kept = [name for name in self.columns if name in self.settings.keep_columns]
+        self.kept = [name for name in self.columns if name in keep]
         self.is_masked = self._is_masked()
         self.is_packed = kind == "tokenized" and "seq_lengths" in columns
 
@@ -362,7 +373,17 @@ def decode(row: Mapping[str, Any]) -> list[Example]:
     completions = tuple(
         Completion(ids[k], masks[k], {name: values[k] for name, values in signals.items()}) for k in range(len(ids))
     )
-    return [Example(row["prompt_ids"], completions)]
+    return [Example(row["prompt_ids"], completions, _inputs(row.get(INPUTS)))]
+
+
+def inputs_of(column: Sequence[Mapping[str, Any]] | None, count: int) -> list[dict[str, Tensor]]:
+    """The column `inputs` of `count` rows as tensors; nothing where rows have none."""
+    return [{}] * count if column is None else [_inputs(values) for values in column]
+
+
+def _inputs(values: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Inputs of a row as tensors, those left out that it has not."""
+    return {name: torch.as_tensor(value) for name, value in (values or {}).items() if value is not None}
 
 
 def _is_signal(name: str, value: Any) -> bool:

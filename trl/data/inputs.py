@@ -25,10 +25,7 @@ BY_DEFAULT = Concatenated()
 def joined(
     examples: Sequence[Example], joins: Mapping[str, Join], starts: Sequence[int], shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """The inputs of all examples, by name; `starts` are the flat indices in a grid `[B,T]` where the examples begin.
-
-    Raises DataError for per-token values that are not one per token of the prompt.
-    """
+    """The inputs of all examples, by name; `starts` are the flat indices in a grid `[B,T]` where the examples begin."""
     names = dict.fromkeys(name for example in examples for name in example.inputs)
     found = {}
     for name in names:
@@ -65,20 +62,23 @@ def _per_token(
         prompt, end = start + len(example.prompt), start + example.tokens
         grid[prompt:end] = join.completion
         if name in example.inputs:
-            values = covering(name, example.inputs[name], example)
+            values = example.inputs[name]
             grid[start : start + len(values)] = values
     return grid.view(shape)
 
 
-def covering(name: str, values: Tensor, example: Example) -> Tensor:
-    """Per-token values `[L]` of an example, checked: L is P, or at most P + C where it has one completion."""
-    prompt, single = len(example.prompt), len(example.completions) == 1
-    if values.dim() != 1 or len(values) < prompt or (len(values) > prompt and not single):
-        raise DataError(
-            f"The input {name!r} has one value per token: its shape is {tuple(values.shape)}, and the prompt has {prompt} "
-            "tokens. Give a tensor with as many values, and do not let prompts be cut."
-        )
-    return values[: example.tokens]
+def check_inputs(examples: Sequence[Example], joins: Mapping[str, Join]) -> None:
+    """Raises DataError for per-token values that are not `[L]`: L is P, or at most P + C where there is one completion."""
+    for example in examples:
+        prompt = len(example.prompt)
+        longest = example.tokens if len(example.completions) == 1 else prompt
+        for name, values in example.inputs.items():
+            fits = not isinstance(joins.get(name), PerToken) or (values.dim() == 1 and prompt <= len(values) <= longest)
+            if not fits:
+                raise DataError(
+                    f"The input {name!r} has one value per token: its shape is {tuple(values.shape)}, and the prompt has "
+                    f"{prompt} tokens. Give a tensor with as many values, and do not let prompts be cut."
+                )
 
 
 def batched(

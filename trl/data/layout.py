@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl.data.inputs import joined
+from trl.data.inputs import check_inputs, joined
 from trl.errors import ConfigError, DataError, unknown
 from trl.types import Batch, Completion, Example, Join, Segments
 
@@ -56,9 +56,12 @@ def lay_out(
 
     Positions are `[B,T]`; where an example has three-dimensional ones `[3,B,T]`, and in the packed layout `[4,B,T]`, those
     of the text first, by which models recognise where a sequence ends.
+
+    Raises ConfigError for a layout that there is not, DataError for per-token inputs that are not one value per token.
     """
     if layout not in LAYOUTS:
         raise ConfigError(unknown("layout", layout, LAYOUTS))
+    check_inputs(examples, joins or {})
     placed, numbers = LAYOUTS[layout](examples)
     sizes = [example.tokens for example in placed]
     if layout == "padded":

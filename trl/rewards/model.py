@@ -9,7 +9,7 @@ read once for all its completions, and padding plays no role.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl.data.encode import EncodeSettings
+from trl.data.encode import INPUTS, EncodeSettings, inputs_of
 from trl.data.encoders import Columns, Tokenization, prompt_completion
 from trl.data.layout import lay_out
 from trl.data.trees import Tree, keep_end
@@ -27,7 +27,8 @@ from trl.models.load import load_model
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.rewards.signature import check_pairs
-from trl.types import Batch, Completion, Example
+from trl.types import Batch, Completion, Example, prompt_key
+from trl.vision.families import joins_of
 
 TOKENS_PER_BATCH = 16_384
 
@@ -72,11 +73,16 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """Rewards of `completions`, each under the prompt at its place; other columns are not read."""
+        """Rewards of `completions`, each under the prompt at its place.
+
+        Of the columns `inputs` is read: what else the model is given with each prompt, see `trl.types.Example`.
+        """
         check_pairs(prompts, completions)
         rewards = [0.0] * len(prompts)
-        for places, examples in self._batches(self._encode(prompts, completions)):
-            batch = lay_out(examples, self.layout, pad_token_id=self.tokenizer.pad_token_id or 0)
+        inputs = inputs_of(columns.get(INPUTS), len(prompts))
+        for places, examples in self._batches(self._encode(prompts, completions), inputs):
+            pad, joins = self.tokenizer.pad_token_id or 0, joins_of(unwrap(self.model).config)
+            batch = lay_out(examples, self.layout, pad_token_id=pad, joins=joins)
             found = self._score(batch.to(unwrap(self.model).device))
             for place, reward in zip(places, found.tolist(), strict=True):
                 rewards[place] = reward
@@ -100,21 +106,24 @@ class RewardModel:
             trees = prompt_completion(columns, self.tokenization)
         return trees if self.max_length is None else [keep_end(tree, self.max_length) for tree in trees]
 
-    def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[list[int], list[Example]]]:
+    def _batches(
+        self, trees: Sequence[Tree], inputs: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[tuple[list[int], list[Example]]]:
         """Examples for one forward pass each, and the places of their completions; like lengths together."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for place, tree in enumerate(trees):
-            groups.setdefault(tuple(tree.prompt), []).append(place)
+            groups.setdefault(prompt_key(tree.prompt, inputs[place]), []).append(place)
         places: list[int] = []
         examples: list[Example] = []
         room = self.tokens_per_batch
-        for prompt, members in sorted(groups.items(), key=lambda item: -max(trees[i].tokens for i in item[1])):
+        for members in sorted(groups.values(), key=lambda members: -max(trees[i].tokens for i in members)):
             size = sum(trees[i].tokens for i in members)
             if examples and size > room:
                 yield places, examples
                 places, examples, room = [], [], self.tokens_per_batch
             places += members
-            examples.append(Example(prompt, tuple(Completion(trees[i].completions[0]) for i in members)))
+            answers = tuple(Completion(trees[i].completions[0]) for i in members)
+            examples.append(Example(trees[members[0]].prompt, answers, inputs[members[0]]))
             room -= size
         if examples:
             yield places, examples

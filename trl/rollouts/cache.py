@@ -37,6 +37,7 @@ class Plan:
     place    [B] where a row stands among the P·M
     prefix   [P] prompt tokens in the cache; `longest_prefix` is their maximum S
     written  [B] own tokens before this step; `longest` is their maximum
+    shift    [P] what is added to a token's number to get its position; 0 where positions are 0, 1, 2, …
     level    whether all rows have written the same count
     """
 
@@ -44,6 +45,7 @@ class Plan:
     place: Tensor
     prefix: Tensor
     written: Tensor
+    shift: Tensor
     longest_prefix: int
     longest: int
     level: bool
@@ -54,9 +56,14 @@ class Plan:
         return len(self.place)
 
     @property
-    def position(self) -> Tensor:
-        """Position [B] of the token that each row reads in this step."""
+    def number(self) -> Tensor:
+        """Number [B], in prompt and completion, of the token that each row reads in this step."""
         return self.prefix[self.place // self.members.shape[1]] + self.written
+
+    @property
+    def position(self) -> Tensor:
+        """Position [B] of that token."""
+        return self.number + self.shift[self.place // self.members.shape[1]]
 
     def advance(self) -> None:
         self.written += 1
@@ -78,7 +85,7 @@ class Plan:
         key = torch.arange(self.longest_prefix, device=self.prefix.device)
         seen = (key < self.prefix[:, None])[:, None]
         if windowed:
-            seen = seen & (self.position[self.members][:, :, None] - key < window)
+            seen = seen & (self.number[self.members][:, :, None] - key < window)
         return _bias(seen, dtype)[:, None, :, None]
 
 

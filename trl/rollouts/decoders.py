@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from trl.models.value_heads.heads import reading
+from trl.data.inputs import batched
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
+from trl.types import PerToken
+from trl.vision.families import joins_of
 
 PREFILL_TOKENS = 16_384
 """Tokens, with padding, of one prefill at most."""
@@ -109,6 +113,21 @@ class Policy:
             logits = self.model(**inputs).logits[:, -1].float()
         return torch.stack([logits, self.action_values(states[0][:, -1]).to(logits)], 1)
 
+    def beside(self, prompts: Sequence[Prompt], lengths: Sequence[int], *, left: bool = False) -> dict[str, Any]:
+        """What the model reads beside the first `lengths` tokens of prompts that lie one in each row, padded as `pad` does."""
+        inputs = batched([p.inputs for p in prompts], joins_of(self.inner.config), lengths, left=left)
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def positions(self, prompts: Sequence[Prompt], lengths: Sequence[int], *, left: bool = False) -> Tensor:
+        """Positions [B,T], or [3,B,T], of the first `lengths` tokens of prompts that lie one in each row."""
+        width, axes = max(lengths), {np.asarray(p.positions).ndim for p in prompts if p.positions is not None}
+        table = np.zeros((3, len(prompts), width) if 2 in axes else (len(prompts), width), dtype=np.int64)
+        for row, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
+            start = width - n if left else 0
+            own = np.arange(n) if prompt.positions is None else np.asarray(prompt.positions)[..., :n]
+            table[..., row, start : start + n] = own
+        return torch.from_numpy(table).to(self.device)
+
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids [B,T] filled up with 0, and the mask [B,T] of real ones."""
@@ -158,7 +177,7 @@ class SharedDecoder:
     def admit(self, samples: Sequence[Sample]) -> None:
         new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
         for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
-            self._prefill(batch, [new[index].ids[:-1] for index in batch])
+            self._prefill(batch, [new[index] for index in batch])
         for layer in self.cache.layers:
             layer.reserve_prompts(len(self.slots))
         self.prompts |= new
@@ -166,14 +185,19 @@ class SharedDecoder:
         self.rows += samples
         self._replan()
 
-    def _prefill(self, batch: list[int], prefixes: list[Sequence[int]]) -> None:
+    def _prefill(self, batch: list[int], prompts: list[Prompt]) -> None:
         self.cache.prefill(slice(len(self.slots), len(self.slots) + len(batch)))
         self.slots += batch
-        if not prefixes[0]:
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        if not lengths[0]:
             return
-        ids, _ = pad(prefixes, self.policy.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache)
+        ids, _ = pad([prompt.ids[:-1] for prompt in prompts], self.policy.device)
+        if all(prompt.positions is None for prompt in prompts):
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        else:
+            positions = self.policy.positions(prompts, lengths)
+        beside = self.policy.beside(prompts, lengths)
+        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache, **beside)
 
     def step(self, tokens: Tensor) -> Tensor:
         self.cache.decode(self.plan)
@@ -227,11 +251,19 @@ class SharedDecoder:
             place=self._tensor([slot * most + spot for slot, spot in spots]),
             prefix=self._tensor(prefix),
             written=self._tensor(written),
+            shift=self._tensor([self.prompts[index].shift for index in self.slots]),
             longest_prefix=max(prefix),
             longest=max(written),
             level=min(written) == max(written),
             full_prompts=min(prefix) == max(prefix),
         )
+
+
+def ends_in_text(policy: Policy, prompt: Prompt) -> bool:
+    """Whether nothing beside tokens is about the prompt's last one, which `SharedDecoder` reads without."""
+    joins = joins_of(policy.inner.config)
+    own = (v for name, v in prompt.inputs.items() if isinstance(joins.get(name), PerToken))
+    return not any(bool(values[len(prompt) - 1]) for values in own)
 
 
 def like_lengths(lengths: dict[int, int]) -> Iterator[list[int]]:
@@ -278,13 +310,15 @@ def proves_sharing(policy: Policy, windows: Sequence[int | None]) -> bool:
 
 @dataclass
 class Cohort:
-    """Rows that were admitted together: their cache, mask [R,T], encoder states, and logits [R,V] ([R,2,V]) not yet handed out."""
+    """Rows that were admitted together: their cache, mask [R,T], encoder states, logits [R,V] ([R,2,V]) not yet handed out, and
+    what is added to a token's number to get its position, [R]."""
 
     rows: list[Sample]
     cache: Cache
     mask: Tensor
     encoded: Tensor | None
     logits: Tensor | None
+    shift: Tensor | None = None
 
     def select(self, index: Tensor) -> None:
         """Row i becomes what row `index[i]` was."""
@@ -292,6 +326,7 @@ class Cohort:
         self.mask = self.mask[index]
         self.encoded = None if self.encoded is None else self.encoded[index]
         self.logits = None if self.logits is None else self.logits[index]
+        self.shift = None if self.shift is None else self.shift[index]
 
 
 class RepeatedDecoder:
@@ -310,22 +345,23 @@ class RepeatedDecoder:
 
     def admit(self, samples: Sequence[Sample]) -> None:
         order = {index: number for number, index in enumerate(dict.fromkeys(s.index for s in samples))}
-        prompts = {s.index: s.prompt.ids for s in samples}
+        prompts = {s.index: s.prompt for s in samples}
         start = self._encode if self.policy.inner.config.is_encoder_decoder else self._prefill
         cohort = start([prompts[index] for index in order])
         cohort.rows = list(samples)
         cohort.select(torch.tensor([order[s.index] for s in samples], device=self.policy.device))
         self.cohorts.append(cohort)
 
-    def _prefill(self, prompts: list[Sequence[int]]) -> Cohort:
-        ids, mask = pad(prompts, self.policy.device, left=True)
-        cache = DynamicCache(config=self.policy.inner.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.policy.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-        return Cohort([], cache, mask, None, logits)
+    def _prefill(self, prompts: list[Prompt]) -> Cohort:
+        ids, mask = pad([prompt.ids for prompt in prompts], self.policy.device, left=True)
+        cache, lengths = DynamicCache(config=self.policy.inner.config), [len(prompt) for prompt in prompts]
+        inputs = self.policy.beside(prompts, lengths, left=True)
+        inputs["position_ids"] = self.policy.positions(prompts, lengths, left=True)
+        logits = self.policy.forward(input_ids=ids, attention_mask=mask, past_key_values=cache, **inputs)
+        return Cohort([], cache, mask, None, logits, mask.new_tensor([prompt.shift for prompt in prompts]))
 
-    def _encode(self, prompts: list[Sequence[int]]) -> Cohort:
-        ids, mask = pad(prompts, self.policy.device)
+    def _encode(self, prompts: list[Prompt]) -> Cohort:
+        ids, mask = pad([prompt.ids for prompt in prompts], self.policy.device)
         encoded = self.policy.inner.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
         config = self.policy.inner.config
         cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
@@ -347,7 +383,7 @@ class RepeatedDecoder:
         return self.policy.forward(
             input_ids=tokens[:, None],
             attention_mask=None if self.policy.recurrent else cohort.mask,
-            position_ids=cohort.mask.sum(-1, keepdim=True) - 1,
+            position_ids=cohort.mask.sum(-1, keepdim=True) - 1 + cohort.shift[:, None],
             past_key_values=cohort.cache,
         )
 

@@ -9,9 +9,11 @@ fixed table are three objects and no branch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from trl.types import Example, prompt_key
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,16 +27,34 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Prompt:
     """What a policy continues: token ids (of the encoder, in an encoder-decoder), never padded.
 
-    `inputs` holds what else the model reads with the prompt (pixel values, …), each with a batch dimension of one.
-    `max_new_tokens` is a limit of this prompt's own, below the one of the sampling parameters.
+    `inputs`, `positions` and `next_position` are those of a `trl.types.Example`: what else the model reads with the prompt
+    (pixel values, …), and where its tokens stand. `max_new_tokens` is a limit of this prompt's own, below the one of the
+    sampling parameters.
     """
 
     ids: Sequence[int]
     inputs: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
+    positions: Any = None
+    next_position: int | None = None
+
+    @classmethod
+    def of(cls, example: Example) -> Prompt:
+        """The prompt of an example."""
+        return cls(example.prompt, example.inputs, positions=example.positions, next_position=example.next_position)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def key(self) -> Hashable:
+        """Identity of the prompt: equal where token ids and all other inputs are."""
+        return prompt_key(self.ids, self.inputs)
+
+    @property
+    def shift(self) -> int:
+        """What is added to a token's number to get its position, from the first one after the prompt on."""
+        return 0 if self.next_position is None else self.next_position - len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)

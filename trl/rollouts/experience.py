@@ -42,18 +42,18 @@ class Group:
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-def empty_group(row: Mapping[str, Any], n: int, *, functions: int) -> Group:
+def empty_group(row: Mapping[str, Any], prompt: Example, n: int, *, functions: int) -> Group:
     """A group of `n` for a process without a prompt of its own: nothing is rewarded, learned from or counted."""
     completion = Completion([0], mask=[0], signals={"sampler_logprobs": [0.0]})
     yes = torch.ones(n, dtype=torch.bool)
-    example = Example(row["prompt_ids"], (completion,) * n)
+    example = replace(prompt, completions=(completion,) * n)
     return Group(row, example, yes, [""] * n, torch.full((n, functions), torch.nan), failed=yes)
 
 
-def example_of(row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> Example:
-    """The row's prompt with its sampled completions."""
+def example_of(prompt: Example, rollouts: Sequence[Rollout]) -> Example:
+    """The prompt with its sampled completions."""
     completions = (Completion(r.ids, r.mask, {"sampler_logprobs": r.logprobs}) for r in rollouts)
-    return Example(row["prompt_ids"], tuple(completions))
+    return replace(prompt, completions=tuple(completions))
 
 
 def finished(rollouts: Sequence[Rollout]) -> Tensor:
@@ -162,18 +162,17 @@ def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, An
     def plain(c: Completion) -> dict[str, Any]:
         return {"ids": list(c.ids), "mask": None if c.mask is None else list(c.mask), "signals": dict(c.signals)}
 
-    return [
-        [
-            {"prompt": list(e.prompt), "inputs": dict(e.inputs), "completions": [plain(c) for c in e.completions]}
-            for e in each
-        ]
-        for each in minibatches
-    ]
+    def whole(e: Example) -> dict[str, Any]:
+        positions = None if e.positions is None else torch.as_tensor(e.positions)
+        prompt = {"prompt": list(e.prompt), "positions": positions, "next_position": e.next_position}
+        return {**prompt, "inputs": dict(e.inputs), "completions": [plain(c) for c in e.completions]}
+
+    return [[whole(example) for example in each] for each in minibatches]
 
 
 def minibatches_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
     """Slices from what `state_of` gave."""
     return [
-        [Example(e["prompt"], tuple(Completion(**c) for c in e["completions"]), e["inputs"]) for e in each]
+        [Example(**{**e, "completions": tuple(Completion(**c) for c in e["completions"])}) for e in each]
         for each in state
     ]

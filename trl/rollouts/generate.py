@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trl.data.layout import lay_out
 from trl.rollouts.decoders import Policy, decoder_start
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.sampler import full_config
 from trl.rollouts.sampling import SamplingParams, stream
 from trl.rollouts.stopping import Stopper
+from trl.types import Completion, Example
+from trl.vision.families import joins_of
 
 
 def generate_rollouts(
@@ -55,7 +58,7 @@ def _generate(
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         tokenizer=stopper.tokenizer,
-        **prompt.inputs,
+        **policy.beside([prompt], [len(prompt)]),
     )
     return out[:, before:].tolist() * copies
 
@@ -67,6 +70,14 @@ def _rollout(
     length, reason = _end(ids, limit, stopper)
     ids = ids[:length]
     return Rollout(tuple(ids), tuple(_logprobs(policy, prompt, ids, params).tolist()), reason)
+
+
+def _whole(policy: Policy, prompt: Prompt, more: int) -> dict[str, Tensor]:
+    """What a forward over the prompt and `more` tokens reads beside them."""
+    example = Example(prompt.ids, (Completion([0] * more),), prompt.inputs, prompt.positions, prompt.next_position)
+    inputs = lay_out([example], joins=joins_of(policy.inner.config)).inputs
+    names = [*prompt.inputs, *(["position_ids"] if prompt.positions is not None else [])]
+    return {name: inputs[name].to(policy.device) for name in names}
 
 
 def _end(ids: list[int], limit: int, stopper: Stopper) -> tuple[int, FinishReason]:
@@ -82,8 +93,8 @@ def _logprobs(policy: Policy, prompt: Prompt, ids: list[int], params: SamplingPa
         given, start = list(prompt.ids), [decoder_start(policy.inner)]
         inputs = {"decoder_input_ids": torch.tensor([start + ids[:-1]], device=policy.device)}
     else:
-        given, inputs = [*prompt.ids, *ids[:-1]], {}
+        given, inputs = [*prompt.ids, *ids[:-1]], _whole(policy, prompt, len(ids) - 1)
     given = torch.tensor([given], device=policy.device)
-    logits = policy.model(input_ids=given, use_cache=False, return_dict=True, **inputs, **prompt.inputs).logits
+    logits = policy.model(input_ids=given, use_cache=False, return_dict=True, **inputs).logits
     scaled = logits[0, -len(ids) :].float() / (params.temperature or 1)
     return scaled.log_softmax(-1).gather(1, torch.tensor(ids, device=policy.device)[:, None]).squeeze(1)

@@ -5,7 +5,7 @@
       └──────────────────────────── finished rows leave, their room is free ◀───────────────────────┘
 
 Every prompt is prefilled once, and its samples read one copy of its keys (`decoders.py`). What the loop cannot do (beam
-search, inputs beside the tokens, …) is left to `model.generate`, with one warning.
+search, …) is left to `model.generate`, with one warning.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from trl.rollouts.decoders import (
     SharedDecoder,
     attention_windows,
     decoder_start,
+    ends_in_text,
     proves_sharing,
 )
 from trl.rollouts.engine import FinishReason, Prompt, Rollout, RolloutEngine
@@ -125,12 +126,12 @@ class LocalEngine(RolloutEngine):
     def _way(self, policy: Policy, prompts: Sequence[Prompt], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):
             return self._resign(f"{options[0]} of the generation config is left to model.generate")
-        if any(prompt.inputs for prompt in prompts):
-            return self._resign("prompts with inputs beside their tokens are left to model.generate")
         if policy.model not in self._ways:
             self._ways[policy.model] = fastest_way(policy)
         if self._ways[policy.model] == "generate":
             return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
+        if not all(ends_in_text(policy, prompt) for prompt in prompts):
+            return "repeated"
         return self._ways[policy.model]
 
     def _resign(self, reason: str) -> Way:
@@ -271,6 +272,10 @@ def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingPara
     )
     if limit < 1:
         raise DataError(f"prompts[{index}] has max_new_tokens={prompt.max_new_tokens}: give at least 1, or None.")
+    if inner.config.is_encoder_decoder and prompt.inputs:
+        raise DataError(
+            f"prompts[{index}] has inputs {sorted(prompt.inputs)}: an encoder-decoder is given tokens alone."
+        )
     longest = params.generation_config.max_length if params.generation_config is not None else None
     if inner.config.is_encoder_decoder:
         return limit if longest is None else min(limit, longest - 1)

@@ -61,6 +61,7 @@ from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
+from trl.vision.families import joins_of
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,7 @@ class BaseTrainer(StepTrainer):
             capacity=capacity,
             hidden_size=width,
             multiple_of=self.args.width_multiple,
+            joins=joins_of(config),
         )
 
     # ---- evaluation ----

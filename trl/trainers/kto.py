@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -209,8 +209,8 @@ def unpaired(rows: Rows) -> Rows:
     return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt))
 
 
-Keyed = tuple[bytes, list[int]]
-"""An example's digest and its prompt."""
+Keyed = tuple[bytes, Example]
+"""An example's digest, and its prompt without completions."""
 
 
 def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = None) -> list[Example]:
@@ -219,24 +219,27 @@ def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = Non
     `circle` are the examples to take prompts from, by default these. Which prompt is taken depends on what the examples
     are, and not on their order. Empty if there is no other example. KTO, arXiv:2402.01306, Section 4.
     """
-    circle = sorted(keyed(examples) if circle is None else circle)
+    circle = sorted(keyed(examples) if circle is None else circle, key=lambda entry: entry[0])
     if len(circle) < 2:
         return []
     places = {digest: i for i, (digest, _) in enumerate(circle)}
-    return [Example(_other_prompt(circle, places[digest(e)]), e.completions) for e in examples]
+    return [replace(_other_prompt(circle, places[digest(e)]), completions=e.completions) for e in examples]
 
 
-def _other_prompt(circle: Sequence[Keyed], i: int) -> list[int]:
+def _other_prompt(circle: Sequence[Keyed], i: int) -> Example:
     """The next prompt, in a circle, that differs from the one at i."""
     others = [prompt for _, prompt in [*circle[i + 1 :], *circle[:i]]]
-    return next((prompt for prompt in others if prompt != circle[i][1]), others[0])
+    mine = circle[i][1].key
+    return next((prompt for prompt in others if prompt.key != mine), others[0])
 
 
 def keyed(examples: Sequence[Example]) -> list[Keyed]:
-    return [(digest(example), list(example.prompt)) for example in examples]
+    return [(digest(example), replace(example, prompt=list(example.prompt), completions=())) for example in examples]
 
 
 def digest(example: Example) -> bytes:
-    """A hash of an example's tokens."""
+    """A hash of an example's tokens and other inputs."""
+    _, *others = example.key if example.inputs else (None,)
     ids = [*example.prompt, -1, *example.completions[0].ids]
-    return hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
+    tokens = np.asarray(ids, dtype=np.int64).tobytes()
+    return hashlib.blake2b(b"".join([tokens, *others]), digest_size=8).digest()

@@ -329,7 +329,7 @@ class OnlineTrainer(SamplingTrainer):
         rows = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
         n = self.args.num_generations_eval or self.args.num_generations
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sample(rows, n, "eval") or [empty_group(inputs[0], n, functions=len(self.rewards))]
+        groups = self.sample(rows, n, "eval") or [self._empty_group(inputs[0], n)]
         examples, experience = self.compute_advantages(groups, "eval")
         if rows:
             self._log_rollouts(groups, experience, "eval")
@@ -339,6 +339,9 @@ class OnlineTrainer(SamplingTrainer):
         (kept,) = self.minibatches(examples, groups, experience, 1)
         self.evaluate_items(model, kept, {}, filling=examples[:1])
         return None, None, None
+
+    def _empty_group(self, row: Mapping[str, Any], n: int) -> Group:
+        return empty_group(row, *self.prompts_of([row]), n, functions=len(self.rewards))
 
     # ---- checkpoints ----
 

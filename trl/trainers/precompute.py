@@ -108,8 +108,8 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
     """Log-probabilities of every row, longest rows first; processes share the work."""
     state = trainer.accelerator
     mine = list(range(state.process_index, len(rows), state.num_processes))
-    examples = {i: decode(rows[i])[0] for i in mine}
-    sizes = [examples[i].tokens for i in mine]
+    lengths = rows.select_columns([name for name in ("prompt_ids", "completion_ids") if name in rows.column_names])
+    sizes = [decode(lengths[i])[0].tokens for i in mine]
     count = -(-len(mine) // batch_size)
     groups = plan_micro_batches(sizes, count=count, token_budget=trainer.micro_batch_budget())
     found: dict[int, Logprobs] = {}
@@ -117,7 +117,8 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
     with progress, evaluating(trainer.model):
         for group in groups:
             chosen = [mine[k] for k in group]
-            found |= dict(zip(chosen, _logprobs(trainer, [examples[i] for i in chosen]), strict=True))
+            examples = trainer.to_examples([rows[i] for i in chosen])
+            found |= dict(zip(chosen, _logprobs(trainer, examples), strict=True))
             progress.update(len(chosen))
     merged = {i: logprobs for part in all_gather_object(found, state) for i, logprobs in part.items()}
     return [merged[i] for i in range(len(rows))]

@@ -41,7 +41,7 @@ from trl.trainers.arguments import Rows
 from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.training.collectives import all_gather_object, gather_rows
-from trl.types import Experience
+from trl.types import Example, Experience
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
 """Columns that reward functions are not given under their name."""
@@ -141,8 +141,8 @@ class SamplingTrainer(BaseTrainer):
 
     def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
         """n completions of each row's prompt, rewarded."""
-        prompts = [Prompt(row["prompt_ids"]) for row in rows]
-        sampled = self.engine.generate(prompts, self.sampling_params(mode), n)
+        prompts = self.prompts_of(rows)
+        sampled = self.engine.generate(list(map(Prompt.of, prompts)), self.sampling_params(mode), n)
         shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
         extra: dict[str, Sequence[Any]] = {}
         rewarded = self.reward(rows, sampled, shown, mode, log_extra=extra.__setitem__)
@@ -150,7 +150,7 @@ class SamplingTrainer(BaseTrainer):
         return [
             Group(
                 row,
-                example_of(row, rollouts),
+                example_of(prompts[i], rollouts),
                 finished(rollouts),
                 texts,
                 values[i],
@@ -159,6 +159,10 @@ class SamplingTrainer(BaseTrainer):
             )
             for i, (row, rollouts, texts) in enumerate(zip(rows, sampled, shown, strict=True))
         ]
+
+    def prompts_of(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """The rows' prompts with all that the model reads of them, without completions."""
+        return self.to_examples(rows)
 
     def sampling_params(self, mode: str) -> SamplingParams:
         """How to sample next: every round and process has a seed of its own."""

@@ -27,6 +27,7 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Example, Metrics
+from trl.vision.families import joins_of
 
 DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
@@ -180,7 +181,8 @@ class SFTTrainer(BaseTrainer):
         if self.compute_metrics is None or prediction_loss_only:
             return None, None, None
         rows = examples_of(inputs, source="get_eval_dataloader")
-        batch = self.collate(rows) if unwrap(model).config.is_encoder_decoder else lay_out(rows, "padded")
+        config = unwrap(model).config
+        batch = self.collate(rows) if config.is_encoder_decoder else lay_out(rows, "padded", joins=joins_of(config))
         with self.compute_loss_context_manager():
             return None, *predictions(model, batch.to(self.args.device))
 

@@ -28,8 +28,8 @@ from trl.models.adapters import wrapped_layer
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
 from trl.models.value_heads.storage import VALUE_MODEL
 
-READ = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids", "decoder_attention_mask")
-"""Arguments of a policy's forward that a network of the value's own is given as well."""
+NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states")
+"""Arguments of a policy's forward that are about its head or its cache: other networks are not given them."""
 
 
 def _normal(summary: nn.Linear, spread: float) -> None:
@@ -202,7 +202,7 @@ def _with_idle_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _read(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: inputs[name] for name in READ if inputs.get(name) is not None}
+    return {name: value for name, value in inputs.items() if value is not None and name not in NOT_READ}
 
 
 @contextmanager

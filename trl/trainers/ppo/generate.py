@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,14 +20,22 @@ LONGEST = 2**31
 """New tokens where the length of each response is drawn."""
 
 
-def prompts_of(queries: Sequence[Tensor], length_sampler: Callable[[], int] | None) -> list[Prompt]:
-    """The queries as prompts, each with its own number of new tokens if lengths are drawn."""
+def prompts_of(
+    queries: Sequence[Tensor],
+    length_sampler: Callable[[], int] | None,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
+) -> list[Prompt]:
+    """The queries as prompts, each with its own number of new tokens if lengths are drawn, and with its `inputs`."""
     for i, query in enumerate(queries):
         if not isinstance(query, Tensor) or query.dim() != 1:
             found = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
             raise DataError(f"query_tensor[{i}] has to be a tensor of token ids of shape [L], got {found}.")
     lengths = [None if length_sampler is None else length_sampler() for _ in queries]
-    return [Prompt(query.tolist(), max_new_tokens=n) for query, n in zip(queries, lengths, strict=True)]
+    if inputs is not None and len(inputs) != len(queries):
+        raise DataError(f"query_inputs has {len(inputs)} entries for {len(queries)} queries: give one for each.")
+    beside = inputs or [{}] * len(queries)
+    rows = zip(queries, beside, lengths, strict=True)
+    return [Prompt(query.tolist(), own, max_new_tokens=n) for query, own, n in rows]
 
 
 def sampling_params(

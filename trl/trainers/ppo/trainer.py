@@ -240,6 +240,7 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         batch_size: int | None = None,
         return_prompt: bool = True,
         generate_ref_response: bool = False,
+        query_inputs: Sequence[Mapping[str, Tensor]] | None = None,
         **generation_kwargs: Any,
     ) -> Any:
         """Sample a response to every query, as `model.generate` would with these options.
@@ -247,10 +248,11 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         A list of 1-D queries gives a list of 1-D tensors, each cut after its first end-of-sequence token; a 1-D query
         gives `[1,L]`. Responses begin with their query unless `return_prompt` is false, or with the decoder's start
         token in an encoder-decoder. `length_sampler` draws each one's new tokens. `batch_size` bounds how many are
-        sampled at a time (None: as many as fit). With `generate_ref_response` a pair: of the model and the reference.
+        sampled at a time (None: as many as fit). `query_inputs` are what else the model reads with each query, as in `step`.
+        With `generate_ref_response` a pair: of the model and the reference.
         """
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
-        prompts = prompts_of(queries, length_sampler)
+        prompts = prompts_of(queries, length_sampler, query_inputs)
         defaults, drawn = unwrap(self.model).generation_config, length_sampler is not None
         params = sampling_params(defaults, generation_kwargs, sampled_length=drawn)
         starts = self._starts(queries, return_prompt)
@@ -321,18 +323,21 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         responses: Sequence[Tensor],
         scores: Sequence[Tensor | float],
         response_masks: Sequence[Tensor] | None = None,
+        query_inputs: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Any]:
         """Learn from `batch_size` triplets; gives statistics: floats, and arrays of distributions.
 
         queries, responses   token ids, `[L]` or `[1,L]`
         scores               one number each: higher is better
         response_masks       1 for the response tokens that the model is responsible for; all of them by default
+        query_inputs         what else the model reads with each query (pixel values, …): a dict of tensors each
 
         Raises DataError, naming the argument and the index, for triplets that cannot be trained on.
         """
         watch, size = Stopwatch(), self.args.batch_size
         self._record = record = Record()
-        examples = read_triplets(queries, responses, response_masks, batch_size=size, start_token=self._start_token())
+        masks, start = response_masks, self._start_token()
+        examples = read_triplets(queries, responses, masks, batch_size=size, start_token=start, inputs=query_inputs)
         rewards = read_scores(scores, batch_size=size)
         self._prepare()
         with self._without_dropout():

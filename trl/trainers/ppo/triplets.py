@@ -5,7 +5,7 @@ Examples with equal prompts are merged where they meet in a forward pass, so tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +23,17 @@ def read_triplets(
     *,
     batch_size: int,
     start_token: int | None = None,
+    inputs: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Example]:
     """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
 
-    A `start_token` that begins a response, as an encoder-decoder generates it, is not one of its tokens.
+    `inputs` are what else the model reads with each query: see `trl.types.Example`. A `start_token` that begins a response,
+    as an encoder-decoder generates it, is not one of its tokens.
 
     Raises DataError, naming the argument and the index, for what cannot be trained on.
     """
-    for name, given in (("queries", queries), ("responses", responses), ("response_masks", masks)):
+    named = {"queries": queries, "responses": responses, "response_masks": masks, "query_inputs": inputs}
+    for name, given in named.items():
         if given is not None:
             _check_list(name, given, batch_size)
     examples = []
@@ -49,7 +52,7 @@ def read_triplets(
             raise DataError(
                 f"response_masks[{i}] masks all {len(mask)} tokens of its response: none is left to learn from."
             )
-        examples.append(Example(query, (Completion(response, mask),)))
+        examples.append(Example(query, (Completion(response, mask),), {} if inputs is None else inputs[i]))
     return examples
 
 
