@@ -115,7 +115,7 @@ def row_numbers(rows: Any, examples: Sequence[Example]) -> list[int | None]:
 
 
 def _key(example: Example) -> tuple:
-    return tuple(example.prompt), tuple(tuple(c.ids) for c in example.completions)
+    return example.key, tuple(tuple(c.ids) for c in example.completions)
 
 
 class Endless(IterableDataset):
