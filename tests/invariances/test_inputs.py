@@ -402,11 +402,11 @@ def test_every_trainer_reads_them_in_every_layout(name, tmp_path):
     found = {layout: history(trainer_of(name, tmp_path, rows(TRAINERS[name][2]), layout=layout)) for layout in LAYOUTS}
     assert len(found["padded"]) == 4
     for layout in LAYOUTS:
-        assert found[layout] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4), layout
+        assert found[layout] == pytest.approx(found["padded"], rel=2e-4, abs=2e-5), layout
     data = rows(TRAINERS[name][2])
     others = [{**row, "features": (-5 * torch.tensor(row["features"])).tolist()} for row in data["inputs"]]
     data = data.remove_columns("inputs").add_column("inputs", others)
-    assert history(trainer_of(name, tmp_path, data)) != pytest.approx(found["padded"], rel=1e-2)
+    assert history(trainer_of(name, tmp_path, data)) != pytest.approx(found["padded"], rel=2e-3)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
