@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from trl.models.value_heads.heads import reading
 from trl.data.inputs import batched
+from trl.models.value_heads.heads import reading
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
 from trl.types import PerToken
