@@ -16,9 +16,10 @@ per key head, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -296,17 +297,22 @@ class SharedPromptCache(Cache):
         )
         return out.index_select(0, plan.place), lse.index_select(0, plan.place)
 
-    @contextmanager
-    def decoding(self, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    def decoding(self, configs: Sequence[PreTrainedConfig]) -> AbstractContextManager[None]:
         """Models of these configs attend through this cache. No mask function has its name, so none is made."""
-        name, before = f"shared_prompt_{id(self)}", [config._attn_implementation for config in configs]
-        AttentionInterface.register(name, self.attend)
-        _set_attention(configs, [name] * len(configs))
-        try:
-            yield
-        finally:
-            _set_attention(configs, before)
-            AttentionInterface._global_mapping.pop(name)
+        return attending(configs, self.attend)
+
+
+@contextmanager
+def attending(configs: Sequence[PreTrainedConfig], attend: Callable[..., Any]) -> Iterator[None]:
+    """Models of these configs attend by `attend`, under a name for which no mask is made."""
+    name, before = f"decoding_{id(attend)}", [config._attn_implementation for config in configs]
+    AttentionInterface.register(name, attend)
+    _set_attention(configs, [name] * len(configs))
+    try:
+        yield
+    finally:
+        _set_attention(configs, before)
+        AttentionInterface._global_mapping.pop(name)
 
 
 def _set_attention(configs: Sequence[PreTrainedConfig], names: Sequence[str]) -> None:

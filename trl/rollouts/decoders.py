@@ -93,8 +93,13 @@ class Policy:
         return frozenset(inspect.signature(self.inner.forward).parameters)
 
     @property
+    def cache_name(self) -> str | None:
+        """What the forward calls its cache: it depends on the architecture and on the release of `transformers`."""
+        return next((name for name in ("cache", "past_key_values", "cache_params") if name in self.arguments), None)
+
+    @property
     def recurrent(self) -> bool:
-        """Whether the model is state-space throughout: its cache has another name, its steps take no mask."""
+        """Whether the model is state-space throughout: its steps take no mask."""
         return "cache_params" in self.arguments
 
     def forward(self, **inputs: Any) -> Tensor:
@@ -102,8 +107,7 @@ class Policy:
 
         Positions are left out for a model that counts them itself.
         """
-        if self.recurrent:
-            inputs["cache_params"] = inputs.pop("past_key_values")
+        inputs[self.cache_name] = inputs.pop("past_key_values")
         inputs |= {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
         left_out = {"position_ids", "logits_to_keep"} - self.arguments
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
@@ -286,21 +290,21 @@ def fill_holes(alive: Sequence[bool]) -> list[int]:
     return [row if alive[row] else next(last) for row in range(count)]
 
 
-def proves_sharing(policy: Policy, windows: Sequence[int | None]) -> bool:
-    """Whether a shared prompt gives the logits of a plain forward, on two samples of five tokens.
+def proves_sharing(policy: Policy, make: Callable[[list[Sample]], Decoder]) -> bool:
+    """Whether the decoder that `make` gives has the logits of a plain forward, on two samples of five tokens.
 
-    Position schemes and attention variants are many; a model whose attention is not the one in `cache.py` shows here.
+    Position schemes and attention variants are many; a model whose attention is not the one of `cache.py` shows here.
     """
     vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
     *prompt, first, second = (token % vocabulary for token in (11, 7, 5, 3, 2, 13))
     rows = [Sample(0, number, Prompt(prompt), 4) for number in range(2)]
-    decoder = SharedDecoder(policy, windows, n=2)
+    decoder = make(rows)
     decoder.admit(rows)
     decoder.step(torch.tensor([prompt[-1]] * 2, device=policy.device))
     ours = decoder.step(torch.tensor([first, second], device=policy.device))
     whole = torch.tensor([[*prompt, first], [*prompt, second]], device=policy.device)
     plain = policy.model(input_ids=whole, use_cache=False, return_dict=True).logits[:, -1].float()
-    exact = decoder.cache.layers[0].prompt_values.dtype == torch.float32  # autocast may stand inside the forward
+    exact = decoder.cache.layers[0].dtype == torch.float32  # autocast may stand inside the forward
     tolerance = 1e-3 if exact else 5e-2
     return bool((ours - plain).abs().max() <= tolerance * (1 + plain.abs().max()))
 

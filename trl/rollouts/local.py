@@ -1,19 +1,18 @@
 """The rollout engine that samples in process, from the very model that is trained.
 
-    admit waiting samples while the tokens alive stay under the limit ─▶ one step for all rows ─▶ draw, append
-      ▲                                                                                             │
-      └──────────────────────────── finished rows leave, their room is free ◀───────────────────────┘
+Every prompt is prefilled once, and its samples read one copy of its keys. There are three ways (`loop.py` has the loops):
 
-Every prompt is prefilled once, and its samples read one copy of its keys (`decoders.py`). What the loop cannot do (beam
-search, …) is left to `model.generate`, with one warning.
+    paged      keys in pages, static shapes, drawing on the device, a CUDA graph per bucket of rows     `paged_decoder.py`
+    shared     keys in buffers that grow: what is fastest on a CPU, and the reference for the first     `decoders.py`
+    repeated   a copy of the model's own cache for each sample: recurrent layers, encoder-decoders      `decoders.py`
+
+What they cannot do (beam search, …) is left to `model.generate`, with one warning.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -31,27 +30,30 @@ from trl.models.score import without_engine
 from trl.models.sharding import whole_weights
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.ilql import WithILQLHeads
+from trl.ops.logprobs import has_triton
 from trl.rollouts.decoders import (
-    Decoder,
     Policy,
     RepeatedDecoder,
     Sample,
     SharedDecoder,
     attention_windows,
-    decoder_start,
     ends_in_text,
     proves_sharing,
 )
-from trl.rollouts.engine import FinishReason, Prompt, Rollout, RolloutEngine
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.generate import generate_rollouts
-from trl.rollouts.sampler import GENERATE_ONLY, Sampler, options_set
+from trl.rollouts.loop import Round, StaticRound
+from trl.rollouts.paged_cache import PAGE
+from trl.rollouts.paged_decoder import PagedDecoder
+from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, with_seed
 from trl.rollouts.stopping import Stopper
+from trl.rollouts.weights import autocast_dtype, cast_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Way = Literal["shared", "repeated", "generate"]
+Way = Literal["paged", "shared", "repeated", "generate"]
 
 
 class LocalEngine(RolloutEngine):
@@ -61,7 +63,8 @@ class LocalEngine(RolloutEngine):
 
     `max_tokens_alive` limits the tokens that prompts and samples under way may come to hold (a shared prompt counts
     once, a sample for its `max_new_tokens`); samples beyond wait. One sample is always admitted. The tokenizer is
-    needed for stop strings, and names an end-of-sequence token besides the model's own.
+    needed for stop strings, and names an end-of-sequence token besides the model's own. `static` says whether keys are
+    kept in pages and steps run without waiting for the host; None does so on CUDA, where it pays.
     """
 
     is_policy = True
@@ -73,11 +76,12 @@ class LocalEngine(RolloutEngine):
         *,
         max_tokens_alive: int = 65_536,
         progress: bool = True,
+        static: bool | None = None,
     ) -> None:
         if max_tokens_alive < 1:
             raise ConfigError(f"max_tokens_alive={max_tokens_alive}: give a positive number of tokens.")
         self.model, self.tokenizer = model, tokenizer
-        self.max_tokens_alive, self.progress = max_tokens_alive, progress
+        self.max_tokens_alive, self.progress, self.static = max_tokens_alive, progress, static
         self._ways: weakref.WeakKeyDictionary[nn.Module, Way] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
 
@@ -102,11 +106,25 @@ class LocalEngine(RolloutEngine):
             if way == "generate":
                 _check_unguided(params, policy)
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
-            shared = way == "shared"
-            decoder = SharedDecoder(policy, attention_windows(policy.inner), n) if shared else RepeatedDecoder(policy)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
-            sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
-            return _Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar).run(rows, len(prompts))
+            make = self._static_round if way == "paged" else self._round
+            with cast_weights(policy.model, autocast_dtype(policy) if way == "paged" else None):
+                return make(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
+
+    def _round(
+        self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm
+    ) -> Round:
+        windows = attention_windows(policy.inner) if way == "shared" else None
+        decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
+        sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
+        return Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
+
+    def _static_round(
+        self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm
+    ) -> StaticRound:
+        decoder = paged_decoder(policy, rows, n, self.max_tokens_alive)
+        captures = policy.device.type == "cuda"
+        return StaticRound(policy, decoder, params, stopper, self.max_tokens_alive, bar, captures=captures)
 
     def _stop_tokens(self, inner: PreTrainedModel, params: SamplingParams) -> set[int]:
         stops = set(params.stop_token_ids)
@@ -127,86 +145,21 @@ class LocalEngine(RolloutEngine):
         if options := options_set(params, GENERATE_ONLY):
             return self._resign(f"{options[0]} of the generation config is left to model.generate")
         if policy.model not in self._ways:
-            self._ways[policy.model] = fastest_way(policy)
-        if self._ways[policy.model] == "generate":
+            static = policy.device.type == "cuda" if self.static is None else self.static
+            self._ways[policy.model] = fastest_way(policy, static=static)
+        way = self._ways[policy.model]
+        if way == "generate":
             return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
         if not all(ends_in_text(policy, prompt) for prompt in prompts):
             return "repeated"
-        return self._ways[policy.model]
+        grows = options_set(params, PROCESSED) or any(prompt.inputs for prompt in prompts)
+        return "shared" if way == "paged" and grows else way
 
     def _resign(self, reason: str) -> Way:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"{reason}: same distribution, one prompt at a time, and slower.", stacklevel=4)
         return "generate"
-
-
-class _Round:
-    """One call of `generate`: the loop, and the rows under way in the order of the decoder's."""
-
-    def __init__(
-        self, policy: Policy, decoder: Decoder, sampler: Sampler, stopper: Stopper, budget: int, bar: tqdm
-    ) -> None:
-        self.policy, self.decoder, self.sampler, self.stopper = policy, decoder, sampler, stopper
-        self.budget, self.bar = budget, bar
-        self.rows: list[Sample] = []
-        self.tokens = torch.empty(0, dtype=torch.long, device=policy.device)
-        self.vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
-
-    def run(self, rows: list[Sample], prompts: int) -> list[list[Rollout]]:
-        done: list[dict[int, Rollout]] = [{} for _ in range(prompts)]
-        waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
-        while waiting or self.rows:
-            self._admit(waiting)
-            reasons = self._step()
-            if any(reasons):
-                for row, reason in zip(self.rows, reasons, strict=True):
-                    if reason:
-                        done[row.index][row.number] = Rollout(tuple(row.ids), tuple(row.logprobs), reason)
-                self._drop([reason is None for reason in reasons])
-        return [[samples[i] for i in sorted(samples)] for samples in done]
-
-    def _admit(self, waiting: deque[Sample]) -> None:
-        """Take samples while they fit; not before an eighth of the room is free, so that prefills stay few."""
-        if not waiting or (self.rows and self.decoder.reserved > self.budget * 7 / 8):
-            return
-        room, new = self.budget - self.decoder.reserved, []
-        while waiting:
-            room -= self.decoder.cost(waiting[0], after=new)
-            if room < 0 and (new or self.rows):
-                break
-            new.append(waiting.popleft())
-        if new:
-            self._enter(new)
-
-    def _enter(self, new: list[Sample]) -> None:
-        self.decoder.admit(new)
-        encoder = self.policy.inner.config.is_encoder_decoder
-        contexts = [[decoder_start(self.policy.inner)] if encoder else row.prompt.ids for row in new]
-        self.sampler.admit(new, contexts, self.vocabulary)
-        self.rows += new
-        self.tokens = torch.cat([self.tokens, self.tokens.new_tensor([context[-1] for context in contexts])])
-
-    def _step(self) -> list[FinishReason | None]:
-        logits = self.decoder.step(self.tokens)
-        self.tokens, logprobs = self.sampler.sample(logits)
-        for row, token, logprob in zip(self.rows, self.tokens.tolist(), logprobs.tolist(), strict=True):
-            if math.isnan(logprob):
-                raise ModelError(
-                    f"The model's logits after prompts[{row.index}] and {len(row.ids)} sampled tokens are not finite. Its "
-                    "weights hold NaN, or numbers overflow in their precision: look at the loss of the steps before, lower "
-                    "learning_rate, or use bfloat16 or float32."
-                )
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-        return [self.stopper.reason(row.ids, row.limit) for row in self.rows]
-
-    def _drop(self, alive: list[bool]) -> None:
-        self.bar.update(len(alive) - sum(alive))
-        kept = self.decoder.keep(alive)
-        self.sampler.keep(kept)
-        self.rows = [self.rows[row] for row in kept]
-        self.tokens = self.tokens[torch.tensor(kept, dtype=torch.long, device=self.tokens.device)]
 
 
 def unwrap(model: nn.Module) -> Policy:
@@ -252,15 +205,24 @@ def _check_unguided(params: SamplingParams, policy: Policy) -> None:
         )
 
 
-def fastest_way(policy: Policy) -> Way:
-    """The fastest way to sample that the model allows."""
+def fastest_way(policy: Policy, *, static: bool = False) -> Way:
+    """The fastest way to sample that the model allows; with `static`, the paged one before the shared one."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
         return "generate"
-    cached = "past_key_values" in policy.arguments or policy.recurrent
-    if not cached or not policy.inner._supports_default_dynamic_cache():
+    if policy.cache_name is None or not policy.inner._supports_default_dynamic_cache():
         return "generate"
     windows = attention_windows(policy.inner) if "position_ids" in policy.arguments else None
-    return "shared" if windows is not None and proves_sharing(policy, windows) else "repeated"
+    if windows is None:
+        return "repeated"
+    if static and proves_sharing(policy, lambda rows: paged_decoder(policy, rows, len(rows), budget=2**20)):
+        return "paged"
+    return "shared" if proves_sharing(policy, lambda rows: SharedDecoder(policy, windows, len(rows))) else "repeated"
+
+
+def paged_decoder(policy: Policy, rows: Sequence[Sample], n: int, budget: int) -> PagedDecoder:
+    """A decoder with room for `rows`, as many at a time as `budget` tokens allow, and one at least."""
+    kernels = policy.device.type == "cuda" and has_triton()
+    return PagedDecoder(policy, attention_windows(policy.inner), n, rows, budget=budget, page=PAGE, kernels=kernels)
 
 
 def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:

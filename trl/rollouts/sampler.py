@@ -106,32 +106,21 @@ class Sampler:
 
         With value guidance the logits are [B,2,V]: behind them the values of all actions.
         """
-        u = uniform(self.keys, self.positions)
         logits, guided = self._guide(logits)
-        tokens = self._draw_processed(guided, u) if self.processed else draw(self._modify(guided), self.params, u)
+        if self.processed:
+            tokens = self._draw_processed(guided, uniform(self.keys, self.positions))
+        else:
+            state = self.keys, self.positions, self.seen
+            tokens = choose(guided, *state, self.params, self.stops, may_wait=True)
         self.positions = self.positions + 1
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
         return tokens, chosen_logprobs(logits, tokens, self.params.temperature)
 
     def _guide(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy's logits [B,V], and those that are drawn from. V(s) is the same for all tokens: it would cancel."""
-        guided = logits
-        if self.params.beta:
-            logits, values = logits.unbind(1)
-            guided = logits + self.params.beta * values
+        last = None
         if self.mask is not None:
-            last = [row.ids[-1] if row.ids else self.contexts[row.index][-1] for row in self.rows]
-            guided = guided.masked_fill(self.mask[torch.tensor(last, device=self.device)], -torch.inf)
-        return logits, guided
-
-    def _modify(self, logits: Tensor) -> Tensor:
-        if self.seen is not None:
-            logits = penalize(logits, self.seen, self.params.repetition_penalty)
-        young = self.positions < self.params.min_new_tokens
-        if self.params.min_new_tokens and len(self.stops) and bool(young.any()):
-            logits = ban(logits, self.stops, young)
-        return logits
+            tokens = [row.ids[-1] if row.ids else self.contexts[row.index][-1] for row in self.rows]
+            last = torch.tensor(tokens, device=self.device)
+        return guide(logits, last, self.params, self.mask)
 
     def _draw_processed(self, logits: Tensor, u: Tensor) -> Tensor:
         scores = torch.cat([self._process(row, logits[i : i + 1]) for i, row in enumerate(self.rows)])
@@ -152,3 +141,44 @@ class Sampler:
         return self.inner._get_logits_processor(
             config, input_ids_seq_length=context, encoder_input_ids=prompt, device=self.device
         )
+
+
+def guide(logits: Tensor, last: Tensor | None, params: SamplingParams, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The policy's logits [B,V], and those that are drawn from, from what a step gives: [B,V], guided [B,2,V].
+
+    `mask` [V,V] is what may not follow, by each row's last token [B]. V(s) is the same for all tokens: it would cancel.
+    """
+    guided = logits
+    if params.beta:
+        logits, values = logits.unbind(1)
+        guided = logits + params.beta * values
+    if mask is not None:
+        guided = guided.masked_fill(mask[last], -torch.inf)
+    return logits, guided
+
+
+def choose(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    seen: Tensor | None,
+    params: SamplingParams,
+    stops: Tensor,
+    *,
+    may_wait: bool,
+) -> Tensor:
+    """Tokens [B] drawn from logits [B,V].
+
+    keys and positions [B] int64 give each row's random number. `seen` [B,V] is which tokens a row holds, or None where
+    nothing is penalised; what is drawn is added to it. `stops` [S] are not drawn before `min_new_tokens`. `may_wait` says
+    whether the host may wait for the device to find out what can be left out.
+    """
+    if seen is not None:
+        logits = penalize(logits, seen, params.repetition_penalty)
+    young = positions < params.min_new_tokens
+    if params.min_new_tokens and len(stops) and (not may_wait or bool(young.any())):
+        logits = ban(logits, stops, young)
+    tokens = draw(logits, params, uniform(keys, positions), may_wait=may_wait)
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None], True)
+    return tokens

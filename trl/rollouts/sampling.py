@@ -248,10 +248,10 @@ def _draw_top_k(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
     return _draw_sorted(best.values.softmax(-1), best.indices, params, u)
 
 
-def _draw_top_p(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
+def _draw_top_p(scaled: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool) -> Tensor:
     probabilities = scaled.softmax(-1)
-    best = probabilities.topk(min(NUCLEUS, scaled.shape[1]))
-    if bool((best.values.double().sum(-1) < params.top_p).any()):
+    best = probabilities.topk(min(NUCLEUS, scaled.shape[1])) if may_wait else None
+    if best is None or bool((best.values.double().sum(-1) < params.top_p).any()):
         best = probabilities.sort(dim=-1, descending=True, stable=True)
     return _draw_sorted(best.values, best.indices, params, u)
 
@@ -262,15 +262,18 @@ def _draw_min_p(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
     return inverse_cdf(probabilities.masked_fill(probabilities < floor, 0), u)
 
 
-def draw(logits: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
-    """Token [B] from logits [B,V] by u [B] float64, at the temperature and truncations of `params`."""
+def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = True) -> Tensor:
+    """Token [B] from logits [B,V] by u [B] float64, at the temperature and truncations of `params`.
+
+    For top-p, with `may_wait` the host asks whether the `NUCLEUS` most likely tokens are enough; else all are sorted.
+    """
     if params.greedy:
         return logits.argmax(-1)
     scaled = logits if params.temperature == 1 else logits / params.temperature
     if params.top_k:
         return _draw_top_k(scaled, params, u)
     if params.top_p < 1:
-        return _draw_top_p(scaled, params, u)
+        return _draw_top_p(scaled, params, u, may_wait=may_wait)
     return _draw_min_p(scaled, params, u) if params.min_p else inverse_cdf(scaled.softmax(-1), u)
 
 

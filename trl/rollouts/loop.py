@@ -1,0 +1,239 @@
+"""The loops that sample: rows come and go until every sample has ended.
+
+    admit waiting samples while the tokens alive stay under the limit ─▶ one step for all rows ─▶ draw, append
+      ▲                                                                                             │
+      └──────────────────────────── finished rows leave, their room is free ◀───────────────────────┘
+
+`Round` looks at every token as it is drawn. `StaticRound` draws on the device and looks at the samples every few steps,
+so that the device never waits for the host; what a sample drew beyond its end is cut. Both give the same samples: a
+token depends on its own sequence and on a random number of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trl.errors import ModelError
+from trl.rollouts.decoders import Decoder, Policy, Sample, decoder_start
+from trl.rollouts.engine import FinishReason, Rollout
+from trl.rollouts.paged_decoder import STREAM, TOKEN, WRITTEN, PagedDecoder, bucket
+from trl.rollouts.sampler import Sampler, choose, guide
+from trl.rollouts.sampling import SamplingParams, chosen_logprobs, stream
+from trl.rollouts.stopping import Stopper
+
+LOOK_EVERY = 8
+"""Steps after which `StaticRound` reads what was drawn."""
+
+SHRINK = 4
+"""Fewer rows are computed once they fit this part of the bucket: a smaller step saves little, and is captured anew."""
+
+
+class Round:
+    """One call of `generate`: the loop, and the rows under way in the order of the decoder's."""
+
+    def __init__(
+        self, policy: Policy, decoder: Decoder, sampler: Sampler, stopper: Stopper, budget: int, bar: tqdm
+    ) -> None:
+        self.policy, self.decoder, self.sampler, self.stopper = policy, decoder, sampler, stopper
+        self.budget, self.bar = budget, bar
+        self.rows: list[Sample] = []
+        self.tokens = torch.empty(0, dtype=torch.long, device=policy.device)
+        self.vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
+
+    def run(self, rows: list[Sample], prompts: int) -> list[list[Rollout]]:
+        """The rollouts of every prompt, in the order of their numbers."""
+        done: list[dict[int, Rollout]] = [{} for _ in range(prompts)]
+        waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
+        while waiting or self.rows:
+            self._admit(waiting)
+            reasons = self._step()
+            if any(reasons):
+                for row, reason in zip(self.rows, reasons, strict=True):
+                    if reason:
+                        done[row.index][row.number] = Rollout(tuple(row.ids), tuple(row.logprobs), reason)
+                self.bar.update(sum(reason is not None for reason in reasons))
+                self._drop([reason is None for reason in reasons])
+        return [[samples[i] for i in sorted(samples)] for samples in done]
+
+    def _admit(self, waiting: deque[Sample]) -> None:
+        """Take samples while they fit; not before an eighth of the room is free, so that prefills stay few."""
+        if not waiting or (self.rows and self.decoder.reserved > self.budget * 7 / 8):
+            return
+        room, new = self.budget - self.decoder.reserved, []
+        while waiting:
+            room -= self.decoder.cost(waiting[0], after=new)
+            if room < 0 and (new or self.rows):
+                break
+            new.append(waiting.popleft())
+        if new:
+            self._enter(new)
+
+    def _enter(self, new: list[Sample]) -> None:
+        self.decoder.admit(new)
+        encoder = self.policy.inner.config.is_encoder_decoder
+        contexts = [[decoder_start(self.policy.inner)] if encoder else row.prompt.ids for row in new]
+        self.sampler.admit(new, contexts, self.vocabulary)
+        self.rows += new
+        self.tokens = torch.cat([self.tokens, self.tokens.new_tensor([context[-1] for context in contexts])])
+
+    def _step(self) -> list[FinishReason | None]:
+        """Draw for every row; why rows end that end with it."""
+        logits = self.decoder.step(self.tokens)
+        self.tokens, logprobs = self.sampler.sample(logits)
+        drawn = zip(self.rows, self.tokens.tolist(), logprobs.tolist(), strict=True)
+        return [self._append(row, token, logprob) for row, token, logprob in drawn]
+
+    def _append(self, row: Sample, token: int, logprob: float) -> FinishReason | None:
+        if math.isnan(logprob):
+            raise ModelError(
+                f"The model's logits after prompts[{row.index}] and {len(row.ids)} sampled tokens are not finite. Its "
+                "weights hold NaN, or numbers overflow in their precision: look at the loss of the steps before, lower "
+                "learning_rate, or use bfloat16 or float32."
+            )
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        return self.stopper.reason(row.ids, row.limit)
+
+    def _drop(self, alive: list[bool]) -> None:
+        kept = self.decoder.keep(alive)
+        self.sampler.keep(kept)
+        self.rows = [self.rows[row] for row in kept]
+        self.tokens = self.tokens[torch.tensor(kept, dtype=torch.long, device=self.tokens.device)]
+
+
+class StaticRound(Round):
+    """As `Round`, with a step that runs on the device alone, captured as one CUDA graph per bucket of rows."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        decoder: PagedDecoder,
+        params: SamplingParams,
+        stopper: Stopper,
+        budget: int,
+        bar: tqdm,
+        *,
+        captures: bool,
+    ) -> None:
+        self.policy, self.decoder, self.stopper, self.budget, self.bar = policy, decoder, stopper, budget, bar
+        self.params = params
+        self.rows: list[Sample] = []
+        self.size = 0
+        self.steps = Steps(policy, decoder, params, sorted(stopper.tokens), captures=captures)
+
+    def _enter(self, new: list[Sample]) -> None:
+        index, number = (torch.tensor(x) for x in ([row.index for row in new], [row.number for row in new]))
+        self.decoder.admit(new, stream(self.params.seed, index, number).tolist())
+        self.rows += new
+
+    def _step(self) -> list[FinishReason | None]:
+        self._resize()
+        steps = min(LOOK_EVERY, max(row.limit - len(row.ids) for row in self.rows))
+        drawn = self.steps.run(self.size, steps)
+        return [
+            self._append_all(row, tokens, logprobs)
+            for row, tokens, logprobs in zip(self.rows, *drawn, strict=True)
+        ]  # fmt: skip
+
+    def _append_all(self, row: Sample, tokens: list[int], logprobs: list[float]) -> FinishReason | None:
+        """Take tokens up to the sample's end; what was drawn after it is nobody's."""
+        reasons = (self._append(row, *drawn) for drawn in zip(tokens, logprobs, strict=True))
+        return next((reason for reason in reasons if reason), None)
+
+    def _resize(self) -> None:
+        """Choose the bucket. It grows at once, and shrinks late."""
+        wanted = bucket(len(self.rows))
+        if wanted > self.size or wanted * SHRINK <= self.size:
+            self.size, self.decoder.is_stale = wanted, True
+        if self.decoder.is_stale:
+            self.decoder.refresh(self.size)
+            self.steps.refresh(self.size)
+
+    def _drop(self, alive: list[bool]) -> None:
+        self.rows = [self.rows[row] for row in self.decoder.keep(alive)]
+
+
+class Steps:
+    """Steps of the first rows of a decoder's table, each drawing its tokens, and what they drew.
+
+    The first step in a bucket runs as it is, which compiles kernels; then it is captured. Captured or not, it is the same
+    code on the same memory.
+    """
+
+    def __init__(
+        self, policy: Policy, decoder: PagedDecoder, params: SamplingParams, stops: list[int], *, captures: bool
+    ) -> None:
+        self.policy, self.decoder, self.params, self.captures = policy, decoder, params, captures
+        device, rows = policy.device, decoder.table.shape[1]
+        self.stops = torch.tensor(stops, device=device, dtype=torch.long)
+        self.ids = torch.zeros(LOOK_EVERY, rows, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(LOOK_EVERY, rows, device=device)
+        self.cursor = torch.zeros(1, dtype=torch.long, device=device)
+        self.mask = None if params.logit_mask is None else params.logit_mask.to(device)
+        self.seen: Tensor | None = None
+        if params.repetition_penalty != 1:
+            vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
+            self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+        self.known: set[int] = set()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def refresh(self, rows: int) -> None:
+        """Say anew which tokens the present rows hold, for the repetition penalty."""
+        if self.seen is not None:
+            tokens = [[*row.prompt.ids, *row.ids] for row in self.decoder.rows]
+            place = [(number, token) for number, ids in enumerate(tokens) for token in ids]
+            self.seen[:rows] = False
+            self.seen[tuple(torch.tensor(place, device=self.seen.device).T)] = True
+
+    def run(self, rows: int, steps: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens and log-probabilities, by row, of so many steps. Waits for the device once, at the end."""
+        span, count = self.decoder.advance(steps), len(self.decoder.rows)
+        self.cursor.zero_()
+        for _ in range(steps):
+            self._one(rows, span)
+        return self.ids[:steps, :count].T.tolist(), self.logprobs[:steps, :count].T.tolist()
+
+    def _one(self, rows: int, span: int) -> None:
+        if self.captures and rows in self.known and rows not in self.graphs:
+            self._capture(rows, span)
+        if rows in self.graphs:
+            self.graphs[rows].replay()
+        else:
+            self._step(rows, span)
+            self.known.add(rows)
+
+    def _step(self, rows: int, span: int) -> None:
+        """One token for every row, into the table and the next line of what was drawn."""
+        table = self.decoder.table[:, :rows]
+        logits, guided = guide(self.decoder.logits(rows, span), table[TOKEN], self.params, self.mask)
+        state = table[STREAM], table[WRITTEN], None if self.seen is None else self.seen[:rows]
+        tokens = choose(guided, *state, self.params, self.stops, may_wait=False)
+        logprobs = chosen_logprobs(logits, tokens, self.params.temperature)
+        self.ids[:, :rows].index_copy_(0, self.cursor, tokens[None])
+        self.logprobs[:, :rows].index_copy_(0, self.cursor, logprobs[None])
+        table[TOKEN] = tokens
+        table[WRITTEN] += 1
+        self.cursor += 1
+
+    def _capture(self, rows: int, span: int) -> None:
+        graph, stream_before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = next((other.pool() for other in self.graphs.values()), None)
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._step(rows, span)
+        except RuntimeError as error:  # a model that asks the device for numbers in its forward
+            torch.cuda.set_stream(stream_before)
+            self.captures = False
+            warnings.warn(
+                f"A step of {type(self.policy.inner).__name__} cannot be captured as a CUDA graph, so its kernels are "
+                f"launched one by one: {error}",
+                stacklevel=2,
+            )
+        else:
+            self.graphs[rows] = graph

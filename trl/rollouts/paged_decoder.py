@@ -1,0 +1,196 @@
+"""Rows in static buffers: a step whose shapes depend on a bucket of rows alone, and not on who they are.
+
+`PagedDecoder` is a `Decoder` over `paged_cache.py`. What a step reads of its rows stands in one table on the device,
+written anew when rows enter or leave; a step itself changes the table's tokens and counts in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl.rollouts.decode_attention import TILE, Tables
+from trl.rollouts.decoders import Policy, Sample, fill_holes, like_lengths, pad
+from trl.rollouts.engine import Prompt
+from trl.rollouts.paged_cache import PagedCache, Pages
+
+TOKEN, PREFIX, WRITTEN, LAST, STREAM = range(5)
+"""Rows of the table `[5,R]` int64: the token to read, prompt tokens in the cache, own tokens before this step, the largest
+such count that a row may reach, and the key of the row's random numbers."""
+
+
+def bucket(rows: int) -> int:
+    """Rows of the step that so many rows take part in: the next power of two from 8 on."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+def pages_for(tokens: int, page: int) -> int:
+    return -(-tokens // page)
+
+
+@dataclass(slots=True)
+class Held:
+    """A prompt whose keys are in the cache: its pages, and samples that have not ended."""
+
+    prompt: Prompt
+    pages: list[int]
+    unfinished: int
+
+
+class PagedDecoder:
+    """Rows that read pages. All but a prompt's last token is prefilled; a row starts with it.
+
+    `expected` are all samples that will be admitted, `budget` the tokens that may be held at a time: more pages than
+    either needs are not made, and what one sample needs always is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        windows: Sequence[int | None],
+        n: int,
+        expected: Sequence[Sample],
+        *,
+        budget: int,
+        page: int,
+        kernels: bool = False,
+    ) -> None:
+        self.policy, self.n, self.page = policy, n, page
+        prompts = {row.index: pages_for(len(row.prompt) - 1, page) for row in expected}
+        own = [pages_for(row.limit, page) for row in expected]
+        self.prompt_pages = max(prompts.values())
+        most = min(budget // page, sum(prompts.values()) + sum(own))
+        self.pages = Pages(max(most, self.prompt_pages + max(own)))
+        rows = max(1, min(len(expected), self.pages.count // min(own)))
+        self.cache = PagedCache(windows, self.pages.count, page=page, kernels=kernels)
+        self.configs = policy.configs
+        self.rows: list[Sample] = []
+        self.own: list[list[int]] = []
+        self.prompts: dict[int, Held] = {}
+        size, device = bucket(rows), policy.device
+        self.table = torch.zeros(5, size, dtype=torch.long, device=device)
+        self.page_table = torch.full((size, self.prompt_pages + max(own)), self.pages.count, device=device)
+        self.tiles = torch.full((size, TILE), -1, device=device)
+        self.streams: list[int] = []
+        self.span = 0
+        self.is_stale = True
+
+    # ---- rows ----
+
+    @property
+    def reserved(self) -> int:
+        held = sum(len(held.pages) for held in self.prompts.values()) + sum(map(len, self.own))
+        return held * self.page
+
+    def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
+        held = sample.index in self.prompts or sample.index in {other.index for other in after}
+        pages = pages_for(sample.limit, self.page) + (0 if held else pages_for(len(sample.prompt) - 1, self.page))
+        return pages * self.page
+
+    def admit(self, samples: Sequence[Sample], streams: Sequence[int] | None = None) -> None:
+        """Add rows behind the present ones; `streams` are the keys of their random numbers."""
+        new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
+        for index, prompt in new.items():
+            pages = self.pages.take(pages_for(len(prompt) - 1, self.page))
+            self.prompts[index] = Held(prompt, pages, self.n)
+        for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
+            self._prefill(batch)
+        self.own += [self.pages.take(pages_for(s.limit, self.page)) for s in samples]
+        self.rows += samples
+        self.streams += streams if streams is not None else [0] * len(samples)
+        self.is_stale = True
+
+    def _prefill(self, batch: list[int]) -> None:
+        prefixes = [self.prompts[index].prompt.ids[:-1] for index in batch]
+        if not prefixes[0]:
+            return
+        ids, _ = pad(prefixes, self.policy.device)
+        nowhere, longest = self.pages.count * self.page, ids.shape[1]
+        places = []
+        for index, prefix in zip(batch, prefixes, strict=True):
+            pages = self.prompts[index].pages
+            at = [pages[t // self.page] * self.page + t % self.page for t in range(len(prefix))]
+            places += at + [nowhere] * (longest - len(at))
+        self.cache.prefill(torch.tensor(places, device=ids.device))
+        positions = torch.arange(longest, device=ids.device).expand_as(ids)
+        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache)
+
+    def keep(self, alive: Sequence[bool]) -> list[int]:
+        for row, pages, lives in zip(self.rows, self.own, alive, strict=True):
+            if not lives:
+                self.pages.give_back(pages)
+                self.prompts[row.index].unfinished -= 1
+        kept = fill_holes(alive)
+        self.rows, self.own, self.streams = ([held[i] for i in kept] for held in (self.rows, self.own, self.streams))
+        for index in [index for index, held in self.prompts.items() if not held.unfinished]:
+            self.pages.give_back(self.prompts.pop(index).pages)
+        self.is_stale = True
+        return kept
+
+    # ---- a step ----
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """As `Decoder.step`: the tokens are written into the table, and the rows' counts go on by one."""
+        size = bucket(len(self.rows))
+        self.refresh(size)
+        self.table[TOKEN, : len(tokens)] = tokens
+        logits = self.logits(size, self.advance(1))
+        self.table[WRITTEN] += 1
+        return logits[: len(tokens)]
+
+    def advance(self, steps: int) -> int:
+        """Count steps that are about to be run; the keys of the row with most after them."""
+        self.span += steps
+        return self.span
+
+    def logits(self, rows: int, span: int) -> Tensor:
+        """Logits `[rows,V]` float32 of one step of the first rows of the table. Nothing waits for the device."""
+        table = self.table[:, :rows]
+        own = torch.minimum(table[WRITTEN], table[LAST])
+        pages, tiles = self.page_table[:rows], self.tiles[:rows]
+        self.cache.decode(Tables(pages, table[PREFIX], own, tiles, self.prompt_pages, span))
+        with self.cache.decoding(self.configs):
+            return self.policy.forward(
+                input_ids=table[TOKEN, :, None],
+                position_ids=(table[PREFIX] + own)[:, None],
+                past_key_values=self.cache,
+            )
+
+    def refresh(self, rows: int) -> None:
+        """Write the table anew for the present rows, if others were there before."""
+        if not self.is_stale:
+            return
+        fill = rows - len(self.rows)
+        columns = [
+            [row.ids[-1] if row.ids else row.prompt.ids[-1] for row in self.rows],
+            [len(row.prompt) - 1 for row in self.rows],
+            [len(row.ids) for row in self.rows],
+            [row.limit - 1 for row in self.rows],
+            self.streams,
+        ]
+        self.table[:, :rows] = torch.tensor([column + [0] * fill for column in columns])
+        self.page_table[:rows] = torch.tensor([*map(self._page_row, self.rows, self.own), *[self._page_row()] * fill])
+        self.tiles[:rows] = torch.tensor(self._tiles(rows))
+        self.span = max(len(row.prompt) - 1 + len(row.ids) for row in self.rows)
+        self.is_stale = False
+
+    def _page_row(self, row: Sample | None = None, own: Sequence[int] = ()) -> list[int]:
+        """A row of the table of pages; columns without a page name the one that is nobody's."""
+        nobody = self.pages.count
+        prompt = self.prompts[row.index].pages if row is not None else []
+        own_columns = self.page_table.shape[1] - self.prompt_pages
+        return [
+            *prompt, *[nobody] * (self.prompt_pages - len(prompt)), *own, *[nobody] * (own_columns - len(own))
+        ]  # fmt: skip
+
+    def _tiles(self, rows: int) -> list[list[int]]:
+        """`[rows,TILE]`: rows of one prompt that has keys, −1 for none."""
+        members: dict[int, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            if len(row.prompt) > 1:
+                members.setdefault(row.index, []).append(number)
+        tiles = [held[i : i + TILE] for held in members.values() for i in range(0, len(held), TILE)]
+        return [*(tile + [-1] * (TILE - len(tile)) for tile in tiles), *[[-1] * TILE] * (rows - len(tiles))]

@@ -1,0 +1,198 @@
+"""Kernels for the attention of `decode_attention.py`: prompts' keys are read once for all rows of the prompt.
+
+The softmax over a row's keys is put together from parts, each over some of them, by their normalisers ("flash decoding",
+Dao et al. 2023; for shared prompts "Hydragen", Juravsky et al. 2024, equation 5):
+
+    o_i, ℓ_i = softmax(q K_iᵀ) V_i, logsumexp(q K_iᵀ)        o = Σ_i e^(ℓ_i − ℓ) o_i,   ℓ = logsumexp(ℓ_i)
+
+Three kernels a layer: parts of the prompts (a program holds the queries of a tile of rows of one prompt), parts of the
+rows' own keys, and their sum; a fourth writes the new keys. Lengths are read from tables on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trl.rollouts.decode_attention import TILE, Form, Tables
+
+PROMPT_SPLITS = 8
+"""Parts that a prompt's keys are split into."""
+
+PROGRAMS = 256
+"""Programs that are to be under way at least: keys of few rows are split between more of them."""
+
+
+@triton.jit
+def _write_kernel(keys, values, key, value, pages, prefix, own, columns, prompt_pages, key_stride, value_stride,
+                  HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
+                  WIDTH: tl.constexpr):  # fmt: skip
+    """New keys and values `[B,h,D]` into the pools, one program per row and head."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    at = tl.load(own + row)
+    page = tl.load(pages + row * columns + prompt_pages + at // PAGE)
+    token = (page * PAGE + at % PAGE) * HEADS + head
+    lane = tl.arange(0, WIDTH)
+    tl.store(
+        keys + token * SIZE + lane,
+        tl.load(key + row * key_stride + head * SIZE + lane, mask=lane < SIZE),
+        mask=lane < SIZE,
+    )
+    tl.store(
+        values + token * VALUE_SIZE + lane,
+        tl.load(value + row * value_stride + head * VALUE_SIZE + lane, mask=lane < VALUE_SIZE),
+        mask=lane < VALUE_SIZE,
+    )
+
+
+@triton.jit
+def _parts_kernel(query, keys, values, pages, prefix, own, tiles, out, normalizer,
+                  rows_in_all, columns, prompt_pages, scale, softcap,
+                  PROMPT: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+                  SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+                  QUERIES: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+                  WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Part `FIRST + split` of the attention of a tile of rows to their prompt's keys, or of a row to its own."""
+    item = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    lane = tl.arange(0, QUERIES)
+    if PROMPT:
+        leader = tl.load(tiles + item * TILE)
+        if leader < 0:
+            return
+        row = tl.load(tiles + item * TILE + lane // GROUP, mask=lane < TILE * GROUP, other=-1)
+        length = tl.load(prefix + leader)
+        start = 0
+        table = pages + leader * columns
+    else:
+        leader = item.to(tl.int64)
+        row = tl.where(lane < GROUP, leader, -1)
+        length = tl.load(own + leader) + 1
+        start = tl.load(prefix + leader)
+        table = pages + leader * columns + prompt_pages
+    valid = row >= 0
+    position = tl.load(prefix + row, mask=valid, other=0) + tl.load(own + row, mask=valid, other=0)
+    width = tl.arange(0, WIDTH)
+    value_width = tl.arange(0, VALUE_WIDTH)
+    place = row * HEADS * GROUP + head * GROUP + lane % GROUP
+    q = tl.load(
+        query + place[:, None] * SIZE + width[None, :], mask=valid[:, None] & (width[None, :] < SIZE), other=0.0
+    )
+    top = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
+    pages_in_all = (length + PAGE - 1) // PAGE
+    each = (pages_in_all + SPLITS - 1) // SPLITS
+    last = tl.minimum((split + 1) * each, pages_in_all)
+    for number in range(split * each, last):
+        at = number * PAGE + tl.arange(0, PAGE)
+        token = (tl.load(table + number) * PAGE + tl.arange(0, PAGE)) * HEADS + head
+        k = tl.load(
+            keys + token[:, None] * SIZE + width[None, :],
+            mask=(at[:, None] < length) & (width[None, :] < SIZE),
+            other=0.0,
+        )
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if CAPPED:
+            logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
+        seen = (at[None, :] < length) & valid[:, None]
+        if WINDOW > 0:
+            seen = seen & (position[:, None] - (start + at[None, :]) < WINDOW)
+        logits = tl.where(seen, logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, axis=1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        decay = tl.exp(top - base)
+        weights = tl.exp(logits - base[:, None])
+        v = tl.load(
+            values + token[:, None] * VALUE_SIZE + value_width[None, :],
+            mask=(at[:, None] < length) & (value_width[None, :] < VALUE_SIZE),
+            other=0.0,
+        )
+        sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        total = total * decay + tl.sum(weights, axis=1)
+        top = higher
+    part = (FIRST + split) * rows_in_all * HEADS * GROUP + place
+    some = total > 0.0
+    safe = tl.where(some, total, 1.0)
+    tl.store(
+        out + part[:, None] * VALUE_SIZE + value_width[None, :],
+        sums / safe[:, None],
+        mask=valid[:, None] & (value_width[None, :] < VALUE_SIZE),
+    )
+    tl.store(normalizer + part, tl.where(some, top + tl.log(safe), -float("inf")), mask=valid)
+
+
+@triton.jit
+def _merge_kernel(parts, normalizer, sinks, prefix, out, rows_in_all,
+                  ALL_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+                  PARTS: tl.constexpr, PARTS_WIDTH: tl.constexpr, PROMPT_PARTS: tl.constexpr,
+                  SINK: tl.constexpr):  # fmt: skip
+    """The parts of a row's head put together. Parts of a prompt without keys were not written."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.arange(0, PARTS_WIDTH)
+    width = tl.arange(0, VALUE_WIDTH)
+    prompt = tl.load(prefix + row) + part * 0
+    written = (part < PARTS) & ((part >= PROMPT_PARTS) | (prompt > 0))
+    place = (part * rows_in_all + row) * ALL_HEADS + head
+    each = tl.load(normalizer + place, mask=written, other=-float("inf"))
+    top = tl.max(each, axis=0)
+    if SINK:
+        sink = tl.load(sinks + head).to(tl.float32)
+        top = tl.maximum(top, sink)
+    weights = tl.exp(each - top)
+    total = tl.sum(weights, axis=0)
+    if SINK:
+        total += tl.exp(sink - top)
+    found = tl.load(
+        parts + place[:, None] * VALUE_SIZE + width[None, :],
+        mask=written[:, None] & (width[None, :] < VALUE_SIZE),
+        other=0.0,
+    )
+    merged = tl.sum(found * weights[:, None], axis=0) / total
+    tl.store(
+        out + (row * ALL_HEADS + head) * VALUE_SIZE + width, merged.to(out.dtype.element_ty), mask=width < VALUE_SIZE
+    )
+
+
+def write_by_kernel(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, tables: Tables) -> None:
+    """As `write_by_index`. Heads and sizes of `key` and `value` lie side by side."""
+    rows, heads, size = key.shape
+    key, value = key.flatten(1), value.flatten(1)  # views, where heads lie side by side
+    _write_kernel[(rows, heads)](
+        keys, values, key, value, tables.pages, tables.prefix, tables.own,
+        tables.pages.stride(0), tables.prompt_pages, key.stride(0), value.stride(0),
+        HEADS=heads, SIZE=size, VALUE_SIZE=values.shape[-1], PAGE=keys.shape[1],
+        WIDTH=triton.next_power_of_2(max(size, values.shape[-1])),
+    )  # fmt: skip
+
+
+def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, tables: Tables, form: Form) -> Tensor:
+    """As `attend_by_gather`, without copies of keys, and with every prompt's read once for `TILE` rows."""
+    (rows, all_heads, size), (page, heads), value_size = query.shape, keys.shape[1:3], values.shape[-1]
+    query, group = query.contiguous(), all_heads // heads
+    splits = max(1, min(8, PROGRAMS // (rows * heads)))
+    parts = PROMPT_SPLITS + splits
+    out = torch.empty(parts, rows, all_heads, value_size, dtype=torch.float32, device=query.device)
+    normalizer = torch.empty(parts, rows, all_heads, dtype=torch.float32, device=query.device)
+    width, value_width = (max(16, triton.next_power_of_2(x)) for x in (size, value_size))
+    for prompt, count, first, tile in ((True, PROMPT_SPLITS, 0, TILE), (False, splits, PROMPT_SPLITS, 1)):
+        _parts_kernel[(rows, heads, count)](
+            query, keys, values, tables.pages, tables.prefix, tables.own, tables.tiles, out, normalizer,
+            rows, tables.pages.stride(0), tables.prompt_pages, form.scale, form.softcap or 1.0,
+            PROMPT=prompt, TILE=tile, GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size,
+            WIDTH=width, VALUE_WIDTH=value_width, QUERIES=max(16, triton.next_power_of_2(tile * group)), PAGE=page,
+            SPLITS=count, FIRST=first, WINDOW=form.window or 0, CAPPED=form.softcap is not None,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+    merged = torch.empty(rows, all_heads, value_size, dtype=query.dtype, device=query.device)
+    _merge_kernel[(rows, all_heads)](
+        out, normalizer, merged if form.sinks is None else form.sinks, tables.prefix, merged, rows,
+        ALL_HEADS=all_heads, VALUE_SIZE=value_size, VALUE_WIDTH=value_width, PARTS=parts,
+        PARTS_WIDTH=triton.next_power_of_2(parts), PROMPT_PARTS=PROMPT_SPLITS, SINK=form.sinks is not None,
+    )  # fmt: skip
+    return merged
