@@ -99,16 +99,15 @@ class Policy:
 
     @property
     def recurrent(self) -> bool:
-        """Whether the model is state-space throughout: its steps take no mask."""
-        return "cache_params" in self.arguments
+        """Whether the model is state-space throughout: its steps take no mask, and it has no positions."""
+        return self.inner._is_stateful and "position_ids" not in self.arguments
 
-    def forward(self, **inputs: Any) -> Tensor:
+    def forward(self, *, cache: Cache, **inputs: Any) -> Tensor:
         """Logits [B,V] float32 of the last position; with `action_values` [B,2,V], those behind the logits.
 
         Positions are left out for a model that counts them itself.
         """
-        inputs[self.cache_name] = inputs.pop("past_key_values")
-        inputs |= {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
+        inputs |= {self.cache_name: cache, "logits_to_keep": 1, "use_cache": True, "return_dict": True}
         left_out = {"position_ids", "logits_to_keep"} - self.arguments
         inputs = {name: value for name, value in inputs.items() if name not in left_out}
         if self.action_values is None:
@@ -201,13 +200,13 @@ class SharedDecoder:
         else:
             positions = self.policy.positions(prompts, lengths)
         beside = self.policy.beside(prompts, lengths)
-        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache, **beside)
+        self.policy.forward(input_ids=ids, position_ids=positions, cache=self.cache, **beside)
 
     def step(self, tokens: Tensor) -> Tensor:
         self.cache.decode(self.plan)
         with self.cache.decoding(self.configs):
             logits = self.policy.forward(
-                input_ids=tokens[:, None], position_ids=self.plan.position[:, None], past_key_values=self.cache
+                input_ids=tokens[:, None], position_ids=self.plan.position[:, None], cache=self.cache
             )
         self.plan.advance()
         return logits
@@ -361,7 +360,7 @@ class RepeatedDecoder:
         cache, lengths = DynamicCache(config=self.policy.inner.config), [len(prompt) for prompt in prompts]
         inputs = self.policy.beside(prompts, lengths, left=True)
         inputs["position_ids"] = self.policy.positions(prompts, lengths, left=True)
-        logits = self.policy.forward(input_ids=ids, attention_mask=mask, past_key_values=cache, **inputs)
+        logits = self.policy.forward(input_ids=ids, attention_mask=mask, cache=cache, **inputs)
         return Cohort([], cache, mask, None, logits, mask.new_tensor([prompt.shift for prompt in prompts]))
 
     def _encode(self, prompts: list[Prompt]) -> Cohort:
@@ -379,7 +378,7 @@ class RepeatedDecoder:
             encoder_outputs=(cohort.encoded,),
             attention_mask=cohort.mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=cohort.cache,
+            cache=cohort.cache,
         )
 
     def _continue(self, cohort: Cohort, tokens: Tensor) -> Tensor:
@@ -388,7 +387,7 @@ class RepeatedDecoder:
             input_ids=tokens[:, None],
             attention_mask=None if self.policy.recurrent else cohort.mask,
             position_ids=cohort.mask.sum(-1, keepdim=True) - 1 + cohort.shift[:, None],
-            past_key_values=cohort.cache,
+            cache=cohort.cache,
         )
 
     def step(self, tokens: Tensor) -> Tensor:

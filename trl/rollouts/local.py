@@ -146,7 +146,7 @@ class LocalEngine(RolloutEngine):
             return self._resign(f"{options[0]} of the generation config is left to model.generate")
         if policy.model not in self._ways:
             static = policy.device.type == "cuda" if self.static is None else self.static
-            self._ways[policy.model] = fastest_way(policy, static=static)
+            self._ways[policy.model] = fastest_way(replace(policy, action_values=None), static=static)
         way = self._ways[policy.model]
         if way == "generate":
             return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")

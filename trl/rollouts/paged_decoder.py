@@ -116,7 +116,7 @@ class PagedDecoder:
             places += at + [nowhere] * (longest - len(at))
         self.cache.prefill(torch.tensor(places, device=ids.device))
         positions = torch.arange(longest, device=ids.device).expand_as(ids)
-        self.policy.forward(input_ids=ids, position_ids=positions, past_key_values=self.cache)
+        self.policy.forward(input_ids=ids, position_ids=positions, cache=self.cache)
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
         for row, pages, lives in zip(self.rows, self.own, alive, strict=True):
@@ -156,7 +156,7 @@ class PagedDecoder:
             return self.policy.forward(
                 input_ids=table[TOKEN, :, None],
                 position_ids=(table[PREFIX] + own)[:, None],
-                past_key_values=self.cache,
+                cache=self.cache,
             )
 
     def refresh(self, rows: int) -> None:

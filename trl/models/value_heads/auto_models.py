@@ -103,7 +103,9 @@ class WithValueHead(nn.Module, PushToHubMixin):
         with self.v_head.states(self.pretrained_model, kwargs) as states:
             output = self.pretrained_model(*args, **{**kwargs, "return_dict": True})
             found = (output.logits.float(), output.loss, self.v_head(states()))
-        return (*found, output.past_key_values) if return_past_key_values else found
+        if not return_past_key_values:
+            return found
+        return (*found, output["cache" if "cache" in output else "past_key_values"])  # by the release of transformers
 
     def _scored(self, score: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if "value" not in score.want:
