@@ -25,7 +25,7 @@ from trl.algorithms.ilql import ILQL, ILQLOptions
 from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import columns_of
 from trl.errors import ConfigError, DataError
-from trl.models.load import with_adapters
+from trl.models.adapters import with_adapters
 from trl.models.score import score, unwrap
 from trl.models.value_heads.ilql import WithILQLHeads, load_with_ilql_heads, with_ilql_heads
 from trl.rewards.call import make_rewards

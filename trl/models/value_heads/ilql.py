@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
-from trl.models.load import with_adapters
+from trl.models.adapters import with_adapters
 from trl.models.sharding import shards
 from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
 from trl.models.value_heads.heads import ValueHead
