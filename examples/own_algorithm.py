@@ -1,4 +1,4 @@
-"""An algorithm of one's own in the online loop: credit and loss are two methods, the rest is the library's.
+"""An algorithm of one's own in the online loop: advantages and loss are two methods, the rest is the library's.
 
 RAFT (Dong et al. 2023, arXiv:2304.06767): of each prompt's samples, learn from the best by imitation.
 

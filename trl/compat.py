@@ -161,7 +161,7 @@ HOOKS = {
     "_calculate_rewards": "Give `reward_funcs`.",
     "_compute_loss": LOSS,
     "_generate": SAMPLES,
-    "_generate_and_score_completions": f"{SAMPLES} Credit for rewards is an algorithm's: see examples/own_algorithm.py.",
+    "_generate_and_score_completions": f"{SAMPLES} Advantages are computed by an algorithm: see examples/own_algorithm.py.",
     "_generate_single_turn": SAMPLES,
     "_get_per_token_logps": SCORES,
     "_get_per_token_logps_and_entropies": SCORES,

@@ -35,7 +35,7 @@ METHODS = {
         | {"logging_steps": 8, "lr_scheduler_type": "linear"},
     ),
 }
-"""Trainer, its configuration, and the options that matter. A round is 8 walks from each of the 20 starts."""
+"""Trainer, its configuration, and the options that matter. A rollout batch is 8 walks from each of the 20 starts."""
 
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 

@@ -50,7 +50,7 @@ class GRPO(Algorithm):
     """The algorithm as an object.
 
     Signals it reads `[N,C]`: `old_logprobs`; `ref_logprobs` where `beta` is not 0; `sampler_logprobs` with a `correction`
-    or an `off_policy_threshold`; `entropy` of the whole round where `top_entropy` < 1. Signals it adds: `advantages`
+    or an `off_policy_threshold`; `entropy` of the whole rollout batch where `top_entropy` < 1. Signals it adds: `advantages`
     `[N]`, `high_entropy` `[N,C]`. The trainer adds the entropy bonus.
     """
 
@@ -73,7 +73,7 @@ class GRPO(Algorithm):
     entropy_bonus: EntropyBonus | None = None
     """What is added for the entropy of the tokens that are learned from."""
     top_entropy: float = 1.0
-    """Learn from this share of the round's tokens alone, those of highest entropy."""
+    """Learn from this share of the rollout batch's tokens alone, those of highest entropy."""
     off_policy_threshold: float | None = None
     """Do not learn from completions with A < 0 whose mean log π_sampler/π is above this (arXiv:2512.02556, Eq. 9)."""
     correction: Correction | None = None

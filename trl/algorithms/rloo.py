@@ -2,8 +2,8 @@
 
     RLOO          A_i = r_i − mean of the others' r_j                        Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8
                       = G/(G−1) (r_i − mean r)
-    REINFORCE++   A_i = (r_i − mean) / std over the whole round              Hu et al. 2025, arXiv:2501.03262
-    REINFORCE     A_i = r_i − mean over the whole round                      Williams 1992
+    REINFORCE++   A_i = (r_i − mean) / std over the whole rollout batch              Hu et al. 2025, arXiv:2501.03262
+    REINFORCE     A_i = r_i − mean over the whole rollout batch                      Williams 1992
 
 RLOO treats a completion as one action: its ratio is that of the whole completion, and the KL from the reference is part of
 its reward. On the samples of the current policy the gradient is A ∇log π(y), clipping plays no role.
@@ -31,7 +31,7 @@ class RLOO(GRPO):
     reward_clip_range: tuple[float, float] | None = None
     """Bounds that rewards are clipped to, before the KL penalty."""
     normalize_advantages: bool = False
-    """Give the advantages of a round mean 0 and standard deviation 1."""
+    """Give the advantages of a rollout batch mean 0 and standard deviation 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,7 @@ class RLOO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlus(GRPO):
-    """Advantages normalised over the round, a token's ratio clipped, KL in the reward.
+    """Advantages normalised over the rollout batch, a token's ratio clipped, KL in the reward.
 
     With `baseline="group"` it is the paper's REINFORCE++-baseline, for several samples of a prompt.
     """
@@ -63,7 +63,7 @@ class ReinforcePlusPlus(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(GRPO):
-    """Plain REINFORCE: the round's mean is the baseline."""
+    """Plain REINFORCE: the rollout batch's mean is the baseline."""
 
     baseline: Baseline = "batch"
     scale: Scale = "none"

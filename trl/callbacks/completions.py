@@ -1,4 +1,4 @@
-"""What is logged of a round: its numbers, and its completions.
+"""What is logged of a rollout batch: its numbers, and its completions.
 
 Completions are a table in the terminal, a parquet file per log, and a table in trackers that have them.
 """
@@ -30,7 +30,7 @@ TRACKERS_WITH_TABLES = ("wandb", "trackio")
 def rollout_metrics(
     groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor
 ) -> Metrics:
-    """Numbers of a round, `[N]` each.
+    """Numbers of a rollout batch, `[N]` each.
 
     names        those of the reward functions
     everywhere   `[M,1+F]` rewards, combined and of every function, of all processes: standard deviations are theirs
@@ -93,9 +93,9 @@ def means_of(logged: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, flo
 
 
 def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each completion of a round."""
-    credit = experience.signals.get("advantages", experience.rewards)
-    advantages = iter((credit if credit.dim() == 1 else credit.mean(-1)).tolist())
+    """A row for each completion of a rollout batch."""
+    found = experience.signals.get("advantages", experience.rewards)
+    advantages = iter((found if found.dim() == 1 else found.mean(-1)).tolist())
     return [
         {
             "prompt": as_text(group.row["prompt"]),

@@ -2,7 +2,7 @@
 
 FSDP2 and ZeRO-3 keep a share of every weight on each process, and gather a layer's weights whenever it runs. For a
 forward and a backward that is little; for sampling, which runs every layer once per token, it is all that happens. So
-the weights are gathered once around a round of samples:
+the weights are gathered once around a rollout batch:
 
     with whole_weights(model):
         engine.generate(...)        # any number of forward passes, on each process as many as it needs

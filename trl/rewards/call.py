@@ -3,7 +3,7 @@
     reward(prompts=[…], completions=[…], completion_ids=[…], **columns) -> [1.0, None, …]
 
 One number per sample; None where the function does not apply. A function is given the arguments that it names, all of them
-if it takes `**columns`. Functions may be async: those of one round run at the same time. What raises, takes too long, or
+if it takes `**columns`. Functions may be async: those of one rollout batch run at the same time. What raises, takes too long, or
 gives anything else than one number that float32 holds (or None) per sample is an error that names function and sample, or,
 with on_error="drop", a sample that is not learned from.
 

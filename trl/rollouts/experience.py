@@ -1,8 +1,8 @@
-"""A round of rollouts: from groups of samples to the examples that are trained on, and back from a checkpoint.
+"""A rollout batch: from groups of samples to the examples that are trained on, and back from a checkpoint.
 
-    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──credit──▶ examples with signals ──▶ minibatches
+    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──advantages──▶ examples with signals ──▶ minibatches
 
-Experience is tensors over the whole round, for algorithms; examples are ragged lists, one prompt with those of its samples
+Experience is tensors over the whole rollout batch, for algorithms; examples are ragged lists, one prompt with those of its samples
 that are learned from. A slice is what one counted step of the loop trains on.
 """
 
@@ -80,7 +80,7 @@ def padded(rows: Sequence[Sequence[float]]) -> Tensor:
 
 
 def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
-    """The experience of a round: rewards `[N]` of its completions, and their signals as tensors."""
+    """The experience of a rollout batch: rewards `[N]` of its completions, and their signals as tensors."""
     completions = completions_of(examples)
     sizes = torch.tensor([len(example.completions) for example in examples])
     mask = padded([[1.0] * len(c) if c.mask is None else list(map(float, c.mask)) for c in completions])

@@ -1,6 +1,6 @@
-"""Prompts for rounds of rollouts: an endless sequence of rows, of which every process takes its share.
+"""Prompts for rollout batches: an endless sequence of rows, of which every process takes its share.
 
-Row number p of the sequence is a function of p, so a run that is resumed goes on where it stopped, and a round may take
+Row number p of the sequence is a function of p, so a run that is resumed goes on where it stopped, and a rollout batch may take
 more prompts than planned.
 """
 
@@ -54,7 +54,7 @@ class StreamRows:
 class Prompts:
     """Rows for this process; `cursor` is the number of rows that all processes have taken.
 
-    Rows are dealt out in turn, one to each process, so that a part of a round holds the same prompts whatever the number
+    Rows are dealt out in turn, one to each process, so that a part of a rollout batch holds the same prompts whatever the number
     of processes.
     """
 

@@ -69,7 +69,7 @@ class SamplingParams:
     """Tokens sampled before anything may end a completion; stop tokens are not sampled until then."""
 
     seed: int | None = None
-    """Same seed, same samples; prompts are told apart by their place in the call, so give every round and every
+    """Same seed, same samples; prompts are told apart by their place in the call, so give every rollout batch and every
     process a seed of its own. None takes one from torch's random state at every call."""
 
     beta: float = 0.0

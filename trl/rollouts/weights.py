@@ -1,4 +1,4 @@
-"""The weights of a policy as its forward multiplies them: cast once for a round of sampling, not once for every step.
+"""The weights of a policy as its forward multiplies them: cast once for a rollout batch of sampling, not once for every step.
 
 Under autocast, float32 weights of linear layers are rounded to half precision in every forward. A step of decoding reads
 each weight once, so that rounding costs more than the step. While sampling, linear layers hold the rounded weights

@@ -101,7 +101,7 @@ class GRPOConfig(OnlineConfig):
     """Mean entropy of a token, in nats, that use_adaptive_entropy keeps the policy from falling below."""
 
     top_entropy_quantile: float = 1.0
-    """Learn from this share of tokens alone, those of highest entropy in the round (arXiv:2506.01939)."""
+    """Learn from this share of tokens alone, those of highest entropy in the rollout batch (arXiv:2506.01939)."""
 
     off_policy_mask_threshold: float | None = None
     """Do not learn from completions with a negative advantage that the policy has moved away from by more than this, in

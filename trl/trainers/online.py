@@ -1,14 +1,14 @@
 """Learning from samples of the model that is trained: one trainer, given an algorithm, an engine and reward functions.
 
-    prompt ──engine──▶ completions ──reward functions──▶ rewards ──algorithm.advantages──▶ credit ──▶ steps of BaseTrainer
+    prompt ──engine──▶ completions ──reward functions──▶ rewards ──algorithm.advantages──▶ advantages ──▶ optimizer steps
 
     trainer = OnlineTrainer(model, reward_funcs=short, args=OnlineConfig(...), train_dataset=prompts, algorithm=Mine())
 
 An algorithm is a class with two methods, `advantages` and `loss`: see `trl.types.Algorithm`. The named trainers (GRPO,
 RLOO, …) are this one with a configuration that makes theirs.
 
-A round of samples comes when its first micro-batch is asked for. The sampler's log-probabilities stand for the policy that
-sampled, so no second pass is needed; in a round that is trained on once, in one step, the ratio is exactly 1.
+A rollout batch comes when its first micro-batch is asked for. The sampler's log-probabilities stand for the policy that
+sampled, so no second pass is needed; in a rollout batch that is trained on once, in one step, the ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from trl.training.state import StateFunctions
 from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
-"""Signals of a round that are scores of the policy, by what `Scores` calls them."""
+"""Signals of a rollout batch that are scores of the policy, by what `Scores` calls them."""
 
 
 class OnlineTrainer(SamplingTrainer):
@@ -169,14 +169,14 @@ class OnlineTrainer(SamplingTrainer):
         return self.buffer.loader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        self.restore_rng_state()  # before a round is sampled
+        self.restore_rng_state()  # before a rollout batch is sampled
         self._is_new_batch = self.buffer.is_new
         return super().get_batch_samples(*args, **kwargs)
 
-    # ---- a round ----
+    # ---- a rollout batch ----
 
     def roll_out(self) -> list[Minibatch]:
-        """The minibatches of a new round: sampled, rewarded, with credit."""
+        """The minibatches of a new rollout batch: sampled, rewarded, with advantages."""
         self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sample_rollout_batch()
         examples, experience = self.compute_advantages(groups, "train")
@@ -188,10 +188,10 @@ class OnlineTrainer(SamplingTrainer):
     def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
-        """What is learned from of a round, in `count` parts."""
+        """What is learned from of a rollout batch, in `count` parts."""
         return split_into_minibatches(examples, self.kept(groups, experience), count, self.micro_batch_budget())
 
-    # ---- credit ----
+    # ---- advantages ----
 
     def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
         """Examples with all signals that the loss needs, and the experience that they come from."""
@@ -242,7 +242,7 @@ class OnlineTrainer(SamplingTrainer):
         return tables
 
     def _wanted(self, mode: str) -> set[str]:
-        """Signals of a round that have to be measured, besides the sampler's log-probabilities."""
+        """Signals of a rollout batch that have to be measured, besides the sampler's log-probabilities."""
         args, algorithm = self.args, self.algorithm
         given = self.engine.exact_logprobs(args.sampling_params(max_new_tokens=1, seed=0))
         doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs or not given

@@ -72,14 +72,14 @@ class OnlineConfig(ReferenceConfig):
     """Completions of each prompt in evaluation. None: as in training."""
 
     generation_batch_size: int | None = None
-    """Completions of a round, over all processes. None: as `steps_per_generation` says."""
+    """Completions of a rollout batch, over all processes. None: as `steps_per_generation` says."""
 
     steps_per_generation: int | None = None
-    """Micro-batches of per_device_train_batch_size that a round is trained on in. None: gradient_accumulation_steps, so
-    that every round is one optimizer step."""
+    """Micro-batches of per_device_train_batch_size that a rollout batch is trained on in. None: gradient_accumulation_steps, so
+    that every rollout batch is one optimizer step."""
 
     num_iterations: int = 1
-    """How often a round is gone through."""
+    """How often a rollout batch is gone through."""
 
     temperature: float = 1.0
     """Divides the logits, in sampling and in training. 0: the most likely token is taken, and learned from at 1."""
@@ -125,7 +125,7 @@ class OnlineConfig(ReferenceConfig):
     their place (dynamic sampling, DAPO, arXiv:2503.14476)."""
 
     max_resampling: int = 4
-    """How often fresh prompts are taken at most in a round, with zero_variance="resample"."""
+    """How often fresh prompts are taken at most in a rollout batch, with zero_variance="resample"."""
 
     mask_truncated_completions: bool = False
     """Do not learn from completions that were cut at the limit. Their rewards count in their group."""
@@ -195,7 +195,7 @@ class OnlineConfig(ReferenceConfig):
 
     @property
     def minibatches_per_rollout_batch(self) -> int:
-        """Micro-batches of a round, on each process."""
+        """Micro-batches of a rollout batch, on each process."""
         if self.generation_batch_size is None:
             return self.steps_per_generation or self.gradient_accumulation_steps
         together = self.per_device_train_batch_size * self.world_size
@@ -210,20 +210,20 @@ class OnlineConfig(ReferenceConfig):
 
     @property
     def prompts_per_rollout_batch(self) -> int:
-        """Prompts of a round, on each process. A group stays whole on one process."""
+        """Prompts of a rollout batch, on each process. A group stays whole on one process."""
         return self.per_device_train_batch_size * self.minibatches_per_rollout_batch // self.num_generations
 
     def check_batches(self) -> None:
-        """Raise ConfigError where a round does not hold whole groups."""
+        """Raise ConfigError where a rollout batch does not hold whole groups."""
         completions = self.per_device_train_batch_size * self.minibatches_per_rollout_batch
         if completions % self.num_generations:
             raise ConfigError(
-                f"A round has {completions} completions per process (per_device_train_batch_size="
+                f"A rollout batch has {completions} completions per process (per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} × steps_per_generation={self.minibatches_per_rollout_batch}), which is no multiple "
                 f"of num_generations={self.num_generations}: change one of the three."
             )
 
     @property
     def is_on_policy(self) -> bool:
-        """Whether every round is trained on once, in the optimizer step for which it was sampled."""
+        """Whether every rollout batch is trained on once, in the optimizer step for which it was sampled."""
         return self.num_iterations == 1 and self.gradient_accumulation_steps % self.minibatches_per_rollout_batch == 0

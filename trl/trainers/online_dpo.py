@@ -83,7 +83,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     @property
     def prompts_per_rollout_batch(self) -> int:
-        """Prompts of a round, on each process."""
+        """Prompts of a rollout batch, on each process."""
         return self.per_device_train_batch_size * self.minibatches_per_rollout_batch
 
     def check_batches(self) -> None:
@@ -142,7 +142,7 @@ class OnlineDPOTrainer(OnlineTrainer):
     def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
-        """The pairs of a round."""
+        """The pairs of a rollout batch."""
         keep = iter(self.kept(groups, experience))
         pairs = []
         for example in examples:

@@ -41,7 +41,7 @@ class RLOOConfig(OnlineConfig):
     """How far it may rise above 1. None: as `epsilon`."""
 
     normalize_advantages: bool = False
-    """Give the advantages of a round mean 0 and standard deviation 1."""
+    """Give the advantages of a rollout batch mean 0 and standard deviation 1."""
 
     reward_clip_range: tuple[float, float] | None = None
     """Lowest and highest reward that counts; others are clipped to these, before the KL penalty."""

@@ -119,7 +119,7 @@ class SamplingTrainer(BaseTrainer):
     # ---- samples ----
 
     def sample_rollout_batch(self) -> list[Group]:
-        """As many groups as a round has; those without variance replaced by fresh prompts where that is asked for."""
+        """As many groups as a rollout batch has; those without variance replaced by fresh prompts where that is asked for."""
         args = self.args
         groups = self.sample(self.prompts.take(args.prompts_per_rollout_batch), args.num_generations, "train")
         if args.zero_variance != "resample":
@@ -165,7 +165,7 @@ class SamplingTrainer(BaseTrainer):
         return self.to_examples(rows)
 
     def sampling_params(self, mode: str) -> SamplingParams:
-        """How to sample next: every round and process has a seed of its own."""
+        """How to sample next: every rollout batch and process has a seed of its own."""
         number = self.samplings[mode] * self.args.world_size + self.args.process_index
         self.samplings[mode] += 1
         seed = (2 * self.args.seed + (mode == "eval")) * 2**40 + number

@@ -1,6 +1,6 @@
 """The parts of a trainer that have a state: what a checkpoint holds of them, and how they get it back.
 
-    self.states.register("rounds", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
+    self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
 
 A part is anything with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name, and
 `trl.training.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R

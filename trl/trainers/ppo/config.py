@@ -134,7 +134,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
 
     early_stopping: bool = False
     """End the epochs over a batch once, after one of them, the policy has moved by more than 1.5 `target_kl`. In `train` the
-    next round is then sampled; the number of optimizer steps stays as planned."""
+    next rollout batch is then sampled; the number of optimizer steps stays as planned."""
 
     target_kl: float = 1
     """KL per token, in nats, of the policy from the one that sampled, in the last optimizer step: for `early_stopping`."""
