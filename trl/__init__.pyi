@@ -103,3 +103,5 @@ from trl.types import Experience as Experience
 from trl.types import Scores as Scores
 
 __version__: str
+
+__all__: list[str]

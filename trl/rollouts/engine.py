@@ -111,3 +111,4 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds: connections, processes, memory."""
+        return

@@ -110,6 +110,8 @@ class Round:
 class StaticRound(Round):
     """As `Round`, with a step that runs on the device alone, captured as one CUDA graph per bucket of rows."""
 
+    decoder: PagedDecoder
+
     def __init__(
         self,
         policy: Policy,

@@ -86,8 +86,8 @@ class OnlineDPOKeywords(OnlineKeywords, total=False):
 class PPOKeywords(ClassicOptions, total=False):
     """What `PPOTrainer` takes by keyword beside its own arguments."""
 
-    train_dataset: Rows | None
-    eval_dataset: EvalRows
+    train_dataset: Any
+    eval_dataset: Any
     processing_class: Any
     reward_processing_classes: Any
     callbacks: list[Any] | None

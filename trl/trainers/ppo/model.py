@@ -8,9 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from trl.errors import ConfigError
 from trl.models.adapters import with_adapters
+from trl.models.layouts import why_not
 from trl.models.load import load_config, load_model
-from trl.models.score import unwrap
+from trl.models.patching import evaluating
+from trl.models.score import score, unwrap
 from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
 from trl.models.value_heads.heads import ValueBranch, ValueModel
 from trl.trainers.ppo.config import PPOConfig
@@ -54,3 +57,45 @@ def _value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
         kind = {} if whole else {"auto_class": AutoModelForSequenceClassification, "num_labels": 1}
         given = load_model(given, **args.loading(), **kind)
     return ValueModel.of(given)
+
+
+def layout_with_value_model(model: WithValueHead, layout: str, args: PPOConfig) -> str:
+    """The policy's `layout`, or "padded" with a warning where the value's network cannot be run in it.
+
+    Raises ConfigError where the layout was asked for.
+    """
+    network = model.v_head.model
+    attention, own = network.config._attn_implementation, unwrap(model).config._attn_implementation
+    if layout == "shared" and attention != own:
+        reason = f"its attention implementation is {attention!r}, the policy's {own!r}"
+    else:
+        with evaluating(model):
+            reason = why_not(network, layout, measure=lambda _, batch: score(model, batch, want={"value"}).value)
+    if not reason:
+        return layout
+    if args.layout != "auto":
+        raise ConfigError(f"layout={layout!r} does not work with this value_model: {reason}.")
+    logger.warning(f"Layout 'padded' (the value model does not work with {layout!r}: {reason}).")
+    return "padded"
+
+
+def check_arguments(
+    config: Any, args: Any, model: Any, ref_model: Any, reward_funcs: Any, reward_model: Any, value_model: Any
+) -> None:
+    """Raise ConfigError for arguments of `PPOTrainer` that are missing, the same object, or given twice."""
+    if isinstance(config, str | nn.Module):
+        raise ConfigError("The first argument of PPOTrainer is its configuration: PPOTrainer(config, model, ...).")
+    if model is None:
+        raise ConfigError("model is missing: PPOTrainer(config, model, ...) trains a model, or the name of one.")
+    if ref_model is not None and ref_model is model and not isinstance(model, str):
+        raise ConfigError("model and ref_model are the same object, so both would be trained: leave ref_model out.")
+    others = {"model": model, "ref_model": ref_model, "reward_funcs": reward_funcs, "reward_model": reward_model}
+    for name, other in others.items():
+        if value_model is other and isinstance(other, nn.Module):
+            raise ConfigError(f"value_model and {name} are the same object, but the value is trained: give it a copy.")
+    for name, other, both in (
+        ("config", "args", (config, args)),
+        ("reward_funcs", "reward_model", (reward_funcs, reward_model)),
+    ):
+        if None not in both:
+            raise ConfigError(f"{name} and {other} are two names of one argument: give one of them.")

@@ -13,7 +13,6 @@ algorithm computes advantages, and minibatches that `optimizer_step` or the loop
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +29,9 @@ from transformers import PreTrainedModel
 
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
-from trl.models.layouts import why_not
 from trl.models.patching import evaluating
 from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
-from trl.models.score import score, score_logits, unwrap
+from trl.models.score import score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.heads import ValueModel
 from trl.ops.reduce import masked_mean
@@ -45,7 +43,12 @@ from trl.trainers.arguments import PPOKeywords
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
-from trl.trainers.ppo.model import load_with_value_head, policy_with_value
+from trl.trainers.ppo.model import (
+    check_arguments,
+    layout_with_value_model,
+    load_with_value_head,
+    policy_with_value,
+)
 from trl.trainers.ppo.statistics import (
     Record,
     Stopwatch,
@@ -70,8 +73,6 @@ from trl.training.nonfinite import NonFiniteError
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]
-
-logger = logging.getLogger(__name__)
 
 LOWEST_KL = -1.0
 """Mean KL of a batch below which its responses cannot well have been sampled from the policy as it is."""
@@ -125,7 +126,7 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         optimizers: tuple = (None, None),
         **keywords: Unpack[PPOKeywords],
     ) -> None:
-        _check_arguments(config, args, model, ref_model, reward_funcs, reward_model, value_model)
+        check_arguments(config, args, model, ref_model, reward_funcs, reward_model, value_model)
         self.ref_model, self.num_shared_layers, self.value_model = ref_model, num_shared_layers, value_model
         rewards = reward_model if reward_funcs is None else reward_funcs
         if rewards is None and isinstance(model, WithValueHead) and model.reward_adapter_name is not None:
@@ -190,26 +191,7 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
     def prepare_model(self) -> None:
         super().prepare_model()
         if isinstance(self.model.v_head, ValueModel) and not self.model.config.is_encoder_decoder:
-            self._check_layout(self.model.v_head.model)
-
-    def _check_layout(self, network: PreTrainedModel) -> None:
-        """Take the padded layout where the value's network cannot be run in the policy's."""
-        attention = network.config._attn_implementation
-        if self.layout == "shared" and attention != (own := unwrap(self.model).config._attn_implementation):
-            reason = f"its attention implementation is {attention!r}, the policy's {own!r}"
-        else:
-            with evaluating(self.model):
-                reason = why_not(network, self.layout, measure=lambda _, batch: self._value_of(self.model, batch))
-        if not reason:
-            return
-        if self.args.layout != "auto":
-            raise ConfigError(f"layout={self.layout!r} does not work with this value_model: {reason}.")
-        logger.warning(f"Layout 'padded' (the value model does not work with {self.layout!r}: {reason}).")
-        self.layout = "padded"
-
-    @staticmethod
-    def _value_of(model: nn.Module, batch: Batch) -> Tensor:
-        return score(model, batch, want={"value"}).value
+            self.layout = layout_with_value_model(self.model, self.layout, self.args)
 
     def _make_reference(self) -> Reference:
         inner, new = self.model.pretrained_model, self.model.has_new_adapter
@@ -516,24 +498,3 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         self.log({name: value for name, value in logs.items() if isinstance(value, float)})
         log_table(self.accelerator, batch, columns_to_log, rewards, step)
         return logs
-
-
-def _check_arguments(
-    config: Any, args: Any, model: Any, ref_model: Any, reward_funcs: Any, reward_model: Any, value_model: Any
-) -> None:
-    if isinstance(config, str | nn.Module):
-        raise ConfigError("The first argument of PPOTrainer is its configuration: PPOTrainer(config, model, ...).")
-    if model is None:
-        raise ConfigError("model is missing: PPOTrainer(config, model, ...) trains a model, or the name of one.")
-    if ref_model is not None and ref_model is model and not isinstance(model, str):
-        raise ConfigError("model and ref_model are the same object, so both would be trained: leave ref_model out.")
-    others = {"model": model, "ref_model": ref_model, "reward_funcs": reward_funcs, "reward_model": reward_model}
-    for name, other in others.items():
-        if value_model is other and isinstance(other, nn.Module):
-            raise ConfigError(f"value_model and {name} are the same object, but the value is trained: give it a copy.")
-    for name, other, both in (
-        ("config", "args", (config, args)),
-        ("reward_funcs", "reward_model", (reward_funcs, reward_model)),
-    ):
-        if None not in both:
-            raise ConfigError(f"{name} and {other} are two names of one argument: give one of them.")
