@@ -5,7 +5,7 @@
 So whenever a run is killed, a folder named `checkpoint-N` was written whole. What is in it: the model, optimizer, scheduler
 and random states of every process (as `transformers` writes them), and
 
-    manifest.json           how long every file is, so that one which lost bytes later is known too
+    manifest.json           length and hash of every file, so that one which changed later is known too
     trl_state.pt            parts of the trainer that are the same on all processes
     trl_state_R.pt          parts of process R
 
@@ -15,33 +15,38 @@ For parts see `trl.training.state`.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from trl.errors import ConfigError, suggest
-from trl.models.files import SHARDS, WEIGHTS
+from trl.errors import ConfigError, ModelError, suggest
+from trl.models.files import SHARDS, WEIGHTS, is_cut_short
 from trl.models.shards import check_shards, is_inside
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = re.compile(r"(replaced-)?checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"(replaced-)?checkpoint-([0-9]+)")
 PARTIAL, REPLACED = "partial-", "replaced-"
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 OPTIMIZER = re.compile(r"optimizer(_\d+)?(\.pt|\.bin)?|global_step\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HASHERS = 4
+"""Files that are hashed at a time."""
 LITTLE = 2**20
 """Bytes; a disk with less is full."""
 
@@ -98,17 +103,38 @@ def _together(action: Callable[[], None], folder: Path, accelerator: Accelerator
 
 def publish(beside: Path, folder: Path, processes: int = 1) -> None:
     """Put everything in `beside` on disk, and name it `folder`, in place of what has that name."""
-    sizes = {str(path.relative_to(beside)): path.stat().st_size for path in sorted(beside.rglob("*")) if path.is_file()}
-    (beside / MANIFEST).write_text(json.dumps({"processes": processes, "files": sizes}, indent=1))
+    paths = [path for path in sorted(beside.rglob("*")) if path.is_file()]
+    with ThreadPoolExecutor(HASHERS) as pool:
+        hashes = pool.map(hash_of, paths)
+        files = {
+            str(path.relative_to(beside)): {"bytes": path.stat().st_size, "hash": each}
+            for path, each in zip(paths, hashes, strict=True)
+        }
+    (beside / MANIFEST).write_text(json.dumps({"processes": processes, "files": files}, indent=1))
     for path in (*beside.rglob("*"), beside):
         _sync(path)
-    if folder.exists():
+    if os.path.lexists(folder):
         replaced = folder.with_name(REPLACED + folder.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         os.rename(folder, replaced)
     os.rename(beside, folder)
     _sync(folder.parent)
     sweep(folder.parent)
+
+
+def hash_of(file: Path) -> str:
+    """A hash of a file's content (XXH3, which tells accidents; it is no defence against forgery)."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, as far as it can be removed."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -129,17 +155,27 @@ def sweep(run: Path) -> None:
         whole = path.with_name(path.name.removeprefix(REPLACED))
         is_replaced = path.name.startswith(f"{REPLACED}checkpoint-") and whole.exists()
         if path.name.startswith(f"{PARTIAL}checkpoint-") or is_replaced:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
-def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints of a run beyond `limit`, never the `newest` or the `best`."""
-    found = [path for path in checkpoints(newest.parent) if path != newest and str(path) != best]
-    kept = 1 + (best is not None and Path(best).parent == newest.parent and Path(best) != newest)
-    for path in found[max(0, limit - kept) :] if limit else []:
+def rotate(newest: Path, limit: int | None, best: str | None, sound: int | None = None) -> None:
+    """Remove the oldest checkpoints of a run beyond `limit`: never the `newest`, the `best`, or, where training has
+    diverged since, the last one up to the step `sound`."""
+    if not limit:
+        return
+    found = [path for path in checkpoints(newest.parent) if path.is_dir() and not path.is_symlink()]
+    kept = {newest} | {path for path in found if str(path) == best}
+    if sound is not None:
+        kept |= set([path for path in found if _step_of(path) <= sound][:1])
+    others = [path for path in found if path not in kept]
+    for path in others[max(0, limit - len(kept)) :]:
         beside = path.with_name(PARTIAL + path.name)
         os.rename(path, beside)
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[2])
 
 
 # ---- finding ----
@@ -177,40 +213,66 @@ def sibling(checkpoint: Path, other: str) -> str | None:
 def why_not_resumable(checkpoint: Path) -> str:
     """Why training cannot go on from a checkpoint; empty if it can.
 
-    A good one has all files of its manifest, as long as they were, and among them the trainer's state, weights, and the
-    optimizer's state. One without a manifest, from elsewhere, is judged by the names of its files.
+    A good one has all files of its manifest, as they were written, and among them the trainer's state, weights, and the
+    optimizer's state. One without a manifest, from elsewhere, is judged by the names and lengths of its files.
     """
-    manifest = checkpoint / MANIFEST
+    if not checkpoint.is_dir():
+        return "it is a link to nothing" if checkpoint.is_symlink() else "it is no folder"
     try:
-        sizes = read_manifest(checkpoint).get("files", {})
+        return _changed_file(checkpoint) or _missing_part(checkpoint)
+    except ModelError as error:
+        return f"its weights cannot be trusted ({error})"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"it cannot be read ({type(error).__name__}: {error})"
+
+
+def _changed_file(checkpoint: Path) -> str:
+    """What is not as the manifest says."""
+    try:
+        files = read_manifest(checkpoint).get("files", {})
     except ValueError:
         return f"{MANIFEST} is incomplete"
-    for name, size in sizes.items():
+    for name, written in files.items():
         path = checkpoint / name
         if not is_inside(name):
             return f"{MANIFEST} names {name!r}, which is not in its folder"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, and was written with {size:,}"
-    try:
-        check_shards(checkpoint)
-    except ValueError as error:
-        return f"its weights cannot be trusted ({error})"
+        if path.stat().st_size != written["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, and was written with {written['bytes']:,}"
+    for name, written in files.items():
+        if hash_of(checkpoint / name) != written["hash"]:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def _missing_part(checkpoint: Path) -> str:
+    """What a checkpoint needs and this one has not."""
+    check_shards(checkpoint)
     names = [path.name for path in checkpoint.iterdir()]
     if STATE not in names:
         return f"{STATE} is missing, so writing it was interrupted"
-    if not any(WEIGHTS.fullmatch(name) or SHARDS.fullmatch(name) for name in names):
+    if not isinstance(json.loads((checkpoint / STATE).read_text()).get("global_step"), int):
+        return f"{STATE} does not say at which step it was written"
+    weights = [name for name in names if WEIGHTS.fullmatch(name) or SHARDS.fullmatch(name)]
+    if not weights:
         return "it holds no weights"
+    for name in weights:
+        if name.endswith(".safetensors") and is_cut_short(checkpoint / name):
+            return f"{name} is cut short"
     if not any(map(OPTIMIZER.fullmatch, names)):
-        return "it holds no optimizer state" + (" (save_only_model was set)" if manifest.exists() else "")
+        return "it holds no optimizer state" + (" (save_only_model was set)" if read_manifest(checkpoint) else "")
     return ""
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What `publish` wrote of a checkpoint; empty for one from elsewhere. Raises ValueError for one that was cut short."""
+    """What `publish` wrote of a checkpoint; empty for one from elsewhere. Raises ValueError for one that is damaged."""
     file = checkpoint / MANIFEST
-    return json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(file.read_text()) if file.exists() else {}
+    files = found.get("files", {}) if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+        raise ValueError(f"{MANIFEST} is no table of files")
+    return found
 
 
 def resolve_checkpoint(asked: str | Path | bool | None, run: str, accelerator: Accelerator) -> str | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.errors import TrlError
+from trl.models.sharding import shards
 from trl.training.metrics import Mark
 from trl.types import StepBatch
 
@@ -85,6 +86,45 @@ def is_finite(norm: Tensor | float | None) -> bool:
     return norm is None or 0 <= float(norm) < math.inf
 
 
+# ---- weights ----
+
+
+def nonfinite_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold NaN or an infinity, in what this process has of them."""
+    held = shards(model).items()
+    checked = ((n, v) for n, v in held if v.is_floating_point() and not v.is_meta)
+    return [name for name, values in checked if not bool(values.isfinite().all())]
+
+
+def nonfinite_weights_error(names: Sequence[str], what: str) -> NonFiniteError:
+    """The error for weights that are not to be saved as `what`."""
+    return NonFiniteError(
+        f"{what} is not saved: its weights are not finite ({_some(names)}). What was saved before is as it was: go on from "
+        "a checkpoint written before that, with a lower learning_rate."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def last_sound_step(log: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last step that was logged before the loss diverged for good; None if it has not.
+
+    It has where all losses up to the newest are not finite, or above 2 |L| + 1, where L is the lowest before.
+    """
+    lowest, sound, diverged = math.inf, 0, False
+    for row in log:
+        loss = row.get("loss")
+        if not isinstance(loss, int | float):
+            continue
+        diverged = not math.isfinite(loss) or loss > 2 * abs(lowest) + 1
+        if not diverged:
+            lowest, sound = min(lowest, loss), row.get("step", 0)
+    return sound if diverged else None
+
+
 # ---- the items behind it ----
 
 
@@ -118,11 +158,14 @@ def items_with_bad_gradients(
     ]
 
 
-def nonfinite_error(rows: Sequence[str], what: str, *, in_a_row: int, step: int, limit: int | None) -> NonFiniteError:
+def nonfinite_error(
+    rows: Sequence[str], what: str, *, in_a_row: int, step: int, limit: int | None, weights: Sequence[str] = ()
+) -> NonFiniteError:
     """The error that ends a run in `step`, after so many steps `in_a_row` whose `what` (loss or gradient) is not finite.
 
-    rows    the items of the last of them that are to blame, in words
-    limit   the option max_skipped_steps
+    rows      the items of the last of them that are to blame, in words
+    limit     the option max_skipped_steps
+    weights   names of parameters that are not finite themselves, so that no row is to blame
     """
     more = f", and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     named = (
@@ -133,6 +176,14 @@ def nonfinite_error(rows: Sequence[str], what: str, *, in_a_row: int, step: int,
     return NonFiniteError(
         f"The loss or its gradient was not finite in {in_a_row} step{'s' * (in_a_row > 1)} in a row, the last of them step "
         f"{step}; max_skipped_steps={limit} ends the run here. {named} "
-        "Nothing was learned from these steps, and the last checkpoint is as it was. Look at the rows, or lower "
-        "learning_rate or max_grad_norm, and go on from there."
+        f"Nothing was learned from these steps, and the last checkpoint is as it was. {_advice(weights)}"
+    )
+
+
+def _advice(weights: Sequence[str]) -> str:
+    if not weights:
+        return "Look at the rows, or lower learning_rate or max_grad_norm, and go on from there."
+    return (
+        f"Weights of the model are not finite themselves ({_some(weights)}), which no row is to blame for: begin with other "
+        "weights, or go on from a checkpoint in which they are finite, with a lower learning_rate."
     )

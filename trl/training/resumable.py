@@ -7,6 +7,7 @@ part)`. How a checkpoint is written, and found again, is in `trl.training.checkp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.data.examples import Endless
 from trl.models.reference import Reference
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
+from trl.training.collectives import all_gather_object
+from trl.training.lock import only_run_in
+from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
+from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
+from trl.training.streams import steady_streams
 
 
 class ResumableTrainer(Trainer):
@@ -35,6 +41,7 @@ class ResumableTrainer(Trainer):
             "loss", StateFunctions(self._loss_state, self._remember_loss), per_rank=True, optional=True
         )
         self._resumed_from: str | None = None
+        self._nonfinite_at_first: frozenset[str] = frozenset()
         self._resumed_loss: Mapping[str, Any] | None = None
 
     @property
@@ -53,8 +60,13 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`; True goes on from the newest good checkpoint, "last" from there or the beginning."""
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
-        return super().train(checkpoint, *args, **kwargs)
+        with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
+            checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+            if checkpoint is not None:
+                check_settings(Path(checkpoint), describe_run(self))
+                check_adapter(Path(checkpoint), self.model)
+            self._nonfinite_at_first = frozenset(self.nonfinite_weights())
+            return super().train(checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
@@ -104,7 +116,8 @@ class ResumableTrainer(Trainer):
     # ---- stopping ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint, whole or not at all."""
+        """A checkpoint, whole or not at all, and of weights that are finite."""
+        self.check_finite(f"checkpoint-{self.state.global_step}")
         self.store_flos()
         state = self.state
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -115,7 +128,23 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate(folder, self.args.save_total_limit, state.best_model_checkpoint)
+            sound = last_sound_step(state.log_history)
+            rotate(folder, self.args.save_total_limit, state.best_model_checkpoint, sound)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers`; raises NonFiniteError instead of writing weights that are not finite over others."""
+        self.check_finite("The model")
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def check_finite(self, what: str) -> None:
+        """Raise NonFiniteError, on all processes, where weights are not finite that are to be saved as `what`."""
+        if names := [name for name in self.nonfinite_weights() if name not in self._nonfinite_at_first]:
+            raise nonfinite_weights_error(names, what)
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names of parameters that are not finite on any process."""
+        parts = all_gather_object(nonfinite_parameters(self.model), self.accelerator)
+        return list(dict.fromkeys(name for part in parts for name in part))
 
     def _write_checkpoint(self, folder: Path) -> None:
         """The files of a checkpoint."""
@@ -128,6 +157,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self.state.stateful_callbacks = self._callback_states()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            (folder / SETTINGS_FILE).write_text(json.dumps(describe_run(self), indent=1), encoding="utf-8")
 
     def _callback_states(self) -> dict[str, Any]:
         """By class; a list of them where there are several callbacks of one."""

@@ -26,8 +26,11 @@ from trl.models.sharding import shards
 
 logger = logging.getLogger(__name__)
 
-SAMPLED = 16
-"""Numbers of a tensor that its fingerprint is taken from."""
+WORDS = {"cpu": 2**16}
+"""Words of 64 bits that are hashed at a time: what fits a processor's cache, and MANY_WORDS elsewhere."""
+MANY_WORDS = 2**24
+MIX = 0x2545F4914F6CDD1D
+"""An odd number without a pattern."""
 
 
 class Stateful(Protocol):
@@ -86,14 +89,31 @@ class Unchanged:
             )
 
 
+@torch.no_grad()
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of the names and shapes of all tensors, and of a few numbers of each."""
+    """A hash of the names, shapes and types of all tensors, and of every number in them.
+
+    The numbers are read where they are: with the bytes of a tensor as 64-bit words x_i and odd weights w_i,
+    Σ x_i w_i mod 2⁶⁴ changes with any single word.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in weights:
-        flat = tensor.detach().flatten()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(flat[:: max(1, len(flat) // SAMPLED)].double().cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(str(_sums(tensor.detach())).encode())
     return digest.hexdigest()
+
+
+def _sums(tensor: Tensor) -> list[int]:
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    words = flat[: len(flat) // 8 * 8].view(torch.int64)
+    rest = flat[len(words) * 8 :].tolist()
+    totals = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    together = WORDS.get(tensor.device.type, MANY_WORDS)
+    for start in range(0, len(words), together):
+        chunk = words[start : start + together]
+        odd = 2 * torch.arange(start, start + len(chunk), device=tensor.device) + 1
+        totals += torch.stack([(chunk * odd).sum(), ((chunk ^ (chunk >> 29)) * (odd * MIX)).sum()])
+    return [*totals.tolist(), *rest]
 
 
 def reference_part(reference: Reference | None, policy: nn.Module, *, moves: bool) -> Stateful | None:

@@ -249,7 +249,8 @@ class StepTrainer(ResumableTrainer):
             bad, what = items_with_bad_gradients(self._window, self._loss_alone, trained), "gradient"
         rows = [row for part in all_gather_object(self.describe(bad), self.accelerator) for row in part]
         step, limit = self.state.global_step + 1, self.args.max_skipped_steps
-        return nonfinite_error(rows, what, in_a_row=self.steps.in_a_row, step=step, limit=limit)
+        weights = self.nonfinite_weights()
+        return nonfinite_error(rows, what, in_a_row=self.steps.in_a_row, step=step, limit=limit, weights=weights)
 
     def _losses_now(self, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():

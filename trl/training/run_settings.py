@@ -1,0 +1,151 @@
+"""How a run was set up, kept in its checkpoints, and compared where it is resumed.
+
+What would make the resumed run wrong is an error: another trainer, another optimizer, other trained parameters. What is
+a choice is a warning that names it: other rows, other options. Options that a checkpoint overrules are named as such.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from datasets import Dataset
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+
+from trl.errors import ConfigError
+from trl.models.score import unwrap
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "trl_run.json"
+ROWS = 64
+"""Rows of a dataset that its hash is taken from, spread over it."""
+SHOWN = 4
+
+WRONG = ("trainer", "optim")
+"""Where these differ, the optimizer's state or that of the trainer would be read as something else."""
+OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Options that the optimizer's state brings along."""
+BESIDE = (
+    *("output_dir", "logging_", "save_", "eval_", "report_to", "run_name", "push_to_hub", "hub_", "dataloader_", "ddp_"),
+    *("disable_tqdm", "resume_from_checkpoint", "use_cpu", "log_", "project", "trackio", "html_report", "local_rank", "fsdp"),
+    *("deepspeed", "accelerator_config", "do_", "per_device_eval", "load_best", "metric_for_best", "greater_is_better"),
+    *("restore_callback", "overwrite", "debug", "num_completions_to_print", "max_skipped_steps", "ignore_data_skip"),
+)
+"""Beginnings of names of options that change nothing of what is learned."""
+
+
+def describe_run(trainer: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of the settings of a run."""
+    return {
+        "trainer": type(trainer).__name__,
+        "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "parameters": trained_parameters(unwrap(trainer.model)),
+        "rows": describe_rows(trainer.train_dataset),
+        "options": {name: value for name, value in _options(trainer.args.to_dict())},
+    }
+
+
+def _options(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in options.items():
+        if not name.startswith(BESIDE) and name not in WRONG:
+            yield name, json.loads(json.dumps(value, default=str))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, list[int]]:
+    """Names and shapes of the parameters that are trained."""
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.replace("_orig_mod.", ""): list(getattr(p, "ds_shape", p.shape)) for name, p in trained}
+
+
+def describe_rows(rows: Any) -> dict[str, Any]:
+    """How many rows there are, and a hash of some; empty for a stream, which cannot be looked at beforehand."""
+    if not isinstance(rows, Dataset):
+        return {}
+    count = len(rows)
+    chosen = sorted({i * (count - 1) // (ROWS - 1) for i in range(ROWS)}) if count else []
+    digest = xxhash.xxh3_128()
+    for i in chosen:
+        digest.update(repr(sorted(rows[i].items())).encode(errors="replace"))
+    return {"count": count, "hash": digest.hexdigest()}
+
+
+def check_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
+    """Compare a run with the one that wrote a checkpoint.
+
+    Raises ConfigError where resuming would give a wrong result; what else differs is logged.
+    """
+    file = checkpoint / SETTINGS_FILE
+    if not file.exists():  # from elsewhere
+        return
+    then = json.loads(file.read_text(encoding="utf-8"))
+    for name in WRONG:
+        if then[name] != now[name]:
+            raise ConfigError(
+                f"Training cannot be resumed from {str(checkpoint)!r}: {name} was {then[name]!r}, and is {now[name]!r} now. "
+                "Give what was given then, or begin anew with its weights: give the folder as the model."
+            )
+    check_parameters(checkpoint, then["parameters"], now["parameters"])
+    for warning in differences(then, now):
+        logger.warning(f"Resuming from {checkpoint}: {warning}")
+
+
+def check_parameters(
+    checkpoint: Path, then: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise ConfigError where other parameters are trained, or some of another shape (the rank of an adapter)."""
+    missing, added = [n for n in then if n not in now], [n for n in now if n not in then]
+    reshaped = [f"{n} ({list(then[n])} → {list(now[n])})" for n in then if n in now and list(then[n]) != list(now[n])]
+    said = [
+        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        for what, names in (("trained then and not now", missing), ("not in it", added), ("of another shape", reshaped))
+        if names
+    ]
+    if said:
+        raise ConfigError(
+            f"Training cannot be resumed from {str(checkpoint)!r}: other parameters are trained ({'; '.join(said)}). Give the "
+            "model, the adapter's target_modules and its rank as they were."
+        )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is a choice, and what cannot take effect, in words."""
+    before, after = then["options"], now["options"]
+    changed = [name for name in after if name in before and before[name] != after[name]]
+    said = []
+    if then["rows"] and now["rows"] and then["rows"] != now["rows"]:
+        count = f"{then['rows']['count']:,} rows then, {now['rows']['count']:,} now"
+        said.append(f"train_dataset is not the one that the run began with ({count}): it is read from the same place on.")
+    for name in changed:
+        was = f"{name} was {before[name]!r}, and is {after[name]!r} now"
+        if name in OVERRULED:
+            said.append(f"{was}, which has no effect: the optimizer goes on as it was. Begin anew for another.")
+        else:
+            said.append(f"{was}.")
+    return said
+
+
+def check_adapter(checkpoint: Path, model: nn.Module) -> None:
+    """Raise ConfigError for an adapter in a checkpoint whose weights are not those of the adapter in training.
+
+    Weights that are missing would be trained from nothing, and those that are left over dropped, both in silence.
+    """
+    files = list(checkpoint.glob("adapter_model.safetensors"))
+    inner = unwrap(model)
+    if not files or not isinstance(inner, PeftModel):
+        return
+    with safe_open(files[0], "pt") as opened:
+        held = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    active = inner.active_adapter
+    wanted = {
+        name.replace(f".{active}", ""): list(getattr(p, "ds_shape", p.shape))
+        for name, p in inner.named_parameters()
+        if f".{active}" in name and p.requires_grad
+    }
+    check_parameters(checkpoint, held, {n: s for n, s in wanted.items() if n in held or ".lora_" in n})
