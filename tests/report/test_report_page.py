@@ -247,7 +247,7 @@ def test_a_report_that_cannot_be_written_costs_nothing(make_model, tmp_path, cap
     (tmp_path / "report.html").mkdir()
     with caplog.at_level(logging.WARNING, "trl.callbacks.report"):
         trainer(make_model, tmp_path, save_strategy="no").train()
-    assert "The report could not be written: [Errno 21] Is a directory" in caplog.text
+    assert "The report could not be written: IsADirectoryError: [Errno 21] Is a directory" in caplog.text
     assert (tmp_path / "run.json").exists()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trl.algorithms.advantages import group_std, has_no_variance
 from trl.rollouts.experience import Group
+from trl.training.beside import not_fatal
 from trl.types import Experience, Metrics
 
 TRACKERS_WITH_TABLES = ("wandb", "trackio")
@@ -138,14 +139,28 @@ def write_completions(
         return
     columns = list({name: None for row in rows for name in row})
     rows = [{name: row.get(name) for name in columns} for row in rows]
-    print_completions(rows[:show], step, Console())
-    folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
-    pq.write_table(table, folder / f"completions_{step:05d}.parquet")
+    with not_fatal("The table of completions"):
+        print_completions(rows[:show], step, Console())
+    with not_fatal("The file of completions"):
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table_of([{"step": step, **row} for row in rows]), folder / f"completions_{step:05d}.parquet")
     for name in TRACKERS_WITH_TABLES:
         if name in trackers:
-            tracker = importlib.import_module(name)
-            tracker.log({"completions": tracker.Table(dataframe=pd.DataFrame(rows))})
+            with not_fatal(f"The table for {name}"):
+                tracker = importlib.import_module(name)
+                tracker.log({"completions": tracker.Table(dataframe=pd.DataFrame(rows))})
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows with the same names as a table; a column of mixed types, or of what Arrow has no type for, as text."""
+    return pa.table({name: _arrow([row[name] for row in rows]) for name in rows[0]})
+
+
+def _arrow(values: Sequence[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+        return pa.array([None if v is None else str(v).encode(errors="replace").decode() for v in values])
 
 
 def one_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ from trl import __version__
 from trl.models.load import count_parameters
 from trl.report.page import write_report
 from trl.report.record import RUN_FILE
+from trl.training.beside import not_fatal
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +58,15 @@ class ReportCallback(TrainerCallback):
             self._write(args, state, model, page=True)
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: Any, *, page: bool) -> None:
-        """A disk that is full must not cost the run: its model is saved after this."""
+        """Whatever goes wrong with the report must not cost the run: its model may be saved after this."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        try:
+        with not_fatal("The report"):
             folder.mkdir(parents=True, exist_ok=True)
             _replace(folder / RUN_FILE, json.dumps(self.record(args, state, model), indent=1, default=str))
             if page:
                 logger.info(f"The report is in {write_report(folder)}.")
-        except OSError as error:
-            logger.warning(f"The report could not be written: {error}. The run goes on.")
 
     def record(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
         """What `run.json` holds."""

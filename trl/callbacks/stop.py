@@ -4,9 +4,9 @@
         trainer.train(resume_from_checkpoint="last")
     trainer.save_model()
 
-The first SIGINT (Ctrl-C) or SIGTERM (what a cluster sends before it takes a machine away) lets the optimizer step finish,
-writes a checkpoint and ends training; the second ends it at once. The program then leaves with status 128 + the signal's
-number, 130 or 143, and says how to go on: by the same command, since "last" is the newest good checkpoint, or the beginning
+The first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (what clusters send before they take a machine away), SIGHUP (a terminal that
+closed), SIGXCPU (a limit on CPU time) or SIGQUIT lets the optimizer step finish, writes a checkpoint and ends training; the
+second ends it at once. The program then leaves with status 128 + the signal's number, 130 or 143, and says how to go on: by the same command, since "last" is the newest good checkpoint, or the beginning
 if there is none. With `stop_on_signal` the program goes on after the block, and decides for itself.
 """
 
@@ -19,14 +19,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from trl.callbacks.signals import SIGNALS, handled
+
 SAME_SIGNAL = 0.5
 """Seconds in which a terminal and a launcher may both deliver one Ctrl-C."""
 FIRST_WORDS = "\nFinishing this step, then writing a checkpoint. Once more stops at once, without one.\n"
@@ -51,7 +52,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received, self._since = number, time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, FIRST_WORDS.encode())  # print may be interrupted in the middle of a line of its own
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, FIRST_WORDS.encode())  # print may be interrupted in the middle of a line of its own
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -82,7 +84,7 @@ def stop_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
         yield stop
         return
     trainer.add_callback(stop)
-    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
+    before = {number: signal.signal(number, stop.receive) for number in handled()}
     try:
         yield stop
     finally:
@@ -101,8 +103,9 @@ def exit_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
         yield stop
     if stop.signal is None:
         return
-    if trainer.is_world_process_zero():
-        print(f"Stopped, with a checkpoint. To go on:\n\n    {command()}\n", file=sys.stderr)
+    with suppress(OSError, ValueError, AttributeError):  # a stream that is closed
+        if trainer.is_world_process_zero():
+            print(f"Stopped, with a checkpoint. To go on:\n\n    {command()}\n", file=sys.stderr)
     trainer.accelerator.end_training()
     raise SystemExit(128 + stop.signal)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from trl.callbacks.signals import handled
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError, suggest
 
@@ -121,7 +122,9 @@ def _run(words: Sequence[str]) -> bool:
 
     try:
         arguments = launch_command_parser().parse_args(list(words))
-        arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # an option of torchrun; the others are passed on
+        arguments.signals_to_handle = (
+            "SIGURG"  # an option of torchrun, which has to be one that never comes: all others are passed on
+        )
         launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -132,7 +135,7 @@ def _run(words: Sequence[str]) -> bool:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[list[int]]:
-    """Hand SIGINT and SIGTERM to the processes below this one, which end with a checkpoint; gives those received.
+    """Hand the signals that end a run to the processes below this one, which end with a checkpoint; gives those received.
 
     torch's launcher would give its processes a few seconds to end, and then kill them.
     """
@@ -146,7 +149,7 @@ def _signals_passed_on() -> Iterator[list[int]]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in handled()}
     try:
         yield received
     finally:

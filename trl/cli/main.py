@@ -17,13 +17,16 @@ import sys
 from collections.abc import Sequence
 
 from trl import __version__
+from trl.callbacks.signals import SIGNALS
 from trl.cli.commands import Method, load, methods, tools
 from trl.cli.launch import launch, needs_launcher
 from trl.cli.parser import HELP
 from trl.errors import ConfigError, TrlError, suggest
+from trl.training.streams import prepare_streams, steady_streams
 
-INTERRUPTED, TERMINATED, UNREAD = 130, 143, 141
-STOPPED = (INTERRUPTED, TERMINATED)
+INTERRUPTED, UNREAD = 130, 141
+STOPPED = tuple(128 + number for number in SIGNALS)
+"""Statuses of a run that a signal ended, with a checkpoint."""
 
 NOISE = {
     "DeepSpeed": "Setting accelerator to CPU",
@@ -38,6 +41,7 @@ NOISE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
     for name, noise in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, noise=noise: not re.search(noise, record.getMessage()))
@@ -106,7 +110,8 @@ def run_method(method: Method, words: list[str]) -> int:
     run = read_run(method, given)
     if given.values.get("dry_run"):
         return load("trl.cli.check:check")(run)
-    status = train(run)
+    with steady_streams():
+        status = train(run)
     if "LOCAL_RANK" in os.environ and status in STOPPED:
         return 0  # the launcher above knows of the signal, and takes any other status for a failure
     return _say_how_to_resume(status, [method.name, *words])

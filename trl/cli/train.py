@@ -190,6 +190,7 @@ def train(run: Run) -> int:
             trainer.train(resume_from_checkpoint=resume)
         if stop.signal is None:
             trainer.save_model(run.training.output_dir)
+            logger.info(f"The model is in {run.training.output_dir}.")
             _publish(run, trainer)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -230,7 +231,6 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
     trainer.create_model_card(dataset_name=names)
     if run.training.push_to_hub:
         trainer.push_to_hub(dataset_name=names)
-    logger.info(f"The model is in {run.training.output_dir}.")
 
 
 def checkpoint_of(run: Run) -> str | None:

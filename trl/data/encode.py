@@ -158,17 +158,7 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 
 def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
-    encoded = dataset.map(
-        encoder,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=encoder.features(dataset.features),
-        num_proc=encoder.settings.num_proc,
-        new_fingerprint=encoder.fingerprint(dataset._fingerprint),
-        desc=f"Encoding {name}",
-    )
-    counts = encoded.data.table.select(_COUNTS)
+    encoded, counts = _mapped(dataset, encoder, name)
     report = EncodingReport.of(counts, name)
     if not report.rows:
         raise DataError(nothing_left(counts, encoder.settings, report))
@@ -177,6 +167,33 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
         encoded = encoded.select(kept).flatten_indices()
     report.log()
     return Encoded(encoded.remove_columns(list(_COUNTS)), encoder.kind, report)
+
+
+def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, pa.Table]:
+    """The encoded rows and their counts, from the cache where it is whole; a damaged one is made again, which is said."""
+
+    def run(**more: Any) -> tuple[Dataset, pa.Table]:
+        encoded = dataset.map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=encoder.features(dataset.features),
+            num_proc=encoder.settings.num_proc,
+            new_fingerprint=encoder.fingerprint(dataset._fingerprint),
+            desc=f"Encoding {name}",
+            **more,
+        )
+        encoded.data.table.validate(full=True)
+        return encoded, encoded.data.table.select(_COUNTS)
+
+    try:
+        return run()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if not dataset.cache_files:
+            raise
+        logger.warning(f"The cache of the encoded {name!r} is damaged ({error}): encoding anew.")
+        return run(load_from_cache_file=False)
 
 
 def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[str], name: str) -> Encoded:

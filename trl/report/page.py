@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from trl import __version__
+from trl.errors import DataError
 from trl.report.draw import COLOURS, draw, number
 from trl.report.metrics import LEADING, Chart, charts_by_group, smoothed
 from trl.report.record import RunRecord, read_run
@@ -37,13 +38,22 @@ class Figure:
 def write_report(run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
     """Write the page of the run in `run_folder` to `output` (`report.html` in that folder); returns where it is.
 
-    Raises DataError for a folder that holds nothing of a run.
+    Raises DataError for a folder that holds nothing of a run, or less than a page that is there shows.
     """
     folder = Path(run_folder).expanduser()
-    page = render(read_run(folder))
+    run = read_run(folder)
     path = folder / REPORT_FILE if output is None else Path(output).expanduser()
+    damaged = f" Damaged: {', '.join(run.damaged)}." if run.damaged else ""
+    if path.exists() and not (run.log or run.samples):
+        raise DataError(
+            f"{str(folder)!r} holds no log and no samples any more, and {str(path)!r} is there from before: it stays. Give "
+            f"another --output.{damaged}"
+        )
+    page = render(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(beside, path)
     return path
 
 
@@ -107,6 +117,8 @@ def warnings(run: RunRecord, groups: Mapping[str, Sequence[Chart]]) -> Iterator[
     """What a reader must not miss."""
     if not run.log:
         yield "No log was found: neither run.json, nor a checkpoint with trainer_state.json, nor log_history.jsonl."
+    if run.damaged:
+        yield f"Damaged, and left out where it could not be read: {', '.join(run.damaged)}."
     if run.step < run.max_steps:
         yield f"The log ends at step {run.step:,} of {run.max_steps:,}: the run stopped early, or has not ended yet."
     lost = [f"{chart.name} ({chart.lost:,})" for charts in groups.values() for chart in charts if chart.lost]

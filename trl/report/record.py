@@ -5,11 +5,14 @@ checkpoint-*/trainer_state.json, trainer_state.json, log_history.jsonl        th
 completions/*.parquet, *.jsonl  samples: step, prompt, completion, and numbers such as rewards
 before_after.jsonl              the same prompts before and after: prompt, before, after (completion, and numbers)
 README.md, config.json          the model card and the model's configuration
+
+What is damaged is left out and named in `RunRecord.damaged`: a run that was cut off is when a page is wanted most.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +48,7 @@ class RunRecord:
     options      of the trainer; `changed` names those that differ from their defaults
     samples      by step
     comparisons  the same prompts before and after
+    damaged      files that could not be read, wholly or in part, and why
     """
 
     name: str
@@ -61,6 +65,70 @@ class RunRecord:
     seconds: float = 0.0
     samples: Mapping[int, Sequence[Sample]] = field(default_factory=dict)
     comparisons: Sequence[tuple[Sample, Sample]] = ()
+    damaged: Sequence[str] = ()
+
+
+class Reader:
+    """Reads files of a run; what is wrong with them is kept, each file once."""
+
+    def __init__(self) -> None:
+        self.damaged: dict[str, str] = {}
+
+    def note(self, file: Path, reason: object) -> None:
+        self.damaged.setdefault(file.name, f"{file.name} ({reason})")
+
+    def text(self, file: Path) -> str:
+        """What a file holds, "" where it is not there; bytes that are no UTF-8 as �."""
+        try:
+            content = file.read_bytes() if file.is_file() else b""
+            return content.decode(encoding="utf-8")
+        except UnicodeDecodeError:
+            self.note(file, "not UTF-8")
+            return content.decode(encoding="utf-8", errors="replace")
+        except OSError as error:
+            self.note(file, error.strerror)
+            return ""
+
+    def json(self, file: Path) -> Row:
+        """The JSON object in a file; nothing where there is none."""
+        if not (text := self.text(file)):
+            return {}
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            self.note(file, "cut off, or no JSON")
+            return {}
+        if not isinstance(found, dict):
+            self.note(file, f"a {type(found).__name__} where an object belongs")
+            return {}
+        return found
+
+    def lines(self, file: Path) -> list[Row]:
+        """Rows of a JSON-lines file; lines that are none are left out."""
+        rows = []
+        for line in self.text(file).splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
+                self.note(file, "lines that are no JSON objects")
+        return rows
+
+    def table(self, file: Path) -> list[Row]:
+        """Rows of a file of samples."""
+        if file.suffix == ".jsonl":
+            return self.lines(file)
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            self.note(file, str(error).splitlines()[0][:80])
+            return []
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -70,20 +138,27 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}: give the output_dir of a run.")
-    card, samples = _read_card(folder / "README.md"), read_samples(folder / "completions")
-    states = _read_states(folder)
-    config = _read_json(folder / "config.json")
+    reader = Reader()
+    card, samples = _read_card(folder / "README.md", reader), read_samples(folder / "completions", reader)
+    states = _read_states(folder, reader)
+    config = reader.json(folder / "config.json")
     if not (states or samples or card or config):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise DataError(
             f"{str(folder)!r} holds no run: a run's output_dir has {RUN_FILE}, checkpoints, a trainer_state.json or a "
-            f"log_history.jsonl. Found: {found}."
+            f"log_history.jsonl. Found: {found}.{_and_damaged(reader)}"
         )
     known = {"log": max(states, key=_last_step, default={}).get("log_history", ())}
     known |= {"step": max(map(_last_step, states), default=0), "max_steps": _first(states, "max_steps", 0)}
     known |= {name: _first(states, name, card.get(name, empty)) for name, empty in _KEPT.items()}
     known["model"] = {**_model_of(config), **known["model"]}
-    return RunRecord(name=folder.resolve().name, samples=samples, comparisons=read_comparisons(folder), **known)
+    comparisons = read_comparisons(folder, reader)
+    damaged = tuple(reader.damaged.values())
+    return RunRecord(name=folder.resolve().name, samples=samples, comparisons=comparisons, damaged=damaged, **known)
+
+
+def _and_damaged(reader: Reader) -> str:
+    return f" Damaged: {', '.join(reader.damaged.values())}." if reader.damaged else ""
 
 
 _KEPT: dict[str, Any] = {
@@ -104,19 +179,45 @@ def _first(states: Sequence[Row], name: str, otherwise: Any) -> Any:
 
 
 def _last_step(state: Row) -> int:
-    return max((row.get("step", 0) for row in state.get("log_history", ())), default=0)
+    return max((row["step"] for row in state.get("log_history", ())), default=0)
 
 
 # ---- the log ----
 
 
-def _read_states(folder: Path) -> list[Row]:
+def _read_states(folder: Path, reader: Reader) -> list[Row]:
     """Whatever holds a log: the run's own file first, then the newest checkpoint."""
     checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_step_of_folder)
     files = [folder / RUN_FILE, folder / "trainer_state.json", *reversed(checkpoints)]
-    states = [state for state in map(_read_json, files) if state]
+    states = [_sound(reader.json(file), file, reader) for file in files]
     rows = folder / "log_history.jsonl"
-    return [*states, {"log_history": _read_lines(rows)}] if rows.is_file() else states
+    states += [_sound({"log_history": reader.lines(rows)}, rows, reader)] if rows.is_file() else []
+    return [state for state in states if state]
+
+
+def _sound(state: Row, file: Path, reader: Reader) -> Row:
+    """A state in which every known part is of its type: others are left out."""
+    expected = {name: type(empty) for name, empty in {**_KEPT, "max_steps": 0, "log_history": ()}.items()}
+    kept = {}
+    for name, value in state.items():
+        kind = expected.get(name, object)
+        kinds = {tuple: list | tuple, float: int | float}.get(kind, kind)
+        if isinstance(value, kinds):
+            kept[name] = value
+        elif value is not None:
+            reader.note(file, f"{name} is a {type(value).__name__}")
+    if "log_history" in kept:
+        kept["log_history"] = [_sound_row(row) for row in kept["log_history"] if isinstance(row, dict)]
+    for name in ("changed", "data"):
+        kept |= {name: [*map(str, kept[name])]} if name in kept else {}
+    return kept
+
+
+def _sound_row(row: Row) -> Row:
+    """A row of a log whose step is a number."""
+    step = row.get("step")
+    is_step = isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step)
+    return {**row, "step": int(step) if is_step else 0}
 
 
 def _step_of_folder(file: Path) -> int:
@@ -124,45 +225,22 @@ def _step_of_folder(file: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _read_json(file: Path) -> Row:
-    """What the file holds; nothing where it is not there, or was cut off while it was written."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read_lines(file: Path) -> list[Row]:
-    """Rows of a JSON-lines file. A last line that was cut off is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [row for row in rows if isinstance(row, dict)]
-
-
 # ---- the model ----
 
 
 def _model_of(config: Row) -> Row:
+    classes = config.get("architectures")
     named = {
-        "class": (config.get("architectures") or [None])[0],
+        "class": classes[0] if isinstance(classes, list) and classes else None,
         "name": config.get("_name_or_path"),
         "type": config.get("model_type"),
     }
-    return {name: value for name, value in named.items() if value}
+    return {name: value for name, value in named.items() if value and isinstance(value, str)}
 
 
-def _read_card(file: Path) -> Row:
+def _read_card(file: Path, reader: Reader) -> Row:
     """Options, versions and data of a model card, where it has them in the form that our trainers write."""
-    if not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8")
+    text = reader.text(file)
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     options = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", sections.get("Options", ""), re.MULTILINE))
     method = re.search(r"trained with (\S+) by", text)
@@ -179,33 +257,35 @@ def _read_card(file: Path) -> Row:
 # ---- samples ----
 
 
-def read_samples(folder: Path) -> dict[int, list[Sample]]:
+def read_samples(folder: Path, reader: Reader | None = None) -> dict[int, list[Sample]]:
     """Samples of up to SAMPLED_STEPS steps, spread over the run with its first and last among them."""
+    reader = reader or Reader()
     files = sorted([*folder.glob("*.parquet"), *folder.glob("*.jsonl")])
     by_step: dict[int, list[Row]] = {}
     for file in _spread(files, 4 * SAMPLED_STEPS):
-        for row in _read_table(file):
+        for row in reader.table(file):
             if "completion" in row:
-                by_step.setdefault(int(row.get("step") or _digits(file.stem)), []).append(row)
+                step = row.get("step")
+                by_step.setdefault(step if isinstance(step, int) else _digits(file.stem), []).append(row)
     return {
         step: [_sample(row) for row in _spread(by_step[step], SAMPLES_PER_STEP)]
         for step in _spread(sorted(by_step), SAMPLED_STEPS)
     }
 
 
-def read_comparisons(folder: Path) -> list[tuple[Sample, Sample]]:
+def read_comparisons(folder: Path, reader: Reader | None = None) -> list[tuple[Sample, Sample]]:
     """Up to COMPARISONS prompts with what became of them before and after."""
-    file = folder / COMPARISONS_FILE
-    rows = _spread(_read_lines(file), COMPARISONS) if file.is_file() else []
-    return [tuple(_sample({"prompt": row["prompt"], **row[side]}) for side in ("before", "after")) for row in rows]
+    file, reader = folder / COMPARISONS_FILE, reader or Reader()
+    rows = [row for row in reader.lines(file) if _is_comparison(row)]
+    return [
+        tuple(_sample({"prompt": row["prompt"], **row[side]}) for side in ("before", "after"))
+        for row in _spread(rows, COMPARISONS)
+    ]
 
 
-def _read_table(file: Path) -> list[Row]:
-    if file.suffix == ".jsonl":
-        return _read_lines(file)
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(file).to_pylist()
+def _is_comparison(row: Row) -> bool:
+    sides = [row.get(side) for side in ("before", "after")]
+    return "prompt" in row and all(isinstance(side, dict) and "completion" in side for side in sides)
 
 
 def _digits(name: str) -> int:
@@ -224,7 +304,7 @@ def _sample(row: Row) -> Sample:
     numbers = {
         name: float(value)
         for name, value in row.items()
-        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     }
     return Sample(_text(row.get("prompt")), _text(row["completion"]), numbers)
 
@@ -232,7 +312,7 @@ def _sample(row: Row) -> Sample:
 def _text(value: Any) -> str:
     """A text, or the messages of a conversation one after the other, with their roles if they are several."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return str(value[0]["content"])
+        return str(value[0].get("content"))
     if isinstance(value, list):
-        return "\n".join(f"{m['role']}: {m['content']}" if isinstance(m, dict) else str(m) for m in value)
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return "" if value is None else str(value)

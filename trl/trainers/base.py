@@ -58,6 +58,7 @@ from trl.models.sharding import share_modules
 from trl.models.value_heads.storage import without_copies
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
+from trl.training.beside import not_fatal
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
@@ -358,7 +359,8 @@ class BaseTrainer(StepTrainer):
             base = self.model.config.to_dict().get("_name_or_path") or None
             reports = [encoded.report for encoded in self.encoded.values()]
             names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            write_model_card(self.args, trainer=type(self).__name__, base=base, data=reports, **names)
+            with not_fatal("The model card"):
+                write_model_card(self.args, trainer=type(self).__name__, base=base, data=reports, **names)
 
 
 def _shortened(text: str) -> str:

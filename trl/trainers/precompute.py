@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,12 +61,32 @@ def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: 
         if trainer.is_local_process_zero():
             _store(found, folder)
         trainer.accelerator.wait_for_everyone()
-    return concatenate_datasets([rows, datasets.load_from_disk(str(folder))], axis=1)
+    return concatenate_datasets([rows, _read(folder, len(rows))], axis=1)
 
 
 def _all_have(folder: Path, trainer: PreferenceTrainer) -> bool:
     """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
-    return all(all_gather_object(folder.exists(), trainer.accelerator))
+    return all(all_gather_object(_is_whole(folder), trainer.accelerator))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there is a cache that can be read; a damaged one is said and moved out of the way."""
+    if not folder.exists():
+        return False
+    try:
+        _read(folder).data.table.validate(full=True)
+    except Exception as error:  # whatever readers make of damaged files
+        logger.warning(f"The cache {folder} is damaged ({type(error).__name__}: {error}): computing it anew.")
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def _read(folder: Path, count: int | None = None) -> Dataset:
+    found = datasets.load_from_disk(str(folder))
+    if found.column_names != [COLUMN] or count not in (None, len(found)):
+        raise ValueError(f"{folder} does not hold {COLUMN} of {count} rows")
+    return found
 
 
 def _store(found: list[Logprobs], folder: Path) -> None:
@@ -72,9 +94,12 @@ def _store(found: list[Logprobs], folder: Path) -> None:
     if folder.exists():
         return
     column = Dataset.from_dict({COLUMN: found}, features=Features({COLUMN: List(List(Value("float32")))}))
-    partial = folder.with_suffix(f".{os.getpid()}")
+    partial = folder.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     column.save_to_disk(str(partial))
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster, with the same numbers
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_key(trainer: PreferenceTrainer, rows: Dataset) -> str:

@@ -33,8 +33,29 @@ WRONG = ("trainer", "optim")
 OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Options that the optimizer's state brings along."""
 BESIDE = (
-    *("output_dir", "logging_", "save_", "eval_", "report_to", "run_name", "push_to_hub", "hub_", "dataloader_", "ddp_"),
-    *("disable_tqdm", "resume_from_checkpoint", "use_cpu", "log_", "project", "trackio", "html_report", "local_rank", "fsdp"),
+    *(
+        "output_dir",
+        "logging_",
+        "save_",
+        "eval_",
+        "report_to",
+        "run_name",
+        "push_to_hub",
+        "hub_",
+        "dataloader_",
+        "ddp_",
+    ),
+    *(
+        "disable_tqdm",
+        "resume_from_checkpoint",
+        "use_cpu",
+        "log_",
+        "project",
+        "trackio",
+        "html_report",
+        "local_rank",
+        "fsdp",
+    ),
     *("deepspeed", "accelerator_config", "do_", "per_device_eval", "load_best", "metric_for_best", "greater_is_better"),
     *("restore_callback", "overwrite", "debug", "num_completions_to_print", "max_skipped_steps", "ignore_data_skip"),
 )
@@ -48,7 +69,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
         "parameters": trained_parameters(unwrap(trainer.model)),
         "rows": describe_rows(trainer.train_dataset),
-        "options": {name: value for name, value in _options(trainer.args.to_dict())},
+        "options": dict(_options(trainer.args.to_dict())),
     }
 
 
@@ -96,9 +117,7 @@ def check_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
         logger.warning(f"Resuming from {checkpoint}: {warning}")
 
 
-def check_parameters(
-    checkpoint: Path, then: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]
-) -> None:
+def check_parameters(checkpoint: Path, then: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> None:
     """Raise ConfigError where other parameters are trained, or some of another shape (the rank of an adapter)."""
     missing, added = [n for n in then if n not in now], [n for n in now if n not in then]
     reshaped = [f"{n} ({list(then[n])} → {list(now[n])})" for n in then if n in now and list(then[n]) != list(now[n])]
@@ -121,7 +140,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     said = []
     if then["rows"] and now["rows"] and then["rows"] != now["rows"]:
         count = f"{then['rows']['count']:,} rows then, {now['rows']['count']:,} now"
-        said.append(f"train_dataset is not the one that the run began with ({count}): it is read from the same place on.")
+        said.append(
+            f"train_dataset is not the one that the run began with ({count}): it is read from the same place on."
+        )
     for name in changed:
         was = f"{name} was {before[name]!r}, and is {after[name]!r} now"
         if name in OVERRULED:

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 NAMES = ("stdout", "stderr")
 
 
 class SteadyStream:
-    """A text stream that goes on when nobody can be written to any more, and shows what it cannot encode by its number."""
+    """A text stream that goes on when nobody can be written to any more: what comes then is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        with suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # a reader that has left, a full disk, a stream that was closed
+        try:
             self._stream.write(text)
+        except (OSError, ValueError):  # a reader that has left, a full disk, a stream that was closed
+            self._give_up()
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        try:
             self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let what is buffered, and all that comes, go nowhere: Python would try again when it ends, and fail."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -38,24 +48,29 @@ class SteadyStream:
 
 @contextmanager
 def steady_streams() -> Iterator[None]:
-    """Standard output and error as `SteadyStream`s meanwhile; in place of one that is not there, nothing."""
+    """Standard output and error as `SteadyStream`s meanwhile."""
+    prepare_streams()
     before = {name: getattr(sys, name) for name in NAMES}
     for name, stream in before.items():
-        if not isinstance(stream, SteadyStream):
-            setattr(sys, name, SteadyStream(stream or open(os.devnull, "w")))  # noqa: SIM115
+        setattr(sys, name, SteadyStream(stream))
     try:
         yield
     finally:
         for name, stream in before.items():
             getattr(sys, name).flush()
-            if stream is not None:
-                setattr(sys, name, stream)
+            setattr(sys, name, stream)
 
 
-def occupy_closed_descriptors() -> None:
-    """Open the null device in place of standard streams that were closed (`>&-`), so that no file of ours is taken for them."""
+def prepare_streams() -> None:
+    """Make the standard streams fit to be written to: what is closed leads nowhere, what cannot be encoded is escaped."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+        except OSError:  # closed by `>&-`: the next file that is opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    for name in NAMES:
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
