@@ -99,7 +99,12 @@ def classifier() -> torch.nn.Module:
 
 
 def made_by(
-    trainer: type, rows: Callable[[], Any], *, model: Callable = language_model, peft: bool = False, **options: Any
+    trainer: type,
+    rows: Callable[[], Any],
+    *,
+    model: Callable = language_model,
+    peft: LoraConfig | None = None,
+    **options: Any,
 ) -> Make:
     keywords = {"reward_funcs": noisy} if options.get("max_completion_length") else {}
 
@@ -114,7 +119,7 @@ def made_by(
             train_dataset=rows(),
             eval_dataset=evaluation,
             processing_class=make_tokenizer(),
-            peft_config=LoraConfig(r=2, lora_dropout=0.1, fan_in_fan_out=True, task_type="CAUSAL_LM") if peft else None,
+            peft_config=peft,
             callbacks=list(callbacks),
             **keywords,
         )
@@ -134,20 +139,22 @@ PPO_LOOP = {
     "horizon": 20,
 }
 
+LORA = {"r": 2, "lora_dropout": 0.1, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+
 RUNS: dict[str, Make] = {
     "sft": made_by(SFTTrainer, texts),
     "sft, packed": made_by(SFTTrainer, texts, packing=True, max_length=16, model=lambda: _seeded("llama")),
     "sft, a stream": made_by(SFTTrainer, lambda: texts().to_iterable_dataset(3).shuffle(seed=1, buffer_size=5)),
-    "sft, an adapter": made_by(SFTTrainer, texts, peft=True),
+    "sft, an adapter": made_by(SFTTrainer, texts, peft=LoraConfig(**LORA)),
     "reward": made_by(RewardTrainer, pairs, model=classifier),
     "dpo": made_by(DPOTrainer, pairs),
     "dpo, a reference that moves": made_by(DPOTrainer, pairs, **SYNC),
     "dpo, computed beforehand": made_by(DPOTrainer, pairs, precompute_ref_log_probs=True),
-    "dpo, an adapter": made_by(DPOTrainer, pairs, peft=True),
+    "dpo, an adapter": made_by(DPOTrainer, pairs, peft=LoraConfig(**LORA)),
     "kto": made_by(KTOTrainer, labelled),
     "bco": made_by(KTOTrainer, labelled, loss_type="bco"),
     "ilql": made_by(ILQLTrainer, rewarded, steps_for_target_q_sync=2, alpha=0.1),
-    "ilql, an adapter": made_by(ILQLTrainer, rewarded, peft=True, steps_for_target_q_sync=2, alpha=0.1),
+    "ilql, an adapter": made_by(ILQLTrainer, rewarded, peft=LoraConfig(**LORA), steps_for_target_q_sync=2, alpha=0.1),
     "cpo": made_by(CPOTrainer, pairs),
     "ppo": made_by(PPOTrainer, prompts, model=lambda: with_value_head(language_model()), **PPO_LOOP),
     "grpo": made_by(GRPOTrainer, prompts, beta=0.1, **SYNC, **ONLINE),

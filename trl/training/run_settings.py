@@ -158,8 +158,8 @@ def check_adapter(checkpoint: Path, model: nn.Module) -> None:
     Weights that are missing would be trained from nothing, and those that are left over dropped, both in silence.
     """
     files = list(checkpoint.glob("adapter_model.safetensors"))
-    inner = unwrap(model)
-    if not files or not isinstance(inner, PeftModel):
+    inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if not files or inner is None:
         return
     with safe_open(files[0], "pt") as opened:
         held = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
