@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
+from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
 from trl.errors import ConfigError, suggest
 
@@ -160,8 +161,8 @@ class OptionParser:
         raise ConfigError(f"Unexpected {word!r}: options start with two dashes.{dashes}")
 
     def _refuse_option(self, name: str) -> NoReturn:
-        known = [f"--{each}" for each in ("config", *self.options, *self.aliases)]
-        raise ConfigError(f"Unknown option --{name}.{suggest('--' + name.replace('-', '_'), known)}")
+        hint = suggest_option(name, self.options, ("config", *self.aliases), dashes="--")
+        raise ConfigError(f"Unknown option --{name}.{hint}")
 
     # ---- files ----
 
@@ -171,24 +172,37 @@ class OptionParser:
         if not isinstance(environment, dict):
             raise ConfigError(f"{path}: env takes names of environment variables with values, and not {environment!r}.")
         given.environment |= {str(name): str(value) for name, value in environment.items()}
+        mistakes, strange = [], []
         for key, value in data.items():
             name = self._today(str(key), given)
             if name is None:
-                known = [*self.options, *self.aliases, "env"]
-                raise ConfigError(f"{path}: unknown key {key!r}.{suggest(str(key), known)}")
-            if name:
-                given.values[name] = self._checked(path, str(key), self.options[name], value)
+                strange.append(str(key))
+                hint = suggest_option(str(key), self.options, (*self.aliases, "env"))
+                mistakes.append(f"unknown key {key!r}.{hint}")
+            elif name:
+                try:
+                    given.values[name] = self._checked(str(key), self.options[name], value)
+                except Mismatch as error:
+                    mistakes.append(str(error))
+        if (tool := tool_of(strange)) is not None:
+            listed = "\n".join(counterparts(tool, strange, self.options))
+            raise ConfigError(f"{path} is a configuration of {tool.name}. What its keys are called here:\n{listed}")
+        if len(mistakes) > 1:
+            listed = "\n".join(f"    {each}" for each in mistakes)
+            raise ConfigError(f"{path}: {len(mistakes)} mistakes:\n{listed}")
+        if mistakes:
+            raise ConfigError(f"{path}: {mistakes[0]}")
 
-    def _checked(self, path: str, key: str, option: Option, value: Any) -> Any:
+    def _checked(self, key: str, option: Option, value: Any) -> Any:
+        """The value of a file's key. Raises Mismatch, which says all of it."""
         if isinstance(value, str) and value == option.default:
             return value
         try:
             return from_data(option.kind, value)
         except Mismatch as error:
             quotes = " Put it in quotes." if "str" in option.kind.scalars and not isinstance(value, list | dict) else ""
-            raise ConfigError(
-                f"{path}: {key} was given {value!r}, but takes {error}.{quotes}{_nearest(option, str(value))}"
-            ) from None
+            told = f"{key} was given {value!r}, but takes {error}.{quotes}{_nearest(option, str(value))}"
+            raise Mismatch(told) from None
 
 
 def _nearest(option: Option, text: str) -> str:
