@@ -158,7 +158,7 @@ DATA = ["--dataset_name", "imdb", "--model_name_or_path", "gpt2"]
         ([*DATA, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0: give 1 or more."),
         ([*DATA, "--learning_rate", "-1"], "learning_rate=-1.0: give 0 or more."),
         ([*DATA, "--chat_template_path", "no.jinja"], "chat_template_path='no.jinja': there is no such file."),
-        ([*DATA, "--fp16", "--bf16"], "The options do not go together: At most one of fp16 and bf16 can be True"),
+        ([*DATA, "--fp16", "--bf16"], "bf16 and fp16 are both set"),
         ([*DATA, "--output_dir", "text.yaml"], "output_dir='text.yaml': no folder can be made there (File exists)."),
     ],
 )

@@ -120,8 +120,9 @@ def test_a_policy_of_ppo_begins_with_an_adapter(adapter, tmp_path):
 
 @pytest.fixture
 def chat_tokenizer(tmp_path) -> str:
-    """A tokenizer whose template has two tokens that the base does not know."""
+    """A tokenizer whose template has two tokens that the base does not know, behind more than it has room for."""
     tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
     tokenizer.add_tokens(["<|new|>", "<|over|>"], special_tokens=True)
     tokenizer.eos_token = "<|over|>"
     tokenizer.chat_template = "{% for m in messages %}<|new|>{{ m.content }}<|over|>{% endfor %}{% if add_generation_prompt %}<|new|>{% endif %}"
@@ -175,12 +176,12 @@ def test_other_adapters_say_that_new_tokens_do_not_train(base, chat_tokenizer, t
     config = SFTConfig(**options(tmp_path, chat_template_path=chat_tokenizer))
     peft_config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     SFTTrainer(base, config, train_dataset=CHATS, peft_config=peft_config)
-    assert "2 tokens are new" in caplog.text
+    assert "42 tokens are new" in caplog.text
     assert "use LoRA" in caplog.text
 
 
 def test_a_template_with_new_tokens_on_an_adapter_is_refused(adapter, chat_tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="brings 2 tokens that the adapter was made without.*trl merge"):
+    with pytest.raises(ConfigError, match="brings 42 tokens that the adapter was made without.*trl merge"):
         SFTTrainer(adapter, SFTConfig(**options(tmp_path, chat_template_path=chat_tokenizer)), train_dataset=CHATS)
 
 

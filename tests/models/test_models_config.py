@@ -41,7 +41,7 @@ def test_adapter():
 
 @pytest.mark.parametrize(("name", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
 def test_the_architecture_says_what_an_adapter_is_for(make_model, name, task):
-    from trl.models.load import with_adapters
+    from trl.models.adapters import with_adapters
 
     config = get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
     adapted = with_adapters(make_model(name), config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, methods
@@ -20,8 +21,23 @@ if TYPE_CHECKING:
     from trl.cli.estimate import MemoryEstimate
     from trl.trainers.base import BaseTrainer
 
-ROWS_READ, ROWS_SHOWN = 1000, 2
-"""So many rows are encoded (lengths and counts are theirs), and so many shown."""
+ROWS_READ = 1000
+"""So many rows are encoded: lengths and counts are theirs."""
+
+
+@dataclass
+class CheckArguments:
+    """Options of the check itself."""
+
+    rows: int = 2
+    """How many rows to show."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rows <= ROWS_READ:
+            raise ConfigError(f"rows={self.rows}: give 0 to {ROWS_READ:,}.")
+
+
+CHECK = f"{__name__}:CheckArguments"
 
 USUAL_METHOD = "sft"
 GIB = 2**30
@@ -33,10 +49,10 @@ def run(words: Sequence[str]) -> int:
     if named and words[0] not in known:
         raise ConfigError(f"Unknown method {words[0]!r}.{suggest(words[0], known)} Methods: {', '.join(known)}.")
     method = known[words[0] if named else USUAL_METHOD]
-    given = method.parser().parse(words[1:] if named else words)
+    given = method.parser(CHECK).parse(words[1:] if named else words)
     if given.help:
         return _print_help(method, everything=given.help == "all")
-    return check(read_run(method, given))
+    return check(read_run(method, given), rows=given.arguments_for(CheckArguments).rows)
 
 
 def _print_help(method: Method, *, everything: bool) -> int:
@@ -44,22 +60,24 @@ def _print_help(method: Method, *, everything: bool) -> int:
 
     name = f"trl check {method.name}"
     summary = f"Show what `trl {method.name}` would train on, its plan and its memory, and call its reward functions."
-    print_options(name, summary, method.options(), everything=everything, examples=[f"{name} {method.example}"])
+    options, examples = method.options(CHECK), [f"{name} {method.example} --rows 5"]
+    print_options(name, summary, options, everything=everything, examples=examples)
     return 0
 
 
-def check(run: Run) -> int:
-    """Print all that can be known before training. Returns 1 if something is wrong, else 0."""
+def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
+    """Print all that can be known before training, and `rows` of them as the model sees them. Returns 1 if something is wrong, else 0."""
     from trl.cli.help import console
 
     out = console()
-    rows = datasets_of(run)[0]
-    sample = rows.take(ROWS_READ)
+    dataset = datasets_of(run)[0]
+    sample = dataset.take(ROWS_READ)
     with library_errors_as_config_errors():
         trainer = trainer_of(run, sample)
-    trainer.preview(ROWS_SHOWN)
+    if rows:
+        trainer.preview(rows)
     estimate = estimate_of(run, trainer)
-    print_table(out, "Plan", plan_of(trainer, rows, sample, estimate.processes))
+    print_table(out, "Plan", plan_of(trainer, dataset, sample, estimate.processes))
     print_table(out, f"Memory of {'each' if estimate.processes > 1 else 'the'} process", table_of(estimate))
     problems = [*weights_problems(run), *memory_problems(estimate, run)]
     if is_online(trainer.args):

@@ -89,6 +89,7 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
 def _options(before: Sequence[str]) -> list[Option]:
     """The options of the command that the words begin with."""
     from trl.cli.chat.command import options as chat_options
+    from trl.cli.check import CHECK
     from trl.cli.merge import options as merge_options
     from trl.cli.preview import PREVIEW, USUAL_METHOD
 
@@ -96,7 +97,7 @@ def _options(before: Sequence[str]) -> list[Option]:
     found = methods()
     if command in ABOUT_ROWS:
         method = found[rest[0] if rest and rest[0] in found else USUAL_METHOD]
-        return method.options(*([PREVIEW] if command == "preview" else []))
+        return method.options(PREVIEW if command == "preview" else CHECK)
     if command == "chat":
         return chat_options()
     if command == "merge":

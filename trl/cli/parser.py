@@ -32,7 +32,7 @@ class ParsedOptions:
     rest: list[str] = field(default_factory=list)
     help: str = ""
     """"short" or "all" if help was asked for."""
-    outdated: list[str] = field(default_factory=list)
+    outdated: dict[str, Any] = field(default_factory=dict)
     """Older options that ask for nothing any more."""
 
     def arguments_for(self, cls: type) -> Any:
@@ -70,8 +70,6 @@ class OptionParser:
         name = name.replace("-", "_")
         if name in self.options:
             return name
-        if self.aliases.get(name) == "":
-            given.outdated.append(name)
         return self.aliases.get(name)
 
     # ---- words ----
@@ -102,7 +100,7 @@ class OptionParser:
         elif found:
             values[found] = self._value(name, self.options[found], words, attached)
         elif found == "":
-            self._skip_values(words, attached)
+            given.outdated[name.replace("-", "_")] = self._outdated_value(words, attached)
         elif switch := self._negated(name, given):
             values[switch] = False
         else:
@@ -146,16 +144,21 @@ class OptionParser:
     def _take_many(self, words: list[str], name: str, expected: str) -> list[str]:
         taken = self._take_one(words, name, expected)
         while words and not words[0].startswith("--"):
+            if "_" in words[0] and words[0].replace("-", "_") in self.options:
+                self._refuse_word(words[0], name)
             taken.append(words.pop(0))
         return taken
 
-    def _skip_values(self, words: list[str], attached: list[str] | None) -> None:
+    def _outdated_value(self, words: list[str], attached: list[str] | None) -> Any:
+        """What an option was given that asks for nothing any more: a switch, or the words after it."""
+        taken = list(attached or ())
         while attached is None and words and not words[0].startswith("--"):
-            words.pop(0)
+            taken.append(words.pop(0))
+        return taken if len(taken) > 1 else not taken or taken[0].lower() not in FALSE
 
     def _refuse_word(self, word: str, before: str) -> NoReturn:
         name = before.replace("-", "_")
-        if name in self.options:
+        if name in self.options and word not in self.options:
             raise ConfigError(f"Unexpected {word!r} after --{before}, which takes {self.options[name].kind}.")
         dashes = f" Did you mean '--{word.lstrip('-')}'?" if word.lstrip("-").replace("-", "_") in self.options else ""
         raise ConfigError(f"Unexpected {word!r}: options start with two dashes.{dashes}")
@@ -179,7 +182,9 @@ class OptionParser:
                 strange.append(str(key))
                 hint = suggest_option(str(key), self.options, (*self.aliases, "env"))
                 mistakes.append(f"unknown key {key!r}.{hint}")
-            elif name:
+            elif not name:
+                given.outdated[str(key)] = value
+            else:
                 try:
                     given.values[name] = self._checked(str(key), self.options[name], value)
                 except Mismatch as error:

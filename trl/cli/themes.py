@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 from trl.cli.fields import Option
 
+_FIRST = """
+    model_name_or_path dataset_name reward_funcs output_dir learning_rate num_train_epochs max_steps
+    per_device_train_batch_size gradient_accumulation_steps num_generations max_length max_completion_length use_peft
+    load_in_4bit eval_strategy logging_steps save_steps report_to resume
+"""
+FIRST, MOST_USED = 15, "Most used"
+"""So many options of a training command stand at the top of its help, under this heading."""
+
 THEMES: dict[str, str] = {
     "Chat": """
         server server_timeout system_prompt user examples_path save_folder device
@@ -47,12 +55,12 @@ THEMES: dict[str, str] = {
         do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics
     """,
     "Logging": """
-        logging_steps logging_strategy logging_first_step report_to run_name project disable_tqdm
+        logging_steps logging_strategy logging_first_step logging_dir report_to run_name project disable_tqdm
         trackio_space_id trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen log_level
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics debug
     """,
     "Saving": """
-        output_dir resume save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
+        output_dir overwrite_output_dir resume save_strategy save_steps save_total_limit save_only_model resume_from_checkpoint
         save_on_each_node ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint
         push_to_hub hub_model_id hub_private_repo hub_token hub_strategy hub_always_push hub_revision
     """,
@@ -86,13 +94,17 @@ _UNLISTED = 1000
 
 
 def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
-    """The options under their headings, both in the order they are shown.
+    """The options under their headings, both in the order they are shown; first those that training needs most.
 
     An option that no theme lists stands under "Other" if `transformers` declares it, under "Method" if a trainer does,
     and under the name of its class otherwise.
     """
-    places = {option.name: _PLACE.get(option.name, (_home(option), _UNLISTED)) for option in options}
-    titles = dict.fromkeys([*THEMES, *(title for title, _ in places.values())])
+    names = {option.name for option in options}
+    training = "learning_rate" in names
+    first = [name for name in _FIRST.split() if name in names][:FIRST] if training else []
+    top = {name: (MOST_USED, i) for i, name in enumerate(first)}
+    places = {o.name: top.get(o.name) or _PLACE.get(o.name, (_home(o), _UNLISTED)) for o in options}
+    titles = dict.fromkeys([MOST_USED, *THEMES, *(title for title, _ in places.values())])
     grouped = {
         title: sorted((o for o in options if places[o.name][0] == title), key=lambda o: places[o.name][1])
         for title in titles

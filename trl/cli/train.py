@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
+from trl.cli.hub import check_model_on_hub, check_push, push_explained
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import ParsedOptions
 from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
@@ -50,13 +51,17 @@ class Run:
 def read_run(method: Method, given: ParsedOptions) -> Run:
     """The arguments of a run. What can be refused without importing anything heavy is refused first."""
     os.environ.update(given.environment)
-    for name in given.outdated:
+    for name, value in given.outdated.items():
+        load("trl.trainers.config:refuse_outdated")(name, value)
         print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
     model.model_name_or_path = check_model(model.model_name_or_path)
+    check_model_on_hub(model.model_name_or_path, model.model_revision)
     training = _training_arguments(method, given)
+    if training.push_to_hub:
+        check_push(training)
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
     launch = given.arguments_for(LaunchArguments)
     return Run(
@@ -178,13 +183,15 @@ def train(run: Run) -> int:
     Returns the exit status: 0, or 128 and the number of the signal.
     """
     from trl.callbacks.stop import stop_on_signal
-    from trl.training.checkpoint import explain_full_disk
+    from trl.training.checkpoint import explain_full_disk, remove_checkpoints
 
     report_progress()
     _make_output_folder(run.training.output_dir)
     resume = checkpoint_of(run)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
+    if run.training.overwrite_output_dir and resume is None:
+        remove_checkpoints(run.training.output_dir)
     with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         with _progress(trainer):
             trainer.train(resume_from_checkpoint=resume)
@@ -229,8 +236,14 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
     """Write the model's card, and push both if asked to."""
     names = run.script.dataset_name if isinstance(run.script.dataset_name, str) else None
     trainer.create_model_card(dataset_name=names)
+    if trainer.steps.skipped:
+        logger.warning(
+            f"{trainer.steps.skipped} of {trainer.state.global_step} steps were skipped, since their loss or gradient was not "
+            "finite: they changed nothing."
+        )
     if run.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=names)
+        with push_explained(run.training.output_dir):
+            trainer.push_to_hub(dataset_name=names)
 
 
 def checkpoint_of(run: Run) -> str | None:

@@ -61,7 +61,9 @@ class Columns:
         return chats
 
     def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
-        if not isinstance(value, list) or not value:
+        if value == []:
+            raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
+        if not isinstance(value, list):
             raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
         chat = tidy_messages(value)
         for i, message in enumerate(chat):

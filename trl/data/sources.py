@@ -7,6 +7,7 @@ Importing this file imports nothing heavy: the command line reads its dataclasse
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,9 @@ def _dataset_config(index: int, given: DatasetConfig | Mapping[str, Any]) -> Dat
 
 # ---- places ----
 
+TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+"""Endings of files with letters in UTF-8."""
+
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
@@ -263,10 +267,41 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
         raise DataError(f"Dataset {paths}: files of different kinds cannot be read as one.")
     ((builder, has_tabs),) = readers
     separator = {"sep": "\t"} if has_tabs else {}
+    for path in paths:
+        _check_letters(path)
     try:
         return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
     except DatasetGenerationError as error:
-        raise DataError(f"Dataset {paths} cannot be read as {builder}: {error.__cause__ or error}") from error
+        told = next(filter(None, map(_where_json_breaks, paths)), None) or error.__cause__ or error
+        raise DataError(f"Dataset {paths} cannot be read as {builder}: {told}") from error
+
+
+def _check_letters(path: str) -> None:
+    """Raises DataError for a text file that is not UTF-8: readers take its bytes, and fail at the first row that is looked at."""
+    if not Path(path).is_file() or not path.endswith(TEXTS):
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}, column {error.start + 1}: the byte {line[error.start]:#04x} is not UTF-8. "
+                    f"Convert the file, for instance from Latin-1: iconv -f latin1 -t utf-8 {path}"
+                ) from error
+
+
+def _where_json_breaks(path: str) -> str | None:
+    """The first line of a `.jsonl` file that is not JSON; None where there is none, or of other files."""
+    if not path.endswith(".jsonl"):
+        return None
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line.strip() or "null")
+            except json.JSONDecodeError as error:
+                return f"{path}, line {number}, column {error.colno}: {error.msg}"
+    return None
 
 
 def _streamed(splits: DatasetDict) -> IterableDatasetDict:

@@ -112,8 +112,9 @@ def _is_classifier(model: nn.Module) -> bool:
 def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
     """Give `model` as many tokens as the embeddings that were saved with an adapter have, or the tokens that it trains."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = tuple(f"{_name_of(model, table)}.weight" for table in tables if table is not None)
-    sizes = [len(value) for key, value in state.items() if key.endswith(names)]
+    names = [_name_of(model, table) for table in tables if table is not None]
+    whole = tuple(f".{name}.{inside}weight" for name in names for inside in ("", "token_adapter.base_layer."))
+    sizes = [len(value) for key, value in state.items() if key.endswith(whole)]
     trained = config.to_dict().get("trainable_token_indices") or {}
     sizes += [1 + max(ids) for ids in (trained.values() if isinstance(trained, dict) else [trained])]
     if max(sizes, default=0) > tables[0].num_embeddings:

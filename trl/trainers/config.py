@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import TrainingArguments
 from trl.compat import remedy
 from trl.errors import ConfigError
 from trl.option_types import check_choices, describe_fields
+from trl.trainers.option_checks import check_intervals, check_loggers, check_numbers, check_precision
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -23,8 +25,6 @@ ALIASES = {
     "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
     "group_by_length": "",
-    "overwrite_output_dir": "",
-    "logging_dir": "",
     "save_safetensors": "",
     "include_tokens_per_second": "",
     "dataset_batch_size": "",
@@ -43,6 +43,12 @@ RENAMED_CHECKPOINTING = "activation_checkpointing" in TrainingArguments.__datacl
 TEMPLATES = (".jinja", ".j2")
 """Endings of files with a chat template."""
 
+REFUSED: dict[str, tuple[bool, str]] = {
+    "group_by_length": (True, "rows of all lengths share forward passes without padding between them"),
+    "save_safetensors": (False, "weights are always saved as safetensors"),
+}
+"""Names of `ALIASES` that ask for nothing, the value of each that cannot be had, and why."""
+
 LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -53,6 +59,13 @@ LEAST = {
     "warmup_steps": 0,
 }
 """The least that `transformers` can do with these."""
+
+
+def refuse_outdated(name: str, value: Any) -> None:
+    """Raises ConfigError for an older option with a value that nothing does any more."""
+    refused, reason = REFUSED.get(name, (None, ""))
+    if refused is not None and value is refused:
+        raise ConfigError(f"{name}={value}: {reason}. Leave it out.")
 
 
 class _ConfigMeta(type):
@@ -81,6 +94,7 @@ class _ConfigMeta(type):
         fields = {field.name for field in dataclasses.fields(cls) if field.init}
         known = {}
         for name, value in kwargs.items():
+            refuse_outdated(name, value)
             today = name if name in fields else cls.ALIASES.get(name, name)
             if today and today not in fields:
                 raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
@@ -108,6 +122,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
 
     gradient_checkpointing: bool | None = None
     """Compute activations again in backward instead of keeping them. None: on with an accelerator, off on a CPU."""
+
+    logging_dir: str | None = None
+    """Folder of TensorBoard's logs. None: `runs` in the output folder."""
+
+    overwrite_output_dir: bool = False
+    """Remove the checkpoints that an earlier run left in the output folder, unless this one resumes from them."""
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Keyword arguments of `from_pretrained`, when the model is given by name (dtype, attn_implementation, …)."""
@@ -167,6 +187,11 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     def __post_init__(self) -> None:
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         self.check_values()
+        check_intervals(self)
+        check_precision(self)
+        check_loggers(self)
+        if self.logging_dir is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
         self.refuse("activation_offloading", "router_aux_loss_coef")
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
@@ -188,6 +213,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     def check_values(self) -> None:
         """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there."""
         check_choices(self)
+        check_numbers(self)
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")

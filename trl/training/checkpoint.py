@@ -178,6 +178,13 @@ def _step_of(checkpoint: Path) -> int:
     return int(CHECKPOINT.fullmatch(checkpoint.name)[2])
 
 
+def remove_checkpoints(run: str | Path) -> None:
+    """Remove all checkpoints in the output folder of an earlier run."""
+    for path in checkpoints(run):
+        logger.info(f"Removing {path}, of an earlier run (overwrite_output_dir).")
+        shutil.rmtree(path)
+
+
 # ---- finding ----
 
 

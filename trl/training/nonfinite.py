@@ -74,6 +74,11 @@ class SkippedSteps:
             return found
         return {**found, "loss": logs["loss"] * steps / taken if taken else math.nan}
 
+    def corrected_mean(self, loss: float, steps: int) -> float:
+        """The mean loss of the steps taken, from that of `steps` in which a skipped one counts 0; NaN without one."""
+        taken = steps - self.skipped
+        return loss * steps / taken if taken > 0 else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 

@@ -312,6 +312,9 @@ class StepTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**self.steps.corrected(logs), **self._train_metrics()}
+        if "train_loss" in logs and self.steps.skipped:
+            logs["train_loss"] = self.steps.corrected_mean(logs["train_loss"], self.state.global_step)
+            logs["skipped_steps"] = self.steps.skipped
         super().log(logs, start_time)
 
     def _train_metrics(self) -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""What is asked of the hub is asked before work starts, within seconds; what it refuses is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl.trainers.config import TrainerConfig
+
+PATIENCE = 10.0
+"""Seconds to wait for the hub."""
+
+FILES = ("config.json", "adapter_config.json")
+
+
+class HubError(OSError):
+    """What the hub refused, or that it could not be reached."""
+
+
+def check_model_on_hub(name: str, revision: str) -> None:
+    """Raises ConfigError for a model that is neither a folder, nor in the cache, nor on the hub, and where that cannot be told."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
+        return
+    with _explained(f"model_name_or_path={name!r} is no folder here and not in the cache"):
+        HfApi().model_info(name, revision=revision, timeout=PATIENCE)
+
+
+def check_push(training: TrainerConfig) -> None:
+    """Raises ConfigError where nothing could be pushed after training: no network, or nobody is logged in."""
+    from huggingface_hub import HfApi
+
+    with _explained("push_to_hub=True"):
+        HfApi(token=training.hub_token).whoami()
+
+
+@contextmanager
+def push_explained(folder: str) -> Iterator[None]:
+    """Raises HubError, which says where the model is, for a push that failed after training."""
+    try:
+        with _explained(f"The model is in {folder}, but it was not pushed"):
+            yield
+    except ConfigError as error:
+        raise HubError(f"{error} Later: hf upload REPOSITORY {folder}") from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raises ConfigError for what the hub refuses, in one line that begins with `what`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        InferenceTimeoutError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    transport: Any = InferenceTimeoutError.__bases__[0]
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise ConfigError(f"{what}, and the hub is not asked in offline mode (HF_HUB_OFFLINE).") from error
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{what}, and on the hub its terms have to be accepted first; then `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{what}, and the hub does not have that model_revision.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(
+            f"{what}, and the hub has nothing of that name, or it is private (`hf auth login`)."
+        ) from error
+    except LocalTokenNotFoundError as error:
+        raise ConfigError(f"{what}, and nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        raise ConfigError(f"{what}, and the hub refuses: {' '.join(str(error).split())[:300]}") from error
+    except (transport, OSError) as error:
+        raise ConfigError(f"{what}, and the hub cannot be reached ({type(error).__name__}).") from error

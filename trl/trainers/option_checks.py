@@ -1,0 +1,77 @@
+"""Options that a device, a library or plain sense rules out: said when a configuration is made, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from trl.errors import ConfigError, suggest
+
+logger = logging.getLogger(__name__)
+
+INTERVALS = ("logging", "save", "eval")
+
+USUAL_RATES = (1e-7, 1e-2)
+"""Learning rates between which language models are trained."""
+
+
+def check_numbers(args: TrainingArguments) -> None:
+    """Raises ConfigError for an option that is not a number; warns of a learning rate beyond all usual ones."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name, None)
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{field.name}={value} is not a number: give one, or leave it out.")
+    rate, (_, most) = args.learning_rate, USUAL_RATES
+    if math.isinf(rate):
+        raise ConfigError(f"learning_rate={rate}: give a number such as 2e-5.")
+    if rate > most:
+        logger.warning(f"learning_rate={rate:g} is far above what is usual (1e-6 to 1e-3). Is its exponent negative?")
+
+
+def check_intervals(args: TrainingArguments) -> None:
+    """Raises ConfigError for an interval of 0 steps."""
+    for name in INTERVALS:
+        strategy = getattr(args, f"{name}_strategy")
+        if getattr(strategy, "value", strategy) == "steps" and getattr(args, f"{name}_steps") == 0:
+            raise ConfigError(
+                f"{name}_steps=0: give a number of steps, a share of all steps below 1, or --{name}_strategy no for none."
+            )
+
+
+def check_precision(args: TrainingArguments) -> None:
+    """Raises ConfigError for two precisions at once, and for one that the device does not have."""
+    if args.bf16 and args.fp16:
+        raise ConfigError(
+            "bf16 and fp16 are both set, and a run computes in one of them: keep bf16, which needs no scaling."
+        )
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.fp16 and on_cpu:
+        raise ConfigError("fp16=True needs an accelerator, and this run is on a CPU: leave it out, or set bf16.")
+    if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
+        raise ConfigError("tf32=True needs an NVIDIA GPU of the Ampere generation or later: leave it out.")
+    if args.bf16 and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ConfigError(
+            f"bf16=True, and {torch.cuda.get_device_name()} does not compute in bfloat16: leave it out, or set fp16."
+        )
+
+
+def check_loggers(args: TrainingArguments) -> None:
+    """Raises ConfigError for a tracker that nobody knows, or that is not installed."""
+    asked: Any = args.report_to
+    for name in [asked] if isinstance(asked, str) else asked or []:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise ConfigError(f"report_to={name!r} is no tracker.{suggest(name, known)} Known: {', '.join(known)}.")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"report_to={name!r}: its package is not installed. Install it, or leave report_to out (none)."
+            )
