@@ -47,8 +47,6 @@ OPTIMIZER = re.compile(r"optimizer(_\d+)?(\.pt|\.bin)?|global_step\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HASHERS = 4
 """Files that are hashed at a time."""
-LITTLE = 2**20
-"""Bytes; a disk with less is full."""
 
 
 class CheckpointError(OSError):
@@ -345,7 +343,7 @@ def explain_full_disk(run: str | Path, name: str, beside: Path | None = None) ->
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, CheckpointError) or not _is_full_disk(error, Path(run), beside):
+        if isinstance(error, CheckpointError) or not _is_full_disk(error):
             raise
         raise CheckpointError(_no_space(Path(run), name, beside)) from error
 
@@ -370,10 +368,10 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _is_full_disk(error: BaseException, run: Path, beside: Path | None) -> bool:
+def _is_full_disk(error: BaseException) -> bool:
     """Whether an error, or one that it came from, says that a disk, a quota or a limit is full.
 
-    safetensors says so in words only, and torch's writer of archives says no more than that it failed: then it is tried.
+    safetensors says so in words only, and torch's writer of archives says no more than that it could not write.
     """
     chain: list[BaseException] = []
     while error is not None:
@@ -384,19 +382,4 @@ def _is_full_disk(error: BaseException, run: Path, beside: Path | None) -> bool:
     words = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b")
     if any(isinstance(each, SafetensorError) and words.search(str(each)) for each in chain):
         return True
-    failed_to_write = any("inline_container" in str(each) or "iostream" in str(each) for each in chain)
-    if beside is None:
-        return failed_to_write and shutil.disk_usage(run).free < LITTLE
-    return failed_to_write and _takes_no_more(beside)
-
-
-def _takes_no_more(beside: Path) -> bool:
-    """Whether the file that was written last, which is given up, cannot grow by a little."""
-    files = [path for path in beside.rglob("*") if path.is_file()]
-    if not files:
-        return shutil.disk_usage(beside.parent).free < LITTLE
-    try:
-        with max(files, key=lambda path: path.stat().st_mtime_ns).open("ab", buffering=0) as file:
-            return file.write(bytes(LITTLE)) < LITTLE
-    except OSError as error:
-        return error.errno in FULL
+    return any("inline_container" in str(each) or "iostream" in str(each) for each in chain)

@@ -1,0 +1,133 @@
+"""Options that older scripts know, those that a device rules out, and what is shown first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+import pytest
+from huggingface_hub.errors import InferenceTimeoutError, OfflineModeIsEnabled
+
+from trl import SFTConfig
+from trl.cli.hub import HubError, check_model_on_hub, push_explained
+from trl.cli.main import main
+from trl.errors import ConfigError
+from trl.training.checkpoint import remove_checkpoints
+from trl.training.nonfinite import SkippedSteps
+
+CPU = {"use_cpu": True, "report_to": "none"}
+
+
+@pytest.mark.parametrize(("command", "own"), [("sft", "max_length"), ("grpo", "reward_funcs")])
+def test_fifteen_options_come_first(command, own, capsys):
+    main([command, "--help"])
+    titles = re.split(r"\n\n(?=\S)", capsys.readouterr().out)
+    top = next(text for text in titles if text.startswith("Most used"))
+    named = re.findall(r"^  --(\w+)", top, flags=re.MULTILINE)
+    assert len(named) == 15
+    assert {"model_name_or_path", "dataset_name", "output_dir", "learning_rate", own} <= set(named)
+    assert titles.index(top) < next(i for i, text in enumerate(titles) if text.startswith("Data"))
+    assert all(text.count("--learning_rate ") == 0 for text in titles if text.startswith("Optimisation"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_by_length": True}, "group_by_length=True: rows of all lengths"),
+        ({"save_safetensors": False}, "save_safetensors=False: weights are always saved as safetensors"),
+        ({"fp16": True}, "fp16=True needs an accelerator"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set"),
+        ({"tf32": True}, "tf32=True needs an NVIDIA GPU"),
+        ({"logging_steps": 0}, "logging_steps=0: .*--logging_strategy no"),
+        ({"save_steps": 0}, "save_steps=0"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps=0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is not a number"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan is not a number"),
+        ({"report_to": "wandbb"}, "report_to='wandbb' is no tracker. Did you mean 'wandb'"),
+    ],
+)
+def test_refused_when_the_configuration_is_made(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        SFTConfig(output_dir=str(tmp_path), **{**CPU, **options})
+
+
+def test_older_options_that_ask_for_what_happens_anyway(tmp_path):
+    SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=False, save_safetensors=True)
+
+
+def test_intervals_that_nothing_waits_for_may_be_0(tmp_path):
+    SFTConfig(output_dir=str(tmp_path), **CPU, logging_strategy="no", logging_steps=0, save_strategy="no", save_steps=0)
+
+
+def test_a_learning_rate_beyond_all_usual_ones_is_said(tmp_path, caplog):
+    SFTConfig(output_dir=str(tmp_path), **CPU, learning_rate=2e5)
+    assert "learning_rate=200000 is far above" in caplog.text
+    caplog.clear()
+    SFTConfig(output_dir=str(tmp_path), **CPU, learning_rate=1e-3)
+    assert caplog.text == ""
+
+
+def test_logging_dir_is_where_tensorboard_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
+    SFTConfig(output_dir=str(tmp_path), **CPU, logging_dir=str(tmp_path / "logs"))
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "logs")
+
+
+def test_overwriting_removes_checkpoints_and_nothing_else(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "notes"):
+        (tmp_path / name).mkdir()
+    remove_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_skipped_steps_are_no_part_of_the_mean():
+    """Six losses of 1 and four skipped steps: transformers' mean is 0.6, that of the steps taken 1."""
+    steps = SkippedSteps()
+    for i in range(10):
+        steps.add(skipped=i >= 6)
+    assert steps.corrected_mean(0.6, 10) == pytest.approx(1.0)
+    assert steps.corrected_mean(0.0, 4) != steps.corrected_mean(0.0, 4), "no step was taken: NaN"
+
+
+# ---- the hub ----
+
+
+def test_a_model_that_is_nowhere_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ConfigError, match="'org/none' is no folder here and not in the cache, and the hub is not asked"
+    ):
+        check_model_on_hub("org/none", "main")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InferenceTimeoutError.__bases__[0]("no route"), "the hub cannot be reached"),
+        (TimeoutError("late"), r"the hub cannot be reached \(TimeoutError\)"),
+        (OfflineModeIsEnabled("off"), "offline mode"),
+    ],
+)
+def test_a_push_that_fails_says_where_the_model_is(error, message):
+    with (
+        pytest.raises(HubError, match=f"The model is in out, but it was not pushed.*{message}.*hf upload"),
+        push_explained("out"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_check_shows_as_many_rows_as_asked_for(count, tmp_path, monkeypatch, capsys):
+    from tests.conftest import MODELS, make_tokenizer
+
+    logger = logging.getLogger("trl")
+    monkeypatch.setattr(logger, "handlers", logger.handlers[:])
+    monkeypatch.chdir(tmp_path)
+    MODELS["llama"]().save_pretrained("tiny")
+    make_tokenizer().save_pretrained("tiny")
+    (tmp_path / "rows.txt").write_text("One.\nTwo.\nThree.\nFour.\n")
+    words = ["--model_name_or_path", "tiny", "--dataset_name", "rows.txt", "--use_cpu", "--report_to", "none"]
+    assert main(["check", *words, "--rows", str(count)]) == 0
+    assert len(re.findall(r"^row \d+:", capsys.readouterr().out, flags=re.MULTILINE)) == count
