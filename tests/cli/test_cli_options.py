@@ -34,7 +34,7 @@ def test_fifteen_options_come_first(command, own, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_by_length": True}, "group_by_length=True: rows of all lengths"),
+        ({"group_by_length": True}, "group_by_length=True: this is train_sampling_strategy='group_by_length'"),
         ({"save_safetensors": False}, "save_safetensors=False: weights are always saved as safetensors"),
         ({"fp16": True}, "fp16=True needs an accelerator"),
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set"),

@@ -44,10 +44,10 @@ TEMPLATES = (".jinja", ".j2")
 """Endings of files with a chat template."""
 
 REFUSED: dict[str, tuple[bool, str]] = {
-    "group_by_length": (True, "rows of all lengths share forward passes without padding between them"),
-    "save_safetensors": (False, "weights are always saved as safetensors"),
+    "group_by_length": (True, "this is train_sampling_strategy='group_by_length' today"),
+    "save_safetensors": (False, "weights are always saved as safetensors, so leave it out"),
 }
-"""Names of `ALIASES` that ask for nothing, the value of each that cannot be had, and why."""
+"""Names of `ALIASES` that ask for nothing, the value of each that cannot be had, and what to do."""
 
 LEAST = {
     "per_device_train_batch_size": 1,
@@ -65,7 +65,7 @@ def refuse_outdated(name: str, value: Any) -> None:
     """Raises ConfigError for an older option with a value that nothing does any more."""
     refused, reason = REFUSED.get(name, (None, ""))
     if refused is not None and value is refused:
-        raise ConfigError(f"{name}={value}: {reason}. Leave it out.")
+        raise ConfigError(f"{name}={value}: {reason}.")
 
 
 class _ConfigMeta(type):
