@@ -1,45 +1,40 @@
 """Pictures of the command for these pages, from real runs.
 
-    pip install pyte;  python docs/screens.py          the report's picture needs chromium
+    python docs/screens.py          the report's picture needs chromium
 
-A tiny model learns sums from scratch. Each command runs in a pseudo-terminal; what stands on its screen is written as SVG.
+A tiny model learns sums from scratch, and `rich` draws what the commands print.
 """
 
 from __future__ import annotations
 
-import codecs
-import fcntl
 import io
 import json
+import logging
 import os
-import pty
 import re
-import select
 import shutil
-import struct
 import subprocess
 import sys
-import termios
-import time
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import pyte
-from rich.color import Color
-from rich.console import Console
-from rich.style import Style
+from rich.console import Console, RenderableType
 from rich.text import Text
+from transformers import TrainerCallback
 
 PLACE = Path(__file__).parent / "screens"
-COLUMNS, LINES, PATIENCE = 104, 70, 300
+COLUMNS = 104
 PAGE = (1000, 1150)
 """Pixels of the report's picture."""
 
+HALFWAY = 540
+"""The step of which the picture of a run under way is taken."""
+
 PROMPT = Text.assemble(("$ ", "bright_black"))
-FAINT = re.compile(r"\x1b\[((?:1;)?)2((?:;[\d;]+)?)m")
-"""Faint letters, which the emulator does not know: they are shown in grey."""
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|end|>"
@@ -61,119 +56,114 @@ report_to: none
 """
 
 
-class Terminal:
-    """A command in a pseudo-terminal, and what stands on its screen."""
-
-    def __init__(self, command: str, folder: Path) -> None:
-        self.command = command
-        self.screen = pyte.Screen(COLUMNS, LINES)
-        self.stream, self.decode = pyte.Stream(self.screen), codecs.getincrementaldecoder("utf-8")().decode
-        self.process, self.master = _in_terminal(command, folder)
-
-    def wait_for(self, pattern: str) -> None:
-        """Read until the screen matches `pattern`."""
-        end = time.monotonic() + PATIENCE
-        while not re.search(pattern, "\n".join(self.screen.display)):
-            if not self._read(end - time.monotonic()):
-                raise RuntimeError(f"{pattern!r} did not come:\n" + "\n".join(self.screen.display))
-
-    def wait(self) -> None:
-        while self._read(PATIENCE):
-            pass
-        if self.process.wait(timeout=PATIENCE):
-            raise RuntimeError("\n".join(self.screen.display))
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def _read(self, seconds: float) -> bool:
-        if not select.select([self.master], [], [], max(0.0, seconds))[0]:
-            return False
-        try:
-            data = os.read(self.master, 65536)
-        except OSError:  # what Linux says at the end
-            return False
-        self.stream.feed(FAINT.sub("\x1b[\\g<1>90\\g<2>m", self.decode(data)))
-        return bool(data)
-
-    def picture(self, name: str) -> None:
-        """Write the screen as SVG."""
-        lines = [self._line(i) for i in range(LINES)]
-        while lines and not lines[-1].plain.strip():
-            lines.pop()
-        text = Text("\n").join([Text.assemble(PROMPT, self.command), *lines])
-        console = Console(record=True, width=COLUMNS, file=io.StringIO(), legacy_windows=False)
-        console.print(text, soft_wrap=True, highlight=False)
-        drawn = console.export_svg(title="", unique_id=name)
-        (PLACE / f"{name}.svg").write_text(re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL))
-
-    def _line(self, row: int) -> Text:
-        cells = [self.screen.buffer[row][column] for column in range(COLUMNS)]
-        line = Text.assemble(*((cell.data, _style(cell)) for cell in cells))
-        line.rstrip()
-        return line
+def recording() -> Console:
+    """A console that remembers what it prints, and shows it to nobody."""
+    return Console(record=True, width=COLUMNS, file=io.StringIO(), legacy_windows=False, highlight=False)
 
 
-def _in_terminal(command: str, folder: Path) -> tuple[subprocess.Popen, int]:
-    """`command` with a terminal of its own, and that terminal's other end."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
-    words = [sys.executable, "-m", *command.split()]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-    process = subprocess.Popen(
-        words,
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        cwd=folder,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(slave)
-    return process, master
+def draw(console: Console, name: str) -> None:
+    """Write what a console has printed as SVG."""
+    drawn = console.export_svg(title="", unique_id=name)
+    (PLACE / f"{name}.svg").write_text(re.sub(r"\s*@font-face \{.*?\}", "", drawn, flags=re.DOTALL))
 
 
-def _style(cell: pyte.screens.Char) -> Style:
-    front, back = _color(cell.fg), _color(cell.bg)
-    if cell.reverse:
-        front, back = back, front
-    return Style(color=front, bgcolor=back, bold=cell.bold, italic=cell.italics, underline=cell.underscore)
-
-
-def _color(name: str) -> Color | None:
-    if name == "default":
-        return None
-    if re.fullmatch("[0-9a-f]{6}", name):
-        return Color.parse(f"#{name}")
-    return Color.parse(name.replace("brown", "yellow").replace("bright", "bright_"))
+def picture(name: str, command: str, *shown: RenderableType) -> None:
+    console = recording()
+    console.print(Text.assemble(PROMPT, command), *shown, sep="\n", soft_wrap=True)
+    draw(console, name)
 
 
 # ---- the pictures ----
 
 
 def check(folder: Path) -> None:
-    terminal = Terminal("trl check sft --config sft.yaml", folder)
-    terminal.wait()
-    terminal.picture("check")
+    command = "trl check sft --config sft.yaml"
+    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    picture("check", command, Text.from_ansi(done.stdout.rstrip()))
 
 
 def training(folder: Path) -> None:
-    terminal = Terminal("trl sft --config sft.yaml", folder)
-    terminal.wait_for(r"\b[5-9]\d\d/1080(?s:.)*loss")
-    terminal.picture("training")
-    terminal.wait()
-    terminal.picture("trained")
+    from trl.callbacks.progress import RichProgressCallback
+    from trl.cli.commands import methods
+    from trl.cli.train import build_trainer, read_run
+
+    command, told = "trl sft --config sft.yaml", Told()
+    logging.getLogger("trl").addHandler(told)
+    logging.getLogger("trl").setLevel(logging.INFO)
+    with chdir(folder):
+        method = methods()["sft"]
+        trainer = build_trainer(read_run(method, method.parser().parse(["--config", "sft.yaml"])))
+        bars = RichProgressCallback(Console(file=io.StringIO(), force_terminal=True, width=COLUMNS))
+        before = Snapshot(lambda: picture("training", command, *told.lines, *bars.bars.get_renderables()))
+        trainer.add_callback(bars)
+        trainer.add_callback(before)
+        trainer.train()
+        trainer.save_model("sums")
+    last = Text("The model is in sums.")
+    picture("trained", command, *told.lines, *bars.bars.get_renderables(), last)
+
+
+class Told(logging.Handler):
+    """What the library reports, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[Text] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(Text(self.format(record)))
+
+
+class Snapshot(TrainerCallback):
+    """Takes a picture once, half-way."""
+
+    def __init__(self, take: Callable[[], None]) -> None:
+        self.take = take
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == HALFWAY:
+            self.take()
 
 
 def chat(folder: Path) -> None:
-    terminal = Terminal("trl chat --model_name_or_path sums --user you --seed 1", folder)
-    said = ("What is 4 + 7?", "set temperature=0.2; max_new_tokens=40", "And 12 + 9?", "save sums", "exit")
-    for number, words in enumerate(said, 1):
-        terminal.wait_for("you ›(?s:.)*" * number)
-        terminal.type(f"{words}\n")
-    terminal.wait()
-    terminal.picture("chat")
+    from trl.cli.chat.arguments import EXAMPLES, ChatArguments, generation_of
+    from trl.cli.chat.local import load_speaker
+    from trl.cli.chat.screen import USER, Screen
+    from trl.cli.chat.session import Session
+    from trl.models.config import ModelConfig
+
+    lines = iter(("What is 4 + 7?", "set temperature=0.2; max_new_tokens=40", "And 12 + 9?", "save sums"))
+
+    class Typed(Screen):
+        """A screen whose lines are typed already."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = self.aside = recording()
+            self.talks = True
+
+        def ask(self, user: str) -> str:
+            line = next(lines, "exit")
+            self.out.print(Text.assemble((f"\n{user} › ", USER), line))
+            return line
+
+    screen, arguments = Typed(), ChatArguments(seed=1)
+    screen.out.print(Text.assemble(PROMPT, "trl chat --model_name_or_path sums --user you --seed 1"))
+    with chdir(folder):
+        speaker = load_speaker(arguments, ModelConfig(model_name_or_path="sums", dtype="auto"))
+        session = Session(
+            speaker, generation_of(arguments), screen, user="you", examples=EXAMPLES, save_folder="chat_history"
+        )
+        session.run()
+    draw(screen.out, "chat")
 
 
 def report(folder: Path) -> None:

@@ -14,6 +14,7 @@ import re
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from trl import __version__
@@ -33,9 +34,16 @@ NOISE = {
     "datasets.packaged_modules.json.json": "Failed to load JSON",  # the error says so, too
     "transformers.trainer_utils": "new PAD/BOS/EOS tokens",  # that is what they are set for
     # A reward model has a head that no language model had. Weights that are missing beside it are no noise.
-    "transformers.modeling_utils": r"ForSequenceClassification.* LOAD REPORT(?!(?s:.)*\n(?!score\.)\S+ +\| MISSING)",
+    "transformers.modeling_utils": r"ForSequenceClassification.* LOAD REPORT(?!(?s:.)*\n(?!score\.)\S+ +\| MISSING)|"
+    r"The new (embeddings|lm_head weights) will be initialized",  # as a chat template asks for
 }
 """Loggers of other libraries, and what nobody needs to read of theirs."""
+
+WARNED = (
+    "Setting `save_embedding_layers` to `True`",  # so that a vocabulary that grew is saved with its adapter
+    "`is_gradient_checkpointing` is deprecated",  # peft reads a property that transformers renamed
+)
+"""Beginnings of warnings that are about what other libraries do among themselves."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
     for name, noise in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, noise=noise: not re.search(noise, record.getMessage()))
+    for message in WARNED:
+        warnings.filterwarnings("ignore", message=re.escape(message))
     try:
         status = dispatch(words)
         sys.stdout.flush()
