@@ -16,8 +16,8 @@ EXTRAS = {
     "torchvision": "vlm",
     "diffusers": "diffusion",
     "math_verify": "math",
-    "starlette": "label",
-    "uvicorn": "label",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

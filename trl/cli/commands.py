@@ -161,6 +161,7 @@ TOOLS = (
     Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
     Tool("label", "trl.label.command:run", "People rate, compare or correct completions on a local web page."),
     Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base."),
+    Tool("serve", "trl.cli.serve.command:run", "Serve a model: to trainers, to `trl chat`, to any OpenAI client."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
     Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),

@@ -1,0 +1,46 @@
+"""`trl serve` as a program: it says where it serves, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import requests
+import torch
+
+from tests.conftest import MODELS, make_tokenizer
+from tests.processes import environment
+from trl.cli.main import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    MODELS["llama"]().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.slow
+def test_serving_until_a_signal(folder, tmp_path):
+    command = [sys.executable, "-m", "trl", "serve", str(folder), "--port", "0", "--served_model_name", "tiny"]
+    with subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as program:
+        try:
+            line = program.stdout.readline()
+            assert line.startswith("Serving tiny at http://127.0.0.1:")
+            url = line.split()[-1]
+            body = {"prompt": "ab", "max_tokens": 4, "temperature": 0, "return_token_ids": True}
+            (choice,) = requests.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+            assert 1 <= len(choice["token_ids"]) <= 4
+        finally:
+            program.send_signal(signal.SIGTERM)
+        assert program.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+def test_what_the_command_line_refuses(capsys):
+    assert main(["serve"]) == 2
+    assert "trl serve takes a model" in capsys.readouterr().err
+    assert main(["serve", "nowhere", "--request_timeout", "-1"]) == 2
+    assert "request_timeout=-1" in capsys.readouterr().err

@@ -1,0 +1,395 @@
+"""The routes of `trl serve`: those of OpenAI for any client, and those of `vllm serve` for trainers.
+
+    /v1/completions  /v1/chat/completions  /inference/v1/generate     samples
+    /health  /v1/models  /version  /server_info  /get_world_size      what is served
+    /pause  /resume  /is_paused  /collective_rpc  /update_weight_version  /weight_info
+    /reset_prefix_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     what a trainer asks between two rollout batches
+
+Log-probabilities are log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or ban, whatever
+the request says. The routes of the last two lines change what is served: they answer to this machine, or to who has the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from trl import __version__
+from trl.cli.chat.arguments import Generation
+from trl.cli.serve.answers import Texts, chat_choice, completion_choice, delta, head, token_choice, usage, used
+from trl.cli.serve.arguments import ServeArguments
+from trl.cli.serve.bodies import CHAT, COMPLETION, GENERATE, chat_messages, check, sampling_params
+from trl.cli.serve.worker import Busy, Job, ModelWorker
+from trl.errors import ConfigError, TrlError
+from trl.rollouts.engine import Prompt, Rollout
+
+LOGPROBS_MODE = "policy_logprobs"
+"""How this server's log-probabilities are named among vLLM's modes: log-softmax(logits/τ) whatever else is asked for."""
+
+DEFAULT_TOKENS = 16
+"""New tokens of a completion that names no limit, as OpenAI's protocol has it."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(worker: ModelWorker, name: str, arguments: ServeArguments) -> Starlette:
+    """The application that serves the model of `worker` under `name`."""
+    routes = _Routes(worker, name, arguments)
+    hosts = ["127.0.0.1", "localhost", "[::1]", "::1"] if arguments.is_private else ["*"]
+    return Starlette(
+        routes=routes.table(),
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={HTTPException: _refused, TrlError: _mistaken},
+    )
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": status}}, status)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, error.detail)
+
+
+async def _mistaken(_: Request, error: Exception) -> Response:
+    return _error(503 if isinstance(error, Busy) else 400, str(error))
+
+
+class _Routes:
+    def __init__(self, worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
+        self.worker, self.name, self.arguments = worker, name, arguments
+        self.streams: set[asyncio.Task] = set()
+
+    def table(self) -> list[Route]:
+        def get(path: str, handler: Handler, guard: Callable[[Handler], Handler] = self._for_users) -> Route:
+            return Route(path, guard(handler), methods=["GET"])
+
+        def post(path: str, handler: Handler, guard: Callable[[Handler], Handler] = self._for_trainers) -> Route:
+            return Route(path, guard(handler), methods=["POST"])
+
+        return [
+            Route("/health", self.health, methods=["GET"]),
+            get("/v1/models", self.models),
+            get("/version", self.about),
+            get("/server_info", self.server_info),
+            get("/get_world_size", self.world_size),
+            get("/is_paused", self.is_paused),
+            get("/weight_info", self.weight_info),
+            post("/v1/completions", self.completions, self._for_users),
+            post("/v1/chat/completions", self.chat, self._for_users),
+            post("/inference/v1/generate", self.generate, self._for_users),
+            post("/pause", self.pause),
+            post("/resume", self.resume),
+            post("/collective_rpc", self.collective_rpc),
+            post("/update_weight_version", self.update_weight_version),
+            post("/reset_prefix_cache", self.reset_prefix_cache),
+            post("/v1/load_lora_adapter", self.load_adapter),
+            post("/v1/unload_lora_adapter", self.unload_adapter),
+        ]
+
+    # ---- who may ask, and how much ----
+
+    def _for_users(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            key = self.arguments.api_key
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+                raise HTTPException(401, "This server asks for its key: send the header `Authorization: Bearer KEY`.")
+            try:
+                async with asyncio.timeout(self.arguments.request_timeout):
+                    return await handler(request)
+            except TimeoutError:
+                raise HTTPException(
+                    504, f"Given up after request_timeout={self.arguments.request_timeout:g} seconds."
+                ) from None
+
+        return guarded
+
+    def _for_trainers(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            if not self.arguments.is_private and self.arguments.api_key is None:
+                raise HTTPException(
+                    403,
+                    f"{request.url.path} changes what is served: start the server with --api_key, or at 127.0.0.1 alone.",
+                )
+            origin = request.headers.get("origin")
+            if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+                raise HTTPException(403, f"{request.url.path} is not for pages of {origin}.")
+            return await handler(request)
+
+        return self._for_users(guarded)
+
+    async def _body(self, request: Request) -> Any:
+        limit, parts, size = self.arguments.max_request_megabytes * 2**20, [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise HTTPException(413, f"The body is larger than {self.arguments.max_request_megabytes:g} MiB.")
+            parts.append(part)
+        try:
+            return json.loads(b"".join(parts))
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"The body is not JSON: {error}") from None
+
+    def _adapter(self, body: Mapping[str, Any]) -> str | None:
+        """The adapter that the body's model names; None for the model itself."""
+        wanted = body.get("model") or self.name
+        if wanted != self.name and wanted not in self.worker.adapters:
+            known = ", ".join([self.name, *self.worker.adapters])
+            raise HTTPException(404, f"The model {wanted!r} is not served here. Served: {known}.")
+        return None if wanted == self.name else wanted
+
+    # ---- samples ----
+
+    async def _sampled(self, job: Job) -> list[list[Rollout]]:
+        longest = self.worker.speaker.context
+        for i, prompt in enumerate(job.prompts):
+            if longest is not None and len(prompt) >= longest:
+                raise ConfigError(f"Prompt {i} has {len(prompt)} tokens, and the model's context length is {longest}.")
+            if wrong := [token for token in prompt.ids if token >= self.worker.vocabulary]:
+                raise ConfigError(
+                    f"Prompt {i} holds token {wrong[0]}, and the vocabulary has {self.worker.vocabulary} tokens."
+                )
+        asked = sum(len(prompt) + job.n * (prompt.max_new_tokens or 0) for prompt in job.prompts)
+        if asked > self.arguments.max_request_tokens:
+            raise ConfigError(
+                f"The request asks for {asked} tokens, and this server's max_request_tokens is "
+                f"{self.arguments.max_request_tokens}: ask for fewer at a time."
+            )
+        return await asyncio.wrap_future(self.worker.submit(job))
+
+    async def completions(self, request: Request) -> Response:
+        check(body := await self._body(request), COMPLETION)
+        if body.get("stream"):
+            raise ConfigError("stream=True is available at /v1/chat/completions.")
+        if (body.get("logprobs") or 0) > 1:
+            raise ConfigError(f"logprobs={body['logprobs']}: this server tells those of sampled tokens; give 0 or 1.")
+        params, n = sampling_params(body, max_tokens=DEFAULT_TOKENS), body.get("n") or 1
+        prompts = self._prompts(body["prompt"])
+        found = await self._sampled(_job(prompts, params, n, self._adapter(body)))
+        texts = Texts(self.worker.tokenizer, params, body)
+        choices = [
+            completion_choice(p * n + i, rollout, texts, body)
+            | ({"prompt_token_ids": prompts[p]} if body.get("return_token_ids") else {})
+            for p, rollouts in enumerate(found)
+            for i, rollout in enumerate(rollouts)
+        ]
+        answer = head("text_completion", body.get("model") or self.name)
+        return JSONResponse({**answer, "choices": choices, "usage": used(prompts, found)})
+
+    def _prompts(self, given: str | list[Any]) -> list[list[int]]:
+        """The prompts' token ids: of one text or list of ids, or of several."""
+        several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        return [self.worker.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in several]
+
+    async def chat(self, request: Request) -> Response:
+        check(body := await self._body(request), CHAT)
+        if body.get("top_logprobs"):
+            raise ConfigError("top_logprobs is not available: this server tells those of sampled tokens.")
+        if body.get("chat_template_kwargs"):
+            raise ConfigError("chat_template_kwargs are an option of the server: start it with them.")
+        messages, adapter = chat_messages(body), self._adapter(body)
+        ids, longest = self.worker.speaker.encode(messages), self.worker.speaker.context
+        room = DEFAULT_TOKENS if longest is None else max(1, longest - len(ids))
+        params = sampling_params(body, max_tokens=room)
+        if body.get("stream"):
+            return await self._streamed(body, messages, generation_of(params), adapter, len(ids))
+        found = await self._sampled(_job([ids], params, body.get("n") or 1, adapter))
+        texts = Texts(self.worker.tokenizer, params, body)
+        choices = [chat_choice(i, rollout, texts, body) for i, rollout in enumerate(found[0])]
+        answer = head("chat.completion", body.get("model") or self.name)
+        return JSONResponse({**answer, "choices": choices, "usage": used([ids], found)})
+
+    async def _streamed(
+        self, body: Mapping[str, Any], messages: list, generation: Generation, adapter: str | None, prompt: int
+    ) -> Response:
+        if (body.get("n") or 1) > 1 or body.get("logprobs"):
+            raise ConfigError("With stream=True, n is 1 and logprobs are left out.")
+        pieces: asyncio.Queue[str | BaseException | int] = asyncio.Queue()
+        loop, left = asyncio.get_running_loop(), asyncio.Event()
+
+        def say(piece: str) -> None:
+            if left.is_set():
+                raise ConnectionAbortedError("Nobody listens any more.")
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        async def run() -> None:
+            try:
+                tokens = await asyncio.to_thread(self.worker.stream, messages, generation, say, adapter)
+                pieces.put_nowait(tokens)
+            except Exception as error:  # told to who listens, in the stream
+                pieces.put_nowait(error)
+
+        task = asyncio.create_task(run())
+        self.streams.add(task)
+        task.add_done_callback(self.streams.discard)
+        first = await pieces.get()
+        if isinstance(first, BaseException):
+            raise first
+        answer = head("chat.completion.chunk", body.get("model") or self.name)
+        events = self._events(answer, body, first, pieces, prompt, generation.max_new_tokens, left)
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _events(
+        self,
+        answer: Mapping[str, Any],
+        body: Mapping[str, Any],
+        item: str | BaseException | int,
+        pieces: asyncio.Queue,
+        prompt: int,
+        most: int,
+        left: asyncio.Event,
+    ) -> AsyncIterator[str]:
+        try:
+            yield _event(delta(answer, {"role": "assistant", "content": ""}))
+            while isinstance(item, str):
+                yield _event(delta(answer, {"content": item}))
+                item = await pieces.get()
+            if isinstance(item, BaseException):
+                yield _event({"error": {"message": str(item), "code": 500}})
+                return
+            yield _event(delta(answer, {}, "length" if item >= most else "stop"))
+            if (body.get("stream_options") or {}).get("include_usage"):
+                yield _event({**answer, "choices": [], "usage": usage(prompt, item)})
+            yield "data: [DONE]\n\n"
+        finally:
+            left.set()
+
+    async def generate(self, request: Request) -> Response:
+        check(body := await self._body(request), GENERATE)
+        if body.get("stream"):
+            raise ConfigError("stream=True is available at /v1/chat/completions.")
+        given = body.get("sampling_params") or {}
+        params = sampling_params(given, max_tokens=DEFAULT_TOKENS)
+        job = _job([body["token_ids"]], params, given.get("n") or 1, self._adapter(body))
+        (found,) = await self._sampled(job)
+        choices = [token_choice(i, rollout) for i, rollout in enumerate(found)]
+        return JSONResponse({"request_id": body.get("request_id"), "choices": choices})
+
+    # ---- what is served ----
+
+    async def health(self, _: Request) -> Response:
+        return Response(status_code=200)
+
+    async def models(self, _: Request) -> Response:
+        rows = [(self.name, None), *((adapter, self.name) for adapter in self.worker.adapters)]
+        length = self.worker.speaker.context
+        models = [
+            {"id": name, "object": "model", "owned_by": "trl", "parent": parent, "max_model_len": length}
+            for name, parent in rows
+        ]
+        return JSONResponse({"object": "list", "data": models})
+
+    async def about(self, _: Request) -> Response:
+        return JSONResponse({"version": f"trl {__version__}"})
+
+    async def server_info(self, _: Request) -> Response:
+        base = self.worker.base
+        model = {
+            "model": self.name,
+            "dtype": str(base.dtype),
+            "max_model_len": self.worker.speaker.context,
+            "logprobs_mode": LOGPROBS_MODE,
+            "hf_config": {"model_type": base.config.model_type, "vocab_size": self.worker.vocabulary},
+        }
+        lora = {"max_lora_rank": None, "max_loras": None}
+        return JSONResponse({"vllm_config": {"model_config": model, "lora_config": lora}, "trl_version": __version__})
+
+    async def world_size(self, _: Request) -> Response:
+        return JSONResponse({"world_size": 1})
+
+    # ---- what a trainer asks ----
+
+    async def pause(self, request: Request) -> Response:
+        mode = request.query_params.get("mode", "abort")
+        if mode not in ("abort", "wait", "keep"):
+            raise ConfigError(f"mode={mode!r}: give abort, wait or keep. What runs is finished in each.")
+        await asyncio.to_thread(self.worker.pause, abort=mode == "abort")
+        return JSONResponse({"status": "paused"})
+
+    async def resume(self, _: Request) -> Response:
+        self.worker.resume()
+        return JSONResponse({"status": "resumed"})
+
+    async def is_paused(self, _: Request) -> Response:
+        return JSONResponse({"is_paused": self.worker.paused})
+
+    async def collective_rpc(self, request: Request) -> Response:
+        body = await self._fields(request, "method")
+        if body["method"] != "reload_weights":
+            raise ConfigError(f"method={body['method']!r}: this server has reload_weights.")
+        options = body.get("kwargs") or {}
+        if not isinstance(options, dict) or not isinstance(options.get("weights_path"), str):
+            raise ConfigError("reload_weights takes kwargs.weights_path, a folder that save_pretrained wrote.")
+        if options.get("is_checkpoint_format", True) is not True:
+            raise ConfigError("is_checkpoint_format is true: this server reads what save_pretrained writes.")
+        await asyncio.to_thread(self.worker.reload, options["weights_path"])
+        return JSONResponse({"results": [None]})
+
+    async def update_weight_version(self, request: Request) -> Response:
+        self.worker.version = (await self._fields(request, "new_version"))["new_version"]
+        return JSONResponse({"success": True})
+
+    async def weight_info(self, _: Request) -> Response:
+        return JSONResponse({"weight_version": self.worker.version})
+
+    async def reset_prefix_cache(self, _: Request) -> Response:
+        return JSONResponse({"success": True})  # keys and values live as long as a batch
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = await self._fields(request, "lora_name", "lora_path")
+        name, folder = body["lora_name"], body["lora_path"]
+        if name == self.name:
+            raise ConfigError(f"lora_name={name!r} is the name of the model: give another.")
+        in_place = bool(body.get("load_inplace"))
+        await asyncio.to_thread(self.worker.load_adapter, name, folder, in_place=in_place)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        name = (await self._fields(request, "lora_name"))["lora_name"]
+        await asyncio.to_thread(self.worker.unload_adapter, name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def _fields(self, request: Request, *names: str) -> dict[str, Any]:
+        """A body with these texts in it."""
+        body = await self._body(request)
+        for name in names:
+            if not isinstance(body, dict) or not isinstance(body.get(name), str):
+                raise ConfigError(f"The body of {request.url.path} is an object with the text {name!r}.")
+        return body
+
+
+def _job(prompts: list[list[int]], params: Any, n: int, adapter: str | None) -> Job:
+    limit = params.max_new_tokens
+    return Job([Prompt(ids, max_new_tokens=limit) for ids in prompts], params, n, adapter)
+
+
+def generation_of(params: Any) -> Generation:
+    """The parameters as the chat's speaker takes them."""
+    return Generation(
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        stop=list(params.stop) or None,
+        seed=params.seed,
+    )
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

@@ -1,0 +1,254 @@
+"""The model behind a server: requests wait in one queue, and the engine runs them batch after batch.
+
+    requests ──▶ queue ──those that can be sampled together──▶ LocalEngine.generate ──▶ an answer each
+                   ▲ pause: what runs is finished, the rest waits                  ▲ weights and adapters change in between
+
+Requests without a seed of their own and with the same sampling parameters are one batch, so that many clients with one
+prompt each are sampled as fast as one client with many prompts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl.cli.chat.arguments import Generation
+from trl.cli.chat.local import LocalSpeaker
+from trl.cli.chat.talk import Message, Say
+from trl.errors import ConfigError, ModelError
+from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+
+
+class Busy(ConfigError):
+    """More requests wait than the server holds."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """n samples of each prompt, by the adapter of that name (None: by the model itself)."""
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    n: int
+    adapter: str | None = None
+    result: Future[list[list[Rollout]]] = field(default_factory=Future, compare=False)
+
+    def goes_with(self, other: Job) -> bool:
+        """Whether both can be sampled in one batch, and neither is promised numbers of its own."""
+        alike = self.params == other.params and (self.n, self.adapter) == (other.n, other.adapter)
+        return alike and self.params.seed is None
+
+
+class ModelWorker:
+    """Owns `model`, and runs one thing at a time on it. `close` ends its thread."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens_alive: int = 65_536,
+        max_waiting: int = 1024,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.model: PreTrainedModel | PeftModel = model.eval()
+        self.tokenizer, self.max_waiting = tokenizer, max_waiting
+        self.speaker = LocalSpeaker(model, tokenizer, template_kwargs)
+        self.engine = LocalEngine(model, tokenizer, max_tokens_alive=max_tokens_alive, progress=False)
+        self.adapters: dict[str, str] = {}
+        self.version = "default"
+        self.paused = False
+        self._jobs: deque[Job] = deque()
+        self._busy = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="trl-serve-model", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._abort()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.base.get_input_embeddings().weight.shape[0]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    # ---- samples ----
+
+    def submit(self, job: Job) -> Future[list[list[Rollout]]]:
+        """Have `job` sampled. Raises Busy where too many wait already."""
+        with self._changed:
+            if len(self._jobs) >= self.max_waiting:
+                raise Busy(f"{len(self._jobs)} requests wait already: come back later.")
+            self._jobs.append(job)
+            self._changed.notify_all()
+        return job.result
+
+    def stream(self, messages: Sequence[Message], generation: Generation, say: Say, adapter: str | None) -> int:
+        """Answer a conversation piece by piece. Returns the tokens sampled."""
+        with self._alone(paused=False), self._adapted(adapter) as model:
+            self.speaker.model = model
+            return self.speaker.answer(messages, generation, say)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._jobs and not self.paused and not self._busy))
+                if self._closed:
+                    return
+                batch, self._busy = self._take(), True
+            try:
+                self._sample(batch)
+            finally:
+                self._leave()
+
+    def _take(self) -> list[Job]:
+        """The first request, and those that can be sampled with it."""
+        first = self._jobs.popleft()
+        others = [job for job in self._jobs if job.goes_with(first)]
+        self._jobs = deque(job for job in self._jobs if not job.goes_with(first))
+        return [job for job in (first, *others) if job.result.set_running_or_notify_cancel()]
+
+    def _sample(self, batch: list[Job]) -> None:
+        if not batch:
+            return
+        prompts = [prompt for job in batch for prompt in job.prompts]
+        try:
+            with self._adapted(batch[0].adapter) as model:
+                self.engine.sync(model, 0)
+                found = iter(self.engine.generate(prompts, batch[0].params, batch[0].n))
+        except Exception as error:  # whatever it is belongs to those who asked
+            for job in batch:
+                job.result.set_exception(error)
+            return
+        for job in batch:
+            job.result.set_result([replaced(next(found), self.version) for _ in job.prompts])
+
+    # ---- between samples ----
+
+    @contextmanager
+    def _alone(self, *, paused: bool = True) -> Iterator[None]:
+        """Nothing else runs on the model meanwhile. Without `paused`, wait until sampling goes on."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and (paused or not self.paused))
+            self._busy = True
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+
+    @contextmanager
+    def _adapted(self, adapter: str | None) -> Iterator[torch.nn.Module]:
+        """The model with one of its adapters, or none."""
+        if not isinstance(self.model, PeftModel):
+            yield self.model
+        elif adapter is None:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            self.model.set_adapter(adapter)
+            yield self.model
+
+    def pause(self, *, abort: bool) -> None:
+        """Sample nothing further; returns when what runs has ended. `abort` ends what waits, too."""
+        with self._changed:
+            self.paused = True
+        with self._alone():
+            if abort:
+                self._abort()
+
+    def resume(self) -> None:
+        with self._changed:
+            self.paused = False
+            self._changed.notify_all()
+
+    def _abort(self) -> None:
+        jobs, self._jobs = self._jobs, deque()
+        for job in jobs:
+            if job.result.set_running_or_notify_cancel():
+                job.result.set_result([[Rollout((), (), "abort")] * job.n for _ in job.prompts])
+
+    def reload(self, folder: str) -> None:
+        """Take the weights of a folder that `save_pretrained` wrote; adapters stay on.
+
+        Raises ConfigError for a folder that is not there or does not fit; the weights are then as before.
+        """
+        if not Path(folder, "config.json").is_file():
+            raise ConfigError(f"weights_path={folder!r}: there is no config.json in it.")
+        try:
+            new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
+        except Exception as error:  # what broken files make of a loader is not documented
+            raise ConfigError(f"weights_path={folder!r} cannot be read: {error}") from error
+        with self._alone(), torch.no_grad():
+            own, given = _without_adapters(self.base.state_dict()), new.state_dict()
+            wrong = [name for name, value in own.items() if given.get(name, value[:0]).shape != value.shape]
+            if wrong or given.keys() - own.keys():
+                name = next(iter(wrong or given.keys() - own.keys()))
+                raise ConfigError(f"weights_path={folder!r} does not fit the model that is served: {name}.")
+            for name, value in own.items():
+                value.copy_(given[name])
+
+    def load_adapter(self, name: str, folder: str, *, in_place: bool) -> None:
+        """Have requests for the model `name` sampled with the adapter of `folder`."""
+        if name in self.adapters and not in_place:
+            raise ConfigError(f"The adapter {name!r} has been loaded already: give another name, or load_inplace.")
+        if not Path(folder, "adapter_config.json").is_file():
+            raise ConfigError(f"lora_path={folder!r}: there is no adapter_config.json in it.")
+        with self._alone():
+            self._drop_adapter(name)
+            try:
+                if isinstance(self.model, PeftModel):
+                    self.model.load_adapter(folder, adapter_name=name)
+                else:
+                    self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
+            except (ValueError, RuntimeError, KeyError, OSError) as error:
+                raise ModelError(f"lora_path={folder!r} does not fit the model: {error}") from error
+            self.model.eval()
+            self.adapters[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ConfigError(f"There is no adapter {name!r}.")
+        with self._alone():
+            self._drop_adapter(name)
+
+    def _drop_adapter(self, name: str) -> None:
+        if self.adapters.pop(name, None) is None:
+            return
+        if len(self.model.peft_config) == 1:
+            self.model = self.model.unload()
+        else:
+            self.model.delete_adapter(name)
+
+
+def replaced(rollouts: Sequence[Rollout], version: str) -> list[Rollout]:
+    """The rollouts, with the version of the weights that sampled them in `info`."""
+    return [replace(rollout, info={**rollout.info, "weight_version": version}) for rollout in rollouts]
+
+
+def _without_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a model itself, by the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
