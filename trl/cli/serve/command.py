@@ -107,6 +107,7 @@ def serve(worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
     )
     server = uvicorn.Server(config)
     with config.bind_socket() as socket:
+        socket.listen(config.backlog)  # who reads the line below may connect at once
         host, port = socket.getsockname()[:2]
         print(f"Serving {Path(name).name} at http://{host}:{port}", flush=True)
         try:
