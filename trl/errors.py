@@ -26,6 +26,10 @@ class ModelError(TrlError):
     """A model that cannot do what was asked of it."""
 
 
+class EngineError(TrlError):
+    """A rollout engine that failed: a server that is down or answers nonsense, weights that did not arrive."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'a' or 'b'?` for the known names nearest to `name`; empty when none is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -109,6 +109,10 @@ class RolloutEngine(Protocol):
         """Whether `Rollout.logprobs` are, for these parameters, what it says; else the trainer computes them again."""
         return True
 
+    def take_metrics(self) -> dict[str, float]:
+        """What the engine measured since the last call, by name, for the trainer's log."""
+        return {}
+
     def close(self) -> None:
         """Give back what the engine holds: connections, processes, memory."""
         return

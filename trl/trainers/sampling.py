@@ -239,7 +239,7 @@ class SamplingTrainer(BaseTrainer):
         return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
 
     def _train_metrics(self) -> dict[str, float]:
-        return {**super()._train_metrics(), **self._logged_by_rewards("train")}
+        return {**super()._train_metrics(), **self._logged_by_rewards("train"), **self.engine.take_metrics()}
 
     def _logged_by_rewards(self, mode: str) -> dict[str, float]:
         return means_of(all_gather_object(self.logged[mode].take(), self.accelerator))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, distributed
 
 from trl.types import Experience
 
@@ -66,3 +66,33 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
 def all_gather_object(value: Any, accelerator: Accelerator) -> list[Any]:
     """`value` of every process: anything that can be pickled."""
     return [value] if accelerator.num_processes == 1 else gather_object([value])
+
+
+def is_main() -> bool:
+    """Whether this is the process that acts for all."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def run_on_main(function: Callable[[], Any]) -> Any:
+    """What `function` gives, called by the main process alone; on every process, and its error too."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:  # raised again below, as on the others
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_on_main(value: Any) -> list[Any]:
+    """`value` of every process, in their order, on the main one; an empty list on the others."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * distributed.get_world_size() if is_main() else []
+    distributed.gather_object(value, found if is_main() else None)
+    return found

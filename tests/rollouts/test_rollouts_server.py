@@ -1,0 +1,505 @@
+"""Samples from servers: `trl serve` in this process, and servers that do everything wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from torch import nn
+
+from tests.conftest import MODELS, make_tokenizer
+from tests.serve.support import serve, serving
+from trl.data.layout import lay_out
+from trl.errors import ConfigError, DataError, EngineError
+from trl.models.gathering import gathered_parameters
+from trl.models.score import score
+from trl.models.value_heads.auto_models import with_value_head
+from trl.rollouts.connection import completion_body, read_info
+from trl.rollouts.dispatch import Retries
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.logprob_modes import tells_policy
+from trl.rollouts.sampling import SamplingParams, ban, chosen_logprobs, penalize
+from trl.rollouts.server import ServerEngine
+from trl.rollouts.weight_folders import WeightFolders
+from trl.rollouts.weight_sync import needs_merged_weights
+from trl.types import Completion, Example
+
+PROMPTS = [Prompt(ids) for ids in ([7, 8, 9, 10], [20, 21], [33, 34, 35], [50])]
+PARAMS = SamplingParams(max_new_tokens=6, seed=3)
+QUICK = Retries(most=1, backoff=0.01)
+
+
+def tiny(seed=0, **config):
+    torch.manual_seed(seed)
+    model = MODELS["llama"](max_position_embeddings=128, **config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model
+
+
+def with_lora(model, seed=1, **options):
+    torch.manual_seed(seed)
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"]} | options)
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return adapted.eval()
+
+
+def ids(rollouts):
+    return [[rollout.ids for rollout in group] for group in rollouts]
+
+
+@pytest.fixture
+def model():
+    return tiny()
+
+
+@pytest.fixture
+def served():
+    """A server whose weights are others than the trainer's until it is sent them."""
+    with serve(tiny(seed=9)) as served:
+        yield served
+
+
+@pytest.fixture
+def engine(served, tmp_path):
+    engine = ServerEngine(served.url, sync_dir=tmp_path / "weights", retries=QUICK, timeout=60, start_timeout=5)
+    yield engine
+    engine.close()
+
+
+def test_samples_are_those_of_the_engine_in_process(model, engine, served):
+    engine.sync(model, 4)
+    found = engine.generate(PROMPTS, PARAMS, 3)
+    expected = LocalEngine(model, make_tokenizer(), progress=False).generate(PROMPTS, PARAMS, 3)
+    assert ids(found) == ids(expected)
+    examples = [
+        Example(prompt.ids, tuple(Completion(r.ids) for r in group))
+        for prompt, group in zip(PROMPTS, found, strict=True)
+    ]
+    with torch.no_grad():
+        scored = score(model, lay_out(examples, "padded")).logprobs
+    for row, rollout in zip(scored, (r for group in found for r in group), strict=True):
+        assert rollout.logprobs == pytest.approx(row[: len(rollout)].tolist(), abs=1e-5)
+        assert rollout.version == 4
+    assert engine.take_metrics()["engine/sync_logp_difference"] < 1e-5
+
+
+def test_every_step_is_sent_once_and_the_cache_forgotten(model, engine, served):
+    engine.sync(model, 0)
+    before = list(served.asked)
+    engine.sync(model, 0)
+    assert served.asked == before
+    start = before.index("/pause")
+    assert before[start : start + 5] == [
+        "/pause",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/update_weight_version",
+        "/resume",
+    ]
+    folder = engine.folders.folder
+    assert [each.name for each in folder.iterdir()] == ["0"]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    engine.sync(model, 1)
+    assert [each.name for each in folder.iterdir()] == ["1"]
+    expected = LocalEngine(model, progress=False).generate(PROMPTS, PARAMS, 1)
+    assert ids(engine.generate(PROMPTS, PARAMS, 1)) == ids(expected)
+    engine.close()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_travel_alone_or_merged(model, merged, served, tmp_path):
+    """Alone, the server's own weights stay; where the adapter is not one that servers take, they are replaced."""
+    served.worker.base.load_state_dict(model.state_dict())
+    policy = with_lora(model, **({"use_dora": True} if merged else {}))
+    engine = ServerEngine(served.url, sync_dir=tmp_path, retries=QUICK)
+    if merged:
+        with pytest.warns(UserWarning, match="merged into the weights that are sent, since it is a DoRA"):
+            engine.sync(policy, 0)
+    else:
+        engine.sync(policy, 0)
+        assert "/collective_rpc" not in served.asked
+    expected = LocalEngine(policy, progress=False).generate(PROMPTS, PARAMS, 2)
+    found = engine.generate(PROMPTS, PARAMS, 2)
+    assert ids(found) == ids(expected)
+    assert found[0][0].logprobs == pytest.approx(expected[0][0].logprobs, abs=1e-5)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    engine.sync(policy, 1)
+    expected = LocalEngine(policy, progress=False).generate(PROMPTS, PARAMS, 2)
+    assert ids(engine.generate(PROMPTS, PARAMS, 2)) == ids(expected)
+    engine.close()
+
+
+def test_what_makes_an_adapter_travel_merged(model):
+    own = read_info(server_info(), "tiny")
+    assert needs_merged_weights(with_lora(model), [own]) is None
+    for options, words in [
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"use_dora": True}, "DoRA"),
+    ]:
+        assert words in needs_merged_weights(with_lora(model, **options), [own])
+    assert "--max-lora-rank" in needs_merged_weights(with_lora(model), [replace(own, max_lora_rank=2)])
+    assert "--enable-lora" in needs_merged_weights(with_lora(model), [replace(own, takes_adapters=False)])
+
+
+@pytest.mark.parametrize("case", ["plain", "value head", "lora", "dora", "modules to save", "tied"])
+def test_gathered_parameters_are_the_merged_checkpoint(model, case):
+    """Against `peft`'s own merging; the model itself is unchanged by it."""
+    expected, given = model, model
+    if case == "value head":
+        given = with_value_head(model)
+    elif case == "tied":
+        expected = given = tiny(tie_word_embeddings=True)
+    elif case != "plain":
+        options = {"lora": {}, "dora": {"use_dora": True}, "modules to save": {"modules_to_save": ["lm_head"]}}[case]
+        given = with_lora(model, **options)
+        expected = copy.deepcopy(given).merge_and_unload()
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    found = {name: tensor.clone() for name, tensor in gathered_parameters(given)}
+    wanted = expected.state_dict()
+    if case == "tied":
+        wanted.pop("lm_head.weight")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(before[name], value) for name, value in given.state_dict().items())
+
+
+def test_two_servers_share_the_prompts(model, tmp_path):
+    """The samples are the same whichever server gives them, and one that is stopped in the middle loses and doubles none."""
+    with serve(tiny(seed=8)) as one, serve(tiny(seed=9)) as two:
+        engine = ServerEngine([one.url, two.url], sync_dir=tmp_path, retries=Retries(3, 0.01), timeout=60)
+        engine.sync(model, 0)
+        first = engine.generate(PROMPTS, PARAMS, 2)
+        assert one.asked.count("/v1/completions") + two.asked.count("/v1/completions") == 4  # two checks, two parts
+        generate = two.worker.engine.generate
+
+        def dies(*arguments):
+            two.server.should_exit = two.server.force_exit = True
+            time.sleep(0.5)
+            return generate(*arguments)
+
+        two.worker.engine.generate = dies
+        assert ids(engine.generate(PROMPTS, PARAMS, 2)) == ids(first)
+        assert engine.take_metrics()["engine/retried_requests"] >= 1
+        engine.sync(model, 1)
+        assert [server.version for server in engine.servers] == ["1", None]
+        assert ids(engine.generate(PROMPTS, PARAMS, 2)) == ids(first)
+        engine.close()
+
+
+# ---- log-probabilities ----
+
+CASES = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"top_k": 10},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 4},
+    {"temperature": 0.7, "top_k": 10},
+    {"temperature": 0.7, "repetition_penalty": 1.3},
+]
+
+
+def processed(logits, params):
+    """log-softmax after everything that the parameters do to logits [1,V] at a first position."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[:, :40] = True
+    logits = penalize(logits, seen, params.repetition_penalty)
+    if params.min_new_tokens:
+        logits = ban(logits, torch.tensor([2]), torch.tensor([True]))
+    logits = logits / (params.temperature or 1)
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    above = probabilities.cumsum(-1) - probabilities
+    kept = (above < params.top_p) & (probabilities >= params.min_p * probabilities[:, :1])
+    if params.top_k:
+        kept[:, params.top_k :] = False
+    return logits.masked_fill(~kept.gather(1, order.argsort()), -torch.inf).log_softmax(-1)
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_the_table_of_modes(options):
+    """Each row, from logits: a mode tells the policy's log-probabilities where it is said to, and is off by > 0.01 where not."""
+    params = SamplingParams(**options, max_new_tokens=8)
+    logits = torch.randn(1, 99, generator=torch.Generator().manual_seed(0)) * 2
+    token = logits.argmax(-1)
+    logits[0, 2] = logits.max() - 0.1  # the end-of-sequence token, so that banning it shows
+    own = chosen_logprobs(logits, token, params.temperature)
+    told = {
+        "policy_logprobs": own,
+        "raw_logprobs": logits.log_softmax(-1)[0, token],
+        "processed_logprobs": processed(logits, params)[0, token],
+        "raw_logits": logits[0, token],
+        "processed_logits": processed(logits, params)[0, token] + 1,
+    }
+    for mode, value in told.items():
+        off = (value - own).abs().item()
+        assert off < 1e-5 if tells_policy(mode, params) else off > 0.01, (mode, off)
+    assert not tells_policy("another", params)
+
+
+def test_numbers_that_are_not_the_policys_are_computed_again(model, engine):
+    engine.sync(model, 0)
+    assert engine.exact_logprobs(SamplingParams(top_k=5))
+    url = engine.servers[0].url
+    engine.infos = {url: replace(engine.infos[url], logprobs_mode="processed_logprobs")}
+    assert engine.exact_logprobs(SamplingParams(temperature=0.5))
+    with pytest.warns(UserWarning, match="processed_logprobs, which are not the policy's"):
+        assert not engine.exact_logprobs(SamplingParams(top_k=5))
+    assert not engine.exact_logprobs(SamplingParams(top_k=5))  # said once
+
+
+# ---- what goes wrong ----
+
+
+def server_info(**model):
+    about = {"dtype": "torch.float32", "max_model_len": 128, "logprobs_mode": "raw_logprobs"}
+    about |= {"hf_config": {"vocab_size": 99}} | model
+    return {"vllm_config": {"model_config": about, "lora_config": {"max_lora_rank": 16}}}
+
+
+def choices(prompt, n, limit, **changes):
+    one = {
+        "token_ids": [5] * limit,
+        "prompt_token_ids": prompt,
+        "finish_reason": "length",
+        "logprobs": {"token_logprobs": [-1.0] * limit},
+        **changes,
+    }
+    return {"choices": [{"index": i, **one} for i in range(n)]}
+
+
+async def half(body):
+    text = json.dumps(choices(body["prompt"][0], body["n"], body["max_tokens"]))
+    return Response(text[:40], headers={"content-length": str(len(text)), "content-type": "application/json"})
+
+
+async def never(_):
+    await asyncio.sleep(30)
+    return JSONResponse({})
+
+
+def answering(make):
+    async def answer(body):
+        return JSONResponse(make(body["prompt"][0], body["n"], body["max_tokens"]))
+
+    return answer
+
+
+def raw(text):
+    async def answer(_):
+        return Response(text, media_type="application/json")
+
+    return answer
+
+
+BAD = {
+    "500": (
+        lambda body: asyncio.sleep(0, PlainTextResponse("EngineCore encountered an issue", 500)),
+        r"failed \(500\): EngineCore encountered an issue",
+    ),
+    "refuses": (
+        lambda body: asyncio.sleep(0, JSONResponse({"error": {"message": "too long for us"}}, 400)),
+        r"refused \(400\): too long for us",
+    ),
+    "half a body": (half, "IncompleteRead|ChunkedEncodingError|ConnectionError"),
+    "never": (never, "no whole answer within 1 seconds"),
+    "garbage": (raw("<html>"), "the answer is not JSON: b'<html>'"),
+    "another shape": (raw('{"choices": 3}'), "not what was asked for"),
+    "too few": (answering(lambda p, n, c: choices(p, n - 1, c)), "1 samples came, and 2 were asked for"),
+    "other prompt": (answering(lambda p, n, c: choices([1], n, c)), "other tokens than were sent"),
+    "foreign tokens": (answering(lambda p, n, c: choices(p, n, c, token_ids=[99] * c)), "vocabulary of 99"),
+    "too many tokens": (answering(lambda p, n, c: choices(p, n, c + 1)), "7 tokens of at most 6"),
+    "no numbers": (answering(lambda p, n, c: choices(p, n, c, logprobs=None)), "not what was asked for"),
+    "NaN": (
+        raw(json.dumps(choices([7], 2, 6, prompt_token_ids=None, logprobs={"token_logprobs": [float("nan")] * 6}))),
+        "no numbers",
+    ),
+    "aborted": (answering(lambda p, n, c: choices(p, n, c, finish_reason="abort")), "ended by 'abort'"),
+}
+
+
+def bad_server(answer):
+    """Routes of vLLM, of which the one that samples is `answer`."""
+
+    async def completions(request):
+        return await answer(await request.json())
+
+    async def fine(_):
+        return JSONResponse({"success": True})
+
+    async def info(_):
+        return JSONResponse(server_info(logprobs_mode="raw_logits"))  # no check of the weights
+
+    async def models(_):
+        return JSONResponse({"data": [{"id": "bad"}]})
+
+    posts = ("/pause", "/resume", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache")
+    routes = [Route(path, fine, methods=["POST"]) for path in posts]
+    routes += [Route("/health", fine), Route("/server_info", info), Route("/v1/models", models)]
+    return Starlette(routes=[*routes, Route("/v1/completions", completions, methods=["POST"])])
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_servers(model, case, tmp_path):
+    answer, words = BAD[case]
+    with serving(bad_server(answer)) as bad:
+        engine = ServerEngine(bad.url, sync_dir=tmp_path, retries=QUICK, timeout=1)
+        engine.sync(model, 0)
+        start = time.monotonic()
+        with pytest.raises(EngineError, match=words) as raised:
+            engine.generate(PROMPTS[:1], PARAMS, 2)
+        assert f"POST {bad.url}/v1/completions" in str(raised.value)
+        assert time.monotonic() - start < 60
+        engine.close()
+
+
+def test_a_good_server_does_the_work_of_a_bad_one(model, tmp_path):
+    with serving(bad_server(BAD["500"][0])) as bad, serving(bad_server(answering(choices))) as good:
+        engine = ServerEngine([bad.url, good.url], sync_dir=tmp_path, retries=QUICK, timeout=10)
+        engine.sync(model, 0)
+        assert ids(engine.generate(PROMPTS, PARAMS, 2)) == [[(5,) * 6] * 2] * 4
+        engine.close()
+
+
+def test_two_servers_work_at_the_same_time(model, tmp_path):
+    """Each waits for the other's request to arrive, so neither would answer if requests came one after the other."""
+    both = threading.Barrier(2, timeout=30)
+
+    async def answer(body):
+        await asyncio.to_thread(both.wait)
+        return JSONResponse(choices(body["prompt"][0], body["n"], body["max_tokens"]))
+
+    with serving(bad_server(answer)) as one, serving(bad_server(answer)) as two:
+        engine = ServerEngine([one.url, two.url], sync_dir=tmp_path, retries=QUICK, timeout=60)
+        engine.sync(model, 0)
+        assert ids(engine.generate(PROMPTS[:2], PARAMS, 1)) == [[(5,) * 6]] * 2
+        engine.close()
+
+
+def test_no_server_at_the_start(model, tmp_path):
+    engine = ServerEngine("http://127.0.0.1:9", sync_dir=tmp_path, start_timeout=0.1)
+    with pytest.raises(EngineError, match=r"connection was refused(?s:.)*trl serve .* --port 9"):
+        engine.sync(model, 0)
+
+
+def test_a_server_that_does_not_fit(model, tmp_path):
+    with serve(tiny(vocab_size=50)) as served:
+        engine = ServerEngine(served.url, sync_dir=tmp_path)
+        with pytest.raises(EngineError, match=r"vocabulary has 50 tokens; the trainer's model has 99"):
+            engine.sync(model, 0)
+
+
+def test_a_server_that_keeps_its_weights_is_found_out(model, engine, served):
+    served.worker.reload = lambda folder: None
+    with pytest.raises(EngineError, match=r"does not sample from the weights of the trainer: .* nats per token"):
+        engine.sync(model, 0)
+
+
+def test_a_server_that_cannot_read_the_folder(model, engine, served):
+    (engine.sync_dir).mkdir()
+
+    def elsewhere(folder):
+        raise ConfigError(f"weights_path={folder!r}: there is no config.json in it.")
+
+    served.worker.reload = elsewhere
+    with pytest.raises(EngineError, match=r"no config.json in it.* Does the server see the folder"):
+        engine.sync(model, 0)
+    assert not served.worker.paused
+
+
+def test_what_is_refused_before_anything_is_sent(model, engine):
+    with pytest.raises(EngineError, match="call sync"):
+        engine.generate(PROMPTS, PARAMS, 1)
+    engine.sync(model, 0)
+    with pytest.raises(DataError, match=r"prompts\[1\] has 128 tokens, the context of the servers is 128"):
+        engine.generate([PROMPTS[0], Prompt([5] * 128)], PARAMS, 1)
+    with pytest.raises(DataError, match=r"prompts\[0\] has inputs"):
+        engine.generate([Prompt([5], {"pixel_values": 1})], PARAMS, 1)
+    with pytest.raises(ConfigError, match="beta and logit_mask"):
+        engine.generate(PROMPTS, SamplingParams(beta=1.0), 1)
+    with pytest.raises(ConfigError, match="rollout_sync_dir"):
+        ServerEngine("http://example.com:8000")
+    with pytest.raises(ConfigError, match="not the URL"):
+        ServerEngine("localhost:8000")
+    with pytest.raises(ConfigError, match="each of them once"):
+        ServerEngine(["http://localhost:1", "http://localhost:1"])
+
+
+def test_every_parameter_is_said():
+    """So that neither vLLM's defaults nor the model's generation config has a say."""
+    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, stop=("x",), max_new_tokens=9, seed=1)
+    body = completion_body([[1, 2]], params, 2, "m")
+    assert {k: body[k] for k in ("temperature", "top_p", "top_k", "min_p", "seed", "n")} == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.0,
+        "seed": 1,
+        "n": 2,
+    }
+    assert (body["max_tokens"], body["stop"], body["repetition_penalty"]) == (9, ["x"], 1.0)
+
+
+def test_what_vllm_says_of_itself():
+    """Configurations that JSON cannot hold come as text."""
+    text = 'LlamaConfig {\n  "model_type": "llama",\n  "vocab_size": 99\n}\n'
+    info = read_info(server_info(hf_config=text), "m")
+    assert (info.vocabulary, info.context, info.dtype, info.max_lora_rank) == (99, 128, "float32", 16)
+    assert info.takes_adapters
+    assert not info.is_own
+    none = {"vllm_config": {**server_info()["vllm_config"], "lora_config": None}}
+    assert not read_info(none, "m").takes_adapters
+
+
+def test_a_version_is_there_as_a_whole_or_not_at_all(tmp_path):
+    (tmp_path / "trl-weights-other-1-abc").mkdir()
+    folders = WeightFolders(tmp_path)
+    seen = []
+
+    def write(folder):
+        folder.mkdir()
+        seen.append(sorted(each.name for each in folders.folder.iterdir()))
+
+    first = folders.publish("1", write)
+    second = folders.publish("2", write)
+    assert seen == [["1.partial"], ["1", "2.partial"]]
+
+    def fails(folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EngineError, match="No space left on device"):
+        folders.publish("3", fails)
+    assert sorted(each.name for each in folders.folder.iterdir()) == ["1", "2"]
+    folders.keep_only(second)
+    assert not first.exists()
+    folders.close()
+    assert [each.name for each in tmp_path.iterdir()] == ["trl-weights-other-1-abc"]

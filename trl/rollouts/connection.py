@@ -1,0 +1,260 @@
+"""One rollout server over HTTP: what is asked of it, within which time, and what its answers have to look like.
+
+Every way in which a server can fail is an `EngineError` with its URL and what was asked: `Unreachable` where another server, or
+the same one later, may do better; `Refused` where the request itself was turned down, in the server's own words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import requests
+
+from trl.errors import EngineError
+from trl.rollouts.engine import FinishReason, Rollout
+from trl.rollouts.logprob_modes import tells_policy
+from trl.rollouts.sampling import SamplingParams
+
+CONNECT = 10.0
+"""Seconds in which a connection has to come about."""
+
+SHOWN = 400
+"""Characters of an answer in an error."""
+
+ABSENT = (404, 405)
+TRY_LATER = (408, 425, 429)
+REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+"""How a completion may have ended that is learned from; one that was aborted is sampled again."""
+
+
+class Unreachable(EngineError):
+    """A server that is down, too slow, or answers what cannot be understood."""
+
+
+class Refused(EngineError):
+    """A request that a server turned down; asking again is no use."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself; None for what it does not say."""
+
+    model: str
+    logprobs_mode: str
+    dtype: str | None
+    context: int | None
+    vocabulary: int | None
+    max_lora_rank: int | None
+    takes_adapters: bool
+    is_own: bool
+    """Whether it is `trl serve`, whose samples of one request are those of the engine in process."""
+
+    def tells_policy(self, params: SamplingParams) -> bool:
+        return tells_policy(self.logprobs_mode, params)
+
+
+class Server:
+    """The server at `url`. Answers have to come within `timeout` seconds. Any thread may ask."""
+
+    def __init__(self, url: str, *, timeout: float, api_key: str | None = None) -> None:
+        self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.version: str | None = None
+        """The weights that it has; None if that is not known."""
+        self._local = threading.local()
+
+    def get(self, path: str, **params: Any) -> Any:
+        return self._ask("GET", path, None, params, self.timeout)
+
+    def post(self, path: str, body: Any = None, *, timeout: float | None = None, **params: Any) -> Any:
+        return self._ask("POST", path, body, params, timeout or self.timeout)
+
+    def _session(self) -> requests.Session:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+            self._local.session.trust_env = False  # servers are reached directly, with no key but their own
+        return self._local.session
+
+    def _ask(self, method: str, path: str, body: Any, params: Mapping[str, Any], timeout: float) -> Any:
+        """The answer: what its JSON says, or its text. Raises Unreachable or Refused."""
+        asked, end = f"{method} {self.url}{path}", time.monotonic() + timeout
+        limits = (min(CONNECT, timeout), timeout)
+        try:
+            with self._session().request(
+                method, self.url + path, json=body, params=params, headers=self.headers, timeout=limits, stream=True
+            ) as response:
+                content = _read(response, end)
+        except (requests.Timeout, TimeoutError) as error:
+            raise Unreachable(f"{asked}: no whole answer within {timeout:g} seconds.") from error
+        except requests.RequestException as error:
+            raise Unreachable(f"{asked}: {_cause(error)}.") from error
+        if response.status_code >= 500 or response.status_code in TRY_LATER:
+            raise Unreachable(f"{asked}: the server failed ({response.status_code}): {_words(content)}")
+        if not response.ok:
+            raise Refused(f"{asked}: the server refused ({response.status_code}): {_words(content)}")
+        if "json" not in response.headers.get("content-type", ""):
+            return content.decode("utf-8", "replace")
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Unreachable(f"{asked}: the answer is not JSON: {content[:SHOWN]!r}.") from error
+
+    def info(self) -> ServerInfo:
+        """What the server says of its model. Raises Refused for one that does not say it."""
+        try:
+            found = self.get("/server_info", config_format="json")
+        except Refused as error:
+            if any(f"({status})" in str(error) for status in ABSENT):
+                raise Refused(
+                    f"{error} A trainer needs the routes of vLLM's developer mode: start the server with `trl vllm-serve`, or "
+                    "with VLLM_SERVER_DEV_MODE=1 in its environment."
+                ) from error
+            raise
+        try:
+            return read_info(found, str(self.get("/v1/models")["data"][0]["id"]))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise Unreachable(
+                f"GET {self.url}/server_info: the answer is not that of a vLLM server: {_shown(found)}"
+            ) from error
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str, vocabulary: int
+    ) -> list[list[Rollout]]:
+        """n samples of each prompt, with every sampling parameter said. Raises Unreachable for an answer that is not that."""
+        body = completion_body(prompts, params, n, model)
+        answer = self.post("/v1/completions", body)
+        asked = f"POST {self.url}/v1/completions (n={n} of {len(prompts)} prompts)"
+        try:
+            return _rollouts(answer, prompts, params, n, vocabulary, self.version)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+            raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
+
+
+def _read(response: requests.Response, end: float) -> bytes:
+    parts = []
+    for part in response.iter_content(2**16):
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError
+    return b"".join(parts)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of what requests raises, which wraps several layers of errors."""
+    text = str(error)
+    if isinstance(error, requests.ConnectionError) and "refused" in text:
+        return "the connection was refused; is the server running?"
+    return f"{type(error).__name__}: {text[:SHOWN]}"
+
+
+def _words(content: bytes) -> str:
+    """The message in an error, of whichever shape."""
+    text = content.decode("utf-8", "replace")
+    try:
+        found = json.loads(text)
+        while isinstance(found, dict):
+            found = found.get("error") or found.get("message") or found.get("detail") or text
+    except (ValueError, RecursionError):
+        found = text
+    return f"{' '.join(str(found).split())[:SHOWN]}."
+
+
+def _shown(answer: Any) -> str:
+    return f"It says {repr(answer)[:SHOWN]}"
+
+
+def read_info(found: Mapping[str, Any], model: str) -> ServerInfo:
+    """`/server_info` as vLLM gives it. What it cannot put into JSON comes as text."""
+    config = found["vllm_config"]
+    about, lora = config["model_config"], config.get("lora_config")
+    own = "trl_version" in found
+    rank = lora.get("max_lora_rank") if isinstance(lora, Mapping) else None
+    return ServerInfo(
+        model=model,
+        logprobs_mode=str(about["logprobs_mode"]).rpartition(".")[2],
+        dtype=str(about["dtype"]).removeprefix("torch.") if about.get("dtype") else None,
+        context=about.get("max_model_len"),
+        vocabulary=_vocabulary(about.get("hf_text_config") or about.get("hf_config")),
+        max_lora_rank=None if rank is None else int(rank),
+        takes_adapters=bool(lora) and lora != "None",
+        is_own=own,
+    )
+
+
+def _vocabulary(config: Any) -> int | None:
+    if isinstance(config, Mapping):
+        return config.get("vocab_size") or _vocabulary(config.get("text_config"))
+    found = re.search(r'"vocab_size": (\d+)', config) if isinstance(config, str) else None
+    return int(found[1]) if found else None
+
+
+def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str) -> dict[str, Any]:
+    """All of `params` said, so that no default of the server or of its model's generation config holds."""
+    return {
+        "model": model,
+        "prompt": [list(prompt) for prompt in prompts],
+        "n": n,
+        "max_tokens": params.max_new_tokens,
+        "min_tokens": params.min_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop": list(params.stop),
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": params.ignore_eos,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "seed": params.seed,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "stream": False,
+    }
+
+
+def _rollouts(
+    answer: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    n: int,
+    vocabulary: int,
+    version: str | None,
+) -> list[list[Rollout]]:
+    """The samples by prompt. Raises ValueError, KeyError or TypeError for anything but the samples asked for."""
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(n * len(prompts))):
+        raise ValueError(f"{len(choices)} samples came, and {n * len(prompts)} were asked for")
+    rollouts = []
+    for choice in choices:
+        prompt = list(prompts[choice["index"] // n])
+        if choice.get("prompt_token_ids") not in (None, prompt):
+            raise ValueError("a prompt came back as other tokens than were sent")
+        rollouts.append(_rollout(choice, params.max_new_tokens, vocabulary, version))
+    return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+def _rollout(choice: Mapping[str, Any], limit: int, vocabulary: int, version: str | None) -> Rollout:
+    ids, reason = choice["token_ids"], choice["finish_reason"]
+    logprobs = choice["logprobs"]["token_logprobs"]
+    if len(logprobs) != len(ids):
+        raise ValueError(f"{len(logprobs)} log-probabilities of {len(ids)} tokens")
+    if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+        raise ValueError(f"tokens that are not of the model's vocabulary of {vocabulary}")
+    if not all(isinstance(value, int | float) and isfinite(value) and value <= 1e-3 for value in logprobs):
+        raise ValueError("log-probabilities that are no numbers of at most 0")
+    if not 1 <= len(ids) <= limit or reason not in REASONS:
+        raise ValueError(f"{len(ids)} tokens of at most {limit}, ended by {reason!r}")
+    step = int(version) if version is not None and version.isdigit() else None
+    return Rollout(tuple(ids), tuple(map(float, logprobs)), REASONS[reason], version=step)

@@ -1,0 +1,421 @@
+"""The rollout engine that has servers sample: any number of `vllm serve` or `trl serve`, tokens in and tokens out over HTTP.
+
+    sync       the policy's weights ──▶ a folder that trainer and servers see ──▶ each server reads it, forgets its cache
+    generate   prompts of all processes ──▶ main process ──▶ servers ──▶ samples back to the processes
+
+    engine = ServerEngine(["http://localhost:8000"])
+    GRPOTrainer(..., engine=engine)                      # or GRPOConfig(use_vllm=True, vllm_mode="server")
+
+No process group joins trainer and servers: they may be of other releases, on other machines, come later, and go. Every process
+calls, the main one talks, and an error is raised on all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from torch import nn
+
+from trl.errors import ConfigError, DataError, EngineError, ModelError
+from trl.models.gathering import base_of, policy_of
+from trl.rollouts.connection import Refused, Server, ServerInfo, Unreachable
+from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
+from trl.rollouts.sampling import SamplingParams, with_seed
+from trl.rollouts.sync_check import PARAMS, check_weights, probe
+from trl.rollouts.weight_folders import WeightFolders, default_root
+from trl.rollouts.weight_sync import needs_merged_weights, write_adapter, write_weights
+from trl.training.collectives import gather_on_main, is_main, run_on_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "trl-policy"
+"""Name under which servers keep the policy's adapter."""
+
+KEY = "VLLM_API_KEY"
+CONNECTIONS = 32
+"""Requests under way at a server of vLLM, which batches them itself."""
+
+LOCAL = ("127.0.0.1", "localhost", "0.0.0.0", "::1")
+START = "    trl vllm-serve --model {model} --port {port}        (vLLM)\n    trl serve {model} --port {port}        (without vLLM)"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one request asks for: n samples of each of these prompts."""
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    n: int
+
+
+class ServerEngine(RolloutEngine):
+    """Samples on the servers at `urls`: a `RolloutEngine`.
+
+    tokenizer       names an end-of-sequence token besides the model's own
+    sync_dir        folder for weights that this machine and all servers see. None: shared memory, for servers on this machine
+    timeout         seconds that a server may take for a request, and for reading weights
+    start_timeout   seconds that are waited for servers at the start
+    retries         how often in a row a server may fail
+    api_key         the servers' key; None: as the environment variable VLLM_API_KEY says
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        sync_dir: str | Path | None = None,
+        timeout: float = 600.0,
+        start_timeout: float = 240.0,
+        retries: Retries | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        key = api_key or os.environ.get(KEY)
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"{url!r} is not the URL of a server: give one such as http://localhost:8000.")
+        if not urls or len(set(urls)) < len(urls):
+            raise ConfigError(f"The servers are {urls}: give at least one URL, and each of them once.")
+        self.servers = [Server(url, timeout=timeout, api_key=key) for url in urls]
+        self.tokenizer, self.retries, self.start_timeout = tokenizer, retries or Retries(), start_timeout
+        self.sync_dir = None if sync_dir is None else Path(sync_dir)
+        if self.sync_dir is None and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL]):
+            raise ConfigError(
+                f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder of a file system "
+                "that this machine and the servers share. Weights travel through it."
+            )
+        self.infos: dict[str, ServerInfo] = {}
+        self.folders: WeightFolders | None = None
+        self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
+        self._model_name = ""
+        self._stops: tuple[int, ...] = ()
+        self._said: set[str] = set()
+        self._numbers: dict[str, float] = {}
+
+    # ---- weights ----
+
+    def sync(self, model: nn.Module, step: int) -> None:
+        """Send the policy's weights to all servers, once for every step.
+
+        Raises EngineError for servers that are not there, do not fit, or do not take the weights.
+        """
+        if self._synced is not None and self._synced[0] == step and self._synced[1]() is model:
+            return
+        start = time.monotonic()
+        policy = policy_of(model)
+        if not self.infos:
+            self.infos = run_on_main(lambda: self._connect(base_of(policy)))
+            self._stops = self._stop_tokens(base_of(policy))
+        reason = needs_merged_weights(policy, list(self.infos.values()))
+        write, send = (write_weights, self._reload) if reason else (write_adapter, self._load_adapter)
+        if reason and policy is not base_of(policy):
+            self._say(f"The adapter is merged into the weights that are sent, since {reason}.")
+        folder = self._publish(model, step, write)
+        run_on_main(lambda: self._send_all(send, folder, str(step)))
+        self._model_name = "" if reason else ADAPTER
+        self._check(model)
+        self._synced = step, weakref.ref(model)
+        self._count("sync_seconds", time.monotonic() - start)
+
+    def _publish(self, model: nn.Module, step: int, write: Callable[[nn.Module, Path | None], None]) -> Path | None:
+        """The folder with the weights. Every process gathers them, and the main one writes; its error is raised on all."""
+        if not is_main():
+            write(model, None)
+            run_on_main(lambda: None)
+            return None
+        error, folder = None, None
+        try:
+            self.folders = self.folders or WeightFolders(self.sync_dir or default_root())
+            folder = self.folders.publish(str(step), lambda path: write(model, path))
+        except EngineError as failed:
+            error = failed
+
+        def tell() -> None:
+            if error is not None:
+                raise error
+
+        run_on_main(tell)
+        return folder
+
+    def _send_all(self, send: Callable[[Server, Path, str], None], folder: Path, version: str) -> None:
+        """All servers that can be reached take the weights; a server that comes back later takes the next ones."""
+        failures = []
+        for attempt in range(self.retries.most + 1):
+            late = [server for server in self.servers if server.version != version]
+            errors = _together(late, lambda server: self._send(send, server, folder, version))
+            for error in errors:
+                if not isinstance(error, Unreachable):
+                    raise error
+            failures = errors
+            if len(errors) < len(self.servers):
+                break
+            time.sleep(self.retries.backoff * 2**attempt)
+        if len(failures) == len(self.servers):
+            reasons = "\n".join(map(str, failures))
+            raise EngineError(f"No server has taken the weights of step {version}:\n{reasons}")
+        for error in failures:
+            logger.warning("%s The other servers go on without it.", error)
+        self.folders.keep_only(folder)
+
+    def _send(self, send: Callable[[Server, Path, str], None], server: Server, folder: Path, version: str) -> None:
+        server.version = None
+        server.post("/pause", mode="keep")
+        try:
+            send(server, folder, version)
+            server.post("/update_weight_version", {"new_version": version})
+        finally:
+            server.post("/resume")
+        server.version = version
+
+    def _reload(self, server: Server, folder: Path, version: str) -> None:
+        options = {"weights_path": str(folder), "is_checkpoint_format": True}
+        try:
+            server.post("/collective_rpc", {"method": "reload_weights", "kwargs": options})
+        except Refused as error:
+            raise EngineError(f"{error} Does the server see the folder {folder}?") from error
+        answer = server.post("/reset_prefix_cache", reset_running_requests="true")
+        if isinstance(answer, Mapping) and answer.get("success") is False:
+            raise Unreachable(
+                f"POST {server.url}/reset_prefix_cache: the server did not forget what it had cached of prompts, which belongs to "
+                "earlier weights."
+            )
+
+    def _load_adapter(self, server: Server, folder: Path, version: str) -> None:
+        body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+        try:
+            server.post("/v1/load_lora_adapter", body)
+        except Refused as error:
+            raise EngineError(
+                f"{error} vLLM takes adapters while it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. Does the "
+                f"server see the folder {folder}?"
+            ) from error
+
+    def _check(self, model: nn.Module) -> None:
+        """Compare log-probabilities of a server of each precision with the model's own."""
+        vocabulary = base_of(policy_of(model)).get_input_embeddings().num_embeddings
+        for url, info in self.infos.items():
+            if not info.tells_policy(PARAMS):
+                continue
+            prompt = probe(min(vocabulary, info.vocabulary or vocabulary), info.context)
+            rollout = run_on_main(lambda url=url, prompt=prompt: self._probe(url, prompt))
+            if rollout is not None:
+                difference = check_weights(model, prompt, rollout, info.dtype, engine=f"The server {url}")
+                self._count("sync_logp_difference", difference, largest=True)
+
+    def _probe(self, url: str, prompt: Prompt) -> Rollout | None:
+        """A few sampled tokens; None of a server that is not there now."""
+        server = next(server for server in self.servers if server.url == url)
+        if server.version is None:
+            return None
+        return self._ask(server, Chunk([prompt.ids], PARAMS, 1))[0][0]
+
+    # ---- the start ----
+
+    def _connect(self, base: Any) -> dict[str, ServerInfo]:
+        """What every server says of itself. Raises EngineError for one that does not answer in time, or does not fit."""
+        if base.config.is_encoder_decoder:
+            raise ModelError(f"{type(base).__name__} is an encoder-decoder, which servers do not sample from.")
+        self._wait_for_servers(base.config.name_or_path or "MODEL")
+        infos = {server.url: server.info() for server in self.servers}
+        for url, info in infos.items():
+            self._check_fit(url, info, base)
+        return infos
+
+    def _wait_for_servers(self, model: str) -> None:
+        start = said = time.monotonic()
+        while errors := _together(self.servers, lambda server: server.get("/health")):
+            waited = time.monotonic() - start
+            if waited > self.start_timeout or not all(isinstance(error, Unreachable) for error in errors):
+                port = urlsplit(self.servers[0].url).port or 8000
+                raise EngineError(
+                    f"{errors[0]} Waited {waited:.0f} seconds. To start one:\n\n{START.format(model=model, port=port)}"
+                ) from errors[0]
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                logger.warning("Waiting for servers since %.0f s: %s", waited, errors[0])
+            time.sleep(min(1.0, self.start_timeout / 10))
+
+    def _check_fit(self, url: str, info: ServerInfo, base: Any) -> None:
+        vocabulary = base.config.get_text_config().vocab_size
+        if info.vocabulary is not None and info.vocabulary != vocabulary:
+            raise EngineError(
+                f"{url} serves {info.model!r}, whose vocabulary has {info.vocabulary} tokens; the trainer's model has "
+                f"{vocabulary}: start the server with the same model."
+            )
+        own = str(base.dtype).removeprefix("torch.")
+        if info.dtype is not None and info.dtype != own:
+            self._say(
+                f"{url} computes in {info.dtype}, the trainer's model is {own}: log-probabilities differ by rounding. "
+                "importance_sampling_correction weighs samples for that."
+            )
+        context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        if info.context is not None and context is not None and info.context < context:
+            self._say(
+                f"{url} takes {info.context} tokens of prompt and completion, the model {context}: completions end there."
+            )
+
+    def _stop_tokens(self, base: Any) -> tuple[int, ...]:
+        """The end-of-sequence tokens of model and tokenizer, said with every request."""
+        eos = base.generation_config.eos_token_id
+        found = {*(eos if isinstance(eos, list) else [eos])}
+        if self.tokenizer is not None:
+            found.add(self.tokenizer.eos_token_id)
+        return tuple(sorted(found - {None}))
+
+    # ---- samples ----
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
+        """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`.
+
+        Raises ConfigError for parameters that servers do not have, DataError for a prompt that leaves no room in their context,
+        and EngineError where servers fail.
+        """
+        if self._synced is None:
+            raise EngineError("The servers have been sent no weights yet: call sync(model, step) first.")
+        _check_parameters(params)
+        start, params = time.monotonic(), with_seed(params)
+        asked = ([(list(prompt.ids), bool(prompt.inputs), prompt.max_new_tokens) for prompt in prompts], params, n)
+        everywhere = gather_on_main(asked)
+        found, place = run_on_main(lambda: self._sample(everywhere)), _rank()
+        self._count("generate_seconds", time.monotonic() - start)
+        self._count("generated_tokens", sum(len(rollout) for rollouts in chain(*found) for rollout in rollouts))
+        return found[place]
+
+    def _sample(self, everywhere: Sequence[tuple]) -> list[list[list[Rollout]]]:
+        """The samples of all processes, by process and prompt."""
+        plan = [self._chunks(*asked) for asked in everywhere]
+        requests = [chunk for chunks in plan for chunk in chunks]
+        servers = [server for server in self.servers if server.version == str(self._synced[0])]
+        if not requests:
+            return [[] for _ in plan]
+        connections = 1 if self._is_own else CONNECTIONS
+        work = Dispatch(servers, self._ask, requests, retries=self.retries, connections=connections)
+        answers = iter(work.run())
+        self._count("retried_requests", work.retried)
+        return [[rollouts for _ in chunks for rollouts in next(answers)] for chunks in plan]
+
+    @property
+    def _is_own(self) -> bool:
+        return all(info.is_own for info in self.infos.values())
+
+    def _chunks(self, prompts: Sequence[tuple], params: SamplingParams, n: int) -> list[Chunk]:
+        """Requests for these prompts, the same whichever server will answer which.
+
+        vLLM gets one prompt at a time, with a seed of its own. `trl serve` gets as many parts as there are servers: the first one's
+        samples are those of the engine in process, and all of them with one server.
+        """
+        if not params.ignore_eos:
+            params = replace(params, stop_token_ids=tuple(sorted({*params.stop_token_ids, *self._stops})))
+        limits = [self._limit(i, *prompt, params) for i, prompt in enumerate(prompts)]
+        together = self._is_own and len(set(limits)) == 1
+        size = -(-len(prompts) // len(self.servers)) if together else 1
+        return [
+            Chunk(
+                [ids for ids, _, _ in prompts[start : start + size]],
+                replace(params, max_new_tokens=limits[start], seed=_seed(params.seed, start)),
+                n,
+            )
+            for start in range(0, len(prompts), size)
+        ]
+
+    def _limit(self, index: int, ids: Sequence[int], inputs: bool, own: int | None, params: SamplingParams) -> int:
+        if inputs:
+            raise DataError(f"prompts[{index}] has inputs beside its tokens, which are not sent to servers.")
+        if not ids:
+            raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
+        limit = params.max_new_tokens if own is None else min(own, params.max_new_tokens)
+        contexts = [info.context for info in self.infos.values() if info.context is not None]
+        if not contexts:
+            return limit
+        if len(ids) >= min(contexts):
+            raise DataError(
+                f"prompts[{index}] has {len(ids)} tokens, the context of the servers is {min(contexts)}: shorten the prompt, or "
+                "start them with a larger --max-model-len."
+            )
+        return limit if self._is_own else min(limit, min(contexts) - len(ids))
+
+    def _ask(self, server: Server, chunk: Chunk) -> list[list[Rollout]]:
+        info = self.infos[server.url]
+        vocabulary = info.vocabulary or 2**31
+        return server.complete(chunk.prompts, chunk.params, chunk.n, self._model_name or info.model, vocabulary)
+
+    def exact_logprobs(self, params: SamplingParams) -> bool:
+        """Whether all servers tell the policy's own log-probabilities for these parameters; where not, that is said once."""
+        wrong = [url for url, info in self.infos.items() if not info.tells_policy(params)]
+        if wrong:
+            mode = self.infos[wrong[0]].logprobs_mode
+            self._say(
+                f"{wrong[0]} tells {mode}, which are not the policy's log-probabilities with these sampling options: those of "
+                "the policy that sampled are computed again by the trainer."
+            )
+        return not wrong
+
+    # ---- what is told of it ----
+
+    def take_metrics(self) -> dict[str, float]:
+        """Seconds in sync and in sampling, tokens per second, requests asked for again; since the last call."""
+        found, self._numbers = self._numbers, {}
+        seconds, tokens = found.get("generate_seconds", 0.0), found.pop("generated_tokens", 0.0)
+        if seconds:
+            found["tokens_per_second"] = tokens / seconds
+        return {f"engine/{name}": value for name, value in found.items()}
+
+    def _count(self, name: str, value: float, *, largest: bool = False) -> None:
+        before = self._numbers.get(name, 0.0)
+        self._numbers[name] = max(before, value) if largest else before + value
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said and is_main():
+            self._said.add(sentence)
+            warnings.warn(sentence, stacklevel=3)
+
+    def close(self) -> None:
+        """Delete the folders of weights. The servers run on."""
+        if self.folders is not None:
+            self.folders.close()
+        self.folders = self._synced = None
+
+
+def _rank() -> int:
+    from torch import distributed
+
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _seed(seed: int, start: int) -> int:
+    """A seed for the prompts from `start` on; the given one for the first."""
+    return seed if start == 0 else (seed * 0x9E3779B97F4A7C15 + start * 0xBF58476D1CE4E5B9) % 2**62
+
+
+def _check_parameters(params: SamplingParams) -> None:
+    if params.beta or params.logit_mask is not None:
+        raise ConfigError("beta and logit_mask need the model's Q heads and logits: sample in process (LocalEngine).")
+    if options := options_set(params, {**GENERATE_ONLY, **PROCESSED}):
+        raise ConfigError(f"{options[0]} of the generation config is not an option of servers: sample in process.")
+
+
+def _together(servers: Sequence[Server], act: Callable[[Server], Any]) -> list[BaseException]:
+    """The errors of `act(server)`, done for all servers at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not servers:
+        return []
+    with ThreadPoolExecutor(len(servers)) as pool:
+        futures = [pool.submit(act, server) for server in servers]
+    return [error for future in futures if (error := future.exception()) is not None]

@@ -1,0 +1,85 @@
+"""What is sent to samplers of the policy: all of its weights, or its adapter alone, as files that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from trl.models.gathering import base_of, gathered_adapter, gathered_parameters, policy_of
+from trl.rollouts.connection import ServerInfo
+
+
+def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[ServerInfo]) -> str | None:
+    """Why the policy's adapter cannot be sent alone; None where it can.
+
+    vLLM samples with one plain LoRA of one rank: see its page on LoRA adapters.
+    """
+    if not isinstance(policy, PeftModel):
+        return "the model has no adapter"
+    config = policy.peft_config[policy.active_adapters[0]]
+    if not isinstance(config, LoraConfig):
+        return f"its adapter is no LoRA but {config.peft_type.value}"
+    reasons = {
+        "several adapters are active": len(policy.active_adapters) > 1,
+        "it is a DoRA": config.use_dora,
+        "it trains biases": config.bias != "none",
+        "it has modules_to_save": bool(config.modules_to_save),
+        "it trains tokens of the embeddings": bool(config.trainable_token_indices),
+        "it adapts parameters by name (target_parameters)": bool(config.target_parameters),
+        "its ranks differ (rank_pattern)": bool(config.rank_pattern),
+        "its scales differ (alpha_pattern)": bool(config.alpha_pattern),
+        "it repeats layers": bool(config.layer_replication),
+        "weights below the adapter are trained": any(
+            p.requires_grad and "lora_" not in name for name, p in base_of(policy).named_parameters()
+        ),
+        "a server takes no adapters (--enable-lora)": not all(server.takes_adapters for server in servers),
+        "its rank is above a server's --max-lora-rank": any(
+            server.max_lora_rank is not None and config.r > server.max_lora_rank for server in servers
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def write_weights(model: nn.Module, folder: Path | None) -> None:
+    """All weights of the policy, adapters merged, as a checkpoint in `folder`. All processes take part; None writes nothing."""
+    state = {}
+    for name, tensor in gathered_parameters(model):
+        if folder is not None:
+            state[name] = tensor.cpu().contiguous()
+    if folder is not None:
+        with _quiet():
+            base_of(policy_of(model)).save_pretrained(folder, state_dict=state)
+
+
+def write_adapter(model: nn.Module, folder: Path | None) -> None:
+    """The policy's adapter alone, as `peft` saves it. All processes take part; None writes nothing."""
+    policy = policy_of(model)
+    assert isinstance(policy, PeftModel)
+    name = policy.active_adapters[0]
+    state = gathered_adapter(policy, name)
+    if folder is None:
+        return
+    policy.save_pretrained(folder, selected_adapters=[name], state_dict=state, save_embedding_layers=False)
+    if name != "default":  # peft saves it in a folder of its name
+        inner = folder / name
+        for file in inner.iterdir():
+            file.rename(folder / file.name)
+        inner.rmdir()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar for every step's weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
