@@ -42,9 +42,10 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Concatenated:
     """How an input of several prompts is joined: along `dim`, in the order in which the prompts lie in the grid, once per
-    occurrence of a prompt. Other dimensions are filled up with zeros to the largest."""
+    occurrence of a prompt. Other dimensions are filled up with `fill` to the largest."""
 
     dim: int = 0
+    fill: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,13 @@ class PerToken:
     """How an input with one value per token is joined: it lies in the grid as the tokens do, `[…,L] -> [B,T]`.
 
     L is the prompt's length; of a prompt with one completion the values may reach into the completion. `completion` stands
-    at the tokens of completions that are not covered, `padding` elsewhere.
+    at the tokens of completions that are not covered, `padding` elsewhere. `sees_ahead` says that the values tell tokens that
+    see others behind them, so that models have to be given masks for rows of several sequences.
     """
 
     completion: int = 0
     padding: int = 0
+    sees_ahead: bool = False
 
 
 Join = Concatenated | PerToken

@@ -66,8 +66,8 @@ def test_a_branch_sees_the_prompt_and_itself():
 
 def test_eager_mask_is_the_boolean_mask_as_numbers():
     batch = lay_out([PAIR, TEXT], "shared")
-    boolean = SEGMENT_ATTENTION["sdpa"](batch.segments, None, torch.float32)
-    additive = SEGMENT_ATTENTION["eager"](batch.segments, None, torch.float32)
+    boolean = SEGMENT_ATTENTION["sdpa"](batch.segments, None, None, torch.float32)
+    additive = SEGMENT_ATTENTION["eager"](batch.segments, None, None, torch.float32)
     assert torch.equal(additive == 0, boolean)
     assert additive.min() == torch.finfo(torch.float32).min
 

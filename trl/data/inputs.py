@@ -33,17 +33,17 @@ def joined(
         if isinstance(join, PerToken):
             found[name] = _per_token(name, join, examples, starts, shape)
         else:
-            found[name] = concatenated([e.inputs[name] for e in examples if name in e.inputs], join.dim)
+            found[name] = concatenated([e.inputs[name] for e in examples if name in e.inputs], join.dim, join.fill)
     return found
 
 
-def concatenated(values: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Tensors one after the other along `dim`; in other dimensions zeros fill them up to the largest."""
+def concatenated(values: Sequence[Tensor], dim: int = 0, fill: int = 0) -> Tensor:
+    """Tensors one after the other along `dim`; in other dimensions `fill` makes them as large as the largest."""
     if len({v.shape[:dim] + v.shape[dim + 1 :] for v in values}) == 1:
         return torch.cat(list(values), dim)
     largest = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
     largest[dim] = sum(v.shape[dim] for v in values)
-    whole, at = values[0].new_zeros(largest), 0
+    whole, at = values[0].new_full(largest, fill), 0
     for value in values:
         end = at + value.shape[dim]
         place = [slice(size) for size in value.shape]

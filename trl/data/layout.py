@@ -32,7 +32,7 @@ from torch import Tensor
 
 from trl.data.inputs import check_inputs, joined
 from trl.errors import ConfigError, DataError, unknown
-from trl.types import Batch, Completion, Example, Join, Segments
+from trl.types import Batch, Completion, Example, Join, PerToken, Segments
 
 PADDING = -1
 
@@ -70,17 +70,23 @@ def lay_out(
         rows = fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
     grid = _Grid(placed, numbers, rows, pad_token_id, multiple_of)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
-    segments = None
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
-    elif layout == "shared":
-        segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
-    else:
+    elif layout == "packed":
         inputs["position_ids"] = _packed_positions(grid, alone=len(rows) == len(placed))
+    segments = None
+    if layout == "shared" or (layout == "packed" and any(_sees_ahead(e, joins or {}) for e in examples)):
+        segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     order = [i for row in rows for i in row]
     tensors |= joined([placed[i] for i in order], joins or {}, [grid.start[i] for i in order], grid.ids.shape)
     return _batch(examples, tensors, grid.before, grid.first, segments, sizes)
+
+
+def _sees_ahead(example: Example, joins: Mapping[str, Join]) -> bool:
+    """Whether tokens of the example see others behind them, so that models have to be given masks."""
+    own = (joins.get(name) for name in example.inputs)
+    return any(isinstance(join, PerToken) and join.sees_ahead for join in own)
 
 
 def _packed_positions(grid: _Grid, *, alone: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
-from trl.models.attention import SEGMENT_ATTENTION, other_layers
+from trl.models.attention import SEGMENT_ATTENTION, attention_of, other_layers
 from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
@@ -77,7 +77,7 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
     if not is_whole(model):
         return "its weights are sharded already, so the layout cannot be tried out"
     if layout == "shared":
-        implementation = model.config._attn_implementation
+        implementation = attention_of(model.config)
         if implementation not in SEGMENT_ATTENTION:
             return f"attention implementation {implementation!r} takes no mask of its own"
         if kinds := other_layers(model.config):
@@ -106,7 +106,7 @@ def _trial(model: PreTrainedModel, layout: str, measure: Measure) -> str:
         with evaluating(model), _short_windows(model):
             expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
             found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     worst = (found - expected).abs().max().item()

@@ -229,7 +229,7 @@ def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """The attention mask of the shared layout, as the model's attention implementation takes it; else nothing."""
     if batch.segments is None:
         return {}
-    return {"attention_mask": layer_masks(model.config, batch.segments, model.dtype)}
+    return {"attention_mask": layer_masks(model.config, batch.segments, model.dtype, batch.inputs)}
 
 
 def _scatter(values: Tensor, batch: Batch) -> Tensor:

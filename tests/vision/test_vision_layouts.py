@@ -1,0 +1,95 @@
+"""Images in every layout: log-probabilities and gradients are those of a plain forward over one sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.vision.support import FAMILIES, Tiny, picture
+from trl.data.layout import lay_out
+from trl.models.score import score
+from trl.types import Completion, Example
+from trl.vision.families import family_of, joins_of
+from trl.vision.processing import ImageProcessing
+
+LAYOUTS = ("padded", "packed", "shared")
+ANSWERS = (Completion([20, 21, 22]), Completion([30, 31, 32, 33, 34]))
+
+
+@pytest.fixture(scope="module")
+def tiny_of():
+    """Each family's model and processor, made once."""
+    made: dict[str, Tiny] = {}
+    return lambda name: made.setdefault(name, FAMILIES[name]()) if name not in made else made[name]
+
+
+def example_of(tiny: Tiny, text: str, images: list, completions=ANSWERS) -> Example:
+    """A prompt whose images stand where `text` has a *."""
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    expanded, _ = processing.expand(text.replace("*", processing.place), images)
+    ids = tiny.processor.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    return processing.with_images(Example(ids, tuple(completions)), images)
+
+
+def rows_of(tiny: Tiny) -> list[Example]:
+    """One, two and no images, and a text."""
+    one = example_of(tiny, "*see this", [picture(1)])
+    two = example_of(tiny, "a* b* c", [picture(2, 24, 40), picture(3, 32, 16)])
+    none = example_of(tiny, "no image", [], ANSWERS[:1])
+    rows = [one, none] if tiny.model.config.model_type == "paligemma" else [one, two, none]
+    return [*rows, Example([], (Completion([40, 41, 42, 43]),))]
+
+
+def plain_inputs(tiny: Tiny, example: Example, completion: Completion) -> dict[str, torch.Tensor]:
+    """What the model is given in a plain forward over one sequence, as its own processor would give it."""
+    ids = torch.tensor([[*example.prompt, *completion.ids]])
+    inputs = {"input_ids": ids, **example.inputs}
+    family, length = family_of(tiny.model.config), ids.shape[1]
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            rest = 1 if family.sees_ahead == "prompt" else 0
+            inputs[name] = torch.tensor([[*inputs[name].tolist()[:length]] + [rest] * (length - len(inputs[name]))])
+    if family.sees_ahead == "prompt" and not example.inputs:
+        inputs["token_type_ids"] = torch.ones_like(ids)
+    return inputs
+
+
+def plain_logprobs(tiny: Tiny, example: Example, completion: Completion) -> torch.Tensor:
+    """Log-probabilities `[C]`; M-RoPE positions are the model's own."""
+    inputs = plain_inputs(tiny, example, completion)
+    logits = tiny.model(**inputs).logits[0, :-1]
+    found = logits.log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    return found[len(example.prompt) - 1 :] if example.prompt else torch.cat([torch.zeros(1), found])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layout_gives_the_numbers_of_plain_forwards(tiny_of, name):
+    tiny = tiny_of(name)
+    rows, model = rows_of(tiny), tiny.model
+    sequences = [(example, completion) for example in rows for completion in example.completions]
+    expected = torch.zeros(len(sequences), 5)
+    for n, (example, completion) in enumerate(sequences):
+        expected[n, : len(completion)] = plain_logprobs(tiny, example, completion)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    plain = torch.autograd.grad((expected * weights).sum(), trained, allow_unused=True)
+    for layout in tiny.layouts:
+        batch = lay_out(rows, layout, capacity=150, joins=joins_of(model.config))
+        found = score(model, batch).logprobs
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, at=layout: f"{at}: {m}")
+        ours = torch.autograd.grad((found * weights).sum(), trained, allow_unused=True)
+        for mine, theirs in zip(ours, plain, strict=True):
+            scale = 0 if theirs is None else theirs.abs().max().item()
+            if scale > 1e-6:
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_matter(tiny_of, name):
+    tiny = tiny_of(name)
+    joins = joins_of(tiny.model.config)
+    with torch.no_grad():
+        one, other = (
+            score(tiny.model, lay_out([example_of(tiny, "*see", [picture(s)])], joins=joins)).logprobs for s in (1, 5)
+        )
+    assert (one - other).abs().max() > 1e-3

@@ -1,0 +1,100 @@
+"""Images of rows: paths, bytes, PIL images and what columns of `datasets` hold; their sizes without decoding them.
+
+read_image({"bytes": …, "path": None})   an RGB image, as large as `max_pixels` allows
+image_size(…)                            (height, width) of that, from the head of the file
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trl.errors import ConfigError, DataError
+
+ORIENTATION = 0x0112
+"""Exif tag; values of 5 and more stand for images that lie on their side."""
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Bounds on width · height of an image; beyond them it is resized, its sides in the same proportion.
+
+    `root` is the folder that relative paths start from.
+    """
+
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "min_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: give a positive number of pixels (width · height), or None.")
+        if self.max_pixels is not None and (self.min_pixels or 0) > self.max_pixels:
+            raise ConfigError(f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}.")
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that an image of this size is resized to."""
+        pixels = height * width
+        if self.max_pixels is not None and pixels > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / pixels)
+            return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        if self.min_pixels is not None and pixels < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / pixels)
+            return math.ceil(height * scale), math.ceil(width * scale)
+        return height, width
+
+
+def open_image(value: Any, root: str | None = None) -> Image.Image:
+    """The image that a value of a row stands for, not decoded yet: a path, bytes, `{"bytes", "path"}` or a PIL image.
+
+    Raises DataError for anything else, for a file that is not there, and for one that is no image.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, bytes):
+        return _opened(BytesIO(value), f"{len(value):,} bytes")
+    if isinstance(value, str | Path):
+        path = Path(root, value) if root is not None else Path(value)
+        if str(value).startswith(("http://", "https://")):
+            raise DataError(f"{str(value)!r} is an address: load images beforehand, and give paths or bytes.")
+        if not path.expanduser().is_file():
+            raise DataError(f"There is no file {str(path)!r}. Relative paths start from image_folder.")
+        return _opened(path.expanduser(), repr(str(path)))
+    raise DataError(f"Expected an image (a path, bytes or a PIL image), found {type(value).__name__}.")
+
+
+def _opened(source: Any, name: str) -> Image.Image:
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError as error:
+        raise DataError(f"What {name} holds is not an image in a format that Pillow knows.") from error
+
+
+def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
+    """(height, width) of an image as `read_image` gives it, from the head of its file."""
+    image = open_image(value, limits.root)
+    width, height = image.size
+    if image.getexif().get(ORIENTATION, 1) >= 5:
+        width, height = height, width
+    return limits.size(height, width)
+
+
+def read_image(value: Any, limits: PixelLimits) -> Image.Image:
+    """The image in RGB, upright, within the limits. Raises DataError as `open_image` does, and for a broken file."""
+    image = open_image(value, limits.root)
+    try:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise DataError(f"An image cannot be decoded: {error}.") from error
+    height, width = limits.size(image.height, image.width)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
