@@ -43,7 +43,8 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatTemplate:
     """A tokenizer's chat template, ready to render conversations and to find the assistant's part in them.
 
-    `tools` and `template_kwargs` are given to every rendering; those of a single row take their place.
+    `tools` and `template_kwargs` are given to every rendering; those of a single row take their place. `chat_template` takes
+    the place of the tokenizer's: a processor has its own.
 
     Raises DataError when the tokenizer has no chat template.
     """
@@ -54,14 +55,15 @@ class ChatTemplate:
         *,
         tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
+        if not (chat_template or tokenizer.chat_template):
             raise DataError(
                 f"The rows are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
                 "one with chat_template_path, take another model's with clone_chat_template(model, tokenizer, source), "
                 "or start from a chat model."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat_template = tokenizer, chat_template
         self.name = tokenizer.name_or_path
         self.tools = tools
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
@@ -75,7 +77,7 @@ class ChatTemplate:
 
     def source(self, tools: Tools | None) -> str:
         """The template's text; some tokenizers have one of their own for conversations with tools."""
-        return self.tokenizer.get_chat_template(tools=tools)
+        return self.chat_template or self.tokenizer.get_chat_template(tools=tools)
 
     def render(
         self, messages: Messages, row: Row = _BARE, *, mark: bool = False, **options: Any

@@ -30,24 +30,31 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.encoders import ENCODERS, Columns, Tokenization
-from trl.data.formats import COLUMNS_READ, detect_kind
+from trl.data.formats import COLUMNS_READ, PICTURES, detect_kind
+from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, undecoded
 from trl.data.settings import EncodeSettings
 from trl.data.trees import (
     IDENTICAL,
     KEPT,
+    OVERLONG,
     TRUNCATIONS,
     UNSCORED,
     Tree,
     doubly_nested,
     keep_prompt_end,
     keep_sides,
+    keep_whole,
     nested,
     with_token_signal,
 )
 from trl.errors import DataError
 from trl.types import Completion, Example
+from trl.vision.processing import ImageProcessing
 
 logger = logging.getLogger(__name__)
+
+ROWS_NAMED = 5
+"""Numbers of rows that a warning names."""
 
 _FORMAT = 2
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
@@ -58,7 +65,7 @@ _COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
 INPUTS = "inputs"
 """Column with what else the model reads with a prompt: a dict of arrays, by the name of the forward's argument."""
 
-_LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask", INPUTS})
+_LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask", INPUTS, "images", "image_counts"})
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,14 @@ class EncodingReport:
     truncated: int = 0
     unscored: int = 0
     identical: int = 0
+    overlong: int = 0
     tokens: int = 0
     trained: int = 0
 
     @property
     def dropped(self) -> int:
-        """Rows left without a token to train on, or with chosen equal to rejected."""
-        return self.unscored + self.identical
+        """Rows left without a token to train on, with chosen equal to rejected, or with images that do not fit."""
+        return self.unscored + self.identical + self.overlong
 
     @classmethod
     def of(cls, counts: pa.Table, name: str) -> EncodingReport:
@@ -91,6 +99,7 @@ class EncodingReport:
             truncated=int((column["truncated"] & kept).sum()),
             unscored=int((status == UNSCORED).sum()),
             identical=int((status == IDENTICAL).sum()),
+            overlong=int((status == OVERLONG).sum()),
             tokens=int(column["tokens"][kept].sum()),
             trained=int(column["trained"][kept].sum()),
         )
@@ -106,6 +115,7 @@ class EncodingReport:
         parts += [f"{self.truncated:,} truncated"] if self.truncated else []
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
         parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []
+        parts += [f"{self.overlong:,} dropped (images do not fit into max_length)"] if self.overlong else []
         return ", ".join(parts) + "."
 
     def log(self) -> None:
@@ -131,20 +141,24 @@ def encode_dataset(
     *,
     settings: EncodeSettings | None = None,
     name: str = "train",
+    images: ImageProcessing | None = None,
 ) -> Encoded:
     """Tokenise, mask and cut every row; drop those that are left without a token to train on.
 
     The result is cached with the dataset, by its rows, the settings and the tokenizer. A stream is encoded as it is
-    read. The report is logged once.
+    read. The report is logged once. `images` reads images: the places of their tokens are counted from their sizes, and
+    they stay in a column, undecoded.
 
     Raises DataError when the dataset is empty or its columns are not those of a row kind, for values that are not what
     the kind needs (with row and column), and when no row is left.
     """
     settings = settings or EncodeSettings()
+    dataset = dataset if images is None else undecoded(dataset)
     columns = _columns(dataset, name)
-    kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field)
+    reads = images is not None
+    kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field, reads_images=reads)
     has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)
-    encoder = RowEncoder(Tokenization(tokenizer, settings), kind, tuple(columns), has_inputs=has_inputs)
+    encoder = RowEncoder(Tokenization(tokenizer, settings, images), kind, tuple(columns), has_inputs=has_inputs)
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
     return _encode_table(dataset, encoder, name)
@@ -162,6 +176,9 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
     report = EncodingReport.of(counts, name)
     if not report.rows:
         raise DataError(nothing_left(counts, encoder.settings, report))
+    if report.overlong:
+        first = np.flatnonzero(counts["status"].to_numpy() == OVERLONG)[:ROWS_NAMED].tolist()
+        logger.warning("Rows of %r whose images do not fit, the first of them: %s.", name, first)
     if report.dropped:
         kept = np.flatnonzero(counts["status"].to_numpy() == KEPT)
         encoded = encoded.select(kept).flatten_indices()
@@ -216,7 +233,7 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
         return f"All {report.rows_in:,} rows of {report.name!r} have chosen equal to rejected: nothing can be learned."
     shortest = int(counts["source_tokens"].to_numpy().min())
     return (
-        f"No row of {report.name!r} has a token left to train on: {report.unscored:,} of {report.rows_in:,} rows were "
+        f"No row of {report.name!r} has a token left to train on: {report.dropped:,} of {report.rows_in:,} rows were "
         f"dropped. max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}, and the shortest "
         f"row has {shortest:,} tokens. Raise max_length, choose truncation_mode='keep_end', or check the masks."
     )
@@ -233,9 +250,10 @@ class RowEncoder:
         self.settings = tokenization.settings
         settings = self.settings
         keep = {*settings.keep_columns, INPUTS} if has_inputs else {*settings.keep_columns}
-        wanted = self._needed() | {*keep, *settings.token_signals}
+        pictures = set() if tokenization.images is None else PICTURES
+        wanted = self._needed() | {*keep, *settings.token_signals} | pictures
         self.columns = [name for name in columns if name in wanted]
-        self.kept = [name for name in self.columns if name in keep]
+        self.kept = [name for name in self.columns if name in keep - pictures]
         self.is_masked = self._is_masked()
         self.is_packed = kind == "tokenized" and "seq_lengths" in columns
 
@@ -250,7 +268,9 @@ class RowEncoder:
         return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
-        columns = Columns({name: batch[name] for name in self.columns}, rows)
+        given = columns = Columns({name: batch[name] for name in self.columns}, rows)
+        if (processing := self.tokenization.images) is not None:
+            columns = place_images(columns, processing, has_template=processing.processor.chat_template is not None)
         trees = ENCODERS[self.kind](columns, self.tokenization)
         if self.settings.token_mask is not None:
             trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
@@ -259,7 +279,18 @@ class RowEncoder:
         if self.is_packed:
             trees = documents(trees, columns)
             return self._table(trees, trees, columns)
-        return self._table(trees, [self._cut(tree) for tree in trees], columns)
+        cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
+        left = [_emptied(tree) if shorter is None else shorter for tree, shorter in zip(trees, cut, strict=True)]
+        kept = replace(columns, values={**columns.values, **given.values})
+        return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
+
+    def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
+        """Tokens of prompt and first completion that are not to be cut: those up to the end of the last image."""
+        if columns.images is not None and columns.images[k]:
+            return self.tokenization.images.image_end(
+                [*tree.prompt, *(tree.completions[0] if tree.completions else ())]
+            )
+        return len(tree.prompt) if INPUTS in columns and columns[INPUTS][k] else 0
 
     def _with_signal(self, k: int, tree: Tree, name: str, columns: Columns) -> Tree:
         try:
@@ -271,25 +302,32 @@ class RowEncoder:
         ids = [tree.prompt + completion for completion in tree.completions]
         return Tree([], ids, [list(self.settings.token_mask(row_ids, row)) for row_ids in ids])
 
-    def _cut(self, tree: Tree) -> Tree:
+    def _cut(self, tree: Tree, whole: int) -> Tree | None:
+        """The tree within the limits; None if its first `whole` tokens are not."""
         s = self.settings
+        if whole:
+            return keep_whole(tree, whole, s.max_prompt_length, s.max_length)
         if s.encoder_decoder:
             return keep_sides(tree, s.max_prompt_length or s.max_length, s.max_length, s.truncation_mode)
         if s.max_prompt_length is not None:
             tree = keep_prompt_end(tree, s.max_prompt_length)
         return tree if s.max_length is None else TRUNCATIONS[s.truncation_mode](tree, s.max_length)
 
-    def _table(self, sources: list[Tree], trees: list[Tree], columns: Columns) -> pa.Table:
+    def _table(
+        self, sources: list[Tree], trees: list[Tree], columns: Columns, *, overlong: Sequence[bool] = ()
+    ) -> pa.Table:
         trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
         counts = {
-            "status": pa.array(map(self._status, trees, trained), pa.uint8()),
+            "status": pa.array(self._statuses(trees, trained, overlong or [False] * len(trees)), pa.uint8()),
             "truncated": pa.array(np.not_equal(tokens, source_tokens)),
             "tokens": pa.array(tokens, pa.int32()),
             "trained": pa.array(map(sum, trained), pa.int32()),
             "source_tokens": pa.array(source_tokens, pa.int32()),
         }
         rows = self._documents(trees, columns) if self.is_packed else self._rows(trees)
+        if columns.images is not None:
+            rows[IMAGES] = pa.array(columns.images, STORED)
         return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
 
     def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:
@@ -315,6 +353,10 @@ class RowEncoder:
     def _unpredicted(self, tree: Tree) -> int:
         return int(not self.settings.encoder_decoder and not tree.prompt)
 
+    def _statuses(self, trees: list[Tree], trained: list[list[int]], overlong: Sequence[bool]) -> list[int]:
+        rows = zip(trees, trained, overlong, strict=True)
+        return [OVERLONG if too_long else self._status(tree, tokens) for tree, tokens, too_long in rows]
+
     def _status(self, tree: Tree, trained: list[int]) -> int:
         if 0 in trained:
             return UNSCORED
@@ -336,13 +378,18 @@ class RowEncoder:
                 n: List(Value(t)) for n, t in {"input_ids": "int32", "mask": "bool", "seq_lengths": "int32"}.items()
             }
         counts = dict(zip(_COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
-        return Features({**rows, **{name: source[name] for name in self.kept}, **counts})
+        images = {} if self.tokenization.images is None else {IMAGES: FEATURE}
+        return Features({**rows, **images, **{name: source[name] for name in self.kept}, **counts})
 
     def fingerprint(self, source: str) -> str:
         """Cache key of the encoding of a dataset with fingerprint `source`."""
-        return Hasher.hash(
-            (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(self.tokenization.tokenizer))
-        )
+        tokenizer, images = self.tokenization.tokenizer, self.tokenization.images
+        parts = (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(tokenizer))
+        return Hasher.hash(parts if images is None else (*parts, images.settings()))
+
+
+def _emptied(tree: Tree) -> Tree:
+    return tree.sliced(slice(0), [slice(0)] * len(tree.completions))
 
 
 def documents(trees: list[Tree], columns: Columns) -> list[Tree]:

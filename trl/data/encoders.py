@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
 from trl.data.trees import Tree
 from trl.errors import DataError
+from trl.vision.processing import ImageProcessing
 
 NOT_TRAINED = -100
 """The label of tokens that are not trained on, as everywhere in transformers."""
@@ -22,10 +23,12 @@ NOT_TRAINED = -100
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch of rows as columns, with the rows' places in the dataset for messages."""
+    """A batch of rows as columns, with the rows' places in the dataset for messages; and each row's images, where a
+    processor reads them: conversations are then lists of parts."""
 
     values: Mapping[str, Sequence[Any]]
     rows: Sequence[int]
+    images: Sequence[Sequence[Any]] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -65,12 +68,12 @@ class Columns:
             raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
         if not isinstance(value, list):
             raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
-        chat = tidy_messages(value)
+        chat = tidy_messages(value) if self.images is None else value
         for i, message in enumerate(chat):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 expected = 'expected {"role": …, "content": …}'
                 raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
-            if isinstance(message.get("content"), list):
+            if isinstance(message.get("content"), list) and self.images is None:
                 found = describe(message["content"])
                 raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
         return chat
@@ -101,10 +104,11 @@ def describe(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """What encoding needs: the tokenizer in its three uses, and the settings."""
+    """What encoding needs: the tokenizer in its three uses, the settings, and the processor of images, if there is one."""
 
     tokenizer: PreTrainedTokenizerBase
     settings: EncodeSettings
+    images: ImageProcessing | None = None
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -113,8 +117,27 @@ class Tokenization:
     @cached_property
     def chat(self) -> ChatTemplate:
         return ChatTemplate(
-            self.tokenizer, tools=self.settings.tools, template_kwargs=self.settings.chat_template_kwargs
+            self.tokenizer,
+            tools=self.settings.tools,
+            template_kwargs=self.settings.chat_template_kwargs,
+            chat_template=None if self.images is None else self.images.processor.chat_template,
         )
+
+    def expanded(self, columns: Columns, texts: Sequence[str]) -> list[str]:
+        """The texts of all rows, the places of a row's images taken by those of their tokens."""
+        if columns.images is None:
+            return list(texts)
+        return columns.each(lambda k, row: self.images.expand(texts[k], columns.images[k])[0])
+
+    def expanded_spans(
+        self, columns: Columns, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    ) -> tuple[list[str], list[list[Span]]]:
+        """`expanded`, with spans of characters where they are then."""
+        if columns.images is None:
+            return list(texts), [list(each) for each in spans]
+        found = columns.each(lambda k, row: self.images.expand(texts[k], columns.images[k]))
+        moved = [[_moved(span, places) for span in each] for each, (_, places) in zip(spans, found, strict=True)]
+        return [text for text, _ in found], moved
 
     @cached_property
     def eos(self) -> int:
@@ -169,6 +192,15 @@ class Tokenization:
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]
 
 
+def _moved(span: Span, places: Sequence[tuple[Span, int]]) -> Span:
+    """A span in a text of which `places` have become longer."""
+
+    def at(character: int) -> int:
+        return character + sum(length - (end - start) for (start, end), length in places if end <= character)
+
+    return at(span[0]), at(span[1])
+
+
 def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A text or a conversation: one completion on an empty prompt."""
     name = next(n for n in ("messages", "conversations", tokenization.settings.text_field) if n in columns)
@@ -179,13 +211,14 @@ def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree
         )
     if not columns.is_chat(name):
         _refuse_assistant_only(tokenization.settings, name)
-        ids = tokenization.text.ids(columns.texts(name), add_special_tokens=tokenization.settings.add_special_tokens)
+        texts = tokenization.expanded(columns, columns.texts(name))
+        ids = tokenization.text.ids(texts, add_special_tokens=tokenization.settings.add_special_tokens)
         return [Tree([], [row]) for row in tokenization.append_eos(ids)]
     if tokenization.settings.assistant_only_loss:
         return _assistant_only(columns, columns.chats(name, answers=True), tokenization)
     chats = columns.chats(name)
     texts = columns.each(lambda k, row: tokenization.chat.render(chats[k], row)[0])
-    return [Tree([], [row]) for row in tokenization.text.ids(texts)]
+    return [Tree([], [row]) for row in tokenization.text.ids(tokenization.expanded(columns, texts))]
 
 
 def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
@@ -196,17 +229,18 @@ def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
 def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tokenization: Tokenization) -> list[Tree]:
     """Whole conversations, of which the assistant's turns are trained on."""
     spanned = columns.each(lambda k, row: tokenization.chat.assistant_spans(chats[k], row))
-    ids, masks = tokenization.text.masked([text for text, _ in spanned], [spans for _, spans in spanned])
+    texts, spans = tokenization.expanded_spans(columns, *zip(*spanned, strict=True))
+    ids, masks = tokenization.text.masked(texts, spans)
     return [Tree([], [row], [mask]) for row, mask in zip(ids, masks, strict=True)]
 
 
 def prompt_only(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt without completions."""
     if not columns.is_chat("prompt"):
-        return [Tree(ids, []) for ids in tokenization.prompts(columns.texts("prompt"))]
+        return [Tree(ids, []) for ids in tokenization.prompts(tokenization.expanded(columns, columns.texts("prompt")))]
     chats = columns.chats("prompt")
     texts = columns.each(lambda k, row: tokenization.chat.prompt(chats[k], row))
-    return [Tree(ids, []) for ids in tokenization.text.ids(texts)]
+    return [Tree(ids, []) for ids in tokenization.text.ids(tokenization.expanded(columns, texts))]
 
 
 def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -235,6 +269,7 @@ def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tr
         return prompt, answer, [(max(s, start) - start, e - start) for s, e in spans if e > start]
 
     prompt_texts, texts, spans = zip(*columns.each(spoken), strict=True)
+    prompt_texts = tokenization.expanded(columns, prompt_texts)
     rows = zip(tokenization.text.ids(prompt_texts), *tokenization.text.masked(texts, spans), strict=True)
     return [Tree(prompt, [ids], [mask]) for prompt, ids, mask in rows]
 
@@ -296,7 +331,8 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
         sides = [
-            tokenization.text.prompts(columns.texts(name), add_special_tokens=True) for name in ("chosen", "rejected")
+            tokenization.text.prompts(tokenization.expanded(columns, columns.texts(name)), add_special_tokens=True)
+            for name in ("chosen", "rejected")
         ]
         return [fork(*pair) for pair in zip(*map(tokenization.append_eos, sides), strict=True)]
     return _answers(_with_prompt(columns), tokenization, ("chosen", "rejected"))
@@ -305,9 +341,9 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 def _with_prompt(columns: Columns) -> Columns:
     if not columns.is_chat("chosen") or ("prompt" in columns and columns.is_chat("prompt")):
         return columns
-    tidy = Columns({**columns.values, **{n: columns.chats(n) for n in ("chosen", "rejected")}}, columns.rows)
+    tidy = replace(columns, values={**columns.values, **{n: columns.chats(n) for n in ("chosen", "rejected")}})
     rows = [maybe_extract_prompt(row) for row in tidy]
-    return Columns({name: [row[name] for row in rows] for name in rows[0]}, columns.rows)
+    return replace(columns, values={name: [row[name] for row in rows] for name in rows[0]})
 
 
 def fork(chosen: list[int], rejected: list[int]) -> Tree:
@@ -322,6 +358,7 @@ def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...
     if columns.is_chat("prompt"):
         return _chat_answers(columns, tokenization, names)
     prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
+    prompts = tokenization.expanded(columns, prompts)
     prompt_ids, answer_ids = tokenization.continuations(prompts, texts, add_special_tokens=True)
     answers = zip(*map(tokenization.append_eos, answer_ids), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in zip(prompt_ids, answers, strict=True)]
@@ -333,6 +370,7 @@ def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str
 
     rendered = columns.each(lambda k, row: tokenization.chat.answers(prompts[k], [chats[k] for chats in answers], row))
     prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
+    prompt_texts = tokenization.expanded(columns, prompt_texts)
     prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]

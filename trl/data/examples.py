@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import datasets
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from trl.data.encode import decode
+from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example
+from trl.vision.processing import ImageProcessing
 
 IGNORE = -100
 
@@ -47,6 +49,26 @@ def _check_rows(rows: Any, argument: str) -> None:
 def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     """The examples of encoded rows; a packed row holds several."""
     return [example for row in rows for example in decode(row)]
+
+
+class ImageCollator:
+    """From encoded rows to examples with what the model reads of their images; runs in the loader's workers."""
+
+    def __init__(self, processing: ImageProcessing) -> None:
+        self.processing = processing
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        return list(chain.from_iterable(map(self.examples, rows)))
+
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        """The examples of a row; a packed row's images are dealt out to its documents."""
+        examples, images = decode(row), list(row.get(IMAGES) or ())
+        counts = row.get("image_counts") or [len(images)]
+        found, at = [], 0
+        for example, own in zip(examples, counts, strict=True):
+            found.append(self.processing.with_images(example, images[at : at + own]))
+            at += own
+        return found
 
 
 def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, Any]]], list[Example]]:

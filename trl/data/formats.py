@@ -54,18 +54,25 @@ TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
 _FROM_VALUE_COLUMNS = (*TEXT_COLUMNS, "conversations")
 
 
-def detect_kind(columns: Iterable[str], *, allowed: Sequence[str] | None = None, text_field: str = "text") -> str:
+def detect_kind(
+    columns: Iterable[str],
+    *,
+    allowed: Sequence[str] | None = None,
+    text_field: str = "text",
+    reads_images: bool = False,
+) -> str:
     """The row kind that a dataset's columns stand for, among `allowed` (every kind when None).
 
     `text_field` is the column that holds the text of language modelling.
 
-    Raises DataError with the columns found and those that each kind needs, and for columns of pictures.
+    Raises DataError with the columns found and those that each kind needs, and for columns of images where nothing
+    `reads_images`.
     """
     present = set(columns)
-    if pictures := sorted(present & PICTURES):
+    if not reads_images and (pictures := sorted(present & PICTURES)):
         raise DataError(
-            f"The columns {pictures} hold pictures, and vision-language models are not covered yet. To train on the texts "
-            f"alone: dataset.remove_columns({pictures})."
+            f"The columns {pictures} hold images, and a tokenizer reads none: give the model's processor as "
+            f"processing_class. To train on the texts alone: dataset.remove_columns({pictures})."
         )
     kinds = {kind: _with_text_field(KINDS[kind], text_field) for kind in KINDS if allowed is None or kind in allowed}
     for kind, alternatives in kinds.items():

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-KEPT, IDENTICAL, UNSCORED = 0, 1, 2
-"""What became of a row: kept; dropped because its completions are equal; dropped with no token left to train on."""
+KEPT, IDENTICAL, UNSCORED, OVERLONG = 0, 1, 2, 3
+"""What became of a row: kept; dropped because its completions are equal; dropped with no token left to train on; dropped
+because what must not be cut of it, its images, is longer than it may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,21 @@ def keep_end(tree: Tree, max_length: int) -> Tree:
     if excess <= 0:
         return tree
     return tree.sliced(slice(excess, None), [slice(max(0, len(c) - max_length), None) for c in tree.completions])
+
+
+def keep_whole(tree: Tree, whole: int, max_prompt_length: int | None, max_length: int | None) -> Tree | None:
+    """Cut completions alone, behind the first `whole` tokens of prompt and completion; None where that is not enough.
+
+    A prompt stays as it is.
+    """
+    prompt = len(tree.prompt)
+    if max_prompt_length is not None and prompt > max_prompt_length:
+        return None
+    if max_length is None or prompt + tree.longest <= max_length:
+        return tree
+    if max(whole, prompt + bool(prompt)) > max_length:
+        return None
+    return tree.sliced(slice(None), [slice(max_length - prompt)] * len(tree.completions))
 
 
 TRUNCATIONS = {"keep_start": keep_start, "keep_end": keep_end}

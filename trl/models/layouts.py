@@ -7,7 +7,7 @@ those of the padded layout. Windows of attention are longer than such a trial, s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,7 @@ from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
 from trl.types import Batch, Completion, Example
+from trl.vision.families import joins_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,16 @@ def _logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def choose_layout(
-    model: PreTrainedModel, layout: str = "auto", *, multiple_completions: bool = False, measure: Measure = _logprobs
+    model: PreTrainedModel,
+    layout: str = "auto",
+    *,
+    multiple_completions: bool = False,
+    measure: Measure = _logprobs,
+    examples: Sequence[Example] | None = None,
 ) -> str:
     """The layout to use: the named one if the model can, or with "auto" the fastest it can.
 
+    `examples` are what layouts are tried with: some with images, for a model that reads images; by default a few tokens.
     `multiple_completions` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion, that
     layouts are compared by. Raises ConfigError, with the reason, where the named layout would give other numbers than the
     padded one; "auto" falls back, and logs the reason once.
@@ -54,12 +61,12 @@ def choose_layout(
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
     if layout != "auto":
-        if reason := why_not(model, layout, measure=measure):
+        if reason := why_not(model, layout, measure=measure, examples=examples):
             raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
         return layout
     reasons = {}
     for candidate in PREFERENCE[multiple_completions]:
-        if not (reason := why_not(model, candidate, measure=measure)):
+        if not (reason := why_not(model, candidate, measure=measure, examples=examples)):
             break
         reasons[candidate] = reason
     if reasons:
@@ -68,8 +75,10 @@ def choose_layout(
     return candidate
 
 
-def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs) -> str:
-    """Why `model` cannot be run in a layout; empty if it can."""
+def why_not(
+    model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs, examples: Sequence[Example] | None = None
+) -> str:
+    """Why `model` cannot be run in a layout; empty if it can. `examples` are what it is tried with."""
     if layout == "padded":
         return ""
     if model.config.is_encoder_decoder:
@@ -82,7 +91,7 @@ def why_not(model: PreTrainedModel, layout: str, *, measure: Measure = _logprobs
             return f"attention implementation {implementation!r} takes no mask of its own"
         if kinds := other_layers(model.config):
             return f"it has {', '.join(kinds)} layers"
-    return _trial(model, layout, measure)
+    return _trial(model, layout, measure, TRIAL if examples is None else examples)
 
 
 @contextmanager
@@ -101,11 +110,12 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _trial(model: PreTrainedModel, layout: str, measure: Measure) -> str:
+def _trial(model: PreTrainedModel, layout: str, measure: Measure, examples: Sequence[Example]) -> str:
+    joins, capacity = joins_of(model.config), 3 * sum(example.tokens for example in examples)
     try:
         with evaluating(model), _short_windows(model):
-            expected = measure(model, lay_out(TRIAL, "padded").to(model.device))
-            found = measure(model, lay_out(TRIAL, layout, capacity=20).to(model.device))
+            expected = measure(model, lay_out(examples, "padded", joins=joins).to(model.device))
+            found = measure(model, lay_out(examples, layout, capacity=capacity, joins=joins).to(model.device))
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2

@@ -24,7 +24,7 @@ from trl.models.value_heads.heads import reading
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
 from trl.types import PerToken
-from trl.vision.families import joins_of
+from trl.vision.families import image_token_ids, joins_of
 
 PREFILL_TOKENS = 16_384
 """Tokens, with padding, of one prefill at most."""
@@ -264,9 +264,11 @@ class SharedDecoder:
 
 def ends_in_text(policy: Policy, prompt: Prompt) -> bool:
     """Whether nothing beside tokens is about the prompt's last one, which `SharedDecoder` reads without."""
+    if prompt.ids[-1] in image_token_ids(policy.inner.config):
+        return False
     joins = joins_of(policy.inner.config)
     own = (v for name, v in prompt.inputs.items() if isinstance(joins.get(name), PerToken))
-    return not any(bool(values[len(prompt) - 1]) for values in own)
+    return not any(values[len(prompt) - 1] for values in own)
 
 
 def like_lengths(lengths: dict[int, int]) -> Iterator[list[int]]:

@@ -46,9 +46,10 @@ from trl.rollouts.loop import Round, StaticRound
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
-from trl.rollouts.sampling import SamplingParams, with_seed
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
 from trl.rollouts.stopping import Stopper
 from trl.rollouts.weights import autocast_dtype, cast_weights
+from trl.vision.families import image_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,8 @@ class LocalEngine(RolloutEngine):
         """
         if n < 1:
             raise ConfigError(f"n={n}: give the number of samples per prompt, at least 1.")
-        policy, params = guided(unwrap(self.model), self.model, params), with_seed(params)
+        policy = guided(unwrap(self.model), self.model, params)
+        params = with_banned(with_seed(params), image_token_ids(policy.inner.config))
         stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)

@@ -57,6 +57,8 @@ def full_config(params: SamplingParams, stops: Sequence[int], context: int, limi
     config.min_new_tokens = params.min_new_tokens
     config.max_new_tokens, config.max_length = limit, context + limit
     config.eos_token_id = list(stops) or None
+    if params.banned_tokens:
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *params.banned_tokens})
     return config
 
 
@@ -154,6 +156,10 @@ def guide(logits: Tensor, last: Tensor | None, params: SamplingParams, mask: Ten
         guided = logits + params.beta * values
     if mask is not None:
         guided = guided.masked_fill(mask[last], -torch.inf)
+    if params.banned_tokens:
+        vocabulary = torch.arange(guided.shape[-1], device=guided.device)
+        for token in params.banned_tokens:
+            guided = guided.masked_fill(vocabulary == token, -torch.inf)
     return logits, guided
 
 

@@ -16,6 +16,7 @@ does not depend on what else is in the batch. Equal logits are told apart by tok
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,9 @@ class SamplingParams:
     """Same seed, same samples; prompts are told apart by their place in the call, so give every rollout batch and every
     process a seed of its own. None takes one from torch's random state at every call."""
 
+    banned_tokens: tuple[int, ...] = ()
+    """Tokens that are never sampled. Those that stand for images are not, whatever is given."""
+
     beta: float = 0.0
     """β of value guidance: adds β · min Q′ of every token to the logits. Needs a model with the heads of ILQL."""
 
@@ -82,7 +86,7 @@ class SamplingParams:
     """Options of `transformers` that have no field here (bad words, n-gram bans, beams, …), applied by it."""
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "banned_tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value or ()))
         for name, allowed, wanted in _RANGES:
@@ -175,6 +179,12 @@ def _check_mask(mask: Tensor | None) -> None:
 def with_seed(params: SamplingParams) -> SamplingParams:
     """The parameters with a seed: the given one, or the next number of torch's random state."""
     return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ()).item()))
+
+
+def with_banned(params: SamplingParams, tokens: Iterable[int]) -> SamplingParams:
+    """The parameters, in which `tokens` are banned as well."""
+    banned = tuple(sorted({*params.banned_tokens, *tokens}))
+    return params if banned == params.banned_tokens else replace(params, banned_tokens=banned)
 
 
 # ── random numbers ──────────────────────────────────────────────────────────────────────────────────────────────

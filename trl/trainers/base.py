@@ -33,6 +33,7 @@ from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
 from trl.data.examples import (
     ENCODED,
+    ImageCollator,
     check_datasets,
     collate_examples,
     columns_of,
@@ -63,6 +64,8 @@ from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.families import joins_of
+from trl.vision.images import PixelLimits
+from trl.vision.processing import ImageProcessing
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +119,10 @@ class BaseTrainer(StepTrainer):
         added = self._take_chat_template()
         if isinstance(self._adapted(), PeftModel):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
-        self.to_examples = collate_examples if data_collator is None else examples_from(data_collator)
+        limits = PixelLimits(self.args.max_pixels, self.args.min_pixels, self.args.image_folder)
+        self.images = ImageProcessing.of(self.processing_class, unwrap(self.model).config, limits)
+        collate = collate_examples if self.images is None else ImageCollator(self.images)
+        self.to_examples = collate if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
@@ -148,7 +154,12 @@ class BaseTrainer(StepTrainer):
         if self.accelerator.is_fsdp2:
             share_modules(self.model)
         if not inner.config.is_encoder_decoder:
-            self.layout = choose_layout(inner, self.args.layout, multiple_completions=self.multiple_completions)
+            self.layout = self._choose_layout(inner)
+
+    def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
+        trial = None if self.images is None else self.images.trial()
+        options = {"multiple_completions": self.multiple_completions, **options}
+        return choose_layout(inner, self.args.layout, examples=trial, **options)
 
     # ---- model, tokenizer, options ----
 
@@ -255,7 +266,8 @@ class BaseTrainer(StepTrainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=self.encode_settings(split), name=name)
+            settings = self.encode_settings(split)
+            self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=settings, name=name, images=self.images)
         return self.encoded[name].dataset
 
     def preview(self, n: int = 3) -> None:

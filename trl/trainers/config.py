@@ -157,6 +157,15 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     pad_to_multiple_of: int | str | None = "auto"
     """Widths of a forward pass are multiples of this. "auto": of 8 on an accelerator."""
 
+    max_pixels: int | None = None
+    """Most pixels (width · height) of an image; a larger one is made smaller, its sides in the same proportion."""
+
+    min_pixels: int | None = None
+    """Fewest pixels of an image; a smaller one is made larger."""
+
+    image_folder: str | None = None
+    """Folder that relative paths of images start from."""
+
     shuffle_dataset: bool = False
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
 

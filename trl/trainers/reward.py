@@ -26,7 +26,6 @@ from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.encode import EncodeSettings
 from trl.data.encoders import describe
 from trl.errors import DataError, ModelError
-from trl.models.layouts import choose_layout
 from trl.models.load import load_config
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
@@ -106,9 +105,7 @@ class RewardTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         inner = unwrap(self.model)
-        self.layout = choose_layout(
-            inner, self.args.layout, multiple_completions=self.kind in PAIRED, measure=score_rewards
-        )
+        self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
 
     # ---- data ----
 

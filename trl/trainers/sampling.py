@@ -8,13 +8,14 @@ and rewards all of their completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from PIL.Image import Image
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -29,6 +30,7 @@ from trl.callbacks.completions import (
     write_completions,
 )
 from trl.data.encode import EncodeSettings
+from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError
 from trl.models.score import unwrap
 from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
@@ -199,11 +201,20 @@ class SamplingTrainer(BaseTrainer):
         repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
         names = [name for name in rows[0] if name not in NOT_FOR_REWARDS]
         columns = {name: [row[name] for row in repeated] for name in names}
+        if self.images is not None:
+            columns[IMAGES] = list(chain.from_iterable(self._images(rows, sampled)))
         columns["completion_ids"] = [list(rollout.ids) for rollout in chain(*sampled)]
         samples = Samples(
             [row["prompt"] for row in repeated], list(chain(*shown)), columns, self._extras(mode, log_extra)
         )
         return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout, on_error=self.args.on_reward_error)
+
+    def _images(
+        self, rows: Sequence[Mapping[str, Any]], sampled: Sequence[Sequence[Rollout]]
+    ) -> Iterator[list[list[Image]]]:
+        """The images of each row, decoded once for all its completions."""
+        for row, rollouts in zip(rows, sampled, strict=True):
+            yield [self.images.read(row[IMAGES])] * len(rollouts)
 
     def _extras(self, mode: str, log_extra: Callable[[str, Sequence[Any]], None]) -> dict[str, Any]:
         """What reward functions are given beside columns."""

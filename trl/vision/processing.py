@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from trl.errors import ConfigError, DataError
-from trl.types import Example, PerToken
+from trl.types import Completion, Example, PerToken
 from trl.vision.families import Family, family_of
 from trl.vision.images import PixelLimits, image_size, read_image
 
@@ -48,6 +48,24 @@ class ImageProcessing:
                 "processing_class=processor.tokenizer, to train on texts."
             )
         return cls(processor, family, limits or PixelLimits())
+
+    def settings(self) -> dict[str, Any]:
+        """All that the places of images depend on, as plain values."""
+        images = self.processor.image_processor
+        return {
+            "processor": type(self.processor).__name__,
+            "images": images.to_dict(),
+            "chat_template": self.processor.chat_template,
+            "limits": self.limits,
+        }
+
+    def trial(self) -> list[Example]:
+        """Two examples to try a layout with: an image with two answers, and a text."""
+        image = Image.linear_gradient("L").convert("RGB").resize((48, 32))
+        text, _ = self.expand(self.family.prompt.format(images=self.place, text="a b", bos=""), [image])
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        answers = (Completion([4, 9]), Completion([7, 5, 6, 3]))
+        return [self.with_images(Example(ids, answers), [image]), Example([], (Completion([3, 9, 4, 5, 8]),))]
 
     # ---- places of images in texts ----
 
@@ -131,6 +149,10 @@ class ImageProcessing:
 
     # ---- what the model reads ----
 
+    def read(self, images: Sequence[Any]) -> list[Image.Image]:
+        """Images of a row, decoded, in RGB and within the limits."""
+        return [read_image(image, self.limits) for image in images]
+
     def _processed(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Any], list[str]]:
         """Everything that the processor makes of the images of one prompt, and what takes their places."""
         options = self.processor._merge_kwargs(
@@ -150,7 +172,7 @@ class ImageProcessing:
             if found:
                 raise DataError(f"{found} tokens stand for images ({self.token!r}), but the row has no image.")
             return example
-        values, replacements = self._processed([read_image(image, self.limits) for image in images])
+        values, replacements = self._processed(self.read(images))
         wanted = sum(text.count(self.token) for text in replacements)
         if found != wanted:
             raise DataError(

@@ -1,0 +1,117 @@
+"""Every trainer on rows with images: the same numbers in every layout, which depend on the images."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.vision.support import llava, picture, qwen2_5_vl
+from trl.trainers.cpo import CPOConfig, CPOTrainer
+from trl.trainers.dpo import DPOConfig, DPOTrainer
+from trl.trainers.grpo import GRPOConfig, GRPOTrainer
+from trl.trainers.kto import KTOConfig, KTOTrainer
+from trl.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from trl.trainers.ppo.config import PPOConfig
+from trl.trainers.ppo.trainer import PPOTrainer
+from trl.trainers.rloo import RLOOConfig, RLOOTrainer
+from trl.trainers.sft import SFTConfig, SFTTrainer
+
+LAYOUTS = ("padded", "packed", "shared")
+QUESTIONS = ["what is this?", "see", "describe it", "how many boxes?"]
+MODELS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def said(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def rows(kind: str, seed: int = 0) -> Dataset:
+    """Rows with one, two and no images."""
+    images = [[picture(seed + 1)], [picture(seed + 2, 24, 40), picture(seed + 3)], [], [picture(seed + 4, 20, 20)]]
+    answers = [said("assistant", f"a box {i}") for i in range(4)]
+    by_kind = {
+        "chat": {"messages": [said("user", q) + a for q, a in zip(QUESTIONS, answers, strict=True)]},
+        "completion": {"prompt": [said("user", q) for q in QUESTIONS], "completion": answers},
+        "pairs": {
+            "prompt": [said("user", q) for q in QUESTIONS],
+            "chosen": answers,
+            "rejected": [said("assistant", f"no {i} such thing") for i in range(4)],
+        },
+        "labelled": {
+            "prompt": [said("user", q) for q in QUESTIONS],
+            "completion": answers,
+            "label": [True, False, True, False],
+        },
+        "prompts": {"prompt": [said("user", q) for q in QUESTIONS]},
+    }
+    data = Dataset.from_dict({**by_kind[kind], "images": images})
+    return data.cast_column("images", datasets.List(datasets.Image()))
+
+
+TRAINERS = {
+    "sft chat": (SFTConfig, SFTTrainer, "chat", {}),
+    "sft": (SFTConfig, SFTTrainer, "completion", {}),
+    "dpo": (DPOConfig, DPOTrainer, "pairs", {}),
+    "dpo precomputed": (DPOConfig, DPOTrainer, "pairs", {"precompute_ref_log_probs": True}),
+    "cpo": (CPOConfig, CPOTrainer, "pairs", {}),
+    "kto": (KTOConfig, KTOTrainer, "labelled", {}),
+    "grpo": (GRPOConfig, GRPOTrainer, "prompts", {"beta": 0.1, "num_generations": 2}),
+    "rloo": (RLOOConfig, RLOOTrainer, "prompts", {"num_generations": 2}),
+    "online dpo": (OnlineDPOConfig, OnlineDPOTrainer, "prompts", {}),
+    "ppo": (PPOConfig, PPOTrainer, "prompts", {"ppo_epochs": 1, "batch_size": 4, "mini_batch_size": 4}),
+}
+
+
+def count_of(completion_ids, images, **_):
+    """A number that depends on the samples; every row's images arrive as PIL images."""
+    assert all(hasattr(image, "size") for own in images for image in own)
+    assert {len(own) for own in images} <= {0, 1, 2}
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def trainer_of(name: str, tmp_path, tiny, data: Dataset, *, peft_config=None, **options):
+    config_class, trainer_class, kind, own = TRAINERS[name]
+    common = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": [],
+        "use_cpu": True,
+        **({"max_completion_length": 4} if kind == "prompts" else {}),
+        **own,
+        **options,
+    }
+    keywords = {"reward_funcs": count_of} if kind == "prompts" else {}
+    return trainer_class(
+        model=tiny.model, args=config_class(**common), train_dataset=data, processing_class=tiny.processor,
+        peft_config=peft_config, **keywords,
+    )  # fmt: skip
+
+
+def history(trainer) -> list[float]:
+    trainer.train()
+    return [entry[name] for entry in trainer.state.log_history for name in ("loss", "grad_norm") if name in entry]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_in_every_layout(name, tmp_path):
+    kind = TRAINERS[name][2]
+    make = qwen2_5_vl if name in ("grpo", "dpo", "sft chat") else llava
+    found = {layout: history(trainer_of(name, tmp_path, make(), rows(kind), layout=layout)) for layout in LAYOUTS}
+    assert len(found["padded"]) == 4
+    for layout in LAYOUTS:
+        assert found[layout] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4), layout
+    assert history(trainer_of(name, tmp_path, make(), rows(kind, seed=50))) != pytest.approx(found["padded"], rel=5e-3)

@@ -1,0 +1,198 @@
+"""Rows with images: where their images are written, and where they stand in a conversation.
+
+    {"prompt": [{"role": "user", "content": "What is this?"}], "images": [i]}
+        ─▶ [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],  [i]
+
+Images stand in a column `images` (a list) or `image`, or in the parts of messages themselves. Places for them are parts of
+type "image", or "<image>" in a text (LLaVA's form); where there is none, all images stand before the text of the first
+user turn. Prompt, chosen and rejected share the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, IterableDataset
+from PIL import Image
+
+from trl.data.chat import without_none
+from trl.data.encoders import Columns
+from trl.data.formats import PICTURES, to_chatml
+from trl.errors import DataError
+from trl.vision.processing import ImageProcessing
+
+IMAGES = "images"
+"""Column of encoded rows: a list of `{"bytes", "path"}`."""
+
+TAG = "<image>"
+"""A place for an image in the texts of LLaVA's form."""
+
+CHATS = ("prompt", "messages", "conversations", "completion", "chosen", "rejected")
+HELD_IN = ("image", "image_url", "url", "path", "base64")
+"""Keys of a part under which it holds the image itself."""
+
+FEATURE = datasets.List(datasets.Image(decode=False))
+STORED = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+
+
+def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The rows, whose columns of images give bytes and paths and not pixels; a `question` with answers is a prompt."""
+    features = rows.features or {}
+    for name in PICTURES & set(features):
+        if isinstance(features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(features[name], "feature", None), datasets.Image):
+            rows = rows.cast_column(name, FEATURE)
+    names = rows.column_names or list(next(iter(rows)))
+    answered = {"chosen", "rejected"} <= set(names) or "completion" in names
+    if "question" in names and "prompt" not in names and answered:
+        rows = rows.rename_column("question", "prompt")
+    return rows
+
+
+def place_images(columns: Columns, processing: ImageProcessing, *, has_template: bool) -> Columns:
+    """The columns with a place for every image in their conversations or texts, and the images of each row."""
+    values = {name: list(columns[name]) for name in columns.values}
+    images = []
+    for k in range(len(columns.rows)):
+        row = {name: column[k] for name, column in values.items()}
+        try:
+            placed, own = _placed(row, processing, has_template=has_template)
+        except DataError as error:
+            raise DataError(f"Row {columns.rows[k]}: {error}") from error
+        images.append([stored(image) for image in own])
+        for name, value in placed.items():
+            values[name][k] = value
+    return Columns({n: v for n, v in values.items() if n not in PICTURES}, columns.rows, images)
+
+
+def _placed(
+    row: Mapping[str, Any], processing: ImageProcessing, *, has_template: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    """What of the row changes, and its images."""
+    images = images_of(row)
+    row = _as_chat(row) if has_template and images else row
+    placed = {name: row[name] for name in CHATS if name in row}
+    beginning = next((name for name in ("prompt", "messages", "conversations", "chosen") if name in row), None)
+    for name, value in placed.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            messages, held = split_parts(value)
+            if name == beginning:
+                images = _agreed(images, held)
+            shared = name == beginning or (beginning == "chosen" and name == "rejected")
+            placed[name] = with_places(messages, len(images)) if shared else messages
+        elif (
+            isinstance(value, str) and images and (name == beginning or (name == "rejected" and beginning == "chosen"))
+        ):
+            placed[name] = _text_with_places(value, len(images), processing)
+    if beginning is None and images:
+        text = next((name for name in row if isinstance(row[name], str) and name not in PICTURES), None)
+        if text is not None:
+            placed[text] = _text_with_places(row[text], len(images), processing)
+    return placed, images
+
+
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row's columns `images` or `image`."""
+    images, image = row.get("images"), row.get("image")
+    if images and image is not None:
+        raise DataError("it has images in both columns 'images' and 'image': keep one.")
+    if images is not None:
+        return list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+    return [] if image is None else [image]
+
+
+def _agreed(images: list[Any], held: list[Any]) -> list[Any]:
+    if images and held:
+        raise DataError("its messages hold images, and so does a column: keep one of them.")
+    return images or held
+
+
+def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of plain texts as a conversation: the prompt is the user's, answers are the assistant's."""
+    if not isinstance(row.get("prompt"), str) or TAG in row["prompt"]:
+        return dict(row)
+    said = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    spoken = {
+        name: [{"role": role, "content": row[name]}] for name, role in said.items() if isinstance(row.get(name), str)
+    }
+    return {**row, **spoken}
+
+
+def split_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages whose contents are lists of parts, and the images that parts held themselves."""
+    made, held = [], []
+    for message in messages:
+        message = dict(without_none(to_chatml(message)))
+        content = message.get("content")
+        parts = _tagged(content) if isinstance(content, str) else content
+        if isinstance(parts, list):
+            message["content"] = [_bare(part, held) for part in parts]
+        made.append(message)
+    return made, held
+
+
+def _tagged(text: str) -> list[dict[str, Any]]:
+    """The parts of a text in which "<image>" stands for an image."""
+    pieces = text.split(TAG)
+    if len(pieces) == 1:
+        return [{"type": "text", "text": text}]
+    pieces = [piece.strip("\n") for piece in pieces]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+    for piece in pieces[1:]:
+        parts += [{"type": "image"}, *([{"type": "text", "text": piece}] if piece else [])]
+    return parts
+
+
+def _bare(part: Any, held: list[Any]) -> Any:
+    """The part without the image that it holds, which goes to `held`."""
+    if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
+        return part
+    image = next((part[key] for key in HELD_IN if part.get(key) is not None), None)
+    if image is not None:
+        held.append(image["url"] if isinstance(image, Mapping) and set(image) == {"url"} else image)
+    return {"type": "image"}
+
+
+def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The messages with a part for each of `count` images: those that there are, or before the first user turn's text."""
+    there = sum(
+        part.get("type") == "image" for m in messages if isinstance(m.get("content"), list) for part in m["content"]
+    )
+    if there == count:
+        return messages
+    if there:
+        raise DataError(
+            f'there are {count} images, and {there} places for them. Give a part {{"type": "image"}} for each, or none: '
+            "images then stand before the text of the first user turn."
+        )
+    asked = next((i for i, message in enumerate(messages) if message.get("role") in ("user", "human")), None)
+    if asked is None:
+        raise DataError(f"there are {count} images, and no user turn to put them before.")
+    first = {**messages[asked], "content": [{"type": "image"}] * count + list(messages[asked]["content"])}
+    return [*messages[:asked], first, *messages[asked + 1 :]]
+
+
+def _text_with_places(text: str, count: int, processing: ImageProcessing) -> str:
+    place = processing.place
+    if TAG in text and place != TAG:
+        text = text.replace(TAG, place)
+    if place in text:
+        return text
+    bos = processing.processor.tokenizer.bos_token or ""
+    return processing.family.prompt.format(images=place * count, text=text, bos=bos)
+
+
+def stored(image: Any) -> dict[str, Any]:
+    """An image as the column of encoded rows holds it."""
+    if isinstance(image, Mapping):
+        return {"bytes": image.get("bytes"), "path": image.get("path")}
+    if isinstance(image, Image.Image):
+        whole = BytesIO()
+        image.save(whole, format="PNG")
+        return {"bytes": whole.getvalue(), "path": None}
+    return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
