@@ -20,7 +20,7 @@ LEVELS = [
     {"vision"},
     {"data"},
     {"models"},
-    {"rollouts", "rewards", "training", "report"},
+    {"rollouts", "rewards", "training", "report", "diffusion"},
     {"callbacks"},
     {"trainers"},
     {"core", "demo"},

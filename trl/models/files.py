@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
-WEIGHTS = re.compile(r"(adapter_|pytorch_)?model.*\.(safetensors|bin)|.+\.gguf")
-"""Whole, or cut in files that can be read one by one."""
+WEIGHTS = re.compile(
+    r"(adapter_|(diffusion_)?pytorch_)?model.*\.(safetensors|bin)|pytorch_lora_weights\.safetensors|.+\.gguf"
+)
+"""Whole, or cut in files that can be read one by one; those of `diffusers` among them."""
 
 SHARDS = re.compile(r".*_fsdp_\d+|global_step\d+")
 """Folders of what several processes keep of one model: FSDP's and ZeRO's."""

@@ -254,17 +254,18 @@ def _changed_file(checkpoint: Path) -> str:
 def _missing_part(checkpoint: Path) -> str:
     """What a checkpoint needs and this one has not."""
     check_shards(checkpoint)
-    names = [path.name for path in checkpoint.iterdir()]
+    paths = list(checkpoint.rglob("*"))
+    names = [path.name for path in paths]
     if STATE not in names:
         return f"{STATE} is missing, so writing it was interrupted"
     if not isinstance(json.loads((checkpoint / STATE).read_text()).get("global_step"), int):
         return f"{STATE} does not say at which step it was written"
-    weights = [name for name in names if WEIGHTS.fullmatch(name) or SHARDS.fullmatch(name)]
+    weights = [path for path in paths if WEIGHTS.fullmatch(path.name) or SHARDS.fullmatch(path.name)]
     if not weights:
         return "it holds no weights"
-    for name in weights:
-        if name.endswith(".safetensors") and is_cut_short(checkpoint / name):
-            return f"{name} is cut short"
+    for path in weights:
+        if path.suffix == ".safetensors" and is_cut_short(path):
+            return f"{path.name} is cut short"
     if not any(map(OPTIMIZER.fullmatch, names)):
         return "it holds no optimizer state" + (" (save_only_model was set)" if read_manifest(checkpoint) else "")
     return ""

@@ -1,0 +1,109 @@
+"""From a scheduler of `diffusers` to the numbers of its steps, and to the noise that it was trained with.
+
+UNets of Stable Diffusion are sampled with DDIM over the betas of whatever scheduler their pipeline came with; transformers
+that were trained by flow matching with the σ of `FlowMatchEulerDiscreteScheduler`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl.diffusion.solvers import FLOW_SOLVERS, FlowSolver, Schedule, ddim
+from trl.errors import ConfigError
+from trl.imports import require
+
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def as_ddim(scheduler: Any) -> Any:
+    """A `DDIMScheduler` with the betas, and the prediction type, of `scheduler`.
+
+    Raises ConfigError for a scheduler whose noise is not described by betas (flow matching, EDM, consistency models).
+    """
+    diffusers = require("diffusers", to="Training a diffusion model")
+    name, known = type(scheduler).__name__, [each.name for each in diffusers.schedulers.KarrasDiffusionSchedulers]
+    if name not in known:
+        raise ConfigError(
+            f"The pipeline's scheduler is a {name}, whose noise DDIM cannot follow. Give it one of those of Stable Diffusion: "
+            f"{', '.join(known)}."
+        )
+    found = diffusers.DDIMScheduler.from_config(scheduler.config)
+    if found.config.thresholding:
+        raise ConfigError(
+            "The scheduler has thresholding=True, which bounds x̂₀ by its own quantiles, so that a step is no Gaussian draw "
+            "around a mean that is linear in it: set thresholding=False."
+        )
+    return found
+
+
+def check_flow(scheduler: Any) -> Any:
+    """The scheduler, if it is that of flow matching. Raises ConfigError for others, and for σ that run upwards."""
+    if type(scheduler).__name__ != FLOW_SCHEDULER:
+        raise ConfigError(
+            f"The pipeline's scheduler is a {type(scheduler).__name__}; a model of flow matching is trained with the steps of "
+            f"{FLOW_SCHEDULER}: give the pipeline that one."
+        )
+    if scheduler.config.invert_sigmas:
+        raise ConfigError("The scheduler has invert_sigmas=True: σ has to fall from 1 to 0. Set invert_sigmas=False.")
+    return scheduler
+
+
+def ddim_schedule(scheduler: Any, steps: int, *, eta: float) -> Schedule:
+    """The `steps` steps of a `DDIMScheduler`, noisy by η."""
+    check_steps(steps, at_most=scheduler.config.num_train_timesteps)
+    config = scheduler.config
+    scheduler.set_timesteps(steps)
+    now, table = scheduler.timesteps.cpu(), scheduler.alphas_cumprod.double()
+    then = now - config.num_train_timesteps // steps
+    previous = torch.where(then >= 0, table[then.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+    clip = config.clip_sample_range if config.clip_sample else None
+    return ddim(table[now], previous, now, eta=eta, prediction=config.prediction_type, clip=clip)
+
+
+def flow_schedule(scheduler: Any, steps: int, *, eta: float, solver: FlowSolver, length: int, spaced: bool) -> Schedule:
+    """The `steps` steps of flow matching, noisy by η.
+
+    length   positions of the latent, by which schedulers with dynamic shifting move their σ
+    spaced   whether σ is spaced evenly before it is shifted, as Flux and Qwen-Image do; else as the scheduler says
+    """
+    check_steps(steps, at_most=scheduler.config.num_train_timesteps)
+    options = {"mu": shift_of(scheduler.config, length)} if scheduler.config.use_dynamic_shifting else {}
+    if spaced:
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    scheduler.set_timesteps(steps, **options)
+    return FLOW_SOLVERS[solver](scheduler.sigmas, scheduler.timesteps, eta=eta)
+
+
+def shift_of(config: Any, length: int) -> float:
+    """The shift μ for a latent of `length` positions, on the line through the two that the scheduler's configuration names."""
+    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (length - short) / (long - short)
+
+
+def check_steps(steps: int, *, at_most: int) -> None:
+    """Raises ConfigError for a number of steps that no schedule has."""
+    if not 1 <= steps <= at_most:
+        raise ConfigError(f"{steps} steps of denoising: give at least 1, and at most the {at_most} of the scheduler.")
+
+
+# ---- noise of training ----
+
+
+def add_ddim_noise(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t `[M,…]` of `clean` latents and `noise`, and what the model is to say there, at `timesteps` `[M]` of the betas."""
+    kind = scheduler.config.prediction_type
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    if kind == "v_prediction":
+        return noisy, scheduler.get_velocity(clean, noise, timesteps)
+    return noisy, noise if kind == "epsilon" else clean
+
+
+def add_flow_noise(clean: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """x = (1 − σ) x₀ + σ ε `[M,…]`, and the velocity ε − x₀, at `sigmas` `[M]`."""
+    column = sigmas.to(clean).view(-1, *[1] * (clean.dim() - 1))
+    return (1 - column) * clean + column * noise, noise - clean

@@ -1,0 +1,185 @@
+"""Solvers whose steps are draws from a Gaussian: what a policy's "token" is when the policy is a diffusion model.
+
+A denoiser's output at a noisy latent x gives an estimate x̂₀ of the clean latent and ε̂ of the noise in it. Every solver
+here draws the next latent from
+
+    x' ~ N(μ, s² I),     μ = a x̂₀ + b ε̂
+
+for a schedule with x = α x₀ + σ ε, and next α', σ':
+
+    ddim       a = α',  b = √(σ'² − s²),     s = η · σ'/σ · √(1 − α²/α'²)     Song et al. 2020, arXiv:2010.02502, Eqs. 12, 16
+    flow_sde   a = α',  b = σ' − s²/2σ,      s = g √(σ − σ'),  g = η √(σ / (1 − σ))      Flow-GRPO, arXiv:2505.05470
+    flow_cps   a = α',  b = √(σ'² − s²),     s = σ' sin(η π/2)                           Flow-CPS, arXiv:2509.05952
+
+`ddim` is for α² + σ² = 1, the other two are for α + σ = 1 (flow matching). The b of `flow_sde` is that of the others for
+small steps, to first order in s². At η = 0 they are the deterministic solvers: DDIM, and Euler's method. So any subset of
+the steps can be stochastic, and the rest of them not (MixGRPO, arXiv:2507.21802).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trl.errors import ConfigError
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+SMALLEST_SD = 1e-6
+"""A step whose noise is less counts as deterministic: its log-density is not defined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The T steps of a solver, as numbers; float64 on the host.
+
+    timesteps   [T] what the denoiser is told of the noise of a latent
+    clean       [T,2] x̂₀ = clean₀ · x + clean₁ · output
+    noise       [T,2] ε̂ = noise₀ · x + noise₁ · output
+    mean        [T,2] μ = mean₀ · x̂₀ + mean₁ · ε̂
+    sd          [T] standard deviation of a step; 0 where it is deterministic
+    clip        bound of x̂₀, where the scheduler clips it
+    """
+
+    timesteps: Tensor
+    clean: Tensor
+    noise: Tensor
+    mean: Tensor
+    sd: Tensor
+    clip: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.sd)
+
+    @property
+    def is_stochastic(self) -> Tensor:
+        """[T] bool: which steps are draws, so that they have a log-density."""
+        return self.sd > SMALLEST_SD
+
+    def transition(self, latents: Tensor, output: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """μ `[M,…]` and s `[M]`, float32, of steps `[M]` (numbers below T) from `latents` and the denoiser's `output` `[M,…]`.
+
+        Raises ValueError where the shapes of the latents and outputs differ.
+        """
+        if latents.shape != output.shape or step.shape != latents.shape[:1]:
+            raise ValueError(
+                f"latents {tuple(latents.shape)} and output {tuple(output.shape)} have to be of one shape [M,…], and step "
+                f"{tuple(step.shape)} of shape [M]."
+            )
+        step = step.cpu()
+        latents, output = latents.float(), output.float()
+        clean, noise, mean = self.clean[step], self.noise[step], self.mean[step]
+        if self.clip is None:
+            # Both estimates folded into one pair of factors, in float64: near pure noise x̂₀ alone is ill conditioned.
+            factors = mean[:, :1] * clean + mean[:, 1:] * noise
+            found = _combine(factors, latents, output)
+        else:
+            estimate = _combine(clean, latents, output).clamp(-self.clip, self.clip)
+            found = _combine(mean, estimate, _combine(noise, latents, output))
+        return found, self.sd[step].to(found)
+
+
+def _combine(factors: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """factors₀ · first + factors₁ · second, of `factors [M,2]` and latents `[M,…]`."""
+    a, b = factors.to(first).view(len(factors), 2, *[1] * (first.dim() - 1)).unbind(1)
+    return a * first + b * second
+
+
+# ---- what an output says ----
+
+ESTIMATES: dict[Prediction, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+    "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha, torch.zeros_like(alpha), torch.ones_like(alpha)),
+    "v_prediction": lambda alpha, sigma: (alpha, -sigma, sigma, alpha),
+    "sample": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha), 1 / sigma, -alpha / sigma),
+    "flow": lambda alpha, sigma: (torch.ones_like(alpha), -sigma, torch.ones_like(alpha), alpha),
+}
+"""What the output is → the factors of x̂₀ and then of ε̂, for x = α x₀ + σ ε.
+
+"v_prediction" is α ε − σ x₀ (arXiv:2202.00512), for α² + σ² = 1; "flow" is ε − x₀, for α + σ = 1.
+"""
+
+
+def _schedule(
+    alpha: Tensor,
+    sigma: Tensor,
+    prediction: Prediction,
+    mean: Tensor,
+    sd: Tensor,
+    timesteps: Tensor,
+    clip: float | None,
+) -> Schedule:
+    factors = torch.stack(ESTIMATES[prediction](alpha, sigma), -1)
+    if not factors.isfinite().all():
+        raise ConfigError(
+            f"prediction_type={prediction!r} says nothing of the clean picture where there is nothing but noise (or none), "
+            "which is where this scheduler begins: a model of zero terminal SNR has to predict v."
+        )
+    return Schedule(timesteps.double().cpu(), factors[:, :2], factors[:, 2:], mean, sd, clip)
+
+
+# ---- the solvers ----
+
+
+def ddim(
+    alphas_cumprod: Sequence[float] | Tensor,
+    previous: Sequence[float] | Tensor,
+    timesteps: Tensor,
+    *,
+    eta: float,
+    prediction: Prediction = "epsilon",
+    clip: float | None = None,
+) -> Schedule:
+    """DDIM with noise η: 0 deterministic, 1 that of DDPM. arXiv:2010.02502, Eqs. 12 and 16.
+
+    alphas_cumprod   [T] ᾱ = α² of each step's latent
+    previous         [T] ᾱ of the latent it leads to
+    """
+    now, then = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas_cumprod, previous))
+    sd = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+    mean = torch.stack([then.sqrt(), (1 - then - sd.square()).clamp(min=0).sqrt()], -1)
+    return _schedule(now.sqrt(), (1 - now).sqrt(), prediction, mean, sd, timesteps, clip)
+
+
+def flow_sde(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
+    """Flow matching as a stochastic equation with the same marginals. Flow-GRPO, arXiv:2505.05470, its a is η.
+
+    `sigmas [T+1]` from 1 down to 0. g is infinite at σ = 1: there the next σ stands in it, as in the authors' code.
+    """
+    now, then = _pairs(sigmas)
+    inside = torch.where(now == 1, then, now)
+    sd = eta * (inside / (1 - inside)).sqrt() * (now - then).sqrt()
+    mean = torch.stack([1 - then, then - sd.square() / (2 * now)], -1)
+    return _schedule(1 - now, now, "flow", mean, sd, timesteps, None)
+
+
+def flow_cps(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
+    """Flow matching with noise that takes the place of predicted noise, so that σ' is kept. Flow-CPS, arXiv:2509.05952."""
+    now, then = _pairs(sigmas)
+    sd = then * math.sin(eta * math.pi / 2)
+    mean = torch.stack([1 - then, (then.square() - sd.square()).clamp(min=0).sqrt()], -1)
+    return _schedule(1 - now, now, "flow", mean, sd, timesteps, None)
+
+
+def _pairs(sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """σ of each step's latent, and of the latent that it leads to."""
+    sigmas = sigmas.double().cpu()
+    return sigmas[:-1], sigmas[1:]
+
+
+FlowSolver = Literal["sde", "cps"]
+FLOW_SOLVERS: dict[FlowSolver, Callable[..., Schedule]] = {"sde": flow_sde, "cps": flow_cps}
+"""Names of the stochastic solvers of flow matching."""
+
+
+def within(noisy: Schedule, quiet: Schedule, steps: Tensor) -> Schedule:
+    """`noisy` in `steps` (`[T]` bool), and its deterministic twin `quiet` in the others: a window of noise.
+
+    MixGRPO, arXiv:2507.21802.
+    """
+    mean = torch.where(steps[:, None], noisy.mean, quiet.mean)
+    return replace(noisy, mean=mean, sd=torch.where(steps, noisy.sd, quiet.sd))

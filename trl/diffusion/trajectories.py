@@ -1,0 +1,247 @@
+"""Denoising trajectories: sampled step by step, and scored all steps at once.
+
+    x_T ~ N(0, I),     x_{t+1} ~ N(μ_θ(x_t, t), s_t² I),     log π(x_{t+1} | x_t) its density, a mean over dimensions
+
+A trajectory is to a diffusion model what a completion is to a language model, and a step of it what a token is: its state
+is known (the noisy latent is stored), so that any steps of any trajectories are scored in one forward pass.
+DDPO, arXiv:2305.13301; Flow-GRPO, arXiv:2505.05470.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.diffusion.denoiser import Denoiser, Text
+from trl.diffusion.solvers import Schedule
+from trl.ops.gaussian import gaussian_entropy, gaussian_logprob
+from trl.types import Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """N trajectories of T steps, on the host.
+
+    latents     [N,T+1,…] from pure noise to the clean latent
+    logprobs    [N,T] log-density of each step under the policy that took it; 0 where it is deterministic
+    mask        [N,T] 1 where a step was a draw
+    """
+
+    latents: Tensor
+    logprobs: Tensor
+    mask: Tensor
+
+    @property
+    def clean(self) -> Tensor:
+        """[N,…] the latents that pictures are decoded from."""
+        return self.latents[:, -1]
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One step of a trajectory, on the host: what an optimizer step is made of.
+
+    latents, following   the noisy latent before the step and after it
+    step                 which step of the schedule
+    prompt               what it was conditioned on
+    signals              named numbers of the step: advantages, old_logprobs, …
+    """
+
+    latents: Tensor
+    following: Tensor
+    step: int
+    prompt: str
+    signals: Mapping[str, float] = field(default_factory=dict)
+
+
+def transitions_of(
+    trajectories: Trajectories, prompts: Sequence[str], keep: Tensor, signals: Mapping[str, Tensor]
+) -> list[Transition]:
+    """The steps where `keep` `[N,T]` is set, trajectory by trajectory, with their `signals` `[N]` or `[N,T]`."""
+    found = []
+    for n, t in keep.nonzero().tolist():
+        numbers = {name: float(v[n] if v.dim() == 1 else v[n, t]) for name, v in signals.items()}
+        pair = trajectories.latents[n, t], trajectories.latents[n, t + 1]
+        found.append(Transition(*pair, t, prompts[n], numbers))
+    return found
+
+
+# ---- noise ----
+
+
+def draw(shape: Sequence[int], generators: Sequence[torch.Generator], device: Any) -> Tensor:
+    """Noise `[N,…]`, each row from a generator of its own: a picture does not depend on those sampled beside it."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
+
+
+def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---- sampling ----
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    module: nn.Module,
+    texts: Sequence[Text],
+    schedule: Schedule,
+    seeds: Sequence[int],
+    *,
+    negative: Text | None = None,
+    first_noise: Sequence[int] | None = None,
+    at_once: int = 8,
+) -> Trajectories:
+    """A trajectory for each of `texts` and `seeds`, so many `at_once`.
+
+    `first_noise` are seeds of x_T, where it is not to come from `seeds`: samples of a group may begin alike.
+    """
+    parts = []
+    for start in range(0, len(texts), at_once):
+        part = slice(start, start + at_once)
+        generators = generators_for(seeds[part])
+        firsts = generators if first_noise is None else generators_for(first_noise[part])
+        latents = draw(denoiser.latent_shape, firsts, denoiser.module.device)
+        batch = denoiser.collate(texts[part])
+        parts.append(_sample_part(denoiser, module, batch, negative, schedule, latents, generators))
+    return Trajectories(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def _sample_part(
+    denoiser: Denoiser,
+    module: nn.Module,
+    texts: Text,
+    negative: Text | None,
+    schedule: Schedule,
+    latents: Tensor,
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor, Tensor]:
+    states, logprobs = [latents], []
+    for t, is_draw in enumerate(schedule.is_stochastic.tolist()):
+        step = torch.full((len(latents),), t)
+        mean, sd = step_of(denoiser, module, states[-1], step, texts, schedule, negative)
+        if is_draw:
+            noise = draw(denoiser.latent_shape, generators, mean.device)
+            states.append(mean + sd.view(-1, *[1] * (mean.dim() - 1)) * noise)
+            logprobs.append(gaussian_logprob(states[-1], mean, sd))
+        else:
+            states.append(mean)
+            logprobs.append(torch.zeros_like(sd))
+    mask = schedule.is_stochastic.float().expand(len(latents), -1)
+    return torch.stack(states, 1).cpu(), torch.stack(logprobs, 1).cpu(), mask
+
+
+# ---- scoring ----
+
+
+def step_of(
+    denoiser: Denoiser,
+    module: nn.Module,
+    latents: Tensor,
+    step: Tensor,
+    texts: Text,
+    schedule: Schedule,
+    negative: Text | None = None,
+) -> tuple[Tensor, Tensor]:
+    """μ `[M,…]` and s `[M]` of steps `[M]` from latents `[M,…]`, in one forward pass (two rows a step with guidance)."""
+    timesteps = schedule.timesteps[step.cpu()].to(latents)
+    output = denoiser.output(module, latents, timesteps, texts, negative)
+    return schedule.transition(latents, output, step)
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionBatch:
+    """M steps of any trajectories, as one forward pass takes them: a `StepBatch`, in which every step is a completion of one.
+
+    latents, following   [M,…]
+    step                 [M] which step of the schedule, on the host
+    texts                what the text encoders say of each one's prompt, [M,…]
+    mask                 [M,1] 1 where a step is learned from
+    signals              [M] or [M,1]
+    weight               [M,1] or None: weights that sum to 1 over the accumulation window and all processes
+    tokens               steps that are learned from, on the host
+    """
+
+    latents: Tensor
+    following: Tensor
+    step: Tensor
+    texts: Text
+    mask: Tensor
+    signals: Mapping[str, Tensor]
+    weight: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def example(self) -> Tensor:
+        return torch.arange(len(self.mask))
+
+    @property
+    def positions(self) -> int:
+        return len(self.mask)
+
+    def masked_out(self) -> TransitionBatch:
+        """The batch with no step that is learned from."""
+        return replace(self, mask=self.mask * 0)
+
+    def to(self, device: Any) -> TransitionBatch:
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            latents=moved(self.latents),
+            following=moved(self.following),
+            texts={name: moved(value) for name, value in self.texts.items()},
+            mask=moved(self.mask),
+            signals={name: moved(value) for name, value in self.signals.items()},
+            weight=None if self.weight is None else moved(self.weight),
+        )
+
+
+PER_STEP = ("old_logprobs",)
+"""Signals of the form `[M,1]`, as algorithms expect of numbers of tokens; others are `[M]`."""
+
+
+def batch_of(transitions: Sequence[Transition], texts: Mapping[str, Tensor]) -> TransitionBatch:
+    """The steps as a batch, with `texts` of their prompts, in their order."""
+    names = transitions[0].signals
+    signals = {name: torch.tensor([each.signals[name] for each in transitions]) for name in names}
+    signals |= {name: signals[name][:, None] for name in PER_STEP if name in signals}
+    return TransitionBatch(
+        latents=torch.stack([each.latents for each in transitions]),
+        following=torch.stack([each.following for each in transitions]),
+        step=torch.tensor([each.step for each in transitions]),
+        texts=texts,
+        mask=torch.ones(len(transitions), 1),
+        signals=signals,
+        tokens=len(transitions),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The Gaussians that steps are draws from: means `[M,…]` and standard deviations `[M]`."""
+
+    mean: Tensor
+    sd: Tensor
+
+
+def score_steps(
+    denoiser: Denoiser,
+    module: nn.Module,
+    batch: TransitionBatch,
+    schedule: Schedule,
+    negative: Text | None = None,
+) -> tuple[Scores, Draws]:
+    """What the policy makes of a batch's steps, with gradient: log-densities `[M,1]`, and the entropy per dimension `[M,1]`.
+
+    The entropy depends on the schedule alone.
+    """
+    mean, sd = step_of(denoiser, module, batch.latents, batch.step, batch.texts, schedule, negative)
+    logprobs = gaussian_logprob(batch.following, mean, sd)
+    return Scores(logprobs[:, None], entropy=gaussian_entropy(sd)[:, None]), Draws(mean, sd)

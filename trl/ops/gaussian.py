@@ -1,0 +1,48 @@
+"""Gaussian densities of whole latents, as means over their dimensions.
+
+    log N(x; μ, σ²)          = −(x − μ)² / 2σ² − log σ − ½ log 2π
+    KL(N(μ, σ²) ‖ N(μ', σ²)) = (μ − μ')² / 2σ²
+    H(N(μ, σ²))              = log σ + ½ log 2πe
+
+A step of denoising draws x' ~ N(μ, σ² I). The mean over the D dimensions of the latent, in place of their sum, is what
+DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470) train with: clip ranges and KL coefficients are tuned to it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_logprob(sample: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    """Mean over dimensions of log N(sample; mean, sd²), `[M]` float32, of `sample` and `mean` `[M,…]` and `sd` `[M]` > 0."""
+    _check(sample, mean, sd)
+    z = (sample.float() - mean.float()) / _as_column(sd.float(), mean)
+    return -0.5 * z.square().flatten(1).mean(1) - sd.float().log() - HALF_LOG_2_PI
+
+
+def gaussian_kl(mean: Tensor, other_mean: Tensor, sd: Tensor) -> Tensor:
+    """Mean over dimensions of KL(N(mean, sd²) ‖ N(other_mean, sd²)), `[M]` float32; exact, not an estimate."""
+    _check(mean, other_mean, sd)
+    z = (mean.float() - other_mean.float()) / _as_column(sd.float(), mean)
+    return 0.5 * z.square().flatten(1).mean(1)
+
+
+def gaussian_entropy(sd: Tensor) -> Tensor:
+    """Entropy per dimension of N(·, sd²), in nats, in the shape of `sd`."""
+    return sd.float().log() + HALF_LOG_2_PI + 0.5
+
+
+def _as_column(sd: Tensor, latents: Tensor) -> Tensor:
+    """`sd [M]`, to be broadcast over `latents [M,…]`."""
+    return sd.view(-1, *[1] * (latents.dim() - 1))
+
+
+def _check(first: Tensor, second: Tensor, sd: Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"latents have shapes {tuple(first.shape)} and {tuple(second.shape)}: they have to be equal.")
+    if sd.shape != first.shape[:1]:
+        raise ValueError(f"sd has shape {tuple(sd.shape)}: give one number per latent, [{len(first)}].")
