@@ -9,6 +9,7 @@ from typing import Any
 from trl.errors import ConfigError, DataError, suggest
 
 SAMPLES = ("prompts", "completions", "completion_ids")
+PICTURES = ("prompts", "images", "pil_images")
 EXTRAS = ("trainer_state", "log_extra", "log_metric")
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -22,18 +23,26 @@ def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
+def asks_for(function: Callable, name: str) -> bool:
+    """Whether the function has an argument of that name."""
+    return name in inspect.signature(function).parameters
+
+
 def check_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
     """Raise DataError unless there is one completion for each prompt."""
     if len(prompts) != len(completions):
         raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
 
 
-def check_arguments(name: str, function: Callable, columns: Sequence[str] | None) -> None:
+def check_arguments(
+    name: str, function: Callable, columns: Sequence[str] | None, samples: Sequence[str] = SAMPLES
+) -> None:
     """Raise ConfigError if the function asks for what it will not be given.
 
-    `columns` are those of the dataset; None: not known yet, so any name may be one.
+    `columns` are those of the dataset; None: not known yet, so any name may be one. `samples` are the names by which
+    samples are handed over.
     """
-    known = [*SAMPLES, *EXTRAS, *(columns or ())]
+    known = [*samples, *EXTRAS, *(columns or ())]
     parameters = inspect.signature(function).parameters.values()
     if positional := [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]:
         raise ConfigError(f"Reward function {name!r} takes {positional[0]!r} by position, but arguments come by name.")
@@ -45,8 +54,8 @@ def check_arguments(name: str, function: Callable, columns: Sequence[str] | None
             f"{suggest(missing[0], known)} It is given: {', '.join(known)}."
         )
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    if not takes_any and not {p.name for p in parameters} & set(SAMPLES):
+    if not takes_any and not {p.name for p in parameters} & set(samples):
         raise ConfigError(
-            f"Reward function {name!r} takes none of {', '.join(SAMPLES)}, so it cannot tell samples apart: write it as "
-            "(completions, **columns)."
+            f"Reward function {name!r} takes none of {', '.join(samples)}, so it cannot tell samples apart: write it as "
+            f"({samples[1]}, **columns)."
         )

@@ -1,0 +1,127 @@
+"""Rewards of pictures by CLIP (arXiv:2103.00020): how well they fit their prompt, and how people like them.
+
+    clip        s · cos(f(image), g(prompt))          PickScore (arXiv:2305.01569) is this with a model of people's choices
+    aesthetic   h(f(image) / ‖f(image)‖)              h a small network on top of the embedding: the LAION aesthetic predictor
+
+Pictures `[b,3,H,W]` in [0, 1] are resized and normalised as tensors, so that gradients reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+
+from trl.errors import ConfigError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that CLIP was trained on, red, green and blue."""
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+AESTHETIC = "openai/clip-vit-large-patch14"
+HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+"""Repository and file of the network on top of CLIP's embedding."""
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """`[b,3,size,size]` as CLIP reads them: the shorter side scaled to `size`, the middle cut out, normalised."""
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    scaled = [max(size, round(side * scale)) for side in (height, width)]
+    images = F.interpolate(images.float(), scaled, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = ((side - size) // 2 for side in scaled)
+    images = images[..., top : top + size, left : left + size]
+    mean, deviation = (torch.tensor(each).to(images)[:, None, None] for each in (MEAN, DEVIATION))
+    return (images - mean) / deviation
+
+
+class ClipReward:
+    """How well a picture fits its prompt, by a CLIP model: the logit s · cos, whose scale s was learned with it.
+
+    model       a `CLIPModel`, or the name or folder of one; PickScore's by default
+    tokenizer   of its texts; loaded with the model if left out
+    """
+
+    def __init__(self, model: str | CLIPModel = PICKSCORE, tokenizer: Any = None) -> None:
+        if not isinstance(model, str) and tokenizer is None:
+            raise ConfigError("The model is an object: give its tokenizer too, get_clip_reward(model, tokenizer).")
+        name = model if isinstance(model, str) else model.config._name_or_path
+        self.tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+        self.model = CLIPModel.from_pretrained(model) if isinstance(model, str) else model
+        self.model.requires_grad_(False).eval()
+        self.__name__ = "pickscore" if name == PICKSCORE else "clip_reward"
+
+    def __call__(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        self.model.to(images.device)
+        length = self.model.config.text_config.max_position_embeddings
+        text = self.tokenizer(
+            [*prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(images.device)
+        pixels = clip_pixels(images, self.model.config.vision_config.image_size).to(self.model.dtype)
+        found = self.model(pixel_values=pixels, input_ids=text["input_ids"], attention_mask=text["attention_mask"])
+        return found.logits_per_image.diagonal().float()
+
+
+class AestheticReward:
+    """How people would rate a picture, about 1 to 10: a small network on top of CLIP's normalised embedding.
+
+    model   a `CLIPVisionModelWithProjection`, or the name or folder of one
+    head    the network: an `nn.Module`, a file of its weights, or None for the one that classic scripts used, from its hub
+    """
+
+    __name__ = "aesthetic"
+
+    def __init__(self, model: str | nn.Module = AESTHETIC, head: str | nn.Module | None = None) -> None:
+        self.model = CLIPVisionModelWithProjection.from_pretrained(model) if isinstance(model, str) else model
+        self.head = head if isinstance(head, nn.Module) else load_aesthetic_head(head)
+        for part in (self.model, self.head):
+            part.requires_grad_(False).eval()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.model.to(images.device)
+        self.head.to(images.device)
+        pixels = clip_pixels(images, self.model.config.image_size).to(self.model.dtype)
+        return self.head(F.normalize(self.model(pixel_values=pixels).image_embeds.float(), dim=-1)).squeeze(-1)
+
+
+def aesthetic_head(width: int = 768) -> nn.Sequential:
+    """The network of the LAION aesthetic predictor (V2): five linear layers with dropout between, nothing that bends."""
+    sizes = (width, 1024, 128, 64, 16, 1)
+    linear = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    dropout = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
+    return nn.Sequential(linear[0], dropout[0], linear[1], dropout[1], linear[2], dropout[2], linear[3], linear[4])
+
+
+def load_aesthetic_head(file: str | None) -> nn.Sequential:
+    """The network with weights from a file (`.pth` or `.safetensors`), or from the hub.
+
+    Raises ConfigError for a file that is not there, or that holds other weights.
+    """
+    if file is None:
+        from huggingface_hub import hf_hub_download
+
+        file = hf_hub_download(*HEAD)
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"head={file!r}: there is no such file. Give the weights of an aesthetic predictor.")
+    state = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
+    )
+    state = {name.removeprefix("layers."): value for name, value in state.items()}
+    first = state.get("0.weight")
+    if first is None:
+        raise ConfigError(f"head={file!r} holds {', '.join([*state][:3])}, …: an aesthetic predictor has '0.weight'.")
+    head = aesthetic_head(first.shape[1])
+    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    if expected != {name: tuple(value.shape) for name, value in state.items()}:
+        raise ConfigError(f"head={file!r} holds other layers than an aesthetic predictor's: {', '.join(state)}.")
+    head.load_state_dict(state)
+    return head

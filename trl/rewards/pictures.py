@@ -1,0 +1,70 @@
+"""Pictures as reward functions are called with them: `(prompts, images, **columns) -> rewards`.
+
+`images` is a tensor `[b,3,H,W]` in [0, 1]; a function that names `pil_images` is given those of Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from trl.errors import ConfigError
+from trl.rewards.call import Reward, Samples, make_rewards
+from trl.rewards.images import to_pil
+from trl.rewards.signature import PICTURES, asks_for, check_arguments
+
+
+@dataclass(frozen=True)
+class PictureSamples(Samples):
+    """What is to be rewarded: `images` of `prompts`. `completions` name them in errors."""
+
+    images: Tensor | None = None
+    pil_images: Sequence[Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[str],
+        images: Tensor,
+        rewards: Sequence[Reward],
+        columns: Mapping[str, Sequence[Any]],
+        extras: Mapping[str, Any],
+    ) -> PictureSamples:
+        """The pictures, converted for Pillow where one of `rewards` asks for that."""
+        wanted = any(asks_for(reward.function, "pil_images") for reward in rewards)
+        size = f"{images.shape[-1]} × {images.shape[-2]}"
+        named = [f"picture {i}, {size} pixels" for i in range(len(images))]
+        return cls(prompts, named, columns, extras, images=images, pil_images=to_pil(images) if wanted else None)
+
+    def one(self, i: int) -> PictureSamples:
+        alone = super().one(i)
+        pil = None if self.pil_images is None else [self.pil_images[i]]
+        return PictureSamples(
+            alone.prompts, alone.completions, alone.columns, alone.extras, images=self.images[i : i + 1], pil_images=pil
+        )
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        pil = {} if self.pil_images is None else {"pil_images": self.pil_images}
+        return {"prompts": self.prompts, "images": self.images, **pil, **self.columns, **self.extras}
+
+
+def make_picture_rewards(reward_funcs: Any, *, weights: Sequence[float] | None, columns: Sequence[str]) -> list[Reward]:
+    """Reward functions of pictures, one or several; `columns` are what the dataset has beside prompts.
+
+    Raises ConfigError for what is no function, or asks for something that it will not be given.
+    """
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for each in given:
+        if isinstance(each, str | nn.Module):
+            raise ConfigError(
+                f"reward_funcs holds {each if isinstance(each, str) else type(each).__name__!r}: give a function of "
+                "(prompts, images, **columns), such as trl.rewards.get_aesthetic_reward() or get_clip_reward()."
+            )
+    rewards = make_rewards(reward_funcs, weights=weights)
+    for reward in rewards:
+        check_arguments(reward.name, reward.function, columns, PICTURES)
+    return rewards
