@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def test_imports_point_down(file):
             assert LEVEL[parts[1]] <= LEVEL[package], f"{file} imports {name}, which lies above it"
         if package in TORCH_ONLY:
             assert parts[0] not in HEAVY, f"{file} imports {name}: {package} needs torch alone"
+
+
+def test_no_file_is_part_of_a_cycle():
+    """Imports for type checkers alone included."""
+    modules = {".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in FILES}
+    graph = {
+        name: {other for other in imported(file) if other in modules and other != name}
+        for name, file in modules.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def loaded_after(statement: str) -> set[str]:

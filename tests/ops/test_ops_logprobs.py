@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from trl.ops import logprobs as ops
-from trl.ops.logprobs import LogitTransform, logprobs_from_linear, logprobs_from_logits, logprobs_from_module
+from trl.ops.logprobs import logprobs_from_linear, logprobs_from_logits, logprobs_from_module
+from trl.ops.transform import LogitTransform
 
 EVERYTHING = frozenset(ops.STATISTICS)
 

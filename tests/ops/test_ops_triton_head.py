@@ -7,7 +7,8 @@ import torch
 
 from trl.models.memory import tracing
 from trl.ops import logprobs as ops
-from trl.ops.logprobs import LogitTransform, logprobs_from_linear, logprobs_from_logits
+from trl.ops.logprobs import logprobs_from_linear, logprobs_from_logits
+from trl.ops.transform import LogitTransform
 
 triton_head = pytest.importorskip("trl.ops.triton_head")
 

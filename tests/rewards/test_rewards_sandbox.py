@@ -19,7 +19,8 @@ from trl.errors import ConfigError
 from trl.rewards import get_code_reward
 from trl.rewards.sandbox import Limits, SubprocessRunner, find_runner, run_program, run_tests, runner
 from trl.rewards.sandbox.bubblewrap import BubblewrapRunner
-from trl.rewards.sandbox.runner import remove, try_out
+from trl.rewards.sandbox.choice import try_out
+from trl.rewards.sandbox.runner import remove
 
 
 @functools.cache

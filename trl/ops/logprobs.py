@@ -14,7 +14,6 @@ M scored tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
@@ -24,36 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from trl.ops.products import add_product, operand, product, wide, wide_dtype
 from trl.ops.shapes import shapes
+from trl.ops.transform import DETACHED, STATISTICS, LogitTransform
 
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
 KEPT_ELEMENTS = 2**26
-
-DIFFERENTIABLE = ("logprobs", "entropy", "mean_logprob")
-DETACHED = ("collision", "greedy")
-STATISTICS = DIFFERENTIABLE + DETACHED
-
-
-@dataclass(frozen=True, slots=True)
-class LogitTransform:
-    """What an architecture does to the head's output, and the temperature: see the top of the file."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        z = raw * self.scale if self.scale != 1.0 else raw
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature if self.temperature != 1.0 else z
-
-    def derivative(self, z: Tensor) -> Tensor | float:
-        """∂z/∂raw, from z."""
-        if self.softcap is None:
-            return self.scale / self.temperature
-        capped = z * (self.temperature / self.softcap)
-        return (1 - capped.square()) * (self.scale / self.temperature)
 
 
 @shapes(logits="M V", target="M")

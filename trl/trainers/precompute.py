@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 from trl.data.encode import decode
 from trl.errors import ConfigError
 from trl.models.patching import evaluating
-from trl.models.reference import AdapterOff, FrozenModel
+from trl.models.reference import AdapterOff, FrozenModel, Reference
 from trl.models.score import unwrap
 from trl.training.collectives import all_gather_object
 from trl.training.window import plan_micro_batches
 from trl.types import Example
 
 if TYPE_CHECKING:
-    from trl.trainers.preference import PreferenceTrainer
+    from trl.trainers.base import BaseTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ Logprobs = list[list[float]]
 """Of one row: numbers per token, by completion."""
 
 
-def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size: int) -> Dataset:
+def with_reference_logprobs(
+    trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: str, batch_size: int
+) -> Dataset:
     """Encoded rows with the column `ref_logprobs`, read from disk if these have been computed before.
 
     Raises ConfigError for a stream, which cannot be read twice.
@@ -53,18 +55,18 @@ def with_reference_logprobs(trainer: PreferenceTrainer, rows: Dataset, *, name: 
         raise ConfigError(
             f"precompute_ref_log_probs reads {name!r} before training, and it is a stream: load it whole."
         )
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference" / cache_key(trainer, rows)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference" / cache_key(trainer, reference, rows)
     if _all_have(folder, trainer):
         logger.info(f"Reference log-probabilities of {name!r} are read from {folder}.")
     else:
-        found = compute(trainer, rows, name=name, batch_size=batch_size)
+        found = compute(trainer, reference, rows, name=name, batch_size=batch_size)
         if trainer.is_local_process_zero():
             _store(found, folder)
         trainer.accelerator.wait_for_everyone()
     return concatenate_datasets([rows, _read(folder, len(rows))], axis=1)
 
 
-def _all_have(folder: Path, trainer: PreferenceTrainer) -> bool:
+def _all_have(folder: Path, trainer: BaseTrainer) -> bool:
     """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
     return all(all_gather_object(_is_whole(folder), trainer.accelerator))
 
@@ -102,16 +104,16 @@ def _store(found: list[Logprobs], folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def cache_key(trainer: PreferenceTrainer, rows: Dataset) -> str:
+def cache_key(trainer: BaseTrainer, reference: Reference, rows: Dataset) -> str:
     """A hash of all that the log-probabilities depend on."""
-    model = trainer.reference.model if isinstance(trainer.reference, FrozenModel) else trainer.model
+    model = reference.model if isinstance(reference, FrozenModel) else trainer.model
     config = {
         k: v for k, v in unwrap(model).config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
     }
     precision = (trainer.args.bf16, trainer.args.fp16)
-    adapter_is_off = isinstance(trainer.reference, AdapterOff)
+    adapter_is_off = isinstance(reference, AdapterOff)
     weights = hash_weights((n, t) for n, t in _tensors(model) if not (adapter_is_off and t.requires_grad))
-    named = (trainer.args.ref_adapter_name, type(trainer.reference).__name__)
+    named = (trainer.args.ref_adapter_name, type(reference).__name__)
     return Hasher.hash((_FORMAT, rows._fingerprint, precision, config, named, weights))
 
 
@@ -129,7 +131,7 @@ def hash_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size: int) -> list[Logprobs]:
+def compute(trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: str, batch_size: int) -> list[Logprobs]:
     """Log-probabilities of every row, longest rows first; processes share the work."""
     state = trainer.accelerator
     mine = list(range(state.process_index, len(rows), state.num_processes))
@@ -143,14 +145,14 @@ def compute(trainer: PreferenceTrainer, rows: Dataset, *, name: str, batch_size:
         for group in groups:
             chosen = [mine[k] for k in group]
             examples = trainer.to_examples([rows[i] for i in chosen])
-            found |= dict(zip(chosen, _logprobs(trainer, examples), strict=True))
+            found |= dict(zip(chosen, _logprobs(trainer, reference, examples), strict=True))
             progress.update(len(chosen))
     merged = {i: logprobs for part in all_gather_object(found, state) for i, logprobs in part.items()}
     return [merged[i] for i in range(len(rows))]
 
 
-def _logprobs(trainer: PreferenceTrainer, examples: list[Example]) -> list[Logprobs]:
+def _logprobs(trainer: BaseTrainer, reference: Reference, examples: list[Example]) -> list[Logprobs]:
     batch = trainer.collate(examples).to(trainer.args.device)
     with trainer.compute_loss_context_manager():
-        table = iter(trainer.reference.logprobs(trainer.model, batch).float().cpu())
+        table = iter(reference.logprobs(trainer.model, batch).float().cpu())
     return [[next(table)[: len(c)].tolist() for c in example.completions] for example in examples]

@@ -219,13 +219,19 @@ class PreferenceTrainer(BaseTrainer):
         args = self.args
         if self.train_dataset is not None:
             size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-            self.train_dataset = with_reference_logprobs(self, self.train_dataset, name="train", batch_size=size)
+            self.train_dataset = with_reference_logprobs(
+                self, self.reference, self.train_dataset, name="train", batch_size=size
+            )
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, Mapping):
             sets = self.eval_dataset.items()
-            self.eval_dataset = {n: with_reference_logprobs(self, r, name=n, batch_size=size) for n, r in sets}
+            self.eval_dataset = {
+                n: with_reference_logprobs(self, self.reference, r, name=n, batch_size=size) for n, r in sets
+            }
         elif self.eval_dataset is not None:
-            self.eval_dataset = with_reference_logprobs(self, self.eval_dataset, name="eval", batch_size=size)
+            self.eval_dataset = with_reference_logprobs(
+                self, self.reference, self.eval_dataset, name="eval", batch_size=size
+            )
         keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
         self.reference = Precomputed(self.reference if keeps else None)
         self.ref_model = self.ref_model if keeps else None
