@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, methods
-from trl.cli.train import Run, check_weights, datasets_of, library_errors_as_config_errors, read_run
+from trl.cli.train import Run, check_hub, check_weights, datasets_of, library_errors_as_config_errors, read_run
 from trl.errors import ConfigError, TrlError, suggest
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     from trl.cli.help import console
 
     out = console()
+    check_hub(run)
     dataset = datasets_of(run)[0]
     sample = dataset.take(ROWS_READ)
     with library_errors_as_config_errors():

@@ -93,15 +93,17 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
 
     from trl.models.adapters import merged
     from trl.models.load import load_processor
+    from trl.models.value_heads.auto_models import WithValueHead
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     loaded, precision = load_adapted(model)
-    whole = merged(loaded.pretrained_model if hasattr(loaded, "v_head") else loaded).to(precision)
+    has_head = isinstance(loaded, WithValueHead)
+    whole = merged(loaded.pretrained_model if has_head else loaded).to(precision)
     hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
     name = model.adapter_name_or_path or model.model_name_or_path
     processor = load_processor(whole, name, trust_remote_code=model.trust_remote_code, **hub)
-    if hasattr(loaded, "v_head"):
+    if has_head:
         loaded.pretrained_model, whole = whole, loaded
     whole.save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)

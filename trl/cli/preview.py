@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, datasets_of, library_errors_as_config_errors, own_keywords, read_run
+from trl.cli.train import Run, check_hub, datasets_of, library_errors_as_config_errors, own_keywords, read_run
 from trl.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(words: Sequence[str]) -> int:
         return _print_help(method, everything=given.help == "all")
     rows = given.arguments_for(PreviewArguments).rows
     run = read_run(method, given)
+    check_hub(run)
     with library_errors_as_config_errors():
         trainer = trainer_without_weights(run)
     trainer.preview(rows)

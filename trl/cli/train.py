@@ -58,10 +58,7 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
     model.model_name_or_path = check_model(model.model_name_or_path)
-    check_model_on_hub(model.model_name_or_path, model.model_revision)
     training = _training_arguments(method, given)
-    if training.push_to_hub:
-        check_push(training)
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
     launch = given.arguments_for(LaunchArguments)
     return Run(
@@ -177,6 +174,13 @@ def own_keywords(run: Run) -> Mapping[str, Any]:
     return load(run.method.keywords)(run.extra) if run.method.keywords else {}
 
 
+def check_hub(run: Run, *, pushes: bool = False) -> None:
+    """Ask the hub for what a run needs of it, before anything is loaded. Raises ConfigError for what it does not give."""
+    check_model_on_hub(run.model.model_name_or_path, run.model.model_revision)
+    if pushes and run.training.push_to_hub:
+        check_push(run.training)
+
+
 def train(run: Run) -> int:
     """Train, save the model to `output_dir`, push it if asked to. A signal ends training with a checkpoint.
 
@@ -186,6 +190,7 @@ def train(run: Run) -> int:
     from trl.training.checkpoint import explain_full_disk, remove_checkpoints
 
     report_progress()
+    check_hub(run, pushes=True)
     _make_output_folder(run.training.output_dir)
     resume = checkpoint_of(run)
     with library_errors_as_config_errors():
