@@ -16,7 +16,7 @@ from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.hub import check_model_on_hub, check_push, push_explained
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import ParsedOptions
-from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
+from trl.data.sources import DatasetMixtureConfig, ScriptArguments, check_place, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short
@@ -90,6 +90,8 @@ def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
     names = [script.dataset_name] if isinstance(script.dataset_name, str) else script.dataset_name or []
     if empty := [name for name in names if (file := Path(name)).is_file() and not file.stat().st_size]:
         raise DataError(f"dataset_name: {empty[0]!r} is empty: it has no rows.")
+    for name in names:
+        check_place(name, "dataset_name")
     if not script.dataset_name and not mixture.datasets:
         raise ConfigError(
             "--dataset_name is missing: the hub name, folder or files of a dataset (or `datasets` in YAML)."
