@@ -345,12 +345,12 @@ logging_steps: 1
 learning_rate: 1e-3
 save_strategy: no
 output_dir: by-file
-overwrite_output_dir: true
+include_tokens_per_second: true
 """
     )
     done = trl("sft", "--config", "sft.yaml", "--max_steps", "1", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "overwrite_output_dir has no effect any more: leave it out." in done.stderr
+    assert "include_tokens_per_second has no effect any more: leave it out." in done.stderr
     assert "train: 20 rows" in done.stderr
     assert done.stdout.count("'loss'") == 1
     assert "\r" not in done.stderr

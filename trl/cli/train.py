@@ -192,8 +192,8 @@ def train(run: Run) -> int:
     from trl.training.checkpoint import explain_full_disk, remove_checkpoints
 
     report_progress()
-    check_hub(run, pushes=True)
     _make_output_folder(run.training.output_dir)
+    check_hub(run, pushes=True)
     resume = checkpoint_of(run)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
