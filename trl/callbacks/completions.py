@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from trl.algorithms.advantages import group_std, has_no_variance
+from trl.printable import printable
 from trl.rollouts.experience import Group
 from trl.training.beside import not_fatal
 from trl.types import Experience, Metrics
@@ -171,9 +172,9 @@ def one_per_prompt(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 def print_completions(rows: Sequence[Mapping[str, Any]], step: int, console: Console) -> None:
     if not rows:
         return
-    table = Table(*rows[0], title=f"Step {step}", show_lines=True)
+    table = Table(*map(printable, rows[0]), title=f"Step {step}", show_lines=True)
     for row in rows:
-        table.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else str(v)) for v in row.values()))
+        table.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else printable(str(v))) for v in row.values()))
     console.print(table)
 
 

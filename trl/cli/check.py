@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trl.cli.commands import Method, methods
 from trl.cli.train import Run, check_hub, check_weights, datasets_of, library_errors_as_config_errors, read_run
 from trl.errors import ConfigError, TrlError, suggest
+from trl.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -263,7 +264,7 @@ def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list
 def print_table(out: Console, title: str, rows: Mapping[str, str]) -> None:
     from trl.cli.help import print_rows
 
-    print_rows(out, title, list(rows.items()))
+    print_rows(out, title, [(printable(name), printable(text)) for name, text in rows.items()])
 
 
 def print_verdict(out: Console, problems: Sequence[str]) -> int:
@@ -273,5 +274,5 @@ def print_verdict(out: Console, problems: Sequence[str]) -> int:
     if not problems:
         out.print(Text("Ready to train.", style="bold green"))
     for problem in problems:
-        out.print(Text(f"✗ {problem}", style="bold red"))
+        out.print(Text(f"✗ {printable(problem)}", style="bold red"))
     return int(bool(problems))

@@ -23,6 +23,7 @@ from trl.cli.commands import Method, load, methods, tools
 from trl.cli.launch import launch, needs_launcher
 from trl.cli.parser import HELP
 from trl.errors import ConfigError, TrlError, suggest
+from trl.printable import printable
 from trl.training.streams import prepare_streams, steady_streams
 
 INTERRUPTED, UNREAD = 130, 141
@@ -85,7 +86,7 @@ def _bars() -> dict[str, str]:
 
 
 def _fail(error: Exception | str, *, status: int) -> int:
-    print(f"trl: error: {error}", file=sys.stderr)
+    print(f"trl: error: {printable(str(error))}", file=sys.stderr)
     return status
 
 

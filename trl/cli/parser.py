@@ -16,10 +16,15 @@ from typing import Any, NoReturn
 from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError, TrlError, suggest
 
 HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
 NEGATION = "no_"
+
+
+MOST_NODES = 100_000
+"""Values of a YAML file, those counted again that an alias repeats."""
+KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass
@@ -76,10 +81,13 @@ class OptionParser:
 
     def _read_words(self, words: list[str], given: ParsedOptions, keep_rest: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
         before = ""
         while words:
             word = words.pop(0)
             name, equals, text = word.removeprefix("--").partition("=")
+            if word.startswith("--"):
+                self._refuse_two_names(f"--{name}", self._today(name, ParsedOptions()), spelled)
             if word.startswith("--") and self._read_option(name, [text] if equals else None, words, values, given):
                 before = name
             elif keep_rest:
@@ -89,6 +97,12 @@ class OptionParser:
             else:
                 self._refuse_word(word, before)
         return values
+
+    def _refuse_two_names(self, name: str, today: str | None, spelled: dict[str, str]) -> None:
+        """Raise ConfigError for an option that was given under another name before; `spelled` is by today's names."""
+        plain = name.lstrip("-").replace("-", "_")
+        if today and spelled.setdefault(today, plain) != plain:
+            raise ConfigError(f"{spelled[today]} and {plain} are two names of the option {today}: keep one.")
 
     def _read_option(
         self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: ParsedOptions
@@ -176,8 +190,10 @@ class OptionParser:
             raise ConfigError(f"{path}: env takes names of environment variables with values, and not {environment!r}.")
         given.environment |= {str(name): str(value) for name, value in environment.items()}
         mistakes, strange = [], []
+        spelled: dict[str, str] = {}
         for key, value in data.items():
             name = self._today(str(key), given)
+            self._refuse_two_names(str(key), name, spelled)
             if name is None:
                 strange.append(str(key))
                 hint = suggest_option(str(key), self.options, (*self.aliases, "env"))
@@ -235,7 +251,7 @@ def read_yaml(path: str, option: str) -> Any:
         raise ConfigError(f"{option} {path}: there is no such file.{_neighbours(file)}")
     try:
         node = yaml.compose(text := file.read_text(encoding="utf-8"), yaml.SafeLoader)
-        _refuse_twice(path, node)
+        _check_nodes(path, node)
         return yaml.safe_load(text)
     except UnicodeDecodeError:
         raise ConfigError(f"{option} {path}: this is no text in UTF-8, and so not YAML.") from None
@@ -243,13 +259,39 @@ def read_yaml(path: str, option: str) -> Any:
         raise ConfigError(f"{option} {path} is not YAML: {_what_is_wrong(error)}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{option} {path} is not YAML: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise ConfigError(f"{option} {path}: this is nested too deeply.") from None
+    except ValueError as error:
+        if isinstance(error, TrlError):
+            raise
+        raise ConfigError(f"{option} {path} is not YAML: {error}.") from None  # a date that there is not
 
 
-def _refuse_twice(path: str, node: Any) -> None:
-    """Raises ConfigError for a key that a file gives twice: YAML's readers would drop the first."""
+def _check_nodes(path: str, root: Any) -> None:
+    """Raise ConfigError for keys that are no names, or given twice (YAML's readers would drop the first), and for aliases
+    that stand for more than anybody writes."""
+    waiting, seen = [root] if root is not None else [], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen > MOST_NODES:
+            raise ConfigError(
+                f"{path}: its aliases stand for more than {MOST_NODES:,} values. Write out what is meant."
+            )
+        if node.id == "mapping":
+            _check_keys(path, node)
+            waiting += [value for _, value in node.value]
+        elif node.id == "sequence":
+            waiting += node.value
+
+
+def _check_keys(path: str, node: Any) -> None:
     lines: dict[str, int] = {}
-    for key, _ in node.value if node is not None and node.id == "mapping" else ():
+    for key, _ in node.value:
         line = key.start_mark.line + 1
+        if key.id != "scalar" or key.tag not in KEY_TAGS:
+            shown = repr(key.value) if key.id == "scalar" else f"a {key.id}"
+            raise ConfigError(f"{path}: the key in line {line} is {shown}, and not a name. Put it in quotes.")
         if key.value in lines:
             raise ConfigError(f"{path}: {key.value} stands in lines {lines[key.value]} and {line}: keep one.")
         lines[key.value] = line

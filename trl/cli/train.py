@@ -20,6 +20,7 @@ from trl.data.sources import DatasetMixtureConfig, ScriptArguments, check_place,
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short
+from trl.printable import printable
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
@@ -278,7 +279,7 @@ class _Lines(logging.Handler):
     """Messages, a line each, on standard error as it is at the time: a bar of progress moves out of their way."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(printable(self.format(record)), file=sys.stderr)
 
 
 def report_progress() -> None:

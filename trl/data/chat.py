@@ -213,8 +213,16 @@ def _shared_length(a: str, b: str) -> int:
 
 
 def _row_tools(row: Row) -> Tools | None:
+    """The tools of a row: a list of schemas, or such a list as JSON."""
     tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else without_none(tools)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"column 'tools': {tools[:60]!r} is no JSON ({error}).") from error
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"column 'tools': expected a list of tools, found a {type(tools).__name__}.")
+    return without_none(tools)
 
 
 def without_none(value: Any) -> Any:

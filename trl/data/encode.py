@@ -62,6 +62,9 @@ _FORMAT = 2
 _COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
 """Columns that the report is made of; they are taken off afterwards."""
 
+NUMBERS = {"score", "margin", "weight", "chosen_score", "rejected_score"}
+"""Columns that losses read: NaN in one would make a step NaN."""
+
 INPUTS = "inputs"
 """Column with what else the model reads with a prompt: a dict of arrays, by the name of the forward's argument."""
 
@@ -269,6 +272,8 @@ class RowEncoder:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
         given = columns = Columns({name: batch[name] for name in self.columns}, rows)
+        for name in NUMBERS & set(self.kept):
+            columns.check_finite(name)
         if (processing := self.tokenization.images) is not None:
             columns = place_images(columns, processing, has_template=processing.processor.chat_template is not None)
         trees = ENCODERS[self.kind](columns, self.tokenization)

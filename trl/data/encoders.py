@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.chat import ChatTemplate, tidy_messages
@@ -17,6 +19,7 @@ from trl.data.trees import Tree
 from trl.errors import DataError
 from trl.vision.processing import ImageProcessing
 
+INT32 = 2**31
 NOT_TRAINED = -100
 """The label of tokens that are not trained on, as everywhere in transformers."""
 
@@ -52,6 +55,8 @@ class Columns:
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, str):
                 raise self.error(k, name, f"expected a string, found {describe(value)}.")
+            if (place := surrogate_in(value)) is not None:
+                raise self.error(k, name, f"{value[place]!r} at place {place} is half a character, and no text.")
         return self.values[name]
 
     def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
@@ -76,14 +81,46 @@ class Columns:
             if isinstance(message.get("content"), list) and self.images is None:
                 found = describe(message["content"])
                 raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
+            content = message.get("content")
+            if isinstance(content, str) and (place := surrogate_in(content)) is not None:
+                raise self.error(
+                    k, name, f"message {i}: {content[place]!r} at place {place} is half a character, and no text."
+                )
         return chat
 
     def numbers(self, name: str) -> Sequence[Sequence[int]]:
         """A column of lists of integers."""
         for k, value in enumerate(self.values[name]):
-            if not isinstance(value, list) or (value and not isinstance(value[0], int)):
+            if not isinstance(value, list):
                 raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
+            self._check_integers(k, name, value)
         return self.values[name]
+
+    def _check_integers(self, k: int, name: str, value: list[Any]) -> None:
+        if not value or np.asarray(value, dtype=object if None in value else None).dtype.kind in "bi":
+            return
+        i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
+        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i}.")
+
+    def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
+        """A column of token ids of a vocabulary of that size."""
+        limit = min(vocabulary or INT32, INT32)
+        for k, value in enumerate(self.numbers(name)):
+            if value and not 0 <= min(value) <= max(value) < limit:
+                i, wrong = next((i, v) for i, v in enumerate(value) if not 0 <= v < limit)
+                raise self.error(
+                    k,
+                    name,
+                    f"{wrong} at place {i} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
+                    "another tokenizer's?",
+                )
+        return self.values[name]
+
+    def check_finite(self, name: str) -> None:
+        """Raise DataError for NaN or an infinity in a column of numbers, where it holds such."""
+        for k, value in enumerate(self.values[name]):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self.error(k, name, f"expected a finite number, found {value}.")
 
     def each(self, function: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
         """`function(k, row)` of every row; an error from it says which row."""
@@ -94,6 +131,15 @@ class Columns:
             except DataError as error:
                 raise DataError(f"Row {self.rows[k]}: {error}") from error
         return results
+
+
+def surrogate_in(text: str) -> int | None:
+    """The place of a lone surrogate in a text; None if there is none."""
+    try:
+        text.encode()
+        return None
+    except UnicodeEncodeError as error:
+        return error.start
 
 
 def describe(value: Any) -> str:
@@ -402,7 +448,7 @@ def _steps(prompt: list[int], steps: list[list[int]], labels: Sequence[float]) -
 
 def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """Token ids as they are. Labels of −100, and zeros of the mask columns, take tokens out of training."""
-    ids = columns.numbers("input_ids")
+    ids = columns.ids("input_ids", tokenization.settings.vocabulary)
     if tokenization.settings.encoder_decoder and "labels" in columns:
         targets = [[t for t in labels if t != NOT_TRAINED] for labels in columns.numbers("labels")]
         return [Tree(list(prompt), [target]) for prompt, target in zip(ids, targets, strict=True)]
@@ -455,16 +501,19 @@ def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[T
     Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
     """
     if "chosen_ids" in columns:
-        pairs = zip(columns.numbers("chosen_ids"), columns.numbers("rejected_ids"), strict=True)
+        size = tokenization.settings.vocabulary
+        pairs = zip(columns.ids("chosen_ids", size), columns.ids("rejected_ids", size), strict=True)
         if "prompt_ids" not in columns:
             return [fork(list(chosen), list(rejected)) for chosen, rejected in pairs]
-        prompts = columns.numbers("prompt_ids")
+        prompts = columns.ids("prompt_ids", size)
         return [Tree(list(p), [list(c), list(r)]) for p, (c, r) in zip(prompts, pairs, strict=True)]
     sides = [
         [
             _without_padding(Tree([], [list(ids)]), attention).completions[0]
             for ids, attention in zip(
-                columns.numbers(f"input_ids_{side}"), _attention(columns, f"attention_mask_{side}"), strict=True
+                columns.ids(f"input_ids_{side}", tokenization.settings.vocabulary),
+                _attention(columns, f"attention_mask_{side}"),
+                strict=True,
             )
         ]
         for side in ("chosen", "rejected")

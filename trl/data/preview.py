@@ -10,6 +10,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from trl.printable import printable
 from trl.types import Completion, Example
 
 TRAINED, IGNORED, SPECIAL = "green", "bright_black", "bold reverse"
@@ -111,7 +112,7 @@ def _text(runs: Iterable[Run], coloured: bool) -> Text:
         text.append(OPEN if trained and not coloured else "")
         for content, _, special in group:
             style = f"{TRAINED if trained else IGNORED}{f' {SPECIAL}' if special else ''}"
-            text.append(content.replace("\n", "↵\n"), style=style)
+            text.append(printable(content).replace("\n", "↵\n"), style=style)
         if trained and not coloured:
             text = _closed(text)
     if text.plain.endswith("\n"):

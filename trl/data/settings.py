@@ -51,6 +51,8 @@ class EncodeSettings:
     """Which tokens of a text to train on, from its ids and its row (a `DataCollatorForCompletionOnlyLM`'s mask)."""
     num_proc: int | None = None
     """Processes that encode."""
+    vocabulary: int | None = None
+    """Rows of the model's embedding: token ids that come in columns have to be below. None: not known."""
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATIONS:

@@ -266,9 +266,13 @@ class BaseTrainer(StepTrainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            settings = self.encode_settings(split)
+            settings = dataclasses.replace(self.encode_settings(split), vocabulary=self._rows_of_embedding())
             self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=settings, name=name, images=self.images)
         return self.encoded[name].dataset
+
+    def _rows_of_embedding(self) -> int | None:
+        """How many token ids the model knows; None where a processor makes ids of its own."""
+        return getattr(unwrap(self.model).config.get_text_config(), "vocab_size", None)
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""

@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 
 from trl.compat import remedy
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 from trl.option_types import check_choices, describe_fields
-from trl.trainers.option_checks import check_intervals, check_loggers, check_numbers, check_precision
+from trl.trainers.option_checks import check_intervals, check_loggers, check_precision
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -48,17 +49,6 @@ REFUSED: dict[str, tuple[bool, str]] = {
     "save_safetensors": (False, "weights are always saved as safetensors, so leave it out"),
 }
 """Names of `ALIASES` that ask for nothing, the value of each that cannot be had, and what to do."""
-
-LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "num_train_epochs": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-}
-"""The least that `transformers` can do with these."""
 
 
 def refuse_outdated(name: str, value: Any) -> None:
@@ -92,16 +82,18 @@ class _ConfigMeta(type):
     def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` under today's names. Raises ConfigError for a name that no field has."""
         fields = {field.name for field in dataclasses.fields(cls) if field.init}
-        known = {}
+        known: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
         for name, value in kwargs.items():
             refuse_outdated(name, value)
             today = name if name in fields else cls.ALIASES.get(name, name)
             if today and today not in fields:
                 raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
-            if today and name != today and today in kwargs:
-                raise ConfigError(f"{cls.__name__} was given both {name!r} and {today!r}, its name today: keep one.")
+            if today in spelled:
+                both = f"{spelled[today]!r} and {name!r}"
+                raise ConfigError(f"{cls.__name__} was given {both}, two names of the option {today!r}: keep one.")
             if today:
-                known[today] = value
+                known[today], spelled[today] = value, name
         return known
 
 
@@ -196,7 +188,6 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     def __post_init__(self) -> None:
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         self.check_values()
-        check_intervals(self)
         check_precision(self)
         check_loggers(self)
         if self.logging_dir is not None:
@@ -222,10 +213,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     def check_values(self) -> None:
         """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there."""
         check_choices(self)
-        check_numbers(self)
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: give {least} or more.")
+        check_intervals(self)
+        check_bounds(self)
         template = self.chat_template_path or ""
         if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
             raise ConfigError(f"chat_template_path={template!r}: there is no such file.")

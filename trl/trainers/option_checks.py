@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 from typing import Any
 
 import torch
@@ -17,22 +15,6 @@ from trl.errors import ConfigError, suggest
 logger = logging.getLogger(__name__)
 
 INTERVALS = ("logging", "save", "eval")
-
-USUAL_RATES = (1e-7, 1e-2)
-"""Learning rates between which language models are trained."""
-
-
-def check_numbers(args: TrainingArguments) -> None:
-    """Raises ConfigError for an option that is not a number; warns of a learning rate beyond all usual ones."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name, None)
-        if isinstance(value, float) and math.isnan(value):
-            raise ConfigError(f"{field.name}={value} is not a number: give one, or leave it out.")
-    rate, (_, most) = args.learning_rate, USUAL_RATES
-    if math.isinf(rate):
-        raise ConfigError(f"learning_rate={rate}: give a number such as 2e-5.")
-    if rate > most:
-        logger.warning(f"learning_rate={rate:g} is far above what is usual (1e-6 to 1e-3). Is its exponent negative?")
 
 
 def check_intervals(args: TrainingArguments) -> None:

@@ -1,0 +1,111 @@
+"""Which numbers an option takes, declared once for every configuration that has an option of the name.
+
+Every number is finite, but for the options in `UNBOUNDED`, where an infinity turns something off. A value outside of a
+bound is an error; one outside of what is usual is a warning that says what is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 2**63 - 1
+"""Integers above this fit no counter."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """least ≤ value ≤ most; with `above`, least < value; with `below`, value < most. `usual` is a range for a warning."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+    usual: tuple[float, float] | None = None
+
+    def admits(self, value: float) -> bool:
+        low = self.least < value if self.above else self.least <= value
+        return low and (value < self.most if self.below else value <= self.most)
+
+    def __str__(self) -> str:
+        """`1 or more`, `more than 0`, `0 to 1`, `0 to below 1`."""
+        if self.most == math.inf:
+            return f"more than {self.least:g}" if self.above else f"{self.least:g} or more"
+        least = f"above {self.least:g}" if self.above else f"{self.least:g}"
+        return f"{least} to {'below ' if self.below else ''}{self.most:,.10g}"
+
+
+COUNT, NOT_NEGATIVE, POSITIVE = Bound(1), Bound(0), Bound(0, above=True)
+SHARE, PROBABILITY = Bound(0, 1), Bound(0, 1, below=True)
+
+UNBOUNDED = ("max_grad_norm", "ratio_threshold", "importance_sampling_clip_max", "delta", "target_kl", "clip_ratio")
+
+BOUNDS: dict[str, Bound] = {
+    "learning_rate": Bound(0, usual=(1e-8, 1e-1)),
+    "seed": Bound(0, 2**32 - 1),
+    "data_seed": Bound(0, 2**32 - 1),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
+    ),
+    **dict.fromkeys(("batch_size", "mini_batch_size", "forward_batch_size", "ppo_epochs"), COUNT),
+    **dict.fromkeys(
+        ("dataset_num_proc", "max_tokens_per_micro_batch", "max_skipped_steps", "eval_accumulation_steps"), COUNT
+    ),
+    **dict.fromkeys(("precompute_ref_batch_size", "ddp_timeout", "pad_to_multiple_of", "n_improve_steps"), COUNT),
+    **dict.fromkeys(
+        ("num_train_epochs", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), NOT_NEGATIVE
+    ),
+    **dict.fromkeys(("eval_delay", "save_total_limit", "dataloader_num_workers", "temperature"), NOT_NEGATIVE),
+    **dict.fromkeys(("cpo_alpha", "center_rewards_coefficient", "mistakes_shown", "max_resampling"), NOT_NEGATIVE),
+    **dict.fromkeys(("num_completions_to_print", "neftune_noise_alpha", "epsilon", "epsilon_high"), NOT_NEGATIVE),
+    **dict.fromkeys(("reward_timeout", "repetition_penalty", "delta", "horizon"), POSITIVE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), POSITIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PROBABILITY),
+    **dict.fromkeys(("min_p", "top_entropy_quantile"), SHARE),
+    "top_p": Bound(0, 1, above=True),
+    "max_steps": Bound(-1),
+}
+"""By the name of an option. Where a method draws a line of its own, its configuration says so itself."""
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take."""
+    for field in dataclasses.fields(config):
+        for value in numbers_in(getattr(config, field.name, None)):
+            check_number(field.name, value)
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """The numbers of an option's value: itself, or those of a list."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from numbers_in(each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise ConfigError for a number that the option `name` cannot take; warn of one that nobody takes."""
+    if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in UNBOUNDED):
+        raise ConfigError(f"{name}={value}: give a finite number.")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{name} is an integer of {value.bit_length()} bits: give one below 2^63.")
+    bound = BOUNDS.get(name)
+    if bound is None:
+        return
+    if not bound.admits(value):
+        raise ConfigError(f"{name}={value}: give {bound}.")
+    if bound.usual and value and not bound.usual[0] <= value <= bound.usual[1]:
+        low, high = bound.usual
+        logger.warning(
+            f"{name}={value:g} is far from what is usual, {low:g} to {high:g}: is a sign of its exponent missing?"
+        )
