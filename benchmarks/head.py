@@ -46,11 +46,12 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 def ours_torch(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     from trl.ops import logprobs
+    from trl.ops.logits import LogitTransform
 
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    want, transform = frozenset({"entropy"}), logprobs.LogitTransform()
+    want, transform = frozenset({"entropy"}), LogitTransform()
     return logprobs._LinearLogprobs.apply(hidden, weight, None, target, want, transform, dtype)[:2]
 
 

@@ -68,6 +68,31 @@ def test_no_file_is_part_of_a_cycle():
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def names_bound(target: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_comprehension_hides_a_name_of_its_module(file):
+    """Python 3.12 runs comprehensions in the function around them, where such a name can be found unbound."""
+    tree, bound = ast.parse(file.read_text()), set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound = bound.union(*map(names_bound, targets))
+    for node in ast.walk(tree):
+        if isinstance(node, COMPREHENSIONS):
+            hidden = bound & set().union(*(names_bound(generator.target) for generator in node.generators))
+            assert not hidden, f"{file}, line {node.lineno}: the variable {hidden} has the name of something above"
+
+
 def loaded_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(' '.join(m for m in sys.modules if '.' not in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

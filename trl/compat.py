@@ -122,7 +122,7 @@ REMOVED = {
     "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
     "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
 }
-REMOVED |= {name.replace("Trainer", "Config"): remedy for name, remedy in REMOVED.items() if name.endswith("Trainer")}
+REMOVED |= {name.replace("Trainer", "Config"): advice for name, advice in REMOVED.items() if name.endswith("Trainer")}
 """Names that other releases have, and what to do without each."""
 
 

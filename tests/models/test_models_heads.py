@@ -22,6 +22,7 @@ from trl.models.value_heads.auto_models import (
     AutoModelForSeq2SeqLMWithValueHead,
     with_value_head,
 )
+from trl.rollouts.local import unwrap
 from trl.types import Completion, Example
 
 CAUSAL = AutoModelForCausalLMWithValueHead
@@ -78,7 +79,8 @@ def test_the_cache_comes_with_the_outputs_where_asked_for(wrapped):
     ids = torch.tensor([[5, 6, 7, 8]])
     *_, values = wrapped(ids)
     _, _, before, cache = wrapped(ids[:, :3], use_cache=True, return_past_key_values=True)
-    *_, after = wrapped(ids[:, 3:], past_key_values=cache)
+    name = unwrap(wrapped).cache_name  # by the release of transformers
+    *_, after = wrapped(ids[:, 3:], **{name: cache})
     torch.testing.assert_close(torch.cat([before, after], 1), values)
 
 

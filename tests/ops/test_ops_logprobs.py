@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from trl.ops import logprobs as ops
+from trl.ops.logits import DIFFERENTIABLE, STATISTICS, LogitTransform
 from trl.ops.logprobs import logprobs_from_linear, logprobs_from_logits, logprobs_from_module
-from trl.ops.transform import LogitTransform
 
-EVERYTHING = frozenset(ops.STATISTICS)
+EVERYTHING = frozenset(STATISTICS)
 
 
 def test_numbers_worked_by_hand():
@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_autograd(monkeypatch, kept, softcap, bias):
     leaves = [x for x in (hidden, weight, offset) if x is not None]
 
     def run(found):
-        mix = sum((found[name] * torch.arange(23)).sum() for name in ops.DIFFERENTIABLE)
+        mix = sum((found[name] * torch.arange(23)).sum() for name in DIFFERENTIABLE)
         return found, torch.autograd.grad(mix, leaves)
 
     chunked, chunked_gradients = run(

@@ -7,13 +7,13 @@ import torch
 
 from trl.models.memory import tracing
 from trl.ops import logprobs as ops
+from trl.ops.logits import DIFFERENTIABLE, STATISTICS, LogitTransform
 from trl.ops.logprobs import logprobs_from_linear, logprobs_from_logits
-from trl.ops.transform import LogitTransform
 
 triton_head = pytest.importorskip("trl.ops.triton_head")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EVERYTHING = frozenset(ops.STATISTICS)
+EVERYTHING = frozenset(STATISTICS)
 PLAIN = LogitTransform()
 ROUNDING = 1e-3 if DEVICE == "cuda" else 1e-2
 """Error of gradients whose factors are rounded to bfloat16: the interpreter cuts numbers off where GPUs round them."""
@@ -42,7 +42,7 @@ def gradients(found, leaves):
     """Of a sum in which every token has a weight of its own, for each statistic that has gradients."""
     tokens = len(found["logprobs"])
     weights = torch.linspace(-1, 1, tokens + 1, dtype=torch.double, device=DEVICE)[1:]
-    names = [name for name in ops.DIFFERENTIABLE if name in found]
+    names = [name for name in DIFFERENTIABLE if name in found]
     total = sum(((i + 1) * weights * found[name]).sum() for i, name in enumerate(names))
     return torch.autograd.grad(total, [x for x in leaves if x is not None])
 

@@ -38,8 +38,12 @@ from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, with_self
 from trl.models.sharding import is_whole
 from trl.models.value_heads.auto_models import WithValueHead
-from trl.ops.logprobs import logprobs_from_linear, logprobs_from_logits, logprobs_from_module
-from trl.ops.transform import STATISTICS, LogitTransform
+from trl.ops.logits import STATISTICS, LogitTransform
+from trl.ops.logprobs import (
+    logprobs_from_linear,
+    logprobs_from_logits,
+    logprobs_from_module,
+)
 from trl.types import Batch, Scores
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trl.ops.logits import DETACHED, STATISTICS, LogitTransform
 from trl.ops.products import add_product, operand, product, wide, wide_dtype
 from trl.ops.shapes import shapes
 from trl.ops.transform import DETACHED, STATISTICS, LogitTransform

@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trl.ops.logits import DETACHED, STATISTICS, LogitTransform
 from trl.ops.products import add_product, product
-from trl.ops.transform import DETACHED, STATISTICS, LogitTransform
 
 TILE_ELEMENTS = 2**25
 """Logits of a tile. Smaller tiles cost launches (four per tile in backward), larger ones memory."""

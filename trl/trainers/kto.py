@@ -222,7 +222,7 @@ def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = Non
     circle = sorted(keyed(examples) if circle is None else circle, key=lambda entry: entry[0])
     if len(circle) < 2:
         return []
-    places = {digest: i for i, (digest, _) in enumerate(circle)}
+    places = {key: i for i, (key, _) in enumerate(circle)}
     return [replace(_other_prompt(circle, places[digest(e)]), completions=e.completions) for e in examples]
 
 

@@ -1,6 +1,8 @@
-"""What becomes of a head's output before its softmax, and which statistics of the distribution can be asked for.
+"""What is asked of a distribution over the vocabulary, and what is done to logits before it.
 
-z = softcap · tanh(scale · raw / softcap) / temperature        (both transforms optional)
+    z = softcap · tanh(scale · raw / softcap) / temperature        (both transforms optional)
+
+Gemma 2 has the soft-cap (arXiv:2408.00118, section 2), Cohere and Granite a scale.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ STATISTICS = DIFFERENTIABLE + DETACHED
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What an architecture does to the head's output, and the temperature: Gemma 2's soft-cap, the scale of Cohere's and Granite's."""
+    """What an architecture does to the head's output, and the temperature: see the top of the file."""
 
     scale: float = 1.0
     softcap: float | None = None
