@@ -131,6 +131,30 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """The grid as calls of variable-length attention see it: runs of queries, and the keys that each run attends to.
+
+    A run is a sequence, a prompt or a branch; query i of q sees the first k − q + i + 1 of its run's k keys. Positions of
+    the flattened grid `[B·T]` are the queries, run after run.
+
+    query_starts, key_starts   [R+1] int32: where runs begin among queries and among keys
+    keys                       [K] int64: position in the grid of every key, or None where keys are the queries
+    longest_query, longest_key the most of a run, on the host
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    keys: Tensor | None
+    longest_query: int
+    longest_key: int
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Spans:
+        """The spans with `function` applied to every tensor."""
+        keys = None if self.keys is None else function(self.keys)
+        return replace(self, query_starts=function(self.query_starts), key_starts=function(self.key_starts), keys=keys)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What one forward pass needs. Algorithms see no trace of how it was laid out.
 
@@ -145,6 +169,7 @@ class Batch:
     signals     `[N]` or `[N,C]` float tensors
     weight      [N,C] or None: weights that sum to 1 over the accumulation window and all processes
     segments    which sequence and branch a position belongs to, where attention is to be built from it; or None
+    spans       the same for attention of variable length, where the model has it; or None
     tokens      tokens that are neither padding nor repeated, on the host
     """
 
@@ -159,6 +184,7 @@ class Batch:
     signals: dict[str, Tensor] = field(default_factory=dict)
     weight: Tensor | None = None
     segments: Segments | None = None
+    spans: Spans | None = None
     tokens: int = 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -169,6 +195,7 @@ class Batch:
             signals={k: function(v) for k, v in self.signals.items()},
             weight=None if self.weight is None else function(self.weight),
             segments=None if self.segments is None else self.segments.map(function),
+            spans=None if self.spans is None else self.spans.map(function),
             **{name: function(getattr(self, name)) for name in _INDEX_FIELDS},
         )
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from trl.data.inputs import check_inputs, joined
 from trl.errors import ConfigError, DataError, unknown
-from trl.types import Batch, Completion, Example, Join, PerToken, Segments
+from trl.types import Batch, Completion, Example, Join, PerToken, Segments, Spans
 
 PADDING = -1
 
@@ -46,6 +46,7 @@ def lay_out(
     hidden_size: int | None = None,
     multiple_of: int = 1,
     joins: Mapping[str, Join] | None = None,
+    spans: bool = False,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
@@ -56,6 +57,9 @@ def lay_out(
 
     Positions are `[B,T]`; where an example has three-dimensional ones `[3,B,T]`, and in the packed layout `[4,B,T]`, those
     of the text first, by which models recognise where a sequence ends.
+
+    With `spans`, batches that are not padded say what attends to what for attention of variable length, unless tokens see
+    others behind them.
 
     Raises ConfigError for a layout that there is not, DataError for per-token inputs that are not one value per token.
     """
@@ -74,13 +78,40 @@ def lay_out(
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
     elif layout == "packed":
         inputs["position_ids"] = _packed_positions(grid, alone=len(rows) == len(placed))
-    segments = None
-    if layout == "shared" or (layout == "packed" and any(_sees_ahead(e, joins or {}) for e in examples)):
+    segments, ahead = None, any(_sees_ahead(example, joins or {}) for example in examples)
+    if layout == "shared" or (layout == "packed" and ahead):
         segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     order = [i for row in rows for i in row]
     tensors |= joined([placed[i] for i in order], joins or {}, [grid.start[i] for i in order], grid.ids.shape)
-    return _batch(examples, tensors, grid.before, grid.first, segments, sizes)
+    batch = _batch(examples, tensors, grid.before, grid.first, segments, sizes)
+    if spans and layout != "padded" and not ahead:
+        batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared")))
+    return batch
+
+
+def spans_of(sequence: np.ndarray, branch: np.ndarray) -> Spans:
+    """Runs of queries and their keys from sequence and branch `[B,T]`: a prompt and its branches are runs of their own."""
+    rows = np.repeat(np.arange(len(sequence)), sequence.shape[1])
+    flat = np.stack([rows, sequence.ravel(), branch.ravel()])
+    starts = np.flatnonzero(np.r_[True, (flat[:, 1:] != flat[:, :-1]).any(0)])
+    lengths = np.diff(np.r_[starts, flat.shape[1]])
+    row, owner, part = flat[:, starts]
+    trunk: dict[tuple[int, int], int] = {
+        (r, o): i for i, (r, o, p) in enumerate(zip(row, owner, part, strict=True)) if not p
+    }
+    pieces = [
+        [trunk[r, o], i] if p and (r, o) in trunk else [i]
+        for i, (r, o, p) in enumerate(zip(row, owner, part, strict=True))
+    ]
+    seen = np.array([sum(lengths[i] for i in piece) for piece in pieces])
+    keys = None
+    if part.any():
+        keys = torch.from_numpy(
+            np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
+        )
+    query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
+    return Spans(query_starts, key_starts, keys, int(lengths.max()), int(seen.max()))
 
 
 def _sees_ahead(example: Example, joins: Mapping[str, Join]) -> bool:

@@ -69,7 +69,7 @@ def _flex(segments: Segments, window: int | None, blocks: Tensor | None, dtype: 
     return create_block_mask(function, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=sequence.device)
 
 
-SEGMENT_ATTENTION: dict[str, Callable] = {"sdpa": _sdpa, "eager": _eager, "flex_attention": _flex}
+SEGMENT_ATTENTION: dict[str, Callable] = {"sdpa": _sdpa, "varlen": _sdpa, "eager": _eager, "flex_attention": _flex}
 """`(segments, window, blocks, dtype) -> attention_mask`, by the model's attention implementation."""
 
 

@@ -20,6 +20,7 @@ from trl.models.attention import SEGMENT_ATTENTION, attention_of, other_layers
 from trl.models.patching import evaluating
 from trl.models.score import score
 from trl.models.sharding import is_whole
+from trl.models.varlen import VARLEN, has_varlen, switch
 from trl.types import Batch, Completion, Example
 from trl.vision.families import joins_of
 
@@ -50,22 +51,29 @@ def choose_layout(
     multiple_completions: bool = False,
     measure: Measure = _logprobs,
     examples: Sequence[Example] | None = None,
+    half: bool = False,
 ) -> str:
     """The layout to use: the named one if the model can, or with "auto" the fastest it can.
 
     `examples` are what layouts are tried with: some with images, for a model that reads images; by default a few tokens.
     `multiple_completions` says that prompts have several completions. `measure(model, batch)` gives the numbers, by completion, that
     layouts are compared by. Raises ConfigError, with the reason, where the named layout would give other numbers than the
-    padded one; "auto" falls back, and logs the reason once.
+    padded one; "auto" falls back, and logs the reason once. On CUDA, models in half precision, or run in it by autocast
+    (`half`), are switched over to attention of variable length where they can: see `trl.models.varlen`.
     """
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
+    half = half or model.dtype in (torch.bfloat16, torch.float16)
     if layout != "auto":
+        if half and _varies_length(model, layout, measure, examples):
+            return layout
         if reason := why_not(model, layout, measure=measure, examples=examples):
             raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
         return layout
     reasons = {}
     for candidate in PREFERENCE[multiple_completions]:
+        if half and _varies_length(model, candidate, measure, examples):
+            break
         if not (reason := why_not(model, candidate, measure=measure, examples=examples)):
             break
         reasons[candidate] = reason
@@ -94,6 +102,19 @@ def why_not(
     return _trial(model, layout, measure, TRIAL if examples is None else examples)
 
 
+def _varies_length(model: PreTrainedModel, layout: str, measure: Measure, examples: Sequence[Example] | None) -> bool:
+    """Switch the model over to attention of variable length for this layout, if it has it and gives the same numbers."""
+    if layout == "padded" or model.config.is_encoder_decoder or not is_whole(model) or not has_varlen(model):
+        return False
+    before = model.config._attn_implementation
+    switch(model, VARLEN)
+    if not (reason := _trial(model, layout, measure, TRIAL if examples is None else examples)):
+        return True
+    logger.warning(f"No attention of variable length for {type(model).__name__}: {reason}.")
+    switch(model, before)
+    return False
+
+
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Windows of attention that are shorter than a trial, for the moment."""
@@ -115,7 +136,9 @@ def _trial(model: PreTrainedModel, layout: str, measure: Measure, examples: Sequ
     try:
         with evaluating(model), _short_windows(model):
             expected = measure(model, lay_out(examples, "padded", joins=joins).to(model.device))
-            found = measure(model, lay_out(examples, layout, capacity=capacity, joins=joins).to(model.device))
+            spans = model.config._attn_implementation == VARLEN
+            rows = lay_out(examples, layout, capacity=capacity, joins=joins, spans=spans)
+            found = measure(model, rows.to(model.device))
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         return f"its forward does not take it ({type(error).__name__}: {str(error).splitlines()[0]})"
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2

@@ -156,7 +156,7 @@ def make_trainable(model: torch.nn.Module) -> None:
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trained, all) numbers of parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+    return sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -38,6 +38,7 @@ from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, with_self
 from trl.models.sharding import is_whole
 from trl.models.value_heads.auto_models import WithValueHead
+from trl.models.varlen import VARLEN, no_mask
 from trl.ops.logits import STATISTICS, LogitTransform
 from trl.ops.logprobs import (
     logprobs_from_linear,
@@ -225,7 +226,9 @@ def _encoded(
 
 
 def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """The attention mask of the shared layout, as the model's attention implementation takes it; else nothing."""
+    """What tells the model's attention who sees whom: spans, or the mask of the shared layout; else nothing."""
+    if batch.spans is not None and model.config._attn_implementation == VARLEN:
+        return {"attention_mask": no_mask(batch.mask.device), "spans": batch.spans}
     if batch.segments is None:
         return {}
     return {"attention_mask": layer_masks(model.config, batch.segments, model.dtype, batch.inputs)}

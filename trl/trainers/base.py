@@ -57,6 +57,7 @@ from trl.models.load import (
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
 from trl.models.value_heads.storage import without_copies
+from trl.models.varlen import VARLEN
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.training.beside import not_fatal
@@ -158,7 +159,8 @@ class BaseTrainer(StepTrainer):
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         trial = None if self.images is None else self.images.trial()
-        options = {"multiple_completions": self.multiple_completions, **options}
+        half = self.args.bf16 or self.args.fp16
+        options = {"multiple_completions": self.multiple_completions, "half": half, **options}
         return choose_layout(inner, self.args.layout, examples=trial, **options)
 
     # ---- model, tokenizer, options ----
@@ -322,7 +324,8 @@ class BaseTrainer(StepTrainer):
         # Any token will do; models warn about their padding token where there is nothing to mask.
         pad = 1 if config.get_text_config().to_dict().get("pad_token_id") == 0 else 0
         # Flash attention skips pairs that are masked: one long row is best.
-        capacity = 2**62 if "flash" in config._attn_implementation else None
+        spans = config._attn_implementation == VARLEN
+        capacity = 2**62 if spans or "flash" in config._attn_implementation else None
         width = config.get_text_config().hidden_size
         return lay_out(
             examples,
@@ -332,6 +335,7 @@ class BaseTrainer(StepTrainer):
             hidden_size=width,
             multiple_of=self.args.width_multiple,
             joins=joins_of(config),
+            spans=spans,
         )
 
     # ---- evaluation ----
