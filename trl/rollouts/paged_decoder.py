@@ -7,7 +7,9 @@ written anew when rows enter or leave; a step itself changes the table's tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from trl.rollouts.decode_attention import TILE, Tables
 from trl.rollouts.decoders import Policy, Sample, fill_holes, like_lengths, pad
 from trl.rollouts.engine import Prompt
 from trl.rollouts.paged_cache import PagedCache, Pages
+
+if TYPE_CHECKING:
+    from trl.rollouts.fused import Fusions
 
 TOKEN, PREFIX, WRITTEN, LAST, STREAM = range(5)
 """Rows of the table `[5,R]` int64: the token to read, prompt tokens in the cache, own tokens before this step, the largest
@@ -29,6 +34,13 @@ def bucket(rows: int) -> int:
 
 def pages_for(tokens: int, page: int) -> int:
     return -(-tokens // page)
+
+
+def find_fusions(policy: Policy) -> Fusions:
+    """What of the policy's steps can be done by kernels of Triton, which is not everywhere."""
+    from trl.rollouts.fused import Fusions
+
+    return Fusions(policy.inner, policy.device)
 
 
 @dataclass(slots=True)
@@ -67,6 +79,7 @@ class PagedDecoder:
         rows = max(1, min(len(expected), self.pages.count // min(own)))
         self.cache = PagedCache(windows, self.pages.count, page=page, kernels=kernels)
         self.configs = policy.configs
+        self.fusions = find_fusions(policy) if kernels else None
         self.rows: list[Sample] = []
         self.own: list[list[int]] = []
         self.prompts: dict[int, Held] = {}
@@ -152,7 +165,8 @@ class PagedDecoder:
         own = torch.minimum(table[WRITTEN], table[LAST])
         pages, tiles = self.page_table[:rows], self.tiles[:rows]
         self.cache.decode(Tables(pages, table[PREFIX], own, tiles, self.prompt_pages, span))
-        with self.cache.decoding(self.configs):
+        fused = nullcontext() if self.fusions is None else self.fusions.active()
+        with self.cache.decoding(self.configs), fused:
             return self.policy.forward(
                 input_ids=table[TOKEN, :, None],
                 position_ids=(table[PREFIX] + own)[:, None],
