@@ -2,7 +2,10 @@
 
     python benchmarks/run.py --trl-python path/to/trl-env/bin/python --workloads sft-padded,sft-packed --repeats 3
 
-Every run is a process of its own; the sides take turns, so that a machine that slows down slows all of them.
+    python benchmarks/run.py --device cuda --trl-python path/to/trl-env/bin/python --budget 480 --only gpu-sft,gpu-grpo
+
+Every run is a process of its own; the sides take turns, so that a machine that slows down slows all of them. On a GPU the
+workloads are those of `gpu_workloads.py`. Every run is on disk when it is done, as a line of `<out>.jobs.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing import Any
 
 import report
 import synthetic
+from gpu_workloads import GPU_WORKLOADS
 from workloads import WARMUP, WORKLOADS, Workload
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -43,6 +48,13 @@ class Bench:
     seed: int
     threads: int
     worker: Path = WORKER
+    device: str = "cpu"
+    tiny: bool = False
+    limit: float | None = None
+    """Seconds that a run may take."""
+    deadline: float = float("inf")
+    """The moment, by `time.monotonic`, after which no run is begun."""
+    log: Path | None = None
 
     def run(self, workload: Workload, side: str) -> dict[str, Any]:
         """What the worker of this side measured.
@@ -53,10 +65,23 @@ class Bench:
         command = [self.interpreters[side], str(self.worker), "--side", side, "--workload", workload.name]
         command += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
         command += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
-        done = subprocess.run(command, env=self._environment(), cwd=self.directory, capture_output=True, text=True)
+        command += ["--device", self.device, *(["--tiny"] if self.tiny else [])]
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise WorkerFailed(f"{side} on {workload.name} was left out: the budget is spent.")
+        limit = None if self.limit is None and left == float("inf") else min(left, self.limit or left)
+        options = {"env": self._environment(), "cwd": self.directory, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run(command, timeout=limit, **options)
+        except subprocess.TimeoutExpired as late:
+            raise WorkerFailed(f"{side} on {workload.name} took more than {late.timeout:.0f} s.") from late
         if done.returncode:
             raise WorkerFailed(f"{side} on {workload.name} stopped:\n{done.stdout}{done.stderr}")
-        return json.loads(out.read_text())
+        found = json.loads(out.read_text())
+        if self.log is not None:
+            with self.log.open("a") as log:
+                log.write(json.dumps({"workload": workload.name, "side": side} | found) + "\n")
+        return found
 
     def _environment(self) -> dict[str, str]:
         """The caller's, with a fixed number of threads, no network and no path by which one side could import the other."""
@@ -118,7 +143,17 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL; without it TRL is left out")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="names, separated by commas; default: all")
+    parser.add_argument("--workloads", "--only", help="names or beginnings of names, separated by commas; default: all")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="also decides which workloads there are"
+    )
+    parser.add_argument(
+        "--budget", type=float, help="seconds after which no further run is begun, and the last one ends"
+    )
+    parser.add_argument("--limit", type=float, help="seconds that one run may take")
+    parser.add_argument(
+        "--tiny", action="store_true", help="run a GPU's jobs with the smallest model, to see that they run"
+    )
     parser.add_argument("--sides", default="ours,trl,transformers", help="which sides to run; default: all")
     parser.add_argument("--trl-options", type=json.loads, default={}, help="config fields of TRL to change, as JSON")
     parser.add_argument("--repeats", type=int, default=3)
@@ -127,10 +162,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
-    names = arguments.workloads.split(",")
-    if wrong := sorted(set(names) - set(WORKLOADS)):
-        parser.error(f"unknown workload {wrong[0]!r}; known: {', '.join(WORKLOADS)}")
-    arguments.workloads = [WORKLOADS[name] for name in names]
+    known = GPU_WORKLOADS if arguments.device == "cuda" or arguments.tiny else WORKLOADS
+    wanted = [""] if arguments.workloads is None else arguments.workloads.split(",")
+    if wrong := [name for name in wanted if not any(workload.startswith(name) for workload in known)]:
+        parser.error(f"unknown workload {wrong[0]!r}; known: {', '.join(known)}")
+    arguments.workloads = [known[name] for name in known if name.startswith(tuple(wanted))]
     return arguments
 
 
@@ -142,7 +178,19 @@ def main() -> None:
         directory = Path(scratch)
         synthetic.write_material(directory, seed=arguments.seed)
         options = {"trl": arguments.trl_options}
-        bench = Bench(directory, interpreters, options, arguments.steps, arguments.seed, arguments.threads)
+        bench = Bench(
+            directory,
+            interpreters,
+            options,
+            arguments.steps,
+            arguments.seed,
+            arguments.threads,
+            device=arguments.device,
+            tiny=arguments.tiny,
+            limit=arguments.limit,
+            deadline=float("inf") if arguments.budget is None else time.monotonic() + arguments.budget,
+            log=arguments.out.with_suffix(".jobs.jsonl").absolute(),
+        )
         result, complete = run_all(bench, arguments.workloads, repeats=arguments.repeats, out=arguments.out)
     for grid in (report.ratio_grid(result), report.measured_grid(result)):
         report.show(grid)

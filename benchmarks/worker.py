@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from gpu_workloads import GPU_WORKLOADS, OPTIONS, SHAPES, tiny
+from gpu_workloads import model as random_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -38,6 +40,10 @@ LOADERS = {
     "reward": AutoModelForSequenceClassification,
     "sampler": AutoModelForCausalLM,
 }
+EVERY = WORKLOADS | GPU_WORKLOADS
+PROFILED = 1
+"""Steps after the timed ones in which launches are counted, on CUDA."""
+
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -50,7 +56,8 @@ class Recorder:
     positions       the same with padding
     sampled         tokens that the step sampled, the end token included; `sampling_seconds` is what that took
     prepare_seconds loading the trainer with its data: encoding, packing, a reference model
-    loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was
+    loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was. On CUDA: allocated there
+    launches        kernels and copies of a step, on CUDA; `busy` is the part of it in which the device ran one
     """
 
     step_seconds: list[float] = field(default_factory=list)
@@ -65,19 +72,23 @@ class Recorder:
     loaded_mib: float = 0.0
     peak_mib: float = 0.0
     parameters: int = 0
+    launches: float | None = None
+    busy: float | None = None
 
 
 class Clock(TrainerCallback):
     """Stamps the end of every step and keeps its loss and gradient norm."""
 
-    def __init__(self, recorder: Recorder, counter: Counter, *, counts_itself: bool) -> None:
-        self.recorder, self.counter, self.counts_itself = recorder, counter, counts_itself
+    def __init__(self, recorder: Recorder, counter: Counter, *, counts_itself: bool, last: int) -> None:
+        self.recorder, self.counter, self.counts_itself, self.last = recorder, counter, counts_itself, last
         self.before = self.cpu_before = 0.0
         self.seen = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now, cpu_now = time.perf_counter(), time.process_time()
-        if state.global_step > WARMUP:
+        if WARMUP < state.global_step <= self.last:
             self.recorder.step_seconds.append(now - self.before)
             self.recorder.cpu_seconds.append(cpu_now - self.cpu_before)
             counted = state.num_input_tokens_seen - self.seen
@@ -141,8 +152,40 @@ class Counter:
         return timed
 
 
-def memory_mib(name: str) -> float:
+class Profile(TrainerCallback):
+    """Counts what the device did in the steps after step `first`, and how long it did something."""
+
+    def __init__(self, recorder: Recorder, first: int) -> None:
+        self.recorder, self.first = recorder, first
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.first:
+            self.started = time.perf_counter()
+            self.profiler.start()
+        elif state.global_step == self.first + PROFILED:
+            torch.cuda.synchronize()
+            elapsed = time.perf_counter() - self.started
+            self.profiler.stop()
+            events = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            self.recorder.launches = len(events) / PROFILED
+            self.recorder.busy = covered([(e.time_range.start, e.time_range.end) for e in events]) / 1e6 / elapsed
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans."""
+    total, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
+
+
+def memory_mib(name: str, device: str = "cpu") -> float:
     """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, as Linux counts them."""
+    if device == "cuda":
+        held = torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
+        return held / 2**20
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) / 1024
 
@@ -171,13 +214,24 @@ BUILDERS = {"ours": library_trainer, "trl": library_trainer, "transformers": pla
 
 
 def measure(
-    workload: Workload, *, side: str, directory: Path, steps: int, seed: int, overrides: dict[str, Any]
+    workload: Workload,
+    *,
+    side: str,
+    directory: Path,
+    steps: int,
+    seed: int,
+    overrides: dict[str, Any],
+    device: str,
 ) -> Recorder:
-    recorder = Recorder()
-    model = LOADERS[workload.material].from_pretrained(directory / workload.material, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory / workload.material)
-    options = COMMON | workload.config | overrides
-    options |= {"output_dir": str(directory / "out"), "max_steps": WARMUP + steps, "seed": seed}
+    recorder, random_weights = Recorder(), workload.material in SHAPES
+    if random_weights:
+        model = random_model(workload.material, seed=seed, device=device)
+    else:
+        model = LOADERS[workload.material].from_pretrained(directory / workload.material, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory / ("policy" if random_weights else workload.material))
+    profiled = PROFILED if device == "cuda" else 0
+    options = COMMON | OPTIONS[device] | workload.config | overrides
+    options |= {"output_dir": str(directory / "out"), "max_steps": WARMUP + steps + profiled, "seed": seed}
 
     started = time.perf_counter()
     rows = Dataset.from_list(workload.read_rows(directory))
@@ -193,11 +247,13 @@ def measure(
 
     counter.watch(model.get_input_embeddings())
     # Our rows are not filled up with the padding token: the trainer says how many tokens there were.
-    trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours"))
+    trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours", last=WARMUP + steps))
+    if profiled:
+        trainer.add_callback(Profile(recorder, WARMUP + steps))
     recorder.parameters = sum(p.numel() for p in model.parameters())
-    recorder.loaded_mib = memory_mib("VmRSS")
+    recorder.loaded_mib = memory_mib("VmRSS", device)
     trainer.train()
-    recorder.peak_mib = memory_mib("VmHWM")
+    recorder.peak_mib = memory_mib("VmHWM", device)
     return recorder
 
 
@@ -215,22 +271,25 @@ def versions(side: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=BUILDERS, required=True)
-    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--workload", choices=EVERY, required=True)
     parser.add_argument("--dir", type=Path, required=True, help="where run.py saved models and rows")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="config fields to change, as JSON")
+    parser.add_argument("--device", choices=OPTIONS, default="cpu")
+    parser.add_argument("--tiny", action="store_true", help="the smallest model in place of the workload's")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
     found = versions(arguments.side)
     recorder = measure(
-        WORKLOADS[arguments.workload],
+        tiny(EVERY[arguments.workload]) if arguments.tiny else EVERY[arguments.workload],
         side=arguments.side,
         directory=arguments.dir,
         steps=arguments.steps,
         seed=arguments.seed,
         overrides=arguments.options,
+        device=arguments.device,
     )
     arguments.out.write_text(json.dumps({"versions": found} | asdict(recorder)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,22 @@ class _ConfigMeta(type):
             if today:
                 known[today], spelled[today] = value, name
         return known
+
+
+def liger_layers(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Options of Liger that replace layers and leave the head, which scores tokens itself, as it is.
+
+    Raises ConfigError where one of its losses is asked for.
+    """
+    given = dict(json.loads(given) if isinstance(given, str) else given or {})
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        if given.get(name):
+            raise ConfigError(
+                f"liger_kernel_config={{{name!r}: True}}: the head is scored by kernels of its own here, and logits of all "
+                "tokens never exist. Leave it out; Liger's layers are used."
+            )
+        given[name] = False
+    return given
 
 
 @dataclass
@@ -193,6 +210,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
         self.refuse("activation_offloading", "router_aux_loss_coef")
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_layers(self.liger_kernel_config)
         accelerated = not self.use_cpu and torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -1,0 +1,232 @@
+"""What a GPU will be asked to do, counted on a CPU: operations that launch kernels, bytes that they move, and flops.
+
+    python benchmarks/launches.py [--bandwidth 4.27] [--rate 802] [--gap 2.9] [--launch 15] [--out launches.json]
+
+A step of sampling and a step of training run on tensors that have shapes and no data, of models as large as they are;
+kernels of Triton are counted and not run. Every operation that is not a view counts as one launch; a few of PyTorch's
+launch two or three (cat, sort, cumulative sums), so the counts are a little low.
+
+From the counts follow *predictions*, not measurements. An operation takes the longest of its bytes over the bandwidth
+(TB/s), its flops over the rate (TFLOP/s), and the gap from kernel to kernel inside a CUDA graph (µs); outside of graphs the
+host needs `--launch` µs for each. The defaults were measured on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from trl.data.layout import lay_out
+from trl.models import score as scoring
+from trl.models import varlen
+from trl.models.score import score
+from trl.ops import logprobs, triton_head
+from trl.rollouts import fused, triton_decode
+from trl.rollouts.decoders import Sample, attention_windows
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import unwrap
+from trl.rollouts.loop import Steps
+from trl.rollouts.paged_decoder import PagedDecoder
+from trl.rollouts.sampling import SamplingParams
+from trl.types import Completion, Example
+
+HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14} | {
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": True,
+}
+ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32} | {
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "0.5B": lambda: Qwen2ForCausalLM(Qwen2Config(**HALF_B)),
+    "1B": lambda: LlamaForCausalLM(LlamaConfig(**ONE_B)),
+}
+FREE = (
+    "empty",
+    "detach",
+    "alias",
+    "lift",
+    "_local_scalar_dense",
+    "item",
+    "is_same_size",
+    "sym_",
+    "allclose",
+    "set_",
+    "device",
+    "promote_types",
+    "_unsafe_view",
+)
+"""Beginnings of the names of operations that launch nothing."""
+
+
+@dataclass
+class Counts(TorchDispatchMode):
+    """Launches by name, and the bytes and flops of each launch in turn."""
+
+    names: Counter[str] = field(default_factory=Counter)
+    work: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name == "allclose":
+            return True
+        if name == "_local_scalar_dense":
+            return 0.0 if args[0].is_floating_point() else 0
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not name.startswith(FREE):
+            read, written = (
+                {id(x): x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor)}
+                for tree in ((args, kwargs), result)
+            )
+            flops = flop_registry.get(function.overloadpacket)
+            self.add(name, sum((read | written).values()), flops(*args, **kwargs or {}, out_val=result) if flops else 0)
+        return result
+
+    def add(self, name: str, size: int, flops: int = 0) -> None:
+        self.names[name] += 1
+        self.work.append((size, flops))
+
+    def milliseconds(self, bandwidth: float, rate: float, gap: float) -> float:
+        """How long a device takes by the rule at the top of the file."""
+        return sum(max(b / bandwidth / 1e9, f / rate / 1e9, gap / 1e3) for b, f in self.work)
+
+
+class Counted:
+    """In the place of a kernel of Triton: counts, and runs nothing. It moves what its tensors hold, tables aside."""
+
+    def __init__(self, name: str, counts: list[Counts]) -> None:
+        self.name, self.counts = name, counts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.run
+
+    def run(self, *tensors: Any, **flags: Any) -> None:
+        if self.counts:
+            small = [x for x in tensors if isinstance(x, Tensor) and x.numel() < 2**24]
+            self.counts[-1].add(self.name, sum(x.numel() * x.element_size() for x in small))
+
+
+@contextmanager
+def on_shapes(counts: list[Counts]) -> Iterator[None]:
+    """Tensors have shapes alone, kernels are counted, and functions are those that CUDA would get."""
+    kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
+    kernels += [(fused, "_norm_kernel"), (fused, "_rotate_kernel")]
+    before = [(module, name, getattr(module, name)) for module, name in kernels]
+    patched = {
+        (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
+        (logprobs, "_implementation"): lambda device, dtype: triton_head.TritonLogprobs,
+        (scoring, "_is_plain_linear"): lambda head: True,
+        (varlen, "_has_kernel"): lambda query, value: True,
+        (varlen, "varlen_attn"): lambda q, k, v, *spans, **options: _flash(q, k, v),
+    }
+    before += [(module, name, getattr(module, name)) for module, name in patched]
+    for module, name in kernels:
+        setattr(module, name, Counted(name, counts))
+    for (module, name), function in patched.items():
+        setattr(module, name, function)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Counts():
+            yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One launch forward and one backward, with flops of runs that see a quarter of what there is (a guess)."""
+    return _Flash.apply(query, key, value)
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        return query.relu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.relu() for x in ctx.saved_tensors)
+
+
+def decode(make: Callable[[], PreTrainedModel], *, prompts: int = 8, n: int = 8, tokens: int = 256) -> Counts:
+    """A step of sampling in bfloat16: `prompts · n` rows after prompts of so many tokens."""
+    active: list[Counts] = []
+    with on_shapes(active), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        model = make().eval()
+        torch.set_default_dtype(torch.float32)
+        policy, params = unwrap(model), SamplingParams(max_new_tokens=128, seed=0)
+        rows = [Sample(p, i, Prompt([5] * tokens), 128) for p in range(prompts) for i in range(n)]
+        windows = attention_windows(model)
+        decoder = PagedDecoder(policy, windows, n, rows, budget=2**20, page=64, kernels=True)
+        decoder.admit(rows, [0] * len(rows))
+        size = len(decoder.table[0])
+        decoder.refresh(size)
+        steps = Steps(policy, decoder, params, [], captures=False)
+        with Counts() as counts:
+            active.append(counts)
+            steps._step(size, decoder.advance(1))
+    return counts
+
+
+def train(make: Callable[[], PreTrainedModel], *, rows: int = 16, tokens: int = 350) -> Counts:
+    """Forward and backward of packed rows under autocast, as it is before layers are compiled."""
+    active: list[Counts] = []
+    examples = [Example([5] * (tokens // 2), (Completion([6] * (tokens // 2)),)) for _ in range(rows)]
+    batch = lay_out(examples, "packed", capacity=rows * tokens, spans=True)
+    with on_shapes(active):
+        model = make().train()
+        varlen.switch(model, varlen.VARLEN)
+        fake = batch.map(lambda x: torch.empty(x.shape, dtype=x.dtype))
+        score(model, fake)
+        with Counts() as counts, torch.autocast("cpu", torch.bfloat16):
+            active.append(counts)
+            (-score(model, fake).logprobs.mean()).backward()
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("bandwidth", 4.27), ("rate", 802.0), ("gap", 2.9), ("launch", 15.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--out", type=Path, default=Path("launches.json"))
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    for name, make in tqdm(MODELS.items(), disable=None):
+        layers = HALF_B["num_hidden_layers"] if name == "0.5B" else ONE_B["num_hidden_layers"]
+        for kind, count in (("decode", decode), ("train", train)):
+            counts = count(make)
+            launches = counts.names.total()
+            device = counts.milliseconds(options.bandwidth, options.rate, options.gap if kind == "decode" else 0)
+            found = {"launches": launches, "per layer": launches / layers, "device ms, predicted": device}
+            found |= {"host ms, predicted": launches * options.launch / 1e3}
+            found |= {"GB": sum(b for b, _ in counts.work) / 1e9, "TFLOP": sum(f for _, f in counts.work) / 1e12}
+            result[f"{name} {kind}"] = found | {"names": dict(counts.names.most_common())}
+            print(f"{name} {kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+            print("   ", ", ".join(f"{key} {value}" for key, value in counts.names.most_common(16)))
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
