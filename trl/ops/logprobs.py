@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from trl.ops.logits import DETACHED, STATISTICS, LogitTransform
 from trl.ops.products import add_product, operand, product, wide, wide_dtype
 from trl.ops.shapes import shapes
-from trl.ops.transform import DETACHED, STATISTICS, LogitTransform
 
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_ELEMENTS_ACCELERATOR = 2**26
