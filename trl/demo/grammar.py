@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
-from trl.demo.lexicon import ASPECTS, GRAMMAR, plural
+from trl.demo.lexicon import ASPECTS, GRAMMAR, SIDES, plural
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _ARTICLE = re.compile(r"\b([Aa])(?= (?i:hour|honest|heir|(?!one\b|once\b|use|eu|uni(?![mn]))[aeiou]))")
@@ -76,49 +77,60 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=\.) ", text)
 
 
-def recognizes(sentence: str, symbols: Sequence[str]) -> bool:
-    """Whether the whole sentence can be derived from one of the symbols, whichever side it takes."""
+def recognizes(sentence: str, symbols: Sequence[str], side: str | None = None) -> bool:
+    """Whether the whole sentence can be derived from one of the symbols, on a side ("positive", "negative") or on either."""
     plain = re.sub(r"\b([Aa])n ", r"\1 ", sentence)
     if capitalize(fix_articles(plain)) != sentence:
         return False
-    return any(len(plain) in _ends(symbol, plain.lower(), 0, {}) for symbol in symbols)
+    parser = _Parser(_parts(side), plain.lower())
+    return any(len(plain) in parser.ends(symbol, 0) for symbol in symbols)
 
 
-_Memo = dict[tuple[str, int], frozenset[int]]
+class _Parser:
+    """Where phrases of a text end. `parts[symbol]` are alternatives of literal text and symbols by turns."""
+
+    def __init__(self, parts: Mapping[str, Sequence[Sequence[str]]], text: str) -> None:
+        self.parts, self.text = parts, text
+        self.known: dict[tuple[str, int], frozenset[int]] = {}
+
+    def ends(self, symbol: str, start: int) -> frozenset[int]:
+        """Where a phrase derived from `symbol` may end if it begins at `start`."""
+        if (symbol, start) not in self.known:
+            found = (self._sequence_ends(parts, start) for parts in self.parts[symbol])
+            self.known[symbol, start] = frozenset().union(*found)
+        return self.known[symbol, start]
+
+    def _sequence_ends(self, parts: Sequence[str], start: int) -> set[int]:
+        ends = {start}
+        for index, part in enumerate(parts):
+            if index % 2:
+                ends = {end for begin in ends for end in self.ends(part, begin)}
+            else:
+                ends = {end + len(part) for end in ends if self.text.startswith(part, end)}
+        return ends
 
 
-def _ends(symbol: str, text: str, start: int, memo: _Memo) -> frozenset[int]:
-    """Where a phrase derived from `symbol` may end if it begins at `start`."""
-    if (symbol, start) not in memo:
-        found = (_sequence_ends(parts, text, start, memo) for parts in _PARTS[symbol])
-        memo[symbol, start] = frozenset().union(*found)
-    return memo[symbol, start]
+@cache
+def _parts(side: str | None) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The grammar's alternatives, taken apart. With a side, `_pro` is its sentiment and `_con` the other; else either."""
+    sentiments = {"pro": ("good", "bad"), "con": ("good", "bad")}
+    if side is not None:
+        sentiments = {slot: (sentiment,) for slot, sentiment in SIDES[side].items()}
+    return {
+        symbol: tuple(tuple(_SLOT.split(entry.lower())) for entry in entries)
+        for symbol, entries in _with_sentiments(sentiments).items()
+    }
 
 
-def _sequence_ends(parts: Sequence[str], text: str, start: int, memo: _Memo) -> set[int]:
-    """`parts` alternates between literal text and symbols, and begins and ends with text."""
-    ends = {start}
-    for index, part in enumerate(parts):
-        if index % 2:
-            ends = {end for begin in ends for end in _ends(part, text, begin, memo)}
-        else:
-            ends = {end + len(part) for end in ends if text.startswith(part, end)}
-    return ends
-
-
-def _both_sides() -> dict[str, tuple[str, ...]]:
-    """The grammar in which `_pro` and `_con` stand for either sentiment and people may go by their surname."""
-    clauses = tuple(f"{{{aspect}_{sentiment}}}" for aspect in ASPECTS for sentiment in ("good", "bad"))
-    either = {"pro": clauses, "con": clauses}
-    for stem in (name.removesuffix("_good") for name in GRAMMAR if name.endswith("_good")):
-        either |= dict.fromkeys((f"{stem}_pro", f"{stem}_con"), (f"{{{stem}_good}}", f"{{{stem}_bad}}"))
+def _with_sentiments(sentiments: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The grammar in which `pro` and `con` stand for these sentiments and people may go by their surname."""
+    either: dict[str, tuple[str, ...]] = {}
+    stems = [name.removesuffix("_good") for name in GRAMMAR if name.endswith("_good")]
+    for slot, allowed in sentiments.items():
+        either[slot] = tuple(f"{{{aspect}_{sentiment}}}" for aspect in ASPECTS for sentiment in allowed)
+        either |= {f"{stem}_{slot}": tuple(f"{{{stem}_{sentiment}}}" for sentiment in allowed) for stem in stems}
     people = {
         "director": (*GRAMMAR["director"], "{last}", "the director"),
         "actor": (*GRAMMAR["actor"], "{last}", "the lead"),
     }
     return GRAMMAR | either | people
-
-
-_PARTS = {
-    symbol: tuple(tuple(_SLOT.split(entry.lower())) for entry in entries) for symbol, entries in _both_sides().items()
-}
