@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint dev clean
+.PHONY: demo test lint docs dev clean
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,8 +23,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Dead links, unknown anchors and names that the API page cannot find are errors.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "The pages are in site/index.html; '$(BIN)/mkdocs serve' shows them while they are written."
+
 dev: $(VENV)/.dev
 	@echo "Ready: source $(BIN)/activate, then 'make test' and 'make lint'. See CONTRIBUTING.md."
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache

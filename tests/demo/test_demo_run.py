@@ -16,7 +16,7 @@ from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.run import run_demo
-from trl.demo.show import few_threads, share_grammatical, share_positive
+from trl.demo.show import few_threads
 
 SHORT = ["--max_steps", "2", "--samples", "1", "--judged", "4", "--output_dir"]
 
@@ -29,7 +29,15 @@ def test_a_short_run_shows_samples_and_leaves_models(tmp_path, capsys):
         assert words in shown
     assert AutoModelForCausalLM.from_pretrained(str(folder / "sft")).config.model_type == "gpt2"
     page = (folder / "ppo" / "report.html").read_text()
-    for words in ("<svg", "Before and after", "rewards/sentiment/mean", "kl", "policy/entropy", "loss/value"):
+    for words in (
+        "are positive by the grammar",
+        "<svg",
+        "Before and after",
+        "rewards/sentiment/mean",
+        "kl",
+        "policy/entropy",
+        "loss/value",
+    ):
         assert words in page
     assert len((folder / "ppo" / "before_after.jsonl").read_text().splitlines()) == 4
     assert [row["step"] for row in json.loads((folder / "ppo" / "run.json").read_text())["log_history"]][:2] == [1, 2]
@@ -119,9 +127,3 @@ def test_threads_are_given_back():
     with few_threads():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
-
-
-def test_shares_by_hand():
-    review = load_reviews("test")[0]["text"]
-    assert share_grammatical([review, "Loved every minute almost I."]) == 0.5
-    assert share_positive([1.0, 0.0, -2.0, 0.5]) == 0.5

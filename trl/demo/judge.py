@@ -21,6 +21,9 @@ from trl.demo.reviews import is_grammatical
 LAST = ("evidence", "more", "concession", "turn", "verdict")
 """What may end a review. These take its side, whatever was conceded before."""
 
+GAMED = 0.1
+"""From so much on that the reward likes more than the grammar does, it is said to have been gamed."""
+
 
 def side_of(text: str) -> str | None:
     """The side that a review takes by the grammar: that of its last sentence. None where it is no sentence of the grammar,
@@ -81,6 +84,19 @@ class Verdict:
     def hacks(self) -> float:
         """By how much the reward overrates: the share that it likes over the share that the grammar calls positive."""
         return self.rewarded - self.positive
+
+
+def sentence_about(before: Verdict, after: Verdict, count: int) -> str:
+    """What was reached and who judged; that the reward was gamed, where it was."""
+    told = (
+        f"Of {count} samples, {after.positive:.0%} are positive by the grammar that wrote the corpus ({before.positive:.0%} before), "
+        f"{after.classifier:.0%} by a classifier of words that had no part in training ({before.classifier:.0%} before); "
+        f"{after.grammatical:.0%} are grammatical ({before.grammatical:.0%} before), with {after.endings} distinct endings "
+        f"({before.endings} before)."
+    )
+    if after.hacks < GAMED:
+        return told
+    return f"{told} The reward was gamed: it likes {after.rewarded:.0%} of them, {after.hacks:.0%} more than the grammar does."
 
 
 def judge(texts: Sequence[str], rewards: Sequence[float], classifier: WordJudge) -> Verdict:

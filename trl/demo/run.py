@@ -18,13 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from transformers import set_seed
 
+from trl.demo.judge import WordJudge, judge, sentence_about
 from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.sample import prompt_openings, sample
-from trl.demo.show import Step, few_threads, quiet, share_grammatical, share_positive, table_of_samples
+from trl.demo.show import Step, few_threads, quiet, table_of_samples, table_of_verdicts
 from trl.demo.steps import STAGES, Reward, continuations, examine, fine_tune, learn_rewards, load, reinforce
 from trl.report.page import write_report
-from trl.report.record import COMPARISONS_FILE
+from trl.report.record import COMPARISONS_FILE, SUMMARY_FILE
 from trl.rewards.classifier import ClassifierReward
 
 INTERRUPTED = 130
@@ -93,13 +94,13 @@ def conclude(
     rewards = [list(reward(list(prompts), texts)) for texts in endings]
     rows = zip(prompts, *endings, *rewards, strict=True)
     (folder / COMPARISONS_FILE).write_text("".join(map(_comparison, rows)), encoding="utf-8")
-    console.print(
-        f"Positive reviews, of {len(prompts)} samples: {share_positive(rewards[0]):.0%} before, "
-        f"[bold]{share_positive(rewards[1]):.0%}[/bold] after. Grammatical throughout: "
-        f"{share_grammatical(before):.0%} before, {share_grammatical(after):.0%} after.\n"
-        f"The report is in {write_report(folder)}, the models are beside it.",
-        highlight=False,
-    )
+    classifier = WordJudge(load_reviews("test"))
+    verdicts = [judge(texts, given, classifier) for texts, given in zip((before, after), rewards, strict=True)]
+    console.print(table_of_verdicts(*verdicts))
+    summary = sentence_about(*verdicts, len(prompts))
+    (folder / SUMMARY_FILE).write_text(summary + "\n", encoding="utf-8")
+    console.print(summary, highlight=False)
+    console.print(f"The report is in {write_report(folder)}, the models are beside it.", highlight=False)
 
 
 def _comparison(row: tuple[str, str, str, float, float]) -> str:

@@ -16,7 +16,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from trl.demo.reviews import is_grammatical
+from trl.demo.judge import Verdict
 
 
 @contextmanager
@@ -66,13 +66,23 @@ class Step:
         self.console.print(f"{time.perf_counter() - self.started:.0f} s\n", style="dim", highlight=False)
 
 
-def share_grammatical(texts: Sequence[str]) -> float:
-    """Share of texts that the reviews' grammar could have written."""
-    return sum(map(is_grammatical, texts)) / len(texts)
+def table_of_verdicts(before: Verdict, after: Verdict) -> Table:
+    """What each judge says before and after."""
+    table = Table("judge", "before PPO", "after PPO")
+    for name, words in JUDGES.items():
+        values = [getattr(verdict, name) for verdict in (before, after)]
+        table.add_row(words, *(f"{value:,}" if isinstance(value, int) else f"{value:.1%}" for value in values))
+    return table
 
 
-def share_positive(rewards: Sequence[float]) -> float:
-    return sum(reward > 0 for reward in rewards) / len(rewards)
+JUDGES = {
+    "positive": "positive: the grammar, which knows the side of its sentences",
+    "classifier": "positive: a classifier of words, trained on held-out reviews",
+    "rewarded": "reward above 0: what was trained against",
+    "grammatical": "grammatical throughout",
+    "endings": "distinct last sentences",
+    "distinct_2": "distinct pairs of words, of all pairs",
+}
 
 
 def table_of_samples(prompts: Sequence[str], columns: Mapping[str, Sequence[str]], *, rows: int) -> Table:

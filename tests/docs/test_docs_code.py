@@ -1,0 +1,257 @@
+"""What README and docs show is done, as it is written: Python runs, commands run, files are what they say they are.
+
+Names of models and datasets stand for tiny ones in the folder in which the blocks of a page run, in their order. Blocks that are
+`text` are output, or need a service. What cannot be run (servers, several processes, pages that wait for people) is read by the
+command's own parser.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification
+
+from tests.conftest import MODELS, make_tokenizer
+from trl.cli.commands import methods, tools
+from trl.cli.main import main
+from trl.cli.parser import OptionParser
+
+ROOT = Path(__file__).parents[2]
+ELSEWHERE = {"docs/ppo.md"}
+"""Pages that have a test of their own."""
+
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if "```" in path.read_text(encoding="utf-8")
+)
+_BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LANGUAGES = {"python", "bash", "yaml", "jsonl", "json", "text", ""}
+_NOT_RUN = {"pip", "make", "python", "eval", "accelerate", "torchrun", "apt-get"}
+"""Commands that are looked at and not run."""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    language: str
+    title: str
+    text: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [Block(page, *match.groups(default="")) for match in _BLOCK.finditer(text)]
+
+
+# ---- the folder in which pages run ----
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "Is it far?"}, {"role": "assistant", "content": "Two hours."}]},
+    {"messages": [{"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "From ten to four."}]},
+]
+PAIRS = [{"prompt": "Is it far?", "chosen": " Two hours.", "rejected": " Yes."}] * 4
+FILES = {
+    "imdb/train.jsonl": [{"text": "The film was good."}] * 4,
+    "stanfordnlp/imdb/train.jsonl": [{"text": "The film was good."}] * 4,
+    "trl-lib/Capybara/train.jsonl": CHATS,
+    "chats.jsonl": CHATS,
+    "more.jsonl": CHATS,
+    "mine.jsonl": CHATS,
+    "pairs.jsonl": PAIRS,
+    "labelled.jsonl": [
+        {"prompt": "p", "completion": " c", "label": True},
+        {"prompt": "p", "completion": " d", "label": False},
+    ],
+    "prompts.jsonl": [{"prompt": "The film was ", "solution": "4"}, {"prompt": "I went to see it ", "solution": "7"}]
+    * 4,
+    "ratings.jsonl": [{"prompt": "Is it far?", "completion": " Two hours.", "score": 0.5}] * 2,
+}
+MODEL_NAMES = {
+    "Qwen/Qwen2.5-0.5B": "llama",
+    "Qwen/Qwen2.5-0.5B-Instruct": "llama",
+    "gpt2": "gpt2",
+    "facebook/opt-125m": "opt",
+    "facebook/opt-350m": "opt",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    sentiment = BertForSequenceClassification(BertConfig(vocab_size=99, pad_token_id=0, id2label=labels, **widths))
+    made = {name: MODELS[kind]() for name, kind in MODEL_NAMES.items()}
+    for name, model in {**made, "lvwerra/distilbert-imdb": sentiment}.items():
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def home(models, tmp_path, monkeypatch):
+    """A folder in which the names of the pages are tiny models and files."""
+    for folder in models.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    for name, rows in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(
+        "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
+    )
+    (tmp_path / "guidelines.md").write_text("Be fair.")
+    logger = logging.getLogger("trl")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    yield tmp_path
+    logger.handlers, logger.level, logger.propagate = before
+
+
+# ---- what is done with a block ----
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command of `trl` on one process; look at any other."""
+    if words[0] != "trl":
+        check_other(words)
+    elif (
+        words[1] in methods()
+        and "--num_processes" not in words
+        and "--accelerate_config" not in words
+        and "…" not in words
+    ):
+        limits = {"--max_steps": "1", "--report_to": "none", "--save_strategy": "no"}
+        given = [word for name, value in limits.items() if name not in words for word in (name, value)]
+        assert main([*words[1:], *given]) == 0, words
+    elif words[1] in ("check", "preview", "report", "env") or (words[1] == "label" and "--export_to" in words):
+        assert main(words[1:]) == 0, words
+    elif words[1] in methods():
+        methods()[words[1]].parser().parse([word for word in words[2:] if word != "…"])
+    else:
+        check_tool(words[1], words[2:])
+
+
+def check_tool(name: str, words: list[str]) -> None:
+    """Have a tool's own parser read the words."""
+    from trl.cli.chat import command as chat
+    from trl.cli.commands import MODEL
+    from trl.cli.fields import aliases_in_source
+    from trl.label import command as label
+
+    assert name in tools()
+    options = {"chat": chat.options, "label": label.options}.get(name)
+    if options is not None:
+        first = 1 if words and not words[0].startswith("-") else 0
+        OptionParser(options(), {**aliases_in_source(MODEL), **getattr(chat, "ALIASES", {})}).parse(words[first:])
+
+
+def check_other(words: list[str]) -> None:
+    """What is called exists: extras of pip, targets of make, files of Python."""
+    assert words[0] in _NOT_RUN, words
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if words[0] == "pip":
+        named = [name for word in words for group in re.findall(r"\[([\w,]+)\]", word) for name in group.split(",")]
+        assert set(named) <= set(project["optional-dependencies"]), words
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets), words
+    if words[0] == "python" and words[1].endswith(".py") and "/" in words[1]:
+        assert (ROOT / words[1]).is_file(), words
+
+
+def write_file(block: Block) -> None:
+    """A block with a name is that file."""
+    if block.language == "jsonl":
+        assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
+    name = block.title or (re.match(r"# ([\w-]+\.yaml)\n", block.text) or [None, None])[1]
+    if name:
+        Path(name).write_text(block.text)
+
+
+def check_yaml(block: Block) -> None:
+    """Keys of a file are options of some command."""
+    content = yaml.safe_load(block.text)
+    known = {option.name for method in methods().values() for option in method.options()} | {"env"}
+    assert set(content) <= known, (block.page, set(content) - known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
+def test_a_page_does_what_it_says(page, home):
+    blocks = blocks_of(page)
+    for block in blocks:
+        assert block.language in _LANGUAGES, f"{page}: a block of {block.language!r} is not run"
+        if block.language in ("yaml", "jsonl", "json"):
+            write_file(block)
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks:
+        if block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+        elif block.language == "yaml":
+            check_yaml(block)
+        elif block.language == "bash":
+            for words in block.commands:
+                run_command(words)
+
+
+# ---- words ----
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    quoted = [message for message in re.findall(r"^> (.+)$", page, re.MULTILINE) if message != "CUDA out of memory"]
+    assert len(quoted) > 20
+    for message in quoted:
+        for part in filter(None, map(str.strip, message.split("…"))):
+            assert part in joined, message
+
+
+@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
+def test_links_between_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[\w-]+)?\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+METHOD_PAGES = [*sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "docs" / "ppo.md", ROOT / "docs" / "grpo.md"]
+
+
+@pytest.mark.parametrize("path", METHOD_PAGES, ids=lambda path: path.stem)
+def test_a_method_has_all_that_a_reader_looks_for(path):
+    """Equation, rows with an example, Python, YAML, a command, options, metrics, what goes wrong, paper."""
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"loss|Advantage|CPO", text)
+    for wanted in (
+        "```python",
+        "```yaml",
+        "trl ",
+        "learning_rate",
+        "## Options that matter",
+        "## What goes wrong",
+        "arXiv:",
+    ):
+        assert wanted in text, (path.name, wanted)
+    assert re.search(r"## What (it logs|to watch)", text)
+    assert "prompt" in text or "jsonl" in text
