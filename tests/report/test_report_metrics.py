@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from html import unescape
 
 import pytest
 
-from trl.report.draw import describe, draw, frame_of, number, tick, ticks
-from trl.report.metrics import BUCKETS, FEWEST, Chart, Series, charts_by_group, charts_of, group_of, smoothed, thinned
+from trl.report.charts import as_script, chart_data, describe, number
+from trl.report.metrics import (
+    BUCKETS,
+    FEWEST,
+    Chart,
+    Series,
+    charts_by_group,
+    charts_of,
+    charts_of_runs,
+    group_of,
+    hint,
+    is_smoothed,
+    smoothed,
+    thinned,
+)
 
 LOG = [
     {"step": 1, "epoch": 0.1, "loss": 4.0, "reward": 0.5, "learning_rate": 1e-3},
@@ -35,7 +46,6 @@ def test_what_is_no_number_is_counted_and_not_drawn():
     (reward,) = (chart for chart in charts_of(LOG) if chart.name == "reward")
     assert reward.series == (Series("train", ((1.0, 0.5),), lost=1),)
     assert reward.lost == 1
-    assert draw(Chart("x", (Series("train", (), lost=3),))) == ""
 
 
 def test_rewards_stand_before_the_loss():
@@ -108,57 +118,61 @@ def test_numbers(value, text):
     assert number(value) == text
 
 
-def test_axes_have_room_for_six_characters():
-    assert [tick(value) for value in (0.0, 9000.0, 12000.0, 100_000.0, -20_000.0, 2e6)] == [
-        "0",
-        "9,000",
-        "12k",
-        "100k",
-        "-20k",
-        "2M",
+# ---- what is drawn ----
+
+
+def test_lines_stand_over_common_steps():
+    chart = Chart("loss", (Series("train", ((1.0, 4.0), (2.0, 2.0))), Series("eval", ((2.0, 3.0), (4.0, 1.0)))))
+    assert chart_data(chart) == {
+        "name": "loss",
+        "steps": [1.0, 2.0, 4.0],
+        "lines": [
+            {"label": "train", "smooth": False, "values": [4.0, 2.0, None]},
+            {"label": "eval", "smooth": False, "values": [None, 3.0, 1.0]},
+        ],
+    }
+    assert describe(chart).startswith(
+        "loss: train from 4 at step 1 to 2 at step 2; eval from 3 at step 2 to 1 at step 4."
+    )
+
+
+def test_smooth_lines_are_told_apart_and_not_drawn_through_schedules():
+    points = tuple((float(i), float(i % 7)) for i in range(100))
+    lines = [(each["label"], each["smooth"]) for each in chart_data(Chart("loss", (Series("train", points),)))["lines"]]
+    assert lines == [("train", False), ("train", True)]
+    assert len(chart_data(Chart("learning_rate", (Series("train", points),)))["lines"]) == 1
+    assert [is_smoothed(name) for name in ("reward", "num_tokens", "kl_coef", "completions/max_length")] == [
+        True,
+        False,
+        False,
+        False,
     ]
 
 
-def test_ticks_are_round_and_inside():
-    assert ticks(0, 10, most=5) == [0, 5, 10]
-    assert ticks(-0.9, 1.1, most=5) == pytest.approx([-0.5, 0, 0.5, 1])
-    assert ticks(1, 120, most=5) == [50, 100]
-    for low, high in ((0.0013, 0.0019), (1e6, 7e6), (-3, 900)):
-        assert 1 <= len(ticks(low, high, most=5)) <= 5
-        assert all(low <= tick <= high for tick in ticks(low, high, most=5))
+def test_a_long_log_stays_small():
+    points = tuple((float(i), math.sin(i)) for i in range(100_000))
+    data = chart_data(Chart("loss", (Series("train", points),)))
+    assert len(data["steps"]) <= 3 * BUCKETS
+    assert data["steps"][0] == 0
 
 
-def test_the_first_step_stands_clear_of_the_word_before_it():
-    svg = draw(Chart("loss", (Series("train", ((10.0, 1.0), (50.0, 2.0))),)))
-    assert re.findall(r'text-anchor="(\w+)">(step|10|20|50)<', svg) == [
-        ("end", "step"),
-        ("start", "10"),
-        ("middle", "20"),
-        ("end", "50"),
+def test_what_is_sent_to_the_script_cannot_end_it():
+    script = as_script([Chart("</script><b>", (Series("train", ((1.0, 2.0),)),))])
+    assert "<" not in script
+    assert json.loads(script)[0]["name"] == "</script><b>"
+
+
+def test_what_a_metric_should_do():
+    assert hint("rewards/accuracies") == "Should rise above 0.5."
+    assert hint("objective/kl").startswith("Distance from the reference")
+    assert hint("something") == ""
+
+
+def test_runs_side_by_side():
+    logs = {"a": [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.5}], "b": [{"step": 3, "loss": 1.0}]}
+    (chart,) = charts_of_runs(logs)["Loss"]
+    assert [(series.label, series.points) for series in chart.series] == [
+        ("a", ((1.0, 2.0),)),
+        ("a (eval)", ((1.0, 2.5),)),
+        ("b", ((3.0, 1.0),)),
     ]
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-30, 1e30])
-def test_one_point_and_constants_have_a_frame(value):
-    for points in ([(5.0, value)], [(1.0, value), (9.0, value)]):
-        frame = frame_of(points)
-        assert frame.values[0] < value < frame.values[1]
-        assert frame.steps[0] < frame.steps[1]
-
-
-def test_a_drawing_spans_its_frame_and_tells_its_numbers():
-    chart = Chart("loss", (Series("train", ((0.0, 1.0), (10.0, 2.0))), Series("eval", ((10.0, 1.5),))))
-    svg = draw(chart)
-    assert describe(chart) in unescape(svg)
-    assert describe(chart) == "loss: train from 1 at step 0 to 2 at step 10; eval from 1.5 at step 10 to 1.5 at step 10"
-    start, end = re.search(r'class="line-0 whole" d="M([\d.]+) [\d.]+L([\d.]+) ', svg).groups()
-    assert (float(start), float(end)) == (54, 386)
-    data = json.loads(unescape(re.search(r'data-chart="(.*?)"', svg).group(1)))
-    assert data["series"][1] == {"label": "eval", "points": [[386.0, 10.0, "1.5"]]}
-
-
-def test_many_points_get_a_smooth_line():
-    svg = draw(Chart("loss", (Series("train", tuple((float(i), float(i % 7)) for i in range(1000))),)))
-    assert 'class="line-0 raw"' in svg
-    assert 'class="line-0 smooth"' in svg
-    assert "<circle" not in svg

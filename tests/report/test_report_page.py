@@ -11,10 +11,12 @@ from html.parser import HTMLParser
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from datasets import Dataset
 
 from tests.conftest import make_tokenizer
 from trl.callbacks.report import ReportCallback
+from trl.cli.commands import methods
 from trl.cli.main import main
 from trl.errors import DataError
 from trl.report.page import breakable, duration, shown, write_report
@@ -151,7 +153,7 @@ def test_what_never_changed_is_told_and_not_drawn(tmp_path):
     rows = [{"step": i, "loss": 0.0, "lam": 0.5, "ratio": 1.0 + 1e-7 * i, "reward": float(i)} for i in (1, 2)]
     write(tmp_path / "run.json", {"log_history": rows})
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 2  # the reward, and the loss: of that a reader wants to see that it stays
+    assert page.count('class="plot"') == 2  # the reward, and the loss: of that a reader wants to see that it stays
     assert "Unchanged: ratio 1" in page_of(tmp_path).text
     assert "Unchanged: lam 0.5" in page_of(tmp_path).text
 
@@ -228,6 +230,44 @@ def test_a_run_writes_its_report(make_model, tmp_path):
     assert "loss (eval)" in Page((tmp_path / "report.html").read_text()).text
 
 
+def test_a_run_tells_its_rows_and_how_to_make_it_again(make_model, tmp_path):
+    trainer(make_model, tmp_path / "run", save_strategy="no", learning_rate=1e-3).train()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["rows"][0] == {"prompt": "", "completions": ["What is 0?</s>"]}
+    assert set(record["again"]) == {"config.yaml"}
+    options = yaml.safe_load(record["again"]["config.yaml"])
+    assert (options["learning_rate"], options["max_steps"]) == (1e-3, 4)
+    known = {option.name for option in methods()["sft"].options()}
+    assert set(options) <= known
+    text = page_of(tmp_path / "run").text
+    assert "What is 0?</s>" in text
+    assert "learning_rate: 0.001" in text
+
+
+def test_the_log_is_there_while_the_run_goes_on(make_model, tmp_path):
+    seen = []
+
+    class Look(ReportCallback):
+        def on_step_end(self, args, state, control, **_):
+            seen.append(read_run(tmp_path).step if (tmp_path / "run.json").exists() else 0)
+
+    run = trainer(make_model, tmp_path, save_strategy="no")
+    run.add_callback(Look())
+    run.train()
+    assert seen[-1] >= 1
+
+
+def test_times_survive_a_resume(make_model, tmp_path):
+    trainer(make_model, tmp_path, save_steps=2).train()
+    record = json.loads((tmp_path / "run.json").read_text())
+    write(tmp_path / "run.json", {**record, "started": "2026-01-02 03:04", "seconds": 5000.0})
+    again = trainer(make_model, tmp_path, save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert after["started"] == "2026-01-02 03:04"
+    assert after["seconds"] > 5000
+
+
 def test_a_run_that_stops_keeps_its_log(make_model, tmp_path):
     run = trainer(make_model, tmp_path, save_steps=2)
 
@@ -240,7 +280,7 @@ def test_a_run_that_stops_keeps_its_log(make_model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert not (tmp_path / "report.html").exists()
-    assert "The log ends at step 2 of 4" in page_of(tmp_path).text
+    assert "of 4: the run stopped early" in page_of(tmp_path).text
 
 
 def test_a_report_that_cannot_be_written_costs_nothing(make_model, tmp_path, caplog):
@@ -261,11 +301,49 @@ def test_the_command(tmp_path, capsys):
     Page((tmp_path / "pages" / "a.html").read_text())
 
 
+def test_the_first_number_is_the_first_that_was_logged(tmp_path):
+    write(tmp_path / "run.json", {"log_history": log(*(9.0 - i / 10 for i in range(60)))})
+    assert "loss 3.1 from 9" in page_of(tmp_path).text
+
+
+def test_eight_charts_first(tmp_path):
+    row = {f"metric_{i}": float(i) for i in range(12)}
+    rows = [{"step": step, "loss": step, **{name: value * step for name, value in row.items()}} for step in (1, 2)]
+    write(tmp_path / "run.json", {"log_history": rows})
+    page = write_report(tmp_path).read_text()
+    main, folded = page.split('<details class="group">')[:2]
+    assert main.count('class="plot"') == 8
+    assert "Other: 4 more" in folded  # metric_0 never changed, and is told
+
+
+def test_a_comparison(tmp_path, monkeypatch, capsys):
+    for name, beta, loss in (("small", 0.1, 1.0), ("large", 0.5, 2.0)):
+        options = {"beta": beta, "seed": 0, "output_dir": name}
+        write(tmp_path / name / "run.json", {"log_history": log(3.0, loss), "options": options})
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "small", "large"]) == 0
+    assert capsys.readouterr().out == "The report is in comparison.html.\n"
+    text = Page((tmp_path / "comparison.html").read_text()).text
+    assert "Comparison of runs small · large" in text
+    assert "option small large beta 0.1 0.5" in text
+    assert "seed" not in text
+    assert "output_dir" not in text
+
+
+def test_a_page_that_is_watched_asks_for_itself(tmp_path):
+    write(tmp_path / "run.json", {"log_history": log(1.0)})
+    refresh = '<meta http-equiv="refresh" content="5">'
+    assert refresh in write_report(tmp_path, refresh=5).read_text()
+    assert refresh not in write_report(tmp_path).read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "trl report takes the folder of a run: trl report RUN [--output FILE]."),
+        ([], "trl report takes the folder of a run, or of several: trl report RUN"),
         (["no"], "There is no folder 'no'"),
+        (["a", "b"], "There is no folder 'a'"),
+        ([".", "--every", "0"], "every=0: give at least 1 second."),
         ([".", "--ouput", "a"], "Unknown option --ouput. Did you mean '--output'"),
     ],
 )

@@ -6,41 +6,66 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from trl import __version__
 from trl.models.load import count_parameters
 from trl.report.page import write_report
-from trl.report.record import RUN_FILE
+from trl.report.record import RUN_FILE, read_run_file
 from trl.training.beside import not_fatal
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")
 
+LIVE = 2.0
+"""Seconds between two times that the log is written while a run goes on, at least."""
+
 DERIVED = {"accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "output_dir"}
 """Options that the configuration fills in by itself, and the one that the page's title tells."""
 
 
 class ReportCallback(TrainerCallback):
-    """Writes `run.json` to the output folder at every checkpoint and at the end, and then the page too.
+    """Writes `run.json` to the output folder while a run goes on, and at the end the page too.
 
-    An evaluation after the end is added to both. `data` are lines about the dataset to put on the page.
+    An evaluation after the end is added to both. A run that resumes keeps its start, and the time that it took before.
+
+    data    lines about the dataset to put on the page
+    rows    gives some rows as the model sees them, `{"prompt", "completions"}`, to put there too
     """
 
-    def __init__(self, data: tuple[str, ...] = ()) -> None:
-        self.data = data
-        self.started, self.clock, self.ended = "", 0.0, False
+    def __init__(
+        self, data: tuple[str, ...] = (), rows: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+    ) -> None:
+        self.data, self._rows = data, rows
+        self.rows: Sequence[Mapping[str, Any]] = ()
+        self.started, self.seconds_before, self.clock, self.ended = "", 0.0, 0.0, False
+        self.written = -math.inf
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self.started, self.clock, self.ended = time.strftime("%Y-%m-%d %H:%M"), time.monotonic(), False
+        before = read_run_file(Path(args.output_dir)) if state.global_step else {}
+        self.started = before.get("started") or time.strftime("%Y-%m-%d %H:%M")
+        self.seconds_before = float(before.get("seconds") or 0.0)
+        self.clock, self.ended = time.monotonic(), False
+        if self._rows is not None and state.is_world_process_zero:
+            self.rows = self._rows()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        """From the first log on, and then no more often than a disk minds."""
+        if not self.ended and time.monotonic() - self.written > LIVE:
+            self._write(args, state, model, page=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         self._write(args, state, model, page=False)
@@ -64,6 +89,7 @@ class ReportCallback(TrainerCallback):
         folder = Path(args.output_dir)
         with not_fatal("The report"):
             folder.mkdir(parents=True, exist_ok=True)
+            self.written = time.monotonic()
             _replace(folder / RUN_FILE, json.dumps(self.record(args, state, model), indent=1, default=str))
             if page:
                 logger.info(f"The report is in {write_report(folder)}.")
@@ -76,13 +102,33 @@ class ReportCallback(TrainerCallback):
             "step": state.global_step,
             "max_steps": state.max_steps,
             "started": self.started,
-            "seconds": time.monotonic() - self.clock,
+            "seconds": self.seconds_before + time.monotonic() - self.clock,
             "data": self.data,
+            "rows": self.rows,
+            "again": self.again(args, model),
             "versions": versions(),
             "options": args.to_dict(),
             "changed": changed_options(args),
             "log_history": state.log_history,
         }
+
+    def again(self, args: TrainingArguments, model: Any) -> dict[str, str]:
+        """What makes the run again: the command, if it was one, and a configuration that `trl METHOD --config` takes."""
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        options = {option: args.to_dict()[option] for option in changed_options(args)}
+        options = {"model_name_or_path": name, **options, "output_dir": args.output_dir}
+        made = {"config.yaml": yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)}
+        program = Path(sys.argv[0])
+        if program.stem == "trl" or program.parent.name == "trl":
+            made = {"command": shlex.join(["trl", *sys.argv[1:]]), **made}
+        return made
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as YAML can hold them; what is not set is left out."""
+    return {
+        name: json.loads(json.dumps(value, default=str)) for name, value in options.items() if value not in (None, "")
+    }
 
 
 def changed_options(args: TrainingArguments) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.rule import Rule
@@ -38,6 +39,14 @@ def preview_examples(
     console.print(
         f"{count:,} rows, {tokens:,} tokens, {trained:,} trained ({trained / max(1, tokens):.0%})", highlight=False
     )
+
+
+def as_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The example's `prompt` and `completions`, special tokens included."""
+    return {
+        "prompt": tokenizer.decode(list(example.prompt)),
+        "completions": [tokenizer.decode(list(completion.ids)) for completion in example.completions],
+    }
 
 
 def _legend(coloured: bool) -> Text:

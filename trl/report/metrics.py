@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 Point = tuple[float, float]
@@ -52,6 +52,36 @@ LEADING = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accur
 LEADING += ("policy/entropy",)
 """Metrics that come first under their heading."""
 
+HINTS: tuple[tuple[str, str], ...] = (
+    (r"^loss$", "Should fall; for policy gradients it may hover around 0."),
+    (r"mean_token_accuracy", "Should rise: how often the right token was the most likely one."),
+    (r"rewards/margins?$|^margin$", "Should grow: how much better the chosen completion is rated."),
+    (r"accurac", "Should rise above 0.5."),
+    (r"^reward$|rewards?/.*mean$|mean_scores", "Should rise. Read samples, too: a reward can be gamed."),
+    (r"reward_std|std_scores", "Should not reach 0: equal rewards teach nothing."),
+    (r"frac_reward_zero_std", "Should stay below one half: groups with equal rewards teach nothing."),
+    (r"approxkl|policykl", "How far one round moved the policy. Should stay small."),
+    (r"(^|/)kl$", "Distance from the reference, in nats. Should not rise without end."),
+    (r"kl_coef", "β, as it is adapted."),
+    (r"entropy", "Should fall slowly. Near 0 all completions are alike."),
+    (r"clipfrac|clip_ratio|clipped_share", "Should stay below 0.2."),
+    (r"clipped_ratio", "Should stay near 0: completions that were cut at the limit."),
+    (r"completions/.*length", "Should not grow without reason."),
+    (r"loss/value|val/error", "Should fall once rewards have settled."),
+    (r"grad_norm", "Should stay of one order. Spikes ask for a lower learning rate."),
+    (r"learning_rate", "The schedule."),
+    (r"logps/chosen", "Should not fall far."),
+    (r"logps/rejected", "Should fall faster than that of the chosen."),
+    (r"rewards/chosen", "Should stay above that of the rejected."),
+    (r"rewards/rejected", "Should fall."),
+    (r"tokens_per_second", "Real tokens, without padding."),
+    (r"padding_share", "Should be near 0."),
+)
+"""What a metric should do; the first pattern that matches."""
+
+_EXACT = re.compile(r"learning_rate|lr$|coef|num_tokens|epoch|_steps$|(^|/)(min|max)_|count|pairs$")
+"""Schedules, counts and extremes: a smooth line through them would say what is not so."""
+
 _ONCE = re.compile(r"^(train_(runtime|loss|samples_per_second|steps_per_second)|total_flos)$")
 """Totals that are logged once, at the end: no curves."""
 
@@ -82,10 +112,15 @@ class Chart:
 
 def charts_by_group(log: Sequence[Mapping[str, object]]) -> dict[str, list[Chart]]:
     """The log's charts under their headings, both in the order they are shown."""
-    grouped: dict[str, list[Chart]] = {}
-    for chart in charts_of(log):
-        grouped.setdefault(group_of(chart.name), []).append(chart)
-    return {title: sorted(grouped[title], key=_rank) for title in ORDER if title in grouped}
+    return grouped(charts_of(log))
+
+
+def grouped(charts: Iterable[Chart]) -> dict[str, list[Chart]]:
+    """Charts under their headings, both in the order they are shown."""
+    found: dict[str, list[Chart]] = {}
+    for chart in charts:
+        found.setdefault(group_of(chart.name), []).append(chart)
+    return {title: sorted(found[title], key=_rank) for title in ORDER if title in found}
 
 
 def _rank(chart: Chart) -> tuple[int, str]:
@@ -94,6 +129,26 @@ def _rank(chart: Chart) -> tuple[int, str]:
 
 def group_of(name: str) -> str:
     return next((title for title, pattern in GROUPS if re.search(pattern, name)), "Other")
+
+
+def hint(name: str) -> str:
+    """What the metric should do; empty where that is not known."""
+    return next((words for pattern, words in HINTS if re.search(pattern, name)), "")
+
+
+def is_smoothed(name: str) -> bool:
+    """Whether a smooth line is drawn through the metric."""
+    return not _EXACT.search(name)
+
+
+def charts_of_runs(runs: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[str, list[Chart]]:
+    """The charts of several logs under their headings, each metric with a line for every run: `A`, `A (eval)`, `B`, …."""
+    lines: dict[str, list[Series]] = {}
+    for run, log in runs.items():
+        for chart in charts_of(log):
+            named = [replace(s, label=run if s.label == "train" else f"{run} ({s.label})") for s in chart.series]
+            lines.setdefault(chart.name, []).extend(named)
+    return grouped(Chart(name, tuple(series)) for name, series in lines.items())
 
 
 def charts_of(log: Sequence[Mapping[str, object]]) -> list[Chart]:

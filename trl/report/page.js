@@ -1,42 +1,76 @@
-// Under the pointer, or with the arrow keys: the step and the value of every line there.
-for (const svg of document.querySelectorAll("svg[data-chart]")) {
-  const { x: [left, right], series } = JSON.parse(svg.dataset.chart);
-  const output = svg.closest("figure").querySelector("output");
-  const cursor = svg.querySelector(".cursor");
-  const stops = [...new Set(series.flatMap(({ points }) => points.map(([x]) => x)))].sort((a, b) => a - b);
-  let at = -1;
+// Charts, drawn by uPlot when they come into view: one cursor for all, zoom by dragging, smooth lines and a logarithmic scale to
+// switch. And buttons that copy.
+const data = JSON.parse(document.getElementById("charts").textContent);
+const styles = () => getComputedStyle(document.documentElement);
+const colour = (name) => styles().getPropertyValue(name).trim();
+const COLOURS = 8;
+const HEIGHT = 190;
+const made = new Map();
+const on = (id) => document.getElementById(id)?.checked ?? false;
 
-  const nearest = (points, x) => points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
-  const show = (x) => {
-    cursor.removeAttribute("hidden");
-    cursor.setAttribute("x1", x);
-    cursor.setAttribute("x2", x);
-    const found = series.filter(({ points }) => points.length).map(({ label, points }) => [label, ...nearest(points, x)]);
-    const step = found.reduce((a, b) => (Math.abs(b[1] - x) < Math.abs(a[1] - x) ? b : a))[2];
-    const told = found.map(([label, , own, value]) =>
-      (found.length > 1 ? `${label} ` : "") + value + (own === step ? "" : ` (${own.toLocaleString("en")})`));
-    output.textContent = [`step ${step.toLocaleString("en")}`, ...told].join(" · ");
-  };
-  const hide = () => {
-    at = -1;
-    cursor.setAttribute("hidden", "");
-    output.textContent = "";
-  };
+const short = (value) => {
+  if (value == null) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
+  return size >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(4));
+};
 
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    if (x < left - 4 || x > right + 4) return hide();
-    const stop = stops.reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
-    show(stop);
-  });
-  svg.addEventListener("pointerleave", hide);
-  svg.addEventListener("blur", hide);
-  svg.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-    if (move === undefined) return;
-    event.preventDefault();
-    at = Math.max(0, Math.min(stops.length - 1, at + move));
-    show(stops[at]);
-  });
+function line({ label, smooth }, index, hasSmooth) {
+  const stroke = colour(`--line-${index % COLOURS}`);
+  return {
+    label: smooth ? `${label}, smooth` : label,
+    stroke: hasSmooth && !smooth && on("smooth") ? `${stroke}66` : stroke,
+    width: smooth ? 2 : hasSmooth && on("smooth") ? 1 : 1.6,
+    show: !smooth || on("smooth"),
+    spanGaps: true,
+    points: { show: !hasSmooth && !smooth ? undefined : false },
+    value: (_, value) => short(value),
+  };
 }
+
+function draw(place) {
+  const chart = data[place.dataset.chart];
+  const labels = [...new Set(chart.lines.map(({ label }) => label))];
+  const positive = chart.lines.every(({ values }) => values.every((value) => value === null || value > 0));
+  const smoothed = new Set(chart.lines.filter(({ smooth }) => smooth).map(({ label }) => label));
+  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--faint"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+  const options = {
+    width: place.clientWidth,
+    height: HEIGHT,
+    cursor: { sync: { key: "run", setSeries: false }, focus: { prox: 1e6 } },
+    scales: { x: { time: false }, y: { distr: on("log") && positive ? 3 : 1 } },
+    axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => tick == null ? "" : short(tick)) }],
+    series: [{ label: "step", value: (_, value) => short(value) }, ...chart.lines.map((each) => line(each, labels.indexOf(each.label), smoothed.has(each.label)))],
+  };
+  made.get(place)?.destroy();
+  made.set(place, new uPlot(options, [chart.steps, ...chart.lines.map(({ values }) => values)], place));
+}
+
+// Steps are whole numbers.
+const INCREMENTS = [...Array(13).keys()].flatMap((power) => [1, 2, 5].map((factor) => factor * 10 ** power));
+
+const places = [...document.querySelectorAll(".plot")];
+const watcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting && !made.has(target)) draw(target);
+}, { rootMargin: "300px" });
+places.forEach((place) => watcher.observe(place));
+const again = () => made.forEach((_, place) => draw(place));
+for (const id of ["smooth", "log"]) document.getElementById(id)?.addEventListener("change", again);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+new ResizeObserver(() => made.forEach((plot, place) => plot.setSize({ width: place.clientWidth, height: HEIGHT }))).observe(document.body);
+
+for (const button of document.querySelectorAll(".copy"))
+  button.addEventListener("click", async () => {
+    const text = button.parentElement.querySelector("pre").textContent;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const range = document.createRange();
+      range.selectNodeContents(button.parentElement.querySelector("pre"));
+      getSelection().removeAllRanges();
+      getSelection().addRange(range);
+      document.execCommand("copy");
+    }
+    button.textContent = "Copied";
+  });

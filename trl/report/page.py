@@ -17,8 +17,8 @@ from markupsafe import Markup, escape
 
 from trl import __version__
 from trl.errors import DataError
-from trl.report.draw import COLOURS, draw, number
-from trl.report.metrics import LEADING, Chart, charts_by_group, smoothed
+from trl.report.charts import COLOURS, MAIN, as_script, describe, number
+from trl.report.metrics import LEADING, Chart, charts_by_group, charts_of_runs, hint
 from trl.report.record import RunRecord, read_run
 
 REPORT_FILE = "report.html"
@@ -35,10 +35,13 @@ class Figure:
     before: str = ""
 
 
-def write_report(run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, refresh: int = 0
+) -> Path:
     """Write the page of the run in `run_folder` to `output` (`report.html` in that folder); returns where it is.
 
-    Raises DataError for a folder that holds nothing of a run, or less than a page that is there shows.
+    With `refresh`, a browser reads the page again every so many seconds. Raises DataError for a folder that holds nothing of a
+    run, or less than a page that is there shows.
     """
     folder = Path(run_folder).expanduser()
     run = read_run(folder)
@@ -49,7 +52,25 @@ def write_report(run_folder: str | os.PathLike[str], output: str | os.PathLike[s
             f"{str(folder)!r} holds no log and no samples any more, and {str(path)!r} is there from before: it stays. Give "
             f"another --output.{damaged}"
         )
-    page = render(run)
+    return _write(render(run, refresh=refresh), path)
+
+
+def write_comparison(
+    run_folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, refresh: int = 0
+) -> Path:
+    """Write a page with the curves of several runs, one on the other, and the options in which they differ.
+
+    Runs whose folders are called alike are told apart by the folders above. Raises DataError as `write_report` does.
+    """
+    folders = [Path(each).expanduser() for each in run_folders]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return _write(render_comparison(dict(zip(names, map(read_run, folders), strict=True)), refresh=refresh), output)
+
+
+def _write(page: str, output: str | os.PathLike[str]) -> Path:
+    path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(page, encoding="utf-8", errors="replace")
@@ -57,8 +78,37 @@ def write_report(run_folder: str | os.PathLike[str], output: str | os.PathLike[s
     return path
 
 
-def render(run: RunRecord) -> str:
-    """The page as text."""
+def render(run: RunRecord, *, refresh: int = 0) -> str:
+    """The page of one run as text."""
+    groups = charts_by_group(run.log)
+    return _render(
+        run,
+        groups,
+        figures=list(key_figures(groups)),
+        facts=list(facts(run)),
+        warnings=list(warnings(run, groups)),
+        refresh=refresh,
+    )
+
+
+def render_comparison(runs: Mapping[str, RunRecord], *, refresh: int = 0) -> str:
+    """The page of several runs as text."""
+    groups = charts_of_runs({name: run.log for name, run in runs.items()})
+    together = RunRecord(name=" · ".join(runs), method="Comparison of")
+    told = [f"{name}: {'; '.join(facts(run))}" for name, run in runs.items()]
+    return _render(together, groups, facts=told, differences=differences(runs), names=list(runs), refresh=refresh)
+
+
+def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
+    """Options whose values are not the same in all runs, with their values."""
+    options = dict.fromkeys(name for run in runs.values() for name in run.options)
+    values = {name: [shown(run.options.get(name)) for run in runs.values()] for name in options}
+    return {
+        name: each for name, each in values.items() if len(set(each)) > 1 and name not in ("output_dir", "run_name")
+    }
+
+
+def _render(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
     environment = Environment(
         loader=PackageLoader("trl.report", "."),
         autoescape=True,
@@ -66,28 +116,43 @@ def render(run: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "shown": shown, "breakable": breakable}
-    environment.tests["flat"] = is_flat
-    groups = charts_by_group(run.log)
+    environment.filters |= {
+        "number": number,
+        "shown": shown,
+        "breakable": breakable,
+        "hint": hint,
+        "describe": describe,
+    }
+    charts = [chart for charts in groups.values() for chart in charts]
+    drawn = [chart for chart in charts if not is_flat(chart) and any(series.points for series in chart.series)]
+    main = main_charts(drawn)
+    rest = {title: [c for c in charts if c in drawn and c not in main] for title, charts in groups.items()}
+    empty = {"figures": [], "facts": [], "warnings": [], "differences": {}, "names": [], "refresh": 0}
     return environment.get_template("page.html").render(
         run=run,
         groups=groups,
-        drawings={
-            chart.name: Markup(draw(chart)) for charts in groups.values() for chart in charts if not is_flat(chart)
-        },
-        figures=list(key_figures(groups)),
-        facts=list(facts(run)),
-        warnings=list(warnings(run, groups)),
+        main=main,
+        rest={title: charts for title, charts in rest.items() if charts},
+        place={chart.name: i for i, chart in enumerate(drawn)},
+        flat=[chart for chart in charts if is_flat(chart)],
+        charts=Markup(as_script(drawn)),
         extremes=extremes,
         colours=COLOURS,
-        style=_asset("page.css"),
-        script=_asset("page.js"),
+        style=_asset("vendor/uPlot.min.css") + _asset("page.css"),
+        script=_asset("vendor/uPlot.iife.min.js") + Markup("\n") + _asset("page.js"),
         version=__version__,
+        **{**empty, **parts},
     )
 
 
+def main_charts(charts: Sequence[Chart]) -> list[Chart]:
+    """The charts that are shown first: those of leading metrics, then the others in their order."""
+    leading = sorted((c for c in charts if c.name in LEADING), key=lambda chart: LEADING.index(chart.name))
+    return [*leading, *(chart for chart in charts if chart not in leading)][:MAIN]
+
+
 def _asset(name: str) -> Markup:
-    return Markup(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 # ---- what the page says ----
@@ -127,13 +192,13 @@ def warnings(run: RunRecord, groups: Mapping[str, Sequence[Chart]]) -> Iterator[
 
 
 def key_figures(groups: Mapping[str, Sequence[Chart]]) -> Iterator[Figure]:
-    """The leading metrics where they began and ended: in evaluation where there was one, else by the smooth line."""
+    """The leading metrics as they were first and last logged: in evaluation where there was one, else in training."""
     leading = [chart for charts in groups.values() for chart in charts if chart.name in LEADING]
     for chart in leading[:KEY_FIGURES]:
         drawn = {series.label: series.points for series in chart.series if series.points}
         label = next((label for label in ("eval", "train", *drawn) if label in drawn), None)
         if label is not None:
-            line = smoothed(drawn[label]) or drawn[label]
+            line = drawn[label]
             before = number(line[0][1]) if len(line) > 1 else ""
             name = chart.name if label == "train" else f"{chart.name} ({label})"
             yield Figure(name.replace("_", " "), number(line[-1][1]), before)

@@ -42,7 +42,7 @@ from trl.data.examples import (
     row_numbers,
 )
 from trl.data.layout import lay_out, lay_out_encoder_decoder
-from trl.data.preview import preview_examples
+from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.layouts import choose_layout
@@ -138,7 +138,8 @@ class BaseTrainer(StepTrainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if self.args.html_report:
-            self.add_callback(ReportCallback(tuple(str(encoded.report) for encoded in self.encoded.values())))
+            reports = tuple(str(encoded.report) for encoded in self.encoded.values())
+            self.add_callback(ReportCallback(reports, rows=self.rows_as_text))
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
 
@@ -281,6 +282,13 @@ class BaseTrainer(StepTrainer):
         preview_examples(self.to_examples(list(self.train_dataset.take(n)))[:n], self.tokenizer)
         if "train" in self.encoded:
             print(self.encoded["train"].report)
+
+    def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
+        """The first `n` training rows, `{"prompt", "completions"}`, for the report."""
+        if self.train_dataset is None:
+            return []
+        examples = self.to_examples(list(self.train_dataset.take(n)))[:n]
+        return [as_text(example, self.tokenizer) for example in examples]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset

@@ -98,6 +98,10 @@ class SamplingTrainer(BaseTrainer):
         """The reward functions that were given, by whichever argument or option."""
         return reward_funcs
 
+    def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
+        """None: prompts are seen beside what the model makes of them."""
+        return []
+
     # ---- prompts ----
 
     def encode_settings(self, split: str) -> EncodeSettings:

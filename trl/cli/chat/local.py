@@ -16,7 +16,7 @@ from trl.data.chat import ChatTemplate
 from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
-from trl.report.draw import number
+from trl.report.charts import number
 
 UNLIMITED = 10**9
 """From here on, a tokenizer's `model_max_length` says that it knows none."""
