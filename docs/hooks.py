@@ -24,7 +24,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _classes() -> list[str]:
     """References of all configurations that commands take, each once."""
-    found = [SCRIPT, MODEL, *(reference for method in methods().values() for reference in (method.config, method.extra))]
+    found = [
+        SCRIPT,
+        MODEL,
+        *(reference for method in methods().values() for reference in (method.config, method.extra)),
+    ]
     return list(dict.fromkeys(filter(None, found)))
 
 

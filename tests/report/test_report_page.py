@@ -19,7 +19,7 @@ from trl.callbacks.report import ReportCallback
 from trl.cli.commands import methods
 from trl.cli.main import main
 from trl.errors import DataError
-from trl.report.page import breakable, duration, shown, write_report
+from trl.report.page import breakable, duration, short_names, shown, write_report
 from trl.report.record import read_run
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
@@ -328,6 +328,13 @@ def test_a_comparison(tmp_path, monkeypatch, capsys):
     assert "option small large beta 0.1 0.5" in text
     assert "seed" not in text
     assert "output_dir" not in text
+
+
+def test_names_of_runs_are_as_short_as_tells_them_apart(tmp_path):
+    assert short_names([tmp_path / "a" / "ppo", tmp_path / "b" / "ppo"]) == ["a/ppo", "b/ppo"]
+    assert short_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    with pytest.raises(DataError, match="given twice"):
+        short_names([tmp_path, tmp_path])
 
 
 def test_a_page_that_is_watched_asks_for_itself(tmp_path):

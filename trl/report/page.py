@@ -63,10 +63,18 @@ def write_comparison(
     Runs whose folders are called alike are told apart by the folders above. Raises DataError as `write_report` does.
     """
     folders = [Path(each).expanduser() for each in run_folders]
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return _write(render_comparison(dict(zip(names, map(read_run, folders), strict=True)), refresh=refresh), output)
+    runs = dict(zip(short_names(folders), map(read_run, folders), strict=True))
+    return _write(render_comparison(runs, refresh=refresh), output)
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as few as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"The same folder is given twice: {', '.join(map(str, folders))}.")
 
 
 def _write(page: str, output: str | os.PathLike[str]) -> Path:
