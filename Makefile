@@ -11,7 +11,13 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 
-demo: $(VENV)/.test
+# What the demo needs, without what only tests or several devices do; pip shows how far its downloads are.
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+demo: $(VENV)/.base
 	$(BIN)/trl demo
 
 # Tiny models run fastest on one thread each; files are shared out between two processes, slow ones first.
@@ -25,7 +31,7 @@ lint: $(VENV)/.dev
 
 # Dead links, unknown anchors and names that the API page cannot find are errors.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The pages are in site/index.html; '$(BIN)/mkdocs serve' shows them while they are written."
 
 dev: $(VENV)/.dev
