@@ -1,0 +1,180 @@
+"""`trl eval`: numbers by hand, judges, and the command from end to end."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from tests.conftest import MODELS, make_tokenizer
+from trl.cli.main import main
+from trl.errors import ConfigError
+from trl.evaluation.judges import RewardJudge, ServerJudge
+from trl.evaluation.samples import sample
+from trl.evaluation.statistics import estimate, outcome
+
+
+def short(completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+
+# ---- numbers ----
+
+
+def test_a_mean_and_how_sure_it_is():
+    # 1, 0, 1, 0: mean ½, s = √(4 · ¼ / 3) = 0.5774, 1.96 · s / 2 = 0.5658
+    found = estimate([1.0, 0.0, 1.0, 0.0])
+    assert (found.mean, found.n) == (0.5, 4)
+    assert found.half_width == pytest.approx(0.5658, abs=1e-4)
+    assert estimate([3.0]).half_width == 0
+    assert [outcome(2, 1), outcome(1, 2), outcome(1, 1)] == [1.0, 0.0, 0.5]
+    with pytest.raises(ValueError, match="nothing to take the mean of"):
+        estimate([])
+
+
+# ---- judges ----
+
+
+def test_the_higher_reward_wins():
+    assert RewardJudge([short])(["p"] * 3, ["a", "aaa", "b"], ["aa", "b", "a"]) == [1.0, 0.0, 0.5]
+
+
+@pytest.fixture
+def server():
+    """`server(answer)`: the address of a chat server that replies `answer(question)`; what it was asked is kept."""
+    made = []
+
+    def start(answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                text = answer(asked["messages"][0]["content"])
+                choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+                told = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                told["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+                body = json.dumps(told).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        serving = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        made.append((serving, thread))
+        return f"http://127.0.0.1:{serving.server_port}/v1"
+
+    yield start
+    for serving, thread in made:
+        serving.shutdown()
+        serving.server_close()
+        thread.join()
+
+
+def longer(question):
+    first, second = question.split("[Answer A]")[1].split("[Answer B]")
+    return "A" if len(first.strip()) > len(second.strip()) else "B"
+
+
+def test_a_server_judges_texts_and_not_places(server):
+    judge = ServerJudge(server(longer), "m")
+    assert judge(["p", "p"], ["long enough", "no"], ["no", "long enough"]) == [1.0, 0.0]
+    assert ServerJudge(server(lambda question: "A"), "m")(["p"], ["x"], ["y"]) == [0.5]
+
+
+def test_a_server_that_does_not_judge(server):
+    with pytest.raises(ConfigError, match="answered 'Both are fine' and not A or B"):
+        ServerJudge(server(lambda question: "Both are fine"), "m")(["p"], ["x"], ["y"])
+
+
+# ---- samples ----
+
+
+def test_the_likeliest_tokens_do_not_depend_on_the_batch(make_model):
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    options = {"max_new_tokens": 4, "temperature": 0.0, "seed": 0}
+    prompts = ["a", "a much longer prompt", "b"]
+    alone = [sample(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
+    assert sample(model, tokenizer, prompts, batch_size=3, **options) == alone
+
+
+def test_a_seed_gives_the_same_samples_and_chats_get_messages(make_model):
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    options = {"max_new_tokens": 4, "temperature": 1.0, "batch_size": 2}
+    chats = [[{"role": "user", "content": "Hi"}]] * 2
+    first = sample(model, tokenizer, chats, seed=1, **options)
+    assert first == sample(model, tokenizer, chats, seed=1, **options)
+    assert first != sample(model, tokenizer, chats, seed=2, **options)
+    assert first[0][0]["role"] == "assistant"
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    for name in ("ours", "theirs"):
+        MODELS["llama"]().save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Is it far?"}\n' * 4)
+    (tmp_path / "texts.jsonl").write_text('{"text": "Two hours by train."}\n' * 4)
+    (tmp_path / "rewards.py").write_text(
+        "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return tmp_path
+
+
+COMMON = ["--max_new_tokens", "4", "--dataset_name", "prompts.jsonl", "--model_name_or_path", "ours"]
+
+
+def test_rewards_and_wins(home, capsys):
+    words = ["eval", *COMMON, "--reward_funcs", "rewards.py:short", "--against", "theirs"]
+    assert main(words) == 0
+    told = json.loads((home / "evaluation" / "eval.json").read_text())
+    rows = [json.loads(line) for line in (home / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert set(told) == {"characters", "reward", "win rate"}
+    assert told["win rate"]["mean"] == sum(row["win"] for row in rows) / 4
+    assert [row["win"] for row in rows] == [outcome(-len(r["completion"]), -len(r["other"])) for r in rows]
+    assert told["reward"]["mean"] == sum(row["reward"] for row in rows) / 4
+    shown = capsys.readouterr().out
+    assert "its rows are taken" in shown
+    assert "win rate" in shown
+
+
+def test_a_model_ties_with_itself(home):
+    assert main(["eval", *COMMON, "--reward_funcs", "rewards.py:short", "--against", "ours", "--temperature", "0"]) == 0
+    assert json.loads((home / "evaluation" / "eval.json").read_text())["win rate"]["mean"] == 0.5
+
+
+def test_the_perplexity_of_a_model_that_knows_nothing(home):
+    model = MODELS["llama"]()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(home / "ours")
+    words = ["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl", "--perplexity", "--dtype", "float32"]
+    assert main(["eval", *words]) == 0
+    assert json.loads((home / "evaluation" / "eval.json").read_text())["perplexity"] == pytest.approx(99, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model_name_or_path", "ours"], "--dataset_name is missing"),
+        ([*COMMON, "--against", "theirs"], "nobody judges: give reward_funcs or judge_server"),
+        ([*COMMON, "--judge_server", "http://x"], "give the other one, --against MODEL"),
+        ([*COMMON, "--batch_size", "0"], "batch_size=0"),
+        (["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl"], "need a column 'prompt'"),
+    ],
+)
+def test_refused(home, capsys, words, message):
+    assert main(["eval", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,69 @@
+"""Options of `trl eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trl.errors import ConfigError
+
+
+@dataclass
+class EvalArguments:
+    """What is measured, on which rows, and by whom."""
+
+    dataset_name: str | None = None
+    """Hub name, folder or file of rows: with `prompt` for samples, rewards and win rates; for perplexity any rows that
+    `trl sft` takes."""
+
+    dataset_split: str = "test"
+    """Split of the rows; where a dataset has "train" alone, that one is taken, and said."""
+
+    limit: int | None = None
+    """Take so many rows at most, the first ones."""
+
+    perplexity: bool = False
+    """Measure the perplexity of the rows' texts, or of their completions."""
+
+    assistant_only_loss: bool = False
+    """Perplexity of the assistant's turns alone."""
+
+    reward_funcs: list[str] | None = None
+    """Rewards of samples: names of trl.rewards, file.py:function, package.module:function; or hub names of reward models.
+    With `against` they judge, unless a judge_server does."""
+
+    against: str | None = None
+    """Hub name or folder of another model, whose samples of the same prompts are compared with this one's."""
+
+    judge_server: str | None = None
+    """URL of an OpenAI-compatible server with a chat model that says which of two samples is better."""
+
+    judge_model: str | None = None
+    """Name of the model on judge_server. None: the server's only one."""
+
+    max_new_tokens: int = 256
+    """Tokens of a sample, at most."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+
+    batch_size: int = 8
+    """Prompts that are sampled from at once, and rows of a forward pass."""
+
+    seed: int = 0
+    """Seed of what is sampled."""
+
+    output_dir: str = "evaluation"
+    """Where eval.json and samples.jsonl go."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature}: give 0 or a positive number.")
+        if self.against is not None and not (self.reward_funcs or self.judge_server):
+            raise ConfigError(
+                "against names a model to compare with, and nobody judges: give reward_funcs or judge_server."
+            )
+        if self.judge_server is not None and self.against is None:
+            raise ConfigError("judge_server compares samples of two models: give the other one, --against MODEL.")

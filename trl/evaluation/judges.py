@@ -1,0 +1,77 @@
+"""Who says which of two completions is better: a reward, or a model behind an OpenAI-compatible server.
+
+A server is asked twice, the second time with the completions in the other order; where it prefers a place over a text, that
+is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trl.errors import ConfigError
+from trl.evaluation.statistics import outcome
+from trl.rewards.call import Samples, call_rewards, make_rewards
+
+Content = Any
+Judge = Callable[[Sequence[Content], Sequence[Content], Sequence[Content]], list[float]]
+"""`judge(prompts, ours, theirs)`: 1 where ours is better, ½ for a tie, 0 where theirs is."""
+
+QUESTION = (
+    "Which answer to the request is more helpful, correct and harmless? Reply with A or B alone.\n\n"
+    "[Request]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}"
+)
+
+
+class RewardJudge:
+    """The completion with the higher sum of rewards wins."""
+
+    def __init__(self, reward_funcs: Sequence[Any]) -> None:
+        self.rewards = make_rewards(list(reward_funcs))
+
+    def __call__(self, prompts: Sequence[Content], ours: Sequence[Content], theirs: Sequence[Content]) -> list[float]:
+        scores = [self.score(prompts, completions) for completions in (ours, theirs)]
+        return [outcome(a, b) for a, b in zip(*scores, strict=True)]
+
+    def score(
+        self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Sequence[Any]
+    ) -> list[float]:
+        """The sum of the rewards of each completion; where a function does not apply it adds nothing."""
+        values = call_rewards(self.rewards, Samples(prompts, completions, columns)).values
+        return values.nan_to_num(0.0).sum(1).tolist()
+
+
+class ServerJudge:
+    """A chat model behind an OpenAI-compatible server. The key that it may want is read from OPENAI_API_KEY."""
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        from huggingface_hub import InferenceClient
+
+        self.client = InferenceClient(base_url=url.rstrip("/"), api_key=os.environ.get("OPENAI_API_KEY") or "none")
+        self.model = model
+
+    def __call__(self, prompts: Sequence[Content], ours: Sequence[Content], theirs: Sequence[Content]) -> list[float]:
+        return [self._compare(*row) for row in zip(prompts, ours, theirs, strict=True)]
+
+    def _compare(self, prompt: Content, ours: Content, theirs: Content) -> float:
+        straight, turned = self._picks_first(prompt, ours, theirs), self._picks_first(prompt, theirs, ours)
+        return 0.5 if straight == turned else float(straight)
+
+    def _picks_first(self, prompt: Content, first: Content, second: Content) -> bool:
+        """Raises ConfigError where the answer is neither A nor B."""
+        text = QUESTION.format(prompt=plain(prompt), first=plain(first), second=plain(second))
+        told = self.client.chat_completion(
+            [{"role": "user", "content": text}], model=self.model, max_tokens=8, temperature=0.0
+        )
+        word = (told.choices[0].message.content or "").strip().upper()[:1]
+        if word not in ("A", "B"):
+            raise ConfigError(
+                f"The judge answered {told.choices[0].message.content!r:.80} and not A or B: take another model."
+            )
+        return word == "A"
+
+
+def plain(content: Content) -> str:
+    """A text, or what the messages say."""
+    return content if isinstance(content, str) else "\n".join(str(message["content"]) for message in content)
