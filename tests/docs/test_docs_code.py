@@ -37,6 +37,7 @@ PAGES = sorted(
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     if "```" in path.read_text(encoding="utf-8")
 )
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {"python", "bash", "yaml", "jsonl", "json", "text", ""}
 _NOT_RUN = {"pip", "make", "python", "eval", "accelerate", "torchrun", "apt-get"}
@@ -72,6 +73,7 @@ FILES = {
     "imdb/train.jsonl": [{"text": "The film was good."}] * 4,
     "stanfordnlp/imdb/train.jsonl": [{"text": "The film was good."}] * 4,
     "trl-lib/Capybara/train.jsonl": CHATS,
+    "trl-lib/ultrafeedback_binarized/train.jsonl": PAIRS,
     "chats.jsonl": CHATS,
     "more.jsonl": CHATS,
     "mine.jsonl": CHATS,
@@ -213,6 +215,18 @@ def test_a_page_does_what_it_says(page, home):
         elif block.language == "bash":
             for words in block.commands:
                 run_command(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_a_notebook_runs(path, home, monkeypatch):
+    """Its cells, in their order, with somebody who answers 4 when asked."""
+    monkeypatch.setattr("builtins.input", lambda question: "4")
+    names: dict[str, object] = {"__name__": "notebook"}
+    for number, cell in enumerate(json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "clear the outputs before a commit"
+            exec(compile("".join(cell["source"]), f"{path}, cell {number}", "exec"), names)
 
 
 # ---- words ----

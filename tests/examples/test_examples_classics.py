@@ -82,7 +82,16 @@ def test_gpt2_to_positive_reviews(run, loop):
 
 @pytest.mark.parametrize("words", [(), ("--adapter",)])
 def test_a_less_toxic_model(run, words):
-    names = ("--model", "gpt2", "--classifier", "classifier", "--label", "POSITIVE", "--dataset", "comments")
+    names = (
+        "--model",
+        "llama" if words else "gpt2",
+        "--classifier",
+        "classifier",
+        "--label",
+        "POSITIVE",
+        "--dataset",
+        "comments",
+    )
     run("detoxify.py", *names, *SMALL, *words)
     assert Path("less-toxic", "adapter_config.json" if words else "config.json").is_file()
 
