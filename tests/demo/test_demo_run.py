@@ -25,7 +25,7 @@ def test_a_short_run_shows_samples_and_leaves_models(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", *SHORT, str(folder)]) == 0
     shown = capsys.readouterr().out
-    for words in ("1.4 million parameters", "600 held-out reviews", "held-out pairs", "before PPO", "of 4 samples"):
+    for words in ("1.4 million parameters", "600 held-out reviews", "held-out pairs", "before PPO", "Of 4 samples"):
         assert words in shown
     assert AutoModelForCausalLM.from_pretrained(str(folder / "sft")).config.model_type == "gpt2"
     page = (folder / "ppo" / "report.html").read_text()
@@ -66,7 +66,7 @@ def test_a_model_and_a_classifier_by_name(named, tmp_path, capsys):
     names = ["--model_name_or_path", str(named / "gpt2"), "--reward_model_path", str(named / "sentiment")]
     assert main(["demo", *names, *SHORT, str(tmp_path / "demo")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("how much more likely its label 'POSITIVE' is", "Accuracy on held-out reviews", "of 4 samples"):
+    for words in ("how much more likely its label 'POSITIVE' is", "Accuracy on held-out reviews", "Of 4 samples"):
         assert words in shown
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["ppo", "sft"]
 

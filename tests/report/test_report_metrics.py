@@ -153,7 +153,7 @@ def test_a_long_log_stays_small():
     points = tuple((float(i), math.sin(i)) for i in range(100_000))
     data = chart_data(Chart("loss", (Series("train", points),)))
     assert len(data["steps"]) <= 3 * BUCKETS
-    assert data["steps"][0] == 0
+    assert max(abs(value) for value in data["lines"][0]["values"] if value is not None) > 0.999
 
 
 def test_what_is_sent_to_the_script_cannot_end_it():
