@@ -31,7 +31,7 @@ def test_a_short_run_shows_samples_and_leaves_models(tmp_path, capsys):
     page = (folder / "ppo" / "report.html").read_text()
     for words in (
         "are positive by the grammar",
-        "<svg",
+        "plot",
         "Before and after",
         "rewards/sentiment/mean",
         "kl",
