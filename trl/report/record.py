@@ -4,6 +4,7 @@ run.json                        log, options, versions: what `ReportCallback` ke
 checkpoint-*/trainer_state.json, trainer_state.json, log_history.jsonl        the log alone
 completions/*.parquet, *.jsonl  samples: step, prompt, completion, and numbers such as rewards
 before_after.jsonl              the same prompts before and after: prompt, before, after (completion, and numbers)
+summary.txt                     a sentence about what was reached
 README.md, config.json          the model card and the model's configuration
 
 What is damaged is left out and named in `RunRecord.damaged`: a run that was cut off is when a page is wanted most.
@@ -23,6 +24,7 @@ from trl.errors import DataError
 
 RUN_FILE = "run.json"
 COMPARISONS_FILE = "before_after.jsonl"
+SUMMARY_FILE = "summary.txt"
 COMPARISONS = 6
 """So many prompts are shown before and after."""
 SAMPLED_STEPS, SAMPLES_PER_STEP = 8, 4
@@ -41,6 +43,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class TrainedRow:
+    """A row as the model saw it."""
+
+    prompt: str
+    completions: Sequence[str]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run as far as its folder tells: what is not known is empty.
 
@@ -49,6 +59,9 @@ class RunRecord:
     samples      by step
     comparisons  the same prompts before and after
     damaged      files that could not be read, wholly or in part, and why
+    summary      a sentence about what was reached
+    rows         some of the rows that were trained on, as texts
+    again        what makes the run again, by name: "command", "config.yaml"
     """
 
     name: str
@@ -66,6 +79,9 @@ class RunRecord:
     samples: Mapping[int, Sequence[Sample]] = field(default_factory=dict)
     comparisons: Sequence[tuple[Sample, Sample]] = ()
     damaged: Sequence[str] = ()
+    summary: str = ""
+    rows: Sequence[TrainedRow] = ()
+    again: Mapping[str, str] = field(default_factory=dict)
 
 
 class Reader:
@@ -151,6 +167,8 @@ def read_run(folder: Path) -> RunRecord:
     known = {"log": max(states, key=_last_step, default={}).get("log_history", ())}
     known |= {"step": max(map(_last_step, states), default=0), "max_steps": _first(states, "max_steps", 0)}
     known |= {name: _first(states, name, card.get(name, empty)) for name, empty in _KEPT.items()}
+    known["rows"] = [TrainedRow(row["prompt"], row["completions"]) for row in known["rows"]]
+    known["summary"] = reader.text(folder / SUMMARY_FILE).strip()
     known["model"] = {**_model_of(config), **known["model"]}
     comparisons = read_comparisons(folder, reader)
     damaged = tuple(reader.damaged.values())
@@ -170,8 +188,15 @@ _KEPT: dict[str, Any] = {
     "method": "",
     "started": "",
     "seconds": 0.0,
+    "rows": (),
+    "again": {},
 }
 """What run.json holds beside the log, and what stands for it where it is not known."""
+
+
+def read_run_file(folder: Path) -> Row:
+    """What `run.json` in the folder holds; nothing where there is none."""
+    return Reader().json(folder / RUN_FILE)
 
 
 def _first(states: Sequence[Row], name: str, otherwise: Any) -> Any:
@@ -210,6 +235,8 @@ def _sound(state: Row, file: Path, reader: Reader) -> Row:
         kept["log_history"] = [_sound_row(row) for row in kept["log_history"] if isinstance(row, dict)]
     for name in ("changed", "data"):
         kept |= {name: [*map(str, kept[name])]} if name in kept else {}
+    if "rows" in kept:
+        kept["rows"] = [row for row in kept["rows"] if isinstance(row, dict) and {"prompt", "completions"} <= set(row)]
     return kept
 
 
