@@ -119,8 +119,8 @@ def inside(folder, monkeypatch):
 def trained(folder: Path) -> dict:
     """What a run left, checked; its record."""
     assert (folder / "model.safetensors").is_file()
-    assert "base_model" in (folder / "README.md").read_text()
-    assert "<svg" in (folder / "report.html").read_text()
+    assert "trained with" in (folder / "README.md").read_text()
+    assert 'class="plot"' in (folder / "report.html").read_text()
     return json.loads((folder / "run.json").read_text())
 
 

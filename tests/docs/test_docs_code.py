@@ -121,6 +121,7 @@ def home(models, tmp_path, monkeypatch):
         "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
     )
     (tmp_path / "guidelines.md").write_text("Be fair.")
+    (tmp_path / "base.yaml").write_text("learning_rate: 1.0e-5\n")
     logger = logging.getLogger("trl")
     before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,12 +65,11 @@ class ServerJudge:
         told = self.client.chat_completion(
             [{"role": "user", "content": text}], model=self.model, max_tokens=8, temperature=0.0
         )
-        word = (told.choices[0].message.content or "").strip().upper()[:1]
-        if word not in ("A", "B"):
-            raise ConfigError(
-                f"The judge answered {told.choices[0].message.content!r:.80} and not A or B: take another model."
-            )
-        return word == "A"
+        answer = told.choices[0].message.content or ""
+        word = re.match(r"\W*([AB])\b", answer)
+        if word is None:
+            raise ConfigError(f"The judge answered {answer!r:.80} and not A or B: take another model.")
+        return word[1] == "A"
 
 
 def plain(content: Content) -> str:

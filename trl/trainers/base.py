@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from trl.callbacks.model_card import write_model_card
-from trl.callbacks.report import ReportCallback
+from trl.callbacks.model_card import Trained, write_model_card
+from trl.callbacks.report import ReportCallback, changed_options
 from trl.compat import ARGUMENTS, reject_unused_overrides, remedy
 from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
@@ -384,11 +384,27 @@ class BaseTrainer(StepTrainer):
     ) -> None:
         """Write README.md to the output folder: what was trained, how, and with which versions."""
         if self.is_world_process_zero():
-            base = self.model.config.to_dict().get("_name_or_path") or None
-            reports = [encoded.report for encoded in self.encoded.values()]
-            names = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+            options = self.args.to_dict()
             with not_fatal("The model card"):
-                write_model_card(self.args, trainer=type(self).__name__, base=base, data=reports, **names)
+                write_model_card(
+                    self.args,
+                    trainer=type(self).__name__,
+                    model=self._described(),
+                    data=[encoded.report for encoded in self.encoded.values()],
+                    options={name: options[name] for name in changed_options(self.args)},
+                    log=self.state.log_history,
+                    model_name=model_name,
+                    dataset_name=dataset_name,
+                    tags=tags,
+                )
+
+    def _described(self) -> Trained:
+        """The model, for its card."""
+        inner, config = unwrap(self.model), self.model.config.to_dict()
+        kind = "encoder-decoder" if config.get("is_encoder_decoder") else "causal"
+        if type(inner).__name__.endswith("ForSequenceClassification"):
+            kind = "reward"
+        return Trained(config.get("_name_or_path") or None, kind, is_adapter=isinstance(self._adapted(), PeftModel))
 
 
 def _shortened(text: str) -> str:
