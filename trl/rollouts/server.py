@@ -35,7 +35,7 @@ from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
 from trl.rollouts.sampling import SamplingParams, with_seed
 from trl.rollouts.sync_check import PARAMS, check_weights, probe
 from trl.rollouts.weight_folders import WeightFolders, default_root
-from trl.rollouts.weight_sync import needs_merged_weights, write_adapter, write_weights
+from trl.rollouts.weight_sync import needs_merged_weights, publish, write_adapter, write_weights
 from trl.training.collectives import gather_on_main, is_main, run_on_main
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ServerEngine(RolloutEngine):
         self.folders: WeightFolders | None = None
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
         self._model_name = ""
-        self._stops: tuple[int, ...] = ()
+        self._stops_of: Any = None
         self._said: set[str] = set()
         self._numbers: dict[str, float] = {}
 
@@ -121,37 +121,19 @@ class ServerEngine(RolloutEngine):
         policy = policy_of(model)
         if not self.infos:
             self.infos = run_on_main(lambda: self._connect(base_of(policy)))
-            self._stops = self._stop_tokens(base_of(policy))
+            self._stops_of = base_of(policy)
         reason = needs_merged_weights(policy, list(self.infos.values()))
         write, send = (write_weights, self._reload) if reason else (write_adapter, self._load_adapter)
         if reason and policy is not base_of(policy):
             self._say(f"The adapter is merged into the weights that are sent, since {reason}.")
-        folder = self._publish(model, step, write)
+        if is_main():
+            self.folders = self.folders or WeightFolders(self.sync_dir or default_root())
+        folder = publish(self.folders, model, step, write)
         run_on_main(lambda: self._send_all(send, folder, str(step)))
         self._model_name = "" if reason else ADAPTER
         self._check(model)
         self._synced = step, weakref.ref(model)
         self._count("sync_seconds", time.monotonic() - start)
-
-    def _publish(self, model: nn.Module, step: int, write: Callable[[nn.Module, Path | None], None]) -> Path | None:
-        """The folder with the weights. Every process gathers them, and the main one writes; its error is raised on all."""
-        if not is_main():
-            write(model, None)
-            run_on_main(lambda: None)
-            return None
-        error, folder = None, None
-        try:
-            self.folders = self.folders or WeightFolders(self.sync_dir or default_root())
-            folder = self.folders.publish(str(step), lambda path: write(model, path))
-        except EngineError as failed:
-            error = failed
-
-        def tell() -> None:
-            if error is not None:
-                raise error
-
-        run_on_main(tell)
-        return folder
 
     def _send_all(self, send: Callable[[Server, Path, str], None], folder: Path, version: str) -> None:
         """All servers that can be reached take the weights; a server that comes back later takes the next ones."""
@@ -270,14 +252,6 @@ class ServerEngine(RolloutEngine):
                 f"{url} takes {info.context} tokens of prompt and completion, the model {context}: completions end there."
             )
 
-    def _stop_tokens(self, base: Any) -> tuple[int, ...]:
-        """The end-of-sequence tokens of model and tokenizer, said with every request."""
-        eos = base.generation_config.eos_token_id
-        found = {*(eos if isinstance(eos, list) else [eos])}
-        if self.tokenizer is not None:
-            found.add(self.tokenizer.eos_token_id)
-        return tuple(sorted(found - {None}))
-
     # ---- samples ----
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
@@ -288,8 +262,8 @@ class ServerEngine(RolloutEngine):
         """
         if self._synced is None:
             raise EngineError("The servers have been sent no weights yet: call sync(model, step) first.")
-        _check_parameters(params)
-        start, params = time.monotonic(), with_seed(params)
+        check_parameters(params)
+        start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
         asked = ([(list(prompt.ids), bool(prompt.inputs), prompt.max_new_tokens) for prompt in prompts], params, n)
         everywhere = gather_on_main(asked)
         found, place = run_on_main(lambda: self._sample(everywhere)), _rank()
@@ -320,8 +294,6 @@ class ServerEngine(RolloutEngine):
         vLLM gets one prompt at a time, with a seed of its own. `trl serve` gets as many parts as there are servers: the first one's
         samples are those of the engine in process, and all of them with one server.
         """
-        if not params.ignore_eos:
-            params = replace(params, stop_token_ids=tuple(sorted({*params.stop_token_ids, *self._stops})))
         limits = [self._limit(i, *prompt, params) for i, prompt in enumerate(prompts)]
         together = self._is_own and len(set(limits)) == 1
         size = -(-len(prompts) // len(self.servers)) if together else 1
@@ -403,7 +375,19 @@ def _seed(seed: int, start: int) -> int:
     return seed if start == 0 else (seed * 0x9E3779B97F4A7C15 + start * 0xBF58476D1CE4E5B9) % 2**62
 
 
-def _check_parameters(params: SamplingParams) -> None:
+def with_stop_tokens(params: SamplingParams, base: Any, tokenizer: PreTrainedTokenizerBase | None) -> SamplingParams:
+    """The parameters with the end-of-sequence tokens of model and tokenizer said, where those end a completion."""
+    if params.ignore_eos:
+        return params
+    eos = base.generation_config.eos_token_id
+    found = {*params.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
+    if tokenizer is not None:
+        found.add(tokenizer.eos_token_id)
+    return replace(params, stop_token_ids=tuple(sorted(found - {None})))
+
+
+def check_parameters(params: SamplingParams) -> None:
+    """Raises ConfigError for parameters that samplers beside the trainer do not have."""
     if params.beta or params.logit_mask is not None:
         raise ConfigError("beta and logit_mask need the model's Q heads and logits: sample in process (LocalEngine).")
     if options := options_set(params, {**GENERATE_ONLY, **PROCESSED}):

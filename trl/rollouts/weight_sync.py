@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from trl.errors import EngineError
 from trl.models.gathering import base_of, gathered_adapter, gathered_parameters, policy_of
 from trl.rollouts.connection import ServerInfo
+from trl.rollouts.weight_folders import WeightFolders
+from trl.training.collectives import run_on_main
 
 
 def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[ServerInfo]) -> str | None:
@@ -71,6 +74,30 @@ def write_adapter(model: nn.Module, folder: Path | None) -> None:
         for file in inner.iterdir():
             file.rename(folder / file.name)
         inner.rmdir()
+
+
+def publish(
+    folders: WeightFolders | None, model: nn.Module, step: int, write: Callable[[nn.Module, Path | None], None]
+) -> Path | None:
+    """The folder with what `write` writes of the policy, on the main process, whose `folders` these are; None on the others.
+
+    All processes gather, and where the main one fails to write, all raise its EngineError.
+    """
+    error, folder = None, None
+    if folders is None:
+        write(model, None)
+    else:
+        try:
+            folder = folders.publish(str(step), lambda path: write(model, path))
+        except EngineError as failed:
+            error = failed
+
+    def tell() -> None:
+        if error is not None:
+            raise error
+
+    run_on_main(tell)
+    return folder
 
 
 @contextmanager

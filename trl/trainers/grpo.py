@@ -107,8 +107,8 @@ class GRPOConfig(OnlineConfig):
     """Do not learn from completions with a negative advantage that the policy has moved away from by more than this, in
     nats per token (arXiv:2512.02556). None: learn from all."""
 
-    importance_sampling_correction: bool = False
-    """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's."""
+    importance_sampling_correction: bool | None = None
+    """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's. None: with use_vllm."""
 
     importance_sampling_mode: CorrectionMode = "sequence_mask"
     """Weights of each "token_…" or of the whole "sequence_…": "…_truncate" bounds them, "…_mask" sets those beyond the
@@ -133,6 +133,8 @@ class GRPOConfig(OnlineConfig):
         self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 completions.")
+        if self.importance_sampling_correction is None:
+            self.importance_sampling_correction = self.use_vllm
         self.make_algorithm()
 
     def make_algorithm(self) -> GRPO:

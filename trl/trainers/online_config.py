@@ -12,9 +12,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError, suggest
 from trl.rollouts.engine import RolloutEngine
-from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import ReferenceConfig
+from trl.trainers.sampler_options import SamplerOptions
 from trl.types import Algorithm
 
 AVERAGING = {"token": "token", "sequence": "sequence", "constant": "sequence", "sum": "sequence"}
@@ -38,23 +38,11 @@ ALIASES = {
     "transformers_continuous_batching_config": "",
     "use_transformers_paged": "",
     "use_liger_loss": "",
-    "vllm_mode": "",
-    "vllm_model_impl": "",
-    "vllm_enable_sleep_mode": "",
-    "vllm_structured_outputs_regex": "",
-    "vllm_server_base_url": "",
-    "vllm_server_host": "",
-    "vllm_server_port": "",
-    "vllm_server_timeout": "",
-    "vllm_group_port": "",
-    "vllm_gpu_memory_utilization": "",
-    "vllm_max_model_length": "",
-    "vllm_tensor_parallel_size": "",
 }
 
 
 @dataclass
-class OnlineConfig(ReferenceConfig):
+class OnlineConfig(SamplerOptions, ReferenceConfig):
     """Options of `OnlineTrainer`. Batch sizes count completions."""
 
     ALIASES: ClassVar[dict[str, str]] = {**ReferenceConfig.ALIASES, **ALIASES}
@@ -101,9 +89,6 @@ class OnlineConfig(ReferenceConfig):
 
     chat_template_kwargs: dict[str, Any] | str | None = None
     """Arguments for the chat template."""
-
-    use_vllm: bool = False
-    """Not available in this version: samples are drawn in process, or by the trainer's argument `engine`."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function in the sum. None: 1 each."""
@@ -157,7 +142,8 @@ class OnlineConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse("use_vllm", "log_completions_hub_repo")
+        self.refuse("log_completions_hub_repo")
+        self.check_sampler()
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
@@ -170,8 +156,8 @@ class OnlineConfig(ReferenceConfig):
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
 
     def make_engine(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> RolloutEngine:
-        """Where samples come from, as these options say: the model itself, in process."""
-        return LocalEngine(model, tokenizer, progress=progress)
+        """Where samples come from, as these options say: the model itself, vLLM in process, or servers."""
+        return self.make_sampler(model, tokenizer, temperature=self.temperature, progress=progress)
 
     def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
         """How completions are sampled. Raises ConfigError for options that are unknown or out of range."""

@@ -1,0 +1,260 @@
+"""The rollout engine that runs vLLM in the trainer's own processes, on the same devices.
+
+    sync       the policy's weights ──▶ a folder ──▶ every process's vLLM reads it, forgets its cache, is checked
+    generate   prompts of a tensor-parallel group ──▶ its vLLM ──▶ each process's own samples
+
+vLLM and the trainer share one environment here, so their releases have to agree on torch and transformers; `ServerEngine` needs
+no such agreement. Written for vLLM 0.30 and later.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed, nn
+
+from trl.errors import ConfigError, DataError, EngineError
+from trl.imports import require
+from trl.models.gathering import base_of, policy_of
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.logprob_modes import tells_policy
+from trl.rollouts.sampling import SamplingParams, with_seed
+from trl.rollouts.server import check_parameters, with_stop_tokens
+from trl.rollouts.sync_check import PARAMS, check_weights, probe
+from trl.rollouts.weight_folders import WeightFolders, default_root
+from trl.rollouts.weight_sync import publish, write_weights
+from trl.training.collectives import run_on_main
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCHED_TOKENS = 4096
+"""Tokens that vLLM profiles its memory with: small, as in other trainers, since the policy lives on the same device."""
+
+
+class VLLMEngine(RolloutEngine):
+    """Samples with vLLM in process: a `RolloutEngine`.
+
+    temperature            that of the samples: at 1 (or 0) vLLM tells raw log-probabilities, which are the policy's whatever is
+                           truncated; at others those after temperature, which are the policy's where nothing is
+    tensor_parallel_size   processes that share one copy of the weights; neighbours by rank
+    enable_sleep_mode      give memory up while the policy learns: weights go to the host (level 1), the cache is dropped
+    options                further options of `vllm.LLM`
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sync_dir: str | Path | None = None,
+        temperature: float = 1.0,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.3,
+        max_model_len: int | None = None,
+        model_impl: str = "vllm",
+        enable_sleep_mode: bool = False,
+        **options: Any,
+    ) -> None:
+        self.world, self.rank = _place()
+        if self.world % tensor_parallel_size:
+            raise ConfigError(
+                f"vllm_tensor_parallel_size={tensor_parallel_size} does not divide the {self.world} processes: give a divisor."
+            )
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        self.vllm = require("vllm", to='vllm_mode="colocate"')
+        self.tokenizer, self.sleeps = tokenizer, enable_sleep_mode
+        self.sync_dir = default_root() if sync_dir is None else Path(sync_dir)
+        self.group_size = tensor_parallel_size
+        self.mode = "raw_logprobs" if temperature in (0, 1) else "processed_logprobs"
+        self.options = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "distributed_executor_backend": "external_launcher" if self.world > 1 else "uni",
+            "seed": self.rank // tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": BATCHED_TOKENS,
+            "model_impl": model_impl,
+            "enable_sleep_mode": enable_sleep_mode,
+            "logprobs_mode": self.mode,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            **options,
+        }
+        self.llm: Any = None
+        self.folders: WeightFolders | None = None
+        self._groups: list[Any] = []
+        self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
+        self._asleep = self._said = False
+        self._numbers: dict[str, float] = {}
+
+    # ---- weights ----
+
+    def sync(self, model: nn.Module, step: int) -> None:
+        """Have vLLM read the policy's weights, once for every step; it is started with them."""
+        if self._synced is not None and self._synced[0] == step and self._synced[1]() is model:
+            return
+        start = time.monotonic()
+        self.folders = self.folders or WeightFolders(self.sync_dir) if self.rank == 0 else None
+        folder = run_on_main(lambda: str(self.folders.folder / str(step)))
+        publish(self.folders, model, step, write_weights)
+        if self.llm is None:
+            self._start(model, folder)
+        else:
+            self._wake()
+            self._reload(folder)
+        self._check(model)
+        run_on_main(lambda: self.folders.keep_only(Path(folder)))
+        self._synced = step, weakref.ref(model)
+        self._count("sync_seconds", time.monotonic() - start)
+
+    def _start(self, model: nn.Module, folder: str) -> None:
+        run_on_main(lambda: self.tokenizer.save_pretrained(folder))
+        base = base_of(policy_of(model))
+        self._stops_of = base
+        dtype = str(base.dtype).removeprefix("torch.")
+        self._groups = [
+            distributed.new_group(list(range(first, first + self.group_size)))
+            for first in range(0, self.world, self.group_size)
+            if self.group_size > 1
+        ]
+        self.llm = self.vllm.LLM(model=folder, dtype=dtype, **self.options)
+
+    def _reload(self, folder: str) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder, "is_checkpoint_format": True})
+        if self.llm.reset_prefix_cache() is False:
+            raise EngineError("vLLM did not forget what it had cached of prompts, which belongs to earlier weights.")
+
+    def _check(self, model: nn.Module) -> None:
+        base = base_of(policy_of(model))
+        prompt = probe(base.get_input_embeddings().num_embeddings, self._context)
+        ((rollout,),) = self._run([prompt], PARAMS, 1)
+        dtype = str(base.dtype).removeprefix("torch.")
+        self._count("sync_logp_difference", check_weights(model, prompt, rollout, dtype, engine="vLLM"))
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self.llm.wake_up()
+            self._asleep = False
+
+    @property
+    def _context(self) -> int:
+        return self.llm.llm_engine.model_config.max_model_len
+
+    # ---- samples ----
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
+        """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`. See `ServerEngine.generate`."""
+        if self.llm is None:
+            raise EngineError("vLLM has no weights yet: call sync(model, step) first.")
+        check_parameters(params)
+        start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
+        self._wake()
+        found = self._shared(prompts, params, n) if self.group_size > 1 else self._run(prompts, params, n)
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self._asleep = True
+        self._count("generate_seconds", time.monotonic() - start)
+        self._count("generated_tokens", sum(len(rollout) for rollouts in found for rollout in rollouts))
+        return found
+
+    def _shared(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
+        """All prompts of the tensor-parallel group are sampled by all of it; every process takes its own part."""
+        group, place = self._groups[self.rank // self.group_size], self.rank % self.group_size
+        everywhere: list[Any] = [None] * self.group_size
+        distributed.all_gather_object(everywhere, (list(prompts), params.seed), group=group)
+        found = []
+        for number, (asked, seed) in enumerate(everywhere):
+            sampled = self._run(asked, _seeded(params, seed), n)
+            if number == place:
+                found = sampled
+        return found
+
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
+        if not prompts:
+            return []
+        given = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
+        options = [self._options(i, prompt, params, n) for i, prompt in enumerate(prompts)]
+        outputs = self.llm.generate(given, options, use_tqdm=False)
+        return [[self._rollout(each) for each in sorted(out.outputs, key=lambda each: each.index)] for out in outputs]
+
+    def _options(self, index: int, prompt: Prompt, params: SamplingParams, n: int) -> Any:
+        if prompt.inputs:
+            raise DataError(f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM.")
+        if not 0 < len(prompt) < self._context:
+            raise DataError(
+                f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
+            )
+        limit = min(params.max_new_tokens, prompt.max_new_tokens or params.max_new_tokens, self._context - len(prompt))
+        return self.vllm.SamplingParams(
+            n=n,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**62,
+            stop=list(params.stop) or None,
+            stop_token_ids=list(params.stop_token_ids),
+            ignore_eos=params.ignore_eos,
+            max_tokens=limit,
+            min_tokens=min(params.min_new_tokens, limit),
+            logprobs=0,
+            detokenize=bool(params.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+        )
+
+    def _rollout(self, completion: Any) -> Rollout:
+        if completion.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended a completion by {completion.finish_reason!r}.")
+        ids = tuple(completion.token_ids)
+        logprobs = tuple(each[token].logprob for each, token in zip(completion.logprobs, ids, strict=True))
+        return Rollout(ids, logprobs, completion.finish_reason, version=self._synced[0] if self._synced else None)
+
+    def exact_logprobs(self, params: SamplingParams) -> bool:
+        exact = tells_policy(self.mode, params)
+        if not exact and not self._said:
+            self._said = True
+            warnings.warn(
+                f"vLLM tells {self.mode}, which are not the policy's log-probabilities with these sampling options: those of the "
+                "policy that sampled are computed again by the trainer.",
+                stacklevel=2,
+            )
+        return exact
+
+    # ---- what is told of it ----
+
+    def take_metrics(self) -> dict[str, float]:
+        """Seconds in sync and in sampling, and tokens per second of this process; since the last call."""
+        found, self._numbers = self._numbers, {}
+        seconds, tokens = found.get("generate_seconds", 0.0), found.pop("generated_tokens", 0.0)
+        if seconds:
+            found["tokens_per_second"] = tokens / seconds
+        return {f"engine/{name}": value for name, value in found.items()}
+
+    def _count(self, name: str, value: float) -> None:
+        self._numbers[name] = self._numbers.get(name, 0.0) + value
+
+    def close(self) -> None:
+        """Give vLLM's memory back, and delete the folders of weights."""
+        self.llm = self._synced = None
+        if self.folders is not None:
+            self.folders.close()
+            self.folders = None
+
+
+def _place() -> tuple[int, int]:
+    """Number of processes, and this one's."""
+    return (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+
+
+def _seeded(params: SamplingParams, seed: int | None) -> SamplingParams:
+    from dataclasses import replace
+
+    return replace(params, seed=seed)
