@@ -138,7 +138,6 @@ ARGUMENTS |= {
     "policy": "it is `model`.",
     "ref_policy": "the reference is the model as it is given.",
     "reward_model": "it is one of `reward_funcs`.",
-    "rollout_func": SAMPLES,
     "tools": TOOLS,
 }
 """Arguments of trainers elsewhere, and what to do without each."""

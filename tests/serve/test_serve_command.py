@@ -13,6 +13,8 @@ import torch
 from tests.conftest import MODELS, make_tokenizer
 from tests.processes import environment
 from trl.cli.main import main
+from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
+from trl.errors import ConfigError
 
 
 @pytest.fixture
@@ -44,3 +46,22 @@ def test_what_the_command_line_refuses(capsys):
     assert "trl serve takes a model" in capsys.readouterr().err
     assert main(["serve", "nowhere", "--request_timeout", "-1"]) == 2
     assert "request_timeout=-1" in capsys.readouterr().err
+
+
+def test_the_flags_of_vllm(capsys):
+    command = command_of(VLLMServeArguments(model="m", max_lora_rank=8, enforce_eager=True))
+    assert command[:3] == ["vllm", "serve", "m"]
+    text = " ".join(command)
+    for words in (
+        "--logprobs-mode processed_logprobs",
+        "--max-lora-rank 8",
+        "--enable-lora",
+        "--generation-config vllm",
+    ):
+        assert words in text
+    assert "--enforce-eager" in command
+    assert environment_of(VLLMServeArguments(model="m")) == {"VLLM_SERVER_DEV_MODE": "1"}
+    with pytest.raises(ConfigError, match="data_parallel_size=2: start so many servers"):
+        command_of(VLLMServeArguments(model="m", data_parallel_size=2))
+    assert main(["vllm-serve", "--model", "m", "--vllm", "nowhere/vllm"]) == 2
+    assert "There is no program 'nowhere/vllm'" in capsys.readouterr().err

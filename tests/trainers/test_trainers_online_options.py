@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from trl.errors import ConfigError
 from trl.trainers.grpo import GRPOConfig
 from trl.trainers.online_dpo import OnlineDPOConfig
+from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.rloo import RLOOConfig
 
 SAMPLING = {
@@ -111,14 +114,12 @@ TAKEN = {
 }
 REFUSED = {
     GRPOConfig: {
-        "use_vllm": True,
         "max_tool_calling_iterations": 3,
         "cast_lm_head_to_fp32": True,
         "log_completions_hub_repo": "me/completions",
         "router_aux_loss_coef": 0.01,
     },
-    RLOOConfig: {"use_vllm": True, "router_aux_loss_coef": 0.01},
-    OnlineDPOConfig: {"use_vllm": True},
+    RLOOConfig: {"router_aux_loss_coef": 0.01},
 }
 OLDER = {"vllm_importance_sampling_cap": "importance_sampling_clip_max", "max_new_tokens": "max_completion_length"}
 
@@ -150,6 +151,43 @@ def test_options_are_refused_with_words(tmp_path, config, name):
     value = REFUSED[config][name]
     with pytest.raises(ConfigError, match=f"{name}={value!r} is not available in this version"):
         config(str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, OnlineDPOConfig, PPOConfig])
+def test_options_of_vllm(tmp_path, config):
+    """Each mode reads its own; one that it does not read is said, and one that cannot be kept is refused."""
+
+    def made(**options):
+        return config(output_dir=str(tmp_path), use_cpu=True, use_vllm=True, **options)
+
+    assert made(vllm_mode="server").server_urls == ["http://127.0.0.1:8000"]
+    assert made(vllm_mode="server", vllm_server_host="a", vllm_server_port=9).server_urls == ["http://a:9"]
+    several = ["http://a:1", "http://b:1"]
+    shared = made(vllm_mode="server", vllm_server_base_url=several, rollout_sync_dir=str(tmp_path / "w"))
+    engine = shared.make_engine(None, None, progress=False)
+    assert [server.url for server in engine.servers] == several
+    assert (engine.start_timeout, engine.servers[0].timeout) == (240.0, 600.0)
+    with pytest.warns(UserWarning, match="vllm_gpu_memory_utilization has no effect with vllm_mode='server'"):
+        made(vllm_mode="server", vllm_gpu_memory_utilization=0.5)
+    with pytest.warns(UserWarning, match="vllm_server_port has no effect with vllm_mode='colocate'"):
+        made(vllm_server_port=9)
+    with pytest.warns(UserWarning, match="vllm_group_port has no effect"):
+        made(vllm_mode="server", vllm_group_port=9)
+    with pytest.raises(ConfigError, match="vllm_structured_outputs_regex='.*' is not available"):
+        made(vllm_structured_outputs_regex="a+")
+    with pytest.raises(ConfigError, match="vllm_tensor_parallel_size=0"):
+        made(vllm_tensor_parallel_size=0)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ImportError, match='vllm_mode="colocate" needs vllm: pip install'):
+            made().make_engine(None, None, progress=False)
+
+
+def test_samples_of_vllm_are_weighed(tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "vllm_mode": "server"}
+    assert GRPOConfig(**options, use_vllm=True).make_algorithm().correction is not None
+    assert GRPOConfig(**options).make_algorithm().correction is None
+    off = GRPOConfig(**options, use_vllm=True, vllm_importance_sampling_correction=False)
+    assert off.make_algorithm().correction is None
 
 
 LOSSES = {

@@ -214,7 +214,7 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"num_generations": 1}, "a group needs at least 2 completions"),
         ({"loss_type": "grop"}, "Unknown loss_type 'grop'. Did you mean 'grpo'"),
         ({"generation_batch_size": 12}, "generation_batch_size=12 has to be per_device_train_batch_size"),
-        ({"use_vllm": True}, "use_vllm=True is not available in this version"),
+        ({"use_vllm": True, "vllm_mode": "sever"}, "Unknown vllm_mode 'sever'. Did you mean 'server'"),
         ({"zero_variance": "skip"}, "Unknown zero_variance 'skip'"),
         ({"scale_rewards": "groups"}, "Unknown scale_rewards 'groups'. Did you mean 'group'"),
         ({"loss_aggregation": "sequence"}, "is not that of loss_type='dapo', which is 'token': leave it out"),

@@ -165,6 +165,7 @@ TOOLS = (
     Tool("label", "trl.label.command:run", "People rate, compare or correct completions on a local web page."),
     Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base."),
     Tool("serve", "trl.cli.serve.command:run", "Serve a model: to trainers, to `trl chat`, to any OpenAI client."),
+    Tool("vllm-serve", "trl.cli.vllm_serve:run", "Start vLLM's own server with the flags that trainers need."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
     Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -67,6 +67,7 @@ class TrainerKeywords(ClassicOptions, total=False):
 class OnlineKeywords(ClassicOptions, total=False):
     """What trainers that sample take by keyword beside the arguments that have a place."""
 
+    rollout_func: Callable[[list[Any], Any], Mapping[str, Any]] | None
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None
     tokenizer: Any
 
@@ -86,6 +87,7 @@ class OnlineDPOKeywords(OnlineKeywords, total=False):
 class PPOKeywords(ClassicOptions, total=False):
     """What `PPOTrainer` takes by keyword beside its own arguments."""
 
+    rollout_func: Any
     train_dataset: Any
     eval_dataset: Any
     processing_class: Any

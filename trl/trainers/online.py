@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -22,10 +23,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
-from trl.errors import ConfigError
+from trl.errors import ConfigError, EngineError
 from trl.models.reference import Reference, score_with_reference
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
@@ -63,7 +65,8 @@ class OnlineTrainer(SamplingTrainer):
     train_dataset               rows with `prompt`, a text or a conversation; other columns go to the reward functions
     reward_processing_classes   tokenizers of the reward models
     algorithm                   advantages and loss; by default what the configuration describes
-    engine                      where samples come from; by default the model itself, in process
+    engine                      where samples come from; by default as the configuration says: the model itself, in process
+    rollout_func                makes rollouts in place of the engine: see `trl.rollouts.function`
     reference                   the reference policy, a model or its name; by default the model as it is given
 
     The other arguments are those of `BaseTrainer`.
@@ -171,7 +174,29 @@ class OnlineTrainer(SamplingTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
         self.restore_rng_state()  # before a rollout batch is sampled
         self._is_new_batch = self.buffer.is_new
-        return super().get_batch_samples(*args, **kwargs)
+        before = self._position()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except EngineError as error:
+            raise self._with_checkpoint(error, before) from error
+
+    def _position(self) -> tuple[dict[str, Any], int, int]:
+        return dict(vars(self.buffer)), self.prompts.cursor, self.samplings["train"]
+
+    def _with_checkpoint(self, error: EngineError, before: tuple[dict[str, Any], int, int]) -> EngineError:
+        """Write a checkpoint of the last step, as it was before the engine failed; the error, which says so."""
+        step = self.state.global_step
+        if step == 0:
+            return error
+        buffer, self.prompts.cursor, self.samplings["train"] = before
+        vars(self.buffer).update(buffer)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if not folder.exists():
+            self._save_checkpoint(self.model, None)
+        return EngineError(
+            f"{error}\nTraining ends after step {step}, with a checkpoint in {folder}. To resume, once the engine is back: "
+            'trainer.train(resume_from_checkpoint="last"), or the same command with --resume.'
+        )
 
     # ---- a rollout batch ----
 

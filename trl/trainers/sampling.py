@@ -9,6 +9,7 @@ and rewards all of their completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, mak
 from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.experience import Group, example_of, finished
+from trl.rollouts.function import rollouts_of
 from trl.rollouts.prompts import Prompts
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.arguments import Rows
@@ -44,6 +46,9 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.training.collectives import all_gather_object, gather_rows
 from trl.types import Example, Experience
+
+RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
+"""`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
 """Columns that reward functions are not given under their name."""
@@ -62,9 +67,10 @@ class SamplingTrainer(BaseTrainer):
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
         engine: RolloutEngine | None = None,
+        rollout_func: RolloutFunction | None = None,
         **keywords: Any,
     ) -> None:
-        self.engine = engine
+        self.engine, self.rollout_func = engine, rollout_func
         self.prompts: Prompts | None = None
         self.completion_log, self.eval_completions = CompletionLog(), CompletionLog()
         self.logged = {"train": LoggedMetrics(), "eval": LoggedMetrics()}
@@ -147,8 +153,7 @@ class SamplingTrainer(BaseTrainer):
 
     def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
         """n completions of each row's prompt, rewarded."""
-        prompts = self.prompts_of(rows)
-        sampled = self.engine.generate(list(map(Prompt.of, prompts)), self.sampling_params(mode), n)
+        prompts, sampled = self._sampled(rows, n, mode)
         shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
         extra: dict[str, Sequence[Any]] = {}
         rewarded = self.reward(rows, sampled, shown, mode, log_extra=extra.__setitem__)
@@ -165,6 +170,23 @@ class SamplingTrainer(BaseTrainer):
             )
             for i, (row, rollouts, texts) in enumerate(zip(rows, sampled, shown, strict=True))
         ]
+
+    def _sampled(
+        self, rows: Sequence[Mapping[str, Any]], n: int, mode: str
+    ) -> tuple[list[Example], list[list[Rollout]]]:
+        """The rows' prompts, and n rollouts of each: by the engine, or by the user's function."""
+        prompts = self.prompts_of(rows)
+        if self.rollout_func is None:
+            return prompts, self.engine.generate(list(map(Prompt.of, prompts)), self.sampling_params(mode), n)
+        if not rows:
+            return [], []
+        found = self.rollout_func([row["prompt"] for row in rows for _ in range(n)], self)
+        ids, sampled = rollouts_of(found, len(rows), n, self._end_tokens(), self.state.global_step)
+        return [replace(prompt, prompt=own) for prompt, own in zip(prompts, ids, strict=True)], sampled
+
+    def _end_tokens(self) -> set[int]:
+        eos = unwrap(self.model).generation_config.eos_token_id
+        return {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
 
     def prompts_of(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         """The rows' prompts with all that the model reads of them, without completions."""
@@ -207,6 +229,8 @@ class SamplingTrainer(BaseTrainer):
         columns = {name: [row[name] for row in repeated] for name in names}
         if self.images is not None:
             columns[IMAGES] = list(chain.from_iterable(self._images(rows, sampled)))
+        told = list(chain(*sampled))
+        columns |= {name: [rollout.info.get(name) for rollout in told] for name in told[0].info}
         columns["completion_ids"] = [list(rollout.ids) for rollout in chain(*sampled)]
         samples = Samples(
             [row["prompt"] for row in repeated], list(chain(*shown)), columns, self._extras(mode, log_extra)
