@@ -24,7 +24,7 @@ LEVELS = [
     {"rollouts", "rewards", "training", "report", "diffusion"},
     {"callbacks"},
     {"trainers"},
-    {"core", "demo"},
+    {"core", "demo", "sweep"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -91,6 +91,8 @@ from trl.trainers.ppo.trainer import PPOTrainer as PPOTrainer
 from trl.trainers.reference import SyncRefModelCallback as SyncRefModelCallback
 from trl.trainers.reward import RewardConfig as RewardConfig
 from trl.trainers.reward import RewardTrainer as RewardTrainer
+from trl.trainers.rft import RFTConfig as RFTConfig
+from trl.trainers.rft import RFTTrainer as RFTTrainer
 from trl.trainers.rloo import RLOOConfig as RLOOConfig
 from trl.trainers.rloo import RLOOTrainer as RLOOTrainer
 from trl.trainers.sft import SFTConfig as SFTConfig

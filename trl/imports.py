@@ -16,6 +16,7 @@ EXTRAS = {
     "torchvision": "vlm",
     "diffusers": "diffusion",
     "math_verify": "math",
+    "ray": "sweep",
     "starlette": "serve",
     "uvicorn": "serve",
 }

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "orpo": {"dataset_name": "pairs.jsonl", "beta": 0.2},
     "kto": {"dataset_name": "labels.jsonl", "desirable_weight": 1.1},
     "ilql": {"dataset_name": "rewarded.jsonl", "beta": 1.0, "steps_for_target_q_sync": 1},
+    "rft": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "num_generations": 2, "start_percentile": 0.5},
     "ppo": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "batch_size": 4, "mini_batch_size": 2},
     "grpo": {
         **SAMPLED,
@@ -46,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "online-dpo": {**SAMPLED, "reward_funcs": ["./rewards.py:of_answer"], "beta": [0.2, 0.1]},
 }
 LOGGED = {
+    "rft": ("reward", "kept_share", "percentile"),
     "ilql": ("loss/q", "loss/v", "loss/cql", "loss/awac", "awac_weight"),
     "grpo": (
         "reward",

@@ -119,6 +119,15 @@ METHODS = (
         keywords="trl.cli.rewards:optional_reward_keywords",
     ),
     Method(
+        "rft",
+        "trl.trainers.rft:RFTTrainer",
+        "trl.trainers.rft:RFTConfig",
+        "Imitate the best of the model's own answers, by a bar that rises (arXiv:2308.08998, 2304.06767).",
+        f"{_REWARDED} --output_dir qwen-rft",
+        extra=REWARDS,
+        keywords="trl.cli.rewards:reward_keywords",
+    ),
+    Method(
         "ppo",
         "trl.trainers.ppo.trainer:PPOTrainer",
         "trl.trainers.ppo.trainer:PPOConfig",
@@ -167,6 +176,11 @@ TOOLS = (
     Tool("serve", "trl.cli.serve.command:run", "Serve a model: to trainers, to `trl chat`, to any OpenAI client."),
     Tool("vllm-serve", "trl.cli.vllm_serve:run", "Start vLLM's own server with the flags that trainers need."),
     Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
+    Tool(
+        "sweep",
+        "trl.cli.sweep:run",
+        "Run a script with many settings, on Ray Tune or one after the other, and compare.",
+    ),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
     Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from trl.rollouts.evaluation import SampledMetrics
+from trl.sweep.reporting import report
 from trlx.utils import significant
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class EvaluationCallback(TrainerCallback):
             return
         self.evaluated_at, self.last = step, self.front.evaluate()
         self.front.trainer.log(dict(self.last))
+        report(self.last)
         reward = _best_reward(self.last)
         if self.front.config.train.save_best and reward is not None and (self.best is None or reward > self.best):
             self.best = reward

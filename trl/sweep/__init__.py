@@ -1,0 +1,1 @@
+"""Sweeps: one script, many settings, a table that compares them."""

@@ -1,0 +1,122 @@
+"""What is searched: a strategy and its values for each parameter.
+
+    optimizer.kwargs.lr: {strategy: loguniform, values: [1e-5, 1e-3]}
+    method.init_kl_coef: {strategy: grid, values: [0, 0.05]}
+
+    uniform, loguniform      [low, high]                 lograndint, randint     [low, high), whole numbers
+    quniform, qloguniform    [low, high, step]           qrandint, qlograndint   [low, high, step]
+    randn                    [mean, deviation]           choice                  one of the values
+    qrandn                   [mean, deviation, step]     grid                    each of the values
+
+Drawn numbers depend on the seed and on the trial alone. A grid is gone through whole, `num_samples` times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from trl.errors import ConfigError, unknown
+
+Draw = Callable[[np.random.RandomState, Sequence[Any]], Any]
+
+
+def _uniform(numbers: np.random.RandomState, values: Sequence[float]) -> float:
+    return float(numbers.uniform(values[0], values[1]))
+
+
+def _loguniform(numbers: np.random.RandomState, values: Sequence[float]) -> float:
+    return float(math.exp(numbers.uniform(math.log(values[0]), math.log(values[1]))))
+
+
+def _randn(numbers: np.random.RandomState, values: Sequence[float]) -> float:
+    return float(numbers.normal(values[0], values[1]))
+
+
+def _randint(numbers: np.random.RandomState, values: Sequence[int]) -> int:
+    return int(numbers.randint(values[0], values[1]))
+
+
+def _lograndint(numbers: np.random.RandomState, values: Sequence[int]) -> int:
+    return min(int(_loguniform(numbers, values)), values[1] - 1)
+
+
+def _choice(numbers: np.random.RandomState, values: Sequence[Any]) -> Any:
+    return values[numbers.randint(len(values))]
+
+
+def _stepped(draw: Draw) -> Draw:
+    """A draw, rounded to the last value's multiples."""
+
+    def stepped(numbers: np.random.RandomState, values: Sequence[float]) -> float:
+        *limits, step = values
+        return type(step)(round(draw(numbers, limits) / step) * step)
+
+    return stepped
+
+
+STRATEGIES: dict[str, tuple[Draw | None, int | None]] = {
+    "uniform": (_uniform, 2),
+    "quniform": (_stepped(_uniform), 3),
+    "loguniform": (_loguniform, 2),
+    "qloguniform": (_stepped(_loguniform), 3),
+    "randn": (_randn, 2),
+    "qrandn": (_stepped(_randn), 3),
+    "randint": (_randint, 2),
+    "qrandint": (_stepped(_uniform), 3),
+    "lograndint": (_lograndint, 2),
+    "qlograndint": (_stepped(_loguniform), 3),
+    "choice": (_choice, None),
+    "grid": (None, None),
+}
+"""Strategy → how a value is drawn, and how many values it is described by (None: any number)."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a script, by its dotted name, and what is tried of it."""
+
+    name: str
+    strategy: str
+    values: Sequence[Any]
+
+    @classmethod
+    def read(cls, name: str, given: Any) -> Parameter:
+        """From a mapping with `strategy` and `values`. Raises ConfigError for what it does not describe."""
+        if not isinstance(given, Mapping) or set(given) != {"strategy", "values"}:
+            raise ConfigError(f"{name}: a parameter has a strategy and values, found {given!r:.80}.")
+        strategy, values = given["strategy"], given["values"]
+        if strategy not in STRATEGIES:
+            raise ConfigError(unknown(f"strategy of {name}", str(strategy), STRATEGIES))
+        count = STRATEGIES[strategy][1]
+        if not isinstance(values, list) or not values or count not in (None, len(values)):
+            wanted = "a list" if count is None else f"a list of {count} numbers"
+            raise ConfigError(f"{name}: values of {strategy} are {wanted}, found {values!r:.80}.")
+        if count is not None and not all(isinstance(v, int | float) for v in values):
+            raise ConfigError(f"{name}: values of {strategy} are numbers, found {values!r:.80}.")
+        if "log" in strategy and values[0] <= 0:
+            raise ConfigError(f"{name}: {strategy} begins above zero, found {values[0]}.")
+        return cls(name, strategy, values)
+
+    def draw(self, numbers: np.random.RandomState) -> Any:
+        """A value of it."""
+        return STRATEGIES[self.strategy][0](numbers, self.values)
+
+
+def trials_of(parameters: Sequence[Parameter], *, count: int, seed: int) -> list[dict[str, Any]]:
+    """The settings of all trials: `count` draws, of which each goes through the whole grid."""
+    grids = [p for p in parameters if p.strategy == "grid"]
+    drawn = [p for p in parameters if p.strategy != "grid"]
+    trials = []
+    for _ in range(count):
+        for cell in product(*(p.values for p in grids)):
+            numbers = np.random.RandomState((seed, len(trials)))
+            found = {p.name: p.draw(numbers) for p in drawn}
+            found |= {p.name: value for p, value in zip(grids, cell, strict=True)}
+            trials.append({p.name: found[p.name] for p in parameters})
+    return trials
