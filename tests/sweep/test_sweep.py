@@ -262,7 +262,7 @@ def main(hparams):
 
 @pytest.mark.slow
 def test_ray_and_this_process_give_the_same_table(folder, monkeypatch):
-    """A learning rate and a KL coefficient of a tiny PPO: four trials, two at once, and one after the other."""
+    """A learning rate and a KL coefficient of a tiny PPO: two trials at once, and one after the other."""
     pytest.importorskip("ray")
     import ray
     import torch
@@ -276,7 +276,7 @@ def test_ray_and_this_process_give_the_same_table(folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     changes = {
-        "tune_config": {"metric": "reward/mean", "num_samples": 2, "max_concurrent_trials": 2},
+        "tune_config": {"metric": "reward/mean", "max_concurrent_trials": 2},
         "lr": None,
         "method.kl": None,
         "optimizer.kwargs.lr": {"strategy": "loguniform", "values": ["1e-4", "1e-2"]},
@@ -290,7 +290,7 @@ def test_ray_and_this_process_give_the_same_table(folder, monkeypatch):
         ray.shutdown()
     assert run([*words, "--sequential", "--output_dir", "here"]) == 0
     on_ray, here = table(folder / "on-ray"), table(folder / "here")
-    assert len(here) == 4
+    assert len(here) == 2
     for one, other in zip(on_ray, here, strict=True):
         assert one["settings"] == other["settings"]
         values = [[r["reward/mean"] for r in trial["reports"]] for trial in (one, other)]

@@ -1,0 +1,43 @@
+"""PPO towards positive reviews: `python ppo_sentiments.py '{"train.total_steps": 100}'`; see ../stand_ins.py for the names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stand_ins import review_model, reviews, sentiment
+
+import trlx
+from trlx.data.default_configs import TRLConfig, default_ppo_config
+
+LOCAL = {
+    "train": {"seq_length": 48, "batch_size": 32, "total_steps": 160, "eval_interval": 40, "tracker": None},
+    "train.checkpoint_dir": "ckpts/ppo-sentiments",
+    "model.num_layers_unfrozen": -1,
+    "optimizer.kwargs.lr": 3e-4,
+    "scheduler.kwargs.eta_min": 3e-4,
+    "method": {"num_rollouts": 64, "chunk_size": 64, "init_kl_coef": 0.05},
+    "method.gen_kwargs.max_new_tokens": 24,
+}
+
+
+def main(hparams: dict | None = None) -> object:
+    name = review_model()
+    named = {"model.model_path": name, "tokenizer.tokenizer_path": name}
+    config = TRLConfig.update(TRLConfig.update(default_ppo_config(), {**LOCAL, **named}), hparams or {})
+    texts, _ = reviews()
+    prompts = [" ".join(text.split()[:4]) for text in texts]
+    positive = sentiment()
+    return trlx.train(
+        reward_fn=lambda samples, **kwargs: positive(samples),
+        prompts=prompts,
+        eval_prompts=prompts[:32],
+        config=config,
+    )
+
+
+if __name__ == "__main__":
+    hparams = {} if len(sys.argv) == 1 else json.loads(sys.argv[1])
+    main(hparams)
