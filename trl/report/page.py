@@ -146,8 +146,8 @@ def _render(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any)
         charts=Markup(as_script(drawn)),
         extremes=extremes,
         colours=COLOURS,
-        style=_asset("vendor/uPlot.min.css") + _asset("page.css"),
-        script=_asset("vendor/uPlot.iife.min.js") + Markup("\n") + _asset("page.js"),
+        style=asset("vendor/uPlot.min.css") + asset("page.css"),
+        script=asset("vendor/uPlot.iife.min.js") + Markup("\n") + asset("page.js"),
         version=__version__,
         **{**empty, **parts},
     )
@@ -159,7 +159,8 @@ def main_charts(charts: Sequence[Chart]) -> list[Chart]:
     return [*leading, *(chart for chart in charts if chart not in leading)][:MAIN]
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
+    """A file of the page's styles or scripts, to stand in a page."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from trl.report.draw import COLOURS, draw, number
+from trl.report.charts import COLOURS, as_script, describe, number
 from trl.report.metrics import Chart, Series
-from trl.report.page import REPORT_FILE, duration
+from trl.report.page import REPORT_FILE, asset, duration
 from trl.sweep.plan import Plan, Tuning
 from trl.sweep.trial import Trial
 
@@ -66,6 +66,7 @@ def write_page(trials: Sequence[Trial], plan: Plan, folder: Path) -> Path:
     names = sorted(
         {name for trial in trials for name in trial.metrics}, key=lambda name: (name != plan.tuning.metric, name)
     )
+    charts = [chart for chart in (chart_of(name, trials) for name in names) if any(s.points for s in chart.series)]
     best = best_of(trials, plan.tuning)
     page = environment.get_template("page.html").render(
         script=plan.script.name,
@@ -74,9 +75,11 @@ def write_page(trials: Sequence[Trial], plan: Plan, folder: Path) -> Path:
         rows=rows_of(trials, plan.tuning),
         best=None if best is None else str(best.number),
         seconds=duration(sum(trial.seconds for trial in trials)),
-        charts=[(name, Markup(draw(chart_of(name, trials)))) for name in names],
+        charts=[(chart.name, describe(chart)) for chart in charts],
+        data=Markup(as_script(charts)),
+        script_code=asset("vendor/uPlot.iife.min.js") + Markup("\n") + asset("page.js"),
         legend=[(i % COLOURS, f"trial {trial.number}") for i, trial in enumerate(trials)],
-        style=Markup((Path(__file__).parents[1] / "report" / "page.css").read_text(encoding="utf-8")),
+        style=asset("vendor/uPlot.min.css") + asset("page.css"),
     )
     path = folder / REPORT_FILE
     path.write_text(page, encoding="utf-8")
