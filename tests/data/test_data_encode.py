@@ -421,7 +421,7 @@ def test_wrong_types_name_row_and_column(plain, chatml):
     bad = {
         "Row 1, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
         "Row 0, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
-        "Row 1, column 'messages': expected a list of messages, found list []": [{"messages": ASK}, {"messages": []}],
+        "Row 1, column 'messages': the conversation is empty": [{"messages": ASK}, {"messages": []}],
         "Row 0, column 'messages': message 0: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
         "Row 0, column 'input_ids': expected a list of integers, found str 'sky'": [{"input_ids": "sky"}],
         "Row 0, column 'label': expected true (desirable) or false, found str": [
@@ -522,5 +522,5 @@ def test_pictures_are_refused(chatml):
     picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
     with pytest.raises(DataError, match=r"[Rr]ow 0.* message 0: content has to be text, or parts of type text"):
         only([picture], chatml)
-    with pytest.raises(DataError, match=r"columns \['images'\] hold pictures.*remove_columns\(\['images'\]\)"):
+    with pytest.raises(DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"):
         only([{"text": "sky", "images": "a.png"}], chatml)

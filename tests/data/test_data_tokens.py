@@ -26,5 +26,5 @@ def test_prompts_lose_the_eos_that_was_added_and_no_other(eos, around, adds_eos)
     """Also where a letter is the token that ends a text."""
     made = encoder(eos, around and around.format(eos))
     begins = [1] if around and around.startswith("<s>") else []
-    assert made.adds_eos is adds_eos
+    assert made.closing == adds_eos
     assert made.prompts(["ba"], add_special_tokens=True) == [begins + made.ids(["ba"])[0]]

@@ -15,8 +15,10 @@ prompt, which the model never writes.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +27,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trl.data.formats import Row, is_conversational, to_chatml
+from trl.data.formats import Row, is_conversational
+from trl.data.messages import arguments_as_text, contents_as_parts, is_trained, tidy_messages, without_none
 from trl.data.tokens import TextEncoder
 from trl.errors import ConfigError, DataError, unknown
 
@@ -36,7 +39,15 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
 Span = tuple[int, int]
 
+logger = logging.getLogger(__name__)
+
 _BARE: Row = MappingProxyType({})
+TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""What templates raise about messages, by themselves or in what they compute."""
+LONG = 12
+"""Letters of a content that no header or other message holds by chance."""
+CHANGE, ANSWER = " ≠", " ≈"
+"""What is added to a content to see whether the rendering shows it."""
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -68,12 +79,46 @@ class ChatTemplate:
         self.tools = tools
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.eos = tokenizer.eos_token or ""
+        self._shown_roles: set[Any] = set()
+        self._is_open = False
         self.closers = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
     @property
     def is_marked(self) -> bool:
         """Whether the template itself marks what the assistant writes."""
         return _GENERATION_MARK.search(self.source(self.tools)) is not None
+
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether the template shows contents only where they are lists of parts, as those of vision models do."""
+        message = {"role": "user", "content": CHANGE}
+        shown = []
+        for messages in ([message], contents_as_parts([message])):
+            try:
+                (text,), _ = render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self.source(self.tools),
+                    tools=self.tools,
+                    **self.template_kwargs,
+                )
+            except TEMPLATE_ERRORS:
+                text = ""
+            shown.append(CHANGE in text)
+        return shown == [False, True]
+
+    @cached_property
+    def openers(self) -> tuple[str, ...]:
+        """Added tokens of the headers of turns, and not the one that closes a turn: the next turn's are not learned."""
+        user, answer = {"role": "user", "content": CHANGE}, {"role": "assistant", "content": ANSWER}
+        headers, footer = "", ""
+        for messages, probe in (([user], CHANGE), ([answer], ANSWER), ([user, answer], ANSWER)):
+            try:
+                before, _, after = self._rendered(messages, _BARE, mark=False)[0].partition(probe)
+            except TEMPLATE_ERRORS:  # some begin with the user alone
+                continue
+            headers, footer = headers + before * (len(messages) == 1), after
+        closing = min((c for c in self.closers if c in footer), key=footer.find, default=self.eos)
+        return tuple(c for c in self.closers if c in headers and c not in (closing, self.eos))
 
     def source(self, tools: Tools | None) -> str:
         """The template's text; some tokenizers have one of their own for conversations with tools."""
@@ -89,27 +134,100 @@ class ChatTemplate:
 
         Raises DataError when the template refuses the messages.
         """
-        tools = _row_tools(row) or self.tools
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source(tools),
-                tools=tools,
-                return_assistant_tokens_mask=mark,
-                **{**self.template_kwargs, **(without_none(row.get("chat_template_kwargs")) or {}), **options},
-            )
-        except TemplateError as error:
-            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
-            raise DataError(
-                f"The chat template of {self.name!r} cannot render messages of roles {roles}: {error}."
-            ) from error
+            return self._rendered(messages, row, mark=mark, **options)
+        except TypeError as error:  # some templates join arguments of tool calls to text
+            written = arguments_as_text(messages)
+            if written == list(messages):
+                raise self._cannot_render(messages, error) from error
+            try:
+                return self._rendered(written, row, mark=mark, **options)
+            except TEMPLATE_ERRORS as error:
+                raise self._cannot_render(messages, error) from error
+        except TEMPLATE_ERRORS as error:
+            raise self._cannot_render(messages, error) from error
+
+    def _rendered(self, messages: Messages, row: Row, *, mark: bool, **options: Any) -> tuple[str, list[Span]]:
+        tools = _row_tools(row) or self.tools
+        texts, spans = render_jinja_template(
+            conversations=[contents_as_parts(messages) if self.reads_parts else messages],
+            chat_template=self.source(tools),
+            tools=tools,
+            return_assistant_tokens_mask=mark,
+            **{**self.template_kwargs, **(without_none(row.get("chat_template_kwargs")) or {}), **options},
+        )
         return texts[0], spans[0] if mark else []
+
+    def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
+        roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+        return DataError(f"The chat template of {self.name!r} cannot render messages of roles {roles}: {error}.")
+
+    def whole(self, messages: Messages, row: Row = _BARE) -> str:
+        """The text of a conversation that is trained on as a whole. Raises DataError where a message is not to be."""
+        left_out = next((i for i, message in enumerate(messages) if not is_trained(message)), None)
+        if left_out is not None:
+            raise DataError(
+                f"message {left_out} says that it is not learned from, and here whole conversations are: set "
+                "assistant_only_loss=True, or leave the key out."
+            )
+        text = self._all_shown(messages, self.render(messages, row)[0], row)
+        if messages[-1].get("role") == "assistant":
+            self._check_closed(text)
+        return text
+
+    def _check_closed(self, answer: str) -> None:
+        """Warn once of a template that does not end the assistant's turns."""
+        if not self._is_open and not answer.rstrip().endswith((*self.closers, *filter(None, [self.eos]))):
+            self._is_open = True
+            logger.warning(
+                f"The chat template of {self.name!r} ends no turn: an answer ends with {answer[-20:]!r}, and no token that "
+                "closes it, so that the model will not learn to stop. Take a template that writes one."
+            )
+
+    def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
+        """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
+        for i, message in enumerate(messages):
+            field = next(
+                (f for f in ("content", "tool_calls") if self._is_lost(messages, i, f, text, row, options)), ""
+            )
+            if field:
+                raise DataError(
+                    f"message {i} ({message.get('role')}): the chat template of {self.name!r} does not show its {field}, "
+                    f"{str(message[field])[:60]!r}. Take a template that does, write the message otherwise, or leave it out."
+                )
+        return text
+
+    def _is_lost(self, messages: Messages, i: int, field: str, text: str, row: Row, options: Mapping[str, Any]) -> bool:
+        """Whether the rendering is the same without what message i says in this field."""
+        message = messages[i]
+        value = message.get(field)
+        if not value or not isinstance(value, str | list) or (field == "content" and not isinstance(value, str)):
+            return False
+        if field == "content":
+            bare = value.strip()
+            repeats = sum(bare in m["content"] for m in messages if isinstance(m.get("content"), str))
+            role = message.get("role")
+            if not bare or (text.count(bare) >= repeats and (len(bare) >= LONG or role in self._shown_roles)):
+                return False
+            changed = {**message, "content": f"{value}{CHANGE}"}
+        else:
+            names = [call["function"]["name"] for call in value if isinstance(call.get("function"), Mapping)]
+            if names and all(name in text for name in names):
+                return False
+            changed = {key: kept for key, kept in message.items() if key != field}
+        other = self.render([*messages[:i], changed, *messages[i + 1 :]], row, **options)[0]
+        if field == "content" and other != text:
+            self._shown_roles.add(message.get("role"))
+        return other == text
 
     def prompt(self, messages: Messages, row: Row = _BARE) -> str:
         """The text after which the model writes: with the generation prompt, or open after an unfinished answer."""
         if messages[-1]["role"] == "assistant":
+            if before := messages[:-1]:
+                self._all_shown(before, self.render(before, row)[0], row)
             return self.render(messages, row, continue_final_message=True)[0]
-        return self.render(messages, row, add_generation_prompt=True)[0]
+        text = self.render(messages, row, add_generation_prompt=True)[0]
+        return self._all_shown(messages, text, row, add_generation_prompt=True)
 
     def answers(self, prompt: Messages, answers: Sequence[Messages], row: Row = _BARE) -> tuple[str, list[str]]:
         """The text of a prompt, and those of the answers to it; together they are whole conversations' renderings.
@@ -120,13 +238,14 @@ class ChatTemplate:
         Raises DataError when the rendered prompt is not the beginning of the whole.
         """
         opened = self.render(prompt, row, add_generation_prompt=True)[0]
-        texts = [self.render([*prompt, *answer], row)[0] for answer in answers]
+        texts = [self._all_shown([*prompt, *a], self.render([*prompt, *a], row)[0], row) for a in answers]
         starts = [self._after(prompt, opened, text, row) for text in texts]
         if None in starts:
             raise DataError(
                 f"The chat template of {self.name!r} renders a prompt otherwise once an answer follows, so that the "
                 "border between them is not known. Use a template that keeps what it has written."
             )
+        self._check_closed(texts[0])
         return opened[: min(starts)], [text[min(starts) :] for text in texts]
 
     def assistant_spans(self, messages: Messages, row: Row = _BARE) -> tuple[str, list[Span]]:
@@ -136,14 +255,30 @@ class ChatTemplate:
         """
         if self.is_marked:
             text, marked = self.render(messages, row, mark=True)
+            self._all_shown(messages, text, row)
             limits = [*(start for start, _ in marked), len(text)][1:]
-            return text, [self._stopped(text, *span, limit) for span, limit in zip(marked, limits, strict=True)]
-        text = self.render(messages, row)[0]
+            spans = [self._stopped(text, *span, limit) for span, limit in zip(marked, limits, strict=True)]
+            return text, self._trained(messages, text, spans)
+        text = self._all_shown(messages, self.render(messages, row)[0], row)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         opened = [self.render(messages[:i], row, add_generation_prompt=True)[0] for i in turns]
         starts = [self._after(messages[:i], prompt, text, row) for i, prompt in zip(turns, opened, strict=True)]
         ends = [self._end(messages[: i + 1], text, row) if i + 1 < len(messages) else len(text) for i in turns]
-        return text, self._located(text, starts, ends)
+        return text, self._trained(messages, text, self._located(text, starts, ends))
+
+    def _trained(self, messages: Messages, text: str, spans: list[Span]) -> list[Span]:
+        """The spans of the assistant's turns that are learned from, as their keys say."""
+        for start, end in spans[-1:]:
+            self._check_closed(text[start:end])
+        trained = [is_trained(message) for message in messages if message["role"] == "assistant"]
+        if all(trained):
+            return spans
+        if len(spans) != len(trained):
+            raise DataError(
+                f"{len(trained)} turns of the assistant are {len(spans)} marked parts of the chat template of "
+                f"{self.name!r}, so that a turn cannot be left out by its weight: leave it out of the row."
+            )
+        return [span for span, learned in zip(spans, trained, strict=True) if learned]
 
     def _after(self, messages: Messages, prompt: str, text: str, row: Row) -> int | None:
         """Where in `text` the answer to `messages` begins; `prompt` is their text with the generation prompt."""
@@ -170,7 +305,8 @@ class ChatTemplate:
             kept = kept.removesuffix(closer)
         if kept == rendered or kept.rstrip().endswith(self.closers):
             return len(kept)
-        return len(kept) + len(next((c for c in self.closers if text.startswith(c, len(kept))), ""))
+        closes = (c for c in self.closers if c not in self.openers and text.startswith(c, len(kept)))
+        return len(kept) + len(next(closes, ""))
 
     def _located(self, text: str, starts: list[int | None], ends: list[int | None]) -> list[Span]:
         known = [self._closed(text, s, e) for s, e in zip(starts, ends, strict=True) if s is not None and e is not None]
@@ -188,6 +324,8 @@ class ChatTemplate:
     def _closed(self, text: str, start: int, end: int) -> Span:
         """The span up to the token that closes the turn, without the blank space that templates write after it."""
         start, end = self._stopped(text, start, end, len(text))
+        while opener := next((o for o in self.openers if text[start:end].rstrip().endswith(o)), None):
+            end = start + len(text[start:end].rstrip().removesuffix(opener))  # of the next turn's header
         trimmed = start + len(text[start:end].rstrip())
         return (start, trimmed) if text[start:trimmed].endswith(self.closers) else (start, end)
 
@@ -223,25 +361,6 @@ def _row_tools(row: Row) -> Tools | None:
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"column 'tools': expected a list of tools, found a {type(tools).__name__}.")
     return without_none(tools)
-
-
-def without_none(value: Any) -> Any:
-    """The value without keys that hold None: Arrow gives every struct of a column the keys of all."""
-    if isinstance(value, Mapping):
-        return {k: without_none(v) for k, v in value.items() if v is not None}
-    return [without_none(v) for v in value] if isinstance(value, list) else value
-
-
-def tidy_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates read them: `role` and `content`, a text in parts as one text, no empty keys."""
-    return [_joined(without_none(to_chatml(message))) for message in messages]
-
-
-def _joined(message: Any) -> Any:
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list) or any(not isinstance(p, Mapping) or p.get("type") != "text" for p in parts):
-        return message
-    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def render_chat(
@@ -281,7 +400,7 @@ def apply_chat_template(
         raise ConfigError("apply_chat_template needs a tokenizer. Give tokenizer=.")
     template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
     if "messages" in example:
-        return {"text": template.render(tidy_messages(example["messages"]), example)[0]}
+        return {"text": template.whole(tidy_messages(example["messages"]), example)}
     label = {"label": example["label"]} if "label" in example else {}
     answers = {name: example[name] for name in ("completion", "chosen", "rejected") if name in example}
     if "prompt" not in example:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.chat import ChatTemplate, tidy_messages
+from trl.data.chat import ChatTemplate
 from trl.data.formats import maybe_extract_prompt
+from trl.data.messages import tidy_messages
 from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
 from trl.data.trees import Tree
@@ -73,7 +74,10 @@ class Columns:
             raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
         if not isinstance(value, list):
             raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
-        chat = tidy_messages(value) if self.images is None else value
+        try:
+            chat = tidy_messages(value) if self.images is None else value
+        except DataError as error:
+            raise self.error(k, name, str(error)) from error
         for i, message in enumerate(chat):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 expected = 'expected {"role": …, "content": …}'
@@ -258,12 +262,13 @@ def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree
     if not columns.is_chat(name):
         _refuse_assistant_only(tokenization.settings, name)
         texts = tokenization.expanded(columns, columns.texts(name))
-        ids = tokenization.text.ids(texts, add_special_tokens=tokenization.settings.add_special_tokens)
+        encode = tokenization.text.prompts if tokenization.settings.add_eos else tokenization.text.ids
+        ids = encode(texts, add_special_tokens=tokenization.settings.add_special_tokens)
         return [Tree([], [row]) for row in tokenization.append_eos(ids)]
     if tokenization.settings.assistant_only_loss:
         return _assistant_only(columns, columns.chats(name, answers=True), tokenization)
     chats = columns.chats(name)
-    texts = columns.each(lambda k, row: tokenization.chat.render(chats[k], row)[0])
+    texts = columns.each(lambda k, row: tokenization.chat.whole(chats[k], row))
     return [Tree([], [row]) for row in tokenization.text.ids(tokenization.expanded(columns, texts))]
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from trl.data.messages import to_chatml
 from trl.errors import DataError, suggest
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
@@ -124,14 +125,6 @@ def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in converted:
         converted["messages"] = converted.pop("conversations")
     return converted
-
-
-def to_chatml(message: Any) -> Any:
-    """One message, its `from` as `role` and its `value` as `content`; other keys stay."""
-    if not isinstance(message, Mapping):
-        return message
-    renamed = {"from": "role", "value": "content"}
-    return {renamed.get(key, key): value for key, value in message.items()}
 
 
 def extract_prompt(example: Row) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from trl.data.chat import without_none
 from trl.data.encoders import Columns
-from trl.data.formats import PICTURES, to_chatml
+from trl.data.formats import PICTURES
+from trl.data.messages import to_chatml, without_none
 from trl.errors import DataError
 from trl.vision.processing import ImageProcessing
 

@@ -24,17 +24,31 @@ class TextEncoder:
     """Batched tokenisation by one tokenizer.
 
     `concatenates`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
-    text; those tokenise a continuation together with its prompt. `adds_eos`: special tokens are EOS at the end.
+    text; those tokenise a continuation together with its prompt. `closing`: how many tokens are put after every text with
+    its special tokens, whatever EOS is now.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.concatenates = self.ids(["a"])[0] + self.ids([" b"])[0] == self.ids(["a b"])[0]
-        plain, whole = self.ids(["a"])[0], self.ids(["a"], add_special_tokens=True)[0]
-        self.adds_eos = whole[-len(plain) - 1 :] == [*plain, tokenizer.eos_token_id]  # where "a" itself may be EOS
+        self.closing = self._closing()
         added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self._header_ids: dict[str, list[int]] = {}
+
+    def _closing(self) -> int:
+        """Special tokens behind a text: those that two texts with different ends have in common there."""
+        ends = [self.ids([letter], add_special_tokens=True)[0] for letter in ("a", "b")]
+        plain = [self.ids([letter])[0] for letter in ("a", "b")]
+        longest = min(map(len, ends)) - max(map(len, plain))
+        return next(
+            (
+                n
+                for n in range(longest, 0, -1)
+                if all(e[-len(p) - n : -n] == p for e, p in zip(ends, plain, strict=True))
+            ),
+            0,
+        )
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         """Token ids of each text. With special tokens, a text that begins with BOS itself has it once."""
@@ -47,9 +61,9 @@ class TextEncoder:
         return [ids[1:] if add_special_tokens and ids[:2] == twice else ids for ids in rows]
 
     def prompts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of texts that are continued: without the EOS that some tokenizers put after every text."""
+        """Token ids of texts that are continued: without the tokens that some tokenizers put after every text."""
         rows = self.ids(texts, add_special_tokens=add_special_tokens)
-        return [ids[:-1] for ids in rows] if add_special_tokens and self.adds_eos else rows
+        return [ids[: -self.closing] for ids in rows] if add_special_tokens and self.closing else rows
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, add_special_tokens: bool
