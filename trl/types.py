@@ -139,7 +139,7 @@ class Spans:
 
     query_starts, key_starts   [R+1] int32: where runs begin among queries and among keys
     keys                       [K] int64: position in the grid of every key, or None where keys are the queries
-    longest_query, longest_key the most of a run, on the host
+    longest_query, longest_key at least the most of a run, a power of two, on the host
     """
 
     query_starts: Tensor

@@ -1,8 +1,14 @@
 """Options for GPUs that need none to be checked."""
 
-import pytest
+import os
 
+import pytest
+import torch
+from datasets import Dataset
+
+from trl import SFTConfig, SFTTrainer
 from trl.errors import ConfigError
+from trl.models.compiled import repeated_layers
 from trl.trainers.config import liger_layers
 
 
@@ -17,3 +23,22 @@ def test_ligers_layers_are_used_and_the_head_is_left_as_it_is():
 def test_ligers_losses_are_refused(name):
     with pytest.raises(ConfigError, match=f"liger_kernel_config={{'{name}': True}}"):
         liger_layers({name: True})
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiling_layers_changes_no_loss(make_model, tokenizer, tmp_path, monkeypatch):
+    """`torch_compile` compiles layers, and accelerate is not to compile the model around them."""
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", os.environ.get(f"ACCELERATE_DYNAMO_{name}", "no"))
+    rows, losses = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        common = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
+        args = SFTConfig(output_dir=str(tmp_path), **common, **options)
+        trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+        compiled = [layer._compiled_call_impl is not None for layer in repeated_layers(trainer.model)]
+        assert compiled == [bool(options)] * 2
+        trainer.train()
+        assert trainer.accelerator.unwrap_model(trainer.model_wrapped) is trainer.model
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -111,7 +111,8 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray) -> Spans:
             np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
         )
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
-    return Spans(query_starts, key_starts, keys, int(lengths.max()), int(seen.max()))
+    longest = (1 << int(n.max() - 1).bit_length() for n in (lengths, seen))  # few values: compiled graphs hold them
+    return Spans(query_starts, key_starts, keys, *longest)
 
 
 def _sees_ahead(example: Example, joins: Mapping[str, Join]) -> bool:

@@ -103,7 +103,8 @@ class LocalEngine(RolloutEngine):
         stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)
-        with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), bar:
+        plain = torch.compiler.set_stance("force_eager")  # compiled layers are for training's shapes
+        with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
             way = self._way(policy, prompts, params)
             if way == "generate":
                 _check_unguided(params, policy)

@@ -20,6 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -45,6 +46,7 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
+from trl.models.compiled import compile_layers
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -157,12 +159,18 @@ class BaseTrainer(StepTrainer):
             share_modules(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
+        if self.args.torch_compile:
+            compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         trial = None if self.images is None else self.images.trial()
         half = self.args.bf16 or self.args.fp16
         options = {"multiple_completions": self.multiple_completions, "half": half, **options}
         return choose_layout(inner, self.args.layout, examples=trial, **options)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """`torch_compile` compiles layers here (see `prepare_model`), so accelerate is not to compile the whole model."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- model, tokenizer, options ----
 
