@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel, PrinterCallback, TrainerCallback
 from walks import LONGEST, make_model, make_tokenizer, mean_optimality, near_shortest, start_rows, walk_rows
 
-from trl import SFTConfig, SFTTrainer
+from trl import RolloutEngine, SFTConfig, SFTTrainer
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
@@ -80,8 +80,8 @@ def pretrain(*, seed: int = 0) -> GPT2LMHeadModel:
     return model
 
 
-def learn(model: GPT2LMHeadModel, method: str, *, seed: int = 0) -> Curve:
-    """Train `model` in place, towards short walks."""
+def learn(model: GPT2LMHeadModel, method: str, *, seed: int = 0, engine: RolloutEngine | None = None) -> Curve:
+    """Train `model` in place, towards short walks; on samples of `engine`, or of the model in process."""
     trainer_class, config_class, options = METHODS[method]
     curve = Curve()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +100,7 @@ def learn(model: GPT2LMHeadModel, method: str, *, seed: int = 0) -> Curve:
             train_dataset=start_rows(copies=8),
             processing_class=make_tokenizer(),
             callbacks=[curve],
+            engine=engine,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

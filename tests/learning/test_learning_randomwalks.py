@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "randomwalks"))
 import run
 import walks
 
+from tests.serve.support import serve
+from trl.rollouts.server import ServerEngine
+
 
 def test_the_graph_and_its_shortest_walks():
     graph = walks.GRAPH
@@ -62,4 +65,14 @@ def test_walks_become_the_shortest(pretrained, method):
     before = walks.mean_optimality(model)
     assert before < 0.45
     run.learn(model, method)
+    assert walks.mean_optimality(model) >= 0.95
+
+
+@pytest.mark.slow
+def test_walks_become_the_shortest_through_a_server(pretrained, tmp_path):
+    model = copy.deepcopy(pretrained)
+    with serve(walks.make_model(), walks.make_tokenizer()) as served:
+        engine = ServerEngine(served.url, walks.make_tokenizer(), sync_dir=tmp_path)
+        run.learn(model, "grpo", engine=engine)
+        engine.close()
     assert walks.mean_optimality(model) >= 0.95

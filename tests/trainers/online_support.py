@@ -66,7 +66,17 @@ def config(tmp_path, cls=GRPOConfig, **options):
 
 
 def make_trainer(
-    model, tmp_path, reward=of_length, rows=None, *, cls=GRPOTrainer, engine=None, peft=None, judge=None, **options
+    model,
+    tmp_path,
+    reward=of_length,
+    rows=None,
+    *,
+    cls=GRPOTrainer,
+    engine=None,
+    peft=None,
+    judge=None,
+    rollout_func=None,
+    **options,
 ):
     return cls(
         model=model,
@@ -75,7 +85,11 @@ def make_trainer(
         train_dataset=prompts() if rows is None else rows,
         processing_class=make_tokenizer(),
         peft_config=peft,
-        **{name: value for name, value in {"engine": engine, "judge": judge}.items() if value is not None},
+        **{
+            name: value
+            for name, value in {"engine": engine, "judge": judge, "rollout_func": rollout_func}.items()
+            if value is not None
+        },
     )
 
 

@@ -80,7 +80,7 @@ class SamplingTrainer(BaseTrainer):
         weights = self.args.reward_weights
         reward_funcs = self._given_rewards(reward_funcs)
         self.rewards = make_rewards(reward_funcs, weights=weights, processing_classes=reward_processing_classes)
-        for columns in self._columns.values():
+        for columns in self._columns.values() if rollout_func is None else ():  # which may give further columns
             check_columns(self.rewards, [name for name in columns if name not in NOT_FOR_REWARDS])
         for reward in self.rewards:
             if isinstance(reward.function, RewardModel):
