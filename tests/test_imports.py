@@ -18,13 +18,13 @@ LEVELS = [
     {"errors", "types", "imports", "compat", "option_types", "option_bounds"},
     {"ops"},
     {"algorithms"},
-    {"vision"},
+    {"vision", "label"},
     {"data"},
     {"models"},
     {"rollouts", "rewards", "training", "report", "diffusion"},
     {"callbacks"},
     {"trainers"},
-    {"core", "demo", "sweep"},
+    {"core", "demo", "evaluation", "sweep"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -67,7 +67,7 @@ def blocks_of(page: str) -> list[Block]:
 CHATS = [
     {"messages": [{"role": "user", "content": "Is it far?"}, {"role": "assistant", "content": "Two hours."}]},
     {"messages": [{"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "From ten to four."}]},
-]
+] * 5
 PAIRS = [{"prompt": "Is it far?", "chosen": " Two hours.", "rejected": " Yes."}] * 4
 FILES = {
     "imdb/train.jsonl": [{"text": "The film was good."}] * 4,
@@ -103,7 +103,8 @@ def models(tmp_path_factory):
     labels = {0: "NEGATIVE", 1: "POSITIVE"}
     sentiment = BertForSequenceClassification(BertConfig(vocab_size=99, pad_token_id=0, id2label=labels, **widths))
     made = {name: MODELS[kind]() for name, kind in MODEL_NAMES.items()}
-    for name, model in {**made, "lvwerra/distilbert-imdb": sentiment}.items():
+    rewards = BertForSequenceClassification(BertConfig(vocab_size=99, pad_token_id=0, num_labels=1, **widths))
+    for name, model in {**made, "lvwerra/distilbert-imdb": sentiment, "org/reward-model": rewards}.items():
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     return folder
@@ -117,9 +118,11 @@ def home(models, tmp_path, monkeypatch):
     for name, rows in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "rewards.py").write_text(
-        "def short(completions, **columns):\n    return [-len(c) for c in completions]\n"
-    )
+    (tmp_path / "my_package").mkdir()
+    for file, name in (("rewards.py", "short"), ("my_package/rewards.py", "polite")):
+        (tmp_path / file).write_text(f"def {name}(completions, **columns):
+    return [-len(c) for c in completions]
+")
     (tmp_path / "guidelines.md").write_text("Be fair.")
     (tmp_path / "base.yaml").write_text("learning_rate: 1.0e-5\n")
     logger = logging.getLogger("trl")
@@ -160,7 +163,7 @@ def check_tool(name: str, words: list[str]) -> None:
     from trl.cli.chat import command as chat
     from trl.cli.commands import MODEL
     from trl.cli.fields import aliases_in_source
-    from trl.label import command as label
+    from trl.cli.label import command as label
 
     assert name in tools()
     options = {"chat": chat.options, "label": label.options}.get(name)

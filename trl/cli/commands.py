@@ -169,9 +169,11 @@ TOOLS = (
     Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
     Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
     Tool(
-        "eval", "trl.evaluation.command:run", "Samples, rewards and perplexity; how often a model wins against another."
+        "eval",
+        "trl.cli.evaluation.command:run",
+        "Samples, rewards and perplexity; how often a model wins against another.",
     ),
-    Tool("label", "trl.label.command:run", "People rate, compare or correct completions on a local web page."),
+    Tool("label", "trl.cli.label.command:run", "People rate, compare or correct completions on a local web page."),
     Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base."),
     Tool("serve", "trl.cli.serve.command:run", "Serve a model: to trainers, to `trl chat`, to any OpenAI client."),
     Tool("vllm-serve", "trl.cli.vllm_serve:run", "Start vLLM's own server with the flags that trainers need."),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl.cli.evaluation.loading import load
+from trl.cli.label.arguments import LabelArguments
 from trl.cli.parser import ParsedOptions
 from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import ConfigError, DataError
-from trl.evaluation.loading import load
 from trl.evaluation.samples import sample
-from trl.label.arguments import LabelArguments
 
 TOGETHER = 16
 """Completions that are sampled at once."""

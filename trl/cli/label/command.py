@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 from trl.cli.commands import MODEL
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
+from trl.cli.label.arguments import LabelArguments
 from trl.cli.parser import OptionParser
 from trl.errors import ConfigError
-from trl.label.arguments import LabelArguments
 
 if TYPE_CHECKING:
     from trl.label.session import Session
     from trl.label.tasks import Item
 
-LABEL = "trl.label.arguments:LabelArguments"
+LABEL = "trl.cli.label.arguments:LabelArguments"
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
 """Beginnings of the model's options that only training reads."""
 
@@ -81,7 +81,7 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, parsed
             "(--model_name_or_path MODEL --dataset_name PROMPTS)."
         )
     if file is None:
-        from trl.label.sampling import sample_rows
+        from trl.cli.label.sampling import sample_rows
 
         rows, where = sample_rows(parsed, arguments), "samples"
     else:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from trl.cli.commands import MODEL
+from trl.cli.evaluation.arguments import EvalArguments
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
 from trl.cli.parser import OptionParser, ParsedOptions
 from trl.errors import ConfigError, DataError
-from trl.evaluation.arguments import EvalArguments
 
-EVAL = "trl.evaluation.arguments:EvalArguments"
+EVAL = "trl.cli.evaluation.arguments:EvalArguments"
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
 SUMMARY = "Samples, rewards and perplexity of a model, and how often it wins against another one."
 WORDS = (
@@ -65,7 +65,7 @@ def evaluate(parsed: ParsedOptions, arguments: EvalArguments) -> dict[str, Any]:
         raise ConfigError("--dataset_name is missing: rows to evaluate on.")
     rows = read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    from trl.evaluation.loading import load
+    from trl.cli.evaluation.loading import load
 
     model, tokenizer = load(parsed, parsed.values.get("model_name_or_path"))
     if arguments.perplexity:
@@ -111,9 +111,9 @@ def compare_samples(
     parsed: ParsedOptions, arguments: EvalArguments, rows: Any, model: Any, tokenizer: Any
 ) -> dict[str, Any]:
     """Samples in samples.jsonl; their rewards, lengths and wins."""
+    from trl.cli.evaluation.loading import load
     from trl.cli.rewards import find_reward
     from trl.evaluation.judges import RewardJudge, ServerJudge
-    from trl.evaluation.loading import load
     from trl.evaluation.statistics import estimate
 
     if "prompt" not in rows.column_names:
