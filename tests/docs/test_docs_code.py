@@ -120,9 +120,9 @@ def home(models, tmp_path, monkeypatch):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my_package").mkdir()
     for file, name in (("rewards.py", "short"), ("my_package/rewards.py", "polite")):
-        (tmp_path / file).write_text(f"def {name}(completions, **columns):
-    return [-len(c) for c in completions]
-")
+        (tmp_path / file).write_text(
+            f"def {name}(completions, **columns):\n    return [-len(c) for c in completions]\n"
+        )
     (tmp_path / "guidelines.md").write_text("Be fair.")
     (tmp_path / "base.yaml").write_text("learning_rate: 1.0e-5\n")
     logger = logging.getLogger("trl")
@@ -156,6 +156,12 @@ def run_command(words: list[str]) -> None:
         methods()[words[1]].parser().parse([word for word in words[2:] if word != "…"])
     else:
         check_tool(words[1], words[2:])
+
+
+def asks_people(words: list[str]) -> bool:
+    """Whether a run would wait for somebody to answer."""
+    files = [Path(word).read_text() for word in words if word.endswith(".yaml") and Path(word).is_file()]
+    return any("human_" in text for text in [*words, *files])
 
 
 def check_tool(name: str, words: list[str]) -> None:
