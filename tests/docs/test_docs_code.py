@@ -143,6 +143,7 @@ def run_command(words: list[str]) -> None:
         check_other(words)
     elif (
         words[1] in methods()
+        and not asks_people(words)
         and "--num_processes" not in words
         and "--accelerate_config" not in words
         and "…" not in words

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
@@ -19,8 +20,11 @@ from trl.callbacks.report import ReportCallback
 from trl.cli.commands import methods
 from trl.cli.main import main
 from trl.errors import DataError
+from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead
 from trl.report.page import breakable, duration, short_names, shown, write_report
 from trl.report.record import read_run
+from trl.trainers.ppo.config import PPOConfig
+from trl.trainers.ppo.trainer import PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
 VOID = {"meta", "input", "br", "hr", "img", "link", "wbr"}
@@ -288,6 +292,24 @@ def test_a_report_that_cannot_be_written_costs_nothing(make_model, tmp_path, cap
         trainer(make_model, tmp_path, save_strategy="no").train()
     assert "The report could not be written: IsADirectoryError: [Errno 21] Is a directory" in caplog.text
     assert (tmp_path / "run.json").exists()
+
+
+def test_steps_by_hand_have_a_report(make_model, tmp_path):
+    args = PPOConfig(output_dir=str(tmp_path), batch_size=2, mini_batch_size=2, ppo_epochs=1, report_to="none")
+    trainer = PPOTrainer(
+        args, AutoModelForCausalLMWithValueHead.from_pretrained(make_model("gpt2")), None, make_tokenizer()
+    )
+    queries = [torch.tensor([7, 8]), torch.tensor([9, 10])]
+    for _ in range(2):
+        responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=3)
+        scores = [torch.tensor(1.0), torch.tensor(0.0)]
+        stats = trainer.step(queries, responses, scores)
+        trainer.log_stats(stats, {"query": ["a", "b"], "response": ["c", "d"]}, scores)
+    run = read_run(tmp_path)
+    assert (run.step, run.method) == (2, "PPO")
+    assert run.seconds < 600
+    assert any("objective/kl" in row for row in run.log)
+    assert "2 steps" in page_of(tmp_path).text
 
 
 # ---- the command ----

@@ -51,20 +51,20 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         self.data, self._rows = data, rows
         self.rows: Sequence[Mapping[str, Any]] = ()
-        self.started, self.seconds_before, self.clock, self.ended = "", 0.0, 0.0, False
-        self.written = -math.inf
+        self.started, self.seconds_before, self.clock = _now(), 0.0, time.monotonic()
+        self.trains, self.ended, self.written = False, False, -math.inf
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         before = read_run_file(Path(args.output_dir)) if state.global_step else {}
-        self.started = before.get("started") or time.strftime("%Y-%m-%d %H:%M")
+        self.started = before.get("started") or _now()
         self.seconds_before = float(before.get("seconds") or 0.0)
-        self.clock, self.ended = time.monotonic(), False
+        self.clock, self.trains, self.ended = time.monotonic(), True, False
         if self._rows is not None and state.is_world_process_zero:
             self.rows = self._rows()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
-        """From the first log on, and then no more often than a disk minds."""
-        if not self.ended and time.monotonic() - self.written > LIVE:
+        """From the first log on, and then no more often than a disk minds; a loop of steps by hand has no end that is known."""
+        if not self.trains or (not self.ended and time.monotonic() - self.written > LIVE):
             self._write(args, state, model, page=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
@@ -122,6 +122,10 @@ class ReportCallback(TrainerCallback):
         if program.stem == "trl" or program.parent.name == "trl":
             made = {"command": shlex.join(["trl", *sys.argv[1:]]), **made}
         return made
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def conclude(
     classifier = WordJudge(load_reviews("test"))
     verdicts = [judge(texts, given, classifier) for texts, given in zip((before, after), rewards, strict=True)]
     console.print(table_of_verdicts(*verdicts))
-    summary = sentence_about(*verdicts, len(prompts))
+    summary = sentence_about(verdicts[0], verdicts[1], len(prompts))
     (folder / SUMMARY_FILE).write_text(summary + "\n", encoding="utf-8")
     console.print(summary, highlight=False)
     console.print(f"The report is in {write_report(folder)}, the models are beside it.", highlight=False)
