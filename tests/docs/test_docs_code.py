@@ -84,6 +84,7 @@ FILES = {
     ],
     "prompts.jsonl": [{"prompt": "The film was ", "solution": "4"}, {"prompt": "I went to see it ", "solution": "7"}]
     * 4,
+    "qwen-sft/run.json": [{"log_history": [{"step": 1, "loss": 1.0}], "max_steps": 1}],
     "ratings.jsonl": [{"prompt": "Is it far?", "completion": " Two hours.", "score": 0.5}] * 2,
 }
 MODEL_NAMES = {
