@@ -56,6 +56,12 @@ from trl.rewards.classifier import ClassifierReward as ClassifierReward
 from trl.rewards.functions import boxed_format_reward as boxed_format_reward
 from trl.rewards.functions import think_format_reward as think_format_reward
 from trl.rewards.functions import think_tags_reward as think_tags_reward
+from trl.rewards.hallucination import ChairReward as ChairReward
+from trl.rewards.hallucination import ChairScores as ChairScores
+from trl.rewards.hallucination import PopeScores as PopeScores
+from trl.rewards.hallucination import chair_scores as chair_scores
+from trl.rewards.hallucination import pope_reward as pope_reward
+from trl.rewards.hallucination import pope_scores as pope_scores
 from trl.rewards.human import HumanPreference as HumanPreference
 from trl.rewards.human import HumanRating as HumanRating
 from trl.rewards.model import RewardModel as RewardModel

@@ -113,3 +113,50 @@ def test_every_trainer_in_every_layout(name, tmp_path):
     for layout in LAYOUTS:
         assert found[layout] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4), layout
     assert history(trainer_of(name, tmp_path, make(), rows(kind, seed=50))) != pytest.approx(found["padded"], rel=5e-3)
+
+
+LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("part", ["language", "language_and_projector", "everything"])
+def test_adapters_are_on_the_part_that_was_asked_for(tmp_path, part):
+    tiny = llava()
+    trainer = trainer_of("dpo", tmp_path, tiny, rows("pairs"), peft_config=LoraConfig(**LORA), adapted_part=part)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    parts = {
+        key for key in ("language_model", "multi_modal_projector", "vision_tower") if any(key in n for n in trained)
+    }
+    expected = {"language": 1, "language_and_projector": 2, "everything": 3}[part]
+    assert parts == set(["language_model", "multi_modal_projector", "vision_tower"][:expected])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= set(trained)
+    assert any("language_model" in name for name in moved)
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_the_sampler_finds_what_training_finds(name, tmp_path):
+    """Of a model with M-RoPE: positions go on from the largest, not from the number of tokens."""
+    trainer = trainer_of(name, tmp_path, qwen2_5_vl(), rows("prompts"), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-4)
+    difference = "sampling/sampling_logp_difference/max"
+    assert trainer.state.log_history[0][difference] == pytest.approx(0, abs=1e-3)
+
+
+def test_adapters_and_a_value_head(tmp_path):
+    found = {}
+    for layout in LAYOUTS:
+        options = {"peft_config": LoraConfig(**LORA), "layout": layout}
+        found[layout] = history(trainer_of("ppo", tmp_path, llava(), rows("prompts"), **options))
+    assert found["shared"] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4)
+    assert found["packed"] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4)
+
+
+def test_pixels_are_made_by_the_loaders_workers(tmp_path):
+    alone = history(trainer_of("sft", tmp_path, llava(), rows("completion")))
+    options = {"dataloader_num_workers": 1}
+    assert history(trainer_of("sft", tmp_path, llava(), rows("completion"), **options)) == pytest.approx(
+        alone, rel=1e-5
+    )

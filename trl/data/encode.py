@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.encoders import ENCODERS, Columns, Tokenization
 from trl.data.formats import COLUMNS_READ, PICTURES, detect_kind
-from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, undecoded
+from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, stored, undecoded
 from trl.data.settings import EncodeSettings
 from trl.data.trees import (
     IDENTICAL,
@@ -332,7 +332,7 @@ class RowEncoder:
         }
         rows = self._documents(trees, columns) if self.is_packed else self._rows(trees)
         if columns.images is not None:
-            rows[IMAGES] = pa.array(columns.images, STORED)
+            rows[IMAGES] = pa.array([list(map(stored, own)) for own in columns.images], STORED)
         return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
 
     def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:

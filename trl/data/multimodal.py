@@ -64,7 +64,7 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
             placed, own = _placed(row, processing, has_template=has_template)
         except DataError as error:
             raise DataError(f"Row {columns.rows[k]}: {error}") from error
-        images.append([stored(image) for image in own])
+        images.append(own)
         for name, value in placed.items():
             values[name][k] = value
     return Columns({n: v for n, v in values.items() if n not in PICTURES}, columns.rows, images)

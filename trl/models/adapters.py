@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import (
     LoraConfig,
@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from trl.errors import ConfigError, ModelError
+from trl.vision.families import family_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,16 @@ def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[
         model.resize_token_embeddings(max(sizes), mean_resizing=False)
 
 
-def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+AdaptedPart = Literal["language", "language_and_projector", "everything"]
+"""Which parts of a model that reads images get adapters."""
+
+
+def with_adapters(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, part: AdaptedPart = "language"
+) -> PreTrainedModel | PeftModel:
     """`model` with a new adapter, or as it is. A quantised base is prepared for training.
+
+    Of a model that reads images, `part` gets adapters, unless the configuration excludes modules itself.
 
     A model on which `transformers` itself loaded an adapter becomes a `PeftModel`. Raises ConfigError if the model
     carries adapters already and another is asked for.
@@ -137,7 +146,35 @@ def with_adapters(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
             "those (leave out peft_config or --use_peft), or merge them first: `trl merge`, or model = "
             "model.merge_and_unload()."
         )
-    return get_peft_model(_prepared(model), _with_task(peft_config, model))
+    return get_peft_model(_prepared(model), _within(part, _with_task(peft_config, model), model))
+
+
+def _within(part: AdaptedPart, peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """An adapter's configuration for that part of a model that reads images."""
+    left_out = modules_outside(model, part)
+    if not left_out or peft_config.to_dict().get("exclude_modules"):
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.exclude_modules = left_out
+    logger.info(f"Adapters: on the {part.replace('_', ' ')} of {type(model).__name__}; its image encoder stays frozen.")
+    return peft_config
+
+
+def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
+    """Names of the modules of a model that reads images which are not in that part; none for other models."""
+    if part == "everything" or family_of(model.config) is None:
+        return []
+    names = {id(module): name for name, module in model.named_modules()}
+    head = names.get(id(model.get_output_embeddings()))
+    language, tower = names[id(model.get_decoder())], names[id(model.get_encoder(modality="image"))]
+
+    def is_left_out(name: str) -> bool:
+        if part == "language":
+            return not f"{name}.".startswith(f"{language}.") and name not in (head, "score")
+        return f"{name}.".startswith(f"{tower}.")
+
+    leaves = (name for name, module in model.named_modules() if not any(module.children()))
+    return [name for name in leaves if is_left_out(name)]
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:

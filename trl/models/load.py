@@ -8,8 +8,10 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
@@ -44,7 +46,8 @@ def load_model(
     The name may be that of an adapter, which brings its base model along, or `adapter` names one to put on the model;
     `trainable` says whether it trains on. `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
 
-    Without `auto_class`, an encoder-decoder or a causal language model, as its configuration says. Weights are
+    Without `auto_class`, an encoder-decoder, a model that reads images or a causal language model, as its configuration
+    says. Weights are
     float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
     optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
     """
@@ -66,13 +69,22 @@ def load_model(
         quantization_config = BitsAndBytesConfig(**bits)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if auto_class is None:
+    if auto_class in (None, AutoModelForCausalLM):
         config = load_config(name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        found = language_model_class(config)
+        auto_class = found if auto_class is None or found is AutoModelForImageTextToText else auto_class
     with loaded_whole():
         model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     _keep_unpacked(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """The Auto class of a language model: of an encoder-decoder, one that reads images, or a causal one."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def load_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

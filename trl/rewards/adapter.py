@@ -26,7 +26,7 @@ class AdapterReward(RewardModel):
     def __init__(self, model: WithValueHead) -> None:
         if model.config.is_encoder_decoder:
             raise ModelError("A reward adapter reads prompt and completion as one text; an encoder-decoder does not.")
-        self.model, self.layout = model, "padded"
+        self.model, self.layout, self.images = model, "padded", None
         self.max_length, self.tokens_per_batch = None, TOKENS_PER_BATCH
         self.__name__ = model.reward_adapter_name
 

@@ -9,26 +9,35 @@ read once for all its completions, and padding plays no role.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from trl.data.encode import INPUTS, EncodeSettings, inputs_of
 from trl.data.encoders import Columns, Tokenization, prompt_completion
 from trl.data.layout import lay_out
-from trl.data.trees import Tree, keep_end
-from trl.errors import ModelError
+from trl.data.multimodal import IMAGES, place_images
+from trl.data.trees import Tree, keep_end, keep_whole
+from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout
-from trl.models.load import load_model
+from trl.models.load import load_model, tokenizer_of
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.rewards.signature import check_pairs
-from trl.types import Batch, Completion, Example, prompt_key
-from trl.vision.families import joins_of
+from trl.types import Batch, Completion, Example
+from trl.vision.families import family_of, joins_of
+from trl.vision.processing import ImageProcessing
 
 TOKENS_PER_BATCH = 16_384
 
@@ -40,7 +49,7 @@ class RewardModel:
     """A sequence classifier with one label as a function `(prompts, completions, **columns) -> rewards`.
 
     model               the classifier, or its name or folder
-    tokenizer           its tokenizer; loaded by the model's name if left out
+    tokenizer           its tokenizer, or its processor; loaded by the model's name if left out
     max_length          tokens of prompt and completion; the beginning of a longer prompt is cut. None: no limit
     tokens_per_batch    tokens in a forward pass, prompts counted once per completion
     """
@@ -64,29 +73,44 @@ class RewardModel:
         inner = unwrap(model)
         prepare_rewards(inner)
         self.model = model.eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(inner.config._name_or_path) if tokenizer is None else tokenizer
+        processor = _processor_of(inner) if tokenizer is None else tokenizer
+        self.tokenizer, self.images = tokenizer_of(processor), ImageProcessing.of(processor, inner.config)
         self.max_length = max_length
         self.tokens_per_batch = tokens_per_batch
-        self.layout = choose_layout(inner, multiple_completions=True, measure=score_rewards)
-        self.tokenization = tokenization_of(self.tokenizer)
+        trial = None if self.images is None else self.images.trial()
+        self.layout = choose_layout(inner, multiple_completions=True, measure=score_rewards, examples=trial)
+        self.tokenization = tokenization_of(self.tokenizer, self.images)
         self.__name__ = Path(inner.config._name_or_path or type(inner).__name__).name
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         """Rewards of `completions`, each under the prompt at its place.
 
-        Of the columns `inputs` is read: what else the model is given with each prompt, see `trl.types.Example`.
+        Of the columns two are read: `images`, for a model with a processor, and `inputs`, what else the model is given with
+        each prompt: see `trl.types.Example`.
         """
         check_pairs(prompts, completions)
         rewards = [0.0] * len(prompts)
-        inputs = inputs_of(columns.get(INPUTS), len(prompts))
-        for places, examples in self._batches(self._encode(prompts, completions), inputs):
+        inputs, images = inputs_of(columns.get(INPUTS), len(prompts)), columns.get(IMAGES)
+        trees = self._encode(prompts, completions, images)
+        given = [Example(tree.prompt, (), own) for tree, own in zip(trees, inputs, strict=True)]
+        for places, examples in self._batches(trees, self._with_images(given, images)):
             pad, joins = self.tokenizer.pad_token_id or 0, joins_of(unwrap(self.model).config)
             batch = lay_out(examples, self.layout, pad_token_id=pad, joins=joins)
             found = self._score(batch.to(unwrap(self.model).device))
             for place, reward in zip(places, found.tolist(), strict=True):
                 rewards[place] = reward
         return rewards
+
+    def _with_images(self, prompts: Sequence[Example], images: Sequence[Sequence[Any]] | None) -> list[Example]:
+        """The prompts with what the model reads of their images; neighbours with the same images are read once."""
+        if self.images is None or images is None:
+            return list(prompts)
+        read: list[Example] = []
+        for place, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            again = place > 0 and own is images[place - 1] and prompt.prompt == prompts[place - 1].prompt
+            read.append(read[-1] if again else self.images.with_images(prompt, own))
+        return read
 
     def to(self, device: torch.device) -> None:
         """Move the model to `device`."""
@@ -96,23 +120,39 @@ class RewardModel:
         """Rewards `[N]` of the batch's completions."""
         return score_rewards(self.model, batch)
 
-    def _encode(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Tree]:
+    def _encode(
+        self, prompts: Sequence[Text], completions: Sequence[Text], images: Sequence[Sequence[Any]] | None
+    ) -> list[Tree]:
         if not prompts:
             return []
         if is_ids(completions[0]):
             trees = [Tree(list(p), [list(c)]) for p, c in zip(prompts, completions, strict=True)]
         else:
             columns = Columns({"prompt": list(prompts), "completion": list(completions)}, range(len(prompts)))
+            if self.images is not None and images is not None:
+                columns = replace(columns, values={**columns.values, IMAGES: list(images)})
+                template = self.images.processor.chat_template is not None
+                columns = place_images(columns, self.images, has_template=template)
             trees = prompt_completion(columns, self.tokenization)
-        return trees if self.max_length is None else [keep_end(tree, self.max_length) for tree in trees]
+        if self.max_length is None:
+            return trees
+        return [self._cut(tree) for tree in trees]
 
-    def _batches(
-        self, trees: Sequence[Tree], inputs: Sequence[Mapping[str, Tensor]]
-    ) -> Iterator[tuple[list[int], list[Example]]]:
+    def _cut(self, tree: Tree) -> Tree:
+        """The tree within `max_length`; of a prompt with images, the completion is cut."""
+        whole = 0 if self.images is None else self.images.image_end(tree.prompt)
+        kept = keep_whole(tree, whole, None, self.max_length) if whole else keep_end(tree, self.max_length)
+        if kept is None:
+            raise DataError(
+                f"A prompt with images has {len(tree.prompt)} tokens, and max_length={self.max_length}: raise it."
+            )
+        return kept
+
+    def _batches(self, trees: Sequence[Tree], prompts: Sequence[Example]) -> Iterator[tuple[list[int], list[Example]]]:
         """Examples for one forward pass each, and the places of their completions; like lengths together."""
         groups: dict[Hashable, list[int]] = {}
-        for place, tree in enumerate(trees):
-            groups.setdefault(prompt_key(tree.prompt, inputs[place]), []).append(place)
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(prompt.key, []).append(place)
         places: list[int] = []
         examples: list[Example] = []
         room = self.tokens_per_batch
@@ -123,15 +163,21 @@ class RewardModel:
                 places, examples, room = [], [], self.tokens_per_batch
             places += members
             answers = tuple(Completion(trees[i].completions[0]) for i in members)
-            examples.append(Example(trees[members[0]].prompt, answers, inputs[members[0]]))
+            examples.append(replace(prompts[members[0]], completions=answers))
             room -= size
         if examples:
             yield places, examples
 
 
-def tokenization_of(tokenizer: PreTrainedTokenizerBase) -> Tokenization:
+def tokenization_of(tokenizer: PreTrainedTokenizerBase, images: ImageProcessing | None = None) -> Tokenization:
     """How prompts and completions become token ids, as they did when the reward model was trained."""
-    return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion"))
+    return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion"), images)
+
+
+def _processor_of(model: PreTrainedModel) -> Any:
+    """The tokenizer of a model that was loaded by name, or its processor if it reads images."""
+    auto_class = AutoTokenizer if family_of(model.config) is None else AutoProcessor
+    return auto_class.from_pretrained(model.config._name_or_path)
 
 
 def is_ids(value: Text) -> bool:

@@ -208,7 +208,7 @@ class BaseTrainer(StepTrainer):
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
-        model = with_adapters(model, peft_config)
+        model = with_adapters(model, peft_config, part=self.args.adapted_part)
         make_trainable(model)
         if self.args.disable_dropout:
             disable_dropout(model)

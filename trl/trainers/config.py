@@ -175,6 +175,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     image_folder: str | None = None
     """Folder that relative paths of images start from."""
 
+    adapted_part: Literal["language", "language_and_projector", "everything"] = "language"
+    """Which part of a model that reads images a new adapter (`peft_config`) is put on; the rest stays frozen."""
+
     shuffle_dataset: bool = False
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
 

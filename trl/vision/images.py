@@ -84,8 +84,10 @@ def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
     """(height, width) of an image as `read_image` gives it, from the head of its file."""
     image = open_image(value, limits.root)
     width, height = image.size
-    if image.getexif().get(ORIENTATION, 1) >= 5:
+    if Image.Image.getexif(image).get(ORIENTATION, 1) >= 5:  # that of PNG files decodes them
         width, height = height, width
+    if image is not value:
+        image.close()
     return limits.size(height, width)
 
 
@@ -93,8 +95,15 @@ def read_image(value: Any, limits: PixelLimits) -> Image.Image:
     """The image in RGB, upright, within the limits. Raises DataError as `open_image` does, and for a broken file."""
     image = open_image(value, limits.root)
     try:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     except OSError as error:
         raise DataError(f"An image cannot be decoded: {error}.") from error
+    finally:
+        if image is not value:
+            image.close()
+    return _within(upright, limits)
+
+
+def _within(image: Image.Image, limits: PixelLimits) -> Image.Image:
     height, width = limits.size(image.height, image.width)
     return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -35,9 +35,9 @@ def policy_with_value(
 ) -> WithValueHead:
     """`model` with a value head, an adapter where `peft_config` is given, and the `value_model` or branch asked for."""
     if isinstance(model, WithValueHead):
-        model.pretrained_model = with_adapters(model.pretrained_model, peft_config)
+        model.pretrained_model = with_adapters(model.pretrained_model, peft_config, part=args.adapted_part)
     else:
-        model = with_value_head(with_adapters(model, peft_config))
+        model = with_value_head(with_adapters(model, peft_config, part=args.adapted_part))
         if value_model is None:
             logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
     if value_model is not None:

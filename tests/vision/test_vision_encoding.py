@@ -1,0 +1,262 @@
+"""Rows with images: where images are written, where they stand, what is cut, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.vision.support import FAMILIES, gemma3, llava, picture, qwen2_5_vl
+from trl.data.encode import EncodeSettings, encode_dataset
+from trl.data.examples import ImageCollator
+from trl.errors import ConfigError, DataError
+from trl.types import Completion, Example
+from trl.vision.images import PixelLimits, image_size, read_image
+from trl.vision.processing import ImageProcessing, mrope_positions
+
+ASKED = [{"role": "user", "content": "what is it?"}]
+SAID = [{"role": "assistant", "content": "a box"}]
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return llava()
+
+
+def encoded(tiny, columns: dict, **settings):
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    rows = columns if isinstance(columns, Dataset) else Dataset.from_dict(columns)
+    made = encode_dataset(rows, tiny.processor.tokenizer, settings=EncodeSettings(**settings), images=processing)
+    return made, ImageCollator(processing)
+
+
+def text_of(tiny, example) -> str:
+    ids = [*example.prompt, *(example.completions[0].ids if example.completions else ())]
+    return tiny.processor.tokenizer.decode(ids)
+
+
+def as_bytes(image) -> bytes:
+    whole = io.BytesIO()
+    image.save(whole, format="PNG")
+    return whole.getvalue()
+
+
+IMAGE = "<image>" * 4
+"""The tiny LLaVA has four tokens for an image."""
+
+
+def forms(tmp_path) -> dict[str, dict]:
+    """One image and one question, in every form."""
+    image = picture(1)
+    path = tmp_path / "one.png"
+    image.save(path)
+    parts = [
+        {"type": "image", "image": str(path), "text": None},
+        {"type": "text", "text": "what is it?", "image": None},
+    ]
+    return {
+        "PIL images": {"prompt": [ASKED], "completion": [SAID], "images": [[image]]},
+        "paths": {"prompt": [ASKED], "completion": [SAID], "images": [[str(path)]]},
+        "bytes": {"prompt": [ASKED], "completion": [SAID], "images": [[as_bytes(image)]]},
+        "one image": {"prompt": [ASKED], "completion": [SAID], "image": [str(path)]},
+        "in parts": {"prompt": [[{"role": "user", "content": parts}]], "completion": [SAID]},
+        "tagged": {
+            "conversations": [
+                [{"from": "user", "value": "<image>\nwhat is it?"}, {"from": "assistant", "value": "a box"}]
+            ],
+            "image": [str(path)],
+        },
+    }
+
+
+@pytest.mark.parametrize("form", ["PIL images", "paths", "bytes", "one image", "in parts", "tagged"])
+def test_every_form_is_the_same_row(tiny, tmp_path, form):
+    columns = forms(tmp_path)[form]
+    rows = Dataset.from_dict(columns)
+    if form == "PIL images":
+        rows = rows.cast_column("images", datasets.List(datasets.Image()))
+    made, collate = encoded(tiny, rows)
+    (example,) = collate(list(made.dataset))
+    assert text_of(tiny, example) == f"user: {IMAGE}what is it?</s>\nassistant: a box</s>\n"
+    expected = tiny.processor(images=[picture(1)], text="<image>", return_tensors="pt")["pixel_values"]
+    assert torch.equal(example.inputs["pixel_values"], expected)
+    assert made.dataset.features["images"] == datasets.List(datasets.Image(decode=False))
+
+
+def test_pairs_of_a_question_become_a_conversation(tiny):
+    """RLAIF-V's columns."""
+    columns = {"question": ["what is it?"], "image": [as_bytes(picture(1))], "chosen": ["a box"], "rejected": ["a dog"]}
+    made, collate = encoded(tiny, columns, kind="preference")
+    (example,) = collate(list(made.dataset))
+    decode = tiny.processor.tokenizer.decode
+    assert decode(example.prompt) == f"user: {IMAGE}what is it?</s>\nassistant: "
+    assert [decode(c.ids) for c in example.completions] == ["a box</s>\n", "a dog</s>\n"]
+
+
+def test_what_the_assistant_said_is_found_behind_images(tiny):
+    columns = {"messages": [[*ASKED, *SAID]], "images": [[as_bytes(picture(1))]]}
+    made, collate = encoded(tiny, columns, kind="language_modeling", assistant_only_loss=True)
+    (example,) = collate(list(made.dataset))
+    (completion,) = example.completions
+    trained = [token for token, keep in zip(completion.ids, completion.mask, strict=True) if keep]
+    assert tiny.processor.tokenizer.decode(trained) == "a box</s>"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_text_prompts_begin_with_their_images():
+    tiny = FAMILIES["paligemma"]()
+    columns = {"prompt": ["caption"], "completion": [" a box"], "images": [[as_bytes(picture(1))]]}
+    made, collate = encoded(tiny, columns, kind="prompt_completion")
+    (example,) = collate(list(made.dataset))
+    ids = tiny.processor(images=[picture(1)], text="caption", return_tensors="pt")["input_ids"][0].tolist()
+    found = [token for token in example.prompt if token != 1]
+    assert found == [token for token in ids if token != 1]
+    assert example.inputs["token_type_ids"].tolist() == [0] * len(example.prompt)
+
+
+# ---- counting without pixels ----
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_expansions_are_those_of_the_processor(name):
+    """By the size in the file's head alone, for several sizes, alone and with others."""
+    tiny = FAMILIES[name]()
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    for width, height in ((40, 24), (24, 60), (16, 16), (90, 20)):
+        image = picture(1, width, height)
+        real = processing._processed([image])[1][0]
+        assert processing.expansion((height, width)) == real
+
+
+def test_nothing_is_decoded_to_count(monkeypatch):
+    tiny = qwen2_5_vl()
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    processing.expansion((24, 40))  # what stands around tokens is learned once
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("an image was decoded"))
+    text, _ = processing.expand(processing.place, [as_bytes_of_size(48, 32)])
+    assert text.count(processing.token) == 24
+
+
+def as_bytes_of_size(width: int, height: int) -> bytes:
+    return as_bytes(picture(3, width, height))
+
+
+def test_limits_on_pixels():
+    large = picture(1, 100, 40)
+    limits = PixelLimits(max_pixels=1000, min_pixels=100)
+    height, width = image_size(large, limits)
+    assert height * width <= 1000
+    assert width / height == pytest.approx(2.5, rel=0.1)
+    assert read_image(large, limits).size == (width, height)
+    assert image_size(picture(1, 4, 4), limits) == (10, 10)
+    with pytest.raises(ConfigError, match="min_pixels=20 is more than max_pixels=10"):
+        PixelLimits(max_pixels=10, min_pixels=20)
+
+
+def test_images_that_lie_on_their_side(tmp_path):
+    exif = picture(1).getexif()
+    exif[0x0112] = 6
+    picture(1, 40, 24).save(tmp_path / "side.jpg", exif=exif)
+    assert image_size(str(tmp_path / "side.jpg"), PixelLimits()) == (40, 24)
+    assert read_image(str(tmp_path / "side.jpg"), PixelLimits()).size == (24, 40)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_positions_are_those_of_the_model(count):
+    tiny = qwen2_5_vl()
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    images = [picture(1), picture(2, 24, 60)][:count]
+    text = "a" + f"{processing.place}d" * count + "bc"
+    inputs = tiny.processor(images=images or None, text=text, return_tensors="pt")
+    given = {k: inputs[k] for k in ("mm_token_type_ids", "image_grid_thw") if k in inputs}
+    expected, deltas = tiny.model.model.get_rope_index(inputs["input_ids"], **given)
+    grids = inputs["image_grid_thw"].numpy() if count else np.zeros((0, 3), int)
+    found, after = mrope_positions((inputs["input_ids"][0] == processing.token_id).numpy(), grids, 2)
+    assert np.array_equal(found, expected[:, 0].numpy())
+    assert after == inputs["input_ids"].shape[1] + deltas[0, 0].item()
+
+
+# ---- cutting ----
+
+
+def test_cutting_never_cuts_an_image(tiny, caplog):
+    """The completion is cut; a row whose prompt alone is too long is dropped, counted and named."""
+    long = [{"role": "assistant", "content": "a box " * 10}]
+    wordy = [{"role": "user", "content": "what " * 20}]
+    one = [[as_bytes(picture(1))]]
+    columns = {"prompt": [ASKED, wordy, ASKED], "completion": [long, long, SAID], "images": one * 3}
+    for mode in ("keep_start", "keep_end"):
+        made, collate = encoded(tiny, columns, max_length=60, truncation_mode=mode)
+        assert (made.report.rows, made.report.truncated, made.report.overlong) == (2, 1, 1)
+        cut, whole = collate(list(made.dataset))
+        assert cut.length == 60
+        assert text_of(tiny, cut).count("<image>") == text_of(tiny, whole).count("<image>") == 4
+        assert "1 dropped (images do not fit into max_length)" in caplog.text
+        assert "first of them: [1]" in caplog.text
+
+
+def test_an_image_late_in_a_chat_is_not_cut(tiny):
+    asked = [{"type": "text", "text": "look " * 8}, {"type": "image", "text": None}]
+    said = [{"type": "text", "text": "a box"}]
+    later = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    columns = {"messages": [later], "images": [[as_bytes(picture(1))]]}
+    made, _ = encoded(tiny, columns, max_length=60)
+    assert made.dataset[0]["completion_ids"][0].count(tiny.processor.image_token_id) == 4
+    with pytest.raises(DataError, match="No row of 'train' has a token left"):
+        encoded(tiny, columns, max_length=47)
+
+
+# ---- errors ----
+
+
+def test_a_tokenizer_reads_no_images(tiny):
+    rows = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "images": [[b"x"]]})
+    with pytest.raises(DataError, match=r"\['images'\] hold images, and a tokenizer reads none.*processing_class"):
+        encode_dataset(rows, tiny.processor.tokenizer)
+
+
+def test_places_and_images_are_as_many(tiny):
+    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    with pytest.raises(DataError, match="Row 0: there are 1 images, and 2 places"):
+        encoded(tiny, {"prompt": [two], "completion": [SAID], "images": [[as_bytes(picture(1))]]})
+
+
+def test_tokens_of_images_without_images(tiny):
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    example = Example([processing.token_id, 5], (Completion([6]),))
+    with pytest.raises(DataError, match="1 tokens stand for images .*, but the row has no image"):
+        processing.with_images(example, [])
+    with pytest.raises(DataError, match="1 tokens stand for images, but its 1 images have 4 features"):
+        processing.with_images(example, [picture(1)])
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("/nowhere/a.png", "There is no file '/nowhere/a.png'"),
+        (b"no image", "is not an image in a format that Pillow knows"),
+        ("https://example.org/a.png", "is an address: load images beforehand"),
+    ],
+)
+def test_images_that_are_none(tiny, image, message):
+    with pytest.raises(DataError, match=f"Row 0: .*{message}"):
+        encoded(tiny, {"prompt": [ASKED], "completion": [SAID], "images": [[image]]})
+
+
+def test_an_unknown_family_is_told_what_is_missing():
+    tiny = gemma3()
+    tiny.model.config.__class__.model_type, before = "unheard_of", tiny.model.config.__class__.model_type
+    try:
+        with pytest.raises(ConfigError, match="'unheard_of' read images: add an entry to trl.vision.families.FAMILIES"):
+            ImageProcessing.of(tiny.processor, tiny.model.config)
+    finally:
+        tiny.model.config.__class__.model_type = before

@@ -1,0 +1,184 @@
+"""Objects that are not there: POPE's yes-or-no questions, and CHAIR over captions. As rewards and as tables.
+
+POPE     "Is there a dog in the image?"  yes | no                            arXiv:2305.10355
+         precision = TP / (TP + FP),   recall = TP / (TP + FN),   F1 = 2 · precision · recall / (precision + recall)
+
+CHAIR_i  objects named that are not in the image / objects named             arXiv:1809.02156, Eq. 1
+CHAIR_s  captions that name one / captions
+recall   objects of the image that are named / objects of the image
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from trl.errors import DataError
+
+Completions = Sequence[str | Sequence[Mapping[str, Any]]]
+
+
+def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """A completion as text: as it is, or the contents of its messages."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+def says_yes(answer: str) -> bool:
+    """Whether an answer means yes: its first sentence holds neither "no" nor "not", as in POPE's own evaluation."""
+    first = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0].lower()
+    return not set(re.findall(r"[a-z]+", first.replace("n't", " not"))) & {"no", "not"}
+
+
+def _is_yes(label: Any, place: int) -> bool:
+    if isinstance(label, bool):
+        return label
+    if str(label).strip().lower() not in ("yes", "no"):
+        raise DataError(f"label[{place}] is {label!r}: POPE's answers are 'yes' and 'no'.")
+    return str(label).strip().lower() == "yes"
+
+
+def pope_reward(completions: Completions, label: Sequence[str | bool], **_: Any) -> list[float]:
+    """1 where the answer to a yes-or-no question is that of the column `label` ("yes" or "no"), else 0.
+
+    Raises DataError for another label.
+    """
+    rows = zip(completions, label, strict=True)
+    return [float(says_yes(text_of(answer)) == _is_yes(truth, i)) for i, (answer, truth) in enumerate(rows)]
+
+
+class _Table:
+    """A row of numbers that prints as a table."""
+
+    def as_dict(self) -> dict[str, float]:
+        """The numbers by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        names, values = zip(*self.as_dict().items(), strict=True)
+        shown = [f"{value:.3f}" for value in values]
+        widths = [max(len(name), len(value)) for name, value in zip(names, shown, strict=True)]
+        lines = (names, shown)
+        return "\n".join("  ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) for line in lines)
+
+
+@dataclass(frozen=True)
+class PopeScores(_Table):
+    """Shares of right answers, of right ones among the "yes", of "yes" among the true ones, F1, and of "yes" in all."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes: float
+
+
+def pope_scores(answers: Completions, labels: Sequence[str | bool]) -> PopeScores:
+    """POPE's table for answers to yes-or-no questions. What is divided by zero is 0.
+
+    Raises DataError for no answers, or a label that is neither "yes" nor "no".
+    """
+    if not len(answers):
+        raise DataError("There are no answers to score.")
+    said = [says_yes(text_of(answer)) for answer in answers]
+    truth = [_is_yes(label, i) for i, label in enumerate(labels)]
+    hits = sum(s and t for s, t in zip(said, truth, strict=True))
+    precision, recall = _share(hits, sum(said)), _share(hits, sum(truth))
+    right = sum(s == t for s, t in zip(said, truth, strict=True))
+    f1 = _share(2 * precision * recall, precision + recall)
+    return PopeScores(right / len(said), precision, recall, f1, sum(said) / len(said))
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
+class ChairScores(_Table):
+    """CHAIR per object and per caption, the share of the images' objects that are named, and words of a caption."""
+
+    chair_i: float
+    chair_s: float
+    recall: float
+    words: float
+
+
+@dataclass(frozen=True)
+class ObjectNames:
+    """What objects are called: synonyms by object; an object is one of its own names. Plurals in -s and -es count."""
+
+    synonyms: Mapping[str, Collection[str]]
+
+    @classmethod
+    def of(cls, names: Collection[str] | Mapping[str, Collection[str]]) -> ObjectNames:
+        """From names alone, or with synonyms."""
+        return cls(dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, ()))
+
+    @cached_property
+    def _object_of(self) -> dict[str, str]:
+        return {name.lower(): thing for thing, others in self.synonyms.items() for name in (thing, *others)}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(map(re.escape, self._object_of), key=len, reverse=True)
+        return re.compile(rf"\b({'|'.join(longest_first) or '(?!)'})(?:e?s)?\b", re.IGNORECASE)
+
+    def named_in(self, text: str) -> set[str]:
+        """The objects that a text names."""
+        return {self._object_of[match[1].lower()] for match in self._pattern.finditer(text)}
+
+
+def chair_scores(
+    captions: Completions,
+    objects: Sequence[Collection[str]],
+    names: Collection[str] | Mapping[str, Collection[str]],
+) -> ChairScores:
+    """CHAIR of captions of images that hold `objects`; `names` are all objects that are looked for, with synonyms.
+
+    Raises DataError for no captions.
+    """
+    if not len(captions):
+        raise DataError("There are no captions to score.")
+    known, texts = ObjectNames.of(names), [text_of(caption) for caption in captions]
+    named = [known.named_in(text) for text in texts]
+    there = [set(own) for own in objects]
+    wrong = [len(said - own) for said, own in zip(named, there, strict=True)]
+    found = sum(len(said & own) for said, own in zip(named, there, strict=True))
+    words = sum(len(text.split()) for text in texts) / len(texts)
+    return ChairScores(
+        chair_i=_share(sum(wrong), sum(map(len, named))),
+        chair_s=sum(count > 0 for count in wrong) / len(texts),
+        recall=_share(found, sum(map(len, there))),
+        words=words,
+    )
+
+
+class ChairReward:
+    """recall_weight · recall − CHAIR_i of a caption, by the objects in a column of its row.
+
+    names           all objects that are looked for: their names, or synonyms by name
+    column          the column that lists an image's objects
+    recall_weight   what naming objects that are there is worth: without it, saying nothing is best
+    """
+
+    def __init__(
+        self,
+        names: Collection[str] | Mapping[str, Collection[str]],
+        *,
+        column: str = "objects",
+        recall_weight: float = 1.0,
+    ) -> None:
+        self.names, self.column, self.recall_weight = names, column, recall_weight
+        self.__name__ = "chair"
+
+    def __call__(self, completions: Completions, **columns: Any) -> list[float]:
+        """One reward per completion. Raises DataError where rows have no such column."""
+        if self.column not in columns:
+            raise DataError(f"CHAIR needs a column {self.column!r} with the objects of each image: {sorted(columns)}.")
+        rows = zip(completions, columns[self.column], strict=True)
+        found = (chair_scores([caption], [own], self.names) for caption, own in rows)
+        return [self.recall_weight * scores.recall - scores.chair_i for scores in found]
