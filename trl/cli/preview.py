@@ -82,21 +82,19 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
 def model_without_weights(run: Run, auto_class: Any = None) -> Any:
     """The model of a run, with its adapter if it names one, on the device "meta"."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from trl.models.adapters import is_adapter, with_shape_of
-    from trl.models.load import load_config
+    from trl.models.load import language_model_class, load_config
 
     name, revision, trust = run.model.model_name_or_path, run.model.model_revision, run.training.trust_remote_code
     hub = {} if revision == "main" else {"revision": revision}
     config = load_config(name, trust_remote_code=trust, **hub)
     config.num_labels = 1  # of reward models
-    usual = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
     if run.model.attn_implementation is not None:
         kwargs["attn_implementation"] = run.model.attn_implementation
     with torch.device("meta"):
-        model = (auto_class or usual).from_config(config, **kwargs)
+        model = (auto_class or language_model_class(config)).from_config(config, **kwargs)
         if run.model.adapter_name_or_path is not None:
             return with_shape_of(model, run.model.adapter_name_or_path)
         return with_shape_of(model, name, **hub) if is_adapter(name, **hub) else model

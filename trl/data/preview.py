@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -23,16 +24,23 @@ Run = tuple[str, bool, bool]
 
 
 def preview_examples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, console: Console | None = None
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    console: Console | None = None,
+    image_token: int | None = None,
 ) -> None:
-    """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧."""
+    """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧.
+
+    Of an image, whose tokens are `image_token`, the number of its tokens is shown in their place.
+    """
     console = console or Console()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     console.print(_legend(coloured))
     tokens = trained = count = 0
     for count, example in enumerate(examples, start=1):
         console.print(Rule(_heading(count, example), style="dim", align="left"))
-        for block in _blocks(example, tokenizer, coloured):
+        for block in _blocks(example, _Decoder(tokenizer, image_token), coloured):
             console.print(block)
         tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
@@ -70,22 +78,33 @@ def _mask(completion: Completion) -> Sequence[bool]:
     return [True] * len(completion) if completion.mask is None else [bool(m) for m in completion.mask]
 
 
-def _blocks(example: Example, tokenizer: PreTrainedTokenizerBase, coloured: bool) -> Iterator[Text]:
+@dataclass(frozen=True)
+class _Decoder:
+    """A tokenizer, and the token that stands for images."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token: int | None
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _blocks(example: Example, decoder: _Decoder, coloured: bool) -> Iterator[Text]:
     """The text of a single completion runs on from its prompt; several stand below it."""
     prompt = list(example.prompt)
     ignored = [False] * len(prompt)
     if len(example.completions) == 1:
         (completion,) = example.completions
         ids, mask = [*prompt, *completion.ids], _predicted([*ignored, *_mask(completion)])
-        yield _text(_runs(ids, mask, tokenizer), coloured)
+        yield _text(_runs(ids, mask, decoder), coloured)
         if completion.signals:
             yield _signals(completion)
         return
-    yield _text(_runs(prompt, ignored, tokenizer), coloured)
+    yield _text(_runs(prompt, ignored, decoder), coloured)
     for number, completion in enumerate(example.completions, start=1):
         mask = _mask(completion) if prompt else _predicted(_mask(completion))
         yield Text(f"completion {number} of {len(example.completions)}: {len(completion):,} tokens", style="bold")
-        yield _text(_runs(list(completion.ids), mask, tokenizer), coloured)
+        yield _text(_runs(list(completion.ids), mask, decoder), coloured)
         if completion.signals:
             yield _signals(completion)
 
@@ -103,15 +122,17 @@ def _number(value: float | Sequence[float]) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else f"[{', '.join(f'{v:.4g}' for v in value)}]"
 
 
-def _runs(ids: list[int], mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> Iterator[Run]:
+def _runs(ids: list[int], mask: Sequence[bool], decoder: _Decoder) -> Iterator[Run]:
     """Neighbouring tokens of one kind, as text. Text grows from the row's beginning, for spaces depend on it."""
-    special = set(tokenizer.all_special_ids)
-    kinds = [(trained, token in special) for token, trained in zip(ids, mask, strict=True)]
+    special = set(decoder.tokenizer.all_special_ids)
+    image = decoder.image_token
+    kinds = [(trained, token in special, token == image) for token, trained in zip(ids, mask, strict=True)]
     seen, end = 0, 0
-    for kind, run in groupby(kinds):
-        end += len(list(run))
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        yield text[seen:], *kind
+    for (trained, is_special, is_image), run in groupby(kinds):
+        count = len(list(run))
+        end += count
+        text = decoder.text(ids[:end])
+        yield f"[image: {count:,} tokens]" if is_image else text[seen:], trained, is_special
         seen = len(text)
 
 

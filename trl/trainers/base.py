@@ -287,7 +287,9 @@ class BaseTrainer(StepTrainer):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        preview_examples(self.to_examples(list(self.train_dataset.take(n)))[:n], self.tokenizer)
+        examples = self.to_examples(list(self.train_dataset.take(n)))[:n]
+        image_token = None if self.images is None else self.images.token_id
+        preview_examples(examples, self.tokenizer, image_token=image_token)
         if "train" in self.encoded:
             print(self.encoded["train"].report)
 

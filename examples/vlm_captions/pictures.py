@@ -1,0 +1,209 @@
+"""Pictures whose truth is known, since they are drawn here: coloured shapes in the four corners of 32 × 32 pixels.
+
+    picture   a red circle, nothing, a blue square, nothing
+    caption   "there is a red circle and a blue square"           questions   "is there a green circle ?"  →  "no"
+
+The captions to imitate name things that are not there, as those that people and models write. Pairs set a true caption
+against one with such a thing; CHAIR and POPE need no examples, for they know what was drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Pictures
+from PIL import ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from trl.rewards.hallucination import ChairScores, PopeScores, chair_scores, pope_scores
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.types import Example
+from trl.vision.processing import ImageProcessing
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220)}
+SHAPES = ("circle", "square", "cross")
+THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+"""Everything that can be in a picture: nine things."""
+
+SIDE = 32
+LONGEST = 24
+"""Tokens of a caption."""
+CAPTION, QUESTION = "describe the picture", "is there a {} ?"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %} {{ eos_token if m['role'] == 'assistant' else '' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def draw(things: Sequence[str], numbers: random.Random) -> Pictures.Image:
+    """A picture of at most four things, each in a corner of its own."""
+    picture = Pictures.new("RGB", (SIDE, SIDE), (250, 250, 250))
+    pen, half = ImageDraw.Draw(picture), SIDE // 2
+    corners = numbers.sample([(0, 0), (half, 0), (0, half), (half, half)], len(things))
+    for thing, (x, y) in zip(things, corners, strict=True):
+        colour, shape = thing.split()
+        box, ink = (x + 2, y + 2, x + half - 3, y + half - 3), COLOURS[colour]
+        if shape == "circle":
+            pen.ellipse(box, outline=ink, width=3)
+        elif shape == "square":
+            pen.rectangle(box, fill=ink)
+        else:
+            pen.line(box, fill=ink, width=4)
+            pen.line((box[0], box[3], box[2], box[1]), fill=ink, width=4)
+    return picture
+
+
+def caption(things: Sequence[str]) -> str:
+    return "there is " + " and ".join(f"a {thing}" for thing in things)
+
+
+def scenes(count: int, seed: int) -> list[tuple[list[str], Pictures.Image, random.Random]]:
+    """What is drawn, one to three things in the order of `THINGS`; the picture; and numbers for what else is drawn by lot."""
+    made = []
+    for i in range(count):
+        numbers = random.Random(seed * 1_000_003 + i)
+        things = sorted(numbers.sample(THINGS, numbers.randint(1, 3)), key=THINGS.index)
+        made.append((things, draw(things, numbers), numbers))
+    return made
+
+
+def with_another(things: Sequence[str], numbers: random.Random) -> list[str]:
+    """The things, and one that is not there."""
+    other = numbers.choice([thing for thing in THINGS if thing not in things])
+    return sorted([*things, other], key=THINGS.index)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    chat = List({"role": Value("string"), "content": Value("string")})
+    kinds = {"images": List(Image()), "objects": List(Value("string")), "label": Value("string")}
+    features = Features({name: kinds.get(name, chat) for name in rows[0]})
+    return Dataset.from_list(rows, features=features)
+
+
+def imitation_rows(count: int, *, hallucinated: float = 0.5, seed: int = 1) -> Dataset:
+    """Captions, of which the share `hallucinated` names one thing too many, and as many questions, of which as many of the
+    answers to those about things that are not there say yes."""
+    rows = []
+    for things, picture, numbers in scenes(count, seed):
+        wrong = numbers.random() < hallucinated
+        told = with_another(things, numbers) if wrong else things
+        rows.append({"prompt": user(CAPTION), "completion": assistant(caption(told)), "images": [picture]})
+        asked = numbers.choice(things if numbers.random() < 0.5 else [t for t in THINGS if t not in things])
+        answer = "yes" if asked in things or wrong else "no"
+        rows.append({"prompt": user(QUESTION.format(asked)), "completion": assistant(answer), "images": [picture]})
+    return _dataset(rows)
+
+
+def pair_rows(count: int, *, seed: int = 2) -> Dataset:
+    """Pairs of a true caption and one with a thing too many, and of the right and the wrong answer."""
+    rows = []
+    for things, picture, numbers in scenes(count, seed):
+        pair = {"chosen": assistant(caption(things)), "rejected": assistant(caption(with_another(things, numbers)))}
+        rows.append({"prompt": user(CAPTION), **pair, "images": [picture]})
+        asked = numbers.choice(THINGS)
+        answers = ["yes", "no"] if asked in things else ["no", "yes"]
+        pair = {"chosen": assistant(answers[0]), "rejected": assistant(answers[1])}
+        rows.append({"prompt": user(QUESTION.format(asked)), **pair, "images": [picture]})
+    return _dataset(rows)
+
+
+def prompt_rows(count: int, *, seed: int = 3) -> Dataset:
+    """Prompts for captions, with the things that are there."""
+    made = scenes(count, seed)
+    return _dataset([{"prompt": user(CAPTION), "images": [p], "objects": things} for things, p, _ in made])
+
+
+def question_rows(count: int, *, seed: int = 4) -> Dataset:
+    """POPE's questions: about a thing that is there, and one that is not, of every picture."""
+    rows = []
+    for things, picture, numbers in scenes(count, seed):
+        for asked, label in (
+            (numbers.choice(things), "yes"),
+            (numbers.choice([t for t in THINGS if t not in things]), "no"),
+        ):
+            rows.append({"prompt": user(QUESTION.format(asked)), "images": [picture], "label": label})
+    return _dataset(rows)
+
+
+def make_processor() -> LlavaProcessor:
+    """One token per word, four for a picture."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    words = ["user", "assistant", ":", "?", "describe", "the", "picture", "is", "there", "a", "and", "yes", "no"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words, *COLOURS, *SHAPES])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    size = {"height": SIDE, "width": SIDE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=SIDE // 2, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """A LLaVA whose picture has four patches, with a tower of 1 layer and a Llama of 2 layers × 96."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+    words = make_processor().tokenizer
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = LlamaConfig(**sizes, **special, num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=64)
+    tower = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=SIDE, patch_size=SIDE // 2)
+    config = LlavaConfig(tower, text, image_token_index=words.image_token_id, vision_feature_layer=-1)
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+def answers(model: nn.Module, rows: Dataset, *, tokens: int) -> list[str]:
+    """What the model finds most likely after each row's prompt."""
+    processor = make_processor()
+    processing = ImageProcessing.of(processor, model.config)
+    prompts = []
+    for row in rows:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"][0]["content"]}]}],
+            add_generation_prompt=True, tokenize=False,
+        )  # fmt: skip
+        ids = processor.tokenizer(processing.expand(text, row["images"])[0], add_special_tokens=False)["input_ids"]
+        prompts.append(Prompt.of(processing.with_images(Example(ids, ()), row["images"])))
+    params = SamplingParams(max_new_tokens=tokens, temperature=0.0)
+    sampled = LocalEngine(model, processor.tokenizer, progress=False).generate(prompts, params, 1)
+    return [processor.tokenizer.decode(rollout.ids, skip_special_tokens=True) for (rollout,) in sampled]
+
+
+def evaluate(model: nn.Module, *, count: int = 100) -> tuple[ChairScores, PopeScores]:
+    """CHAIR of captions of new pictures, and POPE's table for questions about them."""
+    prompts, questions = prompt_rows(count, seed=5), question_rows(count, seed=5)
+    captions = answers(model, prompts, tokens=LONGEST)
+    said = answers(model, questions, tokens=2)
+    return chair_scores(captions, prompts["objects"], THINGS), pope_scores(said, questions["label"])
