@@ -25,7 +25,7 @@ LEVELS = [
     {"callbacks"},
     {"trainers"},
     {"core", "demo", "evaluation", "sweep"},
-    {"cli", "__main__"},
+    {"cli", "label", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 TORCH_ONLY = ("ops", "algorithms")

@@ -2,7 +2,7 @@
 
 from trl.trainer.utils import DataCollatorForCompletionOnlyLM       # found: the path leads to `trl`
 from trl.experimental.cpo import CPOTrainer                         # found
-from trl import DDPOTrainer                                         # ImportError: … what to do
+from trl import BestOfNSampler                                      # ImportError: … what to do
 class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigError: never called; what to do
 """
 
@@ -55,7 +55,6 @@ TOOLS = "tools are not called yet; an `engine` of your own can be given to every
 
 REMOVED = {
     "A2POTrainer": OBJECTIVE,
-    "AlignPropTrainer": "diffusion models are not covered yet.",
     "AllTrueJudge": BY_REWARD,
     "AsyncDistillationTrainer": OBJECTIVE,
     "AsyncGRPOTrainer": "use `GRPOTrainer`: an `engine` of your own may sample in other processes.",
@@ -65,14 +64,12 @@ REMOVED = {
     "BaseRankJudge": BY_REWARD,
     "BestOfNSampler": "sample with `LocalEngine` and `n=…`, and keep the best of each group.",
     "ConstantLengthDataset": "use `SFTConfig(packing=True)`, or `pack_dataset`.",
-    "DDPOStableDiffusionPipeline": "diffusion models are not covered yet.",
-    "DDPOTrainer": "diffusion models are not covered yet.",
+    "DDPOStableDiffusionPipeline": "it is a base class: use `DefaultDDPOStableDiffusionPipeline`.",
     "DPODataCollatorWithPadding": PADDING,
     "DPOScriptArguments": "use `ScriptArguments`.",
     "DataCollatorForChatML": "`SFTTrainer` takes `messages` as they are, and `assistant_only_loss=True`.",
     "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers lay rows out by themselves.",
     "DataCollatorForPreference": PADDING,
-    "DefaultDDPOStableDiffusionPipeline": "diffusion models are not covered yet.",
     "DistillationTrainer": OBJECTIVE,
     "FDivergenceConstants": "give `f_divergence_type` and `f_alpha_divergence_coef` of `DPOConfig`.",
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",

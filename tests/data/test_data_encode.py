@@ -522,5 +522,7 @@ def test_pictures_are_refused(chatml):
     picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
     with pytest.raises(DataError, match=r"[Rr]ow 0.* message 0: content has to be text, or parts of type text"):
         only([picture], chatml)
-    with pytest.raises(DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"):
+    with pytest.raises(
+        DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"
+    ):
         only([{"text": "sky", "images": "a.png"}], chatml)

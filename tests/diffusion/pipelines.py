@@ -9,13 +9,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
 )
 
 from trl.demo.pipelines import (
     WIDTH,
     clip_text,
+    t5_text,
     tiny_stable_diffusion,
     tiny_stable_diffusion_3,
     tiny_vae,
@@ -24,11 +23,6 @@ from trl.demo.pipelines import (
 
 WORDS = ["a", "red", "green", "blue", "circle", "square"]
 PROMPTS = ["a red circle", "a blue square"]
-
-
-def t5(tokenizer):
-    shape = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).eval()
 
 
 def stable_diffusion():
@@ -43,11 +37,7 @@ def stable_diffusion_v():
 
 
 def stable_diffusion_3():
-    torch.manual_seed(1)
-    pipeline = tiny_stable_diffusion_3(WORDS, layers=1, heads=2)
-    return diffusers.StableDiffusion3Pipeline(
-        **{**pipeline.components, "text_encoder_3": t5(pipeline.tokenizer), "tokenizer_3": pipeline.tokenizer}
-    )
+    return tiny_stable_diffusion_3(WORDS, layers=1, heads=2)
 
 
 def stable_diffusion_xl():
@@ -99,7 +89,7 @@ def flux(*, guidance_embeds=True):
     return diffusers.FluxPipeline(
         vae=tiny_vae(),
         text_encoder=clip_text(tokenizer),
-        text_encoder_2=t5(tokenizer),
+        text_encoder_2=t5_text(tokenizer),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         transformer=transformer,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from tests.vision.support import llava, picture, qwen2_5_vl
 from trl.trainers.cpo import CPOConfig, CPOTrainer

@@ -31,6 +31,9 @@ PAPERS = {
 }
 """Method → title and arXiv number of the paper that it is from."""
 
+TASKS = {"reward": "text-classification", "pictures": "text-to-image"}
+"""Kind of model → what the hub calls its task, where that is not to write text."""
+
 SHOWN = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 """Options that are told even where they are at their defaults."""
 
@@ -43,13 +46,18 @@ class Trained:
     """What the card tells of a model.
 
     base         name of the model that was trained; None: it was made from a configuration
-    kind         "causal", "encoder-decoder" or "reward"
+    kind         "causal", "encoder-decoder", "reward" or "pictures"
     is_adapter   an adapter on the base, and not a whole model
     """
 
     base: str | None
     kind: str = "causal"
     is_adapter: bool = False
+
+    @property
+    def library(self) -> str:
+        """What loads the model."""
+        return "diffusers" if self.kind == "pictures" else "peft" if self.is_adapter else "transformers"
 
 
 def write_model_card(
@@ -81,7 +89,9 @@ def write_model_card(
         "Data": "\n".join(f"- {report}" for report in data),
         "Options": _table("option", shown),
         "Paper": _paper(method),
-        "Versions": "\n".join(f"- {name} {importlib.metadata.version(name)}" for name in LIBRARIES),
+        "Versions": "\n".join(
+            f"- {name} {importlib.metadata.version(name)}" for name in dict.fromkeys((*LIBRARIES, model.library))
+        ),
     }
     what = "An adapter of" if model.is_adapter else ""
     named = (
@@ -107,11 +117,11 @@ def _front(
 ) -> dict[str, Any]:
     """What the hub reads of a card."""
     tags = [tags] if isinstance(tags, str) else list(tags or [])
-    front: dict[str, Any] = {"library_name": "peft" if model.is_adapter else "transformers"}
+    front: dict[str, Any] = {"library_name": model.library}
     front |= {"base_model": base} if base else {}
     front |= {"datasets": [dataset_name]} if hub_id(dataset_name) else {}
     front |= {"license": found} if (found := license_of(model.base)) else {}
-    front |= {"pipeline_tag": "text-classification" if model.kind == "reward" else "text-generation"}
+    front |= {"pipeline_tag": TASKS.get(model.kind, "text-generation")}
     return {**front, "tags": ["trl", method.lower(), *(["lora"] if model.is_adapter else []), *tags]}
 
 
@@ -168,6 +178,11 @@ def _usage(args: TrainingArguments, title: str, model: Trained, base: str | None
         return (
             "```python\nfrom trl.rewards.model import RewardModel\n\n"
             f'reward = RewardModel("{name}")\nreward(["A prompt"], [" and its completion"])\n```'
+        )
+    if model.kind == "pictures":
+        return (
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{name}")\npipeline("A prompt").images[0].save("picture.png")\n```'
         )
     auto = "AutoModelForSeq2SeqLM" if model.kind == "encoder-decoder" else "AutoModelForCausalLM"
     return (

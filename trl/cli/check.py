@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trl.cli.commands import Method, methods
+from trl.cli.commands import Method, load, methods
 from trl.cli.train import Run, check_hub, check_weights, datasets_of, library_errors_as_config_errors, read_run
 from trl.errors import ConfigError, TrlError, suggest
 from trl.printable import printable
@@ -53,7 +53,7 @@ def run(words: Sequence[str]) -> int:
     given = method.parser(CHECK).parse(words[1:] if named else words)
     if given.help:
         return _print_help(method, everything=given.help == "all")
-    return check(read_run(method, given), rows=given.arguments_for(CheckArguments).rows)
+    return load(method.check)(read_run(method, given))
 
 
 def _print_help(method: Method, *, everything: bool) -> int:

@@ -28,6 +28,7 @@ class Method:
     extra       dataclass with options beside those of dataset, model and trainer
     keywords    function that makes further keyword arguments of the trainer from that dataclass
     example     words of an example, for the help screen
+    check       function `(run) -> exit status` that shows what the command would do
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     example: str
     extra: str | None = None
     keywords: str | None = None
+    check: str = "trl.cli.check:check"
 
     @property
     def argument_classes(self) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ _MODEL_AND_DATA = "--model_name_or_path facebook/opt-125m --dataset_name"
 _REWARDED = (
     "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --reward_funcs rewards.py:short"
 )
+_DIFFUSION = "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name prompts.jsonl"
+_PICTURES = {"keywords": "trl.cli.rewards:picture_reward_keywords", "check": "trl.cli.check_diffusion:check"}
 
 METHODS = (
     Method(
@@ -162,6 +166,43 @@ METHODS = (
         f"{_REWARDED} --output_dir qwen-online-dpo",
         extra=REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
+    ),
+    Method(
+        "ddpo",
+        "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOTrainer",
+        "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOConfig",
+        "Diffusion models: reinforcement learning on denoising steps, rewards compared over the batch (arXiv:2305.13301).",
+        f"{_DIFFUSION} --reward_funcs jpeg_compressibility_reward --use_peft --output_dir sd-ddpo",
+        extra=REWARDS,
+        **_PICTURES,
+    ),
+    Method(
+        "diffusion-grpo",
+        "trl.trainers.diffusion.grpo:DiffusionGRPOTrainer",
+        "trl.trainers.diffusion.grpo:DiffusionGRPOConfig",
+        "Diffusion models: rewards compared within groups of pictures, Flow-GRPO for flow matching (arXiv:2505.05470).",
+        "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
+        "get_clip_reward --use_peft --output_dir sd3-grpo",
+        extra=REWARDS,
+        **_PICTURES,
+    ),
+    Method(
+        "diffusion-nft",
+        "trl.trainers.diffusion.nft:DiffusionNFTTrainer",
+        "trl.trainers.diffusion.nft:DiffusionNFTConfig",
+        "Diffusion models: reinforcement learning on noised pictures, without likelihoods (arXiv:2509.16117).",
+        "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
+        "get_clip_reward --use_peft --output_dir sd3-nft",
+        extra=REWARDS,
+        **_PICTURES,
+    ),
+    Method(
+        "diffusion-dpo",
+        "trl.trainers.diffusion.dpo:DiffusionDPOTrainer",
+        "trl.trainers.diffusion.dpo:DiffusionDPOConfig",
+        "Diffusion models: align with pairs of a chosen and a rejected picture (arXiv:2311.12908).",
+        "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name pairs --output_dir sd-dpo",
+        check="trl.cli.check_diffusion:check",
     ),
 )
 

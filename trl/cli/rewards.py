@@ -72,8 +72,27 @@ def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
         person.use(ui)
 
 
-def find_reward(name: str) -> Callable | str:
-    """The function that `name` stands for, or the name itself if it is that of a reward model."""
+def picture_reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+    """The `reward_funcs` of a trainer of diffusion models: functions of pictures."""
+    if arguments.reward_model_name_or_path is not None:
+        raise ConfigError(
+            "reward_model_name_or_path is of texts. Pictures are rewarded by functions: --reward_funcs get_clip_reward, "
+            "'get_clip_reward(model=\"…\")', get_aesthetic_reward, file.py:function."
+        )
+    found = [find_reward(name, of_pictures=True) for name in arguments.reward_funcs or []]
+    if not found:
+        raise ConfigError(
+            "reward_funcs is missing: give a name of trl.rewards (jpeg_compressibility_reward, get_clip_reward, …), "
+            "file.py:function or package.module:function, of (prompts, images, **columns)."
+        )
+    return {"reward_funcs": found}
+
+
+def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:
+    """The function that `name` stands for, or the name itself if it is that of a reward model.
+
+    `of_pictures`: it rewards pictures, and not texts.
+    """
     call = CALL.fullmatch(name)
     plain = name if call is None else call["name"]
     source, found = _located(plain)
@@ -83,9 +102,9 @@ def find_reward(name: str) -> Callable | str:
         found = _made(plain, found, *_arguments(name, call["arguments"]))
     elif isinstance(found, type):
         found = _made(plain, found, [], {})
-    from trl.rewards.signature import check_arguments
+    from trl.rewards.signature import PICTURES, SAMPLES, check_arguments
 
-    check_arguments(source, found, None)
+    check_arguments(source, found, None, PICTURES if of_pictures else SAMPLES)
     return found
 
 

@@ -115,7 +115,7 @@ def check_model(name: str | None) -> str:
         beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest(folder.name, beside)}")
     inside = sorted(each.name for each in folder.iterdir())
-    if not {"config.json", "adapter_config.json"} & set(inside):
+    if not {"config.json", "adapter_config.json", "model_index.json"} & set(inside):
         checkpoints = [each for each in inside if each.startswith("checkpoint-")]
         instead = f" Did you mean '{Path(name, checkpoints[-1])}'?" if checkpoints else ""
         raise ConfigError(f"model_name_or_path={name!r} holds no model: config.json is missing.{instead}")

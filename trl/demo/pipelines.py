@@ -15,6 +15,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from trl.imports import require
@@ -39,7 +41,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_vae(*, channels: int = 4, width: int = 32) -> Any:
+def tiny_vae(*, channels: int = 4, width: int = 16) -> Any:
     """An autoencoder whose latents are half as high and wide as pictures."""
     diffusers = require("diffusers", to="A diffusion pipeline")
     return diffusers.AutoencoderKL(
@@ -68,6 +70,11 @@ def clip_text(tokenizer: PreTrainedTokenizerFast, *, projected: bool = False) ->
         pad_token_id=tokenizer.pad_token_id,
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def t5_text(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    shape = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).eval()
 
 
 def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, seed: int = 0) -> Any:
@@ -107,7 +114,7 @@ def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, seed: int = 
 
 
 def tiny_stable_diffusion_3(words: Sequence[str], *, layers: int = 2, heads: int = 4, seed: int = 0) -> Any:
-    """A `StableDiffusion3Pipeline` for pictures of 16 pixels, without T5."""
+    """A `StableDiffusion3Pipeline` for pictures of 16 pixels."""
     diffusers = require("diffusers", to="A diffusion pipeline")
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words)
@@ -130,8 +137,8 @@ def tiny_stable_diffusion_3(words: Sequence[str], *, layers: int = 2, heads: int
         tokenizer=tokenizer,
         text_encoder_2=clip_text(tokenizer, projected=True),
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5_text(tokenizer),
+        tokenizer_3=tokenizer,
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )

@@ -126,11 +126,19 @@ class Denoiser(ABC):
     def add_noise(self, clean: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, timesteps and target of `clean` latents `[M,…]` at noise levels `[M]` in [0, 1): the forward process."""
 
+    @abstractmethod
+    def noise_share(self, level: Tensor) -> Tensor:
+        """σ `[M]` of x_t = α x₀ + σ ε at noise levels `[M]`: by it an error of the output becomes one of α x̂₀."""
+
     # ---- text ----
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Text]:
         """What the text encoders say of each of `prompts`."""
+
+    @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the texts of one prompt, for an estimate."""
 
     def encode_negative(self) -> Text:
         """What guidance leads away from."""

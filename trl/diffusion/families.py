@@ -58,10 +58,18 @@ class StableDiffusion(Denoiser):
         noisy, target = add_ddim_noise(self.pipeline.scheduler, clean, noise, timesteps)
         return noisy, timesteps.float(), target
 
+    def noise_share(self, level: Tensor) -> Tensor:
+        scheduler = self.pipeline.scheduler
+        timesteps = (level.cpu() * scheduler.config.num_train_timesteps).long()
+        return (1 - scheduler.alphas_cumprod[timesteps]).sqrt().to(level)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:
         embeds, _ = self.pipeline.encode_prompt([*prompts], self.module.device, 1, False)
         return [{"embeds": each} for each in embeds]
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"embeds": (self.pipeline.tokenizer.model_max_length, self.config.cross_attention_dim)}
 
     def forward(self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text) -> Tensor:
         arguments = {"encoder_hidden_states": self._cast(texts["embeds"]), **self.conditions(texts)}
@@ -83,6 +91,11 @@ class StableDiffusionXL(StableDiffusion):
             [*prompts], device=self.module.device, do_classifier_free_guidance=False
         )
         return [{"embeds": e, "pooled": p} for e, p in zip(embeds, pooled, strict=True)]
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = self.pipeline.tokenizer_2.model_max_length
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        return {"embeds": (length, self.config.cross_attention_dim), "pooled": (pooled,)}
 
     def encode_negative(self) -> Text:
         text = super().encode_negative()
@@ -125,6 +138,9 @@ class FlowDenoiser(Denoiser):
         noisy, target = add_flow_noise(clean, noise, level)
         return noisy, level.to(clean.device) * self.pipeline.scheduler.config.num_train_timesteps, target
 
+    def noise_share(self, level: Tensor) -> Tensor:
+        return level
+
 
 class StableDiffusion3(FlowDenoiser):
     """Stable Diffusion 3 and 3.5: a transformer on text and latents together, three text encoders of which T5 may be missing."""
@@ -150,6 +166,10 @@ class StableDiffusion3(FlowDenoiser):
             **self.encode_options,
         )
         return [{"embeds": e, "pooled": p} for e, p in zip(embeds, pooled, strict=True)]
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = self.pipeline.tokenizer.model_max_length + self.encode_options.get("max_sequence_length", 256)
+        return {"embeds": (length, self.config.joint_attention_dim), "pooled": (self.config.pooled_projection_dim,)}
 
     def forward(self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text) -> Tensor:
         return module(
@@ -205,6 +225,10 @@ class Flux(PackedDenoiser):
         embeds, pooled, _ = self.pipeline.encode_prompt([*prompts], device=self.module.device, **self.encode_options)
         return [{"embeds": e, "pooled": p} for e, p in zip(embeds, pooled, strict=True)]
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = self.encode_options.get("max_sequence_length", 512)
+        return {"embeds": (length, self.config.joint_attention_dim), "pooled": (self.config.pooled_projection_dim,)}
+
     def forward(self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text) -> Tensor:
         latents, embeds = self._cast(latents), self._cast(texts["embeds"])
         height, width = (side // 2 for side in self.grid)
@@ -218,6 +242,10 @@ class Flux(PackedDenoiser):
             img_ids=self.pipeline._prepare_latent_image_ids(1, height, width, latents.device, latents.dtype),
             return_dict=False,
         )[0]
+
+
+USUAL_PROMPT = 128
+"""Tokens of a prompt, where a family takes any number of them."""
 
 
 class QwenImage(PackedDenoiser):
@@ -242,6 +270,10 @@ class QwenImage(PackedDenoiser):
             texts = {name: F.pad(value, [0, 0, 0, missing]) for name, value in texts.items()}
         return super().output(module, latents, timesteps, texts, negative)
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = min(USUAL_PROMPT, self.encode_options.get("max_sequence_length", USUAL_PROMPT))
+        return {"embeds": (length, self.config.joint_attention_dim), "mask": (length, 1)}
+
     def guide(self, negative: Tensor, positive: Tensor) -> Tensor:
         guided = super().guide(negative, positive)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
@@ -253,7 +285,7 @@ class QwenImage(PackedDenoiser):
             hidden_states=latents,
             timestep=self._cast(timesteps) / 1000,
             guidance=self.told_guidance(latents),
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if mask.is_meta or mask.all() else mask,
             encoder_hidden_states=self._cast(texts["embeds"]),
             img_shapes=[[(1, height, width)]] * len(latents),
             return_dict=False,

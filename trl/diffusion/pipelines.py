@@ -37,7 +37,7 @@ def load_pipeline(model: Any, **options: Any) -> Any:
     diffusers = require("diffusers", to="Training a diffusion model")
     if isinstance(model, str | Path):
         try:
-            return diffusers.DiffusionPipeline.from_pretrained(str(model), **options)
+            return diffusers.DiffusionPipeline.from_pretrained(str(model), **loading_options(options))
         except OSError as error:
             raise ConfigError(
                 f"model={str(model)!r} holds no pipeline that diffusers can load (model_index.json and what it names): {error}"
@@ -49,6 +49,23 @@ def load_pipeline(model: Any, **options: Any) -> Any:
             f"A {type(model).__name__} is no pipeline of diffusers: give a pipeline, or its name or folder."
         )
     return model
+
+
+def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained` of a model of `transformers`, as pipelines take them.
+
+    Raises ConfigError for options that a pipeline has no use for.
+    """
+    options = dict(given)
+    for name in ("attn_implementation", "adapter"):
+        if options.pop(name, None) is not None:
+            raise ConfigError(
+                f"{name} is of language models, and has no effect on a pipeline of diffusers: leave it out."
+            )
+    dtype = options.pop("dtype", None)
+    if dtype not in (None, "auto"):
+        options["dtype"] = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return options
 
 
 def prepare_pipeline(pipeline: Any, part: str) -> nn.Module:
@@ -168,6 +185,23 @@ def save_trained(pipeline: Any, part: str, folder: Path) -> None:
     described = module.peft_config[ADAPTER].to_dict()
     weights = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": described}
     pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **weights)
+
+
+def save_whole(pipeline: Any, part: str, folder: Path) -> None:
+    """The whole pipeline; of a denoiser with an adapter the weights below it, and beside them the adapter."""
+    module = getattr(pipeline, part)
+    if not module_has_adapter(module):
+        pipeline.save_pretrained(folder)
+        return
+    below = {name.replace(".base_layer.", "."): p for name, p in module.state_dict().items() if ".lora_" not in name}
+    plain = type(module).from_config(module.config).to(module.dtype)
+    plain.load_state_dict(below)
+    pipeline.register_modules(**{part: plain})
+    try:
+        pipeline.save_pretrained(folder)
+    finally:
+        pipeline.register_modules(**{part: module})
+    save_trained(pipeline, part, folder)
 
 
 def load_trained(module: nn.Module, part: str, folder: Path) -> None:

@@ -31,7 +31,8 @@ def as_ddim(scheduler: Any) -> Any:
             f"The pipeline's scheduler is a {name}, whose noise DDIM cannot follow. Give it one of those of Stable Diffusion: "
             f"{', '.join(known)}."
         )
-    found = diffusers.DDIMScheduler.from_config(scheduler.config)
+    is_ddim = type(scheduler) is diffusers.DDIMScheduler
+    found = scheduler if is_ddim else diffusers.DDIMScheduler.from_config(scheduler.config)
     if found.config.thresholding:
         raise ConfigError(
             "The scheduler has thresholding=True, which bounds x̂₀ by its own quantiles, so that a step is no Gaussian draw "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def _render(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any)
         "breakable": breakable,
         "hint": hint,
         "describe": describe,
+        "base64": base64_of,
     }
     charts = [chart for charts in groups.values() for chart in charts]
     drawn = [chart for chart in charts if not is_flat(chart) and any(series.points for series in chart.series)]
@@ -162,6 +164,11 @@ def main_charts(charts: Sequence[Chart]) -> list[Chart]:
 def asset(name: str) -> Markup:
     """A file of the page's styles or scripts, to stand in a page."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+def base64_of(content: bytes) -> str:
+    """Bytes as a page can hold them."""
+    return b64encode(content).decode()
 
 
 # ---- what the page says ----

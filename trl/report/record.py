@@ -3,6 +3,7 @@
 run.json                        log, options, versions: what `ReportCallback` keeps
 checkpoint-*/trainer_state.json, trainer_state.json, log_history.jsonl        the log alone
 completions/*.parquet, *.jsonl  samples: step, prompt, completion, and numbers such as rewards
+pictures.jsonl, pictures/*.png  pictures of the same prompts from the same noise: step, number, prompt, file, reward
 before_after.jsonl              the same prompts before and after: prompt, before, after (completion, and numbers)
 summary.txt                     a sentence about what was reached
 README.md, config.json          the model card and the model's configuration
@@ -29,6 +30,9 @@ COMPARISONS = 6
 """So many prompts are shown before and after."""
 SAMPLED_STEPS, SAMPLES_PER_STEP = 8, 4
 """Samples of so many steps are shown, and so many of each."""
+PICTURES_FILE = "pictures.jsonl"
+PICTURED_STEPS, PICTURES = 8, 16
+"""Pictures of so many steps are shown, and so many of each."""
 
 Row = dict[str, Any]
 
@@ -51,6 +55,26 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture as the bytes of a PNG file, and its reward if there was one."""
+
+    png: bytes
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """Pictures of the same prompts from the same noise at several `steps`: a row for each prompt, a column for each step.
+
+    rewards   of each step, the mean over its pictures; None where there are none
+    """
+
+    steps: Sequence[int]
+    rewards: Sequence[float | None]
+    rows: Sequence[tuple[str, Sequence[Picture | None]]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run as far as its folder tells: what is not known is empty.
 
@@ -58,6 +82,7 @@ class RunRecord:
     options      of the trainer; `changed` names those that differ from their defaults
     samples      by step
     comparisons  the same prompts before and after
+    pictures     of the same prompts from the same noise, over time
     damaged      files that could not be read, wholly or in part, and why
     summary      a sentence about what was reached
     rows         some of the rows that were trained on, as texts
@@ -78,6 +103,7 @@ class RunRecord:
     seconds: float = 0.0
     samples: Mapping[int, Sequence[Sample]] = field(default_factory=dict)
     comparisons: Sequence[tuple[Sample, Sample]] = ()
+    pictures: PictureGrid | None = None
     damaged: Sequence[str] = ()
     summary: str = ""
     rows: Sequence[TrainedRow] = ()
@@ -158,7 +184,7 @@ def read_run(folder: Path) -> RunRecord:
     card, samples = _read_card(folder / "README.md", reader), read_samples(folder / "completions", reader)
     states = _read_states(folder, reader)
     config = reader.json(folder / "config.json")
-    if not (states or samples or card or config):
+    if not (states or samples or card or config or (folder / PICTURES_FILE).is_file()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise DataError(
             f"{str(folder)!r} holds no run: a run's output_dir has {RUN_FILE}, checkpoints, a trainer_state.json or a "
@@ -170,9 +196,16 @@ def read_run(folder: Path) -> RunRecord:
     known["rows"] = [TrainedRow(row["prompt"], row["completions"]) for row in known["rows"]]
     known["summary"] = reader.text(folder / SUMMARY_FILE).strip()
     known["model"] = {**_model_of(config), **known["model"]}
-    comparisons = read_comparisons(folder, reader)
+    comparisons, pictures = read_comparisons(folder, reader), read_pictures(folder, reader)
     damaged = tuple(reader.damaged.values())
-    return RunRecord(name=folder.resolve().name, samples=samples, comparisons=comparisons, damaged=damaged, **known)
+    return RunRecord(
+        name=folder.resolve().name,
+        samples=samples,
+        comparisons=comparisons,
+        pictures=pictures,
+        damaged=damaged,
+        **known,
+    )
 
 
 def _and_damaged(reader: Reader) -> str:
@@ -313,6 +346,43 @@ def read_comparisons(folder: Path, reader: Reader | None = None) -> list[tuple[S
 def _is_comparison(row: Row) -> bool:
     sides = [row.get(side) for side in ("before", "after")]
     return "prompt" in row and all(isinstance(side, dict) and "completion" in side for side in sides)
+
+
+def read_pictures(folder: Path, reader: Reader) -> PictureGrid | None:
+    """Up to PICTURES pictures at PICTURED_STEPS steps, the first and the last among them; None where there are none."""
+    rows = [row for row in reader.lines(folder / PICTURES_FILE) if _is_picture(row) and _png(folder, row)]
+    if not rows:
+        return None
+    cells = {(row["number"], row["step"]): row for row in rows}
+    steps = _spread(sorted({row["step"] for row in rows}), PICTURED_STEPS)
+    numbers = _spread(sorted({row["number"] for row in rows}), PICTURES)
+    prompts = {row["number"]: row["prompt"] for row in rows}
+    grid = [(prompts[n], [_picture(folder, cells.get((n, step))) for step in steps]) for n in numbers]
+    return PictureGrid(steps, [_mean_reward(rows, step) for step in steps], grid)
+
+
+def _is_picture(row: Row) -> bool:
+    known = {"step": int, "number": int, "prompt": str, "file": str}
+    return all(isinstance(row.get(name), kind) for name, kind in known.items())
+
+
+def _png(folder: Path, row: Row) -> Path | None:
+    """The file of a picture, which has to be in the run's folder."""
+    path = (folder / row["file"]).resolve()
+    return path if path.is_file() and path.is_relative_to(folder.resolve()) else None
+
+
+def _picture(folder: Path, row: Row | None) -> Picture | None:
+    return None if row is None else Picture(_png(folder, row).read_bytes(), _reward_of(row))
+
+
+def _reward_of(row: Row) -> float | None:
+    return row["reward"] if isinstance(row.get("reward"), int | float) else None
+
+
+def _mean_reward(rows: Sequence[Row], step: int) -> float | None:
+    rewards = [found for row in rows if row["step"] == step and (found := _reward_of(row)) is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def _digits(name: str) -> int:

@@ -20,6 +20,7 @@ from trl.rewards.human import HumanRating as human_rating
 from trl.rewards.images import (
     brightness_reward,
     get_color_reward,
+    get_hue_reward,
     jpeg_compressibility_reward,
     jpeg_incompressibility_reward,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "get_color_reward",
     "get_combined_reward",
     "get_cosine_scaled_reward",
+    "get_hue_reward",
     "get_json_reward",
     "get_length_reward",
     "get_regex_reward",

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from trl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -51,6 +53,8 @@ class ClipReward:
     """
 
     def __init__(self, model: str | CLIPModel = PICKSCORE, tokenizer: Any = None) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
         if not isinstance(model, str) and tokenizer is None:
             raise ConfigError("The model is an object: give its tokenizer too, get_clip_reward(model, tokenizer).")
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -80,6 +84,8 @@ class AestheticReward:
     __name__ = "aesthetic"
 
     def __init__(self, model: str | nn.Module = AESTHETIC, head: str | nn.Module | None = None) -> None:
+        from transformers import CLIPVisionModelWithProjection
+
         self.model = CLIPVisionModelWithProjection.from_pretrained(model) if isinstance(model, str) else model
         self.head = head if isinstance(head, nn.Module) else load_aesthetic_head(head)
         for part in (self.model, self.head):

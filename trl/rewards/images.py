@@ -88,3 +88,27 @@ class get_color_reward:
         wanted = COLORS[self.color] if isinstance(self.color, str) else self.color
         distance = (images - torch.tensor(wanted).to(images)[:, None, None]).abs()
         return 1 - distance.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class get_hue_reward:
+    """What share of a picture's colour is of one hue, 0 to 1; 0 for a grey picture.
+
+    Σ relu(min of the hue's channels − max of the others) / (Σ (max − min) + H·W/100), over pixels. `color` is the name of a
+    hue in `COLORS`, so neither black nor white.
+    """
+
+    color: str = "red"
+
+    __name__ = "hue_reward"
+
+    def __post_init__(self) -> None:
+        hues = [name for name, channels in COLORS.items() if 0 < sum(channels) < 3]
+        if self.color not in hues:
+            raise ConfigError(unknown("color", self.color, hues))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        wanted = torch.tensor(COLORS[self.color], device=images.device).bool()
+        hue = (images[:, wanted].amin(1) - images[:, ~wanted].amax(1)).clamp(min=0)
+        chroma = images.amax(1) - images.amin(1)
+        return hue.flatten(1).sum(1) / (chroma.flatten(1).sum(1) + 0.01 * chroma[0].numel())

@@ -12,7 +12,6 @@ The loader hands over encoded rows; how an optimizer step is run on them is in `
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +24,11 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from trl.callbacks.model_card import Trained, write_model_card
 from trl.callbacks.report import ReportCallback, changed_options
-from trl.compat import ARGUMENTS, reject_unused_overrides, remedy
+from trl.compat import reject_unused_overrides
 from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
 from trl.data.examples import (
@@ -62,6 +61,7 @@ from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
+from trl.trainers.options import resolve_args
 from trl.training.beside import not_fatal
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
@@ -114,7 +114,7 @@ class BaseTrainer(StepTrainer):
         tokenizer: Any = None,
         **classic: Unpack[ClassicOptions],
     ) -> None:
-        self.args = self._resolve_args(args, classic)
+        self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__)
         source = self._tokenizer_source(model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer, source)
@@ -173,32 +173,6 @@ class BaseTrainer(StepTrainer):
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- model, tokenizer, options ----
-
-    @classmethod
-    def _resolve_args(cls, args: TrainingArguments | None, classic: Mapping[str, Any]) -> TrainerConfig:
-        """The configuration, with options that were given as keywords of the trainer put into it."""
-        if args is None:
-            return cls.config_class(**cls._options(classic))
-        if not isinstance(args, cls.config_class):
-            fields = {f.name for f in dataclasses.fields(cls.config_class) if f.init}
-            given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
-            return cls.config_class(**{**given, **cls._options(classic)})
-        args = copy.copy(args)
-        for name, value in cls._options(classic).items():
-            setattr(args, name, value)
-        args.check_values()
-        return args
-
-    @classmethod
-    def _options(cls, classic: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of the configuration, by their names today, that were given as keywords of the trainer."""
-        options = {name: value for name, value in classic.items() if value is not None or name not in ARGUMENTS}
-        known = [*(f.name for f in dataclasses.fields(cls.config_class)), *cls.config_class.ALIASES]
-        for name in options:
-            if name not in known:
-                arguments = [*known, *Trainer.__init__.__annotations__, "tokenizer", "peft_config"]
-                raise ConfigError(f"{cls.__name__} has no argument {name!r}.{remedy(name, arguments)}")
-        return cls.config_class.translated(options)
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         kwargs = self.args.model_init_kwargs or {}

@@ -1,0 +1,76 @@
+"""Pictures of the same prompts from the same noise: before training, while it runs, and after, for the report.
+
+pictures/000010-3.png            picture 3 at step 10
+pictures.jsonl                   its prompt, step, file and reward
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from trl.diffusion.rollouts import Row
+from trl.rewards.images import to_pil
+
+FOLDER, FILE = "pictures", "pictures.jsonl"
+
+
+class DrawsPictures(Protocol):
+    """What the callback needs of a trainer."""
+
+    picture: Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
+    args: Any
+    state: TrainerState
+
+
+class PictureLog(TrainerCallback):
+    """Writes pictures of `rows` at the beginning, every `args.picture_steps` steps, and at the end."""
+
+    def __init__(self, trainer: DrawsPictures, rows: Sequence[Row]) -> None:
+        self.trainer, self.rows = trainer, rows
+        self.last: int | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.draw(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.picture_steps and state.global_step % args.picture_steps == 0:
+            self.draw(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.draw(state)
+
+    def draw(self, state: TrainerState) -> None:
+        """Sample and write, once for a step. One process does; the others wait for it at the next step."""
+        if self.last == state.global_step or not state.is_world_process_zero:
+            return
+        self.last = state.global_step
+        images, rewards = self.trainer.picture(self.rows)
+        prompts = [row["prompt"] for row in self.rows]
+        write_pictures(Path(self.trainer.args.output_dir), state.global_step, prompts, images, rewards)
+
+
+def write_pictures(run: Path, step: int, prompts: Sequence[str], images: Tensor, rewards: Tensor) -> None:
+    """Pictures `[N,3,H,W]` as files, and a row for each; rewards `[N]` are NaN where none are known."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    known = read_rows(run / FILE)
+    rows = [row for row in known if row["step"] < step]  # a run that was resumed writes its steps anew
+    for i, (picture, prompt, reward) in enumerate(zip(to_pil(images), prompts, rewards.tolist(), strict=True)):
+        name = f"{FOLDER}/{step:06d}-{i}.png"
+        picture.save(run / name)
+        known_reward = {} if math.isnan(reward) else {"reward": reward}
+        rows.append({"step": step, "number": i, "prompt": prompt, "file": name, **known_reward})
+    (run / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows that were written; none where there is no file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]

@@ -1,0 +1,215 @@
+"""`trl check` of methods that train diffusion models: rows, plan, memory, and a trial of the reward functions.
+
+Weights are not loaded: the pipeline's modules are made from their configurations, on the device "meta".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from trl.cli.check import print_table, print_verdict, size_of
+from trl.cli.train import Run, datasets_of, own_keywords
+from trl.diffusion.denoiser import Denoiser
+from trl.diffusion.families import denoiser_for
+from trl.diffusion.pipelines import ATTENTION, JOINT_ATTENTION, add_adapter, trained
+from trl.errors import ConfigError, TrlError
+from trl.imports import require
+from trl.models.config import get_peft_config
+
+ROWS_SHOWN = 3
+STATES = 2
+"""Numbers that AdamW keeps of each trained parameter, in single precision."""
+
+
+def check(run: Run) -> int:
+    """Print all that can be known before training. Returns 1 if something is wrong, else 0."""
+    from trl.cli.help import console
+
+    out = console()
+    rows, _ = datasets_of(run)
+    denoiser = denoiser_without_weights(run)
+    print_table(out, "Rows", rows_of(rows))
+    print_table(out, "Plan", plan_of(run, denoiser, rows))
+    parts = memory_of(run, denoiser)
+    free = free_memory()
+    total = sum(parts.values())
+    shown = {name: size_of(count) for name, count in parts.items() if count}
+    print_table(out, "Memory", {**shown, "together": size_of(total), "free now": size_of(free)})
+    problems = [] if total < free else [f"Memory: a step takes about {size_of(total)}, and {size_of(free)} are free."]
+    if run.method.keywords:
+        found, wrong = try_rewards(run, denoiser, rows)
+        print_table(out, "Rewards of a grey picture", found)
+        problems += wrong
+    return print_verdict(out, problems)
+
+
+# ---- the pipeline ----
+
+
+def denoiser_without_weights(run: Run) -> Denoiser:
+    """The denoiser of a run's pipeline, with an adapter if that is asked for, on the device "meta"."""
+    args = run.training
+    pipeline = pipeline_without_weights(run.model.model_name_or_path)
+    denoiser = denoiser_for(
+        pipeline,
+        height=args.height,
+        width=args.width,
+        guidance_scale=args.guidance_scale,
+        max_sequence_length=args.max_sequence_length,
+        flow_solver=args.flow_solver,
+    )
+    config = get_peft_config(run.model)
+    if config is not None and config.target_modules is None:
+        config.target_modules = ATTENTION if denoiser.part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
+    with torch.device("meta"):
+        add_adapter(denoiser.module, config)
+    return denoiser
+
+
+def pipeline_without_weights(name: str) -> Any:
+    """The pipeline of a name or folder, its modules on the device "meta". Raises ConfigError where there is none."""
+    diffusers = require("diffusers", to="Training a diffusion model")
+    import transformers
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    try:
+        index = diffusers.DiffusionPipeline.load_config(name)
+    except OSError as error:
+        raise ConfigError(f"model_name_or_path={name!r} holds no pipeline of diffusers: {error}") from error
+    kind = getattr(diffusers, index["_class_name"])
+    parts: dict[str, Any] = {}
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list | tuple):
+            continue
+        library, class_name = value
+        parts[part] = None
+        if library in libraries and part not in ("safety_checker", "feature_extractor"):
+            parts[part] = _without_weights(getattr(libraries[library], class_name), name, part)
+    options = {key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)}
+    return kind(**parts, **options)
+
+
+def _without_weights(kind: type, name: str, part: str) -> Any:
+    """A part of a pipeline: modules on the device "meta", others as they are."""
+    from transformers import PreTrainedModel
+
+    if issubclass(kind, PreTrainedModel):
+        config = kind.config_class.from_pretrained(name, subfolder=part)
+        with torch.device("meta"):
+            return kind(config)
+    if issubclass(kind, nn.Module):
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(name, subfolder=part))
+    return kind.from_pretrained(name, subfolder=part)
+
+
+# ---- what is shown ----
+
+
+def rows_of(rows: Any) -> dict[str, str]:
+    """The first prompts, and how many rows there are."""
+    prompts = {f"prompt {i + 1}": str(row.get("prompt"))[:100] for i, row in enumerate(rows.take(ROWS_SHOWN))}
+    count = {"rows": f"{len(rows):,}"} if hasattr(rows, "__len__") else {"rows": "a stream"}
+    return count | prompts
+
+
+def plan_of(run: Run, denoiser: Denoiser, rows: Any) -> dict[str, str]:
+    """What an optimizer step takes, and how many there are."""
+    args, processes = run.training, run.num_processes or run.training.world_size
+    together = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    plan = {"pictures": f"{denoiser.width} × {denoiser.height} pixels, latents {tuple(denoiser.latent_shape)}"}
+    if not hasattr(args, "num_generations"):
+        per_epoch = together
+        plan["pairs per step"] = f"{together:,}"
+    else:
+        prompts = args.prompts_per_rollout_batch * processes
+        steps = args.minibatches_per_rollout_batch * args.num_iterations / args.gradient_accumulation_steps
+        plan["pictures per rollout batch"] = (
+            f"{prompts * args.num_generations:,} = {prompts:,} × {args.num_generations:,}"
+        )
+        plan["optimizer steps per rollout batch"] = f"{steps:g}"
+        trained_on = getattr(args, "noise_levels", args.num_inference_steps)
+        plan["denoising steps per optimizer step"] = f"{together * trained_on:,}"
+        per_epoch = prompts / steps
+    plan["rows of a forward pass"] = f"{forward_rows(run, denoiser):,} at most"
+    if args.max_steps > 0:
+        plan["optimizer steps"] = f"{args.max_steps:,}"
+    elif hasattr(rows, "__len__"):
+        plan["optimizer steps"] = f"{math.ceil(len(rows) / per_epoch * args.num_train_epochs):,}"
+    return plan
+
+
+def forward_rows(run: Run, denoiser: Denoiser) -> int:
+    """Latents that the denoiser reads at once; twice as many with guidance, and for pairs."""
+    both = denoiser.is_guided and hasattr(run.training, "num_generations") and not hasattr(run.training, "noise_levels")
+    return run.training.forward_rows * (2 if both else 1)
+
+
+def memory_of(run: Run, denoiser: Denoiser) -> dict[str, int]:
+    """Bytes of the heaviest optimizer step, by what they are for."""
+    pipeline, module = denoiser.pipeline, denoiser.module
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    width = {"float16": 2, "bfloat16": 2}.get(run.model.dtype, 4)
+    weights = sum(p.numel() for part in modules for p in part.parameters()) * width
+    own = sum(p.numel() for p in trained(module).values())
+    has_reference = bool(getattr(run.training, "beta", 0)) and not run.model.use_peft
+    copies = (getattr(run.training, "ema_decay", None) is not None) + hasattr(run.training, "nft_beta")
+    activations = activation_bytes(denoiser, forward_rows(run, denoiser))
+    return {
+        "weights": weights,
+        "gradients": own * 4,
+        "optimizer": own * 4 * STATES,
+        "reference": sum(p.numel() for p in module.parameters()) * width if has_reference else 0,
+        "copies of trained weights": own * 4 * copies,
+        "activations": activations // (2 if run.training.bf16 or run.training.fp16 else 1),
+    }
+
+
+def activation_bytes(denoiser: Denoiser, rows: int) -> int:
+    """What a forward pass of so many `rows` keeps for backward: traced on one row without data, in single precision."""
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage()._cdata for p in denoiser.module.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        latents = torch.zeros(1, *denoiser.latent_shape)
+        texts = {name: torch.zeros(1, *shape) for name, shape in denoiser.text_shapes().items()}
+        output = denoiser.forward(denoiser.module, latents, torch.zeros(1), texts)
+        del output
+    return sum(kept.values()) * rows
+
+
+def free_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def try_rewards(run: Run, denoiser: Denoiser, rows: Any) -> tuple[dict[str, str], list[str]]:
+    """The reward of a grey picture of the first prompt from every function, and what went wrong."""
+    from trl.rewards.call import call_rewards
+    from trl.rewards.pictures import PictureSamples, make_picture_rewards
+
+    row = next(iter(rows))
+    columns = {name: [value] for name, value in row.items() if name != "prompt"}
+    rewards = make_picture_rewards(own_keywords(run)["reward_funcs"], weights=None, columns=list(columns))
+    images = torch.full((1, 3, denoiser.height, denoiser.width), 0.5)
+    found, wrong = {}, []
+    for reward in rewards:
+        try:
+            samples = PictureSamples.of([row["prompt"]], images, [reward], columns, {})
+            found[reward.name] = f"{call_rewards([reward], samples).values.item():g}"
+        except TrlError as error:
+            found[reward.name] = "failed"
+            wrong.append(f"Reward: {error}")
+    return found, wrong

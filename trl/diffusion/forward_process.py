@@ -1,0 +1,132 @@
+"""Pictures that are noised to be trained on: items and batches of the methods that need no likelihood of a step.
+
+    x_t = α x₀ + σ ε,     the model says what its target is at x_t
+
+Every item has a seed of its own for its noise, so that a step does not depend on how its items were split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl.diffusion.denoiser import Denoiser, Text
+from trl.diffusion.trajectories import draw, generators_for
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedPicture:
+    """A clean latent (or the two of a pair), to be noised to `level` in [0, 1) with noise from `seed`; on the host."""
+
+    latents: tuple[Tensor, ...]
+    prompt: str
+    level: float
+    seed: int
+    signals: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedBatch:
+    """M pictures (or pairs) as one forward pass takes them: a `StepBatch`.
+
+    clean     [M,…] each, of the one picture or the two of a pair, which share noise and level
+    noise     [M,…]
+    level     [M]
+    texts     what the text encoders say of each one's prompt, [M,…]
+    mask      [M,1] 1 where it is learned from
+    """
+
+    clean: tuple[Tensor, ...]
+    noise: Tensor
+    level: Tensor
+    texts: Text
+    mask: Tensor
+    signals: Mapping[str, Tensor]
+    weight: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def example(self) -> Tensor:
+        return torch.arange(len(self.mask))
+
+    @property
+    def positions(self) -> int:
+        return len(self.mask)
+
+    def masked_out(self) -> NoisedBatch:
+        """The batch with nothing that is learned from."""
+        return replace(self, mask=self.mask * 0)
+
+    def to(self, device: Any) -> NoisedBatch:
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            clean=tuple(map(moved, self.clean)),
+            noise=moved(self.noise),
+            level=moved(self.level),
+            texts={name: moved(value) for name, value in self.texts.items()},
+            mask=moved(self.mask),
+            signals={name: moved(value) for name, value in self.signals.items()},
+            weight=None if self.weight is None else moved(self.weight),
+        )
+
+    def noised(self, denoiser: Denoiser) -> Noised:
+        """Everything that the denoiser is told, and what it is to say; a pair's first pictures before its second."""
+        copies = len(self.clean)
+        clean, noise = torch.cat(self.clean), torch.cat([self.noise] * copies)
+        latents, timesteps, target = denoiser.add_noise(clean, noise, torch.cat([self.level] * copies))
+        texts = {name: torch.cat([value] * copies) for name, value in self.texts.items()}
+        return Noised(latents, timesteps, texts, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """Noisy latents `[M,…]`, timesteps `[M]` and texts, and the target `[M,…]` of the denoiser."""
+
+    latents: Tensor
+    timesteps: Tensor
+    texts: Text
+    target: Tensor
+
+
+def noised_batch(items: Sequence[NoisedPicture], texts: Text) -> NoisedBatch:
+    """The items as a batch, with `texts` of their prompts, in their order."""
+    shape = items[0].latents[0].shape
+    return NoisedBatch(
+        clean=tuple(torch.stack(each) for each in zip(*(item.latents for item in items), strict=True)),
+        noise=draw(shape, generators_for([item.seed for item in items]), "cpu"),
+        level=torch.tensor([item.level for item in items]),
+        texts=texts,
+        mask=torch.ones(len(items), 1),
+        signals={name: torch.tensor([item.signals[name] for item in items]) for name in items[0].signals},
+        tokens=len(items),
+    )
+
+
+def levels(count: int, seed: int) -> list[float]:
+    """`count` noise levels in [0, 1), one in each of as many equal parts of it."""
+    places = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return [(k + place) / count for k, place in enumerate(places.tolist())]
+
+
+def state_of_noised(items: Sequence[NoisedPicture]) -> dict[str, Any]:
+    """Items as tensors and lists, which a checkpoint can hold."""
+    return {
+        "latents": [list(item.latents) for item in items],
+        "prompt": [item.prompt for item in items],
+        "level": [item.level for item in items],
+        "seed": [item.seed for item in items],
+        "signals": [dict(item.signals) for item in items],
+    }
+
+
+def noised_from(state: Mapping[str, Any]) -> list[NoisedPicture]:
+    """What `state_of_noised` wrote."""
+    parts = (state["latents"], state["prompt"], state["level"], state["seed"], state["signals"])
+    return [NoisedPicture(tuple(latents), *rest) for latents, *rest in zip(*parts, strict=True)]

@@ -1,0 +1,224 @@
+"""AlignProp: a reward that can be differentiated, straight through the sampler to the weights (arXiv:2310.03739).
+
+    L = 10 − E[r(x₀)],     ∂r/∂θ through the last steps of denoising
+
+AlignPropTrainer(config, reward_function, prompt_function, pipeline, image_samples_hook=None).train(), by the interface of
+TRL 0.11; `reward_function(images, prompts, metadata) -> rewards, reward_metadata`, where rewards have a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trl.diffusion.differentiable import first_step, sample_with_gradient
+from trl.diffusion.rollouts import PictureBuffer
+from trl.diffusion.trajectories import draw, generators_for
+from trl.errors import ConfigError
+from trl.rewards.call import RewardError
+from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
+from trl.trainers.diffusion.config import DiffusionConfig
+from trl.trainers.diffusion.ddpo import check_classic_arguments, checkpoint_in, start_tracker, two_values
+from trl.trainers.diffusion.ddpo_config import AlignPropConfig
+from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
+from trl.types import Metrics
+
+OFFSET = 10.0
+"""Of the loss, so that it is positive for the rewards in use; it has no gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A picture that is to be made: its prompt, the seed of its noise, and what the prompt function said of it."""
+
+    prompt: str
+    seed: int
+    metadata: Any
+
+
+@dataclass(frozen=True, slots=True)
+class AskedBatch:
+    """Pictures that are made, and rewarded, in one forward pass: a `StepBatch`."""
+
+    asked: Sequence[Asked]
+    texts: Mapping[str, Tensor]
+    mask: Tensor
+    signals: Mapping[str, Tensor]
+    weight: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def example(self) -> Tensor:
+        return torch.arange(len(self.mask))
+
+    @property
+    def positions(self) -> int:
+        return len(self.mask)
+
+    def masked_out(self) -> AskedBatch:
+        return replace(self, mask=self.mask * 0)
+
+    def to(self, device: Any) -> AskedBatch:
+        return replace(
+            self,
+            texts={name: value.to(device) for name, value in self.texts.items()},
+            mask=self.mask.to(device),
+            weight=None if self.weight is None else self.weight.to(device),
+        )
+
+
+class AlignPropTrainer(DiffusionTrainer):
+    """Train Stable Diffusion on a reward with a gradient. Arguments: see `DDPOTrainer`; the hook gets a dict of the batch."""
+
+    config_class = DiffusionConfig
+
+    def __init__(
+        self,
+        config: AlignPropConfig,
+        reward_function: Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Tensor, Any]],
+        prompt_function: Callable[[], tuple[str, Any]],
+        sd_pipeline: DefaultDDPOStableDiffusionPipeline,
+        image_samples_hook: Callable[[dict[str, Any], int, Any], Any] | None = None,
+    ) -> None:
+        check_classic_arguments(config, AlignPropConfig, sd_pipeline)
+        self.config, self.sd_pipeline = config, sd_pipeline
+        self.reward_fn, self.prompt_fn, self.image_samples_callback = (
+            reward_function,
+            prompt_function,
+            image_samples_hook,
+        )
+        sd_pipeline.get_trainable_layers()
+        args = DiffusionConfig(
+            **config.shared_arguments(),
+            per_device_train_batch_size=config.train_batch_size,
+            max_steps_per_micro_batch=config.train_batch_size,
+            guidance_scale=config.sample_guidance_scale,
+            negative_prompt=config.negative_prompts,
+            save_strategy="steps",
+            save_steps=config.save_freq,
+            logging_strategy="steps",
+            logging_steps=1,
+        )
+        if args.world_size > 1:
+            raise ConfigError("AlignProp trains in one process: gradients go through many passes of the model at once.")
+        super().__init__(sd_pipeline.sd_pipeline, args)
+        set_seed(config.seed)
+        self.schedule = self.denoiser.schedule(config.sample_num_steps, eta=config.sample_eta)
+        self.buffer: PictureBuffer | None = None
+        self.states.register("buffer", self)
+        self.tracker = start_tracker(config, self.accelerator)
+
+    # ---- the loop ----
+
+    def train(self, epochs: int | None = None, **options: Any) -> Any:
+        """Train for `epochs`, by default config.num_epochs: one optimizer step each."""
+        if epochs is not None:
+            self.args.num_train_epochs = epochs
+        return super().train(checkpoint_in(self.config.resume_from), **options)
+
+    def get_train_dataloader(self) -> DataLoader:
+        self.buffer = PictureBuffer(
+            self.ask,
+            minibatches=self.config.train_gradient_accumulation_steps,
+            iterations=1,
+            per_epoch=1,
+            state_of=lambda items: {"items": [[each.prompt, each.seed, each.metadata] for each in items]},
+            items_of=lambda state: [Asked(*each) for each in state["items"]],
+        )
+        return self.buffer.loader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.buffer.load_state_dict(state)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.restore_rng_state()  # before prompts are asked for
+        return super().get_batch_samples(*args, **kwargs)
+
+    def ask(self) -> list[list[Asked]]:
+        """The pictures of an epoch, as batches."""
+        found = []
+        for _ in range(self.config.train_gradient_accumulation_steps):
+            pairs = [self.prompt_fn() for _ in range(self.config.train_batch_size)]
+            seeds = torch.randint(2**62, (len(pairs),)).tolist()
+            found.append(
+                [
+                    Asked(check_prompt(prompt, "prompt_function"), seed, metadata)
+                    for (prompt, metadata), seed in zip(pairs, seeds, strict=True)
+                ]
+            )
+        return found
+
+    # ---- steps ----
+
+    def collate(self, items: Sequence[Asked]) -> AskedBatch:
+        texts = self.texts([item.prompt for item in items])
+        return AskedBatch(items, texts, torch.ones(len(items), 1), {}, tokens=len(items))
+
+    def describe(self, items: Sequence[Asked]) -> list[str]:
+        return [f"a picture of {item.prompt!r}" for item in items]
+
+    def loss(self, model: nn.Module, batch: AskedBatch) -> tuple[Tensor, Metrics]:
+        images = self.images(model, batch)
+        prompts = tuple(item.prompt for item in batch.asked)
+        metadata = tuple(item.metadata for item in batch.asked)
+        rewards, reward_metadata = two_values(self.reward_fn(images, prompts, metadata))
+        self._check(rewards, len(prompts))
+        self._show(images, prompts, metadata, rewards, reward_metadata)
+        rewards = rewards.flatten().float()
+        return OFFSET - rewards[:, None], {"reward": rewards.detach()}
+
+    def images(self, model: nn.Module, batch: AskedBatch) -> Tensor:
+        """Pictures `[N,3,H,W]` of a batch, with a gradient through the last steps."""
+        config, generators = self.config, generators_for([item.seed for item in batch.asked])
+        bounds = config.truncated_rand_backprop_minmax if config.truncated_backprop_rand else None
+        first = first_step(len(self.schedule), fixed=config.truncated_backprop_timestep, drawn_between=bounds)
+        shape, device = self.denoiser.latent_shape, self.args.device
+        states = sample_with_gradient(
+            self.denoiser,
+            model,
+            batch.texts,
+            self.schedule,
+            draw(shape, generators, device),
+            first=first,
+            negative=self.embeddings.negative(),
+            noise=lambda like: draw(shape, generators, device),
+        )
+        return self.denoiser.decode(states[-1], at_once=self.args.vae_batch_size)
+
+    def _check(self, rewards: Any, count: int) -> None:
+        """Raises RewardError for rewards that nothing can be learned from."""
+        if not isinstance(rewards, Tensor) or (torch.is_grad_enabled() and not rewards.requires_grad):
+            raise RewardError(
+                "The reward function gave rewards without a gradient: AlignProp needs a tensor that was computed from the "
+                "pictures by operations of torch. For other rewards use DDPOTrainer."
+            )
+        if rewards.numel() != count:
+            raise RewardError(f"The reward function gave {rewards.numel()} rewards for {count} pictures.")
+
+    def _show(self, images: Tensor, prompts: tuple, metadata: tuple, rewards: Tensor, reward_metadata: Any) -> None:
+        step = self.state.global_step
+        if self.image_samples_callback is not None and step % self.config.log_image_freq == 0:
+            shown = {"images": images.detach(), "prompts": prompts, "prompt_metadata": metadata}
+            shown |= {"rewards": rewards.detach(), "reward_metadata": reward_metadata}
+            self.image_samples_callback(shown, step, self.tracker)
+
+    def _train_metrics(self) -> dict[str, float]:
+        found = super()._train_metrics()
+        self.accelerator.log(found, step=self.state.global_step)
+        return found
+
+    # ---- files ----
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """The pipeline, and its adapter where there is one."""
+        self.sd_pipeline.save_pretrained(save_directory)

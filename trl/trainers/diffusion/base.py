@@ -1,0 +1,321 @@
+"""What the trainers of diffusion models share: a pipeline, of which one part is trained, on the step machine of all trainers.
+
+A subclass says what an item of a step is (a denoising step, a picture, a pair), how items become a batch, and its loss.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from trl.callbacks.model_card import Trained, write_model_card
+from trl.callbacks.pictures import PictureLog
+from trl.callbacks.report import ReportCallback
+from trl.diffusion.denoiser import Denoiser
+from trl.diffusion.families import denoiser_for
+from trl.diffusion.pipelines import (
+    ATTENTION,
+    JOINT_ATTENTION,
+    SwappedWeights,
+    add_adapter,
+    load_pipeline,
+    load_trained,
+    module_has_adapter,
+    prepare_pipeline,
+    save_trained,
+    trained,
+    without_adapter,
+)
+from trl.diffusion.rollouts import IN_EVALUATION, Row, seed_of
+from trl.diffusion.solvers import Schedule
+from trl.diffusion.texts import PromptEmbeddings
+from trl.diffusion.trajectories import Trajectories, sample
+from trl.errors import ConfigError, DataError
+from trl.models.load import disable_dropout
+from trl.trainers.diffusion.config import DiffusionConfig
+from trl.trainers.options import resolve_args
+from trl.training.step_trainer import StepTrainer
+
+Rows = Dataset | IterableDataset
+
+
+class DiffusionTrainer(StepTrainer):
+    """Base of the trainers of diffusion models.
+
+    model           a pipeline of `diffusers`, or the name or folder of one
+    args            the trainer's configuration
+    train_dataset   rows with `prompt`, a text
+    peft_config     train a new adapter (LoRA); without one, and if the pipeline has none, all weights are trained
+    options         options of the configuration given as keywords
+    """
+
+    config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        *,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        **options: Any,
+    ) -> None:
+        if quantization_config is not None:
+            raise ConfigError(
+                "quantization_config is of language models: load the pipeline quantised, and give it as the model."
+            )
+        self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__)
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None:
+                check_prompts(rows, name)
+        self.pipeline = load_pipeline(model, **(self.args.model_init_kwargs or {}))
+        self.denoiser = self.make_denoiser()
+        self.part = self.denoiser.part
+        module = self._prepare_module(peft_config)
+        super().__init__(
+            model=module,
+            args=self._without_checkpointing(module),
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "Diffusion models are trained with DDP, or on one device: FSDP and DeepSpeed are not supported."
+            )
+        self.pipeline.to(self.args.device)
+        if self.args.num_pictures and self.train_dataset is not None:
+            self.add_callback(PictureLog(self, self.pictured_rows()))
+        if self.args.html_report:
+            self.add_callback(ReportCallback())  # after the pictures, which its page shows
+        self.embeddings = PromptEmbeddings(self.denoiser)
+        self.ema = None if self.args.ema_decay is None else SwappedWeights(self.module)
+        if self.ema is not None:
+            self.states.register("ema", self.ema)
+        self._frozen: nn.Module | None = None
+
+    # ---- the model ----
+
+    def make_denoiser(self) -> Denoiser:
+        """The pipeline at the size and guidance that the options say."""
+        return denoiser_for(
+            self.pipeline,
+            height=self.args.height,
+            width=self.args.width,
+            negative_prompt=self.args.negative_prompt,
+            max_sequence_length=self.args.max_sequence_length,
+            guidance_scale=self.args.guidance_scale,
+            flow_solver=self.args.flow_solver,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The denoiser that is trained, as the pipeline holds it."""
+        return self.denoiser.module
+
+    @property
+    def has_adapter(self) -> bool:
+        return module_has_adapter(self.module)
+
+    def _prepare_module(self, peft_config: PeftConfig | None) -> nn.Module:
+        module = prepare_pipeline(self.pipeline, self.part)
+        if peft_config is not None and peft_config.target_modules is None:
+            peft_config = copy(peft_config)
+            peft_config.target_modules = ATTENTION if self.part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
+        add_adapter(module, peft_config)
+        disable_dropout(module)  # what is sampled has to be as likely when it is trained on
+        if not trained(module):
+            raise ConfigError(
+                "No parameter of the model is trained: give a peft_config, or a model without a frozen adapter."
+            )
+        return module
+
+    def _without_checkpointing(self, module: nn.Module) -> DiffusionConfig:
+        """Options for `transformers`, whose name for gradient checkpointing models of `diffusers` do not have."""
+        args = copy(self.args)
+        if args.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if hasattr(args, name):
+                setattr(args, name, False)
+        return args
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The model as it was before it was trained, meanwhile: without its adapter, or a frozen copy.
+
+        The copy is made when it is first asked for, which has to be before the first step.
+        """
+        if self.has_adapter:
+            with without_adapter(self.module):
+                yield self.module
+        else:
+            yield self._frozen
+
+    def keep_reference_model(self) -> None:
+        """Make what `reference` needs."""
+        if not self.has_adapter:
+            self._frozen = deepcopy(self.module).requires_grad_(False).eval()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with the average of its weights, meanwhile; as it is, where none is kept."""
+        return nullcontext() if self.ema is None else self.ema.in_place(self.module)
+
+    # ---- steps ----
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        return data_collator
+
+    def size(self, item: Any) -> int:
+        return 1
+
+    def micro_batch_budget(self) -> int:
+        return self.args.forward_rows
+
+    def texts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders say of `prompts`, as a batch."""
+        return self.denoiser.collate(self.embeddings(prompts))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.ema is not None:
+            self.ema.follow(self.module, decay=self.args.ema_decay)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # ---- pictures ----
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], schedule: Schedule, first_noise: Sequence[int] | None = None
+    ) -> tuple[Trajectories, Tensor]:
+        """A picture `[N,3,H,W]` of each prompt, by the model without what a distributed engine wraps around it."""
+        with self.compute_loss_context_manager():
+            trajectories = sample(
+                self.denoiser,
+                self.module,
+                self.embeddings(prompts),
+                schedule,
+                seeds,
+                negative=self.embeddings.negative(),
+                first_noise=first_noise,
+                at_once=self.args.forward_rows,
+            )
+            clean = trajectories.clean.to(self.args.device)
+            images = self.denoiser.decode(clean, at_once=self.args.vae_batch_size)
+        return trajectories, images.float()
+
+    def evaluation_schedule(self) -> Schedule:
+        """The steps that pictures to look at are sampled in: without noise between them."""
+        return self.denoiser.schedule(self.args.num_inference_steps_eval, eta=0.0)
+
+    def fixed_seeds(self, rows: Sequence[Row], each: int) -> list[int]:
+        """Seeds that depend on a prompt alone: the same pictures are compared from evaluation to evaluation."""
+        numbers = [zlib.crc32(row["prompt"].encode()) * 64 + k for row in rows for k in range(each)]
+        return [seed_of(self.args.seed, IN_EVALUATION, number) for number in numbers]
+
+    def pictured_rows(self) -> list[Row]:
+        """The first rows of the dataset, with prompts of their own as far as there are any."""
+        found: dict[str, Row] = {}
+        for row in self.train_dataset.take(8 * self.args.num_pictures):
+            found.setdefault(row["prompt"], row)
+        rows = [*found.values()][: self.args.num_pictures]
+        return [rows[i % len(rows)] for i in range(self.args.num_pictures)]
+
+    def picture(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """A picture of each row, always from the same noise, and its reward, NaN where none is known."""
+        seeds = [seed + i for i, seed in enumerate(self.fixed_seeds(rows, 1))]
+        with self.averaged():
+            _, images = self.draw([row["prompt"] for row in rows], seeds, self.evaluation_schedule())
+        return images, self.picture_rewards(rows, images)
+
+    def picture_rewards(self, rows: Sequence[Row], images: Tensor) -> Tensor:
+        """One reward `[N]` for each picture."""
+        return torch.full((len(images),), torch.nan)
+
+    # ---- files ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        save_trained(self.pipeline, self.part, folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What was trained, with the average of its weights where one is kept; without an adapter, the whole pipeline.
+
+        Checkpoints hold the weights themselves, and no other part of the pipeline.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            with self.averaged():
+                if self.has_adapter:
+                    save_trained(self.pipeline, self.part, folder)
+                else:
+                    self.pipeline.save_pretrained(folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Sequence[str] | str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write README.md to the output folder: what was trained, how, and with which versions."""
+        if self.is_world_process_zero():
+            named = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
+            base = self.pipeline.config.get("_name_or_path") or None
+            rows = () if self.train_dataset is None else (f"train: {describe_rows(self.train_dataset)}",)
+            model = Trained(base, "pictures")
+            write_model_card(self.args, trainer=type(self).__name__, model=model, data=rows, **named)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.module, self.part, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_trained(self.module, self.part, Path(self.state.best_model_checkpoint))
+
+
+def describe_rows(rows: Rows) -> str:
+    """How many rows, or that nobody knows."""
+    return f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream of rows"
+
+
+def check_prompts(rows: Rows, name: str) -> None:
+    """Raises DataError for rows without prompts, or with prompts that are no texts, with the first row that has one."""
+    columns = rows.column_names or list(next(iter(rows), {}))
+    if "prompt" not in columns:
+        raise DataError(f"{name} has no column 'prompt'. It has {', '.join(columns) or 'none'}.")
+    if isinstance(rows, Dataset):
+        for number, prompt in enumerate(rows["prompt"]):
+            check_prompt(prompt, f"{name}[{number}]")
+
+
+def check_prompt(prompt: Any, where: str) -> str:
+    """The prompt. Raises DataError if it is no text."""
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: prompt is a {type(prompt).__name__} ({prompt!r:.60}), and has to be a text.")
+    return prompt

@@ -1,0 +1,246 @@
+"""Options of classic DDPO and AlignProp, by the names and defaults of TRL 0.4 to 0.11."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trl.errors import ConfigError
+from trl.imports import require
+
+SCRIPT = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+
+
+@dataclass
+class ClassicConfig:
+    """What `DDPOConfig` and `AlignPropConfig` share."""
+
+    exp_name: str = SCRIPT
+    """Name of the experiment."""
+
+    run_name: str = ""
+    """Name of the run."""
+
+    seed: int = 0
+    """Seed of prompts, noise and weights."""
+
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    """Tracker that statistics and pictures go to."""
+
+    tracker_kwargs: dict = field(default_factory=dict)
+    """Keyword arguments of the tracker."""
+
+    accelerator_kwargs: dict = field(default_factory=dict)
+    """Not available: the accelerator is set up by the other options, and by how the script was launched."""
+
+    project_kwargs: dict = field(default_factory=dict)
+    """Of these `project_dir` (in place of logdir), `logging_dir` and `total_limit` (in place of num_checkpoint_limit) are
+    followed."""
+
+    tracker_project_name: str = "trl"
+    """Project in the tracker."""
+
+    logdir: str = "logs"
+    """Folder of checkpoints."""
+
+    num_epochs: int = 100
+    """Epochs: each samples, and trains on what it sampled."""
+
+    save_freq: int = 1
+    """A checkpoint every so many epochs."""
+
+    num_checkpoint_limit: int = 5
+    """Checkpoints that are kept."""
+
+    mixed_precision: str = "fp16"
+    """"fp16", "bf16" or "no". Without an accelerator it is "no"."""
+
+    allow_tf32: bool = True
+    """Let NVIDIA's matrix units round to TF32."""
+
+    resume_from: str = ""
+    """A checkpoint, or a folder of them, of which the newest is taken."""
+
+    sample_num_steps: int = 50
+    """Denoising steps."""
+
+    sample_eta: float = 1.0
+    """η of DDIM: how noisy its steps are."""
+
+    sample_guidance_scale: float = 5.0
+    """Classifier-free guidance."""
+
+    train_use_8bit_adam: bool = False
+    """AdamW with states of 8 bits, of bitsandbytes."""
+
+    train_learning_rate: float = 3e-4
+    """Learning rate, which stays as it is."""
+
+    train_adam_beta1: float = 0.9
+    """β₁ of Adam."""
+
+    train_adam_beta2: float = 0.999
+    """β₂ of Adam."""
+
+    train_adam_weight_decay: float = 1e-4
+    """Weight decay of Adam."""
+
+    train_adam_epsilon: float = 1e-8
+    """ε of Adam."""
+
+    train_gradient_accumulation_steps: int = 1
+    """Training batches of an optimizer step, all of their denoising steps included."""
+
+    train_max_grad_norm: float = 1.0
+    """Norm that gradients are clipped to."""
+
+    def __post_init__(self) -> None:
+        if self.accelerator_kwargs:
+            raise ConfigError(
+                f"accelerator_kwargs={self.accelerator_kwargs!r} is not available: mixed_precision and log_with have options of "
+                "their own; leave it out."
+            )
+        if self.mixed_precision not in ("fp16", "bf16", "no"):
+            raise ConfigError(f"mixed_precision={self.mixed_precision!r}: give 'fp16', 'bf16' or 'no'.")
+        if self.log_with not in (None, "wandb", "tensorboard"):
+            raise ConfigError(f"log_with={self.log_with!r}: give 'wandb', 'tensorboard' or None.")
+        for name, value in vars(self).items():
+            counted = name.startswith(("num_", "save_", "sample_num", "sample_batch", "train_batch", "train_gradient"))
+            if counted and isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"{name}={value}: give at least 1.")
+        if self.train_use_8bit_adam:
+            require("bitsandbytes", to="train_use_8bit_adam")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options."""
+        return asdict(self)
+
+    @property
+    def output_dir(self) -> str:
+        return str(self.project_kwargs.get("project_dir", self.logdir))
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """These options by the names of `TrainingArguments`."""
+        accelerated = torch.accelerator.is_available() and not os.environ.get("ACCELERATE_USE_CPU")
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
+        return {
+            "output_dir": self.output_dir,
+            "seed": self.seed,
+            "num_train_epochs": self.num_epochs,
+            "save_total_limit": self.project_kwargs.get("total_limit", self.num_checkpoint_limit),
+            "fp16": accelerated and self.mixed_precision == "fp16",
+            "bf16": accelerated and self.mixed_precision == "bf16",
+            "learning_rate": self.train_learning_rate,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_bnb_8bit" if self.train_use_8bit_adam else "adamw_torch",
+            "adam_beta1": self.train_adam_beta1,
+            "adam_beta2": self.train_adam_beta2,
+            "adam_epsilon": self.train_adam_epsilon,
+            "weight_decay": self.train_adam_weight_decay,
+            "max_grad_norm": self.train_max_grad_norm,
+            "gradient_accumulation_steps": self.train_gradient_accumulation_steps,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "num_pictures": 0,
+            "html_report": False,
+            "disable_tqdm": True,
+        }
+
+
+@dataclass
+class DDPOConfig(ClassicConfig):
+    """Options of `DDPOTrainer`."""
+
+    sample_batch_size: int = 1
+    """Pictures that are rewarded at once, on each process; they are sampled as many at once as share a forward pass."""
+
+    sample_num_batches_per_epoch: int = 2
+    """Such batches of an epoch."""
+
+    train_batch_size: int = 1
+    """Pictures of a training batch, on each process."""
+
+    train_num_inner_epochs: int = 1
+    """How often the pictures of an epoch are gone through."""
+
+    train_cfg: bool = True
+    """Train with classifier-free guidance, as pictures were sampled."""
+
+    train_adv_clip_max: float = 5.0
+    """Bound of advantages."""
+
+    train_clip_range: float = 1e-4
+    """How far the ratio of a step may move from 1 before it is clipped."""
+
+    train_timestep_fraction: float = 1.0
+    """Share of a picture's denoising steps that are trained on, another random one each time."""
+
+    per_prompt_stat_tracking: bool = False
+    """Compare rewards with earlier ones of the same prompt, in place of those of the epoch."""
+
+    per_prompt_stat_tracking_buffer_size: int = 16
+    """Rewards that are remembered of a prompt."""
+
+    per_prompt_stat_tracking_min_count: int = 16
+    """Rewards of a prompt from which on they are compared with each other."""
+
+    async_reward_computation: bool = False
+    """Compute rewards of several batches at a time, in threads."""
+
+    max_workers: int = 2
+    """Such threads."""
+
+    negative_prompts: str = ""
+    """What guidance leads away from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.train_timestep_fraction <= 1:
+            raise ConfigError(f"train_timestep_fraction={self.train_timestep_fraction}: give a share in (0, 1].")
+
+    def check_batches(self, processes: int) -> None:
+        """Raises ConfigError where batches do not add up to the pictures of an epoch."""
+        pictures = self.sample_batch_size * self.sample_num_batches_per_epoch
+        step = self.train_batch_size * self.train_gradient_accumulation_steps
+        if self.sample_batch_size < self.train_batch_size or self.sample_batch_size % self.train_batch_size:
+            raise ConfigError(
+                f"sample_batch_size={self.sample_batch_size} has to be a multiple of train_batch_size={self.train_batch_size}."
+            )
+        if pictures % step:
+            raise ConfigError(
+                f"An epoch has {pictures} pictures on each of {processes} processes (sample_batch_size × "
+                f"sample_num_batches_per_epoch), which is no multiple of the {step} of an optimizer step (train_batch_size × "
+                "train_gradient_accumulation_steps)."
+            )
+
+
+@dataclass
+class AlignPropConfig(ClassicConfig):
+    """Options of `AlignPropTrainer`."""
+
+    log_image_freq: int = 1
+    """Hand pictures to `image_samples_hook` every so many epochs."""
+
+    train_batch_size: int = 1
+    """Pictures of an epoch, on each process and for each of train_gradient_accumulation_steps."""
+
+    train_learning_rate: float = 1e-3
+    """Learning rate, which stays as it is."""
+
+    negative_prompts: str | None = None
+    """What guidance leads away from."""
+
+    truncated_backprop_rand: bool = True
+    """Draw how many of the last steps gradients go through; else all after truncated_backprop_timestep."""
+
+    truncated_backprop_timestep: int = 49
+    """The first step that gradients go through, without truncated_backprop_rand."""
+
+    truncated_rand_backprop_minmax: tuple[int, int] = (0, 50)
+    """Between these the first step that gradients go through is drawn."""

@@ -1,0 +1,149 @@
+"""Diffusion-DPO: preferences between two pictures of a prompt (arXiv:2311.12908).
+
+    L = −log σ(−β/2 [(e_w − e_w,ref) − (e_l − e_l,ref)]),     e the error of the denoiser at a noisy version of a picture
+
+DiffusionDPOTrainer(model="stable-diffusion-v1-5/stable-diffusion-v1-5", train_dataset=pairs).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+
+from trl.algorithms.diffusion_dpo import diffusion_dpo, squared_error
+from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, noised_batch
+from trl.diffusion.rollouts import IN_EVALUATION, IN_TRAINING, seed_of
+from trl.errors import ConfigError, DataError
+from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
+from trl.trainers.diffusion.config import DiffusionConfig
+from trl.types import Metrics
+
+SIDES = ("chosen", "rejected")
+NUMBER = "row_number"
+
+
+@dataclass
+class DiffusionDPOConfig(DiffusionConfig):
+    """Options of `DiffusionDPOTrainer`. Batch sizes count pairs."""
+
+    learning_rate: float = 1e-5
+
+    beta: float = 5000.0
+    """β: strength of the regularisation towards the reference; the paper has 2000 for Stable Diffusion 1.5 and 5000 for XL."""
+
+    shuffle_dataset: bool = True
+    """Take pairs in a random order, another one each epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ConfigError(f"beta={self.beta}: give a number above 0, such as 2000.")
+
+
+class DiffusionDPOTrainer(DiffusionTrainer):
+    """Train on rows of `prompt`, `chosen` and `rejected`: a text, and two pictures of which the first is preferred.
+
+    Pictures are those of Pillow, or tensors `[3,H,W]` in [0, 1]; others than the model's size are scaled to it. Arguments:
+    see `DiffusionTrainer`.
+    """
+
+    config_class = DiffusionDPOConfig
+
+    def __init__(
+        self, model: Any, args: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **keywords: Any
+    ) -> None:
+        train, evaluation = (numbered(*each) for each in ((train_dataset, "train"), (eval_dataset, "eval")))
+        super().__init__(model, args, train, evaluation, **keywords)
+        self.keep_reference_model()
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.shuffle_dataset:
+            return super()._get_train_sampler(*args, **kwargs)
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    # ---- steps ----
+
+    def size(self, item: NoisedPicture) -> int:
+        return 2
+
+    def items(self, rows: Sequence[Any], *, source: str) -> list[NoisedPicture]:
+        stream = IN_TRAINING if source == "get_train_dataloader" else IN_EVALUATION
+        step = self.state.global_step if stream == IN_TRAINING else 0
+        found = []
+        for row, latents in zip(rows, self._latents(rows), strict=True):
+            seed = seed_of(self.args.seed, stream, step * 2**24 + row[NUMBER])
+            level = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+            found.append(NoisedPicture(latents, row["prompt"], level, seed + 1))
+        return found
+
+    def _latents(self, rows: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """Clean latents of the chosen and of the rejected picture of each row."""
+        for row in rows:
+            check_prompt(row["prompt"], f"Row {row[NUMBER]}")
+        size = (self.denoiser.height, self.denoiser.width)
+        images = [as_tensor(row[side], size, f"Row {row[NUMBER]}, {side}") for side in SIDES for row in rows]
+        stacked = torch.stack(images).to(self.args.device)
+        latents = self.denoiser.encode_images(stacked, at_once=self.args.vae_batch_size).cpu()
+        return [*zip(latents[: len(rows)], latents[len(rows) :], strict=True)]
+
+    def collate(self, items: Sequence[NoisedPicture]) -> NoisedBatch:
+        return noised_batch(items, self.texts([item.prompt for item in items]))
+
+    def describe(self, items: Sequence[NoisedPicture]) -> list[str]:
+        return [f"a pair for {item.prompt!r}, at noise level {item.level:.3f}" for item in items]
+
+    def loss(self, model: nn.Module, batch: NoisedBatch) -> tuple[Tensor, Metrics]:
+        noised = batch.noised(self.denoiser)
+        chosen, rejected = self._errors(model, noised)
+        with torch.no_grad(), self.reference() as module:
+            ref_chosen, ref_rejected = self._errors(module, noised)
+        loss, metrics = diffusion_dpo(chosen, rejected, ref_chosen, ref_rejected, beta=self.args.beta)
+        metrics |= {"errors/chosen": chosen.detach(), "errors/rejected": rejected.detach()}
+        return loss[:, None], metrics
+
+    def _errors(self, module: nn.Module, noised: Noised) -> tuple[Tensor, Tensor]:
+        """Errors `[P]` of the chosen pictures, and of the rejected ones."""
+        output = self.denoiser.forward(module, noised.latents, noised.timesteps, noised.texts)
+        return squared_error(output, noised.target).chunk(2)
+
+
+def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | IterableDataset | None:
+    """The rows with their numbers, from which their noise is drawn. Raises DataError for a column that is missing."""
+    if rows is None:
+        return None
+    columns = rows.column_names or list(next(iter(rows), {}))
+    for column in ("prompt", *SIDES):
+        if column not in columns:
+            raise DataError(
+                f"{name}_dataset has no column {column!r}: rows are `prompt`, and the pictures `chosen` and `rejected`. It "
+                f"has {', '.join(columns)}."
+            )
+    if isinstance(rows, Dataset):
+        return rows.add_column(NUMBER, list(range(len(rows))))
+    return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
+
+
+def as_tensor(picture: Any, size: tuple[int, int], where: str) -> Tensor:
+    """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels."""
+    if hasattr(picture, "convert"):  # of Pillow
+        values = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    else:
+        try:
+            values = torch.as_tensor(picture).float()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where} is a {type(picture).__name__}, and no picture.") from error
+    if values.dim() != 3 or values.shape[0] != 3 or not 0 <= values.min() <= values.max() <= 1:
+        raise DataError(
+            f"{where} has the shape {tuple(values.shape)} and values from {values.min():.3g} to {values.max():.3g}: give a "
+            "picture of Pillow, or a tensor [3,H,W] in [0, 1]."
+        )
+    if tuple(values.shape[1:]) == size:
+        return values
+    return F.interpolate(values[None], size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)

@@ -1,0 +1,221 @@
+"""Group relative policy optimisation of diffusion models: Flow-GRPO for flow matching, and the same on DDIM for UNets.
+
+    A_i = (r_i − mean r) / std r     over K pictures of a prompt
+    loss = −min(ρ_t A, clip(ρ_t, 1 ± ε) A) + β KL_t     over the steps of denoising: see `trl.algorithms.diffusion_grpo`
+
+DiffusionGRPOTrainer(model="stabilityai/stable-diffusion-3.5-medium", reward_funcs=pickscore, train_dataset=prompts).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trl.algorithms.advantages import NORMALIZE_THEN_SUM, Scale, has_no_variance
+from trl.algorithms.diffusion_grpo import DiffusionGRPO
+from trl.algorithms.surrogates import CISPO, SAPO, Clip, Surrogate
+from trl.diffusion.denoiser import Text
+from trl.diffusion.rollouts import PictureBatch
+from trl.diffusion.solvers import Schedule, within
+from trl.diffusion.trajectories import (
+    Draws,
+    Transition,
+    TransitionBatch,
+    batch_of,
+    score_steps,
+    step_of,
+    transitions_of,
+)
+from trl.errors import ConfigError
+from trl.ops.gaussian import gaussian_kl
+from trl.trainers.diffusion.config import DiffusionRolloutConfig
+from trl.trainers.diffusion.rollouts import DiffusionRolloutTrainer
+from trl.types import Experience, Metrics
+
+
+@dataclass
+class DiffusionGRPOConfig(DiffusionRolloutConfig):
+    """Options of `DiffusionGRPOTrainer`."""
+
+    noise_level: float = 0.7
+    """How noisy the steps are that are trained on: a of Flow-GRPO's stochastic equation, η of DDIM (where 1 is common)."""
+
+    beta: float = 0.0
+    """Coefficient of the KL to the reference in the loss; Flow-GRPO has 0.01 to 0.04. 0: no reference is kept."""
+
+    epsilon: float = 1e-4
+    """How far the ratio of a step may fall below 1 before it is clipped."""
+
+    epsilon_high: float | None = None
+    """How far it may rise above 1; with loss_type="cispo" the largest weight itself. None: as `epsilon`, and 5 with
+    "cispo"."""
+
+    loss_type: Literal["clip", "cispo", "sapo"] = "clip"
+    """How ratios are bounded: see `trl.algorithms.surrogates`."""
+
+    scale_rewards: Scale | str | bool = "group"
+    """Divide advantages by the standard deviation of the "group" or of the "batch" (as Flow-GRPO does), by the "mean" of
+    the group, or by nothing ("none")."""
+
+    zero_variance: Literal["keep", "drop"] = "keep"
+    """Groups whose rewards are all equal: "keep" them, or "drop" them (not trained on)."""
+
+    timestep_fraction: float = 1.0
+    """Train on this share of the steps, from pure noise on; Flow-GRPO has 0.99."""
+
+    sde_window_size: int = 0
+    """Noise, and training, in so many consecutive steps alone; the others are deterministic (MixGRPO, arXiv:2507.21802).
+    0: in all steps."""
+
+    sde_window_range: list[int] | None = None
+    """The first step that the window may begin at, and the one it has to end before; its place is drawn for each rollout
+    batch. None: anywhere."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 pictures.")
+        if not self.noise_level > 0:
+            raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ConfigError(f"timestep_fraction={self.timestep_fraction}: give a share in (0, 1].")
+        self._check_window()
+        self.make_algorithm()
+
+    def _check_window(self) -> None:
+        size, steps = self.sde_window_size, self.num_inference_steps
+        first, end = self.sde_window_range or (0, steps)
+        if size < 0 or (size and not 0 <= first <= end - size <= steps - size):
+            raise ConfigError(
+                f"sde_window_size={size} does not lie in steps {first} to {end} of num_inference_steps={steps}."
+            )
+        if self.sde_window_range and not size:
+            raise ConfigError("sde_window_range has no effect without sde_window_size.")
+
+    def make_algorithm(self) -> DiffusionGRPO:
+        """The algorithm that these options describe."""
+        gdpo = self.multi_objective_aggregation == NORMALIZE_THEN_SUM
+        return DiffusionGRPO(
+            scale="batch" if gdpo else self.scale_rewards,
+            surrogate=self._surrogate(),
+            beta=self.beta,
+            advantage_clip=self.advantage_clip,
+        )
+
+    def _surrogate(self) -> Surrogate:
+        high = self.epsilon_high
+        if self.loss_type == "clip":
+            return Clip(self.epsilon, self.epsilon if high is None else high)
+        if self.loss_type == "cispo":
+            return CISPO() if high is None else CISPO(high)
+        return SAPO()
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether every rollout batch is trained on once, in the optimizer step for which it was sampled."""
+        accumulated = self.gradient_accumulation_steps % self.minibatches_per_rollout_batch
+        return self.num_iterations == 1 and accumulated == 0
+
+
+class StepPolicyTrainer(DiffusionRolloutTrainer):
+    """Base of the trainers whose items are denoising steps, each with a likelihood."""
+
+    algorithm: Any
+
+    def prepare(self) -> None:
+        self.schedule = self.noisy_schedule()
+        if self.algorithm.needs_reference:
+            self.keep_reference_model()
+
+    def noisy_schedule(self) -> Schedule:
+        """All steps with their noise: whichever of them are trained on, these are their densities."""
+        raise NotImplementedError
+
+    def training_schedule(self) -> Schedule:
+        return self.schedule
+
+    def advantages(self, experience: Experience) -> Experience:
+        return self.algorithm.advantages(experience)
+
+    def kept(self, batch: PictureBatch) -> Tensor:
+        """`[N,T]` bool: which steps are learned from."""
+        return batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
+
+    def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Transition]]:
+        signals = {name: experience.signals[name] for name in ("advantages", "old_logprobs")}
+        found: list[list[Transition]] = [[] for _ in batch.rows]
+        keep = self.kept(batch)
+        numbered = transitions_of(batch.trajectories, batch.prompts, keep, signals)
+        for (n, _), item in zip(keep.nonzero().tolist(), numbered, strict=True):
+            found[n].append(item)
+        return found
+
+    def training_negative(self) -> Text | None:
+        """What guidance leads away from in training; None where there is none."""
+        return self.embeddings.negative()
+
+    def collate(self, items: Sequence[Transition]) -> TransitionBatch:
+        return batch_of(items, self.texts([item.prompt for item in items]))
+
+    def describe(self, items: Sequence[Transition]) -> list[str]:
+        return [f"step {item.step} of a picture of {item.prompt!r}" for item in items]
+
+    def loss(self, model: nn.Module, batch: TransitionBatch) -> tuple[Tensor, Metrics]:
+        scores, draws = score_steps(self.denoiser, model, batch, self.schedule, self.training_negative())
+        sampled = batch.signals["old_logprobs"]
+        drift = (scores.logprobs.detach() - sampled).abs()
+        if self.args.is_on_policy:
+            batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
+        if self.algorithm.needs_reference:
+            scores = replace(scores, extras={"kl": self.divergence(draws, batch)})
+        loss, metrics = self.algorithm.loss(scores, batch)
+        return loss, {**metrics, "sampling/logp_difference": drift}
+
+    def divergence(self, draws: Draws, batch: TransitionBatch) -> Tensor:
+        """Exact KL `[M,1]` to the reference, with gradient to the policy."""
+        with torch.no_grad(), self.reference() as module:
+            mean, _ = step_of(
+                self.denoiser, module, batch.latents, batch.step, batch.texts, self.schedule, self.training_negative()
+            )
+        return gaussian_kl(draws.mean, mean, draws.sd)[:, None]
+
+
+class DiffusionGRPOTrainer(StepPolicyTrainer):
+    """Sample groups of pictures, and make the steps likelier that led to those rewarded above their group's mean.
+
+    Arguments: see `DiffusionRolloutTrainer`.
+    """
+
+    config_class = DiffusionGRPOConfig
+
+    def prepare(self) -> None:
+        self.algorithm = self.args.make_algorithm()
+        super().prepare()
+
+    def noisy_schedule(self) -> Schedule:
+        return self.denoiser.schedule(self.args.num_inference_steps, eta=self.args.noise_level)
+
+    def training_schedule(self) -> Schedule:
+        """The steps of the next rollout batch: its window of noise is drawn."""
+        steps, args = self.args.num_inference_steps, self.args
+        if not args.sde_window_size:
+            return self.schedule
+        first, end = args.sde_window_range or (0, steps)
+        generator = torch.Generator().manual_seed(args.seed + self.rollouts)
+        begin = int(torch.randint(first, end - args.sde_window_size + 1, (), generator=generator))
+        inside = torch.zeros(steps, dtype=torch.bool)
+        inside[begin : begin + args.sde_window_size] = True
+        return within(self.schedule, self.denoiser.schedule(steps, eta=0.0), inside)
+
+    def kept(self, batch: PictureBatch) -> Tensor:
+        keep = super().kept(batch)
+        steps = keep.shape[1]
+        keep &= torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
+        if self.args.zero_variance == "drop":
+            keep &= ~has_no_variance(batch.rewards, batch.group)[:, None]
+        return keep

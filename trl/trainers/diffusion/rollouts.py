@@ -1,0 +1,212 @@
+"""Learning from pictures that the model samples: sample, decode, reward, compare, learn.
+
+    prompt ──sampler──▶ K pictures ──reward functions──▶ rewards ──advantages──▶ items ──▶ optimizer steps
+
+A rollout batch is sampled when its first minibatch is asked for. Every picture has a seed of its own, which depends on its
+place in the run alone: not on the pictures beside it, nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from trl.algorithms.advantages import combine_rewards, group_std
+from trl.diffusion.rollouts import (
+    IN_TRAINING,
+    PictureBatch,
+    PictureBuffer,
+    Row,
+    seed_of,
+    split_pictures,
+    state_of_transitions,
+    transitions_from,
+)
+from trl.diffusion.solvers import Schedule
+from trl.errors import ConfigError
+from trl.rewards.call import call_rewards
+from trl.rewards.pictures import PictureSamples, make_picture_rewards
+from trl.rollouts.prompts import Prompts, StreamRows, TableRows
+from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
+from trl.trainers.diffusion.config import DiffusionRolloutConfig
+from trl.training.collectives import advantages_over_ranks, gather_rows
+from trl.types import Experience
+
+
+class DiffusionRolloutTrainer(DiffusionTrainer):
+    """Base of the trainers that learn from their own pictures.
+
+    reward_funcs    one or several functions `(prompts, images, **columns) -> rewards`, async or not
+
+    The other arguments are those of `DiffusionTrainer`. Columns of the dataset go to the reward functions.
+    """
+
+    config_class = DiffusionRolloutConfig
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
+    ) -> None:
+        super().__init__(model, args, *arguments, **keywords)
+        columns = self._columns(self.train_dataset) or self._columns(self.eval_dataset)
+        self.rewards = make_picture_rewards(reward_funcs, weights=self.args.reward_weights, columns=columns)
+        self.prompts: Prompts | None = None
+        self.buffer: PictureBuffer | None = None
+        self.rollouts = 0
+        self.states.register("rollouts", self, per_rank=True)
+        self.prepare()
+
+    @staticmethod
+    def _columns(rows: Any) -> list[str]:
+        names = [] if rows is None else rows.column_names or list(next(iter(rows), {}))
+        return [name for name in names if name != "prompt"]
+
+    def prepare(self) -> None:
+        """What a subclass makes before training."""
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in its prompts and rollout batch."""
+        return {"cursor": self.prompts.cursor, "rollouts": self.rollouts, "buffer": self.buffer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.prompts.cursor, self.rollouts = state["cursor"], state["rollouts"]
+        self.buffer.load_state_dict(state["buffer"])
+
+    # ---- prompts ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        if self.train_dataset is None:
+            raise ConfigError("train_dataset is missing: give rows with `prompt`.")
+        if isinstance(self.train_dataset, Dataset):
+            rows = TableRows(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
+            together = args.prompts_per_rollout_batch * args.world_size
+            per_epoch = max(1, len(self.train_dataset) // together)
+        else:
+            rows, per_epoch = StreamRows(self.train_dataset), None
+        self.prompts = Prompts(rows, rank=args.process_index, world=args.world_size)
+        self.buffer = PictureBuffer(
+            self.roll_out,
+            minibatches=args.minibatches_per_rollout_batch,
+            iterations=args.num_iterations,
+            per_epoch=per_epoch,
+            state_of=self.items_state,
+            items_of=self.items_from,
+        )
+        return self.buffer.loader()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.restore_rng_state()  # before a rollout batch is sampled
+        return super().get_batch_samples(*args, **kwargs)
+
+    # ---- a rollout batch ----
+
+    def roll_out(self) -> list[list[Any]]:
+        """The minibatches of a new rollout batch: sampled, rewarded, with advantages."""
+        args = self.args
+        count, first = args.prompts_per_rollout_batch, self.prompts.cursor
+        places = [first + turn * args.world_size + args.process_index for turn in range(count)]
+        rows = self.prompts.take(count)
+        numbers = [place * args.num_generations + k for place in places for k in range(args.num_generations)]
+        seeds = [seed_of(args.seed, IN_TRAINING, number) for number in numbers]
+        with self.sampling_policy():
+            batch = self.sample_pictures(rows, args.num_generations, seeds, self.training_schedule())
+        experience, _ = advantages_over_ranks(self.experience(batch), self.advantages, self.accelerator)
+        self._log_rollouts(batch, experience, "train")
+        items = split_pictures(
+            self.items_of_pictures(batch, experience),
+            args.minibatches_per_rollout_batch,
+            seed=args.seed + self.rollouts,
+        )
+        self.rollouts += 1
+        return items
+
+    def training_schedule(self) -> Schedule:
+        """The steps that pictures of training are sampled in."""
+        raise NotImplementedError
+
+    def advantages(self, experience: Experience) -> Experience:
+        """The experience with signals that say how good each picture was."""
+        raise NotImplementedError
+
+    def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Any]]:
+        """What is learned from, for each picture."""
+        raise NotImplementedError
+
+    def items_state(self, items: Sequence[Any]) -> dict[str, Any]:
+        """Items of a minibatch as a checkpoint holds them."""
+        return state_of_transitions(items)
+
+    def items_from(self, state: Mapping[str, Any]) -> list[Any]:
+        """What `items_state` wrote."""
+        return transitions_from(state)
+
+    def experience(self, batch: PictureBatch) -> Experience:
+        """The rollout batch of this process, as algorithms see it."""
+        trajectories = batch.trajectories
+        return Experience(
+            batch.rewards, batch.group, trajectories.mask, signals={"old_logprobs": trajectories.logprobs}
+        )
+
+    # ---- sampling ----
+
+    def sampling_policy(self) -> AbstractContextManager[None]:
+        """The model with the weights that sample pictures of training, meanwhile."""
+        return nullcontext()
+
+    def sample_pictures(self, rows: Sequence[Row], each: int, seeds: Sequence[int], schedule: Schedule) -> PictureBatch:
+        """`each` pictures of every row, with their rewards."""
+        repeated = [row for row in rows for _ in range(each)]
+        prompts = [check_prompt(row["prompt"], "A row") for row in repeated]
+        group = torch.arange(len(rows)).repeat_interleave(each)
+        first_noise = [seeds[i - i % each] for i in range(len(seeds))] if self.args.same_initial_noise else None
+        trajectories, images = self.draw(prompts, seeds, schedule, first_noise)
+        values = self.reward(repeated, images)
+        return PictureBatch(repeated, group, trajectories, images.cpu(), values, self.combined(values, group))
+
+    def combined(self, values: Tensor, group: Tensor) -> Tensor:
+        """One reward `[N]` of those of all functions `[N,F]`."""
+        weights = torch.tensor([reward.weight for reward in self.rewards])
+        return combine_rewards(values, weights, group, aggregation=self.args.multi_objective_aggregation)
+
+    def reward(self, rows: Sequence[Row], images: Tensor) -> Tensor:
+        """Rewards `[N,F]` of every function. Raises RewardError, with function and picture, for what is no finite number."""
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        samples = PictureSamples.of(
+            [row["prompt"] for row in rows], images, self.rewards, columns, {"trainer_state": self.state}
+        )
+        return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout).values
+
+    # ---- what is reported ----
+
+    def _log_rollouts(self, batch: PictureBatch, experience: Experience, mode: str) -> None:
+        names = [reward.name for reward in self.rewards]
+        everywhere, _ = gather_rows(torch.cat([batch.rewards[:, None], batch.values], 1), self.accelerator)
+        found = {f"rewards/{name}/mean": everywhere[:, 1 + i] for i, name in enumerate(names)}
+        found |= {"reward": everywhere[:, 0], "reward_std": group_std(batch.rewards.double(), batch.group)}
+        if "advantages" in experience.signals:
+            found["advantages/clipped"] = (experience.signals["advantages"].abs() >= self.args.advantage_clip).float()
+        self.meters[mode].add(found)
+
+    # ---- evaluation and pictures ----
+
+    def prediction_step(self, model: nn.Module, inputs: list[Row], *_: Any, **__: Any) -> tuple[None, None, None]:
+        """Sample pictures of a batch of prompts, and count their rewards."""
+        each = self.args.num_generations_eval
+        with self.averaged():
+            batch = self.sample_pictures(inputs, each, self.fixed_seeds(inputs, each), self.evaluation_schedule())
+        self.meters["eval"].add({"reward": batch.rewards})
+        self.meters["eval"].add(
+            {f"rewards/{reward.name}/mean": batch.values[:, i] for i, reward in enumerate(self.rewards)}
+        )
+        return None, None, None
+
+    def picture_rewards(self, rows: Sequence[Row], images: Tensor) -> Tensor:
+        return self.combined(self.reward(rows, images), torch.arange(len(images)))

@@ -1,0 +1,46 @@
+"""The configuration of a trainer, from what its constructor was given."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from trl.compat import ARGUMENTS, remedy
+from trl.errors import ConfigError
+from trl.trainers.config import TrainerConfig
+
+
+def resolve_args(
+    config_class: type[TrainerConfig], args: TrainingArguments | None, given: Mapping[str, Any], *, trainer: str
+) -> TrainerConfig:
+    """A configuration of `config_class`, with options that were `given` as keywords of the trainer put into it.
+
+    `args` may be plain `TrainingArguments`. Raises ConfigError for a keyword that is no option.
+    """
+    options = resolve_options(config_class, given, trainer=trainer)
+    if args is None:
+        return config_class(**options)
+    if not isinstance(args, config_class):
+        fields = {f.name for f in dataclasses.fields(config_class) if f.init}
+        shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
+        return config_class(**{**shared, **options})
+    args = copy.copy(args)
+    for name, value in options.items():
+        setattr(args, name, value)
+    args.check_values()
+    return args
+
+
+def resolve_options(config_class: type[TrainerConfig], given: Mapping[str, Any], *, trainer: str) -> dict[str, Any]:
+    """Options of the configuration, by their names today, that were given as keywords of the trainer."""
+    options = {name: value for name, value in given.items() if value is not None or name not in ARGUMENTS}
+    known = [*(f.name for f in dataclasses.fields(config_class)), *config_class.ALIASES]
+    for name in options:
+        if name not in known:
+            arguments = [*known, *Trainer.__init__.__annotations__, "tokenizer", "peft_config"]
+            raise ConfigError(f"{trainer} has no argument {name!r}.{remedy(name, arguments)}")
+    return config_class.translated(options)
