@@ -52,6 +52,7 @@ def test_imports_point_down(file):
         return
     for name in imported(file):
         parts = name.split(".")
+        assert parts[0] != "trlx", f"{file} imports {name}: trlx is a front of trl, which knows nothing of it"
         if parts[0] == "trl" and len(parts) > 1 and parts[1] in LEVEL:
             assert LEVEL[parts[1]] <= LEVEL[package], f"{file} imports {name}, which lies above it"
         if package in TORCH_ONLY:

@@ -31,7 +31,10 @@ def run_on_ray(plan: Plan, folder: Path, *, cpus: float, gpus: float, address: s
         ),
         run_config=tune.RunConfig(storage_path=str(folder.resolve()), name="ray", verbose=0),
     )
-    results = tuner.fit()
+    try:
+        results = tuner.fit()
+    finally:
+        ray.shutdown()
     return sorted((_trial(plan, result) for result in results), key=lambda trial: trial.number)
 
 
