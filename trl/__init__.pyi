@@ -72,6 +72,8 @@ from trl.rollouts.local import LocalEngine as LocalEngine
 from trl.rollouts.respond import LengthSampler as LengthSampler
 from trl.rollouts.respond import respond_to_batch as respond_to_batch
 from trl.rollouts.sampling import SamplingParams as SamplingParams
+from trl.rollouts.server import ServerEngine as ServerEngine
+from trl.rollouts.vllm import VLLMEngine as VLLMEngine
 from trl.trainers.base import BaseTrainer as BaseTrainer
 from trl.trainers.config import TrainerConfig as TrainerConfig
 from trl.trainers.cpo import CPOConfig as CPOConfig

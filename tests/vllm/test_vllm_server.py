@@ -1,0 +1,183 @@
+"""Against vLLM itself: run where TRL_TEST_VLLM names the program `vllm`, skipped elsewhere. On a CPU it takes some minutes.
+
+TRL_TEST_VLLM=/envs/vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 pytest tests/vllm
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+from dataclasses import replace
+
+import pytest
+import requests
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tests.conftest import make_tokenizer
+from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
+from trl.data.layout import lay_out
+from trl.models.score import score
+from trl.rollouts.engine import Prompt
+from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.server import ServerEngine
+from trl.types import Completion, Example
+
+PROGRAM = os.environ.get("TRL_TEST_VLLM")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
+
+START = 600.0
+PROMPTS = [Prompt([7 + i, *range(8, 8 + 3 * i)]) for i in range(4)] + [Prompt([i % 90 + 6 for i in range(200)])]
+PARAMS = SamplingParams(max_new_tokens=12, seed=3)
+
+
+def llama(seed):
+    """A model with heads wide enough for vLLM's kernels."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=99,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def start(folder, mode):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    arguments = VLLMServeArguments(
+        model=str(folder),
+        vllm=PROGRAM,
+        port=port,
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=True,
+        logprobs_mode=mode,
+        max_lora_rank=8,
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    program = subprocess.Popen(command_of(arguments), env={**kept, **environment_of(arguments), "HF_HUB_OFFLINE": "1"})
+    return program, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module", params=["processed_logprobs", "raw_logprobs"])
+def served(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    llama(9).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    program, url = start(folder, request.param)
+    try:
+        yield url, request.param
+    finally:
+        program.terminate()
+        program.wait(60)
+
+
+@pytest.fixture
+def engine(served, tmp_path):
+    engine = ServerEngine(served[0], make_tokenizer(), sync_dir=tmp_path, start_timeout=START, timeout=120)
+    yield engine
+    engine.close()
+
+
+def scored(model, groups, temperature=1.0):
+    """Log-probabilities of the rollouts under the model, and the rollouts."""
+    examples = [
+        Example(prompt.ids, tuple(Completion(r.ids) for r in group))
+        for prompt, group in zip(PROMPTS, groups, strict=True)
+    ]
+    with torch.no_grad():
+        logprobs = score(model, lay_out(examples, "padded"), temperature=temperature).logprobs
+    return logprobs, [rollout for group in groups for rollout in group]
+
+
+def largest_difference(model, groups, temperature=1.0):
+    logprobs, rollouts = scored(model, groups, temperature)
+    return max(
+        abs(a - b)
+        for row, r in zip(logprobs, rollouts, strict=True)
+        for a, b in zip(row.tolist(), r.logprobs, strict=False)
+    )
+
+
+def test_weights_arrive_through_folders(engine, served):
+    """Twice: the cache of the long prompt belongs to earlier weights the second time."""
+    for step in (1, 2):
+        model = llama(step)
+        engine.sync(model, step)
+        groups = engine.generate(PROMPTS, PARAMS, 3)
+        assert [len(group) for group in groups] == [3] * 5
+        assert all(rollout.version == step for group in groups for rollout in group)
+        assert largest_difference(model, groups) < 1e-4
+
+
+def test_adapters_arrive_as_adapters(engine, served):
+    base = llama(5)
+    base.save_pretrained(folder := engine.sync_dir / "base")
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder), "is_checkpoint_format": True}}
+    requests.post(f"{served[0]}/collective_rpc", json=body, timeout=120).raise_for_status()
+    requests.post(f"{served[0]}/reset_prefix_cache", timeout=120).raise_for_status()
+    for step in (1, 2):
+        torch.manual_seed(step)
+        policy = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).eval()
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+        engine.sync(policy, step)
+        assert engine._model_name == "trl-policy"
+        assert largest_difference(policy, engine.generate(PROMPTS, PARAMS, 2)) < 1e-4
+
+
+def test_stops_are_part_of_completions(engine):
+    model = llama(3)
+    engine.sync(model, 3)
+    greedy = replace(PARAMS, temperature=0.0, ignore_eos=True)
+    whole = engine.generate(PROMPTS, greedy, 1)[0][0].ids
+    for params in (
+        replace(greedy, stop_token_ids=(whole[4],)),
+        replace(greedy, stop=(make_tokenizer().decode([whole[4]]),)),
+    ):
+        (rollout,) = engine.generate(PROMPTS, params, 1)[0]
+        assert rollout.ids == whole[: whole.index(whole[4]) + 1]
+        assert rollout.finish_reason == "stop"
+
+
+def test_a_seed_gives_the_same_samples(engine):
+    engine.sync(llama(3), 3)
+    first, second = (engine.generate(PROMPTS, PARAMS, 3) for _ in range(2))
+    assert first == second
+    assert len({rollout.ids for rollout in first[0]}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7}, {"top_k": 10}, {"top_p": 0.9}, {"repetition_penalty": 1.3}, {"min_new_tokens": 8}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
+def test_the_table_of_modes(engine, options):
+    """Where the engine says that numbers are the policy's, they are; elsewhere they are off."""
+    model = llama(3)
+    engine.sync(model, 3)
+    params = replace(PARAMS, **options)
+    off = largest_difference(model, engine.generate(PROMPTS, params, 4), params.temperature)
+    assert off < 1e-4 if engine.exact_logprobs(params) else off > 1e-3
