@@ -16,6 +16,14 @@ const short = (value) => {
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(4));
 };
 
+// Labels of an axis: as short as tells its ticks apart.
+function tickLabels(ticks) {
+  const shown = ticks.map((tick) => (tick == null ? "" : short(tick)));
+  for (let digits = 5; digits < 16 && new Set(shown.filter(Boolean)).size < ticks.filter((tick) => tick != null).length; digits++)
+    ticks.forEach((tick, i) => { if (tick != null) shown[i] = String(+tick.toPrecision(digits)); });
+  return shown;
+}
+
 function line({ label, smooth }, index, hasSmooth) {
   const stroke = colour(`--line-${index % COLOURS}`);
   return {
@@ -40,7 +48,7 @@ function draw(place) {
     height: HEIGHT,
     cursor: { sync: { key: "run", setSeries: false }, focus: { prox: 1e6 } },
     scales: { x: { time: false }, y: { distr: on("log") && positive ? 3 : 1 } },
-    axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => tick == null ? "" : short(tick)) }],
+    axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: 58, values: (_, ticks) => tickLabels(ticks) }],
     series: [{ label: "step", value: (_, value) => short(value) }, ...chart.lines.map((each) => line(each, labels.indexOf(each.label), smoothed.has(each.label)))],
   };
   made.get(place)?.destroy();
