@@ -33,7 +33,7 @@ def chart_data(chart: Chart) -> dict[str, Any]:
 
 
 def _aligned(points: Sequence[Point], steps: Sequence[float]) -> list[float | None]:
-    values = {step: float(f"{value:.6g}") for step, value in points}
+    values = {step: float(f"{value:.9g}") for step, value in points}
     return [values.get(step) for step in steps]
 
 
