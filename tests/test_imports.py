@@ -21,11 +21,11 @@ LEVELS = [
     {"vision", "label"},
     {"data"},
     {"models"},
-    {"rollouts", "rewards", "training", "report", "diffusion"},
+    {"rollouts", "rewards", "training", "report", "diffusion", "label"},
     {"callbacks"},
     {"trainers"},
     {"core", "demo", "evaluation", "sweep"},
-    {"cli", "label", "__main__"},
+    {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 TORCH_ONLY = ("ops", "algorithms")

@@ -16,7 +16,6 @@ REPLACED = {
     "Slice": "Minibatch",
     "give_up": "skip_remaining_epochs",
     "is_fresh": "is_new",
-    "penalised": "kl_penalised_rewards",
     "learn_from": "compute_advantages",
     "_observe": "_score_policy_and_reference",
     "EarlierWeights": "SnapshotReference",
@@ -47,7 +46,6 @@ REPLACED = {
     "refusals_said": "library_errors_as_config_errors",
     "waits_explained": "explain_waits",
     "full_disk_explained": "explain_full_disk",
-    "Given": "ParsedOptions",
     "slices_per_round": "minibatches_per_rollout_batch",
     "prompts_per_round": "prompts_per_rollout_batch",
 }

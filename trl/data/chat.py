@@ -136,6 +136,8 @@ class ChatTemplate:
         """
         try:
             return self._rendered(messages, row, mark=mark, **options)
+        except DataError:
+            raise
         except TypeError as error:  # some templates join arguments of tool calls to text
             written = arguments_as_text(messages)
             if written == list(messages):

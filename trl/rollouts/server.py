@@ -294,7 +294,7 @@ class ServerEngine(RolloutEngine):
         vLLM gets one prompt at a time, with a seed of its own. `trl serve` gets as many parts as there are servers: the first one's
         samples are those of the engine in process, and all of them with one server.
         """
-        limits = [self._limit(i, *prompt, params) for i, prompt in enumerate(prompts)]
+        limits = [self._limit(i, ids, inputs, own, params) for i, (ids, inputs, own) in enumerate(prompts)]
         together = self._is_own and len(set(limits)) == 1
         size = -(-len(prompts) // len(self.servers)) if together else 1
         return [

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -357,7 +358,9 @@ class BaseTrainer(StepTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """`state_dict` is given where weights were gathered."""
-        super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
+        with warnings.catch_warnings():  # peft tells that it saves embeddings that have grown, which is what is meant
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+            super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
 
     def create_model_card(
         self,

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
+from trl.models.load import load_model
 from trl.models.sharding import shards
 from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
 from trl.models.value_heads.heads import ValueHead
@@ -146,7 +147,8 @@ class WithILQLHeads(WithValueHead):
         given, state = pretrained_model_name_or_path, None
         if isinstance(given, str | Path):
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            model, state = cls._load(str(given), is_trainable, hub, **kwargs), stored_head(str(given), hub)
+            model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **kwargs)
+            state = stored_head(str(given), hub)
         elif kwargs:
             raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
         else:
