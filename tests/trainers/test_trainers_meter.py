@@ -3,7 +3,7 @@ import torch
 
 from trl.data.layout import lay_out
 from trl.training.metrics import Meter
-from trl.training.window import dummy_batch, normalize_weights, plan_micro_batches, split_into_slots, with_signals
+from trl.training.window import dummy_batch, normalize_weights, plan_micro_batches, split_into_slots, with_statistics
 from trl.types import Completion, Example
 
 BATCH = lay_out([Example([1], (Completion([2, 3]),)), Example([1], (Completion([4]),))])
@@ -99,6 +99,6 @@ def test_a_filler_takes_part_and_counts_nothing():
 
 
 def test_numbers_of_a_window_are_signals_of_each_of_its_completions():
-    (found,) = with_signals([BATCH], {"shift": torch.tensor(3.0)})
+    (found,) = with_statistics([BATCH], {"shift": torch.tensor(3.0)})
     assert found.signals["shift"].tolist() == [3.0, 3.0]
-    assert with_signals([BATCH], {}) == [BATCH]
+    assert with_statistics([BATCH], {}) == [BATCH]
