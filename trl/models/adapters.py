@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -67,6 +68,7 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
     if trainable:
         model = _prepared(model)
     _grow_vocabulary(model, config, state)
+    tied = _tied_tables(model)
     try:
         adapted = get_peft_model(model, config)
         # The head of a reward model on a language model's adapter is new, as it is on a language model.
@@ -74,9 +76,32 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
         found = set_peft_model_state_dict(adapted, {**heads, **state})
     except (RuntimeError, ValueError, KeyError) as error:
         raise _unfit(adapter, model, str(error)) from error
-    if found.unexpected_keys:
-        raise _unfit(adapter, model, f"it has no {found.unexpected_keys[0]}")
+    if unknown := [key for key in found.unexpected_keys if not _is_copy(key, state, tied)]:
+        raise _unfit(adapter, model, f"it has no {unknown[0]}")
     return adapted if trainable else adapted.requires_grad_(False)
+
+
+def _tied_tables(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of the head and the embeddings, where they are one table."""
+    head = model.get_output_embeddings()
+    if head is None or not model.config.get_text_config().tie_word_embeddings:
+        return None
+    return _name_of(model, head), _name_of(model, model.get_input_embeddings())
+
+
+def _is_copy(key: str, state: Mapping[str, Tensor], tied: tuple[str, str] | None) -> bool:
+    """Whether a tensor of the head was saved for the embeddings too, which a model with `tied` ones has once."""
+    if tied is None:
+        return False
+    twin = next(
+        (
+            name
+            for name in state
+            if name != key and f".{tied[1]}." in name and name.endswith(key.partition(f".{tied[0]}.")[2])
+        ),
+        None,
+    )
+    return twin is not None and torch.equal(state[twin], state[key])
 
 
 def _unfit(adapter: str, model: PreTrainedModel, why: str) -> ModelError:
