@@ -36,11 +36,11 @@ class Bound:
         return low and (value < self.most if self.below else value <= self.most)
 
     def __str__(self) -> str:
-        """`1 or more`, `more than 0`, `0 to 1`, `0 to below 1`."""
+        """`1 or more`, `more than 0`, `0 to 1`, `0 to below 1`, `more than 0, at most 1`."""
         if self.most == math.inf:
             return f"more than {self.least:g}" if self.above else f"{self.least:g} or more"
-        least = f"above {self.least:g}" if self.above else f"{self.least:g}"
-        return f"{least} to {'below ' if self.below else ''}{self.most:,.10g}"
+        least = f"more than {self.least:g}, at most" if self.above else f"{self.least:g} to"
+        return f"{least} {'below ' if self.below else ''}{self.most:,.10g}"
 
 
 COUNT, NOT_NEGATIVE, POSITIVE = Bound(1), Bound(0), Bound(0, above=True)

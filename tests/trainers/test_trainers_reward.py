@@ -307,7 +307,7 @@ def test_evaluation_of_another_kind(tmp_path):
 
 
 def test_wrong_options():
-    with pytest.raises(ConfigError, match=r"center_rewards_coefficient must not be negative"):
+    with pytest.raises(ConfigError, match=r"center_rewards_coefficient=-1.0: give 0 or more"):
         RewardConfig(center_rewards_coefficient=-1.0)
     with pytest.raises(ConfigError, match=r"no option 'beta'"):
         RewardConfig(beta=0.1)
