@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Gemma3ForSequenceClassification
 
-from tests.vision.support import llava, picture, qwen2_5_vl
+from tests.vision.support import Tiny, gemma3, llava, picture, qwen2_5_vl, seeded
+from trl.rewards.model import RewardModel
 from trl.trainers.cpo import CPOConfig, CPOTrainer
 from trl.trainers.dpo import DPOConfig, DPOTrainer
 from trl.trainers.grpo import GRPOConfig, GRPOTrainer
@@ -16,6 +18,7 @@ from trl.trainers.kto import KTOConfig, KTOTrainer
 from trl.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.trainer import PPOTrainer
+from trl.trainers.reward import RewardConfig, RewardTrainer
 from trl.trainers.rloo import RLOOConfig, RLOOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
@@ -162,3 +165,51 @@ def test_pixels_are_made_by_the_loaders_workers(tmp_path):
     assert history(trainer_of("sft", tmp_path, llava(), rows("completion"), **options)) == pytest.approx(
         alone, rel=1e-5
     )
+
+
+def classifier() -> Tiny:
+    """A reward model that reads images: Gemma 3 with one label."""
+    tiny = gemma3()
+    tiny.model.config.num_labels = 1
+    tiny.model = seeded(lambda: Gemma3ForSequenceClassification(tiny.model.config))
+    return tiny
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reward_models_learn_from_images_and_reward_them(tmp_path, layout):
+    tiny = classifier()
+    trainer = RewardTrainer(
+        tiny.model,
+        RewardConfig(
+            str(tmp_path), layout=layout, max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+            save_strategy="no", disable_tqdm=True, use_cpu=True,
+        ),
+        train_dataset=rows("pairs"),
+        processing_class=tiny.processor,
+    )  # fmt: skip
+    (loss,) = [entry["loss"] for entry in history_of(trainer) if "loss" in entry]
+    assert loss == pytest.approx(expected_loss(), rel=1e-3)
+
+
+def history_of(trainer) -> list[dict]:
+    trainer.train()
+    return trainer.state.log_history
+
+
+def expected_loss() -> float:
+    """−log σ(r(chosen) − r(rejected)), where a reward model is asked as a function."""
+    tiny = classifier()
+    reward = RewardModel(tiny.model, tiny.processor)
+    data = rows("pairs")
+    images = data["images"]
+    better = reward(data["prompt"], data["chosen"], images=images)
+    worse = reward(data["prompt"], data["rejected"], images=images)
+    margins = torch.tensor(better) - torch.tensor(worse)
+    return -torch.nn.functional.logsigmoid(margins).mean().item()
+
+
+def test_previews_count_the_tokens_of_images(tmp_path, capsys):
+    trainer_of("sft", tmp_path, llava(), rows("completion")).preview(2)
+    shown = capsys.readouterr().out
+    assert shown.count("[image: 4 tokens]") == 3
+    assert "<image>" not in shown

@@ -51,6 +51,9 @@ def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     return [example for row in rows for example in decode(row)]
 
 
+Collate = Callable[[Sequence[Mapping[str, Any]]], list[Example]]
+
+
 class ImageCollator:
     """From encoded rows to examples with what the model reads of their images; runs in the loader's workers."""
 
@@ -123,21 +126,27 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
             yield row, present[row] & (document == number)
 
 
-def row_numbers(rows: Any, examples: Sequence[Example]) -> list[int | None]:
-    """Where examples are in the encoded rows; None for those that are not, as samples and rows of a stream."""
+def row_numbers(rows: Any, examples: Sequence[Example], collate: Collate = collate_examples) -> list[int | None]:
+    """Where examples are in the encoded rows; None for those that are not, as samples and rows of a stream.
+
+    `collate` makes examples of rows: what else than token ids an example holds is compared as well.
+    """
     if not isinstance(rows, datasets.Dataset) or not {"completion_ids", "seq_lengths"} & set(rows.column_names):
         return [None] * len(examples)
-    wanted = {_key(example): i for i, example in enumerate(examples)}
+    wanted: dict[tuple, list[int]] = {}
+    for i, example in enumerate(examples):
+        wanted.setdefault(_ids(example), []).append(i)
     found: list[int | None] = [None] * len(examples)
     for number, row in enumerate(rows):
-        for example in decode(row):
-            if (i := wanted.get(_key(example))) is not None and found[i] is None:
-                found[i] = number
+        for place, example in enumerate(decode(row)):
+            for i in wanted.get(_ids(example), ()):
+                same = not examples[i].inputs or collate([row])[place].key == examples[i].key
+                found[i] = number if found[i] is None and same else found[i]
     return found
 
 
-def _key(example: Example) -> tuple:
-    return example.key, tuple(tuple(c.ids) for c in example.completions)
+def _ids(example: Example) -> tuple:
+    return tuple(example.prompt), tuple(tuple(c.ids) for c in example.completions)
 
 
 class Endless(IterableDataset):

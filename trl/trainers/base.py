@@ -297,7 +297,8 @@ class BaseTrainer(StepTrainer):
 
     def describe(self, items: Sequence[Example]) -> list[str]:
         """The row number, where there is one, and the beginning of the text of each example."""
-        numbers = row_numbers(self.train_dataset, items[:SHOWN])
+        collate = collate_examples if self.images is None else self.to_examples
+        numbers = row_numbers(self.train_dataset, items[:SHOWN], collate)
         texts = (self.tokenizer.decode([*example.prompt, *example.completions[0].ids]) for example in items)
         return [
             f"{'' if number is None else f'train_dataset[{number}] '}{_shortened(text)!r}"
