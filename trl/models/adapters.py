@@ -189,9 +189,12 @@ def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
     """Names of the modules of a model that reads images which are not in that part; none for other models."""
     if part == "everything" or family_of(model.config) is None:
         return []
+    encoder = model.get_encoder(modality="image")
+    if encoder is model:
+        return []
     names = {id(module): name for name, module in model.named_modules()}
     head = names.get(id(model.get_output_embeddings()))
-    language, tower = names[id(model.get_decoder())], names[id(model.get_encoder(modality="image"))]
+    language, tower = names[id(model.get_decoder())], names[id(encoder)]
 
     def is_left_out(name: str) -> bool:
         if part == "language":
