@@ -143,7 +143,7 @@ def test_nothing_is_decoded_to_count(monkeypatch):
     processing.expansion((24, 40))  # what stands around tokens is learned once
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("an image was decoded"))
     text, _ = processing.expand(processing.place, [as_bytes_of_size(48, 32)])
-    assert text.count(processing.token) == 24
+    assert text.count(processing.token) == 12
 
 
 def as_bytes_of_size(width: int, height: int) -> bytes:

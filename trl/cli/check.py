@@ -53,7 +53,7 @@ def run(words: Sequence[str]) -> int:
     given = method.parser(CHECK).parse(words[1:] if named else words)
     if given.help:
         return _print_help(method, everything=given.help == "all")
-    return load(method.check)(read_run(method, given))
+    return load(method.check)(read_run(method, given), rows=given.arguments_for(CheckArguments).rows)
 
 
 def _print_help(method: Method, *, everything: bool) -> int:

@@ -26,15 +26,15 @@ STATES = 2
 """Numbers that AdamW keeps of each trained parameter, in single precision."""
 
 
-def check(run: Run) -> int:
-    """Print all that can be known before training. Returns 1 if something is wrong, else 0."""
+def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
+    """Print all that can be known before training, with so many `rows`. Returns 1 if something is wrong, else 0."""
     from trl.cli.help import console
 
     out = console()
-    rows, _ = datasets_of(run)
+    dataset, _ = datasets_of(run)
     denoiser = denoiser_without_weights(run)
-    print_table(out, "Rows", rows_of(rows))
-    print_table(out, "Plan", plan_of(run, denoiser, rows))
+    print_table(out, "Rows", rows_of(dataset, rows))
+    print_table(out, "Plan", plan_of(run, denoiser, dataset))
     parts = memory_of(run, denoiser)
     free = free_memory()
     total = sum(parts.values())
@@ -42,7 +42,7 @@ def check(run: Run) -> int:
     print_table(out, "Memory", {**shown, "together": size_of(total), "free now": size_of(free)})
     problems = [] if total < free else [f"Memory: a step takes about {size_of(total)}, and {size_of(free)} are free."]
     if run.method.keywords:
-        found, wrong = try_rewards(run, denoiser, rows)
+        found, wrong = try_rewards(run, denoiser, dataset)
         print_table(out, "Rewards of a grey picture", found)
         problems += wrong
     return print_verdict(out, problems)
@@ -111,11 +111,11 @@ def _without_weights(kind: type, name: str, part: str) -> Any:
 # ---- what is shown ----
 
 
-def rows_of(rows: Any) -> dict[str, str]:
-    """The first prompts, and how many rows there are."""
-    prompts = {f"prompt {i + 1}": str(row.get("prompt"))[:100] for i, row in enumerate(rows.take(ROWS_SHOWN))}
-    count = {"rows": f"{len(rows):,}"} if hasattr(rows, "__len__") else {"rows": "a stream"}
-    return count | prompts
+def rows_of(rows: Any, count: int) -> dict[str, str]:
+    """The first `count` prompts, and how many rows there are."""
+    prompts = {f"prompt {i + 1}": str(row.get("prompt"))[:100] for i, row in enumerate(rows.take(count))}
+    size = {"rows": f"{len(rows):,}"} if hasattr(rows, "__len__") else {"rows": "a stream"}
+    return size | prompts
 
 
 def plan_of(run: Run, denoiser: Denoiser, rows: Any) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -99,7 +100,8 @@ class ServerSpeaker:
     def _guarded(self, ask: Callable[[], Any]) -> Any:
         """What `ask` gives. Whatever a server does, and the client makes of it, is a TrlError."""
         try:
-            return ask()
+            with _outside_the_hub():
+                return ask()
         except TrlError:
             raise
         except HfHubHTTPError as error:
@@ -156,10 +158,21 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:SHOWN]
 
 
+@contextmanager
+def _outside_the_hub() -> Iterator[None]:
+    """HF_HUB_OFFLINE is about the hub: the client's session asks this server all the same."""
+    session = get_session()
+    hooks = session.event_hooks
+    session.event_hooks = {}
+    try:
+        yield
+    finally:
+        session.event_hooks = hooks
+
+
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:
     """The speaker behind `--server`."""
     logging.set_verbosity_error()
-    get_session().event_hooks = {}  # HF_HUB_OFFLINE is about the hub, and this process only talks to this server
     return ServerSpeaker(
         arguments.server, name, timeout=arguments.server_timeout, template_kwargs=arguments.chat_template_kwargs
     )
