@@ -1,6 +1,6 @@
 """The page in a real browser: keys, phone, undo, a kill, two people, and a run that is steered through it.
 
-Needs Chromium and its driver; without them, what is here is skipped.
+Needs Chromium, its driver, and TRL_TEST_BROWSER=1: a browser has its own pace, so these run where somebody asks for them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from trl.rewards.human import HumanPreference, HumanRating
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver"),
+    pytest.mark.skipif(
+        not os.environ.get("TRL_TEST_BROWSER") or CHROMIUM is None or DRIVER is None,
+        reason="needs TRL_TEST_BROWSER=1, chromium and chromedriver",
+    ),
     pytest.mark.slow,
 ]
 PATIENCE = 60.0
