@@ -17,7 +17,7 @@ import pytest
 
 from trl.errors import ConfigError
 from trl.rewards import get_code_reward
-from trl.rewards.sandbox import Limits, SubprocessRunner, find_runner, run_program, run_tests, runner
+from trl.rewards.sandbox import Limits, SubprocessRunner, choice, find_runner, run_program, run_tests
 from trl.rewards.sandbox.bubblewrap import BubblewrapRunner
 from trl.rewards.sandbox.choice import try_out
 from trl.rewards.sandbox.runner import remove
@@ -245,7 +245,7 @@ def test_the_isolation_is_named_in_the_log(caplog, monkeypatch):
 
 def test_without_isolation_a_second_consent_is_needed(caplog, monkeypatch):
     find_runner.cache_clear()
-    monkeypatch.setattr(runner.shutil, "which", lambda _: None)
+    monkeypatch.setattr(choice.shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match="bubblewrap is not installed .* set without_isolation=True"):
         get_code_reward(run_untrusted_code=True)
     with caplog.at_level(logging.WARNING, "trl"):

@@ -76,7 +76,7 @@ class DDPOArguments(DiffusionRolloutConfig):
             negative_prompt=config.negative_prompts,
             advantage_clip=config.train_adv_clip_max,
             save_strategy="steps",
-            save_steps=config.save_freq * batches // config.train_gradient_accumulation_steps,
+            save_steps=max(1, config.save_freq * batches // config.train_gradient_accumulation_steps),
             logging_strategy="steps",
             logging_steps=1,
             train_cfg=config.train_cfg,
