@@ -29,8 +29,16 @@ from trl.cli.main import main
 from trl.cli.parser import OptionParser
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {"docs/ppo.md", "docs/coming_from_trlx.md"}
-"""Pages that have a test of their own; trlX's defaults train for long, and `tests/trlx` calls it with fewer steps."""
+ELSEWHERE = {
+    "docs/ppo.md",
+    "docs/coming_from_trlx.md",
+    "docs/ddpo.md",
+    "docs/diffusion.md",
+    "docs/vision.md",
+    "docs/scaling.md",
+}
+"""Pages whose code is run by other tests, with models of their own kinds: `tests/trlx`, `tests/diffusion`, `tests/vision`,
+`tests/trainers/test_trainers_server.py`."""
 
 PAGES = sorted(
     str(path.relative_to(ROOT))

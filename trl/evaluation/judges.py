@@ -13,6 +13,7 @@ from typing import Any
 
 from trl.errors import ConfigError
 from trl.evaluation.statistics import outcome
+from trl.hub import outside_the_hub
 from trl.rewards.call import Samples, call_rewards, make_rewards
 
 Content = Any
@@ -53,7 +54,8 @@ class ServerJudge:
         self.model = model
 
     def __call__(self, prompts: Sequence[Content], ours: Sequence[Content], theirs: Sequence[Content]) -> list[float]:
-        return [self._compare(*row) for row in zip(prompts, ours, theirs, strict=True)]
+        with outside_the_hub():
+            return [self._compare(*row) for row in zip(prompts, ours, theirs, strict=True)]
 
     def _compare(self, prompt: Content, ours: Content, theirs: Content) -> float:
         straight, turned = self._picks_first(prompt, ours, theirs), self._picks_first(prompt, theirs, ours)

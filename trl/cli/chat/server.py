@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +15,7 @@ from huggingface_hub.utils import logging
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.errors import ConfigError, TrlError
+from trl.hub import outside_the_hub
 
 KEY = "OPENAI_API_KEY"
 STANDARD = ("temperature", "top_p", "stop", "seed")
@@ -100,7 +100,7 @@ class ServerSpeaker:
     def _guarded(self, ask: Callable[[], Any]) -> Any:
         """What `ask` gives. Whatever a server does, and the client makes of it, is a TrlError."""
         try:
-            with _outside_the_hub():
+            with outside_the_hub():
                 return ask()
         except TrlError:
             raise
@@ -156,18 +156,6 @@ def _reason(answer: Any) -> str:
 
 def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")[:SHOWN]
-
-
-@contextmanager
-def _outside_the_hub() -> Iterator[None]:
-    """HF_HUB_OFFLINE is about the hub: the client's session asks this server all the same."""
-    session = get_session()
-    hooks = session.event_hooks
-    session.event_hooks = {}
-    try:
-        yield
-    finally:
-        session.event_hooks = hooks
 
 
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:
