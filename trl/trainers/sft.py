@@ -152,6 +152,11 @@ class SFTTrainer(BaseTrainer):
         encoded = super().encode(rows, split, name)
         if not self._packs(split):
             return encoded
+        if self.images is not None:
+            raise ConfigError(
+                'packing=True fills rows beforehand, and images do not go with it: set layout="packed", which lays several '
+                "rows with their images out in one without padding."
+            )
         packed, _ = pack_examples(encoded, self.args.max_length, self.args.packing_strategy)
         return packed
 
