@@ -59,8 +59,8 @@ def test_a_checkpoint_holds_all_that_changes(tmp_path):
     assert shared.keys() == {"reference", "algorithm", "steps"}
     assert shared["algorithm"]["moments"]["count"] == 4
     own = torch.load(folder / "trl_state_0.pt", weights_only=True)
-    assert own.keys() >= {"rounds", "completions", "metrics", "loss"}
-    assert own["rounds"]["cursor"] == 4
+    assert own.keys() >= {"rollouts", "completions", "metrics", "loss"}
+    assert own["rollouts"]["cursor"] == 4
     manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["processes"] == 1
     assert manifest["files"]["optimizer.pt"]["bytes"] == (folder / "optimizer.pt").stat().st_size

@@ -170,7 +170,7 @@ def test_what_is_missing_is_said(tmp_path):
         TRLConfig.from_dict({**whole, "method": {}})
     with pytest.raises(ConfigError, match="TrainConfig needs 'total_steps', 'seq_length'"):
         TRLConfig.from_dict({**whole, "train": {"epochs": 1}})
-    with pytest.raises(ConfigError, match="There is no file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         TRLConfig.load_yaml(tmp_path / "none.yml")
     (tmp_path / "list.yml").write_text("- 1")
     with pytest.raises(ConfigError, match="holds a list: a configuration is a mapping of sections"):

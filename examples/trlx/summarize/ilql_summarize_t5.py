@@ -13,7 +13,7 @@ import trlx
 from trlx.data.default_configs import TRLConfig, default_ilql_config
 
 LOCAL = {
-    "train": {"seq_length": 96, "batch_size": 8, "total_steps": 32, "eval_interval": 16, "tracker": None},
+    "train": {"seq_length": 512, "batch_size": 8, "total_steps": 32, "eval_interval": 16, "tracker": None},
     "train.checkpoint_dir": "ckpts/ilql-summarize",
     "model.model_arch_type": "seq2seq",
     "method.gen_kwargs": {"max_new_tokens": 16, "beta": [0, 4]},
