@@ -334,7 +334,7 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'"):
         SFTConfig(lr_scheduler_type="cosin")
     with pytest.raises(ConfigError, match="'max_length' and 'max_seq_length', two names of the option"):
-        SFTConfig(output_dir=str(tmp_path), max_seq_length=3, max_length=4)
+        SFTConfig(output_dir=str(tmp_path), max_length=3, max_seq_length=4)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
