@@ -176,7 +176,7 @@ def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ConfigError, match="holds a list: a configuration is a mapping of sections"):
         TRLConfig.load_yaml(tmp_path / "list.yml")
     (tmp_path / "broken.yml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"broken.yml' is no YAML"):
+    with pytest.raises(ConfigError, match=r"broken.yml is not YAML"):
         TRLConfig.load_yaml(tmp_path / "broken.yml")
 
 
