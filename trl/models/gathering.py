@@ -78,7 +78,7 @@ def whole(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     sharded = [tensor for tensor in tensors if "ds_id" in tensor.__dict__]
     context: Any = nullcontext()
     if sharded:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         context = GatheredParameters(sharded)
     with context, torch.no_grad():
