@@ -15,14 +15,14 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from trl.errors import ConfigError
 
@@ -138,8 +138,8 @@ def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: i
 
 
 @contextmanager
-def explain_waits(args: TrainingArguments, state: TrainerState) -> Iterator[None]:
-    """Say of a wait for other processes that came to nothing who waited, when, and where to look."""
+def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator[None]:
+    """Say of a wait for other processes that came to nothing who waited, after how many `steps`, and where to look."""
     try:
         yield
     except RuntimeError as error:
@@ -148,7 +148,7 @@ def explain_waits(args: TrainingArguments, state: TrainerState) -> Iterator[None
             raise
         raise RuntimeError(
             f"Process {args.process_index} of {args.world_size} waited for the others in step "
-            f"{state.global_step + 1}: {reason.format(limit=args.ddp_timeout)}."
+            f"{steps() + 1}: {reason.format(limit=args.ddp_timeout)}."
         ) from error
 
 

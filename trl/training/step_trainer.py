@@ -203,7 +203,7 @@ class StepTrainer(ResumableTrainer):
         return (total, metrics) if return_outputs else total
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with explain_waits(self.args, self.state):
+        with explain_waits(self.args, lambda: self.state.global_step):  # the loop begins with a state of its own
             return super()._inner_training_loop(*args, **kwargs)
 
     # ---- steps that are not finite ----
