@@ -181,5 +181,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first, so that no process is left alone with one at the end."""
+    """Slow files first, so that no process is left alone with one at the end; long runs only where they are asked for."""
+    if not os.environ.get("TRL_TEST_LONG"):
+        left_out = pytest.mark.skip(reason="TRL_TEST_LONG=1 runs it")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(left_out)
     items.sort(key=lambda item: "slow" not in item.keywords)

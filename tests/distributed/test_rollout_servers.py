@@ -13,7 +13,7 @@ from tests.serve.support import serve
 PROGRAM = Path(__file__).parent / "sample_on_server.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_two_processes_and_one_server(engine, tmp_path):
     with serve(MODELS["llama"](max_position_embeddings=128)) as served:

@@ -12,7 +12,7 @@ from trl.rewards.images import get_hue_reward
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOConfig, DiffusionDDPOTrainer
 from trl.trainers.diffusion.grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 OPTIONS = {
     "guidance_scale": 1.0,

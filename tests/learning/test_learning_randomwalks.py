@@ -68,7 +68,7 @@ def test_walks_become_the_shortest(pretrained, method):
     assert walks.mean_optimality(model) >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_walks_become_the_shortest_through_a_server(pretrained, tmp_path):
     model = copy.deepcopy(pretrained)
     with serve(walks.make_model(), walks.make_tokenizer()) as served:

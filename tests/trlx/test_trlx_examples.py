@@ -98,7 +98,7 @@ def test_the_task(monkeypatch):
     assert metric_fn([f"{near}a|", f"{near}a", f"{far}a", near])["optimality"] == [1.0, 1.0, 0.0, 0.0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [1000, 1001])
 def test_ilql_learns_the_shortest_walks_from_random_ones(run, model, seed):
     torch.manual_seed(seed)
