@@ -8,12 +8,13 @@ Every item has a seed of its own for its noise, so that a step does not depend o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trl.diffusion.batches import PictureBatch
 from trl.diffusion.denoiser import Denoiser, Text
 from trl.diffusion.trajectories import draw, generators_for
 
@@ -29,52 +30,18 @@ class NoisedPicture:
     signals: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class NoisedBatch:
-    """M pictures (or pairs) as one forward pass takes them: a `StepBatch`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisedBatch(PictureBatch):
+    """M pictures (or pairs) that are noised.
 
     clean     [M,…] each, of the one picture or the two of a pair, which share noise and level
     noise     [M,…]
     level     [M]
-    texts     what the text encoders say of each one's prompt, [M,…]
-    mask      [M,1] 1 where it is learned from
     """
 
     clean: tuple[Tensor, ...]
     noise: Tensor
     level: Tensor
-    texts: Text
-    mask: Tensor
-    signals: Mapping[str, Tensor]
-    weight: Tensor | None = None
-    tokens: int = 0
-
-    @property
-    def example(self) -> Tensor:
-        return torch.arange(len(self.mask))
-
-    @property
-    def positions(self) -> int:
-        return len(self.mask)
-
-    def masked_out(self) -> NoisedBatch:
-        """The batch with nothing that is learned from."""
-        return replace(self, mask=self.mask * 0)
-
-    def to(self, device: Any) -> NoisedBatch:
-        def moved(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            clean=tuple(map(moved, self.clean)),
-            noise=moved(self.noise),
-            level=moved(self.level),
-            texts={name: moved(value) for name, value in self.texts.items()},
-            mask=moved(self.mask),
-            signals={name: moved(value) for name, value in self.signals.items()},
-            weight=None if self.weight is None else moved(self.weight),
-        )
 
     def noised(self, denoiser: Denoiser) -> Noised:
         """Everything that the denoiser is told, and what it is to say; a pair's first pictures before its second."""

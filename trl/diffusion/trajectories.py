@@ -10,12 +10,13 @@ DDPO, arXiv:2305.13301; Flow-GRPO, arXiv:2505.05470.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trl.diffusion.batches import PictureBatch
 from trl.diffusion.denoiser import Denoiser, Text
 from trl.diffusion.solvers import Schedule
 from trl.ops.gaussian import gaussian_entropy, gaussian_logprob
@@ -154,53 +155,19 @@ def step_of(
     return schedule.transition(latents, output, step)
 
 
-@dataclass(frozen=True, slots=True)
-class TransitionBatch:
-    """M steps of any trajectories, as one forward pass takes them: a `StepBatch`, in which every step is a completion of one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransitionBatch(PictureBatch):
+    """M steps of any trajectories.
 
     latents, following   [M,…]
     step                 [M] which step of the schedule, on the host
-    texts                what the text encoders say of each one's prompt, [M,…]
-    mask                 [M,1] 1 where a step is learned from
-    signals              [M] or [M,1]
-    weight               [M,1] or None: weights that sum to 1 over the accumulation window and all processes
-    tokens               steps that are learned from, on the host
     """
+
+    ON_HOST = ("step",)
 
     latents: Tensor
     following: Tensor
     step: Tensor
-    texts: Text
-    mask: Tensor
-    signals: Mapping[str, Tensor]
-    weight: Tensor | None = None
-    tokens: int = 0
-
-    @property
-    def example(self) -> Tensor:
-        return torch.arange(len(self.mask))
-
-    @property
-    def positions(self) -> int:
-        return len(self.mask)
-
-    def masked_out(self) -> TransitionBatch:
-        """The batch with no step that is learned from."""
-        return replace(self, mask=self.mask * 0)
-
-    def to(self, device: Any) -> TransitionBatch:
-        def moved(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            latents=moved(self.latents),
-            following=moved(self.following),
-            texts={name: moved(value) for name, value in self.texts.items()},
-            mask=moved(self.mask),
-            signals={name: moved(value) for name, value in self.signals.items()},
-            weight=None if self.weight is None else moved(self.weight),
-        )
 
 
 PER_STEP = ("old_logprobs",)

@@ -9,7 +9,7 @@ TRL 0.11; `reward_function(images, prompts, metadata) -> rewards, reward_metadat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from trl.diffusion.batches import PictureBatch
 from trl.diffusion.differentiable import first_step, sample_with_gradient
 from trl.diffusion.rollouts import PictureBuffer
 from trl.diffusion.trajectories import draw, generators_for
@@ -43,35 +44,11 @@ class Asked:
     metadata: Any
 
 
-@dataclass(frozen=True, slots=True)
-class AskedBatch:
-    """Pictures that are made, and rewarded, in one forward pass: a `StepBatch`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedBatch(PictureBatch):
+    """Pictures that are made, and rewarded, in one forward pass."""
 
     asked: Sequence[Asked]
-    texts: Mapping[str, Tensor]
-    mask: Tensor
-    signals: Mapping[str, Tensor]
-    weight: Tensor | None = None
-    tokens: int = 0
-
-    @property
-    def example(self) -> Tensor:
-        return torch.arange(len(self.mask))
-
-    @property
-    def positions(self) -> int:
-        return len(self.mask)
-
-    def masked_out(self) -> AskedBatch:
-        return replace(self, mask=self.mask * 0)
-
-    def to(self, device: Any) -> AskedBatch:
-        return replace(
-            self,
-            texts={name: value.to(device) for name, value in self.texts.items()},
-            mask=self.mask.to(device),
-            weight=None if self.weight is None else self.weight.to(device),
-        )
 
 
 class AlignPropTrainer(DiffusionTrainer):
@@ -162,7 +139,7 @@ class AlignPropTrainer(DiffusionTrainer):
 
     def collate(self, items: Sequence[Asked]) -> AskedBatch:
         texts = self.texts([item.prompt for item in items])
-        return AskedBatch(items, texts, torch.ones(len(items), 1), {}, tokens=len(items))
+        return AskedBatch(asked=items, texts=texts, mask=torch.ones(len(items), 1), signals={}, tokens=len(items))
 
     def describe(self, items: Sequence[Asked]) -> list[str]:
         return [f"a picture of {item.prompt!r}" for item in items]

@@ -273,7 +273,9 @@ class DDPOTrainer(StepPolicyTrainer):
         signals = {"old_logprobs": log_probs[:, None], "advantages": advantages.clamp(-bound, bound)}
         texts = {"embeds": embeds[len(latents) :] if guided else embeds}
         mask = torch.ones(len(latents), 1, device=latents.device)
-        batch = TransitionBatch(latents, next_latents, step, texts, mask, signals)
+        batch = TransitionBatch(
+            latents=latents, following=next_latents, step=step, texts=texts, mask=mask, signals=signals
+        )
         scores, _ = score_steps(self.denoiser, self.model, batch, self.schedule, negative)
         loss, metrics = self.algorithm.loss(scores, batch)
         return loss.mean(), metrics["approx_kl"].mean(), metrics["clipfrac"].mean()

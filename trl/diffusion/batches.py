@@ -1,0 +1,59 @@
+"""What batches of pictures have in common, whichever method learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from trl.diffusion.denoiser import Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureBatch:
+    """M pictures, pairs or steps, as one forward pass takes them: a `StepBatch`, in which each is a completion of one token.
+
+    texts     what the text encoders say of each one's prompt, [M,…]
+    mask      [M,1] 1 where it is learned from
+    signals   [M] or [M,1]
+    weight    [M,1] or None: weights that sum to 1 over the accumulation window and all processes
+    tokens    how many are learned from, on the host
+    """
+
+    ON_HOST: ClassVar[tuple[str, ...]] = ()
+    """Fields that stay there: they are indices of what lies there."""
+
+    texts: Text
+    mask: Tensor
+    signals: Mapping[str, Tensor]
+    weight: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def example(self) -> Tensor:
+        return torch.arange(len(self.mask))
+
+    @property
+    def positions(self) -> int:
+        return len(self.mask)
+
+    def masked_out(self) -> Self:
+        """The batch with nothing that is learned from."""
+        return replace(self, mask=self.mask * 0)
+
+    def to(self, device: Any) -> Self:
+        names = [field.name for field in fields(self) if field.name not in self.ON_HOST]
+        return replace(self, **{name: _moved(getattr(self, name), device) for name in names})
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {name: _moved(each, device) for name, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    return value
