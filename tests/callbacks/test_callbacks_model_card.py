@@ -48,6 +48,14 @@ def test_an_adapter_says_so(tmp_path):
     assert "An adapter of `gpt2`, trained with SFT" in body
 
 
+def test_an_adapter_of_pictures_is_loaded_into_its_base(tmp_path):
+    front, body = card(tmp_path, Trained("org/pictures", "pictures", is_adapter=True), trainer="DiffusionGRPOTrainer")
+    assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert "lora" in front["tags"]
+    assert 'DiffusionPipeline.from_pretrained("org/pictures")\npipeline.load_lora_weights("qwen-sft")' in body
+    assert "arXiv:2505.05470" in body
+
+
 def test_a_reward_model(tmp_path):
     front, body = card(tmp_path, Trained(None, "reward"), trainer="RewardTrainer")
     assert front["pipeline_tag"] == "text-classification"

@@ -199,6 +199,17 @@ def test_an_adapter_is_saved_as_pipelines_load_it(tmp_path):
     assert torch.allclose(fresh("a red circle", **call).images, expected, atol=1e-5)
 
 
+def test_the_card_tells_of_the_adapter_the_options_and_the_rewards(tmp_path):
+    run = trainer(tmp_path, "sd", logging_steps=1)
+    run.train()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "An adapter of" in card
+    assert "pipeline.load_lora_weights(" in card
+    assert "| `num_generations` |" in card
+    assert "| `reward` |" in card
+
+
 def test_without_an_adapter_the_whole_pipeline_is_saved_with_averaged_weights(tmp_path):
     run = trainer(tmp_path, "sd", lora=False, ema_decay=0.5, learning_rate=1e-3)
     run.train()

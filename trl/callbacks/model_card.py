@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+
+from trl.callbacks.report import changed_options
+from trl.training.beside import not_fatal
 
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft")
 
@@ -28,6 +31,11 @@ PAPERS = {
     "RLOO": ("Back to Basics: Revisiting REINFORCE Style Optimization", "2402.14740"),
     "OnlineDPO": ("Direct Language Model Alignment from Online AI Feedback", "2402.04792"),
     "ILQL": ("Offline RL for Natural Language Generation with Implicit Language Q Learning", "2206.11871"),
+    "DDPO": ("Training Diffusion Models with Reinforcement Learning", "2305.13301"),
+    "DiffusionDDPO": ("Training Diffusion Models with Reinforcement Learning", "2305.13301"),
+    "DiffusionGRPO": ("Flow-GRPO: Training Flow Matching Models via Online RL", "2505.05470"),
+    "DiffusionDPO": ("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908"),
+    "AlignProp": ("Aligning Text-to-Image Diffusion Models with Reward Backpropagation", "2310.03739"),
 }
 """Method → title and arXiv number of the paper that it is from."""
 
@@ -58,6 +66,44 @@ class Trained:
     def library(self) -> str:
         """What loads the model."""
         return "diffusers" if self.kind == "pictures" else "peft" if self.is_adapter else "transformers"
+
+
+class WritesModelCard(Trainer):
+    """A trainer that writes a model card beside its checkpoints, and when it is asked to."""
+
+    def describe_model(self) -> tuple[Trained, Sequence[Any]]:
+        """The model, and what became of the rows of each dataset, in words."""
+        raise NotImplementedError
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Sequence[str] | str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write README.md to the output folder: what was trained, how, and with which versions."""
+        self._write_card(self.args, model_name=model_name, dataset_name=dataset_name, tags=tags)
+
+    def _write_card(self, args: TrainingArguments, **named: Any) -> None:
+        """Into the output folder of `args`; a run goes on where that fails."""
+        if self.is_world_process_zero():
+            options = args.to_dict()
+            with not_fatal("The model card"):
+                model, data = self.describe_model()
+                write_model_card(
+                    args,
+                    trainer=type(self).__name__,
+                    model=model,
+                    data=data,
+                    options={name: options[name] for name in changed_options(args)},
+                    log=self.state.log_history,
+                    **named,
+                )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
 
 
 def write_model_card(
@@ -180,9 +226,12 @@ def _usage(args: TrainingArguments, title: str, model: Trained, base: str | None
             f'reward = RewardModel("{name}")\nreward(["A prompt"], [" and its completion"])\n```'
         )
     if model.kind == "pictures":
+        whole = (base or "the pipeline that was trained") if model.is_adapter else name
+        adapter = f'pipeline.load_lora_weights("{name}")\n' if model.is_adapter else ""
         return (
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f'pipeline = DiffusionPipeline.from_pretrained("{name}")\npipeline("A prompt").images[0].save("picture.png")\n```'
+            f'pipeline = DiffusionPipeline.from_pretrained("{whole}")\n{adapter}'
+            'pipeline("A prompt").images[0].save("picture.png")\n```'
         )
     auto = "AutoModelForSeq2SeqLM" if model.kind == "encoder-decoder" else "AutoModelForCausalLM"
     return (

@@ -16,7 +16,7 @@ from trl.cli.check import print_table, print_verdict, size_of
 from trl.cli.train import Run, datasets_of, own_keywords
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
-from trl.diffusion.pipelines import ATTENTION, JOINT_ATTENTION, add_adapter, trained
+from trl.diffusion.pipelines import add_adapter, trained
 from trl.errors import ConfigError, TrlError
 from trl.imports import require
 from trl.models.config import get_peft_config
@@ -63,11 +63,8 @@ def denoiser_without_weights(run: Run) -> Denoiser:
         max_sequence_length=args.max_sequence_length,
         flow_solver=args.flow_solver,
     )
-    config = get_peft_config(run.model)
-    if config is not None and config.target_modules is None:
-        config.target_modules = ATTENTION if denoiser.part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
     with torch.device("meta"):
-        add_adapter(denoiser.module, config)
+        add_adapter(denoiser.module, get_peft_config(run.model), denoiser.part)
     return denoiser
 
 

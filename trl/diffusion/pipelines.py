@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -89,15 +90,19 @@ def prepare_pipeline(pipeline: Any, part: str) -> nn.Module:
     return getattr(pipeline, part)
 
 
-def add_adapter(module: nn.Module, config: PeftConfig | None) -> bool:
+def add_adapter(module: nn.Module, config: PeftConfig | None, part: str) -> bool:
     """Put a LoRA adapter into the denoiser, the only part of it to train; without one, all of it trains.
 
-    Returns whether there is an adapter: a new one, or one that the pipeline was given before.
+    An adapter that names no `target_modules` goes into the projections of attention, those of texts included where the
+    denoiser has its own. `part` is the denoiser's name in the pipeline. Returns whether there is an adapter: a new one, or one that the pipeline was given before.
     """
     if config is not None:
         if module_has_adapter(module):
             raise ConfigError("peft_config is a new adapter, but the model has one already: leave out one of them.")
         module.requires_grad_(False)
+        if config.target_modules is None:
+            config = copy(config)
+            config.target_modules = ATTENTION if part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
         module.add_adapter(config, adapter_name=ADAPTER)
     elif module_has_adapter(module):
         for name, parameter in module.named_parameters():
@@ -112,12 +117,6 @@ def add_adapter(module: nn.Module, config: PeftConfig | None) -> bool:
 
 def module_has_adapter(module: nn.Module) -> bool:
     return bool(getattr(module, "_hf_peft_config_loaded", False))
-
-
-def default_lora(part: str, *, rank: int = 32) -> LoraConfig:
-    """LoRA in the projections of attention, α twice the rank as in Flow-GRPO."""
-    targets = ATTENTION if part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 
-from trl.callbacks.model_card import Trained, write_model_card
-from trl.callbacks.report import ReportCallback, changed_options
+from trl.callbacks.model_card import Trained, WritesModelCard
+from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
 from trl.data.chat import clone_chat_template
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset
@@ -63,7 +63,6 @@ from trl.models.varlen import VARLEN
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.trainers.options import resolve_args
-from trl.training.beside import not_fatal
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
@@ -78,7 +77,7 @@ WIDTH = 60
 """Characters of a row that an error shows."""
 
 
-class BaseTrainer(StepTrainer):
+class BaseTrainer(WritesModelCard, StepTrainer):
     """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
 
     model               a name or folder, a model, or a model with adapters
@@ -353,46 +352,19 @@ class BaseTrainer(StepTrainer):
     def floating_point_ops(self, inputs: list[Batch]) -> int:
         return 6 * self._parameters * sum(batch.positions for batch in inputs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(*args, **kwargs)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """`state_dict` is given where weights were gathered."""
         with warnings.catch_warnings():  # peft tells that it saves embeddings that have grown, which is what is meant
             warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
             super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: Sequence[str] | str | None = None,
-        **_: Any,
-    ) -> None:
-        """Write README.md to the output folder: what was trained, how, and with which versions."""
-        if self.is_world_process_zero():
-            options = self.args.to_dict()
-            with not_fatal("The model card"):
-                write_model_card(
-                    self.args,
-                    trainer=type(self).__name__,
-                    model=self._described(),
-                    data=[encoded.report for encoded in self.encoded.values()],
-                    options={name: options[name] for name in changed_options(self.args)},
-                    log=self.state.log_history,
-                    model_name=model_name,
-                    dataset_name=dataset_name,
-                    tags=tags,
-                )
-
-    def _described(self) -> Trained:
-        """The model, for its card."""
+    def describe_model(self) -> tuple[Trained, list[Any]]:
         inner, config = unwrap(self.model), self.model.config.to_dict()
         kind = "encoder-decoder" if config.get("is_encoder_decoder") else "causal"
         if type(inner).__name__.endswith("ForSequenceClassification"):
             kind = "reward"
-        return Trained(config.get("_name_or_path") or None, kind, is_adapter=isinstance(self._adapted(), PeftModel))
+        model = Trained(config.get("_name_or_path") or None, kind, is_adapter=isinstance(self._adapted(), PeftModel))
+        return model, [encoded.report for encoded in self.encoded.values()]
 
 
 def _shortened(text: str) -> str:

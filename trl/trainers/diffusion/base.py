@@ -18,14 +18,12 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from trl.callbacks.model_card import Trained, write_model_card
+from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.pictures import PictureLog
 from trl.callbacks.report import ReportCallback
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
 from trl.diffusion.pipelines import (
-    ATTENTION,
-    JOINT_ATTENTION,
     SwappedWeights,
     add_adapter,
     load_pipeline,
@@ -49,7 +47,7 @@ from trl.training.step_trainer import StepTrainer
 Rows = Dataset | IterableDataset
 
 
-class DiffusionTrainer(StepTrainer):
+class DiffusionTrainer(WritesModelCard, StepTrainer):
     """Base of the trainers of diffusion models.
 
     model           a pipeline of `diffusers`, or the name or folder of one
@@ -135,10 +133,7 @@ class DiffusionTrainer(StepTrainer):
 
     def _prepare_module(self, peft_config: PeftConfig | None) -> nn.Module:
         module = prepare_pipeline(self.pipeline, self.part)
-        if peft_config is not None and peft_config.target_modules is None:
-            peft_config = copy(peft_config)
-            peft_config.target_modules = ATTENTION if self.part == "unet" else [*ATTENTION, *JOINT_ATTENTION]
-        add_adapter(module, peft_config)
+        add_adapter(module, peft_config, self.part)
         disable_dropout(module)  # what is sampled has to be as likely when it is trained on
         if not trained(module):
             raise ConfigError(
@@ -273,24 +268,10 @@ class DiffusionTrainer(StepTrainer):
                 else:
                     self.pipeline.save_pretrained(folder)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(*args, **kwargs)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: Sequence[str] | str | None = None,
-        **_: Any,
-    ) -> None:
-        """Write README.md to the output folder: what was trained, how, and with which versions."""
-        if self.is_world_process_zero():
-            named = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
-            base = self.pipeline.config.get("_name_or_path") or None
-            rows = () if self.train_dataset is None else (f"train: {describe_rows(self.train_dataset)}",)
-            model = Trained(base, "pictures")
-            write_model_card(self.args, trainer=type(self).__name__, model=model, data=rows, **named)
+    def describe_model(self) -> tuple[Trained, list[str]]:
+        base = self.pipeline.config.get("_name_or_path") or None
+        rows = [] if self.train_dataset is None else [f"train: {describe_rows(self.train_dataset)}"]
+        return Trained(base, "pictures", is_adapter=self.has_adapter), rows
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.module, self.part, Path(resume_from_checkpoint))

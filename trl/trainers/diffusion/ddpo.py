@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trl.algorithms.ddpo import DDPO, PromptStatistics
-from trl.callbacks.model_card import Trained, write_model_card
+from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
 from trl.diffusion.rollouts import PictureBatch, PictureBuffer, split_pictures
@@ -299,18 +299,13 @@ class DDPOTrainer(StepPolicyTrainer):
 
     def create_model_card(self, path: str | Path | None = None, model_name: str = "TRL DDPO Model", **_: Any) -> None:
         """Write README.md into the folder `path`, by default the one of checkpoints."""
-        if self.is_world_process_zero():
-            args = copy(self.args)
-            args.output_dir = str(path or self.args.output_dir)
-            given = self.sd_pipeline.pretrained_model
-            base = given if isinstance(given, str) else None
-            write_model_card(
-                args,
-                trainer=type(self).__name__,
-                model=Trained(base, "pictures"),
-                data=(),
-                model_name=model_name,
-            )
+        args = copy(self.args)
+        args.output_dir = str(path or self.args.output_dir)
+        self._write_card(args, model_name=model_name)
+
+    def describe_model(self) -> tuple[Trained, list[str]]:
+        given = self.sd_pipeline.pretrained_model
+        return Trained(given if isinstance(given, str) else None, "pictures", is_adapter=self.has_adapter), []
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the pipeline to `repo_id`."""

@@ -17,7 +17,6 @@ from trl.diffusion.differentiable import first_step, sample_with_gradient
 from trl.diffusion.families import StableDiffusion, denoiser_for
 from trl.diffusion.pipelines import (
     ADAPTER,
-    ATTENTION,
     LORA_FILE,
     add_adapter,
     load_pipeline,
@@ -107,8 +106,8 @@ class DefaultDDPOStableDiffusionPipeline:
 
     def get_trainable_layers(self) -> nn.Module:
         """The UNet, with an adapter where there is to be one and is none yet."""
-        lora = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=ATTENTION)
-        add_adapter(self.unet, lora if self.use_lora and not module_has_adapter(self.unet) else None)
+        lora = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian")
+        add_adapter(self.unet, lora if self.use_lora and not module_has_adapter(self.unet) else None, "unet")
         return self.unet
 
     # ---- sampling ----
