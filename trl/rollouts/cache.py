@@ -16,15 +16,14 @@ per key head, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor
+
+from trl.rollouts.attending import AttendingCache, AttendingLayer
+from trl.rollouts.decode_attention import Form
 
 BLOCK = 64
 """Own tokens by which the buffers grow."""
@@ -126,10 +125,8 @@ def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     return out * torch.sigmoid(lse - sink).to(out.dtype), torch.logaddexp(lse, sink.expand_as(lse))
 
 
-class SharedPromptLayer(CacheLayerMixin):
+class SharedPromptLayer(AttendingLayer):
     """One layer's keys and values: of prompts [P,h,S,D] and of rows [B,h,L,D]; `window` of a sliding layer."""
-
-    is_sliding = False
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
@@ -191,31 +188,20 @@ class SharedPromptLayer(CacheLayerMixin):
             self.prompt_keys = _room(keys, keys, prompts, keys.shape[2])
             self.prompt_values = _room(values, values, prompts, values.shape[2])
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
     def get_seq_length(self) -> int:
         return 0 if self.plan is None else self.plan.longest_prefix + self.plan.longest
 
-    def get_max_length(self) -> int:
-        return -1
 
-    get_max_cache_shape = get_max_length
-    """Its name in earlier releases of `transformers`."""
+class SharedPromptCache(AttendingCache):
+    """A cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
 
-
-class SharedPromptCache(Cache):
-    """A `transformers` cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
-
-    In prefill the model runs its usual attention on right-padded prompts. In decode it runs `attend`, within
-    `decoding(configs)`, on one token [B,1] per row at positions `plan.position`.
+    In prefill the model runs its usual attention on right-padded prompts. In decode it attends through
+    the cache, at positions `plan.position`.
     """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
-        super().__init__(layers=[SharedPromptLayer(window) for window in windows])
+        super().__init__([SharedPromptLayer(window) for window in windows])
         self.plan: Plan | None = None
-        self.current = self.layers[0]
-        self.handed_out: tuple[Tensor, Tensor] | None = None
         self._biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
     def prefill(self, slots: slice) -> None:
@@ -244,37 +230,18 @@ class SharedPromptCache(Cache):
         self.handed_out = self.current.update(key_states, value_states)
         return self.handed_out
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """Attention [B,1,hg,D] of queries [B,hg,1,D] to own keys [B,h,L,D] and to the prompts' in the cache.
-
-        `s_aux` [hg] are logits of attention sinks. All NaN where the module does not attend to what the cache handed
-        out (latent attention expands it first), so that a comparison with a plain forward fails.
-        """
-        if key is not self.handed_out[0] or value is not self.handed_out[1]:
-            return value.new_full((query.shape[0], 1, query.shape[1], value.shape[-1]), torch.nan), None
-        plan, layer = self.plan, self.current
-        own_bias, prompt_bias = self._biases[layer.window]
-        rows, heads, _, size = query.shape
-        scale = size**-0.5 if scaling is None else scaling
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        """To own keys `[B,h,L,D]`, and to the prompts' in the cache."""
+        own_bias, prompt_bias = self._biases[form.window]
+        rows, heads, size = query.shape
         query = query.reshape(rows, key.shape[1], -1, size)
-        out, own = _partial(query, key, value, own_bias, scale, softcap)
-        if s_aux is not None:
-            out, own = _with_sink(out, own, s_aux.float().view(1, key.shape[1], -1, 1))
-        if plan.longest_prefix:
-            shared, prompt = self._attend_prompts(query, prompt_bias, scale, softcap)
+        out, own = _partial(query, key, value, own_bias, form.scale, form.softcap)
+        if form.sinks is not None:
+            out, own = _with_sink(out, own, form.sinks.float().view(1, key.shape[1], -1, 1))
+        if self.plan.longest_prefix:
+            shared, prompt = self._attend_prompts(query, prompt_bias, form.scale, form.softcap)
             out = torch.lerp(out, shared, torch.sigmoid(prompt - own).to(out.dtype))
-        return out.reshape(rows, 1, heads, -1), None
+        return out.reshape(rows, heads, -1)
 
     def _attend_prompts(
         self, query: Tensor, bias: Tensor | None, scale: float, softcap: float | None
@@ -296,25 +263,3 @@ class SharedPromptCache(Cache):
             for part in parts
         )
         return out.index_select(0, plan.place), lse.index_select(0, plan.place)
-
-    def decoding(self, configs: Sequence[PreTrainedConfig]) -> AbstractContextManager[None]:
-        """Models of these configs attend through this cache. No mask function has its name, so none is made."""
-        return attending(configs, self.attend)
-
-
-@contextmanager
-def attending(configs: Sequence[PreTrainedConfig], attend: Callable[..., Any]) -> Iterator[None]:
-    """Models of these configs attend by `attend`, under a name for which no mask is made."""
-    name, before = f"decoding_{id(attend)}", [config._attn_implementation for config in configs]
-    AttentionInterface.register(name, attend)
-    _set_attention(configs, [name] * len(configs))
-    try:
-        yield
-    finally:
-        _set_attention(configs, before)
-        AttentionInterface._global_mapping.pop(name)
-
-
-def _set_attention(configs: Sequence[PreTrainedConfig], names: Sequence[str]) -> None:
-    for config, name in zip(configs, names, strict=True):
-        config._attn_implementation_internal = name

@@ -8,16 +8,13 @@ The last page is nobody's: rows that fill up a batch, and positions that fill up
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor
 
-from trl.rollouts.cache import attending
+from trl.rollouts.attending import AttendingCache, AttendingLayer
 from trl.rollouts.decode_attention import Form, Tables, attend_by_gather, write_by_index
 
 PAGE = 64
@@ -38,14 +35,12 @@ class Pages:
         self._free.extend(reversed(pages))
 
 
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(AttendingLayer):
     """One layer's pools `[N+1,page,h,D]`, made when the first keys come; `window` of a sliding layer.
 
     Both have the type of values. Under autocast, rotated keys and queries are float32, and rounded before they are
     multiplied, as attention in training rounds them.
     """
-
-    is_sliding = False
 
     def __init__(self, window: int | None, pages: int, page: int) -> None:
         super().__init__()
@@ -67,32 +62,18 @@ class PagedLayer(CacheLayerMixin):
         for pool, states in ((self.keys, key), (self.values, value)):
             pool.flatten(0, 1).index_copy_(0, places, states.transpose(1, 2).flatten(0, 1).to(pool.dtype))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
 
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-    """Its name in earlier releases of `transformers`."""
-
-
-class PagedCache(Cache):
-    """A `transformers` cache with two modes. Prefill: the keys of padded prompts go to `places`. Decode: by `tables`.
+class PagedCache(AttendingCache):
+    """A cache with two modes. Prefill: the keys of padded prompts go to `places`. Decode: by `tables`.
 
     `kernels` says whether the new token's attention is that of Triton's kernels or of plain torch.
     """
 
     def __init__(self, windows: Sequence[int | None], pages: int, *, page: int, kernels: bool) -> None:
-        super().__init__(layers=[PagedLayer(window, pages, page) for window in windows])
+        super().__init__([PagedLayer(window, pages, page) for window in windows])
         self.page, self.kernels = page, kernels
         self.places: Tensor | None = None
         self.tables: Tables | None = None
-        self.current = self.layers[0]
-        self.handed_out: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -125,30 +106,7 @@ class PagedCache(Cache):
         self.handed_out = key_states, value_states
         return self.handed_out
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """Attention `[B,1,hg,D]` of queries `[B,hg,1,D]` to all keys of each row; `s_aux [hg]` are logits of sinks.
-
-        All NaN where the module does not attend to what the cache handed out (latent attention expands it first), so
-        that a comparison with a plain forward fails.
-        """
-        if key is not self.handed_out[0] or value is not self.handed_out[1]:
-            return value.new_full((query.shape[0], 1, query.shape[1], value.shape[-1]), torch.nan), None
-        layer, scale = self.current, query.shape[-1] ** -0.5 if scaling is None else scaling
-        form = Form(scale, softcap, layer.window, s_aux)
-        query = query[:, :, 0].to(layer.dtype)
-        return self.functions[1](query, layer.keys, layer.values, self.tables, form)[:, None], None
-
-    def decoding(self, configs: Sequence[PreTrainedConfig]) -> AbstractContextManager[None]:
-        """Models of these configs attend through this cache. No mask function has its name, so none is made."""
-        return attending(configs, self.attend)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        """To the pages that `tables` name."""
+        layer = self.current
+        return self.functions[1](query.to(layer.dtype), layer.keys, layer.values, self.tables, form)
