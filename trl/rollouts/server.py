@@ -31,6 +31,7 @@ from trl.models.gathering import base_of, policy_of
 from trl.rollouts.connection import Refused, Server, ServerInfo, Unreachable
 from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
 from trl.rollouts.sampling import SamplingParams, with_seed
 from trl.rollouts.sync_check import PARAMS, check_weights, probe
@@ -106,7 +107,7 @@ class ServerEngine(RolloutEngine):
         self._model_name = ""
         self._stops_of: Any = None
         self._said: set[str] = set()
-        self._numbers: dict[str, float] = {}
+        self.counts = EngineCounts()
 
     # ---- weights ----
 
@@ -133,7 +134,7 @@ class ServerEngine(RolloutEngine):
         self._model_name = "" if reason else ADAPTER
         self._check(model)
         self._synced = step, weakref.ref(model)
-        self._count("sync_seconds", time.monotonic() - start)
+        self.counts.add("sync_seconds", time.monotonic() - start)
 
     def _send_all(self, send: Callable[[Server, Path, str], None], folder: Path, version: str) -> None:
         """All servers that can be reached take the weights; a server that comes back later takes the next ones."""
@@ -198,7 +199,7 @@ class ServerEngine(RolloutEngine):
             rollout = run_on_main(lambda url=url, prompt=prompt: self._probe(url, prompt))
             if rollout is not None:
                 difference = check_weights(model, prompt, rollout, info.dtype, engine=f"The server {url}")
-                self._count("sync_logp_difference", difference, largest=True)
+                self.counts.largest("sync_logp_difference", difference)
 
     def _probe(self, url: str, prompt: Prompt) -> Rollout | None:
         """A few sampled tokens; None of a server that is not there now."""
@@ -267,8 +268,8 @@ class ServerEngine(RolloutEngine):
         asked = ([(list(prompt.ids), bool(prompt.inputs), prompt.max_new_tokens) for prompt in prompts], params, n)
         everywhere = gather_on_main(asked)
         found, place = run_on_main(lambda: self._sample(everywhere)), _rank()
-        self._count("generate_seconds", time.monotonic() - start)
-        self._count("generated_tokens", sum(len(rollout) for rollouts in chain(*found) for rollout in rollouts))
+        self.counts.add("generate_seconds", time.monotonic() - start)
+        self.counts.add("generated_tokens", sum(len(rollout) for rollouts in chain(*found) for rollout in rollouts))
         return found[place]
 
     def _sample(self, everywhere: Sequence[tuple]) -> list[list[list[Rollout]]]:
@@ -281,7 +282,7 @@ class ServerEngine(RolloutEngine):
         connections = 1 if self._is_own else CONNECTIONS
         work = Dispatch(servers, self._ask, requests, retries=self.retries, connections=connections)
         answers = iter(work.run())
-        self._count("retried_requests", work.retried)
+        self.counts.add("retried_requests", work.retried)
         return [[rollouts for _ in chunks for rollouts in next(answers)] for chunks in plan]
 
     @property
@@ -342,15 +343,7 @@ class ServerEngine(RolloutEngine):
 
     def take_metrics(self) -> dict[str, float]:
         """Seconds in sync and in sampling, tokens per second, requests asked for again; since the last call."""
-        found, self._numbers = self._numbers, {}
-        seconds, tokens = found.get("generate_seconds", 0.0), found.pop("generated_tokens", 0.0)
-        if seconds:
-            found["tokens_per_second"] = tokens / seconds
-        return {f"engine/{name}": value for name, value in found.items()}
-
-    def _count(self, name: str, value: float, *, largest: bool = False) -> None:
-        before = self._numbers.get(name, 0.0)
-        self._numbers[name] = max(before, value) if largest else before + value
+        return self.counts.take()
 
     def _say(self, sentence: str) -> None:
         if sentence not in self._said and is_main():

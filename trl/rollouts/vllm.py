@@ -23,6 +23,7 @@ from trl.errors import ConfigError, DataError, EngineError
 from trl.imports import require
 from trl.models.gathering import base_of, policy_of
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams, with_seed
 from trl.rollouts.server import check_parameters, with_stop_tokens
@@ -91,7 +92,7 @@ class VLLMEngine(RolloutEngine):
         self._groups: list[Any] = []
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
         self._asleep = self._said = False
-        self._numbers: dict[str, float] = {}
+        self.counts = EngineCounts()
 
     # ---- weights ----
 
@@ -111,7 +112,7 @@ class VLLMEngine(RolloutEngine):
         self._check(model)
         run_on_main(lambda: self.folders.keep_only(Path(folder)))
         self._synced = step, weakref.ref(model)
-        self._count("sync_seconds", time.monotonic() - start)
+        self.counts.add("sync_seconds", time.monotonic() - start)
 
     def _start(self, model: nn.Module, folder: str) -> None:
         run_on_main(lambda: self.tokenizer.save_pretrained(folder))
@@ -135,7 +136,7 @@ class VLLMEngine(RolloutEngine):
         prompt = probe(base.get_input_embeddings().num_embeddings, self._context)
         ((rollout,),) = self._run([prompt], PARAMS, 1)
         dtype = str(base.dtype).removeprefix("torch.")
-        self._count("sync_logp_difference", check_weights(model, prompt, rollout, dtype, engine="vLLM"))
+        self.counts.largest("sync_logp_difference", check_weights(model, prompt, rollout, dtype, engine="vLLM"))
 
     def _wake(self) -> None:
         if self._asleep:
@@ -159,8 +160,8 @@ class VLLMEngine(RolloutEngine):
         if self.sleeps:
             self.llm.sleep(level=1)
             self._asleep = True
-        self._count("generate_seconds", time.monotonic() - start)
-        self._count("generated_tokens", sum(len(rollout) for rollouts in found for rollout in rollouts))
+        self.counts.add("generate_seconds", time.monotonic() - start)
+        self.counts.add("generated_tokens", sum(len(rollout) for rollouts in found for rollout in rollouts))
         return found
 
     def _shared(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
@@ -232,14 +233,7 @@ class VLLMEngine(RolloutEngine):
 
     def take_metrics(self) -> dict[str, float]:
         """Seconds in sync and in sampling, and tokens per second of this process; since the last call."""
-        found, self._numbers = self._numbers, {}
-        seconds, tokens = found.get("generate_seconds", 0.0), found.pop("generated_tokens", 0.0)
-        if seconds:
-            found["tokens_per_second"] = tokens / seconds
-        return {f"engine/{name}": value for name, value in found.items()}
-
-    def _count(self, name: str, value: float) -> None:
-        self._numbers[name] = self._numbers.get(name, 0.0) + value
+        return self.counts.take()
 
     def close(self) -> None:
         """Give vLLM's memory back, and delete the folders of weights."""

@@ -162,15 +162,8 @@ class WithValueHead(nn.Module, PushToHubMixin):
         the head of a reward model, for `compute_reward_score`. With `num_value_layers`, the value has a copy of its own of
         the upper layers. Other `kwargs` go to the model's `from_pretrained`.
         """
-        given, head = pretrained_model_name_or_path, None
-        if isinstance(given, str | Path):
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **kwargs)
-            head = stored_head(str(given), hub)
-        elif kwargs:
-            raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
-        else:
-            model = given
+        given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        model, head = cls._load(given, is_trainable, kwargs, hub)
         wrapped = cls(
             with_adapters(model, peft_config),
             summary_dropout_prob=summary_dropout_prob,
@@ -185,6 +178,18 @@ class WithValueHead(nn.Module, PushToHubMixin):
             wrapped.score = add_reward_adapter(wrapped.pretrained_model, reward_adapter, reward_adapter_name)
             wrapped.reward_adapter_name = reward_adapter_name
         return wrapped
+
+    @classmethod
+    def _load(
+        cls, given: Any, is_trainable: bool, options: Mapping[str, Any], hub: dict[str, Any]
+    ) -> tuple[nn.Module, dict[str, Tensor] | None]:
+        """The model, from a name or folder or as it was given, and the state of the head that was saved with it."""
+        if isinstance(given, str | Path):
+            model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **options)
+            return model, stored_head(str(given), hub)
+        if options:
+            raise ConfigError(f"{sorted(options)} are options of loading, but the model is an object: leave them out.")
+        return given, None
 
     def _take_head(self, name: str, head: dict[str, Tensor], hub: dict[str, Any]) -> None:
         """The value head that was saved with the model `name`, of the kind that it was."""

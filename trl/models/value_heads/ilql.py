@@ -22,11 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
-from trl.models.load import load_model
 from trl.models.sharding import shards
 from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
 from trl.models.value_heads.heads import ValueHead
-from trl.models.value_heads.storage import stored_head
 from trl.ops.logprobs import logprobs_from_linear
 
 
@@ -144,15 +142,8 @@ class WithILQLHeads(WithValueHead):
         `is_trainable` says whether the adapter that a folder holds trains on. Other `kwargs` go to the model's
         `from_pretrained`. Raises ModelError for a folder whose head is that of another method.
         """
-        given, state = pretrained_model_name_or_path, None
-        if isinstance(given, str | Path):
-            hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **kwargs)
-            state = stored_head(str(given), hub)
-        elif kwargs:
-            raise ConfigError(f"{sorted(kwargs)} are options of loading, but the model is an object: leave them out.")
-        else:
-            model = given
+        given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        model, state = cls._load(given, is_trainable, kwargs, hub)
         stored_qs = None if state is None else _number_of_qs(state, str(given))
         wrapped = cls(with_adapters(model, peft_config), two_qs=two_qs if stored_qs is None else stored_qs == 2)
         wrapped.has_new_adapter = peft_config is not None
