@@ -30,6 +30,9 @@ from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 
+_LOADING = threading.Lock()
+"""Held while a model is read: transformers exchanges methods of its classes meanwhile, which is for one thread at a time."""
+
 
 class Busy(ConfigError):
     """More requests wait than the server holds."""
@@ -199,7 +202,8 @@ class ModelWorker:
         if not Path(folder, "config.json").is_file():
             raise ConfigError(f"weights_path={folder!r}: there is no config.json in it.")
         try:
-            new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
+            with _LOADING:
+                new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
         except Exception as error:  # what broken files make of a loader is not documented
             raise ConfigError(f"weights_path={folder!r} cannot be read: {error}") from error
         with self._alone(), torch.no_grad():
