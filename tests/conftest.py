@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import random
 import signal
@@ -167,6 +168,14 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logger_as_imported() -> None:
+    """The command line shows what the library logs in a way of its own; here it is as if no command had run before."""
+    logger = logging.getLogger("trl")
+    logger.handlers, logger.propagate, logger.disabled = [], True, False
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_configure() -> None:

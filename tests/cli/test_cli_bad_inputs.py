@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -28,14 +27,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
-    """Loggers and the environment, which the command changes, as they were afterwards; and no network."""
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    """The environment, which the command changes, as it was afterwards; and no network."""
     monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield
-    logger.handlers, logger.level, logger.propagate = before
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: " ".join(trial.words.split())[-50:])

@@ -1,7 +1,6 @@
 """`trl check` and `--dry_run`: what they print, what they find wrong, and that nothing is trained."""
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -28,12 +27,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in rows))
     (tmp_path / "rewards.py").write_text(REWARDS)
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1"})
-    yield tmp_path
-    logger.handlers, logger.level, logger.propagate = before
+    return tmp_path
 
 
 def words_for(data: str, *more: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The command itself: what it prints, what it refuses before loading anything, and that it trains."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -51,12 +50,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def inside(folder, monkeypatch):
     """The folder as the current one, with what the command changes in this process put back afterwards."""
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    yield folder
-    logger.handlers, logger.level, logger.propagate = before
+    return folder
 
 
 @pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["sft", "--help-all"], ["check", "ppo", "-h"]])

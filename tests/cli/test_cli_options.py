@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 
@@ -122,8 +121,6 @@ def test_a_push_that_fails_says_where_the_model_is(error, message):
 def test_check_shows_as_many_rows_as_asked_for(count, tmp_path, monkeypatch, capsys):
     from tests.conftest import MODELS, make_tokenizer
 
-    logger = logging.getLogger("trl")
-    monkeypatch.setattr(logger, "handlers", logger.handlers[:])
     monkeypatch.chdir(tmp_path)
     MODELS["llama"]().save_pretrained("tiny")
     make_tokenizer().save_pretrained("tiny")

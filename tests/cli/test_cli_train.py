@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -110,12 +109,9 @@ def write(path: Path, rows: list[dict]) -> None:
 @pytest.fixture
 def inside(folder, monkeypatch):
     """The folder as the current one, with what the command changes in this process put back afterwards."""
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1"})
-    yield folder
-    logger.handlers, logger.level, logger.propagate = before
+    return folder
 
 
 def trained(folder: Path) -> dict:

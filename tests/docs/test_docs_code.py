@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -134,13 +133,10 @@ def home(models, tmp_path, monkeypatch):
         )
     (tmp_path / "guidelines.md").write_text("Be fair.")
     (tmp_path / "base.yaml").write_text("learning_rate: 1.0e-5\n")
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    yield tmp_path
-    logger.handlers, logger.level, logger.propagate = before
+    return tmp_path
 
 
 # ---- what is done with a block ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import shlex
@@ -52,13 +51,10 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def at_home(home, monkeypatch):
-    logger = logging.getLogger("trl")
-    before = (logger.handlers[:], logger.level, logger.propagate)
     monkeypatch.chdir(home)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    yield home
-    logger.handlers, logger.level, logger.propagate = before
+    return home
 
 
 def test_the_page_in_python(at_home):

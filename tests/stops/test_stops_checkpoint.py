@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import shutil
@@ -128,7 +127,6 @@ def cut(path: Path) -> None:
 def test_a_damaged_one_is_passed_over(run, damage, reason, caplog):
     damage(run / "checkpoint-3")
     assert reason in why_not_resumable(run / "checkpoint-3")
-    logging.getLogger("trl").propagate = True
     assert newest_checkpoint(run) == run / "checkpoint-2"
     assert f"{run / 'checkpoint-3'} is passed over: " in caplog.text
 

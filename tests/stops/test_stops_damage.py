@@ -52,7 +52,6 @@ def run(written, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def logged(caplog):
-    logging.getLogger("trl").propagate = True
     caplog.set_level(logging.INFO, "trl")
     return caplog
 

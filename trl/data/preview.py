@@ -32,7 +32,7 @@ def preview_examples(
 ) -> None:
     """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧.
 
-    Of an image, whose tokens are `image_token`, the number of its tokens is shown in their place.
+    Of images, whose tokens are `image_token`, the number of tokens is shown in their place.
     """
     console = console or Console()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
@@ -132,7 +132,7 @@ def _runs(ids: list[int], mask: Sequence[bool], decoder: _Decoder) -> Iterator[R
         count = len(list(run))
         end += count
         text = decoder.text(ids[:end])
-        yield f"[image: {count:,} tokens]" if is_image else text[seen:], trained, is_special
+        yield f"[{count:,} image tokens]" if is_image else text[seen:], trained, is_special
         seen = len(text)
 
 
