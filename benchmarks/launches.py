@@ -36,7 +36,7 @@ from trl.models import score as scoring
 from trl.models import varlen
 from trl.models.score import score
 from trl.ops import logprobs, triton_head
-from trl.rollouts import fused, triton_decode
+from trl.rollouts import fused, fused_layers, triton_decode
 from trl.rollouts.decoders import Sample, attention_windows
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import unwrap
@@ -131,7 +131,7 @@ class Counted:
 def on_shapes(counts: list[Counts]) -> Iterator[None]:
     """Tensors have shapes alone, kernels are counted, and functions are those that CUDA would get."""
     kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
-    kernels += [(fused, "_norm_kernel"), (fused, "_rotate_kernel")]
+    kernels += [(fused, "_norm_kernel"), (fused, "_rotate_kernel"), (fused_layers, "_gate_kernel")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     patched = {
         (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),

@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from trl.rollouts import triton_decode
+from trl.rollouts import fused_layers, triton_decode
 from trl.rollouts.decoders import attention_windows, proves_sharing
-from trl.rollouts.fused import NORM_KINDS, Fusions, norm, norm_kind, rotate, rotates_halves
+from trl.rollouts.fused import NORM_KINDS, norm, norm_kind, rotate, rotates_halves
+from trl.rollouts.fused_layers import ACTIVATIONS, gated
+from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
 from trl.rollouts.paged_decoder import PagedDecoder
+from trl.rollouts.weights import cast_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -54,9 +59,64 @@ def test_norms_are_found(make_model, name, norms):
     assert len(Fusions(make_model(name).to(DEVICE), DEVICE).norms) == norms
 
 
+@pytest.mark.parametrize("activation", ["silu", "tanh"])
+def test_gates_are_activations_times_the_other_branch(activation):
+    gate, up = torch.randn(2, 3, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    torch.testing.assert_close(gated(gate, up, activation), ACTIVATIONS[activation](gate) * up)
+
+
+def test_layers_are_replaced_that_compute_the_same(make_model):
+    """Granite weighs what is added, Gemma 3 has four norms, Cohere adds both branches at once, GPT-2 has no gate."""
+    found = {}
+    for name in ("llama", "qwen3", "granite", "gemma3", "cohere", "gpt2"):
+        options = {"residual_multiplier": 0.5} if name == "granite" else {}
+        fusions = Fusions(make_model(name, **options).to(DEVICE), DEVICE)
+        found[name] = len(fusions.layers), len(fusions.products)
+    one_product = {"granite": (0, 2), "gemma3": (0, 2), "cohere": (0, 2)}
+    assert found == {"llama": (2, 2), "qwen3": (2, 2), "gpt2": (0, 0)} | one_product
+
+
+def test_layers_with_adapters_on_their_products_are_left(make_model):
+    model = make_model("llama").to(DEVICE)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"]))
+    fusions = Fusions(model, DEVICE)
+    assert (fusions.layers, fusions.products) == ([], [])
+
+
+def test_large_weights_are_not_copied(make_model, monkeypatch):
+    monkeypatch.setattr(fused_layers, "MERGED_BYTES", 1)
+    assert Fusions(make_model("llama").to(DEVICE), DEVICE).products == []
+
+
+def test_rounded_weights_below_wider_norms_are_replaced_too(make_model):
+    """As under autocast: linear layers in half precision, norms and the residual stream in float32."""
+    model = make_model("llama").to(DEVICE)
+    with cast_weights(model, torch.bfloat16):
+        fusions = Fusions(model, DEVICE)
+        assert (len(fusions.layers), fusions.dtype) == (2, torch.bfloat16)
+        x = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        (_, parts), *_ = fusions.layers
+        parts.attention.forward = lambda hidden_states: (hidden_states, None)
+        assert parts.step(x.clone()).dtype == torch.float32
+        torch.testing.assert_close(parts.step(x.clone()), plain_layer(x, parts), rtol=2e-2, atol=2e-2)
+
+
+def plain_layer(x, parts):
+    """What stands at the top of fused_layers.py, an attention apart that gives back what it is given."""
+    wide = {part: module.weight.float() for part, module in vars_of(parts)}
+    x = x + F.linear(F.rms_norm(x, x.shape[-1:], wide["before"], parts.before.variance_epsilon), wide["out"])
+    inner = F.rms_norm(x, x.shape[-1:], wide["between"], parts.between.variance_epsilon)
+    return x + F.linear(F.silu(F.linear(inner, wide["gate"])) * F.linear(inner, wide["up"]), wide["down"])
+
+
+def vars_of(parts):
+    names = ("before", "between", "gate", "up", "down", "out")
+    return [(name, getattr(parts, name)) for name in names]
+
+
 def test_a_model_runs_on_kernels_and_is_left_as_it_was(make_model, monkeypatch):
-    """Paged attention, norms and rotations together: two samples' logits against a plain forward."""
-    monkeypatch.setattr(triton_decode, "PROMPT_SPLITS", 1)
+    """Paged attention, norms, rotations and whole layers together: two samples' logits against a plain forward."""
+    monkeypatch.setattr(triton_decode, "PROMPT_PARTS", 1)
     monkeypatch.setattr(triton_decode, "PROGRAMS", 1)
     model = make_model("qwen3").to(DEVICE)
     policy, function = unwrap(model), modeling_qwen3.apply_rotary_pos_emb

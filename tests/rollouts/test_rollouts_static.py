@@ -70,7 +70,7 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "soft-cap", "window", "window and sinks"])
 def test_kernels_attend_as_plain_torch(monkeypatch, form):
     kernels = pytest.importorskip("trl.rollouts.triton_decode")
-    monkeypatch.setattr(kernels, "PROMPT_SPLITS", 2)
+    monkeypatch.setattr(kernels, "PROMPT_PARTS", 2)
     monkeypatch.setattr(kernels, "PROGRAMS", 48)
     case = Case([37, 0], [9, 1], fill=1)  # more rows of a prompt than a tile has, and a prompt of one token
     ours = kernels.attend_by_kernels(case.query, case.keys, case.values, case.tables, form)

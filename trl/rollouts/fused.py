@@ -10,11 +10,8 @@ are run on random numbers next to the kernel, and are replaced while decoding if
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -78,9 +75,11 @@ class NormKind:
 NORM_KINDS = (NormKind(0.0, False), NormKind(1.0, True))
 
 
-def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind) -> Tensor:
-    """The norm of the last dimension of x, in one kernel."""
-    x, dtype = x.contiguous(), x.dtype if kind.keeps_type else torch.promote_types(x.dtype, weight.dtype)
+def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind, dtype: torch.dtype | None = None) -> Tensor:
+    """The norm of the last dimension of x, in one kernel; in `dtype`, or that which the architecture gives."""
+    if dtype is None:
+        dtype = x.dtype if kind.keeps_type else torch.promote_types(x.dtype, weight.dtype)
+    x = x.contiguous()
     out, size = torch.empty_like(x, dtype=dtype), x.shape[-1]
     _norm_kernel[(x.numel() // size,)](
         x, weight, out, epsilon, size, OFFSET=kind.offset, ROUNDS=not kind.keeps_type, WIDTH=triton.next_power_of_2(size)
@@ -88,10 +87,12 @@ def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind) -> Tensor
     return out
 
 
-def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys `[B,heads,1,D]`, by cos and sin `[B,1,D]`, in one kernel."""
+def rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys `[B,heads,1,D]`, by cos and sin `[B,1,D]`, in one kernel; in `dtype`, or the wider of both."""
     (rows, query_heads, _, size), key_heads = query.shape, key.shape[1]
-    dtype = torch.promote_types(query.dtype, cos.dtype)
+    dtype = dtype or torch.promote_types(query.dtype, cos.dtype)
     out = tuple(
         torch.empty(rows, heads, 1, size, dtype=dtype, device=query.device) for heads in (query_heads, key_heads)
     )
@@ -108,7 +109,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 def norm_kind(module: nn.Module) -> NormKind | None:
     """The kind of norm that `module` is, by its results on random numbers; None if it is another."""
-    weight, epsilon = module._parameters.get("weight"), _epsilon(module)
+    weight, epsilon = module._parameters.get("weight"), epsilon_of(module)
     if weight is None or weight.dim() != 1 or epsilon is None or "forward" in vars(module):
         return None
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -116,18 +117,20 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     expected = module(x)
     for kind in NORM_KINDS:
         found = norm(x, weight=weight, epsilon=epsilon, kind=kind)
-        if found.dtype == expected.dtype and torch.allclose(found.float(), expected.float(), **_tolerance(x.dtype)):
+        if found.dtype == expected.dtype and close(found, expected):
             return kind
     return None
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon_of(module: nn.Module) -> float | None:
     names = ("variance_epsilon", "eps", "epsilon")
     return next((vars(module)[name] for name in names if isinstance(vars(module).get(name), float)), None)
 
 
-def _tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+def close(found: Tensor, expected: Tensor, *, factors: torch.dtype | None = None) -> bool:
+    """Whether results of one type are the same but for rounding, of products of `factors` or of that type."""
+    rtol, atol = (1e-5, 1e-6) if (factors or expected.dtype) == torch.float32 else (2e-2, 1e-2)
+    return torch.allclose(found.float(), expected.float(), rtol=rtol, atol=atol)
 
 
 def rotates_halves(function: Callable[..., tuple[Tensor, Tensor]], device: torch.device) -> bool:
@@ -140,47 +143,3 @@ def rotates_halves(function: Callable[..., tuple[Tensor, Tensor]], device: torch
     except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is another function
         return False
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(rotate(*given), expected, strict=True))
-
-
-class Fusions:
-    """What of a model can be replaced by kernels while it decodes."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        kinds: dict[type, NormKind | None] = {}
-        self.norms: list[tuple[nn.Module, NormKind]] = []
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                if type(module) not in kinds:
-                    kinds[type(module)] = norm_kind(module)
-                if kinds[type(module)] is not None and "forward" not in vars(module):
-                    self.norms.append((module, kinds[type(module)]))
-        files = {sys.modules[type(module).__module__] for module in model.modules()}
-        found = [file for file in files if hasattr(file, ROTATION)]
-        self.files = [file for file in found if rotates_halves(getattr(file, ROTATION), device)]
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within it, the model's norms and rotations of one token per row are kernels."""
-        before = [(file, getattr(file, ROTATION)) for file in self.files]
-        for module, kind in self.norms:
-            weight = module._parameters["weight"]
-            module.forward = partial(norm, weight=weight, epsilon=_epsilon(module), kind=kind)
-        for file, function in before:
-            setattr(file, ROTATION, partial(_rotate_one_token, function))
-        try:
-            yield
-        finally:
-            for module, _ in self.norms:
-                del module.forward
-            for file, function in before:
-                setattr(file, ROTATION, function)
-
-
-def _rotate_one_token(
-    plain: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest, **options
-) -> tuple[Tensor, Tensor]:
-    """`rotate` for queries and keys `[B,heads,1,D]` that are rotated whole, else the architecture's function."""
-    fits = query.dim() == key.dim() == 4 and query.shape[2] == 1 and cos.dim() == 3 and cos.shape[-1] == query.shape[-1]
-    if rest or options or not fits:
-        return plain(query, key, cos, sin, *rest, **options)
-    return rotate(query, key, cos, sin)

@@ -20,7 +20,7 @@ from trl.rollouts.engine import Prompt
 from trl.rollouts.paged_cache import PagedCache, Pages
 
 if TYPE_CHECKING:
-    from trl.rollouts.fused import Fusions
+    from trl.rollouts.fusions import Fusions
 
 TOKEN, PREFIX, WRITTEN, LAST, STREAM = range(5)
 """Rows of the table `[5,R]` int64: the token to read, prompt tokens in the cache, own tokens before this step, the largest
@@ -38,7 +38,7 @@ def pages_for(tokens: int, page: int) -> int:
 
 def find_fusions(policy: Policy) -> Fusions:
     """What of the policy's steps can be done by kernels of Triton, which is not everywhere."""
-    from trl.rollouts.fused import Fusions
+    from trl.rollouts.fusions import Fusions
 
     return Fusions(policy.inner, policy.device)
 

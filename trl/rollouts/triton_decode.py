@@ -5,8 +5,8 @@ Dao et al. 2023; for shared prompts "Hydragen", Juravsky et al. 2024, equation 5
 
     o_i, ℓ_i = softmax(q K_iᵀ) V_i, logsumexp(q K_iᵀ)        o = Σ_i e^(ℓ_i − ℓ) o_i,   ℓ = logsumexp(ℓ_i)
 
-Three kernels a layer: parts of the prompts (a program holds the queries of a tile of rows of one prompt), parts of the
-rows' own keys, and their sum; a fourth writes the new keys. Lengths are read from tables on the device.
+Three kernels a layer: one writes the new keys, one makes the parts (a program holds the queries of a tile of rows of one
+prompt and reads that, or of one row and reads its own keys), one their sum. Lengths are read from tables on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trl.rollouts.decode_attention import TILE, Form, Tables
 
-PROMPT_SPLITS = 8
+PROMPT_PARTS = 8
 """Parts that a prompt's keys are split into."""
 
 PROGRAMS = 256
@@ -51,29 +51,26 @@ def _write_kernel(keys, values, key, value, pages, prefix, own, columns, prompt_
 @triton.jit
 def _parts_kernel(query, keys, values, pages, prefix, own, tiles, out, normalizer,
                   rows_in_all, columns, prompt_pages, scale, softcap,
-                  PROMPT: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+                  TILE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
                   SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-                  QUERIES: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, FIRST: tl.constexpr,
+                  QUERIES: tl.constexpr, PAGE: tl.constexpr, PROMPT_PARTS: tl.constexpr, PARTS: tl.constexpr,
                   WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Part `FIRST + split` of the attention of a tile of rows to their prompt's keys, or of a row to its own."""
-    item = tl.program_id(0)
+    """One part of `PARTS`: of the attention of a tile of rows to their prompt's keys, or (the later ones) of a row to its own."""
+    item = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    split = tl.program_id(2)
+    part = tl.program_id(2)
     lane = tl.arange(0, QUERIES)
-    if PROMPT:
-        leader = tl.load(tiles + item * TILE)
-        if leader < 0:
-            return
-        row = tl.load(tiles + item * TILE + lane // GROUP, mask=lane < TILE * GROUP, other=-1)
-        length = tl.load(prefix + leader)
-        start = 0
-        table = pages + leader * columns
-    else:
-        leader = item.to(tl.int64)
-        row = tl.where(lane < GROUP, leader, -1)
-        length = tl.load(own + leader) + 1
-        start = tl.load(prefix + leader)
-        table = pages + leader * columns + prompt_pages
+    of_prompt = part < PROMPT_PARTS
+    members = tl.load(tiles + item * TILE + lane // GROUP, mask=lane < TILE * GROUP, other=-1)
+    row = tl.where(of_prompt, members, tl.where(lane < GROUP, item, -1))
+    leader = tl.where(of_prompt, tl.load(tiles + item * TILE), item)
+    some_row = tl.maximum(leader, 0)
+    before = tl.load(prefix + some_row)
+    length = tl.where(of_prompt, tl.where(leader < 0, 0, before), tl.load(own + some_row) + 1)
+    start = tl.where(of_prompt, 0, before)
+    table = pages + some_row * columns + tl.where(of_prompt, 0, prompt_pages)
+    split = part - tl.where(of_prompt, 0, PROMPT_PARTS)
+    splits = tl.where(of_prompt, PROMPT_PARTS, PARTS - PROMPT_PARTS)
     valid = row >= 0
     position = tl.load(prefix + row, mask=valid, other=0) + tl.load(own + row, mask=valid, other=0)
     width = tl.arange(0, WIDTH)
@@ -86,7 +83,7 @@ def _parts_kernel(query, keys, values, pages, prefix, own, tiles, out, normalize
     total = tl.zeros([QUERIES], tl.float32)
     sums = tl.zeros([QUERIES, VALUE_WIDTH], tl.float32)
     pages_in_all = (length + PAGE - 1) // PAGE
-    each = (pages_in_all + SPLITS - 1) // SPLITS
+    each = (pages_in_all + splits - 1) // splits
     last = tl.minimum((split + 1) * each, pages_in_all)
     for number in range(split * each, last):
         at = number * PAGE + tl.arange(0, PAGE)
@@ -115,15 +112,15 @@ def _parts_kernel(query, keys, values, pages, prefix, own, tiles, out, normalize
         sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         total = total * decay + tl.sum(weights, axis=1)
         top = higher
-    part = (FIRST + split) * rows_in_all * HEADS * GROUP + place
+    target = part * rows_in_all * HEADS * GROUP + place
     some = total > 0.0
     safe = tl.where(some, total, 1.0)
     tl.store(
-        out + part[:, None] * VALUE_SIZE + value_width[None, :],
+        out + target[:, None] * VALUE_SIZE + value_width[None, :],
         sums / safe[:, None],
         mask=valid[:, None] & (value_width[None, :] < VALUE_SIZE),
     )
-    tl.store(normalizer + part, tl.where(some, top + tl.log(safe), -float("inf")), mask=valid)
+    tl.store(normalizer + target, tl.where(some, top + tl.log(safe), -float("inf")), mask=valid)
 
 
 @triton.jit
@@ -175,24 +172,22 @@ def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, tables: Table
     """As `attend_by_gather`, without copies of keys, and with every prompt's read once for `TILE` rows."""
     (rows, all_heads, size), (page, heads), value_size = query.shape, keys.shape[1:3], values.shape[-1]
     query, group = query.contiguous(), all_heads // heads
-    splits = max(1, min(8, PROGRAMS // (rows * heads)))
-    parts = PROMPT_SPLITS + splits
+    parts = PROMPT_PARTS + max(1, min(8, PROGRAMS // (rows * heads)))
     out = torch.empty(parts, rows, all_heads, value_size, dtype=torch.float32, device=query.device)
     normalizer = torch.empty(parts, rows, all_heads, dtype=torch.float32, device=query.device)
     width, value_width = (max(16, triton.next_power_of_2(x)) for x in (size, value_size))
-    for prompt, count, first, tile in ((True, PROMPT_SPLITS, 0, TILE), (False, splits, PROMPT_SPLITS, 1)):
-        _parts_kernel[(rows, heads, count)](
-            query, keys, values, tables.pages, tables.prefix, tables.own, tables.tiles, out, normalizer,
-            rows, tables.pages.stride(0), tables.prompt_pages, form.scale, form.softcap or 1.0,
-            PROMPT=prompt, TILE=tile, GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size,
-            WIDTH=width, VALUE_WIDTH=value_width, QUERIES=max(16, triton.next_power_of_2(tile * group)), PAGE=page,
-            SPLITS=count, FIRST=first, WINDOW=form.window or 0, CAPPED=form.softcap is not None,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+    _parts_kernel[(rows, heads, parts)](
+        query, keys, values, tables.pages, tables.prefix, tables.own, tables.tiles, out, normalizer,
+        rows, tables.pages.stride(0), tables.prompt_pages, form.scale, form.softcap or 1.0,
+        TILE=TILE, GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size,
+        WIDTH=width, VALUE_WIDTH=value_width, QUERIES=max(16, triton.next_power_of_2(TILE * group)), PAGE=page,
+        PROMPT_PARTS=PROMPT_PARTS, PARTS=parts, WINDOW=form.window or 0, CAPPED=form.softcap is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
     merged = torch.empty(rows, all_heads, value_size, dtype=query.dtype, device=query.device)
     _merge_kernel[(rows, all_heads)](
         out, normalizer, merged if form.sinks is None else form.sinks, tables.prefix, merged, rows,
         ALL_HEADS=all_heads, VALUE_SIZE=value_size, VALUE_WIDTH=value_width, PARTS=parts,
-        PARTS_WIDTH=triton.next_power_of_2(parts), PROMPT_PARTS=PROMPT_SPLITS, SINK=form.sinks is not None,
+        PARTS_WIDTH=triton.next_power_of_2(parts), PROMPT_PARTS=PROMPT_PARTS, SINK=form.sinks is not None,
     )  # fmt: skip
     return merged

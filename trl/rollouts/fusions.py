@@ -1,0 +1,97 @@
+"""What of a model's decoding step is done by kernels of Triton: found by trial, and put in place while it decodes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl.rollouts.fused import ROTATION, NormKind, epsilon_of, norm, norm_kind, rotate, rotates_halves
+from trl.rollouts.fused_layers import layers_of, merged_products
+
+
+class Fusions:
+    """What of a model can be replaced by kernels while it decodes. Weights are read as they are when this is made."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.norms = norms_of(model)
+        self.files = files_that_rotate(model, device)
+        self.layers = layers_of(model, dict(self.norms))
+        self.products = merged_products(model)
+        types = {parts.gate.weight.dtype for _, parts in self.layers}
+        self.dtype = types.pop() if len(types) == 1 else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, what was found is done by kernels, for one token per row."""
+        rotations = [(file, getattr(file, ROTATION)) for file in self.files]
+        forwards = [*self._forwards()]
+        for module, forward in forwards:
+            module.forward = forward
+        for file, function in rotations:
+            setattr(file, ROTATION, partial(self._rotate_one_token, function))
+        try:
+            yield
+        finally:
+            for module, _ in forwards:
+                del module.forward
+            for file, function in rotations:
+                setattr(file, ROTATION, function)
+
+    def _forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        for module, kind in self.norms:
+            yield module, partial(norm, weight=module._parameters["weight"], epsilon=epsilon_of(module), kind=kind)
+        for products in self.products:
+            for number, linear in enumerate(products.linears):
+                yield linear, partial(products.product, number)
+        for layer, parts in self.layers:
+            yield layer, parts.step
+            yield parts.out, _unchanged
+
+    def _rotate_one_token(
+        self,
+        plain: Callable[..., tuple[Tensor, Tensor]],
+        query: Tensor,
+        key: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *rest: Any,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """`rotate` for queries and keys `[B,heads,1,D]` that are rotated whole, else the architecture's function.
+
+        They are rounded to the type of the weights, which the cache keeps and attention multiplies.
+        """
+        fits = query.dim() == key.dim() == 4 and query.shape[2] == 1 and cos.dim() == 3
+        if rest or options or not fits or cos.shape[-1] != query.shape[-1]:
+            return plain(query, key, cos, sin, *rest, **options)
+        return rotate(query, key, cos, sin, dtype=self.dtype)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    """What is put in the place of a product that the layer's step makes itself."""
+    return x
+
+
+def norms_of(model: nn.Module) -> list[tuple[nn.Module, NormKind]]:
+    """Norms that a kernel computes as they do; one of each class is tried."""
+    kinds: dict[type, NormKind | None] = {}
+    found = []
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            if type(module) not in kinds:
+                kinds[type(module)] = norm_kind(module)
+            if (kind := kinds[type(module)]) is not None and "forward" not in vars(module):
+                found.append((module, kind))
+    return found
+
+
+def files_that_rotate(model: nn.Module, device: torch.device) -> list[Any]:
+    """Files of `transformers` whose function rotates as `rotate` does."""
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    return [file for file in files if hasattr(file, ROTATION) and rotates_halves(getattr(file, ROTATION), device)]
