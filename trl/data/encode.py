@@ -29,7 +29,8 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.encoders import ENCODERS, Columns, Tokenization
+from trl.data.columns import Columns
+from trl.data.encoders import ENCODERS, Tokenization
 from trl.data.formats import COLUMNS_READ, PICTURES, detect_kind
 from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, stored, undecoded
 from trl.data.settings import EncodeSettings

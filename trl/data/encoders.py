@@ -1,155 +1,26 @@
-"""One function per row kind, from columns to trees of token ids; and the checks that name row and column."""
+"""One function per row kind, from columns to trees of token ids."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.chat import ChatTemplate
+from trl.data.columns import Columns, describe
 from trl.data.formats import maybe_extract_prompt
-from trl.data.messages import tidy_messages
+from trl.data.multimodal import expanded, expanded_spans
 from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
 from trl.data.trees import Tree
 from trl.errors import DataError
 from trl.vision.processing import ImageProcessing
 
-INT32 = 2**31
 NOT_TRAINED = -100
 """The label of tokens that are not trained on, as everywhere in transformers."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A batch of rows as columns, with the rows' places in the dataset for messages; and each row's images, where a
-    processor reads them: conversations are then lists of parts."""
-
-    values: Mapping[str, Sequence[Any]]
-    rows: Sequence[int]
-    images: Sequence[Sequence[Any]] | None = None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.values
-
-    def __getitem__(self, name: str) -> Sequence[Any]:
-        return self.values[name]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows as dicts."""
-        return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
-
-    def error(self, k: int, name: str, message: str) -> DataError:
-        return DataError(f"Row {self.rows[k]}, column {name!r}: {message}")
-
-    def is_chat(self, name: str) -> bool:
-        """Whether the column holds conversations, judged by its first value."""
-        return isinstance(self.values[name][0], list)
-
-    def texts(self, name: str) -> Sequence[str]:
-        """A column of strings."""
-        for k, value in enumerate(self.values[name]):
-            if not isinstance(value, str):
-                raise self.error(k, name, f"expected a string, found {describe(value)}.")
-            if (place := surrogate_in(value)) is not None:
-                raise self.error(k, name, f"{value[place]!r} at place {place} is half a character, and no text.")
-        return self.values[name]
-
-    def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
-        """A column of conversations; with `answers` the last turn must be the assistant's."""
-        chats = [self._chat(k, name, value) for k, value in enumerate(self.values[name])]
-        for k, chat in enumerate(chats):
-            if answers and chat[-1]["role"] != "assistant":
-                found = f"the conversation ends with {chat[-1]['role']!r}"
-                raise self.error(k, name, f"{found}, so there is no answer to train on. End it with the assistant.")
-        return chats
-
-    def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
-        if value == []:
-            raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
-        if not isinstance(value, list):
-            raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
-        try:
-            chat = tidy_messages(value) if self.images is None else value
-        except DataError as error:
-            raise self.error(k, name, str(error)) from error
-        for i, message in enumerate(chat):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                expected = 'expected {"role": …, "content": …}'
-                raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
-            if isinstance(message.get("content"), list) and self.images is None:
-                found = describe(message["content"])
-                raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
-            content = message.get("content")
-            if isinstance(content, str) and (place := surrogate_in(content)) is not None:
-                raise self.error(
-                    k, name, f"message {i}: {content[place]!r} at place {place} is half a character, and no text."
-                )
-        return chat
-
-    def numbers(self, name: str) -> Sequence[Sequence[int]]:
-        """A column of lists of integers."""
-        for k, value in enumerate(self.values[name]):
-            if not isinstance(value, list):
-                raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
-            self._check_integers(k, name, value)
-        return self.values[name]
-
-    def _check_integers(self, k: int, name: str, value: list[Any]) -> None:
-        if not value or np.asarray(value, dtype=object if None in value else None).dtype.kind in "bi":
-            return
-        i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
-        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i}.")
-
-    def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
-        """A column of token ids of a vocabulary of that size."""
-        limit = min(vocabulary or INT32, INT32)
-        for k, value in enumerate(self.numbers(name)):
-            if value and not 0 <= min(value) <= max(value) < limit:
-                i, wrong = next((i, v) for i, v in enumerate(value) if not 0 <= v < limit)
-                raise self.error(
-                    k,
-                    name,
-                    f"{wrong} at place {i} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
-                    "another tokenizer's?",
-                )
-        return self.values[name]
-
-    def check_finite(self, name: str) -> None:
-        """Raise DataError for NaN or an infinity in a column of numbers, where it holds such."""
-        for k, value in enumerate(self.values[name]):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise self.error(k, name, f"expected a finite number, found {value}.")
-
-    def each(self, function: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-        """`function(k, row)` of every row; an error from it says which row."""
-        results = []
-        for k, row in enumerate(self):
-            try:
-                results.append(function(k, row))
-            except DataError as error:
-                raise DataError(f"Row {self.rows[k]}: {error}") from error
-        return results
-
-
-def surrogate_in(text: str) -> int | None:
-    """The place of a lone surrogate in a text; None if there is none."""
-    try:
-        text.encode()
-        return None
-    except UnicodeEncodeError as error:
-        return error.start
-
-
-def describe(value: Any) -> str:
-    """A value and its type in a few words."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"
 
 
 @dataclass(frozen=True)
@@ -172,22 +43,6 @@ class Tokenization:
             template_kwargs=self.settings.chat_template_kwargs,
             chat_template=None if self.images is None else self.images.processor.chat_template,
         )
-
-    def expanded(self, columns: Columns, texts: Sequence[str]) -> list[str]:
-        """The texts of all rows, the places of a row's images taken by those of their tokens."""
-        if columns.images is None:
-            return list(texts)
-        return columns.each(lambda k, row: self.images.expand(texts[k], columns.images[k])[0])
-
-    def expanded_spans(
-        self, columns: Columns, texts: Sequence[str], spans: Sequence[Sequence[Span]]
-    ) -> tuple[list[str], list[list[Span]]]:
-        """`expanded`, with spans of characters where they are then."""
-        if columns.images is None:
-            return list(texts), [list(each) for each in spans]
-        found = columns.each(lambda k, row: self.images.expand(texts[k], columns.images[k]))
-        moved = [[_moved(span, places) for span in each] for each, (_, places) in zip(spans, found, strict=True)]
-        return [text for text, _ in found], moved
 
     @cached_property
     def eos(self) -> int:
@@ -242,15 +97,6 @@ class Tokenization:
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]
 
 
-def _moved(span: Span, places: Sequence[tuple[Span, int]]) -> Span:
-    """A span in a text of which `places` have become longer."""
-
-    def at(character: int) -> int:
-        return character + sum(length - (end - start) for (start, end), length in places if end <= character)
-
-    return at(span[0]), at(span[1])
-
-
 def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A text or a conversation: one completion on an empty prompt."""
     name = next(n for n in ("messages", "conversations", tokenization.settings.text_field) if n in columns)
@@ -261,7 +107,7 @@ def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree
         )
     if not columns.is_chat(name):
         _refuse_assistant_only(tokenization.settings, name)
-        texts = tokenization.expanded(columns, columns.texts(name))
+        texts = expanded(columns, tokenization.images, columns.texts(name))
         encode = tokenization.text.prompts if tokenization.settings.add_eos else tokenization.text.ids
         ids = encode(texts, add_special_tokens=tokenization.settings.add_special_tokens)
         return [Tree([], [row]) for row in tokenization.append_eos(ids)]
@@ -269,7 +115,7 @@ def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree
         return _assistant_only(columns, columns.chats(name, answers=True), tokenization)
     chats = columns.chats(name)
     texts = columns.each(lambda k, row: tokenization.chat.whole(chats[k], row))
-    return [Tree([], [row]) for row in tokenization.text.ids(tokenization.expanded(columns, texts))]
+    return [Tree([], [row]) for row in tokenization.text.ids(expanded(columns, tokenization.images, texts))]
 
 
 def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
@@ -280,7 +126,7 @@ def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
 def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tokenization: Tokenization) -> list[Tree]:
     """Whole conversations, of which the assistant's turns are trained on."""
     spanned = columns.each(lambda k, row: tokenization.chat.assistant_spans(chats[k], row))
-    texts, spans = tokenization.expanded_spans(columns, *zip(*spanned, strict=True))
+    texts, spans = expanded_spans(columns, tokenization.images, *zip(*spanned, strict=True))
     ids, masks = tokenization.text.masked(texts, spans)
     return [Tree([], [row], [mask]) for row, mask in zip(ids, masks, strict=True)]
 
@@ -288,10 +134,13 @@ def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tok
 def prompt_only(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt without completions."""
     if not columns.is_chat("prompt"):
-        return [Tree(ids, []) for ids in tokenization.prompts(tokenization.expanded(columns, columns.texts("prompt")))]
+        return [
+            Tree(ids, [])
+            for ids in tokenization.prompts(expanded(columns, tokenization.images, columns.texts("prompt")))
+        ]
     chats = columns.chats("prompt")
     texts = columns.each(lambda k, row: tokenization.chat.prompt(chats[k], row))
-    return [Tree(ids, []) for ids in tokenization.text.ids(tokenization.expanded(columns, texts))]
+    return [Tree(ids, []) for ids in tokenization.text.ids(expanded(columns, tokenization.images, texts))]
 
 
 def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -320,7 +169,7 @@ def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tr
         return prompt, answer, [(max(s, start) - start, e - start) for s, e in spans if e > start]
 
     prompt_texts, texts, spans = zip(*columns.each(spoken), strict=True)
-    prompt_texts = tokenization.expanded(columns, prompt_texts)
+    prompt_texts = expanded(columns, tokenization.images, prompt_texts)
     rows = zip(tokenization.text.ids(prompt_texts), *tokenization.text.masked(texts, spans), strict=True)
     return [Tree(prompt, [ids], [mask]) for prompt, ids, mask in rows]
 
@@ -382,7 +231,9 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
         sides = [
-            tokenization.text.prompts(tokenization.expanded(columns, columns.texts(name)), add_special_tokens=True)
+            tokenization.text.prompts(
+                expanded(columns, tokenization.images, columns.texts(name)), add_special_tokens=True
+            )
             for name in ("chosen", "rejected")
         ]
         return [fork(*pair) for pair in zip(*map(tokenization.append_eos, sides), strict=True)]
@@ -409,7 +260,7 @@ def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...
     if columns.is_chat("prompt"):
         return _chat_answers(columns, tokenization, names)
     prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
-    prompts = tokenization.expanded(columns, prompts)
+    prompts = expanded(columns, tokenization.images, prompts)
     prompt_ids, answer_ids = tokenization.continuations(prompts, texts, add_special_tokens=True)
     answers = zip(*map(tokenization.append_eos, answer_ids), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in zip(prompt_ids, answers, strict=True)]
@@ -421,7 +272,7 @@ def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str
 
     rendered = columns.each(lambda k, row: tokenization.chat.answers(prompts[k], [chats[k] for chats in answers], row))
     prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
-    prompt_texts = tokenization.expanded(columns, prompt_texts)
+    prompt_texts = expanded(columns, tokenization.images, prompt_texts)
     prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]

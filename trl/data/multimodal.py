@@ -19,9 +19,10 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from trl.data.encoders import Columns
+from trl.data.columns import Columns
 from trl.data.formats import PICTURES
 from trl.data.messages import to_chatml, without_none
+from trl.data.tokens import Span
 from trl.errors import DataError
 from trl.vision.processing import ImageProcessing
 
@@ -196,3 +197,30 @@ def stored(image: Any) -> dict[str, Any]:
         image.save(whole, format="PNG")
         return {"bytes": whole.getvalue(), "path": None}
     return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
+
+
+def expanded(columns: Columns, processing: ImageProcessing | None, texts: Sequence[str]) -> list[str]:
+    """The texts of all rows, the places of a row's images taken by those of their tokens."""
+    if columns.images is None:
+        return list(texts)
+    return columns.each(lambda k, row: processing.expand(texts[k], columns.images[k])[0])
+
+
+def expanded_spans(
+    columns: Columns, processing: ImageProcessing | None, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> tuple[list[str], list[list[Span]]]:
+    """`expanded`, with spans of characters where they are then."""
+    if columns.images is None:
+        return list(texts), [list(each) for each in spans]
+    found = columns.each(lambda k, row: processing.expand(texts[k], columns.images[k]))
+    moved = [[_moved(span, places) for span in each] for each, (_, places) in zip(spans, found, strict=True)]
+    return [text for text, _ in found], moved
+
+
+def _moved(span: Span, places: Sequence[tuple[Span, int]]) -> Span:
+    """A span in a text of which `places` have become longer."""
+
+    def at(character: int) -> int:
+        return character + sum(length - (end - start) for (start, end), length in places if end <= character)
+
+    return at(span[0]), at(span[1])

@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from trl.data.columns import Columns
 from trl.data.encode import INPUTS, EncodeSettings, inputs_of
-from trl.data.encoders import Columns, Tokenization, prompt_completion
+from trl.data.encoders import Tokenization, prompt_completion
 from trl.data.layout import lay_out
 from trl.data.multimodal import IMAGES, place_images
 from trl.data.trees import Tree, keep_end, keep_whole

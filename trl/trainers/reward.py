@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
+from trl.data.columns import describe
 from trl.data.encode import EncodeSettings
-from trl.data.encoders import describe
 from trl.errors import DataError, ModelError
 from trl.models.load import load_config
 from trl.models.rewards import prepare_rewards, score_rewards

@@ -1,0 +1,142 @@
+"""A batch of rows as columns, and the checks of their values that name row and column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trl.data.messages import tidy_messages
+from trl.errors import DataError
+
+INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A batch of rows as columns, with the rows' places in the dataset for messages; and each row's images, where a
+    processor reads them: conversations are then lists of parts."""
+
+    values: Mapping[str, Sequence[Any]]
+    rows: Sequence[int]
+    images: Sequence[Sequence[Any]] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        return self.values[name]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows as dicts."""
+        return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
+
+    def error(self, k: int, name: str, message: str) -> DataError:
+        return DataError(f"Row {self.rows[k]}, column {name!r}: {message}")
+
+    def is_chat(self, name: str) -> bool:
+        """Whether the column holds conversations, judged by its first value."""
+        return isinstance(self.values[name][0], list)
+
+    def texts(self, name: str) -> Sequence[str]:
+        """A column of strings."""
+        for k, value in enumerate(self.values[name]):
+            if not isinstance(value, str):
+                raise self.error(k, name, f"expected a string, found {describe(value)}.")
+            if (place := surrogate_in(value)) is not None:
+                raise self.error(k, name, f"{value[place]!r} at place {place} is half a character, and no text.")
+        return self.values[name]
+
+    def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
+        """A column of conversations; with `answers` the last turn must be the assistant's."""
+        chats = [self._chat(k, name, value) for k, value in enumerate(self.values[name])]
+        for k, chat in enumerate(chats):
+            if answers and chat[-1]["role"] != "assistant":
+                found = f"the conversation ends with {chat[-1]['role']!r}"
+                raise self.error(k, name, f"{found}, so there is no answer to train on. End it with the assistant.")
+        return chats
+
+    def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
+        if value == []:
+            raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
+        if not isinstance(value, list):
+            raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
+        try:
+            chat = tidy_messages(value) if self.images is None else value
+        except DataError as error:
+            raise self.error(k, name, str(error)) from error
+        for i, message in enumerate(chat):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                expected = 'expected {"role": …, "content": …}'
+                raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
+            if isinstance(message.get("content"), list) and self.images is None:
+                found = describe(message["content"])
+                raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
+            content = message.get("content")
+            if isinstance(content, str) and (place := surrogate_in(content)) is not None:
+                raise self.error(
+                    k, name, f"message {i}: {content[place]!r} at place {place} is half a character, and no text."
+                )
+        return chat
+
+    def numbers(self, name: str) -> Sequence[Sequence[int]]:
+        """A column of lists of integers."""
+        for k, value in enumerate(self.values[name]):
+            if not isinstance(value, list):
+                raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
+            self._check_integers(k, name, value)
+        return self.values[name]
+
+    def _check_integers(self, k: int, name: str, value: list[Any]) -> None:
+        if not value or np.asarray(value, dtype=object if None in value else None).dtype.kind in "bi":
+            return
+        i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
+        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i}.")
+
+    def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
+        """A column of token ids of a vocabulary of that size."""
+        limit = min(vocabulary or INT32, INT32)
+        for k, value in enumerate(self.numbers(name)):
+            if value and not 0 <= min(value) <= max(value) < limit:
+                i, wrong = next((i, v) for i, v in enumerate(value) if not 0 <= v < limit)
+                raise self.error(
+                    k,
+                    name,
+                    f"{wrong} at place {i} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
+                    "another tokenizer's?",
+                )
+        return self.values[name]
+
+    def check_finite(self, name: str) -> None:
+        """Raise DataError for NaN or an infinity in a column of numbers, where it holds such."""
+        for k, value in enumerate(self.values[name]):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self.error(k, name, f"expected a finite number, found {value}.")
+
+    def each(self, function: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
+        """`function(k, row)` of every row; an error from it says which row."""
+        results = []
+        for k, row in enumerate(self):
+            try:
+                results.append(function(k, row))
+            except DataError as error:
+                raise DataError(f"Row {self.rows[k]}: {error}") from error
+        return results
+
+
+def surrogate_in(text: str) -> int | None:
+    """The place of a lone surrogate in a text; None if there is none."""
+    try:
+        text.encode()
+        return None
+    except UnicodeEncodeError as error:
+        return error.start
+
+
+def describe(value: Any) -> str:
+    """A value and its type in a few words."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"
