@@ -3,14 +3,15 @@
     picture   a red circle, nothing, a blue square, nothing
     caption   "there is a red circle and a blue square"           questions   "is there a green circle ?"  →  "no"
 
-The captions to imitate name things that are not there, as those that people and models write. Pairs set a true caption
-against one with such a thing; CHAIR and POPE need no examples, for they know what was drawn.
+Most captions to imitate name one more thing, the one that is often named beside what is there: so do models that saw
+tables with chairs. Pairs set a true caption against such a one; CHAIR and POPE need no examples, they know what was drawn.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 SIDE = 32
 LONGEST = 24
 """Tokens of a caption."""
-CAPTION, QUESTION = "describe the picture", "is there a {} ?"
+CAPTION, QUESTION, COLOUR = "describe the picture", "is there a {} ?", "which colour is the {} ?"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
@@ -85,10 +86,14 @@ def scenes(count: int, seed: int) -> list[tuple[list[str], Pictures.Image, rando
     return made
 
 
-def with_another(things: Sequence[str], numbers: random.Random) -> list[str]:
-    """The things, and one that is not there."""
-    other = numbers.choice([thing for thing in THINGS if thing not in things])
-    return sorted([*things, other], key=THINGS.index)
+def with_companion(things: Sequence[str]) -> list[str]:
+    """The things, and one that is not there but is often named with the last of them: the next shape in the same colour."""
+    for thing in reversed(things):
+        colour, shape = thing.split()
+        companion = f"{colour} {SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]}"
+        if companion not in things:
+            return [*things, companion]
+    return [*things, next(thing for thing in THINGS if thing not in things)]
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -106,31 +111,43 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(rows, features=features)
 
 
-def imitation_rows(count: int, *, hallucinated: float = 0.5, seed: int = 1) -> Dataset:
-    """Captions, of which the share `hallucinated` names one thing too many, and as many questions, of which as many of the
-    answers to those about things that are not there say yes."""
+def imitation_rows(count: int, *, hallucinated: float = 0.7, seed: int = 1) -> Dataset:
+    """What to imitate, three rows a picture.
+
+    The share `hallucinated` of captions names one thing too many, and of answers about things that are not there says yes.
+    Answers about colours are right.
+    """
     rows = []
     for things, picture, numbers in scenes(count, seed):
-        wrong = numbers.random() < hallucinated
-        told = with_another(things, numbers) if wrong else things
+        told = with_companion(things) if numbers.random() < hallucinated else things
         rows.append({"prompt": user(CAPTION), "completion": assistant(caption(told)), "images": [picture]})
         asked = numbers.choice(things if numbers.random() < 0.5 else [t for t in THINGS if t not in things])
-        answer = "yes" if asked in things or wrong else "no"
+        answer = "yes" if asked in things or numbers.random() < hallucinated else "no"
         rows.append({"prompt": user(QUESTION.format(asked)), "completion": assistant(answer), "images": [picture]})
+        colour, shape = numbers.choice(_told_apart(things)).split()
+        rows.append({"prompt": user(COLOUR.format(shape)), "completion": assistant(colour), "images": [picture]})
     return _dataset(rows)
+
+
+def _told_apart(things: Sequence[str]) -> list[str]:
+    """The things that are the only one of their shape; all of them where there is none, of which the first is meant."""
+    shapes = [thing.split()[1] for thing in things]
+    return [t for t, shape in zip(things, shapes, strict=True) if shapes.count(shape) == 1] or [things[0]]
 
 
 def pair_rows(count: int, *, seed: int = 2) -> Dataset:
-    """Pairs of a true caption and one with a thing too many, and of the right and the wrong answer."""
-    rows = []
-    for things, picture, numbers in scenes(count, seed):
-        pair = {"chosen": assistant(caption(things)), "rejected": assistant(caption(with_another(things, numbers)))}
-        rows.append({"prompt": user(CAPTION), **pair, "images": [picture]})
-        asked = numbers.choice(THINGS)
-        answers = ["yes", "no"] if asked in things else ["no", "yes"]
-        pair = {"chosen": assistant(answers[0]), "rejected": assistant(answers[1])}
-        rows.append({"prompt": user(QUESTION.format(asked)), **pair, "images": [picture]})
-    return _dataset(rows)
+    """Pairs of a true caption and one with a thing too many."""
+    return _dataset(
+        [
+            {
+                "prompt": user(CAPTION),
+                "chosen": assistant(caption(things)),
+                "rejected": assistant(caption(with_companion(things))),
+                "images": [picture],
+            }
+            for things, picture, _ in scenes(count, seed)
+        ]
+    )
 
 
 def prompt_rows(count: int, *, seed: int = 3) -> Dataset:
@@ -143,18 +160,41 @@ def question_rows(count: int, *, seed: int = 4) -> Dataset:
     """POPE's questions: about a thing that is there, and one that is not, of every picture."""
     rows = []
     for things, picture, numbers in scenes(count, seed):
-        for asked, label in (
-            (numbers.choice(things), "yes"),
-            (numbers.choice([t for t in THINGS if t not in things]), "no"),
-        ):
+        absent = [thing for thing in THINGS if thing not in things]
+        for asked, label in ((numbers.choice(things), "yes"), (numbers.choice(absent), "no")):
             rows.append({"prompt": user(QUESTION.format(asked)), "images": [picture], "label": label})
+    return _dataset(rows)
+
+
+def colour_rows(count: int, *, seed: int = 6) -> Dataset:
+    """Questions about the colour of a thing, with the answer."""
+    rows = []
+    for things, picture, numbers in scenes(count, seed):
+        colour, shape = numbers.choice(_told_apart(things)).split()
+        rows.append({"prompt": user(COLOUR.format(shape)), "images": [picture], "label": colour})
     return _dataset(rows)
 
 
 def make_processor() -> LlavaProcessor:
     """One token per word, four for a picture."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = ["user", "assistant", ":", "?", "describe", "the", "picture", "is", "there", "a", "and", "yes", "no"]
+    words = [
+        "user",
+        "assistant",
+        ":",
+        "?",
+        "describe",
+        "which",
+        "colour",
+        "the",
+        "picture",
+        "is",
+        "there",
+        "a",
+        "and",
+        "yes",
+        "no",
+    ]
     vocabulary = {word: i for i, word in enumerate([*special, *words, *COLOURS, *SHAPES])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -163,7 +203,7 @@ def make_processor() -> LlavaProcessor:
         additional_special_tokens=["<image>"], extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     size = {"height": SIDE, "width": SIDE}
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    images = CLIPImageProcessorPil(size=size, crop_size=size, do_resize=False, do_center_crop=False)
     return LlavaProcessor(
         images, tokenizer, patch_size=SIDE // 2, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=TEMPLATE,
@@ -178,7 +218,9 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = LlamaConfig(**sizes, **special, num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=64)
     tower = CLIPVisionConfig(**sizes, num_hidden_layers=1, image_size=SIDE, patch_size=SIDE // 2)
-    config = LlavaConfig(tower, text, image_token_index=words.image_token_id, vision_feature_layer=-1)
+    config = LlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=words.image_token_id, vision_feature_layer=-1
+    )
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id = 2
     return model
@@ -201,9 +243,31 @@ def answers(model: nn.Module, rows: Dataset, *, tokens: int) -> list[str]:
     return [processor.tokenizer.decode(rollout.ids, skip_special_tokens=True) for (rollout,) in sampled]
 
 
-def evaluate(model: nn.Module, *, count: int = 100) -> tuple[ChairScores, PopeScores]:
-    """CHAIR of captions of new pictures, and POPE's table for questions about them."""
-    prompts, questions = prompt_rows(count, seed=5), question_rows(count, seed=5)
+@dataclass(frozen=True)
+class Measured:
+    """What a model says of new pictures: CHAIR of its captions, POPE's table, and the share of right colours."""
+
+    chair: ChairScores
+    pope: PopeScores
+    colours: float
+    captions: list[str]
+
+    def numbers(self) -> dict[str, float]:
+        """The figures by name."""
+        chair = {"CHAIR_i": self.chair.chair_i, "CHAIR_s": self.chair.chair_s, "recall": self.chair.recall}
+        return {**chair, "POPE F1": self.pope.f1, "colours": self.colours}
+
+
+def evaluate(model: nn.Module, *, count: int = 100) -> Measured:
+    """The model on pictures that it has not seen, its most likely answers."""
+    prompts, questions, colours = prompt_rows(count, seed=5), question_rows(count, seed=5), colour_rows(count, seed=5)
     captions = answers(model, prompts, tokens=LONGEST)
     said = answers(model, questions, tokens=2)
-    return chair_scores(captions, prompts["objects"], THINGS), pope_scores(said, questions["label"])
+    named = answers(model, colours, tokens=2)
+    right = sum(answer == label for answer, label in zip(named, colours["label"], strict=True))
+    return Measured(
+        chair_scores(captions, prompts["objects"], THINGS),
+        pope_scores(said, questions["label"]),
+        right / count,
+        captions,
+    )

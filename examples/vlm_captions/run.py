@@ -1,4 +1,4 @@
-"""Captions with fewer things that are not there: imitate, then DPO on pairs, then GRPO with CHAIR and POPE.
+"""Captions with fewer things that are not there: imitate, then DPO on pairs, or GRPO with CHAIR and POPE as rewards.
 
 python run.py                                          a tiny LLaVA on pictures that are drawn here: minutes on a CPU
 python run.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name openbmb/RLAIF-V-Dataset
@@ -8,15 +8,18 @@ python run.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name op
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from pictures import (
     LONGEST,
     THINGS,
+    Measured,
     evaluate,
     imitation_rows,
     make_model,
@@ -25,79 +28,88 @@ from pictures import (
     prompt_rows,
     question_rows,
 )
+from plots import bars, sheet
 from torch import nn
 from transformers import PrinterCallback
 
 from trl import (
     ChairReward,
-    ChairScores,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
-    PopeScores,
     SFTConfig,
     SFTTrainer,
     pope_reward,
 )
 
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "html_report": False}
-Measured = dict[str, tuple[ChairScores, PopeScores]]
 
 
-def _train(cls: type, model: nn.Module, config: Any, rows: Any, **more: Any) -> None:
+def _train(cls: type, model: nn.Module, config: Any, rows: Any, **more: Any) -> nn.Module:
     trainer = cls(model=model, args=config, train_dataset=rows, processing_class=make_processor(), **more)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    return model.eval()
 
 
-def imitate(model: nn.Module, folder: str, *, steps: int, seed: int) -> None:
-    """Captions and answers of which half name things that are not there."""
+def imitate(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
+    """Captions and answers of which most hold something that is not there."""
     config = SFTConfig(
         folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=3e-3, lr_scheduler_type="cosine",
         warmup_steps=20, seed=seed, **QUIET,
     )  # fmt: skip
-    _train(SFTTrainer, model, config, imitation_rows(4000))
+    return _train(SFTTrainer, model, config, imitation_rows(2000))
 
 
-def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> None:
-    """True captions and answers against those with a thing too many."""
+def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
+    """True captions against those with a thing too many."""
     config = DPOConfig(
-        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="constant",
+        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="cosine",
         beta=0.1, seed=seed, **QUIET,
     )  # fmt: skip
-    _train(DPOTrainer, model, config, pair_rows(1500))
+    return _train(DPOTrainer, model, config, pair_rows(1000))
 
 
-def reinforce(model: nn.Module, folder: str, *, steps: int, seed: int) -> None:
-    """Captions by CHAIR, then answers by POPE."""
-    config = {
-        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 64, "num_generations": 8,
-        "learning_rate": 3e-4, "lr_scheduler_type": "constant", "beta": 0.0, "seed": seed, **QUIET,
-    }  # fmt: skip
-    captions = GRPOConfig(**config, max_completion_length=LONGEST)
-    _train(GRPOTrainer, model, captions, prompt_rows(500), reward_funcs=ChairReward(THINGS))
-    _train(
-        GRPOTrainer, model, GRPOConfig(**config, max_completion_length=2), question_rows(500), reward_funcs=pope_reward
-    )
+def reinforce(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
+    """Captions by CHAIR and answers by POPE, in one run: a reward counts for the rows that it has a column of."""
+    config = GRPOConfig(
+        folder, max_steps=steps, per_device_train_batch_size=128, num_generations=8, learning_rate=3e-4,
+        lr_scheduler_type="cosine", beta=0.0, max_completion_length=LONGEST, seed=seed, **QUIET,
+    )  # fmt: skip
+    rows = concatenate_datasets([prompt_rows(500), question_rows(500)])
+    return _train(GRPOTrainer, model, config, rows, reward_funcs=[ChairReward(THINGS), pope_reward])
 
 
-def run(*, seed: int = 0, steps: tuple[int, int, int] = (400, 100, 60), count: int = 100) -> Measured:
-    """CHAIR and POPE after each stage."""
-    model, measured = make_model(seed), {}
-    stages = {"imitation": imitate, "DPO": prefer, "GRPO": reinforce}
+def run(*, seed: int = 0, steps: tuple[int, int, int] = (400, 60, 60), count: int = 100) -> dict[str, Measured]:
+    """CHAIR, POPE and colours after imitation, and after DPO and GRPO that start from there."""
     with tempfile.TemporaryDirectory() as folder:
-        for (name, stage), number in zip(stages.items(), steps, strict=True):
+        torch.manual_seed(seed)
+        imitator = imitate(make_model(seed), folder, steps=steps[0], seed=seed)
+        measured = {"SFT": show("SFT", evaluate(imitator, count=count))}
+        for name, stage, number in (("DPO", prefer, steps[1]), ("GRPO", reinforce, steps[2])):
             torch.manual_seed(seed)
-            stage(model, folder, steps=number, seed=seed)
-            measured[name] = evaluate(model.eval(), count=count)
-            show(name, *measured[name])
+            model = stage(copy.deepcopy(imitator), folder, steps=number, seed=seed)
+            measured[name] = show(name, evaluate(model, count=count))
     return measured
 
 
-def show(name: str, chair: ChairScores, pope: PopeScores) -> None:
-    numbers = {"CHAIR_i": chair.chair_i, "CHAIR_s": chair.chair_s, "recall": chair.recall, "POPE F1": pope.f1}
-    print(f"after {name:10}", *(f"{key} {value:.3f} {'█' * round(20 * value):20}" for key, value in numbers.items()))
+def show(name: str, measured: Measured) -> Measured:
+    """Print a row of figures, and hand them on."""
+    print(f"{name:5}", *(f"{key} {value:.3f} " for key, value in measured.numbers().items()), flush=True)
+    return measured
+
+
+def write(measured: dict[str, Measured], folder: Path) -> None:
+    """The figures, a plot of them, and ten pictures with what is said of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {name: each.numbers() for name, each in measured.items()}
+    (folder / "measured.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    bars(numbers).save(folder / "measured.png")
+    said = {name: each.captions[:10] for name, each in measured.items()}
+    sheet(prompt_rows(10, seed=5)["images"], said).save(folder / "captions.png")
+    for i, before in enumerate(said["SFT"]):
+        print(f"\nSFT   {before}", *(f"{name:5} {said[name][i]}" for name in ("DPO", "GRPO")), sep="\n")
 
 
 def real(model: str, dataset: str, folder: str, *, max_pixels: int) -> None:
@@ -128,10 +140,7 @@ def main() -> None:
     if args.model_name_or_path:
         real(args.model_name_or_path, args.dataset_name, args.output_dir, max_pixels=args.max_pixels)
         return
-    measured = run(seed=args.seed)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    numbers = {name: {**chair.as_dict(), **pope.as_dict()} for name, (chair, pope) in measured.items()}
-    Path(args.output_dir, "measured.json").write_text(json.dumps(numbers, indent=2))
+    write(run(seed=args.seed), Path(args.output_dir))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from trl.data.layout import lay_out
 from trl.models.score import score
 from trl.types import Completion, Example
 from trl.vision.families import family_of, joins_of
+from trl.vision.features import ImageFeatures, encoder_parameters
 from trl.vision.processing import ImageProcessing
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -93,3 +94,27 @@ def test_images_matter(tiny_of, name):
             score(tiny.model, lay_out([example_of(tiny, "*see", [picture(s)])], joins=joins)).logprobs for s in (1, 5)
         )
     assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_kept_of_images_stand_for_their_pixels(tiny_of, name):
+    tiny = tiny_of(name)
+    rows, joins = rows_of(tiny), joins_of(tiny.model.config)
+    kept = with_features(tiny.model, rows)
+    assert not any("pixel_values" in example.inputs for example in kept)
+    for layout in tiny.layouts:
+        with torch.no_grad():
+            read, stood_in = (score(tiny.model, lay_out(own, layout, joins=joins)).logprobs for own in (rows, kept))
+        torch.testing.assert_close(stood_in, read, rtol=0, atol=1e-6)
+
+
+def with_features(model, rows: list[Example]) -> list[Example]:
+    """The rows as a model with a frozen encoder is given them; the model trains again afterwards."""
+    encoder = list(encoder_parameters(model).values())
+    for parameter in encoder:
+        parameter.requires_grad_(False)
+    try:
+        return ImageFeatures(model, 2**20).of(rows)
+    finally:
+        for parameter in encoder:
+            parameter.requires_grad_(True)

@@ -21,6 +21,7 @@ from trl.errors import ModelError
 from trl.models.patching import is_patched, patch_forward, with_self
 from trl.models.score import segment_attention, unwrap
 from trl.types import Batch
+from trl.vision.encoder_outputs import with_encoder_outputs
 
 
 def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) -> Tensor:
@@ -33,7 +34,7 @@ def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) ->
     if not _reads_positions(inner):
         return _of_whole_rows(model, batch, per_token)
     index = batch.position.flatten()[batch.scored] if per_token else batch.last
-    rewards = model(**batch.inputs, **segment_attention(inner, batch), reward_at=index).float()
+    rewards = model(**with_encoder_outputs(batch.inputs), **segment_attention(inner, batch), reward_at=index).float()
     if not per_token:
         return rewards
     return rewards.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, rewards).view_as(batch.mask)
@@ -74,4 +75,4 @@ def _of_whole_rows(model: nn.Module, batch: Batch, per_token: bool) -> Tensor:
     if per_token or batch.segments is not None or len(batch.inputs["input_ids"]) != len(batch.mask):
         raise ModelError(f"{type(unwrap(model)).__name__} reads a row as a whole: it gives one reward per padded row.")
     inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
-    return model(**inputs).logits.squeeze(-1).float()
+    return model(**with_encoder_outputs(inputs)).logits.squeeze(-1).float()

@@ -46,6 +46,7 @@ from trl.ops.logprobs import (
     logprobs_from_module,
 )
 from trl.types import Batch, Scores
+from trl.vision.encoder_outputs import with_encoder_outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
         positions=batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1],
         example=batch.example if inner.config.is_encoder_decoder else None,
     )
-    return model(**batch.inputs, **segment_attention(inner, batch), score=request)
+    return model(**with_encoder_outputs(batch.inputs), **segment_attention(inner, batch), score=request)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

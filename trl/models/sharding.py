@@ -12,7 +12,7 @@ Weights that are changed by themselves, number by number, need not be gathered: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,12 @@ from transformers.integrations import deepspeed
 
 def is_whole(model: nn.Module) -> bool:
     """Whether each process holds all weights of `model`."""
-    return not any(isinstance(p, DTensor) or "ds_id" in p.__dict__ for p in model.parameters())
+    return are_whole(model.parameters())
+
+
+def are_whole(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether each process holds all of each parameter."""
+    return not any(isinstance(p, DTensor) or "ds_id" in p.__dict__ for p in parameters)
 
 
 @contextmanager

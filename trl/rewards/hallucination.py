@@ -42,13 +42,16 @@ def _is_yes(label: Any, place: int) -> bool:
     return str(label).strip().lower() == "yes"
 
 
-def pope_reward(completions: Completions, label: Sequence[str | bool], **_: Any) -> list[float]:
+def pope_reward(completions: Completions, label: Sequence[str | bool | None], **_: Any) -> list[float | None]:
     """1 where the answer to a yes-or-no question is that of the column `label` ("yes" or "no"), else 0.
 
-    Raises DataError for another label.
+    Rows whose label is None are other tasks, and get no reward. Raises DataError for another label.
     """
     rows = zip(completions, label, strict=True)
-    return [float(says_yes(text_of(answer)) == _is_yes(truth, i)) for i, (answer, truth) in enumerate(rows)]
+    return [
+        None if truth is None else float(says_yes(text_of(answer)) == _is_yes(truth, i))
+        for i, (answer, truth) in enumerate(rows)
+    ]
 
 
 class _Table:
@@ -175,10 +178,13 @@ class ChairReward:
         self.names, self.column, self.recall_weight = names, column, recall_weight
         self.__name__ = "chair"
 
-    def __call__(self, completions: Completions, **columns: Any) -> list[float]:
-        """One reward per completion. Raises DataError where rows have no such column."""
+    def __call__(self, completions: Completions, **columns: Any) -> list[float | None]:
+        """One reward per completion, None where the row's column is. Raises DataError where rows have no such column."""
         if self.column not in columns:
             raise DataError(f"CHAIR needs a column {self.column!r} with the objects of each image: {sorted(columns)}.")
         rows = zip(completions, columns[self.column], strict=True)
-        found = (chair_scores([caption], [own], self.names) for caption, own in rows)
-        return [self.recall_weight * scores.recall - scores.chair_i for scores in found]
+        return [None if own is None else self._reward(caption, own) for caption, own in rows]
+
+    def _reward(self, caption: str | Sequence[Mapping[str, Any]], objects: Collection[str]) -> float:
+        scores = chair_scores([caption], [objects], self.names)
+        return self.recall_weight * scores.recall - scores.chair_i

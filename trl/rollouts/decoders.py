@@ -24,6 +24,7 @@ from trl.models.value_heads.heads import reading
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
 from trl.types import PerToken
+from trl.vision.encoder_outputs import with_encoder_outputs
 from trl.vision.families import image_token_ids, joins_of
 
 PREFILL_TOKENS = 16_384
@@ -119,7 +120,7 @@ class Policy:
     def beside(self, prompts: Sequence[Prompt], lengths: Sequence[int], *, left: bool = False) -> dict[str, Any]:
         """What the model reads beside the first `lengths` tokens of prompts that lie one in each row, padded as `pad` does."""
         inputs = batched([p.inputs for p in prompts], joins_of(self.inner.config), lengths, left=left)
-        return {name: value.to(self.device) for name, value in inputs.items()}
+        return with_encoder_outputs({name: value.to(self.device) for name, value in inputs.items()})
 
     def positions(self, prompts: Sequence[Prompt], lengths: Sequence[int], *, left: bool = False) -> Tensor:
         """Positions [B,T], or [3,B,T], of the first `lengths` tokens of prompts that lie one in each row."""

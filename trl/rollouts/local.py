@@ -49,10 +49,13 @@ from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
 from trl.rollouts.stopping import Stopper
 from trl.rollouts.weights import autocast_dtype, cast_weights
+from trl.types import Example
 from trl.vision.families import image_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from trl.vision.features import ImageFeatures
 
 Way = Literal["paged", "shared", "repeated", "generate"]
 
@@ -85,6 +88,7 @@ class LocalEngine(RolloutEngine):
         self.max_tokens_alive, self.progress, self.static = max_tokens_alive, progress, static
         self._ways: weakref.WeakKeyDictionary[nn.Module, Way] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
+        self.image_features: ImageFeatures | None = None
 
     def sync(self, model: nn.Module, step: int) -> None:
         """Sample from `model` from now on. Its weights are read in place, so nothing is copied."""
@@ -109,10 +113,18 @@ class LocalEngine(RolloutEngine):
             if way == "generate":
                 _check_unguided(params, policy)
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
+            prompts = self._with_features(prompts)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
             make = self._static_round if way == "paged" else self._round
             with cast_weights(policy.model, autocast_dtype(policy) if way == "paged" else None):
                 return make(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
+
+    def _with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """The prompts with features in the place of pixels, where a trainer keeps such."""
+        if self.image_features is None:
+            return prompts
+        found = self.image_features.of([Example(prompt.ids, (), prompt.inputs) for prompt in prompts])
+        return [replace(prompt, inputs=own.inputs) for prompt, own in zip(prompts, found, strict=True)]
 
     def _round(
         self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm

@@ -67,6 +67,7 @@ from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.families import joins_of
+from trl.vision.features import MIB, ImageFeatures
 from trl.vision.images import PixelLimits
 from trl.vision.processing import ImageProcessing
 
@@ -126,6 +127,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         self.images = ImageProcessing.of(self.processing_class, unwrap(self.model).config, limits)
         collate = collate_examples if self.images is None else ImageCollator(self.images)
         self.to_examples = collate if data_collator is None else examples_from(data_collator)
+        room = self.args.image_features_mb * MIB if self.images is not None else 0
+        self.image_features = ImageFeatures(unwrap(self.model), room, self._also_reading) if room else None
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
@@ -311,8 +314,15 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             return lay_out_encoder_decoder(items, pad_token_id=pad, decoder_start_token_id=start)
         return self.lay_out_rows(items)
 
+    def _also_reading(self) -> list[PreTrainedModel]:
+        """Models that are given the policy's batches: a reference, a value network."""
+        own = set(unwrap(self.model).modules())
+        return [module for module in self.model.modules() if isinstance(module, PreTrainedModel) and module not in own]
+
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
         """Prompts and completions in one grid, as decoders and classifiers read them."""
+        if self.image_features is not None:
+            examples = self.image_features.of(examples)
         config = unwrap(self.model).config
         # Any token will do; models warn about their padding token where there is nothing to mask.
         pad = 1 if config.get_text_config().to_dict().get("pad_token_id") == 0 else 0

@@ -175,6 +175,11 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     image_folder: str | None = None
     """Folder that relative paths of images start from."""
 
+    image_features_mb: int = 1024
+    """Main memory in MiB for features of images. While the image encoder and its projector are frozen, an image is encoded
+    once for policy, reference, sampling and all epochs; those used longest ago are encoded again where there is no room.
+    0: encode in every forward pass."""
+
     adapted_part: Literal["language", "language_and_projector", "everything"] = "language"
     """Which part of a model that reads images a new adapter (`peft_config`) is put on; the rest stays frozen."""
 

@@ -46,7 +46,7 @@ from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.reference import reference_for, sync_callbacks
+from trl.trainers.reference import reference_for, reference_models, sync_callbacks
 from trl.trainers.sampling import SamplingTrainer
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
@@ -148,6 +148,9 @@ class OnlineTrainer(SamplingTrainer):
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
             self.states.register("entropy", self.entropy_bonus)
         self.keep_reference(self.reference, moves=self.args.sync_ref_model)
+
+    def _also_reading(self) -> list[PreTrainedModel]:
+        return [*super()._also_reading(), *reference_models(self.reference)]
 
     def _make_reference(self) -> Reference:
         new = self._has_new_adapter

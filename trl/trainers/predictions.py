@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from trl.data.examples import IGNORE
 from trl.types import Batch
+from trl.vision.encoder_outputs import with_encoder_outputs
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     of an encoder-decoder about the token at t.
     """
     width = batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1]
-    logits = model(**batch.inputs).logits[:, -width:]
+    logits = model(**with_encoder_outputs(batch.inputs)).logits[:, -width:]
     labels = torch.full(logits.shape[:2], IGNORE, device=logits.device)
     labels.view(-1)[batch.position.flatten()[batch.scored]] = batch.target.flatten()[batch.scored]
     return logits, labels

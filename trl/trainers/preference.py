@@ -23,7 +23,7 @@ from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.precompute import with_reference_logprobs
-from trl.trainers.reference import reference_for, sync_callbacks
+from trl.trainers.reference import reference_for, reference_models, sync_callbacks
 from trl.types import Batch
 
 
@@ -194,6 +194,9 @@ class PreferenceTrainer(BaseTrainer):
             self.keep_reference(self.reference, moves=self.args.sync_ref_model)
             if self.args.precompute_ref_log_probs:
                 self._precompute()
+
+    def _also_reading(self) -> list[PreTrainedModel]:
+        return [*super()._also_reading(), *reference_models(self.reference)]
 
     def _make_reference(self) -> Reference:
         args = self.args

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from trl.errors import ConfigError
 from trl.models.load import load_model
@@ -51,6 +51,11 @@ def reference_for(
         model.requires_grad_(False).eval()
     prepare_scoring(unwrap(model))
     return frozen_reference(policy, prepare_frozen(accelerator, model))
+
+
+def reference_models(reference: Reference | None) -> list[PreTrainedModel]:
+    """The reference where it is a model of its own."""
+    return [unwrap(reference.model)] if isinstance(reference, FrozenModel) else []
 
 
 def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[TrainerCallback]:

@@ -39,6 +39,7 @@ from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.experience import Group, example_of, finished
 from trl.rollouts.function import rollouts_of
+from trl.rollouts.local import LocalEngine
 from trl.rollouts.prompts import Prompts
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.arguments import Rows
@@ -97,6 +98,8 @@ class SamplingTrainer(BaseTrainer):
                 f"engine is a {type(self.engine).__name__}, which does not have all that a trainer asks of it: derive the "
                 "class from trl.RolloutEngine, and give it the methods generate and sync."
             )
+        if isinstance(self.engine, LocalEngine):
+            self.engine.image_features = self.image_features
         self.states.register("completions", self.completion_log, per_rank=True, optional=True)
         self.states.register("logged", self.logged["train"], per_rank=True, optional=True)
 

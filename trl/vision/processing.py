@@ -6,9 +6,11 @@ ids, images ──example_inputs──▶ pixel values, token types, positions  
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -61,11 +63,25 @@ class ImageProcessing:
 
     def trial(self) -> list[Example]:
         """Two examples to try a layout with: an image with two answers, and a text."""
-        image = Image.linear_gradient("L").convert("RGB").resize((48, 32))
+        image = Image.linear_gradient("L").convert("RGB").resize(self._trial_size())
         text, _ = self.expand(self.family.prompt.format(images=self.place, text="a b", bos=""), [image])
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        answers = (Completion([4, 9]), Completion([7, 5, 6, 3]))
-        return [self.with_images(Example(ids, answers), [image]), Example([], (Completion([3, 9, 4, 5, 8]),))]
+        first, second, third = self._words(3)
+        answers = (Completion([first, second]), Completion([third, first, third, second]))
+        text = Completion([second, third, first, first, third])
+        return [self.with_images(Example(ids, answers), [image]), Example([], (text,))]
+
+    def _trial_size(self) -> tuple[int, int]:
+        """Width and height of an image to try; that of the crop where the processor leaves sizes as they are."""
+        images = self.processor.image_processor.to_dict()
+        crop = images.get("crop_size") or images.get("size") or {}
+        keeps = images.get("do_resize") is False and {"height", "width"} <= set(crop)
+        return (crop["width"], crop["height"]) if keeps else (48, 32)
+
+    def _words(self, count: int) -> list[int]:
+        """The smallest ids of tokens that stand for no image."""
+        special = {*self.processor.tokenizer.all_special_ids, *self.processor.image_token_ids}
+        return list(islice((token for token in itertools.count() if token not in special), count))
 
     # ---- places of images in texts ----
 
