@@ -211,9 +211,9 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA whose picture has four patches, with a tower of 1 layer and a Llama of 2 layers × 96."""
+    """A LLaVA whose picture has four patches, with a tower of 1 layer and a Llama of 2 layers × 64."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     words = make_processor().tokenizer
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = LlamaConfig(**sizes, **special, num_hidden_layers=2, vocab_size=len(words), max_position_embeddings=64)

@@ -59,14 +59,14 @@ def imitate(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Modul
         folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=3e-3, lr_scheduler_type="cosine",
         warmup_steps=20, seed=seed, **QUIET,
     )  # fmt: skip
-    return _train(SFTTrainer, model, config, imitation_rows(2000))
+    return _train(SFTTrainer, model, config, imitation_rows(3000))
 
 
 def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
     """True captions against those with a thing too many."""
     config = DPOConfig(
-        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=3e-4, lr_scheduler_type="cosine",
-        beta=0.1, seed=seed, **QUIET,
+        folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=5e-5, lr_scheduler_type="cosine",
+        beta=0.5, seed=seed, **QUIET,
     )  # fmt: skip
     return _train(DPOTrainer, model, config, pair_rows(1000))
 
@@ -74,14 +74,14 @@ def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module
 def reinforce(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
     """Captions by CHAIR and answers by POPE, in one run: a reward counts for the rows that it has a column of."""
     config = GRPOConfig(
-        folder, max_steps=steps, per_device_train_batch_size=128, num_generations=8, learning_rate=3e-4,
-        lr_scheduler_type="cosine", beta=0.0, max_completion_length=LONGEST, seed=seed, **QUIET,
+        folder, max_steps=steps, per_device_train_batch_size=128, num_generations=8, learning_rate=2e-4,
+        lr_scheduler_type="constant", beta=0.0, max_completion_length=LONGEST, seed=seed, **QUIET,
     )  # fmt: skip
     rows = concatenate_datasets([prompt_rows(500), question_rows(500)])
     return _train(GRPOTrainer, model, config, rows, reward_funcs=[ChairReward(THINGS), pope_reward])
 
 
-def run(*, seed: int = 0, steps: tuple[int, int, int] = (400, 60, 60), count: int = 100) -> dict[str, Measured]:
+def run(*, seed: int = 0, steps: tuple[int, int, int] = (1000, 60, 80), count: int = 100) -> dict[str, Measured]:
     """CHAIR, POPE and colours after imitation, and after DPO and GRPO that start from there."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)

@@ -224,7 +224,7 @@ def test_without_a_chat_template_the_text_is_continued(tmp_path):
     talks = speaker(save_model(tmp_path / "base", template=False))
     assert "no chat template" in talks.notes[0]
     messages = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "two"}]
-    assert talks.tokenizer.decode(talks.encode(messages)) == "One\ntwo"
+    assert talks.tokenizer.decode(talks.encode(messages)["input_ids"][0]) == "One\ntwo"
 
 
 def test_messages_beyond_the_context(tmp_path):

@@ -262,12 +262,12 @@ def test_an_unknown_family_is_told_what_is_missing():
         tiny.model.config.__class__.model_type = before
 
 
-def test_trials_have_no_image_token_among_words_and_a_size_that_the_model_reads():
+def test_trials_have_no_image_token_among_words_and_a_size_that_the_model_reads(monkeypatch):
     """Of a tokenizer whose image token is one of the first, and a processor that resizes nothing."""
     tiny = llava()
     tiny.processor.image_processor.do_resize = tiny.processor.image_processor.do_center_crop = False
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
-    tiny.processor.image_token_ids.append(5)
+    monkeypatch.setattr(type(tiny.processor), "image_token_ids", [processing.token_id, 5])
     example, text = processing.trial()
     assert example.inputs["pixel_values"].shape[-2:] == (16, 16)
     completions = [*example.completions, *text.completions]

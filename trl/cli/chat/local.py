@@ -11,12 +11,16 @@ from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from trl.cli.chat.arguments import ChatArguments, Generation
+from trl.cli.chat.images import prompt_inputs
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.data.chat import ChatTemplate
+from trl.data.multimodal import split_parts
 from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
 from trl.report.charts import number
+from trl.vision.families import family_of, image_token_ids
+from trl.vision.processing import ImageProcessing
 
 UNLIMITED = 10**9
 """From here on, a tokenizer's `model_max_length` says that it knows none."""
@@ -28,10 +32,15 @@ ROOM = 4
 class LocalSpeaker:
     """Answers with `model`. Without a chat template the conversation is one text, a line per message, to be continued."""
 
-    def __init__(self, model: Any, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: Any, processor: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        """`processor` is a tokenizer, or what holds one and reads images."""
+        self.model, self.tokenizer = model.eval(), (tokenizer := tokenizer_of(processor))
         self.inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.template = ChatTemplate(tokenizer, template_kwargs=template_kwargs) if tokenizer.chat_template else None
+        self.images = ImageProcessing.of(processor, self.inner.config) if family_of(self.inner.config) else None
+        template = tokenizer.chat_template if self.images is None else processor.chat_template
+        self.template = (
+            ChatTemplate(tokenizer, template_kwargs=template_kwargs, chat_template=template) if template else None
+        )
         self.context = context_of(self.inner, tokenizer)
         self.name = (tokenizer.name_or_path or type(self.inner).__name__).rstrip("/").rpartition("/")[2]
         size = f"{number(count_parameters(model)[1])} parameters"
@@ -41,7 +50,8 @@ class LocalSpeaker:
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
         """Sample until the model ends, a stop text comes, or there is no more room. Returns the tokens sampled."""
-        ids = torch.tensor([self.encode(messages)], device=self.inner.device)
+        inputs = {name: value.to(self.inner.device) for name, value in self.encode(messages).items()}
+        ids = inputs["input_ids"]
         config = self._config(generation, self._room(ids.shape[1], generation))
         stream = Stream(say, generation.stop)
         streamer = _Spoken(self.tokenizer, stream)
@@ -49,7 +59,7 @@ class LocalSpeaker:
             torch.manual_seed(generation.seed)
         try:
             self.model.generate(
-                input_ids=ids,
+                **inputs,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 streamer=streamer,
@@ -62,11 +72,23 @@ class LocalSpeaker:
             ) from None
         return streamer.tokens
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens after which the model answers."""
-        if self.template is not None:
-            return self.tokenizer(self.template.prompt(messages), add_special_tokens=False)["input_ids"]
-        return self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    def encode(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
+        """What the model answers to: `input_ids [1,P]`, and what it reads of images."""
+        if self.template is None:
+            text = "\n".join(message["content"] for message in messages)
+            return {"input_ids": torch.tensor([self.tokenizer(text)["input_ids"]])}
+        if self.images is not None:
+            messages, images = split_parts(messages)
+            return prompt_inputs(self.images, self.template.prompt(messages), images)
+        ids = self.tokenizer(self.template.prompt(messages), add_special_tokens=False)["input_ids"]
+        return {"input_ids": torch.tensor([ids])}
+
+    def check_reads_images(self) -> None:
+        """Raises ModelError for a model that reads texts alone, or that has no template with places for images."""
+        if self.images is None:
+            raise ModelError(f"{self.name} reads no images: it is a {type(self.inner).__name__}.")
+        if self.template is None:
+            raise ModelError(f"{self.name} has no chat template, which says where images stand in a conversation.")
 
     def _room(self, tokens: int, generation: Generation) -> int:
         """Tokens that an answer to so many may have. Raises TooLong where those are too many."""
@@ -92,6 +114,7 @@ class LocalSpeaker:
         if generation.repetition_penalty is not None:
             config.repetition_penalty = generation.repetition_penalty
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *image_token_ids(self.inner.config)}) or None
         config.eos_token_id = sorted({*ends, self.tokenizer.eos_token_id} - {None}) or None
         if config.pad_token_id is None:
             config.pad_token_id = config.eos_token_id[0] if config.eos_token_id else 0
@@ -148,8 +171,8 @@ def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
     )
     inner = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
     hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
-    tokenizer = load_processor(inner, name, trust_remote_code=model.trust_remote_code, **hub)
-    return LocalSpeaker(loaded, tokenizer_of(tokenizer), arguments.chat_template_kwargs)
+    processor = load_processor(inner, name, trust_remote_code=model.trust_remote_code, **hub)
+    return LocalSpeaker(loaded, processor, arguments.chat_template_kwargs)
 
 
 def _placement(device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, TextGe
 from huggingface_hub.utils import logging
 
 from trl.cli.chat.arguments import ChatArguments, Generation
+from trl.cli.chat.images import for_server
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.errors import ConfigError, TrlError
 from trl.hub import outside_the_hub
@@ -76,13 +77,16 @@ class ServerSpeaker:
             extensions["chat_template_kwargs"] = dict(self.template_kwargs)
         return {
             "model": self.name,
-            "messages": list(messages),
+            "messages": for_server(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": generation.max_new_tokens,
             "extra_body": extensions,
             **{name: options[name] for name in STANDARD if name in options},
         }
+
+    def check_reads_images(self) -> None:
+        """Nothing is known of the server's model: the server says so itself."""
 
     def _first_model(self) -> str:
         headers = {name: value for name, value in self.headers.items() if value}

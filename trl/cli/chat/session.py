@@ -14,6 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from trl.cli.chat.arguments import Generation
+from trl.cli.chat.images import check_image, content_with
 from trl.cli.chat.screen import Screen
 from trl.cli.chat.talk import Conversation, Speaker, TooLong
 from trl.cli.fields import options_of
@@ -22,6 +23,7 @@ from trl.errors import ConfigError, TrlError, unknown
 
 COMMANDS = {
     "help": "this list, and what `set` can change",
+    "/image PATH": "show an image with the next message",
     "example [NAME]": "say an example message; without a name, list them",
     "set KEY=VALUE; …": "change how answers are made",
     "save [NAME]": "write the conversation to a file",
@@ -29,7 +31,7 @@ COMMANDS = {
     "reset": "start a new conversation, with everything that was set as it was at the start",
     "exit": "leave (as does Ctrl-D)",
 }
-"""What may be typed beside messages, and what it does. A slash before the name is fine."""
+"""What may be typed beside messages, and what it does. A slash before the name is fine; `image` needs it."""
 
 _ALONE = ("help", "clear", "reset", "exit")
 _WITH_NAME = ("example", "save")
@@ -44,6 +46,8 @@ class Command:
 def read_command(line: str) -> Command | None:
     """The command that a line is, or None for a message: "save draft" is one, "save me from this" is not."""
     name, _, rest = line.strip().partition(" ")
+    if name.lower() == "/image":
+        return Command("image", rest.strip())
     name, rest = name.removeprefix("/").lower(), rest.strip()
     if name in _ALONE and not rest:
         return Command(name)
@@ -87,6 +91,8 @@ class Session:
         self.generation = self.initial = generation
         self.folder = Path(save_folder).expanduser()
         self.conversation = Conversation()
+        self.images: list[str] = []
+        """Paths of the images that go with the next message."""
         self.saved: set[Path] = set()
         self.told_of_dropping = False
 
@@ -118,7 +124,7 @@ class Session:
             self.screen.error(str(error) or type(error).__name__)
 
     def _obey(self, command: Command) -> None:
-        takes_rest = command.name in (*_WITH_NAME, "set")
+        takes_rest = command.name in (*_WITH_NAME, "set", "image")
         method = getattr(self, f"_do_{command.name}")
         method(command.rest) if takes_rest else method()
 
@@ -128,13 +134,14 @@ class Session:
         """Say `text` to the speaker and show the answer. A turn without an answer is as if it had not been."""
         if not text.strip():
             return
-        self.conversation.add("user", text)
+        self.conversation.add("user", content_with(self.images, text))
         pieces: list[str] = []
         try:
             self._answer(pieces)
         finally:
             answer = "".join(pieces).strip()
             if answer:
+                self.images = []
                 self.conversation.add("assistant", answer)
             else:
                 self.conversation.messages.pop()
@@ -177,6 +184,14 @@ class Session:
         values = asdict(self.generation)
         self.screen.table("Settings", [(f"{k} = {_shown(v)}", options[k].help) for k, v in values.items()])
 
+    def _do_image(self, path: str) -> None:
+        if not path:
+            raise ConfigError("/image takes the path of a file: /image photo.jpg")
+        self.speaker.check_reads_images()
+        found, size = check_image(path)
+        self.images.append(found)
+        self.screen.note(f"{Path(found).name}, {size}: the model sees it with your next message.")
+
     def _do_example(self, name: str) -> None:
         if not name:
             self.screen.table("Examples", self.examples.items())
@@ -218,7 +233,7 @@ class Session:
         self.screen.note("A new conversation, with the settings of the start.")
 
     def _start_anew(self) -> None:
-        self.conversation, self.told_of_dropping = Conversation(), False
+        self.conversation, self.images, self.told_of_dropping = Conversation(), [], False
 
 
 def _shown(value: object) -> str:

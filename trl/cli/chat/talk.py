@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from trl.cli.chat.arguments import Generation
 from trl.errors import TrlError
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""Role and content: a text, or parts with the paths of images and a text."""
 Say = Callable[[str], None]
 
 
@@ -36,6 +37,10 @@ class Speaker(Protocol):
         """
         ...
 
+    def check_reads_images(self) -> None:
+        """Raises ModelError for a model that is known to read texts alone."""
+        ...
+
 
 @dataclass
 class Conversation:
@@ -44,7 +49,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     start: int = 0
 
-    def add(self, role: str, content: str) -> None:
+    def add(self, role: str, content: Any) -> None:
         self.messages.append({"role": role, "content": content})
 
     def seen(self, system_prompt: str | None) -> list[Message]:
