@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import datasets
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from tests.vision.support import FAMILIES, gemma3, llava, picture, qwen2_5_vl
 from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import ImageCollator
+from trl.data.multimodal import split_parts
 from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example
 from trl.vision.images import PixelLimits, image_size, read_image
@@ -272,3 +275,57 @@ def test_trials_have_no_image_token_among_words_and_a_size_that_the_model_reads(
     assert example.inputs["pixel_values"].shape[-2:] == (16, 16)
     completions = [*example.completions, *text.completions]
     assert not {5, processing.token_id} & {token for completion in completions for token in completion.ids}
+
+
+def as_png(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    whole = io.BytesIO()
+    image.save(whole, format=format, **options)
+    return whole.getvalue()
+
+
+def test_images_are_read_as_a_person_sees_them():
+    """16 bits of grey are not cut off at 255, and what is transparent is white and not the colour behind it."""
+    grey = Image.fromarray(np.array([[0, 16448], [32896, 65535]], np.uint16))
+    assert [read_image(as_png(grey), PixelLimits()).getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [
+        0,
+        64,
+        128,
+        255,
+    ]
+    assert read_image(as_png(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), PixelLimits()).getpixel((0, 0)) == (255,) * 3
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red, green, blue = read_image(as_png(ink, "JPEG"), PixelLimits()).getpixel((4, 4))
+    assert (red > 250, green < 5, blue < 5) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (as_png(Image.new("RGB", (4, 4)))[:20], "20 bytes cannot be opened as an image"),
+        (as_png(Image.new("1", (20_000, 20_000))), "exceeds limit of .* PIL.Image.MAX_IMAGE_PIXELS"),
+        (Image.new("F", (2, 2)), "floating-point pixels"),
+        ("data:image/png;base64,%%%", "base64 cannot be read .* it begins with '%%%'"),
+    ],
+)
+def test_what_is_no_image(value, message):
+    with pytest.raises(DataError, match=message):
+        read_image(value, PixelLimits())
+
+
+def test_images_in_base64():
+    whole = as_png(picture(1))
+    text = base64.b64encode(whole).decode()
+    assert read_image(f"data:image/png;base64,{text}", PixelLimits()).size == picture(1).size
+    for part in (
+        {"type": "image", "base64": text},
+        {"type": "image_url", "image_url": {"url": "cat.png", "detail": "low"}},
+    ):
+        (_,), (held,) = split_parts([{"role": "user", "content": [part]}])
+        assert held == (whole if "base64" in part else "cat.png")
+
+
+def test_a_size_that_the_processor_refuses_is_named():
+    tiny = qwen2_5_vl()
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    with pytest.raises(DataError, match="does not take an image of 3,000 × 3 pixels: .*aspect ratio"):
+        processing.expand(processing.place, [Image.new("RGB", (3000, 3))])

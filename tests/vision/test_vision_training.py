@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import Gemma3ForSequenceClassification
 
 from tests.vision.support import Tiny, gemma3, llava, picture, qwen2_5_vl, seeded
+from trl.errors import ConfigError
 from trl.rewards.model import RewardModel
 from trl.trainers.cpo import CPOConfig, CPOTrainer
 from trl.trainers.dpo import DPOConfig, DPOTrainer
@@ -157,6 +158,21 @@ def test_adapters_and_a_value_head(tmp_path):
         found[layout] = history(trainer_of("ppo", tmp_path, llava(), rows("prompts"), **options))
     assert found["shared"] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4)
     assert found["packed"] == pytest.approx(found["padded"], rel=1e-3, abs=1e-4)
+
+
+def test_rows_packed_beforehand_keep_their_images(tmp_path):
+    """Four documents, of which one has no image and one has two, in one row or in several."""
+    apart = history(trainer_of("sft", tmp_path, qwen2_5_vl(), rows("completion"), max_steps=1, max_length=200))
+    options = {"max_steps": 1, "packing": True, "max_length": 200}
+    trainer = trainer_of("sft", tmp_path, qwen2_5_vl(), rows("completion"), **options)
+    assert sorted(n for counts in trainer.train_dataset["image_counts"] for n in counts) == [0, 1, 1, 2]
+    assert len(trainer.train_dataset) < 4
+    assert history(trainer) == pytest.approx(apart, rel=1e-4)
+
+
+def test_packing_never_cuts_an_image(tmp_path):
+    with pytest.raises(ConfigError, match="packing_strategy='wrapped' cuts documents anywhere"):
+        trainer_of("sft", tmp_path, llava(), rows("completion"), packing=True, packing_strategy="wrapped")
 
 
 def test_pixels_are_made_by_the_loaders_workers(tmp_path):

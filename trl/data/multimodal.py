@@ -24,6 +24,7 @@ from trl.data.formats import PICTURES
 from trl.data.messages import to_chatml, without_none
 from trl.data.tokens import Span
 from trl.errors import DataError
+from trl.vision.images import from_base64
 from trl.vision.processing import ImageProcessing
 
 IMAGES = "images"
@@ -153,9 +154,11 @@ def _bare(part: Any, held: list[Any]) -> Any:
     """The part without the image that it holds, which goes to `held`."""
     if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
         return part
-    image = next((part[key] for key in HELD_IN if part.get(key) is not None), None)
-    if image is not None:
-        held.append(image["url"] if isinstance(image, Mapping) and set(image) == {"url"} else image)
+    name = next((key for key in HELD_IN if part.get(key) is not None), None)
+    if name is not None:
+        image = part[name]
+        image = image["url"] if isinstance(image, Mapping) and "url" in image else image
+        held.append(from_base64(image) if name == "base64" else image)
     return {"type": "image"}
 
 

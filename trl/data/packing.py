@@ -21,6 +21,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
 from trl.data.formats import AnyDataset
+from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError, DataError, unknown
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,18 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
     pieces = STRATEGIES[strategy](lengths, capacity)
     mask[pieces.start[pieces.length > 0]] = False  # nothing predicts a document's first token
     pieces = _trained_pieces(pieces, mask)
-    return pack_columns(pieces, {"input_ids": ids, "mask": mask}, {"input_ids": pa.int32(), "mask": pa.bool_()})
+    packed = pack_columns(pieces, {"input_ids": ids, "mask": mask}, {"input_ids": pa.int32(), "mask": pa.bool_()})
+    return packed if IMAGES not in table.column_names else _with_images(packed, table[IMAGES], pieces, lengths)
+
+
+def _with_images(packed: pa.Table, images: pa.ChunkedArray, pieces: Pieces, lengths: Ints) -> pa.Table:
+    """The packed rows with the images of their documents, in order, and how many each document has."""
+    own = images.combine_chunks().take(pa.array(np.searchsorted(np.cumsum(lengths), pieces.start, side="right")))
+    counts = own.value_lengths().to_numpy()
+    bounds = np.concatenate([[0], np.cumsum(counts)])[pieces.rows]
+    held = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), own.flatten())
+    numbers = pa.ListArray.from_arrays(pa.array(pieces.rows, pa.int32()), pa.array(counts, pa.int32()))
+    return packed.append_column(IMAGES, held).append_column("image_counts", numbers)
 
 
 def _answer_mask(table: pa.Table) -> Ints | bool:

@@ -153,12 +153,22 @@ class SFTTrainer(BaseTrainer):
         if not self._packs(split):
             return encoded
         if self.images is not None:
-            raise ConfigError(
-                'packing=True fills rows beforehand, and images do not go with it: set layout="packed", which lays several '
-                "rows with their images out in one without padding."
-            )
+            self._check_packs_images()
         packed, _ = pack_examples(encoded, self.args.max_length, self.args.packing_strategy)
         return packed
+
+    def _check_packs_images(self) -> None:
+        """Raises ConfigError where packing would cut images, or lose what is a prompt."""
+        if self.args.packing_strategy != "bfd":
+            raise ConfigError(
+                f"packing_strategy={self.args.packing_strategy!r} cuts documents anywhere, images too: rows with images are "
+                'packed whole, by packing_strategy="bfd".'
+            )
+        if self.images.family.sees_ahead == "prompt":
+            raise ConfigError(
+                f"packing=True makes one text of prompt and completion, and in {type(unwrap(self.model)).__name__} the tokens "
+                'of a prompt see each other: set layout="packed", which lays rows out in one as they are.'
+            )
 
     def _packs(self, split: str) -> bool:
         evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing

@@ -6,6 +6,7 @@ image_size(…)                            (height, width) of that, from the hea
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trl.errors import ConfigError, DataError
@@ -55,12 +57,16 @@ class PixelLimits:
 def open_image(value: Any, root: str | None = None) -> Image.Image:
     """The image that a value of a row stands for, not decoded yet: a path, bytes, `{"bytes", "path"}` or a PIL image.
 
+    A text may be a data URL as well.
+
     Raises DataError for anything else, for a file that is not there, and for one that is no image.
     """
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and value.startswith("data:"):
+        value = from_base64(value.partition(",")[2])
     if isinstance(value, bytes):
         return _opened(BytesIO(value), f"{len(value):,} bytes")
     if isinstance(value, str | Path):
@@ -78,6 +84,20 @@ def _opened(source: Any, name: str) -> Image.Image:
         return Image.open(source)
     except UnidentifiedImageError as error:
         raise DataError(f"What {name} holds is not an image in a format that Pillow knows.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{name}: {error} Make the file smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where images are trusted."
+        ) from error
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{name} cannot be opened as an image: {error}.") from error
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes that a text in base64 stands for. Raises DataError where it is none."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise DataError(f"An image in base64 cannot be read ({error}): it begins with {text[:20]!r}.") from error
 
 
 def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
@@ -95,13 +115,29 @@ def read_image(value: Any, limits: PixelLimits) -> Image.Image:
     """The image in RGB, upright, within the limits. Raises DataError as `open_image` does, and for a broken file."""
     image = open_image(value, limits.root)
     try:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
+        upright = _as_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError) as error:
         raise DataError(f"An image cannot be decoded: {error}.") from error
     finally:
         if image is not value:
             image.close()
     return _within(upright, limits)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The image as a person sees it: what is transparent on white, and 16 bits of grey as 8.
+
+    Raises DataError for pixels of floating-point numbers, of which nothing says what is white.
+    """
+    if image.mode == "F":
+        raise DataError("An image has floating-point pixels: save it with 8 or 16 bits per channel.")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _within(image: Image.Image, limits: PixelLimits) -> Image.Image:

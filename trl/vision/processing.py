@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -144,7 +145,19 @@ class ImageProcessing:
         return found[0] if len(set(found)) == 1 else None
 
     def _count(self, size: tuple[int, int]) -> int:
-        return self.processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0]
+        with self._refusals(size):
+            return self.processor._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0]
+
+    @contextmanager
+    def _refusals(self, *sizes: tuple[int, int]) -> Iterator[None]:
+        """What the processor refuses, with the sizes of the images."""
+        try:
+            yield
+        except (ValueError, ZeroDivisionError) as error:
+            shown = ", ".join(f"{width:,} × {height:,}" for height, width in sizes)
+            raise DataError(
+                f"{type(self.processor).__name__} does not take an image of {shown} pixels: {error}."
+            ) from error
 
     # ---- tokens of images ----
 
@@ -175,7 +188,8 @@ class ImageProcessing:
             tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs, return_tensors="pt"
         )["images_kwargs"]
         fetched, *_ = self.processor.prepare_inputs_layout(images=list(images), text=None)
-        return self.processor._process_images(fetched, **options)
+        with self._refusals(*((image.height, image.width) for image in images)):
+            return self.processor._process_images(fetched, **options)
 
     def with_images(self, example: Example, images: Sequence[Any]) -> Example:
         """The example with what the model reads of its images, and the positions of its tokens.
