@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -171,13 +172,20 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
 
 
+DROPOUT = re.compile(r"(dropout|pdrop|layerdrop)(_p|_prob|_rate)?$")
+"""Names under which modules hold a probability of dropping something."""
+
+SCALES = ("moe_token_dropout",)
+"""Probabilities that also scale what is computed in evaluation, so that they are part of the model."""
+
+
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout probability of `model` to zero."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(module.__dict__.get(name), float):
+        for name, value in vars(module).items():
+            if isinstance(value, float) and DROPOUT.search(name) and name not in SCALES:
                 setattr(module, name, 0.0)
 
 
