@@ -10,8 +10,6 @@ from trl.algorithms.reward import (
     ScoreRegression,
     StepReward,
     bradley_terry,
-    step_binary,
-    step_cross_entropy,
 )
 from trl.errors import ConfigError, DataError
 from trl.types import Batch
@@ -137,17 +135,6 @@ def test_a_step_is_right_above_one_half():
     label = torch.tensor([[0.5, 0.5, 0.5], [0.6, 0.6, 0.6]])
     _, metrics = StepReward().loss(logits, make(2, mask=torch.ones(2, 3), step_label=label))
     assert metrics["accuracy"].tolist() == [[1, 1, 0], [0, 0, 1]]
-
-
-def test_two_kinds_of_step_are_the_binary_case():
-    logits, label = torch.tensor([[0.2, 1.1], [0.5, -0.4]]), torch.tensor([1.0, 0.0])
-    torch.testing.assert_close(step_cross_entropy(logits, label), step_binary(logits[:, 1] - logits[:, 0], label))
-
-
-def test_three_equally_likely_kinds_of_step():
-    assert step_cross_entropy(torch.zeros(2, 5, 3), torch.ones(2, 5)).flatten().tolist() == pytest.approx(
-        [math.log(3)] * 10
-    )
 
 
 def test_a_negative_coefficient_is_refused():

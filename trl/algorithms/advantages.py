@@ -105,7 +105,7 @@ def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = AGGREGATIONS = get_args(RewardAggregation)
+SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = get_args(RewardAggregation)
 
 
 @shapes(rewards="N F", weights="F", group="N")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,22 +37,17 @@ def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @shapes(rewards="N", score="N")
 def regression(rewards: Tensor, score: Tensor) -> Tensor:
-    """(r − s)², elementwise."""
+    """(r − s)², `[N]`."""
     return (rewards - score).square()
 
 
 @shapes(rewards="...", label="...")
 def step_binary(rewards: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of "this step is right", elementwise, of logits r and labels in [0, 1].
+    """Cross-entropy of "this step is right", of logits r and labels in [0, 1]; `[N,C]` each.
 
     Process supervision, arXiv:2305.20050; soft labels as in Math-Shepherd, arXiv:2312.08935, Eq. 1.
     """
     return F.binary_cross_entropy_with_logits(rewards, label, reduction="none")
-
-
-def step_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """−log softmax(logits)[label]: logits `[…,L]` over L kinds of step, labels `[…]` in 0 … L−1."""
-    return -torch.log_softmax(logits, dim=-1).gather(-1, label.long().unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True)
