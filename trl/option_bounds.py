@@ -59,14 +59,18 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(
         ("dataset_num_proc", "max_tokens_per_micro_batch", "max_skipped_steps", "eval_accumulation_steps"), COUNT
     ),
-    **dict.fromkeys(("precompute_ref_batch_size", "ddp_timeout", "pad_to_multiple_of", "n_improve_steps"), COUNT),
+    **dict.fromkeys(
+        ("precompute_ref_batch_size", "ddp_timeout", "pad_to_multiple_of", "n_improve_steps", "compare_steps"), COUNT
+    ),
     **dict.fromkeys(
         ("num_train_epochs", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), NOT_NEGATIVE
     ),
     **dict.fromkeys(("eval_delay", "save_total_limit", "dataloader_num_workers", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("cpo_alpha", "center_rewards_coefficient", "mistakes_shown", "max_resampling"), NOT_NEGATIVE),
     **dict.fromkeys(("num_completions_to_print", "neftune_noise_alpha", "epsilon", "epsilon_high"), NOT_NEGATIVE),
-    **dict.fromkeys(("reward_timeout", "repetition_penalty", "delta", "horizon"), POSITIVE),
+    **dict.fromkeys(
+        ("reward_timeout", "repetition_penalty", "delta", "horizon", "target", "ratio_threshold"), POSITIVE
+    ),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), NOT_NEGATIVE),
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), POSITIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PROBABILITY),

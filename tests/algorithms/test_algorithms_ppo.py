@@ -176,6 +176,7 @@ def test_loss_and_metrics_by_hand():
         "policy/policykl": [-math.log(1.5), -math.log(0.9)],
         "policy/clipfrac": [1, 0],
         "policy/ratio": [1.5, 0.9],
+        "policy/skipped": [0, 0],
         "policy/entropy": [0.7, 0.3],
         "policy/advantages_mean": [2, -1],
         "val/vpred": [1.0, -0.4],

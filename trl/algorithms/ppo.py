@@ -22,21 +22,20 @@ from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import DataError
-from trl.ops.reduce import masked_whiten
+from trl.ops.reduce import masked_mean, masked_whiten
 from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
+LOGPROBS = ("old_logprobs", "ref_logprobs")
 
-def _absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return k1(logprobs, ref_logprobs).abs()
-
-
-PENALTIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": k1, "abs": _absolute, "mse": k2}
-"""KL of a token from its two log-probabilities `[N,C]`; "full" is the exact divergence, a signal of its own."""
-
-KL_PENALTIES = (*PENALTIES, "full")
-"""Names of `kl_penalty`."""
+PENALTIES: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
+    "kl": (LOGPROBS, k1),
+    "abs": (LOGPROBS, lambda logprobs, ref_logprobs: k1(logprobs, ref_logprobs).abs()),
+    "mse": (LOGPROBS, k2),
+    "full": (("full_kl",), lambda divergence: divergence),
+}
+"""KL of a token `[N,C]` by the names of `kl_penalty`: signals `[N,C]`, and the formula that takes them."""
 
 
 @shapes(scores="N", kl="N C", mask="N C")
@@ -49,7 +48,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: floa
 
 @shapes(values="...", old_values="...")
 def clip_values(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
-    """V, kept within `cliprange` of what it was when the responses were sampled."""
+    """V, kept within `cliprange` of what it was when the responses were sampled; `[N,C]`."""
     return torch.clamp(values, old_values - cliprange, old_values + cliprange)
 
 
@@ -93,6 +92,9 @@ class PPOOptions:
 
     score_clip: float | None = None
     """Clip scores, after scaling, to ± this."""
+
+    ratio_threshold: float = 10
+    """Mini-batches whose mean probability ratio is above this are skipped."""
 
 
 @dataclass(kw_only=True)
@@ -168,20 +170,19 @@ class PPO(PPOOptions, Algorithm):
 
     def kl(self, experience: Experience) -> Tensor:
         """KL of every token `[N,C]`, as `kl_penalty` measures it."""
-        name = "full_kl" if self.kl_penalty == "full" else "ref_logprobs"
-        if name not in experience.signals:
-            raise DataError(
-                f"kl_penalty={self.kl_penalty!r} needs the signal {name!r}, but the experience has "
-                f"{sorted(experience.signals)}: score it with the reference policy first."
-            )
-        if self.kl_penalty == "full":
-            return experience.signals["full_kl"]
-        return PENALTIES[self.kl_penalty](experience.signals["old_logprobs"], experience.signals["ref_logprobs"])
+        names, penalty = PENALTIES[self.kl_penalty]
+        for name in names:
+            if name not in experience.signals:
+                raise DataError(
+                    f"kl_penalty={self.kl_penalty!r} needs the signal {name!r}, but the experience has "
+                    f"{sorted(experience.signals)}: score it with the reference policy first."
+                )
+        return penalty(*(experience.signals[name] for name in names))
 
     # ---- loss ----
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """Loss `[N,C]`, and metrics `[N,C]`; needs `scores.value`."""
+        """Loss `[N,C]`, 0 where the mean ratio is above `ratio_threshold`, and metrics `[N,C]`; needs `scores.value`."""
         assert scores.value is not None, 'score the batch with want={"value"}'
         signals = batch.signals
         log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])
@@ -189,14 +190,16 @@ class PPO(PPOOptions, Algorithm):
         value = value_loss(scores.value, signals["values"], signals["returns"], cliprange=self.cliprange_value)
         loss = policy + self.vf_coef * value
         terms = {"loss/policy": policy.detach(), "loss/value": value.detach(), "loss/total": loss.detach()}
-        return loss, terms | self.metrics(scores, batch)
+        metrics = terms | self.metrics(scores, batch)
+        return loss * (metrics["policy/skipped"] == 0), metrics
 
     @torch.no_grad()
     def metrics(self, scores: Scores, batch: Learnable) -> Metrics:
         """How far the policy has moved since it sampled, and how well the values predict the returns; `[N,C]`."""
         signals, eps = batch.signals, self.cliprange
         log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])
-        error = (scores.value - signals["returns"]).square()
+        ratios, error = ratio(log_ratio_t), (scores.value - signals["returns"]).square()
+        skipped = ~(masked_mean(ratios, batch.mask) <= self.ratio_threshold)
         clipped = clip_values(scores.value, signals["values"], cliprange=self.cliprange_value)
         entropy = {} if scores.entropy is None else {"policy/entropy": scores.entropy.detach()}
         return entropy | {
@@ -204,7 +207,8 @@ class PPO(PPOOptions, Algorithm):
             "policy/policykl": -log_ratio_t,
             "policy/clipfrac": is_clipped(log_ratio_t, signals["advantages"], low=eps, high=eps),
             "policy/advantages_mean": signals["advantages"],
-            "policy/ratio": ratio(log_ratio_t),
+            "policy/ratio": ratios,
+            "policy/skipped": skipped.to(error.dtype).expand_as(error),
             "val/vpred": scores.value.detach(),
             "val/error": error,
             "val/clipfrac": ((clipped - signals["returns"]).square() > error).to(error.dtype),

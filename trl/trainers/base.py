@@ -181,15 +181,23 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         kwargs = self.args.model_init_kwargs or {}
         if isinstance(model, str):
             quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
-            model = load_model(model, auto_class=self.auto_class, **quantised | self.args.loading(kwargs))
+            model = self._load(model, quantised | self.args.loading(kwargs))
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
-        model = with_adapters(model, peft_config, part=self.args.adapted_part)
+        model = self._with_adapters(model, peft_config)
         make_trainable(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         return model
+
+    def _load(self, name: str, options: Mapping[str, Any]) -> nn.Module:
+        """The model `name`, loaded with these `options` of `from_pretrained`."""
+        return load_model(name, auto_class=self.auto_class, **options)
+
+    def _with_adapters(self, model: nn.Module, peft_config: Any) -> nn.Module:
+        """The model with the adapter that `peft_config` describes, and whatever else the trainer puts on it."""
+        return with_adapters(model, peft_config, part=self.args.adapted_part)
 
     def _tokenizer_source(self, model: Any) -> dict[str, Any]:
         """Where the tokenizer of a model that is given by name is found: arguments of `load_processor`."""

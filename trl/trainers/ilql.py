@@ -11,6 +11,7 @@ ILQLTrainer("gpt2", train_dataset=Dataset.from_dict({"prompt": …, "completion"
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Unpack
@@ -25,7 +26,6 @@ from trl.algorithms.ilql import ILQL, ILQLOptions
 from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import columns_of
 from trl.errors import ConfigError, DataError
-from trl.models.adapters import with_adapters
 from trl.models.score import score, unwrap
 from trl.models.value_heads.ilql import WithILQLHeads, load_with_ilql_heads, with_ilql_heads
 from trl.rewards.call import make_rewards
@@ -35,7 +35,7 @@ from trl.rollouts.sampling import SamplingParams
 from trl.trainers.arguments import TrainerKeywords
 from trl.trainers.base import EvalRows, Rows
 from trl.trainers.config import TrainerConfig
-from trl.trainers.value_head_saving import ValueHeadSaving
+from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.collectives import all_gather_object
 from trl.types import Batch, Metrics
 
@@ -114,7 +114,7 @@ class SyncTargets(TrainerCallback):
             self.trainer.accelerator.unwrap_model(self.trainer.model).sync_targets(args.alpha)
 
 
-class ILQLTrainer(ValueHeadSaving):
+class ILQLTrainer(ValueHeadTrainer):
     """Learn from rows with a `reward`: one number, or a list with one for each token that is trained on.
 
     model           a model with the heads of ILQL, or any language model, or its name: heads are put on
@@ -128,6 +128,7 @@ class ILQLTrainer(ValueHeadSaving):
     """
 
     config_class = ILQLConfig
+    head_class = WithILQLHeads
     args: ILQLConfig
 
     def __init__(
@@ -157,23 +158,17 @@ class ILQLTrainer(ValueHeadSaving):
 
     # ---- model ----
 
-    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
-        if isinstance(model, str):
-            model = self._load(model, quantization_config)
-        if isinstance(model, WithILQLHeads):
-            model.pretrained_model = with_adapters(model.pretrained_model, peft_config)
-        else:
-            model = with_ilql_heads(with_adapters(model, peft_config), two_qs=self.args.two_qs)
+    def _load(self, name: str, options: Mapping[str, Any]) -> WithILQLHeads:
+        return load_with_ilql_heads(name, two_qs=self.args.two_qs, **options)
+
+    def _with_head(self, model: nn.Module) -> WithILQLHeads:
+        return with_ilql_heads(model, two_qs=self.args.two_qs)
+
+    def _with_adapters(self, model: nn.Module, peft_config: Any) -> WithILQLHeads:
+        model = super()._with_adapters(model, peft_config)
         if (qs := len(model.v_head.qs)) != self.algorithm.heads:
             raise ConfigError(f"two_qs={self.args.two_qs}, but the model has {qs} Q heads: set two_qs={qs == 2}.")
-        return super()._resolve_model(model, None, None)
-
-    def _load(self, name: str, quantization_config: Any) -> WithILQLHeads:
-        kwargs = self.args.loading(self.args.model_init_kwargs)
-        if quantization_config is not None:
-            kwargs["quantization_config"] = quantization_config
-        self.args.model_init_kwargs = None
-        return load_with_ilql_heads(name, two_qs=self.args.two_qs, **kwargs)
+        return model
 
     # ---- rows ----
 

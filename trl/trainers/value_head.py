@@ -1,20 +1,39 @@
-"""Saving and loading for trainers whose model has a value head: the model as ever, and the head beside it."""
+"""What trainers share whose model has a value head: where adapters lie, and saving the head beside the model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from trl.models.score import unwrap
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.heads import ValueModel
 from trl.models.value_heads.storage import VALUE_MODEL, stored_head, without_copies
 from trl.trainers.base import BaseTrainer
 
 
-class ValueHeadSaving(BaseTrainer):
-    """A trainer of a `WithValueHead`."""
+class ValueHeadTrainer(BaseTrainer):
+    """A trainer of a model with a value head, which it puts on where there is none."""
+
+    head_class: ClassVar[type[WithValueHead]] = WithValueHead
+
+    def _with_head(self, model: nn.Module) -> WithValueHead:
+        """The language model with a new head."""
+        raise NotImplementedError
+
+    def _with_adapters(self, model: nn.Module, peft_config: Any) -> WithValueHead:
+        if not isinstance(model, self.head_class):
+            return self._with_head(super()._with_adapters(model, peft_config))
+        model.pretrained_model = super()._with_adapters(model.pretrained_model, peft_config)
+        return model
+
+    def _adapted(self) -> nn.Module:
+        return self.model.pretrained_model
+
+    def _set_adapted(self, model: nn.Module) -> None:
+        self.model.pretrained_model = model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self.model.pretrained_model)

@@ -139,9 +139,6 @@ class PPOConfig(PPOOptions, OnlineConfig):
     target_kl: float = 1
     """KL per token, in nats, of the policy from the one that sampled, in the last optimizer step: for `early_stopping`."""
 
-    ratio_threshold: float = 10
-    """Mini-batches whose mean probability ratio is above this are skipped."""
-
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero, so that ratios come from training alone."""
 
@@ -161,9 +158,6 @@ class PPOConfig(PPOOptions, OnlineConfig):
             raise ConfigError("use_score_norm=True centres scores that are scaled: set use_score_scaling=True as well.")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ConfigError('push_to_hub_if_best_kwargs needs a "repo_id" to upload to.')
-        for name in ("target", "horizon", "ppo_epochs", "ratio_threshold", "compare_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
 
     def _read_accelerator_kwargs(self) -> None:
         if not isinstance(self.accelerator_kwargs, dict):

@@ -78,11 +78,8 @@ def sample(
     """Token ids of one response each, of `model` as it is at `step`; at most `batch_size` at a time."""
     size = batch_size or max(1, len(prompts))
     engine.sync(model, step)
-    found = []
-    for start in range(0, len(prompts), size):
-        rollouts = engine.generate(prompts[start : start + size], params, 1)
-        found += [list(rollout.ids) for (rollout,) in rollouts]
-    return found
+    parts = (engine.generate(prompts[i : i + size], params, 1) for i in range(0, len(prompts), size))
+    return [list(rollout.ids) for part in parts for (rollout,) in part]
 
 
 def untrimmed(ids: Sequence[int], end: int | None) -> list[int]:

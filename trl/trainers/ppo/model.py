@@ -1,4 +1,4 @@
-"""What PPO trains: a language model with a value head, a value branch, or a value model of its own."""
+"""What PPOTrainer is given: its arguments checked, and a value model of its own."""
 
 from __future__ import annotations
 
@@ -9,46 +9,18 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from trl.errors import ConfigError
-from trl.models.adapters import with_adapters
 from trl.models.layouts import why_not
 from trl.models.load import load_config, load_model
 from trl.models.patching import evaluating
 from trl.models.score import score, unwrap
-from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
-from trl.models.value_heads.heads import ValueBranch, ValueModel
+from trl.models.value_heads.auto_models import WithValueHead
+from trl.models.value_heads.heads import ValueModel
 from trl.trainers.ppo.config import PPOConfig
 
 logger = logging.getLogger(__name__)
 
 
-def load_with_value_head(name: str, args: PPOConfig, quantization_config: Any) -> WithValueHead:
-    """The model `name`, with the value head that is saved beside it or a new one."""
-    kwargs = args.loading(args.model_init_kwargs)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    config = load_config(name, trust_remote_code=kwargs["trust_remote_code"], revision=kwargs.get("revision"))
-    return value_head_class(config).from_pretrained(name, **kwargs)
-
-
-def policy_with_value(
-    model: nn.Module, value_model: str | nn.Module | None, args: PPOConfig, peft_config: Any
-) -> WithValueHead:
-    """`model` with a value head, an adapter where `peft_config` is given, and the `value_model` or branch asked for."""
-    if isinstance(model, WithValueHead):
-        model.pretrained_model = with_adapters(model.pretrained_model, peft_config, part=args.adapted_part)
-    else:
-        model = with_value_head(with_adapters(model, peft_config, part=args.adapted_part))
-        if value_model is None:
-            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
-    if value_model is not None:
-        model.v_head = _value_network(value_model, args)
-    elif args.num_value_layers and not isinstance(model.v_head, ValueBranch):
-        model.branch(args.num_value_layers)
-    model.has_new_adapter = model.has_new_adapter or peft_config is not None
-    return model
-
-
-def _value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
+def value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
     """A value head on the network of its own that was given."""
     if isinstance(given, WithValueHead):
         return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)

@@ -32,28 +32,16 @@ class Stopwatch:
         return {**self.seconds, "time/ppo/total": time.perf_counter() - self.started}
 
 
-class Record:
-    """Probability ratios of the minibatches of a step, and which of them were learned from."""
-
-    def __init__(self) -> None:
-        self.ratios: list[Tensor] = []
-        self.kept: list[Tensor] = []
-
-    def add(self, ratio: Tensor, mask: Tensor, kept: Tensor) -> None:
-        """Count a minibatch with this ratio `[N,C]`; `kept` says whether it was learned from."""
-        self.ratios.append(ratio[mask.bool()])
-        self.kept.append(kept)
-
-    def warn_of_skipped(self, threshold: float) -> None:
-        """Warn of minibatches that were skipped."""
-        skipped = len(self.kept) - int(torch.stack(self.kept).sum())
-        if skipped:
-            warnings.warn(
-                f"{skipped} of {len(self.kept)} mini-batches were skipped, because their mean probability ratio was above "
-                f"ratio_threshold={threshold}: the policy has moved too far from the one that sampled. Lower "
-                "learning_rate or ppo_epochs.",
-                stacklevel=4,
-            )
+def warn_of_skipped(ratios: Sequence[Tensor], threshold: float) -> None:
+    """Warn of minibatches that were skipped, each given by the probability ratios of its tokens."""
+    skipped = sum(not ratio.mean() <= threshold for ratio in ratios)
+    if skipped:
+        warnings.warn(
+            f"{skipped} of {len(ratios)} mini-batches were skipped, because their mean probability ratio was above "
+            f"ratio_threshold={threshold}: the policy has moved too far from the one that sampled. Lower learning_rate or "
+            "ppo_epochs.",
+            stacklevel=4,
+        )
 
 
 def rollout_means(experience: Experience, coefficient: float) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ algorithm computes advantages, and minibatches that `optimizer_step` or the loop
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -29,12 +29,11 @@ from transformers import PreTrainedModel
 
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
-from trl.models.patching import evaluating
+from trl.models.load import load_config
 from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
 from trl.models.score import score_logits, unwrap
-from trl.models.value_heads.auto_models import WithValueHead
-from trl.models.value_heads.heads import ValueModel
-from trl.ops.reduce import masked_mean
+from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
+from trl.models.value_heads.heads import ValueBranch, ValueModel
 from trl.rewards.adapter import AdapterReward
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import Group, experience_of, with_signals
@@ -43,14 +42,8 @@ from trl.trainers.arguments import PPOKeywords
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
-from trl.trainers.ppo.model import (
-    check_arguments,
-    layout_with_value_model,
-    load_with_value_head,
-    policy_with_value,
-)
+from trl.trainers.ppo.model import check_arguments, layout_with_value_model, value_network
 from trl.trainers.ppo.statistics import (
-    Record,
     Stopwatch,
     distributions,
     environment,
@@ -58,6 +51,7 @@ from trl.trainers.ppo.statistics import (
     rollout_means,
     token_counts,
     training_means,
+    warn_of_skipped,
 )
 from trl.trainers.ppo.tracking import log_table, start_trackers
 from trl.trainers.ppo.triplets import (
@@ -68,11 +62,13 @@ from trl.trainers.ppo.triplets import (
     read_triplets,
 )
 from trl.trainers.reference import reference_for
-from trl.trainers.value_head_saving import ValueHeadSaving
+from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.nonfinite import NonFiniteError
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]
+
+logger = logging.getLogger(__name__)
 
 LOWEST_KL = -1.0
 """Mean KL of a batch below which its responses cannot well have been sampled from the policy as it is."""
@@ -83,7 +79,7 @@ def no_rewards(**_: Any) -> list[float]:
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
-class PPOTrainer(ValueHeadSaving, OnlineTrainer):
+class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
     config             a `PPOConfig`; `args` is the same
@@ -150,8 +146,7 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         self.best_score = float("-inf")
         self.dataset, self.dataloader = dataset, self._make_loader(dataset, data_collator)
         self._is_prepared = False
-        self._policykl = torch.zeros(())
-        self._record: Record | None = None
+        self._ratios: list[Tensor] = []
         self._triplets: Sequence[int] = ()
         start_trackers(self.args, self.accelerator)
 
@@ -164,20 +159,25 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
 
     # ---- model and reference ----
 
-    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
-        if isinstance(model, str):
-            model = load_with_value_head(model, self.args, quantization_config)
-            self.args.model_init_kwargs = None
+    def _load(self, name: str, options: Mapping[str, Any]) -> WithValueHead:
+        config = load_config(name, trust_remote_code=options["trust_remote_code"], revision=options.get("revision"))
+        return value_head_class(config).from_pretrained(name, **options)
+
+    def _with_head(self, model: nn.Module) -> WithValueHead:
+        if self.value_model is None:
+            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
+        return with_value_head(model)
+
+    def _with_adapters(self, model: nn.Module, peft_config: Any) -> WithValueHead:
         given_head = model.v_head if isinstance(model, WithValueHead) else None
-        model = policy_with_value(model, self.value_model, self.args, peft_config)
+        model = super()._with_adapters(model, peft_config)
+        if self.value_model is not None:
+            model.v_head = value_network(self.value_model, self.args)
+        elif self.args.num_value_layers and not isinstance(model.v_head, ValueBranch):
+            model.branch(self.args.num_value_layers)
+        model.has_new_adapter = model.has_new_adapter or peft_config is not None
         self._has_new_head = model.v_head is not given_head
-        return super()._resolve_model(model, None, None)
-
-    def _adapted(self) -> nn.Module:
-        return self.model.pretrained_model
-
-    def _set_adapted(self, model: nn.Module) -> None:
-        self.model.pretrained_model = model
+        return model
 
     def _train_new_head(self, optimizer: torch.optim.Optimizer) -> None:
         """Give an optimizer that was made beforehand what the trainer has put on the model since."""
@@ -237,7 +237,10 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         prompts = prompts_of(queries, length_sampler, query_inputs)
         defaults, drawn = unwrap(self.model).generation_config, length_sampler is not None
         params = sampling_params(defaults, generation_kwargs, sampled_length=drawn)
-        starts = self._starts(queries, return_prompt)
+        if (start := self._start_token()) is not None:
+            starts = [[start] for _ in queries]
+        else:
+            starts = [query.tolist() if return_prompt else [] for query in queries]
 
         def respond(engine: RolloutEngine, model: nn.Module) -> Any:
             with self.compute_loss_context_manager():
@@ -257,12 +260,10 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
             engine = self.engine if self.engine.is_policy else LocalEngine(reference, self.tokenizer)
             return responses, respond(engine, reference)
 
-    def _starts(self, queries: Sequence[Tensor], return_prompt: bool) -> list[list[int]]:
-        """What each returned sequence begins with."""
+    def _start_token(self) -> int | None:
+        """What a decoder's sequence begins with; None for a model that continues its prompt."""
         config = unwrap(self.model).config
-        if config.is_encoder_decoder:
-            return [[config.decoder_start_token_id]] * len(queries)
-        return [query.tolist() if return_prompt else [] for query in queries]
+        return config.decoder_start_token_id if config.is_encoder_decoder else None
 
     # ---- the loop over prompts ----
 
@@ -317,33 +318,29 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         Raises DataError, naming the argument and the index, for triplets that cannot be trained on.
         """
         watch, size = Stopwatch(), self.args.batch_size
-        self._record = record = Record()
         masks, start = response_masks, self._start_token()
         examples = read_triplets(queries, responses, masks, batch_size=size, start_token=start, inputs=query_inputs)
         rewards = read_scores(scores, batch_size=size)
+        self._triplets = range(size)
         self._prepare()
-        with self._without_dropout():
-            signals = self.score_rollouts(examples, self._step_signals, count=ceil(size / self.args.mini_batch_size))
-            watch.lap("forward_pass")
-            local = replace(experience_of(examples, rewards), group=prompt_numbers(examples), signals=signals)
-            watch.lap("compute_rewards")
-            coefficient = self.algorithm.controller.coefficient
-            experience = self.with_advantages(local, "train")
-            watch.lap("compute_advantages")
-            self._optimize(with_signals(examples, experience.signals))
-            watch.lap("optimize_step")
-        self._record = None
-        statistics = self._report(examples, experience, coefficient, record)
+        signals = self.score_rollouts(examples, self._step_signals, count=ceil(size / self.args.mini_batch_size))
+        watch.lap("forward_pass")
+        group = torch.tensor(prompt_numbers(examples))
+        local = replace(experience_of(examples, rewards), group=group, signals=signals)
+        watch.lap("compute_rewards")
+        coefficient = self.algorithm.controller.coefficient
+        experience = self.with_advantages(local, "train")
+        watch.lap("compute_advantages")
+        ratios = self._optimize(with_signals(examples, experience.signals))
+        watch.lap("optimize_step")
+        statistics = self._report(examples, experience, coefficient, ratios)
         watch.lap("calc_stats")
         self._finish(statistics)
         return {**statistics, **watch.total()}
 
-    def _start_token(self) -> int | None:
-        config = unwrap(self.model).config
-        return config.decoder_start_token_id if config.is_encoder_decoder else None
-
     def _prepare(self) -> None:
-        """Wrap model and optimizer for the devices, once."""
+        """Wrap model and optimizer for the devices, once; the model trains from here on."""
+        self.model.train()
         if self._is_prepared:
             return
         if self.args.gradient_checkpointing:
@@ -357,42 +354,34 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None  # what `save_model` asks
         self._is_prepared = True
 
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        """Evaluation mode; with gradient checkpointing, which that would switch off, training without dropout."""
-        if self.args.gradient_checkpointing:
-            self.model.train()
-            yield
-        else:
-            with evaluating(self.model):
-                yield
-
     def _step_signals(self, batch: Batch) -> dict[str, Tensor]:
         return self._score_policy_and_reference(batch, {"old_logprobs", "values", "ref_logprobs"})
 
-    def _optimize(self, examples: Sequence[Example]) -> None:
-        """Epochs of optimizer steps over random permutations of the batch."""
-        args = self.args
+    def _optimize(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Epochs of optimizer steps over random permutations of the batch; the ratios of every minibatch."""
+        args, ratios = self.args, []
         for _ in range(args.ppo_epochs):
             order = torch.randperm(len(examples)).tolist()
             for start in range(0, len(order), args.backward_batch_size):
                 self._triplets = order[start:][: args.backward_batch_size]
                 count = ceil(len(self._triplets) / args.mini_batch_size)
                 self.optimizer_step([examples[i] for i in self._triplets], count=count)
+                ratios += self._ratios
             if args.early_stopping and self._has_left_target():
                 break
         self._triplets = ()
+        return ratios
 
     def _report(
-        self, examples: Sequence[Example], experience: Experience, coefficient: float, record: Record
+        self, examples: Sequence[Example], experience: Experience, coefficient: float, ratios: Sequence[Tensor]
     ) -> dict[str, Any]:
         means = mean_over_processes(rollout_means(experience, coefficient), self._gather)
-        record.warn_of_skipped(self.args.ratio_threshold)
+        warn_of_skipped(ratios, self.args.ratio_threshold)
         trained = self.meters["train"].read(self._gather, self.current_device)
         return {
             **means,
             **training_means(trained, means["ppo/returns/var"]),
-            **distributions(experience, record.ratios),
+            **distributions(experience, ratios),
             **token_counts(examples),
             "objective/kl_coef": coefficient,
             "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -425,14 +414,14 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
     def plan(self, items: Sequence[Example], count: int) -> list[list[int]]:
         """Which examples share a forward pass; triplets with the same query are neighbours, for `collate`."""
         groups = super().plan(items, count)
-        return groups if self._record is None else [adjacent_by_prompt(items, group) for group in groups]
+        return [adjacent_by_prompt(items, group) for group in groups] if self._triplets else groups
 
     def collate(self, items: Sequence[Example]) -> Batch:
         """Triplets with the same query read it once; what `train` samples comes in groups that do."""
-        return super().collate(items if self._record is None else merge_neighbours(items))
+        return super().collate(merge_neighbours(items) if self._triplets else items)
 
     def micro_batches(self, items: Sequence[Example], *, slots: int = 1) -> list[list[Batch]]:
-        self._policykl = torch.zeros((), device=self.args.device)
+        self._ratios = []
         return super().micro_batches(items, slots=slots)
 
     def _score_policy_and_reference(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -447,21 +436,21 @@ class PPOTrainer(ValueHeadSaving, OnlineTrainer):
         return divergence.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, divergence).view_as(batch.mask)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The algorithm's; 0 for a minibatch on which the policy has moved too far from the one that sampled."""
+        """The algorithm's; the ratios of a window's tokens are kept until the next one."""
         loss, metrics = super().loss(model, batch)
-        kept = masked_mean(metrics["policy/ratio"], batch.mask) <= self.args.ratio_threshold
-        if batch.weight is not None:
-            self._policykl += (metrics["policy/policykl"] * batch.weight).sum()
-        if self._record is not None and batch.tokens:
-            self._record.add(metrics["policy/ratio"], batch.mask, kept)
-        return loss * kept, metrics
+        if batch.weight is not None and batch.tokens:
+            self._ratios.append(metrics["policy/ratio"][batch.mask.bool()])
+        return loss, metrics
 
     def _has_left_target(self) -> bool:
         """Whether the policy has moved too far from the one that sampled to go through the batch once more.
 
         That is the mean of −log ratio over the tokens of the last optimizer step, on all processes.
         """
-        return bool(self._gather(self._policykl.detach()[None]).sum() > 1.5 * self.args.target_kl)
+        ratios = torch.cat(self._ratios)
+        sums = torch.stack([-ratios.log().sum(), ratios.new_tensor(len(ratios))])
+        total, tokens = self._gather(sums[None]).sum(0).tolist()
+        return total > 1.5 * self.args.target_kl * tokens
 
     def nonfinite_error(self) -> NonFiniteError:
         if not self._triplets:

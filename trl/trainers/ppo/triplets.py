@@ -5,8 +5,10 @@ Examples with equal prompts are merged where they meet in a forward pass, so tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,26 +99,23 @@ def _mask(i: int, given: Tensor, length: int) -> tuple[int, ...]:
     return mask
 
 
-def prompt_numbers(examples: Sequence[Example]) -> Tensor:
-    """`[N]`, equal where prompts are equal."""
+def prompt_numbers(examples: Iterable[Example]) -> list[int]:
+    """A number for each example, equal where prompts are equal; 0, 1, … in the order in which they come."""
     numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(example.key, len(numbers)) for example in examples])
+    return [numbers.setdefault(example.key, len(numbers)) for example in examples]
 
 
 def adjacent_by_prompt(examples: Sequence[Example], group: Sequence[int]) -> list[int]:
-    """The numbers `group` of examples, those with equal prompts next to each other."""
-    together: dict[Hashable, list[int]] = {}
-    for i in group:
-        together.setdefault(examples[i].key, []).append(i)
-    return [i for members in together.values() for i in members]
+    """The indices `group` of examples, those with equal prompts next to each other."""
+    numbers = dict(zip(group, prompt_numbers(examples[i] for i in group), strict=True))
+    return sorted(group, key=numbers.__getitem__)
 
 
 def merge_neighbours(examples: Sequence[Example]) -> list[Example]:
     """The examples, neighbours with equal prompts as one: the prompt is then read once for all of their completions."""
-    merged: list[Example] = []
-    for example in examples:
-        if merged and merged[-1].key == example.key:
-            merged[-1] = replace(merged[-1], completions=merged[-1].completions + example.completions)
-        else:
-            merged.append(example)
+    merged = []
+    for _, same in groupby(examples, key=attrgetter("key")):
+        first, *others = same
+        completions = chain(first.completions, *(other.completions for other in others))
+        merged.append(replace(first, completions=tuple(completions)))
     return merged
