@@ -210,14 +210,18 @@ def _takes_tensors(node: Function) -> bool:
     return any("Tensor" in ast.unparse(hint) for hint in hints if hint is not None)
 
 
+def _is_checked(node: Function) -> bool:
+    return any(ast.unparse(decorator).startswith("shapes(") for decorator in node.decorator_list)
+
+
 def without_shapes(files: Mapping[str, ast.Module]) -> list[str]:
-    """Public functions of `MATHEMATICS` that take or give tensors, and whose docstring gives no shape."""
+    """Public functions of `MATHEMATICS` that take or give tensors, and declare no shape: by `@shapes`, or in the docstring."""
     return [
         f"{file}: {name}"
         for file, tree in files.items()
         if Path(file).parts[1] in MATHEMATICS
         for name, node in _public(tree)
-        if _takes_tensors(node) and not SHAPE.search(ast.get_docstring(node) or "")
+        if _takes_tensors(node) and not SHAPE.search(ast.get_docstring(node) or "") and not _is_checked(node)
     ]
 
 

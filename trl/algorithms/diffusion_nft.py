@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
+from trl.ops.shapes import shapes
 
 SMALLEST_ERROR = 1e-5
 
@@ -50,7 +51,8 @@ def _error(difference: Tensor, noise_level: Tensor) -> Tensor:
     return in_clean.square().mean(1) / in_clean.detach().abs().mean(1).clamp(min=SMALLEST_ERROR)
 
 
+@shapes(old="...", new="...")
 @torch.no_grad()
 def follow(old: Tensor, new: Tensor, *, decay: float) -> None:
-    """θ_old ← η θ_old + (1 − η) θ, in place."""
+    """θ_old ← η θ_old + (1 − η) θ, in place; parameters of any shape, `[…]` each."""
     old.lerp_(new, 1 - decay)

@@ -6,7 +6,8 @@ so DPO's log-ratio h = log u, u = π / π_ref, is replaced by f'(u) (Theorem 1, 
 it zero at u = 1. The constant of the prompt cancels between chosen and rejected, and only there: losses that look at one
 completion at a time have no such form.
 
-Every function takes log-ratios of any shape.
+Every function takes log-ratios log(π / π_ref) in nats, `[N]` of whole completions or of any other shape, and gives scores of
+the same shape.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ MAX_EXPONENT = 80.0
 
 
 def power(logratio: Tensor, exponent: float) -> Tensor:
-    """(u^p − 1) / p of u = exp(logratio), which is log u in the limit p → 0."""
+    """(u^p − 1) / p of u = exp(logratio), `[N]`; log u in the limit p → 0."""
     if exponent == 0:
         return logratio
     return (logratio * exponent).clamp(max=MAX_EXPONENT).expm1() / exponent
 
 
 def reverse_kl(logratio: Tensor) -> Tensor:
-    """f(u) = u log u, score log u: plain DPO."""
+    """f(u) = u log u, score log u, `[N]`: plain DPO."""
     return logratio
 
 
 def forward_kl(logratio: Tensor) -> Tensor:
-    """f(u) = −log u, score 1 − 1/u."""
+    """f(u) = −log u, score 1 − 1/u, `[N]`."""
     return power(logratio, -1.0)
 
 
 def js_divergence(logratio: Tensor) -> Tensor:
-    """f(u) = u log u − (u + 1) log((u + 1)/2), score log(2u / (1 + u)): never above log 2."""
+    """f(u) = u log u − (u + 1) log((u + 1)/2), score log(2u / (1 + u)), `[N]`: never above log 2."""
     return math.log(2.0) + F.logsigmoid(logratio)
 
 
 def alpha_divergence(logratio: Tensor, *, f_alpha_divergence_coef: float) -> Tensor:
-    """Score (u^(c−1) − 1) / (c − 1): reverse KL at c = 1, forward KL at c = 0.
+    """Score (u^(c−1) − 1) / (c − 1), `[N]`: reverse KL at c = 1, forward KL at c = 0.
 
     The paper's α, score (1 − u^−α) / α, is 1 − c.
     """

@@ -48,26 +48,26 @@ def next_values(values: Tensor, mask: Tensor) -> Tensor:
 
 @shapes(q="...", target="...")
 def q_loss(q: Tensor, target: Tensor) -> Tensor:
-    """(Q(s, a) − y)², elementwise; y is held constant."""
+    """(Q(s, a) − y)², `[N,C]`; y is held constant."""
     return (q - target.detach()).square()
 
 
 @shapes(values="...", q="...")
 def expectile_loss(values: Tensor, q: Tensor, *, tau: float) -> Tensor:
-    """|τ − 1[Q < V]| (Q − V)², elementwise: least where V is the τ-expectile of Q, which is held constant."""
+    """|τ − 1[Q < V]| (Q − V)², `[N,C]`: least where V is the τ-expectile of Q, which is held constant."""
     difference = q.detach() - values
     return (tau - (difference < 0).to(difference.dtype)).abs() * difference.square()
 
 
 @shapes(q="...", values="...")
 def awac_weights(q: Tensor, values: Tensor, *, beta: float) -> Tensor:
-    """exp(β (Q − V)), elementwise, without gradient."""
+    """exp(β (Q − V)), `[N,C]`, without gradient."""
     return torch.exp(beta * (q - values).detach())
 
 
 @torch.no_grad()
 def polyak_update(target: Sequence[Tensor], source: Sequence[Tensor], *, alpha: float) -> None:
-    """θ' ← α θ + (1 − α) θ', in place; α = 1 copies."""
+    """θ' ← α θ + (1 − α) θ', in place; α = 1 copies. Lists of parameters, `[I,J]` or of any other shape, the same in both."""
     torch._foreach_lerp_(list(target), [tensor.detach() for tensor in source], alpha)
 
 

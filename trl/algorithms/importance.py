@@ -3,7 +3,7 @@
     w = π_old / π_sampler        of a token, or of a whole completion (the product over its tokens)
 
 truncate   clip(w, low, high): biased, bounded variance
-mask       w where low ≤ w ≤ high, else 0: outliers teach nothing
+mask       w where low ≤ w ≤ high, else 0: outliers have no gradient
 
 A gradient under the sampler's samples, times w, is one under π_old's.
 """
@@ -52,7 +52,7 @@ class Correction:
         return ((w < low) | (w > high)).to(mask.dtype).expand_as(mask)
 
     def ratio(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """w before any bound."""
+        """w before any bound, `[N,C]`, or `[N,1]` for whole completions."""
         log_w = (old_logprobs - sampler_logprobs) * mask
         return ratio(log_w.sum(-1, keepdim=True) if self.mode.startswith("sequence") else log_w)
 

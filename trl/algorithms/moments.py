@@ -33,5 +33,5 @@ class RunningMoments:
         return (self.deviations / (self.count - 1)) ** 0.5 if self.deviations > 0 else 1.0
 
     def scaled(self, x: Tensor, *, centred: bool) -> Tensor:
-        """x, or with `centred` x less the mean, divided by the standard deviation."""
+        """`x [N]`, or with `centred` x less the mean, divided by the standard deviation."""
         return (x - self.mean if centred else x) / self.std

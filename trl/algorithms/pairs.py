@@ -37,14 +37,17 @@ class Side:
 
     @property
     def logratio(self) -> Tensor:
+        """h(y) = log π(y) − log π_ref(y), `[P]`."""
         return self.logprob - self.ref_logprob
 
     @property
     def mean_score(self) -> Tensor:
+        """Score per token, `[P]`."""
         return self.score / self.length
 
     @property
     def mean_logprob(self) -> Tensor:
+        """log π(y) per token, `[P]`."""
         return self.logprob / self.length
 
 
@@ -114,36 +117,44 @@ def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
     return chosen * rejected
 
 
-# Views: the tensors `[P]` that a formula is given of a pair.
+# Views: the tensors `[P]` of both sides that a formula is given.
 
 
 def scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """Scores of both sides, `[P]` each."""
     return chosen.score, rejected.score
 
 
 def mean_scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """Scores per token of both sides, `[P]` each."""
     return chosen.mean_score, rejected.mean_score
 
 
 def logratios(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """h = log π − log π_ref of both sides, `[P]` each."""
     return chosen.logratio, rejected.logratio
 
 
 def margins(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """log π(y_w) − log π(y_l), of the policy and of the reference, `[P]` each."""
     return chosen.logprob - rejected.logprob, chosen.ref_logprob - rejected.ref_logprob
 
 
 def mean_logprobs(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """Log-probabilities per token of both sides, `[P]` each."""
     return chosen.mean_logprob, rejected.mean_logprob
 
 
 def mean_logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """Log-probabilities per token of both sides, and the NLL per token of the chosen one, `[P]` each."""
     return chosen.mean_logprob, rejected.mean_logprob, chosen.nll
 
 
 def logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """Log-probabilities of both sides, and the NLL per token of the chosen one, `[P]` each."""
     return chosen.logprob, rejected.logprob, chosen.nll
 
 
 def chosen_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
+    """NLL per token of the chosen side, `[P]`."""
     return (chosen.nll,)

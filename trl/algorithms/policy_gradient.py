@@ -28,13 +28,13 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    """ρ = exp(log ρ), finite."""
+    """ρ = exp(log ρ), `[N,C]` or any other shape, with log ρ cut at `MAX_EXPONENT` so that ρ stays finite."""
     return log_ratio.clamp(max=MAX_EXPONENT).exp()
 
 
 @shapes(log_ratio="...?", advantages="...?")
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
-    """min(ρ A, clip(ρ, 1 − low, 1 + high) A): what is maximised, in the shape of `log_ratio` and `advantages` together.
+    """min(ρ A, clip(ρ, 1 − low, 1 + high) A): what is maximised, `[N,C]`. Either argument may be `[N,1]`.
 
     Once ρ has moved beyond a bound in the direction that A asks for, there is nothing more to gain and no gradient.
     """
@@ -44,7 +44,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high
 
 @shapes(log_ratio="...?", advantages="...?")
 def is_clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
-    """1 where `clipped_surrogate` has no gradient for being beyond the bound, 0 elsewhere; float, without gradient."""
+    """1 where `clipped_surrogate` has no gradient for being beyond the bound, 0 elsewhere: `[N,C]` float, without gradient."""
     rho = ratio(log_ratio.detach())
     beyond = ((rho > 1 + high) & (advantages > 0)) | ((rho < 1 - low) & (advantages < 0))
     return beyond.to(rho.dtype)
@@ -52,19 +52,19 @@ def is_clipped(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float
 
 @shapes(logprobs="...", ref_logprobs="...")
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log π − log π_ref: unbiased, often negative for a single token."""
+    """log π − log π_ref, `[N,C]`: unbiased, often negative for a single token."""
     return logprobs - ref_logprobs
 
 
 @shapes(logprobs="...", ref_logprobs="...")
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """½ (log π − log π_ref)²: biased, small variance; its gradient is an unbiased one of the divergence."""
+    """½ (log π − log π_ref)², `[N,C]`: biased, small variance; its gradient is an unbiased one of the divergence."""
     return (logprobs - ref_logprobs).square() / 2
 
 
 @shapes(logprobs="...", ref_logprobs="...")
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """r − 1 − log r, r = π_ref / π: unbiased and never negative."""
+    """r − 1 − log r, `[N,C]`, with r = π_ref / π: unbiased and never negative."""
     log_r = ref_logprobs - logprobs
     return ratio(log_r) - 1 - log_r
 

@@ -32,7 +32,7 @@ def gaussian_kl(mean: Tensor, other_mean: Tensor, sd: Tensor) -> Tensor:
 
 
 def gaussian_entropy(sd: Tensor) -> Tensor:
-    """Entropy per dimension of N(·, sd²), in nats, in the shape of `sd`."""
+    """Entropy per dimension of N(·, sd²), in nats, `[M]` from `sd [M]` > 0."""
     return sd.float().log() + HALF_LOG_2_PI + 0.5
 
 

@@ -32,7 +32,7 @@ class LogitTransform:
         return z / self.temperature if self.temperature != 1.0 else z
 
     def derivative(self, z: Tensor) -> Tensor | float:
-        """∂z/∂raw, from z."""
+        """∂z/∂raw `[…,V]` from z `[…,V]`; a number where it is the same everywhere."""
         if self.softcap is None:
             return self.scale / self.temperature
         capped = z * (self.temperature / self.softcap)

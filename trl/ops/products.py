@@ -19,12 +19,12 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in float32; float64 stays."""
+    """`x [I,J]` in float32; float64 stays."""
     return x.to(wide_dtype(x.dtype))
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` rounded to `dtype`, detached, in the type that `product` reads as it is on the device of `x`."""
+    """`x [I,J]` rounded to `dtype`, detached, in the type that `product` reads as it is on the device of `x`."""
     rounded = x.detach().to(dtype)
     return rounded if x.is_cuda else wide(rounded)
 

@@ -17,7 +17,7 @@ from trl.ops.shapes import shapes
 
 @shapes(x="...", mask="...")
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` where `mask` is 1; zero where the mask is empty."""
+    """Mean of `x [N,C]` where `mask [N,C]` is 1: a scalar, or `[N]` with `dim=-1`; 0 where the mask is empty."""
     if dim is None:
         return (x * mask).sum() / mask.sum().clamp(min=1)
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
@@ -25,7 +25,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 @shapes(x="...", mask="...")
 def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
-    """`x` with mean 0 (or its own, with `keep_mean`) and variance 1 over the mask, zero outside it.
+    """`x [N,C]` with mean 0 (or its own, with `keep_mean`) and variance 1 over the mask, zero outside it.
 
     The variance has Bessel's correction, Σ (x − x̄)² / (m − 1).
     """

@@ -24,9 +24,10 @@ R = TypeVar("R")
 
 
 def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator that checks the shapes of arguments, by name; numbers and None in place of tensors are passed over.
+    """A decorator that checks the shapes of arguments, by name; numbers and None in place of tensors are not checked.
 
-    Raises ShapeError, naming the function, the argument, and the shapes expected and found.
+    The shapes are added to the function's docstring, so that `help` shows them. Raises ShapeError, naming the function, the
+    argument, and the shapes expected and found.
     """
     dimensions = {name: each.split() for name, each in expected.items()}
 
@@ -46,6 +47,8 @@ def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     )
             return function(*args, **kwargs)
 
+        listed = ", ".join(f"{name} [{','.join(letters)}]" for name, letters in dimensions.items())
+        checked.__doc__ = f"{inspect.getdoc(function) or ''}\n\nShapes: {listed}."
         return checked
 
     return decorate

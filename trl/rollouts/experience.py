@@ -3,7 +3,7 @@
     groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──advantages──▶ examples with signals ──▶ minibatches
 
 Experience is tensors over the whole rollout batch, for algorithms; examples are ragged lists, one prompt with those of its samples
-that are learned from. A slice is what one counted step of the loop trains on.
+that are learned from. A minibatch is what one counted step of the loop trains on.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def split_into_minibatches(
 ) -> list[list[Example]]:
     """The completions to keep, in as many minibatches of like numbers of completions; groups stay together as far as they can.
 
-    A group is split where it crosses the end of a slice, or holds more than `budget` tokens with its prompt. Where there
+    A group is split where it crosses the end of a minibatch, or holds more than `budget` tokens with its prompt. Where there
     are fewer completions than minibatches, one that nothing is learned from fills the rest.
     """
     wanted = iter(keep)
@@ -157,7 +157,7 @@ def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]]
 
 
 def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
-    """Slices as lists, dicts and numbers, for a checkpoint."""
+    """Minibatches as lists, dicts and numbers, for a checkpoint."""
 
     def plain(c: Completion) -> dict[str, Any]:
         return {"ids": list(c.ids), "mask": None if c.mask is None else list(c.mask), "signals": dict(c.signals)}
@@ -171,7 +171,7 @@ def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, An
 
 
 def minibatches_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
-    """Slices from what `state_of` gave."""
+    """Minibatches from what `state_of` gave."""
     return [
         [Example(**{**e, "completions": tuple(Completion(**c) for c in e["completions"])}) for e in each]
         for each in state

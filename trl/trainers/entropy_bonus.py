@@ -52,7 +52,7 @@ class BonusOfSteps:
         return self.bonus.applied * acts * scores.entropy / whole.masked_fill(~counts, 1)
 
     def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Follow the entropies of a step; one that came out as no number moves nothing."""
+        """Update the bonus by the entropies of a step; a NaN changes nothing."""
         total, count = sum_over_processes(self.sums).tolist()
         self.sums = None
         if math.isfinite(total):

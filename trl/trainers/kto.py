@@ -147,7 +147,7 @@ class KTOTrainer(PreferenceTrainer):
 
     @cached_property
     def _totals(self) -> dict[str, RewardShift]:
-        """Rewards seen: `all` of them, and `new` ones of this process since processes last met."""
+        """Rewards seen: `all` of them, and `new` ones of this process since they were last added up over processes."""
         zero = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         return {"all": RewardShift(*zero.unbind()), "new": RewardShift(*zero.unbind())}
 

@@ -216,7 +216,7 @@ class OnlineTrainer(SamplingTrainer):
     def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
-        """What is learned from of a rollout batch, in `count` parts."""
+        """The completions of a rollout batch that are learned from, in `count` minibatches."""
         return split_into_minibatches(examples, self.kept(groups, experience), count, self.micro_batch_budget())
 
     # ---- advantages ----
@@ -235,7 +235,7 @@ class OnlineTrainer(SamplingTrainer):
     def with_advantages(self, local: Experience, mode: str) -> Experience:
         """The experience of this process with what the algorithm adds to that of all processes.
 
-        The algorithm follows a rollout batch that is trained on, and not one of an evaluation.
+        Its state (`after_round`) follows rollout batches that are trained on, and not those of an evaluation.
         """
         experience, everywhere = advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
         if mode == "train":
@@ -328,7 +328,7 @@ class OnlineTrainer(SamplingTrainer):
         return loss, of_scored(metrics, batch)
 
     def _length_scale(self, batch: Batch) -> Tensor | float:
-        """What turns the mean over a completion's tokens into their sum, or their sum over a constant."""
+        """Factor that turns a mean over the tokens of a completion into their sum, or their sum over a constant."""
         if self.args.loss_aggregation not in ("constant", "sum"):
             return 1.0
         lengths = batch.mask.sum(-1, keepdim=True)

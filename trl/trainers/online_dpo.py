@@ -156,7 +156,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         self._count("pairs", (experience.signals["preferred"] > 0).sum().item(), len(groups), mode)
 
     def weights(self, batch: Batch) -> Tensor:
-        """Every pair counts the same: `[P]`. Muted ones do not."""
+        """Every pair counts the same, `[P]`; those that are masked out do not count."""
         return batch.mask.amax(-1)[0::2]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -123,7 +123,7 @@ class RFTTrainer(OnlineTrainer):
     # ---- an improvement step ----
 
     def roll_out(self) -> list[Minibatch]:
-        """The kept completions of this step, in minibatches; sampled anew where the bar has reached its end."""
+        """The kept completions of this step, in minibatches; sampled anew once the percentile has reached its last value."""
         step, groups = self.algorithm.step, []
         if step % self.args.n_improve_steps == 0:
             groups = self._draw()

@@ -108,7 +108,7 @@ class SamplingTrainer(BaseTrainer):
         return reward_funcs
 
     def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
-        """None: prompts are seen beside what the model makes of them."""
+        """No rows: the report shows prompts beside the completions that were sampled."""
         return []
 
     # ---- prompts ----
@@ -128,7 +128,7 @@ class SamplingTrainer(BaseTrainer):
         return super().encode(rows, split, name)
 
     def _shuffled(self, rows: Rows) -> Rows:
-        """A dataset is shuffled as prompts are taken."""
+        """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
         return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
 
     # ---- samples ----
@@ -292,7 +292,7 @@ class SamplingTrainer(BaseTrainer):
             self._write_completions(self.completion_log)
 
     def _write_completions(self, log: CompletionLog, kind: str = "") -> None:
-        """Those of all processes, by one of them. Of an evaluation, in a folder of its own, `kind`."""
+        """Write the completions of all processes, on the main one; those of an evaluation to a folder of their own, `kind`."""
         args = self.args
         rows = list(chain(*all_gather_object(log.take(), self.accelerator)))
         if self.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""What stands beside a run (a page, a card, a log) may fail; the run and its model may not fail with it."""
+"""Files that are written beside a run (a page, a card, a log): an error in one of them is a warning, and no end of the run."""
 
 from __future__ import annotations
 

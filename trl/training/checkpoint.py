@@ -197,7 +197,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The newest good checkpoint in the output folder of a run; None if there is none.
 
-    Those that are passed over are logged with the reason.
+    Those that are skipped are logged with the reason.
     """
     for checkpoint in checkpoints(folder):
         if not (reason := why_not_resumable(checkpoint)):
@@ -216,7 +216,7 @@ def sibling(checkpoint: Path, other: str) -> str | None:
 
 
 def why_not_resumable(checkpoint: Path) -> str:
-    """Why training cannot go on from a checkpoint; empty if it can.
+    """Why a checkpoint cannot be resumed; empty if it can.
 
     A good one has all files of its manifest, as they were written, and among them the trainer's state, weights, and the
     optimizer's state. One without a manifest, from elsewhere, is judged by the names and lengths of its files.

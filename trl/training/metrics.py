@@ -1,4 +1,4 @@
-"""Metrics: summed on the device for as long as nobody looks, reduced over processes and read once when logged."""
+"""Metrics: summed on the device; reduced over processes and read by the host once per log."""
 
 from __future__ import annotations
 

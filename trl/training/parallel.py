@@ -1,11 +1,11 @@
 """How several processes train together: DDP, FSDP2 or DeepSpeed ZeRO, and what CPUs have to be told about it.
 
 A launcher names the kind of parallelism by environment variables: `trl … --accelerate_config`, `accelerate launch`, or torchrun with
-the variables of accelerate. accelerate follows them beside an accelerator only. On CPUs an FSDP configuration would
+the variables of accelerate. accelerate reads them only where there is an accelerator. On CPUs an FSDP configuration would
 silently run DDP, and under DeepSpeed, or without `use_cpu`, every process would take itself for the only one. So here,
 and nowhere else:
 
-    processes on CPUs talk over gloo, no wait is longer than `ddp_timeout`, and they end in peace
+    processes on CPUs talk over gloo, no wait is longer than `ddp_timeout`, and they exit without an abort
     the parallelism that was asked for is the one that runs, with all processes that were started, or there is an error
 """
 
@@ -139,7 +139,7 @@ def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: i
 
 @contextmanager
 def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator[None]:
-    """Say of a wait for other processes that came to nothing who waited, after how many `steps`, and where to look."""
+    """Where a wait for other processes fails, raise an error that says which process waited, in which step, and why."""
     try:
         yield
     except RuntimeError as error:

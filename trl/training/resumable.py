@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that goes on exactly where it was stopped.
+"""A `transformers.Trainer` whose runs resume exactly where they were stopped.
 
 Whatever changes while training is in its checkpoints: what `transformers` keeps (model, optimizer, scheduler, random
 states, history), the loss since the last log, and the parts that a trainer registers once with `self.states.register(name,
@@ -32,7 +32,7 @@ from trl.training.streams import steady_streams
 
 
 class ResumableTrainer(Trainer):
-    """Writes whole checkpoints, and takes up all that is in them."""
+    """Writes complete checkpoints, and restores all that is in them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,10 +56,10 @@ class ResumableTrainer(Trainer):
             optional = isinstance(part, Unchanged)
             self.states.register("reference", part, per_rank=self.is_sharded, optional=optional)
 
-    # ---- going on ----
+    # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`; True goes on from the newest good checkpoint, "last" from there or the beginning."""
+        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
         with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
             if checkpoint is not None:
@@ -75,9 +75,9 @@ class ResumableTrainer(Trainer):
         return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
 
     def restore_rng_state(self) -> None:
-        """Before the first step after a checkpoint: its random states, and the loss since its last log.
+        """Restore a checkpoint's random states, and the loss since its last log, before the first step after it.
 
-        Loaders draw on random states when they start, so that comes after the first rows are there.
+        Loaders draw random numbers when they start, so this is called once the first rows have been read.
         """
         self._load_rng_state(self._resumed_from)
         if self._resumed_loss is not None:
@@ -87,7 +87,7 @@ class ResumableTrainer(Trainer):
             self._resumed_loss = None
 
     def is_finished(self) -> bool:
-        """Whether no step is left: a run that goes on from its last checkpoint. It stops here."""
+        """Whether no step is left, as in a run that resumes from its last checkpoint; the training loop is then told to stop."""
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
 
@@ -98,7 +98,7 @@ class ResumableTrainer(Trainer):
         self._resumed_loss = state
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Random states come back once: before the first step, or before an epoch where one begins with it."""
+        """Random states are restored once: before the first step, or before an epoch where one begins with that step."""
         if checkpoint is not None and checkpoint == self._resumed_from:
             super()._load_rng_state(checkpoint)
             self._resumed_from = None
@@ -116,7 +116,7 @@ class ResumableTrainer(Trainer):
     # ---- stopping ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A checkpoint, whole or not at all, and of weights that are finite."""
+        """Write a checkpoint, completely or not at all. Raises NonFiniteError where weights are not finite."""
         self.check_finite(f"checkpoint-{self.state.global_step}")
         self.store_flos()
         state = self.state
@@ -160,7 +160,7 @@ class ResumableTrainer(Trainer):
             (folder / SETTINGS_FILE).write_text(json.dumps(describe_run(self), indent=1), encoding="utf-8")
 
     def _callback_states(self) -> dict[str, Any]:
-        """By class; a list of them where there are several callbacks of one."""
+        """States of callbacks by the name of their class; a list of states where a class has several callbacks."""
         found: dict[str, list] = {}
         for each in (*self.callback_handler.callbacks, self.control):
             if isinstance(each, ExportableState):

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or of a terminal that knows ASCII alone cost a run its lines, not its model."""
+"""Standard output and error that cannot be written to (closed, full, ASCII alone): a run loses lines of output, no more."""
 
 from __future__ import annotations
 
