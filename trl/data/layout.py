@@ -309,7 +309,7 @@ def _batch(
     position = np.where(inside, first[:, None] + step, 0)
     predictor = np.maximum(position - 1, 0)
     predictor[:, 0] = np.where(inside[:, 0], np.maximum(before, 0), 0)
-    mask = _masks(completions, len(step))
+    mask = completion_masks(completions, len(step))
     mask[before < 0, 0] = 0
     owner = np.repeat(np.arange(len(examples)), [len(example.completions) for example in examples])
     last = np.where(lengths > 0, first + lengths - 1, np.maximum(before, 0))
@@ -322,13 +322,14 @@ def _batch(
         scored=torch.from_numpy(np.flatnonzero(mask)),
         last=torch.from_numpy(last),
         example=torch.from_numpy(owner),
-        signals=_signals(completions, len(step)),
+        signals=completion_signals(completions, len(step)),
         segments=segments,
         tokens=sum(sizes),
     )
 
 
-def _masks(completions: Sequence[Completion], width: int) -> np.ndarray:
+def completion_masks(completions: Sequence[Completion], width: int) -> np.ndarray:
+    """`[N,width]` float32: 1 for the tokens of completions that are scored."""
     mask = np.zeros((len(completions), width), dtype=np.float32)
     for row, completion in zip(mask, completions, strict=True):
         row[: len(completion)] = 1 if completion.mask is None else completion.mask
@@ -346,7 +347,7 @@ def _present(lengths: Sequence[int], width: int) -> Tensor:
     return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
 
 
-def _signals(completions: Sequence[Completion], width: int) -> dict[str, Tensor]:
+def completion_signals(completions: Sequence[Completion], width: int) -> dict[str, Tensor]:
     """Signals by name: `[N]`, or `[N,C]` where given per token. A completion without the signal has NaN."""
     names = dict.fromkeys(name for completion in completions for name in completion.signals)
     return {name: _signal([c.signals.get(name, float("nan")) for c in completions], width) for name in names}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl.data.layout import completion_masks, completion_signals
 from trl.rollouts.engine import Rollout
 from trl.types import Completion, Example, Experience
 
@@ -70,26 +71,12 @@ def completions_of(examples: Sequence[Example]) -> list[Completion]:
     return [completion for example in examples for completion in example.completions]
 
 
-def padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    """Ragged rows as `[N,C]` float32, zero beyond their ends."""
-    width = max(1, *map(len, rows))
-    table = torch.zeros(len(rows), width)
-    for out, row in zip(table, rows, strict=True):
-        out[: len(row)] = torch.tensor(row)
-    return table
-
-
 def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
     """The experience of a rollout batch: rewards `[N]` of its completions, and their signals as tensors."""
     completions = completions_of(examples)
     sizes = torch.tensor([len(example.completions) for example in examples])
-    mask = padded([[1.0] * len(c) if c.mask is None else list(map(float, c.mask)) for c in completions])
-    signals = {
-        name: torch.tensor([c.signals[name] for c in completions])
-        if isinstance(value, float)
-        else padded([c.signals[name] for c in completions])
-        for name, value in completions[0].signals.items()
-    }
+    width = max(1, *map(len, completions))
+    mask, signals = torch.from_numpy(completion_masks(completions, width)), completion_signals(completions, width)
     return Experience(rewards, torch.arange(len(examples)).repeat_interleave(sizes), mask, signals)
 
 
