@@ -40,8 +40,33 @@ def warn_of_skipped(ratios: Sequence[Tensor], threshold: float) -> None:
             f"{skipped} of {len(ratios)} mini-batches were skipped, because their mean probability ratio was above "
             f"ratio_threshold={threshold}: the policy has moved too far from the one that sampled. Lower learning_rate or "
             "ppo_epochs.",
-            stacklevel=4,
+            stacklevel=3,
         )
+
+
+def step_statistics(
+    examples: Sequence[Example],
+    experience: Experience,
+    coefficient: float,
+    ratios: Sequence[Tensor],
+    trained: Mapping[str, float],
+    gather: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """What a step reports of its triplets, the experience made of them, and the optimizer steps.
+
+    coefficient   of the KL penalty, as the rewards were made with it
+    ratios        of the tokens of each minibatch
+    trained       metrics of the optimizer steps, averaged
+    gather        stacks a tensor `[1,…]` of every process
+    """
+    means = mean_over_processes(rollout_means(experience, coefficient), gather)
+    return {
+        **means,
+        **training_means(trained, means["ppo/returns/var"]),
+        **distributions(experience, ratios),
+        **token_counts(examples),
+        "objective/kl_coef": coefficient,
+    }
 
 
 def rollout_means(experience: Experience, coefficient: float) -> dict[str, Tensor]:

@@ -43,16 +43,7 @@ from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
 from trl.trainers.ppo.model import check_arguments, layout_with_value_model, value_network
-from trl.trainers.ppo.statistics import (
-    Stopwatch,
-    distributions,
-    environment,
-    mean_over_processes,
-    rollout_means,
-    token_counts,
-    training_means,
-    warn_of_skipped,
-)
+from trl.trainers.ppo.statistics import Stopwatch, environment, step_statistics, warn_of_skipped
 from trl.trainers.ppo.tracking import log_table, start_trackers
 from trl.trainers.ppo.triplets import (
     adjacent_by_prompt,
@@ -333,7 +324,12 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         watch.lap("compute_advantages")
         ratios = self._optimize(with_signals(examples, experience.signals))
         watch.lap("optimize_step")
-        statistics = self._report(examples, experience, coefficient, ratios)
+        warn_of_skipped(ratios, self.args.ratio_threshold)
+        trained = self.meters["train"].read(self._gather, self.current_device)
+        statistics = step_statistics(examples, experience, coefficient, ratios, trained, self._gather)
+        statistics["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if self.steps.skipped:
+            statistics["ppo/skipped_steps"] = self.steps.skipped
         watch.lap("calc_stats")
         self._finish(statistics)
         return {**statistics, **watch.total()}
@@ -371,22 +367,6 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
                 break
         self._triplets = ()
         return ratios
-
-    def _report(
-        self, examples: Sequence[Example], experience: Experience, coefficient: float, ratios: Sequence[Tensor]
-    ) -> dict[str, Any]:
-        means = mean_over_processes(rollout_means(experience, coefficient), self._gather)
-        warn_of_skipped(ratios, self.args.ratio_threshold)
-        trained = self.meters["train"].read(self._gather, self.current_device)
-        return {
-            **means,
-            **training_means(trained, means["ppo/returns/var"]),
-            **distributions(experience, ratios),
-            **token_counts(examples),
-            "objective/kl_coef": coefficient,
-            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
-            **({"ppo/skipped_steps": self.steps.skipped} if self.steps.skipped else {}),
-        }
 
     def _finish(self, statistics: Mapping[str, Any]) -> None:
         """Step the schedule, count the step, and publish the best model where that is asked for."""

@@ -1,4 +1,4 @@
-"""Loading models: which of their parts are switched off for training."""
+"""Dropout, which has many names, switched off."""
 
 import pytest
 import torch
