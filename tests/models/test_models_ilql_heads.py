@@ -13,6 +13,7 @@ from trl.models.value_heads.auto_models import with_value_head
 from trl.models.value_heads.ilql import (
     AutoModelForCausalLMWithILQLHeads,
     AutoModelForSeq2SeqLMWithILQLHeads,
+    load_with_ilql_heads,
     with_ilql_heads,
 )
 from trl.types import Completion, Example
@@ -108,6 +109,7 @@ def test_adapters_are_saved_with_the_heads(make_model, tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLMWithILQLHeads.from_pretrained(tmp_path / "adapter", dtype="float32")
     assert loaded.is_peft_model
+    assert load_with_ilql_heads(str(tmp_path / "adapter"), dtype="float32").is_peft_model
     batch = lay_out(EXAMPLES)
     expected, found = (score(each.eval(), batch, want=WANT) for each in (wrapped, loaded))
     torch.testing.assert_close(found.extras["target_q"], expected.extras["target_q"])

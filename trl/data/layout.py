@@ -68,10 +68,7 @@ def lay_out(
     check_inputs(examples, joins or {})
     placed, numbers = LAYOUTS[layout](examples)
     sizes = [example.tokens for example in placed]
-    if layout == "padded":
-        rows = [[i] for i in range(len(placed))]
-    else:
-        rows = fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
+    rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(sizes, capacity, hidden_size)
     grid = _Grid(placed, numbers, rows, pad_token_id, multiple_of)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
     if layout == "padded":
@@ -88,6 +85,11 @@ def lay_out(
     if spans and layout != "padded" and not ahead:
         batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared")))
     return batch
+
+
+def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None) -> list[list[int]]:
+    """Which examples share a row, by their `sizes` in tokens."""
+    return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
 
 
 def spans_of(sequence: np.ndarray, branch: np.ndarray) -> Spans:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
+from trl.models.load import load_config
 from trl.models.sharding import shards
 from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
 from trl.models.value_heads.heads import ValueHead
@@ -184,5 +185,7 @@ def with_ilql_heads(model: PreTrainedModel | PeftModel, **options: Any) -> WithI
 
 def load_with_ilql_heads(name: str, **options: Any) -> WithILQLHeads:
     """The model `name` with heads, those that it was saved with or new ones; `options` as in `from_pretrained`."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=options.get("trust_remote_code", False))
+    config = load_config(
+        name, trust_remote_code=options.get("trust_remote_code", False), revision=options.get("revision")
+    )
     return KINDS[config.is_encoder_decoder].from_pretrained(name, **options)
