@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
-from trl.models.score import without_engine
+from trl.models.score import without_wrapper
 from trl.models.value_heads.auto_models import WithValueHead
 
 
 def policy_of(model: nn.Module) -> PreTrainedModel | PeftModel:
-    """The language model, with its adapters, inside an engine and a value head's model."""
-    inner = without_engine(model)
+    """The language model, with its adapters, inside the wrappers of parallelism and a value head's model."""
+    inner = without_wrapper(model)
     return inner.pretrained_model if isinstance(inner, WithValueHead) else inner
 
 
@@ -143,7 +143,7 @@ def _merged(layer: BaseTunerLayer) -> Iterator[tuple[str, _Weight]]:
 
 
 def _copied(layer: BaseTunerLayer, replaced: Mapping[int, nn.Parameter]) -> BaseTunerLayer:
-    """A copy of the layer over other parameters, without the hooks of engines."""
+    """A copy of the layer over other parameters, without the hooks of DeepSpeed or FSDP."""
     hooks = [(module, dict(module.__dict__)) for module in layer.modules()]
     try:
         for module, _ in hooks:

@@ -33,7 +33,7 @@ from trl.errors import ConfigError, ModelError
 from trl.models.layer_sharing import depth, layer_pattern, layers_of, recording, resuming
 from trl.models.layouts import TRIAL
 from trl.models.patching import evaluating
-from trl.models.score import prepare_scoring, score, unwrap, without_engine
+from trl.models.score import prepare_scoring, score, unwrap, without_wrapper
 from trl.models.sharding import is_whole
 from trl.types import Batch, Scores
 
@@ -270,7 +270,7 @@ def _leaves_base_alone(model: PeftModel) -> bool:
 
 
 def _adapted(policy: nn.Module) -> PeftModel:
-    return without_engine(policy)
+    return without_wrapper(policy)
 
 
 def create_reference_model(

@@ -90,7 +90,7 @@ def score_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collection[str]) -> dict[str, Tensor]:
     inner = unwrap(model)
-    if "value" in want and not isinstance(without_engine(model), WithValueHead):
+    if "value" in want and not isinstance(without_wrapper(model), WithValueHead):
         raise ModelError(
             f"This {type(inner).__name__} has no value head: see trl.models.value_heads.auto_models.with_value_head."
         )
@@ -108,13 +108,16 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model inside DDP, a DeepSpeed engine, `torch.compile`, a value head's model and adapters."""
-    inner = without_engine(model)
+    inner = without_wrapper(model)
     inner = inner.pretrained_model if isinstance(inner, WithValueHead) else inner
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
-def without_engine(model: nn.Module) -> nn.Module:
-    """What an engine has wrapped. accelerate is asked of other wrappers alone: each time, it looks for what is installed."""
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of DDP, DeepSpeed or `torch.compile`.
+
+    accelerate is asked about wrappers that are not known here alone, since it looks each time for what is installed.
+    """
     while isinstance(model, DistributedDataParallel):
         model = model.module
     if isinstance(model, (PreTrainedModel, PeftModel, WithValueHead)):
@@ -123,7 +126,7 @@ def without_engine(model: nn.Module) -> nn.Module:
 
 
 def prepare_scoring(model: PreTrainedModel) -> None:
-    """Teach the forward of `model` the keyword `score`. Does nothing the second time.
+    """Patch the forward of `model` so that it takes the keyword `score`. Does nothing the second time.
 
     Call it once adapters are in place and before the model is wrapped for distributed training.
     """

@@ -1,4 +1,4 @@
-"""Weights that engines have cut into shards: made whole for a while, and models beside the one in training.
+"""Weights that FSDP2 or ZeRO-3 have cut into shards: made whole for a while, and models beside the one in training.
 
 FSDP2 and ZeRO-3 keep a share of every weight on each process, and gather a layer's weights whenever it runs. For a
 forward and a backward that is little; for sampling, which runs every layer once per token, it is all that happens. So
@@ -37,7 +37,7 @@ def are_whole(parameters: Iterable[nn.Parameter]) -> bool:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """`model`, wrapped by its engine or not, with all weights on each process; all processes enter and leave together.
+    """`model`, wrapped for its parallelism or not, with all weights on each process; all processes enter and leave together.
 
     Within, forward passes communicate nothing, so their number may differ between processes. Not for training.
     """

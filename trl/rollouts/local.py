@@ -26,7 +26,7 @@ from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.patching import evaluating
-from trl.models.score import without_engine
+from trl.models.score import without_wrapper
 from trl.models.sharding import whole_weights
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.ilql import WithILQLHeads
@@ -179,7 +179,7 @@ class LocalEngine(RolloutEngine):
 
 def unwrap(model: nn.Module) -> Policy:
     """The policy without its engine's wrapper and value head. Raises ModelError for what does not generate."""
-    model = without_engine(model)
+    model = without_wrapper(model)
     model = model.pretrained_model if isinstance(model, WithValueHead) else model
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
@@ -202,7 +202,7 @@ def guided(policy: Policy, model: nn.Module, params: SamplingParams) -> Policy:
         )
     if not params.beta:
         return policy
-    owner = without_engine(model)
+    owner = without_wrapper(model)
     if not isinstance(owner, WithILQLHeads):
         raise ModelError(
             f"beta={params.beta} guides samples by Q-values, and this {type(policy.inner).__name__} has no Q heads: train it "
