@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError, DataError
+from trl.ops.reduce import at_last
 from trl.ops.shapes import shapes
 from trl.types import Learnable, Metrics, Scores
 
@@ -32,8 +33,7 @@ def place_rewards(reward: Tensor, mask: Tensor) -> Tensor:
         return reward * mask
     if reward.shape != mask.shape[:1]:
         raise DataError(f"Rewards are [N] or [N,C], with a mask {tuple(mask.shape)} they are {tuple(reward.shape)}.")
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
-    return torch.zeros_like(mask).scatter(1, last, reward[:, None].to(mask.dtype)) * mask
+    return at_last(reward, mask)
 
 
 @shapes(values="N C", mask="N C")

@@ -22,7 +22,7 @@ from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.errors import DataError
-from trl.ops.reduce import masked_mean, masked_whiten
+from trl.ops.reduce import at_last, masked_mean, masked_whiten
 from trl.ops.shapes import shapes
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
@@ -41,9 +41,7 @@ PENALTIES: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
 @shapes(scores="N", kl="N C", mask="N C")
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: float) -> Tensor:
     """−β KL_t, plus the score of a completion on its last unmasked token: `[N,C]` from scores `[N]`, kl `[N,C]`."""
-    rewards = -coefficient * kl * mask
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
-    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+    return at_last(scores, mask) - coefficient * kl * mask
 
 
 @shapes(values="...", old_values="...")

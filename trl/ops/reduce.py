@@ -36,6 +36,13 @@ def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor
     return whitened + mean * mask if keep_mean else whitened
 
 
+@shapes(values="N", mask="N C")
+def at_last(values: Tensor, mask: Tensor) -> Tensor:
+    """`values [N]` at the last place of each row where `mask [N,C]` is 1, zero elsewhere: `[N,C]`."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
+    return torch.zeros_like(mask).scatter(1, last, values[:, None].to(mask.dtype)) * mask
+
+
 def _token(mask: Tensor) -> Tensor:
     return mask
 
