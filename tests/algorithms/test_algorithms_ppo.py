@@ -80,7 +80,7 @@ def test_the_full_divergence_is_the_mean_of_the_sampled_one():
     assert full_kl(logits, logits).item() == pytest.approx(0, abs=1e-7)
 
 
-# ---- credit ----
+# ---- advantages ----
 
 
 def test_gae_by_hand():

@@ -127,7 +127,7 @@ def test_a_checkpoint_by_name_has_to_be_whole(run, folder, capsys, monkeypatch):
     words = [*WORDS.split(), "--output_dir", "none", "--resume_from_checkpoint"]
     cut(run / "checkpoint-4" / "optimizer.pt")
     assert main([*words, str(run / "checkpoint-4")]) == 2
-    assert "cannot be gone on from: optimizer.pt has " in capsys.readouterr().err
+    assert "cannot be resumed: optimizer.pt has " in capsys.readouterr().err
     assert main([*words, str(run / "checkpoint-3")]) == 2
     assert "there is no such folder. Did you mean" in capsys.readouterr().err
 

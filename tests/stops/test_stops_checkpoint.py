@@ -97,7 +97,7 @@ def test_it_has_its_name_when_it_is_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", *(f"checkpoint-{k}" for k in (1, 2, 3))]
 
 
-# ---- which one is gone on from ----
+# ---- which one is resumed ----
 
 
 def test_the_newest_good_one_is_found(run):
@@ -128,7 +128,7 @@ def test_a_damaged_one_is_passed_over(run, damage, reason, caplog):
     damage(run / "checkpoint-3")
     assert reason in why_not_resumable(run / "checkpoint-3")
     assert newest_checkpoint(run) == run / "checkpoint-2"
-    assert f"{run / 'checkpoint-3'} is passed over: " in caplog.text
+    assert f"Skipping {run / 'checkpoint-3'}: " in caplog.text
 
 
 def _edit(manifest: Path, files: dict) -> None:
@@ -162,7 +162,7 @@ def test_what_to_go_on_from(run, tmp_path):
     with pytest.raises(ConfigError, match="checkpoint-4': there is no such folder. Did you mean .*checkpoint-3"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
     cut(run / "checkpoint-3" / "optimizer.pt")
-    with pytest.raises(ConfigError, match="checkpoint-3' cannot be gone on from: optimizer.pt has "):
+    with pytest.raises(ConfigError, match="checkpoint-3' cannot be resumed: optimizer.pt has "):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     trainer = RUNS["sft"](run, **SAVING)
     trainer.train(resume_from_checkpoint=True)

@@ -13,7 +13,7 @@ from torch import nn
 def patch_forward(module: nn.Module, forward: Callable) -> None:
     """Put `forward(self, …)` in the place of the module's own, which is `self._trl_plain_forward` from now on.
 
-    A copy of the module is taught as well. A pickle of it, read again, has its own forward: it can be taught anew.
+    A copy of the module is patched as well. A pickle of it, read again, has its own forward and can be patched anew.
     """
     module._trl_plain_forward = module.forward
     forward.__name__ = "forward"  # a pickle names a method, and finds that of the class

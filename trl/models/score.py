@@ -266,12 +266,12 @@ def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTra
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    taught, head.forward = head.forward, lambda hidden: ramp
+    patched, head.forward = head.forward, lambda hidden: ramp
     try:
         with evaluating(model):
             logits = model._trl_plain_forward(**inputs, use_cache=False).logits
     finally:
-        head.forward = taught
+        head.forward = patched
     return torch.allclose(logits.float(), transform(ramp.float()), rtol=2e-2, atol=1e-2)
 
 

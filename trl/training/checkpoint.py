@@ -202,7 +202,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     for checkpoint in checkpoints(folder):
         if not (reason := why_not_resumable(checkpoint)):
             return checkpoint
-        logger.warning(f"{checkpoint} is passed over: {reason}.")
+        logger.warning(f"Skipping {checkpoint}: {reason}.")
     return None
 
 
@@ -307,7 +307,7 @@ def _find(asked: str | Path | bool, run: str) -> tuple[str | None, str]:
         logger.info(f"Going on from {newest}.")
         return str(newest), ""
     if asked == "last":
-        logger.info(f"There is no checkpoint to go on from in {run!r}: starting at the beginning.")
+        logger.info(f"There is no checkpoint to resume in {run!r}: starting at the beginning.")
         return None, ""
     return None, (
         f"resume_from_checkpoint=True: there is no good checkpoint in {run!r}. Start from the beginning "
@@ -328,7 +328,7 @@ def _problem(folder: str | Path) -> str:
         beside = [str(each) for each in checkpoints(path.parent)]
         return f"resume_from_checkpoint={str(folder)!r}: there is no such folder.{suggest(str(path), beside)}"
     if reason := why_not_resumable(path):
-        return f"resume_from_checkpoint={str(folder)!r} cannot be gone on from: {reason}."
+        return f"resume_from_checkpoint={str(folder)!r} cannot be resumed: {reason}."
     return ""
 
 

@@ -146,7 +146,7 @@ class StateRegistry:
     def register(self, name: str, part: Stateful, *, per_rank: bool = False, optional: bool = False) -> None:
         """Save and restore `part` with every checkpoint.
 
-        Training cannot go on from a checkpoint without it, unless it is `optional`.
+        A checkpoint without it cannot be resumed, unless it is `optional`.
         """
         (self.own if per_rank else self.shared)[name] = part
         if optional:
@@ -171,9 +171,9 @@ class StateRegistry:
         if lost := sorted(parts.keys() - found.keys() - self.optional):
             why = f"it was written by {written_by} processes, and here are {processes}"
             raise ConfigError(
-                f"Training cannot go on from {str(folder)!r}: it does not hold {', '.join(lost)} for this process "
+                f"{str(folder)!r} cannot be resumed: it does not hold {', '.join(lost)} for this process "
                 f"({why if written_by != processes else 'it was written by another trainer, or by an earlier version'}). "
-                "Go on with what wrote it, or begin anew with its weights: give the folder as the model."
+                "Resume it with what wrote it, or begin anew with its weights: give the folder as the model."
             )
         if written_by != processes:
             logger.warning(
