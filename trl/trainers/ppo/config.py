@@ -15,10 +15,6 @@ from trl.trainers.online_config import OnlineConfig
 ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
 
 
-def _script_name() -> str:
-    return Path(sys.argv[0]).stem
-
-
 @dataclass
 class PPOConfig(PPOOptions, OnlineConfig):
     """Options of `PPOTrainer`."""
@@ -31,7 +27,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
         "optimize_cuda_cache": "optimize_device_cache",
     }
 
-    exp_name: str = field(default_factory=_script_name)
+    exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
     """Name of the experiment; the script's by default."""
 
     seed: int = 0

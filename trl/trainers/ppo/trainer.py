@@ -260,11 +260,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Sample, reward, learn, as `args` say; see `transformers.Trainer.train`."""
-        missing = [
-            name
-            for name, there in (("reward_funcs", self.has_rewards), ("train_dataset", self.train_dataset))
-            if not there
-        ]
+        needed = {"reward_funcs": self.has_rewards, "train_dataset": self.train_dataset}
+        missing = [name for name, there in needed.items() if not there]
         if missing:
             raise ConfigError(
                 f"train() needs {' and '.join(missing)}: PPOTrainer(args=..., model=..., reward_funcs=..., "
