@@ -53,8 +53,8 @@ class Touched:
             self.functions.add((file, frame.f_code.co_qualname))
 
     def figures(self) -> dict[str, Any]:
-        imports = ("<module>", "find_spec")  # which Python runs whenever something is imported
-        names = {name for name in self.functions if name[1].rpartition(".")[2] not in imports}
+        imports = {"<module>", "find_spec"}  # which Python runs whenever something is imported
+        names = {name for name in self.functions if not imports & set(name[1].split("."))}
         files = sorted({file for file, _ in names})
         return {"files": len(files), "functions": len(names), "read": files}
 
