@@ -203,6 +203,19 @@ def test_values_that_the_bound_holds_back_are_counted():
     assert "policy/entropy" not in metrics
 
 
+def test_nothing_is_learned_of_a_minibatch_that_has_moved_too_far():
+    """Ratios 1.5, 0.9 and, outside the mask, 9: their mean is 1.2."""
+    zeros = [0.0, 0.0, 0.0]
+    signals = {"old_logprobs": zeros, "advantages": [1.0, 1.0, 1.0], "values": zeros, "returns": [1.0, 1.0, 1.0]}
+    batch = lay_out([Example([3], (Completion([5, 6, 7], mask=[1, 1, 0], signals=signals),))])
+    logprobs = torch.tensor([[1.5, 0.9, 9.0]]).log()
+    for threshold, skipped in ((1.19, 1.0), (1.21, 0.0)):
+        loss, metrics = PPO(ratio_threshold=threshold).loss(Scores(logprobs=logprobs, value=torch.zeros(1, 3)), batch)
+        assert metrics["policy/skipped"].tolist() == [[skipped] * 3]
+        assert (loss == 0).all() == bool(skipped)
+        assert metrics["loss/total"][0, 0] == pytest.approx(-1.2 + 0.1 / 2)
+
+
 # ---- controllers and moments ----
 
 
