@@ -74,14 +74,14 @@ def sample(
     batch_size: int | None,
     *,
     step: int,
+    end: int | None,
 ) -> list[list[int]]:
-    """Token ids of one response each, of `model` as it is at `step`; at most `batch_size` at a time."""
+    """Token ids of one response each, of `model` as it is at `step`, at most `batch_size` at a time.
+
+    Each is cut after its first `end`, where that is not None.
+    """
     size = batch_size or max(1, len(prompts))
     engine.sync(model, step)
     parts = (engine.generate(prompts[i : i + size], params, 1) for i in range(0, len(prompts), size))
-    return [list(rollout.ids) for part in parts for (rollout,) in part]
-
-
-def untrimmed(ids: Sequence[int], end: int | None) -> list[int]:
-    """`ids` up to the first `end`, which is kept."""
-    return list(ids[: ids.index(end) + 1]) if end in ids else list(ids)
+    found = [list(rollout.ids) for part in parts for (rollout,) in part]
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in found]

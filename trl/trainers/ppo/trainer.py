@@ -41,7 +41,7 @@ from trl.rollouts.local import LocalEngine
 from trl.trainers.arguments import PPOKeywords
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.ppo.config import PPOConfig
-from trl.trainers.ppo.generate import prompts_of, sample, sampling_params, untrimmed
+from trl.trainers.ppo.generate import prompts_of, sample, sampling_params
 from trl.trainers.ppo.model import check_arguments, layout_with_value_model, value_network
 from trl.trainers.ppo.statistics import Stopwatch, environment, step_statistics, warn_of_skipped
 from trl.trainers.ppo.tracking import log_table, start_trackers
@@ -233,15 +233,13 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         else:
             starts = [query.tolist() if return_prompt else [] for query in queries]
 
+        end = None if isinstance(query_tensor, Tensor) else self.tokenizer.eos_token_id
+
         def respond(engine: RolloutEngine, model: nn.Module) -> Any:
             with self.compute_loss_context_manager():
-                responses = sample(engine, model, prompts, params, batch_size, step=self.state.global_step)
-            if isinstance(query_tensor, Sequence):
-                responses = [untrimmed(ids, self.tokenizer.eos_token_id) for ids in responses]
-            found = [
-                torch.tensor([*start, *ids], device=self.current_device)
-                for start, ids in zip(starts, responses, strict=True)
-            ]
+                ids = sample(engine, model, prompts, params, batch_size, step=self.state.global_step, end=end)
+            rows = ([*start, *response] for start, response in zip(starts, ids, strict=True))
+            found = [torch.tensor(row, device=self.current_device) for row in rows]
             return found[0][None] if isinstance(query_tensor, Tensor) else found
 
         responses = respond(self.engine, self.model_wrapped)
