@@ -114,7 +114,7 @@ def test_every_step_is_sent_once_and_the_cache_forgotten(model, engine, served):
         "/update_weight_version",
         "/resume",
     ]
-    folder = engine.folders.folder
+    folder = engine.folder.folders.folder
     assert [each.name for each in folder.iterdir()] == ["0"]
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)

@@ -18,48 +18,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import make_tokenizer
+from tests.vllm.support import OPTIONS, PARAMS, PROMPTS, largest_difference, llama
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
-from trl.data.layout import lay_out
-from trl.models.score import score
-from trl.rollouts.engine import Prompt
-from trl.rollouts.sampling import SamplingParams
 from trl.rollouts.server import ServerEngine
-from trl.types import Completion, Example
 
 PROGRAM = os.environ.get("TRL_TEST_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
 
 START = 600.0
-PROMPTS = [Prompt([7 + i, *range(8, 8 + 3 * i)]) for i in range(4)] + [Prompt([i % 90 + 6 for i in range(200)])]
-PARAMS = SamplingParams(max_new_tokens=12, seed=3)
-
-
-def llama(seed):
-    """A model with heads wide enough for vLLM's kernels."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    return model
-
-
 def start(folder, mode):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -97,26 +63,6 @@ def engine(served, tmp_path):
     engine = ServerEngine(served[0], make_tokenizer(), sync_dir=tmp_path, start_timeout=START, timeout=120)
     yield engine
     engine.close()
-
-
-def scored(model, groups, temperature=1.0):
-    """Log-probabilities of the rollouts under the model, and the rollouts."""
-    examples = [
-        Example(prompt.ids, tuple(Completion(r.ids) for r in group))
-        for prompt, group in zip(PROMPTS, groups, strict=True)
-    ]
-    with torch.no_grad():
-        logprobs = score(model, lay_out(examples, "padded"), temperature=temperature).logprobs
-    return logprobs, [rollout for group in groups for rollout in group]
-
-
-def largest_difference(model, groups, temperature=1.0):
-    logprobs, rollouts = scored(model, groups, temperature)
-    return max(
-        abs(a - b)
-        for row, r in zip(logprobs, rollouts, strict=True)
-        for a, b in zip(row.tolist(), r.logprobs, strict=False)
-    )
 
 
 def test_weights_arrive_through_folders(engine, served):
@@ -168,11 +114,7 @@ def test_a_seed_gives_the_same_samples(engine):
     assert len({rollout.ids for rollout in first[0]}) == 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"temperature": 0.7}, {"top_k": 10}, {"top_p": 0.9}, {"repetition_penalty": 1.3}, {"min_new_tokens": 8}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
 def test_the_table_of_modes(engine, options):
     """Where the engine says that numbers are the policy's, they are; elsewhere they are off."""

@@ -26,6 +26,8 @@ DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}
 ADAPTERS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 """Lets a running server take adapters."""
 
+NCCL = '{"backend": "nccl"}'
+
 ALIASES = {"model_name_or_path": "model", "tp": "tensor_parallel_size"}
 
 
@@ -92,6 +94,9 @@ class VLLMServeArguments:
     """Which log-probabilities are told. "processed_logprobs": the policy's at every temperature, without truncation;
     "raw_logprobs": the policy's at temperature 1, whatever is truncated."""
 
+    nccl: bool = False
+    """Take weights over NCCL, as trainers with rollout_sync="nccl" send them."""
+
     max_lora_rank: int | None = None
     """Take adapters, up to this rank, so that the adapter alone is sent in training. None: the merged weights are sent."""
 
@@ -146,6 +151,7 @@ def command_of(arguments: VLLMServeArguments) -> list[str]:
         "logprobs-mode": arguments.logprobs_mode,
         "generation-config": "vllm",
         "max-lora-rank": arguments.max_lora_rank,
+        "weight-transfer-config": NCCL if arguments.nccl else None,
     }
     command = [arguments.vllm, "serve", arguments.model]
     command += [word for name, value in valued.items() if value is not None for word in (f"--{name}", str(value))]

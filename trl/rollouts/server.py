@@ -17,35 +17,33 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from torch import nn
 
 from trl.errors import ConfigError, DataError, EngineError, ModelError
 from trl.models.gathering import base_of, policy_of
-from trl.rollouts.connection import Refused, Server, ServerInfo, Unreachable
+from trl.rollouts.connection import Server, ServerInfo, Unreachable
 from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
+from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
 from trl.rollouts.sampling import SamplingParams, with_seed
 from trl.rollouts.sync_check import PARAMS, check_weights, probe
-from trl.rollouts.weight_folders import WeightFolders, default_root
-from trl.rollouts.weight_sync import needs_merged_weights, publish, write_adapter, write_weights
+from trl.rollouts.weight_sync import needs_merged_weights
+from trl.rollouts.weight_transfer import ADAPTER, FolderTransfer, WeightTransfer, together
 from trl.training.collectives import gather_on_main, is_main, run_on_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "trl-policy"
-"""Name under which servers keep the policy's adapter."""
 
 KEY = "VLLM_API_KEY"
 CONNECTIONS = 32
@@ -68,6 +66,7 @@ class ServerEngine(RolloutEngine):
     """Samples on the servers at `urls`: a `RolloutEngine`.
 
     tokenizer       names an end-of-sequence token besides the model's own
+    sync_by         "folder": servers read weights from a folder; "nccl": they are broadcast to vLLM's workers, adapters merged
     sync_dir        folder for weights that this machine and all servers see. None: shared memory, for servers on this machine
     timeout         seconds that a server may take for a request, and for reading weights
     start_timeout   seconds that are waited for servers at the start
@@ -80,6 +79,7 @@ class ServerEngine(RolloutEngine):
         urls: str | Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        sync_by: Literal["folder", "nccl"] = "folder",
         sync_dir: str | Path | None = None,
         timeout: float = 600.0,
         start_timeout: float = 240.0,
@@ -96,13 +96,14 @@ class ServerEngine(RolloutEngine):
         self.servers = [Server(url, timeout=timeout, api_key=key) for url in urls]
         self.tokenizer, self.retries, self.start_timeout = tokenizer, retries or Retries(), start_timeout
         self.sync_dir = None if sync_dir is None else Path(sync_dir)
-        if self.sync_dir is None and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL]):
+        if self.sync_dir is None and sync_by == "folder" and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL]):
             raise ConfigError(
                 f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder of a file system "
-                "that this machine and the servers share. Weights travel through it."
+                "that this machine and the servers share. Weights travel through it. Or rollout_sync='nccl'."
             )
+        self.folder = FolderTransfer(self.sync_dir, self.retries)
+        self.transfer: WeightTransfer = self.folder if sync_by == "folder" else NCCLTransfer(timeout)
         self.infos: dict[str, ServerInfo] = {}
-        self.folders: WeightFolders | None = None
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
         self._model_name = ""
         self._stops_of: Any = None
@@ -123,71 +124,18 @@ class ServerEngine(RolloutEngine):
         if not self.infos:
             self.infos = run_on_main(lambda: self._connect(base_of(policy)))
             self._stops_of = base_of(policy)
-        reason = needs_merged_weights(policy, list(self.infos.values()))
-        write, send = (write_weights, self._reload) if reason else (write_adapter, self._load_adapter)
+        over_nccl = isinstance(self.transfer, NCCLTransfer)
+        reason = "NCCL carries whole weights" if over_nccl else needs_merged_weights(policy, [*self.infos.values()])
         if reason and policy is not base_of(policy):
             self._say(f"The adapter is merged into the weights that are sent, since {reason}.")
-        if is_main():
-            self.folders = self.folders or WeightFolders(self.sync_dir or default_root())
-        folder = publish(self.folders, model, step, write)
-        run_on_main(lambda: self._send_all(send, folder, str(step)))
+        if reason:
+            self.transfer.send(self.servers, model, step)
+        else:
+            self.folder.send_adapter(self.servers, model, step)
         self._model_name = "" if reason else ADAPTER
         self._check(model)
         self._synced = step, weakref.ref(model)
         self.counts.add("sync_seconds", time.monotonic() - start)
-
-    def _send_all(self, send: Callable[[Server, Path, str], None], folder: Path, version: str) -> None:
-        """All servers that can be reached take the weights; a server that comes back later takes the next ones."""
-        failures = []
-        for attempt in range(self.retries.most + 1):
-            late = [server for server in self.servers if server.version != version]
-            errors = _together(late, lambda server: self._send(send, server, folder, version))
-            for error in errors:
-                if not isinstance(error, Unreachable):
-                    raise error
-            failures = errors
-            if len(errors) < len(self.servers):
-                break
-            time.sleep(self.retries.backoff * 2**attempt)
-        if len(failures) == len(self.servers):
-            reasons = "\n".join(map(str, failures))
-            raise EngineError(f"No server has taken the weights of step {version}:\n{reasons}")
-        for error in failures:
-            logger.warning("%s The other servers go on without it.", error)
-        self.folders.keep_only(folder)
-
-    def _send(self, send: Callable[[Server, Path, str], None], server: Server, folder: Path, version: str) -> None:
-        server.version = None
-        server.post("/pause", mode="keep")
-        try:
-            send(server, folder, version)
-            server.post("/update_weight_version", {"new_version": version})
-        finally:
-            server.post("/resume")
-        server.version = version
-
-    def _reload(self, server: Server, folder: Path, version: str) -> None:
-        options = {"weights_path": str(folder), "is_checkpoint_format": True}
-        try:
-            server.post("/collective_rpc", {"method": "reload_weights", "kwargs": options})
-        except Refused as error:
-            raise EngineError(f"{error} Does the server see the folder {folder}?") from error
-        answer = server.post("/reset_prefix_cache", reset_running_requests="true")
-        if isinstance(answer, Mapping) and answer.get("success") is False:
-            raise Unreachable(
-                f"POST {server.url}/reset_prefix_cache: the server did not forget what it had cached of prompts, which belongs to "
-                "earlier weights."
-            )
-
-    def _load_adapter(self, server: Server, folder: Path, version: str) -> None:
-        body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
-        try:
-            server.post("/v1/load_lora_adapter", body)
-        except Refused as error:
-            raise EngineError(
-                f"{error} vLLM takes adapters while it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. Does the "
-                f"server see the folder {folder}?"
-            ) from error
 
     def _check(self, model: nn.Module) -> None:
         """Compare log-probabilities of a server of each precision with the model's own."""
@@ -222,7 +170,7 @@ class ServerEngine(RolloutEngine):
 
     def _wait_for_servers(self, model: str) -> None:
         start = said = time.monotonic()
-        while errors := _together(self.servers, lambda server: server.get("/health")):
+        while errors := together(self.servers, lambda server: server.get("/health")):
             waited = time.monotonic() - start
             if waited > self.start_timeout or not all(isinstance(error, Unreachable) for error in errors):
                 port = urlsplit(self.servers[0].url).port or 8000
@@ -352,9 +300,9 @@ class ServerEngine(RolloutEngine):
 
     def close(self) -> None:
         """Delete the folders of weights. The servers run on."""
-        if self.folders is not None:
-            self.folders.close()
-        self.folders = self._synced = None
+        self.folder.close()
+        self.transfer.close()
+        self._synced = None
 
 
 def _rank() -> int:
@@ -385,14 +333,3 @@ def check_parameters(params: SamplingParams) -> None:
         raise ConfigError("beta and logit_mask need the model's Q heads and logits: sample in process (LocalEngine).")
     if options := options_set(params, {**GENERATE_ONLY, **PROCESSED}):
         raise ConfigError(f"{options[0]} of the generation config is not an option of servers: sample in process.")
-
-
-def _together(servers: Sequence[Server], act: Callable[[Server], Any]) -> list[BaseException]:
-    """The errors of `act(server)`, done for all servers at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    if not servers:
-        return []
-    with ThreadPoolExecutor(len(servers)) as pool:
-        futures = [pool.submit(act, server) for server in servers]
-    return [error for future in futures if (error := future.exception()) is not None]

@@ -27,6 +27,7 @@ USED = {
         "vllm_server_host",
         "vllm_server_port",
         "vllm_server_timeout",
+        "rollout_sync",
         "rollout_sync_dir",
         "rollout_request_timeout",
     },
@@ -69,7 +70,7 @@ class SamplerOptions:
     """Seconds that are waited for servers at the start."""
 
     vllm_group_port: int = 51216
-    """Not needed: weights travel through a folder (`rollout_sync_dir`), and no process group joins trainer and servers."""
+    """Not needed: weights travel through a folder, or over NCCL (`rollout_sync`), which chooses a port itself."""
 
     vllm_gpu_memory_utilization: float = 0.3
     """Share of a device's memory that vLLM takes, weights and keys together, with vllm_mode="colocate"."""
@@ -88,6 +89,10 @@ class SamplerOptions:
 
     vllm_structured_outputs_regex: str | None = None
     """Not available: completions are not held to an expression."""
+
+    rollout_sync: Literal["folder", "nccl"] = "folder"
+    """How weights get to servers: "folder", through `rollout_sync_dir`, to any server; "nccl", from GPU to GPU, to those of
+    `trl vllm-serve --nccl`. The latter has been tried without GPUs alone."""
 
     rollout_sync_dir: str | None = None
     """Folder for weights that the trainer and all servers see. None: shared memory, where all are on one machine."""
@@ -135,6 +140,7 @@ class SamplerOptions:
             return ServerEngine(
                 self.server_urls,
                 tokenizer,
+                sync_by=self.rollout_sync,
                 sync_dir=self.rollout_sync_dir,
                 timeout=self.rollout_request_timeout,
                 start_timeout=self.vllm_server_timeout,

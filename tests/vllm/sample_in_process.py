@@ -1,0 +1,55 @@
+"""vLLM in this process, with weights of several steps: what it samples, as JSON. Run by the Python of an environment with vLLM.
+
+python sample_in_process.py FOLDER TEMPERATURE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from tests.conftest import make_tokenizer
+from tests.vllm.support import OPTIONS, PARAMS, PROMPTS, largest_difference, llama
+from trl.rollouts.vllm import VLLMEngine
+
+
+def main(folder: Path, temperature: float) -> None:
+    warnings.simplefilter("ignore")
+    engine = VLLMEngine(
+        make_tokenizer(),
+        sync_dir=folder,
+        temperature=temperature,
+        max_model_len=512,
+        enforce_eager=True,
+    )
+    params, found = replace(PARAMS, temperature=temperature), {"mode": engine.mode, "differences": [], "modes": []}
+    for step in (1, 2):
+        model = llama(step)
+        engine.sync(model, step)
+        groups = engine.generate(PROMPTS, params, 3)
+        assert [len(group) for group in groups] == [3] * len(PROMPTS)
+        assert {rollout.version for group in groups for rollout in group} == {step}
+        found["differences"].append(largest_difference(model, groups, temperature))
+    assert engine.generate(PROMPTS, params, 3) == groups
+    assert len({rollout.ids for rollout in groups[0]}) == 3
+    for options in OPTIONS:
+        each = replace(params, **options)
+        if each.temperature == temperature:
+            off = largest_difference(model, engine.generate(PROMPTS, each, 4), temperature)
+            found["modes"].append([engine.exact_logprobs(each), off])
+    greedy = replace(params, temperature=0.0, ignore_eos=True)
+    whole = engine.generate(PROMPTS, greedy, 1)[0][0].ids
+    for stop in ({"stop_token_ids": (whole[4],)}, {"stop": (make_tokenizer().decode([whole[4]]),)}):
+        (rollout,) = engine.generate(PROMPTS, replace(greedy, **stop), 1)[0]
+        assert rollout.ids == whole[: whole.index(whole[4]) + 1]
+        assert rollout.finish_reason == "stop"
+    found["metrics"] = engine.take_metrics()
+    (folder / "found.json").write_text(json.dumps(found))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,28 @@
+"""vLLM in the trainer's process: run where TRL_TEST_VLLM names the program `vllm` of an environment that has trl's libraries too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROGRAM = os.environ.get("TRL_TEST_VLLM")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
+
+
+@pytest.mark.parametrize(("temperature", "mode"), [(1.0, "raw_logprobs"), (0.7, "processed_logprobs")])
+def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path):
+    program = Path(__file__).with_name("sample_in_process.py")
+    python = Path(PROGRAM).with_name("python")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, program, tmp_path, str(temperature)], env=environment, check=True, timeout=900)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["mode"] == mode
+    assert max(found["differences"]) < 1e-4
+    assert [exact for exact, _ in found["modes"]] == [True] * 5 if mode == "raw_logprobs" else [True, True, *[False] * 4]
+    for exact, off in found["modes"]:
+        assert off < 1e-4 if exact else off > 1e-3
+    assert found["metrics"]["engine/sync_logp_difference"] < 1e-4
