@@ -121,7 +121,9 @@ def test_bytes_of_all_types():
 def test_what_workers_are_asked_and_what_arrives(model, adapter):
     expected = policy = model
     if adapter:
-        policy = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        policy = get_peft_model(
+            copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        )
         expected = copy.deepcopy(policy).merge_and_unload()
     wires, workers = [], Workers()
     with serving(workers.app()) as served:
@@ -182,7 +184,9 @@ def test_a_server_that_fails_leaves_the_others_alone(model, failing):
 def test_bytes_that_never_arrive(model):
     with serving(Workers().app()) as served:
         transfer = NCCLTransfer(0.3, Stuck, BUFFER)
-        with pytest.raises(EngineError, match=f"POST {served.url}/update_weights: weights sent over NCCL have not arrived"):
+        with pytest.raises(
+            EngineError, match=f"POST {served.url}/update_weights: weights sent over NCCL have not arrived"
+        ):
             transfer.send([Server(served.url, timeout=30)], model, 1)
 
 
@@ -210,5 +214,7 @@ def test_checkpoints_with_other_names_are_refused(monkeypatch, model):
         "trl.rollouts.packing.revert_weight_conversion",
         lambda model, state: {f"old.{name}": tensor for name, tensor in state.items()},
     )
-    with pytest.raises(ModelError, match="Checkpoints of LlamaForCausalLM hold its weights in other shapes or under other"):
+    with pytest.raises(
+        ModelError, match="Checkpoints of LlamaForCausalLM hold its weights in other shapes or under other"
+    ):
         weights_meta(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def test_the_flags_of_vllm(capsys):
     ):
         assert words in text
     assert "--enforce-eager" in command
+    assert "weight-transfer" not in text
+    over_nccl = command_of(VLLMServeArguments(model="m", nccl=True))
+    assert json.loads(over_nccl[over_nccl.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
     assert environment_of(VLLMServeArguments(model="m")) == {"VLLM_SERVER_DEV_MODE": "1"}
     with pytest.raises(ConfigError, match="data_parallel_size=2: start so many servers"):
         command_of(VLLMServeArguments(model="m", data_parallel_size=2))

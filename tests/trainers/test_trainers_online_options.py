@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 
 from trl.errors import ConfigError
+from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.trainers.grpo import GRPOConfig
 from trl.trainers.online_dpo import OnlineDPOConfig
 from trl.trainers.ppo.config import PPOConfig
@@ -167,6 +168,8 @@ def test_options_of_vllm(tmp_path, config):
     engine = shared.make_engine(None, None, progress=False)
     assert [server.url for server in engine.servers] == several
     assert (engine.start_timeout, engine.servers[0].timeout) == (240.0, 600.0)
+    over_nccl = made(vllm_mode="server", rollout_sync="nccl").make_engine(None, None, progress=False)
+    assert isinstance(over_nccl.transfer, NCCLTransfer)
     with pytest.warns(UserWarning, match="vllm_gpu_memory_utilization has no effect with vllm_mode='server'"):
         made(vllm_mode="server", vllm_gpu_memory_utilization=0.5)
     with pytest.warns(UserWarning, match="vllm_server_port has no effect with vllm_mode='colocate'"):

@@ -42,9 +42,10 @@ def main(folder: Path, temperature: float) -> None:
             found["modes"].append([engine.exact_logprobs(each), off])
     greedy = replace(params, temperature=0.0, ignore_eos=True)
     whole = engine.generate(PROMPTS, greedy, 1)[0][0].ids
-    for stop in ({"stop_token_ids": (whole[4],)}, {"stop": (make_tokenizer().decode([whole[4]]),)}):
+    token = next(token for token in whole[2:] if make_tokenizer().decode([token]))  # some of the vocabulary are no text
+    for stop in ({"stop_token_ids": (token,)}, {"stop": (make_tokenizer().decode([token]),)}):
         (rollout,) = engine.generate(PROMPTS, replace(greedy, **stop), 1)[0]
-        assert rollout.ids == whole[: whole.index(whole[4]) + 1]
+        assert rollout.ids == whole[: whole.index(token) + 1]
         assert rollout.finish_reason == "stop"
     found["metrics"] = engine.take_metrics()
     (folder / "found.json").write_text(json.dumps(found))

@@ -22,7 +22,9 @@ def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["mode"] == mode
     assert max(found["differences"]) < 1e-4
-    assert [exact for exact, _ in found["modes"]] == [True] * 5 if mode == "raw_logprobs" else [True, True, *[False] * 4]
+    assert (
+        [exact for exact, _ in found["modes"]] == [True] * 5 if mode == "raw_logprobs" else [True, True, *[False] * 4]
+    )
     for exact, off in found["modes"]:
         assert off < 1e-4 if exact else off > 1e-3
     assert found["metrics"]["engine/sync_logp_difference"] < 1e-4

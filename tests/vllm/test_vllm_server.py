@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import make_tokenizer
+from tests.trainers.online_support import make_trainer
 from tests.vllm.support import OPTIONS, PARAMS, PROMPTS, largest_difference, llama
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
 from trl.rollouts.server import ServerEngine
@@ -26,6 +27,8 @@ PROGRAM = os.environ.get("TRL_TEST_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
 
 START = 600.0
+
+
 def start(folder, mode):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -123,3 +126,18 @@ def test_the_table_of_modes(engine, options):
     params = replace(PARAMS, **options)
     off = largest_difference(model, engine.generate(PROMPTS, params, 4), params.temperature)
     assert off < 1e-4 if engine.exact_logprobs(params) else off > 1e-3
+
+
+def test_grpo_trains_on_its_samples(served, tmp_path):
+    """The sampler stays the policy, step after step, while the policy moves."""
+    model = llama(4)
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": served[0], "max_steps": 4}
+    trainer = make_trainer(model, tmp_path, learning_rate=1e-3, seed=3, **options)
+    trainer.train()
+    trainer.engine.close()
+    logs = [log for log in trainer.state.log_history if "sampling/kl" in log]
+    assert len(logs) == 4
+    assert all(abs(log["sampling/kl"]) < 1e-4 for log in logs)
+    assert all(log["engine/sync_logp_difference"] < 1e-4 for log in logs)
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)

@@ -123,9 +123,7 @@ class NCCLTransfer:
     def _wait(self, server: Server) -> None:
         """Until what was broadcast last has arrived."""
         update = self._updates[server.url]
-        if not wait_for(
-            self.groups[server.url].is_done, timeout=self.timeout, check=lambda: _raise_failed([update])
-        ):
+        if not wait_for(self.groups[server.url].is_done, timeout=self.timeout, check=lambda: _raise_failed([update])):
             raise Unreachable(
                 f"POST {server.url}/update_weights: weights sent over NCCL have not arrived within {self.timeout:g} seconds."
             )

@@ -92,6 +92,8 @@ class SamplingParams:
         for name, allowed, wanted in _RANGES:
             if not allowed(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give {wanted}.")
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty string, which every text has: leave it out.")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: "

@@ -96,7 +96,11 @@ class ServerEngine(RolloutEngine):
         self.servers = [Server(url, timeout=timeout, api_key=key) for url in urls]
         self.tokenizer, self.retries, self.start_timeout = tokenizer, retries or Retries(), start_timeout
         self.sync_dir = None if sync_dir is None else Path(sync_dir)
-        if self.sync_dir is None and sync_by == "folder" and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL]):
+        if (
+            self.sync_dir is None
+            and sync_by == "folder"
+            and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL])
+        ):
             raise ConfigError(
                 f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder of a file system "
                 "that this machine and the servers share. Weights travel through it. Or rollout_sync='nccl'."
