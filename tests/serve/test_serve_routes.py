@@ -206,6 +206,8 @@ def test_adapters_are_models_of_their_own(model, tmp_path):
         assert ids(served, "tiny") == plain
         names = [each["id"] for each in requests.get(f"{served.url}/v1/models", timeout=60).json()["data"]]
         assert names == ["tiny", "mine"]
+        assert requests.get(f"{served.url}/v1/models/mine", timeout=60).json()["parent"] == "tiny"
+        assert requests.get(f"{served.url}/v1/models/his", timeout=60).status_code == 404
         post(served, "/v1/unload_lora_adapter", {"lora_name": "mine"})
         assert "not served here" in post(served, "/v1/completions", {**body, "model": "mine"}, 404)["error"]["message"]
         assert ids(served, "tiny") == plain
@@ -230,6 +232,8 @@ def test_adapters_are_models_of_their_own(model, tmp_path):
         ),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/collective_rpc", {"method": "exec"}, 400, "'exec'"),
+        ("/v1/responses", {"input": "a"}, 404, "POST /v1/responses is not available"),
+        ("/health", {}, 405, "POST /health is not available"),
     ],
 )
 def test_requests_are_refused_by_name(served, path, body, status, words):

@@ -58,6 +58,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if value.key not in seen:
                 seen.add(value.key)
                 yield f"{prefix}{name}", value.tensor
+            del value  # before the next weight is made whole
 
 
 def gathered_adapter(policy: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -125,6 +126,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, _Weight]]:
     for name, owner in state.items():
         with whole([owner]) as (tensor,):
             yield name, _Weight(owner, tensor)
+            del tensor
 
 
 def _merged(layer: BaseTunerLayer) -> Iterator[tuple[str, _Weight]]:

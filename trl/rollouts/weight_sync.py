@@ -55,6 +55,7 @@ def write_weights(model: nn.Module, folder: Path | None) -> None:
     for name, tensor in gathered_parameters(model):
         if folder is not None:
             state[name] = tensor.cpu().contiguous()
+        del tensor  # before the next one is gathered
     if folder is not None:
         with _quiet():
             base_of(policy_of(model)).save_pretrained(folder, state_dict=state)

@@ -59,9 +59,11 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "code": status}}, status)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail)
+    unknown = error.status_code in (404, 405) and error.detail in ("Not Found", "Method Not Allowed")
+    words = f"{request.method} {request.url.path} is not available on this server." if unknown else error.detail
+    return _error(error.status_code, words)
 
 
 async def _mistaken(_: Request, error: Exception) -> Response:
@@ -83,6 +85,7 @@ class _Routes:
         return [
             Route("/health", self.health, methods=["GET"]),
             get("/v1/models", self.models),
+            get("/v1/models/{name:path}", self.one_model),
             get("/version", self.about),
             get("/server_info", self.server_info),
             get("/get_world_size", self.world_size),
@@ -285,13 +288,24 @@ class _Routes:
         return Response(status_code=200)
 
     async def models(self, _: Request) -> Response:
-        rows = [(self.name, None), *((adapter, self.name) for adapter in self.worker.adapters)]
+        names = [None, *self.worker.adapters]
+        return JSONResponse({"object": "list", "data": [self._model(adapter) for adapter in names]})
+
+    async def one_model(self, request: Request) -> Response:
+        return JSONResponse(self._model(self._adapter({"model": request.path_params["name"]})))
+
+    def _model(self, adapter: str | None) -> dict[str, Any]:
+        """What is said of an adapter; of the model itself with None."""
+        name, parent = (self.name, None) if adapter is None else (adapter, self.name)
         length = self.worker.speaker.context
-        models = [
-            {"id": name, "object": "model", "owned_by": "trl", "parent": parent, "max_model_len": length}
-            for name, parent in rows
-        ]
-        return JSONResponse({"object": "list", "data": models})
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "trl",
+            "parent": parent,
+            "max_model_len": length,
+        }
 
     async def about(self, _: Request) -> Response:
         return JSONResponse({"version": f"trl {__version__}"})

@@ -44,6 +44,12 @@ NEUTRAL = {
     "prompt_logprobs": (None,),
     "tools": ([], None),
     "tool_choice": ("none", "auto", None),
+    "parallel_tool_calls": (True, False, None),
+    "functions": ([], None),
+    "function_call": ("none", "auto", None),
+    "modalities": (["text"], None),
+    "reasoning_effort": ("none", None),
+    "service_tier": ("auto", "default", None),
     "response_format": ({"type": "text"}, None),
     "output_mode": ("tokens", None),
     "output_kind": (2, None),
@@ -52,7 +58,10 @@ NEUTRAL = {
 }
 """Fields that this engine does not have, and the values that ask for nothing."""
 
-WITHOUT_EFFECT = ("model", "user", "metadata", "store", "request_id", "cache_salt", "priority", "return_token_ids")
+WITHOUT_EFFECT = (
+    *("model", "user", "metadata", "store", "request_id", "cache_salt", "priority", "return_token_ids"),
+    *("safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+)
 COMMON = {**SAMPLING, **dict.fromkeys((*NEUTRAL, *WITHOUT_EFFECT), True)}
 STREAM = {"stream": SWITCH, "stream_options": {"type": ["object", "null"]}}
 
