@@ -1,27 +1,33 @@
 """vLLM in this process, with weights of several steps: what it samples, as JSON. Run by the Python of an environment with vLLM.
 
-python sample_in_process.py FOLDER TEMPERATURE
+python sample_in_process.py FOLDER TEMPERATURE [TENSOR_PARALLEL_SIZE]       also as one of several processes
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+
+from torch import distributed
 
 from tests.conftest import make_tokenizer
 from tests.vllm.support import OPTIONS, PARAMS, PROMPTS, largest_difference, llama
 from trl.rollouts.vllm import VLLMEngine
 
 
-def main(folder: Path, temperature: float) -> None:
+def main(folder: Path, temperature: float, tensor_parallel_size: int = 1) -> None:
     warnings.simplefilter("ignore")
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
     engine = VLLMEngine(
         make_tokenizer(),
         sync_dir=folder,
         temperature=temperature,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=512,
         enforce_eager=True,
     )
@@ -48,9 +54,9 @@ def main(folder: Path, temperature: float) -> None:
         assert rollout.ids == whole[: whole.index(token) + 1]
         assert rollout.finish_reason == "stop"
     found["metrics"] = engine.take_metrics()
-    (folder / "found.json").write_text(json.dumps(found))
+    (folder / f"found-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
     engine.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), *map(int, sys.argv[3:]))

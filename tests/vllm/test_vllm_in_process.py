@@ -13,13 +13,21 @@ PROGRAM = os.environ.get("TRL_TEST_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
 
 
+def run(program, *words):
+    """A script of this folder, by the Python beside `vllm`."""
+    command = [Path(PROGRAM).with_name("python"), Path(__file__).with_name(program), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=900)
+
+
+def test_vllm_reads_what_is_packed():
+    run("unpack_weights.py")
+
+
 @pytest.mark.parametrize(("temperature", "mode"), [(1.0, "raw_logprobs"), (0.7, "processed_logprobs")])
 def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path):
-    program = Path(__file__).with_name("sample_in_process.py")
-    python = Path(PROGRAM).with_name("python")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([python, program, tmp_path, str(temperature)], env=environment, check=True, timeout=900)
-    found = json.loads((tmp_path / "found.json").read_text())
+    run("sample_in_process.py", tmp_path, temperature)
+    found = json.loads((tmp_path / "found-0.json").read_text())
     assert found["mode"] == mode
     assert max(found["differences"]) < 1e-4
     assert (

@@ -90,14 +90,7 @@ class NCCLTransfer:
             self._lost.discard(server.url)
         group = self.groups[server.url]
         size = 1 + int(server.get("/get_world_size", include_dp="true")["world_size"])
-        info = {
-            "nccl_unique_id_b64": group.unique_id,
-            "rank_offset": 1,
-            "world_size": size,
-            "packed": True,
-            "packed_buffer_size_bytes": self.buffer_bytes,
-            "packed_num_buffers": BUFFERS,
-        }
+        info = join_info(group.unique_id, size, self.buffer_bytes)
         both = [
             _in_background(lambda: server.post("/init_weight_transfer_engine", {"init_info": info})),
             _in_background(lambda: group.connect(size)),
@@ -150,6 +143,18 @@ class NCCLTransfer:
         for group in self.groups.values():
             group.abort()
         self.groups = {}
+
+
+def join_info(unique_id: str, world_size: int, buffer_bytes: int) -> dict[str, Any]:
+    """What vLLM's route `/init_weight_transfer_engine` is told."""
+    return {
+        "nccl_unique_id_b64": unique_id,
+        "rank_offset": 1,
+        "world_size": world_size,
+        "packed": True,
+        "packed_buffer_size_bytes": buffer_bytes,
+        "packed_num_buffers": BUFFERS,
+    }
 
 
 class _Left:

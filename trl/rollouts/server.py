@@ -6,8 +6,8 @@
     engine = ServerEngine(["http://localhost:8000"])
     GRPOTrainer(..., engine=engine)                      # or GRPOConfig(use_vllm=True, vllm_mode="server")
 
-No process group joins trainer and servers: they may be of other releases, on other machines, come later, and go. Every process
-calls, the main one talks, and an error is raised on all.
+No process group joins trainer and servers, unless weights travel over NCCL: they may be of other releases, on other machines, come
+later, and go. Every process calls, the main one talks, and an error is raised on all.
 """
 
 from __future__ import annotations
