@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.conftest import MODELS
-from tests.serve.support import serving
+from tests.serve.support import serve, serving
 from trl.errors import EngineError, ModelError
 from trl.rollouts.connection import Server
 from trl.rollouts.nccl import NCCLCommunicator
@@ -24,6 +24,7 @@ from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.packing import WeightMeta, buffer_sizes, packed, weights_meta
 from trl.rollouts.server import ServerEngine
 
+CPU = torch.device("cpu")
 BUFFER = 5000
 """Bytes: several buffers, some of one weight alone."""
 
@@ -32,7 +33,7 @@ class Wire:
     """A `Communicator` whose other ranks are a server in this process: what is broadcast is there at once."""
 
     def __init__(self):
-        self.unique_id = base64.b64encode(bytes(128)).decode()
+        self.unique_id, self.device = base64.b64encode(bytes(128)).decode(), CPU
         self.world_size, self.buffers, self.aborted = None, [], False
 
     def connect(self, world_size):
@@ -109,12 +110,12 @@ def test_bytes_of_all_types():
         ("c", torch.arange(6.0).view(2, 3).t()),  # not contiguous
     ]
     metas = [WeightMeta.of(name, tensor) for name, tensor in weights]
-    buffers = list(packed(iter(weights), metas, 3))
+    buffers = list(packed(iter(weights), metas, 3, CPU))
     assert [len(buffer) for buffer in buffers] == [4, 8, 24]
     assert buffers[0].tolist() == [0x80, 0x3F, 0x00, 0xC0]
     assert buffers[2].view(torch.float32).tolist() == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
     with pytest.raises(ModelError, match=r"The weight a is torch.bfloat16 \(1, 2\) now, and WeightMeta\(name='b'"):
-        list(packed(iter(weights), metas[1:] + metas[:1], 3))
+        list(packed(iter(weights), metas[1:] + metas[:1], 3, CPU))
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -181,6 +182,11 @@ def test_a_server_that_fails_leaves_the_others_alone(model, failing):
             transfer.send(servers, model, 3)
 
 
+def test_a_server_without_nccl(model):
+    with serve(model) as served, pytest.raises(EngineError, match=r"init_weight.* not available.*vllm-serve --nccl"):
+        NCCLTransfer(30, Wire).send([Server(served.url, timeout=30)], model, 1)
+
+
 def test_bytes_that_never_arrive(model):
     with serving(Workers().app()) as served:
         transfer = NCCLTransfer(0.3, Stuck, BUFFER)
@@ -197,7 +203,7 @@ def test_servers_that_are_not_met(model):
 
     with serving(Workers().app()) as served:
         transfer = NCCLTransfer(0.3, Alone)
-        with pytest.raises(EngineError, match=r"have not met over NCCL within 0.3 seconds.*vllm-serve --nccl"):
+        with pytest.raises(EngineError, match=r"have not met over NCCL within 0.3 seconds"):
             transfer.send([Server(served.url, timeout=30)], model, 1)
 
 

@@ -24,7 +24,7 @@ BUFFER = 100_000
 def main() -> None:
     model = llama(0).to(torch.bfloat16)
     metas = weights_meta(model)
-    buffers = packed(gathered_parameters(model), metas, BUFFER)
+    buffers = packed(gathered_parameters(model), metas, BUFFER, torch.device("cpu"))
     init = NCCLWeightTransferInitInfo(**join_info(base64.b64encode(bytes(128)).decode(), 2, BUFFER))
     info = NCCLWeightTransferUpdateInfo(**update_info(metas))
     found = {}

@@ -34,6 +34,9 @@ class Communicator(Protocol):
     unique_id: str
     """What the other ranks join by."""
 
+    device: torch.device
+    """Where what is sent has to be."""
+
     def connect(self, world_size: int) -> None:
         """Join; returns once all ranks have."""
         ...
@@ -65,7 +68,7 @@ class NCCLCommunicator:
                 "then travel through a folder."
             )
         self._library = _load()
-        self._device = torch.cuda.current_device()
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self._stream, self._event = torch.cuda.Stream(), torch.cuda.Event()
         self._group = ctypes.c_void_p()
         self._id = _UniqueId()
@@ -73,7 +76,7 @@ class NCCLCommunicator:
         self.unique_id = base64.b64encode(bytes(self._id)).decode()
 
     def connect(self, world_size: int) -> None:
-        with torch.cuda.device(self._device):  # a thread begins on the first device
+        with torch.cuda.device(self.device):  # a thread begins on the first device
             self._call("ncclCommInitRank", ctypes.byref(self._group), world_size, self._id, ROOT)
             greeting = torch.zeros(1, device="cuda")
             self._stream.wait_stream(torch.cuda.current_stream())

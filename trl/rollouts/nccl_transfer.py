@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trl.errors import EngineError
 from trl.models.gathering import gathered_parameters
-from trl.rollouts.connection import Server, Unreachable
+from trl.rollouts.connection import Refused, Server, Unreachable
 from trl.rollouts.nccl import Communicator, NCCLCommunicator, wait_for
 from trl.rollouts.packing import WeightMeta, packed, update_info, weights_meta
 from trl.rollouts.weight_transfer import check_some_left, forget_prompts, together
@@ -55,7 +55,7 @@ class NCCLTransfer:
         failed: BaseException | None = None
         if is_main():
             try:
-                self._send(servers, packed(weights, self._metas, self.buffer_bytes), str(step))
+                self._send(servers, weights, str(step))
             except Exception as error:  # raised below, on all processes
                 failed = error
         for _ in weights:  # the other processes wait for this one's part in every layer
@@ -67,14 +67,14 @@ class NCCLTransfer:
 
         run_on_main(tell)
 
-    def _send(self, servers: Sequence[Server], buffers: Iterable[Tensor], version: str) -> None:
+    def _send(self, servers: Sequence[Server], weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         left = _Left(servers, self._drop)
         fresh = [server for server in servers if server.url not in self.groups]
         self.groups |= {server.url: self.make_communicator() for server in fresh}
         left.each(self._join, fresh)
         left.each(self._begin)
         sent = None  # holds a buffer until it has arrived
-        for buffer in buffers:
+        for buffer in self._buffers(left.servers, weights):
             left.one_by_one(self._wait)
             left.one_by_one(lambda server, buffer=buffer: self.groups[server.url].broadcast(buffer))
             sent = buffer
@@ -82,6 +82,11 @@ class NCCLTransfer:
         del sent
         left.each(lambda server: self._finish(server, version))
         check_some_left(left.failures, servers, version)
+
+    def _buffers(self, servers: Sequence[Server], weights: Iterable[tuple[str, Tensor]]) -> Iterable[Tensor]:
+        if not servers:
+            return ()
+        return packed(weights, self._metas, self.buffer_bytes, self.groups[servers[0].url].device)
 
     def _join(self, server: Server) -> None:
         """Form the group of the trainer and this server's workers; both sides wait for each other."""
@@ -95,15 +100,17 @@ class NCCLTransfer:
             _in_background(lambda: server.post("/init_weight_transfer_engine", {"init_info": info})),
             _in_background(lambda: group.connect(size)),
         ]
-        there = wait_for(
-            lambda: all(each.done() for each in both), timeout=self.timeout, check=lambda: _raise_failed(both)
-        )
-        _raise_failed(both)
+        try:
+            there = wait_for(
+                lambda: all(each.done() for each in both), timeout=self.timeout, check=lambda: _raise_failed(both)
+            )
+            _raise_failed(both)
+        except (Refused, Unreachable) as error:
+            raise type(error)(f"{error} Is the server started with `trl vllm-serve --nccl`?") from error
         if not there:
             raise Unreachable(
                 f"POST {server.url}/init_weight_transfer_engine: trainer and server have not met over NCCL within "
-                f"{self.timeout:g} seconds. Do they see each other's network (NCCL_SOCKET_IFNAME)? Is the server started with "
-                "`trl vllm-serve --nccl`?"
+                f"{self.timeout:g} seconds. Do they see each other's network (NCCL_SOCKET_IFNAME)?"
             )
 
     def _begin(self, server: Server) -> None:

@@ -74,8 +74,10 @@ def buffer_sizes(sizes: Sequence[int], limit: int) -> list[int]:
     return [*found, filled] if filled else found
 
 
-def packed(weights: Iterable[tuple[str, Tensor]], metas: Sequence[WeightMeta], limit: int) -> Iterator[Tensor]:
-    """The buffers, each [bytes], of weights that have to be those of `metas`. Raises ModelError where they are not."""
+def packed(
+    weights: Iterable[tuple[str, Tensor]], metas: Sequence[WeightMeta], limit: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The buffers on `device`, each [bytes], of weights that have to be those of `metas`. Raises ModelError where not."""
     sizes = iter(buffer_sizes([meta.size for meta in metas], limit))
     buffer, filled = torch.empty(0, dtype=torch.uint8), 0
     for (name, tensor), meta in zip(weights, metas, strict=True):
@@ -84,7 +86,7 @@ def packed(weights: Iterable[tuple[str, Tensor]], metas: Sequence[WeightMeta], l
                 f"The weight {name} is {tensor.dtype} {tuple(tensor.shape)} now, and {meta} was announced to the servers."
             )
         if filled == buffer.numel():
-            buffer, filled = torch.empty(next(sizes), dtype=torch.uint8, device=tensor.device), 0
+            buffer, filled = torch.empty(next(sizes), dtype=torch.uint8, device=device), 0
         buffer[filled : filled + meta.size] = tensor.contiguous().view(-1).view(torch.uint8)
         filled += meta.size
         if filled == buffer.numel():
