@@ -14,6 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +250,4 @@ def _place() -> tuple[int, int]:
 
 
 def _seeded(params: SamplingParams, seed: int | None) -> SamplingParams:
-    from dataclasses import replace
-
     return replace(params, seed=seed)
