@@ -30,7 +30,7 @@ from trl import __version__
 from trl.cli.chat.arguments import Generation
 from trl.cli.serve.answers import Texts, chat_choice, completion_choice, delta, head, token_choice, usage, used
 from trl.cli.serve.arguments import ServeArguments
-from trl.cli.serve.bodies import CHAT, COMPLETION, GENERATE, chat_messages, check, sampling_params
+from trl.cli.serve.bodies import CHAT, COMPLETION, GENERATE, chat_messages, check, generation_of, sampling_params
 from trl.cli.serve.worker import Busy, Job, ModelWorker
 from trl.errors import ConfigError, TrlError
 from trl.rollouts.engine import Prompt, Rollout
@@ -389,20 +389,6 @@ class _Routes:
 def _job(prompts: list[list[int]], params: Any, n: int, adapter: str | None) -> Job:
     limit = params.max_new_tokens
     return Job([Prompt(ids, max_new_tokens=limit) for ids in prompts], params, n, adapter)
-
-
-def generation_of(params: Any) -> Generation:
-    """The parameters as the chat's speaker takes them."""
-    return Generation(
-        max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        stop=list(params.stop) or None,
-        seed=params.seed,
-    )
 
 
 def _event(data: Mapping[str, Any]) -> str:

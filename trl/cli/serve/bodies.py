@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from trl.cli.chat.arguments import Generation
 from trl.errors import ConfigError
 from trl.rollouts.sampling import SamplingParams
 
@@ -138,6 +139,20 @@ def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingPar
         max_new_tokens=said.get("max_completion_tokens", said.get("max_tokens", max_tokens)),
         min_new_tokens=said.get("min_tokens", 0),
         seed=said.get("seed"),
+    )
+
+
+def generation_of(params: SamplingParams) -> Generation:
+    """The parameters as the chat's speaker takes them."""
+    return Generation(
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        stop=list(params.stop) or None,
+        seed=params.seed,
     )
 
 
