@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import TOGETHER
+
 PROGRAM = os.environ.get("TRL_TEST_VLLM")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST_VLLM names no program vllm")]
 
 
-def run(program, *words):
+def run(program, *words, launcher=()):
     """A script of this folder, by the Python beside `vllm`."""
-    command = [Path(PROGRAM).with_name("python"), Path(__file__).with_name(program), *map(str, words)]
+    command = [Path(PROGRAM).with_name("python"), *launcher, Path(__file__).with_name(program), *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, env=environment, check=True, timeout=900)
 
@@ -36,3 +38,12 @@ def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path)
     for exact, off in found["modes"]:
         assert off < 1e-4 if exact else off > 1e-3
     assert found["metrics"]["engine/sync_logp_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_two_processes(tensor_parallel_size, tmp_path):
+    """With a copy of the weights each, and with one that they share."""
+    run("sample_in_process.py", tmp_path, 1.0, tensor_parallel_size, launcher=TOGETHER)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert max(found["differences"]) < 1e-4
