@@ -240,6 +240,14 @@ def test_requests_are_refused_by_name(served, path, body, status, words):
     assert words in post(served, path, body, status)["error"]["message"]
 
 
+def test_the_context_is_the_models(model):
+    with serve(copy.deepcopy(model), make_tokenizer(model_max_length=10)) as served:
+        info = requests.get(f"{served.url}/server_info", timeout=60).json()
+        assert info["vllm_config"]["model_config"]["max_model_len"] == 128
+        (choice,) = post(served, "/v1/completions", {"prompt": [5] * 12, "ignore_eos": True, **OPTIONS})["choices"]
+        assert len(choice["token_ids"]) == 6
+
+
 def test_a_key_is_asked_for(model):
     with serve(copy.deepcopy(model), api_key="right") as served:
         assert requests.get(f"{served.url}/health", timeout=60).status_code == 200

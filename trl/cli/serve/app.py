@@ -158,7 +158,7 @@ class _Routes:
     # ---- samples ----
 
     async def _sampled(self, job: Job) -> list[list[Rollout]]:
-        longest = self.worker.speaker.context
+        longest = self.worker.context
         for i, prompt in enumerate(job.prompts):
             if longest is not None and len(prompt) >= longest:
                 raise ConfigError(f"Prompt {i} has {len(prompt)} tokens, and the model's context length is {longest}.")
@@ -297,7 +297,7 @@ class _Routes:
     def _model(self, adapter: str | None) -> dict[str, Any]:
         """What is said of an adapter; of the model itself with None."""
         name, parent = (self.name, None) if adapter is None else (adapter, self.name)
-        length = self.worker.speaker.context
+        length = self.worker.context
         return {
             "id": name,
             "object": "model",
@@ -315,7 +315,7 @@ class _Routes:
         model = {
             "model": self.name,
             "dtype": str(base.dtype),
-            "max_model_len": self.worker.speaker.context,
+            "max_model_len": self.worker.context,
             "logprobs_mode": LOGPROBS_MODE,
             "hf_config": {"model_type": base.config.model_type, "vocab_size": self.worker.vocabulary},
         }

@@ -91,6 +91,11 @@ class ModelWorker:
         return self.base.get_input_embeddings().weight.shape[0]
 
     @property
+    def context(self) -> int | None:
+        """Tokens of prompt and completion at most: the model's own limit, as in process, and not the tokenizer's."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def base(self) -> PreTrainedModel:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
