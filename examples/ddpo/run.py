@@ -11,7 +11,9 @@ With --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 it is DDPO
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from trl import (
@@ -34,10 +37,13 @@ from trl import (
 )
 from trl.demo.drawings import COLORED, DRAWN, PLAIN, draw, make_pipeline
 from trl.diffusion.rollouts import seed_of
+from trl.diffusion.trajectories import step_of
+from trl.ops.gaussian import gaussian_kl
 from trl.rewards import get_aesthetic_reward, get_hue_reward, jpeg_compressibility_reward
 
 KINDS = {"ddpo": "unet", "grpo": "flow", "nft": "flow", "dpo": "flow"}
 SHAPES = {"unet": {"width": 16}, "flow": {}}
+NOISE = {"unet": 1.0, "flow": 0.7}
 TEXT = {"unet": {}, "flow": {"max_sequence_length": 8}}
 PREFERRED = ("red", "yellow")
 ANIMALS = ["cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion"]
@@ -79,12 +85,16 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 class Curve(TrainerCallback):
-    """Prints how the reward, or the share of pairs that are ranked right, moves."""
+    """Prints how the reward, or the share of pairs that are ranked right, moves; `points` keeps step, value and distance."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float, float | None]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         value = logs.get("reward", logs.get("rewards/accuracies"))
         if value is not None:
             distance = logs.get("kl", logs.get("ref_distance"))
+            self.points.append((state.global_step, value, distance))
             far = "" if distance is None else f"   {distance:.4f} from the reference"
             print(f"step {state.global_step:4}   {value:7.3f} {'█' * round(40 * max(0.0, value))}{far}", flush=True)
 
@@ -97,19 +107,32 @@ def main() -> None:
     started = time.process_time()
     pipeline = small_pipeline(arguments)
     drawn = time.process_time() - started
-    trainer = make_trainer(arguments, pipeline)
+    trainer, curve = make_trainer(arguments, pipeline), Curve()
+    trainer.add_callback(curve)
+    first = deepcopy(trainer.module)
     measure = share_preferred if arguments.method == "dpo" else mean_reward
     before = measure(trainer, arguments)
     started = time.process_time()
     trainer.train()
     spent = time.process_time() - started
     after = measure(trainer, arguments)
-    steps = trainer.state.global_step
+    found = {
+        "method": arguments.method,
+        "reward": arguments.reward,
+        "seed": arguments.seed,
+        "before": before,
+        "after": after,
+        "kl": divergence(trainer, first, arguments),
+        "steps": trainer.state.global_step,
+        "cpu_seconds": spent,
+        "curve": curve.points,
+    }
+    folder = Path(trainer.args.output_dir)
+    (folder / "result.json").write_text(json.dumps(found))
+    print(f"{arguments.method} seed {arguments.seed}: {before:.3f} → {after:.3f} in {found['steps']} steps,", end=" ")
     print(
-        f"{arguments.method} seed {arguments.seed}: {before:.3f} → {after:.3f} in {steps} steps, {spent:.0f} s of CPU",
-        end="",
+        f"KL {found['kl']:.3f}, {spent:.0f} s of CPU ({drawn:.0f} s to learn drawing). Pictures: {write_report(folder)}"
     )
-    print(f" ({drawn:.0f} s to learn drawing). Pictures: {write_report(trainer.args.output_dir)}")
 
 
 def parse() -> argparse.Namespace:
@@ -153,7 +176,6 @@ def make_trainer(arguments: argparse.Namespace, pipeline: Any) -> Any:
         reward = get_hue_reward("red") if arguments.reward == "hue" else jpeg_compressibility_reward
         trainer = trainer_class(pipeline, reward, args, Dataset.from_dict({"prompt": [*COLORED]}))
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Curve())
     return trainer
 
 
@@ -192,6 +214,23 @@ def share_preferred(trainer: Any, arguments: argparse.Namespace) -> float:
     hues = torch.stack([get_hue_reward(color)(images) for color in DRAWN])
     preferred = torch.tensor([color in PREFERRED for color in DRAWN])
     return preferred[hues.argmax(0)].float().mean().item()
+
+
+@torch.no_grad()
+def divergence(trainer: Any, first: nn.Module, arguments: argparse.Namespace) -> float:
+    """Mean exact KL of a noisy step to the model as it was, per dimension, along trajectories of the trained model."""
+    denoiser, prompts = trainer.denoiser, [*COLORED] * 4
+    schedule = denoiser.schedule(6, eta=NOISE[KINDS[arguments.method]])
+    seeds = [seed_of(2000 + arguments.seed, 0, i) for i in range(len(prompts))]
+    latents, texts = trainer.draw(prompts, seeds, schedule)[0].latents, trainer.texts(prompts)
+    found = []
+    for t in schedule.is_stochastic.nonzero().flatten().tolist():
+        step = torch.full((len(prompts),), t)
+        (mean, sd), (old, _) = (
+            step_of(denoiser, module, latents[:, t], step, texts, schedule) for module in (trainer.module, first)
+        )
+        found.append(gaussian_kl(mean, old, sd))
+    return torch.stack(found).mean().item()
 
 
 # ---- a real model ----

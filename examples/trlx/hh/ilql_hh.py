@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from settings import configuration, from_command_line
 from stand_ins import dialogues, overlap, review_model
 
 import trlx
-from trlx.data.default_configs import TRLConfig, default_ilql_config
+from trlx.data.default_configs import default_ilql_config
 
 LOCAL = {
-    "train": {"seq_length": 96, "batch_size": 8, "total_steps": 32, "eval_interval": 16, "tracker": None},
+    "train": {"seq_length": 96, "batch_size": 8, "total_steps": 32, "eval_interval": 16},
     "train.checkpoint_dir": "ckpts/ilql-hh",
     "method.gen_kwargs": {"max_new_tokens": 16, "beta": [1, 4]},
 }
 
 
 def main(hparams: dict | None = None) -> object:
-    name = review_model()
-    named = {"model.model_path": name, "tokenizer.tokenizer_path": name}
-    config = TRLConfig.update(TRLConfig.update(default_ilql_config(), {**LOCAL, **named}), hparams or {})
+    config = configuration(default_ilql_config(), LOCAL, hparams, model=review_model())
     rows = dialogues()
     prompts = [{"prompt": prompt, "chosen": chosen} for prompt, chosen, _ in rows[:8]]
     return trlx.train(
@@ -36,5 +34,4 @@ def main(hparams: dict | None = None) -> object:
 
 
 if __name__ == "__main__":
-    hparams = {} if len(sys.argv) == 1 else json.loads(sys.argv[1])
-    main(hparams)
+    main(from_command_line())

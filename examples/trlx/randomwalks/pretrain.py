@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
-from randomwalks import make_tokenizer, model_config
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from randomwalks import generate_random_walks, make_tokenizer, model_config
+from settings import configuration, cosine
 
 import trlx
 from trlx.data.default_configs import TRLConfig, default_sft_config
 
+FOLDER = "ckpts/walking-model"
+STEPS = 160
 
-def walking_model(folder: str, walks: list[str], seed: int = 1000) -> str:
+SETTINGS = {
+    "train": {
+        "seq_length": 12,
+        "total_steps": STEPS,
+        "epochs": 16,
+        "batch_size": 100,
+        "eval_interval": 1000,
+        "checkpoint_interval": 1000,
+        "save_best": False,
+    },
+    **cosine(1e-3, STEPS),
+    "method.gen_kwargs.max_new_tokens": 9,
+}
+
+
+def walking_model(folder: str, walks: list[str], seed: int) -> str:
     """The folder of a model that imitates `walks`, trained there if it is not there yet."""
     if (Path(folder) / "config.json").is_file():
         return folder
-    tokenizer = make_tokenizer(folder)
-    config = TRLConfig.update(
-        default_sft_config(),
-        {
-            "model.model_path": model_config(),
-            "tokenizer.tokenizer_path": tokenizer,
-            "optimizer.kwargs.lr": 1e-3,
-            "scheduler.kwargs": {"T_max": 160, "eta_min": 1e-5},
-            "train": {
-                "seq_length": 12,
-                "total_steps": 160,
-                "epochs": 16,
-                "batch_size": 100,
-                "eval_interval": 1000,
-                "checkpoint_interval": 1000,
-                "checkpoint_dir": f"{folder}-training",
-                "save_best": False,
-                "tracker": None,
-                "seed": seed,
-            },
-            "method.gen_kwargs.max_new_tokens": 9,
-        },
-    )
+    own = {"model.model_path": model_config(), "train.checkpoint_dir": f"{folder}-training", "train.seed": seed}
+    config = configuration(default_sft_config(), SETTINGS, own, model=make_tokenizer(folder))
     trainer = trlx.train(samples=[[walk[:1], walk[1:]] for walk in walks], config=config, eval_prompts=["b"])
     trainer.save_pretrained(folder)
     return folder
+
+
+def shorten_walks(config: TRLConfig) -> Any:
+    """Train the walking model, by the method that `config` names, to walk to the goal on the shortest way."""
+    metric_fn, prompts, walks, _ = generate_random_walks()
+    walking_model(config.model.model_path, walks, config.train.seed)
+    return trlx.train(
+        reward_fn=lambda samples, **kwargs: metric_fn(samples)["optimality"],
+        prompts=prompts,
+        eval_prompts=prompts * 10,
+        metric_fn=metric_fn,
+        stop_sequences=["|"],
+        config=config,
+    )

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from settings import configuration, constant_rate, from_command_line
 from stand_ins import review_model, reviews, sentiment
 
 import trlx
-from trlx.data.default_configs import TRLConfig, default_ilql_config
+from trlx.data.default_configs import default_ilql_config
 
 LOCAL = {
-    "train": {"batch_size": 32, "total_steps": 200, "eval_interval": 100, "tracker": None},
+    "train": {"batch_size": 32, "total_steps": 200, "eval_interval": 100},
     "train.checkpoint_dir": "ckpts/ilql-sentiments",
-    "optimizer.kwargs.lr": 1e-3,
-    "scheduler.kwargs.eta_min": 1e-3,
+    **constant_rate(1e-3),
     "method.alpha": 0.1,
     "method.gen_kwargs": {"max_new_tokens": 24, "beta": [0, 4]},
 }
 
 
 def main(hparams: dict | None = None) -> object:
-    name = review_model()
-    named = {"model.model_path": name, "tokenizer.tokenizer_path": name}
-    config = TRLConfig.update(TRLConfig.update(default_ilql_config(), {**LOCAL, **named}), hparams or {})
+    config = configuration(default_ilql_config(), LOCAL, hparams, model=review_model())
     texts, labels = reviews()
     positive = sentiment()
     return trlx.train(
@@ -38,5 +35,4 @@ def main(hparams: dict | None = None) -> object:
 
 
 if __name__ == "__main__":
-    hparams = {} if len(sys.argv) == 1 else json.loads(sys.argv[1])
-    main(hparams)
+    main(from_command_line())

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from settings import configuration, constant_rate, from_command_line
 from stand_ins import review_model, reviews, sentiment
 
 import trlx
-from trlx.data.default_configs import TRLConfig, default_ppo_config
+from trlx.data.default_configs import default_ppo_config
 
 LOCAL = {
-    "train": {"seq_length": 48, "batch_size": 32, "total_steps": 160, "eval_interval": 40, "tracker": None},
+    "train": {"seq_length": 48, "batch_size": 32, "total_steps": 160, "eval_interval": 40},
     "train.checkpoint_dir": "ckpts/ppo-sentiments",
     "model.num_layers_unfrozen": -1,
-    "optimizer.kwargs.lr": 3e-4,
-    "scheduler.kwargs.eta_min": 3e-4,
+    **constant_rate(3e-4),
     "method": {"num_rollouts": 64, "chunk_size": 64, "init_kl_coef": 0.05},
     "method.gen_kwargs.max_new_tokens": 24,
 }
 
 
 def main(hparams: dict | None = None) -> object:
-    name = review_model()
-    named = {"model.model_path": name, "tokenizer.tokenizer_path": name}
-    config = TRLConfig.update(TRLConfig.update(default_ppo_config(), {**LOCAL, **named}), hparams or {})
+    config = configuration(default_ppo_config(), LOCAL, hparams, model=review_model())
     texts, _ = reviews()
     prompts = [" ".join(text.split()[:4]) for text in texts]
     positive = sentiment()
@@ -39,5 +36,4 @@ def main(hparams: dict | None = None) -> object:
 
 
 if __name__ == "__main__":
-    hparams = {} if len(sys.argv) == 1 else json.loads(sys.argv[1])
-    main(hparams)
+    main(from_command_line())

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from settings import configuration, constant_rate, default_rft_config, from_command_line
 from stand_ins import review_model, reviews, sentiment
 
 import trlx
-from trlx.data.default_configs import TRLConfig, default_ppo_config
-from trlx.trainer.accelerate_rft_trainer import RFTConfig
 
 LOCAL = {
-    "train": {"seq_length": 48, "batch_size": 16, "total_steps": 60, "eval_interval": 20, "tracker": None},
+    "train": {"seq_length": 48, "batch_size": 16, "total_steps": 60, "eval_interval": 20},
     "train.checkpoint_dir": "ckpts/rft-sentiments",
-    "train.trainer": "AccelerateRFTTrainer",
     "model.num_layers_unfrozen": -1,
-    "optimizer.kwargs.lr": 3e-4,
-    "scheduler.kwargs.eta_min": 3e-4,
+    **constant_rate(3e-4),
+    "method": {"n_generations_per_prompt": 8},
+    "method.gen_kwargs.max_new_tokens": 24,
 }
 
 
 def main(hparams: dict | None = None) -> object:
-    name = review_model()
-    named = {"model.model_path": name, "tokenizer.tokenizer_path": name}
-    method = RFTConfig(n_generations_per_prompt=8, gen_kwargs={"max_new_tokens": 24, "do_sample": True})
-    default = TRLConfig.from_dict({**default_ppo_config().to_dict(), "method": method.to_dict()})
-    config = TRLConfig.update(TRLConfig.update(default, {**LOCAL, **named}), hparams or {})
+    config = configuration(default_rft_config(), LOCAL, hparams, model=review_model())
     texts, _ = reviews()
     prompts = [" ".join(text.split()[:4]) for text in texts[:32]]
     positive = sentiment()
@@ -38,5 +32,4 @@ def main(hparams: dict | None = None) -> object:
 
 
 if __name__ == "__main__":
-    hparams = {} if len(sys.argv) == 1 else json.loads(sys.argv[1])
-    main(hparams)
+    main(from_command_line())
