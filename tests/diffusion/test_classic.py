@@ -148,6 +148,14 @@ def test_the_pipeline_has_log_probabilities(tmp_path):
         assert torch.allclose(found.log_probs, out.log_probs[t], atol=1e-5)
 
 
+def test_the_pipeline_begins_with_latents_that_are_given():
+    pipeline, latents = pipeline_of(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = pipeline(["a red circle"] * 2, num_inference_steps=2, guidance_scale=1.0, latents=latents, callback=None)
+    assert torch.equal(out.latents[0], latents)
+    with pytest.raises(ConfigError, match="cross_attention_kwargs is not followed"):
+        pipeline(["a red circle"], cross_attention_kwargs={"scale": 0.5})
+
+
 def test_loops_of_ones_own(tmp_path):
     run = ddpo(tmp_path, save_freq=1)
     before = weights_of(run)

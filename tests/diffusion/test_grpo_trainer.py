@@ -47,6 +47,18 @@ def test_steps_do_not_depend_on_the_split(tmp_path, name):
     assert (weights_of(plain) - weights_of(split)).norm() < 1e-4 * moved
 
 
+def test_pictures_are_sampled_so_many_at_once(tmp_path):
+    run = trainer(tmp_path, sample_batch_size=3, max_steps=1)
+    run.get_train_dataloader()
+    rows = []
+    handle = run.module.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["hidden_states"])), with_kwargs=True
+    )
+    run.roll_out()
+    handle.remove()
+    assert rows == [6] * 3 + [2] * 3  # 4 pictures of 3 steps, each with its negative
+
+
 def test_a_rollout_batch_may_be_gone_through_several_times(tmp_path):
     run = trainer(tmp_path, steps_per_generation=2, num_iterations=2, per_device_train_batch_size=2, max_steps=8)
     seen = []

@@ -96,18 +96,23 @@ def sample(
     *,
     negative: Text | None = None,
     first_noise: Sequence[int] | None = None,
+    first_latents: Tensor | None = None,
     at_once: int = 8,
 ) -> Trajectories:
     """A trajectory for each of `texts` and `seeds`, so many `at_once`.
 
     `first_noise` are seeds of x_T, where it is not to come from `seeds`: samples of a group may begin alike.
+    `first_latents` `[N,…]` are x_T themselves.
     """
     parts = []
     for start in range(0, len(texts), at_once):
         part = slice(start, start + at_once)
         generators = generators_for(seeds[part])
-        firsts = generators if first_noise is None else generators_for(first_noise[part])
-        latents = draw(denoiser.latent_shape, firsts, denoiser.module.device)
+        if first_latents is None:
+            firsts = generators if first_noise is None else generators_for(first_noise[part])
+            latents = draw(denoiser.latent_shape, firsts, denoiser.module.device)
+        else:
+            latents = first_latents[part].to(denoiser.module.device, torch.float32)
         batch = denoiser.collate(texts[part])
         parts.append(_sample_part(denoiser, module, batch, negative, schedule, latents, generators))
     return Trajectories(*(torch.cat(each) for each in zip(*parts, strict=True)))

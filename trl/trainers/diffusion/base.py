@@ -211,7 +211,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
                 seeds,
                 negative=self.embeddings.negative(),
                 first_noise=first_noise,
-                at_once=self.args.forward_rows,
+                at_once=self.args.sampled_at_once,
             )
             clean = trajectories.clean.to(self.args.device)
             images = self.denoiser.decode(clean, at_once=self.args.vae_batch_size)

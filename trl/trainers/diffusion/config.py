@@ -92,6 +92,11 @@ class DiffusionConfig(TrainerConfig):
             return self.max_steps_per_micro_batch
         return 64 if self.device.type == "cpu" else 8
 
+    @property
+    def sampled_at_once(self) -> int:
+        """Pictures that are sampled at once."""
+        return self.forward_rows
+
 
 @dataclass
 class DiffusionRolloutConfig(DiffusionConfig):
@@ -120,7 +125,7 @@ class DiffusionRolloutConfig(DiffusionConfig):
     """Take prompts in a random order, another one each epoch."""
 
     sample_batch_size: int | None = None
-    """Pictures that are sampled at once. None: as max_steps_per_micro_batch."""
+    """Pictures that are sampled at once. None: as many as max_steps_per_micro_batch."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function in the sum. None: 1 each."""
@@ -140,6 +145,10 @@ class DiffusionRolloutConfig(DiffusionConfig):
         for name in (*counts, "sample_batch_size", "steps_per_generation"):
             self._at_least_one(name)
         self.check_batches()
+
+    @property
+    def sampled_at_once(self) -> int:
+        return self.sample_batch_size or self.forward_rows
 
     @property
     def minibatches_per_rollout_batch(self) -> int:

@@ -116,7 +116,8 @@ class DefaultDDPOStableDiffusionPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
         """Pictures with the log-probabilities of their steps; arguments as of `StableDiffusionPipeline`.
 
-        Followed are prompt or prompt_embeds, negative_prompt_embeds, num_inference_steps, guidance_scale, eta and generator.
+        Followed are prompt or prompt_embeds, negative_prompt or negative_prompt_embeds, height, width, num_inference_steps,
+        guidance_scale, num_images_per_prompt, eta, generator and latents.
         """
         call = _Call(self, *args, **kwargs)
         schedule = ddim_schedule(self.scheduler, call.num_inference_steps, eta=call.eta)
@@ -127,6 +128,7 @@ class DefaultDDPOStableDiffusionPipeline:
             schedule,
             call.seeds(),
             negative=call.negative,
+            first_latents=call.latents,
             at_once=len(call.texts),
         )
         latents = found.latents.to(self.unet.device)
@@ -202,8 +204,8 @@ class DefaultDDPOStableDiffusionPipeline:
             models.pop()
 
 
-FOLLOWED_ELSEWHERE = ("output_type", "return_dict", "callback", "callback_steps", "cross_attention_kwargs")
-"""Arguments of other releases that change nothing of what is returned here."""
+FOLLOWED_ELSEWHERE = ("output_type", "return_dict", "callback_steps")
+"""Arguments of other releases that change nothing of what is returned here: pictures are tensors."""
 
 
 class _Call:
@@ -226,7 +228,7 @@ class _Call:
         negative_prompt_embeds: Tensor | None = None,
         **others: Any,
     ) -> None:
-        if wrong := [name for name in others if name not in FOLLOWED_ELSEWHERE]:
+        if wrong := [name for name, value in others.items() if name not in FOLLOWED_ELSEWHERE and value is not None]:
             raise ConfigError(f"{wrong[0]} is not followed by this pipeline: leave it out.")
         options = {
             "height": height,
