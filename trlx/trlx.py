@@ -50,6 +50,13 @@ def train(
             "dataset=(samples, rewards) is deprecated: give samples and rewards.", FutureWarning, stacklevel=2
         )
         samples, rewards = dataset
+    for name, function in (("reward_fn", reward_fn), ("metric_fn", metric_fn)):
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is a {type(function).__name__}: give a function.")
+    texts = {"samples": samples, "prompts": prompts, "eval_prompts": eval_prompts, "stop_sequences": stop_sequences}
+    for name, given in texts.items():
+        if isinstance(given, str):
+            raise DataError(f"{name} is one text, {given!r:.60}: give a list of them.")
     _check(reward_fn, samples, rewards, prompts)
     config = _config(config, reward_fn, rewards)
     if model_path is not None:
@@ -88,6 +95,11 @@ def _check(reward_fn: Any, samples: Any, rewards: Any, prompts: Any) -> None:
 
 def _config(config: TRLConfig | None, reward_fn: Any, rewards: Any) -> TRLConfig:
     if config is not None:
+        if not isinstance(config, TRLConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}: give a TRLConfig, which TRLConfig.from_dict(…) and TRLConfig.load_yaml(…) "
+                "make."
+            )
         return config
     defaults = (
         default_ppo_config if reward_fn is not None else default_sft_config if rewards is None else default_ilql_config

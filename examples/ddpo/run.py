@@ -68,12 +68,12 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "grpo": (
         DiffusionGRPOTrainer,
         DiffusionGRPOConfig,
-        {**ONLINE, "learning_rate": 1e-3, "max_steps": 30, "beta": 0.001},
+        {**ONLINE, "learning_rate": 1e-3, "max_steps": 16, "beta": 0.01},
     ),
     "nft": (
         DiffusionNFTTrainer,
         DiffusionNFTConfig,
-        {**ONLINE, "learning_rate": 1e-3, "max_steps": 30},
+        {**ONLINE, "learning_rate": 1e-3, "max_steps": 8},
     ),
     "dpo": (
         DiffusionDPOTrainer,

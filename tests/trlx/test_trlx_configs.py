@@ -153,6 +153,8 @@ def test_one_s_own_classes_go_by_name():
         ({"trian.seed": 1}, "The configuration has no section 'trian'. Did you mean 'train'"),
         ({"train": {"sed": 1}}, "TrainConfig has no parameter 'sed'. Did you mean 'seed'"),
         ({"optimizer.lr": 1}, "OptimizerConfig has no parameter 'lr'"),
+        ({"train.batch_size": 0}, "train.batch_size=0: give a number of at least 1"),
+        ({"tokenizer.padding_side": "middle"}, "Unknown tokenizer.padding_side 'middle'. Known: left, right"),
         ({"method.name": "PPOConfg"}, "Unknown method 'PPOConfg'. Did you mean 'PPOConfig'"),
     ],
 )

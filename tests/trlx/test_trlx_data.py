@@ -239,6 +239,8 @@ def test_optimizers():
         optimizer_class(OptimizerConfig("adamm", {"lr": 1}))
     with pytest.raises(ConfigError, match=r"optimizer.kwargs.lr is missing"):
         optimizer_class(OptimizerConfig("adam"))
+    with pytest.raises(ConfigError, match=r"optimizer.kwargs.lr='1e-4' is a text: give a number"):
+        optimizer_class(OptimizerConfig("adam", {"lr": "1e-4"}))
 
 
 def test_schedulers():

@@ -317,6 +317,15 @@ def samples_and(**arguments):
         (default_ppo_config, {"reward_fn": longer, "prompts": []}, DataError, "prompts is empty"),
         (
             default_ppo_config,
+            {"reward_fn": longer, "prompts": "a b"},
+            DataError,
+            "prompts is one text, 'a b': give a list",
+        ),
+        (default_sft_config, {"samples": "a b"}, DataError, "samples is one text, 'a b': give a list"),
+        (default_ppo_config, {"reward_fn": "longer"}, ConfigError, "reward_fn is a str: give a function"),
+        (default_ilql_config, samples_and(rewards=["x"] * 4), DataError, r"rewards\[0\] is 'x': give a number"),
+        (
+            default_ppo_config,
             {"reward_fn": lambda samples, **kwargs: [1.0], "prompts": PROMPTS},
             RewardError,
             "Reward function 'reward_fn' gave .* rewards for .* samples: it has to give one each",

@@ -77,8 +77,11 @@ def t5_text(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).eval()
 
 
-def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, seed: int = 0) -> Any:
-    """A `StableDiffusionPipeline` for pictures of 16 pixels; about a million parameters in its UNet at width 32."""
+def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, prediction: str = "epsilon", seed: int = 0) -> Any:
+    """A `StableDiffusionPipeline` for pictures of 16 pixels; about a million parameters in its UNet at width 32.
+
+    Its UNet predicts the noise, or with "v_prediction" what Stable Diffusion 2's does.
+    """
     diffusers = require("diffusers", to="A diffusion pipeline")
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words)
@@ -103,6 +106,7 @@ def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, seed: int = 
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
+            prediction_type=prediction,
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,

@@ -13,10 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError, suggest, unknown
 from trlx.data.method_configs import MethodConfig, get_method
 from trlx.data.sections import Section, merged, nested
 from trlx.utils.yaml_files import read_yaml
+
+SIDES = ("left", "right")
+COUNTS = (
+    "total_steps",
+    "seq_length",
+    "epochs",
+    "batch_size",
+    "checkpoint_interval",
+    "eval_interval",
+    "minibatch_size",
+)
+"""Options of `TrainConfig` that count something."""
 
 
 @dataclass
@@ -54,6 +66,11 @@ class TokenizerConfig(Section):
 
     tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of `from_pretrained`."""
+
+    def __post_init__(self) -> None:
+        for name in ("padding_side", "truncation_side"):
+            if getattr(self, name) not in SIDES:
+                raise ConfigError(unknown(f"tokenizer.{name}", str(getattr(self, name)), SIDES))
 
 
 @dataclass
@@ -150,6 +167,12 @@ class TrainConfig(Section):
 
     minibatch_size: int | None = None
     """Samples of one forward and backward pass; the step is the same. None: as many as are best."""
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value >= 1):
+                raise ConfigError(f"train.{name}={value!r}: give a number of at least 1.")
 
 
 SECTIONS = {

@@ -49,13 +49,17 @@ def make_experience(
             row = dialogue_row(tokenize_dialogue(sample, tokenizer, max_length), encoder_decoder=encoder_decoder)
         except DataError as error:
             raise DataError(f"samples[{i}]: {error}") from error
-        rows.append({**row, "reward": _plain(rewards[i])})
+        rows.append({**row, "reward": _plain(rewards[i], i)})
     return Dataset.from_list(rows)
 
 
-def _plain(reward: Any) -> float | list[float]:
+def _plain(reward: Any, i: int) -> float | list[float]:
+    """Reward `i` as plain numbers. Raises DataError for what is none."""
     reward = reward.tolist() if hasattr(reward, "tolist") else reward
-    return [float(r) for r in reward] if isinstance(reward, list | tuple) else float(reward)
+    try:
+        return [float(r) for r in reward] if isinstance(reward, list | tuple) else float(reward)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"rewards[{i}] is {reward!r:.60}: give a number, or a list of one for each token.") from error
 
 
 @register_trainer
@@ -67,7 +71,9 @@ class AccelerateILQLTrainer(AccelerateRLTrainer):
 
     def add_samples(self, samples: Sequence[Any], rewards: Sequence[Any] | None) -> None:
         length = self.config.train.seq_length
-        self.rows = make_experience(samples, rewards or [], self.tokenizer, length, encoder_decoder=self.seq2seq)
+        self.rows = make_experience(
+            samples, [] if rewards is None else rewards, self.tokenizer, length, encoder_decoder=self.seq2seq
+        )
 
     def make_trainer(self) -> ILQLTrainer:
         train, method = self.config.train, self.config.method

@@ -38,6 +38,9 @@ def optimizer_class(section: OptimizerConfig) -> tuple[type, dict[str, Any]]:
         raise ConfigError(unknown("optimizer.name", str(section.name), OPTIMIZERS))
     if "lr" not in section.kwargs:
         raise ConfigError("optimizer.kwargs.lr is missing: give the learning rate.")
+    if texts := {name: value for name, value in section.kwargs.items() if isinstance(value, str)}:
+        name, value = next(iter(texts.items()))
+        raise ConfigError(f"optimizer.kwargs.{name}={value!r} is a text: give a number.")
     cls = _optimizer_class(section)
     kwargs = {name: value for name, value in section.kwargs.items() if name != "weight_decay"}
     taken = inspect.signature(cls).parameters

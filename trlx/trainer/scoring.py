@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ class ScriptReward:
         texts = {name: arguments[name] for name in ("samples", "prompts", "outputs")}
         given = {**arguments, "tokenizer": self.texts.tokenizer} if self.with_extras else texts
         found = self.reward_fn(**fitting(self.reward_fn, given))
+        if not isinstance(found, Iterable) or isinstance(found, str | Mapping):
+            raise DataError(f"reward_fn gave {found!r:.60}: it has to give a list, with one reward for each sample.")
         return found.tolist() if isinstance(found, Tensor) else list(found)
 
     def _write(self, arguments: Mapping[str, list[Any]], scores: Sequence[float]) -> None:
@@ -116,7 +118,10 @@ def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[s
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
     ) -> Mapping[str, Sequence[float]]:
         arguments = {**texts.arguments(prompts, completion_ids), **_of_prompts(columns, len(prompts))}
-        return {f"metrics/{name}": values for name, values in metric_fn(**fitting(metric_fn, arguments)).items()}
+        found = metric_fn(**fitting(metric_fn, arguments))
+        if not isinstance(found, Mapping):
+            raise DataError(f"metric_fn gave {found!r:.60}: it has to give a dict, with one number per sample by name.")
+        return {f"metrics/{name}": values for name, values in found.items()}
 
     return measure
 
