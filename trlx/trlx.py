@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from trl.errors import ConfigError, DataError
 from trlx.data.configs import TRLConfig
 from trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
-from trlx.trainer.options import max_new_tokens
+from trlx.trainer.options import max_new_tokens, processes
 from trlx.utils import set_seed
 from trlx.utils.loading import get_trainer
 
@@ -118,7 +117,7 @@ def _add_data(trainer: Any, samples: Any, rewards: Any, prompts: Any, eval_promp
             f"{max_new_tokens(config.method.gen_kwargs)} are sampled after it: raise the first, or lower the second."
         )
     tokenizer = trainer.tokenizer
-    batch = config.train.batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    batch = config.train.batch_size * processes()
     beginnings = [tokenizer.bos_token or tokenizer.eos_token] * batch
     if samples is None:
         prompts = beginnings if prompts is None else prompts

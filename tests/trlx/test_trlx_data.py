@@ -12,10 +12,17 @@ import torch
 from tests.conftest import make_tokenizer
 from trl.errors import ConfigError, DataError
 from trl.rollouts.evaluation import swept
-from trlx.data.configs import OptimizerConfig, SchedulerConfig
+from trlx.data.configs import OptimizerConfig, SchedulerConfig, TrainConfig
 from trlx.pipeline.offline_pipeline import DialogMessage, PromptPipeline, dialogue_row, tokenize_dialogue
 from trlx.trainer.accelerate_ilql_trainer import make_experience
-from trlx.trainer.options import adapter_config, make_scheduler, optimizer_class, sampling_params
+from trlx.trainer.options import (
+    adapter_config,
+    batches_of,
+    make_scheduler,
+    optimizer_class,
+    sampling_params,
+    steps_of_epochs,
+)
 from trlx.trainer.scoring import ScriptReward, Texts, cut_at, fitted, script_metrics
 
 
@@ -254,6 +261,14 @@ def test_schedulers():
         make_scheduler(SchedulerConfig("cosine", {}), optimizer)
     with pytest.raises(ConfigError, match="scheduler.kwargs=.* of linear"):
         make_scheduler(SchedulerConfig("linear", {"T_max": 2}), optimizer)
+
+
+def test_processes_share_an_epoch(monkeypatch):
+    """100 samples in batches of 10: ten steps an epoch alone, five on two processes."""
+    section = TrainConfig(100, 8, 2, 10, 1, 1)
+    assert steps_of_epochs(section, batches_of(100, section)) == 20
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_of_epochs(section, batches_of(100, section)) == 10
 
 
 def test_adapters():

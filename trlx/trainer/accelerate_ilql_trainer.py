@@ -15,7 +15,7 @@ from trlx.models.modeling_ilql import ILQLConfig
 from trlx.pipeline.offline_pipeline import dialogue_row, tokenize_dialogue
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
-from trlx.trainer.options import adapter_config, steps_of_epochs
+from trlx.trainer.options import adapter_config, batches_of, steps_of_epochs
 from trlx.trainer.schedules import Scheduled
 
 LOSS_OPTIONS = ("tau", "gamma", "cql_scale", "awac_scale", "alpha", "beta", "steps_for_target_q_sync", "two_qs")
@@ -80,7 +80,7 @@ class AccelerateILQLTrainer(AccelerateRLTrainer):
         args = TrlILQLConfig(
             **self.common_options(),
             **{name: getattr(method, name) for name in LOSS_OPTIONS},
-            max_steps=steps_of_epochs(train, len(self.rows) / train.batch_size),
+            max_steps=steps_of_epochs(train, batches_of(len(self.rows), train)),
             max_length=None,
         )
         self.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from trlx.data.method_configs import MethodConfig, register_method
 from trlx.models.modeling_ppo import GEN_KWARGS
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
-from trlx.trainer.options import adapter_config, sampling_options, steps_of_epochs
+from trlx.trainer.options import adapter_config, batches_of, processes, sampling_options, steps_of_epochs
 from trlx.trainer.prompted import Prompted
 from trlx.trainer.schedules import Scheduled
 
@@ -66,13 +65,13 @@ class AccelerateRFTTrainer(AccelerateRLTrainer):
         if self.reward_fn is None:
             raise ConfigError("RFTConfig needs a reward_fn, and prompts.")
         kept = 1 - (method.start_percentile + method.end_percentile) / 2
-        steps = max(1, round(kept * len(self.rows) * method.n_generations_per_prompt / train.batch_size))
+        steps = max(1, round(batches_of(kept * len(self.rows) * method.n_generations_per_prompt, train)))
         options = self.common_options()
         args = TrlRFTConfig(
             **options,
             **sampling_options(method.gen_kwargs),
             steps_per_generation=steps * options["gradient_accumulation_steps"],
-            num_prompts=math.ceil(len(self.rows) / int(os.environ.get("WORLD_SIZE", 1))),
+            num_prompts=math.ceil(len(self.rows) / processes()),
             num_generations=method.n_generations_per_prompt,
             start_percentile=method.start_percentile,
             end_percentile=method.end_percentile,

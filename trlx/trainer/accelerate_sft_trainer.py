@@ -16,7 +16,7 @@ from trlx.models.modeling_ppo import GEN_KWARGS
 from trlx.pipeline.offline_pipeline import dialogue_row, tokenize_dialogue
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
-from trlx.trainer.options import adapter_config, steps_of_epochs
+from trlx.trainer.options import adapter_config, batches_of, steps_of_epochs
 from trlx.trainer.schedules import Scheduled
 
 
@@ -56,7 +56,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
         train = self.config.train
         args = TrlSFTConfig(
             **self.common_options(),
-            max_steps=steps_of_epochs(train, len(self.rows) / train.batch_size),
+            max_steps=steps_of_epochs(train, batches_of(len(self.rows), train)),
             max_length=None,
         )
         self.freeze()

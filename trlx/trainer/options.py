@@ -131,6 +131,16 @@ def max_new_tokens(gen_kwargs: Mapping[str, Any]) -> int:
     return max(limit) if isinstance(limit, list | tuple) else limit
 
 
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def batches_of(samples: float, section: TrainConfig) -> float:
+    """Batches of an epoch over `samples`, which the processes share."""
+    return samples / (section.batch_size * processes())
+
+
 def steps_of_epochs(section: TrainConfig, steps_per_epoch: float) -> int:
     """Optimizer steps of a run."""
     return max(1, min(section.total_steps, math.ceil(section.epochs * steps_per_epoch)))
