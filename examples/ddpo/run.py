@@ -1,6 +1,6 @@
 """Teach a small diffusion model to draw, and then what to draw: `python run.py --method ddpo|grpo|nft|dpo`.
 
-    ddpo   a UNet shaped as Stable Diffusion 1, DDPO            ┐  reward: what share of a picture's colour is red
+    ddpo   a UNet shaped as Stable Diffusion 2, DDPO            ┐  reward: what share of a picture's colour is red
     grpo   a transformer shaped as Stable Diffusion 3, Flow-GRPO │  (or how well it compresses, --reward jpeg)
     nft    the same transformer, DiffusionNFT                   ┘
     dpo    the same transformer, Diffusion-DPO                     pairs: red and yellow preferred to green and blue
@@ -78,7 +78,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dpo": (
         DiffusionDPOTrainer,
         DiffusionDPOConfig,
-        {"per_device_train_batch_size": 32, "learning_rate": 5e-4, "beta": 500.0, "max_steps": 60},
+        {"per_device_train_batch_size": 32, "learning_rate": 5e-4, "beta": 500.0, "max_steps": 40},
     ),
 }
 """Trainer, its configuration, and the options that matter."""

@@ -9,6 +9,7 @@ import torch
 from transformers import HfArgumentParser
 
 from tests.diffusion.pipelines import PIPELINES
+from tests.diffusion.support import Poison
 from trl import (
     AlignPropConfig,
     AlignPropTrainer,
@@ -233,6 +234,18 @@ def test_resumes_to_the_bit_in_the_middle_of_an_epoch(tmp_path):
     resumed.train()
     assert torch.equal(weights_of(whole), weights_of(resumed))
     assert whole.statistics_of_prompts.state_dict() == resumed.statistics_of_prompts.state_dict()
+
+
+def test_steps_of_one_s_own_loop_that_are_not_finite_are_skipped(tmp_path):
+    run = ddpo(tmp_path, train_gradient_accumulation_steps=2)
+    Poison(run, at={0})
+    before = weights_of(run)
+    run.step(0, 0)
+    assert torch.equal(weights_of(run), before)
+    run.step(1, 1)
+    assert run.steps.skipped == 1
+    assert weights_of(run).isfinite().all()
+    assert not torch.equal(weights_of(run), before)
 
 
 def test_a_folder_of_checkpoints_is_resumed_from_its_newest(tmp_path):
