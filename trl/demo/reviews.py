@@ -1,20 +1,17 @@
 """Short film reviews with a sentiment, written by a grammar: the corpus of the demo and of the learning tests.
 
-The committed files `data/train.jsonl` and `data/test.jsonl` (columns `text` and `label`, "positive" or "negative",
-half each, all texts distinct) are what this module writes:
+    load_reviews("train"), load_reviews("test")    columns `text` and `label`, "positive" or "negative", half each
 
-    python -m trl.demo.reviews --out trl/demo/data
+They are written when they are first asked for, in about two seconds, from one seed: the same for everyone, all distinct.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl.demo.grammar import Writer, name_once, recognizes, split_sentences
@@ -24,7 +21,6 @@ from trl.errors import DataError, unknown
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DATA = Path(__file__).parent / "data"
 SIZES = {"train": 6000, "test": 600}
 SEED = 1895
 WORDS = range(18, 43)
@@ -65,7 +61,7 @@ def write_reviews(seed: int = SEED) -> Iterator[Review]:
 
 
 def load_reviews(split: str = "train") -> Dataset:
-    """The shipped reviews of a split ("train": 6,000, "test": 600) as a dataset with columns `text` and `label`.
+    """The reviews of a split ("train": 6,000, "test": 600) as a dataset with columns `text` and `label`.
 
     Raises DataError for another split.
     """
@@ -73,8 +69,14 @@ def load_reviews(split: str = "train") -> Dataset:
 
     if split not in SIZES:
         raise DataError(unknown("split of the demo's reviews", split, SIZES))
-    lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return Dataset.from_list([json.loads(line) for line in lines])
+    return Dataset.from_list([asdict(review) for review in _corpus()[split]])
+
+
+@cache
+def _corpus() -> Mapping[str, tuple[Review, ...]]:
+    """Every split, from one stream of reviews: no review is in two of them."""
+    reviews = write_reviews()
+    return {split: tuple(islice(reviews, size)) for split, size in SIZES.items()}
 
 
 def is_grammatical(text: str) -> bool:
@@ -84,24 +86,3 @@ def is_grammatical(text: str) -> bool:
 
 
 _AFTER_OPENING = sorted({symbol for plan in PLANS for symbol in plan})
-
-
-def write_files(folder: Path, seed: int = SEED) -> None:
-    """Writes `train.jsonl` and `test.jsonl`, one review a line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    reviews = write_reviews(seed)
-    for split, size in SIZES.items():
-        lines = [json.dumps(asdict(review)) + "\n" for review in islice(reviews, size)]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's film reviews.")
-    parser.add_argument("--out", type=Path, default=DATA, help="folder for train.jsonl and test.jsonl")
-    parser.add_argument("--seed", type=int, default=SEED)
-    arguments = parser.parse_args()
-    write_files(arguments.out, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`trl demo`: the three steps of learning from human feedback, on the shipped film reviews.
+"""`trl demo`: the three steps of learning from human feedback, on film reviews that a grammar writes.
 
 1. supervised fine-tuning    a model learns to write reviews, good and bad ones
 2. reward model              a classifier learns which of two reviews is the positive one; or one is named
