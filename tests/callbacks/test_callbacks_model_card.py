@@ -41,6 +41,12 @@ def test_a_whole_model(tmp_path):
     assert str(tmp_path) not in body
 
 
+def test_a_title_is_no_name_to_load_by(tmp_path):
+    _, body = card(tmp_path, Trained("org/pictures", "pictures"), trainer="DDPOTrainer", model_name="My DDPO Model")
+    assert "# My DDPO Model\n" in body
+    assert 'DiffusionPipeline.from_pretrained("qwen-sft")' in body
+
+
 def test_an_adapter_says_so(tmp_path):
     front, body = card(tmp_path, Trained("gpt2", is_adapter=True))
     assert (front["library_name"], front["base_model"]) == ("peft", "gpt2")

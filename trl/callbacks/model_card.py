@@ -127,10 +127,11 @@ def write_model_card(
     """
     method = trainer.removesuffix("Trainer")
     base = hub_id(model.base)
-    title = model_name or Path(args.output_dir).resolve().name
+    folder = Path(args.output_dir).resolve()
+    title = model_name or folder.name
     shown = {name: getattr(args, name) for name in SHOWN} | published(options or {})
     sections = {
-        "Use": _usage(args, title, model, base),
+        "Use": _usage(args.hub_model_id or folder.name, model, base),
         "Results": _table("metric", last_metrics(log)),
         "Data": "\n".join(f"- {report}" for report in data),
         "Options": _table("option", shown),
@@ -153,7 +154,6 @@ def write_model_card(
         + "\n\n".join(f"## {name}\n\n{content}" for name, content in sections.items() if content)
         + "\n"
     )
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -217,9 +217,8 @@ def _paper(method: str) -> str:
     return f"{title}, [arXiv:{number}](https://arxiv.org/abs/{number})" if title else ""
 
 
-def _usage(args: TrainingArguments, title: str, model: Trained, base: str | None) -> str:
-    """A program that uses the model, under the name that it has on the hub."""
-    name = args.hub_model_id or title
+def _usage(name: str, model: Trained, base: str | None) -> str:
+    """A program that loads the model by the name that it has on the hub, or its folder's, and uses it."""
     if model.kind == "reward":
         return (
             "```python\nfrom trl.rewards.model import RewardModel\n\n"

@@ -297,10 +297,18 @@ class DDPOTrainer(StepPolicyTrainer):
         else:
             self._save_pretrained(output_dir or self.args.output_dir)
 
-    def create_model_card(self, path: str | Path | None = None, model_name: str = "TRL DDPO Model", **_: Any) -> None:
-        """Write README.md into the folder `path`, by default the one of checkpoints."""
+    def create_model_card(
+        self,
+        path: str | Path | None = None,
+        model_name: str = "TRL DDPO Model",
+        hub_model_id: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write README.md into the folder `path`, by default the one of checkpoints. The model is loaded in it by its hub id,
+        or by the folder's name."""
         args = copy(self.args)
         args.output_dir = str(path or self.args.output_dir)
+        args.hub_model_id = hub_model_id or args.hub_model_id
         self._write_card(args, model_name=model_name)
 
     def describe_model(self) -> tuple[Trained, list[str]]:
@@ -313,6 +321,7 @@ class DDPOTrainer(StepPolicyTrainer):
         api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            self.create_model_card(folder, hub_model_id=repo_id)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
