@@ -22,13 +22,14 @@ from trl.models.score import unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import ReferenceConfig
+from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.precompute import with_reference_logprobs
 from trl.trainers.reference import reference_for, reference_models, sync_callbacks
 from trl.types import Batch
 
 
 @dataclass
-class PreferenceConfig(ReferenceConfig):
+class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
     """Options that the trainers share which learn from rows that are labelled good or bad."""
 
     ALIASES: ClassVar[dict[str, str]] = {
@@ -76,6 +77,7 @@ class PreferenceConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_eval_samples()
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
 
@@ -103,6 +105,7 @@ class PreferenceTrainer(BaseTrainer):
         self.ref_model = ref_model
         self.reference: Reference | None = None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
+        add_eval_samples(self)
 
     @property
     def needs_reference(self) -> bool:

@@ -25,6 +25,7 @@ from trl.models.score import score, unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
+from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Example, Metrics
 from trl.vision.families import joins_of
@@ -33,7 +34,7 @@ DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_
 
 
 @dataclass
-class SFTConfig(TrainerConfig):
+class SFTConfig(EvalSamplesOptions, TrainerConfig):
     """Options of `SFTTrainer`."""
 
     dataset_text_field: str = "text"
@@ -78,6 +79,7 @@ class SFTConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_eval_samples()
         for name in self.dataset_kwargs or ():
             if name not in DATASET_OPTIONS:
                 raise ConfigError(unknown("entry of dataset_kwargs", name, DATASET_OPTIONS))
@@ -115,6 +117,7 @@ class SFTTrainer(BaseTrainer):
     ) -> None:
         self.formatting_func = formatting_func
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
+        add_eval_samples(self)
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
 
