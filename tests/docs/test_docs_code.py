@@ -265,23 +265,45 @@ def test_links_between_files_lead_somewhere(page):
         assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
 
 
-METHOD_PAGES = [*sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "docs" / "ppo.md", ROOT / "docs" / "grpo.md"]
+METHOD_PAGES = [
+    *sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "index"),
+    *(ROOT / "docs" / f"{name}.md" for name in ("ppo", "grpo", "rft", "ilql")),
+]
+PARTS = {
+    "Rows": ("```jsonl",),
+    "Run it": ("```python", "```yaml", "trl "),
+    "Options that matter": ("| option | usual |", "learning_rate", "LoRA"),
+    "What it logs": (),
+    "What goes wrong": ("| what is seen | why | remedy |",),
+    "Papers": ("arXiv:",),
+}
+"""Heading of each part of a method's page, and what has to be in it."""
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading of the second level, "" where there is none."""
+    found = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else ""
 
 
 @pytest.mark.parametrize("path", METHOD_PAGES, ids=lambda path: path.stem)
 def test_a_method_has_all_that_a_reader_looks_for(path):
-    """Equation, rows with an example, Python, YAML, a command, options, metrics, what goes wrong, paper."""
+    """An equation first; then every part, filled."""
     text = path.read_text(encoding="utf-8")
-    assert re.search(r"loss|Advantage|CPO", text)
-    for wanted in (
-        "```python",
-        "```yaml",
-        "trl ",
-        "learning_rate",
-        "## Options that matter",
-        "## What goes wrong",
-        "arXiv:",
-    ):
-        assert wanted in text, (path.name, wanted)
-    assert re.search(r"## What (it logs|to watch)", text)
-    assert "prompt" in text or "jsonl" in text
+    assert re.match(r"# .*?^```(text)?\n.*?=", text.partition("\n## ")[0], re.DOTALL | re.MULTILINE), "no equation"
+    for heading, wanted in PARTS.items():
+        found = section(text, heading)
+        assert found, (path.name, heading)
+        assert [words for words in wanted if words not in found] == [], (path.name, heading)
+
+
+def test_the_table_of_methods_leads_to_every_part():
+    page = ROOT / "docs" / "methods" / "index.md"
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
+    linked = {(page.parent / re.search(r"\]\(([^)]+)\)", row)[1]).resolve() for row in rows}
+    assert linked == set(METHOD_PAGES)
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert len(cells) == 2 + len(PARTS)
+        anchors = [re.search(r"#([\w-]+)\)", cell)[1] for cell in cells[2:]]
+        assert anchors == [heading.lower().replace(" ", "-") for heading in PARTS]
