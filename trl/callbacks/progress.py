@@ -23,6 +23,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils import is_in_notebook
 
 from trl.callbacks.stop import SIGNALS
 
@@ -57,6 +58,14 @@ def bars_of(trainer: Trainer, console: Console | None = None) -> Iterator[None]:
         yield
     finally:
         bars.close()
+
+
+def show_notebook_table(trainer: Trainer) -> None:
+    """In a notebook, have a table that shows what matters for the method."""
+    if is_in_notebook():
+        from trl.callbacks.notebook import show_table
+
+        show_table(trainer)
 
 
 class RichProgressCallback(TrainerCallback):
@@ -196,10 +205,15 @@ def _messages_above(bars: Bars) -> Iterator[None]:
 
 def describe(logs: Mapping[str, float]) -> str:
     """`loss 1.234 · token accuracy 0.610 · 8,420 tokens/s`, of the metrics that matter most."""
-    parts = [f"{label} {_number(float(logs[name]))}" for name, label in SHOWN.items() if name in logs]
+    parts = [f"{label} {_number(value)}" for label, value in shown_metrics(logs).items()]
     if parts and "tokens_per_second" in logs:
         parts.append(f"{float(logs['tokens_per_second']):,.0f} tokens/s")
     return " · ".join(parts)
+
+
+def shown_metrics(logs: Mapping[str, float]) -> dict[str, float]:
+    """Those of `SHOWN`, by what they are called."""
+    return {label: float(logs[name]) for name, label in SHOWN.items() if name in logs}
 
 
 def _number(value: float) -> str:
