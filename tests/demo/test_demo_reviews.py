@@ -50,7 +50,9 @@ def naive_bayes(count: int | None = None) -> float:
 
 def test_the_corpus_is_the_same_everywhere():
     texts = "\n".join(review.text for review in everything())
-    assert hashlib.sha256(texts.encode()).hexdigest() == "5c1525dafa7bbac43f0a5256d14bbc45da43c5d3db035b59a462b4b1c2266e31"
+    assert (
+        hashlib.sha256(texts.encode()).hexdigest() == "5c1525dafa7bbac43f0a5256d14bbc45da43c5d3db035b59a462b4b1c2266e31"
+    )
 
 
 def test_the_seed_decides():

@@ -49,4 +49,9 @@ def test_what_cannot_be_sampled(make_model, tmp_path):
         SFTConfig(str(tmp_path), eval_samples=-1)
     args = SFTConfig(str(tmp_path), **OPTIONS)
     with pytest.raises(ConfigError, match="give eval_dataset as well"):
-        SFTTrainer(make_model("llama"), args, train_dataset=PAIRS.select_columns(["prompt"]).add_column("completion", [" a"] * 3), processing_class=make_tokenizer())
+        SFTTrainer(
+            make_model("llama"),
+            args,
+            train_dataset=PAIRS.select_columns(["prompt"]).add_column("completion", [" a"] * 3),
+            processing_class=make_tokenizer(),
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.sample import prompt_openings, sample
 from trl.demo.show import Step, few_threads, quiet, table_of_samples, table_of_verdicts
-from trl.demo.steps import STAGES, Reward, continuations, examine, fine_tune, learn_rewards, load, reinforce
+from trl.demo.steps import STAGES, Reward, continuations, examine, fine_tune, learn_rewards, load, recipes, reinforce
 from trl.report.page import write_report
 from trl.report.record import COMPARISONS_FILE, SUMMARY_FILE
 from trl.rewards.classifier import ClassifierReward
@@ -60,22 +61,27 @@ def show(options: DemoArguments, console: Console) -> None:
     named = options.reward_model_name_or_path
     classifier = named and ClassifierReward(named, positive_label=options.positive_label)
 
+    temperature = recipes(options)["ppo"]["temperature"]
+    write = partial(sample, tokenizer=tokenizer, temperature=temperature, seed=options.seed)
+
     with Step(console, 1, "Supervised fine-tuning", f"{len(train):,} film reviews, positive and negative ones"):
-        first = sample(model, tokenizer, prompts[:1], seed=options.seed)
+        first = write(model, prompts=prompts[:1])
         fine_tune(model, tokenizer, train, test, options, console)
-    before = sample(model, tokenizer, prompts, seed=options.seed)
+    before = write(model, prompts=prompts)
     console.print(table_of_samples(prompts, {"before": first, "fine-tuned": before}, rows=1))
 
     if classifier:
         with Step(console, 2, "Reward model", f"{named}: how much more likely its label {classifier.label_name!r} is"):
             reward: Reward = examine(classifier, test, console)
     else:
-        with Step(console, 2, "Reward model", "pairs of a positive and a negative review; the positive one is chosen"):
+        with Step(
+            console, 2, "Reward model", "pairs of a positive and a negative review, half of them alike but for the end"
+        ):
             reward = learn_rewards(model, tokenizer, train, test, options, console)
 
     with Step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
         reinforce(model, tokenizer, reward, prompt_openings(train), options, console)
-    after = sample(model, tokenizer, prompts, seed=options.seed)
+    after = write(model, prompts=prompts)
     conclude(reward, prompts, before, after, options, console)
 
 

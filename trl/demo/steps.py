@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 from trl.callbacks.progress import bars_of
+from trl.demo.grammar import split_sentences
 from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
 from trl.models.load import count_parameters, load_model, load_processor
@@ -29,14 +30,36 @@ SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_tra
 SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
-    "reward": {"learning_rate": 1e-3, "max_steps": 100},
-    "ppo": {"learning_rate": 3e-4, "max_steps": 60, "horizon": 1000},
+    "reward": {"learning_rate": 1e-3, "max_steps": 120},
+    # Many endings stay: a reward that saturates, so that all that are positive enough are worth the same; a KL penalty that does
+    # not give way; a rate that falls to 0, since whitened advantages are noise once most samples earn the same.
+    "ppo": {
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "linear",
+        "max_steps": 60,
+        "batch_size": 128,
+        "mini_batch_size": 64,
+        "score_clip": 2.0,
+        "init_kl_coef": 0.3,
+        "adap_kl_ctrl": False,
+        "temperature": 0.5,
+    },
 }
 """For the model that is made on the spot."""
 REAL = {
     "sft": {"learning_rate": 5e-5, "num_train_epochs": 1},
     "reward": {"learning_rate": 2e-5, "max_steps": 100},
-    "ppo": {"learning_rate": 2e-5, "max_steps": 240, "horizon": 400},
+    "ppo": {
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant",
+        "max_steps": 240,
+        "batch_size": 64,
+        "mini_batch_size": 32,
+        "init_kl_coef": 0.3,
+        "target": 4,
+        "horizon": 400,
+        "temperature": 0.7,
+    },
 }
 """For a model that has been trained before."""
 
@@ -57,9 +80,14 @@ def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def recipes(options: DemoArguments) -> dict[str, dict[str, Any]]:
+    """Options of every stage, by the size of the model."""
+    return SMALL if options.model_name_or_path is None else REAL
+
+
 def recipe(options: DemoArguments, stage: str) -> dict[str, Any]:
     """Options of a stage's trainer."""
-    given = (SMALL if options.model_name_or_path is None else REAL)[stage]
+    given = recipes(options)[stage]
     return {
         "output_dir": str(Path(options.output_dir) / stage),
         "save_strategy": "no",
@@ -106,9 +134,19 @@ def learn_rewards(
 
 
 def opposites(reviews: Dataset) -> Dataset:
-    """Pairs of a positive and a negative review."""
-    sides = {side: [row["text"] for row in reviews if row["label"] == label] for side, label in SIDES.items()}
-    return Dataset.from_dict(sides)
+    """Pairs of a positive and a negative review; those of every other pair differ in their last sentence alone, which decides."""
+    sides = [[row["text"] for row in reviews if row["label"] == label] for label in SIDES.values()]
+    pairs = [
+        pair if number % 2 else same_but_for_the_end(pair, pair[number // 2 % 2])
+        for number, pair in enumerate(zip(*sides, strict=True))
+    ]
+    return Dataset.from_list([dict(zip(SIDES, pair, strict=True)) for pair in pairs])
+
+
+def same_but_for_the_end(pair: Sequence[str], beginning: str) -> list[str]:
+    """Both reviews, with all but their last sentence taken from `beginning`."""
+    start = split_sentences(beginning)[:-1]
+    return [" ".join([*start, split_sentences(review)[-1]]) for review in pair]
 
 
 def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
@@ -128,14 +166,8 @@ def reinforce(
         return reward(prompts, completions)
 
     args = PPOConfig(
-        lr_scheduler_type="constant",
-        batch_size=64,
-        mini_batch_size=32,
         ppo_epochs=2,
-        init_kl_coef=0.3,
-        target=4,
         max_completion_length=64,
-        temperature=0.7,
         max_grad_norm=1.0,
         log_completions=True,
         num_completions_to_print=0,
