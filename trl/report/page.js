@@ -5,6 +5,7 @@ const styles = () => getComputedStyle(document.documentElement);
 const colour = (name) => styles().getPropertyValue(name).trim();
 const COLOURS = 8;
 const HEIGHT = 190;
+const FEW = 12;  // Points that are drawn whatever is beside them: a line of one or two would not be seen.
 const made = new Map();
 const on = (id) => document.getElementById(id)?.checked ?? false;
 
@@ -24,7 +25,14 @@ function tickLabels(ticks) {
   return shown;
 }
 
-function line({ label, smooth }, index, hasSmooth) {
+// What the legend tells: the value under the cursor, and without one the last.
+const told = (values) => {
+  const last = values.findLast((value) => value !== null);
+  return (_, value, __, place) => short(place == null ? last : value);
+};
+
+function line({ label, smooth, values }, index, hasSmooth) {
+  const few = values.filter((value) => value !== null).length <= FEW;
   const stroke = colour(`--line-${index % COLOURS}`);
   return {
     label: smooth ? `${label}, smooth` : label,
@@ -32,8 +40,8 @@ function line({ label, smooth }, index, hasSmooth) {
     width: smooth ? 2 : hasSmooth && on("smooth") ? 1 : 1.6,
     show: !smooth || on("smooth"),
     spanGaps: true,
-    points: { show: !hasSmooth && !smooth ? undefined : false },
-    value: (_, value) => short(value),
+    points: { show: hasSmooth || smooth ? false : few || undefined, size: 5, fill: stroke },
+    value: told(values),
   };
 }
 
@@ -49,7 +57,7 @@ function draw(place) {
     cursor: { sync: { key: "run", setSeries: false }, focus: { prox: 1e6 } },
     scales: { x: { time: false }, y: { distr: on("log") && positive ? 3 : 1 } },
     axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: 58, values: (_, ticks) => tickLabels(ticks) }],
-    series: [{ label: "step", value: (_, value) => short(value) }, ...chart.lines.map((each) => line(each, labels.indexOf(each.label), smoothed.has(each.label)))],
+    series: [{ label: "step", value: told(chart.steps) }, ...chart.lines.map((each) => line(each, labels.indexOf(each.label), smoothed.has(each.label)))],
   };
   made.get(place)?.destroy();
   made.set(place, new uPlot(options, [chart.steps, ...chart.lines.map(({ values }) => values)], place));
