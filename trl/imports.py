@@ -17,6 +17,7 @@ EXTRAS = {
     "diffusers": "diffusion",
     "math_verify": "math",
     "ray": "sweep",
+    "lm_eval": "benchmarks",
     "starlette": "serve",
     "uvicorn": "serve",
 }

@@ -12,9 +12,11 @@ import torch
 from tests.conftest import MODELS, make_tokenizer
 from trl.cli.main import main
 from trl.errors import ConfigError
+from trl.evaluation.benchmarks import estimates, run_benchmarks
 from trl.evaluation.judges import RewardJudge, ServerJudge
 from trl.evaluation.samples import sample
-from trl.evaluation.statistics import estimate, outcome
+from trl.evaluation.statistics import Estimate, estimate, outcome
+from trl.imports import is_available
 
 
 def short(completions, **columns):
@@ -115,6 +117,50 @@ def test_a_seed_gives_the_same_samples_and_chats_get_messages(make_model):
     assert first[0][0]["role"] == "assistant"
 
 
+# ---- benchmarks ----
+
+
+def test_results_of_a_harness_become_estimates():
+    results = {
+        "sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}
+    }
+    found = estimates(results, {"sums": {"original": 9, "effective": 4}})
+    assert found == {"sums acc": Estimate(0.5, 0.196, 4), "sums em (strict)": Estimate(0.25, 0.0, 4)}
+
+
+def test_benchmarks_say_what_they_need(make_model):
+    if is_available("lm_eval"):
+        pytest.skip("lm-eval is installed")
+    with pytest.raises(ImportError, match=r"A benchmark by name needs lm_eval: pip install \"trl\[benchmarks\]\""):
+        run_benchmarks(make_model("llama"), make_tokenizer(), ["gsm8k"], batch_size=1)
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: [" 4", " 5"]
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def test_a_task_of_ones_own(home, capsys):
+    pytest.importorskip("lm_eval")
+    (home / "tasks").mkdir()
+    (home / "tasks" / "sums.yaml").write_text(TASK)
+    (home / "sums.jsonl").write_text('{"question": "2 + 2 =", "answer": 0}\n{"question": "2 + 3 =", "answer": 1}\n')
+    words = ["eval", "--model_name_or_path", "ours", "--benchmarks_folder", "tasks", "--benchmarks"]
+    assert main([*words, "sums"]) == 0
+    told = json.loads((home / "evaluation" / "eval.json").read_text())
+    assert told["sums acc"]["n"] == 2
+    assert main([*words, "summs"]) == 2
+    assert "Did you mean 'sums'" in capsys.readouterr().err
+
+
 # ---- the command ----
 
 
@@ -169,6 +215,7 @@ def test_the_perplexity_of_a_model_that_knows_nothing(home):
     ("words", "message"),
     [
         (["--model_name_or_path", "ours"], "--dataset_name is missing"),
+        ([*COMMON, "--chat"], "are for benchmarks"),
         ([*COMMON, "--against", "theirs"], "nobody judges: give reward_funcs or judge_server"),
         ([*COMMON, "--judge_server", "http://x"], "give the other one, --against MODEL"),
         ([*COMMON, "--batch_size", "0"], "batch_size=0"),

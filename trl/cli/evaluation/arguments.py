@@ -27,6 +27,16 @@ class EvalArguments:
     assistant_only_loss: bool = False
     """Perplexity of the assistant's turns alone."""
 
+    benchmarks: list[str] | None = None
+    """Names of tasks of lm-evaluation-harness, such as gsm8k ifeval: `pip install "trl[benchmarks]"`. They need no dataset_name;
+    `limit` is then of the questions of each."""
+
+    benchmarks_folder: str | None = None
+    """Folder with YAML files of tasks of your own, for `benchmarks`."""
+
+    chat: bool = False
+    """Ask the questions of benchmarks in turns of the tokenizer's chat template."""
+
     reward_funcs: list[str] | None = None
     """Rewards of samples: names of trl.rewards, file.py:function, package.module:function; or hub names of reward models.
     With `against` they judge, unless a judge_server does."""
@@ -59,6 +69,8 @@ class EvalArguments:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        if self.benchmarks is None and (self.benchmarks_folder or self.chat):
+            raise ConfigError("benchmarks_folder and chat are for benchmarks: name some with --benchmarks.")
         if self.temperature < 0:
             raise ConfigError(f"temperature={self.temperature}: give 0 or a positive number.")
         if self.against is not None and not (self.reward_funcs or self.judge_server):

@@ -3,6 +3,7 @@
 trl eval --model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short
 trl eval --model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward
 trl eval --model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity
+trl eval --model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from trl.errors import ConfigError, DataError
 
 EVAL = "trl.cli.evaluation.arguments:EvalArguments"
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
-SUMMARY = "Samples, rewards and perplexity of a model, and how often it wins against another one."
+SUMMARY = "Samples, rewards, perplexity and benchmarks of a model, and how often it wins against another one."
 WORDS = (
     "--model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short",
     "--model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward",
     "--model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity",
+    "--model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat",
 )
 
 
@@ -61,16 +63,35 @@ def run(words: Sequence[str]) -> int:
 
 def evaluate(parsed: ParsedOptions, arguments: EvalArguments) -> dict[str, Any]:
     """All that was asked for, by name. Raises ConfigError, DataError."""
-    if arguments.dataset_name is None:
-        raise ConfigError("--dataset_name is missing: rows to evaluate on.")
-    rows = read_rows(arguments)
+    if arguments.dataset_name is None and arguments.benchmarks is None:
+        raise ConfigError("--dataset_name is missing: rows to evaluate on. Or name --benchmarks.")
+    rows = None if arguments.dataset_name is None else read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     from trl.cli.evaluation.loading import load
 
     model, tokenizer = load(parsed, parsed.values.get("model_name_or_path"))
+    results = benchmarks(model, tokenizer, arguments) if arguments.benchmarks else {}
+    if rows is None:
+        return results
     if arguments.perplexity:
-        return {"perplexity": perplexity(model, tokenizer, rows, arguments)}
-    return compare_samples(parsed, arguments, rows, model, tokenizer)
+        return {**results, "perplexity": perplexity(model, tokenizer, rows, arguments)}
+    return {**results, **compare_samples(parsed, arguments, rows, model, tokenizer)}
+
+
+def benchmarks(model: Any, tokenizer: Any, arguments: EvalArguments) -> dict[str, Any]:
+    """Metrics of the benchmarks that were named."""
+    from trl.evaluation.benchmarks import run_benchmarks
+
+    return run_benchmarks(
+        model,
+        tokenizer,
+        arguments.benchmarks or [],
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        tasks_folder=arguments.benchmarks_folder,
+        chat=arguments.chat,
+        seed=arguments.seed,
+    )
 
 
 def read_rows(arguments: EvalArguments) -> Any:
