@@ -50,7 +50,8 @@ THEMES: dict[str, str] = {
         train_sampling_strategy
     """,
     "Evaluation": """
-        eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
+        eval_strategy eval_steps eval_delay eval_on_start eval_samples eval_samples_max_new_tokens
+        per_device_eval_batch_size eval_accumulation_steps
         load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only do_train do_eval
         do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics
     """,
