@@ -23,7 +23,6 @@ from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.utils import is_in_notebook
 
 from trl.callbacks.stop import SIGNALS
 
@@ -58,14 +57,6 @@ def bars_of(trainer: Trainer, console: Console | None = None) -> Iterator[None]:
         yield
     finally:
         bars.close()
-
-
-def show_notebook_table(trainer: Trainer) -> None:
-    """In a notebook, have a table that shows what matters for the method."""
-    if is_in_notebook():
-        from trl.callbacks.notebook import show_table
-
-        show_table(trainer)
 
 
 class RichProgressCallback(TrainerCallback):

@@ -26,9 +26,9 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import is_in_notebook
 
 from trl.callbacks.model_card import Trained, WritesModelCard
-from trl.callbacks.progress import show_notebook_table
 from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
 from trl.data.chat import clone_chat_template
@@ -143,7 +143,10 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        show_notebook_table(self)
+        if is_in_notebook():
+            from trl.callbacks.notebook import show_table
+
+            show_table(self)
         if self.args.html_report:
             reports = tuple(str(encoded.report) for encoded in self.encoded.values())
             self.add_callback(ReportCallback(reports, rows=self.rows_as_text))
