@@ -69,7 +69,9 @@ def main() -> None:
             found = known[f"{method}-{seed}"] = run(method, seed, folder)
             arguments.out.write_text(json.dumps(known, indent=1) + "\n")
             print(line(found), flush=True)
-    print(f"\n| method | seed | before | after | steps | steps to {GOAL} | KL | CPU |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"\n| method | seed | before | after | steps | steps to {GOAL} | KL | CPU |\n|---|---|---|---|---|---|---|---|"
+    )
     print("\n".join(line(known[name]) for name in sorted(known)))
 
 
