@@ -73,7 +73,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nft": (
         DiffusionNFTTrainer,
         DiffusionNFTConfig,
-        {**ONLINE, "learning_rate": 1e-3, "max_steps": 8},
+        {**ONLINE, "learning_rate": 1e-3, "max_steps": 12},
     ),
     "dpo": (
         DiffusionDPOTrainer,

@@ -24,6 +24,7 @@ LOCAL = {
     },
     "model.num_layers_unfrozen": -1,
     **cosine(5e-4, STEPS),
+    "optimizer.kwargs.weight_decay": 0.01,
     "method": {
         "num_rollouts": 160,
         "chunk_size": 160,

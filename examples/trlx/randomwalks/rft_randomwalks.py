@@ -20,6 +20,7 @@ LOCAL = {
     },
     "model.num_layers_unfrozen": -1,
     **constant_rate(3e-4),
+    "optimizer.kwargs": {"betas": (0.9, 0.99), "weight_decay": 0},
     "method": {"start_percentile": 0.9, "end_percentile": 0.95},
     "method.gen_kwargs.max_new_tokens": 9,
 }
