@@ -51,4 +51,6 @@ def test_a_reward_that_was_gamed_is_said_to_be():
     before = Verdict(0.4, 0.4, 0.5, 0.9, 50, 0.5)
     honest, gamed = Verdict(0.95, 0.9, 0.97, 0.9, 40, 0.5), Verdict(0.6, 0.7, 0.97, 0.9, 5, 0.2)
     assert "gamed" not in sentence_about(before, honest, 100)
+    assert "alike" not in sentence_about(before, honest, 100)
+    assert "alike: 10% of the endings are left" in sentence_about(before, gamed, 100)
     assert "The reward was gamed: it likes 97% of them, 37% more" in sentence_about(before, gamed, 100)

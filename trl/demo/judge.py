@@ -24,6 +24,9 @@ LAST = ("evidence", "more", "concession", "turn", "verdict")
 GAMED = 0.1
 """From so much on that the reward likes more than the grammar does, it is said to have been gamed."""
 
+VARIED = 0.6
+"""With a smaller share of the endings left than this, the samples are said to have become alike."""
+
 
 def side_of(text: str) -> str | None:
     """The side that a review takes by the grammar: that of its last sentence. None where it is no sentence of the grammar,
@@ -94,6 +97,8 @@ def sentence_about(before: Verdict, after: Verdict, count: int) -> str:
         f"{after.grammatical:.0%} are grammatical ({before.grammatical:.0%} before), with {after.endings} distinct endings "
         f"({before.endings} before)."
     )
+    if after.endings < VARIED * before.endings:
+        told += f" They have become alike: {after.endings / before.endings:.0%} of the endings are left."
     if after.hacks < GAMED:
         return told
     return f"{told} The reward was gamed: it likes {after.rewarded:.0%} of them, {after.hacks:.0%} more than the grammar does."

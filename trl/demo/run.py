@@ -75,7 +75,7 @@ def show(options: DemoArguments, console: Console) -> None:
             reward: Reward = examine(classifier, test, console)
     else:
         with Step(
-            console, 2, "Reward model", "pairs of a positive and a negative review, half of them alike but for the end"
+            console, 2, "Reward model", "pairs of a positive and a negative review, most of them alike but for the end"
         ):
             reward = learn_rewards(model, tokenizer, train, test, options, console)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, set_seed
 
 from trl.callbacks.progress import bars_of
 from trl.demo.grammar import split_sentences
@@ -30,17 +30,17 @@ SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_tra
 SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
-    "reward": {"learning_rate": 1e-3, "max_steps": 120},
+    "reward": {"learning_rate": 1e-3, "max_steps": 140},
     # Many endings stay: a reward that saturates, so that all that are positive enough are worth the same; a KL penalty that does
     # not give way; a rate that falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
-        "max_steps": 60,
+        "max_steps": 48,
         "batch_size": 128,
         "mini_batch_size": 64,
         "score_clip": 2.0,
-        "init_kl_coef": 0.3,
+        "init_kl_coef": 0.2,
         "adap_kl_ctrl": False,
         "temperature": 0.5,
     },
@@ -117,6 +117,7 @@ def learn_rewards(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments, console: Console
 ) -> RewardModel:
     """Step 2: a classifier on the fine-tuned weights learns to tell positive from negative reviews."""
+    set_seed(options.seed)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(config)
@@ -134,19 +135,28 @@ def learn_rewards(
 
 
 def opposites(reviews: Dataset) -> Dataset:
-    """Pairs of a positive and a negative review; those of every other pair differ in their last sentence alone, which decides."""
+    """Pairs of a positive and a negative review. In turn: two reviews; one review with two ends; one with a positive end, and with
+    an end that begins on one side and goes over to the other. So the last sentence decides, and the whole of it."""
     sides = [[row["text"] for row in reviews if row["label"] == label] for label in SIDES.values()]
-    pairs = [
-        pair if number % 2 else same_but_for_the_end(pair, pair[number // 2 % 2])
-        for number, pair in enumerate(zip(*sides, strict=True))
-    ]
+    pairs = [_harder(pair, number) for number, pair in enumerate(zip(*sides, strict=True))]
     return Dataset.from_list([dict(zip(SIDES, pair, strict=True)) for pair in pairs])
 
 
-def same_but_for_the_end(pair: Sequence[str], beginning: str) -> list[str]:
-    """Both reviews, with all but their last sentence taken from `beginning`."""
-    start = split_sentences(beginning)[:-1]
-    return [" ".join([*start, split_sentences(review)[-1]]) for review in pair]
+def _harder(pair: Sequence[str], number: int) -> Sequence[str]:
+    kind, turn = number % 3, number // 3
+    if kind == 0:
+        return pair
+    start = split_sentences(pair[turn % 2])[:-1]
+    good, bad = (split_sentences(review)[-1] for review in pair)
+    if kind == 2:
+        bad = half_and_half(good, bad) if turn // 2 % 2 else half_and_half(bad, good)
+    return [" ".join([*start, end]) for end in (good, bad)]
+
+
+def half_and_half(first: str, second: str) -> str:
+    """The first half of one sentence's words, and the second half of the other's."""
+    begin, end = first.split(), second.split()
+    return " ".join([*begin[: len(begin) // 2], *end[len(end) // 2 :]])
 
 
 def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
@@ -165,6 +175,7 @@ def reinforce(
     def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         return reward(prompts, completions)
 
+    set_seed(options.seed)
     args = PPOConfig(
         ppo_epochs=2,
         max_completion_length=64,
