@@ -93,7 +93,8 @@ class GatedLayer:
         attended, *_ = self.attention(hidden_states=self._norm(self.before, 0, hidden_states), **options)
         add_product(h, attended, self.out)
         x = self._norm(self.between, 1, h)
-        add_product(h, gated(*(F.linear(x, _weight(m)) for m in (self.gate, self.up)), self.activation), self.down)
+        gate, up = (F.linear(x, _weight(linear)) for linear in (self.gate, self.up))
+        add_product(h, gated(gate, up, self.activation), self.down)
         return hidden_states
 
     def _norm(self, module: nn.Module, place: int, x: Tensor) -> Tensor:
@@ -141,7 +142,9 @@ def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLaye
     plain = all(map(is_plain, [*linears, out])) and len({_weight(linear).dtype for linear in (*linears, out)}) == 1
     if not plain or activation is None or any("bias" in dict(linear.named_parameters()) for linear in linears[:2]):
         return None
-    return GatedLayer(before, attention, between, (kinds[before], kinds[between]), *linears, out, activation)
+    gate, up, down = linears
+    both = kinds[before], kinds[between]
+    return GatedLayer(before, attention, between, both, gate, up, down, out, activation)
 
 
 def is_plain(linear: object) -> bool:
