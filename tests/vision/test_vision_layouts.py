@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.vision.support import FAMILIES, Tiny, picture
 from trl.data.layout import lay_out
 from trl.models.score import score
 from trl.types import Completion, Example
+from trl.vision.blank import blank_image
 from trl.vision.families import family_of, joins_of
 from trl.vision.features import ImageFeatures, encoder_parameters
 from trl.vision.processing import ImageProcessing
@@ -118,3 +121,18 @@ def with_features(model, rows: list[Example]) -> list[Example]:
     finally:
         for parameter in encoder:
             parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_blank_image_changes_nothing_but_that_the_encoder_runs(tiny_of, name):
+    """As processes without an image read one under FSDP2, ZeRO-3 and DDP: gradients are there, and zero."""
+    tiny = tiny_of(name)
+    batch = lay_out([Example([], (Completion([40, 41, 42, 43]),))], joins=joins_of(tiny.model.config))
+    blank = blank_image(ImageProcessing.of(tiny.processor, tiny.model.config))
+    together = replace(batch, inputs={**batch.inputs, **blank})
+    found = score(tiny.model, together).logprobs
+    torch.testing.assert_close(found, score(tiny.model, batch).logprobs, rtol=0, atol=0)
+    encoder = [p for p in encoder_parameters(tiny.model).values() if p.requires_grad]
+    gradients = [g for g in torch.autograd.grad(found.sum(), encoder, allow_unused=True) if g is not None]
+    assert len(gradients) > len(encoder) / 2
+    assert not any(g.any() for g in gradients)

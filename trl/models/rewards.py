@@ -21,6 +21,7 @@ from trl.errors import ModelError
 from trl.models.patching import is_patched, patch_forward, with_self
 from trl.models.score import segment_attention, unwrap
 from trl.types import Batch
+from trl.vision.blank import read_blank
 from trl.vision.encoder_outputs import with_encoder_outputs
 
 
@@ -64,7 +65,8 @@ def _accepting_positions(plain: Callable) -> Callable:
     def forward(self: PreTrainedModel, *args: Any, reward_at: Tensor | None = None, **kwargs: Any) -> Any:
         if reward_at is None:
             return self._trl_plain_forward(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        kwargs, blank = read_blank(self, kwargs)
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state + blank
         return self.score(hidden.flatten(0, 1).index_select(0, reward_at)).squeeze(-1)
 
     return with_self(forward, plain)

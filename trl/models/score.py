@@ -46,6 +46,7 @@ from trl.ops.logprobs import (
     logprobs_from_module,
 )
 from trl.types import Batch, Scores
+from trl.vision.blank import read_blank
 from trl.vision.encoder_outputs import with_encoder_outputs
 
 
@@ -160,9 +161,10 @@ def _accepting_score(plain: Callable) -> Callable:
         if score.example is not None:
             kwargs = _encoded(self, score.example, **kwargs)
         head = self.get_output_embeddings()
+        kwargs, blank = read_blank(self, kwargs)
         if head._trl_transform is None:
-            return _from_plain_logits(score.at(self._trl_plain_forward(*args, **kwargs).logits), score)
-        hidden = score.at(_hidden_states(self, head, *args, **kwargs))
+            return _from_plain_logits(score.at(self._trl_plain_forward(*args, **kwargs).logits) + blank, score)
+        hidden = score.at(_hidden_states(self, head, *args, **kwargs)) + blank
         return head(None, replace(score, hidden=lambda: hidden))
 
     return with_self(functools.update_wrapper(forward, plain), plain)

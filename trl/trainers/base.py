@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -67,6 +68,8 @@ from trl.trainers.options import resolve_args
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
+from trl.vision.blank import blank_image, runs_together
+from trl.vision.encoder_outputs import FEATURES
 from trl.vision.families import joins_of
 from trl.vision.features import MIB, ImageFeatures
 from trl.vision.images import PixelLimits
@@ -343,7 +346,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         spans = config._attn_implementation == VARLEN
         capacity = 2**62 if spans or "flash" in config._attn_implementation else None
         width = config.get_text_config().hidden_size
-        return lay_out(
+        batch = lay_out(
             examples,
             self.layout,
             pad_token_id=pad,
@@ -353,6 +356,10 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             joins=joins_of(config),
             spans=spans,
         )
+        has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
+        if self.images is None or has_images or not runs_together():
+            return batch
+        return replace(batch, inputs={**batch.inputs, **blank_image(self.images)})
 
     # ---- evaluation ----
 

@@ -64,7 +64,7 @@ class ImageProcessing:
 
     def trial(self) -> list[Example]:
         """Two examples to try a layout with: an image with two answers, and a text."""
-        image = Image.linear_gradient("L").convert("RGB").resize(self._trial_size())
+        image = Image.linear_gradient("L").convert("RGB").resize(self.trial_size())
         text, _ = self.expand(self.family.prompt.format(images=self.place, text="a b", bos=""), [image])
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         first, second, third = self._words(3)
@@ -72,7 +72,7 @@ class ImageProcessing:
         text = Completion([second, third, first, first, third])
         return [self.with_images(Example(ids, answers), [image]), Example([], (text,))]
 
-    def _trial_size(self) -> tuple[int, int]:
+    def trial_size(self) -> tuple[int, int]:
         """Width and height of an image to try; that of the crop where the processor leaves sizes as they are."""
         images = self.processor.image_processor.to_dict()
         crop = images.get("crop_size") or images.get("size") or {}
