@@ -108,8 +108,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "unet": partial(tiny_stable_diffusion, prediction="v_prediction"),
     "flow": tiny_stable_diffusion_3,
 }
-"""Small pipelines by what they are shaped as: Stable Diffusion 2, and 3. A UNet that predicts v learns colours in fewer
-steps than one that predicts noise, since v is the picture where there is nothing but noise."""
+"""Small pipelines by what they are shaped as: Stable Diffusion 2, and 3."""
 
 
 def make_pipeline(
