@@ -4,9 +4,7 @@ A chat template renders messages m₁ … m_n as a text R(m₁…m_n); R⁺ adds
 the model writes. What the assistant wrote in turn i is found in one of two ways:
 
 - the template marks it itself, by `{% generation %}` blocks;
-- turn by turn: the turn is what stands between R⁺(m₁…m_{i−1}) and R(m₁…m_i), where both are beginnings of the whole
-  rendering. A turn that the template rewrites once it is past (dropping its reasoning, say) ends at the first token
-  that closes the turns that are found.
+- turn by turn, by comparing what the template makes of the first messages and of all: see `trl.data.turns`.
 
 A span holds the token that ends the turn, since a model that never learns it never stops, and not the generation
 prompt, which the model never writes.
@@ -19,17 +17,17 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import takewhile
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational
 from trl.data.messages import arguments_as_text, contents_as_parts, is_trained, tidy_messages, without_none
+from trl.data.shown import ShownCheck
 from trl.data.tokens import TextEncoder
+from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
 from trl.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
@@ -42,12 +40,6 @@ Span = tuple[int, int]
 logger = logging.getLogger(__name__)
 
 _BARE: Row = MappingProxyType({})
-TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
-"""What templates raise about messages, by themselves or in what they compute."""
-LONG = 12
-"""Letters of a content that no header or other message holds by chance."""
-CHANGE, ANSWER = " ≠", " ≈"
-"""What is added to a content to see whether the rendering shows it."""
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -79,9 +71,9 @@ class ChatTemplate:
         self.tools = tools
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.eos = tokenizer.eos_token or ""
-        self._shown_roles: set[Any] = set()
+        self._shown = ShownCheck(self.name, self.source(tools))
         self._is_open = False
-        self.closers = tuple(map(str, tokenizer.added_tokens_decoder.values()))
+        self.tokens = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
     @property
     def is_marked(self) -> bool:
@@ -91,7 +83,7 @@ class ChatTemplate:
     @cached_property
     def reads_parts(self) -> bool:
         """Whether the template shows contents only where they are lists of parts, as those of vision models do."""
-        message = {"role": "user", "content": CHANGE}
+        message = {"role": "user", "content": MARK}
         shown = []
         for messages in ([message], contents_as_parts([message])):
             try:
@@ -103,22 +95,15 @@ class ChatTemplate:
                 )
             except TEMPLATE_ERRORS:
                 text = ""
-            shown.append(CHANGE in text)
+            shown.append(MARK in text and "'type'" not in text)
         return shown == [False, True]
 
     @cached_property
-    def openers(self) -> tuple[str, ...]:
-        """Added tokens of the headers of turns, and not the one that closes a turn: the next turn's are not learned."""
-        user, answer = {"role": "user", "content": CHANGE}, {"role": "assistant", "content": ANSWER}
-        headers, footer = "", ""
-        for messages, probe in (([user], CHANGE), ([answer], ANSWER), ([user, answer], ANSWER)):
-            try:
-                before, _, after = self._rendered(messages, _BARE, mark=False)[0].partition(probe)
-            except TEMPLATE_ERRORS:  # some begin with the user alone
-                continue
-            headers, footer = headers + before * (len(messages) == 1), after
-        closing = min((c for c in self.closers if c in footer), key=footer.find, default=self.eos)
-        return tuple(c for c in self.closers if c in headers and c not in (closing, self.eos))
+    def borders(self) -> Borders:
+        """The tokens between turns."""
+        return Borders.of(
+            lambda m, **options: self._rendered(m, _BARE, mark=False, **options)[0], self.tokens, self.eos
+        )
 
     def source(self, tools: Tools | None) -> str:
         """The template's text; some tokenizers have one of their own for conversations with tools."""
@@ -179,7 +164,7 @@ class ChatTemplate:
 
     def _check_closed(self, answer: str) -> None:
         """Warn once of a template that does not end the assistant's turns."""
-        if not self._is_open and not answer.rstrip().endswith((*self.closers, *filter(None, [self.eos]))):
+        if not self._is_open and not answer.rstrip().endswith((*self.tokens, *filter(None, [self.eos]))):
             self._is_open = True
             logger.warning(
                 f"The chat template of {self.name!r} ends no turn: an answer ends with {answer[-20:]!r}, and no token that "
@@ -188,39 +173,9 @@ class ChatTemplate:
 
     def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
         """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
-        for i, message in enumerate(messages):
-            field = next(
-                (f for f in ("content", "tool_calls") if self._is_lost(messages, i, f, text, row, options)), ""
-            )
-            if field:
-                raise DataError(
-                    f"message {i} ({message.get('role')}): the chat template of {self.name!r} does not show its {field}, "
-                    f"{str(message[field])[:60]!r}. Take a template that does, write the message otherwise, or leave it out."
-                )
+        self._shown.check(messages, text, lambda changed: self.render(changed, row, **options)[0])
+        self._shown.check_reasoning(messages, lambda part: self.render(part, row)[0])
         return text
-
-    def _is_lost(self, messages: Messages, i: int, field: str, text: str, row: Row, options: Mapping[str, Any]) -> bool:
-        """Whether the rendering is the same without what message i says in this field."""
-        message = messages[i]
-        value = message.get(field)
-        if not value or not isinstance(value, str | list) or (field == "content" and not isinstance(value, str)):
-            return False
-        if field == "content":
-            bare = value.strip()
-            repeats = sum(bare in m["content"] for m in messages if isinstance(m.get("content"), str))
-            role = message.get("role")
-            if not bare or (text.count(bare) >= repeats and (len(bare) >= LONG or role in self._shown_roles)):
-                return False
-            changed = {**message, "content": f"{value}{CHANGE}"}
-        else:
-            names = [call["function"]["name"] for call in value if isinstance(call.get("function"), Mapping)]
-            if names and all(name in text for name in names):
-                return False
-            changed = {key: kept for key, kept in message.items() if key != field}
-        other = self.render([*messages[:i], changed, *messages[i + 1 :]], row, **options)[0]
-        if field == "content" and other != text:
-            self._shown_roles.add(message.get("role"))
-        return other == text
 
     def prompt(self, messages: Messages, row: Row = _BARE) -> str:
         """The text after which the model writes: with the generation prompt, or open after an unfinished answer."""
@@ -240,33 +195,41 @@ class ChatTemplate:
         Raises DataError when the rendered prompt is not the beginning of the whole.
         """
         opened = self.render(prompt, row, add_generation_prompt=True)[0]
-        texts = [self._all_shown([*prompt, *a], self.render([*prompt, *a], row)[0], row) for a in answers]
-        starts = [self._after(prompt, opened, text, row) for text in texts]
-        if None in starts:
+        finders = [self._finder([*prompt, *answer], row) for answer in answers]
+        for finder in finders:
+            self._all_shown(finder.messages, finder.text, row)
+        borders = [finder.start(prompt) for finder in finders]
+        if None in borders:
             raise DataError(
                 f"The chat template of {self.name!r} renders a prompt otherwise once an answer follows, so that the "
                 "border between them is not known. Use a template that keeps what it has written."
             )
-        self._check_closed(texts[0])
-        return opened[: min(starts)], [text[min(starts) :] for text in texts]
+        self._check_closed(finders[0].text)
+        end = min(here for here, _ in borders)
+        return opened[:end], [f.text[there - (here - end) :] for f, (here, there) in zip(finders, borders, strict=True)]
 
     def assistant_spans(self, messages: Messages, row: Row = _BARE) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans [start, end) of the characters that the assistant wrote.
 
-        Raises DataError when the template neither marks them nor keeps what it has written.
+        Raises DataError when the template neither marks them nor shows where they begin and end.
         """
         if self.is_marked:
             text, marked = self.render(messages, row, mark=True)
             self._all_shown(messages, text, row)
             limits = [*(start for start, _ in marked), len(text)][1:]
-            spans = [self._stopped(text, *span, limit) for span, limit in zip(marked, limits, strict=True)]
-            return text, self._trained(messages, text, spans)
-        text = self._all_shown(messages, self.render(messages, row)[0], row)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        opened = [self.render(messages[:i], row, add_generation_prompt=True)[0] for i in turns]
-        starts = [self._after(messages[:i], prompt, text, row) for i, prompt in zip(turns, opened, strict=True)]
-        ends = [self._end(messages[: i + 1], text, row) if i + 1 < len(messages) else len(text) for i in turns]
-        return text, self._trained(messages, text, self._located(text, starts, ends))
+            ends = [min(limit, self.borders.stopped(text, *s)) for s, limit in zip(marked, limits, strict=True)]
+            return text, self._trained(messages, text, [(s, end) for (s, _), end in zip(marked, ends, strict=True)])
+        finder = self._finder(messages, row)
+        text = self._all_shown(messages, finder.text, row)
+        if (spans := finder.spans()) is None:
+            raise DataError(self._cannot_be_masked())
+        return text, self._trained(messages, text, spans)
+
+    def _finder(self, messages: Messages, row: Row) -> TurnFinder:
+        def render(part: Messages, **options: Any) -> str:
+            return self.render(part, row, **options)[0]
+
+        return TurnFinder(messages, render, self.tokens, self.borders)
 
     def _trained(self, messages: Messages, text: str, spans: list[Span]) -> list[Span]:
         """The spans of the assistant's turns that are learned from, as their keys say."""
@@ -282,74 +245,15 @@ class ChatTemplate:
             )
         return [span for span, learned in zip(spans, trained, strict=True) if learned]
 
-    def _after(self, messages: Messages, prompt: str, text: str, row: Row) -> int | None:
-        """Where in `text` the answer to `messages` begins; `prompt` is their text with the generation prompt."""
-        if text.startswith(prompt):
-            return len(prompt)
-        bare = self.render(messages, row)[0]
-        if not text.startswith(bare):
-            return None
-        shared = len(bare) + _shared_length(prompt[len(bare) :], text[len(bare) :])
-        return next((i for i in range(shared, len(bare), -1) if prompt[:i].endswith(("\n", *self.closers))), None)
-
-    def _end(self, messages: Messages, text: str, row: Row) -> int | None:
-        """Where in `text` the last of `messages` ends.
-
-        Some templates close the last turn otherwise than earlier ones, or the whole by a token of its own: what their
-        rendering is closed by need not be in `text`, but another closing token may stand there instead.
-        """
-        rendered = kept = self.render(messages, row)[0]
-        while not text.startswith(kept):
-            kept = kept.rstrip()
-            closer = next((c for c in self.closers if kept.endswith(c)), None)
-            if closer is None:
-                return None
-            kept = kept.removesuffix(closer)
-        if kept == rendered or kept.rstrip().endswith(self.closers):
-            return len(kept)
-        closes = (c for c in self.closers if c not in self.openers and text.startswith(c, len(kept)))
-        return len(kept) + len(next(closes, ""))
-
-    def _located(self, text: str, starts: list[int | None], ends: list[int | None]) -> list[Span]:
-        known = [self._closed(text, s, e) for s, e in zip(starts, ends, strict=True) if s is not None and e is not None]
-        closer = next((c for s, e in known for c in self.closers if text[s:e].endswith(c)), None)
-        spans = []
-        for start, end, limit in zip(starts, ends, [*starts, len(text)][1:], strict=True):
-            if start is not None and end is None and closer is not None:
-                found = text.find(closer, start, limit)
-                end = found + len(closer) if found >= 0 else None
-            if start is None or end is None or end < start:
-                raise DataError(self._cannot_be_masked())
-            spans.append(self._closed(text, start, end))
-        return spans
-
-    def _closed(self, text: str, start: int, end: int) -> Span:
-        """The span up to the token that closes the turn, without the blank space that templates write after it."""
-        start, end = self._stopped(text, start, end, len(text))
-        while opener := next((o for o in self.openers if text[start:end].rstrip().endswith(o)), None):
-            end = start + len(text[start:end].rstrip().removesuffix(opener))  # of the next turn's header
-        trimmed = start + len(text[start:end].rstrip())
-        return (start, trimmed) if text[start:trimmed].endswith(self.closers) else (start, end)
-
-    def _stopped(self, text: str, start: int, end: int, limit: int) -> Span:
-        """The span with the EOS that follows it, where nothing else closes it."""
-        follows = self.eos and text.startswith(self.eos, end) and end < limit
-        is_closed = text[start:end].rstrip().endswith(self.closers)
-        return start, end + len(self.eos) if follows and not is_closed else end
-
     def _cannot_be_masked(self) -> str:
         source = self.source(self.tools)
         head = source if len(source) <= 80 else f"{source[:80]}…"
         return (
             f"The chat template of {self.name!r} ({head!r}) does not show what the assistant wrote: it has no "
-            "{% generation %} marks, and rewrites earlier turns when later ones follow. Put {% generation %} … "
+            "{% generation %} marks, and rewrites what stands before when later turns follow. Put {% generation %} … "
             "{% endgeneration %} around the assistant's part of the template, write the rows as prompt and completion, "
             "or train on whole conversations with assistant_only_loss=False."
         )
-
-
-def _shared_length(a: str, b: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _row_tools(row: Row) -> Tools | None:
