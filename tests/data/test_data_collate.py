@@ -62,9 +62,9 @@ def test_templates_given_as_text(tokenizer):
 
 def test_a_template_that_is_not_there_names_the_row(tokenizer):
     collator = DataCollatorForCompletionOnlyLM(RESPONSE, INSTRUCTION, tokenizer=tokenizer)
-    with pytest.raises(DataError, match=r"Row 1: the response template .* \(ids \[7, 8\]\) does not occur"):
+    with pytest.raises(DataError, match=r"Row 2: the response template .* \(ids \[7, 8\]\) does not occur"):
         collator([[5, 7, 8, 3], [5, 3]])
-    with pytest.raises(DataError, match=r"Row 0: the instruction template .* give the ids .* instruction_template"):
+    with pytest.raises(DataError, match=r"Row 1: the instruction template .* give the ids .* instruction_template"):
         collator([[7, 8, 3]])
 
 

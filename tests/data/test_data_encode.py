@@ -207,9 +207,10 @@ def test_labels_and_masks_of_token_ids(plain):
     row = {"input_ids": [4, 5, 6, 7, 0], "attention_mask": [1, 1, 1, 1, 0], "labels": [-100, 5, 6, 7, -100]}
     row |= {"completion_mask": [0, 0, 1, 1, 0], "assistant_masks": [0, 0, 0, 1, 0]}
     mask = lambda **settings: only([row], plain, **settings).completions[0].mask  # noqa: E731
+    assert mask() == mask(assistant_only_loss=True) == [False, False, False, True]
+    del row["assistant_masks"]
     assert mask() == [False, False, True, True]
     assert mask(completion_only_loss=False) == [False, True, True, True]
-    assert mask(assistant_only_loss=True) == [False, False, False, True]
     assert only([row], plain).completions[0].ids == [4, 5, 6, 7]
 
 
@@ -419,25 +420,25 @@ def test_missing_columns(plain):
 
 def test_wrong_types_name_row_and_column(plain, chatml):
     bad = {
-        "Row 1, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
-        "Row 0, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
-        "Row 1, column 'messages': the conversation is empty": [{"messages": ASK}, {"messages": []}],
-        "Row 0, column 'messages': message 0: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
-        "Row 0, column 'input_ids': expected a list of integers, found str 'sky'": [{"input_ids": "sky"}],
-        "Row 0, column 'label': expected true (desirable) or false, found str": [
+        "Row 2, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
+        "Row 1, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
+        "Row 2, column 'messages': the conversation is empty": [{"messages": ASK}, {"messages": []}],
+        "Row 1, column 'messages': message 0: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
+        "Row 1, column 'input_ids': expected a list of integers, found str 'sky'": [{"input_ids": "sky"}],
+        "Row 1, column 'label': expected true (desirable) or false, found str": [
             {"prompt": "sky", "completion": " blue", "label": "good"}
         ],
-        "Row 0, column 'labels': expected 1 labels, one per step, found list [True, False]": [
+        "Row 1, column 'labels': expected 1 labels, one per step, found list [True, False]": [
             {"prompt": "sky", "completions": ["a"], "labels": [True, False]}
         ],
-        "Row 0, column 'labels': 1 values for the 2 tokens": [{"input_ids": [4, 5], "labels": [4]}],
-        "Row 0, column 'labels': a label is the token of 'input_ids' or -100": [
+        "Row 1, column 'labels': 1 values for the 2 tokens": [{"input_ids": [4, 5], "labels": [4]}],
+        "Row 1, column 'labels': a label is the token of 'input_ids' or -100": [
             {"input_ids": [4, 5], "labels": [5, 6]}
         ],
-        "Row 0, column 'seq_lengths': every document has at least one token, found [2, 0]": [
+        "Row 1, column 'seq_lengths': every document has at least one token, found [2, 0]": [
             {"input_ids": [4, 5], "seq_lengths": [2, 0]}
         ],
-        "Row 0, column 'seq_lengths': they add up to 3, the row has 2 tokens": [
+        "Row 1, column 'seq_lengths': they add up to 3, the row has 2 tokens": [
             {"input_ids": [4, 5], "seq_lengths": [3]}
         ],
     }
@@ -449,7 +450,7 @@ def test_wrong_types_name_row_and_column(plain, chatml):
 
 def test_rows_are_named_by_their_place_in_the_dataset(plain):
     rows = [{"text": "sky"}] * 1500 + [{"text": None}]
-    with pytest.raises(DataError, match="Row 1500, column 'text'"):
+    with pytest.raises(DataError, match="Row 1501, column 'text'"):
         encoded(rows, plain)
 
 
@@ -462,20 +463,20 @@ def test_empty_dataset(plain):
 
 def test_a_conversation_must_end_with_the_assistant(chatml):
     rows = [{"messages": ASK + BLUE}, {"messages": ASK + BLUE + ASK}]
-    with pytest.raises(DataError, match=r"Row 1, column 'messages': the conversation ends with 'user'"):
+    with pytest.raises(DataError, match=r"Row 2, column 'messages': the conversation ends with 'user'"):
         encoded(rows, chatml, assistant_only_loss=True)
     assert len(examples(rows, chatml)) == 2
-    with pytest.raises(DataError, match=r"Row 0, column 'chosen': the conversation ends with 'user'"):
+    with pytest.raises(DataError, match=r"Row 1, column 'chosen': the conversation ends with 'user'"):
         encoded([{"prompt": ASK, "chosen": ASK, "rejected": BLUE}], chatml)
 
 
 def test_a_template_that_cannot_be_masked_names_the_row(make):
-    with pytest.raises(DataError, match=r"Row 0: The chat template of .* does not show what the assistant wrote"):
+    with pytest.raises(DataError, match=r"Row 1: The chat template of .* does not show what the assistant wrote"):
         encoded([{"messages": ASK + BLUE}], make.tokenizer("rewrites"), assistant_only_loss=True)
 
 
 def test_a_template_whose_prompt_is_not_kept(make):
-    with pytest.raises(DataError, match=r"Row 0: .* renders a prompt otherwise once an answer follows"):
+    with pytest.raises(DataError, match=r"Row 1: .* renders a prompt otherwise once an answer follows"):
         encoded([{"prompt": ASK, "completion": BLUE}], make.tokenizer("rewrites"))
 
 
@@ -520,7 +521,7 @@ def test_content_in_parts(chatml):
 
 def test_pictures_are_refused(chatml):
     picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
-    with pytest.raises(DataError, match=r"[Rr]ow 0.* message 0: content has to be text, or parts of type text"):
+    with pytest.raises(DataError, match=r"[Rr]ow 1.* message 0: content has to be text, or parts of type text"):
         only([picture], chatml)
     with pytest.raises(
         DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"

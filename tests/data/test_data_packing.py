@@ -108,7 +108,7 @@ def test_rows_that_hold_nothing():
 def test_columns_that_are_no_lists_or_of_other_lengths():
     with pytest.raises(DataError, match="lists of tokens in every column, but 'id' holds int64"):
         pack_dataset(Dataset.from_dict({**ROWS, "id": [1, 2, 3, 4]}), 4)
-    with pytest.raises(DataError, match="Row 1 of a batch has 1 values in 'labels' and 2 in 'input_ids'"):
+    with pytest.raises(DataError, match="Row 2 of a batch has 1 values in 'labels' and 2 in 'input_ids'"):
         pack_dataset(Dataset.from_dict({"input_ids": [[1], [2, 3]], "labels": [[1], [2]]}), 4)
 
 

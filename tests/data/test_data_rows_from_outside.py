@@ -43,7 +43,7 @@ def test_they_are_named(row, words):
     good = {"tools": None, **PAIR, "messages": CHAT, "text": "a", "input_ids": [1, 2], "margin": 1.0, "score": 1.0}
     good |= {"chosen_ids": [1, 2], "rejected_ids": [1, 3]}
     rows = [{name: good[name] for name in row}, row]
-    with pytest.raises(DataError, match=f"Row 1[:,] {words}"):
+    with pytest.raises(DataError, match=f"Row 2[:,] {words}"):
         encode(rows, keep_columns=("margin", "score"))
 
 

@@ -198,16 +198,16 @@ def test_recommended_weights(make_model, tmp_path, caplog):
 BAD_ROWS = {
     "label is text": (
         {"prompt": ["a"], "completion": ["b"], "label": ["good"]},
-        r"Row 0, column 'label': expected true \(desirable\) or false, found str 'good'",
+        r"Row 1, column 'label': expected true \(desirable\) or false, found str 'good'",
     ),
     "label is missing": (
         {"prompt": ["a", "c"], "completion": ["b", "d"], "label": [True, None]},
-        r"Row 1, column 'label': expected true \(desirable\) or false, found NoneType",
+        r"Row 2, column 'label': expected true \(desirable\) or false, found NoneType",
     ),
     "no prompt": ({"completion": ["b"], "label": [True]}, r"unpaired_preference: prompt, completion, label"),
     "empty prompt": (
         {"prompt": ["a", ""], "completion": ["b", "c"], "label": [True, False]},
-        r"1 of 2 rows of 'train' have no prompt \(the first is row 1\)",
+        r"1 of 2 rows of 'train' have no prompt \(the first is row 2\)",
     ),
     "one class": (
         {"prompt": ["a", "b"], "completion": ["b", "c"], "label": [True, True]},

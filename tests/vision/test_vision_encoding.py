@@ -204,7 +204,7 @@ def test_cutting_never_cuts_an_image(tiny, caplog):
         assert cut.length == 60
         assert text_of(tiny, cut).count("<image>") == text_of(tiny, whole).count("<image>") == 4
         assert "1 dropped (images do not fit into max_length)" in caplog.text
-        assert "first of them: [1]" in caplog.text
+        assert "first of them: [2]" in caplog.text
 
 
 def test_an_image_late_in_a_chat_is_not_cut(tiny):
@@ -229,7 +229,7 @@ def test_a_tokenizer_reads_no_images(tiny):
 
 def test_places_and_images_are_as_many(tiny):
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    with pytest.raises(DataError, match="Row 0: there are 1 images, and 2 places"):
+    with pytest.raises(DataError, match="Row 1: there are 1 images, and 2 places"):
         encoded(tiny, {"prompt": [two], "completion": [SAID], "images": [[as_bytes(picture(1))]]})
 
 
@@ -251,7 +251,7 @@ def test_tokens_of_images_without_images(tiny):
     ],
 )
 def test_images_that_are_none(tiny, image, message):
-    with pytest.raises(DataError, match=f"Row 0: .*{message}"):
+    with pytest.raises(DataError, match=f"Row 1: .*{message}"):
         encoded(tiny, {"prompt": [ASKED], "completion": [SAID], "images": [[image]]})
 
 

@@ -17,12 +17,13 @@ INT32 = 2**31
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch of rows as columns, with the rows' places in the dataset for messages; and each row's images, where a
-    processor reads them: conversations are then lists of parts."""
+    """A batch of rows as columns, with the rows' places in the dataset, which messages count from 1; and each row's images, where a
+    processor reads them: conversations are then lists of parts. Packed rows hold several documents."""
 
     values: Mapping[str, Sequence[Any]]
     rows: Sequence[int]
     images: Sequence[Sequence[Any]] | None = None
+    is_packed: bool = False
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -35,7 +36,7 @@ class Columns:
         return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
 
     def error(self, k: int, name: str, message: str) -> DataError:
-        return DataError(f"Row {self.rows[k]}, column {name!r}: {message}")
+        return DataError(f"Row {self.rows[k] + 1}, column {name!r}: {message}")
 
     def is_chat(self, name: str) -> bool:
         """Whether the column holds conversations, judged by its first value."""
@@ -123,7 +124,7 @@ class Columns:
             try:
                 results.append(function(k, row))
             except DataError as error:
-                raise DataError(f"Row {self.rows[k]}: {error}") from error
+                raise DataError(f"Row {self.rows[k] + 1}: {error}") from error
         return results
 
 

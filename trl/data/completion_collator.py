@@ -68,7 +68,7 @@ class DataCollatorForCompletionOnlyLM:
     def _not_found(self, kind: str, template: list[int], ids: Sequence[int], row: int) -> DataError:
         text = self.tokenizer.decode(list(ids))
         return DataError(
-            f"Row {row}: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
+            f"Row {row + 1}: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
             f"{text[:80] + '…' if len(text) > 80 else text!r}. A template may be tokenised otherwise inside a text than "
             f"alone: give the ids that stand in the rows as {kind}_template."
         )

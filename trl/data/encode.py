@@ -33,6 +33,7 @@ from trl.data.columns import Columns
 from trl.data.encoders import ENCODERS, Tokenization
 from trl.data.formats import COLUMNS_READ, PICTURES, detect_kind
 from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, stored, undecoded
+from trl.data.prepacked import comes_packed, documents_of, refuse_packed
 from trl.data.settings import EncodeSettings
 from trl.data.trees import (
     IDENTICAL,
@@ -54,6 +55,8 @@ from trl.vision.processing import ImageProcessing
 
 logger = logging.getLogger(__name__)
 
+FIRST_ROWS = 1000
+"""Rows that are looked at to see whether their attention masks number documents."""
 ROWS_NAMED = 5
 """Numbers of rows that a warning names."""
 
@@ -157,15 +160,40 @@ def encode_dataset(
     the kind needs (with row and column), and when no row is left.
     """
     settings = settings or EncodeSettings()
+    dataset = without_format(dataset, name)
     dataset = dataset if images is None else undecoded(dataset)
     columns = _columns(dataset, name)
     reads = images is not None
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field, reads_images=reads)
     has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)
-    encoder = RowEncoder(Tokenization(tokenizer, settings, images), kind, tuple(columns), has_inputs=has_inputs)
+    tokenization = Tokenization(tokenizer, settings, images)
+    is_packed = kind == "tokenized" and comes_packed(columns, _first_rows(dataset))
+    if kind == "tokenized_preference":
+        refuse_packed(columns, kind)
+    encoder = RowEncoder(tokenization, kind, tuple(columns), has_inputs=has_inputs, is_packed=is_packed)
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
     return _encode_table(dataset, encoder, name)
+
+
+def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """The rows as Python values. Raises DataError for rows that a function makes as they are read."""
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    form = dataset.format
+    if form["type"] == "custom":
+        raise DataError(
+            f"The dataset {name!r} has a transform (with_transform, set_transform): what it makes as rows are read is not "
+            "known beforehand, and what is trained on is encoded once. Use dataset.map(function) in its place, and "
+            "dataset.with_format(None) to take the transform off."
+        )
+    shown = dataset if set(form["columns"]) == set(dataset.column_names) else dataset.select_columns(form["columns"])
+    return shown if form["type"] is None else shown.with_format(None)
+
+
+def _first_rows(dataset: Dataset | IterableDataset) -> list[Mapping[str, Any]]:
+    """So many rows as decide on what all of them are: of a stream the first."""
+    return list(dataset.take(1 if isinstance(dataset, IterableDataset) else FIRST_ROWS))
 
 
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
@@ -181,8 +209,8 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
     if not report.rows:
         raise DataError(nothing_left(counts, encoder.settings, report))
     if report.overlong:
-        first = np.flatnonzero(counts["status"].to_numpy() == OVERLONG)[:ROWS_NAMED].tolist()
-        logger.warning("Rows of %r whose images do not fit, the first of them: %s.", name, first)
+        first = np.flatnonzero(counts["status"].to_numpy() == OVERLONG)[:ROWS_NAMED] + 1
+        logger.warning("Rows of %r whose images do not fit, the first of them: %s.", name, first.tolist())
     if report.dropped:
         kept = np.flatnonzero(counts["status"].to_numpy() == KEPT)
         encoded = encoded.select(kept).flatten_indices()
@@ -247,7 +275,13 @@ class RowEncoder:
     """From a batch of rows to a table of encoded ones, row by row; the function that `map` calls."""
 
     def __init__(
-        self, tokenization: Tokenization, kind: str, columns: Sequence[str], *, has_inputs: bool = False
+        self,
+        tokenization: Tokenization,
+        kind: str,
+        columns: Sequence[str],
+        *,
+        has_inputs: bool = False,
+        is_packed: bool = False,
     ) -> None:
         self.tokenization = tokenization
         self.kind = kind
@@ -259,7 +293,16 @@ class RowEncoder:
         self.columns = [name for name in columns if name in wanted]
         self.kept = [name for name in self.columns if name in keep - pictures]
         self.is_masked = self._is_masked()
-        self.is_packed = kind == "tokenized" and "seq_lengths" in columns
+        self.is_packed = is_packed
+        if is_packed and (settings.encoder_decoder or settings.token_signals or self.kept):
+            reads = (
+                "encoder-decoders read"
+                if settings.encoder_decoder
+                else f"column {[*settings.token_signals, *self.kept][0]!r} is of"
+            )
+            raise DataError(
+                f"The rows came packed, several documents in one, and {reads} one example: give the documents as rows."
+            )
 
     def _needed(self) -> set[str]:
         text = {self.settings.text_field} if self.kind == "language_modeling" else set()
@@ -272,7 +315,7 @@ class RowEncoder:
         return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
-        given = columns = Columns({name: batch[name] for name in self.columns}, rows)
+        given = columns = Columns({name: batch[name] for name in self.columns}, rows, is_packed=self.is_packed)
         for name in NUMBERS & set(self.kept):
             columns.check_finite(name)
         if (processing := self.tokenization.images) is not None:
@@ -283,8 +326,10 @@ class RowEncoder:
         for name in self.settings.token_signals:
             trees = [self._with_signal(k, tree, name, columns) for k, tree in enumerate(trees)]
         if self.is_packed:
-            trees = documents(trees, columns)
-            return self._table(trees, trees, columns)
+            trees, lengths = documents_of(trees, columns)
+            cut = [self._cut(tree, 0) if len(n) == 1 else tree for tree, n in zip(trees, lengths, strict=True)]
+            lengths = [[tree.tokens] if len(n) == 1 else n for tree, n in zip(cut, lengths, strict=True)]
+            return self._table(trees, cut, columns, documents=lengths)
         cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
         left = [_emptied(tree) if shorter is None else shorter for tree, shorter in zip(trees, cut, strict=True)]
         kept = replace(columns, values={**columns.values, **given.values})
@@ -320,7 +365,13 @@ class RowEncoder:
         return tree if s.max_length is None else TRUNCATIONS[s.truncation_mode](tree, s.max_length)
 
     def _table(
-        self, sources: list[Tree], trees: list[Tree], columns: Columns, *, overlong: Sequence[bool] = ()
+        self,
+        sources: list[Tree],
+        trees: list[Tree],
+        columns: Columns,
+        *,
+        overlong: Sequence[bool] = (),
+        documents: Sequence[Sequence[int]] | None = None,
     ) -> pa.Table:
         trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
@@ -331,7 +382,7 @@ class RowEncoder:
             "trained": pa.array(map(sum, trained), pa.int32()),
             "source_tokens": pa.array(source_tokens, pa.int32()),
         }
-        rows = self._documents(trees, columns) if self.is_packed else self._rows(trees)
+        rows = self._rows(trees) if documents is None else self._documents(trees, documents)
         if columns.images is not None:
             rows[IMAGES] = pa.array([list(map(stored, own)) for own in columns.images], STORED)
         return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
@@ -347,13 +398,13 @@ class RowEncoder:
             rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
         return rows
 
-    def _documents(self, trees: list[Tree], columns: Columns) -> dict[str, pa.Array]:
+    def _documents(self, trees: list[Tree], lengths: Sequence[Sequence[int]]) -> dict[str, pa.Array]:
         """The columns of rows that came packed."""
         ids = [tree.completions[0] for tree in trees]
         return {
             "input_ids": nested(ids, pa.int32()),
             "mask": nested([tree.masks[0] for tree in trees], pa.bool_()),
-            "seq_lengths": nested(columns["seq_lengths"], pa.int32()),
+            "seq_lengths": nested(lengths, pa.int32()),
         }
 
     def _unpredicted(self, tree: Tree) -> int:
@@ -396,27 +447,6 @@ class RowEncoder:
 
 def _emptied(tree: Tree) -> Tree:
     return tree.sliced(slice(0), [slice(0)] * len(tree.completions))
-
-
-def documents(trees: list[Tree], columns: Columns) -> list[Tree]:
-    """Rows that came packed, masked where a document begins: nothing predicts its first token.
-
-    Raises DataError where `seq_lengths` do not add up to a row's tokens, or name a document without a token.
-    """
-    lengths_of = columns.numbers("seq_lengths")
-    for k, (tree, lengths) in enumerate(zip(trees, lengths_of, strict=True)):
-        if sum(lengths) != tree.tokens:
-            raise columns.error(k, "seq_lengths", f"they add up to {sum(lengths)}, the row has {tree.tokens} tokens.")
-        if not lengths or min(lengths) < 1:
-            raise columns.error(k, "seq_lengths", f"every document has at least one token, found {list(lengths)}.")
-    return [_masked_starts(tree, lengths) for tree, lengths in zip(trees, lengths_of, strict=True)]
-
-
-def _masked_starts(tree: Tree, lengths: Sequence[int]) -> Tree:
-    mask = list(tree.masks[0]) if tree.masks else [True] * tree.tokens
-    for start in accumulate(lengths[:-1], initial=0):
-        mask[start] = False
-    return replace(tree, masks=[mask])
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

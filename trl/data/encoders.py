@@ -45,16 +45,20 @@ class Tokenization:
         )
 
     @cached_property
-    def eos(self) -> int:
-        """Id of the token that ends a text.
+    def eos(self) -> int | None:
+        """Id of the token that ends a text: EOS, else what the tokenizer itself puts after every text ([SEP]).
 
-        Raises DataError when the tokenizer has none.
+        Raises DataError when the tokenizer has none; None where the settings do not need one.
         """
         token = self.settings.eos_token or self.tokenizer.eos_token
+        if token is None and self.text.closing:
+            return self.text.ids(["a"], add_special_tokens=True)[0][-1]
+        if token is None and not self.settings.needs_eos:
+            return None
         if token is None:
             raise DataError(
                 f"The tokenizer {self.tokenizer.name_or_path!r} has no EOS token, and without one a model does not "
-                "learn to stop. Set eos_token, or add_eos=False."
+                "learn to stop. Set eos_token to a token of its vocabulary."
             )
         known = self.tokenizer.get_vocab()
         if token not in known:
@@ -92,7 +96,7 @@ class Tokenization:
 
     def append_eos(self, rows: list[list[int]]) -> list[list[int]]:
         """The rows, each with EOS at its end where it is not there yet."""
-        if not self.settings.add_eos:
+        if not self.settings.add_eos or self.eos is None:
             return rows
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]
 
@@ -315,16 +319,15 @@ def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 
 
 def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
+    """The columns that say which tokens are trained on: all that there are, unless prompts are asked for as well."""
     if settings.assistant_only_loss and "assistant_masks" not in columns:
         raise DataError("assistant_only_loss=True needs a column 'assistant_masks' beside pre-tokenised 'input_ids'.")
     if settings.completion_only_loss and "completion_mask" not in columns and "labels" not in columns:
         raise DataError("completion_only_loss=True needs a column 'completion_mask' beside pre-tokenised 'input_ids'.")
-    wanted = {
-        "labels": True,
-        "completion_mask": settings.completion_only_loss is not False,
-        "assistant_masks": settings.assistant_only_loss,
-    }
-    return [name for name, use in wanted.items() if use and name in columns]
+    asked = {"completion_mask": settings.completion_only_loss is not False}
+    return [
+        name for name in ("labels", "completion_mask", "assistant_masks") if name in columns and asked.get(name, True)
+    ]
 
 
 def _keep(columns: Columns, name: str) -> list[list[bool]]:
@@ -340,7 +343,21 @@ def _keep(columns: Columns, name: str) -> list[list[bool]]:
 
 
 def _attention(columns: Columns, name: str) -> Sequence[Sequence[int] | None]:
-    return columns.numbers(name) if name in columns else [None] * len(columns.rows)
+    if name not in columns:
+        return [None] * len(columns.rows)
+    masks = columns.numbers(name)
+    ids = columns[name.replace("attention_mask", "input_ids")]
+    for k, (mask, row) in enumerate(zip(masks, ids, strict=True)):
+        if len(mask) != len(row):
+            raise columns.error(k, name, f"{len(mask)} values for the {len(row)} tokens of the row.")
+        if not columns.is_packed and any(value not in (0, 1) for value in mask):
+            raise columns.error(
+                k,
+                name,
+                f"{next(v for v in mask if v not in (0, 1))} numbers documents of a packed row, and the rows before hold one "
+                "each, or rows of this kind do. Give the lengths of documents as a column 'seq_lengths'.",
+            )
+    return masks
 
 
 def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:

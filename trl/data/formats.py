@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl.data.messages import to_chatml
+from trl.data.prepacked import PACKED_COLUMNS
 from trl.errors import DataError, suggest
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
@@ -39,7 +40,7 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
         "prompt_ids",
         *KINDS["tokenized_preference"][1],
     ),
-    "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", "seq_lengths"),
+    "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", *PACKED_COLUMNS),
     "dialogue": KINDS["dialogue"][0],
     "stepwise": KINDS["stepwise"][0],
     "unpaired_preference": (*KINDS["unpaired_preference"][0], *_CHAT_OPTIONS),

@@ -65,7 +65,7 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
         try:
             placed, own = _placed(row, processing, has_template=has_template)
         except DataError as error:
-            raise DataError(f"Row {columns.rows[k]}: {error}") from error
+            raise DataError(f"Row {columns.rows[k] + 1}: {error}") from error
         images.append(own)
         for name, value in placed.items():
             values[name][k] = value

@@ -150,7 +150,7 @@ def _pack_table(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
         if not np.array_equal(lengths[name], lengths[first]):
             row = int(np.flatnonzero(lengths[name] != lengths[first])[0])
             raise DataError(
-                f"Row {row} of a batch has {lengths[name][row]} values in {name!r} and {lengths[first][row]} in "
+                f"Row {row + 1} of a batch has {lengths[name][row]} values in {name!r} and {lengths[first][row]} in "
                 f"{first!r}. Packing needs one value per token in every column; remove the others."
             )
     pieces = STRATEGIES[strategy](lengths[first].astype(np.int64), capacity)

@@ -33,6 +33,8 @@ class EncodeSettings:
     """Begin plain texts as the tokenizer begins them (with BOS)."""
     add_eos: bool = True
     """Close plain texts and completions with EOS. Conversations end as their template ends them."""
+    needs_eos: bool = True
+    """Refuse a tokenizer without a token that ends a text. False: texts stay open then, since a classifier never stops."""
     eos_token: str | None = None
     """The token that closes a text; None is the tokenizer's."""
     chat_template_kwargs: Mapping[str, Any] | None = None

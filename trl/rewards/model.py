@@ -172,7 +172,7 @@ class RewardModel:
 
 def tokenization_of(tokenizer: PreTrainedTokenizerBase, images: ImageProcessing | None = None) -> Tokenization:
     """How prompts and completions become token ids, as they did when the reward model was trained."""
-    return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion"), images)
+    return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion", needs_eos=False), images)
 
 
 def _processor_of(model: PreTrainedModel) -> Any:

@@ -269,6 +269,6 @@ def _total(reward: Any, row: int, name: str) -> float:
     numbers = reward if isinstance(reward, list) else [reward]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise DataError(
-            f"Row {row} of {name!r}, column 'reward': expected a finite number, or a list of them, found {reward!r}."
+            f"Row {row + 1} of {name!r}, column 'reward': expected a finite number, or a list of them, found {reward!r}."
         )
     return float(sum(numbers))

@@ -250,7 +250,7 @@ def check_prompts(encoded: Dataset, name: str) -> None:
     empty = (lengths == 0).nonzero()[0]
     if len(empty):
         raise DataError(
-            f"{len(empty):,} of {len(encoded):,} rows of {name!r} have no prompt (the first is row {empty[0]}): the "
+            f"{len(empty):,} of {len(encoded):,} rows of {name!r} have no prompt (the first is row {empty[0] + 1}): the "
             "column 'prompt' is empty, or there is none and chosen and rejected have no beginning in common. Give every "
             "row a prompt."
         )

@@ -116,6 +116,7 @@ class RewardTrainer(BaseTrainer):
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             step_separator=args.step_separator,
+            needs_eos=False,
             keep_columns=("margin", "score"),
             num_proc=args.dataset_num_proc,
         )
@@ -200,7 +201,9 @@ def check_numbers(rows: Rows, column: str, name: str) -> None:
     values = rows.with_format(None)[column] if isinstance(rows, Dataset) else [first[column]]
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DataError(f"Row {row} of {name!r}, column {column!r}: expected a number, found {describe(value)}.")
+            raise DataError(
+                f"Row {row + 1} of {name!r}, column {column!r}: expected a number, found {describe(value)}."
+            )
 
 
 def worst(judged: Sequence[tuple[Tensor, Sequence[Example]]], count: int) -> tuple[list[float], list[Example]]:

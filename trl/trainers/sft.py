@@ -229,4 +229,4 @@ def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_fiel
         return rows.map(lambda row: {text_field: function(row)}, remove_columns=list(first))
     if isinstance(made, Exception | list):
         return rows.map(lambda batch: {text_field: function(batch)}, batched=True, remove_columns=list(first))
-    raise DataError(f"formatting_func gave a {type(made).__name__} for row 0: it has to give a str.")
+    raise DataError(f"formatting_func gave a {type(made).__name__} for row 1: it has to give a str.")

@@ -86,9 +86,9 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     def _latents(self, rows: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """Clean latents of the chosen and of the rejected picture of each row."""
         for row in rows:
-            check_prompt(row["prompt"], f"Row {row[NUMBER]}")
+            check_prompt(row["prompt"], f"Row {row[NUMBER] + 1}")
         size = (self.denoiser.height, self.denoiser.width)
-        images = [as_tensor(row[side], size, f"Row {row[NUMBER]}, {side}") for side in SIDES for row in rows]
+        images = [as_tensor(row[side], size, f"Row {row[NUMBER] + 1}, {side}") for side in SIDES for row in rows]
         stacked = torch.stack(images).to(self.args.device)
         latents = self.denoiser.encode_images(stacked, at_once=self.args.vae_batch_size).cpu()
         return [*zip(latents[: len(rows)], latents[len(rows) :], strict=True)]
