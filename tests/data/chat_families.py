@@ -29,6 +29,9 @@ _CALLS_AS_JSON = (
 )
 
 
+_MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
 @dataclass(frozen=True)
 class ChatFamily:
     """A template, the added tokens that it writes, and its EOS."""
@@ -129,21 +132,7 @@ FAMILIES = {
         "{{ c.function.name }}\n{{ c.function.arguments | tojson }}\n</tool_call>{% endfor %}{% elif m.role == 'tool' %}"
         "<|observation|>\n<tool_response>\n{{ m.content }}\n</tool_response>{% else %}<|{{ m.role }}|>\n{{ m.content }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        tuple(
-            [
-                "[gMASK]",
-                "<sop>",
-                "<|system|>",
-                "<|user|>",
-                "<|assistant|>",
-                "<|observation|>",
-                "<|endoftext|>",
-                "<think>",
-                "</think>",
-                "<tool_call>",
-                "</tool_call>",
-            ]
-        ),
+        ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>", *_MARKUP),
         "<|endoftext|>",
         has_tools=True,
     ),

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from trl.data.completion_collator import DataCollatorForCompletionOnlyLM
@@ -486,10 +487,41 @@ def test_conversations_without_a_template(plain):
 
 
 def test_no_eos(make):
-    with pytest.raises(DataError, match=r"has no EOS token.*Set eos_token, or add_eos=False"):
+    with pytest.raises(DataError, match=r"has no EOS token.*Set eos_token to a token of its vocabulary"):
         encoded([{"text": "sky"}], make.tokenizer(eos=None))
     with pytest.raises(DataError, match=r"eos_token='<end>' is not in the vocabulary"):
         encoded([{"text": "sky"}], make.tokenizer(), eos_token="<end>")
+
+
+def test_a_tokenizer_that_closes_texts_itself_needs_no_eos(make):
+    tokenizer = make.tokenizer(eos=None)
+    closes = processors.TemplateProcessing(single="<s> $A <pad>", special_tokens=[("<s>", 1), ("<pad>", 0)])
+    tokenizer.backend_tokenizer.post_processor = closes
+    example = only([{"prompt": "sky", "chosen": " blue", "rejected": " green"}], tokenizer)
+    assert tokenizer.decode(example.prompt) == "<s>sky"
+    assert [tokenizer.decode(c.ids) for c in example.completions] == [" blue<pad>", " green<pad>"]
+
+
+def test_a_classifier_needs_no_end_of_text(make):
+    tokenizer = make.tokenizer(eos=None)
+    example = only([{"prompt": "sky", "completion": " blue"}], tokenizer, needs_eos=False)
+    assert tokenizer.decode(example.completions[0].ids) == " blue"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"positions": 3}, "Row 2: 4 tokens, and the model has 3 positions: set max_length=3, or less"),
+        ({"vocabulary": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding, the model's has 3 rows.*resize"),
+    ],
+)
+def test_limits_of_the_model_are_those_of_rows(plain, settings, words):
+    rows = [{"prompt": "sky", "completion": "s"}, {"prompt": "skyskyskysky", "completion": "s"}]
+    lengths = [e["prompt_ids"] + e["completion_ids"][0] for e in encoded(rows, plain).dataset]
+    with pytest.raises(DataError, match=words.replace("4 tokens", f"{len(lengths[1])} tokens")):
+        encoded(rows, plain, **settings)
+    if "positions" in settings:
+        assert len(encoded(rows, plain, max_length=3, **settings).dataset) == 2
 
 
 def test_losses_that_rows_do_not_allow(plain, chatml):

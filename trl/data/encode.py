@@ -329,11 +329,35 @@ class RowEncoder:
             trees, lengths = documents_of(trees, columns)
             cut = [self._cut(tree, 0) if len(n) == 1 else tree for tree, n in zip(trees, lengths, strict=True)]
             lengths = [[tree.tokens] if len(n) == 1 else n for tree, n in zip(cut, lengths, strict=True)]
+            self._check_limits(cut, columns, lengths)
             return self._table(trees, cut, columns, documents=lengths)
         cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
         left = [_emptied(tree) if shorter is None else shorter for tree, shorter in zip(trees, cut, strict=True)]
+        self._check_limits(left, columns)
         kept = replace(columns, values={**columns.values, **given.values})
         return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
+
+    def _check_limits(
+        self, trees: Sequence[Tree], columns: Columns, documents: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Raises DataError for a row with a token or a position that the model has no embedding for."""
+        s = self.settings
+        for k, tree in enumerate(trees):
+            sides = (len(tree.prompt), tree.longest)
+            size = max(documents[k]) if documents else max(sides) if s.encoder_decoder else sum(sides)
+            if s.positions is not None and size > s.positions:
+                raise DataError(
+                    f"Row {columns.rows[k] + 1}: {size:,} tokens, and the model has {s.positions:,} positions: set "
+                    f"max_length={s.positions}, or less, or leave long rows out."
+                )
+            top = tree.highest_id
+            if s.vocabulary is not None and columns.images is None and top >= s.vocabulary:
+                token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
+                raise DataError(
+                    f"Row {columns.rows[k] + 1}: token {token!r} ({top}) has no embedding, the model's has {s.vocabulary:,} "
+                    "rows. If tokens were added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the "
+                    "model); else the tokenizer is another model's."
+                )
 
     def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
         """Tokens of prompt and first completion that are not to be cut: those up to the end of the last image."""

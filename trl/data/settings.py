@@ -54,7 +54,9 @@ class EncodeSettings:
     num_proc: int | None = None
     """Processes that encode."""
     vocabulary: int | None = None
-    """Rows of the model's embedding: token ids that come in columns have to be below. None: not known."""
+    """Rows of the model's embedding: token ids have to be below. None: not known."""
+    positions: int | None = None
+    """Positions that the model has embeddings for: no sequence may be longer. None: no such limit."""
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATIONS:

@@ -58,6 +58,7 @@ from trl.models.load import (
     set_token,
     tokenizer_of,
 )
+from trl.models.positions import learned_positions
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
 from trl.models.value_heads.storage import without_copies
@@ -270,9 +271,14 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            settings = dataclasses.replace(self.encode_settings(split), vocabulary=self._rows_of_embedding())
+            limits = {"vocabulary": self._rows_of_embedding(), "positions": self._positions(split)}
+            settings = dataclasses.replace(self.encode_settings(split), **limits)
             self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=settings, name=name, images=self.images)
         return self.encoded[name].dataset
+
+    def _positions(self, split: str) -> int | None:
+        """Tokens that a row may have, by the model's table of positions; None where nothing has to be checked."""
+        return learned_positions(unwrap(self.model))
 
     def _rows_of_embedding(self) -> int | None:
         """How many token ids the model knows; None where a processor makes ids of its own."""

@@ -128,10 +128,9 @@ class SFTTrainer(BaseTrainer):
     def encode_settings(self, split: str) -> EncodeSettings:
         args = self.args
         rows = args.dataset_kwargs or {}
-        cut_by_packing = self._packs(split) and args.packing_strategy != "bfd"
         return EncodeSettings(
             kind=("dialogue", "language_modeling", "prompt_completion", "tokenized"),
-            max_length=None if cut_by_packing else args.max_length,
+            max_length=None if self._cut_by_packing(split) else args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
@@ -172,6 +171,14 @@ class SFTTrainer(BaseTrainer):
                 f"packing=True makes one text of prompt and completion, and in {type(unwrap(self.model)).__name__} the tokens "
                 'of a prompt see each other: set layout="packed", which lays rows out in one as they are.'
             )
+
+    def _cut_by_packing(self, split: str) -> bool:
+        return self._packs(split) and self.args.packing_strategy != "bfd"
+
+    def _positions(self, split: str) -> int | None:
+        positions = super()._positions(split)
+        fits = positions is None or self.args.max_length is None or self.args.max_length <= positions
+        return None if fits and self._cut_by_packing(split) else positions
 
     def _packs(self, split: str) -> bool:
         evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing

@@ -1,0 +1,28 @@
+"""How long a sequence a model can read: the rows of its table of learned positions, where it has one."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+_NAMES = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|pos_embed\w*|position_embedding_table)$")
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """Positions that a model has embeddings for; None where positions are computed (rotary, ALiBi, relative).
+
+    Some tables begin with rows that no token has: OPT's and BART's with an offset, RoBERTa's with padding.
+    """
+    tables = [
+        module.num_embeddings - _offset(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _NAMES.search(name) and "vision" not in name
+    ]
+    return min(tables, default=None)
+
+
+def _offset(table: nn.Embedding) -> int:
+    if isinstance(offset := vars(table).get("offset"), int):
+        return offset
+    return 0 if table.padding_idx is None else table.padding_idx + 1
