@@ -511,7 +511,7 @@ def test_a_classifier_needs_no_end_of_text(make):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"positions": 3}, "Row 2: 4 tokens, and the model has 3 positions: set max_length=3, or less"),
+        ({"positions": 9}, "Row 2: 4 tokens, and the model has 9 positions: set max_length=9, or less"),
         ({"vocabulary": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding, the model's has 3 rows.*resize"),
     ],
 )
@@ -521,7 +521,7 @@ def test_limits_of_the_model_are_those_of_rows(plain, settings, words):
     with pytest.raises(DataError, match=words.replace("4 tokens", f"{len(lengths[1])} tokens")):
         encoded(rows, plain, **settings)
     if "positions" in settings:
-        assert len(encoded(rows, plain, max_length=3, **settings).dataset) == 2
+        assert len(encoded(rows, plain, max_length=9, **settings).dataset) == 2
 
 
 def test_losses_that_rows_do_not_allow(plain, chatml):

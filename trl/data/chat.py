@@ -257,8 +257,10 @@ class ChatTemplate:
 
 
 def _row_tools(row: Row) -> Tools | None:
-    """The tools of a row: a list of schemas, or such a list as JSON."""
+    """The tools of a row: a list of schemas, or such a list as JSON. `functions` are those of OpenAI's older files."""
     tools = row.get("tools")
+    if tools is None and isinstance(functions := row.get("functions"), list):
+        tools = [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

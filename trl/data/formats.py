@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Row kind → the sets of columns of which one must be there. The first kind that fits is taken, the most specific first."""
 
-_CHAT_OPTIONS = ("tools", "chat_template_kwargs")
+_CHAT_OPTIONS = ("tools", "functions", "chat_template_kwargs")
 COLUMNS_READ: dict[str, tuple[str, ...]] = {
     "tokenized_preference": (
         *KINDS["tokenized_preference"][0],
@@ -50,6 +50,19 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
     "prompt_only": ("prompt", *_CHAT_OPTIONS),
 }
 """Row kind → all columns that its rows are read from, needed or not."""
+
+TAKEN_BY = {
+    "tokenized_preference": ("dpo", "cpo", "orpo", "reward"),
+    "tokenized": ("sft",),
+    "dialogue": ("sft",),
+    "stepwise": ("reward",),
+    "unpaired_preference": ("kto",),
+    "preference": ("dpo", "cpo", "orpo", "kto", "reward"),
+    "prompt_completion": ("sft",),
+    "language_modeling": ("sft",),
+    "prompt_only": ("grpo", "rloo", "online_dpo", "ppo", "rft"),
+}
+"""Row kind → the commands that take it."""
 
 PICTURES = {"image", "images"}
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
@@ -80,22 +93,30 @@ def detect_kind(
     for kind, alternatives in kinds.items():
         if any(present.issuperset(needed) for needed in alternatives):
             return kind
-    raise DataError(_unrecognised(sorted(present), kinds))
+    others = (k for k, needs in KINDS.items() if k not in kinds and any(present.issuperset(n) for n in needs))
+    raise DataError(_unrecognised(sorted(present), kinds, next(others, None)))
 
 
 def _with_text_field(alternatives: tuple[tuple[str, ...], ...], text_field: str) -> tuple[tuple[str, ...], ...]:
     return tuple((text_field,) if needed == ("text",) else needed for needed in alternatives)
 
 
-def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]]) -> str:
+def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]], other: str | None) -> str:
     needs = "\n".join(f"  {kind}: {' | '.join(', '.join(n) for n in needed)}" for kind, needed in kinds.items())
     known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
     needs += "\nA text may stand in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
     hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
+    elsewhere = "" if other is None else f" They are those of {other}, which {_commands(TAKEN_BY[other])}."
     return (
-        f"The dataset's columns {present} are not those of a row kind that is used here. Rename or add columns; "
-        f"a kind needs\n{needs}\n{hints}".rstrip()
+        f"The dataset's columns {present} are not those of a row kind that is used here.{elsewhere} Rename columns "
+        f"(--dataset_rename old=new) or add some; a kind needs\n{needs}\n{hints}".rstrip()
     )
+
+
+def _commands(names: Sequence[str]) -> str:
+    """`trl dpo, trl cpo and trl reward take`"""
+    *most, last = [f"trl {name}" for name in names]
+    return f"{', '.join(most)} and {last} take" if most else f"{last} takes"
 
 
 def is_conversational(example: Row) -> bool:

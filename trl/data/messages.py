@@ -3,6 +3,7 @@
     {"from": "human", "value": "Is it far?"}              {"role": "user", "content": "Is it far?"}
     {"from": "function_call", "value": "{\"name\": …}"}   {"role": "assistant", "tool_calls": [{"function": …}]}
     arguments of tool calls as JSON text                   decoded once
+    {"role": "assistant", "function_call": {…}}            a tool call; role "function" is "tool" (OpenAI's older files)
     parts of type text, under "text", "value" or "content" one text
 
 A key that says whether a message is learned from (`weight`, `loss_weight`, `train`) is honoured where only the assistant's
@@ -97,6 +98,11 @@ def tidy_messages(messages: Sequence[Message]) -> list[Any]:
 def _tidy(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
+    if isinstance(call := message.get("function_call"), Mapping):
+        rest = {key: value for key, value in message.items() if key != "function_call"}
+        message = {"content": "", **rest, "tool_calls": [{"type": "function", "function": dict(call)}]}
+    if message.get("role") == "function":
+        message = {**message, "role": "tool"}
     if isinstance(calls := message.get("tool_calls"), list):
         message = {**message, "tool_calls": [_decoded(call) for call in calls]}
     content = message.get("content")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from trl.data.renaming import names_of, pairs_of, renamed
 from trl.errors import ConfigError, DataError, suggest, unknown
 
 if TYPE_CHECKING:
@@ -62,9 +63,13 @@ class ScriptArguments:
     dataset_columns: list[str] | None = None
     """Keep only these columns."""
 
+    dataset_rename: list[str] | None = None
+    """Read columns under other names: question=prompt answer=completion."""
+
     def __post_init__(self) -> None:
         for name in _listed(self.dataset_name):
             check_place(name, "dataset_name")
+        pairs_of(self.dataset_rename)
 
 
 @dataclass
@@ -86,14 +91,22 @@ class DatasetConfig:
     split: str = "train"
     """Split to read; slices such as train[:1000] work."""
 
-    columns: list[str] | None = None
-    """Keep only these columns."""
+    columns: list[str] | dict[str, str] | None = None
+    """Keep only these columns; or, as LLaMA-Factory writes it, a mapping of what a column holds to its name."""
+
+    rename: dict[str, str] | list[str] | None = None
+    """Read columns under other names: {question: prompt, answer: completion}."""
 
     fraction: float | None = None
     """Share of this dataset in the mixture: every dataset has one, or none has."""
 
     def __post_init__(self) -> None:
         check_place(self.path, "path")
+        if isinstance(self.columns, Mapping):
+            if self.rename:
+                raise ConfigError(f"dataset {self.path!r}: columns as a mapping and rename do the same: keep one.")
+            self.columns, self.rename = None, names_of(self.columns)
+        pairs_of(self.rename)
         if self.fraction is not None and not self.fraction > 0:
             raise ConfigError(
                 f"fraction={self.fraction} of dataset {self.path!r} takes no rows: give a positive number."
@@ -221,14 +234,15 @@ def load_rows(
     data_files: Any = None,
     split: str = "train",
     columns: Sequence[str] | None = None,
+    rename: Mapping[str, str] | Sequence[str] | None = None,
     streaming: bool = False,
 ) -> Rows:
-    """The rows of one split, from a hub name, a folder or files.
+    """The rows of one split, from a hub name, a folder or files, some `columns` of them, and those under other names.
 
     Raises DataError if the place is empty, or does not have the split or a column.
     """
     splits = load_splits(path, name=name, data_dir=data_dir, data_files=data_files, streaming=streaming)
-    return take_columns(take_split(splits, split, path), columns, path)
+    return renamed(take_columns(take_split(splits, split, path), columns, path), rename, path)
 
 
 def load_splits(
@@ -373,9 +387,9 @@ def load_dataset_argument(arguments: ScriptArguments) -> Splits:
     wanted = [arguments.dataset_train_split]
     if arguments.dataset_test_split.partition("[")[0] in splits:
         wanted.append(arguments.dataset_test_split)
-    return type(splits)(
-        {split: take_columns(take_split(splits, split, path), arguments.dataset_columns, path) for split in wanted}
-    )
+    columns, rename = arguments.dataset_columns, arguments.dataset_rename
+    taken = {split: take_columns(take_split(splits, split, path), columns, path) for split in wanted}
+    return type(splits)({split: renamed(rows, rename, path) for split, rows in taken.items()})
 
 
 # ---- mixtures ----
@@ -400,6 +414,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
             data_files=each.data_files,
             split=each.split,
             columns=each.columns,
+            rename=each.rename,
             streaming=mixture_config.streaming,
         )
         for each in mixture_config.datasets

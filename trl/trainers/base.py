@@ -33,7 +33,8 @@ from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
 from trl.data.chat import clone_chat_template
-from trl.data.encode import Encoded, EncodeSettings, encode_dataset
+from trl.data.conventions import in_known_columns
+from trl.data.encode import Encoded, EncodeSettings, encode_dataset, without_format
 from trl.data.examples import (
     ENCODED,
     ImageCollator,
@@ -96,6 +97,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
 
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     auto_class: ClassVar[Any] = None
+    prompts_only: ClassVar[bool] = False
+    """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
 
@@ -260,10 +263,21 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     def _encode_all(self, train: Rows | None, evaluation: EvalRows) -> tuple[Rows | None, EvalRows]:
         check_datasets(train, evaluation)
         if train is not None:
-            train = self.encode(self._shuffled(train), "train", "train")
+            train = self.encode(self.in_known_columns(self._shuffled(train)), "train", "train")
         if isinstance(evaluation, Mapping):
-            return train, {name: self.encode(rows, "eval", name) for name, rows in evaluation.items()}
-        return train, None if evaluation is None else self.encode(evaluation, "eval", "eval")
+            known = {name: self.in_known_columns(rows) for name, rows in evaluation.items()}
+            return train, {name: self.encode(rows, "eval", name) for name, rows in known.items()}
+        return train, None if evaluation is None else self.encode(self.in_known_columns(evaluation), "eval", "eval")
+
+    def in_known_columns(self, rows: Rows) -> Rows:
+        """The rows in columns that are read here, where they have those of other tools."""
+        with self.args.main_process_first(desc="reading columns"):
+            return in_known_columns(
+                without_format(rows, "train"),
+                has_template=self.tokenizer.chat_template is not None,
+                prompts_only=self.prompts_only,
+                text_field=getattr(self.args, "dataset_text_field", None),
+            )
 
     def _shuffled(self, rows: Rows) -> Rows:
         return rows.shuffle(seed=self.args.seed) if self.args.shuffle_dataset else rows
@@ -381,7 +395,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         return super().get_test_dataloader(self._encoded_rows(test_dataset, "test"))
 
     def _encoded_rows(self, rows: Rows, name: str) -> Rows:
-        return rows if ENCODED & set(columns_of(rows)) else self.encode(rows, "eval", name)
+        return rows if ENCODED & set(columns_of(rows)) else self.encode(self.in_known_columns(rows), "eval", name)
 
     # ---- what is reported ----
 

@@ -60,6 +60,7 @@ class SamplingTrainer(BaseTrainer):
 
     config_class = OnlineConfig
     args: OnlineConfig
+    prompts_only = True
     multiple_completions = True
 
     def __init__(

@@ -141,6 +141,10 @@ class SFTTrainer(BaseTrainer):
             num_proc=args.dataset_num_proc,
         )
 
+    def in_known_columns(self, rows: Rows) -> Rows:
+        as_they_are = self.formatting_func is not None or (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        return rows if as_they_are else super().in_known_columns(rows)
+
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
             if self.to_examples is collate_examples:

@@ -1,0 +1,273 @@
+"""Rows in the columns of other tools, written in those that are read here.
+
+    instruction, input, output [, history, system]          prompt, completion          alpaca
+    question | query, answer | response | output            prompt, completion
+    question | instruction …, chosen, rejected              prompt, chosen, rejected
+    conversations, chosen {…}, rejected {…} [, system]      prompt, chosen, rejected    LLaMA-Factory, axolotl
+    chosen, rejected = "\\n\\nHuman: … \\n\\nAssistant: …"      prompt, chosen, rejected    HH
+    input {messages}, preferred_output, non_preferred_…     prompt, chosen, rejected    OpenAI
+    instruction … | conversations, kto_tag                  prompt, completion, label   LLaMA-Factory
+    conversations, system                                   messages
+
+Questions and answers become conversations where the tokenizer has a chat template, and texts elsewhere. Columns that are
+not used stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from trl.data.formats import extract_prompt
+from trl.data.messages import tidy_messages
+from trl.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+Rows = Dataset | IterableDataset
+
+ASKED = ("instruction", "question", "query", "prompt", "input")
+"""Columns of what is asked; the first that is there."""
+ANSWERED = ("completion", "output", "answer", "response")
+CHATS = ("messages", "conversations", "conversation")
+PAIR = ("chosen", "rejected")
+KTO = "kto_tag"
+BESIDE = ("input", "history", "system")
+"""Columns that belong to what is asked."""
+
+HUMAN = "\n\nHuman:"
+_SPEAKERS = re.compile(r"\n\n(Human|Assistant):")
+
+INSTRUCTED = "### Instruction:\n{asked}\n\n### Response:\n"
+"""What an instruction is written in, without a chat template: that of Stanford Alpaca."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How rows of another tool are read: the columns that are used, and what is made of them."""
+
+    name: str
+    uses: tuple[str, ...]
+    convert: Callable[[Row], dict[str, Any]]
+
+
+def in_known_columns(
+    rows: Rows, *, has_template: bool, prompts_only: bool = False, text_field: str | None = None
+) -> Rows:
+    """The rows in columns that are read here; as they are where they have such.
+
+    prompts_only: nothing but prompts is wanted, and columns of answers stay as they are.
+
+    Raises DataError, with row and column, for a value that is not what its column holds.
+    """
+    first = next(iter(rows), None)
+    if first is None:
+        return rows
+    columns = rows.column_names or list(first)
+    convention = recognise(first, columns, has_template=has_template, prompts_only=prompts_only, text_field=text_field)
+    if convention is None:
+        return rows
+    logger.info(f"The columns {list(convention.uses)} are read as {convention.name}.")
+
+    def convert(row: Row, number: int) -> dict[str, Any]:
+        try:
+            return convention.convert(row)
+        except DataError as error:
+            raise DataError(f"Row {number + 1}, {error}") from error
+
+    shown = {"desc": "Reading columns"} if isinstance(rows, Dataset) else {}
+    return rows.map(convert, with_indices=True, remove_columns=list(convention.uses), **shown)
+
+
+def recognise(
+    first: Row,
+    columns: Collection[str],
+    *,
+    has_template: bool,
+    prompts_only: bool = False,
+    text_field: str | None = None,
+) -> Convention | None:
+    """The convention of rows with these columns, by the first of them; None where they are read as they are."""
+    present = set(columns)
+    chat = next((name for name in CHATS if name in present), None)
+    asked = next((name for name in ASKED if name in present), None)
+    answer = next((name for name in ANSWERED if name in present - {asked}), None)
+    has_pair = present.issuperset(PAIR) and not prompts_only
+    if text_field in present or "input_ids" in present:
+        return None
+    if prompts_only:
+        return None if "prompt" in present or asked is None else _questions(asked, present, has_template, ())
+    if present.issuperset(("input", "preferred_output", "non_preferred_output")):
+        return Convention("OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), _openai_pair)
+    if has_pair and isinstance(first["chosen"], Mapping):
+        source = chat or asked
+        return None if source is None else _pairs_of_messages(source, present)
+    if has_pair and asked is None and has_template and _is_hh(first["chosen"]) and _is_hh(first["rejected"]):
+        return Convention("dialogues of one text (HH)", PAIR, _hh)
+    if KTO in present and (chat or (asked and answer)):
+        return _labelled(chat, present) if chat else _questions(asked, present, has_template, (answer, KTO))
+    if has_pair:
+        return _questions(asked, present, has_template, PAIR) if asked not in (None, "prompt") else None
+    if chat is not None:
+        return _with_system(chat) if "system" in present or chat == "conversation" else None
+    if asked is None or answer is None or (asked, answer) == ("prompt", "completion"):
+        return None
+    return _questions(asked, present, has_template, (answer,))
+
+
+# ---- questions and answers ----
+
+
+def _questions(asked: str, present: Collection[str], has_template: bool, answers: tuple[str, ...]) -> Convention:
+    """A question with answers to it; with `kto_tag` after the answer its label."""
+    beside = tuple(
+        name for name in BESIDE if name in present and name != asked and (asked != "prompt" or name != "input")
+    )
+    is_chat = has_template and asked != "prompt"
+    names = dict(zip(answers, ("completion", "label") if answers[1:] != PAIR[1:] else PAIR, strict=False))
+
+    def convert(row: Row) -> dict[str, Any]:
+        if isinstance(row[asked], list):
+            made: dict[str, Any] = {"prompt": row[asked]}
+        else:
+            made = {"prompt": _prompt(row, asked, beside, is_chat=is_chat)}
+        for column, name in names.items():
+            value = row[column]
+            if name == "label" or isinstance(value, list):
+                made[name] = _label(value) if name == "label" else value
+            else:
+                text = _text(row, column)
+                made[name] = [{"role": "assistant", "content": text}] if is_chat else text
+        return made
+
+    shown = "conversations" if is_chat else "texts"
+    made = ", ".join(["prompt", *names.values()])
+    return Convention(f"{made} ({shown})", (asked, *beside, *answers), convert)
+
+
+def _prompt(row: Row, asked: str, beside: tuple[str, ...], *, is_chat: bool) -> Any:
+    question = _text(row, asked)
+    if "input" in beside and (more := _text(row, "input", optional=True)):
+        question = f"{question}\n{more}" if question else more
+    system = _text(row, "system", optional=True) if "system" in beside else ""
+    past = _history(row.get("history")) if "history" in beside else []
+    if is_chat:
+        opening = [{"role": "system", "content": system}] if system else []
+        said = [
+            {"role": role, "content": text}
+            for pair in past
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return [*opening, *said, {"role": "user", "content": question}]
+    turns = [f"{_written(q, asked)}{a}\n\n" for q, a in past]
+    return "".join([f"{system}\n\n" if system else "", *turns, _written(question, asked)])
+
+
+def _written(question: str, asked: str) -> str:
+    """A question as text, so that an answer may follow it."""
+    if asked == "instruction":
+        return INSTRUCTED.format(asked=question)
+    return question if asked == "prompt" or question.endswith(("\n", " ")) else f"{question}\n"
+
+
+def _history(value: Any) -> list[tuple[str, str]]:
+    pairs = value or []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in pairs
+    ):
+        raise DataError(f"column 'history': expected pairs of a question and an answer, found {str(value)[:60]!r}.")
+    return [tuple(pair) for pair in pairs]
+
+
+def _text(row: Row, column: str, *, optional: bool = False) -> str:
+    value = row.get(column)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r}: expected a string, found {type(value).__name__} {str(value)[:60]}.")
+    return value
+
+
+def _label(value: Any) -> bool:
+    if value in (True, False):
+        return bool(value)
+    words = {"true": True, "false": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise DataError(f"column {KTO!r}: expected true (desirable) or false, found {str(value)[:60]!r}.")
+
+
+# ---- conversations ----
+
+
+def _pairs_of_messages(source: str, present: Collection[str]) -> Convention:
+    """What was said before, and two messages of which the first is the better."""
+    uses = tuple(name for name in (source, *PAIR, "system") if name in present)
+
+    def convert(row: Row) -> dict[str, Any]:
+        before = row[source] if isinstance(row[source], list) else [{"role": "user", "content": _text(row, source)}]
+        return {"prompt": _opened(row, before), **{name: tidy_messages([row[name]]) for name in PAIR}}
+
+    return Convention("preferences between messages (LLaMA-Factory, axolotl)", uses, convert)
+
+
+def _labelled(chat: str, present: Collection[str]) -> Convention:
+    def convert(row: Row) -> dict[str, Any]:
+        messages = _opened(row, row[chat])
+        return {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row[KTO])}
+
+    return Convention("conversations with a label", tuple(n for n in (chat, KTO, "system") if n in present), convert)
+
+
+def _with_system(chat: str) -> Convention:
+    def convert(row: Row) -> dict[str, Any]:
+        return {"messages": _opened(row, row[chat])}
+
+    return Convention("conversations with their system prompt", (chat, "system"), convert)
+
+
+def _opened(row: Row, messages: Any) -> list[Any]:
+    """The messages after the row's system prompt, if it has one and they do not begin with one."""
+    if not isinstance(messages, list):
+        raise DataError(f"expected a list of messages, found {type(messages).__name__} {str(messages)[:60]}.")
+    tidy = tidy_messages(messages)
+    system = _text(row, "system", optional=True)
+    begins = bool(tidy) and isinstance(tidy[0], Mapping) and tidy[0].get("role") == "system"
+    return [{"role": "system", "content": system}, *tidy] if system and not begins else tidy
+
+
+def _openai_pair(row: Row) -> dict[str, Any]:
+    given = row["input"]
+    if not isinstance(given, Mapping) or not isinstance(given.get("messages"), list):
+        raise DataError(f"column 'input': expected {{\"messages\": […]}}, found {str(given)[:60]!r}.")
+    made = {"prompt": tidy_messages(given["messages"])}
+    made |= {"chosen": tidy_messages(row["preferred_output"]), "rejected": tidy_messages(row["non_preferred_output"])}
+    return made | ({"tools": given["tools"]} if given.get("tools") else {})
+
+
+def _is_hh(text: Any) -> bool:
+    return isinstance(text, str) and text.startswith(HUMAN) and "\n\nAssistant:" in text
+
+
+def _hh(row: Row) -> dict[str, Any]:
+    return extract_prompt({name: _turns(row, name) for name in PAIR})
+
+
+def _turns(row: Row, column: str) -> list[dict[str, str]]:
+    """The messages of a text in which speakers are named."""
+    text = _text(row, column)
+    before, *pieces = _SPEAKERS.split(text)
+    if before.strip() or not pieces:
+        raise DataError(f"column {column!r}: a dialogue begins with 'Human:', found {text[:60]!r}.")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": said.strip()}
+        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
