@@ -244,3 +244,58 @@ def test_columns_that_one_dataset_lacks_are_named(tmp_path, caplog):
     rows = get_dataset(DatasetMixtureConfig([{"path": bare}, {"path": scored}]))["train"]
     assert list(rows) == [{"text": "a", "score": None}, {"text": "b", "score": 1.0}]
     assert caplog.messages == [f"Dataset {bare!r} of the mixture has no column 'score': None there."]
+
+
+# ---- columns under other names ----
+
+
+def jsonl(folder, row):
+    (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
+    return str(folder / "rows.jsonl")
+
+
+def test_columns_under_other_names(tmp_path):
+    path = jsonl(tmp_path, {"question": "a", "answer": "b", "c": "d"})
+    named = ScriptArguments(dataset_name=path, dataset_rename=["question=prompt", "answer=completion"])
+    assert load_dataset_argument(named)["train"][0] == {"prompt": "a", "completion": "b", "c": "d"}
+    for entry in (
+        {"rename": {"question": "prompt", "answer": "completion"}, "columns": ["question", "answer"]},
+        {"rename": ["question=prompt", "answer=completion"], "columns": ["question", "answer"]},
+    ):
+        mixture = DatasetMixtureConfig(datasets=[{"path": path, **entry}])
+        assert get_dataset(mixture)["train"][0] == {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"prompt": "question", "completion": "answer"}, ["prompt", "completion", "c"]),
+        ({"prompt": "question", "response": "answer"}, ["instruction", "output", "c"]),
+        ({"prompt": "question", "query": "answer", "system": "c"}, ["instruction", "input", "system"]),
+    ],
+)
+def test_columns_as_llama_factory_names_them(tmp_path, columns, names):
+    path = jsonl(tmp_path, {"question": "a", "answer": "b", "c": "d"})
+    mixture = DatasetMixtureConfig(datasets=[{"path": path, "columns": columns}])
+    assert get_dataset(mixture)["train"].column_names == names
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        (["question"], "'question' is no pair of names: write old=new"),
+        (["question=prompt", "answer=prompt"], "'prompt' occurs twice"),
+        (["qestion=prompt"], "no column 'qestion'. Did you mean 'question'"),
+        (["question=answer"], "has a column 'answer' already"),
+    ],
+)
+def test_renames_that_cannot_be(tmp_path, rename, words):
+    path = jsonl(tmp_path, {"question": "a", "answer": "b"})
+    with pytest.raises((ConfigError, DataError), match=words):
+        load_dataset_argument(ScriptArguments(dataset_name=path, dataset_rename=rename))
+
+
+def test_a_mapping_of_columns_that_is_not_understood_is_refused(tmp_path):
+    path = jsonl(tmp_path, {"question": "a"})
+    with pytest.raises(ConfigError, match="columns: 'promt' is nothing that a column holds. Did you mean 'prompt'"):
+        DatasetMixtureConfig(datasets=[{"path": path, "columns": {"promt": "question"}}])
