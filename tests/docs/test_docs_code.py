@@ -84,6 +84,7 @@ FILES = {
     "chats.jsonl": CHATS,
     "more.jsonl": CHATS,
     "mine.jsonl": CHATS,
+    "quiz.jsonl": [{"task": "Is it far?", "solution": " Two hours."}] * 4,
     "pairs.jsonl": PAIRS,
     "labelled.jsonl": [
         {"prompt": "p", "completion": " c", "label": True},
