@@ -512,7 +512,7 @@ def test_a_classifier_needs_no_end_of_text(make):
     ("settings", "words"),
     [
         ({"positions": 9}, "Row 2: 4 tokens, and the model has 9 positions: set max_length=9, or less"),
-        ({"vocabulary": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding, the model's has 3 rows.*resize"),
+        ({"embedded": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding, the model's has 3 rows.*resize"),
     ],
 )
 def test_limits_of_the_model_are_those_of_rows(plain, settings, words):

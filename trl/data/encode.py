@@ -351,10 +351,10 @@ class RowEncoder:
                     f"max_length={s.positions}, or less, or leave long rows out."
                 )
             top = tree.highest_id
-            if s.vocabulary is not None and columns.images is None and top >= s.vocabulary:
+            if s.embedded is not None and columns.images is None and top >= s.embedded:
                 token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
                 raise DataError(
-                    f"Row {columns.rows[k] + 1}: token {token!r} ({top}) has no embedding, the model's has {s.vocabulary:,} "
+                    f"Row {columns.rows[k] + 1}: token {token!r} ({top}) has no embedding, the model's has {s.embedded:,} "
                     "rows. If tokens were added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the "
                     "model); else the tokenizer is another model's."
                 )

@@ -54,7 +54,9 @@ class EncodeSettings:
     num_proc: int | None = None
     """Processes that encode."""
     vocabulary: int | None = None
-    """Rows of the model's embedding: token ids have to be below. None: not known."""
+    """Rows of the model's embedding: token ids that come in columns have to be below. None: not known."""
+    embedded: int | None = None
+    """The same for the tokens of texts, which a tokenizer may have more of than the model. None: not known."""
     positions: int | None = None
     """Positions that the model has embeddings for: no sequence may be longer. None: no such limit."""
 

@@ -285,7 +285,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
-            limits = {"vocabulary": self._rows_of_embedding(), "positions": self._positions(split)}
+            rows_known = self._rows_of_embedding()
+            limits = {"vocabulary": rows_known, "embedded": rows_known, "positions": self._positions(split)}
             settings = dataclasses.replace(self.encode_settings(split), **limits)
             self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=settings, name=name, images=self.images)
         return self.encoded[name].dataset
