@@ -284,7 +284,7 @@ def test_missing_column(make_model, tokenizer, tmp_path):
 def test_wrong_type_in_a_row(make_model, tokenizer, tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"text": "fine"}, {"text": "fine"}, {"text": 7}]))
     trainer = SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=stream, tokenizer=tokenizer)
-    with pytest.raises(DataError, match=r"[Rr]ow 2.*text"):
+    with pytest.raises(DataError, match=r"[Rr]ow 3.*text"):
         trainer.train()
 
 
@@ -295,7 +295,7 @@ def test_empty_dataset(make_model, tokenizer, tmp_path):
 
 def test_last_turn_is_not_the_assistants(make_model, tokenizer, tmp_path):
     data = Dataset.from_dict({"messages": [[{"role": "user", "content": "hi"}]]})
-    with pytest.raises(DataError, match=r"[Rr]ow 0.*assistant"):
+    with pytest.raises(DataError, match=r"[Rr]ow 1.*assistant"):
         SFTTrainer(
             make_model("llama"), config(tmp_path, assistant_only_loss=True), train_dataset=data, tokenizer=tokenizer
         )
