@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,8 @@ from trl.imports import require
 from trl.models.adapters import HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer_config.json"
 
@@ -77,7 +81,35 @@ def load_model(
     with loaded_whole():
         model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     _keep_unpacked(model)
+    mend_generation_config(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def mend_generation_config(model: torch.nn.Module) -> None:
+    """Make a generation config valid that `transformers` would refuse to save, at the first checkpoint of a run.
+
+    Some published ones give a temperature or top_p and do not say that they sample: they do so now, with a warning. Raises
+    ModelError for one that is invalid in another way.
+    """
+    config = model.__dict__.get("generation_config")
+    if config is None or not (problem := _why_not_saved(config)):
+        return
+    was, config.do_sample = config.do_sample, True
+    if remaining := _why_not_saved(config):
+        config.do_sample = was
+        raise ModelError(
+            f"The generation config of {model.config._name_or_path or type(model).__name__!r} cannot be saved, so no checkpoint "
+            f"could be written: {remaining} Change model.generation_config, or generation_config.json in its folder."
+        )
+    logger.warning(f"generation_config: do_sample=True from now on, since it could not be saved as it was: {problem}")
+
+
+def _why_not_saved(config: GenerationConfig) -> str:
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def language_model_class(config: PreTrainedConfig) -> Any:

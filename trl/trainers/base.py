@@ -56,6 +56,7 @@ from trl.models.load import (
     load_model,
     load_processor,
     make_trainable,
+    mend_generation_config,
     set_token,
     tokenizer_of,
 )
@@ -199,6 +200,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
         model = self._with_adapters(model, peft_config)
         make_trainable(model)
+        mend_generation_config(unwrap(model))
         if self.args.disable_dropout:
             disable_dropout(model)
         return model
