@@ -47,6 +47,8 @@ def lay_out(
     multiple_of: int = 1,
     joins: Mapping[str, Join] | None = None,
     spans: bool = False,
+    counts_copies: bool = False,
+    restarts: bool = False,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
@@ -57,6 +59,9 @@ def lay_out(
 
     Positions are `[B,T]`; where an example has three-dimensional ones `[3,B,T]`, and in the packed layout `[4,B,T]`, those
     of the text first, by which models recognise where a sequence ends.
+
+    With `counts_copies`, batches say how many rows of the padded layout each position stands for. With `restarts`, positions
+    of padding begin anew even where nothing has to be masked, so that they tell how long a sequence is.
 
     With `spans`, batches that are not padded say what attends to what for attention of variable length, unless tokens see
     others behind them.
@@ -74,7 +79,7 @@ def lay_out(
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
     elif layout == "packed":
-        inputs["position_ids"] = _packed_positions(grid, alone=len(rows) == len(placed))
+        inputs["position_ids"] = _packed_positions(grid, alone=not restarts and len(rows) == len(placed))
     segments, ahead = None, any(_sees_ahead(example, joins or {}) for example in examples)
     if layout == "shared" or (layout == "packed" and ahead):
         segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
@@ -84,7 +89,13 @@ def lay_out(
     batch = _batch(examples, tensors, grid.before, grid.first, segments, sizes)
     if spans and layout != "padded" and not ahead:
         batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared")))
-    return batch
+    return replace(batch, copies=torch.from_numpy(_copies(grid, placed))) if counts_copies else batch
+
+
+def _copies(grid: _Grid, placed: Sequence[Example]) -> np.ndarray:
+    """`[B,T]`: 0 for padding, 1 for a completion's token, and for a prompt's as many as it has completions."""
+    shared = np.array([max(1, len(example.completions)) for example in placed])
+    return np.where(grid.sequence == PADDING, 0, np.where(grid.branch == 0, shared[np.maximum(grid.sequence, 0)], 1))
 
 
 def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None) -> list[list[int]]:
