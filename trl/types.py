@@ -170,6 +170,7 @@ class Batch:
     weight      [N,C] or None: weights that sum to 1 over the accumulation window and all processes
     segments    which sequence and branch a position belongs to, where attention is to be built from it; or None
     spans       the same for attention of variable length, where the model has it; or None
+    copies      [B,T] how many rows of the padded layout a position stands for, 0 for padding; where it is asked for, or None
     tokens      tokens that are neither padding nor repeated, on the host
     """
 
@@ -185,6 +186,7 @@ class Batch:
     weight: Tensor | None = None
     segments: Segments | None = None
     spans: Spans | None = None
+    copies: Tensor | None = None
     tokens: int = 0
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -196,6 +198,7 @@ class Batch:
             weight=None if self.weight is None else function(self.weight),
             segments=None if self.segments is None else self.segments.map(function),
             spans=None if self.spans is None else self.spans.map(function),
+            copies=None if self.copies is None else function(self.copies),
             **{name: function(getattr(self, name)) for name in _INDEX_FIELDS},
         )
 

@@ -66,7 +66,8 @@ ROUNDS = {
     "use_transformers_continuous_batching": True,
     "transformers_continuous_batching_config": {},
     "use_transformers_paged": True,
-    "router_aux_loss_coef": 0.0,
+    "router_aux_loss_coef": 0.01,
+    "stop_strings": ["\n\n"],
 }
 TAKEN = {
     GRPOConfig: {
@@ -118,9 +119,7 @@ REFUSED = {
         "max_tool_calling_iterations": 3,
         "cast_lm_head_to_fp32": True,
         "log_completions_hub_repo": "me/completions",
-        "router_aux_loss_coef": 0.01,
     },
-    RLOOConfig: {"router_aux_loss_coef": 0.01},
 }
 OLDER = {"vllm_importance_sampling_cap": "importance_sampling_clip_max", "max_new_tokens": "max_completion_length"}
 
@@ -152,6 +151,14 @@ def test_options_are_refused_with_words(tmp_path, config, name):
     value = REFUSED[config][name]
     with pytest.raises(ConfigError, match=f"{name}={value!r} is not available in this version"):
         config(str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, OnlineDPOConfig, PPOConfig])
+def test_texts_that_stop_have_the_name_of_transformers(tmp_path, config):
+    for options in ({"stop_strings": ["END"]}, {"generation_kwargs": {"stop_strings": ["END"]}}):
+        made = config(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, **options)
+        params = made.sampling_params(max_new_tokens=4, seed=0)
+        assert params.stop == ("END",) and params.generation_config is None
 
 
 @pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, OnlineDPOConfig, PPOConfig])

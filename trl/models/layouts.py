@@ -18,6 +18,7 @@ from trl.data.layout import LAYOUTS, lay_out
 from trl.errors import ConfigError, unknown
 from trl.models.attention import SEGMENT_ATTENTION, attention_of, other_layers
 from trl.models.patching import evaluating
+from trl.models.rotary import length_dependent
 from trl.models.score import score
 from trl.models.sharding import is_whole
 from trl.models.varlen import VARLEN, has_varlen, switch
@@ -99,6 +100,8 @@ def why_not(
             return f"attention implementation {implementation!r} takes no mask of its own"
         if kinds := other_layers(model.config):
             return f"it has {', '.join(kinds)} layers"
+        if kind := length_dependent(model.config):
+            return f"its rotary embedding ({kind}) depends on the length of a sequence, and completions differ in it"
     return _trial(model, layout, measure, TRIAL if examples is None else examples)
 
 

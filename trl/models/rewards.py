@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from trl.errors import ModelError
 from trl.models.patching import is_patched, patch_forward, with_self
+from trl.models.rotary import rotate_by_own_length
 from trl.models.score import segment_attention, unwrap
 from trl.types import Batch
 from trl.vision.blank import read_blank
@@ -51,6 +52,7 @@ def prepare_rewards(model: PreTrainedModel) -> None:
             f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "
             "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
+    rotate_by_own_length(model)
     if _reads_positions(model) and not is_patched(model):
         patch_forward(model, _accepting_positions(model.forward))
 

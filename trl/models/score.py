@@ -36,6 +36,7 @@ from trl.models.adapters import wrapped_layer
 from trl.models.attention import layer_masks
 from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, with_self
+from trl.models.rotary import rotate_by_own_length
 from trl.models.sharding import is_whole
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.varlen import VARLEN, no_mask
@@ -136,6 +137,7 @@ def prepare_scoring(model: PreTrainedModel) -> None:
         raise ModelError(f"{type(model).__name__} has no language-model head to score tokens with.")
     if is_patched(head):
         return
+    rotate_by_own_length(model)
     if not is_patched(model):
         patch_forward(model, _accepting_score(model.forward))
     head._trl_recorded = None
@@ -158,6 +160,8 @@ def _accepting_score(plain: Callable) -> Callable:
     def forward(self: PreTrainedModel, *args: Any, score: ScoreRequest | None = None, **kwargs: Any) -> Any:
         if score is None:
             return self._trl_plain_forward(*args, **kwargs)
+        if vars(self.config).get("output_router_logits"):  # see `trl.models.router_loss`
+            kwargs["output_router_logits"] = False
         if score.example is not None:
             kwargs = _encoded(self, score.example, **kwargs)
         head = self.get_output_embeddings()

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trl.data.layout import lay_out
+from trl.models.rotary import length_dependent
 from trl.rollouts.decoders import Policy, decoder_start
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.sampler import full_config
@@ -53,6 +54,8 @@ def _generate(
     copies = n if params.greedy and (config.num_beams or 1) == 1 else 1
     config.num_return_sequences = n // copies
     config.stop_strings = list(params.stop) or None
+    if length_dependent(policy.inner.config):
+        config.use_cache = False  # keys of a sequence that grows long are other ones from there on
     out = policy.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -26,6 +26,7 @@ from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.patching import evaluating
+from trl.models.rotary import first_length, length_dependent, rotate_by_own_length
 from trl.models.score import without_wrapper
 from trl.models.sharding import whole_weights
 from trl.models.value_heads.auto_models import WithValueHead
@@ -103,13 +104,14 @@ class LocalEngine(RolloutEngine):
         if n < 1:
             raise ConfigError(f"n={n}: give the number of samples per prompt, at least 1.")
         policy = guided(unwrap(self.model), self.model, params)
+        rotate_by_own_length(policy.inner)
         params = with_banned(with_seed(params), image_token_ids(policy.inner.config))
         stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)
         plain = torch.compiler.set_stance("force_eager")  # compiled layers are for training's shapes
         with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
-            way = self._way(policy, prompts, params)
+            way = self._way(policy, prompts, limits, params)
             if way == "generate":
                 _check_unguided(params, policy)
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
@@ -156,12 +158,15 @@ class LocalEngine(RolloutEngine):
             total=samples, desc="Sampling", unit="sample", delay=2, leave=False, disable=None if self.progress else True
         )
 
-    def _way(self, policy: Policy, prompts: Sequence[Prompt], params: SamplingParams) -> Way:
+    def _way(self, policy: Policy, prompts: Sequence[Prompt], limits: Sequence[int], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):
             return self._resign(f"{options[0]} of the generation config is left to model.generate")
+        kind = length_dependent(policy.inner.config)
+        if kind and any(may_outgrow(policy, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)):
+            return self._resign(f"A rotary embedding ({kind}) whose frequencies change where a sequence grows long")
         if policy.model not in self._ways:
             static = policy.device.type == "cuda" if self.static is None else self.static
-            self._ways[policy.model] = fastest_way(replace(policy, action_values=None), static=static)
+            self._ways[policy.model] = fastest_way(replace(policy, action_values=None), static=static and not kind)
         way = self._ways[policy.model]
         if way == "generate":
             return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
@@ -218,6 +223,11 @@ def _check_unguided(params: SamplingParams, policy: Policy) -> None:
             f"{name} works in the engine's own loop, and this {type(policy.inner).__name__} is sampled by model.generate here: "
             "leave out beams and other options of generate, or guidance."
         )
+
+
+def may_outgrow(policy: Policy, prompt: Prompt, limit: int) -> bool:
+    """Whether a short sequence may become a long one while it is sampled, so that all that was computed of it changes."""
+    return len(prompt) <= first_length(policy.inner.config) < len(prompt) + limit
 
 
 def fastest_way(policy: Policy, *, static: bool = False) -> Way:

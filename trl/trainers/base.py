@@ -61,6 +61,7 @@ from trl.models.load import (
     tokenizer_of,
 )
 from trl.models.positions import learned_positions
+from trl.models.rotary import length_dependent
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import share_modules
 from trl.models.value_heads.storage import without_copies
@@ -68,8 +69,8 @@ from trl.models.varlen import VARLEN
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.trainers.options import resolve_args
+from trl.trainers.router import WithRouterLoss
 from trl.training.nonfinite import SHOWN
-from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
 from trl.vision.encoder_outputs import FEATURES
@@ -85,7 +86,7 @@ WIDTH = 60
 """Characters of a row that an error shows."""
 
 
-class BaseTrainer(WritesModelCard, StepTrainer):
+class BaseTrainer(WritesModelCard, WithRouterLoss):
     """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
 
     model               a name or folder, a model, or a model with adapters
@@ -171,6 +172,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         """Last preparations of the model in memory, before anything wraps it."""
         inner = unwrap(self.model)
         prepare_scoring(inner)
+        self.router = self._router_loss(inner)
         if self.accelerator.is_fsdp2:
             share_modules(self.model)
         if not inner.config.is_encoder_decoder:
@@ -378,6 +380,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             multiple_of=self.args.width_multiple,
             joins=joins_of(config),
             spans=spans,
+            counts_copies=self.router is not None,
+            restarts=bool(length_dependent(config)),
         )
         has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
         if self.images is None or has_images or not runs_together():

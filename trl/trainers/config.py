@@ -206,7 +206,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
 
     router_aux_loss_coef: float | None = None
-    """Not available: the load-balancing loss of a mixture of experts is not part of the loss."""
+    """Weight of the load-balancing loss of a mixture of experts. None: as the model's configuration says, which asks for
+    it by `output_router_logits`. Takes one more pass where a step has several micro-batches or processes."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -217,7 +218,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         check_loggers(self)
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
-        self.refuse("activation_offloading", "router_aux_loss_coef")
+        self.refuse("activation_offloading")
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_layers(self.liger_kernel_config)
         accelerated = not self.use_cpu and torch.accelerator.is_available()

@@ -40,6 +40,9 @@ ALIASES = {
     "use_liger_loss": "",
 }
 
+NAMES = {"stop_strings": "stop"}
+"""Names of `GenerationConfig`, and of the fields of `SamplingParams` that do the same."""
+
 
 @dataclass
 class OnlineConfig(SamplerOptions, ReferenceConfig):
@@ -83,6 +86,9 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
 
     repetition_penalty: float = 1.0
     """Above 1: tokens that were there before become less likely to be sampled."""
+
+    stop_strings: list[str] | None = None
+    """Texts that end a completion; they stay in it."""
 
     generation_kwargs: dict[str, Any] | str | None = None
     """Further options of sampling: fields of `SamplingParams` (stop, min_new_tokens, …) or of `GenerationConfig`."""
@@ -166,11 +172,12 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p or 0.0,
+            "stop": self.stop_strings,
             "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
         }
-        options = dict(self.generation_kwargs or {})
+        options = {NAMES.get(name, name): value for name, value in (self.generation_kwargs or {}).items()}
         known = {field.name for field in fields(SamplingParams)}
         further = {name: options.pop(name) for name in [*options] if name not in known}
         config = GenerationConfig()

@@ -105,7 +105,11 @@ class RewardTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         inner = unwrap(self.model)
+        self.router = self._router_loss(inner)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
+
+    def _record_pass(self, model: nn.Module, batch: Batch) -> None:
+        score_rewards(model, batch)
 
     # ---- data ----
 

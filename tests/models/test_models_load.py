@@ -1,0 +1,55 @@
+"""What is found out about a model when it is loaded, and not after hours."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import make_tokenizer
+from trl import SFTConfig, SFTTrainer
+from trl.errors import ModelError
+from trl.models.load import load_model, mend_generation_config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.9}, {"top_p": 0.6, "temperature": 0.1}, {"top_k": 3}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_generation_config_that_forgets_to_sample_can_be_saved(make_model, tmp_path, caplog, options):
+    model = make_model("llama")
+    model.generation_config.update(do_sample=False, **options)
+    with caplog.at_level(logging.WARNING):
+        mend_generation_config(model)
+    assert "do_sample=True" in caplog.text and next(iter(options)) in caplog.text
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.do_sample
+
+
+def test_one_that_is_sound_stays_as_it_is(make_model, caplog):
+    model = make_model("llama")
+    before = model.generation_config.to_dict()
+    mend_generation_config(model)
+    assert model.generation_config.to_dict() == before and not caplog.text
+
+
+def test_one_that_nothing_mends_is_an_error_with_the_reason(make_model):
+    model = make_model("llama")
+    model.generation_config.max_new_tokens = 0
+    with pytest.raises(ModelError, match=r"cannot be saved.*max_new_tokens"):
+        mend_generation_config(model)
+
+
+def test_models_by_name_and_as_objects_are_mended(make_model, tmp_path):
+    model = make_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "do_sample": false}')
+    assert load_model(str(tmp_path)).generation_config.do_sample
+    model.generation_config.update(do_sample=False, temperature=0.5)
+    args = SFTConfig(output_dir=str(tmp_path / "run"), html_report=False, report_to=[])
+    rows = Dataset.from_dict({"text": ["a"]})
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
+    trainer.save_model()
