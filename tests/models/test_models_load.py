@@ -24,7 +24,8 @@ def test_a_generation_config_that_forgets_to_sample_can_be_saved(make_model, tmp
     model.generation_config.update(do_sample=False, **options)
     with caplog.at_level(logging.WARNING):
         mend_generation_config(model)
-    assert "do_sample=True" in caplog.text and next(iter(options)) in caplog.text
+    assert "do_sample=True" in caplog.text
+    assert next(iter(options)) in caplog.text
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.do_sample
 
@@ -33,7 +34,8 @@ def test_one_that_is_sound_stays_as_it_is(make_model, caplog):
     model = make_model("llama")
     before = model.generation_config.to_dict()
     mend_generation_config(model)
-    assert model.generation_config.to_dict() == before and not caplog.text
+    assert model.generation_config.to_dict() == before
+    assert not caplog.text
 
 
 def test_one_that_nothing_mends_is_an_error_with_the_reason(make_model):

@@ -90,7 +90,8 @@ def test_runs_of_rising_positions_are_sequences():
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_that_share_a_prompt_are_not_taken(name):
     model = make(name)
-    assert length_dependent(model.config) == name and first_length(model.config) == FIRST
+    assert length_dependent(model.config) == name
+    assert first_length(model.config) == FIRST
     assert name in why_not(model, "shared")
     assert choose_layout(model, multiple_completions=True) == "packed"
 

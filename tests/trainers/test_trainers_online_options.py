@@ -158,7 +158,8 @@ def test_texts_that_stop_have_the_name_of_transformers(tmp_path, config):
     for options in ({"stop_strings": ["END"]}, {"generation_kwargs": {"stop_strings": ["END"]}}):
         made = config(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, **options)
         params = made.sampling_params(max_new_tokens=4, seed=0)
-        assert params.stop == ("END",) and params.generation_config is None
+        assert params.stop == ("END",)
+        assert params.generation_config is None
 
 
 @pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig, OnlineDPOConfig, PPOConfig])

@@ -190,7 +190,7 @@ def train(run: Run) -> int:
     Returns the exit status: 0, or 128 and the number of the signal.
     """
     from trl.callbacks.stop import stop_on_signal
-    from trl.training.checkpoint import explain_full_disk, remove_checkpoints
+    from trl.training.checkpoint import explain_full_disk
 
     report_progress()
     _make_output_folder(run.training.output_dir)
@@ -198,8 +198,6 @@ def train(run: Run) -> int:
     resume = checkpoint_of(run)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
-    if run.training.overwrite_output_dir and resume is None:
-        remove_checkpoints(run.training.output_dir)
     with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         with _progress(trainer):
             trainer.train(resume_from_checkpoint=resume)

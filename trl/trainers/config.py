@@ -136,7 +136,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Folder of TensorBoard's logs. None: `runs` in the output folder."""
 
     overwrite_output_dir: bool = False
-    """Remove the checkpoints that an earlier run left in the output folder, unless this one resumes from them."""
+    """Remove the checkpoints and the model that an earlier run left in the output folder, unless this one resumes from
+    them. Without it, a folder that holds another run (method, model, rows, options) is refused."""
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Keyword arguments of `from_pretrained`, when the model is given by name (dtype, attn_implementation, …)."""

@@ -50,9 +50,9 @@ class WithRouterLoss(StepTrainer):
         """How the tokens of a step are routed, by a pass over them."""
         parts = []
         for batch in (each.to(self.args.device) for each in batches):
-            with self.compute_loss_context_manager(), evaluating(self.model):
-                with self.router.recording(keeps_gradient=False) as logits:
-                    self._record_pass(self.model_wrapped, batch.masked_out())
+            half, counted = self.compute_loss_context_manager(), self.router.recording(keeps_gradient=False)
+            with half, evaluating(self.model), counted as logits:
+                self._record_pass(self.model_wrapped, batch.masked_out())
             parts.append(self.router.load(logits, batch))
         local = torch.cat([sum(part.counts for part in parts), sum(part.weight for part in parts)[None]])
         whole = self._sum_over_processes(local).to(self.args.device)

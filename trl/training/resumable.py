@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.data.examples import Endless
 from trl.models.reference import Reference
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
-from trl.training.collectives import all_gather_object
+from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
+from trl.training.output_folder import claim
 from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
@@ -62,11 +64,20 @@ class ResumableTrainer(Trainer):
         """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
         with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+            self._claim_folder(checkpoint)
             if checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
             self._nonfinite_at_first = frozenset(self.nonfinite_weights())
             return super().train(checkpoint, *args, **kwargs)
+
+    def _claim_folder(self, checkpoint: str | None) -> None:
+        """Raise ConfigError, on all processes, where the output folder holds another run than the one that is resumed."""
+        folder = Path(self.args.output_dir)
+        if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+            return
+        overwrite = vars(self.args).get("overwrite_output_dir", False)
+        run_on_main(partial(claim, folder, describe_run(self), overwrite=overwrite))
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):

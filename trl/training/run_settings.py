@@ -66,11 +66,18 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the settings of a run."""
     return {
         "trainer": type(trainer).__name__,
+        "model": _name_of(unwrap(trainer.model)),
         "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
         "parameters": trained_parameters(unwrap(trainer.model)),
         "rows": describe_rows(trainer.train_dataset),
         "options": dict(_options(trainer.args.to_dict())),
     }
+
+
+def _name_of(model: nn.Module) -> str:
+    """The name or folder that a model was loaded from; empty for one that was made in memory."""
+    config = vars(model).get("config") or vars(model).get("_internal_dict") or {}
+    return dict(config if isinstance(config, Mapping) else vars(config)).get("_name_or_path") or ""
 
 
 def _options(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -1,0 +1,106 @@
+"""An output folder belongs to one run: another is refused, or overwrites it where that is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+from tests.conftest import make_tokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.errors import ConfigError
+from trl.training.output_folder import OWNER_FILE, claim
+
+TEXTS = {"text": ["A fox runs.", "So it does."]}
+PAIRS = {"prompt": ["Why"] * 2, "chosen": [" so"] * 2, "rejected": [" no"] * 2}
+LORA = LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def options(folder, **kw):
+    shown = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": [], "max_steps": 1}
+    return {"output_dir": str(folder), "per_device_train_batch_size": 2, **shown, **kw}
+
+
+def sft(model, folder, *, rows=TEXTS, peft_config=None, **kw):
+    args = SFTConfig(**options(folder, **kw))
+    data = Dataset.from_dict(rows)
+    return SFTTrainer(model, args, train_dataset=data, processing_class=make_tokenizer(), peft_config=peft_config)
+
+
+@pytest.fixture
+def used(make_model, tmp_path):
+    """A folder with a checkpoint and the model of a run."""
+    trainer = sft(make_model("llama"), tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    return tmp_path
+
+
+def test_the_same_run_may_be_made_again(make_model, used):
+    sft(make_model("llama"), used, save_strategy="steps", save_steps=1, logging_steps=3).train()
+
+
+OTHERS = {
+    "method": lambda make, folder: DPOTrainer(
+        make("llama"),
+        args=DPOConfig(**options(folder)),
+        train_dataset=Dataset.from_dict(PAIRS),
+        processing_class=make_tokenizer(),
+    ),
+    "adapter": lambda make, folder: sft(make("llama"), folder, peft_config=LORA),
+    "rows": lambda make, folder: sft(make("llama"), folder, rows={"text": ["Another.", "And one."]}),
+    "option": lambda make, folder: sft(make("llama"), folder, learning_rate=1e-3),
+}
+NAMED = {"method": "SFTTrainer.*DPOTrainer", "adapter": "adapter", "rows": "rows", "option": "learning_rate.*0.001"}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_run_is_refused_before_its_first_step(make_model, used, other):
+    trainer = OTHERS[other](make_model, used)
+    before = sorted(path.name for path in used.iterdir())
+    with pytest.raises(ConfigError, match=f"(?s)holds another run.*{NAMED[other]}.*overwrite_output_dir.*--resume"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert sorted(path.name for path in used.iterdir()) == before
+
+
+def test_one_that_overwrites_leaves_nothing_of_the_other(make_model, used):
+    trainer = sft(make_model("llama"), used, peft_config=LORA, overwrite_output_dir=True)
+    trainer.train()
+    trainer.save_model()
+    names = {path.name for path in used.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not names & {"model.safetensors", "config.json", "checkpoint-1"}
+
+
+def test_the_model_that_is_trained_is_not_replaced(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    trainer = sft(str(tmp_path), tmp_path, overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="folder of the model that is trained"):
+        trainer.train()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_from_elsewhere_is_not_written_over(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="nothing is known"):
+        sft(make_model("llama"), tmp_path).train()
+
+
+def test_folders_without_results_belong_to_nobody(make_model, tmp_path):
+    sft(make_model("llama"), tmp_path).train()
+    sft(make_model("llama"), tmp_path, learning_rate=1e-3).train()
+    assert json.loads((tmp_path / OWNER_FILE).read_text())["options"]["learning_rate"] == 1e-3
+
+
+def test_the_same_folder_by_another_path_is_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    run = {"trainer": "A", "model": "model", "optim": "", "parameters": {}, "rows": {}, "options": {}}
+    claim("out", run, overwrite=False)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    claim("out", {**run, "model": str(tmp_path / "model")}, overwrite=False)
+    with pytest.raises(ConfigError, match="model.*there, 'other' here"):
+        claim("out", {**run, "model": "other"}, overwrite=False)

@@ -1,0 +1,102 @@
+"""An output folder belongs to one run.
+
+    output_dir/_run.json      which run's: method, model, rows, options (see `trl.training.run_settings`)
+
+A run that finds checkpoints or a model of another one there would resume from them, rotate them away, or leave an adapter
+beside a whole model: it is refused, and told to overwrite if that is meant. Names that begin with `_` are not uploaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl.errors import ConfigError
+from trl.models.files import WEIGHTS
+from trl.training.checkpoint import checkpoints, remove, remove_checkpoints
+from trl.training.run_settings import SETTINGS_FILE, SHOWN
+
+logger = logging.getLogger(__name__)
+
+OWNER_FILE = "_run.json"
+BESIDE_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json")
+"""Files that make a folder a model, with its weights."""
+
+
+def claim(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make a folder that of `run`. With `overwrite`, what an earlier run left there is removed.
+
+    Raises ConfigError where the folder holds another run, or the model itself that is trained.
+    """
+    folder = Path(folder).expanduser()
+    if is_trained_model(folder, run):
+        raise ConfigError(
+            f"output_dir={str(folder)!r} is the folder of the model that is trained: what is saved there would replace it. "
+            "Name another folder."
+        )
+    if overwrite:
+        remove_results(folder)
+    elif has_results(folder) and (difference := difference_from(folder, run)):
+        raise ConfigError(
+            f"output_dir={str(folder)!r} holds another run ({difference}). Name another folder; or give overwrite_output_dir, "
+            "which removes that run's checkpoints and model; or, to resume it, resume_from_checkpoint (--resume)."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWNER_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+
+def is_trained_model(folder: Path, run: Mapping[str, Any]) -> bool:
+    """Whether the model that `run` trains lies in the folder."""
+    name = run["model"]
+    return bool(name) and bool(model_files(folder)) and Path(name).expanduser().resolve() == folder.resolve()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weights in a folder, and what goes with them."""
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    weights = [path for path in files if WEIGHTS.fullmatch(path.name) or path.name.endswith(".index.json")]
+    return [*weights, *(path for path in files if path.name in BESIDE_WEIGHTS)] if weights else []
+
+
+def has_results(folder: Path) -> bool:
+    return bool(checkpoints(folder) or model_files(folder))
+
+
+def remove_results(folder: Path) -> None:
+    """Remove the checkpoints and the model that an earlier run left."""
+    remove_checkpoints(folder)
+    for path in model_files(folder):
+        logger.info(f"Removing {path}, of an earlier run (overwrite_output_dir).")
+        remove(path)
+
+
+def difference_from(folder: Path, run: Mapping[str, Any]) -> str:
+    """How `run` differs from the one whose results are in the folder; empty if it is that run once more."""
+    files = [folder / OWNER_FILE, *(path / SETTINGS_FILE for path in checkpoints(folder))]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return "of which nothing is known here: no run of this library wrote it, or an earlier version"
+    try:
+        return _difference(json.loads(file.read_text(encoding="utf-8")), run)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{file.name} cannot be read"
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for name in ("trainer", "optim"):
+        if then[name] != now[name]:
+            return f"{name} {then[name]!r} there, {now[name]!r} here"
+    models = [each.get("model", "") for each in (then, now)]
+    if "model" in then and Path(models[0]).resolve() != Path(models[1]).resolve():
+        there, here = (repr(name) if name else "made in memory" for name in models)
+        return f"model {there} there, {here} here"
+    if then["parameters"] != now["parameters"]:
+        return "which trains other parameters: another adapter, or none"
+    if then["rows"] and now["rows"] and then["rows"] != now["rows"]:
+        return f"other rows: {then['rows']['count']:,} there, {now['rows']['count']:,} here"
+    before, after = then["options"], now["options"]
+    changed = [f"{k} {before[k]!r} there, {after[k]!r} here" for k in after if k in before and before[k] != after[k]]
+    return "; ".join([*changed[:SHOWN], *([f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
