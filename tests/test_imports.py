@@ -140,6 +140,28 @@ def test_a_name_of_another_release_says_what_to_do():
         from trl import GMPOConfig  # noqa: F401
 
 
+PROBES = [
+    ("trl", "GKDTrainer"),
+    ("trl.core", "PPODecorators"),
+    ("trl.models", "PreTrainedModelWrapper"),
+    ("trl.data_utils", "anything"),
+    ("trl.trainer", "utilities"),
+    ("trl.trainer.utils", "_ChunkedLogProbFunction"),
+    ("trl.trainer.sft_trainer", "unwrap_model_for_generation"),
+    ("trl.experimental.gkd", "GKDTrainer"),
+]
+
+
+@pytest.mark.parametrize(("path", "name"), PROBES)
+def test_who_looks_for_a_name_is_told_that_there_is_none(path, name):
+    """As `import unsloth` looks; who imports it by name gets the words."""
+    assert not hasattr(importlib.import_module(path), name)
+    with pytest.raises(ImportError):
+        exec(f"from {path} import {name}")
+    with pytest.raises(ImportError):
+        importlib.import_module(f"{path}.{name}")
+
+
 def test_an_old_path_says_what_it_does_not_have():
     from trl.trainer import ppo_trainer
 

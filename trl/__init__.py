@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trl.compat import LegacyImportFinder, refuse
+from trl.compat import LegacyImportFinder, missing
 
 __version__ = "2.0.0.dev0"
 
@@ -22,10 +22,7 @@ sys.meta_path.append(LegacyImportFinder())
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        from trl.errors import suggest
-
-        refuse(name)
-        raise AttributeError(f"module 'trl' has no attribute {name!r}.{suggest(name, _MODULE_OF)}")
+        raise missing("trl", name)
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value

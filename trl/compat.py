@@ -38,8 +38,11 @@ PATHS = (
 )
 """Packages of other releases. A name imported from one of them, or from below, is that name of `trl`."""
 
-MODULES = ("_config", "_trainer", "callbacks", "core", "judges", "utils")
+MODULES = ("_config", "_trainer", "_utils", "callbacks", "cli", "core", "judges", "utils", "profiling", "vllm_client")
 """How names of modules in them end: `from trl.trainer import ppo_trainer` is a module, all other names are of `trl`."""
+
+METHODS = ("trl.experimental", "trl.scripts")
+"""Packages in which every name is one of a module: of a method, that is."""
 
 OBJECTIVE = "an algorithm of your own is a class with `advantages` and `loss`: see examples/own_algorithm.py."
 PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
@@ -192,48 +195,62 @@ def reject_unused_overrides(cls: type) -> None:
         )
 
 
-def refuse(name: str) -> None:
-    """Raises ImportError for a name that exists in other releases alone: `from trl import …` shows its words."""
-    if name in REMOVED:
-        raise ImportError(f"trl.{name} is of another release of TRL and not in this one: {REMOVED[name]}")
-
-
 class LegacyImportFinder(MetaPathFinder, Loader):
-    """Finds the modules of `PATHS`, which have no files: their names are those of `trl`."""
+    """Finds the modules of `PATHS`, which have no files: their names are those of `trl`.
+
+    `from package import name` asks for a module where the package has no such attribute, so a name that is not there gets
+    its words here; `hasattr` does not ask, and is False.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        known = any(fullname == old or fullname.startswith(f"{old}.") for old in PATHS)
-        return ModuleSpec(fullname, self, is_package=True) if known else None
+        parent, _, name = fullname.rpartition(".")
+        if fullname in PATHS or (_is_old(parent) and (parent in METHODS or name.endswith(MODULES))):
+            return ModuleSpec(fullname, self, is_package=True)
+        if name.startswith("__") or not (_is_old(parent) or (parent in NEW and name in REMOVED)):
+            return None
+        raise ImportError(_not_here(parent, name), name=fullname)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__doc__ = "An import path of other releases. See `trl`."
         module.__dict__["__getattr__"] = names_for(module.__name__)
 
 
-def names_for(path: str) -> Callable[[str], Any]:
-    """The `__getattr__` of an old path: it finds names in `trl`.
+NEW = ("trl", "trl.models")
+"""Packages that are here, and in which names of other releases are looked for."""
 
-    A name that is not there is an ImportError at once: after an AttributeError, Python takes it for a module of `path`.
-    """
+
+def _is_old(module: str) -> bool:
+    """Whether all that is looked for in a module is looked for by scripts of other releases."""
+    return any(module == old or module.startswith(f"{old}.") for old in (*PATHS, "trl.core"))
+
+
+def _not_here(path: str, name: str) -> str:
+    """What to do without a name of another release."""
+    if name in REMOVED:
+        return f"trl.{name} is of another release of TRL and not in this one: {REMOVED[name]}"
+    known = importlib.import_module("trl").__all__
+    if not _is_old(path):
+        return f"module {path!r} has no attribute {name!r}.{suggest(name, known)}"
+    return (
+        f"{path} is a path of other releases of TRL, and nothing here is called {name!r}.{suggest(name, known)} See "
+        "docs/coming_from_trl.md."
+    )
+
+
+def missing(path: str, name: str) -> AttributeError:
+    """The error of a module's `__getattr__` for a name that is not there."""
+    return AttributeError(_not_here(path, name), name=name)
+
+
+def names_for(path: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that finds names in `trl`."""
 
     def find(name: str) -> Any:
-        try:
-            return name_of_trl(name)
-        except AttributeError:
-            if name.startswith("__") or name.endswith(MODULES):
-                raise
-        raise ImportError(
-            f"{path} is a path of other releases of TRL, and nothing here is called {name!r}."
-            f"{suggest(name, importlib.import_module('trl').__all__)} See docs/coming_from_trl.md."
-        )
+        trl = importlib.import_module("trl")
+        if name.startswith("__") or name not in trl.__all__:
+            raise missing(path, name)
+        return getattr(trl, name)
 
     return find
-
-
-def name_of_trl(name: str) -> Any:
-    """A package's `__getattr__` that finds names in `trl`."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return getattr(importlib.import_module("trl"), name)

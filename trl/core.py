@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 __getattr__ = names_for("trl.core")
+__path__: list[str] = []
+"""Makes it a package, so that `from trl.core import NAME` says what to do without a name of another release."""
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, gather: bool = True) -> Tensor:

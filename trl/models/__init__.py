@@ -1,5 +1,5 @@
 """Models: loading, scoring, value heads, references. `from trl.models import NAME` finds the public names of `trl`."""
 
-from trl.compat import name_of_trl as __getattr__
+from trl.compat import names_for
 
-__all__ = ["__getattr__"]
+__getattr__ = names_for("trl.models")
