@@ -127,14 +127,15 @@ REMOVED |= {name.replace("Trainer", "Config"): advice for name, advice in REMOVE
 
 
 _NO_LOGITS = (
-    "logits of all tokens never exist here, but for `compute_metrics` of `SFTTrainer`. "
+    "logits of all tokens never exist here, but for `compute_metrics` of `SFTTrainer`; trainers of preferences and rewards give "
+    "it rewards. "
     f"{LOSS} Metrics are averaged over the set and logged."
 )
 ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
 ARGUMENTS |= {
     "environment_factory": TOOLS,
     "judge": BY_REWARD,
-    "model_init": "give the model itself, or its name.",
+    "model_init": "give the model itself, or its name; `trl sweep` looks for hyperparameters, with a model made anew for each trial.",
     "policy": "it is `model`.",
     "ref_policy": "the reference is the model as it is given.",
     "reward_model": "it is one of `reward_funcs`.",

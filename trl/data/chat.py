@@ -332,6 +332,10 @@ def maybe_apply_chat_template(
     return apply_chat_template(example, tokenizer, tools, **options) if is_conversational(example) else example
 
 
+FILLER = "<filler_"
+"""How tokens begin that stand for rows of embeddings which a multiple asked for."""
+
+
 def clone_chat_template(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -340,7 +344,8 @@ def clone_chat_template(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
     """Give a model another tokenizer's chat template, with the tokens that it needs and its end of turn as EOS.
 
-    The embeddings grow to hold the new tokens, to a multiple of `resize_to_multiple_of` (None: exactly).
+    The embeddings grow to hold the new tokens, to a multiple of `resize_to_multiple_of` (None: exactly), and the tokenizer
+    with them, by tokens that stand for nothing.
 
     Returns the model and tokenizer, changed in place, and the ids of the tokens that were added (train their
     embeddings: `LoraConfig(trainable_token_indices=…)`).
@@ -355,7 +360,11 @@ def clone_chat_template(
     new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
+    before = model.get_input_embeddings().num_embeddings
     _fit_embeddings(model, tokenizer, resize_to_multiple_of)
+    rows = model.get_input_embeddings().num_embeddings
+    if rows > before:  # every id that the model can sample is a token
+        tokenizer.add_tokens([f"{FILLER}{i}>" for i in range(rows - len(tokenizer))])
     return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
 
 
@@ -397,5 +406,5 @@ def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Rows for all tokens, and the tokenizer's EOS as the model's."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
-    for config in filter(None, (model.config, model.generation_config)):
+    for config in filter(None, (model.config, vars(model).get("generation_config"))):  # classifiers have none
         config.eos_token_id = tokenizer.eos_token_id

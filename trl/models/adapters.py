@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from trl.data.chat import FILLER
 from trl.errors import ConfigError, ModelError
 from trl.vision.families import family_of
 
@@ -264,7 +265,9 @@ def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = 
     name = model.config._name_or_path
     if name and (Path(name) / "config.json").is_file():
         first = PreTrainedConfig.get_config_dict(name)[0].get("vocab_size") or first
-    return sorted({*added, *range(first, len(tokenizer))})
+    ids = range(first, len(tokenizer))
+    known = [i for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if FILLER not in token]
+    return sorted({*added, *known})
 
 
 def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ from trl.models.shards import check_shards
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer_config.json"
+
+NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
+"""A parameter of a numbered layer."""
+
+HEADS = ("score", "classifier", "classification_head")
+"""What classifiers call the layer that gives the reward."""
 
 
 def load_model(
@@ -79,10 +86,48 @@ def load_model(
         found = language_model_class(config)
         auto_class = found if auto_class is None or found is AutoModelForImageTextToText else auto_class
     with loaded_whole():
-        model = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        loading = {**kwargs, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, found = auto_class.from_pretrained(name, **loading)
+    if quantization_config is None and adapter is None:  # an adapter may bring layers; quantised ones have other names
+        check_layers(model, name, **found)
     _keep_unpacked(model)
     mend_generation_config(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def check_layers(
+    model: PreTrainedModel, name: str, *, missing_keys: Collection[str], unexpected_keys: Collection[str], **_: Any
+) -> None:
+    """Raises ModelError where weights and configuration of a model do not belong together.
+
+    Layers that the weights lack would be random, and those that are left over would be dropped. The head of a classifier
+    may be new.
+    """
+    is_classifier = type(model).__name__.endswith("Classification")
+    missing = [key for key in missing_keys if not is_classifier or NUMBERED.search(key)]
+    heads = [key for key in unexpected_keys if key.partition(".")[0] in HEADS]
+    if heads and not is_classifier:
+        raise ModelError(
+            f"{name!r} holds a reward model or classifier ({heads[0]}), and is loaded as {type(model).__name__}: it gives scores, "
+            "and writes no text. Name a language model; a reward model goes to reward_funcs (--reward_funcs)."
+        )
+    if missing:
+        raise ModelError(
+            f"The weights of {name!r} lack {len(missing)} parameters of {type(model).__name__} ({_some(missing)}), which would be "
+            "random. They do not belong to this config.json, or were saved without a head: name another model."
+        )
+    text = model.config.get_text_config()
+    known = None if vars(text).get("num_nextn_predict_layers") else vars(text).get("num_hidden_layers")
+    extra = [key for key in unexpected_keys if (found := NUMBERED.search(key)) and known and int(found[1]) >= known]
+    if extra:
+        raise ModelError(
+            f"The weights of {name!r} hold layers that its config.json does not have (num_hidden_layers={known}): "
+            f"{_some(extra)}. They would be dropped: mend the configuration, or name another model."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def mend_generation_config(model: torch.nn.Module) -> None:

@@ -69,6 +69,11 @@ def is_formula(text: str) -> bool:
     return 0 < len(text) <= LONGEST_FORMULA and "\n" not in text and "=" not in text and not WORD.search(text)
 
 
+def is_prose(text: str) -> bool:
+    """Whether a text is several words, in which no answer can be read; a single one may be the answer."""
+    return len(text.split()) > 1 and not is_formula(text.strip())
+
+
 def as_number(answer: str) -> Fraction | None:
     """An answer as a number, None if it is none."""
     plain = FRACTION.sub(r"\1/\2", answer).translate(str.maketrans("−–", "--", " $")).removesuffix(".")
@@ -91,13 +96,15 @@ def agree(answer: str, solution: str) -> bool:
 
 
 def is_correct(text: str, solution: str) -> bool | None:
-    """Whether the answer in a text is that of the solution; None where the solution has no answer."""
+    """Whether the answer in a text is that of the solution; None where no answer can be read in the solution."""
     if not solution.strip():
         return None
     if has_math_verify():
         return is_verified(text, solution)
+    gold = extract_answer(solution) or ("" if is_prose(solution) else solution)
+    if not gold:
+        return None
     answer = extract_answer(text)
-    gold = extract_answer(solution) or solution
     return answer is not None and agree(answer, gold)
 
 
@@ -118,7 +125,7 @@ def is_verified(text: str, solution: str) -> bool | None:
     # Its time limits are signals, which only the main thread may set.
     seconds = VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
     parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
-    gold = parse(marked(solution)) or parse(f"${solution}$")
+    gold = parse(marked(solution)) or ([] if is_prose(solution) else parse(f"${solution}$"))
     return bool(math_verify.verify(gold, parse(marked(text)), timeout_seconds=seconds)) if gold else None
 
 

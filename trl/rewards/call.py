@@ -128,6 +128,12 @@ def make_rewards(
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not functions or functions == [None]:
         raise ConfigError("reward_funcs is missing: give a function (prompts, completions, **columns) -> rewards.")
+    models = [function for function in functions if isinstance(function, str | nn.Module)]
+    if processing_classes is not None and not isinstance(processing_classes, list | tuple) and len(models) > 1:
+        raise ConfigError(
+            f"reward_processing_classes is one tokenizer for {len(models)} reward models, which may have one each: give a list, "
+            "with None for functions and for models that are loaded by name."
+        )
     tokenizers = _one_each("reward_processing_classes", processing_classes, functions)
     made = [_function(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
     numbers = [1.0] * len(made) if weights is None else _one_each("reward_weights", list(weights), functions)

@@ -64,6 +64,12 @@ class TrainerKeywords(ClassicOptions, total=False):
     tokenizer: Any
 
 
+class PreferenceKeywords(TrainerKeywords, total=False):
+    """What trainers of preferences take by keyword alone."""
+
+    compute_metrics: Callable[[Any], dict[str, float]] | None
+
+
 class OnlineKeywords(ClassicOptions, total=False):
     """What trainers that sample take by keyword beside the arguments that have a place."""
 

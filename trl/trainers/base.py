@@ -25,8 +25,9 @@ from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
 from trl.callbacks.model_card import Trained, WritesModelCard
@@ -82,6 +83,8 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
+IDS = ("prompt_ids", "completion_ids")
+"""Columns of encoded rows with token ids."""
 WIDTH = 60
 """Characters of a row that an error shows."""
 
@@ -323,6 +326,13 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         return data_collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
+            return super()._get_train_sampler(rows)
+        lengths = [len(prompt) + sum(map(len, ids)) for prompt, ids in zip(*map(rows.__getitem__, IDS), strict=True)]
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, rows, lengths)
 
     # ---- what the step machine asks ----
 

@@ -119,6 +119,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Options that all trainers share, on top of `transformers.TrainingArguments`."""
 
     ALIASES: ClassVar[dict[str, str]] = ALIASES
+    smooths_labels: ClassVar[bool] = False
+    """Whether `label_smoothing_factor` has an effect."""
 
     learning_rate: float = 2e-5
     """Learning rate after warm-up, where its schedule starts."""
@@ -219,7 +221,13 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         check_loggers(self)
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
-        self.refuse("activation_offloading")
+        self.refuse("activation_offloading", "include_for_metrics")
+        if self.label_smoothing_factor and not self.smooths_labels:
+            near = "label_smoothing" if "label_smoothing" in self.__dataclass_fields__ else "nothing here"
+            raise ConfigError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on this loss: leave it out ({near} does "
+                "something alike)."
+            )
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_layers(self.liger_kernel_config)
         accelerated = not self.use_cpu and torch.accelerator.is_available()

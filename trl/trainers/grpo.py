@@ -7,6 +7,7 @@ GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=short, train_datase
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,8 @@ from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip, Surrogate
 from trl.errors import ConfigError
 from trl.trainers.online import OnlineTrainer
 from trl.trainers.online_config import OnlineConfig
+
+logger = logging.getLogger(__name__)
 
 GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo", "gmpo", "clip"]
 
@@ -161,6 +164,11 @@ class GRPOConfig(OnlineConfig):
             raise ConfigError(
                 f"loss_aggregation={self.loss_aggregation!r} is not that of loss_type={self.loss_type!r}, which is "
                 f"{averaging!r}: leave it out, or set loss_type='clip', which takes any."
+            )
+        if self.importance_sampling_level == "sequence" and averaging == "token":
+            logger.warning(
+                "importance_sampling_level='sequence' with an average over tokens: the ratio of a sequence counts once for each of "
+                "its tokens, so long completions weigh more. GSPO (arXiv:2507.18071) averages over sequences: loss_type='grpo'."
             )
         return averaging
 

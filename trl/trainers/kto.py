@@ -85,6 +85,12 @@ class KTOTrainer(PreferenceTrainer):
 
     def _recommend_weights(self, labels: np.ndarray) -> None:
         desirable, undesirable = int(labels.sum()), int((~labels).sum())
+        if not desirable or not undesirable:
+            logger.warning(
+                f"All {len(labels):,} completions have the label {bool(desirable)}: KTO learns from the contrast of desirable and "
+                "undesirable ones, and has only one kind here."
+            )
+            return
         given = {"desirable_weight": self.args.desirable_weight, "undesirable_weight": self.args.undesirable_weight}
         ranges = recommended_weights(desirable, undesirable, **given)
         if not ranges.met:

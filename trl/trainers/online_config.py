@@ -149,6 +149,11 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse("log_completions_hub_repo")
+        if self.train_sampling_strategy != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are taken "
+                "in a random order, or as they come with shuffle_dataset=False."
+            )
         self.check_sampler()
         for name in ("num_generations", "num_iterations"):
             if getattr(self, name) < 1:

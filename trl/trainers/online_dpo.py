@@ -95,6 +95,7 @@ class OnlineDPOTrainer(OnlineTrainer):
 
     judge   in place of reward functions: `judge(prompts, completions)` gives the index of each prompt's best completion,
             −1 where none is
+    ref_model   `reference` is the same
 
     The other arguments are those of `OnlineTrainer`.
     """
@@ -113,12 +114,17 @@ class OnlineDPOTrainer(OnlineTrainer):
         reward_processing_classes: Any = None,
         *,
         judge: Judge | None = None,
+        ref_model: str | nn.Module | None = None,
         **keywords: Unpack[OnlineDPOKeywords],
     ) -> None:
         if judge is not None:
             if reward_funcs is not None:
                 raise ConfigError("judge and reward_funcs both rank completions: give one of them.")
             reward_funcs = JudgeReward(judge)
+        if ref_model is not None:
+            if keywords.get("reference") is not None:
+                raise ConfigError("ref_model and reference are two names of one argument: give one of them.")
+            keywords["reference"] = ref_model
         super().__init__(
             model,
             reward_funcs,

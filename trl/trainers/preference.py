@@ -19,12 +19,12 @@ from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, DataError, unknown
 from trl.models.reference import FrozenModel, NamedAdapter, Precomputed, Reference
 from trl.models.score import unwrap
-from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
-from trl.trainers.base import BaseTrainer
+from trl.trainers.arguments import EvalRows, PreferenceKeywords, Rows
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.precompute import with_reference_logprobs
 from trl.trainers.reference import reference_for, reference_models, sync_callbacks
+from trl.trainers.reward_predictions import PredictsRewards
 from trl.types import Batch
 
 
@@ -82,10 +82,11 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
             raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
 
 
-class PreferenceTrainer(BaseTrainer):
+class PreferenceTrainer(PredictsRewards):
     """Base of the trainers with a reference.
 
-    ref_model   a model, or its name, to compare with; by default the model that is given, as it is given.
+    ref_model         a model, or its name, to compare with; by default the model that is given, as it is given.
+    compute_metrics   metrics of an evaluation from its rewards: see `trl.trainers.reward_predictions`
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -100,7 +101,7 @@ class PreferenceTrainer(BaseTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: EvalRows = None,
         processing_class: Any = None,
-        **keywords: Unpack[TrainerKeywords],
+        **keywords: Unpack[PreferenceKeywords],
     ) -> None:
         self.ref_model = ref_model
         self.reference: Reference | None = None

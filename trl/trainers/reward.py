@@ -25,21 +25,19 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.columns import describe
 from trl.data.encode import EncodeSettings
-from trl.errors import DataError, ModelError
-from trl.models.load import load_config
+from trl.errors import ConfigError, DataError, ModelError
+from trl.models.load import HEADS, load_config
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.trainers.arguments import Rows
-from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
+from trl.trainers.reward_predictions import PredictsRewards
 from trl.types import Batch, Example, Metrics
 
 logger = logging.getLogger(__name__)
 
 PAIRED = ("tokenized_preference", "preference")
 SCORED = ("prompt_completion", "language_modeling")
-HEADS = ("score", "classifier", "classification_head")
-"""What classifiers call the layer that gives the reward; it is new, so an adapter trains it whole."""
 
 
 @dataclass
@@ -70,12 +68,13 @@ class RewardConfig(TrainerConfig):
         PairwiseReward(self.center_rewards_coefficient)
 
 
-class RewardTrainer(BaseTrainer):
+class RewardTrainer(PredictsRewards):
     """Train a sequence classifier with one label as a reward model.
 
     Rows are pairs (`chosen`, `rejected`, an optional `margin`), completions with a number in `score`, or steps with a
     label each (`completions`, `labels`); texts, conversations, or token ids (`input_ids_chosen`, …).
-    Arguments: see `BaseTrainer`.
+    `compute_metrics` is given the rewards of an evaluation: see `trl.trainers.reward_predictions`. Other arguments: see
+    `BaseTrainer`.
     """
 
     config_class = RewardConfig
@@ -163,6 +162,16 @@ class RewardTrainer(BaseTrainer):
 
     # ---- evaluation ----
 
+    def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        if self.kind == "stepwise":
+            raise ConfigError(
+                "compute_metrics is given rewards of whole completions, and these rows have labels of steps."
+            )
+        rewards = metrics["mean_reward"]
+        if self.kind in PAIRED:
+            return rewards.view(-1, 2), rewards.new_zeros(len(items))
+        return rewards, rewards.new_tensor([item.completions[0].signals["score"] for item in items])
+
     def evaluate_batch(self, model: nn.Module, items: Sequence[Example], statistics: Mapping[str, Tensor]) -> Metrics:
         metrics = super().evaluate_batch(model, items, statistics)
         if self.kind in PAIRED and self.args.mistakes_shown:
@@ -186,7 +195,7 @@ ALGORITHMS = {
 
 
 def with_trained_head(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The adapter's configuration for a classifier: its head is new, so it is trained with the adapter."""
+    """The adapter's configuration for a classifier: its head is new, so it is trained whole, with the adapter."""
     if peft_config is None:
         return None
     peft_config = copy.copy(peft_config)

@@ -8,6 +8,7 @@ and rewards all of their completions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
-from trl.algorithms.advantages import combine_rewards, has_no_variance
+from trl.algorithms.advantages import SUM_THEN_NORMALIZE, RewardAggregation, combine_rewards, has_no_variance
 from trl.callbacks.completions import (
     CompletionLog,
     LoggedMetrics,
@@ -47,6 +48,8 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.training.collectives import all_gather_object, gather_rows
 from trl.types import Example, Experience
+
+logger = logging.getLogger(__name__)
 
 RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 """`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
@@ -78,6 +81,7 @@ class SamplingTrainer(BaseTrainer):
         self.logged = {"train": LoggedMetrics(), "eval": LoggedMetrics()}
         self.samplings = {"train": 0, "eval": 0}
         self._columns: dict[str, list[str]] = {}
+        self._said_none = False
         super().__init__(*arguments, **keywords)
         weights = self.args.reward_weights
         reward_funcs = self._given_rewards(reward_funcs)
@@ -125,8 +129,12 @@ class SamplingTrainer(BaseTrainer):
         )
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        self._columns[split] = rows.column_names or list(next(iter(rows)))
-        return super().encode(rows, split, name)
+        columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
+        if "input_ids" not in columns or "prompt" in columns:
+            return super().encode(rows, split, name)
+        rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
+        limit = self.args.max_prompt_length or 0
+        return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})
 
     def _shuffled(self, rows: Rows) -> Rows:
         """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
@@ -239,7 +247,16 @@ class SamplingTrainer(BaseTrainer):
         samples = Samples(
             [row["prompt"] for row in repeated], list(chain(*shown)), columns, self._extras(mode, log_extra)
         )
-        return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout, on_error=self.args.on_reward_error)
+        args = self.args
+        found = call_rewards(self.rewards, samples, timeout=args.reward_timeout, on_error=args.on_reward_error)
+        if (none := int((found.values.isnan().all(1) & ~found.failed.any(1)).sum())) and not self._said_none:
+            self._said_none = True
+            names = ", ".join(reward.name for reward in self.rewards)
+            logger.warning(
+                f"{none} of {len(samples)} completions got no reward: {names} gave None for them, so nothing is learned from "
+                "them. A function gives None where it does not apply; one of them should. This is said once."
+            )
+        return found
 
     def _images(
         self, rows: Sequence[Mapping[str, Any]], sampled: Sequence[Sequence[Rollout]]
@@ -252,13 +269,14 @@ class SamplingTrainer(BaseTrainer):
         """What reward functions are given beside columns."""
         return {"trainer_state": self.state, "log_extra": log_extra, "log_metric": self.logged[mode].add}
 
-    def _combined(self, groups: Sequence[Group]) -> Tensor:
-        """One reward `[N]` per completion, from those of all functions."""
+    def _combined(self, groups: Sequence[Group], aggregation: RewardAggregation | None = None) -> Tensor:
+        """One reward `[N]` per completion, from those of all functions, combined as the options say or by `aggregation`."""
         rewards = torch.cat([group.rewards for group in groups])
         sizes = torch.tensor([len(group.rewards) for group in groups])
         index = torch.arange(len(groups)).repeat_interleave(sizes)
         weights = torch.tensor([reward.weight for reward in self.rewards])
-        total = combine_rewards(rewards, weights, index, aggregation=self.args.multi_objective_aggregation)
+        aggregation = aggregation or self.args.multi_objective_aggregation
+        total = combine_rewards(rewards, weights, index, aggregation=aggregation)
         if self.args.missing_eos_penalty is None:
             return total
         return total - self.args.missing_eos_penalty * ~torch.cat([group.finished for group in groups])
@@ -270,6 +288,10 @@ class SamplingTrainer(BaseTrainer):
 
     def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
         names = [reward.name for reward in self.rewards]
+        if (
+            self.args.multi_objective_aggregation != SUM_THEN_NORMALIZE
+        ):  # log what functions gave, not what is made of it
+            experience = replace(experience, rewards=self._combined(groups, SUM_THEN_NORMALIZE))
         everywhere = self._gather_rewards(groups, experience)
         self.meters[mode].add(rollout_metrics(groups, experience, names, everywhere))
         if self.args.log_completions:

@@ -37,6 +37,8 @@ DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_
 class SFTConfig(EvalSamplesOptions, TrainerConfig):
     """Options of `SFTTrainer`."""
 
+    smooths_labels: ClassVar[bool] = True
+
     dataset_text_field: str = "text"
     """Column with the text, for rows that are plain text."""
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from trl.errors import ConfigError
 from trl.models.files import WEIGHTS
@@ -46,6 +49,25 @@ def claim(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> Non
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OWNER_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Raises ConfigError where a checkpoint of `needed` bytes does not fit on the disk of a folder."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"output_dir={str(folder)!r}: a checkpoint takes about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free. Make "
+            "room, name a folder on another disk, or save less: save_only_model leaves out the optimizer, --save_strategy no "
+            "saves nothing but the model at the end."
+        )
+
+
+def checkpoint_bytes(model: nn.Module, *, has_optimizer: bool, only_trained: bool) -> int:
+    """Bytes of a checkpoint: weights, those that are trained alone with an adapter, and two moments of each that is trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    weights = trained if only_trained else sum(size for size, _ in sizes)
+    return weights + (2 * trained if has_optimizer else 0)
 
 
 def is_trained_model(folder: Path, run: Mapping[str, Any]) -> bool:

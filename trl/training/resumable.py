@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -22,12 +23,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.data.examples import Endless
+from trl.errors import ConfigError
 from trl.models.reference import Reference
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
-from trl.training.output_folder import claim
+from trl.training.output_folder import check_space, checkpoint_bytes, claim
 from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
@@ -61,13 +63,19 @@ class ResumableTrainer(Trainer):
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
+        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one.
+
+        Raises ConfigError where there is nothing to train on.
+        """
+        if self.train_dataset is None:
+            raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
         with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
             self._claim_folder(checkpoint)
             if checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
+            self._check_space()
             self._nonfinite_at_first = frozenset(self.nonfinite_weights())
             return super().train(checkpoint, *args, **kwargs)
 
@@ -78,6 +86,15 @@ class ResumableTrainer(Trainer):
             return
         overwrite = vars(self.args).get("overwrite_output_dir", False)
         run_on_main(partial(claim, folder, describe_run(self), overwrite=overwrite))
+
+    def _check_space(self) -> None:
+        """Raise ConfigError, on all processes, where no checkpoint fits on the disk."""
+        if self.args.save_strategy == "no" or self.is_sharded:
+            return
+        is_adapter = any(isinstance(module, PeftModel) for module in self.model.modules())
+        moments = "adam" in str(self.args.optim) and not self.args.save_only_model
+        needed = checkpoint_bytes(self.model, has_optimizer=moments, only_trained=is_adapter)
+        run_on_main(partial(check_space, self.args.output_dir, needed))
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):

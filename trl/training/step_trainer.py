@@ -77,7 +77,7 @@ class StepTrainer(ResumableTrainer):
         self.states.register("steps", self.steps, optional=True)
         self._window: Window
         self._tr_loss = torch.zeros((), device=self.args.device)
-        self._throughput = (0, 0.0)
+        self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
 
     # ---- what a trainer adds ----
@@ -312,6 +312,8 @@ class StepTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**self.steps.corrected(logs), **self._train_metrics()}
+        if "train_loss" in logs and self._throughput[1]:  # steps since the last log, which may have been none
+            logs = {**self._train_metrics(), **logs}
         if "train_loss" in logs and self.steps.skipped:
             logs["train_loss"] = self.steps.corrected_mean(logs["train_loss"], self.state.global_step)
             logs["skipped_steps"] = self.steps.skipped
@@ -321,8 +323,9 @@ class StepTrainer(ResumableTrainer):
         """Metrics since the last log; tokens per second of training alone, over all processes."""
         metrics = self.meters["train"].read(self._gather, self.args.device)
         tokens, seconds = self._throughput
-        self._throughput = (0, 0.0)
-        return {**metrics, "num_tokens": self.state.num_input_tokens_seen, "tokens_per_second": tokens / seconds}
+        steps, self._throughput, self._timed_steps = self._timed_steps, (0, 0.0), 0
+        speed = {"tokens_per_second": tokens / seconds, "step_time": seconds / steps}
+        return {**metrics, "num_tokens": self.state.num_input_tokens_seen, **speed}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._stop_clock()
@@ -336,6 +339,7 @@ class StepTrainer(ResumableTrainer):
         if self._window_started is not None:
             spent = time.perf_counter() - self._window_started
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
+            self._timed_steps += 1
             self._window_started = None
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
