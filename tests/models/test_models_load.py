@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
-from tests.conftest import make_tokenizer
+from tests.conftest import WIDTHS, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.errors import ModelError
 from trl.models.load import load_model, mend_generation_config
@@ -55,3 +61,40 @@ def test_models_by_name_and_as_objects_are_mended(make_model, tmp_path):
     rows = Dataset.from_dict({"text": ["a"]})
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer())
     trainer.save_model()
+
+
+# ---- layers ----
+
+
+def with_layers(folder, count):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
+
+
+def test_a_layer_that_the_weights_lack_is_an_error(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    with_layers(tmp_path, 3)
+    with pytest.raises(ModelError, match=r"lack 9 parameters of LlamaForCausalLM .*layers.2"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"layers.2"):
+        load_model(str(tmp_path), auto_class=AutoModelForSequenceClassification, num_labels=1)
+
+
+def test_a_layer_that_the_configuration_lacks_is_an_error(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    with_layers(tmp_path, 1)
+    with pytest.raises(ModelError, match=r"num_hidden_layers=1.*layers.1"):
+        load_model(str(tmp_path))
+
+
+def test_the_head_of_a_classifier_may_be_new(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), auto_class=AutoModelForSequenceClassification, num_labels=1).score is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_no_language_model(tmp_path, tied):
+    config = LlamaConfig(**WIDTHS, num_labels=1, tie_word_embeddings=tied)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds a reward model .*score.weight.*writes no text"):
+        load_model(str(tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from tests.conftest import make_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
-from trl.training.output_folder import OWNER_FILE, claim
+from trl.training.output_folder import OWNER_FILE, check_folder, checkpoint_bytes, claim
 
 TEXTS = {"text": ["A fox runs.", "So it does."]}
 PAIRS = {"prompt": ["Why"] * 2, "chosen": [" so"] * 2, "rejected": [" no"] * 2}
@@ -91,7 +93,10 @@ def test_a_model_from_elsewhere_is_not_written_over(make_model, tmp_path):
 
 def test_folders_without_results_belong_to_nobody(make_model, tmp_path):
     sft(make_model("llama"), tmp_path).train()
-    sft(make_model("llama"), tmp_path, learning_rate=1e-3).train()
+    trainer = sft(make_model("llama"), tmp_path, learning_rate=1e-3)
+    trainer.train()
+    assert not (tmp_path / OWNER_FILE).exists()
+    trainer.save_model()
     assert json.loads((tmp_path / OWNER_FILE).read_text())["options"]["learning_rate"] == 1e-3
 
 
@@ -99,8 +104,18 @@ def test_the_same_folder_by_another_path_is_the_same_model(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     run = {"trainer": "A", "model": "model", "optim": "", "parameters": {}, "rows": {}, "options": {}}
-    claim("out", run, overwrite=False)
+    claim("out", run)
     (tmp_path / "out" / "checkpoint-1").mkdir()
-    claim("out", {**run, "model": str(tmp_path / "model")}, overwrite=False)
+    check_folder("out", {**run, "model": str(tmp_path / "model")}, overwrite=False)
     with pytest.raises(ConfigError, match="model.*there, 'other' here"):
-        claim("out", {**run, "model": "other"}, overwrite=False)
+        check_folder("out", {**run, "model": "other"}, overwrite=False)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    trainer = sft(make_model("llama"), tmp_path, save_strategy="steps", save_steps=1)
+    whole = sum(p.numel() for p in trainer.model.parameters())
+    assert checkpoint_bytes(trainer.model, has_optimizer=True, only_trained=False) == 3 * 4 * whole
+    with pytest.raises(ConfigError, match="a checkpoint takes about .* are free.*save_only_model"):
+        trainer.train()
+    sft(make_model("llama"), tmp_path).train()

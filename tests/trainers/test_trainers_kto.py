@@ -209,10 +209,6 @@ BAD_ROWS = {
         {"prompt": ["a", ""], "completion": ["b", "c"], "label": [True, False]},
         r"1 of 2 rows of 'train' have no prompt \(the first is row 2\)",
     ),
-    "one class": (
-        {"prompt": ["a", "b"], "completion": ["b", "c"], "label": [True, True]},
-        r"KTO needs desirable and undesirable completions; column 'label' has 2 true and 0 false",
-    ),
 }
 
 

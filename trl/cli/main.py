@@ -16,6 +16,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 
 from trl import __version__
 from trl.callbacks.signals import SIGNALS
@@ -165,6 +166,15 @@ def print_method(method: Method, *, everything: bool) -> int:
     print_options(command, method.summary, method.options(), everything=everything, examples=examples)
     return 0
 
+
+class _Command(ModuleType):
+    """This module, which may be called: `from trl.cli import main; main(["sft", …])`."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        return main(argv)
+
+
+sys.modules[__name__].__class__ = _Command
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -90,7 +90,7 @@ def load_model(
         model, found = auto_class.from_pretrained(name, **loading)
     if quantization_config is None and adapter is None:  # an adapter may bring layers; quantised ones have other names
         check_layers(model, name, **found)
-    _keep_unpacked(model)
+    keep_unpacked(model)
     mend_generation_config(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
 
@@ -178,7 +178,7 @@ def get_kbit_device_map() -> dict[str, int] | None:
     return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
 
 
-def _keep_unpacked(model: torch.nn.Module) -> None:
+def keep_unpacked(model: torch.nn.Module) -> None:
     """Leave 4-bit weights as they are in memory.
 
     On processors with AVX512-BF16, bitsandbytes packs them anew in the first forward pass that trains nothing; no gradient

@@ -54,6 +54,7 @@ from trl.models.compiled import compile_layers
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
+    keep_unpacked,
     load_model,
     load_processor,
     make_trainable,
@@ -162,6 +163,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         if self.args.html_report:
             reports = tuple(str(encoded.report) for encoded in self.encoded.values())
             self.add_callback(ReportCallback(reports, rows=self.rows_as_text))
+        unwrap(self.model).add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
 
@@ -203,6 +205,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
+        keep_unpacked(model)
         model = self._with_adapters(model, peft_config)
         make_trainable(model)
         mend_generation_config(unwrap(model))

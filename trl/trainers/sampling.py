@@ -132,6 +132,7 @@ class SamplingTrainer(BaseTrainer):
         columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
         if "input_ids" not in columns or "prompt" in columns:
             return super().encode(rows, split, name)
+        self._columns[split] = [*columns, "prompt"]
         rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
         limit = self.args.max_prompt_length or 0
         return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})

@@ -29,8 +29,8 @@ BESIDE_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json"
 """Files that make a folder a model, with its weights."""
 
 
-def claim(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make a folder that of `run`. With `overwrite`, what an earlier run left there is removed.
+def check_folder(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Check that `run` may write to a folder. With `overwrite`, what an earlier run left there is removed.
 
     Raises ConfigError where the folder holds another run, or the model itself that is trained.
     """
@@ -47,6 +47,11 @@ def claim(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> Non
             f"output_dir={str(folder)!r} holds another run ({difference}). Name another folder; or give overwrite_output_dir, "
             "which removes that run's checkpoints and model; or, to resume it, resume_from_checkpoint (--resume)."
         )
+
+
+def claim(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Write down that what a folder holds is of `run`."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OWNER_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
 

@@ -29,7 +29,7 @@ from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, s
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
-from trl.training.output_folder import check_space, checkpoint_bytes, claim
+from trl.training.output_folder import check_folder, check_space, checkpoint_bytes, claim
 from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
@@ -71,7 +71,7 @@ class ResumableTrainer(Trainer):
             raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
         with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
-            self._claim_folder(checkpoint)
+            self._check_folder(checkpoint)
             if checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
@@ -79,13 +79,13 @@ class ResumableTrainer(Trainer):
             self._nonfinite_at_first = frozenset(self.nonfinite_weights())
             return super().train(checkpoint, *args, **kwargs)
 
-    def _claim_folder(self, checkpoint: str | None) -> None:
+    def _check_folder(self, checkpoint: str | None) -> None:
         """Raise ConfigError, on all processes, where the output folder holds another run than the one that is resumed."""
         folder = Path(self.args.output_dir)
         if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
             return
         overwrite = vars(self.args).get("overwrite_output_dir", False)
-        run_on_main(partial(claim, folder, describe_run(self), overwrite=overwrite))
+        run_on_main(partial(check_folder, folder, describe_run(self), overwrite=overwrite))
 
     def _check_space(self) -> None:
         """Raise ConfigError, on all processes, where no checkpoint fits on the disk."""
@@ -152,6 +152,8 @@ class ResumableTrainer(Trainer):
         best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best == folder or best.exists():
             state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            claim(folder.parent, describe_run(self))
         write_checkpoint(folder, self._write_checkpoint, self.accelerator, names_it=self.args.should_save)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -162,6 +164,8 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `transformers`; raises NonFiniteError instead of writing weights that are not finite over others."""
         self.check_finite("The model")
+        if self.args.should_save and not _internal_call and output_dir in (None, self.args.output_dir):
+            claim(self.args.output_dir, describe_run(self))
         super().save_model(output_dir, _internal_call=_internal_call)
 
     def check_finite(self, what: str) -> None:

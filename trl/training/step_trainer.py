@@ -29,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object
+from trl.training.gradients import GradientCheck
 from trl.training.metrics import Meter
 from trl.training.nonfinite import (
     NonFiniteError,
@@ -73,6 +74,7 @@ class StepTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.meters = {"train": Meter(), "eval": Meter()}
         self.steps = SkippedSteps()
+        self._has_checked_gradients = False
         self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
         self.states.register("steps", self.steps, optional=True)
         self._window: Window
@@ -175,12 +177,23 @@ class StepTrainer(ResumableTrainer):
 
     def _accumulate(self, model: nn.Module, batches: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
         """The losses that `run` gives of the batches, added up; gradients are exchanged with the last of them."""
+        check = self._gradient_check()
         *before, last = batches
         loss = torch.zeros((), device=self.args.device)
         for batch in before:
             with accumulating(self.accelerator, model):
                 loss += run(batch)
-        return loss + run(last)
+        loss = loss + run(last)
+        if check is not None:
+            check.finish(self.model)
+        return loss
+
+    def _gradient_check(self) -> GradientCheck | None:
+        """What looks at the first backward pass; None later, and where parameters are sharded, or hooks would be compiled."""
+        if self._has_checked_gradients or self.is_sharded or self.args.torch_compile:
+            return None
+        self._has_checked_gradients = True
+        return GradientCheck(self.model)
 
     def _backward(self, model: nn.Module, batch: Any) -> Tensor:
         with self.compute_loss_context_manager():

@@ -119,6 +119,9 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         if rewards is None and isinstance(model, WithValueHead) and model.reward_adapter_name is not None:
             rewards = AdapterReward(model)
         self.has_rewards = rewards is not None
+        tokenizer = tokenizer if tokenizer is not None else keywords.pop("processing_class", None)
+        if isinstance(reward_model, PreTrainedModel) and not reward_model.config._name_or_path:
+            keywords.setdefault("reward_processing_classes", tokenizer)
         super().__init__(
             model,
             rewards if self.has_rewards else no_rewards,

@@ -1,0 +1,74 @@
+"""Adapters on quantised weights: all of them learn, whether the model comes by name or as an object."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.conftest import make_tokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.imports import is_available
+
+pytestmark = pytest.mark.skipif(not is_available("bitsandbytes"), reason="bitsandbytes is not installed")
+
+BITS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far."]})
+PAIRS = Dataset.from_dict({"prompt": ["Why"] * 2, "chosen": [" so"] * 2, "rejected": [" no"] * 2})
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+"""Quantised weights come in blocks of 64."""
+
+
+def options(folder):
+    shown = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": []}
+    return {"output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2, **shown}
+
+
+def trained(trainer):
+    """Which of the adapter's matrices moved, of how many: B is 0 at first, and A has a gradient from the second step on."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*MatMul8bitLt")
+        trainer.train()
+    after = dict(trainer.model.named_parameters())
+    return sum(not torch.equal(after[name], value) for name, value in before.items()), len(before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_adapter_on_a_model_by_name_learns_in_every_layer(make_model, tmp_path, bits):
+    make_model("llama", **WIDE).save_pretrained(tmp_path / "base")
+    trainer = SFTTrainer(
+        str(tmp_path / "base"),
+        SFTConfig(**options(tmp_path / "run")),
+        train_dataset=TEXTS,
+        processing_class=make_tokenizer(),
+        quantization_config=BitsAndBytesConfig(**BITS[bits]),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    moved, adapters = trained(trainer)
+    assert moved == adapters == 2 * 7 * 2
+
+
+def test_an_adapter_on_a_model_as_an_object_learns_in_every_layer(make_model, tmp_path):
+    make_model("llama", **WIDE).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(**BITS["nf4"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
+    with torch.no_grad():  # what packs weights on some processors comes from the trainer as well
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(**options(tmp_path / "run")),
+            train_dataset=PAIRS,
+            processing_class=make_tokenizer(),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "down_proj"]),
+        )
+    assert not any(vars(module).get("support_avx512bf16_for_cpu") for module in model.modules())
+    moved, adapters = trained(trainer)
+    assert moved == adapters == 2 * 2 * 2
