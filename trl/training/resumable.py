@@ -92,7 +92,7 @@ class ResumableTrainer(Trainer):
         if self.args.save_strategy == "no" or self.is_sharded:
             return
         is_adapter = any(isinstance(module, PeftModel) for module in self.model.modules())
-        moments = "adam" in str(self.args.optim) and not self.args.save_only_model
+        moments = "adam" in str(self.args.optim).lower() and not self.args.save_only_model
         needed = checkpoint_bytes(self.model, has_optimizer=moments, only_trained=is_adapter)
         run_on_main(partial(check_space, self.args.output_dir, needed))
 
