@@ -85,6 +85,17 @@ def test_the_model_that_is_trained_is_not_replaced(make_model, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_the_adapter_that_is_trained_on_is_not_replaced(make_model, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    first = sft(str(tmp_path / "base"), tmp_path / "adapter", peft_config=LORA)
+    first.train()
+    first.save_model()
+    trainer = sft(str(tmp_path / "adapter"), tmp_path / "adapter", overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="folder of the model that is trained"):
+        trainer.train()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_a_model_from_elsewhere_is_not_written_over(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="nothing is known"):
@@ -103,7 +114,7 @@ def test_folders_without_results_belong_to_nobody(make_model, tmp_path):
 def test_the_same_folder_by_another_path_is_the_same_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    run = {"trainer": "A", "model": "model", "optim": "", "parameters": {}, "rows": {}, "options": {}}
+    run = {"trainer": "A", "model": "model", "adapter": "", "optim": "", "parameters": {}, "rows": {}, "options": {}}
     claim("out", run)
     (tmp_path / "out" / "checkpoint-1").mkdir()
     check_folder("out", {**run, "model": str(tmp_path / "model")}, overwrite=False)

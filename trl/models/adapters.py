@@ -79,6 +79,7 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
         raise _unfit(adapter, model, str(error)) from error
     if unknown := [key for key in found.unexpected_keys if not _is_copy(key, state, tied)]:
         raise _unfit(adapter, model, f"it has no {unknown[0]}")
+    adapted._trl_source = adapter
     return adapted if trainable else adapted.requires_grad_(False)
 
 

@@ -76,9 +76,9 @@ def checkpoint_bytes(model: nn.Module, *, has_optimizer: bool, only_trained: boo
 
 
 def is_trained_model(folder: Path, run: Mapping[str, Any]) -> bool:
-    """Whether the model that `run` trains lies in the folder."""
-    name = run["model"]
-    return bool(name) and bool(model_files(folder)) and Path(name).expanduser().resolve() == folder.resolve()
+    """Whether the model that `run` trains, or the adapter, lies in the folder."""
+    names = [Path(run[name]).expanduser().resolve() for name in ("model", "adapter") if run[name]]
+    return folder.resolve() in names and bool(model_files(folder))
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -116,10 +116,11 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for name in ("trainer", "optim"):
         if then[name] != now[name]:
             return f"{name} {then[name]!r} there, {now[name]!r} here"
-    models = [each.get("model", "") for each in (then, now)]
-    if "model" in then and Path(models[0]).resolve() != Path(models[1]).resolve():
-        there, here = (repr(name) if name else "made in memory" for name in models)
-        return f"model {there} there, {here} here"
+    for name in ("model", "adapter"):
+        given = [each.get(name, "") for each in (then, now)]
+        if name in then and Path(given[0]).resolve() != Path(given[1]).resolve():
+            there, here = (repr(each) if each else "none by name" for each in given)
+            return f"{name} {there} there, {here} here"
     if then["parameters"] != now["parameters"]:
         return "which trains other parameters: another adapter, or none"
     if then["rows"] and now["rows"] and then["rows"] != now["rows"]:

@@ -67,6 +67,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     return {
         "trainer": type(trainer).__name__,
         "model": _name_of(unwrap(trainer.model)),
+        "adapter": next((vars(m)["_trl_source"] for m in trainer.model.modules() if "_trl_source" in vars(m)), ""),
         "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
         "parameters": trained_parameters(unwrap(trainer.model)),
         "rows": describe_rows(trainer.train_dataset),
