@@ -7,13 +7,14 @@ single ones       predictions [N]                                            lab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from trl.errors import ConfigError
+from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
 from trl.types import Example, Metrics
 
@@ -23,9 +24,20 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 class PredictsRewards(BaseTrainer):
     """A trainer whose evaluation gives rewards to `compute_metrics`."""
 
-    def __init__(self, *arguments: Any, compute_metrics: ComputeMetrics | None = None, **keywords: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: EvalRows = None,
+        processing_class: Any = None,
+        *,
+        compute_metrics: ComputeMetrics | None = None,
+        **keywords: Unpack[TrainerKeywords],
+    ) -> None:
         self._predicted: list[tuple[Tensor, Tensor]] = []
-        super().__init__(*arguments, **keywords)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
         if compute_metrics is not None and self.accelerator.num_processes > 1:
             raise ConfigError("compute_metrics works in one process: evaluate apart from training, or leave it out.")
         self.compute_metrics = compute_metrics
