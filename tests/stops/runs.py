@@ -48,7 +48,14 @@ OPTIONS = {
     "disable_dropout": False,
     "html_report": False,
 }
-TIMES = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+TIMES = (
+    "tokens_per_second",
+    "step_time",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+)
 
 Trainer = Any
 Make = Callable[..., Trainer]
