@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint docs dev clean
+.PHONY: demo test quantised lint docs dev clean
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ demo: $(VENV)/.base
 # Tiny models run fastest on one thread each; files are shared out between two processes, slow ones first.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Apart, since every program that imports peft imports bitsandbytes too where it is installed, which takes seconds.
+quantised: $(VENV)/.test $(VENV)/.quantization
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_models_quantised.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
