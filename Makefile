@@ -26,7 +26,7 @@ test: $(VENV)/.test
 
 # Apart, since every program that imports peft imports bitsandbytes too where it is installed, which takes seconds.
 quantised: $(VENV)/.test $(VENV)/.quantization
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_models_quantised.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_models_quantised.py tests/cli/test_cli_train.py -k quantised
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

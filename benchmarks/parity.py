@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy")
-NOT_OURS = re.compile(r"^time/|_runtime$|_per_second$|^total_flos$|memory|^epoch$|^step$")
+NOT_OURS = re.compile(r"^time/|_runtime$|_per_second$|^step_time$|^total_flos$|memory|^epoch$|^step$")
 """Metrics that the clock or the machine has a part in, and what `transformers` counts by itself."""
 
 Run = dict[str, Any]

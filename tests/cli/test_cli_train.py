@@ -1,4 +1,4 @@
-"""Every training command trains in a process of its own: from a YAML file, and from flags alone."""
+"""Every training command trains in a process of its own, from a YAML file and from flags alone; one of them as installed."""
 
 from __future__ import annotations
 
@@ -178,22 +178,28 @@ def test_no_command_is_left_out():
     assert OPTIONS.keys() | ELSEWHERE == methods().keys()
 
 
+def installed(folder: Path, *words: str) -> Ended:
+    """How the installed command ended, from its start. It searches the current folder for no modules, as `-m` does."""
+    command = str(Path(sys.executable).with_name("trl"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([command, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
-def test_from_a_file(folder, method):
-    """The installed command, from its start. `max_steps` of the command line wins over the file's."""
+def test_from_a_file(folder, method, trl):
+    """`max_steps` of the command line wins over the file's."""
     options = {"model_name_or_path": "tiny", "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     options |= {"output_dir": f"file-{method}", "logging_steps": 1, "max_steps": 7} | OPTIONS[method]
     (folder / f"{method}.yaml").write_text(yaml.safe_dump(options))
-    command = Path(sys.executable).with_name("trl")  # does not search the current folder for modules, as `-m` does
-    words = [str(command), method, "--config", f"{method}.yaml", "--max_steps", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("'loss'") == 1
+    words = [method, "--config", f"{method}.yaml", "--max_steps", "1"]
+    done = installed(folder, *words) if method == "grpo" else trl(*words)
+    assert done.status == 0, done.err
+    assert done.out.count("'loss'") == 1
     assert trained(folder / f"file-{method}")["max_steps"] == 1
     for metric in LOGGED.get(method, ()):
-        assert f"'{metric}'" in done.stdout
+        assert f"'{metric}'" in done.out
     if "log_completions" in OPTIONS[method]:
         table = pq.read_table(folder / f"file-{method}" / "completions" / "completions_00001.parquet").to_pylist()
         assert len(table) == 4

@@ -197,7 +197,7 @@ def logged(trainer: BaseTrainer) -> dict:
     found: dict = {}
     for log in (log for log in trainer.state.log_history if "train_runtime" not in log):
         for name, value in log.items():
-            if not name.endswith(("runtime", "_per_second", "padding_share")):
+            if not name.endswith(("runtime", "_per_second", "step_time", "padding_share")):
                 found.setdefault(name, []).append(value)
     return found
 

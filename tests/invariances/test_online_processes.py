@@ -22,7 +22,7 @@ from trl.trainers.online_dpo import OnlineDPOTrainer
 from trl.trainers.rloo import RLOOTrainer
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-NOT_COMPARED = ("second", "runtime", "padding_share", "flos", "num_tokens")
+NOT_COMPARED = ("second", "runtime", "step_time", "padding_share", "flos", "num_tokens")
 
 
 async def of_some(prompts, completion_ids, number, log_metric, log_extra):

@@ -23,7 +23,10 @@ FEWEST = 24
 """With fewer values, a smooth line would only blur."""
 
 GROUPS: tuple[tuple[str, str], ...] = (
-    ("Speed and size", r"runtime|per_second|num_tokens|padding_share|total_flos|num_input_tokens|^time/|memory"),
+    (
+        "Speed and size",
+        r"runtime|per_second|step_time|num_tokens|padding_share|total_flos|num_input_tokens|^time/|memory",
+    ),
     ("Completions", r"^completions?/"),
     ("Loss", r"(^|[/_])loss([/_]|$)|perplexity"),
     ("Rewards", r"reward|score|margin"),
