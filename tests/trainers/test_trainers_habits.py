@@ -276,3 +276,12 @@ def test_what_nothing_called_needs_no_gradient(caplog):
     model["used"](torch.ones(2)).sum().backward()
     check.finish(model)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("name", "folder"), [("org/Tiny-0.1B", "Tiny-0.1B-SFT"), ("", "trainer_output")])
+def test_a_run_without_options_has_a_folder_of_its_own(make_model, tokenizer, name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_model("llama")
+    model.config._name_or_path = name
+    rows = Dataset.from_dict({"text": ["A fox."]})
+    assert SFTTrainer(model, train_dataset=rows, processing_class=tokenizer).args.output_dir == folder

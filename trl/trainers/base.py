@@ -129,7 +129,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         tokenizer: Any = None,
         **classic: Unpack[ClassicOptions],
     ) -> None:
-        self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__)
+        self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__, model=model)
         source = self._tokenizer_source(model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
         self.processing_class = self._resolve_processor(processing_class, tokenizer, source)

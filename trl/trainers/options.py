@@ -15,15 +15,21 @@ from trl.trainers.config import TrainerConfig
 
 
 def resolve_args(
-    config_class: type[TrainerConfig], args: TrainingArguments | None, given: Mapping[str, Any], *, trainer: str
+    config_class: type[TrainerConfig],
+    args: TrainingArguments | None,
+    given: Mapping[str, Any],
+    *,
+    trainer: str,
+    model: Any = None,
 ) -> TrainerConfig:
     """A configuration of `config_class`, with options that were `given` as keywords of the trainer put into it.
 
-    `args` may be plain `TrainingArguments`. Raises ConfigError for a keyword that is no option.
+    `args` may be plain `TrainingArguments`. Without, what is written goes to a folder named after the model and the
+    method. Raises ConfigError for a keyword that is no option.
     """
     options = resolve_options(config_class, given, trainer=trainer)
     if args is None:
-        return config_class(**options)
+        return config_class(**{**_folder_of(model, trainer), **options})
     if not isinstance(args, config_class):
         fields = {f.name for f in dataclasses.fields(config_class) if f.init}
         shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
@@ -33,6 +39,13 @@ def resolve_args(
         setattr(args, name, value)
     args.check_values()
     return args
+
+
+def _folder_of(model: Any, trainer: str) -> dict[str, str]:
+    """`output_dir` of a run whose folder nobody named: "Qwen2.5-0.5B-SFT" of "Qwen/Qwen2.5-0.5B" and SFTTrainer."""
+    name = str(model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", ""))
+    last = name.rstrip("/").rpartition("/")[2]
+    return {"output_dir": f"{last}-{trainer.removesuffix('Trainer')}"} if last else {}
 
 
 def resolve_options(config_class: type[TrainerConfig], given: Mapping[str, Any], *, trainer: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
             raise ConfigError(
                 "quantization_config is of language models: load the pipeline quantised, and give it as the model."
             )
-        self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__)
+        self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__, model=model)
         for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if rows is not None:
                 check_prompts(rows, name)
