@@ -6,6 +6,7 @@ Each engine is started once, by accelerate's launcher and the configuration that
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,12 +25,20 @@ LORA = tuple(f"{name}+lora" for name in FULL)
 OTHERS = ("early", "shared", "uneven", "few", "rloo", "reinforce", "online_dpo", "critic")
 """A reference computed beforehand, or that shares layers, or moves; too few rows, or prompts; value models, and epochs cut short."""
 CASES = {
-    "ddp": (*FULL, *LORA, "bco", "early", "shared", "uneven", "t5", "bf16"),
-    "fsdp2": (*FULL, *LORA, *OTHERS, "t5"),
-    "zero1": ("sft", "grpo", "step"),
-    "zero2": (*FULL, "step+lora", "shared", "critic"),
-    "zero3": (*FULL, *LORA, *OTHERS),
+    "ddp": (*FULL, "sft+lora", "grpo+lora", "shared", "uneven", "bf16"),
+    "fsdp2": ("sft", "dpo", "grpo", "ppo", "step", "grpo+lora", "few", "critic"),
+    "zero1": ("sft",),
+    "zero2": ("sft", "kto", "grpo", "step+lora", "shared"),
+    "zero3": ("sft", "reward", "grpo", "ppo", "step", "dpo+lora", "uneven", "online_dpo"),
 }
+if os.environ.get("TRL_TEST_LONG"):
+    CASES = {
+        "ddp": (*FULL, *LORA, "bco", "early", "shared", "uneven", "t5", "bf16"),
+        "fsdp2": (*FULL, *LORA, *OTHERS, "t5"),
+        "zero1": ("sft", "grpo", "step"),
+        "zero2": (*FULL, "step+lora", "shared", "critic"),
+        "zero3": (*FULL, *LORA, *OTHERS),
+    }
 EXACTNESS = {"ddp": 1e-5, "fsdp2": 1e-5, "zero1": 1e-4, "zero2": 1e-4, "zero3": 1e-4}
 BF16 = 5e-3
 """Roundings of bfloat16 depend on which sequences are computed together."""

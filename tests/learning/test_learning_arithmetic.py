@@ -42,7 +42,7 @@ def test_the_tokenizer_has_a_token_for_every_character():
     assert tokenizer.pad_token_id not in ids
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_verifier_teaches_what_noisy_examples_do_not():
     run = the_run()
     model = run.imitate()

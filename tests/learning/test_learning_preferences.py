@@ -27,7 +27,7 @@ from trl.trainers.dpo import DPOTrainer
 from trl.trainers.kto import KTOTrainer
 from trl.trainers.reward import RewardTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 TRAIN, TEST = load_reviews("train"), load_reviews("test")
 PROMPTS = prompt_openings(TRAIN.select(range(2000)))

@@ -58,8 +58,12 @@ def pretrained():
     return run.pretrain()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", run.METHODS)
+def method_of(name):
+    """One method always; the others take as long each."""
+    return pytest.param(name, marks=pytest.mark.slow if name == "grpo" else pytest.mark.long)
+
+
+@pytest.mark.parametrize("method", map(method_of, run.METHODS))
 def test_walks_become_the_shortest(pretrained, method):
     model = copy.deepcopy(pretrained)
     before = walks.mean_optimality(model)
