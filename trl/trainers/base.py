@@ -167,6 +167,12 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from."""
+        if self.train_dataset is None:
+            raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
+        return super().train(*args, **kwargs)
+
     # ---- what a trainer adds ----
 
     def encode_settings(self, split: str) -> EncodeSettings:

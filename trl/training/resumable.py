@@ -23,7 +23,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.data.examples import Endless
-from trl.errors import ConfigError
 from trl.models.reference import Reference
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
 from trl.training.collectives import all_gather_object, run_on_main
@@ -63,12 +62,7 @@ class ResumableTrainer(Trainer):
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one.
-
-        Raises ConfigError where there is nothing to train on.
-        """
-        if self.train_dataset is None:
-            raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
+        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
         with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
             self._check_folder(checkpoint)
@@ -118,6 +112,12 @@ class ResumableTrainer(Trainer):
         """Whether no step is left, as in a run that resumes from its last checkpoint; the training loop is then told to stop."""
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
+
+    @property
+    def steps_since_log(self) -> int:
+        """Steps whose loss was not logged yet, those before a checkpoint that the run resumed from included."""
+        resumed = self._resumed_loss
+        return self.state.global_step - (self._globalstep_last_logged if resumed is None else resumed["logged"])
 
     def _loss_state(self) -> dict[str, Any]:
         return {"sum": self._tr_loss, "logged": self._globalstep_last_logged}

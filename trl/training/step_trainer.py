@@ -325,7 +325,7 @@ class StepTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**self.steps.corrected(logs), **self._train_metrics()}
-        if "train_loss" in logs and self._throughput[1]:  # steps since the last log, which may have been none
+        if "train_loss" in logs and self.steps_since_log:
             logs = {**self._train_metrics(), **logs}
         if "train_loss" in logs and self.steps.skipped:
             logs["train_loss"] = self.steps.corrected_mean(logs["train_loss"], self.state.global_step)
@@ -337,7 +337,7 @@ class StepTrainer(ResumableTrainer):
         metrics = self.meters["train"].read(self._gather, self.args.device)
         tokens, seconds = self._throughput
         steps, self._throughput, self._timed_steps = self._timed_steps, (0, 0.0), 0
-        speed = {"tokens_per_second": tokens / seconds, "step_time": seconds / steps}
+        speed = {"tokens_per_second": tokens / seconds, "step_time": seconds / steps} if steps else {}
         return {**metrics, "num_tokens": self.state.num_input_tokens_seen, **speed}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -6,14 +6,10 @@ import base64
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from trl.types import Example, PerToken
-from trl.vision.images import PixelLimits, read_image
-from trl.vision.processing import ImageProcessing
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Content = str | list[dict[str, str]]
 
@@ -27,7 +23,7 @@ def content_with(images: Sequence[str], text: str) -> Content:
 
 def check_image(path: str) -> tuple[str, str]:
     """The absolute path of an image, and its size in words. Raises DataError for what is none, or is broken."""
-    image = read_image(Path(path).expanduser(), PixelLimits())
+    image = _read(path)
     return str(Path(path).expanduser().resolve()), f"{image.width:,} × {image.height:,} pixels"
 
 
@@ -42,16 +38,12 @@ def _part(part: Mapping[str, str]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
     whole = BytesIO()
-    read_image(part["image"], PixelLimits()).save(whole, format="PNG")
+    _read(part["image"]).save(whole, format="PNG")
     data = base64.b64encode(whole.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def prompt_inputs(processing: ImageProcessing, text: str, images: Sequence[str]) -> dict[str, Tensor]:
-    """Arguments of `generate` for a prompt with a place for each image: `input_ids [1,P]`, pixels, token types."""
-    expanded, _ = processing.expand(text, images)
-    ids = processing.processor.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-    inputs = processing.with_images(Example(ids, ()), images).inputs
-    per_token = {name for name, join in processing.family.joins.items() if isinstance(join, PerToken)}
-    rows = {name: value[None] if name in per_token else value for name, value in inputs.items()}
-    return {"input_ids": torch.tensor([ids]), **rows}
+def _read(path: str) -> Image:
+    from trl.vision.images import PixelLimits, read_image  # a chat without images needs neither PIL nor torch
+
+    return read_image(Path(path).expanduser(), PixelLimits())

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from trl.cli.chat.arguments import ChatArguments, Generation
-from trl.cli.chat.images import prompt_inputs
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
 from trl.data.chat import ChatTemplate
 from trl.data.multimodal import split_parts
@@ -19,6 +19,7 @@ from trl.errors import ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
 from trl.report.charts import number
+from trl.types import Example, PerToken
 from trl.vision.families import family_of, image_token_ids
 from trl.vision.processing import ImageProcessing
 
@@ -180,3 +181,13 @@ def _placement(device: str) -> dict[str, Any]:
     if device == "auto" and not torch.accelerator.is_available():
         return {}
     return {"device_map": device}
+
+
+def prompt_inputs(processing: ImageProcessing, text: str, images: Sequence[str]) -> dict[str, Tensor]:
+    """Arguments of `generate` for a prompt with a place for each image: `input_ids [1,P]`, pixels, token types."""
+    expanded, _ = processing.expand(text, images)
+    ids = processing.processor.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    inputs = processing.with_images(Example(ids, ()), images).inputs
+    per_token = {name for name, join in processing.family.joins.items() if isinstance(join, PerToken)}
+    rows = {name: value[None] if name in per_token else value for name, value in inputs.items()}
+    return {"input_ids": torch.tensor([ids]), **rows}

@@ -140,7 +140,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         self.best_score = float("-inf")
         self.dataset, self.dataloader = dataset, self._make_loader(dataset, data_collator)
         self._is_prepared = False
-        self._ratios: list[Tensor] = []
+        self._ratios: list[tuple[Tensor, Tensor]] = []
         self._triplets: Sequence[int] = ()
         start_trackers(self.args, self.accelerator)
 
@@ -360,7 +360,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
                 self._triplets = order[start:][: args.backward_batch_size]
                 count = ceil(len(self._triplets) / args.mini_batch_size)
                 self.optimizer_step([examples[i] for i in self._triplets], count=count)
-                ratios += self._ratios
+                ratios += self._ratios_of_tokens()
             if args.early_stopping and self._has_left_target():
                 break
         self._triplets = ()
@@ -417,15 +417,19 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         """The algorithm's; the ratios of a window's tokens are kept until the next one."""
         loss, metrics = super().loss(model, batch)
         if batch.weight is not None and batch.tokens:
-            self._ratios.append(metrics["policy/ratio"][batch.mask.bool()])
+            self._ratios.append((metrics["policy/ratio"], batch.mask.bool()))
         return loss, metrics
+
+    def _ratios_of_tokens(self) -> list[Tensor]:
+        """Ratios of the last optimizer step, of the tokens that are trained on: one vector for each micro-batch."""
+        return [ratio[mask] for ratio, mask in self._ratios]
 
     def _has_left_target(self) -> bool:
         """Whether the policy has moved too far from the one that sampled to go through the batch once more.
 
         That is the mean of −log ratio over the tokens of the last optimizer step, on all processes.
         """
-        ratios = torch.cat(self._ratios)
+        ratios = torch.cat(self._ratios_of_tokens())
         sums = torch.stack([-ratios.log().sum(), ratios.new_tensor(len(ratios))])
         total, tokens = self._gather(sums[None]).sum(0).tolist()
         return total > 1.5 * self.args.target_kl * tokens
