@@ -94,7 +94,11 @@ def test_it_has_its_name_when_it_is_whole(tmp_path):
         ["checkpoint-1", "partial-checkpoint-2"],
         ["checkpoint-1", "checkpoint-2", "partial-checkpoint-3"],
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", *(f"checkpoint-{k}" for k in (1, 2, 3))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "_run.json",
+        *(f"checkpoint-{k}" for k in (1, 2, 3)),
+    ]
 
 
 # ---- which one is resumed ----

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from tests.vision.support import llava, picture
 from tests.vision.test_vision_layouts import example_of
 from tests.vision.test_vision_training import LORA, history, rows, trainer_of
+from trl.models.image_features import ImageFeatures, encoder_parameters
 from trl.models.score import unwrap
-from trl.vision.features import ImageFeatures, encoder_parameters
 
 IMAGES = 4
 """Images of `rows`: one, one, none and two."""

@@ -9,11 +9,11 @@ import torch
 
 from tests.vision.support import FAMILIES, Tiny, picture
 from trl.data.layout import lay_out
+from trl.models.image_features import ImageFeatures, encoder_parameters
 from trl.models.score import score
 from trl.types import Completion, Example
 from trl.vision.blank import blank_image
 from trl.vision.families import family_of, joins_of
-from trl.vision.features import ImageFeatures, encoder_parameters
 from trl.vision.processing import ImageProcessing
 
 LAYOUTS = ("padded", "packed", "shared")

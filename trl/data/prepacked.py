@@ -19,7 +19,7 @@ from trl.data.trees import Tree
 from trl.errors import DataError
 
 if TYPE_CHECKING:
-    from trl.data.encoders import Columns
+    from trl.data.columns import Columns
 
 NUMBERED = ("document_ids", "sequence_ids", "seq_idx")
 PACKED_COLUMNS = ("seq_lengths", "position_ids", *NUMBERED)

@@ -56,7 +56,7 @@ from trl.vision.families import image_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trl.vision.features import ImageFeatures
+    from trl.models.image_features import ImageFeatures
 
 Way = Literal["paged", "shared", "repeated", "generate"]
 

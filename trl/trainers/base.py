@@ -51,6 +51,7 @@ from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
+from trl.models.image_features import MIB, ImageFeatures
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -77,7 +78,6 @@ from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
 from trl.vision.encoder_outputs import FEATURES
 from trl.vision.families import joins_of
-from trl.vision.features import MIB, ImageFeatures
 from trl.vision.images import PixelLimits
 from trl.vision.processing import ImageProcessing
 
