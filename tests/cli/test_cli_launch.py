@@ -100,7 +100,7 @@ def losses(folder, *words):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_like_one(tmp_path):
     from tests.conftest import MODELS, make_tokenizer
 

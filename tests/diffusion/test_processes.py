@@ -57,6 +57,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     assert torch.allclose(alone, together, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_signal_in_the_middle_of_a_rollout_batch(tmp_path):
     for way in ("whole", "signal", "resume"):
         run_well(ALONE, PROGRAM, tmp_path, way)

@@ -27,8 +27,6 @@ OTHERS = ("early", "shared", "uneven", "few", "rloo", "reinforce", "online_dpo",
 CASES = {
     "ddp": (*FULL, "sft+lora", "grpo+lora", "shared", "uneven", "bf16"),
     "fsdp2": ("sft", "dpo", "grpo", "ppo", "step", "grpo+lora", "few", "critic"),
-    "zero1": ("sft",),
-    "zero2": ("sft", "kto", "grpo", "step+lora", "shared"),
     "zero3": ("sft", "reward", "grpo", "ppo", "step", "dpo+lora", "uneven", "online_dpo"),
 }
 if os.environ.get("TRL_TEST_LONG"):

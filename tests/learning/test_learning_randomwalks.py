@@ -63,7 +63,7 @@ def method_of(name):
     return pytest.param(name, marks=pytest.mark.slow if name == "grpo" else pytest.mark.long)
 
 
-@pytest.mark.parametrize("method", map(method_of, run.METHODS))
+@pytest.mark.parametrize("method", [*map(method_of, run.METHODS)])
 def test_walks_become_the_shortest(pretrained, method):
     model = copy.deepcopy(pretrained)
     before = walks.mean_optimality(model)

@@ -87,7 +87,7 @@ def test_cache_by_hand():
     assert cache_bytes(config, sequences=5, tokens=7, bytes_per_number=2) == 2 * 2 * 3 * 16 * 35
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 def test_a_model_of_15m_parameters_takes_what_was_estimated_or_up_to_twice_that(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))

