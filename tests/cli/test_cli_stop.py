@@ -14,7 +14,8 @@ import pytest
 from datasets import load_dataset
 from transformers import TrainerCallback
 
-from trl.callbacks.stop import SIGNALS, stop_on_signal
+from trl.callbacks.signals import SIGNALS
+from trl.callbacks.stop import stop_on_signal
 from trl.cli.main import main
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.training.checkpoint import checkpoints, why_not_resumable

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from trl.callbacks.stop import SIGNALS
+from trl.callbacks.signals import SIGNALS
 
 SHOWN = {
     "loss": "loss",
