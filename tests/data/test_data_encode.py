@@ -8,7 +8,8 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from trl.data.completion_collator import DataCollatorForCompletionOnlyLM
-from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset, tokenizer_key
+from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset
+from trl.data.row_encoder import tokenizer_key
 from trl.errors import ConfigError, DataError
 
 HEADER = "<|im_start|>user\nsky<|im_end|>\n<|im_start|>assistant\n"

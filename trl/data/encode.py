@@ -24,30 +24,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl.data.columns import Columns
-from trl.data.encoders import ENCODERS, Tokenization
-from trl.data.formats import COLUMNS_READ, PICTURES, detect_kind
-from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, stored, undecoded
-from trl.data.prepacked import comes_packed, documents_of, refuse_packed
+from trl.data.encoders import Tokenization
+from trl.data.formats import detect_kind
+from trl.data.multimodal import undecoded
+from trl.data.prepacked import comes_packed, refuse_packed
+from trl.data.row_encoder import COUNTS, INPUTS, RowEncoder
 from trl.data.settings import EncodeSettings
 from trl.data.trees import (
     IDENTICAL,
     KEPT,
     OVERLONG,
-    TRUNCATIONS,
     UNSCORED,
-    Tree,
-    doubly_nested,
-    keep_prompt_end,
-    keep_sides,
-    keep_whole,
-    nested,
-    with_token_signal,
 )
 from trl.errors import DataError
 from trl.types import Completion, Example
@@ -59,18 +50,6 @@ FIRST_ROWS = 1000
 """Rows that are looked at to see whether their attention masks number documents."""
 ROWS_NAMED = 5
 """Numbers of rows that a warning names."""
-
-_FORMAT = 2
-"""Number of the encoding, part of the cache key: raise it when encoded rows change."""
-
-_COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
-"""Columns that the report is made of; they are taken off afterwards."""
-
-NUMBERS = {"score", "margin", "weight", "chosen_score", "rejected_score"}
-"""Columns that losses read: NaN in one would make a step NaN."""
-
-INPUTS = "inputs"
-"""Column with what else the model reads with a prompt: a dict of arrays, by the name of the forward's argument."""
 
 _LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask", INPUTS, "images", "image_counts"})
 
@@ -97,7 +76,7 @@ class EncodingReport:
     @classmethod
     def of(cls, counts: pa.Table, name: str) -> EncodingReport:
         """The report of encoded rows, from their counts."""
-        column = {name: counts[name].to_numpy() for name in _COUNTS}
+        column = {name: counts[name].to_numpy() for name in COUNTS}
         status, kept = column["status"], column["status"] == KEPT
         return cls(
             name=name,
@@ -215,7 +194,7 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
         kept = np.flatnonzero(counts["status"].to_numpy() == KEPT)
         encoded = encoded.select(kept).flatten_indices()
     report.log()
-    return Encoded(encoded.remove_columns(list(_COUNTS)), encoder.kind, report)
+    return Encoded(encoded.remove_columns(list(COUNTS)), encoder.kind, report)
 
 
 def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, pa.Table]:
@@ -234,7 +213,7 @@ def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, 
             **more,
         )
         encoded.data.table.validate(full=True)
-        return encoded, encoded.data.table.select(_COUNTS)
+        return encoded, encoded.data.table.select(COUNTS)
 
     try:
         return run()
@@ -250,9 +229,9 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
 
     def encode(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
         table = encoder(batch, rows)
-        encoded.report += EncodingReport.of(table.select(_COUNTS), name)
+        encoded.report += EncodingReport.of(table.select(COUNTS), name)
         kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
-        return kept.drop_columns(list(_COUNTS)).to_pydict()
+        return kept.drop_columns(list(COUNTS)).to_pydict()
 
     removed = [name for name in columns if name not in encoder.kept]
     encoded.dataset = dataset.map(encode, batched=True, with_indices=True, remove_columns=removed)
@@ -269,218 +248,6 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
         f"dropped. max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}, and the shortest "
         f"row has {shortest:,} tokens. Raise max_length, choose truncation_mode='keep_end', or check the masks."
     )
-
-
-class RowEncoder:
-    """From a batch of rows to a table of encoded ones, row by row; the function that `map` calls."""
-
-    def __init__(
-        self,
-        tokenization: Tokenization,
-        kind: str,
-        columns: Sequence[str],
-        *,
-        has_inputs: bool = False,
-        is_packed: bool = False,
-    ) -> None:
-        self.tokenization = tokenization
-        self.kind = kind
-        self.settings = tokenization.settings
-        settings = self.settings
-        keep = {*settings.keep_columns, INPUTS} if has_inputs else {*settings.keep_columns}
-        pictures = set() if tokenization.images is None else PICTURES
-        wanted = self._needed() | {*keep, *settings.token_signals} | pictures
-        self.columns = [name for name in columns if name in wanted]
-        self.kept = [name for name in self.columns if name in keep - pictures]
-        self.is_masked = self._is_masked()
-        self.is_packed = is_packed
-        if is_packed and (settings.encoder_decoder or settings.token_signals or self.kept):
-            reads = (
-                "encoder-decoders read"
-                if settings.encoder_decoder
-                else f"column {[*settings.token_signals, *self.kept][0]!r} is of"
-            )
-            raise DataError(
-                f"The rows came packed, several documents in one, and {reads} one example: give the documents as rows."
-            )
-
-    def _needed(self) -> set[str]:
-        text = {self.settings.text_field} if self.kind == "language_modeling" else set()
-        return {name for name in COLUMNS_READ[self.kind] if name != "text"} | text
-
-    def _is_masked(self) -> bool:
-        if self.kind == "tokenized":
-            return any(name in self.columns for name in ("labels", "completion_mask", "assistant_masks"))
-        chosen_tokens = self.settings.assistant_only_loss or self.settings.token_mask is not None
-        return self.kind in ("stepwise", "dialogue") or chosen_tokens
-
-    def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
-        given = columns = Columns({name: batch[name] for name in self.columns}, rows, is_packed=self.is_packed)
-        for name in NUMBERS & set(self.kept):
-            columns.check_finite(name)
-        if (processing := self.tokenization.images) is not None:
-            columns = place_images(columns, processing, has_template=processing.processor.chat_template is not None)
-        trees = ENCODERS[self.kind](columns, self.tokenization)
-        if self.settings.token_mask is not None:
-            trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
-        for name in self.settings.token_signals:
-            trees = [self._with_signal(k, tree, name, columns) for k, tree in enumerate(trees)]
-        if self.is_packed:
-            trees, lengths = documents_of(trees, columns)
-            cut = [self._cut(tree, 0) if len(n) == 1 else tree for tree, n in zip(trees, lengths, strict=True)]
-            lengths = [[tree.tokens] if len(n) == 1 else n for tree, n in zip(cut, lengths, strict=True)]
-            self._check_limits(cut, columns, lengths)
-            return self._table(trees, cut, columns, documents=lengths)
-        cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
-        left = [_emptied(tree) if shorter is None else shorter for tree, shorter in zip(trees, cut, strict=True)]
-        self._check_limits(left, columns)
-        kept = replace(columns, values={**columns.values, **given.values})
-        return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
-
-    def _check_limits(
-        self, trees: Sequence[Tree], columns: Columns, documents: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        """Raises DataError for a row with a token or a position that the model has no embedding for."""
-        s = self.settings
-        for k, tree in enumerate(trees):
-            sides = (len(tree.prompt), tree.longest)
-            size = max(documents[k]) if documents else max(sides) if s.encoder_decoder else sum(sides)
-            if s.positions is not None and size > s.positions:
-                raise DataError(
-                    f"Row {columns.rows[k] + 1}: {size:,} tokens, and the model has {s.positions:,} positions: set "
-                    f"max_length={s.positions}, or less, or leave long rows out."
-                )
-            top = tree.highest_id
-            if s.embedded is not None and columns.images is None and top >= s.embedded:
-                token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
-                raise DataError(
-                    f"Row {columns.rows[k] + 1}: token {token!r} ({top}) has no embedding, the model's has {s.embedded:,} "
-                    "rows. If tokens were added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the "
-                    "model); else the tokenizer is another model's."
-                )
-
-    def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
-        """Tokens of prompt and first completion that are not to be cut: those up to the end of the last image."""
-        if columns.images is not None and columns.images[k]:
-            return self.tokenization.images.image_end(
-                [*tree.prompt, *(tree.completions[0] if tree.completions else ())]
-            )
-        return len(tree.prompt) if INPUTS in columns and columns[INPUTS][k] else 0
-
-    def _with_signal(self, k: int, tree: Tree, name: str, columns: Columns) -> Tree:
-        try:
-            return with_token_signal(tree, name, columns[name][k])
-        except (TypeError, ValueError) as error:
-            raise columns.error(k, name, f"{error}.") from error
-
-    def _masked(self, tree: Tree, row: int) -> Tree:
-        ids = [tree.prompt + completion for completion in tree.completions]
-        return Tree([], ids, [list(self.settings.token_mask(row_ids, row)) for row_ids in ids])
-
-    def _cut(self, tree: Tree, whole: int) -> Tree | None:
-        """The tree within the limits; None if its first `whole` tokens are not."""
-        s = self.settings
-        if whole:
-            return keep_whole(tree, whole, s.max_prompt_length, s.max_length)
-        if s.encoder_decoder:
-            return keep_sides(tree, s.max_prompt_length or s.max_length, s.max_length, s.truncation_mode)
-        if s.max_prompt_length is not None:
-            tree = keep_prompt_end(tree, s.max_prompt_length)
-        return tree if s.max_length is None else TRUNCATIONS[s.truncation_mode](tree, s.max_length)
-
-    def _table(
-        self,
-        sources: list[Tree],
-        trees: list[Tree],
-        columns: Columns,
-        *,
-        overlong: Sequence[bool] = (),
-        documents: Sequence[Sequence[int]] | None = None,
-    ) -> pa.Table:
-        trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
-        tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
-        counts = {
-            "status": pa.array(self._statuses(trees, trained, overlong or [False] * len(trees)), pa.uint8()),
-            "truncated": pa.array(np.not_equal(tokens, source_tokens)),
-            "tokens": pa.array(tokens, pa.int32()),
-            "trained": pa.array(map(sum, trained), pa.int32()),
-            "source_tokens": pa.array(source_tokens, pa.int32()),
-        }
-        rows = self._rows(trees) if documents is None else self._documents(trees, documents)
-        if columns.images is not None:
-            rows[IMAGES] = pa.array([list(map(stored, own)) for own in columns.images], STORED)
-        return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
-
-    def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:
-        """The columns of the encoded rows themselves."""
-        rows = {"prompt_ids": nested([tree.prompt for tree in trees], pa.int32())}
-        if self.kind != "prompt_only":
-            rows["completion_ids"] = doubly_nested([tree.completions for tree in trees], pa.int32())
-        if self.is_masked:
-            rows["completion_mask"] = doubly_nested([tree.all_masks for tree in trees], pa.bool_())
-        for name in trees[0].signals:
-            rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
-        return rows
-
-    def _documents(self, trees: list[Tree], lengths: Sequence[Sequence[int]]) -> dict[str, pa.Array]:
-        """The columns of rows that came packed."""
-        ids = [tree.completions[0] for tree in trees]
-        return {
-            "input_ids": nested(ids, pa.int32()),
-            "mask": nested([tree.masks[0] for tree in trees], pa.bool_()),
-            "seq_lengths": nested(lengths, pa.int32()),
-        }
-
-    def _unpredicted(self, tree: Tree) -> int:
-        return int(not self.settings.encoder_decoder and not tree.prompt)
-
-    def _statuses(self, trees: list[Tree], trained: list[list[int]], overlong: Sequence[bool]) -> list[int]:
-        rows = zip(trees, trained, overlong, strict=True)
-        return [OVERLONG if too_long else self._status(tree, tokens) for tree, tokens, too_long in rows]
-
-    def _status(self, tree: Tree, trained: list[int]) -> int:
-        if 0 in trained:
-            return UNSCORED
-        return IDENTICAL if len(trained) == 2 and tree.completions[0] == tree.completions[1] else KEPT
-
-    def features(self, source: Features) -> Features:
-        """The columns of an encoded dataset, `source` being those of the original."""
-        types = {"prompt_ids": "int32", "completion_ids": "int32", "completion_mask": "bool", "step_label": "float32"}
-        types |= dict.fromkeys(self.settings.token_signals, "float32")
-        rows = {name: List(List(Value(dtype))) for name, dtype in types.items()} | {"prompt_ids": List(Value("int32"))}
-        absent = {
-            "completion_ids": self.kind == "prompt_only",
-            "completion_mask": not self.is_masked,
-            "step_label": self.kind != "stepwise",
-        }
-        rows = {name: feature for name, feature in rows.items() if not absent.get(name)}
-        if self.is_packed:
-            rows = {
-                n: List(Value(t)) for n, t in {"input_ids": "int32", "mask": "bool", "seq_lengths": "int32"}.items()
-            }
-        counts = dict(zip(_COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
-        images = {} if self.tokenization.images is None else {IMAGES: FEATURE}
-        return Features({**rows, **images, **{name: source[name] for name in self.kept}, **counts})
-
-    def fingerprint(self, source: str) -> str:
-        """Cache key of the encoding of a dataset with fingerprint `source`."""
-        tokenizer, images = self.tokenization.tokenizer, self.tokenization.images
-        parts = (_FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(tokenizer))
-        return Hasher.hash(parts if images is None else (*parts, images.settings()))
-
-
-def _emptied(tree: Tree) -> Tree:
-    return tree.sliced(slice(0), [slice(0)] * len(tree.completions))
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer makes of text; not of the padding and truncation that calls leave in it."""
-    if not tokenizer.is_fast:
-        return Hasher.hash(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return Hasher.hash((backend.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map))
 
 
 def decode(row: Mapping[str, Any]) -> list[Example]:

@@ -137,12 +137,9 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         added = self._take_chat_template()
         if isinstance(self._adapted(), PeftModel):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
-        limits = PixelLimits(self.args.max_pixels, self.args.min_pixels, self.args.image_folder)
-        self.images = ImageProcessing.of(self.processing_class, unwrap(self.model).config, limits)
+        self._prepare_images()
         collate = collate_examples if self.images is None else ImageCollator(self.images)
         self.to_examples = collate if data_collator is None else examples_from(data_collator)
-        room = self.args.image_features_mb * MIB if self.images is not None else 0
-        self.image_features = ImageFeatures(unwrap(self.model), room, self._also_reading) if room else None
         self.encoded: dict[str, Encoded] = {}
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
@@ -156,13 +153,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if is_in_notebook():
-            from trl.callbacks.notebook import show_table
-
-            show_table(self)
-        if self.args.html_report:
-            reports = tuple(str(encoded.report) for encoded in self.encoded.values())
-            self.add_callback(ReportCallback(reports, rows=self.rows_as_text))
+        self._add_reports()
         unwrap(self.model).add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
@@ -273,6 +264,24 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
 
     def _set_adapted(self, model: nn.Module) -> None:
         self.model = model
+
+    def _prepare_images(self) -> None:
+        """How images of rows are read, and where their features are kept; None where the processor reads texts alone."""
+        args, inner = self.args, unwrap(self.model)
+        limits = PixelLimits(args.max_pixels, args.min_pixels, args.image_folder)
+        self.images = ImageProcessing.of(self.processing_class, inner.config, limits)
+        room = args.image_features_mb * MIB if self.images is not None else 0
+        self.image_features = ImageFeatures(inner, room, self._also_reading) if room else None
+
+    def _add_reports(self) -> None:
+        """A table in a notebook, and the page that is written while the run goes on."""
+        if is_in_notebook():
+            from trl.callbacks.notebook import show_table
+
+            show_table(self)
+        if self.args.html_report:
+            reports = tuple(str(encoded.report) for encoded in self.encoded.values())
+            self.add_callback(ReportCallback(reports, rows=self.rows_as_text))
 
     # ---- data ----
 
