@@ -68,7 +68,7 @@ def _accepting_positions(plain: Callable) -> Callable:
         if reward_at is None:
             return self._trl_plain_forward(*args, **kwargs)
         kwargs, blank = read_blank(self, kwargs)
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state + blank
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state + blank()
         return self.score(hidden.flatten(0, 1).index_select(0, reward_at)).squeeze(-1)
 
     return with_self(forward, plain)

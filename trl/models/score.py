@@ -167,8 +167,8 @@ def _accepting_score(plain: Callable) -> Callable:
         head = self.get_output_embeddings()
         kwargs, blank = read_blank(self, kwargs)
         if head._trl_transform is None:
-            return _from_plain_logits(score.at(self._trl_plain_forward(*args, **kwargs).logits) + blank, score)
-        hidden = score.at(_hidden_states(self, head, *args, **kwargs)) + blank
+            return _from_plain_logits(score.at(self._trl_plain_forward(*args, **kwargs).logits) + blank(), score)
+        hidden = score.at(_hidden_states(self, head, *args, **kwargs)) + blank()
         return head(None, replace(score, hidden=lambda: hidden))
 
     return with_self(functools.update_wrapper(forward, plain), plain)

@@ -22,6 +22,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.integrations import deepspeed
 
 
@@ -69,11 +70,22 @@ def _shard(parameter: Tensor) -> Tensor:
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """`model`, which is not trained, on the devices: sharded where the model in training is."""
     if accelerator.is_fsdp2:
-        share_modules(model)
+        ready_for_fsdp2(model)
         return fsdp2_prepare_model(accelerator, model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
         return _sharded_by_zero3(accelerator.deepspeed_plugin.deepspeed_config, model)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def ready_for_fsdp2(model: nn.Module) -> None:
+    """Make what FSDP2 and accelerate take for granted true of `model`: one module for a weight, and layers that are there."""
+    share_modules(model)
+    present = {type(module).__name__ for module in model.modules()}
+    for module in model.modules():
+        if isinstance(
+            module, PreTrainedModel
+        ):  # an image encoder names the layers of the texts that it was trained with
+            module._no_split_modules = present & set(module._no_split_modules or ())
 
 
 def share_modules(model: nn.Module) -> None:

@@ -51,7 +51,7 @@ from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
-from trl.models.image_features import MIB, ImageFeatures
+from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -66,7 +66,7 @@ from trl.models.load import (
 from trl.models.positions import learned_positions
 from trl.models.rotary import length_dependent
 from trl.models.score import prepare_scoring, unwrap
-from trl.models.sharding import share_modules
+from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
@@ -176,7 +176,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         prepare_scoring(inner)
         self.router = self._router_loss(inner)
         if self.accelerator.is_fsdp2:
-            share_modules(self.model)
+            ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
         if self.args.torch_compile:
@@ -272,6 +272,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         self.images = ImageProcessing.of(self.processing_class, inner.config, limits)
         room = args.image_features_mb * MIB if self.images is not None else 0
         self.image_features = ImageFeatures(inner, room, self._also_reading) if room else None
+        if self.images is not None and any(p.requires_grad for p in encoder_parameters(inner).values()):
+            args.ddp_find_unused_parameters = True  # of many image encoders the last layers go into nothing
 
     def _add_reports(self) -> None:
         """A table in a notebook, and the page that is written while the run goes on."""

@@ -9,6 +9,7 @@ its texts have no images, leaves the others waiting. The image is an input of th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,16 +37,22 @@ def runs_together() -> bool:
     return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def read_blank(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | float]:
-    """The other inputs of a forward, and 0 times what the encoder makes of a blank image, or 0 where there is none.
+def read_blank(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Tensor | float]]:
+    """The other inputs of a forward; and, to be asked for after it, 0 times what the encoder makes of a blank image, if there is one.
 
-    To be called before the model reads its tokens: processes gather weights in one order.
+    The encoder runs when tokens have been embedded, as it does for images: processes gather weights in one order.
     """
     own = {name.removeprefix(PREFIX): value for name, value in inputs.items() if name.startswith(PREFIX)}
     if not own:
-        return inputs, 0.0
-    encode = model.base_model.get_image_features
-    known = inspect.signature(encode).parameters
-    found = encode(**{name: value for name, value in own.items() if name in known}, return_dict=True).pooler_output
-    features = [found] if isinstance(found, Tensor) else found
-    return {n: v for n, v in inputs.items() if not n.startswith(PREFIX)}, 0 * sum(own.sum() for own in features)
+        return inputs, lambda: 0.0
+    found: list[Tensor] = []
+
+    def encode(*_: Any) -> None:
+        handle.remove()
+        known = inspect.signature(model.base_model.get_image_features).parameters
+        arguments = {name: value for name, value in own.items() if name in known}
+        out = model.base_model.get_image_features(**arguments, return_dict=True).pooler_output
+        found.extend([out] if isinstance(out, Tensor) else out)
+
+    handle = model.get_input_embeddings().register_forward_hook(encode)
+    return {n: v for n, v in inputs.items() if not n.startswith(PREFIX)}, lambda: 0 * sum(each.sum() for each in found)
