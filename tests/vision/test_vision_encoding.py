@@ -136,7 +136,7 @@ def test_expansions_are_those_of_the_processor(name):
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
     for width, height in ((40, 24), (24, 60), (16, 16), (90, 20)):
         image = picture(1, width, height)
-        real = processing._processed([image])[1][0]
+        real = processing.processed([image])[1][0]
         assert processing.expansion((height, width)) == real
 
 

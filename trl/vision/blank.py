@@ -26,7 +26,7 @@ PREFIX = "blank_"
 
 def blank_image(processing: ImageProcessing) -> dict[str, Tensor]:
     """What an image encoder reads of a small white image, as inputs of a batch."""
-    values, _ = processing._processed([Image.new("RGB", processing.trial_size(), "white")])
+    values, _ = processing.processed([Image.new("RGB", processing.trial_size(), "white")])
     joins = processing.family.joins
     own = {name: torch.as_tensor(v) for name, v in values.items() if isinstance(joins.get(name), Concatenated)}
     return {PREFIX + name: value for name, value in own.items()}

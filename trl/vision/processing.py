@@ -120,7 +120,7 @@ class ImageProcessing:
     def _rendered(self, size: tuple[int, int], several: bool) -> str:
         """The expansion of a black image of that size, as the processor makes it."""
         blank = Image.new("RGB", (size[1], size[0]))
-        return self._processed([blank] * (2 if several else 1))[1][0]
+        return self.processed([blank] * (2 if several else 1))[1][0]
 
     def _counted(self, size: tuple[int, int], several: bool) -> str | None:
         """The expansion from the number of its tokens alone, where expansions differ in nothing else."""
@@ -182,7 +182,7 @@ class ImageProcessing:
         """Images of a row, decoded, in RGB and within the limits."""
         return [read_image(image, self.limits) for image in images]
 
-    def _processed(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Any], list[str]]:
+    def processed(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Any], list[str]]:
         """Everything that the processor makes of the images of one prompt, and what takes their places."""
         options = self.processor._merge_kwargs(
             tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs, return_tensors="pt"
@@ -202,7 +202,7 @@ class ImageProcessing:
             if found:
                 raise DataError(f"{found} tokens stand for images ({self.token!r}), but the row has no image.")
             return example
-        values, replacements = self._processed(self.read(images))
+        values, replacements = self.processed(self.read(images))
         wanted = sum(text.count(self.token) for text in replacements)
         if found != wanted:
             raise DataError(
