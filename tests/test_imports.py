@@ -15,7 +15,7 @@ from trl.compat import REMOVED
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports", "compat", "option_types", "option_bounds", "hub"},
+    {"errors", "types", "imports", "compat", "transfer", "option_types", "option_bounds", "hub"},
     {"ops"},
     {"algorithms"},
     {"vision", "label"},

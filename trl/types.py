@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
+from trl.transfer import sent
 
 Signal = float | Sequence[float]
 Metrics = dict[str, Tensor]
@@ -203,7 +204,11 @@ class Batch:
         )
 
     def to(self, device: Any) -> Batch:
-        return self.map(lambda t: t.to(device, non_blocking=True))
+        """The batch on `device`, by one copy that the host does not wait for."""
+        tensors: list[Tensor] = []
+        self.map(lambda tensor: tensors.append(tensor) or tensor)
+        arrived = iter(sent(tensors, torch.device(device)))
+        return self.map(lambda _: next(arrived))
 
     @property
     def positions(self) -> int:

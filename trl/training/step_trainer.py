@@ -362,10 +362,14 @@ class StepTrainer(ResumableTrainer):
 
     def _most(self, count: int) -> int:
         """The largest `count` of any process: all have to take part in as many forward passes."""
+        if self.accelerator.num_processes == 1:
+            return count
         return int(self._gather(torch.tensor([count], device=self.args.device)).max())
 
     def _gather(self, row: Tensor) -> Tensor:
         return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values.cpu()
         return self._gather(values[None].to(self.args.device)).sum(0).cpu()
