@@ -8,12 +8,14 @@ launch two or three (cat, sort, cumulative sums), so the counts are a little low
 
 From the counts follow *predictions*, not measurements. An operation takes the longest of its bytes over the bandwidth
 (TB/s), its flops over the rate (TFLOP/s), and the gap from kernel to kernel inside a CUDA graph (µs); outside of graphs the
-host needs `--launch` µs for each. The defaults were measured on an H200.
+host needs `--launch` µs for each. The defaults were measured on an H200. Launches of compiled layers are those that Inductor
+plans, which is asked to plan and not to write code.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +23,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.partitioners import min_cut_rematerialization_partition as min_cut
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import ExternKernelSchedulerNode, FusedSchedulerNode, Scheduler, SchedulerNode
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,6 +49,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 from trl.data.layout import lay_out
 from trl.models import score as scoring
 from trl.models import varlen
+from trl.models.compiled import compile_layers
+from trl.models.half_weights import round_together
 from trl.models.score import score
 from trl.ops import logprobs, triton_head
 from trl.rollouts import fused, fused_layers, triton_decode
@@ -55,10 +72,12 @@ ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
     "vocab_size": 128_256,
     "tie_word_embeddings": True,
 }
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "0.5B": lambda: Qwen2ForCausalLM(Qwen2Config(**HALF_B)),
-    "1B": lambda: LlamaForCausalLM(LlamaConfig(**ONE_B)),
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "0.5B": lambda **changed: Qwen2ForCausalLM(Qwen2Config(**HALF_B | changed)),
+    "1B": lambda **changed: LlamaForCausalLM(LlamaConfig(**ONE_B | changed)),
 }
+SMALL = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
+"""What kernels there are does not depend on: layers are compiled that narrow, with data."""
 FREE = (
     "empty",
     "detach",
@@ -153,6 +172,29 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
             setattr(module, name, function)
 
 
+@torch.library.custom_op("launches::attend", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Stands for attention where layers are compiled: what a compiler takes for one call."""
+    return query.clone()
+
+
+@torch.library.custom_op("launches::attend_backward", mutates_args=())
+def attend_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    return [query.clone(), key.clone(), value.clone()]
+
+
+attend.register_fake(lambda query, key, value: torch.empty_like(query))
+attend_backward.register_fake(lambda grad, *inputs: [torch.empty_like(x) for x in inputs])
+attend.register_autograd(
+    lambda ctx, grad: tuple(attend_backward(grad, *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return attend(query, key, value)
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """One launch forward and one backward, with flops of runs that see a quarter of what there is (a guess)."""
     return _Flash.apply(query, key, value)
@@ -190,20 +232,68 @@ def decode(make: Callable[[], PreTrainedModel], *, prompts: int = 8, n: int = 8,
     return counts
 
 
-def train(make: Callable[[], PreTrainedModel], *, rows: int = 16, tokens: int = 350) -> Counts:
+def train(make: Callable[..., PreTrainedModel], *, rows: int = 16, tokens: int = 350, **changed: Any) -> Counts:
     """Forward and backward of packed rows under autocast, as it is before layers are compiled."""
     active: list[Counts] = []
     examples = [Example([5] * (tokens // 2), (Completion([6] * (tokens // 2)),)) for _ in range(rows)]
     batch = lay_out(examples, "packed", capacity=rows * tokens, spans=True)
     with on_shapes(active):
-        model = make().train()
+        model = make(**changed).train()
         varlen.switch(model, varlen.VARLEN)
+        round_together(model)
         fake = batch.map(lambda x: torch.empty(x.shape, dtype=x.dtype))
         score(model, fake)
         with Counts() as counts, torch.autocast("cpu", torch.bfloat16):
             active.append(counts)
             (-score(model, fake).logprobs.mean()).backward()
     return counts
+
+
+def compiled_layer(make: Callable[..., PreTrainedModel]) -> Counter[str]:
+    """Kernels of a decoder layer, forward and backward, as Inductor fuses its operations for any device; none is run.
+
+    Products and attention are calls of libraries. Rounding of weights comes before what is compiled: a kernel each way.
+    """
+    found: Counter[str] = Counter({"_foreach_copy_": 2})
+
+    def count(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        fused, mode = copy.deepcopy(graph), detect_fake_mode(inputs)
+        with V.set_fake_mode(mode):
+            post_grad_passes(fused, False)
+            lowered = GraphLowering(fused, example_inputs=inputs, shape_env=mode.shape_env)
+            with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
+                lowered.run(*inputs)
+                nodes = lowered.scheduler = Scheduler(lowered.operations)
+        for node in nodes.nodes:
+            if isinstance(node, ExternKernelSchedulerNode) and not isinstance(node.node, MultiOutput):
+                found[str(node.node.python_kernel_name or node.node.op_overload)] += 1
+            elif isinstance(node, (SchedulerNode, FusedSchedulerNode)):
+                found["fused"] += 1
+        return make_boxed_func(graph.forward)
+
+    model = make(**SMALL, num_hidden_layers=1).train()
+    backend = aot_autograd(
+        fw_compiler=count,
+        bw_compiler=count,
+        inference_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut,
+    )
+    examples = [Example([5] * 20, (Completion([6] * 20),)) for _ in range(4)]
+    with patch.object(varlen, "_has_kernel", lambda *_: True), patch.object(varlen, "varlen_attn", flash):
+        varlen.switch(model, varlen.VARLEN)
+        compile_layers(model, backend=backend)
+        round_together(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            (-score(model, lay_out(examples, "packed", capacity=400, spans=True)).logprobs.mean()).backward()
+    return found
+
+
+def train_compiled(make: Callable[..., PreTrainedModel], layers: int) -> tuple[int, Counter[str]]:
+    """Launches of a step whose layers are compiled, and those of one layer."""
+    one, two = (train(make, num_hidden_layers=n).names.total() for n in (1, 2))
+    layer = compiled_layer(make)
+    return one - (two - one) + layers * layer.total(), layer
 
 
 def main() -> None:
@@ -225,6 +315,14 @@ def main() -> None:
             result[f"{name} {kind}"] = found | {"names": dict(counts.names.most_common())}
             print(f"{name} {kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
             print("   ", ", ".join(f"{key} {value}" for key, value in counts.names.most_common(16)))
+        launches, layer = train_compiled(make, layers)
+        result[f"{name} train, layers compiled"] = {
+            "launches": launches,
+            "a layer": layer.total(),
+            "names": dict(layer),
+        }
+        print(f"{name} train, layers compiled: launches {launches}, a layer {layer.total()}")
+        print("   ", ", ".join(f"{key} {value}" for key, value in layer.most_common()))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -51,6 +51,7 @@ from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
+from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.layouts import choose_layout
 from trl.models.load import (
@@ -181,6 +182,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             self.layout = self._choose_layout(inner)
         if self.args.torch_compile:
             compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
+        if (self.args.bf16 or self.args.fp16) and not self.is_sharded:
+            round_together(inner)
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         trial = None if self.images is None else self.images.trial()

@@ -1,0 +1,89 @@
+"""Weights of linear layers under autocast, rounded by one kernel per decoder layer and not one by one.
+
+Autocast rounds every float32 weight when it is used, and gives every gradient back in a kernel of its own: ten small
+kernels in each layer, forward and backward. Here a layer's linear weights and biases are rounded together before it is
+called, and their gradients are widened together. The numbers are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trl.models.compiled import repeated_layers
+
+
+class Rounded(torch.autograd.Function):
+    """Tensors in another type, by one kernel; so their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        widened = iter(cast([grad for grad in grads if grad is not None], torch.float32))
+        return None, *(None if grad is None else next(widened) for grad in grads)
+
+
+def cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in `dtype`, by one kernel where the device has it."""
+    found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if found:
+        torch._foreach_copy_(found, list(tensors))
+    return found
+
+
+def round_together(model: PreTrainedModel) -> int:
+    """Let every repeated layer of `model` round its weights together when it runs under autocast; how many do.
+
+    Call it after layers are compiled, where they are: what is compiled then reads weights that are rounded.
+    """
+    layers = [layer for layer in repeated_layers(model) if any(_weights(layer))]
+    for layer in layers:
+        call = layer._compiled_call_impl or layer._call_impl
+        layer._compiled_call_impl = _with_rounded_weights(layer, call)
+    return len(layers)
+
+
+def _with_rounded_weights(layer: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(layer.parameters()).device.type
+        if not torch.is_autocast_enabled(device):
+            return call(*args, **kwargs)
+        with _rounded(layer, torch.get_autocast_dtype(device)):
+            return call(*args, **kwargs)
+
+    return run
+
+
+def _weights(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """What autocast would round in the layer: weights and biases of its linear layers."""
+    for module in layer.modules():
+        for name in ("weight", "bias") if type(module) in (nn.Linear, Conv1D) else ():
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.dtype == torch.float32:
+                yield module, name, parameter
+
+
+@contextmanager
+def _rounded(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    held = list(_weights(layer))
+    learn = [p for _, _, p in held if p.requires_grad and torch.is_grad_enabled()]
+    rounded = dict(zip(map(id, learn), Rounded.apply(dtype, *learn), strict=True)) if learn else {}
+    fixed = [p for _, _, p in held if id(p) not in rounded]
+    rounded |= dict(zip(map(id, fixed), cast([p.detach() for p in fixed], dtype), strict=True))
+    try:
+        for module, name, parameter in held:
+            module._parameters[name] = rounded[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in held:
+            module._parameters[name] = parameter
