@@ -148,7 +148,7 @@ def count(method: str, folder: str) -> tuple[Counter[str], Counter[str], int]:
         layout="packed" if method in ("sft", "reward") else "shared",
     )
     trainer = getattr(trl, f"{name}Trainer")(
-        model(seed=0, reward=method == "reward"),
+        model(seed=0, reward=method == "reward", hidden=64, layers=2),
         args=args,
         train_dataset=Dataset.from_list(rows(8 * STEPS, seed=0, **options)),
         processing_class=tokenizer(),

@@ -79,7 +79,7 @@ def tokenizer():
     )
 
 
-def model(*, seed: int, reward: bool = False):
+def model(*, seed: int, reward: bool = False, hidden: int = 256, layers: int = 6):
     """A Llama of about 15 M parameters (256 hidden, 6 layers, tied 32k embeddings), random weights in float32.
 
     With `reward`, the same trunk under a head of one label.
@@ -89,9 +89,9 @@ def model(*, seed: int, reward: bool = False):
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=1_024,
-        num_hidden_layers=6,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2 * LONGEST,

@@ -38,7 +38,7 @@ def numbers(model, batch):
     return logprobs.detach(), next(p.grad for p in model.parameters() if p.grad is not None).clone()
 
 
-@pytest.mark.parametrize("spans", [False, True], ids=["masks", "spans"])
+@pytest.mark.parametrize("spans", [False, pytest.param(True, marks=pytest.mark.long)], ids=["masks", "spans"])
 def test_numbers_are_those_of_plain_layers_and_graphs_are_few(make_model, spans):
     """Batches of several widths and counts: after the first two, nothing is compiled any more."""
     model, graphs = make_model("llama"), []
