@@ -45,8 +45,7 @@ def test_numbers_are_those_of_autocast_to_the_bit(make_model, name, checkpointin
 def test_adapters_and_frozen_weights(make_model):
     def adapted():
         torch.manual_seed(0)
-        model = get_peft_model(make_model("llama"), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
-        return model
+        return get_peft_model(make_model("llama"), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
 
     plain, model = adapted(), adapted()
     round_together(model.get_base_model())
