@@ -154,6 +154,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        is_table = isinstance(train_dataset, Dataset) and self.images is None and not self.prompts_only
+        self.lays_out_ahead = is_table and data_collator is None and self.args.device.type != "cpu"
         self._add_reports()
         unwrap(self.model).add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
         self._parameters = self.model.num_parameters(exclude_embeddings=True)

@@ -51,6 +51,7 @@ from trl.training.parallel import (
 )
 from trl.training.resumable import ResumableTrainer
 from trl.training.window import (
+    NextWindow,
     dummy_batch,
     normalize_weights,
     plan_micro_batches,
@@ -63,6 +64,9 @@ from trl.types import Metrics
 class StepTrainer(ResumableTrainer):
     """Runs optimizer steps, and evaluates, on items of any kind. See the top of the file for what a trainer adds."""
 
+    lays_out_ahead: bool = False
+    """Whether the next window is planned and laid out while the device works on this one: where rows do not depend on the step
+    between, nor laying them out on a random generator."""
     averaging: str = "token"
     """What counts the same: a name in `trl.ops.reduce.WEIGHTS`."""
     loss_is_scaled_for_ga = True
@@ -78,6 +82,8 @@ class StepTrainer(ResumableTrainer):
         self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
         self.states.register("steps", self.steps, optional=True)
         self._window: Window
+        self._source: tuple[Iterator[Any], int] | None = None
+        self._next: NextWindow | None = None
         self._tr_loss = torch.zeros((), device=self.args.device)
         self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
@@ -128,18 +134,40 @@ class StepTrainer(ResumableTrainer):
         if self.is_finished():
             return [], 1
         self._window_started = time.perf_counter()
-        pulled = [
-            self.items(rows, source="get_train_dataloader")
-            for _, rows in zip(range(num_batches), epoch_iterator, strict=False)
-        ]
+        self._source = epoch_iterator, num_batches
+        if self._next is not None and self._next.source is epoch_iterator:
+            items, slots = self._next.items, self._next.slots
+        else:
+            items, slots = self._pull(epoch_iterator, num_batches)
         self.restore_rng_state()
-        items = [item for part in pulled for item in part]
-        return (self.micro_batches(items, slots=len(pulled)) if items else []), 1
+        return (self.micro_batches(items, slots=slots) if items else []), 1
+
+    def _pull(self, iterator: Iterator[Any], count: int) -> tuple[list[Any], int]:
+        """The items of `count` batches of a loader, and how many batches there were."""
+        parts = [
+            self.items(rows, source="get_train_dataloader") for _, rows in zip(range(count), iterator, strict=False)
+        ]
+        return [item for part in parts for item in part], len(parts)
+
+    def _lay_out_next(self) -> None:
+        """Plan and lay out the next window of this epoch, before the device is waited for."""
+        if not self.lays_out_ahead or self._source is None:
+            return
+        items, slots = self._pull(*self._source)
+        if items:
+            self._next = NextWindow(self._source[0], items, slots, *self._laid_out(items, slots))
+
+    def _laid_out(self, items: Sequence[Any], slots: int) -> tuple[list[list[int]], list[Any]]:
+        """Which items share a micro-batch, and the micro-batches."""
+        following, self._next = self._next, None
+        if following is not None and following.items is items:
+            return following.groups, following.batches
+        groups = self.plan(items, slots)
+        return groups, [self.collate([items[i] for i in group]) for group in groups]
 
     def micro_batches(self, items: Sequence[Any], *, slots: int = 1) -> list[list[Any]]:
         """The batches of a window, for each of `slots` counted steps; every process gets as many."""
-        groups = self.plan(items, slots)
-        batches = [self.collate([items[i] for i in group]) for group in groups]
+        groups, batches = self._laid_out(items, slots)
         batches = with_statistics(batches, self.statistics(items))
         batches, tokens = normalize_weights(batches, self.weights, self._sum_over_processes)
         self._count_tokens(tokens)
@@ -224,6 +252,7 @@ class StepTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.training.nonfinite`."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._lay_out_next()
         return norm if self.accept_step(model, norm) else None
 
     def accept_step(self, model: nn.Module, norm: Tensor | float | None) -> bool:

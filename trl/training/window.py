@@ -9,14 +9,26 @@ so the gradient depends on the sequences in the window and not on how they were 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl.types import StepBatch
+
+
+@dataclass(frozen=True)
+class NextWindow:
+    """What the loader `source` gave beforehand, and how it is laid out."""
+
+    source: Iterator[Any]
+    items: list[Any]
+    slots: int
+    groups: list[list[int]]
+    batches: list[Any]
 
 
 def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | None = None) -> list[list[int]]:
