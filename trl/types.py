@@ -206,7 +206,12 @@ class Batch:
     def to(self, device: Any) -> Batch:
         """The batch on `device`, by one copy that the host does not wait for."""
         tensors: list[Tensor] = []
-        self.map(lambda tensor: tensors.append(tensor) or tensor)
+
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        self.map(collect)
         arrived = iter(sent(tensors, torch.device(device)))
         return self.map(lambda _: next(arrived))
 
