@@ -56,7 +56,9 @@ def written_losses(checkpoint: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
 def test_a_signal_writes_a_checkpoint_from_which_training_goes_on(folder, number, status):
     """The run that was stopped and went on has the losses of one that was never stopped."""
     output = f"out-{status}"

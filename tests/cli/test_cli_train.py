@@ -206,7 +206,10 @@ def test_from_a_file(folder, method, trl):
         assert {"accuracy_reward", "length_reward", "advantage"} <= set(table[0])
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize(
+    "method",
+    [name if name in ("sft", "reward", "grpo") else pytest.param(name, marks=pytest.mark.long) for name in OPTIONS],
+)
 def test_from_flags(folder, method, trl):
     """The preview shows a row; the run trains, and has no page where none is wanted."""
     words = [method, "--model_name_or_path", "tiny", "--output_dir", f"flags-{method}", "--use_cpu"]

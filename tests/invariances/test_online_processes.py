@@ -81,6 +81,7 @@ if WORLD == 2:  # any number of rows, of any width
 KINDS = ("several", "steps", "flat", "fresh", "failed", "rloo", "dpo")
 
 
+@pytest.mark.long
 def test_two_processes_are_one(tmp_path):
     run_well(ALONE, SCRIPT, tmp_path / "one")
     run_well(TOGETHER, SCRIPT, tmp_path / "two")

@@ -34,7 +34,9 @@ for name in sys.argv[2:]:
 """
 
 
-@pytest.mark.parametrize(("engine", "names"), [("fsdp2", ["sft", "rloo"]), ("zero2", ["sft"])])
+@pytest.mark.parametrize(
+    ("engine", "names"), [("fsdp2", ["sft", "rloo"]), pytest.param("zero2", ["sft"], marks=pytest.mark.long)]
+)
 def test_a_run_in_parts_is_the_whole_run(engine, names, tmp_path):
     run_well(under(engine), SCRIPT, tmp_path, *names)
     kind = {"fsdp2": "FSDPGPT2LMHeadModel", "zero2": "DeepSpeedEngine"}[engine]

@@ -37,7 +37,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("token", "sequence", "entropy") else pytest.param(kind, marks=pytest.mark.long)
+        for kind in KINDS
+    ],
+)
 def test_splits_of_a_step_have_the_same_gradient(make_model, tmp_path, kind):
     whole = {"per_device_train_batch_size": 32, **KINDS[kind]}
     expected = gradient(make_model("llama"), tmp_path, **whole)
