@@ -88,6 +88,14 @@ class Workload:
 
 _sft = partial(Workload, trainer="SFTTrainer", config_class="SFTConfig")
 _dpo = partial(Workload, trainer="DPOTrainer", config_class="DPOConfig")
+_kto = partial(
+    Workload,
+    trainer="KTOTrainer",
+    config_class="KTOConfig",
+    rows_per_step=8,
+    config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
+    targets={"trl": Target(time=0.7, memory=1.0)},
+)
 
 
 def remainder(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -184,35 +192,20 @@ _ALL = [
         config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
         targets={"trl": Target(time=0.6, memory=0.6)},
     ),
-    Workload(
+    _kto(
         name="kto",
         about="labelled completions of 60 to 100 tokens on prompts of 40 to 80, 8 a step",
-        trainer="KTOTrainer",
-        config_class="KTOConfig",
         rows=synthetic.unpaired_rows,
-        rows_per_step=8,
-        config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
-        targets={"trl": Target(time=0.7, memory=1.0)},
     ),
-    Workload(
+    _kto(
         name="kto-long-prompt",
         about="labelled completions of 20 to 60 tokens on prompts of 200 to 300, 8 a step",
-        trainer="KTOTrainer",
-        config_class="KTOConfig",
         rows=partial(synthetic.unpaired_rows, prompt=(200, 300), completion=(20, 60)),
-        rows_per_step=8,
-        config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
-        targets={"trl": Target(time=0.7, memory=1.0)},
     ),
-    Workload(
+    _kto(
         name="kto-long-completion",
         about="labelled completions of 150 to 250 tokens on prompts of 10 to 30, 8 a step",
-        trainer="KTOTrainer",
-        config_class="KTOConfig",
         rows=partial(synthetic.unpaired_rows, prompt=(10, 30), completion=(150, 250)),
-        rows_per_step=8,
-        config={"per_device_train_batch_size": 8, "max_length": 1024, "beta": 0.1},
-        targets={"trl": Target(time=0.7, memory=1.0)},
     ),
     _grpo(
         name="grpo-long-prompt",

@@ -26,7 +26,7 @@ from tests.conftest import MODELS, make_tokenizer
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.command import read_examples
 from trl.cli.chat.local import load_speaker
-from trl.cli.chat.screen import printable
+from trl.cli.chat.screen import Screen
 from trl.cli.chat.server import ServerError, ServerSpeaker
 from trl.cli.chat.session import Command, Session, read_command, with_changes
 from trl.cli.chat.talk import Conversation, Stream, TooLong
@@ -257,8 +257,15 @@ def test_stop_texts_are_not_shown(pieces, stop, said):
     assert heard == said
 
 
-def test_control_characters_are_not_printed():
-    assert printable("a\x1b[2J\x07b\n\t\x9bc") == "a[2Jb\n\tc"
+def test_an_answer_of_control_characters_is_shown_as_symbols(capsys):
+    screen = Screen()
+    with screen.answer("tiny") as show:
+        for piece in ("\x1b[2J", "\x07\x9b", "\x00"):
+            show(piece)
+    screen.table("Settings", [("system", "\x1b]0;title\x07")])
+    shown = capsys.readouterr().out
+    assert shown.startswith("␛[2J␇␛[␀\n")
+    assert "␛]0;title␇" in shown
 
 
 def test_the_oldest_turn_is_left_out_first():

@@ -14,17 +14,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trl.printable import printable
+
 WIDEST = 120
 """Columns of tables, at most."""
 
 USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
-
-_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that a terminal would obey, whoever wrote it."""
-    return text.translate(_UNPRINTABLE)
 
 
 class Screen:
@@ -124,7 +119,7 @@ class Screen:
         table.add_column(style=NAME, max_width=WIDEST // 3)
         table.add_column()
         for name, text in rows:
-            table.add_row(Text(name), Text(text))
+            table.add_row(Text(name), Text(printable(text)))
         self.out.print(Text(f"\n{title}", style=HEADING))
         self.out.print(Padding(table, (0, 0, 0, 2)), width=min(self.out.width, WIDEST))
 
