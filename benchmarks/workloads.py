@@ -120,6 +120,7 @@ ROUND = {
     "max_completion_length": 64,
     "learning_rate": 1e-6,
     "shuffle_dataset": False,
+    "train_sampling_strategy": "random",  # of no effect on prompts; ours takes no other
 }
 """Online: 8 prompts × 8 completions, in 8 micro-batches of one optimizer step. At this rate, lengths stay as they are."""
 
