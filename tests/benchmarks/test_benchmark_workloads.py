@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import report
 import synthetic
-from workloads import WARMUP, WORKLOADS
+import vision
+from workloads import COMMON, WARMUP, WORKLOADS
+
+import trl
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,27 @@ def test_prompts_and_completions_stay_in_their_bounds(tokenizer):
     for row in synthetic.prompt_rows(10, seed=0, prompt=(400, 400)):
         assert len(tokenizer(row["prompt"])["input_ids"]) == 400
     assert [row["label"] for row in synthetic.unpaired_rows(4, seed=0)] == [True, False, True, False]
+
+
+EVERY = WORKLOADS | vision.WORKLOADS
+
+
+@pytest.mark.parametrize("workload", EVERY.values(), ids=EVERY)
+def test_our_configuration_takes_the_options(workload, tmp_path):
+    config = getattr(trl, workload.config_class)(output_dir=tmp_path, **COMMON | workload.config)
+    assert config.per_device_train_batch_size == workload.config["per_device_train_batch_size"]
+
+
+def test_an_image_of_the_benchmark_takes_256_tokens():
+    """16 × 16 patches of 14 × 14 pixels, one colour each."""
+    processor = vision.make_processor()
+    picture = vision.picture(3)
+    assert picture.tobytes() == vision.picture(3).tobytes() != vision.picture(4).tobytes()
+    assert len(picture.getcolors(maxcolors=256 + 1)) > 250
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "bade"}]}]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = processor(images=[picture], text=text)["input_ids"][0]
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids(vision.IMAGE)) == 256
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
@@ -218,3 +242,8 @@ def test_a_result_survives_json():
     again = json.loads(json.dumps(result()))
     assert report.ratio_grid(again) == report.ratio_grid(result())
     assert "2 steps after 2, 3 repeats, seed 0, 2 threads of 4 cores" in report.settings_line(again)
+
+
+def test_encoded_images_are_shown_by_side():
+    runs = {"ours": [{"images": [4, 4]}], "trl": [{"images": [16, 16]}]}
+    assert vision.image_grid({"workloads": {"dpo-image": {"runs": runs}}}).rows == [["dpo-image", "4", "16"]]
