@@ -162,8 +162,18 @@ def test_pictures_as_they_come():
         as_tensor(torch.zeros(16, 16), (16, 16), "Row 3, chosen")
     with pytest.raises(DataError, match="values from 0 to 255"):
         as_tensor(torch.tensor([0.0, 255.0]).expand(3, 2, 2), (2, 2), "here")
-    with pytest.raises(DataError, match="is a str, and no picture"):
-        as_tensor("a.png", (16, 16), "here")
+    with pytest.raises(DataError, match="is a list, and no picture"):
+        as_tensor(["a"], (16, 16), "here")
+
+
+def test_pictures_in_files(tmp_path):
+    blue = Image.new("RGB", (16, 16), (0, 0, 255))
+    blue.save(tmp_path / "blue.png")
+    assert torch.equal(as_tensor(str(tmp_path / "blue.png"), (16, 16), "here"), as_tensor(blue, (16, 16), "here"))
+    (tmp_path / "no.png").write_text("nothing")
+    for name in ("no.png", "missing.png"):
+        with pytest.raises(DataError, match=f"Row 3, chosen is the file .*{name}"):
+            as_tensor(str(tmp_path / name), (16, 16), "Row 3, chosen")
 
 
 def test_dpo_rows_without_pictures(tmp_path):

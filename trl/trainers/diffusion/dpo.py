@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from trl.algorithms.diffusion_dpo import diffusion_dpo, squared_error
 from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, noised_batch
 from trl.diffusion.rollouts import IN_EVALUATION, IN_TRAINING, seed_of
 from trl.errors import ConfigError, DataError
+from trl.imports import require
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.types import Metrics
@@ -50,8 +52,8 @@ class DiffusionDPOConfig(DiffusionConfig):
 class DiffusionDPOTrainer(DiffusionTrainer):
     """Train on rows of `prompt`, `chosen` and `rejected`: a text, and two pictures of which the first is preferred.
 
-    Pictures are those of Pillow, or tensors `[3,H,W]` in [0, 1]; others than the model's size are scaled to it. Arguments:
-    see `DiffusionTrainer`.
+    Pictures are those of Pillow, tensors `[3,H,W]` in [0, 1], or names of files; others than the model's size are scaled to
+    it. Arguments: see `DiffusionTrainer`.
     """
 
     config_class = DiffusionDPOConfig
@@ -130,8 +132,21 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
     return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
 
 
+def opened(path: Path, where: str) -> Any:
+    """The picture in a file. Raises DataError where there is none, or no picture in it."""
+    require("PIL", to="A picture in a file")
+    from PIL import Image
+
+    try:
+        return Image.open(path.expanduser())
+    except OSError as error:
+        raise DataError(f"{where} is the file {str(path)!r}, which holds no picture: {error}") from error
+
+
 def as_tensor(picture: Any, size: tuple[int, int], where: str) -> Tensor:
     """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels."""
+    if isinstance(picture, str | Path):
+        picture = opened(Path(picture), where)
     if hasattr(picture, "convert"):  # of Pillow
         values = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     else:
@@ -142,7 +157,7 @@ def as_tensor(picture: Any, size: tuple[int, int], where: str) -> Tensor:
     if values.dim() != 3 or values.shape[0] != 3 or not 0 <= values.min() <= values.max() <= 1:
         raise DataError(
             f"{where} has the shape {tuple(values.shape)} and values from {values.min():.3g} to {values.max():.3g}: give a "
-            "picture of Pillow, or a tensor [3,H,W] in [0, 1]."
+            "picture of Pillow, a tensor [3,H,W] in [0, 1], or the name of a file."
         )
     if tuple(values.shape[1:]) == size:
         return values
