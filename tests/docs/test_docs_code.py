@@ -37,8 +37,8 @@ ELSEWHERE = {
     "docs/vision.md",
     "docs/scaling.md",
 }
-"""Pages whose code is run by other tests, with models of their own kinds: `tests/trlx`, `tests/diffusion`, `tests/vision`,
-`tests/trainers/test_trainers_server.py`."""
+"""Pages whose code is run by other tests, with models of their own kinds: `tests/trlx`, `tests/vision`, files beside this one,
+and `tests/trainers/test_trainers_server.py`."""
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -272,7 +272,7 @@ def test_links_between_files_lead_somewhere(page):
 
 METHOD_PAGES = [
     *sorted(path for path in (ROOT / "docs" / "methods").glob("*.md") if path.stem != "index"),
-    *(ROOT / "docs" / f"{name}.md" for name in ("ppo", "grpo", "rft", "ilql")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("ppo", "grpo", "rft", "ilql", "diffusion", "ddpo")),
 ]
 PARTS = {
     "Rows": ("```jsonl",),
