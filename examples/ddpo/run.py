@@ -42,7 +42,7 @@ from trl.ops.gaussian import gaussian_kl
 from trl.rewards import get_aesthetic_reward, get_hue_reward, jpeg_compressibility_reward
 
 KINDS = {"ddpo": "unet", "grpo": "flow", "nft": "flow", "dpo": "flow"}
-SHAPES = {"unet": {"width": 16, "vae_steps": 300}, "flow": {}}
+SHAPES = {"unet": {"width": 16}, "flow": {}}
 NOISE = {"unet": 1.0, "flow": 0.7}
 TEXT = {"unet": {}, "flow": {"max_sequence_length": 8}}
 PREFERRED = ("red", "yellow")

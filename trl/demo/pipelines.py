@@ -94,7 +94,7 @@ def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, prediction: 
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=8,
+        attention_head_dim=2,  # of a UNet: how many heads
         norm_num_groups=8,
     )
     return diffusers.StableDiffusionPipeline(
