@@ -35,11 +35,12 @@ from trl import (
     DiffusionNFTTrainer,
     write_report,
 )
-from trl.demo.drawings import COLORED, DRAWN, PLAIN, draw, make_pipeline
+from trl.demo.drawings import DRAWN, PLAIN, draw, make_pipeline
 from trl.diffusion.rollouts import seed_of
 from trl.diffusion.trajectories import step_of
 from trl.ops.gaussian import gaussian_kl
 from trl.rewards import get_aesthetic_reward, get_hue_reward, jpeg_compressibility_reward
+from trl.trainers.diffusion.grpo import first_steps
 
 KINDS = {"ddpo": "unet", "grpo": "flow", "nft": "flow", "dpo": "flow"}
 SHAPES = {"unet": {"width": 16}, "flow": {}}
@@ -63,7 +64,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "ddpo": (
         DiffusionDDPOTrainer,
         DiffusionDDPOConfig,
-        {**ONLINE, "learning_rate": 1e-3, "max_steps": 40},
+        {**ONLINE, "learning_rate": 3e-4, "max_steps": 16, "timestep_fraction": 0.9},
     ),
     "grpo": (
         DiffusionGRPOTrainer,
@@ -174,7 +175,7 @@ def make_trainer(arguments: argparse.Namespace, pipeline: Any) -> Any:
         trainer = trainer_class(pipeline, args, preferences(256, seed=arguments.seed))
     else:
         reward = get_hue_reward("red") if arguments.reward == "hue" else jpeg_compressibility_reward
-        trainer = trainer_class(pipeline, reward, args, Dataset.from_dict({"prompt": [*COLORED]}))
+        trainer = trainer_class(pipeline, reward, args, Dataset.from_dict({"prompt": [*PLAIN] * 4}))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -203,7 +204,7 @@ def pictures(trainer: Any, prompts: list[str], seed: int) -> torch.Tensor:
 
 
 def mean_reward(trainer: Any, arguments: argparse.Namespace) -> float:
-    images = pictures(trainer, [*COLORED] * 8, arguments.seed)
+    images = pictures(trainer, [*PLAIN] * 32, arguments.seed)
     reward = get_hue_reward("red") if arguments.reward == "hue" else jpeg_compressibility_reward
     return torch.as_tensor(reward(images)).mean().item()
 
@@ -218,13 +219,16 @@ def share_preferred(trainer: Any, arguments: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def divergence(trainer: Any, first: nn.Module, arguments: argparse.Namespace) -> float:
-    """Mean exact KL of a noisy step to the model as it was, per dimension, along trajectories of the trained model."""
-    denoiser, prompts = trainer.denoiser, [*COLORED] * 4
+    """Mean exact KL of a step to the model as it was, per dimension, along trajectories of the trained model: of steps that are
+    trained on, or would be.
+    """
+    denoiser, prompts = trainer.denoiser, [*PLAIN] * 16
     schedule = denoiser.schedule(6, eta=NOISE[KINDS[arguments.method]])
     seeds = [seed_of(2000 + arguments.seed, 0, i) for i in range(len(prompts))]
     latents, texts = trainer.draw(prompts, seeds, schedule)[0].latents, trainer.texts(prompts)
     found = []
-    for t in schedule.is_stochastic.nonzero().flatten().tolist():
+    share = METHODS[arguments.method][2].get("timestep_fraction", 1.0)
+    for t in (schedule.is_stochastic & first_steps(len(schedule), share=share)).nonzero().flatten().tolist():
         step = torch.full((len(prompts),), t)
         (mean, sd), (old, _) = (
             step_of(denoiser, module, latents[:, t], step, texts, schedule) for module in (trainer.module, first)

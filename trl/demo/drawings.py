@@ -110,7 +110,7 @@ def train_denoiser(
 
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "unet": partial(tiny_stable_diffusion, prediction="v_prediction"),
+    "unet": partial(tiny_stable_diffusion, prediction="v_prediction", spacing="trailing"),
     "flow": tiny_stable_diffusion_3,
 }
 """Small pipelines by what they are shaped as: Stable Diffusion 2, and 3."""

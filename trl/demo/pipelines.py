@@ -77,10 +77,13 @@ def t5_text(tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **shape)).eval()
 
 
-def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, prediction: str = "epsilon", seed: int = 0) -> Any:
+def tiny_stable_diffusion(
+    words: Sequence[str], *, width: int = 32, prediction: str = "epsilon", spacing: str = "leading", seed: int = 0
+) -> Any:
     """A `StableDiffusionPipeline` for pictures of 16 pixels; about a million parameters in its UNet at width 32.
 
-    Its UNet predicts the noise, or with "v_prediction" what Stable Diffusion 2's does.
+    Its UNet predicts the noise, or with "v_prediction" what Stable Diffusion 2's does. `spacing` is "leading" as there, or
+    "trailing", which begins at pure noise however few steps there are (arXiv:2305.08891).
     """
     diffusers = require("diffusers", to="A diffusion pipeline")
     torch.manual_seed(seed)
@@ -107,6 +110,7 @@ def tiny_stable_diffusion(words: Sequence[str], *, width: int = 32, prediction: 
             beta_end=0.012,
             beta_schedule="scaled_linear",
             prediction_type=prediction,
+            timestep_spacing=spacing,
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,

@@ -19,7 +19,7 @@ from trl.diffusion.rollouts import PictureBatch
 from trl.diffusion.solvers import Schedule
 from trl.errors import ConfigError
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
-from trl.trainers.diffusion.grpo import StepPolicyTrainer
+from trl.trainers.diffusion.grpo import StepPolicyTrainer, check_share, first_steps
 from trl.training.collectives import all_gather_object
 from trl.types import Experience
 
@@ -46,6 +46,10 @@ class DiffusionDDPOConfig(DiffusionRolloutConfig):
     epsilon: float = 1e-4
     """How far the ratio of a step may move from 1 before it is clipped."""
 
+    timestep_fraction: float = 1.0
+    """Train on this share of the steps, from pure noise on. The last steps of DDIM have hardly any noise: they change
+    pictures least, and their gradient is the largest, the more so the fewer steps there are."""
+
     per_prompt_stat_tracking: bool = False
     """Compare rewards with earlier ones of the same prompt, in place of those of the rollout batch."""
 
@@ -59,6 +63,7 @@ class DiffusionDDPOConfig(DiffusionRolloutConfig):
         super().__post_init__()
         if not self.noise_level > 0:
             raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
+        check_share(timestep_fraction=self.timestep_fraction)
         self.make_algorithm()
 
     def make_algorithm(self) -> DDPO:
@@ -94,6 +99,10 @@ class DiffusionDDPOTrainer(StepPolicyTrainer):
 
     def noisy_schedule(self) -> Schedule:
         return self.denoiser.schedule(self.args.num_inference_steps, eta=self.args.noise_level)
+
+    def kept(self, batch: PictureBatch) -> Tensor:
+        keep = super().kept(batch)
+        return keep & first_steps(keep.shape[1], share=self.args.timestep_fraction)
 
     def experience(self, batch: PictureBatch) -> Experience:
         found = super().experience(batch)

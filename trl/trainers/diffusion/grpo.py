@@ -82,8 +82,7 @@ class DiffusionGRPOConfig(DiffusionRolloutConfig):
             raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 pictures.")
         if not self.noise_level > 0:
             raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ConfigError(f"timestep_fraction={self.timestep_fraction}: give a share in (0, 1].")
+        check_share(timestep_fraction=self.timestep_fraction)
         self._check_window()
         self.make_algorithm()
 
@@ -214,8 +213,22 @@ class DiffusionGRPOTrainer(StepPolicyTrainer):
 
     def kept(self, batch: PictureBatch) -> Tensor:
         keep = super().kept(batch)
-        steps = keep.shape[1]
-        keep &= torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
+        keep &= first_steps(keep.shape[1], share=self.args.timestep_fraction)
         if self.args.zero_variance == "drop":
             keep &= ~has_no_variance(batch.rewards, batch.group)[:, None]
         return keep
+
+
+# ---- a share of the steps ----
+
+
+def check_share(**option: float) -> None:
+    """Raises ConfigError for a share of steps that is none."""
+    for name, value in option.items():
+        if not 0 < value <= 1:
+            raise ConfigError(f"{name}={value}: give a share in (0, 1].")
+
+
+def first_steps(count: int, *, share: float) -> Tensor:
+    """`[count]` bool: this share of the steps, from pure noise on, and at least one."""
+    return torch.arange(count) < max(1, int(count * share))
