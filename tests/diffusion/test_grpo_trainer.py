@@ -14,6 +14,7 @@ from tests.diffusion.support import ROWS as PROMPTS
 from trl.errors import ConfigError, DataError, ModelError
 from trl.rewards.call import RewardError
 from trl.rewards.images import brightness_reward
+from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOTrainer
 from trl.trainers.diffusion.grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl.training.nonfinite import NonFiniteError
 
@@ -100,10 +101,17 @@ def test_a_window_of_steps(tmp_path):
     assert all(window[0] >= 1 and window[1] == window[0] + 1 for window in windows)
 
 
-def test_a_share_of_the_steps(tmp_path):
-    run = trainer(tmp_path, num_inference_steps=5, timestep_fraction=0.6, max_steps=1)
+@pytest.mark.parametrize("trainer_class", [DiffusionGRPOTrainer, DiffusionDDPOTrainer])
+def test_a_share_of_the_steps(tmp_path, trainer_class):
+    """The first of them, with the most noise."""
+    run = online(trainer_class, tmp_path, "sd", num_inference_steps=5, timestep_fraction=0.6, max_steps=1)
+    steps, plain = set(), run.collate
+    run.collate = lambda items: steps.update(item.step for item in items) or plain(items)
     run.train()
+    assert steps == {0, 1, 2}
     assert run.state.num_input_tokens_seen == 4 * 3
+    with pytest.raises(ConfigError, match=r"timestep_fraction=1\.5"):
+        online(trainer_class, tmp_path, timestep_fraction=1.5)
 
 
 def test_pictures_of_a_prompt_may_begin_from_one_noise(tmp_path):
@@ -293,7 +301,6 @@ def test_prompts_that_are_no_texts(tmp_path):
         ({"noise_level": 0}, "noise_level=0"),
         ({"num_generations": 3}, "4 pictures per process"),
         ({"num_generations": 1}, "at least 2 pictures"),
-        ({"timestep_fraction": 0}, "timestep_fraction=0"),
         ({"sde_window_size": 9}, "sde_window_size=9"),
         ({"sde_window_range": [0, 2]}, "without sde_window_size"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
