@@ -5,8 +5,9 @@ import torch
 
 from tests.diffusion.pipelines import PIPELINES, PROMPTS, SIZE
 from trl.diffusion.families import denoiser_for
+from trl.diffusion.rollouts import seed_of
 from trl.diffusion.solvers import within
-from trl.diffusion.trajectories import batch_of, sample, score_steps, step_of, transitions_of
+from trl.diffusion.trajectories import batch_of, generators_for, sample, score_steps, step_of, transitions_of
 from trl.ops.gaussian import gaussian_kl
 
 STEPS = 4
@@ -138,3 +139,15 @@ def test_batches_move_as_a_whole():
     assert moved.tokens == len(moved.mask) == len(batch.mask)
     assert moved.signals["old_logprobs"].shape == moved.mask.shape
     assert moved.signals["advantages"].shape == (moved.tokens,)
+
+
+# ---- seeds ----
+
+
+def test_noise_depends_on_run_stream_and_number():
+    """Of a large number torch's generator on the CPU reads the low 32 bits alone."""
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2**32), (2**32, 0, 0), (7, 0, 2**24 * 300)]
+    noise = torch.stack([torch.randn(4, generator=each) for each in generators_for([seed_of(*p) for p in places])])
+    assert len(noise.unique(dim=0)) == len(places)
+    again = torch.randn(4, generator=generators_for([seed_of(1, 0, 0)])[0])
+    assert torch.equal(again, noise[1])

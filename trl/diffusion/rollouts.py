@@ -12,10 +12,12 @@ from torch import Tensor
 
 from trl.diffusion.trajectories import Trajectories, Transition
 from trl.rollouts.buffer import RolloutBuffer
+from trl.rollouts.sampling import stream as random_stream
 
 Row = Mapping[str, Any]
 
-IN_TRAINING, IN_EVALUATION = 0, 1
+IN_TRAINING, IN_EVALUATION, IN_ORDER = 0, 1, 2
+"""Streams of random numbers: of pictures that are trained on, of those of evaluation, and of how a rollout batch is gone through."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class PictureBatch:
 
 
 def seed_of(base: int, stream: int, number: int) -> int:
-    """The seed of picture `number` of a run: another one for every picture, run and stream (training, evaluation)."""
-    return ((2 * base + stream) * 2**40 + number) % 2**63
+    """The seed of picture `number` of a run: another one for every picture, run and stream (training, evaluation).
+
+    Its low 32 bits depend on all three, since torch's generator on the CPU looks at no others.
+    """
+    return int(random_stream(base, torch.tensor([stream]), torch.tensor([number]))) % 2**62
 
 
 class PictureBuffer(RolloutBuffer):

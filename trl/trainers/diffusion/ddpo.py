@@ -32,7 +32,7 @@ from trl.algorithms.ddpo import DDPO, PromptStatistics
 from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
-from trl.diffusion.rollouts import PictureBatch, PictureBuffer, split_pictures
+from trl.diffusion.rollouts import IN_ORDER, PictureBatch, PictureBuffer, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
 from trl.errors import ConfigError
@@ -196,7 +196,7 @@ class DDPOTrainer(StepPolicyTrainer):
         count = self.args.minibatches_per_rollout_batch // self.config.train_num_inner_epochs
         minibatches = []
         for inner in range(self.config.train_num_inner_epochs):
-            seed = (self.config.seed * 2**20 + self.rollouts) * 2**10 + inner
+            seed = seed_of(self.config.seed, IN_ORDER, self.rollouts * 2**10 + inner)
             self._subset = torch.Generator().manual_seed(seed + 1)
             minibatches += split_pictures(self.items_of_pictures(batch, experience), count, seed=seed)
         self.rollouts += 1

@@ -29,7 +29,7 @@ from trl.diffusion.forward_process import (
     state_of_noised,
 )
 from trl.diffusion.pipelines import SwappedWeights
-from trl.diffusion.rollouts import PictureBatch
+from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of
 from trl.diffusion.solvers import Schedule
 from trl.errors import ConfigError
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
@@ -127,7 +127,7 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
     def _generator(self, number: int) -> torch.Generator:
         """Of what is drawn for picture `number` of this process and rollout batch."""
         place = (self.rollouts * self.args.world_size + self.args.process_index) * 2**20 + number
-        return torch.Generator().manual_seed(self.args.seed * 2**44 + place)
+        return torch.Generator().manual_seed(seed_of(self.args.seed, IN_ORDER, place))
 
     def items_state(self, items: Sequence[NoisedPicture]) -> dict[str, Any]:
         return state_of_noised(items)
