@@ -1,7 +1,7 @@
 """Teach a small diffusion model to draw, and then what to draw: `python run.py --method ddpo|grpo|nft|dpo`.
 
-    ddpo   a UNet shaped as Stable Diffusion 2, DDPO            ┐  reward: what share of a picture's colour is red
-    grpo   a transformer shaped as Stable Diffusion 3, Flow-GRPO │  (or how well it compresses, --reward jpeg)
+    ddpo   a UNet shaped as Stable Diffusion 2, DDPO             ┐ reward: what share of a picture's colour is red, where none
+    grpo   a transformer shaped as Stable Diffusion 3, Flow-GRPO │ is asked for (or how well it compresses, --reward jpeg)
     nft    the same transformer, DiffusionNFT                   ┘
     dpo    the same transformer, Diffusion-DPO                     pairs: red and yellow preferred to green and blue
 

@@ -48,7 +48,12 @@ def vae():
     ("kind", "trainer", "config", "options"),
     [
         ("flow", DiffusionGRPOTrainer, DiffusionGRPOConfig, {"max_sequence_length": 8, "max_steps": 10}),
-        ("unet", DiffusionDDPOTrainer, DiffusionDDPOConfig, {"max_steps": 10, "learning_rate": 3e-4, "timestep_fraction": 0.8}),
+        (
+            "unet",
+            DiffusionDDPOTrainer,
+            DiffusionDDPOConfig,
+            {"max_steps": 10, "learning_rate": 3e-4, "timestep_fraction": 0.8},
+        ),
     ],
 )
 def test_a_colour_is_learned(tmp_path, vae, kind, trainer, config, options):
