@@ -21,7 +21,7 @@ from trl.transfer import sent
 
 Signal = float | Sequence[float]
 Metrics = dict[str, Tensor]
-"""Named measurements of one batch. `[N,C]`: averaged over the mask. `[N]`: averaged over completions, NaN left out."""
+"""Named measurements of one batch, NaN left out. `[N,C]`: averaged over the mask. `[N]`: averaged over completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +342,7 @@ class Scores:
     logprobs       log π(token t | everything before it), at the temperature asked for
     entropy        −Σ_v p_v log p_v of the distribution that predicts token t
     mean_logprob   Σ_v log p_v / V (label smoothing)
+    mean_logit     Σ_v z_v / V of the logits z, without gradient
     collision      Σ_v p_v² (WPO), without gradient
     greedy         1 where the token is the most likely one, without gradient
     value          value of the state before token t
@@ -351,6 +352,7 @@ class Scores:
     logprobs: Tensor
     entropy: Tensor | None = None
     mean_logprob: Tensor | None = None
+    mean_logit: Tensor | None = None
     collision: Tensor | None = None
     greedy: Tensor | None = None
     value: Tensor | None = None

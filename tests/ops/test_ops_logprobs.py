@@ -20,6 +20,7 @@ def test_numbers_worked_by_hand():
     assert found["logprobs"].tolist() == pytest.approx([math.log(2 / 8), math.log(5 / 8)])
     assert found["entropy"].tolist() == pytest.approx([-sum(q * math.log(q) for q in p)] * 2)
     assert found["mean_logprob"].tolist() == pytest.approx([sum(map(math.log, p)) / 3] * 2)
+    assert found["mean_logit"].tolist() == pytest.approx([math.log(10) / 3] * 2)
     assert found["collision"].tolist() == pytest.approx([30 / 64] * 2)
     assert found["greedy"].tolist() == [0, 1]
 

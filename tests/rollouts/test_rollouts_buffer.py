@@ -57,11 +57,13 @@ def test_a_bonus_is_a_mean_over_its_tokens(weights, acting):
     signals = {**signals, "bonus_tokens": torch.tensor([count, count])}
     batch = Batch({}, none, none, none, (weight > 0).float(), none, none, none, signals, weight)
     steps = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01, entropy=1.0))
-    total = (steps(Scores(logprobs=entropy, entropy=entropy), batch) * weight).sum()
+    policy_loss = torch.tensor([[2.0, 4.0], [3.0, 0.0]])
+    total = (steps(policy_loss, Scores(logprobs=entropy, entropy=entropy), batch) * weight).sum()
     total.backward()
-    assert total.item() == pytest.approx(0.1 * mean)
-    assert sorted(entropy.grad.flatten().tolist()) == pytest.approx([0] * (4 - count) + [0.1 / count] * count)
-    steps.end_step(lambda sums: sums)
+    without = (policy_loss * weight).sum().item()
+    assert total.item() == pytest.approx(without - 0.1 * mean)
+    assert sorted(entropy.grad.flatten().tolist()) == pytest.approx([-0.1 / count] * count + [0] * (4 - count))
+    assert steps.end_step(lambda sums: sums) == pytest.approx(without)
     assert (steps.bonus.entropy, steps.bonus.coefficient) == pytest.approx((mean, 0.11))
     again = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01))
     again.load_state_dict(steps.state_dict())
@@ -70,7 +72,7 @@ def test_a_bonus_is_a_mean_over_its_tokens(weights, acting):
 
 def test_a_step_without_a_number_moves_no_bonus():
     steps = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01))
-    steps.sums = torch.tensor([math.nan, 3.0])
+    steps.sums = torch.tensor([1.0, math.nan, 3.0])
     steps.end_step(lambda sums: sums)
     assert (steps.bonus.coefficient, steps.sums) == (0.1, None)
 

@@ -223,6 +223,36 @@ def test_models_are_tagged_for_the_hub(make_model, tmp_path):
     assert sft(make_model("llama"), tmp_path).model.model_tags == ["trl", "sft"]
 
 
+@pytest.mark.parametrize(("trainer", "rows"), [(DPOTrainer, PAIRS), (KTOTrainer, LABELLED)])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_logits_are_means_over_tokens_and_vocabulary(make_model, tmp_path, trainer, rows, name):
+    """Gemma 2 caps them. The chosen completions " so" and " it", and the end, each have 4 tokens."""
+    model, tokenizer = make_model(name), make_tokenizer()
+    made = trainer(model, args=trainer.config_class(**options(tmp_path)), eval_dataset=rows, processing_class=tokenizer)
+    found = made.evaluate()
+    texts = {
+        "chosen": [" so", " it"] if trainer is DPOTrainer else [" so"],
+        "rejected": [" no" if trainer is DPOTrainer else " so"],
+    }
+    for side, completions in texts.items():
+        ids = torch.tensor([tokenizer("Why" + text)["input_ids"] + [tokenizer.eos_token_id] for text in completions])
+        with torch.no_grad():
+            logits = model(ids).logits[:, -5:-1]
+        assert found[f"eval_logits/{side}"] == pytest.approx(logits.mean().item(), rel=1e-4)
+        if (trainer, side) == (DPOTrainer, "chosen"):
+            right = (logits.argmax(-1) == ids[:, -4:]).float().mean().item()
+            assert found["eval_mean_token_accuracy"] == pytest.approx(right)
+
+
+def test_the_loss_without_the_entropy_bonus_is_logged(make_model, tmp_path):
+    """Of equal rewards nothing is learned: what is left of the loss is the bonus."""
+    trainer = grpo(make_model("llama"), tmp_path, constant(1.0, "one"), entropy_coef=0.5, max_completion_length=4)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["policy_loss"] == pytest.approx(0, abs=1e-6)
+    assert log["loss"] == pytest.approx(-0.5 * log["entropy"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "given", "named"),
     [

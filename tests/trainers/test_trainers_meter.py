@@ -13,13 +13,15 @@ CPU = torch.device("cpu")
 def test_means_and_extremes_by_hand():
     meter = Meter()
     nan = float("nan")
+    meter.add({"logits/chosen": torch.tensor([[1.0, 2.0], [nan, nan]])}, BATCH)
     meter.add({"entropy": torch.tensor([[1.0, 2.0], [6.0, 99.0]]), "reward": torch.tensor([3.0, nan])}, BATCH)
     meter.add({"reward": torch.tensor([5.0]), "min_reward": torch.tensor([4.0, -1.0])}, BATCH)
     meter.add({"min_reward": torch.tensor([2.0])}, BATCH)
     meter.count("padding_share", 1, per=4)
     meter.count("padding_share", 2, per=4)
     found = meter.read(lambda row: row, CPU)
-    assert found == {"entropy": 3.0, "reward": 4.0, "padding_share": 3 / 8, "min_reward": -1.0}
+    expected = {"logits/chosen": 1.5, "entropy": 3.0, "reward": 4.0, "padding_share": 3 / 8, "min_reward": -1.0}
+    assert found == expected
     assert meter.read(lambda row: row, CPU) == {}
 
 

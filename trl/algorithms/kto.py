@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trl.algorithms.pairs import by_preference
 from trl.errors import ConfigError, DataError
 from trl.ops.shapes import shapes
 from trl.option_types import check_choices
@@ -162,7 +163,7 @@ class KTO(KTOOptions):
         statistic = {} if self.needs_signal is None else {self.needs_signal: self._signal(batch, self.needs_signal)}
         loss = LOSSES[self.loss_type].formula(logratio, desirable, *statistic.values(), beta=self.beta)
         weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight).to(loss.dtype)
-        metrics = unpaired_metrics(self.beta * logratio.detach(), logprob.detach(), desirable) | statistic
+        metrics = unpaired_metrics(self.beta * logratio, logprob, desirable) | statistic
         return weight * loss, metrics
 
     def _signal(self, batch: Batch, name: str) -> Tensor:
@@ -177,13 +178,7 @@ class KTO(KTOOptions):
 @shapes(rewards="N", logprob="N", desirable="N")
 def unpaired_metrics(rewards: Tensor, logprob: Tensor, desirable: Tensor) -> Metrics:
     """Rewards and log-probabilities `[N]` by label: a completion of the other label is NaN, hence left out."""
-    nan = torch.full_like(rewards, torch.nan)
-    return {
-        "rewards/chosen": torch.where(desirable, rewards, nan),
-        "rewards/rejected": torch.where(desirable, nan, rewards),
-        "logps/chosen": torch.where(desirable, logprob, nan),
-        "logps/rejected": torch.where(desirable, nan, logprob),
-    }
+    return by_preference("rewards", rewards, desirable) | by_preference("logps", logprob, desirable)
 
 
 def with_margin(averages: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trl.errors import DataError
 from trl.ops.shapes import shapes
+from trl.types import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,17 @@ def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
     aligned = (logprobs - collision.clamp(min=torch.finfo(collision.dtype).tiny).log()) * mask
     chosen, rejected = split_pairs((aligned.sum(-1) / mask.sum(-1).clamp(min=1)).exp())
     return chosen * rejected
+
+
+@shapes(chosen="N")
+def by_preference(name: str, values: Tensor, chosen: Tensor) -> Metrics:
+    """`name/chosen` and `name/rejected`: the values `[N]` or `[N,C]` of chosen completions, and of the others; NaN elsewhere."""
+    values = values.detach()
+    is_chosen = chosen.bool().view(-1, *[1] * (values.dim() - 1))
+    return {
+        f"{name}/chosen": values.masked_fill(~is_chosen, torch.nan),
+        f"{name}/rejected": values.masked_fill(is_chosen, torch.nan),
+    }
 
 
 # Views: the tensors `[P]` of both sides that a formula is given.

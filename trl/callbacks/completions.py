@@ -39,6 +39,7 @@ def rollout_metrics(
     """
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.example.completions])
     finished = torch.cat([group.finished for group in groups])
+    terminated = lengths.masked_fill(~finished, torch.nan)
     rewards = experience.rewards
     deviation = spread(everywhere)
     columns = dict(zip(names, torch.cat([group.rewards for group in groups]).unbind(1), strict=True))
@@ -50,7 +51,9 @@ def rollout_metrics(
         "completions/min_length": lengths,
         "completions/max_length": lengths,
         "completions/clipped_ratio": 1 - finished.float(),
-        "completions/mean_terminated_length": lengths.masked_fill(~finished, torch.nan),
+        "completions/mean_terminated_length": terminated,
+        "completions/min_terminated_length": terminated,
+        "completions/max_terminated_length": terminated,
         "failed_rewards": torch.cat([group.failed for group in groups]).float(),
         **{f"rewards/{name}/mean": column for name, column in columns.items()},
         **{f"rewards/{name}/std": deviation[i].expand_as(rewards) for i, name in enumerate(names, 1)},

@@ -76,8 +76,8 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
     """Log-probabilities `[N,C]` float32 of the batch's completions, and the statistics named in `want`.
 
     model is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters, a value head).
-    `want` is any of "entropy", "mean_logprob", "collision", "greedy", "value": see `Scores`. Gradients flow as autograd
-    is told. Raises ModelError where the value is wanted of a model without a value head.
+    `want` is any of "entropy", "mean_logprob", "mean_logit", "collision", "greedy", "value": see `Scores`. Gradients flow
+    as autograd is told. Raises ModelError where the value is wanted of a model without a value head.
     """
     found = _score(model, batch, temperature=temperature, want=want)
     tables = {name: _scatter(values, batch) for name, values in found.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 DIFFERENTIABLE = ("logprobs", "entropy", "mean_logprob")
-DETACHED = ("collision", "greedy")
+DETACHED = ("mean_logit", "collision", "greedy")
 STATISTICS = DIFFERENTIABLE + DETACHED
 
 

@@ -44,6 +44,8 @@ def logprobs_from_logits(
     if "mean_logprob" in want:
         result["mean_logprob"] = logp.mean(-1)
     with torch.no_grad():
+        if "mean_logit" in want:
+            result["mean_logit"] = z.mean(-1)
         if "collision" in want:
             result["collision"] = (2 * logp).exp().sum(-1)
         if "greedy" in want:
@@ -90,8 +92,8 @@ def logprobs_from_linear(
     """Log-probabilities of `target [M]` under a linear head, and what else is wanted of the distributions.
 
     hidden [M,H], weight [V,H], bias [V] or None. Gives `[M]` float32 tensors by name: "logprobs", and of `want`
-    "entropy" −Σ p log p, "mean_logprob" Σ_v log p_v / V (these three carry gradients), "collision" Σ p², "greedy"
-    (1 where the target is a most likely token).
+    "entropy" −Σ p log p, "mean_logprob" Σ_v log p_v / V (these three carry gradients), "mean_logit" Σ_v z_v / V,
+    "collision" Σ p², "greedy" (1 where the target is a most likely token).
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -191,7 +193,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
 
 def _statistics(z: Tensor, target: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
     """The statistics of a chunk and its probabilities; `z` is overwritten."""
-    mean = z.mean(-1) if "mean_logprob" in want else None
+    mean = z.mean(-1) if want & {"mean_logprob", "mean_logit"} else None
     top = z.amax(-1, keepdim=True)
     chosen = z.gather(-1, target[:, None]) - top
     z -= top
@@ -202,8 +204,10 @@ def _statistics(z: Tensor, target: Tensor, want: frozenset[str]) -> tuple[dict[s
     p = e.div_(total)
     if "entropy" in want:
         result["entropy"] = log_total.squeeze(-1) - torch.linalg.vecdot(p, z)
-    if mean is not None:
+    if "mean_logprob" in want:
         result["mean_logprob"] = mean - (top + log_total).squeeze(-1)
+    if "mean_logit" in want:
+        result["mean_logit"] = mean
     if "collision" in want:
         result["collision"] = torch.linalg.vecdot(p, p)
     if "greedy" in want:

@@ -7,7 +7,8 @@ With z a tile's logits, and for each token the running maximum m and sums over t
 a larger maximum m′ takes s to s e^δ, t to e^δ (t + δ s), c to c e^(2δ) with δ = m − m′ (Milakov and Gimelshein 2018,
 "Online normalizer calculation for softmax", algorithm 3; t and c follow from the same substitution). At the end
 
-    log p(token) = z_token − m − log s      entropy = log s − t/s      Σ_v log p_v / V = a/V − m − log s      Σ p² = c/s²
+    log p(token) = z_token − m − log s      entropy = log s − t/s      Σ_v log p_v / V = a/V − m − log s
+    Σ_v z_v / V = a/V                       Σ p² = c/s²
 
 The product that gives a tile is torch's, into float32. Backward makes each tile again, turns it into the gradient of the
 logits in one kernel, and multiplies that with the weights and the hidden states; both sums are kept in float32. Tiles
@@ -238,6 +239,8 @@ def _statistics(state: Tensor, vocabulary: int, want: frozenset[str]) -> dict[st
         result["entropy"] = log_total - state[WEIGHTED] / state[TOTAL]
     if "mean_logprob" in want:
         result["mean_logprob"] = state[SUM] / vocabulary - normalizer
+    if "mean_logit" in want:
+        result["mean_logit"] = state[SUM] / vocabulary
     if "collision" in want:
         result["collision"] = state[SQUARED] / state[TOTAL].square()
     if "greedy" in want:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trl.algorithms.dpo import DPO, DPOLoss, DPOOptions
+from trl.algorithms.pairs import by_preference
 from trl.errors import ConfigError
 from trl.models.score import score
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
-from trl.types import Batch, Metrics
+from trl.types import Batch, Metrics, Scores
 
 
 @dataclass
@@ -82,6 +84,16 @@ class DPOTrainer(PreferenceTrainer):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         batch = self.with_reference(model, batch)
-        scores = score(model, batch, want={"entropy", *self.algorithm.wants})
+        scores = score(model, batch, want={"entropy", "greedy", "mean_logit", *self.algorithm.wants})
         loss, metrics = self.algorithm.loss(scores, batch)
-        return loss, {**metrics, "entropy": scores.entropy}
+        return loss, {**metrics, **token_metrics(scores)}
+
+
+def token_metrics(scores: Scores) -> Metrics:
+    """What the distributions behind the tokens `[N,C]` of pairs were; the accuracy is that of the chosen completions."""
+    is_chosen = torch.arange(len(scores.logprobs), device=scores.logprobs.device) % 2 == 0
+    return {
+        "entropy": scores.entropy,
+        "mean_token_accuracy": by_preference("accuracy", scores.greedy, is_chosen)["accuracy/chosen"],
+        **by_preference("logits", scores.mean_logit, is_chosen),
+    }

@@ -42,21 +42,23 @@ class BonusOfSteps:
         self.bonus = bonus
         self.sums: Tensor | None = None
 
-    def __call__(self, scores: Scores, batch: Batch) -> Tensor:
-        """What comes off the losses `[N,C]` of a batch with the signal `bonus_tokens`, E."""
+    def __call__(self, loss: Tensor, scores: Scores, batch: Batch) -> Tensor:
+        """The losses `[N,C]` of a batch with the signal `bonus_tokens`, E, less the bonus."""
         counts = batch.weight > 0
         acts = counts * batch.signals.get("high_entropy", batch.mask)
-        sums = torch.stack([(scores.entropy.detach() * acts).sum(), acts.sum()]).double()
+        policy_loss = (loss.detach() * batch.weight).sum()
+        sums = torch.stack([policy_loss, (scores.entropy.detach() * acts).sum(), acts.sum()]).double()
         self.sums = sums if self.sums is None else self.sums + sums
         whole = batch.signals["bonus_tokens"].clamp(min=1)[:, None] * batch.weight
-        return self.bonus.applied * acts * scores.entropy / whole.masked_fill(~counts, 1)
+        return loss - self.bonus.applied * acts * scores.entropy / whole.masked_fill(~counts, 1)
 
-    def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Update the bonus by the entropies of a step; a NaN changes nothing."""
-        total, count = sum_over_processes(self.sums).tolist()
+    def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> float:
+        """Update the bonus by the entropies of a step; a NaN changes nothing. Returns the step's loss without the bonus."""
+        policy_loss, total, count = sum_over_processes(self.sums).tolist()
         self.sums = None
         if math.isfinite(total):
             self.bonus = self.bonus.updated(total / max(count, 1.0))
+        return policy_loss
 
     def state_dict(self) -> dict[str, float]:
         return {"coefficient": self.bonus.coefficient, "entropy": self.bonus.entropy}

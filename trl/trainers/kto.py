@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
+from trl.algorithms.pairs import by_preference
 from trl.data.examples import columns_of
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
 from trl.errors import ConfigError
@@ -110,11 +111,12 @@ class KTOTrainer(PreferenceTrainer):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         batch = self.with_reference(model, batch)
-        scores = score(model, batch, want={"entropy"})
+        scores = score(model, batch, want={"entropy", "mean_logit"})
         loss, metrics = self.algorithm.loss(scores, batch)
+        desirable = batch.signals["label"] > 0.5
         if self.algorithm.needs_signal == "delta" and model.training and batch.tokens:
-            self._count_rewards(metrics, batch.signals["label"] > 0.5)
-        return loss, {**metrics, "entropy": scores.entropy}
+            self._count_rewards(metrics, desirable)
+        return loss, {**metrics, **by_preference("logits", scores.mean_logit, desirable), "entropy": scores.entropy}
 
     def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """z₀ or δ, over all processes."""

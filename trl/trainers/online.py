@@ -13,6 +13,7 @@ sampled, so no second pass is needed; in a rollout batch that is trained on once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -324,7 +325,7 @@ class OnlineTrainer(SamplingTrainer):
         loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
         loss = loss * self._length_scale(batch)
         if "bonus_tokens" in batch.signals:
-            loss = loss - self.entropy_bonus(scores, batch)
+            loss = self.entropy_bonus(loss, scores, batch)
         return loss, of_scored(metrics, batch)
 
     def _length_scale(self, batch: Batch) -> Tensor | float:
@@ -344,7 +345,8 @@ class OnlineTrainer(SamplingTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.entropy_bonus is not None and self.entropy_bonus.sums is not None:
-            self.entropy_bonus.end_step(self._sum_over_processes)
+            if math.isfinite(policy_loss := self.entropy_bonus.end_step(self._sum_over_processes)):
+                self._count("policy_loss", policy_loss)
             self._count("entropy_coef", self.entropy_bonus.bonus.coefficient)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -17,6 +17,8 @@ EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "max_reward": torch.amax,
     "completions/min_length": torch.amin,
     "completions/max_length": torch.amax,
+    "completions/min_terminated_length": torch.amin,
+    "completions/max_terminated_length": torch.amax,
     "clip_ratio/low_min": torch.amin,
     "clip_ratio/high_max": torch.amax,
     "sampling/importance_sampling_ratio/min": torch.amin,
@@ -37,7 +39,7 @@ class Meter:
     """Weighted means of named measurements.
 
     `add` takes what algorithms return (see `trl.types.Metrics`): `[N,C]` values are averaged over the batch's mask, vectors
-    over their entries that are not NaN; of names in `EXTREMES` the smallest or largest of those is kept. It neither
+    over their entries, NaN left out of both; of names in `EXTREMES` the smallest or largest of those is kept. It neither
     synchronises nor communicates; `read` does both, once.
     """
 
@@ -49,11 +51,9 @@ class Meter:
         for name, values in metrics.items():
             if name in EXTREMES:
                 self._keep(name, values.detach().double())
-            elif values.dim() == 2:
-                self.add_weighted(name, values, batch.mask)
             else:
                 present = ~values.isnan()
-                self.add_weighted(name, values.nan_to_num(), present)
+                self.add_weighted(name, values.nan_to_num(), present * batch.mask if values.dim() == 2 else present)
 
     def add_weighted(self, name: str, values: Tensor, weights: Tensor) -> None:
         """Count `values` into the mean of `name` with `weights` of the same shape."""
