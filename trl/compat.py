@@ -54,6 +54,7 @@ SAMPLES = "Give an `engine`: see `trl.rollouts.engine`."
 SCORES = "Log-probabilities come from `score(model, batch)`: override `loss(model, batch) -> (loss, metrics)`."
 SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefModelCallback` is here."
 
+SWEEP = "`trl sweep` looks for hyperparameters, with a model made anew for each trial: see docs/coming_from_trl.md."
 TOOLS = "tools are not called yet; an `engine` of your own can be given to every online trainer."
 
 REMOVED = {
@@ -105,7 +106,7 @@ REMOVED = {
     "TPOTrainer": OBJECTIVE,
     "TextEnvironment": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
     "TextHistory": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
-    "VLLMClient": "vLLM is not available yet; an `engine` of your own can be given to every online trainer.",
+    "VLLMClient": "set `use_vllm=True` of the configuration: see docs/scaling.md.",
     "WeaveCallback": REPORT,
     "WinRateCallback": REPORT,
     "XPOTrainer": "use `OnlineDPOTrainer`.",
@@ -117,7 +118,7 @@ REMOVED = {
     "is_npu_available": "import it from `transformers.utils`.",
     "is_xpu_available": "import it from `accelerate.utils`.",
     "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights stay as they are loaded.",
-    "prepare_multimodal_messages": "vision-language models are not covered yet.",
+    "prepare_multimodal_messages": "rows with images are read as they are: see docs/vision.md.",
     "supports_tool_calling": "tools are not called yet.",
     "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
     "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
@@ -135,7 +136,7 @@ ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "
 ARGUMENTS |= {
     "environment_factory": TOOLS,
     "judge": BY_REWARD,
-    "model_init": "give the model itself, or its name; `trl sweep` looks for hyperparameters, with a model made anew for each trial.",
+    "model_init": f"give the model itself, or its name. {SWEEP}",
     "policy": "it is `model`.",
     "ref_policy": "the reference is the model as it is given.",
     "reward_model": "it is one of `reward_funcs`.",

@@ -266,6 +266,17 @@ def test_options_without_effect_are_refused(tmp_path, config, given, named):
         config(**options(tmp_path, **given))
 
 
+def test_a_search_for_hyperparameters_leads_to_sweeps(make_model, tmp_path):
+    trainer = sft(make_model("llama"), tmp_path)
+    with pytest.raises(ConfigError, match="trl sweep"):
+        trainer.hyperparameter_search(n_trials=2)
+    trainer.model_init = lambda: make_model("llama")
+    with pytest.raises(ConfigError, match="model_init.*trl sweep"):
+        trainer.train()
+    with pytest.raises(ConfigError, match="model_init.*trl sweep"):
+        SFTTrainer(None, model_init=lambda: make_model("llama"), train_dataset=TEXTS)
+
+
 def test_rows_of_like_length_are_batched_together_where_that_is_asked_for(make_model, tmp_path):
     trainer = sft(make_model("llama"), tmp_path, train_sampling_strategy="group_by_length")
     sampler = trainer._get_train_sampler()

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from trl.compat import SWEEP
+from trl.errors import ConfigError
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object
 from trl.training.gradients import GradientCheck
@@ -386,6 +388,14 @@ class StepTrainer(ResumableTrainer):
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
         """Tokens are counted with the window."""
+
+    # ---- what transformers has, and is not here ----
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(f"{type(self).__name__}.hyperparameter_search is not available. {SWEEP}")
+
+    def call_model_init(self, trial: Any = None) -> NoReturn:
+        raise ConfigError(f"{type(self).__name__}.model_init would replace the model that was prepared. {SWEEP}")
 
     # ---- over processes ----
 
