@@ -84,10 +84,20 @@ def test_the_cache_comes_with_the_outputs_where_asked_for(wrapped):
     torch.testing.assert_close(torch.cat([before, after], 1), values)
 
 
-def test_half_precision_models_have_float32_logits_and_values(make_model):
-    model = CAUSAL.from_pretrained(make_model("llama").bfloat16())
-    logits, _, values = model(torch.tensor([[5, 6]]))
-    assert (logits.dtype, values.dtype) == (torch.float32, torch.float32)
+@pytest.mark.parametrize(("dtype", "head"), [("bfloat16", "float32"), ("float16", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_head_is_as_precise_as_its_model_and_at_least_float32(make_model, tmp_path, dtype, head, layers):
+    make_model("llama").to(dtype := getattr(torch, dtype)).save_pretrained(tmp_path)
+    for options in ({"dtype": "auto"}, {"torch_dtype": dtype}):
+        model = CAUSAL.from_pretrained(tmp_path, num_value_layers=layers, **options).eval()
+        model.save_pretrained(tmp_path / "again")
+        again = CAUSAL.from_pretrained(tmp_path / "again", **options).eval()
+        for made in (model, again):
+            assert (made.dtype, made.v_head.summary.weight.dtype) == (dtype, getattr(torch, head))
+            logits, _, values = made(torch.tensor([[5, 6]]))
+            assert (logits.dtype, values.dtype) == (torch.float32, getattr(torch, head))
+        torch.testing.assert_close(again(torch.tensor([[5, 6]]))[2], model(torch.tensor([[5, 6]]))[2])
+    assert CAUSAL.from_pretrained(tmp_path).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "t5", "bart"])

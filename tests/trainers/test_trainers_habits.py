@@ -266,6 +266,17 @@ def test_options_without_effect_are_refused(tmp_path, config, given, named):
         config(**options(tmp_path, **given))
 
 
+def test_rows_that_another_release_encoded_are_the_same_rows(make_model, tmp_path):
+    tokenizer = make_tokenizer()
+    prompt, end = tokenizer("Why")["input_ids"], [tokenizer.eos_token_id]
+    answers = {side: [tokenizer(text)["input_ids"] + end for text in PAIRS[side]] for side in ("chosen", "rejected")}
+    encoded = Dataset.from_dict({"prompt_ids": [prompt] * 4, **{f"{side}_ids": ids for side, ids in answers.items()}})
+    given = {"args": DPOConfig(**options(tmp_path)), "processing_class": tokenizer}
+    found = [DPOTrainer(make_model("llama"), train_dataset=rows, **given).train_dataset for rows in (encoded, PAIRS)]
+    assert found[0].column_names == ["prompt_ids", "completion_ids"]
+    assert found[0].to_dict() == found[1].to_dict()
+
+
 def test_a_search_for_hyperparameters_leads_to_sweeps(make_model, tmp_path):
     trainer = sft(make_model("llama"), tmp_path)
     with pytest.raises(ConfigError, match="trl sweep"):

@@ -160,7 +160,8 @@ class WithValueHead(nn.Module, PushToHubMixin):
         A folder that was saved with a head gives it back; otherwise the head is new. `peft_config` puts a new adapter
         on; `is_trainable` says whether the adapter that a folder holds trains on. `reward_adapter` is a second one, with
         the head of a reward model, for `compute_reward_score`. With `num_value_layers`, the value has a copy of its own of
-        the upper layers. Other `kwargs` go to the model's `from_pretrained`.
+        the upper layers. Other `kwargs` go to the model's `from_pretrained`; without `dtype` the model is loaded in float32,
+        as by every trainer. The head is as precise as the model, and at least float32.
         """
         given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         model, head = cls._load(given, is_trainable, kwargs, hub)

@@ -56,9 +56,9 @@ class HeadOptions:
         if self.init_strategy not in INIT_STRATEGIES:
             raise ConfigError(unknown("v_head_init_strategy", str(self.init_strategy), map(str, INIT_STRATEGIES)))
 
-    def linear(self, hidden_size: int) -> nn.Linear:
-        """A new map from a hidden state to one number."""
-        made = nn.Linear(hidden_size, 1)
+    def linear(self, hidden_size: int, dtype: torch.dtype) -> nn.Linear:
+        """A new map from a hidden state to one number, for a model of that type: in float32 where that is less precise."""
+        made = nn.Linear(hidden_size, 1, dtype=torch.promote_types(dtype, torch.float32))
         INIT_STRATEGIES[self.init_strategy](made, self.initializer_range)
         return made
 
@@ -74,7 +74,7 @@ class ValueHead(nn.Module):
     @classmethod
     def on(cls, model: PreTrainedModel | PeftModel, options: HeadOptions) -> ValueHead:
         """A new head for the states that the language-model head of `model` reads."""
-        return cls(options.linear(wrapped_layer(model.get_output_embeddings()).in_features), dropout=options.dropout)
+        return cls(_summary(model, options), dropout=options.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden.to(self.summary.weight.device, self.summary.weight.dtype)
@@ -120,9 +120,7 @@ class ValueBranch(ValueHead):
                 f"num_value_layers={layers}: {type(policy).__name__} has {len(stack)} layers, of which the value can have "
                 f"1 to {len(stack) - 1} of its own. For all of them, give a value_model."
             )
-        super().__init__(
-            options.linear(wrapped_layer(policy.get_output_embeddings()).in_features), dropout=options.dropout
-        )
+        super().__init__(_summary(policy, options), dropout=options.dropout)
         self.start = len(stack) - layers
         self.layers = copy.deepcopy(stack[self.start :])
 
@@ -148,7 +146,7 @@ class ValueModel(ValueHead):
 
     def __init__(self, model: PreTrainedModel, options: HeadOptions, summary: nn.Linear | None = None) -> None:
         if summary is None:
-            summary = options.linear(model.config.get_text_config().hidden_size).to(model.device)
+            summary = options.linear(model.config.get_text_config().hidden_size, model.dtype).to(model.device)
         super().__init__(summary, dropout=options.dropout)
         self.model = model
 
@@ -191,6 +189,11 @@ class ValueModel(ValueHead):
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         self.model.save_pretrained(folder / VALUE_MODEL, state_dict=weights, **options)
         return {name: value for name, value in state.items() if name.startswith("summary.")}
+
+
+def _summary(policy: PreTrainedModel | PeftModel, options: HeadOptions) -> nn.Linear:
+    """A new map from the states that the language-model head of `policy` reads."""
+    return options.linear(wrapped_layer(policy.get_output_embeddings()).in_features, policy.dtype)
 
 
 def _with_idle_head(model: PreTrainedModel) -> PreTrainedModel:
