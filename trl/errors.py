@@ -18,6 +18,24 @@ class DataError(TrlError):
     """A dataset, row or conversation that cannot be used as it is."""
 
 
+class RowError(DataError):
+    """A row that cannot be used: `Row 3 of 'eval' (line 4 of chats.jsonl), column 'text': …`
+
+    row       counts from 0, as datasets do; the message counts from 1
+    what      how the message goes on
+    dataset   "train", "eval", …; empty while it is not known
+    place     where the row stands in a file
+    """
+
+    def __init__(self, row: int, what: str, dataset: str = "", place: str = "") -> None:
+        super().__init__(row, what, dataset, place)
+        self.row, self.what, self.dataset, self.place = row, what, dataset, place
+
+    def __str__(self) -> str:
+        of = f" of {self.dataset!r}" if self.dataset not in ("", "train") else ""
+        return f"Row {self.row + 1}{of}{f' ({self.place})' if self.place else ''}{self.what}"
+
+
 class ConfigError(TrlError):
     """An option that is unknown, of the wrong type, or at odds with another."""
 

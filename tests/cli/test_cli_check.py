@@ -53,6 +53,15 @@ def test_rows_plan_and_memory(words, folder, capsys):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("words", [["check", "sft"], ["sft"], ["preview"]])
+def test_a_row_is_named_by_its_line(words, folder, capsys):
+    rows = ['{"text": "one"}', "", '{"text": "two"}', '{"text": null}']
+    (folder / "some.jsonl").write_text("\n".join(rows))
+    assert main([*words, *words_for("some.jsonl")]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "Row 3 (line 4 of some.jsonl), column 'text': expected a string, found NoneType None." in shown
+
+
 def test_processes_count(folder, capsys):
     more = ["--per_device_train_batch_size", "4", "--num_processes", "2"]
     assert main(["check", *words_for("rows.jsonl", *more)]) == 0

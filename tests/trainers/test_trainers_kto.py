@@ -207,7 +207,7 @@ BAD_ROWS = {
     "no prompt": ({"completion": ["b"], "label": [True]}, r"unpaired_preference: prompt, completion, label"),
     "empty prompt": (
         {"prompt": ["a", ""], "completion": ["b", "c"], "label": [True, False]},
-        r"1 of 2 rows of 'train' have no prompt \(the first is row 2\)",
+        "Row 2 has no prompt",
     ),
 }
 

@@ -272,15 +272,15 @@ def test_two_labels(tmp_path):
 BAD_ROWS = {
     "score is text": (
         {"text": ["a"], "score": ["high"]},
-        r"Row 1 of 'train', column 'score': expected a number, found str 'high'",
+        r"Row 1, column 'score': expected a number, found str 'high'",
     ),
     "score is missing": (
         {"text": ["a", "b"], "score": [0.5, None]},
-        r"Row 2 of 'train', column 'score': .* found NoneType",
+        r"Row 2, column 'score': .* found NoneType",
     ),
     "margin is text": (
         {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "margin": ["1"]},
-        r"Row 1 of 'train', column 'margin': expected a number",
+        r"Row 1, column 'margin': expected a number",
     ),
     "nothing to learn": ({"text": ["a"]}, r"neither pairs \(chosen, rejected\) nor steps .* no column 'score'"),
     "equal": (

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
 from trl.cli.train import Run, check_hub, datasets_of, library_errors_as_config_errors, own_keywords, read_run
+from trl.data.places import naming_lines
 from trl.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
         args.output_dir, args.model_init_kwargs = folder, None
         keywords |= own_keywords(run)
         keywords.setdefault("processing_class", processor_of(run, model))
-        return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
+        with naming_lines(run.script):
+            return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
 
 
 def model_without_weights(run: Run, auto_class: Any = None) -> Any:

@@ -16,6 +16,7 @@ from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.hub import check_model_on_hub, check_push, push_explained
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import ParsedOptions
+from trl.data.places import naming_lines
 from trl.data.sources import DatasetMixtureConfig, ScriptArguments, check_place, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
@@ -162,14 +163,15 @@ def build_trainer(run: Run) -> BaseTrainer:
         "quantization_config": get_quantization_config(run.model),
     }
     train_dataset, eval_dataset = datasets_of(run)
-    return load(run.method.trainer)(
-        model=run.model.model_name_or_path,
-        args=run.training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        **loading,
-        **own_keywords(run),
-    )
+    with naming_lines(run.script):
+        return load(run.method.trainer)(
+            model=run.model.model_name_or_path,
+            args=run.training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **loading,
+            **own_keywords(run),
+        )
 
 
 def own_keywords(run: Run) -> Mapping[str, Any]:

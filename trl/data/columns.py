@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trl.data.messages import tidy_messages
-from trl.errors import DataError
+from trl.errors import DataError, RowError
 
 INT32 = 2**31
 
@@ -35,8 +35,8 @@ class Columns:
         """The rows as dicts."""
         return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
 
-    def error(self, k: int, name: str, message: str) -> DataError:
-        return DataError(f"Row {self.rows[k] + 1}, column {name!r}: {message}")
+    def error(self, k: int, name: str, message: str) -> RowError:
+        return RowError(self.rows[k], f", column {name!r}: {message}")
 
     def is_chat(self, name: str) -> bool:
         """Whether the column holds conversations, judged by its first value."""
@@ -124,7 +124,7 @@ class Columns:
             try:
                 results.append(function(k, row))
             except DataError as error:
-                raise DataError(f"Row {self.rows[k] + 1}: {error}") from error
+                raise RowError(self.rows[k], f": {error}") from error
         return results
 
 

@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset
 
 from trl.data.formats import extract_prompt
 from trl.data.messages import tidy_messages
-from trl.errors import DataError
+from trl.errors import DataError, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def in_known_columns(
         try:
             return convention.convert(row)
         except DataError as error:
-            raise DataError(f"Row {number + 1}, {error}") from error
+            raise RowError(number, f", {error}") from error
 
     shown = {"desc": "Reading columns"} if isinstance(rows, Dataset) else {}
     return rows.map(convert, with_indices=True, remove_columns=list(convention.uses), **shown)

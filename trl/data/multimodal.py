@@ -23,7 +23,7 @@ from trl.data.columns import Columns
 from trl.data.formats import PICTURES
 from trl.data.messages import to_chatml, without_none
 from trl.data.tokens import Span
-from trl.errors import DataError
+from trl.errors import DataError, RowError
 from trl.vision.images import from_base64
 from trl.vision.processing import ImageProcessing
 
@@ -65,7 +65,7 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
         try:
             placed, own = _placed(row, processing, has_template=has_template)
         except DataError as error:
-            raise DataError(f"Row {columns.rows[k] + 1}: {error}") from error
+            raise RowError(columns.rows[k], f": {error}") from error
         images.append(own)
         for name, value in placed.items():
             values[name][k] = value

@@ -31,7 +31,7 @@ from trl.data.trees import (
     nested,
     with_token_signal,
 )
-from trl.errors import DataError
+from trl.errors import DataError, RowError
 
 FORMAT = 2
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
@@ -121,17 +121,19 @@ class RowEncoder:
             sides = (len(tree.prompt), tree.longest)
             size = max(documents[k]) if documents else max(sides) if s.encoder_decoder else sum(sides)
             if s.positions is not None and size > s.positions:
-                raise DataError(
-                    f"Row {columns.rows[k] + 1}: {size:,} tokens, and the model has {s.positions:,} positions: set "
-                    f"max_length={s.positions}, or less, or leave long rows out."
+                raise RowError(
+                    columns.rows[k],
+                    f": {size:,} tokens, and the model has {s.positions:,} positions: set max_length={s.positions}, or less, or "
+                    "leave long rows out.",
                 )
             top = tree.highest_id
             if s.embedded is not None and columns.images is None and top >= s.embedded:
                 token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
-                raise DataError(
-                    f"Row {columns.rows[k] + 1}: token {token!r} ({top}) has no embedding, the model's has {s.embedded:,} "
-                    "rows. If tokens were added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the "
-                    "model); else the tokenizer is another model's."
+                raise RowError(
+                    columns.rows[k],
+                    f": token {token!r} ({top}) has no embedding, the model's has {s.embedded:,} rows. If tokens were added, "
+                    "resize it (model.resize_token_embeddings(len(tokenizer)) and save the model); else the tokenizer is another "
+                    "model's.",
                 )
 
     def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
@@ -174,8 +176,11 @@ class RowEncoder:
     ) -> pa.Table:
         trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
+        statuses = self._statuses(trees, trained, overlong or [False] * len(trees))
+        if self.settings.needs_prompt:
+            check_prompts(trees, statuses, columns)
         counts = {
-            "status": pa.array(self._statuses(trees, trained, overlong or [False] * len(trees)), pa.uint8()),
+            "status": pa.array(statuses, pa.uint8()),
             "truncated": pa.array(np.not_equal(tokens, source_tokens)),
             "tokens": pa.array(tokens, pa.int32()),
             "trained": pa.array(map(sum, trained), pa.int32()),
@@ -242,6 +247,17 @@ class RowEncoder:
         tokenizer, images = self.tokenization.tokenizer, self.tokenization.images
         parts = (FORMAT, source, self.kind, self.columns, self.settings, tokenizer_key(tokenizer))
         return Hasher.hash(parts if images is None else (*parts, images.settings()))
+
+
+def check_prompts(trees: Sequence[Tree], statuses: Sequence[int], columns: Columns) -> None:
+    """Raises DataError for a row that is kept and has no prompt."""
+    for k, (tree, status) in enumerate(zip(trees, statuses, strict=True)):
+        if status == KEPT and not tree.prompt:
+            raise RowError(
+                columns.rows[k],
+                " has no prompt: the column 'prompt' is empty, or there is none and chosen and rejected have no beginning in "
+                "common. Give every row a prompt, or leave such rows out.",
+            )
 
 
 def _emptied(tree: Tree) -> Tree:

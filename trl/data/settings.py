@@ -35,6 +35,8 @@ class EncodeSettings:
     """Close plain texts and completions with EOS. Conversations end as their template ends them."""
     needs_eos: bool = True
     """Refuse a tokenizer without a token that ends a text. False: texts stay open then, since a classifier never stops."""
+    needs_prompt: bool = False
+    """Refuse rows without a prompt, whose completions answer nothing."""
     eos_token: str | None = None
     """The token that closes a text; None is the tokenizer's."""
     chat_template_kwargs: Mapping[str, Any] | None = None

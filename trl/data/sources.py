@@ -265,11 +265,31 @@ def load_splits(
         return _load_files(local, streaming=streaming)
     if len(places) > 1:
         raise DataError(f"Dataset {places}: several names have to be data files; mix datasets with `datasets`.")
-    if local and (Path(local[0], "state.json").exists() or Path(local[0], "dataset_dict.json").exists()):
+    if local and _is_saved(local[0]):
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         return _streamed(splits) if streaming else splits
     return load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+
+
+def files_of(path: str | Sequence[str], split: str) -> list[str]:
+    """The files on this machine that `load_splits(path)` reads a split from; none of a saved dataset, or a hub's."""
+    from datasets import load_dataset_builder
+
+    places = _listed(path)
+    if not all(map(is_local, places)) or any(
+        Path(place).expanduser().suffix == "" and _is_saved(place) for place in places
+    ):
+        return []
+    local = [str(Path(place).expanduser()) for place in places]
+    builder = _builder(local[0])
+    made = load_dataset_builder(local[0]) if builder is None else load_dataset_builder(builder, data_files=local)
+    return [str(file) for file in made.config.data_files.get(split, [])]
+
+
+def _is_saved(place: str) -> bool:
+    """Whether a folder was made by `save_to_disk`."""
+    return any(Path(place, name).expanduser().exists() for name in ("state.json", "dataset_dict.json"))
 
 
 def _load_files(paths: list[str], *, streaming: bool) -> Splits:
@@ -329,38 +349,43 @@ def take_split(splits: Splits, split: str, path: Any) -> Rows:
 
     Raises DataError, with the splits that there are.
     """
-    name, bracket, inside = split.partition("[")
+    from datasets import Dataset
+
+    name = split.partition("[")[0]
     if name not in splits:
         raise DataError(
             f"Dataset {path!r} has no split {name!r}.{suggest(name, splits)} Its splits: {', '.join(splits)}."
         )
-    return _slice(splits[name], split, inside.removesuffix("]")) if bracket else splits[name]
+    rows = splits[name]
+    if name == split:
+        return rows
+    if isinstance(rows, Dataset):
+        return rows.select(range(len(rows))[slice_of(split, len(rows))])
+    part = slice_of(split, None)
+    rows = rows.skip(part.start or 0)
+    return rows if part.stop is None else rows.take(part.stop - (part.start or 0))
 
 
-def _slice(rows: Rows, split: str, inside: str) -> Rows:
-    """Rows [start:end], in numbers of rows or percents."""
-    from datasets import Dataset
+def slice_of(split: str, count: int | None) -> slice:
+    """What of a split's rows `train[10:20]` or `train[10%:]` stands for; `count` is None of a stream.
 
-    start, colon, end = inside.partition(":")
-    percent = "%" in inside
-    if percent and not isinstance(rows, Dataset):
+    Raises DataError for what is not a slice, or is counted from an end that a stream has not.
+    """
+    _, bracket, inside = split.partition("[")
+    start, colon, end = inside.removesuffix("]").partition(":")
+    if "%" in inside and count is None:
         raise DataError(f"split={split!r}: a streaming dataset is not counted beforehand. Give numbers of rows.")
     try:
         first, last = (int(bound.strip().removesuffix("%")) if bound.strip() else None for bound in (start, end))
     except ValueError:
         colon = ""
-    if not colon:
+    if bracket and not colon:
         raise DataError(f"split={split!r} is not a slice: write name[start:end], in rows or with %.")
-    if not isinstance(rows, Dataset):
-        if min(first or 0, last or 0) < 0:
-            raise DataError(
-                f"split={split!r}: a streaming dataset has no end to count from. Give numbers from its start."
-            )
-        rows = rows.skip(first or 0)
-        return rows if last is None else rows.take(last - (first or 0))
-    if percent:
-        first, last = (None if bound is None else round(len(rows) * bound / 100) for bound in (first, last))
-    return rows.select(range(len(rows))[first:last])
+    if count is None and min(first or 0, last or 0) < 0:
+        raise DataError(f"split={split!r}: a streaming dataset has no end to count from. Give numbers from its start.")
+    if "%" in inside:
+        first, last = (None if bound is None else round(count * bound / 100) for bound in (first, last))
+    return slice(first, last)
 
 
 def take_columns(rows: Rows, columns: Sequence[str] | None, path: Any) -> Rows:

@@ -47,6 +47,7 @@ from trl.data.examples import (
     row_numbers,
 )
 from trl.data.layout import lay_out, lay_out_encoder_decoder
+from trl.data.places import naming_rows, renumbering_rows
 from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
@@ -295,11 +296,17 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
     def _encode_all(self, train: Rows | None, evaluation: EvalRows) -> tuple[Rows | None, EvalRows]:
         check_datasets(train, evaluation)
         if train is not None:
-            train = self.encode(self.in_known_columns(self._shuffled(train)), "train", "train")
+            count = len(train) if isinstance(train, Dataset) else None
+            with renumbering_rows(count, self._shuffled, "row"):
+                train = self._encode_given(self._shuffled(train), "train", "train")
         if isinstance(evaluation, Mapping):
-            known = {name: self.in_known_columns(rows) for name, rows in evaluation.items()}
-            return train, {name: self.encode(rows, "eval", name) for name, rows in known.items()}
-        return train, None if evaluation is None else self.encode(self.in_known_columns(evaluation), "eval", "eval")
+            return train, {name: self._encode_given(rows, "eval", name) for name, rows in evaluation.items()}
+        return train, None if evaluation is None else self._encode_given(evaluation, "eval", "eval")
+
+    def _encode_given(self, rows: Rows, split: str, name: str) -> Rows:
+        """Rows as they were given, encoded; errors about one of them say of which set it is."""
+        with naming_rows(name):
+            return self.encode(self.in_known_columns(rows), split, name)
 
     def in_known_columns(self, rows: Rows) -> Rows:
         """The rows in columns that are read here, where they have those of other tools."""
@@ -437,7 +444,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         return super().get_test_dataloader(self._encoded_rows(test_dataset, "test"))
 
     def _encoded_rows(self, rows: Rows, name: str) -> Rows:
-        return rows if ENCODED & set(columns_of(rows)) else self.encode(self.in_known_columns(rows), "eval", name)
+        return rows if ENCODED & set(columns_of(rows)) else self._encode_given(rows, "eval", name)
 
     # ---- what is reported ----
 

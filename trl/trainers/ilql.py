@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.ilql import ILQL, ILQLOptions
 from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import columns_of
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, RowError
 from trl.models.score import score, unwrap
 from trl.models.value_heads.ilql import WithILQLHeads, load_with_ilql_heads, with_ilql_heads
 from trl.rewards.call import make_rewards
@@ -268,7 +268,5 @@ class RewardScale:
 def _total(reward: Any, row: int, name: str) -> float:
     numbers = reward if isinstance(reward, list) else [reward]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise DataError(
-            f"Row {row + 1} of {name!r}, column 'reward': expected a finite number, or a list of them, found {reward!r}."
-        )
+        raise RowError(row, f", column 'reward': expected a finite number, or a list of them, found {reward!r}.", name)
     return float(sum(numbers))

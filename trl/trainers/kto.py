@@ -28,6 +28,7 @@ from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recomm
 from trl.algorithms.pairs import by_preference
 from trl.data.examples import columns_of
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
+from trl.data.places import renumbering_rows
 from trl.errors import ConfigError
 from trl.models.patching import evaluating
 from trl.models.score import score
@@ -79,7 +80,9 @@ class KTOTrainer(PreferenceTrainer):
         return self.algorithm.needs_signal == "kl"
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        encoded = super().encode(unpaired(rows), split, name)
+        pairs = len(rows) if isinstance(rows, Dataset) and is_paired(rows) else None
+        with renumbering_rows(pairs, maybe_unpair_preference_dataset, "completion"):
+            encoded = super().encode(unpaired(rows), split, name)
         if split == "train" and isinstance(encoded, Dataset) and self.algorithm.needs_signal == "kl":
             self._recommend_weights(np.asarray(encoded["label"][:], dtype=bool))
         return encoded
@@ -212,9 +215,12 @@ class BCOTrainer(KTOTrainer):
 
 def unpaired(rows: Rows) -> Rows:
     """Rows with one labelled completion each: pairs are taken apart, their prompt found first."""
-    if not {"chosen", "rejected"} <= set(columns_of(rows)):
-        return rows
-    return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt))
+    return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt)) if is_paired(rows) else rows
+
+
+def is_paired(rows: Rows) -> bool:
+    """Whether rows are pairs of completions."""
+    return {"chosen", "rejected"} <= set(columns_of(rows))
 
 
 Keyed = tuple[bytes, Example]

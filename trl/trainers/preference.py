@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Unpack
 
-import numpy as np
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from trl.data.encode import EncodeSettings
-from trl.errors import ConfigError, DataError, unknown
+from trl.errors import ConfigError, unknown
 from trl.models.reference import FrozenModel, NamedAdapter, Precomputed, Reference
 from trl.models.score import unwrap
 from trl.trainers.arguments import EvalRows, PreferenceKeywords, Rows
@@ -125,16 +123,11 @@ class PreferenceTrainer(PredictsRewards):
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
+            needs_prompt=True,
             keep_columns=self.keep_columns,
             encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
             num_proc=args.dataset_num_proc,
         )
-
-    def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        encoded = super().encode(rows, split, name)
-        if isinstance(encoded, Dataset):
-            check_prompts(encoded, name)
-        return encoded
 
     # ---- the reference ----
 
@@ -242,16 +235,3 @@ class PreferenceTrainer(PredictsRewards):
         keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
         self.reference = Precomputed(self.reference if keeps else None)
         self.ref_model = self.ref_model if keeps else None
-
-
-def check_prompts(encoded: Dataset, name: str) -> None:
-    """Raise DataError for rows without a prompt: there is nothing their completions answer."""
-    prompts = encoded.with_format("arrow", columns=["prompt_ids"])[:]["prompt_ids"]
-    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in prompts.chunks])
-    empty = (lengths == 0).nonzero()[0]
-    if len(empty):
-        raise DataError(
-            f"{len(empty):,} of {len(encoded):,} rows of {name!r} have no prompt (the first is row {empty[0] + 1}): the "
-            "column 'prompt' is empty, or there is none and chosen and rejected have no beginning in common. Give every "
-            "row a prompt."
-        )

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.columns import describe
 from trl.data.encode import EncodeSettings
-from trl.errors import ConfigError, DataError, ModelError
+from trl.errors import ConfigError, DataError, ModelError, RowError
 from trl.models.load import HEADS, load_config
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
@@ -214,9 +214,7 @@ def check_numbers(rows: Rows, column: str, name: str) -> None:
     values = rows.with_format(None)[column] if isinstance(rows, Dataset) else [first[column]]
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DataError(
-                f"Row {row + 1} of {name!r}, column {column!r}: expected a number, found {describe(value)}."
-            )
+            raise RowError(row, f", column {column!r}: expected a number, found {describe(value)}.", name)
 
 
 def worst(judged: Sequence[tuple[Tensor, Sequence[Example]]], count: int) -> tuple[list[float], list[Example]]:
