@@ -1,0 +1,122 @@
+"""Does the library run on the releases of its neighbours that it says it takes? One environment each, and a part of the tests.
+
+    make releases                                        all of them; some minutes each
+    python benchmarks/releases.py 5.10.1 lowest          one of them: transformers 5.10.1, the others at their lower bounds
+
+An environment has one release of transformers, and peft, datasets and accelerate either at the lower bounds of pyproject.toml or as
+new as can be had; torch and the rest are those that this program runs with. The tests are those that a release of transformers is
+likeliest to break: sampling and its cache, scoring, loading, adapters, and steps of the trainers. What ran goes into
+results/releases.json and into the table of docs/releases.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from site import getsitepackages
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "releases.json"
+PAGE = ROOT / "docs" / "releases.md"
+TRANSFORMERS = ("5.10.1", "5.17.0", "5.23.0", "5.24.0")
+NEIGHBOURS = ("peft", "datasets", "accelerate")
+TESTS = (
+    "tests/rollouts/test_rollouts_local.py",
+    "tests/models/test_models_score.py",
+    "tests/models/test_models_load.py",
+    "tests/models/test_models_adapters.py",
+    "tests/trainers/test_trainers_habits.py",
+)
+NOT_RUN = ("tests/models/test_models_adapters.py::test_commands_take_the_folder_of_an_adapter",)
+"""Programs of half a minute."""
+OPTIONS = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-W", "default", "--disable-warnings", "-rfE"]
+"""Warnings are no errors here: every release has its own."""
+
+
+def pins(age: str) -> list[str]:
+    """The neighbours as pip is asked for them; `age` is "lowest" or "newest"."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = [each.replace(">=", "==") for each in needed if each.startswith(NEIGHBOURS)]
+    return lowest if age == "lowest" else list(NEIGHBOURS)
+
+
+def environment(folder: str, transformers: str, age: str) -> str:
+    """Make an environment; returns its Python. What is not asked for is that of the environment this program runs in."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(Path(folder, "bin", "python"))
+    (site,) = Path(folder, "lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text("\n".join(getsitepackages()) + "\n")
+    wanted = ["--upgrade", f"transformers=={transformers}", *pins(age)]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True)
+    return python
+
+
+def tried(transformers: str, age: str) -> dict[str, Any]:
+    """Versions of an environment, and how many tests passed, failed and were skipped there."""
+    with TemporaryDirectory() as folder:
+        python = environment(folder, transformers, age)
+        words = [python, "-m", "pytest", *OPTIONS]
+        words += [*TESTS, *(f"--deselect={test}" for test in NOT_RUN)]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True)
+        print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
+        return {"transformers": transformers, "age": age, "versions": versions(python), **counts(done.stdout)}
+
+
+def versions(python: str) -> dict[str, str]:
+    program = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    names = ["torch", "transformers", *NEIGHBOURS, "tokenizers", "huggingface_hub"]
+    return json.loads(subprocess.check_output([python, "-c", program, *names], text=True))
+
+
+def counts(output: str) -> dict[str, Any]:
+    """Numbers of the last line of pytest, and the tests that failed."""
+    last = output.strip().splitlines()[-1]
+    found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    return {"counts": found, "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)}
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as the table of the page."""
+    lines = [
+        "| transformers | peft | datasets | accelerate | passed | failed | skipped |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in sorted(results, key=lambda r: ([int(n) for n in r["transformers"].split(".")], r["age"])):
+        named = [each["versions"][name] for name in ("transformers", *NEIGHBOURS)]
+        numbers = [each["counts"].get(name, 0) for name in ("passed", "failed", "skipped")]
+        numbers[1] += each["counts"].get("error", 0)
+        lines.append(f"| {' | '.join(map(str, [*named, *numbers]))} |")
+    return "\n".join(lines)
+
+
+def keep(result: Mapping[str, Any]) -> None:
+    """Write a result down in place of an earlier one of the same environment, and all of them into the page."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    same = (result["transformers"], result["age"])
+    results = [each for each in before if (each["transformers"], each["age"]) != same] + [result]
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(re.sub(r"\| transformers \|.*?\n(?=\n)", lambda _: table(results) + "\n", page, flags=re.DOTALL))
+
+
+def main(words: Sequence[str]) -> int:
+    """Try one environment, or all; returns 1 where a test failed."""
+    pairs = [tuple(words)] if words else [(release, age) for release in TRANSFORMERS for age in ("lowest", "newest")]
+    failed = 0
+    for release, age in pairs:
+        keep(result := tried(release, age))
+        failed += bool(result["failed"]) or not result["counts"].get("passed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
