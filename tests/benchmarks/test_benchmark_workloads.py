@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import releases
 import report
 import synthetic
 import vision
@@ -247,3 +248,23 @@ def test_a_result_survives_json():
 def test_encoded_images_are_shown_by_side():
     runs = {"ours": [{"images": [4, 4]}], "trl": [{"images": [16, 16]}]}
     assert vision.image_grid({"workloads": {"dpo-image": {"runs": runs}}}).rows == [["dpo-image", "4", "16"]]
+
+
+def test_a_table_of_releases_counts_what_pytest_says():
+    output = (
+        "....\nFAILED tests/a.py::test_b[c] - AssertionError\n=== 1 failed, 9 passed, 2 skipped, 1 error in 3.1s ===\n"
+    )
+    found = releases.counts(output)
+    assert found == {
+        "counts": {"failed": 1, "passed": 9, "skipped": 2, "error": 1},
+        "failed": ["tests/a.py::test_b[c]"],
+    }
+    versions = {"transformers": "5.10.1", "peft": "0.18.0", "datasets": "4.0.0", "accelerate": "1.10.0"}
+    made = releases.table([{"transformers": "5.10.1", "age": "lowest", "versions": versions, **found}])
+    assert made.splitlines()[-1] == "| 5.10.1 | 0.18.0 | 4.0.0 | 1.10.0 | 9 | 2 | 2 |"
+
+
+def test_releases_are_pinned_as_the_project_says():
+    assert {pin.partition("==")[0] for pin in releases.pins("lowest")} == set(releases.NEIGHBOURS)
+    assert releases.pins("newest") == [*releases.NEIGHBOURS]
+    assert all((releases.ROOT / test).is_file() for test in releases.TESTS)
