@@ -91,8 +91,8 @@ def test_rewards_of_tokens_are_cut_with_them(make_model, tmp_path):
             "Row 1, column 'dialogue': 3 turns: .* their number is even",
         ),
         ({"dialogue": [[]], "reward": [1.0]}, "Row 1, column 'dialogue': expected a list of texts"),
-        ({"prompt": ["a"], "completion": ["b"], "reward": [float("nan")]}, "Row 1 .* expected a finite number"),
-        ({"prompt": ["a"], "completion": ["b"], "reward": [None]}, "Row 1 .* expected a finite number"),
+        ({"prompt": ["a"], "completion": ["b"], "reward": [float("nan")]}, "Row 1, .*expected a finite number"),
+        ({"prompt": ["a"], "completion": ["b"], "reward": [None]}, "Row 1, .*expected a finite number"),
         (
             {"prompt": ["a"], "completion": ["bc"], "reward": [[1.0]]},
             "Row 1, column 'reward': 1 numbers for 3 tokens that are trained on",
