@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from trl.data.layout import lay_out
 from trl.errors import ConfigError
 from trl.models.compiled import compile_layers, repeated_layers
+from trl.models.patching import checkpoint_activations
 from trl.models.score import score
 from trl.models.varlen import VARLEN, switch
 from trl.rollouts.engine import Prompt
@@ -66,7 +67,7 @@ def test_adapters_and_checkpointing_work_with_it(make_model):
     model = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     batch = lay_out(rows(9, 4), "packed", capacity=60)
     expected = numbers(model, batch)
-    model.get_base_model().activation_checkpointing_enable()
+    checkpoint_activations(model.get_base_model())
     compile_layers(model.get_base_model(), backend="eager")
     torch.testing.assert_close(numbers(model, batch), expected)
 

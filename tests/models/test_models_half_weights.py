@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl.models.compiled import compile_layers
 from trl.models.half_weights import Rounded, round_together
+from trl.models.patching import checkpoint_activations
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -37,7 +38,7 @@ def test_numbers_are_those_of_autocast_to_the_bit(make_model, name, checkpointin
     plain, model = make_model(name), make_model(name)
     assert round_together(model) == 2
     for each in (plain, model) if checkpointing else ():
-        each.activation_checkpointing_enable()
+        checkpoint_activations(each)
     assert_same(learned(model), learned(plain))
     assert all(p.dtype == torch.float32 and p.is_leaf for p in model.parameters())
 

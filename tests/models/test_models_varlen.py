@@ -7,6 +7,7 @@ from trl.data.layout import lay_out, spans_of
 from trl.errors import ModelError
 from trl.models import layouts, varlen
 from trl.models.layouts import choose_layout
+from trl.models.patching import checkpoint_activations
 from trl.models.score import prepare_scoring, score
 from trl.models.varlen import VARLEN, attend, by_runs, no_mask, switch
 from trl.types import Completion, Example, Spans
@@ -108,7 +109,7 @@ def test_checkpointing_finds_the_spans_again(make_model, by_plain_kernel):
     plain = model.lm_head.weight.grad.clone(), model.model.layers[0].mlp.up_proj.weight.grad.clone()
     model.zero_grad()
     model.train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     score(model, batch).logprobs.sum().backward()
     torch.testing.assert_close((model.lm_head.weight.grad, model.model.layers[0].mlp.up_proj.weight.grad), plain)
 

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2ForSequenceClassifica
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
+from trl.models.patching import checkpoint_activations
 from trl.models.score import score
 from trl.rollouts.decoders import RepeatedDecoder, Sample, SharedDecoder, fill_holes, like_lengths
 from trl.rollouts.engine import Prompt
@@ -335,7 +336,7 @@ def test_new_weights_give_new_samples_and_sync_another_model(make):
 def test_the_model_is_left_as_it_was(make, name):
     dropout = {"gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5}, "bart": {"attention_dropout": 0.5}}[name]
     model, prompts = make(name, **dropout).train(), ragged()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     frozen = next(module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)).eval()
     implementation = model.config._attn_implementation
     params = SamplingParams(temperature=0, max_new_tokens=6)

@@ -27,9 +27,9 @@ from trl.models.memory import (
     trace_steps,
     tracing,
 )
+from trl.models.patching import checkpoint_activations
 from trl.models.score import unwrap
 from trl.trainers.base import BaseTrainer
-from trl.trainers.config import RENAMED_CHECKPOINTING
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example
 
@@ -109,10 +109,7 @@ class _Step:
             trainer.get_train_dataloader()
         if args.gradient_checkpointing:
             inner = unwrap(trainer.model)
-            enable = (
-                inner.activation_checkpointing_enable if RENAMED_CHECKPOINTING else inner.gradient_checkpointing_enable
-            )
-            enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            checkpoint_activations(inner, args.gradient_checkpointing_kwargs or {"use_reentrant": False})
             inner.enable_input_require_grads()
 
     def __call__(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
@@ -31,6 +32,14 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
     forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
     del forward.__wrapped__
     return forward
+
+
+def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None = None, **more: Any) -> None:
+    """Compute a model's activations again in backward, by the method that its release of `transformers` has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options, **more)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 @contextmanager

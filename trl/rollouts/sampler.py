@@ -42,7 +42,10 @@ PROCESSED = (
 def options_set(params: SamplingParams, neutral: dict[str, Any]) -> list[str]:
     """Which of these options `params.generation_config` sets to something that has an effect."""
     config = params.generation_config
-    return [] if config is None else [k for k, nothing in neutral.items() if getattr(config, k) not in (None, nothing)]
+    if config is None:
+        return []
+    # Which of them there are depends on the release of transformers.
+    return [name for name, nothing in neutral.items() if getattr(config, name, None) not in (None, nothing)]
 
 
 def full_config(params: SamplingParams, stops: Sequence[int], context: int, limit: int) -> GenerationConfig:

@@ -27,6 +27,7 @@ from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
 from trl.models.layer_sharing import last_states
 from trl.models.load import load_model
+from trl.models.patching import checkpoint_activations
 from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 
@@ -114,10 +115,16 @@ class WithValueHead(nn.Module, PushToHubMixin):
             found = self.pretrained_model(**inputs, score=score)
             return {**found, "value": self.v_head(score.at(states())).float()}
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
         """Compute activations again in backward: see `transformers.PreTrainedModel`."""
-        self.pretrained_model.activation_checkpointing_enable(*args, **kwargs)
-        self.v_head.activation_checkpointing_enable(*args, **kwargs)
+        checkpoint_activations(self.pretrained_model, activation_checkpointing_kwargs, **more)
+        self.v_head.checkpoint_activations(activation_checkpointing_kwargs, **more)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with the wrapped model: see `transformers.GenerationMixin.generate`."""

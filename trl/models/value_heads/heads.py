@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from trl.errors import ConfigError, ModelError, unknown
 from trl.models.adapters import wrapped_layer
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
+from trl.models.patching import checkpoint_activations
 from trl.models.value_heads.storage import VALUE_MODEL
 
 NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states")
@@ -92,7 +93,7 @@ class ValueHead(nn.Module):
         with reading(policy.get_output_embeddings()) as seen:
             yield lambda: seen[0]
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def checkpoint_activations(self, options: Mapping[str, Any] | None = None, **more: Any) -> None:
         """A linear map keeps nothing that could be computed again."""
 
     def take(self, state: Mapping[str, Tensor]) -> None:
@@ -177,8 +178,8 @@ class ValueModel(ValueHead):
     ) -> Iterator[Callable[[], Tensor]]:
         yield lambda: last_states(self.model, **_read(inputs), example=example)
 
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self.model.activation_checkpointing_enable(*args, **kwargs)
+    def checkpoint_activations(self, options: Mapping[str, Any] | None = None, **more: Any) -> None:
+        checkpoint_activations(self.model, options, **more)
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         if "summary.bias" not in state:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
 from trl.models.load import load_config
+from trl.models.patching import checkpoint_activations
 from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
 from trl.models.score import score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
@@ -338,8 +339,10 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         if self._is_prepared:
             return
         if self.args.gradient_checkpointing:
-            options = {"use_reentrant": False, **(self.args.activation_checkpointing_kwargs or {})}
-            self.model.activation_checkpointing_enable(options)
+            given = (
+                vars(self.args).get("activation_checkpointing_kwargs") or self.args.gradient_checkpointing_kwargs or {}
+            )
+            checkpoint_activations(self.model, {"use_reentrant": False, **given})
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
         if self.is_deepspeed_enabled:  # which clips by itself
