@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,45 @@ def test_no_file_is_part_of_a_cycle():
         for name, file in modules.items()
     }
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+BROUGHT = {
+    "markupsafe",
+    "numpy",
+    "pandas",
+    "psutil",
+    "pyarrow",
+    "referencing",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+    "yaml",
+}
+"""What declared dependencies need themselves."""
+OF_EXTRAS = {
+    "starlette": {"cli/serve/app.py", "label/server.py"},
+    "uvicorn": {"label/server.py"},
+    "triton": {"ops/triton_head.py", "rollouts/fused.py", "rollouts/fused_layers.py", "rollouts/triton_decode.py"},
+}
+"""Files that are imported only once what they need is known to be there."""
+
+
+def test_what_a_file_imports_at_its_top_is_installed_with_trl():
+    """In an environment that has no extras, such as that of `pip install -e .`."""
+    declared = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[>=\[]", each)[0] for each in declared}
+    there = {"PIL" if name == "pillow" else name for name in names} | BROUGHT | set(sys.stdlib_module_names) | {"trl"}
+    for file in FILES:
+        if "sandbox/inside" in file.as_posix():
+            continue  # read by a process of its own
+        inside = file.relative_to(ROOT).as_posix()
+        for node in ast.parse(file.read_text()).body:
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for top in {name.split(".")[0] for name in found} - there:
+                assert inside in OF_EXTRAS.get(top, ()), (
+                    f"{inside} imports {top}, which pyproject.toml does not require"
+                )
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -12,8 +12,6 @@ EXTRAS = {
     "liger_kernel": "liger",
     "bitsandbytes": "quantization",
     "torchao": "quantization",
-    "PIL": "vlm",
-    "torchvision": "vlm",
     "diffusers": "diffusion",
     "math_verify": "math",
     "ray": "sweep",

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trl.errors import ConfigError, unknown
-from trl.imports import require
 
 QUALITY = 95
 """Of JPEG, as in DDPO's experiments."""
@@ -35,9 +35,6 @@ COLORS = {
 
 def to_pil(images: Tensor) -> list[Any]:
     """Pictures `[b,3,H,W]` in [0, 1] as those of Pillow."""
-    require("PIL", to="A picture as a file")
-    from PIL import Image
-
     bytes_ = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(each) for each in bytes_]
 
