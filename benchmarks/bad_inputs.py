@@ -88,6 +88,11 @@ TRIALS = (
     Trial(f"sft --model_name_or_path ./nowhere {DATA}", ("./nowhere", "no such folder")),
     Trial(f"sft --model_name_or_path no-such-model {DATA} --use_cpu", ("no-such-model", "offline")),
     Trial(f"sft {BASE} --dataset_name no-such/data", ("no-such/data", "Hub")),
+    Trial(f"sft {BASE} {DATA} --lora_r 8 --use_dora", ("--lora_r", "--use_peft", "--use_dora")),
+    Trial(
+        f"sft {BASE} {DATA} --use_peft --lora_target_modules query --use_cpu",
+        ("target_modules=['query']", "q_proj", "all-linear"),
+    ),
     Trial(f"sft {BASE} {DATA} --output_dir rows.jsonl", ("output_dir", "rows.jsonl")),
     Trial(f"sft {BASE} {DATA} --output_dir out --push_to_hub --max_steps 1", ("push_to_hub", "hf auth login")),
     Trial(f"sft {BASE} {DATA} --resume_from_checkpoint gone", ("gone", "no such folder")),

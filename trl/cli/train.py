@@ -60,6 +60,7 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     _check_data(script, mixture)
     model.model_name_or_path = check_model(model.model_name_or_path)
+    _check_adapter_options(given)
     training = _training_arguments(method, given)
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
     launch = given.arguments_for(LaunchArguments)
@@ -84,6 +85,19 @@ def _training_arguments(method: Method, given: ParsedOptions) -> TrainerConfig:
         raise
     except ValueError as error:
         raise ConfigError(f"The options do not go together: {error}") from error
+
+
+def _check_adapter_options(given: ParsedOptions) -> None:
+    """Raises ConfigError for options of an adapter where nothing says whether there is to be one.
+
+    With `--no_use_peft` they stay in a file, and the whole model is trained.
+    """
+    options = [name for name in given.values if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+    if options and "use_peft" not in given.values:
+        raise ConfigError(
+            f"--{options[0]} has no effect without an adapter: add --use_peft, which trains one; or leave "
+            f"{', '.join('--' + name for name in options)} out (or say --no_use_peft), to train what the model has."
+        )
 
 
 def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:

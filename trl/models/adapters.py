@@ -29,6 +29,7 @@ from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from trl.data.chat import FILLER
@@ -161,7 +162,7 @@ def with_adapters(
     Of a model that reads images, `part` gets adapters, unless the configuration excludes modules itself.
 
     A model on which `transformers` itself loaded an adapter becomes a `PeftModel`. Raises ConfigError if the model
-    carries adapters already and another is asked for.
+    carries adapters already and another is asked for, or has none of the layers that the configuration names.
     """
     if isinstance(model, PreTrainedModel) and model.__dict__.get("_hf_peft_config_loaded"):
         model = as_peft_model(model)
@@ -173,7 +174,23 @@ def with_adapters(
             "those (leave out peft_config or --use_peft), or merge them first: `trl merge`, or model = "
             "model.merge_and_unload()."
         )
-    return get_peft_model(_prepared(model), _within(part, _with_task(peft_config, model), model))
+    config = _within(part, _with_task(peft_config, model), model)
+    try:
+        return get_peft_model(_prepared(model), config)
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        raise ConfigError(_no_such_layer(config, model)) from error
+
+
+def _no_such_layer(config: PeftConfig, model: nn.Module) -> str:
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    there = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, kinds)})
+    asked = config.target_modules
+    return (
+        f"target_modules={sorted(asked) if isinstance(asked, set) else asked!r}: {type(model).__name__} has no such layer. "
+        f"Its layers are {', '.join(there)}; 'all-linear' takes all but the head."
+    )
 
 
 def _within(part: AdaptedPart, peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
