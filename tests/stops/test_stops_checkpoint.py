@@ -159,6 +159,18 @@ def test_weights_alone_are_no_checkpoint(tmp_path):
     assert why_not_resumable(tmp_path / "checkpoint-3") == "it holds no optimizer state (save_only_model was set)"
 
 
+def test_a_run_that_resumes_logs_and_saves_as_it_is_told(run, caplog):
+    """Of a model whose head is its embeddings, and so not in the checkpoint."""
+    trainer = RUNS["sft"](run, **{**SAVING, "save_steps": 7, "logging_steps": 3})
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert (trainer.state.logging_steps, trainer.state.save_steps) == (3, 7)
+    assert [log["step"] for log in trainer.state.log_history if "loss" in log] == [3]
+    assert "missing keys" not in caplog.text
+    trainer._issue_warnings_after_load(trainer.model.load_state_dict({}, strict=False))
+    assert "missing keys" in caplog.text
+    assert "lm_head" not in caplog.text
+
+
 def test_what_to_go_on_from(run, tmp_path):
     trainer = RUNS["sft"](tmp_path / "empty", **SAVING)
     with pytest.raises(ConfigError, match="there is no good checkpoint in .*empty'. Start from the beginning"):

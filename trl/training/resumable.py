@@ -131,6 +131,18 @@ class ResumableTrainer(Trainer):
             super()._load_rng_state(checkpoint)
             self._resumed_from = None
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """As in `transformers`, which would log, evaluate and save as often as the checkpoint's run, whatever is asked for."""
+        begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return begun
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A table that is tied to another is not in the checkpoint, and not missing."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
