@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -159,8 +160,10 @@ def test_weights_alone_are_no_checkpoint(tmp_path):
     assert why_not_resumable(tmp_path / "checkpoint-3") == "it holds no optimizer state (save_only_model was set)"
 
 
-def test_a_run_that_resumes_logs_and_saves_as_it_is_told(run, caplog):
+def test_a_run_that_resumes_logs_and_saves_as_it_is_told(run, caplog, monkeypatch):
     """Of a model whose head is its embeddings, and so not in the checkpoint."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")
     trainer = RUNS["sft"](run, **{**SAVING, "save_steps": 7, "logging_steps": 3})
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
     assert (trainer.state.logging_steps, trainer.state.save_steps) == (3, 7)
@@ -177,6 +180,8 @@ def test_what_to_go_on_from(run, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="checkpoint-4': there is no such folder. Did you mean .*checkpoint-3"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    with pytest.raises(ConfigError, match="run' is a run's folder. Did you mean .*checkpoint-3'"):
+        trainer.train(resume_from_checkpoint=str(run))
     cut(run / "checkpoint-3" / "optimizer.pt")
     with pytest.raises(ConfigError, match="checkpoint-3' cannot be resumed: optimizer.pt has "):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))

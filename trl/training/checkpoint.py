@@ -327,6 +327,8 @@ def _problem(folder: str | Path) -> str:
     if not path.is_dir():
         beside = [str(each) for each in checkpoints(path.parent)]
         return f"resume_from_checkpoint={str(folder)!r}: there is no such folder.{suggest(str(path), beside)}"
+    if inside := checkpoints(path):
+        return f"resume_from_checkpoint={str(folder)!r} is a run's folder. Did you mean {str(inside[0])!r}?"
     if reason := why_not_resumable(path):
         return f"resume_from_checkpoint={str(folder)!r} cannot be resumed: {reason}."
     return ""
