@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+import torch
 from huggingface_hub.errors import InferenceTimeoutError, OfflineModeIsEnabled
 
 from trl import SFTConfig
@@ -50,6 +51,13 @@ def test_fifteen_options_come_first(command, own, capsys):
 def test_refused_when_the_configuration_is_made(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         SFTConfig(output_dir=str(tmp_path), **{**CPU, **options})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_half_precision_on_a_cpu_has_to_be_meant(tmp_path):
+    with pytest.raises(ConfigError, match="bf16=True, and there is no accelerator here: .*use_cpu=True"):
+        SFTConfig(output_dir=str(tmp_path), **{**CPU, "use_cpu": False, "bf16": True})
+    assert SFTConfig(output_dir=str(tmp_path), **CPU, bf16=True).bf16
 
 
 def test_older_options_that_ask_for_what_happens_anyway(tmp_path):

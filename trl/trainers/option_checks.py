@@ -35,7 +35,13 @@ def check_precision(args: TrainingArguments) -> None:
         )
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.fp16 and on_cpu:
-        raise ConfigError("fp16=True needs an accelerator, and this run is on a CPU: leave it out, or set bf16.")
+        raise ConfigError(
+            "fp16=True needs an accelerator, and this run is on a CPU: leave it out, or set bf16 and use_cpu."
+        )
+    if args.bf16 and on_cpu and not args.use_cpu:
+        raise ConfigError(
+            "bf16=True, and there is no accelerator here: leave it out, or set use_cpu=True, to compute in bfloat16 on the CPU."
+        )
     if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
         raise ConfigError("tf32=True needs an NVIDIA GPU of the Ampere generation or later: leave it out.")
     if args.bf16 and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
