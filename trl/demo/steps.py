@@ -30,18 +30,20 @@ SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_tra
 SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
-    "reward": {"learning_rate": 1e-3, "max_steps": 140},
+    "reward": {"learning_rate": 1e-3, "max_steps": 700, "per_device_train_batch_size": 8},
     # Many endings stay: a reward that saturates, so that all that are positive enough are worth the same; a KL penalty that does
-    # not give way; a rate that falls to 0, since whitened advantages are noise once most samples earn the same.
+    # not give way; a small λ, since the values begin as the reward model and tell early which side a review takes; a rate that
+    # falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
         "max_steps": 48,
         "batch_size": 128,
         "mini_batch_size": 64,
-        "score_clip": 2.0,
-        "init_kl_coef": 0.2,
+        "score_clip": 1.5,
+        "init_kl_coef": 0.1,
         "adap_kl_ctrl": False,
+        "lam": 0.9,
         "temperature": 0.5,
     },
 }
@@ -62,6 +64,9 @@ REAL = {
     },
 }
 """For a model that has been trained before."""
+
+NEAR = 100
+"""Reviews of the other side among which the one that ends most alike is sought."""
 
 SIDES = {"chosen": "positive", "rejected": "negative"}
 
@@ -104,7 +109,7 @@ def fine_tune(
 ) -> None:
     """Step 1: the model learns to write reviews."""
     console.print(f"{type(model).__name__}, {count_parameters(model)[1] / 1e6:.1f} million parameters", style="dim")
-    args = SFTConfig(max_length=128, **SCHEDULE, **recipe(options, "sft"))
+    args = SFTConfig(max_length=128, **{**SCHEDULE, **recipe(options, "sft")})
     trainer = SFTTrainer(model, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     with bars_of(trainer, console):
         trainer.train()
@@ -122,7 +127,7 @@ def learn_rewards(
     config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(config)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
-    args = RewardConfig(center_rewards_coefficient=0.01, mistakes_shown=0, **SCHEDULE, **recipe(options, "reward"))
+    args = RewardConfig(center_rewards_coefficient=0.01, mistakes_shown=0, **{**SCHEDULE, **recipe(options, "reward")})
     trainer = RewardTrainer(
         classifier, args, train_dataset=opposites(train), eval_dataset=opposites(test), processing_class=tokenizer
     )
@@ -135,22 +140,31 @@ def learn_rewards(
 
 
 def opposites(reviews: Dataset) -> Dataset:
-    """Pairs of a positive and a negative review. In turn: two reviews; one review with two ends; one with a positive end, and with
-    an end that begins on one side and goes over to the other. So the last sentence decides, and the whole of it."""
-    sides = [[row["text"] for row in reviews if row["label"] == label] for label in SIDES.values()]
-    pairs = [_harder(pair, number) for number, pair in enumerate(zip(*sides, strict=True))]
+    """Pairs of a positive and a negative review that differ in their last sentence alone, so that this decides: two pairs for
+    every two reviews. Of four, two end like the review of the other side that ends most alike, so that few words are left to
+    decide; in the others the negative end is half positive, so that the whole sentence counts."""
+    good, bad = ([split_sentences(row["text"]) for row in reviews if row["label"] == label] for label in SIDES.values())
+    pairs = [pair for number in range(len(good)) for pair in _pairs(good, bad, number)]
     return Dataset.from_list([dict(zip(SIDES, pair, strict=True)) for pair in pairs])
 
 
-def _harder(pair: Sequence[str], number: int) -> Sequence[str]:
-    kind, turn = number % 3, number // 3
-    if kind == 0:
-        return pair
-    start = split_sentences(pair[turn % 2])[:-1]
-    good, bad = (split_sentences(review)[-1] for review in pair)
-    if kind == 2:
-        bad = half_and_half(good, bad) if turn // 2 % 2 else half_and_half(bad, good)
-    return [" ".join([*start, end]) for end in (good, bad)]
+def _pairs(good: Sequence[list[str]], bad: Sequence[list[str]], number: int) -> list[list[str]]:
+    start = (good, bad)[number % 2][number][:-1]
+    end_good, end_bad = good[number][-1], bad[number][-1]
+    if number % 4 == 3:
+        ends = [(end_good, half_and_half(end_bad, end_good)), (end_good, half_and_half(end_good, end_bad))]
+    else:
+        ends = [(end_good, likest(end_good, bad, number)), (likest(end_bad, good, number), end_bad)]
+    if number % 4 == 2:
+        ends = [(one, half_and_half(one, other)) for one, other in ends]
+    return [[" ".join([*start, end]) for end in pair] for pair in ends]
+
+
+def likest(end: str, reviews: Sequence[list[str]], first: int) -> str:
+    """The last sentence that has most words in common with `end`, of `NEAR` reviews from the number `first` on."""
+    words = set(end.split())
+    near = (reviews[(first + step) % len(reviews)][-1] for step in range(NEAR))
+    return max(near, key=lambda other: len(words & set(other.split())))
 
 
 def half_and_half(first: str, second: str) -> str:
@@ -170,7 +184,8 @@ def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> Cl
 def reinforce(
     model: Any, tokenizer: Any, reward: Reward, prompts: Sequence[str], options: DemoArguments, console: Console
 ) -> None:
-    """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was."""
+    """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was. Values begin as the reward
+    model that was trained in step 2."""
 
     def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         return reward(prompts, completions)
@@ -185,7 +200,14 @@ def reinforce(
         **{**recipe(options, "ppo"), "logging_steps": 4},
     )
     rows = Dataset.from_dict({"prompt": list(prompts)})
-    trainer = PPOTrainer(args=args, model=model, reward_funcs=sentiment, train_dataset=rows, processing_class=tokenizer)
+    trainer = PPOTrainer(
+        args=args,
+        model=model,
+        reward_funcs=sentiment,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        value_model=copy.deepcopy(reward.model) if isinstance(reward, RewardModel) else None,
+    )
     with bars_of(trainer, console):
         trainer.train()
     trainer.save_pretrained(args.output_dir)
