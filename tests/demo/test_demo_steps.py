@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
 from datasets import Dataset
 
 from trl.demo.grammar import split_sentences
 from trl.demo.reviews import load_reviews
 from trl.demo.steps import half_and_half, likest, opposites
 
-GOOD = ["A. The plot is clever.", "B. I left humming.", "C. It sparkles all night.", "D. What a surprise."]
-BAD = ["E. I left numb.", "F. The plot is dull.", "G. It drags all day.", "H. Skip it right now."]
+GOOD = ["A. The plot is clever.", "B. I left humming.", "C. It sparkles all night.", "D. It is a treat."]
+BAD = ["E. I left numb.", "F. The plot is dull.", "G. It drags all day.", "H. That is a bore."]
 
 
 def test_pairs_by_hand():
-    rows = [{"text": text, "label": "positive"} for text in GOOD] + [{"text": text, "label": "negative"} for text in BAD]
+    rows = [{"text": text, "label": "positive"} for text in GOOD] + [
+        {"text": text, "label": "negative"} for text in BAD
+    ]
     assert [(row["chosen"], row["rejected"]) for row in opposites(Dataset.from_list(rows))] == [
         ("A. The plot is clever.", "A. The plot is dull."),
         ("A. I left humming.", "A. I left numb."),
-        ("F. I left humming.", "F. I left numb."),
-        ("F. The plot is clever.", "F. The plot is dull."),
+        ("B. I left humming.", "B. I left numb."),
+        ("B. The plot is clever.", "B. The plot is dull."),
         ("C. It sparkles all night.", "C. It sparkles all day."),
         ("C. It sparkles all night.", "C. It sparkles all day."),
-        ("H. What a surprise.", "H. Skip it a surprise."),
-        ("H. What a surprise.", "H. What right now."),
+        ("D. It is a treat.", "D. That is a treat."),
+        ("D. It is a treat.", "D. That is a treat."),
     ]
 
 
@@ -37,5 +40,15 @@ def test_the_likest_end_is_sought_from_a_number_on():
     assert likest("It is.", reviews, 2) == "It sings."
 
 
-def test_halves():
-    assert half_and_half("a b c d", "e f g h i") == "a b g h i"
+@pytest.mark.parametrize(
+    ("first", "second", "mixed"),
+    [
+        ("a b c d", "e f g h i", "a b g h i"),
+        ("what a fine surprise", "what a dull letdown", "what a fine letdown"),
+        ("the plot is fine", "the plot is dull", "the plot is dull"),
+        ("so it ends well again", "so it is long again", "so it ends long again"),
+        ("a", "a", "a"),
+    ],
+)
+def test_half_of_what_differs(first, second, mixed):
+    assert half_and_half(first, second) == mixed

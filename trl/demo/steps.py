@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +142,21 @@ def learn_rewards(
 
 def opposites(reviews: Dataset) -> Dataset:
     """Pairs of a positive and a negative review that differ in their last sentence alone, so that this decides: two pairs for
-    every two reviews. Of four, two end like the review of the other side that ends most alike, so that few words are left to
-    decide; in the others the negative end is half positive, so that the whole sentence counts."""
+    every two reviews. Each ends like the review of the other side that ends most alike, so that few words are left to decide; in
+    every other pair the negative end is half positive, so that the whole sentence has to be."""
     good, bad = ([split_sentences(row["text"]) for row in reviews if row["label"] == label] for label in SIDES.values())
     pairs = [pair for number in range(len(good)) for pair in _pairs(good, bad, number)]
     return Dataset.from_list([dict(zip(SIDES, pair, strict=True)) for pair in pairs])
 
 
 def _pairs(good: Sequence[list[str]], bad: Sequence[list[str]], number: int) -> list[list[str]]:
-    start = (good, bad)[number % 2][number][:-1]
+    start = (good, bad)[number // 4 % 2][number][:-1]
     end_good, end_bad = good[number][-1], bad[number][-1]
-    if number % 4 == 3:
-        ends = [(end_good, half_and_half(end_bad, end_good)), (end_good, half_and_half(end_good, end_bad))]
-    else:
-        ends = [(end_good, likest(end_good, bad, number)), (likest(end_bad, good, number), end_bad)]
+    ends = [(end_good, likest(end_good, bad, number)), (likest(end_bad, good, number), end_bad)]
     if number % 4 == 2:
         ends = [(one, half_and_half(one, other)) for one, other in ends]
+    if number % 4 == 3:
+        ends = [(one, half_and_half(other, one)) for one, other in ends]
     return [[" ".join([*start, end]) for end in pair] for pair in ends]
 
 
@@ -168,9 +168,17 @@ def likest(end: str, reviews: Sequence[list[str]], first: int) -> str:
 
 
 def half_and_half(first: str, second: str) -> str:
-    """The first half of one sentence's words, and the second half of the other's."""
-    begin, end = first.split(), second.split()
-    return " ".join([*begin[: len(begin) // 2], *end[len(end) // 2 :]])
+    """One sentence that goes over to another half-way through the words in which they differ: neither of them, where more than
+    one word differs."""
+    one, other = first.split(), second.split()
+    start, end = _in_common(one, other), _in_common(one[::-1], other[::-1])
+    leave, enter = ((start + len(words) - end) // 2 for words in (one, other))
+    return " ".join([*one[:leave], *other[enter:]])
+
+
+def _in_common(words: Sequence[str], others: Sequence[str]) -> int:
+    """With how many words in common two sequences begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others, strict=False)))
 
 
 def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
