@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,14 @@ def _pairs(good: Sequence[list[str]], bad: Sequence[list[str]], number: int) -> 
 
 def likest(end: str, reviews: Sequence[list[str]], first: int) -> str:
     """The last sentence that has most words in common with `end`, of `NEAR` reviews from the number `first` on."""
-    words = set(end.split())
+    words = _words(end)
     near = (reviews[(first + step) % len(reviews)][-1] for step in range(NEAR))
-    return max(near, key=lambda other: len(words & set(other.split())))
+    return max(near, key=lambda other: len(words & _words(other)))
+
+
+@cache
+def _words(sentence: str) -> frozenset[str]:
+    return frozenset(sentence.split())
 
 
 def half_and_half(first: str, second: str) -> str:
