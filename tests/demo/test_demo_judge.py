@@ -53,4 +53,4 @@ def test_a_reward_that_was_gamed_is_said_to_be():
     assert "gamed" not in sentence_about(before, honest, 100)
     assert "alike" not in sentence_about(before, honest, 100)
     assert "alike: 10% of the endings are left" in sentence_about(before, gamed, 100)
-    assert "The reward was gamed: it likes 97% of them, 37% more" in sentence_about(before, gamed, 100)
+    assert "The reward was gamed: it likes 97% of them, 37 points more" in sentence_about(before, gamed, 100)

@@ -101,7 +101,7 @@ def sentence_about(before: Verdict, after: Verdict, count: int) -> str:
         told += f" They have become alike: {after.endings / before.endings:.0%} of the endings are left."
     if after.hacks < GAMED:
         return told
-    return f"{told} The reward was gamed: it likes {after.rewarded:.0%} of them, {after.hacks:.0%} more than the grammar does."
+    return f"{told} The reward was gamed: it likes {after.rewarded:.0%} of them, {100 * after.hacks:.0f} points more than the grammar does."
 
 
 def judge(texts: Sequence[str], rewards: Sequence[float], classifier: WordJudge) -> Verdict:
