@@ -39,10 +39,10 @@ SMALL = {
     "ppo": {
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
-        "max_steps": 48,
+        "max_steps": 40,
         "batch_size": 128,
         "mini_batch_size": 64,
-        "score_clip": 1.5,
+        "score_clip": 2.0,
         "init_kl_coef": 0.1,
         "adap_kl_ctrl": False,
         "lam": 0.9,
