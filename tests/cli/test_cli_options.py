@@ -60,6 +60,14 @@ def test_half_precision_on_a_cpu_has_to_be_meant(tmp_path):
     assert SFTConfig(output_dir=str(tmp_path), **CPU, bf16=True).bf16
 
 
+def test_deepspeed_is_looked_for(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="deepspeed='nowhere.json': there is no such file"):
+        SFTConfig(output_dir=str(tmp_path), **CPU, deepspeed="nowhere.json")
+    monkeypatch.setattr("trl.trainers.option_checks.is_available", lambda name: False)
+    with pytest.raises(ConfigError, match="needs DeepSpeed: pip install"):
+        SFTConfig(output_dir=str(tmp_path), **CPU, deepspeed="nowhere.json")
+
+
 def test_older_options_that_ask_for_what_happens_anyway(tmp_path):
     SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=False, save_safetensors=True)
 

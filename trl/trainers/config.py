@@ -18,7 +18,7 @@ from trl.compat import remedy
 from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
 from trl.option_types import check_choices, describe_fields
-from trl.trainers.option_checks import check_intervals, check_loggers, check_precision
+from trl.trainers.option_checks import check_deepspeed, check_intervals, check_loggers, check_precision
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -218,6 +218,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         self.check_values()
         check_precision(self)
+        check_deepspeed(self)
         check_loggers(self)
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())

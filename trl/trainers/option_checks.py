@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trl.errors import ConfigError, suggest
+from trl.imports import is_available
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,17 @@ def check_precision(args: TrainingArguments) -> None:
         raise ConfigError(
             f"bf16=True, and {torch.cuda.get_device_name()} does not compute in bfloat16: leave it out, or set fp16."
         )
+
+
+def check_deepspeed(args: TrainingArguments) -> None:
+    """Raises ConfigError where DeepSpeed is asked for and is not installed, or its file is not there."""
+    if not args.deepspeed:
+        return
+    if not is_available("deepspeed"):
+        raise ConfigError(f'deepspeed={args.deepspeed!r} needs DeepSpeed: pip install "trl[deepspeed]".')
+    given = args.deepspeed
+    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).expanduser().is_file():
+        raise ConfigError(f"deepspeed={given!r}: there is no such file.")
 
 
 def check_loggers(args: TrainingArguments) -> None:
