@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl.cli import completion
 from trl.cli.commands import METHODS, methods
@@ -377,7 +379,10 @@ def test_weights_that_were_cut_short_are_refused(inside, capsys):
 def test_what_libraries_refuse_is_a_message_and_mistakes_of_ours_are_not(inside, capsys):
     words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--use_cpu", "--output_dir", "refused"]
     assert main(["sft", *words, "--use_peft", "--lora_target_modules", "nothing"]) == 2
-    assert "trl: error: peft refuses: Target modules {'nothing'} not found" in capsys.readouterr().err
+    assert "target_modules=['nothing']: LlamaForCausalLM has no such layer" in capsys.readouterr().err
+    tiny = AutoModelForCausalLM.from_pretrained("tiny")
+    with pytest.raises(ConfigError, match="peft refuses: Target modules"), library_errors_as_config_errors():
+        get_peft_model(tiny, LoraConfig(target_modules=["nothing"]))
     with pytest.raises(ValueError, match="ours") as caught, library_errors_as_config_errors():
         raise ValueError("ours")
     assert not isinstance(caught.value, ConfigError)

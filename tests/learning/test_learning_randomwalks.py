@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +13,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "randomwalks"))
 
-import run
 import walks
 
 from tests.serve.support import serve
 from trl.rollouts.server import ServerEngine
+
+
+def the_run():
+    """`run.py` of this example; others have a file of that name."""
+    spec = importlib.util.spec_from_file_location("randomwalks_run", Path(walks.__file__).with_name("run.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+run = the_run()
 
 
 def test_the_graph_and_its_shortest_walks():
