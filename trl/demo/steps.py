@@ -33,9 +33,9 @@ SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
     "reward": {"learning_rate": 1e-3, "max_steps": 700, "per_device_train_batch_size": 8},
-    # Against endings that become alike: a reward that saturates, so that all that are positive enough are worth the same; a KL penalty that does
-    # not give way; a small λ, since the values begin as the reward model and tell early which side a review takes; a rate that
-    # falls to 0, since whitened advantages are noise once most samples earn the same.
+    # Against endings that become alike: a reward that saturates, so that all that are positive enough are worth the same; a KL
+    # penalty that does not give way; a small λ, since the values begin as the reward model and tell early which side a review
+    # takes; a rate that falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",

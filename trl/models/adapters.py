@@ -254,9 +254,8 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
             "it with peft.PeftModel.from_pretrained, and say which one trains with set_adapter."
         )
     ((name, config),) = model.peft_config.items()
-    found = get_peft_model_state_dict(
-        model, adapter_name=name
-    )  # transformers' own method asks for releases of peft to come
+    # By peft itself: the method that transformers has for it asks for releases of peft that are still to come.
+    found = get_peft_model_state_dict(model, adapter_name=name)
     state = {f"base_model.model.{key}": value for key, value in found.items()}
     for path, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
