@@ -114,7 +114,7 @@ GPU_WORKLOADS = {
             same_batches=False,
             arguments=lambda: {"reward_funcs": remainder},
             config={"per_device_train_batch_size": 64, "num_generations": 8, "max_completion_length": 128}
-            | {"learning_rate": 1e-6, "shuffle_dataset": False},
+            | {"learning_rate": 1e-6, "shuffle_dataset": False, "train_sampling_strategy": "random"},
         ),
     )
 }

@@ -17,6 +17,7 @@ import releases
 import report
 import synthetic
 import vision
+from gpu_workloads import GPU_WORKLOADS
 from workloads import COMMON, WARMUP, WORKLOADS
 
 import trl
@@ -82,7 +83,7 @@ def test_prompts_and_completions_stay_in_their_bounds(tokenizer):
     assert [row["label"] for row in synthetic.unpaired_rows(4, seed=0)] == [True, False, True, False]
 
 
-EVERY = WORKLOADS | vision.WORKLOADS
+EVERY = WORKLOADS | GPU_WORKLOADS | vision.WORKLOADS
 
 
 @pytest.mark.parametrize("workload", EVERY.values(), ids=EVERY)
