@@ -39,7 +39,7 @@ def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None =
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(options, **more)
     else:
-        model.gradient_checkpointing_enable(options)
+        model.gradient_checkpointing_enable(options, **more)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from trl.models.layouts import TRIAL
 from trl.models.patching import evaluating
 from trl.models.score import prepare_scoring, score, unwrap, without_wrapper
 from trl.models.sharding import is_whole
+from trl.models.varlen import attend_as
 from trl.types import Batch, Scores
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ def frozen_reference(policy: PreTrainedModel, model: nn.Module) -> FrozenModel:
     says why.
     """
     prepare_scoring(unwrap(model))
+    attend_as(unwrap(model), policy)
     whole, start = FrozenModel(model), _shared_layers(policy, unwrap(model))
     if start == 0 or is_deepspeed_zero3_enabled():
         return whole

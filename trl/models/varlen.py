@@ -11,6 +11,7 @@ spans travel as a keyword of the model's forward down to its attention, so that 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -27,20 +28,30 @@ try:
 except ImportError:  # torch < 2.10
     varlen_attn = None
 
+TAKES = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+"""What the kernel's function takes in this release: before 2.11 no scale and no window, and it shares key heads unasked until
+2.12, which wants to be told."""
+
 VARLEN = "varlen"
 """The name of the attention implementation."""
 
 
 def has_varlen(model: PreTrainedModel) -> bool:
-    """Whether `model` may be switched over: PyTorch has the kernel, the model is on CUDA and attends by `sdpa`."""
+    """Whether `model` may be switched over: PyTorch ≥ 2.11 has the kernel, the model is on CUDA and attends by `sdpa`."""
     is_sdpa = model.config._attn_implementation in ("sdpa", VARLEN) and model._supports_attention_backend
-    return varlen_attn is not None and model.device.type == "cuda" and is_sdpa
+    return "window_size" in TAKES and model.device.type == "cuda" and is_sdpa
 
 
 def switch(model: PreTrainedModel, implementation: str) -> None:
     """Let every part of `model` attend by `implementation`; configurations that are saved do not name it."""
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
         config._attn_implementation_internal = implementation
+
+
+def attend_as(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Let a model that reads the policy's batches attend as it does, where both are of one class: that one was tried."""
+    if policy.config._attn_implementation == VARLEN and type(model) is type(policy) and has_varlen(model):
+        switch(model, VARLEN)
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -82,7 +93,7 @@ def attend(
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    return varlen_attn is not None and query.is_cuda and _half(query, value) is not None
+    return "window_size" in TAKES and query.is_cuda and _half(query, value) is not None
 
 
 def _half(query: Tensor, value: Tensor) -> torch.dtype | None:
@@ -106,7 +117,7 @@ def by_kernel(
         spans.longest_key,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in TAKES else {}),
     )
 
 

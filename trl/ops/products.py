@@ -9,6 +9,9 @@ float64. CUDA has products of this kind. Elsewhere factors are widened first, wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,19 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """`x [I,J]` in float32; float64 stays."""
     return x.to(wide_dtype(x.dtype))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 on CUDA without TF32, which keeps ten bits of each factor: for comparisons of small numbers."""
+    settings = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:

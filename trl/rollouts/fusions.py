@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.ops.products import exact_products
 from trl.rollouts.fused import ROTATION, NormKind, epsilon_of, norm, norm_kind, rotate, rotates_halves
 from trl.rollouts.fused_layers import layers_of, merged_products
 
@@ -18,6 +19,7 @@ from trl.rollouts.fused_layers import layers_of, merged_products
 class Fusions:
     """What of a model can be replaced by kernels while it decodes. Weights are read as they are when this is made."""
 
+    @exact_products()
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.norms = norms_of(model)
         self.files = files_that_rotate(model, device)

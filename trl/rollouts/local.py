@@ -32,6 +32,7 @@ from trl.models.sharding import whole_weights
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.ilql import WithILQLHeads
 from trl.ops.logprobs import has_triton
+from trl.ops.products import exact_products
 from trl.rollouts.decoders import (
     Policy,
     RepeatedDecoder,
@@ -230,6 +231,7 @@ def may_outgrow(policy: Policy, prompt: Prompt, limit: int) -> bool:
     return len(prompt) <= first_length(policy.inner.config) < len(prompt) + limit
 
 
+@exact_products()
 def fastest_way(policy: Policy, *, static: bool = False) -> Way:
     """The fastest way to sample that the model allows; with `static`, the paged one before the shared one."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:

@@ -185,7 +185,9 @@ class ImageProcessing:
     def processed(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Any], list[str]]:
         """Everything that the processor makes of the images of one prompt, and what takes their places."""
         options = self.processor._merge_kwargs(
-            tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs, return_tensors="pt"
+            self.processor.valid_processor_kwargs,
+            tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs,
+            return_tensors="pt",
         )["images_kwargs"]
         fetched, *_ = self.processor.prepare_inputs_layout(images=list(images), text=None)
         with self._refusals(*((image.height, image.width) for image in images)):

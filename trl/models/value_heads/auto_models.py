@@ -122,9 +122,11 @@ class WithValueHead(nn.Module, PushToHubMixin):
         checkpoint_activations(self.pretrained_model, activation_checkpointing_kwargs, **more)
         self.v_head.checkpoint_activations(activation_checkpointing_kwargs, **more)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
         """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Sample with the wrapped model: see `transformers.GenerationMixin.generate`."""

@@ -15,6 +15,7 @@ from trl.models.patching import evaluating
 from trl.models.score import score, unwrap
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.heads import ValueModel
+from trl.models.varlen import VARLEN, has_varlen, switch
 from trl.trainers.ppo.config import PPOConfig
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ def layout_with_value_model(model: WithValueHead, layout: str, args: PPOConfig) 
 
     Raises ConfigError where the layout was asked for.
     """
-    network = model.v_head.model
-    attention, own = network.config._attn_implementation, unwrap(model).config._attn_implementation
+    network, own = model.v_head.model, unwrap(model).config._attn_implementation
+    if own == VARLEN and has_varlen(network):
+        switch(network, VARLEN)
+    attention = network.config._attn_implementation
     if layout == "shared" and attention != own:
         reason = f"its attention implementation is {attention!r}, the policy's {own!r}"
     else:
