@@ -144,9 +144,12 @@ class Denoiser(ABC):
         """What guidance leads away from."""
         return self.encode([self.negative_prompt or ""])[0]
 
-    def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """Texts of several prompts as a batch `[M,…]`."""
-        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+    def collate(self, texts: Sequence[Text], device: Any = None) -> dict[str, Tensor]:
+        """Texts of several prompts as a batch `[M,…]`, on `device`; None: where they are."""
+        return {name: self._stack([text[name] for text in texts]).to(device) for name in texts[0]}
+
+    def _stack(self, values: list[Tensor]) -> Tensor:
+        return torch.stack(values)
 
     # ---- the model ----
 

@@ -259,9 +259,9 @@ class QwenImage(PackedDenoiser):
         lengths = [embeds.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
         return [{"embeds": e[:n], "mask": e.new_ones(n, 1)} for e, n in zip(embeds, lengths, strict=True)]
 
-    def collate(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+    def _stack(self, values: list[Tensor]) -> Tensor:
         """Filled up with zeros to the longest; `mask` `[M,L,1]` is 1 where there is text."""
-        return {name: nn.utils.rnn.pad_sequence([text[name] for text in texts], batch_first=True) for name in texts[0]}
+        return nn.utils.rnn.pad_sequence(values, batch_first=True)
 
     def output(
         self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text, negative: Text | None = None

@@ -113,7 +113,7 @@ def sample(
             latents = draw(denoiser.latent_shape, firsts, denoiser.module.device)
         else:
             latents = first_latents[part].to(denoiser.module.device, torch.float32)
-        batch = denoiser.collate(texts[part])
+        batch = denoiser.collate(texts[part], latents.device)
         parts.append(_sample_part(denoiser, module, batch, negative, schedule, latents, generators))
     return Trajectories(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
