@@ -104,6 +104,15 @@ GPU_WORKLOADS = {
             config={"per_device_train_batch_size": 16, "max_length": 1024, "beta": 0.1},
         ),
         _gpu(
+            "gpu-reward",
+            "pairs on prompts of 20 to 60 tokens, 16 pairs a step, by a model with one output",
+            "Reward",
+            partial(synthetic.preference_rows, prompt=SHORT),
+            aim=0.6,
+            per_token=False,
+            config={"per_device_train_batch_size": 16, "max_length": 1024},
+        ),
+        _gpu(
             "gpu-grpo",
             "8 prompts of 256 tokens × 8 completions of 128, sampled in process",
             "GRPO",
@@ -125,15 +134,19 @@ def tiny(workload: Workload) -> Workload:
     return replace(workload, material="tiny")
 
 
-def model(shape: str, *, seed: int, device: str) -> Any:
-    """A model of the shape with random weights, on the device."""
+def model(shape: str, *, seed: int, device: str, classifies: bool = False) -> Any:
+    """A language model of the shape with random weights, on the device; `classifies`: with one output in the head's place."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     fields = SHAPES[shape] | {"tie_word_embeddings": True, "max_position_embeddings": 8192}
     fields |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    kind = AutoModelForCausalLM
+    if classifies:
+        kind, fields = AutoModelForSequenceClassification, fields | {"num_labels": 1}
     torch.manual_seed(seed)
     with torch.device(device):
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
-    made.generation_config.eos_token_id = 1
+        made = kind.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+    if not classifies:
+        made.generation_config.eos_token_id = 1
     return made

@@ -1,11 +1,13 @@
 """The built-in rollout engine against `model.generate`, the same work on both sides, in one run.
 
     python benchmarks/rollouts.py [--rounds 5] [--threads 2] [--prompts 8] [--samples 8] [--prompt_tokens 400]
+    python benchmarks/rollouts.py --device cuda --shape 0.5B --prompt_tokens 256 --longest 128 --stop_share 0
 
-A Llama of 15 M parameters (hidden 256, 6 layers, 32,000 tokens) continues each prompt several times; completions end
-at random (3 % of the vocabulary are stop tokens) between 8 and 64 tokens. `generate` is made to stop where the engine
-stopped, row by row, so that both sample the same number of tokens. Rounds alternate; the ratio of medians is reported,
-with the engine's time by part.
+A model (by default a Llama of 15 M parameters: hidden 256, 6 layers, 32,000 tokens) continues each prompt several times;
+completions end at random (3 % of the vocabulary are stop tokens) between 8 and 64 tokens, or all at `--longest` with a
+share of 0. `generate` is made to stop where the engine stopped, row by row, so that both sample the same number of tokens.
+Rounds alternate; the ratio of medians is reported, on a CPU with the engine's time by part, on CUDA with milliseconds and
+launches per token. On CUDA, models are in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import gpu_workloads
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from trl.rollouts.decoders import SharedDecoder
-from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampler import Sampler
 from trl.rollouts.sampling import SamplingParams
 
-VOCABULARY, SHORTEST, LONGEST, STOP_SHARE = 32_000, 8, 64, 0.03
+VOCABULARY, SHORTEST = 32_000, 8
 
 
 class StopAt(StoppingCriteria):
@@ -35,7 +39,42 @@ class StopAt(StoppingCriteria):
         self.before, self.lengths = before, torch.tensor(lengths)
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        return input_ids.shape[1] - self.before >= self.lengths
+        return input_ids.shape[1] - self.before >= self.lengths.to(input_ids.device)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides do: prompts `[P,T]`, each continued `samples` times by at most `longest` tokens."""
+
+    model: PreTrainedModel
+    prompts: torch.Tensor
+    samples: int
+    longest: int
+    stop_share: float
+
+    def by_engine(self, engine: LocalEngine, seed: int) -> list[int]:
+        """Lengths of the samples, in the order of prompts."""
+        stops = tuple(range(int(VOCABULARY * self.stop_share)))
+        least = SHORTEST if stops else self.longest
+        params = SamplingParams(
+            max_new_tokens=self.longest, min_new_tokens=least, stop_token_ids=stops, ignore_eos=True, seed=seed
+        )
+        found = engine.generate([Prompt(row) for row in self.prompts.tolist()], params, self.samples)
+        return [len(rollout) for samples in found for rollout in samples]
+
+    def by_generate(self, lengths: list[int]) -> None:
+        ids = self.prompts.to(self.model.device)
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=self.samples,
+            max_new_tokens=self.longest,
+            min_new_tokens=SHORTEST,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([StopAt(ids.shape[1], lengths)]),
+        ).tolist()
 
 
 def llama() -> LlamaForCausalLM:
@@ -55,23 +94,11 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def by_engine(engine: LocalEngine, ids: torch.Tensor, samples: int, seed: int) -> list[list[Rollout]]:
-    stops = tuple(range(int(VOCABULARY * STOP_SHARE)))
-    params = SamplingParams(max_new_tokens=LONGEST, min_new_tokens=SHORTEST, stop_token_ids=stops, seed=seed)
-    return engine.generate([Prompt(row) for row in ids.tolist()], params, samples)
-
-
-def by_generate(model: LlamaForCausalLM, ids: torch.Tensor, samples: int, lengths: list[int]) -> torch.Tensor:
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=samples,
-        max_new_tokens=LONGEST,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([StopAt(ids.shape[1], lengths)]),
-    )
+def model_of(shape: str, device: str) -> PreTrainedModel:
+    """The model of a shape of `gpu_workloads.py`, or the small Llama; nothing ends a sequence but stop tokens."""
+    model = llama() if shape == "15M" else gpu_workloads.model(shape, seed=0, device=device).eval()
+    model.generation_config.eos_token_id = None
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 class Stopwatch:
@@ -93,7 +120,7 @@ class Stopwatch:
         return lambda: setattr(owner, name, function)
 
 
-def parts(model: LlamaForCausalLM, call: Callable[[], object]) -> dict[str, float]:
+def parts(model: PreTrainedModel, call: Callable[[], object]) -> dict[str, float]:
     """Share of the engine's time by part."""
     watch = Stopwatch()
     undo = [
@@ -112,23 +139,35 @@ def parts(model: LlamaForCausalLM, call: Callable[[], object]) -> dict[str, floa
     return {part: seconds / total for part, seconds in watch.seconds.items()} | {"total seconds": total}
 
 
+def launches(call: Callable[[], object]) -> int:
+    """Kernels and copies that the device ran, those of a graph counted one by one."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 5), ("threads", 2), ("prompts", 8), ("samples", 8), ("prompt_tokens", 400)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=("15M", *gpu_workloads.SHAPES), default="15M")
+    parser.add_argument("--longest", type=int, default=64)
+    parser.add_argument("--stop_share", type=float, default=0.03)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = llama()
+    model = model_of(args.shape, args.device)
     engine = LocalEngine(model, progress=False)
-    ids = torch.randint(1_000, VOCABULARY, (args.prompts, args.prompt_tokens))
+    prompts = torch.randint(1_000, model.config.vocab_size, (args.prompts, args.prompt_tokens))
+    work = Work(model, prompts, args.samples, args.longest, args.stop_share)
     clocks = {"wall": time.perf_counter, "processor": time.process_time}
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(args.rounds + 1):
         marks = [{name: clock() for name, clock in clocks.items()}]
-        rollouts = by_engine(engine, ids, args.samples, number)
+        lengths = work.by_engine(engine, number)
         marks.append({name: clock() for name, clock in clocks.items()})
-        lengths = [len(rollout) for samples in rollouts for rollout in samples]
-        by_generate(model, ids, args.samples, lengths)
+        work.by_generate(lengths)
         marks.append({name: clock() for name, clock in clocks.items()})
         for name in clocks if number else ():
             seconds["engine", name].append(marks[1][name] - marks[0][name])
@@ -137,7 +176,15 @@ def main() -> None:
     for name in clocks:
         ours, theirs = (statistics.median(seconds[side, name]) for side in ("engine", "generate"))
         print(f"engine {ours:.2f} s, generate {theirs:.2f} s of {name} time: {ours / theirs:.3f}")
-    for part, share in parts(model, lambda: by_engine(engine, ids, args.samples, 0)).items():
+    if args.device == "cuda":
+        for side, call in (
+            ("engine", lambda: work.by_engine(engine, 0)),
+            ("generate", lambda: work.by_generate(lengths)),
+        ):
+            step = 1e3 * statistics.median(seconds[side, "wall"]) / args.longest
+            print(f"  {side:10s} {step:7.2f} ms and {launches(call) / args.longest:6.0f} launches per token")
+        return
+    for part, share in parts(model, lambda: work.by_engine(engine, 0)).items():
         print(f"  {part:20s} {share:.3f}")
 
 
