@@ -225,7 +225,9 @@ def measure(
 ) -> Recorder:
     recorder, random_weights = Recorder(), workload.material in SHAPES
     if random_weights:
-        model = random_model(workload.material, seed=seed, device=device, classifies=workload.trainer == "RewardTrainer")
+        model = random_model(
+            workload.material, seed=seed, device=device, classifies=workload.trainer == "RewardTrainer"
+        )
     else:
         model = LOADERS[workload.material].from_pretrained(directory / workload.material, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory / ("policy" if random_weights else workload.material))

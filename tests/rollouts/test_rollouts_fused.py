@@ -4,14 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from trl.rollouts import fused_layers, triton_decode
 from trl.rollouts.decoders import attention_windows, proves_sharing
-from trl.rollouts.fused import NORM_KINDS, norm, norm_kind, rotate, rotates_halves
+from trl.rollouts.fused import NORM_KINDS, norm, norm_kind
 from trl.rollouts.fused_layers import ACTIVATIONS, gated
 from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
@@ -38,20 +37,6 @@ def test_a_norm_of_mixed_precision_has_the_type_of_the_product():
     x = torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
     found = norm(x, weight=module.weight, epsilon=module.variance_epsilon, kind=NORM_KINDS[0])
     torch.testing.assert_close(found, module(x), rtol=1e-3, atol=1e-3)
-
-
-def test_rotations_are_those_of_the_architectures_that_rotate_halves():
-    assert rotates_halves(modeling_llama.apply_rotary_pos_emb, DEVICE)
-    assert not rotates_halves(modeling_cohere.apply_rotary_pos_emb, DEVICE)  # neighbours, not halves
-
-
-def test_queries_that_lie_apart_are_rotated_too():
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(3, 6, 1, 8, generator=generator).to(DEVICE)
-    cos, sin = torch.randn(2, 1, 1, 8, generator=generator).to(DEVICE)
-    query, key = wide[:, :4], wide[:, 4:]
-    expected = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
-    torch.testing.assert_close(rotate(query, key, cos, sin), expected)
 
 
 @pytest.mark.parametrize(("name", "norms"), [("llama", 5), ("qwen3", 9), ("gemma3", 13), ("gpt2", 0)])

@@ -58,7 +58,10 @@ def ddim_schedule(scheduler: Any, steps: int, *, eta: float) -> Schedule:
     check_steps(steps, at_most=scheduler.config.num_train_timesteps)
     config = scheduler.config
     scheduler.set_timesteps(steps)
-    now, table = scheduler.timesteps.cpu(), scheduler.alphas_cumprod.double().cpu()  # add_noise moves it to its pictures
+    now, table = (
+        scheduler.timesteps.cpu(),
+        scheduler.alphas_cumprod.double().cpu(),
+    )  # add_noise moves it to its pictures
     then = now - config.num_train_timesteps // steps
     previous = torch.where(then >= 0, table[then.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     clip = config.clip_sample_range if config.clip_sample else None

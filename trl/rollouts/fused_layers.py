@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trl.rollouts.fused import NormKind, close, epsilon_of, norm
+from trl.models.fused import close, epsilon_of
+from trl.rollouts.fused import NormKind, norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
 """What `_gate_kernel` knows, by its constant."""

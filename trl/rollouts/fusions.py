@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl.models.fused import ROTATION, epsilon_of, fits, rotates_halves
 from trl.ops.products import exact_products
-from trl.rollouts.fused import ROTATION, NormKind, epsilon_of, norm, norm_kind, rotate, rotates_halves
+from trl.ops.rotary import rotate
+from trl.rollouts.fused import NormKind, has_own_forward, norm, norm_kind
 from trl.rollouts.fused_layers import layers_of, merged_products
 
 
@@ -32,16 +34,19 @@ class Fusions:
     def active(self) -> Iterator[None]:
         """Within it, what was found is done by kernels, for one token per row."""
         rotations = [(file, getattr(file, ROTATION)) for file in self.files]
-        forwards = [*self._forwards()]
-        for module, forward in forwards:
+        forwards = [(module, forward, vars(module).get("forward")) for module, forward in self._forwards()]
+        for module, forward, _ in forwards:
             module.forward = forward
         for file, function in rotations:
             setattr(file, ROTATION, partial(self._rotate_one_token, function))
         try:
             yield
         finally:
-            for module, _ in forwards:
-                del module.forward
+            for module, _, before in forwards:
+                if before is None:
+                    del module.forward
+                else:
+                    module.forward = before
             for file, function in rotations:
                 setattr(file, ROTATION, function)
 
@@ -69,8 +74,7 @@ class Fusions:
 
         They are rounded to the type of the weights, which the cache keeps and attention multiplies.
         """
-        fits = query.dim() == key.dim() == 4 and query.shape[2] == 1 and cos.dim() == 3
-        if rest or options or not fits or cos.shape[-1] != query.shape[-1]:
+        if rest or options or query.shape[2] != 1 or not fits(query, key, cos):
             return plain(query, key, cos, sin, *rest, **options)
         return rotate(query, key, cos, sin, dtype=self.dtype)
 
@@ -88,7 +92,7 @@ def norms_of(model: nn.Module) -> list[tuple[nn.Module, NormKind]]:
         if type(module).__name__.endswith("RMSNorm"):
             if type(module) not in kinds:
                 kinds[type(module)] = norm_kind(module)
-            if (kind := kinds[type(module)]) is not None and "forward" not in vars(module):
+            if (kind := kinds[type(module)]) is not None and has_own_forward(module):
                 found.append((module, kind))
     return found
 

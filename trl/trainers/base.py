@@ -52,6 +52,7 @@ from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
+from trl.models.fused import fuse
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.layouts import choose_layout
@@ -71,6 +72,7 @@ from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
+from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.trainers.options import resolve_args
@@ -183,10 +185,17 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
+        if self._fuses():
+            fuse(self.model)
         if self.args.torch_compile:
             compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         if (self.args.bf16 or self.args.fp16) and not self.is_sharded:
             round_together(inner)
+
+    def _fuses(self) -> bool:
+        """Whether norms and rotations are to be single kernels, which compiled layers and Liger's have already."""
+        has_them = self.args.torch_compile or self.args.use_liger_kernel
+        return self.args.device.type == "cuda" and has_triton() and not has_them and not self.is_sharded
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         trial = None if self.images is None else self.images.trial()

@@ -1,0 +1,95 @@
+"""Queries and keys turned by their positions, in one kernel, and so in backward.
+
+    x′ = x · cos + [−x₂, x₁] · sin,   x = [x₁, x₂]          Su et al. 2021, equation 34, halves side by side
+
+Written with PyTorch's operations, this is ten kernels forward and fourteen backward in every layer. Sums are float32.
+
+B rows, h heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@triton.jit
+def _rotate_kernel(query, key, cos, sin, query_out, key_out, query_stride, key_stride, positions,
+                   QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
+                   WIDTH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """One head of a token per program: query heads first, then key heads. `positions` rows of cos and sin take turns."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    lane = tl.arange(0, WIDTH)
+    inside = lane < HALF
+    if head < QUERY_HEADS:
+        source = query + token * query_stride + head * 2 * HALF
+        target = query_out + (token * QUERY_HEADS + head) * 2 * HALF
+    else:
+        source = key + token * key_stride + (head - QUERY_HEADS) * 2 * HALF
+        target = key_out + (token * KEY_HEADS + head - QUERY_HEADS) * 2 * HALF
+    first = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    angle = token % positions * 2 * HALF + lane
+    cos_one = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+    cos_two = tl.load(cos + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_one = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+    sin_two = tl.load(sin + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:  # by the transposed matrix
+        sin_one, sin_two = -sin_two, -sin_one
+    one = first * cos_one - second * sin_one
+    two = second * cos_two + first * sin_two
+    tl.store(target + lane, one.to(query_out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF + lane, two.to(query_out.dtype.element_ty), mask=inside)
+
+
+def rotate(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Queries `[B,h,T,D]` and keys `[B,h′,T,D]` turned by cos and sin `[B or 1,T,D]`, in `dtype`, or the wider of both.
+
+    With `backward`, turned by the transposed matrix: gradients of what went in from those of what came out.
+    """
+    (rows, query_heads, length, size), key_heads = query.shape, key.shape[1]
+    dtype = dtype or torch.promote_types(query.dtype, cos.dtype)
+    out = [torch.empty(rows, length, h, size, dtype=dtype, device=query.device) for h in (query_heads, key_heads)]
+    if not isinstance(query, FakeTensor):
+        query, key = (x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (query, key))
+        query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
+        cos, sin = cos.contiguous(), sin.contiguous()
+        with torch.cuda.device_of(query):
+            _rotate_kernel[(rows * length, query_heads + key_heads)](
+                query, key, cos, sin, *out, query.stride(0), key.stride(0), cos.numel() // size,
+                QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HALF=size // 2,
+                WIDTH=triton.next_power_of_2(size // 2), BACKWARD=backward,
+            )  # fmt: skip
+    turned_query, turned_key = (x.transpose(1, 2) for x in out)
+    return turned_query, turned_key
+
+
+class Rotated(torch.autograd.Function):
+    """`rotate` with gradients of queries and keys, which have the types that these have."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = query.dtype
+        return rotate(query, key, cos, sin, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *rotate(d_query, d_key, cos, sin, dtype=ctx.dtype, backward=True), None, None, None
