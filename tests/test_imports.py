@@ -87,7 +87,13 @@ BROUGHT = {
 OF_EXTRAS = {
     "starlette": {"cli/serve/app.py", "label/server.py"},
     "uvicorn": {"label/server.py"},
-    "triton": {"ops/triton_head.py", "rollouts/fused.py", "rollouts/fused_layers.py", "rollouts/triton_decode.py"},
+    "triton": {
+        "ops/triton_head.py",
+        "ops/triton_rotary.py",
+        "rollouts/fused.py",
+        "rollouts/fused_layers.py",
+        "rollouts/triton_decode.py",
+    },
 }
 """Files that are imported only once what they need is known to be there."""
 

@@ -13,7 +13,7 @@ from trl.data.layout import lay_out
 from trl.models import fused
 from trl.models.fused import fuse, fuse_as, gradients_of, is_fused, offset_rms_norm, on_cuda, rms_norm, rotates_halves
 from trl.models.score import prepare_scoring, score
-from trl.ops.rotary import Rotated, rotate
+from trl.ops.triton_rotary import Rotated, rotate
 from trl.rollouts.fusions import Fusions
 from trl.types import Completion, Example
 

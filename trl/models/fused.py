@@ -1,7 +1,7 @@
 """Norms and rotations of training in one kernel each, where an architecture's do what these do.
 
     norm       y = x / √(mean x² + ε) · (w + offset)            Zhang and Sennrich 2019, equation 4; offset 1 in Gemma
-    rotation   `trl.ops.rotary`
+    rotation   `trl.ops.triton_rotary`
 
 Small models are bound by how fast the host launches kernels. Written with PyTorch's operations, norms and rotations are more
 than a third of what a step launches. An architecture's own code decides: its norm, and its function that rotates, are run
@@ -128,7 +128,7 @@ def fuse_rotation(file: Any, device: torch.device) -> bool:
 
 def on_cuda(plain: Rotation) -> Rotation:
     """`plain`, with a kernel in its place for tensors on CUDA that are rotated whole."""
-    from trl.ops.rotary import Rotated
+    from trl.ops.triton_rotary import Rotated
 
     @wraps(plain)
     def rotation(
@@ -152,8 +152,8 @@ def fits(query: Tensor, key: Tensor, cos: Tensor) -> bool:
 
 
 def rotates_halves(function: Rotation, device: torch.device) -> bool:
-    """Whether an architecture's function rotates queries and keys as `trl.ops.rotary` does."""
-    from trl.ops.rotary import Rotated
+    """Whether an architecture's function rotates queries and keys as `trl.ops.triton_rotary` does."""
+    from trl.ops.triton_rotary import Rotated
 
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((3, 4, 2, 16), (3, 2, 2, 16), (1, 2, 16), (1, 2, 16))

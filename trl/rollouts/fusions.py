@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trl.models.fused import ROTATION, epsilon_of, fits, rotates_halves
 from trl.ops.products import exact_products
-from trl.ops.rotary import rotate
+from trl.ops.triton_rotary import rotate
 from trl.rollouts.fused import NormKind, has_own_forward, norm, norm_kind
 from trl.rollouts.fused_layers import layers_of, merged_products
 
