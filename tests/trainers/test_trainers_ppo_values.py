@@ -124,6 +124,7 @@ def test_a_branch_learns_and_the_policys_gradient_is_the_policys(make_model, mak
     plain = make_ppo(headed(make_model), vf_coef=0.0)
     own = make_ppo(headed(make_model), vf_coef=0.0, num_value_layers=1)
     assert isinstance(own.model.v_head, ValueBranch)
+    assert own.model.v_head.layers[0].self_attn.config is own.model.pretrained_model.config  # they attend alike
     plain.step(*TRIPLETS)
     own.step(*TRIPLETS)
     policy = {name: p for name, p in parameters(plain).items() if name.startswith("pretrained_model.")}

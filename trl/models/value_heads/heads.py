@@ -123,7 +123,8 @@ class ValueBranch(ValueHead):
             )
         super().__init__(_summary(policy, options), dropout=options.dropout)
         self.start = len(stack) - layers
-        self.layers = copy.deepcopy(stack[self.start :])
+        configs = {id(module.config): module.config for module in policy.modules() if hasattr(module, "config")}
+        self.layers = copy.deepcopy(stack[self.start :], configs)  # how they attend is said in the policy's
 
     @contextmanager
     def states(
