@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
@@ -40,6 +42,7 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode, FusedSchedulerN
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -50,10 +53,11 @@ from trl.data.layout import lay_out
 from trl.models import score as scoring
 from trl.models import varlen
 from trl.models.compiled import compile_layers
+from trl.models.fused import ROTATION, rms_norm
 from trl.models.half_weights import round_together
 from trl.models.score import score
-from trl.ops import logprobs, triton_head
-from trl.rollouts import fused, fused_layers, triton_decode
+from trl.ops import logprobs, triton_head, triton_rotary
+from trl.rollouts import fused, fused_layers, fusions, triton_decode
 from trl.rollouts.decoders import Sample, attention_windows
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import unwrap
@@ -150,7 +154,7 @@ class Counted:
 def on_shapes(counts: list[Counts]) -> Iterator[None]:
     """Tensors have shapes alone, kernels are counted, and functions are those that CUDA would get."""
     kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
-    kernels += [(fused, "_norm_kernel"), (fused, "_rotate_kernel"), (fused_layers, "_gate_kernel")]
+    kernels += [(fused, "_norm_kernel"), (fused_layers, "_gate_kernel")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     patched = {
         (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
@@ -158,6 +162,9 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
         (scoring, "_is_plain_linear"): lambda head: True,
         (varlen, "_has_kernel"): lambda query, value: True,
         (varlen, "varlen_attn"): lambda q, k, v, *spans, **options: _flash(q, k, v),
+        (triton_rotary, "rotate"): counted_rotation(triton_rotary.rotate, counts),
+        (fusions, "rotate"): counted_rotation(triton_rotary.rotate, counts),
+        (F, "rms_norm"): lambda x, shape, weight, epsilon: _Norm.apply(x, weight),
     }
     before += [(module, name, getattr(module, name)) for module, name in patched]
     for module, name in kernels:
@@ -170,6 +177,41 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
     finally:
         for module, name, function in before:
             setattr(module, name, function)
+
+
+def counted_rotation(rotate: Callable[..., Any], counts: list[Counts]) -> Callable[..., Any]:
+    """`rotate`, which launches nothing for tensors without data, as one kernel."""
+
+    def counted(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
+        Counted("rotate", counts).run(query, key, query, key)  # read and written
+        return rotate(query, key, cos, sin, **options)
+
+    return counted
+
+
+class _Norm(torch.autograd.Function):
+    """One launch forward, two backward: gradients of the input, and of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = ctx.saved_tensors
+        return grad.relu(), x.sum(tuple(range(x.dim() - 1)))
+
+
+@contextmanager
+def fused_as_on_cuda(model: PreTrainedModel) -> Iterator[None]:
+    """Norms and rotations of `trl.models.fused`, whose trials need data."""
+    file = sys.modules[type(model).__module__]
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(rms_norm, module)
+    with patch.object(file, ROTATION, lambda *given: triton_rotary.Rotated.apply(*given, torch.bfloat16)):
+        yield
 
 
 @torch.library.custom_op("launches::attend", mutates_args=())
@@ -243,7 +285,7 @@ def train(make: Callable[..., PreTrainedModel], *, rows: int = 16, tokens: int =
         round_together(model)
         fake = batch.map(lambda x: torch.empty(x.shape, dtype=x.dtype))
         score(model, fake)
-        with Counts() as counts, torch.autocast("cpu", torch.bfloat16):
+        with fused_as_on_cuda(model), Counts() as counts, torch.autocast("cpu", torch.bfloat16):
             active.append(counts)
             (-score(model, fake).logprobs.mean()).backward()
     return counts

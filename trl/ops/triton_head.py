@@ -180,7 +180,7 @@ class _Tiles:
         self.hidden, self.weight, self.dtype = hidden, weight.detach(), dtype
         self.bias = None if bias is None else bias.detach().to(dtype).float()
         self.tokens, self.vocabulary = len(hidden), len(weight)
-        self.rows = max(1, min(self.tokens, TILE_ROWS))
+        self.rows = max(1, -(-self.tokens // max(1, -(-self.tokens // TILE_ROWS))))  # tiles of one height
         self.columns = min(self.vocabulary, max(256, TILE_ELEMENTS // self.rows // 256 * 256))
         self.memory = torch.empty(self.rows * self.columns, dtype=torch.float32, device=hidden.device)
         softcap = 1.0 if transform.softcap is None else transform.softcap
