@@ -215,5 +215,5 @@ def test_memory_beside_inputs_and_gradients_is_a_tile(monkeypatch):
         found = logprobs_from_linear(hidden, weight, None, target, want=EVERYTHING)
         found["logprobs"].sum().backward()
     sizes = list(itertools.accumulate(event.size for event in trace.events))
-    assert max(event.size for event in trace.events) == 4 * triton_head.TILE_ELEMENTS
+    assert 0.9 < max(event.size for event in trace.events) / (4 * triton_head.TILE_ELEMENTS) <= 1
     assert max(sizes) < 4 * triton_head.TILE_ELEMENTS + 2 * 4 * width * (tokens + vocabulary) + 100 * tokens
