@@ -21,6 +21,7 @@ OPTIONS = {
     "per_device_train_batch_size": 4,
     "max_steps": 2,
     "learning_rate": 1e-2,
+    "bf16": False,
     "logging_steps": 1,
     "num_pictures": 0,
     "html_report": False,

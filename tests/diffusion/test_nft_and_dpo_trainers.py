@@ -125,9 +125,12 @@ def test_nft_options_that_cannot_be(tmp_path, options, words):
 # ---- DPO ----
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_dpo_begins_at_ln_2(tmp_path, lora):
-    run = dpo(tmp_path, lora=lora, learning_rate=1e-4)
+HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+
+
+@pytest.mark.parametrize(("lora", "precision"), [(True, {}), (False, {}), (False, HALF)])
+def test_dpo_begins_at_ln_2(tmp_path, lora, precision):
+    run = dpo(tmp_path, lora=lora, learning_rate=1e-4, **precision)
     run.train()
     assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert logged(run, "loss")[1] != pytest.approx(math.log(2), abs=1e-5)

@@ -40,6 +40,7 @@ from trl.diffusion.texts import PromptEmbeddings
 from trl.diffusion.trajectories import Trajectories, sample
 from trl.errors import ConfigError, DataError
 from trl.models.load import disable_dropout
+from trl.models.sharding import prepare_frozen
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.trainers.options import resolve_args
 from trl.training.step_trainer import StepTrainer
@@ -166,7 +167,8 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     def keep_reference_model(self) -> None:
         """Make what `reference` needs."""
         if not self.has_adapter:
-            self._frozen = deepcopy(self.module).requires_grad_(False).eval()
+            frozen = deepcopy(self.module).requires_grad_(False).eval()
+            self._frozen = prepare_frozen(self.accelerator, frozen)  # under autocast, as the model in training is
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model with the average of its weights, meanwhile; as it is, where none is kept."""
