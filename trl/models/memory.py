@@ -107,6 +107,8 @@ def tracing(vocabulary: int) -> Iterator[Trace]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies of a model
+        # torch looks at gradients of all that it makes fake, and keeps this from being shown, not from being an error.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Trace(vocabulary))
 
