@@ -16,6 +16,9 @@ from trl.cli.launch import find_config
 
 ROOT = Path(__file__).parents[1]
 
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+"""Variables of processes that are tested as such: NCCL does not let two of them have one GPU, nor CUDA a fork go on."""
+
 ALONE: list[str] = []
 TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -28,10 +31,10 @@ def under(engine: str) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """This process's variables without its place among others; what is fetched or cached goes to `folder`."""
+    """This process's variables without its place among others, nor a GPU; what is fetched or cached goes to `folder`."""
     kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     own = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
-    return {**kept, **own, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **own, **WITHOUT_GPU, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(

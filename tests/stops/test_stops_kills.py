@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import WITHOUT_GPU
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +24,13 @@ pytestmark = pytest.mark.slow
 def test_every_kill_is_survived(words, kills):
     command = [sys.executable, "-m", "tests.stops.kills", *words.split()]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2], check=False
+        command,
+        env={**os.environ, **WITHOUT_GPU},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=Path(__file__).parents[2],
+        check=False,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

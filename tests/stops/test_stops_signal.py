@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from tests.processes import WITHOUT_GPU
 from tests.stops.runs import RUNS
 from trl.callbacks.stop import exit_on_signal
 from trl.training.checkpoint import checkpoints, newest_checkpoint
@@ -48,7 +49,7 @@ def start(folder: Path, *launcher: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
     return subprocess.Popen(
         [sys.executable, *launcher, str(folder / "script.py"), str(folder / "out")],
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**environment, **(WITHOUT_GPU if launcher else {}), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
