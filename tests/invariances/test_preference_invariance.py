@@ -117,6 +117,7 @@ def gradient(case, make_model, tmp_path, *, order=EIGHT, model=None, **options):
         "learning_rate": 1.0,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
+        "bf16": False,
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -132,7 +133,7 @@ def gradient(case, make_model, tmp_path, *, order=EIGHT, model=None, **options):
     trainer.train()
     assert trainer.state.global_step == 1
     log = trainer.state.log_history[0]
-    return log, {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    return log, {name: before[name] - p.detach().cpu() for name, p in model.named_parameters()}
 
 
 METRICS = {

@@ -43,6 +43,7 @@ def gradient(model, rows, tmp_path, tokenizer=None, **options):
         "learning_rate": 1.0,
         "lr_scheduler_type": "constant",
         "optim": "sgd",
+        "bf16": False,
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -53,7 +54,7 @@ def gradient(model, rows, tmp_path, tokenizer=None, **options):
     trainer = SFTTrainer(model=model, args=SFTConfig(**config), train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     loss = trainer.state.log_history[0]["loss"]
-    return loss, {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    return loss, {name: before[name] - p.detach().cpu() for name, p in model.named_parameters()}
 
 
 def assert_same(found, expected):
