@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -229,6 +230,14 @@ def test_only_the_upper_layers_of_a_reference_run(make_model, name, sizes, start
     torch.testing.assert_close(scores.logprobs, score(policy, batch).logprobs.detach())
     assert not torch.allclose(scores.logprobs, found, atol=1e-3)
     torch.testing.assert_close(reference.logprobs(policy, batch), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_layers_in_common_are_tried_in_the_precision_of_training(make_model):
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    policy = make_model("llama")
+    reference = create_reference_model(policy, num_shared_layers=1)
+    reference.forward = half()(reference.forward)  # as accelerate prepares it
+    assert isinstance(frozen_reference(policy, reference, half), SharedTrunk)
 
 
 class Writes(torch.nn.Module):

@@ -22,7 +22,7 @@ def make_ppo(make_model, tokenizer):
             name = "t5" if model.config.is_encoder_decoder else "llama"
             ref_model = make_model(name, seed=1) if model.config.model_type == name else None
         trained = [p for p in model.parameters() if p.requires_grad]
-        options = {"batch_size": 4, "ppo_epochs": epochs, **config}
+        options = {"batch_size": 4, "ppo_epochs": epochs, "bf16": False, **config}
         optimizer = torch.optim.SGD(trained, lr=rate)
         return PPOTrainer(PPOConfig(**options), model, ref_model, tokenizer, optimizer=optimizer, **(keywords or {}))
 
@@ -49,6 +49,7 @@ def make_loop(make_model, tokenizer, tmp_path):
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            "bf16": False,
         }
         return PPOTrainer(
             args=PPOConfig(**{**options, **config}),

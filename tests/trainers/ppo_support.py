@@ -37,19 +37,23 @@ def parameters(trainer):
 
 
 def assert_same(found, expected, **tolerance):
+    """Parameters are close, wherever they are."""
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            found[name].cpu(), value.cpu(), msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 def plain_logprobs(model, query, response):
     """Logits, log-probabilities and values `[C]` of one response, from an ordinary forward pass."""
+    device = next(model.parameters()).device
     if model.config.is_encoder_decoder:
         start = [model.config.decoder_start_token_id]
-        decoder = torch.tensor([start + response[:-1]])
-        logits, _, values = model(input_ids=torch.tensor([query]), decoder_input_ids=decoder)
+        decoder = torch.tensor([start + response[:-1]], device=device)
+        logits, _, values = model(input_ids=torch.tensor([query], device=device), decoder_input_ids=decoder)
         logits, values = logits[0], values[0]
     else:
-        logits, _, values = model(torch.tensor([query + response]))
+        logits, _, values = model(torch.tensor([query + response], device=device))
         logits, values = logits[0, len(query) - 1 : -1], values[0, len(query) - 1 : -1]
     logp = logits.log_softmax(-1)
     return logp, logp[range(len(response)), response], values

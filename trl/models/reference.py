@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,7 @@ from trl.models.patching import evaluating
 from trl.models.score import prepare_scoring, score, unwrap, without_wrapper
 from trl.models.sharding import is_whole
 from trl.models.varlen import attend_as
+from trl.ops.products import exact_products
 from trl.types import Batch, Scores
 
 logger = logging.getLogger(__name__)
@@ -187,11 +188,15 @@ def score_with_reference(
         return found, score(reference.model, batch, temperature=temperature).logprobs
 
 
-def frozen_reference(policy: PreTrainedModel, model: nn.Module) -> FrozenModel:
+def frozen_reference(
+    policy: PreTrainedModel,
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> FrozenModel:
     """`model` as the reference of `policy`. Lower layers that are the same parameters run once for both.
 
-    That is tried on a few tokens first: where an architecture does not allow it, the reference runs whole, and a warning
-    says why.
+    That is tried on a few tokens first, in the precision of training, which `autocast` switches on: where an architecture
+    does not allow it, the reference runs whole, and a warning says why.
     """
     prepare_scoring(unwrap(model))
     attend_as(unwrap(model), policy)
@@ -200,7 +205,9 @@ def frozen_reference(policy: PreTrainedModel, model: nn.Module) -> FrozenModel:
     if start == 0 or is_deepspeed_zero3_enabled():
         return whole
     shared = SharedTrunk(model, start)
-    if reason := _why_not_resumed(policy, shared, whole):
+    with autocast(), exact_products():
+        reason = _why_not_resumed(policy, shared, whole)
+    if reason:
         logger.warning(
             f"Policy and reference have {start} layers in common, but the reference runs them by itself: {reason}."
         )
@@ -236,7 +243,8 @@ def _why_not_resumed(policy: PreTrainedModel, shared: SharedTrunk, whole: Frozen
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         return f"its upper layers do not run alone ({type(error).__name__}: {str(error).splitlines()[0]})"
     worst = (found - expected).abs().max().item()
-    tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
+    exact = policy.dtype == torch.float32 and not torch.is_autocast_enabled(policy.device.type)
+    tolerance = 1e-4 if exact else 5e-2
     return "" if worst < tolerance else f"its upper layers alone give numbers that differ by {worst:.2g}"
 
 

@@ -49,8 +49,10 @@ def reference_for(
     else:
         model = load_model(given, **(loading or config.loading())) if isinstance(given, str) else given
         model.requires_grad_(False).eval()
+    if "hf_device_map" not in vars(unwrap(model)) and len({p.device for p in model.parameters()}) > 1:
+        model.to(accelerator.device)  # its lower layers are the policy's, which has moved there since
     prepare_scoring(unwrap(model))
-    return frozen_reference(policy, prepare_frozen(accelerator, model))
+    return frozen_reference(policy, prepare_frozen(accelerator, model), accelerator.autocast)
 
 
 def reference_models(reference: Reference | None) -> list[PreTrainedModel]:
