@@ -225,7 +225,8 @@ def test_environment(capsys):
     assert {"trl", "python", "platform", "torch", "transformers", "vllm"} <= set(lines)
     import torch
 
-    assert lines["torch"] == torch.__version__
+    version, _, build = torch.__version__.partition("+")
+    assert lines["torch"] in (version, f"{version}+{build}")
 
 
 @pytest.mark.parametrize(

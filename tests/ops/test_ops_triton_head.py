@@ -15,8 +15,9 @@ triton_head = pytest.importorskip("trl.ops.triton_head")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERYTHING = frozenset(STATISTICS)
 PLAIN = LogitTransform()
-ROUNDING = 1e-3 if DEVICE == "cuda" else 1e-2
-"""Error of gradients whose factors are rounded to bfloat16: the interpreter cuts numbers off where GPUs round them."""
+ROUNDING = 4e-3 if DEVICE == "cuda" else 1e-2
+"""Error of gradients whose factors are rounded to bfloat16, which has 8 bits: the interpreter cuts numbers off where GPUs
+round them."""
 
 
 @pytest.fixture
@@ -116,7 +117,8 @@ def test_half_precision_rounds_factors_and_not_logits(request, kernels, dtype):
     assert_near(found, exact)
     for ours, theirs in zip(gradients(found, leaves), exact_gradients, strict=True):
         assert ours.dtype == dtype
-        assert distance(ours, theirs) < (2e-3 if not kernels else 2 * ROUNDING)  # the factors and the gradients
+        rounded = kernels or DEVICE == "cuda"  # the factors, of the gradient's products too
+        assert distance(ours, theirs) < (2 * ROUNDING if rounded else 2e-3)
 
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["triton", "torch"])
@@ -132,7 +134,7 @@ def test_gradients_under_autocast_are_float32(request, kernels):
     assert_near(found, exact)
     for ours, theirs in zip(gradients(found, leaves), exact_gradients, strict=True):
         assert ours.dtype == torch.float32
-        assert distance(ours, theirs) < (ROUNDING if kernels else 1e-5)
+        assert distance(ours, theirs) < (ROUNDING if kernels or DEVICE == "cuda" else 1e-5)
 
 
 def test_torch_path_equals_float64_for_thousands_of_tokens():

@@ -388,7 +388,7 @@ def test_beam_search_is_left_to_generate_said_once(make, name):
         assert list(samples[0].ids) == best
         for rollout in samples:
             expected = forward_logprobs(model, prompt, rollout.ids)
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_an_encoder_decoder_is_given_tokens_alone(make):

@@ -62,6 +62,7 @@ def options(tmp_path, **changed):
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "bf16": False,
         **changed,
     }
 
@@ -157,7 +158,7 @@ def test_loss_against_plain_forwards(make_model, tmp_path, rows):
     for row in encoded:
         h = []
         for ids in row["completion_ids"]:
-            whole = torch.tensor([row["prompt_ids"] + ids])
+            whole = torch.tensor([row["prompt_ids"] + ids], device=model.device)
             picked = [
                 m(whole).logits[0, len(row["prompt_ids"]) - 1 : -1].log_softmax(-1)[range(len(ids)), ids].sum()
                 for m in (model, reference)

@@ -39,7 +39,7 @@ PROMPTS = Dataset.from_dict({"prompt": ["Why", "How"] * 4})
 
 
 def options(folder, **kw):
-    shown = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": [], "max_steps": 1}
+    shown = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": [], "max_steps": 1, "bf16": False}
     return {"output_dir": str(folder), "per_device_train_batch_size": 2, "logging_steps": 1, **shown, **kw}
 
 
@@ -236,6 +236,7 @@ def test_logits_are_means_over_tokens_and_vocabulary(make_model, tmp_path, train
     }
     for side, completions in texts.items():
         ids = torch.tensor([tokenizer("Why" + text)["input_ids"] + [tokenizer.eos_token_id] for text in completions])
+        ids = ids.to(model.device)
         with torch.no_grad():
             logits = model(ids).logits[:, -5:-1]
         assert found[f"eval_logits/{side}"] == pytest.approx(logits.mean().item(), rel=1e-4)

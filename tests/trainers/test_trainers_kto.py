@@ -46,6 +46,7 @@ def make_trainer(model, tmp_path, rows=None, *, peft_config=None, ref_model=None
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "bf16": False,
         **changed,
     }
     return KTOTrainer(
@@ -95,7 +96,7 @@ def test_bco_under_its_own_name(make_model, tmp_path):
 
 
 def plain_logprob(model, prompt, ids):
-    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    logits = model(torch.tensor([[*prompt, *ids]], device=model.device)).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
 
 
