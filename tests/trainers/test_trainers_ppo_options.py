@@ -166,7 +166,7 @@ LORA = {"r": 4, "task_type": "CAUSAL_LM"}
 def test_a_new_adapter_is_its_own_reference_when_off(make_model, tokenizer):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(make_model("llama"), peft_config=LoraConfig(**LORA))
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    trainer = PPOTrainer(PPOConfig(batch_size=4, learning_rate=0.05), model, None, tokenizer)
+    trainer = PPOTrainer(PPOConfig(batch_size=4, learning_rate=0.05, bf16=False), model, None, tokenizer)
     assert isinstance(trainer.reference, AdapterOff)
     first, second = trainer.step(*TRIPLETS), trainer.step(*TRIPLETS)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -178,7 +178,7 @@ def test_a_new_adapter_is_its_own_reference_when_off(make_model, tokenizer):
 @pytest.mark.parametrize("penalty", ["kl", "full"])
 def test_an_adapter_that_was_trained_before_is_compared_with_itself(make_model, tokenizer, penalty):
     adapted = get_peft_model(make_model("llama"), LoraConfig(**LORA, init_lora_weights=False))
-    config = PPOConfig(batch_size=4, learning_rate=0.05, kl_penalty=penalty)
+    config = PPOConfig(batch_size=4, learning_rate=0.05, kl_penalty=penalty, bf16=False)
     trainer = PPOTrainer(config, adapted, None, tokenizer)
     assert isinstance(trainer.reference, SnapshotReference)
     first, second = trainer.step(*TRIPLETS), trainer.step(*TRIPLETS)
@@ -203,6 +203,7 @@ def sampling(make_ppo):
 def test_greedy_responses_are_those_of_the_model(sampling):
     found = sampling.generate(TRIPLETS[0], max_new_tokens=6, do_sample=False)
     for query, ids in zip(TRIPLETS[0], found, strict=True):
+        query = query.to(sampling.current_device)
         expected = sampling.model.generate(query[None], max_new_tokens=6, do_sample=False)[0]
         assert torch.equal(ids, expected)
 
@@ -244,7 +245,8 @@ def test_lengths_are_drawn(sampling):
 def test_the_reference_responds_too(make_ppo):
     trainer = make_ppo()
     found, reference = trainer.generate(TRIPLETS[0], max_new_tokens=8, do_sample=False, generate_ref_response=True)
-    expected = trainer.ref_model.generate(TRIPLETS[0][0][None], max_new_tokens=8, do_sample=False)[0]
+    query = TRIPLETS[0][0].to(trainer.current_device)
+    expected = trainer.ref_model.generate(query[None], max_new_tokens=8, do_sample=False)[0]
     assert torch.equal(reference[0], expected)
     assert any(not torch.equal(a, b) for a, b in zip(found, reference, strict=True))
 
@@ -252,7 +254,8 @@ def test_the_reference_responds_too(make_ppo):
 def test_an_encoder_decoder_responds_with_its_start_token(make_ppo):
     trainer = make_ppo("t5")
     found = trainer.generate(TRIPLETS[0], max_new_tokens=6, do_sample=False)
-    expected = trainer.model.generate(TRIPLETS[0][0][None], max_new_tokens=6, do_sample=False)[0]
+    query = TRIPLETS[0][0].to(trainer.current_device)
+    expected = trainer.model.generate(query[None], max_new_tokens=6, do_sample=False)[0]
     assert torch.equal(found[0], expected)
 
 

@@ -83,6 +83,7 @@ def make_trainer(tmp_path, rows, model=None, evaluation=None, peft_config=None, 
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "disable_tqdm": True,
+        "bf16": False,
         **changed,
     }
     return RewardTrainer(
@@ -176,7 +177,7 @@ def test_every_kind_of_row_is_learned(tmp_path, kind):
 
 
 def test_the_shared_prompt_is_laid_out_once(tmp_path):
-    trainer = make_trainer(tmp_path, pairs())
+    trainer = make_trainer(tmp_path, pairs(), pad_to_multiple_of=None)
     assert trainer.layout == "shared"
     batch = trainer.collate([Example([5] * 40, (Completion([3]), Completion([4])))])
     assert batch.inputs["input_ids"].numel() == 42

@@ -25,7 +25,7 @@ def rows() -> Dataset:
 
 def config(tmp_path, **options) -> SFTConfig:
     defaults = {"output_dir": str(tmp_path), "max_steps": 2, "disable_tqdm": True, "save_strategy": "no"}
-    return SFTConfig(**{**defaults, "logging_steps": 1, **options})
+    return SFTConfig(**{**defaults, "logging_steps": 1, "bf16": False, **options})
 
 
 def losses(trainer) -> list[float]:
