@@ -171,6 +171,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def products_of_float32() -> None:
+    """A GPU computes in float32 where that is asked for: not in TF32, by default or by an option of an earlier test."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
 def logger_as_imported() -> None:
     """The command line shows what the library logs in a way of its own; here it is as if no command had run before."""
     logger = logging.getLogger("trl")

@@ -34,7 +34,14 @@ def environment(folder: Path) -> dict[str, str]:
     """This process's variables without its place among others, nor a GPU; what is fetched or cached goes to `folder`."""
     kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")}
     own = {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}", "PYTHONPATH": str(ROOT)}
-    return {**kept, **own, **WITHOUT_GPU, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {
+        **kept,
+        **own,
+        **WITHOUT_GPU,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run(

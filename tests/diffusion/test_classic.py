@@ -100,7 +100,7 @@ def test_the_classic_listing(tmp_path, monkeypatch):
     state = {name: p for name, p in again.unet.named_parameters() if "lora_B" in name}
     trained = dict(trainer.model.named_parameters())
     assert state
-    assert all(torch.equal(p, trained[name]) for name, p in state.items())
+    assert all(torch.equal(p, trained[name].cpu()) for name, p in state.items())
 
 
 def test_every_option_of_other_releases_has_its_default():
@@ -184,7 +184,7 @@ def test_losses_of_one_step(tmp_path):
     batch = run.sample_epoch()
     trajectories, denoiser = batch.trajectories, run.denoiser
     texts = run.texts(batch.prompts)["embeds"]
-    negative = run.embeddings.negative()["embeds"].expand_as(texts)
+    negative = run.embeddings.negative()["embeds"].cpu().expand_as(texts)
     advantages = torch.tensor([1.0, -0.5, 2.0, 0.5])
     loss, kl, clipped = run.calculate_loss(
         trajectories.latents[:, 0],
@@ -325,7 +325,7 @@ def test_alignprop_raises_its_reward(tmp_path):
         seen.append((step, shown["images"].shape))
 
     run = alignprop(tmp_path, num_epochs=6, hook=hook)
-    batch = run.collate([Asked("a red circle", seed, {}) for seed in range(8)])
+    batch = run.collate([Asked("a red circle", seed, {}) for seed in range(8)]).to(run.args.device)
 
     def reward():
         with torch.no_grad():
@@ -344,7 +344,7 @@ def test_alignprop_truncates(tmp_path):
     found = []
     for first in (2, 0):
         run = alignprop(tmp_path, truncated_backprop_rand=False, truncated_backprop_timestep=first, num_epochs=1)
-        batch = run.collate(run.ask()[0])
+        batch = run.collate(run.ask()[0]).to(run.args.device)
         loss, _ = run.loss(run.model, batch)
         loss.mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))

@@ -73,7 +73,7 @@ def test_the_ratio_moves_once_weights_have(tmp_path):
     run = trainer(tmp_path, num_iterations=2, max_steps=2)
     run.train()
     first, second = (row["sampling/logp_difference"] for row in run.state.log_history[:2])
-    assert first < 1e-6
+    assert first < 1e-5
     assert second > 10 * first
 
 
@@ -212,7 +212,7 @@ def test_an_adapter_is_saved_as_pipelines_load_it(tmp_path):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     call = {"latents": noise, "num_inference_steps": 2, "output_type": "pt"}
     expected = run.pipeline("a red circle", **call).images
-    fresh = PIPELINES["sd"]()
+    fresh = PIPELINES["sd"]().to(run.args.device)
     fresh.set_progress_bar_config(disable=True)
     assert not torch.allclose(fresh("a red circle", **call).images, expected, atol=1e-4)
     fresh.load_lora_weights(str(tmp_path / "saved"))
@@ -237,8 +237,8 @@ def test_without_an_adapter_the_whole_pipeline_is_saved_with_averaged_weights(tm
     saved = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path / "saved"))
     name = next(iter(run.ema.weights))
     found = dict(saved.unet.named_parameters())[name]
-    assert torch.equal(found, run.ema.weights[name])
-    assert not torch.equal(found, dict(run.module.named_parameters())[name])
+    assert torch.equal(found, run.ema.weights[name].cpu())
+    assert not torch.equal(found, dict(run.module.named_parameters())[name].cpu())
 
 
 def test_pictures_before_and_after(tmp_path):

@@ -140,7 +140,9 @@ def test_what_has_no_such_loss_is_refused_by_name(make_model):
     with pytest.raises(ConfigError, match="router_aux_loss_coef.*LlamaForCausalLM"):
         router_loss_of(make_model("llama"), 0.1)
     llama4 = Llama4ForCausalLM(Llama4TextConfig(**{**MOE, "num_local_experts": 2, "intermediate_size_mlp": 48}))
-    with pytest.raises(ConfigError, match="load-balancing loss.*Llama4ForCausalLM|Llama4ForCausalLM.*no load-balancing loss"):
+    with pytest.raises(
+        ConfigError, match="load-balancing loss.*Llama4ForCausalLM|Llama4ForCausalLM.*no load-balancing loss"
+    ):
         RouterLoss(llama4, 0.1)
 
 

@@ -39,7 +39,14 @@ PROMPTS = Dataset.from_dict({"prompt": ["Why", "How"] * 4})
 
 
 def options(folder, **kw):
-    shown = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": [], "max_steps": 1, "bf16": False}
+    shown = {
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "html_report": False,
+        "report_to": [],
+        "max_steps": 1,
+        "bf16": False,
+    }
     return {"output_dir": str(folder), "per_device_train_batch_size": 2, "logging_steps": 1, **shown, **kw}
 
 

@@ -272,10 +272,10 @@ class DDPOTrainer(StepPolicyTrainer):
         bound = self.config.train_adv_clip_max
         signals = {"old_logprobs": log_probs[:, None], "advantages": advantages.clamp(-bound, bound)}
         texts = {"embeds": embeds[len(latents) :] if guided else embeds}
-        mask = torch.ones(len(latents), 1, device=latents.device)
+        mask = torch.ones(len(latents), 1)
         batch = TransitionBatch(
             latents=latents, following=next_latents, step=step, texts=texts, mask=mask, signals=signals
-        )
+        ).to(self.args.device)
         scores, _ = score_steps(self.denoiser, self.model, batch, self.schedule, negative)
         loss, metrics = self.algorithm.loss(scores, batch)
         return loss.mean(), metrics["approx_kl"].mean(), metrics["clipfrac"].mean()
