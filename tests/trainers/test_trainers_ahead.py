@@ -23,6 +23,7 @@ def trainer(method, config, rows, model, tokenizer, folder, **options):
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        bf16=False,
         **{"save_strategy": "no", **options},
     )
     return method(model, args=args, train_dataset=rows, processing_class=tokenizer)
