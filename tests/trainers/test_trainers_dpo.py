@@ -18,6 +18,7 @@ from trl.models.reference import (
     FrozenModel,
     NamedAdapter,
     Precomputed,
+    SharedTrunk,
     SnapshotReference,
     create_reference_model,
 )
@@ -130,10 +131,23 @@ def test_first_loss_is_ln_2_and_then_falls(make_model, tmp_path, case):
     assert known | {"logps/chosen", "logps/rejected", "entropy"} <= second.keys()
 
 
-def test_shared_layers(make_model, tmp_path):
+HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+
+
+@pytest.mark.parametrize("case", ["never saved", "precomputed", "precomputed, adapter"])
+def test_the_first_loss_in_half_precision(make_model, tmp_path, case):
+    make, given, _ = GIVEN[case]
+    trainer = make_trainer(make(make_model, tmp_path), tmp_path, max_steps=1, **given, **HALF)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", [{}, HALF])
+def test_shared_layers(make_model, tmp_path, precision):
     model = make_model("gpt2")
     reference = create_reference_model(model, num_shared_layers=1)
-    trainer = make_trainer(model, tmp_path, ref_model=reference)
+    trainer = make_trainer(model, tmp_path, ref_model=reference, **precision)
+    assert isinstance(trainer.reference, SharedTrunk)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.state.log_history[1]["loss"] < math.log(2)

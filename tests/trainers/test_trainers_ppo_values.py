@@ -261,14 +261,15 @@ def test_adapters_for_everything_step_by_step(in_one_base, tokenizer):
     """Policy, reference, values and reward in one base model: the mean reward of all answers of one token rises, and
     nothing else moves than policy and value head."""
     model, judge = in_one_base
-    config = PPOConfig(batch_size=64, learning_rate=0.01, init_kl_coef=0.02, ppo_epochs=8, cliprange=0.5)
+    config = PPOConfig(batch_size=64, learning_rate=0.01, init_kl_coef=0.02, ppo_epochs=8, cliprange=0.5, bf16=False)
     trainer = PPOTrainer(config, model, None, tokenizer)
     assert isinstance(trainer.reference, AdapterOff)
-    before, queries = parameters(trainer), [torch.tensor([5 + i % 4, 20]) for i in range(64)]
+    device = trainer.current_device
+    before, queries = parameters(trainer), [torch.tensor([5 + i % 4, 20], device=device) for i in range(64)]
     answers = torch.tensor([[5 + i, 20, token] for i in range(4) for token in range(1, 99)])  # 0 is padding
-    rewards = model.compute_reward_score(answers)[:, -1, 0].view(4, 98)
+    rewards = model.compute_reward_score(answers.to(device))[:, -1, 0].view(4, 98)
     with torch.no_grad():
-        torch.testing.assert_close(rewards.flatten(), judge(answers).logits[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rewards.flatten().cpu(), judge(answers).logits[:, 0], atol=1e-4, rtol=1e-4)
 
     @torch.no_grad()
     def mean_reward():

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLUMN = "ref_logprobs"
-_FORMAT = 1
+_FORMAT = 2
 """Number of the computation, part of the key: raise it when results change."""
 
 Logprobs = list[list[float]]
@@ -153,6 +153,6 @@ def compute(trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: 
 
 def _logprobs(trainer: BaseTrainer, reference: Reference, examples: list[Example]) -> list[Logprobs]:
     batch = trainer.collate(examples).to(trainer.args.device)
-    with trainer.compute_loss_context_manager():
+    with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():  # the policy is not prepared yet
         table = iter(reference.logprobs(trainer.model, batch).float().cpu())
     return [[next(table)[: len(c)].tolist() for c in example.completions] for example in examples]
