@@ -21,8 +21,11 @@ from typing import Any
 Run = Mapping[str, Any]
 """What `worker.py` wrote: `step_seconds`, `losses`, `tokens`, `peak_mib`, …"""
 
-SAME_LOSS = 1e-3
-"""Relative gap of losses up to which both sides computed the same thing (float32, after a few Adam steps)."""
+SAME_LOSS = {"cpu": 1e-3, "cuda": 2e-2}
+"""Relative gap of losses up to which both sides computed the same thing after a few Adam steps: float32, or bfloat16."""
+
+RATE = 802e12
+"""Floating-point operations a second of a product of large matrices in bfloat16, as measured on an H200."""
 
 READABLE = 110
 """Columns of a terminal below which cells would be cut."""
@@ -82,10 +85,10 @@ def _ratio(cost: Callable[[Run], float], ours: Sequence[Run], theirs: Sequence[R
     return median(map(cost, ours)) / median(map(cost, theirs))
 
 
-def verdict(comparison: Mapping[str, Any], target: Mapping[str, float | None]) -> str:
+def verdict(comparison: Mapping[str, Any], target: Mapping[str, float | None], device: str = "cpu") -> str:
     """`met`, or what was missed."""
     missed = [kind for kind in ("time", "memory") if target[kind] is not None and comparison[kind] > target[kind]]
-    if comparison["loss_gap"] is not None and comparison["loss_gap"] > SAME_LOSS:
+    if comparison["loss_gap"] is not None and comparison["loss_gap"] > SAME_LOSS[device]:
         missed.append("losses")
     return f"{' and '.join(missed)} missed" if missed else "met"
 
@@ -109,7 +112,7 @@ def ratio_grid(result: Mapping[str, Any]) -> Grid:
                     f"{comparison['memory']:.2f}",
                     _aim(target["memory"]),
                     "batches differ" if comparison["loss_gap"] is None else f"{comparison['loss_gap']:.0e}",
-                    verdict(comparison, target),
+                    verdict(comparison, target, result["settings"].get("device", "cpu")),
                 ]
             )
     header = ["workload", "against", "time", "aim", "per sample", "sampling", "cpu", "memory", "aim", "loss gap", ""]
@@ -151,6 +154,34 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
     return Grid(
         "Measured here: threads busy, tokens through the model, peak memory and what training added", header, rows
     )
+
+
+def device_grid(result: Mapping[str, Any]) -> Grid:
+    """One row per workload and side, on a GPU. MFU: 6 · parameters · tokens with gradient, over the time and `RATE`."""
+    rows = []
+    for name, workload in result["workloads"].items():
+        for side, runs in workload["runs"].items():
+            steps = len(runs[0]["step_seconds"])
+            wall = median(seconds(run, per_token=False) for run in runs)
+            flops = 6 * runs[0]["parameters"] * sum(runs[0]["tokens"])
+            tokens, positions = sum(runs[0]["tokens"]), sum(runs[0]["positions"])
+            sampling = median(sum(run["sampling_seconds"]) for run in runs)
+            rows.append(
+                [
+                    name,
+                    side,
+                    f"{1e3 * wall / steps:,.0f}",
+                    f"{1e3 * sampling / steps:,.0f}" if sampling else "–",
+                    f"{tokens / steps:,.0f}",
+                    f"{1 - tokens / positions:.0%}",
+                    f"{flops / wall / RATE:.0%}" if "SFT" in workload["trainer"] else "–",
+                    f"{runs[0]['launches']:,.0f}",
+                    f"{runs[0]['busy']:.0%}",
+                    f"{median(run['peak_mib'] for run in runs) / 1024:.1f}",
+                ]
+            )
+    header = ["workload", "side", "ms/step", "sampling", "tokens", "padding", "MFU", "launches", "busy", "peak GiB"]
+    return Grid("Measured on a GPU: launches and the share of a step in which the device ran one", header, rows)
 
 
 def settings_line(result: Mapping[str, Any]) -> str:

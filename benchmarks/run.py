@@ -5,7 +5,9 @@
     python benchmarks/run.py --device cuda --trl-python path/to/trl-env/bin/python --budget 480 --only gpu-sft,gpu-grpo
 
 Every run is a process of its own; the sides take turns, so that a machine that slows down slows all of them. On a GPU the
-workloads are those of `gpu_workloads.py`. Every run is on disk when it is done, as a line of `<out>.jobs.jsonl`.
+workloads are those of `gpu_workloads.py`, and each side keeps one process, which gives its memory back after every run: time
+there is dear, and a process needs ten seconds to import what it runs. Every run is on disk when it is done, as a line of
+`<out>.jobs.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ class Bench:
     deadline: float = float("inf")
     """The moment, by `time.monotonic`, after which no run is begun."""
     log: Path | None = None
+    standing: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    """The process of each side that has one, on a GPU."""
 
     def run(self, workload: Workload, side: str) -> dict[str, Any]:
         """What the worker of this side measured.
@@ -62,26 +66,65 @@ class Bench:
         Raises WorkerFailed with everything that the worker wrote.
         """
         out = self.directory / "run.json"
-        command = [self.interpreters[side], str(self.worker), "--side", side, "--workload", workload.name]
-        command += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
-        command += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
-        command += ["--device", self.device, *(["--tiny"] if self.tiny else [])]
+        words = ["--side", side, "--workload", workload.name]
+        words += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
+        words += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
+        words += ["--device", self.device, *(["--tiny"] if self.tiny else [])]
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise WorkerFailed(f"{side} on {workload.name} was left out: the budget is spent.")
         limit = None if self.limit is None and left == float("inf") else min(left, self.limit or left)
-        options = {"env": self._environment(), "cwd": self.directory, "capture_output": True, "text": True}
+        out.unlink(missing_ok=True)
         try:
-            done = subprocess.run(command, timeout=limit, **options)
+            failure = (self._ask if self.device == "cuda" else self._run_once)(side, words, out, limit)
         except subprocess.TimeoutExpired as late:
             raise WorkerFailed(f"{side} on {workload.name} took more than {late.timeout:.0f} s.") from late
-        if done.returncode:
-            raise WorkerFailed(f"{side} on {workload.name} stopped:\n{done.stdout}{done.stderr}")
-        found = json.loads(out.read_text())
+        found = {"failed": failure} if failure else json.loads(out.read_text())
+        if "failed" in found:
+            raise WorkerFailed(f"{side} on {workload.name} stopped:\n{found['failed']}")
         if self.log is not None:
             with self.log.open("a") as log:
                 log.write(json.dumps({"workload": workload.name, "side": side} | found) + "\n")
         return found
+
+    def _run_once(self, side: str, words: list[str], out: Path, limit: float | None) -> str:
+        """Run a worker to its end; what it wrote, if that was not a result."""
+        command = [self.interpreters[side], str(self.worker), *words]
+        options = {"env": self._environment(), "cwd": self.directory, "capture_output": True, "text": True}
+        done = subprocess.run(command, timeout=limit, **options)
+        return done.stdout + done.stderr if done.returncode else ""
+
+    def _ask(self, side: str, words: list[str], out: Path, limit: float | None) -> str:
+        """Ask the side's standing worker; all that it wrote, if it ended instead of answering."""
+        said = self.directory / f"{side}.log"
+        self.start(side)
+        worker, start = self.standing[side], time.monotonic()
+        print(json.dumps(words), file=worker.stdin, flush=True)
+        while not out.exists():
+            if worker.poll() is not None:
+                return said.read_text()
+            if limit is not None and time.monotonic() - start > limit:
+                worker.kill()
+                worker.wait()
+                raise subprocess.TimeoutExpired(words, limit)
+            time.sleep(0.02)
+        return ""
+
+    def start(self, side: str) -> None:
+        """Start the side's standing worker, if it has none that lives."""
+        if side in self.standing and self.standing[side].poll() is None:
+            return
+        with (self.directory / f"{side}.log").open("w") as said:
+            self.standing[side] = subprocess.Popen(
+                [self.interpreters[side], str(self.worker), "--serve"],
+                env=self._environment(), cwd=self.directory,
+                stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        for worker in self.standing.values():
+            worker.stdin.close()
+            worker.wait()
 
     def _environment(self) -> dict[str, str]:
         """The caller's, with a fixed number of threads, no network and no path by which one side could import the other."""
@@ -125,7 +168,9 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
     Returns the result and whether every workload ran.
     """
     settings = {"steps": bench.steps, "warmup": WARMUP, "repeats": repeats, "seed": bench.seed}
-    settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options}
+    settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options, "device": bench.device}
+    for side in bench.interpreters if bench.device == "cuda" else ():
+        bench.start(side)  # all import what they need at once
     result: dict[str, Any] = {"settings": settings, "versions": {}, "workloads": {}}
     for workload in workloads:
         workload.write_rows(bench.directory, steps=bench.steps, seed=bench.seed)
@@ -137,6 +182,7 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
         result["versions"] |= {side: runs[side][0]["versions"] for side in runs}
         result["workloads"][workload.name] = summarise(workload, runs)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    bench.close()
     return result, len(result["workloads"]) == len(workloads)
 
 
@@ -155,6 +201,7 @@ def parse() -> argparse.Namespace:
         "--tiny", action="store_true", help="run a GPU's jobs with the smallest model, to see that they run"
     )
     parser.add_argument("--sides", default="ours,trl,transformers", help="which sides to run; default: all")
+    parser.add_argument("--options", type=json.loads, default={}, help="config fields of ours to change, as JSON")
     parser.add_argument("--trl-options", type=json.loads, default={}, help="config fields of TRL to change, as JSON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of a run")
@@ -177,7 +224,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="trl-bench-") as scratch:
         directory = Path(scratch)
         synthetic.write_material(directory, seed=arguments.seed)
-        options = {"trl": arguments.trl_options}
+        options = {"ours": arguments.options, "trl": arguments.trl_options}
         bench = Bench(
             directory,
             interpreters,
@@ -192,7 +239,8 @@ def main() -> None:
             log=arguments.out.with_suffix(".jobs.jsonl").absolute(),
         )
         result, complete = run_all(bench, arguments.workloads, repeats=arguments.repeats, out=arguments.out)
-    for grid in (report.ratio_grid(result), report.measured_grid(result)):
+    measured = report.device_grid if arguments.device == "cuda" else report.measured_grid
+    for grid in (report.ratio_grid(result), measured(result)):
         report.show(grid)
     print(report.settings_line(result))
     sys.exit(0 if complete else 1)

@@ -8,10 +8,14 @@ backward, optimizer and logging are all in it.
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import importlib
 import json
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from gpu_workloads import GPU_WORKLOADS, OPTIONS, SHAPES, tiny
 from gpu_workloads import model as random_model
@@ -224,6 +229,8 @@ def measure(
     device: str,
 ) -> Recorder:
     recorder, random_weights = Recorder(), workload.material in SHAPES
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if random_weights:
         model = random_model(
             workload.material, seed=seed, device=device, classifies=workload.trainer == "RewardTrainer"
@@ -239,6 +246,8 @@ def measure(
     rows = Dataset.from_list(workload.read_rows(directory))
     parts = {"model": model, "train_dataset": rows, "processing_class": tokenizer} | workload.arguments()
     counter = Counter(tokenizer.pad_token_id)
+    if side == "trl" and random_weights and workload.trainer in ("DPOTrainer", "KTOTrainer"):
+        parts["ref_model"] = copy.deepcopy(model)  # TRL makes its own by loading the model's name, which this one lacks
     if "reward_funcs" in parts:
         parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
     trainer = BUILDERS[side](workload, options, parts)
@@ -270,7 +279,7 @@ def versions(side: str) -> dict[str, str]:
     return found | {"trl": version("trl")}
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=BUILDERS, required=True)
     parser.add_argument("--workload", choices=EVERY, required=True)
@@ -281,11 +290,15 @@ def main() -> None:
     parser.add_argument("--device", choices=OPTIONS, default="cpu")
     parser.add_argument("--tiny", action="store_true", help="the smallest model in place of the workload's")
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser
 
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What one run measured, with the versions of what it ran."""
     found = versions(arguments.side)
+    workload = EVERY[arguments.workload]
     recorder = measure(
-        tiny(EVERY[arguments.workload]) if arguments.tiny else EVERY[arguments.workload],
+        tiny(workload) if arguments.tiny else workload,
         side=arguments.side,
         directory=arguments.dir,
         steps=arguments.steps,
@@ -293,7 +306,31 @@ def main() -> None:
         overrides=arguments.options,
         device=arguments.device,
     )
-    arguments.out.write_text(json.dumps({"versions": found} | asdict(recorder)))
+    return {"versions": found} | asdict(recorder)
+
+
+def serve() -> None:
+    """Run what lines of the standard input ask for, each a list of this program's arguments, and never end by an error."""
+    for line in sys.stdin:
+        arguments = parser().parse_args(json.loads(line))
+        try:
+            found = run(arguments)
+        except Exception:
+            found = {"failed": traceback.format_exc()}
+        ready = arguments.out.with_suffix(".part")
+        ready.write_text(json.dumps(found))
+        ready.replace(arguments.out)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+        return
+    arguments = parser().parse_args()
+    arguments.out.write_text(json.dumps(run(arguments)))
 
 
 if __name__ == "__main__":
