@@ -75,7 +75,8 @@ def test_refused(words, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_devices_are_counted():
+def test_devices_are_counted(monkeypatch):
+    monkeypatch.setattr("trl.cli.launch.find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="num_processes=3, and there are 2 devices here"):
         check_devices("ddp", 3, 2)
     check_devices("ddp", 3, 0)

@@ -61,6 +61,7 @@ def test_half_precision_on_a_cpu_has_to_be_meant(tmp_path):
 
 
 def test_deepspeed_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainers.option_checks.is_available", lambda name: True)
     with pytest.raises(ConfigError, match="deepspeed='nowhere.json': there is no such file"):
         SFTConfig(output_dir=str(tmp_path), **CPU, deepspeed="nowhere.json")
     monkeypatch.setattr("trl.trainers.option_checks.is_available", lambda name: False)
