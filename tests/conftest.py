@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -174,7 +175,8 @@ def seeded() -> None:
 def products_of_float32() -> None:
     """A GPU computes in float32 where that is asked for: not in TF32, by default or by an option of an earlier test."""
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with warnings.catch_warnings(action="ignore"):  # some releases of torch have newer names for these
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
