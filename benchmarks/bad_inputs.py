@@ -88,6 +88,8 @@ TRIALS = (
     Trial(f"sft --model_name_or_path ./nowhere {DATA}", ("./nowhere", "no such folder")),
     Trial(f"sft --model_name_or_path no-such-model {DATA} --use_cpu", ("no-such-model", "offline")),
     Trial(f"sft {BASE} --dataset_name no-such/data", ("no-such/data", "Hub")),
+    Trial(f"sft {BASE} {DATA} --attn_implementation flash_attention_2", ("attn_implementation", "flash-attn,", "sdpa")),
+    Trial(f"check {BASE} {DATA} --attn_implementation spda", ("'spda'", "'sdpa'", "flex_attention")),
     Trial(f"sft {BASE} {DATA} --lora_r 8 --use_dora", ("--lora_r", "--use_peft", "--use_dora")),
     Trial(
         f"sft {BASE} {DATA} --use_peft --lora_target_modules query --use_cpu",

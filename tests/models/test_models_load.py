@@ -16,7 +16,9 @@ from transformers import (
 
 from tests.conftest import WIDTHS, make_tokenizer
 from trl import SFTConfig, SFTTrainer
-from trl.errors import ModelError
+from trl.errors import ConfigError, ModelError
+from trl.models import attention_packages
+from trl.models.config import ModelConfig
 from trl.models.load import load_model, mend_generation_config
 
 
@@ -98,3 +100,33 @@ def test_a_reward_model_is_no_language_model(tmp_path, tied):
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"holds a reward model .*score.weight.*writes no text"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ("flash_attention_2", ("flash-attn,", "pip install flash-attn ", "sdpa")),
+        ("flash_attention_3", ("flash-attn-3", "hopper", "sdpa")),
+        ("kernels-community/flash-attn2", ("kernels", "pip install kernels")),
+        ({"text_config": "flash_attention_4", "vision_config": "sdpa"}, ("flash-attn-4", "pip install")),
+        ("paged|flash_attention_2", ("pip install flash-attn ",)),
+    ],
+)
+def test_attention_whose_package_is_missing_is_said_before_anything_is_read(monkeypatch, asked, names):
+    monkeypatch.setattr(attention_packages, "_is_installed", lambda package: False)
+    for ask in (
+        lambda: load_model("./no-such-model", attn_implementation=asked),
+        lambda: ModelConfig(attn_implementation=asked),
+    ):
+        with pytest.raises(ConfigError, match="attn_implementation") as error:
+            ask()
+        assert [name for name in names if name not in str(error.value)] == []
+
+
+def test_attention_that_nobody_knows_or_that_needs_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(attention_packages, "_is_installed", lambda package: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"'spda' is unknown. Did you mean 'sdpa'"):
+        load_model("./no-such-model", attn_implementation="spda")
+    with pytest.raises(ConfigError, match="'flash_attention_2' computes on GPUs"):
+        load_model("./no-such-model", attn_implementation="flash_attention_2")

@@ -86,6 +86,7 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
     import torch
 
     from trl.models.adapters import is_adapter, with_shape_of
+    from trl.models.attention_packages import check_attention
     from trl.models.load import language_model_class, load_config
 
     name, revision, trust = run.model.model_name_or_path, run.model.model_revision, run.training.trust_remote_code
@@ -93,8 +94,9 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
     config = load_config(name, trust_remote_code=trust, **hub)
     config.num_labels = 1  # of reward models
     kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
-    if run.model.attn_implementation is not None:
-        kwargs["attn_implementation"] = run.model.attn_implementation
+    if (attention := (run.training.model_init_kwargs or {}).get("attn_implementation")) is not None:
+        check_attention(attention)
+        kwargs["attn_implementation"] = attention
     with torch.device("meta"):
         model = (auto_class or language_model_class(config)).from_config(config, **kwargs)
         if run.model.adapter_name_or_path is not None:

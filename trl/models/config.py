@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trl.errors import ConfigError, unknown
 from trl.imports import require
+from trl.models.attention_packages import check_attention_packages
 from trl.option_types import check_choices
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class ModelConfig:
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
+        check_attention_packages(self.attn_implementation)
         self._check_adapter()
 
     def _check_adapter(self) -> None:

@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 from trl.errors import ConfigError, ModelError, suggest
 from trl.imports import require
 from trl.models.adapters import HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
+from trl.models.attention_packages import check_attention
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 
@@ -63,6 +64,7 @@ def load_model(
     float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
     optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
     """
+    check_attention(kwargs.get("attn_implementation"))
     hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
     if adapter is None and is_adapter(name, **hub):
         name, adapter = base_of(name, **hub), name

@@ -1,0 +1,75 @@
+"""Implementations of attention that are packages of their own, and what to say where they are missing.
+
+`transformers` takes one from the package itself, or from `kernels`, which downloads a build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from trl.errors import ConfigError, suggest
+
+INSTALL = {
+    "flash_attention_2": ("flash-attn", "pip install flash-attn --no-build-isolation"),
+    "flash_attention_3": ("flash-attn-3", "build it from the folder hopper of github.com/Dao-AILab/flash-attention"),
+    "flash_attention_4": ("flash-attn-4", "pip install flash-attn-4"),
+}
+"""The package of each, and how to get it."""
+
+KERNELS = "kernels"
+ELSEWHERE = ("torch-npu", KERNELS)
+"""Packages with which `transformers` has flash attention without a package of its own."""
+
+
+def check_attention_packages(asked: str | Mapping[str, str] | None) -> None:
+    """Raises ConfigError for an `attn_implementation` whose package is not installed. Imports nothing."""
+    for name in _names(asked):
+        if name in INSTALL and not any(map(_is_installed, (INSTALL[name][0], *ELSEWHERE))):
+            package, how = INSTALL[name]
+            raise ConfigError(
+                f"attn_implementation={name!r} needs {package}, which is not installed: {how}; or `pip install {KERNELS}`, "
+                "which downloads a build. Or leave attn_implementation out, for torch's own attention (sdpa)."
+            )
+        if "/" in name and not _is_installed(KERNELS):
+            raise ConfigError(
+                f"attn_implementation={name!r} is a kernel of the hub, and needs {KERNELS}, which is not installed: "
+                f"`pip install {KERNELS}`. Or leave attn_implementation out, for torch's own attention (sdpa)."
+            )
+
+
+def check_attention(asked: str | Mapping[str, str] | None) -> None:
+    """As `check_attention_packages`, and raises ConfigError for a name that nothing is registered under, or one that needs a GPU."""
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    check_attention_packages(asked)
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    for name in _names(asked):
+        if "/" in name:
+            continue
+        if name not in known:
+            plain = [each for each in known if "|" not in each]
+            raise ConfigError(
+                f"attn_implementation={name!r} is unknown.{suggest(name, known)} Known: {', '.join(plain)}."
+            )
+        if name in INSTALL and not torch.accelerator.is_available():
+            raise ConfigError(
+                f"attn_implementation={name!r} computes on GPUs, and there is none here: leave attn_implementation out, for "
+                "torch's own attention (sdpa)."
+            )
+
+
+def _names(asked: Any) -> list[str]:
+    """The implementations asked for: one, or one for each part of a model."""
+    given = asked.values() if isinstance(asked, Mapping) else [asked]
+    return [name.removeprefix("paged|") for name in given if isinstance(name, str)]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
