@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 
 from trl.callbacks.signals import SIGNALS
 from trl.callbacks.stop import stop_on_signal
+from trl.cli import train
 from trl.cli.main import main
+from trl.errors import ConfigError
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.training.checkpoint import checkpoints, why_not_resumable
 
@@ -133,6 +135,45 @@ def test_a_checkpoint_by_name_has_to_be_whole(run, folder, capsys, monkeypatch):
     assert "cannot be resumed: optimizer.pt has " in capsys.readouterr().err
     assert main([*words, str(run / "checkpoint-3")]) == 2
     assert "there is no such folder. Did you mean" in capsys.readouterr().err
+
+
+def test_nothing_to_resume_is_said_before_rows_are_read(run, folder, capsys, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(train, "build_trainer", lambda run: (_ for _ in ()).throw(ConfigError("building")))
+    words = [
+        "sft",
+        "--model_name_or_path",
+        str(folder / "tiny"),
+        "--dataset_name",
+        str(folder / "rows.jsonl"),
+        "--use_cpu",
+    ]
+    assert main([*words, "--output_dir", "runn", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "Nothing to resume: output_dir='runn' holds no checkpoint. Did you mean 'run'?" in said
+    assert "building" in said
+    assert main([*words, "--output_dir", "runn", "--resume_from_checkpoint", "true"]) == 2
+    assert "resume_from_checkpoint=true: output_dir='runn' holds no checkpoint." in capsys.readouterr().err
+    assert main([*words, "--output_dir", "runn", "--resume_from_checkpoint", "runn"]) == 2
+    assert "'runn' is an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("dpo", [], "trainer 'SFTTrainer' there, 'DPOTrainer' here"),
+        ("sft", ["--learning_rate", "3e-4"], "learning_rate 2e-05 there, 0.0003 here"),
+        ("sft", [], "building"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_before_rows_are_read(
+    run, folder, capsys, monkeypatch, method, options, told
+):
+    monkeypatch.setattr(train, "build_trainer", lambda run: (_ for _ in ()).throw(ConfigError("building")))
+    words = [method, "--model_name_or_path", str(folder / "tiny"), "--dataset_name", str(folder / "rows.jsonl")]
+    run_as_before = ["--use_cpu", "--max_steps", "4", "--report_to", "none", "--output_dir", str(run)]
+    assert main([*words, *run_as_before, *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_full_disk_is_a_message_and_earlier_checkpoints_stay(folder):

@@ -210,8 +210,10 @@ def train(run: Run) -> int:
 
     report_progress()
     _make_output_folder(run.training.output_dir)
-    check_hub(run, pushes=True)
     resume = checkpoint_of(run)
+    if resume is None:
+        _check_output_folder(run)
+    check_hub(run, pushes=True)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
     with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
@@ -236,6 +238,22 @@ def _make_output_folder(name: str) -> None:
         ) from error
     if not os.access(name, os.W_OK):
         raise ConfigError(f"output_dir={name!r}: you may not write there. Name another.")
+
+
+def _check_output_folder(run: Run) -> None:
+    """Raises ConfigError where options alone show that the output folder holds another run, or the model itself.
+
+    The trainer looks again once it knows its rows and parameters.
+    """
+    from trl.models.adapters import is_adapter
+    from trl.training.output_folder import check_folder
+    from trl.training.run_settings import describe_options
+
+    if run.training.overwrite_output_dir:
+        return
+    name = run.model.model_name_or_path
+    trainer, model = run.method.trainer.rpartition(":")[2], "" if Path(name).is_dir() and is_adapter(name) else name
+    check_folder(run.training.output_dir, describe_options(trainer, model, run.training), overwrite=False)
 
 
 @contextmanager
@@ -268,14 +286,24 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
             trainer.push_to_hub(dataset_name=names)
 
 
-def checkpoint_of(run: Run) -> str | None:
-    """What the trainer is to go on from; None to start from the beginning. A folder is looked at before models are loaded."""
-    from trl.training.checkpoint import check_checkpoint
+def checkpoint_of(run: Run) -> str | bool | None:
+    """What the trainer is to resume; None to start at the beginning. A folder is looked at before models are loaded.
 
-    asked = run.training.resume_from_checkpoint
-    if run.resume or asked in RESUME_LAST:
-        return "last"
-    return None if asked in (None, False, "false") else check_checkpoint(asked)
+    Raises ConfigError where `resume_from_checkpoint` asks for one and there is none. `--resume` starts anew then, and says so.
+    """
+    from trl.training.checkpoint import check_checkpoint, checkpoints
+
+    asked, folder = run.training.resume_from_checkpoint, run.training.output_dir
+    if not run.resume and asked not in RESUME_LAST:
+        return None if asked in (None, False, "false") else check_checkpoint(asked)
+    if checkpoints(folder):
+        return True if asked == "true" and not run.resume else "last"
+    beside = [path.name for path in Path(folder).resolve().parent.iterdir() if checkpoints(path)]
+    problem = f"output_dir={folder!r} holds no checkpoint.{suggest(Path(folder).name, beside)}"
+    if asked == "true":
+        raise ConfigError(f"resume_from_checkpoint={asked}: {problem} Leave it out, to start at the beginning.")
+    logger.warning(f"Nothing to resume: {problem} Training starts at the beginning.")
+    return None
 
 
 def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:

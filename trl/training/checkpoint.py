@@ -329,6 +329,8 @@ def _problem(folder: str | Path) -> str:
         return f"resume_from_checkpoint={str(folder)!r}: there is no such folder.{suggest(str(path), beside)}"
     if inside := checkpoints(path):
         return f"resume_from_checkpoint={str(folder)!r} is a run's folder. Did you mean {str(inside[0])!r}?"
+    if not any(path.iterdir()):
+        return f"resume_from_checkpoint={str(folder)!r} is an empty folder: name a checkpoint-… folder of a run."
     if reason := why_not_resumable(path):
         return f"resume_from_checkpoint={str(folder)!r} cannot be resumed: {reason}."
     return ""

@@ -32,6 +32,8 @@ BESIDE_WEIGHTS = ("config.json", "generation_config.json", "adapter_config.json"
 def check_folder(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool) -> None:
     """Check that `run` may write to a folder. With `overwrite`, what an earlier run left there is removed.
 
+    What is not known of `run` yet is not compared (see `trl.training.run_settings.describe_options`).
+
     Raises ConfigError where the folder holds another run, or the model itself that is trained.
     """
     folder = Path(folder).expanduser()
@@ -77,7 +79,7 @@ def checkpoint_bytes(model: nn.Module, *, has_optimizer: bool, only_trained: boo
 
 def is_trained_model(folder: Path, run: Mapping[str, Any]) -> bool:
     """Whether the model that `run` trains, or the adapter, lies in the folder."""
-    names = [Path(run[name]).expanduser().resolve() for name in ("model", "adapter") if run[name]]
+    names = [Path(run[name]).expanduser().resolve() for name in ("model", "adapter") if run.get(name)]
     return folder.resolve() in names and bool(model_files(folder))
 
 
@@ -118,12 +120,12 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             return f"{name} {then[name]!r} there, {now[name]!r} here"
     for name in ("model", "adapter"):
         given = [each.get(name, "") for each in (then, now)]
-        if name in then and Path(given[0]).resolve() != Path(given[1]).resolve():
+        if name in then and name in now and Path(given[0]).resolve() != Path(given[1]).resolve():
             there, here = (repr(each) if each else "none by name" for each in given)
             return f"{name} {there} there, {here} here"
-    if then["parameters"] != now["parameters"]:
+    if "parameters" in now and then["parameters"] != now["parameters"]:
         return "which trains other parameters: another adapter, or none"
-    if then["rows"] and now["rows"] and then["rows"] != now["rows"]:
+    if then["rows"] and now.get("rows") and then["rows"] != now["rows"]:
         return f"other rows: {then['rows']['count']:,} there, {now['rows']['count']:,} here"
     before, after = then["options"], now["options"]
     changed = [f"{k} {before[k]!r} there, {after[k]!r} here" for k in after if k in before and before[k] != after[k]]

@@ -75,6 +75,20 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     }
 
 
+CHANGED_LATER = ("model_init_kwargs", "max_grad_norm")
+"""Options that trainers change while they are made."""
+
+
+def describe_options(trainer: str, model: str, args: Any) -> dict[str, Any]:
+    """What is known of a run before its model and rows are read: a part of what `describe_run` says.
+
+    `trainer` is the name of its class, `model` that of a whole model; empty where it is that of an adapter.
+    """
+    options = {name: value for name, value in _options(args.to_dict()) if name not in CHANGED_LATER}
+    optim = str(getattr(args.optim, "value", args.optim))
+    return {"trainer": trainer, "optim": optim, "options": options} | ({"model": model} if model else {})
+
+
 def _name_of(model: nn.Module) -> str:
     """The name or folder that a model was loaded from; empty for one that was made in memory."""
     config = vars(model).get("config") or vars(model).get("_internal_dict") or {}
