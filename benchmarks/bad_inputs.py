@@ -19,6 +19,7 @@ from pathlib import Path
 
 BASE = "--model_name_or_path tiny --use_cpu --report_to none --no_html_report"
 DATA = "--dataset_name rows.jsonl"
+REWARDED = "--dataset_name prompts.jsonl --reward_funcs rewards.py:short"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ TRIALS = (
     Trial(f"sft {BASE} {DATA} --output_dir out --push_to_hub --max_steps 1", ("push_to_hub", "hf auth login")),
     Trial(f"sft {BASE} {DATA} --resume_from_checkpoint gone", ("gone", "no such folder")),
     Trial(f"grpo {BASE} --dataset_name prompts.jsonl --reward_funcs rewards.py:shrt", ("shrt", "short")),
-    Trial(f"grpo {BASE} --dataset_name prompts.jsonl", ("reward_funcs",)),
+    Trial(f"grpo {BASE} --dataset_name prompts.jsonl", ("--reward_funcs", "file.py:function")),
+    Trial(f"grpo {BASE} {REWARDED} --reward_weights 1 2", ("reward_weights", "2 entries", "rewards.py:short")),
+    Trial(f"grpo {BASE} {REWARDED} --use_vllm", ("use_vllm", 'pip install "trl[vllm]"', "trl serve")),
+    Trial(f"sft {BASE} {DATA} --output_dir empty --resume_from_checkpoint true", ("'empty'", "no checkpoint")),
 )
 
 

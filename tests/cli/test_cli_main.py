@@ -119,6 +119,10 @@ def test_refused_before_anything_heavy_is_imported(tmp_path):
         ["sft", "--dataset_name", "./no.jsonl", "--model_name_or_path", "gpt2"],
         ["sft", "--dataset_name", "imdb", "--model_name_or_path", "bare"],
         ["chat", "--model_name_or_path", "bare"],
+        ["grpo", "--dataset_name", "imdb", "--model_name_or_path", "gpt2"],
+        ["ppo", "--reward_funcs", "accuracy_reward", "--reward_weights", "1", "2"],
+        ["rloo", "--reward_funcs", "accuracy_reward", "--use_vllm"],
+        ["dpo", "--dataset_name", "imdb", "--attn_implementation", "flash_attention_3"],
     ]
     code = f"import sys; from trl.cli.main import main; print([main(w) for w in {wrong}], {HEAVY} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

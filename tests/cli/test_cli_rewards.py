@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trl.cli.rewards import RewardArguments, find_reward, reward_keywords
+from trl.cli.rewards import RequiredRewards, RewardArguments, find_reward, reward_keywords
 from trl.errors import ConfigError
 from trl.rewards import accuracy_reward
 
@@ -100,4 +100,4 @@ def test_arguments_become_a_keyword(rewards):
     model, function = reward_keywords(arguments)["reward_funcs"]
     assert (function(["a"]), model) == ([-1], "org/reward-model")
     with pytest.raises(ConfigError, match="reward_funcs is missing"):
-        reward_keywords(RewardArguments())
+        RequiredRewards()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from trl.errors import ConfigError
 from trl.rollouts.nccl_transfer import NCCLTransfer
-from trl.trainers.grpo import GRPOConfig
+from trl.trainers.grpo import GRPOConfig, GRPOTrainer
 from trl.trainers.online_dpo import OnlineDPOConfig
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.rloo import RLOOConfig
@@ -178,19 +176,25 @@ def test_options_of_vllm(tmp_path, config):
     assert (engine.start_timeout, engine.servers[0].timeout) == (240.0, 600.0)
     over_nccl = made(vllm_mode="server", rollout_sync="nccl").make_engine(None, None, progress=False)
     assert isinstance(over_nccl.transfer, NCCLTransfer)
-    with pytest.warns(UserWarning, match="vllm_gpu_memory_utilization has no effect with vllm_mode='server'"):
+    with pytest.warns(UserWarning, match="vllm_gpu_memory_utilization=0.5 has no effect with vllm_mode='server'"):
         made(vllm_mode="server", vllm_gpu_memory_utilization=0.5)
-    with pytest.warns(UserWarning, match="vllm_server_port has no effect with vllm_mode='colocate'"):
+    with pytest.warns(UserWarning, match="vllm_server_port=9 has no effect with vllm_mode='colocate'"):
         made(vllm_server_port=9)
-    with pytest.warns(UserWarning, match="vllm_group_port has no effect"):
+    with pytest.warns(UserWarning, match="vllm_group_port=9 has no effect .*NCCL chooses one itself"):
         made(vllm_mode="server", vllm_group_port=9)
     with pytest.raises(ConfigError, match="vllm_structured_outputs_regex='.*' is not available"):
         made(vllm_structured_outputs_regex="a+")
     with pytest.raises(ConfigError, match="vllm_tensor_parallel_size=0"):
         made(vllm_tensor_parallel_size=0)
-    if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(ImportError, match='vllm_mode="colocate" needs vllm: pip install'):
-            made().make_engine(None, None, progress=False)
+
+
+def test_what_rewards_and_sampler_lack_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainers.sampler_options.is_available", lambda module: False)
+    args = {"output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1 reward functions"):
+        GRPOTrainer("./no-such-model", len, GRPOConfig(**args, reward_weights=[1, 2]))
+    with pytest.raises(ConfigError, match='vllm_mode="colocate" needs vllm.*pip install.*use_vllm out.*trl serve'):
+        GRPOTrainer("./no-such-model", len, GRPOConfig(**args, use_vllm=True))
 
 
 def test_samples_of_vllm_are_weighed(tmp_path):

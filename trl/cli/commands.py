@@ -18,6 +18,8 @@ SCRIPT = "trl.data.sources:ScriptArguments"
 MIXTURE = "trl.data.sources:DatasetMixtureConfig"
 MODEL = "trl.models.config:ModelConfig"
 REWARDS = "trl.cli.rewards:RewardArguments"
+REQUIRED_REWARDS = "trl.cli.rewards:RequiredRewards"
+PICTURE_REWARDS = "trl.cli.rewards:PictureRewards"
 LAUNCH = "trl.cli.launch:LaunchArguments"
 
 
@@ -120,7 +122,7 @@ METHODS = (
         "Offline reinforcement learning from answers with a reward each: Q-values that guide samples (arXiv:2206.11871).",
         "--model_name_or_path gpt2 --dataset_name rewarded.jsonl --output_dir gpt2-ilql",
         extra=REWARDS,
-        keywords="trl.cli.rewards:optional_reward_keywords",
+        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "rft",
@@ -128,7 +130,7 @@ METHODS = (
         "trl.trainers.rft:RFTConfig",
         "Imitate the best of the model's own answers, by a bar that rises (arXiv:2308.08998, 2304.06767).",
         f"{_REWARDED} --output_dir qwen-rft",
-        extra=REWARDS,
+        extra=REQUIRED_REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -137,7 +139,7 @@ METHODS = (
         "trl.trainers.ppo.trainer:PPOConfig",
         "Reinforcement learning with a value head and a KL penalty (arXiv:1909.08593).",
         f"{_REWARDED} --output_dir qwen-ppo",
-        extra=REWARDS,
+        extra=REQUIRED_REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -146,7 +148,7 @@ METHODS = (
         "trl.trainers.grpo:GRPOConfig",
         "Reinforcement learning from the rewards of a group of answers (arXiv:2402.03300 and its family).",
         f"{_REWARDED} --output_dir qwen-grpo",
-        extra=REWARDS,
+        extra=REQUIRED_REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -155,7 +157,7 @@ METHODS = (
         "trl.trainers.rloo:RLOOConfig",
         "REINFORCE with the other answers of a group as baseline (arXiv:2402.14740).",
         f"{_REWARDED} --output_dir qwen-rloo",
-        extra=REWARDS,
+        extra=REQUIRED_REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -164,7 +166,7 @@ METHODS = (
         "trl.trainers.online_dpo:OnlineDPOConfig",
         "DPO on pairs that the model samples and a reward or judge ranks (arXiv:2402.04792).",
         f"{_REWARDED} --output_dir qwen-online-dpo",
-        extra=REWARDS,
+        extra=REQUIRED_REWARDS,
         keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
@@ -173,7 +175,7 @@ METHODS = (
         "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOConfig",
         "Diffusion models: reinforcement learning on denoising steps, rewards compared over the batch (arXiv:2305.13301).",
         f"{_DIFFUSION} --reward_funcs jpeg_compressibility_reward --use_peft --output_dir sd-ddpo",
-        extra=REWARDS,
+        extra=PICTURE_REWARDS,
         **_PICTURES,
     ),
     Method(
@@ -183,7 +185,7 @@ METHODS = (
         "Diffusion models: rewards compared within groups of pictures, Flow-GRPO for flow matching (arXiv:2505.05470).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-grpo",
-        extra=REWARDS,
+        extra=PICTURE_REWARDS,
         **_PICTURES,
     ),
     Method(
@@ -193,7 +195,7 @@ METHODS = (
         "Diffusion models: reinforcement learning on noised pictures, without likelihoods (arXiv:2509.16117).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-nft",
-        extra=REWARDS,
+        extra=PICTURE_REWARDS,
         **_PICTURES,
     ),
     Method(

@@ -68,14 +68,13 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
 
     `keywords` are further arguments of the trainer.
     """
-    trainer_class = load(run.method.trainer)
+    trainer_class, keywords = load(run.method.trainer), own_keywords(run) | keywords
     model = model_without_weights(run, trainer_class.auto_class)
     train_dataset = datasets_of(run)[0] if rows is None else rows
     # Trainers make their output folder: one that is only looked at leaves none. What rows are counted, the preview says.
     with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
-        keywords |= own_keywords(run)
         keywords.setdefault("processing_class", processor_of(run, model))
         with naming_lines(run.script):
             return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)

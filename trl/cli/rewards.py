@@ -42,24 +42,52 @@ class RewardArguments:
     None: as the function says, which is the terminal unless it is human_rating(ui='web')."""
 
 
-def optional_reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+@dataclass
+class RequiredRewards(RewardArguments):
+    """The rewards of a method that cannot do without."""
+
+    def __post_init__(self) -> None:
+        if not self.reward_funcs and self.reward_model_name_or_path is None:
+            raise ConfigError(
+                "--reward_funcs is missing: give a name of trl.rewards, file.py:function, package.module:function, or the hub "
+                "name of a reward model (--reward_model_name_or_path)."
+            )
+
+
+@dataclass
+class PictureRewards(RewardArguments):
+    """The rewards of a method for diffusion models: functions of pictures."""
+
+    def __post_init__(self) -> None:
+        if self.reward_model_name_or_path is not None:
+            raise ConfigError(
+                "reward_model_name_or_path is of texts. Pictures are rewarded by functions: --reward_funcs get_clip_reward, "
+                "'get_clip_reward(model=\"…\")', get_aesthetic_reward, file.py:function."
+            )
+        if not self.reward_funcs:
+            raise ConfigError(
+                "--reward_funcs is missing: give a name of trl.rewards (jpeg_compressibility_reward, get_clip_reward, …), "
+                "file.py:function or package.module:function, of (prompts, images, **columns)."
+            )
+
+
+def check_reward_weights(weights: Sequence[float] | None, arguments: RewardArguments) -> None:
+    """Raises ConfigError where `reward_weights` are not one for each reward function."""
+    model, functions = arguments.reward_model_name_or_path, arguments.reward_funcs or []
+    names = [*([] if model is None else [model]), *functions]
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} entries for {len(names)} reward functions ({', '.join(names)}): give one each."
+        )
+
+
+def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
     """The `reward_funcs`, where there are any: the reward model first, then the functions."""
     model = arguments.reward_model_name_or_path
     rewards = [*([] if model is None else [model]), *map(find_reward, arguments.reward_funcs or [])]
     if arguments.ui is not None:
         _ask_people_on(arguments.ui, rewards)
     return {"reward_funcs": rewards} if rewards else {}
-
-
-def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
-    """The `reward_funcs` of an online trainer."""
-    keywords = optional_reward_keywords(arguments)
-    if not keywords:
-        raise ConfigError(
-            "reward_funcs is missing: give a name of trl.rewards, file.py:function, package.module:function, or the hub "
-            "name of a reward model (--reward_model_name_or_path)."
-        )
-    return keywords
 
 
 def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
@@ -72,20 +100,9 @@ def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
         person.use(ui)
 
 
-def picture_reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
+def picture_reward_keywords(arguments: PictureRewards) -> dict[str, Any]:
     """The `reward_funcs` of a trainer of diffusion models: functions of pictures."""
-    if arguments.reward_model_name_or_path is not None:
-        raise ConfigError(
-            "reward_model_name_or_path is of texts. Pictures are rewarded by functions: --reward_funcs get_clip_reward, "
-            "'get_clip_reward(model=\"…\")', get_aesthetic_reward, file.py:function."
-        )
-    found = [find_reward(name, of_pictures=True) for name in arguments.reward_funcs or []]
-    if not found:
-        raise ConfigError(
-            "reward_funcs is missing: give a name of trl.rewards (jpeg_compressibility_reward, get_clip_reward, …), "
-            "file.py:function or package.module:function, of (prompts, images, **columns)."
-        )
-    return {"reward_funcs": found}
+    return {"reward_funcs": [find_reward(name, of_pictures=True) for name in arguments.reward_funcs or []]}
 
 
 def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:

@@ -16,12 +16,14 @@ from trl.cli.commands import MIXTURE, MODEL, SCRIPT, Method, load
 from trl.cli.hub import check_model_on_hub, check_push, push_explained
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import ParsedOptions
+from trl.cli.rewards import RewardArguments, check_reward_weights
 from trl.data.places import naming_lines
 from trl.data.sources import DatasetMixtureConfig, ScriptArguments, check_place, get_dataset, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short
 from trl.printable import printable
+from trl.trainers.sampler_options import SamplerOptions
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
@@ -58,6 +60,9 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
         print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None
+    if isinstance(extra, RewardArguments):
+        check_reward_weights(given.values.get("reward_weights"), extra)
+    given.arguments_for(SamplerOptions).check_installed()
     _check_data(script, mixture)
     model.model_name_or_path = check_model(model.model_name_or_path)
     _check_adapter_options(given)
@@ -176,6 +181,7 @@ def build_trainer(run: Run) -> BaseTrainer:
         "peft_config": get_peft_config(run.model),
         "quantization_config": get_quantization_config(run.model),
     }
+    rewards = own_keywords(run)
     train_dataset, eval_dataset = datasets_of(run)
     with naming_lines(run.script):
         return load(run.method.trainer)(
@@ -184,7 +190,7 @@ def build_trainer(run: Run) -> BaseTrainer:
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **loading,
-            **own_keywords(run),
+            **rewards,
         )
 
 

@@ -140,6 +140,13 @@ def make_rewards(
     return [Reward(name, f, float(w)) for name, f, w in zip(_names(made), made, numbers, strict=True)]
 
 
+def check_weights(reward_funcs: Any, weights: Sequence[float] | None) -> None:
+    """Raises ConfigError where `reward_weights` are not one for each function; nothing is loaded."""
+    if reward_funcs is not None and weights is not None:
+        functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        _one_each("reward_weights", list(weights), functions)
+
+
 def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
     """Raise ConfigError for a function that asks for something else than the dataset's `columns`."""
     for reward in rewards:

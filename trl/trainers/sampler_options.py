@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from trl.errors import ConfigError
+from trl.imports import is_available
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +43,9 @@ USED = {
 }
 """Options that each mode reads."""
 
+UNREAD = {"vllm_group_port": "(a folder needs no port, and NCCL chooses one itself)"}
+"""Options that no mode reads, and why."""
+
 ANYWHERE = ("0.0.0.0", "::")
 """Addresses at which a server listens on every network; a client asks at this machine's own."""
 
@@ -70,7 +74,8 @@ class SamplerOptions:
     """Seconds that are waited for servers at the start."""
 
     vllm_group_port: int = 51216
-    """Not needed: weights travel through a folder, or over NCCL (`rollout_sync`), which chooses a port itself."""
+    """Has no effect, which is said if it is given: weights travel through a folder, or over NCCL (`rollout_sync`), which
+    chooses a port itself."""
 
     vllm_gpu_memory_utilization: float = 0.3
     """Share of a device's memory that vLLM takes, weights and keys together, with vllm_mode="colocate"."""
@@ -115,7 +120,18 @@ class SamplerOptions:
         own = [f for f in fields(SamplerOptions) if f.name.startswith(PREFIX) and f.name != "vllm_mode"]
         for field in own:
             if field.name not in USED[self.vllm_mode] and getattr(self, field.name) != field.default:
-                warnings.warn(f"{field.name} has no effect with vllm_mode={self.vllm_mode!r}.", stacklevel=4)
+                why = UNREAD.get(field.name, f"with vllm_mode={self.vllm_mode!r}")
+                warnings.warn(
+                    f"{field.name}={getattr(self, field.name)} has no effect {why}: leave it out.", stacklevel=4
+                )
+
+    def check_installed(self) -> None:
+        """Raises ConfigError where vLLM is to sample in process, and is not installed."""
+        if self.use_vllm and self.vllm_mode == "colocate" and not is_available("vllm"):
+            raise ConfigError(
+                'use_vllm=True with vllm_mode="colocate" needs vllm in this environment: pip install "trl[vllm]". Or leave use_vllm '
+                'out, and the model itself samples; or set vllm_mode="server", and start `trl vllm-serve` or `trl serve`.'
+            )
 
     @property
     def server_urls(self) -> list[str]:

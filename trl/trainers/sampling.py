@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.advantages import SUM_THEN_NORMALIZE, RewardAggregation, combine_rewards, has_no_variance
@@ -35,7 +35,7 @@ from trl.data.encode import EncodeSettings
 from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError
 from trl.models.score import unwrap
-from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, check_weights, make_rewards
 from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.experience import Group, example_of, finished
@@ -82,6 +82,7 @@ class SamplingTrainer(BaseTrainer):
         self.samplings = {"train": 0, "eval": 0}
         self._columns: dict[str, list[str]] = {}
         self._said_none = False
+        self._reward_funcs = reward_funcs
         super().__init__(*arguments, **keywords)
         weights = self.args.reward_weights
         reward_funcs = self._given_rewards(reward_funcs)
@@ -92,6 +93,12 @@ class SamplingTrainer(BaseTrainer):
             if isinstance(reward.function, RewardModel):
                 reward.function.to(self.args.device)
         self.data_collator = list
+
+    def _resolve_model(self, *arguments: Any) -> nn.Module:
+        check_weights(self._given_rewards(self._reward_funcs), self.args.reward_weights)
+        if self.engine is None:
+            self.args.check_installed()
+        return super()._resolve_model(*arguments)
 
     def prepare_model(self) -> None:
         super().prepare_model()
