@@ -34,6 +34,7 @@ class Trial:
 AXOLOTL = "base_model: tiny\nmicro_batch_size: 2\nsequence_len: 64\nnum_epochs: 1\nadapter: lora\nstrict: false\n"
 LLAMA_FACTORY = "model_name_or_path: tiny\nstage: sft\nfinetuning_type: lora\ncutoff_len: 64\ndataset: rows.jsonl\noutput_dir: out\n"
 MISTAKES = "lerning_rate: 1\nmax_length: many\nlogging_steps: 5\npackings: true\n"
+TEXT_KEYS = json.dumps({"messages": [{"role": "user", "text": "Why?"}, {"role": "assistant", "text": "So."}]}) + "\n"
 EMPTY_CHAT = json.dumps({"messages": []}) + "\n"
 LATIN = '{"text": "naïve"}\n'.encode("latin-1")
 
@@ -79,6 +80,11 @@ TRIALS = (
     Trial(f"sft {BASE} --dataset_name latin.jsonl", ("latin.jsonl", "UTF-8", "line 1"), (("latin.jsonl", LATIN),)),
     Trial(f"sft {BASE} --dataset_name empty.jsonl", ("empty.jsonl", "no rows"), (("empty.jsonl", ""),)),
     Trial(f"sft {BASE} --dataset_name chats.jsonl", ("messages", "empty"), (("chats.jsonl", EMPTY_CHAT),)),
+    Trial(
+        f"sft {BASE} --dataset_name keys.jsonl",
+        ("line 1 of keys.jsonl", "message 1", "(user)", "'text'", "'content'"),
+        (("keys.jsonl", TEXT_KEYS),),
+    ),
     Trial(
         f"sft {BASE} --dataset_name cut.jsonl",
         ("cut.jsonl", "line 2"),

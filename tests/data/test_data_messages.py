@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import make_tokenizer
 from trl.data.chat import ChatTemplate
-from trl.data.messages import is_trained, tidy_messages
+from trl.data.messages import check_contents, is_trained, tidy_messages
 from trl.errors import DataError
 
 CHATML = (
@@ -121,6 +121,35 @@ def test_a_prompt_and_its_answers_are_checked_too():
         made.answers(
             said(("user", "Is it far?")), [said(("tool", "It is two hours by train.")), said(("assistant", "No."))]
         )
+
+
+# ---- contents under another key ----
+
+STRICTER = CHATML.replace("m.content", "m['content'] + ''")
+"""Raises an error of jinja's where a message has no content."""
+
+
+@pytest.mark.parametrize("source", [CHATML, STRICTER])
+@pytest.mark.parametrize("key", ["text", "value", "msg", "contnet"])
+def test_a_message_without_content_is_named_with_the_key_that_was_meant(source, key):
+    messages = [*said(("user", "Is it far?")), {"role": "assistant", key: "Two hours."}]
+    words = rf"message 2 \(assistant\) has no 'content', its keys are \['role', '{key}'\]. .* under '{key}': rename"
+    for render in (ChatTemplate.whole, ChatTemplate.assistant_spans):
+        with pytest.raises(DataError, match=words):
+            render(template(source), messages)
+    with pytest.raises(DataError, match=words):
+        template(source).answers(messages[:1], [messages[1:]])
+    with pytest.raises(DataError, match=rf"message 1 \(user\) has no 'content'.* under '{key}'"):
+        template(source).prompt([{"role": "user", key: "Is it far?"}])
+
+
+def test_a_message_that_says_something_else_needs_no_content():
+    check_contents([{"role": "assistant", "tool_calls": [CALL]}, {"role": "assistant", "thinking": "Far."}])
+    check_contents([{"role": "tool", "tool_responses": ["sunny"]}], "{{ m.tool_responses }}")
+    with pytest.raises(DataError, match=r"message 1 \(tool\) has no 'content'.*'tool_responses'"):
+        check_contents([{"role": "tool", "tool_responses": ["sunny"]}], "{{ m.content }}")
+    with pytest.raises(DataError, match=r"message 2 \(user\) has no 'content'.* Give it one"):
+        check_contents([*said(("system", "")), {"role": "user", "name": "Ann"}])
 
 
 # ---- what is learned ----

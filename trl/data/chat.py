@@ -24,7 +24,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational
-from trl.data.messages import arguments_as_text, contents_as_parts, is_trained, tidy_messages, without_none
+from trl.data.messages import (
+    arguments_as_text,
+    check_contents,
+    contents_as_parts,
+    is_trained,
+    tidy_messages,
+    without_none,
+)
 from trl.data.shown import ShownCheck
 from trl.data.tokens import TextEncoder
 from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
@@ -146,6 +153,7 @@ class ChatTemplate:
         return texts[0], spans[0] if mark else []
 
     def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
+        check_contents(messages, self.source(self.tools))
         roles = ", ".join(str(message.get("role")) for message in messages) or "none"
         return DataError(f"The chat template of {self.name!r} cannot render messages of roles {roles}: {error}.")
 
@@ -173,6 +181,7 @@ class ChatTemplate:
 
     def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
         """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
+        check_contents(messages, self.source(self.tools))
         self._shown.check(messages, text, lambda changed: self.render(changed, row, **options)[0])
         self._shown.check_reasoning(messages, lambda part: self.render(part, row)[0])
         return text

@@ -44,6 +44,26 @@ LOSS_KEYS = ("weight", "loss_weight", "train")
 TEXT_KEYS = ("text", "value", "content")
 """Where a part of type text holds it."""
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a message under which templates read what the assistant thought."""
+
+INSTEAD_OF_CONTENT = (
+    "text",
+    "value",
+    "message",
+    "msg",
+    "contents",
+    "body",
+    "utterance",
+    "response",
+    "answer",
+    "output",
+)
+"""Keys under which other tools keep what a message says."""
+
+ABOUT_MESSAGE = ("role", "name", "id", "tool_call_id", *LOSS_KEYS)
+"""Keys of a message that say nothing by themselves."""
+
 
 def without_none(value: Any) -> Any:
     """The value without keys that hold None: Arrow gives every struct of a column the keys of all."""
@@ -111,6 +131,28 @@ def _tidy(message: Any) -> Any:
     if "content" in message and not isinstance(content, str):
         raise DataError(f"content has to be text, found {content!r}.")
     return message
+
+
+def check_contents(messages: Sequence[Message], source: str = "") -> None:
+    """Raises DataError for a message that says nothing a template would read: no `content`, and no call or reasoning.
+
+    Other keys count where `source`, that of the template, names them.
+    """
+    for i, message in enumerate(messages):
+        if message.get("content") is not None or any(message.get(key) for key in ("tool_calls", *REASONING)):
+            continue
+        others = [key for key in message if key not in ("content", *ABOUT_MESSAGE)]
+        if any(key in source for key in others if key not in INSTEAD_OF_CONTENT):
+            continue
+        likely = next((key for key in INSTEAD_OF_CONTENT if key in message), None) or (
+            others[0] if len(others) == 1 else ""
+        )
+        remedy = (
+            f"Its text seems to stand under {likely!r}: rename that key." if likely else "Give it one, or leave it out."
+        )
+        raise DataError(
+            f"message {i + 1} ({message.get('role')}) has no 'content', its keys are {list(message)}. {remedy}"
+        )
 
 
 def _decoded(call: Any) -> Any:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from trl.data.columns import Columns
 from trl.data.formats import PICTURES
-from trl.data.messages import to_chatml, without_none
+from trl.data.messages import check_contents, to_chatml, without_none
 from trl.data.tokens import Span
 from trl.errors import DataError, RowError
 from trl.vision.images import from_base64
@@ -177,6 +177,7 @@ def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, An
     asked = next((i for i, message in enumerate(messages) if message.get("role") in ("user", "human")), None)
     if asked is None:
         raise DataError(f"there are {count} images, and no user turn to put them before.")
+    check_contents(messages[asked : asked + 1])
     first = {**messages[asked], "content": [{"type": "image"}] * count + list(messages[asked]["content"])}
     return [*messages[:asked], first, *messages[asked + 1 :]]
 

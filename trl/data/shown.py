@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl.data.messages import REASONING
 from trl.errors import DataError
 
 Message = Mapping[str, Any]
@@ -19,8 +20,6 @@ LONG = 12
 """Letters of a content that no header or other message holds by chance."""
 CHANGE = " ≠"
 """What is added to a content to see whether the rendering shows it."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message under which templates read what the assistant thought."""
 THOUGHT_ENDS = "</think>"
 """What ends reasoning inside a content."""
 
