@@ -234,7 +234,7 @@ def test_from_flags(folder, method, trl):
             "rewards.py:of_solutions",
             "'of_solutions' asks for 'solutions', which is no column of the dataset. Did you mean 'solution'",
         ),
-        ("rewards.py:fails", "Reward function 'fails' raised ZeroDivisionError: division by zero. Sample 0 of 4"),
+        ("rewards.py:fails", "Reward function 'fails' raised ZeroDivisionError: division by zero. Sample 1 of 4"),
     ],
 )
 def test_what_is_wrong_with_rewards_is_one_message(reward, message, trl):

@@ -425,7 +425,7 @@ def test_wrong_types_name_row_and_column(plain, chatml):
         "Row 2, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
         "Row 1, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
         "Row 2, column 'messages': the conversation is empty": [{"messages": ASK}, {"messages": []}],
-        "Row 1, column 'messages': message 0: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
+        "Row 1, column 'messages': message 1: expected {\"role\"": [{"messages": [{"content": "sky"}]}],
         "Row 1, column 'input_ids': expected a list of integers, found str 'sky'": [{"input_ids": "sky"}],
         "Row 1, column 'label': expected true (desirable) or false, found str": [
             {"prompt": "sky", "completion": " blue", "label": "good"}
@@ -554,7 +554,7 @@ def test_content_in_parts(chatml):
 
 def test_pictures_are_refused(chatml):
     picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
-    with pytest.raises(DataError, match=r"[Rr]ow 1.* message 0: content has to be text, or parts of type text"):
+    with pytest.raises(DataError, match=r"[Rr]ow 1.* message 1: content has to be text, or parts of type text"):
         only([picture], chatml)
     with pytest.raises(
         DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"

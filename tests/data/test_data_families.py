@@ -162,7 +162,7 @@ def test_masks_of_tokens_are_those_of_the_text(family):
     ],
 )
 def test_reasoning_that_a_template_never_shows_is_an_error(family, turn, words):
-    with pytest.raises(DataError, match=rf"message 1 \(assistant\): .* does not show its {re.escape(words)}"):
+    with pytest.raises(DataError, match=rf"message 2 \(assistant\): .* does not show its {re.escape(words)}"):
         learned(family, [PLAIN[0], turn])
 
 

@@ -59,14 +59,14 @@ def test_a_call_of_sharegpt_is_a_tool_call():
     )
     assert message["role"] == "assistant"
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
-    with pytest.raises(DataError, match="message 0: a function_call is JSON text, and 'weather' is none"):
+    with pytest.raises(DataError, match="message 1: a function_call is JSON text, and 'weather' is none"):
         tidy_messages([{"from": "function_call", "value": "weather"}])
 
 
 def test_arguments_as_json_text_are_decoded_once():
     (message,) = tidy_messages([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
     assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
-    with pytest.raises(DataError, match="message 0: tool_calls: arguments is JSON text, and 'city=Paris' is none"):
+    with pytest.raises(DataError, match="message 1: tool_calls: arguments is JSON text, and 'city=Paris' is none"):
         tidy_messages([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "city=Paris"}}]}])
 
 
@@ -84,10 +84,10 @@ def test_parts_of_other_conventions_are_text(key):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(1, "content has to be text, found 1"), ([{"type": "text"}], "part 0 of type text holds none")],
+    [(1, "content has to be text, found 1"), ([{"type": "text"}], "part 1 of type text holds none")],
 )
 def test_content_that_is_no_text_is_named(content, words):
-    with pytest.raises(DataError, match=f"message 1: {words}"):
+    with pytest.raises(DataError, match=f"message 2: {words}"):
         tidy_messages([*said(("user", "Hi")), {"role": "assistant", "content": content}])
 
 
@@ -101,7 +101,7 @@ def test_a_template_of_parts_gets_parts():
 @pytest.mark.parametrize("answer", ["It is sunny, and it will stay so.", "Yes."])
 def test_a_message_that_the_template_drops_is_an_error(answer):
     messages = said(("user", "Weather?"), ("tool", answer), ("assistant", answer))
-    with pytest.raises(DataError, match=r"message 1 \(tool\): the chat template of .* does not show its content"):
+    with pytest.raises(DataError, match=r"message 2 \(tool\): the chat template of .* does not show its content"):
         template(STRICT).whole(messages)
     assert template(CHATML).whole(messages).count(answer) == 2
 
@@ -109,15 +109,15 @@ def test_a_message_that_the_template_drops_is_an_error(answer):
 def test_tool_calls_that_the_template_drops_are_an_error():
     messages = tidy_messages([*said(("user", "Weather?")), {"role": "assistant", "content": "", "tool_calls": [CALL]}])
     for render in (ChatTemplate.whole, ChatTemplate.assistant_spans):
-        with pytest.raises(DataError, match=r"message 1 \(assistant\): .* does not show its tool_calls"):
+        with pytest.raises(DataError, match=r"message 2 \(assistant\): .* does not show its tool_calls"):
             render(template(CHATML), messages)
 
 
 def test_a_prompt_and_its_answers_are_checked_too():
     made = template(STRICT)
-    with pytest.raises(DataError, match=r"message 0 \(system\).* content, 'Be brief, and be polite\.'"):
+    with pytest.raises(DataError, match=r"message 1 \(system\).* content, 'Be brief, and be polite\.'"):
         made.prompt(said(("system", "Be brief, and be polite."), ("user", "Is it far?")))
-    with pytest.raises(DataError, match=r"message 1 \(tool\)"):
+    with pytest.raises(DataError, match=r"message 2 \(tool\)"):
         made.answers(
             said(("user", "Is it far?")), [said(("tool", "It is two hours by train.")), said(("assistant", "No."))]
         )
@@ -161,7 +161,7 @@ def test_messages_are_left_out_as_they_say(key, off):
     messages[1][key] = off
     text, spans = template(CHATML).assistant_spans(messages)
     assert [text[start:end] for start, end in spans] == ["Good<|im_end|>"]
-    with pytest.raises(DataError, match="message 1 says that it is not learned from.*assistant_only_loss=True"):
+    with pytest.raises(DataError, match="message 2 says that it is not learned from.*assistant_only_loss=True"):
         template(CHATML).whole(messages)
 
 

@@ -52,8 +52,8 @@ def test_rows_of_one_document_are_cut_as_others():
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"position_ids": [0, 1, 2, 4, 5]}, "column 'position_ids': position 4 at place 3: positions count up"),
-        ({"position_ids": [3, 4, 0, 1, 2]}, "column 'position_ids': position 3 at place 0"),
+        ({"position_ids": [0, 1, 2, 4, 5]}, "column 'position_ids': position 4 at place 4: positions count up"),
+        ({"position_ids": [3, 4, 0, 1, 2]}, "column 'position_ids': position 3 at place 1"),
         ({"position_ids": [0, 1, 0]}, "column 'position_ids': they add up to 3, the row has 5 tokens"),
         ({"document_ids": [1, 1, 2, 2, 1]}, "column 'document_ids': document 1 is interrupted"),
         (

@@ -263,7 +263,7 @@ def test_a_folder_of_checkpoints_is_resumed_from_its_newest(tmp_path):
     [
         (lambda i, p, m: [1.0] * len(p), "gave a list: it has to give two values"),
         (lambda i, p, m: ([1.0], {}), "gave 1 rewards for 2 pictures"),
-        (lambda i, p, m: ([1.0, math.nan], {}), "gave nan for picture 1 of the epoch"),
+        (lambda i, p, m: ([1.0, math.nan], {}), "gave nan for picture 2 of the epoch"),
     ],
 )
 def test_rewards_that_nothing_can_be_learned_from(tmp_path, reward, words):

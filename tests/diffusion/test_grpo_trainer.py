@@ -267,7 +267,7 @@ def test_rewards_of_the_wrong_count(tmp_path):
 
 def test_rewards_that_are_not_numbers_name_the_picture(tmp_path):
     function = named("odd", lambda images: [1.0, 1.0, math.nan, 1.0])
-    with pytest.raises(RewardError, match=r"'odd' gave nan .*Sample 2 of 4.*picture 2, 16 × 16 pixels"):
+    with pytest.raises(RewardError, match=r"'odd' gave nan .*Sample 3 of 4.*picture 3, 16 × 16 pixels"):
         trainer(tmp_path, reward=function).train()
 
 

@@ -160,29 +160,29 @@ class Shy:
 FAILURES = {
     "raises": (
         fragile,
-        r"'fragile' raised ZeroDivisionError: division by zero. Sample 1 of 3: prompt 'q', completion 'b'",
+        r"'fragile' raised ZeroDivisionError: division by zero. Sample 2 of 3: prompt 'q', completion 'b'",
     ),
     "length": (lambda **_: [1.0], "gave 1 rewards for 3 samples: it has to give one each"),
-    "nan": (lambda **_: [0, 0, float("nan")], r"gave nan .*Sample 2 of 3: prompt 'r'"),
-    "infinite": (lambda **_: [0, float("inf"), 0], "gave inf .*Sample 1 of 3"),
-    "text": (lambda **_: ["high", 0, 0], r"gave a str \('high'\) where a number belongs. Sample 0"),
+    "nan": (lambda **_: [0, 0, float("nan")], r"gave nan .*Sample 3 of 3: prompt 'r'"),
+    "infinite": (lambda **_: [0, float("inf"), 0], "gave inf .*Sample 2 of 3"),
+    "text": (lambda **_: ["high", 0, 0], r"gave a str \('high'\) where a number belongs. Sample 1"),
     "digits": (lambda **_: "123", "gave a str: it has to give a list"),
     "a number": (lambda **_: torch.tensor(1.0), "gave a Tensor: it has to give a list"),
     "mapping": (lambda **_: {0: 1.0, 1: 1.0, 2: 1.0}, "gave a dict: it has to give a list"),
-    "a digit": (lambda **_: ["1", 0, 0], r"gave a str \('1'\) where a number belongs. Sample 0"),
-    "large": (lambda **_: [0, 10**400, 0], r"gave 1000.*, which float32 cannot hold. Sample 1 of 3: prompt 'q'"),
-    "very large": (lambda **_: [10**5000, 0, 0], "which float32 cannot hold. Sample 0 of 3"),
-    "beyond float32": (lambda **_: [0, 0, -1e39], r"gave -1e\+39, which float32 cannot hold. Sample 2"),
-    "complex": (lambda **_: [0, 1j, 0], r"gave a complex \(1j\) where a number belongs. Sample 1"),
-    "vectors": (lambda **_: torch.zeros(3, 2), "gave a Tensor .* where a number belongs. Sample 0"),
+    "a digit": (lambda **_: ["1", 0, 0], r"gave a str \('1'\) where a number belongs. Sample 1"),
+    "large": (lambda **_: [0, 10**400, 0], r"gave 1000.*, which float32 cannot hold. Sample 2 of 3: prompt 'q'"),
+    "very large": (lambda **_: [10**5000, 0, 0], "which float32 cannot hold. Sample 1 of 3"),
+    "beyond float32": (lambda **_: [0, 0, -1e39], r"gave -1e\+39, which float32 cannot hold. Sample 3"),
+    "complex": (lambda **_: [0, 1j, 0], r"gave a complex \(1j\) where a number belongs. Sample 2"),
+    "vectors": (lambda **_: torch.zeros(3, 2), "gave a Tensor .* where a number belongs. Sample 1"),
     "generator": (lambda completions, **_: (1.0 for _ in completions), "gave a generator: it has to give a list"),
-    "exits": (exits, "'exits' raised SystemExit: 0. Sample 1 of 3: prompt 'q', completion 'b'"),
-    "exits, async": (exits_later, "'exits_later' raised SystemExit: 0. Sample 0 of 3, as 2 of the others"),
-    "interrupts": (interrupts, "'interrupts' raised KeyboardInterrupt: . Sample 0"),
-    "an exception of its own": (raises_own, "'raises_own' raised Own: 1. Sample 0"),
+    "exits": (exits, "'exits' raised SystemExit: 0. Sample 2 of 3: prompt 'q', completion 'b'"),
+    "exits, async": (exits_later, "'exits_later' raised SystemExit: 0. Sample 1 of 3, as 2 of the others"),
+    "interrupts": (interrupts, "'interrupts' raised KeyboardInterrupt: . Sample 1"),
+    "an exception of its own": (raises_own, "'raises_own' raised Own: 1. Sample 1"),
     "a text that cannot be shown": (lambda **_: [Shy(), 0, 0], r"gave a Shy \(Shy \(no\)\) where a number belongs"),
     "nothing": (lambda **_: None, "gave a NoneType: it has to give a list"),
-    "slow": (lambda **_: time.sleep(5), "took longer than 0.2 s. Sample 0 of 3"),
+    "slow": (lambda **_: time.sleep(5), "took longer than 0.2 s. Sample 1 of 3"),
     "async": (slow, "'slow' took longer than 0.2 s"),
 }
 
@@ -243,7 +243,7 @@ def leaves(completions, **_):
 
 @pytest.mark.parametrize("function", [backtracks, blocks, powers])
 def test_limits_hold_for_code_that_never_yields(function):
-    with pytest.raises(RewardError, match=rf"{function.__name__!r} took longer than 3 s. Sample 1 of 3: prompt 'q'"):
+    with pytest.raises(RewardError, match=rf"{function.__name__!r} took longer than 3 s. Sample 2 of 3: prompt 'q'"):
         rewards_of(function, timeout=3)
 
 
@@ -251,7 +251,7 @@ def test_what_hangs_or_ends_its_process_can_be_dropped():
     found = rewards_of(backtracks, leaves, timeout=4, on_error="drop")
     assert found.failed.tolist() == [[False, False], [True, True], [False, False]]
     assert found.values[2].tolist() == [1, 3]
-    with pytest.raises(RewardError, match="'leaves' ended its process with status 7. Sample 1 of 3"):
+    with pytest.raises(RewardError, match="'leaves' ended its process with status 7. Sample 2 of 3"):
         rewards_of(leaves, timeout=60)
 
 
@@ -280,7 +280,7 @@ def test_a_process_is_kept_and_its_logs_come_back():
 
 def test_errors_of_other_processes_tell_where():
     with pytest.raises(
-        RewardError, match="'fragile' raised ZeroDivisionError: division by zero. Sample 1 of 3"
+        RewardError, match="'fragile' raised ZeroDivisionError: division by zero. Sample 2 of 3"
     ) as error:
         rewards_of(fragile, timeout=60)
     assert "in fragile" in error.value.__cause__.__notes__[0]

@@ -91,7 +91,7 @@ def test_functions_that_are_called():
     ],
 )
 def test_tests_that_say_nothing(test, words):
-    with pytest.raises(DataError, match=f"Sample 1, column 'tests': .*{words}"):
+    with pytest.raises(DataError, match=f"Sample 2, column 'tests': .*{words}"):
         get_code_reward(run_untrusted_code=True, runner=SubprocessRunner())(
             completions=["x = 1"] * 2, tests=[["assert x"], [test]]
         )
@@ -106,7 +106,7 @@ def test_tests_that_say_something(test):
 
 def test_tests_that_are_one_text():
     with pytest.raises(
-        DataError, match="Sample 1, column 'tests': expected a list of statements, found text 'assert x'"
+        DataError, match="Sample 2, column 'tests': expected a list of statements, found text 'assert x'"
     ):
         get_code_reward(run_untrusted_code=True, runner=SubprocessRunner())(
             completions=["x = 1"] * 2, tests=[["assert x"], "assert x"]

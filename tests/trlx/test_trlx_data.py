@@ -196,7 +196,7 @@ def test_rewards_of_more_or_fewer_tokens_keep_their_sum():
 
 def test_numbers_and_lists_do_not_mix():
     reward = ScriptReward(lambda samples: [[1.0], 2.0], Texts(make_tokenizer()))
-    with pytest.raises(DataError, match="a list for the first sample and 2.0 for sample 1"):
+    with pytest.raises(DataError, match="a list for the first sample and 2.0 for sample 2"):
         reward(prompts=["a", "b"], completions=["", ""], completion_ids=[[5], [6]])
 
 

@@ -162,7 +162,7 @@ class ChatTemplate:
         left_out = next((i for i, message in enumerate(messages) if not is_trained(message)), None)
         if left_out is not None:
             raise DataError(
-                f"message {left_out} says that it is not learned from, and here whole conversations are: set "
+                f"message {left_out + 1} says that it is not learned from, and here whole conversations are: set "
                 "assistant_only_loss=True, or leave the key out."
             )
         text = self._all_shown(messages, self.render(messages, row)[0], row)

@@ -48,7 +48,7 @@ class Columns:
             if not isinstance(value, str):
                 raise self.error(k, name, f"expected a string, found {describe(value)}.")
             if (place := surrogate_in(value)) is not None:
-                raise self.error(k, name, f"{value[place]!r} at place {place} is half a character, and no text.")
+                raise self.error(k, name, f"{value[place]!r} at place {place + 1} is half a character, and no text.")
         return self.values[name]
 
     def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
@@ -72,14 +72,18 @@ class Columns:
         for i, message in enumerate(chat):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 expected = 'expected {"role": …, "content": …}'
-                raise self.error(k, name, f"message {i}: {expected}, found {describe(value[i])}.")
+                raise self.error(k, name, f"message {i + 1}: {expected}, found {describe(value[i])}.")
             if isinstance(message.get("content"), list) and self.images is None:
                 found = describe(message["content"])
-                raise self.error(k, name, f"message {i}: content has to be text, or parts of type text; found {found}.")
+                raise self.error(
+                    k, name, f"message {i + 1}: content has to be text, or parts of type text; found {found}."
+                )
             content = message.get("content")
             if isinstance(content, str) and (place := surrogate_in(content)) is not None:
                 raise self.error(
-                    k, name, f"message {i}: {content[place]!r} at place {place} is half a character, and no text."
+                    k,
+                    name,
+                    f"message {i + 1}: {content[place]!r} at place {place + 1} is half a character, and no text.",
                 )
         return chat
 
@@ -95,7 +99,7 @@ class Columns:
         if not value or np.asarray(value, dtype=object if None in value else None).dtype.kind in "bi":
             return
         i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
-        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i}.")
+        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i + 1}.")
 
     def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
         """A column of token ids of a vocabulary of that size."""
@@ -106,7 +110,7 @@ class Columns:
                 raise self.error(
                     k,
                     name,
-                    f"{wrong} at place {i} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
+                    f"{wrong} at place {i + 1} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
                     "another tokenizer's?",
                 )
         return self.values[name]

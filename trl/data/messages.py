@@ -111,7 +111,7 @@ def tidy_messages(messages: Sequence[Message]) -> list[Any]:
         try:
             tidy.append(_tidy(without_none(to_chatml(message))))
         except DataError as error:
-            raise DataError(f"message {i}: {error}") from error
+            raise DataError(f"message {i + 1}: {error}") from error
     return tidy
 
 
@@ -171,8 +171,9 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
         return message
     texts = [next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None) for part in parts]
     if None in texts:
-        part = parts[texts.index(None)]
-        raise DataError(f"part {texts.index(None)} of type text holds none: {dict(part)!r}. Give it as 'text'.")
+        missing = texts.index(None)
+        part = parts[missing]
+        raise DataError(f"part {missing + 1} of type text holds none: {dict(part)!r}. Give it as 'text'.")
     return {**message, "content": "".join(texts)}
 
 

@@ -101,7 +101,7 @@ def _from_positions(values: Sequence[int], refuse: Refuse) -> list[int]:
         expected = 0 if position == 0 else expected + 1
         if position != expected or not starts or starts[0]:
             raise refuse(
-                f"position {position} at place {t}: positions count up by one, and start again at 0 with each document."
+                f"position {position} at place {t + 1}: positions count up by one, and start again at 0 with each document."
             )
     return [end - start for start, end in zip(starts, [*starts[1:], len(values)], strict=True)]
 

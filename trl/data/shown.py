@@ -48,7 +48,7 @@ class ShownCheck:
 
     def _error(self, i: int, message: Message, lost: str, value: Any, remedy: str = "") -> DataError:
         return DataError(
-            f"message {i} ({message.get('role')}): the chat template of {self.name!r} does not show its {lost}, "
+            f"message {i + 1} ({message.get('role')}): the chat template of {self.name!r} does not show its {lost}, "
             f"{str(value)[:60]!r}. {remedy or 'Take a template that does, write the message otherwise, or leave it out.'}"
         )
 

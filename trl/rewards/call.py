@@ -421,7 +421,7 @@ def _wrong(value: Any) -> str:
 def _message(reward: Reward, samples: Samples, i: int, reason: str, failures: int) -> str:
     others = f", as {failures - 1} of the others" if failures > 1 else ""
     return (
-        f"Reward function {reward.name!r} {reason}. Sample {i} of {len(samples)}{others}: prompt "
+        f"Reward function {reward.name!r} {reason}. Sample {i + 1} of {len(samples)}{others}: prompt "
         f"{_short(samples.prompts[i])}, completion {_short(samples.completions[i])}. Mend the function, or set "
         "on_reward_error='drop' to learn from the other samples."
     )

@@ -123,7 +123,7 @@ class get_code_reward:
         self, completions: Sequence[Completion], tests: Sequence[Sequence[Test]], **_: Any
     ) -> list[float | None]:
         for sample, each in enumerate(tests):
-            where = f"Sample {sample}, column 'tests'"
+            where = f"Sample {sample + 1}, column 'tests'"
             if isinstance(each, str):
                 raise DataError(f"{where}: expected a list of statements, found text {each!r:.60}.")
             for test in each:

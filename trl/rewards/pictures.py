@@ -36,7 +36,7 @@ class PictureSamples(Samples):
         """The pictures, converted for Pillow where one of `rewards` asks for that."""
         wanted = any(asks_for(reward.function, "pil_images") for reward in rewards)
         size = f"{images.shape[-1]} × {images.shape[-2]}"
-        named = [f"picture {i}, {size} pixels" for i in range(len(images))]
+        named = [f"picture {i}, {size} pixels" for i in range(1, len(images) + 1)]
         return cls(prompts, named, columns, extras, images=images, pil_images=to_pil(images) if wanted else None)
 
     def one(self, i: int) -> PictureSamples:

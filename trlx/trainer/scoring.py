@@ -138,7 +138,7 @@ def _is_list(value: Any) -> bool:
 def _numbers(values: Any, i: int, clip: float | None) -> list[float]:
     if not _is_list(values):
         raise DataError(
-            f"reward_fn gave a list for the first sample and {values!r:.40} for sample {i}: give lists for all."
+            f"reward_fn gave a list for the first sample and {values!r:.40} for sample {i + 1}: give lists for all."
         )
     numbers = torch.as_tensor(values, dtype=torch.float32)
     return (numbers if clip is None else numbers.clamp(-clip, clip)).tolist()

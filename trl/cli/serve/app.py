@@ -161,10 +161,12 @@ class _Routes:
         longest = self.worker.context
         for i, prompt in enumerate(job.prompts):
             if longest is not None and len(prompt) >= longest:
-                raise ConfigError(f"Prompt {i} has {len(prompt)} tokens, and the model's context length is {longest}.")
+                raise ConfigError(
+                    f"Prompt {i + 1} has {len(prompt)} tokens, and the model's context length is {longest}."
+                )
             if wrong := [token for token in prompt.ids if token >= self.worker.vocabulary]:
                 raise ConfigError(
-                    f"Prompt {i} holds token {wrong[0]}, and the vocabulary has {self.worker.vocabulary} tokens."
+                    f"Prompt {i + 1} holds token {wrong[0]}, and the vocabulary has {self.worker.vocabulary} tokens."
                 )
         asked = sum(len(prompt) + job.n * (prompt.max_new_tokens or 0) for prompt in job.prompts)
         if asked > self.arguments.max_request_tokens:

@@ -350,7 +350,7 @@ def checked_rewards(values: Any, count: int, *, first: int) -> Tensor:
         )
     if not found.isfinite().all():
         i = int((~found.isfinite()).nonzero()[0, 0])
-        raise RewardError(f"The reward function gave {found[i].item()} for picture {first + i} of the epoch.")
+        raise RewardError(f"The reward function gave {found[i].item()} for picture {first + i + 1} of the epoch.")
     return found
 
 
