@@ -12,7 +12,7 @@ from trl.data.chat import (
     render_chat,
     setup_chat_format,
 )
-from trl.errors import DataError
+from trl.errors import ConfigError, DataError
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 QUESTION = "what is the sky"
@@ -130,9 +130,7 @@ def test_a_template_that_cannot_be_masked(make, dialogue):
 
 
 def test_no_chat_template(make, dialogue):
-    with pytest.raises(
-        DataError, match=r"has no chat template\. Give one with chat_template_path.*clone_chat_template"
-    ):
+    with pytest.raises(ConfigError, match=r"has no chat template\. .*\(--chat_template_path\): the name .*\.jinja"):
         render_chat(dialogue, make.tokenizer())
 
 

@@ -483,7 +483,7 @@ def test_a_template_whose_prompt_is_not_kept(make):
 
 
 def test_conversations_without_a_template(plain):
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(ConfigError, match="^The rows are conversations, .* has no chat template"):
         encoded([{"messages": ASK + BLUE}], plain)
 
 

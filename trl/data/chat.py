@@ -56,7 +56,7 @@ class ChatTemplate:
     `tools` and `template_kwargs` are given to every rendering; those of a single row take their place. `chat_template` takes
     the place of the tokenizer's: a processor has its own.
 
-    Raises DataError when the tokenizer has no chat template.
+    Raises ConfigError when the tokenizer has no chat template.
     """
 
     def __init__(
@@ -68,10 +68,9 @@ class ChatTemplate:
         chat_template: str | None = None,
     ) -> None:
         if not (chat_template or tokenizer.chat_template):
-            raise DataError(
-                f"The rows are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give "
-                "one with chat_template_path, take another model's with clone_chat_template(model, tokenizer, source), "
-                "or start from a chat model."
+            raise ConfigError(
+                f"The rows are conversations, and the tokenizer {tokenizer.name_or_path!r} has no chat template. Give it one with "
+                "chat_template_path (--chat_template_path): the name of a chat model, or a .jinja file. Or start from a chat model."
             )
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.name = tokenizer.name_or_path
@@ -289,7 +288,7 @@ def render_chat(
 ) -> tuple[list[int], list[bool]]:
     """The token ids [T] of a conversation and the mask [T] of those that the assistant wrote.
 
-    Raises DataError when there is no chat template, or one in which the assistant's part cannot be found.
+    Raises ConfigError when there is no chat template, DataError for one in which the assistant's part cannot be found.
     """
     template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
     text, spans = template.assistant_spans(tidy_messages(messages))
