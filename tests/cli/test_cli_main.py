@@ -93,6 +93,11 @@ def test_help_imports_nothing_heavy(words):
         (["sft", "--dataset_name", "imdb", "--datasets", '{"path": "c4"}'], "dataset_name and datasets are both given"),
         (["preview", "stf"], "Unknown method 'stf'. Did you mean 'sft'"),
         (["preview", "--row", "3"], "Unknown option --row. Did you mean '--rows'"),
+        (
+            ["sweep", "a.py", "--config", "a.yaml", "--sequence"],
+            "Unknown option --sequence. Did you mean '--sequential'?",
+        ),
+        (["sweep"], "--config is missing: it takes text. YAML file with `tune_config`"),
         (["completion", "zhs"], "Unknown shell 'zhs'. Did you mean 'zsh'"),
         (["env", "--all"], "trl env takes no options, and was given '--all'."),
     ],
@@ -249,6 +254,7 @@ def test_environment(capsys):
         (["dpo", "--loss_type", "ipo", "rob"], ["robust"]),
         (["chat", "--system"], ["--system_prompt"]),
         (["report", "run", "--out"], ["--output"]),
+        (["sweep", "rates.py", "--num_"], ["--num_cpus", "--num_gpus"]),
         (["completion", "z"], ["zsh"]),
     ],
 )

@@ -58,11 +58,21 @@ class Method:
 
 @dataclass(frozen=True)
 class Tool:
-    """A command that trains nothing: `run(words) -> exit status`."""
+    """A command that trains nothing: `run(words) -> exit status`.
+
+    options     its options, for completion: a dataclass, or a function `() -> list[Option]`; empty where words complete it
+    """
 
     name: str
     run: str
     summary: str
+    options: str = ""
+
+    def known_options(self) -> list[Option]:
+        if not self.options:
+            return []
+        is_class = self.options.rpartition(":")[2][0].isupper()
+        return options_in_source(self.options) if is_class else load(self.options)()
 
 
 _MODEL_AND_DATA = "--model_name_or_path facebook/opt-125m --dataset_name"
@@ -210,24 +220,51 @@ METHODS = (
 
 TOOLS = (
     Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
-    Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal."),
+    Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal.", "trl.cli.chat.command:options"),
     Tool(
         "eval",
         "trl.cli.evaluation.command:run",
         "Samples, rewards and perplexity; how often a model wins against another.",
+        "trl.cli.evaluation.command:options",
     ),
-    Tool("label", "trl.cli.label.command:run", "People rate, compare or correct completions on a local web page."),
-    Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base."),
-    Tool("serve", "trl.cli.serve.command:run", "Serve a model: to trainers, to `trl chat`, to any OpenAI client."),
-    Tool("vllm-serve", "trl.cli.vllm_serve:run", "Start vLLM's own server with the flags that trainers need."),
-    Tool("report", "trl.cli.report:run", "A page of a run: curves, samples, configuration; opens in any browser."),
+    Tool(
+        "label",
+        "trl.cli.label.command:run",
+        "People rate, compare or correct completions on a local web page.",
+        "trl.cli.label.command:options",
+    ),
+    Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base.", "trl.cli.merge:options"),
+    Tool(
+        "serve",
+        "trl.cli.serve.command:run",
+        "Serve a model: to trainers, to `trl chat`, to any OpenAI client.",
+        "trl.cli.serve.command:options",
+    ),
+    Tool(
+        "vllm-serve",
+        "trl.cli.vllm_serve:run",
+        "Start vLLM's own server with the flags that trainers need.",
+        "trl.cli.vllm_serve:VLLMServeArguments",
+    ),
+    Tool(
+        "report",
+        "trl.cli.report:run",
+        "A page of a run: curves, samples, configuration; opens in any browser.",
+        "trl.cli.report:ReportArguments",
+    ),
     Tool(
         "sweep",
         "trl.cli.sweep:run",
         "Run a script with many settings, on Ray Tune or one after the other, and compare.",
+        "trl.cli.sweep:SweepArguments",
     ),
     Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
-    Tool("demo", "trl.cli.demo:run", "Fine-tuning, a reward model and PPO on film reviews that come along."),
+    Tool(
+        "demo",
+        "trl.cli.demo:run",
+        "Fine-tuning, a reward model and PPO on film reviews that come along.",
+        "trl.demo.options:DemoArguments",
+    ),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
     Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from trl.cli.commands import methods, tools
-from trl.cli.fields import Option, options_in_source
+from trl.cli.fields import Option
 from trl.errors import ConfigError, unknown
 
 SHELLS = {
@@ -82,15 +82,13 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
     if last.startswith("-"):
         config = CONFIG if options else {}
         described = {name: option.summary for name, option in options.items()}
-        return _starting(last, described | config | EVERYWHERE)
+        return _starting(last, config | described | EVERYWHERE)
     return _starting(last, dict.fromkeys(_choices(before, options), ""))
 
 
 def _options(before: Sequence[str]) -> list[Option]:
     """The options of the command that the words begin with."""
-    from trl.cli.chat.command import options as chat_options
     from trl.cli.check import CHECK
-    from trl.cli.merge import options as merge_options
     from trl.cli.preview import PREVIEW, USUAL_METHOD
 
     command, *rest = before
@@ -98,12 +96,8 @@ def _options(before: Sequence[str]) -> list[Option]:
     if command in ABOUT_ROWS:
         method = found[rest[0] if rest and rest[0] in found else USUAL_METHOD]
         return method.options(PREVIEW if command == "preview" else CHECK)
-    if command == "chat":
-        return chat_options()
-    if command == "merge":
-        return merge_options()
-    if command == "report":
-        return options_in_source("trl.cli.report:ReportArguments")
+    if command in (other := tools()):
+        return other[command].known_options()
     return found[command].options() if command in found else []
 
 

@@ -38,18 +38,28 @@ def console() -> Console:
 
 
 def print_options(
-    usage: str, summary: str, options: Sequence[Option], *, everything: bool, examples: Sequence[str] = ()
+    usage: str,
+    summary: str,
+    options: Sequence[Option],
+    *,
+    everything: bool,
+    examples: Sequence[str] = (),
+    reads_files: bool = True,
 ) -> None:
-    """The help screen of a command: its own and the commonly used options, or everything."""
+    """The help screen of a command: its own and the commonly used options, or everything.
+
+    `reads_files` says whether options may stand in YAML files.
+    """
     out = console()
     shown = [option for option in options if everything or is_common(option)]
-    print_head(out, f"{usage} [--config FILE.yaml …] [--option VALUE …]", summary, examples)
+    files = " [--config FILE.yaml …]" if reads_files else ""
+    print_head(out, f"{usage}{files} [--option VALUE …]", summary, examples)
     width = min(2 + max(len(option.name) for option in shown), max(out.width // 3, SHORT))
     for title, group in by_theme(shown).items():
         print_title(out, title)
         for option in group:
             _print_option(out, option, width, whole=everything)
-    _print_foot(out, usage, hidden=len(options) - len(shown))
+    _print_foot(out, usage, hidden=len(options) - len(shown), reads_files=reads_files)
 
 
 def print_head(out: Console, usage: str, summary: str, examples: Sequence[str] = ()) -> None:
@@ -102,14 +112,18 @@ def _print_option(out: Console, option: Option, width: int, *, whole: bool) -> N
     out.print(Padding(table, (0, 0, 0, 2)))
 
 
-def _print_foot(out: Console, usage: str, *, hidden: int) -> None:
+FILES = (
+    "Options may stand in a YAML file (`option: value`, `env:` for environment variables): the command line wins over files, "
+    "later files over earlier ones. "
+)
+
+
+def _print_foot(out: Console, usage: str, *, hidden: int, reads_files: bool) -> None:
     out.print()
     if hidden:
         out.print(Text.assemble((f"{usage} --help-all", "bold"), f" shows {hidden} more options."))
     out.print(
-        "Options may stand in a YAML file (`option: value`, `env:` for environment variables): the command line wins "
-        "over files, later files over earlier ones. Switches: --flag, --flag false, --no_flag. Lists: --option a b c. "
-        "Nothing: --option none.",
+        f"{FILES if reads_files else ''}Switches: --flag, --flag false, --no_flag. Lists: --option a b c. Nothing: --option none.",
         style="dim",
     )
 

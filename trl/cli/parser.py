@@ -67,7 +67,8 @@ class OptionParser:
         given.values |= spoken
         missing = [o for o in self.options.values() if o.default is REQUIRED and o.name not in given.values]
         if missing:
-            raise ConfigError(f"--{missing[0].name} is missing: it takes {missing[0].kind}.")
+            what = f" {missing[0].summary}" if missing[0].help else ""
+            raise ConfigError(f"--{missing[0].name} is missing: it takes {missing[0].kind}.{what}")
         return given
 
     def _today(self, name: str, given: ParsedOptions) -> str | None:
@@ -109,7 +110,7 @@ class OptionParser:
     ) -> bool:
         """Take an option's value (`attached` by "=", or the words after it) into `values`; False if nobody knows it."""
         found = self._today(name, given)
-        if name == "config":
+        if name == "config" and name not in self.options:
             given.files += attached or self._take_many(words, name, "a YAML file")
         elif found:
             values[found] = self._value(name, self.options[found], words, attached)

@@ -6,14 +6,14 @@ sweep: `sweep.json` has all that was reported, `report.html` the table and the c
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trl.cli.parser import read_yaml
-from trl.errors import ConfigError
+from trl.cli.fields import Option, options_in_source
+from trl.cli.parser import OptionParser, read_yaml
+from trl.errors import ConfigError, suggest
 from trl.imports import is_available
 from trl.sweep.compare import best_of, print_table, write_page
 from trl.sweep.numbers import with_numbers
@@ -21,35 +21,49 @@ from trl.sweep.plan import Plan
 from trl.sweep.trial import Trial, main_of, tried
 
 RESULTS = "sweep.json"
+SUMMARY = "Run the function main(hparams) of a script with many settings, and compare what the runs report."
+USAGE = "trl sweep SCRIPT.py --config SWEEP.yaml"
 
 
-def parser(command: str = "trl sweep") -> argparse.ArgumentParser:
-    """The options of the command."""
-    made = argparse.ArgumentParser(
-        command, description="Run a script with many settings, and compare what they report."
-    )
-    made.add_argument("script", help="Python file with a function main(hparams)")
-    made.add_argument("--config", required=True, help="YAML file with tune_config, and a strategy for each parameter")
-    made.add_argument("--output_dir", default="sweep", help="folder of the results (default: sweep)")
-    made.add_argument("--num_cpus", type=float, default=4, help="processors of a trial, with Ray (default: 4)")
-    made.add_argument(
-        "--num_gpus", type=float, default=1, help="GPUs of a trial, with Ray (default: 1, where there are any)"
-    )
-    made.add_argument("--server_address", help="address of a Ray cluster")
-    made.add_argument("--sequential", action="store_true", help="one trial after the other, without Ray")
-    made.add_argument("--accelerate_config", help="refused: a trial is one process")
-    made.add_argument("-y", action="store_true", help="taken for granted: nothing is asked")
-    return made
+@dataclass
+class SweepArguments:
+    """Options of the command."""
+
+    config: str
+    """YAML file with `tune_config`, and a strategy for each parameter."""
+
+    output_dir: str = "sweep"
+    """Folder of the results."""
+
+    num_cpus: float = 4
+    """Processors of a trial, with Ray."""
+
+    num_gpus: float = 1
+    """GPUs of a trial, with Ray, where there are any."""
+
+    server_address: str | None = None
+    """Address of a Ray cluster. None: Ray on this machine."""
+
+    sequential: bool = False
+    """Run one trial after the other in this process, without Ray."""
+
+
+OPTIONS = f"{__name__}:SweepArguments"
+REFUSED = {"--accelerate_config": "a trial is one process. For a run on several, `accelerate launch` the script."}
+"""Options of other sweeps that cannot be kept."""
+NEEDLESS = ("-y", "--yes")
+"""Options of other sweeps that answer a question which is not asked here."""
 
 
 def run(words: Sequence[str], command: str = "trl sweep") -> int:
     """Run a sweep; the exit status is 1 if every trial has failed. Raises ConfigError for what cannot be run."""
-    given = parser(command).parse_args(list(words))
-    if given.accelerate_config:
-        raise ConfigError(
-            "--accelerate_config: a trial is one process. For a run on several, `accelerate launch` the script."
-        )
-    plan = Plan.read(given.script, with_numbers(read_yaml(given.config, "--config")))
+    options = options_in_source(OPTIONS)
+    parsed = OptionParser(options).parse([word for word in words if word not in NEEDLESS], keep_rest=True)
+    if parsed.help:
+        _print_help(command, options)
+        return 0
+    script, given = _script(parsed.rest, options), parsed.arguments_for(SweepArguments)
+    plan = Plan.read(script, with_numbers(read_yaml(given.config, "--config")))
     main_of(plan.script)
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +76,28 @@ def run(words: Sequence[str], command: str = "trl sweep") -> int:
     return _compare(plan, trials, folder)
 
 
-def _one_by_one(plan: Plan, given: argparse.Namespace) -> list[Trial]:
+def _script(rest: Sequence[str], options: Sequence[Option]) -> str:
+    """The script among the words that are no options of the command. Raises ConfigError for any other word."""
+    for word in rest:
+        if word in REFUSED:
+            raise ConfigError(f"{word}: {REFUSED[word]}")
+        if word.startswith("-"):
+            raise ConfigError(f"Unknown option {word}.{suggest(word, [f'--{option.name}' for option in options])}")
+    if not rest:
+        raise ConfigError(f"The script is missing: a Python file with a function main(hparams). {USAGE}")
+    if len(rest) > 1:
+        raise ConfigError(f"Unexpected {rest[1]!r}: a sweep has one script, and it is {rest[0]!r}.")
+    return rest[0]
+
+
+def _print_help(command: str, options: Sequence[Option]) -> None:
+    from trl.cli.help import print_options
+
+    examples = [f"{command} rates.py --config sweep.yaml", f"{command} rates.py --config sweep.yaml --sequential"]
+    print_options(f"{command} SCRIPT.py", SUMMARY, options, everything=True, examples=examples, reads_files=False)
+
+
+def _one_by_one(plan: Plan, given: SweepArguments) -> list[Trial]:
     if given.server_address is not None:
         raise ConfigError('--server_address is for Ray: pip install "trl[sweep]", and leave --sequential out.')
     if plan.tuning.scheduler != "fifo":
