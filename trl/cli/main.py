@@ -8,13 +8,10 @@ files, disks and networks refuse is one message and status 1.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -24,6 +21,7 @@ from trl.cli.commands import Method, load, methods, tools
 from trl.cli.launch import launch, needs_launcher
 from trl.cli.parser import HELP
 from trl.errors import ConfigError, TrlError, suggest
+from trl.noise import silence
 from trl.printable import printable
 from trl.training.streams import prepare_streams, steady_streams
 
@@ -31,32 +29,13 @@ INTERRUPTED, UNREAD = 130, 141
 STOPPED = tuple(128 + number for number in SIGNALS)
 """Statuses of a run that a signal ended, with a checkpoint."""
 
-NOISE = {
-    "DeepSpeed": "Setting accelerator to CPU",
-    "datasets.packaged_modules.json.json": "Failed to load JSON",  # the error says so, too
-    "transformers.trainer_utils": "new PAD/BOS/EOS tokens",  # that is what they are set for
-    # A reward model has a head that no language model had. Weights that are missing beside it are no noise.
-    "transformers.modeling_utils": r"ForSequenceClassification.* LOAD REPORT(?!(?s:.)*\n(?!score\.)\S+ +\| MISSING)|"
-    r"The new (embeddings|lm_head weights) will be initialized",  # as a chat template asks for
-}
-"""Loggers of other libraries, and what nobody needs to read of theirs."""
-
-WARNED = (
-    "Setting `save_embedding_layers` to `True`",  # so that a vocabulary that grew is saved with its adapter
-    "`is_gradient_checkpointing` is deprecated",  # peft reads a property that transformers renamed
-)
-"""Beginnings of warnings that are about what other libraries do among themselves."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
-    for name, noise in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, noise=noise: not re.search(noise, record.getMessage()))
-    for message in WARNED:
-        warnings.filterwarnings("ignore", message=re.escape(message))
+    silence()
     try:
         status = dispatch(words)
         sys.stdout.flush()

@@ -36,6 +36,7 @@ from trl.data.shown import ShownCheck
 from trl.data.tokens import TextEncoder
 from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
 from trl.errors import ConfigError, DataError, unknown
+from trl.noise import without_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -413,6 +414,7 @@ def setup_chat_format(
 def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None) -> None:
     """Rows for all tokens, and the tokenizer's EOS as the model's."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
+        with without_noise("transformers.modeling_utils"):
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
     for config in filter(None, (model.config, vars(model).get("generation_config"))):  # classifiers have none
         config.eos_token_id = tokenizer.eos_token_id

@@ -34,6 +34,7 @@ from transformers.utils import find_adapter_config_file
 
 from trl.data.chat import FILLER
 from trl.errors import ConfigError, ModelError
+from trl.noise import without_warnings
 from trl.vision.families import family_of
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,12 @@ def base_of(adapter: str, **hub: Any) -> str:
     return base
 
 
+def put_on(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
+    """`model` with a new adapter."""
+    with without_warnings():
+        return get_peft_model(model, config, **options)
+
+
 def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = True, **hub: Any) -> PeftModel:
     """`model` with the adapter that a folder or repository holds; its vocabulary grows to that of the adapter.
 
@@ -72,7 +79,7 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
     _grow_vocabulary(model, config, state)
     tied = _tied_tables(model)
     try:
-        adapted = get_peft_model(model, config)
+        adapted = put_on(model, config)
         # The head of a reward model on a language model's adapter is new, as it is on a language model.
         heads = get_peft_model_state_dict(adapted, save_embedding_layers=False) if _is_classifier(model) else {}
         found = set_peft_model_state_dict(adapted, {**heads, **state})
@@ -118,7 +125,7 @@ def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel
     config = _config_for(model, adapter, hub)
     config.inference_mode = False
     _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
-    return get_peft_model(model, config)
+    return put_on(model, config)
 
 
 def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) -> PeftConfig:
@@ -176,7 +183,7 @@ def with_adapters(
         )
     config = _within(part, _with_task(peft_config, model), model)
     try:
-        return get_peft_model(_prepared(model), config)
+        return put_on(_prepared(model), config)
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
@@ -266,7 +273,7 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     model._hf_peft_config_loaded = False
     config = copy.copy(config)
     config.inference_mode = False
-    adapted = get_peft_model(_prepared(model), _with_task(config, model), adapter_name=name)
+    adapted = put_on(_prepared(model), _with_task(config, model), adapter_name=name)
     set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted
 
@@ -312,7 +319,7 @@ def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
         return model
     base = model.unload()
     vars(base).pop("peft_config", None)
-    return get_peft_model(base, config, adapter_name=name)
+    return put_on(base, config, adapter_name=name)
 
 
 def _tables(model: PeftModel, config: LoraConfig, ids: Collection[int]) -> dict[str, list[int]] | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -72,6 +71,7 @@ from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
+from trl.noise import without_noise, without_warnings
 from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
@@ -168,7 +168,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from."""
         if self.train_dataset is None:
             raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
-        return super().train(*args, **kwargs)
+        with without_noise("transformers.trainer_utils"):
+            return super().train(*args, **kwargs)
 
     # ---- what a trainer adds ----
 
@@ -462,8 +463,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """`state_dict` is given where weights were gathered."""
-        with warnings.catch_warnings():  # peft tells that it saves embeddings that have grown, which is what is meant
-            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+        with without_warnings():
             super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
 
     def describe_model(self) -> tuple[Trained, list[Any]]:
