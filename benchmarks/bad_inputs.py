@@ -107,7 +107,10 @@ TRIALS = (
     Trial(f"sft {BASE} {DATA} --resume_from_checkpoint gone", ("gone", "no such folder")),
     Trial(f"grpo {BASE} --dataset_name prompts.jsonl --reward_funcs rewards.py:shrt", ("shrt", "short")),
     Trial(f"grpo {BASE} --dataset_name prompts.jsonl", ("--reward_funcs", "file.py:function")),
-    Trial(f"grpo {BASE} {REWARDED} --reward_weights 1 2", ("reward_weights", "2 entries", "rewards.py:short")),
+    Trial(
+        f"grpo {BASE} {REWARDED} --reward_weights 1 2",
+        ("reward_weights", "2 values for 1 reward function ", "rewards.py:short"),
+    ),
     Trial(f"grpo {BASE} {REWARDED} --use_vllm", ("use_vllm", 'pip install "trl[vllm]"', "trl serve")),
     Trial(f"sft {BASE} {DATA} --output_dir empty --resume_from_checkpoint true", ("'empty'", "no checkpoint")),
 )

@@ -308,7 +308,7 @@ def test_rows_left_without_a_trained_token_are_dropped_counted_and_said(plain, c
     expected = EncodingReport(rows_in=3, rows=1, truncated=1, unscored=2, tokens=2, trained=1)
     assert result.report == expected
     assert result.dataset[:] == {"prompt_ids": [[]], "completion_ids": [[[4, 5]]], "completion_mask": [[[True, True]]]}
-    message = "train: 1 rows, 2 tokens, 1 trained (50%), 1 truncated, 2 dropped (no token left to train on)."
+    message = "train: 1 row, 2 tokens, 1 trained (50%), 1 truncated, 2 dropped (no token left to train on)."
     assert [r.getMessage() for r in caplog.records if r.name == "trl.data.encode"] == [message]
     assert caplog.records[-1].levelno == logging.WARNING
 
@@ -325,7 +325,7 @@ def test_tokens_count_a_shared_prompt_once(plain):
 
 
 def test_prompts_are_not_reported_as_untrained(plain):
-    assert str(encoded([{"prompt": "the sky"}], plain).report) == "train: 1 rows, 3 tokens."
+    assert str(encoded([{"prompt": "the sky"}], plain).report) == "train: 1 row, 3 tokens."
 
 
 def test_equal_pairs_are_dropped(plain):
@@ -333,7 +333,7 @@ def test_equal_pairs_are_dropped(plain):
     report = encoded(rows, plain).report
     assert (report.rows, report.identical, report.dropped) == (1, 1, 1)
     assert "1 dropped (chosen equals rejected)" in str(report)
-    with pytest.raises(DataError, match="All 1 rows of 'train' have chosen equal to rejected"):
+    with pytest.raises(DataError, match="Of 1 row of 'train', all have chosen equal to rejected"):
         encoded(rows[:1], plain)
 
 

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from trl.counts import counted
 from trl.data.chat import render_chat
 from trl.data.preview import preview_examples
 from trl.types import Completion, Example
@@ -39,7 +40,7 @@ def test_trained_text_stands_in_brackets_without_colours(chat, tokenizer):
         "[bold]yes<|im_end|>⟧↵",
     ]
     trained = sum(chat.completions[0].mask)
-    assert lines[-1] == f"1 rows, {chat.tokens} tokens, {trained} trained ({trained / chat.tokens:.0%})"
+    assert lines[-1] == f"1 row, {chat.tokens} tokens, {trained} trained ({trained / chat.tokens:.0%})"
 
 
 def test_colours_replace_brackets_in_a_terminal(chat, tokenizer):
@@ -60,10 +61,10 @@ def test_several_completions_stand_below_their_prompt_with_signals(tokenizer):
     output = shown([Example(ids("the sky"), sides)], tokenizer).splitlines()
     assert [line.rstrip() for line in output[2:-2]] == [
         "the sky",
-        f"completion 1 of 2: {len(ids(' blue'))} tokens",
+        f"completion 1 of 2: {counted(len(ids(' blue')), 'token')}",
         "⟦ blue⟧",
         "margin=1.5",
-        f"completion 2 of 2: {len(ids(' green'))} tokens",
+        f"completion 2 of 2: {counted(len(ids(' green')), 'token')}",
         "⟦ green⟧",
         "score=[0.25, 1]",
     ]

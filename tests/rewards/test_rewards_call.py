@@ -305,7 +305,7 @@ def test_what_is_no_reward_function():
         make_rewards(3)
     with pytest.raises(ConfigError, match="reward_funcs is missing"):
         make_rewards([])
-    with pytest.raises(ConfigError, match="reward_processing_classes has 2 entries for 1 reward functions"):
+    with pytest.raises(ConfigError, match="reward_processing_classes has 2 values for 1 reward function:"):
         make_rewards([lengths], processing_classes=[None, None])
     with pytest.raises(ConfigError, match="Unknown on_reward_error 'skip'"):
         rewards_of(lengths, on_error="skip")

@@ -329,7 +329,9 @@ def test_chosen_equal_to_rejected_is_dropped_and_counted(make_model, tmp_path):
     assert len(trainer.train_dataset) == 1
     assert "1 dropped (chosen equals rejected)" in str(trainer.encoded["train"].report)
     same = Dataset.from_dict({"prompt": ["a"], "chosen": ["x"], "rejected": ["x"]})
-    with pytest.raises(DataError, match=r"All 1 rows of 'train' have chosen equal to rejected: nothing can be learned"):
+    with pytest.raises(
+        DataError, match=r"Of 1 row of 'train', all have chosen equal to rejected: nothing can be learned"
+    ):
         make_trainer(make_model("llama"), tmp_path, same)
 
 

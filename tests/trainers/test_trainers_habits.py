@@ -169,7 +169,7 @@ def test_kto_learns_from_one_kind_of_label_with_a_warning(make_model, tmp_path, 
     with caplog.at_level(logging.WARNING):
         args = KTOConfig(**options(tmp_path))
         KTOTrainer(make_model("llama"), args=args, train_dataset=rows, processing_class=make_tokenizer()).train()
-    assert "All 2 completions have the label True" in caplog.text
+    assert "Of 2 completions, all have the label True" in caplog.text
 
 
 def test_a_reference_has_its_name_in_online_dpo(make_model, tmp_path):

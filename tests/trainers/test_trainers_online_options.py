@@ -191,7 +191,7 @@ def test_options_of_vllm(tmp_path, config):
 def test_what_rewards_and_sampler_lack_is_said_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainers.sampler_options.is_available", lambda module: False)
     args = {"output_dir": str(tmp_path), "use_cpu": True}
-    with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1 reward functions"):
+    with pytest.raises(ConfigError, match="reward_weights has 2 values for 1 reward function:"):
         GRPOTrainer("./no-such-model", len, GRPOConfig(**args, reward_weights=[1, 2]))
     with pytest.raises(ConfigError, match='vllm_mode="colocate" needs vllm.*pip install.*use_vllm out.*trl serve'):
         GRPOTrainer("./no-such-model", len, GRPOConfig(**args, use_vllm=True))

@@ -247,5 +247,5 @@ def test_options_of_older_scripts(tmp_path):
 def test_rewards_are_needed(make_model, tmp_path):
     with pytest.raises(ConfigError, match="reward_funcs is missing"):
         make_trainer(make_model("llama"), tmp_path, None)
-    with pytest.raises(ConfigError, match="reward_weights has 2 entries for 1 reward functions"):
+    with pytest.raises(ConfigError, match="reward_weights has 2 values for 1 reward function:"):
         make_trainer(make_model("llama"), tmp_path, letters, reward_weights=[1.0, 2.0])

@@ -286,7 +286,7 @@ BAD_ROWS = {
     "nothing to learn": ({"text": ["a"]}, r"neither pairs \(chosen, rejected\) nor steps .* no column 'score'"),
     "equal": (
         {"prompt": ["a"], "chosen": ["b"], "rejected": ["b"]},
-        r"All 1 rows of 'train' have chosen equal to rejected",
+        r"Of 1 row of 'train', all have chosen equal to rejected",
     ),
     "steps without labels": (
         {"prompt": ["a"], "completions": [["b", "c"]], "labels": [[True]]},

@@ -229,7 +229,7 @@ def test_a_tokenizer_reads_no_images(tiny):
 
 def test_places_and_images_are_as_many(tiny):
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    with pytest.raises(DataError, match="Row 1: there are 1 images, and 2 places"):
+    with pytest.raises(DataError, match="Row 1: there are places for 2 images, and there are 1"):
         encoded(tiny, {"prompt": [two], "completion": [SAID], "images": [[as_bytes(picture(1))]]})
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
 from trl.cli.train import Run, check_hub, check_weights, datasets_of, library_errors_as_config_errors, read_run
+from trl.counts import counted
 from trl.errors import ConfigError, TrlError, suggest
 from trl.printable import printable
 
@@ -132,7 +133,7 @@ def _windows(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str,
     mean = sum(sizes) / len(sizes)
     return {
         "rows per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
-        f"{args.gradient_accumulation_steps:,} accumulated × {_counted(processes, 'process')}",
+        f"{args.gradient_accumulation_steps:,} accumulated × {counted(processes, 'process')}",
         "tokens per step": f"{per_step * max(sizes):,} at most, {per_step * mean:,.0f} on average",
     }, per_step
 
@@ -143,16 +144,11 @@ def _rounds(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, 
     steps = args.minibatches_per_rollout_batch * args.num_iterations / args.gradient_accumulation_steps
     sampled = args.max_completion_length or 0
     return {
-        "completions per round": f"{prompts * samples:,} = {_counted(args.prompts_per_rollout_batch, 'prompt')} × "
-        f"{_counted(samples, 'sample')} × {_counted(processes, 'process')}",
+        "completions per round": f"{prompts * samples:,} = {counted(args.prompts_per_rollout_batch, 'prompt')} × "
+        f"{counted(samples, 'sample')} × {counted(processes, 'process')}",
         "steps per round": f"{steps:g}",
         "tokens per round": f"{prompts * samples * (max(sizes) + sampled):,} at most",
     }, prompts / steps
-
-
-def _counted(number: int, name: str) -> str:
-    plural = f"{name}es" if name.endswith("s") else f"{name}s"
-    return f"{number:,} {name if number == 1 else plural}"
 
 
 def _steps(args: Any, steps: float, rows: Any, sample: Any) -> dict[str, str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from trl.counts import counted
 from trl.errors import ConfigError, suggest, unknown
 
 CALL = re.compile(r"(?P<name>[^()]+)\((?P<arguments>[^()]*)\)")
@@ -77,7 +78,8 @@ def check_reward_weights(weights: Sequence[float] | None, arguments: RewardArgum
     names = [*([] if model is None else [model]), *functions]
     if weights is not None and len(weights) != len(names):
         raise ConfigError(
-            f"reward_weights has {len(weights)} entries for {len(names)} reward functions ({', '.join(names)}): give one each."
+            f"reward_weights has {counted(len(weights), 'value')} for {counted(len(names), 'reward function')} "
+            f"({', '.join(names)}): give one each."
         )
 
 

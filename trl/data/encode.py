@@ -28,6 +28,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trl.counts import counted, percent
 from trl.data.encoders import Tokenization
 from trl.data.formats import detect_kind
 from trl.data.multimodal import undecoded
@@ -95,9 +96,9 @@ class EncodingReport:
         return replace(self, **counts)
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {self.rows:,} rows, {self.tokens:,} tokens"]
+        parts = [f"{self.name}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')}"]
         # Rows that are kept without a token to train on are prompts.
-        parts += [f"{self.trained:,} trained ({self.trained / self.tokens:.0%})"] if self.trained else []
+        parts += [f"{self.trained:,} trained ({percent(self.trained, self.tokens)})"] if self.trained else []
         parts += [f"{self.truncated:,} truncated"] if self.truncated else []
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
         parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []
@@ -241,10 +242,10 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
 def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingReport) -> str:
     """Why no row of a dataset can be trained on."""
     if report.identical == report.rows_in:
-        return f"All {report.rows_in:,} rows of {report.name!r} have chosen equal to rejected: nothing can be learned."
+        return f"Of {counted(report.rows_in, 'row')} of {report.name!r}, all have chosen equal to rejected: nothing can be learned."
     shortest = int(counts["source_tokens"].to_numpy().min())
     return (
-        f"No row of {report.name!r} has a token left to train on: {report.dropped:,} of {report.rows_in:,} rows were "
+        f"No row of {report.name!r} has a token left to train on: {report.dropped:,} of {counted(report.rows_in, 'row')} were "
         f"dropped. max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}, and the shortest "
         f"row has {shortest:,} tokens. Raise max_length, choose truncation_mode='keep_end', or check the masks."
     )

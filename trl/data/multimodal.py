@@ -19,6 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
+from trl.counts import counted
 from trl.data.columns import Columns
 from trl.data.formats import PICTURES
 from trl.data.messages import check_contents, to_chatml, without_none
@@ -171,7 +172,7 @@ def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, An
         return messages
     if there:
         raise DataError(
-            f'there are {count} images, and {there} places for them. Give a part {{"type": "image"}} for each, or none: '
+            f'there are places for {counted(there, "image")}, and there are {count}. Give a part {{"type": "image"}} for each, or none: '
             "images then stand before the text of the first user turn."
         )
     asked = next((i for i, message in enumerate(messages) if message.get("role") in ("user", "human")), None)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from trl.counts import counted, percent
 from trl.data.formats import AnyDataset
 from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError, DataError, unknown
@@ -207,7 +208,8 @@ class PackingReport:
         return self.tokens_in - self.tokens
 
     def __str__(self) -> str:
-        text = f"packed {self.rows_in:,} rows into {self.rows:,} of {self.capacity:,} tokens, {self.filled:.1%} filled"
+        filled = percent(self.tokens, self.rows * self.capacity, digits=1)
+        text = f"packed {counted(self.rows_in, 'row')} into {self.rows:,} of {self.capacity:,} tokens, {filled} filled"
         return f"{text}, {self.lost:,} tokens cut off." if self.lost else f"{text}."
 
 

@@ -12,6 +12,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from trl.counts import counted, percent
 from trl.printable import printable
 from trl.types import Completion, Example
 
@@ -45,7 +46,8 @@ def preview_examples(
         tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
     console.print(
-        f"{count:,} rows, {tokens:,} tokens, {trained:,} trained ({trained / max(1, tokens):.0%})", highlight=False
+        f"{counted(count, 'row')}, {counted(tokens, 'token')}, {trained:,} trained ({percent(trained, tokens)})",
+        highlight=False,
     )
 
 
@@ -65,7 +67,7 @@ def _legend(coloured: bool) -> Text:
 
 
 def _heading(number: int, example: Example) -> Text:
-    return Text(f"row {number}: {example.tokens:,} tokens, {_trained(example):,} trained")
+    return Text(f"row {number}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
 
 
 def _trained(example: Example) -> int:
@@ -103,7 +105,9 @@ def _blocks(example: Example, decoder: _Decoder, coloured: bool) -> Iterator[Tex
     yield _text(_runs(prompt, ignored, decoder), coloured)
     for number, completion in enumerate(example.completions, start=1):
         mask = _mask(completion) if prompt else _predicted(_mask(completion))
-        yield Text(f"completion {number} of {len(example.completions)}: {len(completion):,} tokens", style="bold")
+        yield Text(
+            f"completion {number} of {len(example.completions)}: {counted(len(completion), 'token')}", style="bold"
+        )
         yield _text(_runs(list(completion.ids), mask, decoder), coloured)
         if completion.signals:
             yield _signals(completion)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from trl.counts import counted
 from trl.errors import ConfigError, TrlError, unknown
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
@@ -156,7 +157,9 @@ def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
 def _one_each(argument: str, values: Any, functions: Sequence[Any]) -> list[Any]:
     values = list(values) if isinstance(values, list | tuple) else [values] * len(functions)
     if len(values) != len(functions):
-        raise ConfigError(f"{argument} has {len(values)} entries for {len(functions)} reward functions: give one each.")
+        raise ConfigError(
+            f"{argument} has {counted(len(values), 'value')} for {counted(len(functions), 'reward function')}: give one each."
+        )
     return values
 
 
@@ -353,7 +356,9 @@ def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float
         reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
         return dict.fromkeys(everything, (reason, None))
     if len(outcome) != len(samples):
-        reason = f"gave {len(outcome)} rewards for {len(samples)} samples: it has to give one each"
+        reason = (
+            f"gave {counted(len(outcome), 'reward')} for {counted(len(samples), 'sample')}: it has to give one each"
+        )
         return dict.fromkeys(everything, (reason, None))
     return {i: (wrong, None) for i, value in enumerate(outcome) if (wrong := _wrong(value))}
 

@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
 from trl.algorithms.pairs import by_preference
+from trl.counts import counted
 from trl.data.examples import columns_of
 from trl.data.formats import maybe_extract_prompt, maybe_unpair_preference_dataset
 from trl.data.places import renumbering_rows
@@ -83,18 +84,23 @@ class KTOTrainer(PreferenceTrainer):
         pairs = len(rows) if isinstance(rows, Dataset) and is_paired(rows) else None
         with renumbering_rows(pairs, maybe_unpair_preference_dataset, "completion"):
             encoded = super().encode(unpaired(rows), split, name)
-        if split == "train" and isinstance(encoded, Dataset) and self.algorithm.needs_signal == "kl":
-            self._recommend_weights(np.asarray(encoded["label"][:], dtype=bool))
+        if split == "train" and isinstance(encoded, Dataset):
+            self._check_labels(np.asarray(encoded["label"][:], dtype=bool))
         return encoded
 
-    def _recommend_weights(self, labels: np.ndarray) -> None:
+    def _check_labels(self, labels: np.ndarray) -> None:
+        """Say where one kind of label is missing, or much rarer than the other."""
         desirable, undesirable = int(labels.sum()), int((~labels).sum())
         if not desirable or not undesirable:
+            other = "Rows of the other label make it one" + (", or `trl sft` learns from these." if desirable else ".")
             logger.warning(
-                f"All {len(labels):,} completions have the label {bool(desirable)}: KTO learns from the contrast of desirable and "
-                "undesirable ones, and has only one kind here."
+                f"Of {counted(len(labels), 'completion')}, all have the label {bool(desirable)}: KTO learns from the contrast of "
+                f"desirable and undesirable ones, and there is none here. {other}"
             )
-            return
+        elif self.algorithm.needs_signal == "kl":
+            self._recommend_weights(desirable, undesirable)
+
+    def _recommend_weights(self, desirable: int, undesirable: int) -> None:
         given = {"desirable_weight": self.args.desirable_weight, "undesirable_weight": self.args.undesirable_weight}
         ranges = recommended_weights(desirable, undesirable, **given)
         if not ranges.met:
