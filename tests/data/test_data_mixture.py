@@ -204,9 +204,9 @@ def test_refused_datasets(tmp_path, arguments, message):
     [
         (
             {"datasets": [{"path": "a.b/c", "fracton": 1}]},
-            r"datasets\[0\]: unknown key 'fracton'. Did you mean 'fraction'",
+            r"datasets, entry 1: unknown key 'fracton'. Did you mean 'fraction'",
         ),
-        ({"datasets": [{"name": "x"}]}, r"datasets\[0\]: path is missing"),
+        ({"datasets": [{"name": "x"}]}, r"datasets, entry 1: path is missing"),
         ({"datasets": [{"path": "imdb"}, {"path": "./none.jsonl"}]}, "path='./none.jsonl': there is no such file"),
         ({"datasets": [{"path": "imdb", "fraction": 0}]}, "fraction=0 of dataset 'imdb' takes no rows"),
         ({"datasets": [{"path": "imdb", "fraction": 1}, {"path": "c4"}]}, "1 of 2 datasets have a fraction"),

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.conftest import make_tokenizer
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.data.places import naming_lines, naming_rows
-from trl.data.sources import ScriptArguments, load_dataset_argument
+from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
 from trl.errors import DataError, RowError
 
 OPTIONS = {"report_to": [], "html_report": False, "save_strategy": "no", "max_steps": 1}
@@ -65,6 +65,29 @@ def test_rows_of_other_files_have_no_lines(file, tmp_path):
     assert message(1, "train", dataset_name=[str(tmp_path / "rows.parquet")]) == "Row 2: no good."
     Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
     assert message(1, "train", dataset_name=[str(tmp_path / "saved")]) == "Row 2: no good."
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [{}, {"probabilities": [0.6, 0.4], "stopping_strategy": "all_exhausted"}, {"test_split_size": 5}],
+    ids=["joined", "interleaved", "split"],
+)
+def test_rows_of_a_mixture_are_those_of_its_datasets(file, tmp_path, mixing):
+    """Every row that is named is compared with the one of the mixture."""
+    saved = Dataset.from_dict({"text": ["a", "b", "c"]})
+    saved.save_to_disk(tmp_path / "saved")
+    datasets = [{"path": file, "split": "train[1:]"}, {"path": str(tmp_path / "saved")}]
+    mixture = DatasetMixtureConfig(datasets, **mixing)
+    lines, kinds = (tmp_path / "rows.jsonl").read_text().splitlines(), set()
+    for split, rows in get_dataset(mixture).items():
+        for i, row in [*enumerate(rows)][::2]:
+            with pytest.raises(RowError) as caught, naming_lines(ScriptArguments(), mixture), naming_rows(split):
+                raise RowError(i, ": no good.")
+            kind, number, _, place = caught.value.place.split()
+            kinds.add(kind)
+            there = json.loads(lines[int(number) - 1]) if kind == "line" else saved[int(number) - 1]
+            assert (there, place) == (row, "rows.jsonl" if kind == "line" else repr(str(tmp_path / "saved")))
+    assert kinds == {"line", "row"}
 
 
 def test_an_error_comes_out_of_another_process_whole():

@@ -76,7 +76,7 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
         keywords.setdefault("processing_class", processor_of(run, model))
-        with naming_lines(run.script):
+        with naming_lines(run.script, run.mixture):
             return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
 
 

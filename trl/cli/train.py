@@ -183,7 +183,7 @@ def build_trainer(run: Run) -> BaseTrainer:
     }
     rewards = own_keywords(run)
     train_dataset, eval_dataset = datasets_of(run)
-    with naming_lines(run.script):
+    with naming_lines(run.script, run.mixture):
         return load(run.method.trainer)(
             model=run.model.model_name_or_path,
             args=run.training,

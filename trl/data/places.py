@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl.data.sources import ScriptArguments, files_of, slice_of
+from trl.data.sources import DatasetMixtureConfig, ScriptArguments, files_of, parts_of, slice_of, splits_of
 from trl.errors import RowError
 
 if TYPE_CHECKING:
@@ -54,15 +54,31 @@ def numbers(count: int, change: Callable[[Dataset], Dataset | IterableDataset]) 
 
 
 @contextmanager
-def naming_lines(script: ScriptArguments) -> Iterator[None]:
-    """Errors about rows of a `.jsonl` file that `dataset_name` led to say their line."""
+def naming_lines(script: ScriptArguments, mixture: DatasetMixtureConfig | None = None) -> Iterator[None]:
+    """Errors about rows that the command line has read say where these stand in files, or in datasets of the mixture."""
     try:
         yield
     except RowError as error:
-        split = script.dataset_train_split if error.dataset == TRAIN else script.dataset_test_split
-        if script.dataset_name and error.dataset and not script.dataset_streaming:
+        if error.dataset and mixture is not None and mixture.datasets and not mixture.streaming:
+            error.place = _place_in_mixture(mixture, TRAIN if error.dataset == TRAIN else "test", error.row)
+        elif error.dataset and script.dataset_name and not script.dataset_streaming:
+            split = script.dataset_train_split if error.dataset == TRAIN else script.dataset_test_split
             error.place = _place(script.dataset_name, split, error.row)
         raise
+
+
+def _place_in_mixture(mixture: DatasetMixtureConfig, split: str, row: int) -> str:
+    """`line 7 of chats.jsonl`, or `row 7 of 'org/chats'`: numbers are mixed as the rows were."""
+    from datasets import Dataset
+
+    parts = [
+        Dataset.from_dict({"part": [i] * len(rows), "row": range(len(rows))})
+        for i, rows in enumerate(parts_of(mixture))
+    ]
+    found = splits_of(parts, mixture)[split][row]
+    source = mixture.datasets[found["part"]]
+    place = _place(source.path, source.split, found["row"]) if source.data_files is None else ""
+    return place or f"row {found['row'] + 1} of {source.path!r}"
 
 
 def _place(path: str | Sequence[str], split: str, row: int) -> str:

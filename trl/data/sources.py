@@ -175,10 +175,10 @@ def _dataset_config(index: int, given: DatasetConfig | Mapping[str, Any]) -> Dat
     for key in given:
         if key not in known:
             raise ConfigError(
-                f"datasets[{index}]: unknown key {key!r}.{suggest(key, known)} Known: {', '.join(known)}."
+                f"datasets, entry {index + 1}: unknown key {key!r}.{suggest(key, known)} Known: {', '.join(known)}."
             )
     if "path" not in given:
-        raise ConfigError(f"datasets[{index}]: path is missing, the dataset's hub name, folder or file.")
+        raise ConfigError(f"datasets, entry {index + 1}: path is missing, the dataset's hub name, folder or file.")
     return DatasetConfig(**given)
 
 
@@ -427,11 +427,16 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
     of the mixture are as the fractions, and the mixture is as large as that allows. With `probabilities`, rows are
     interleaved.
     """
-    from datasets import DatasetDict, IterableDatasetDict
-
     if not mixture_config.datasets:
         raise ConfigError("datasets is empty: list one dataset or more, each with its path.")
-    parts = [
+    parts = parts_of(mixture_config)
+    _check_columns(parts, [each.path for each in mixture_config.datasets])
+    return splits_of(parts, mixture_config)
+
+
+def parts_of(mixture: DatasetMixtureConfig) -> list[Rows]:
+    """The rows of each dataset of a mixture."""
+    return [
         load_rows(
             each.path,
             name=each.name,
@@ -440,16 +445,21 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
             split=each.split,
             columns=each.columns,
             rename=each.rename,
-            streaming=mixture_config.streaming,
+            streaming=mixture.streaming,
         )
-        for each in mixture_config.datasets
+        for each in mixture.datasets
     ]
-    _check_columns(parts, [each.path for each in mixture_config.datasets])
-    rows = _mixed(parts, mixture_config)
-    if mixture_config.test_split_size is not None:
-        size = mixture_config.test_split_size
-        return rows.train_test_split(size if size < 1 else int(size), seed=mixture_config.seed)
-    return (IterableDatasetDict if mixture_config.streaming else DatasetDict)({"train": rows})
+
+
+def splits_of(parts: Sequence[Rows], mixture: DatasetMixtureConfig) -> Splits:
+    """What a mixture makes of the rows of its datasets."""
+    from datasets import DatasetDict, IterableDatasetDict
+
+    rows = _mixed(list(parts), mixture)
+    if mixture.test_split_size is not None:
+        size = mixture.test_split_size
+        return rows.train_test_split(size if size < 1 else int(size), seed=mixture.seed)
+    return (IterableDatasetDict if mixture.streaming else DatasetDict)({"train": rows})
 
 
 def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
