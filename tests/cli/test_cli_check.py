@@ -62,6 +62,21 @@ def test_a_row_is_named_by_its_line(words, folder, capsys):
     assert "Row 3 (line 4 of some.jsonl), column 'text': expected a string, found NoneType None." in shown
 
 
+def test_rows_to_evaluate_on_are_looked_at_too(folder, capsys):
+    (folder / "halves").mkdir()
+    good, bad = json.dumps({"prompt": "Why?", "completion": " So."}), json.dumps({"prompt": "Why?", "completion": None})
+    (folder / "halves" / "train.jsonl").write_text("\n".join([good] * 3))
+    (folder / "halves" / "test.jsonl").write_text("\n".join([good] * 2))
+    words = ["check", *words_for("halves", "--eval_strategy", "epoch")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "\ntrain: 3 rows, " in shown
+    assert "\neval: 2 rows, " in shown
+    (folder / "halves" / "test.jsonl").write_text("\n".join([good, bad]))
+    assert main(words) == 2
+    assert "Row 2 of 'eval' (line 2 of test.jsonl), column 'completion': expected a string" in capsys.readouterr().err
+
+
 def test_processes_count(folder, capsys):
     more = ["--per_device_train_batch_size", "4", "--num_processes", "2"]
     assert main(["check", *words_for("rows.jsonl", *more)]) == 0

@@ -73,10 +73,10 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
 
     out = console()
     check_hub(run)
-    dataset = datasets_of(run)[0]
+    dataset, evaluated = datasets_of(run)
     sample = dataset.take(ROWS_READ)
     with library_errors_as_config_errors():
-        trainer = trainer_of(run, sample)
+        trainer = trainer_of(run, sample, None if evaluated is None else evaluated.take(ROWS_READ))
     if rows:
         trainer.preview(rows)
     estimate = estimate_of(run, trainer)
@@ -90,12 +90,12 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     return print_verdict(out, problems)
 
 
-def trainer_of(run: Run, rows: Any) -> BaseTrainer:
-    """The trainer of a run on `rows`, without weights."""
+def trainer_of(run: Run, rows: Any, evaluated: Any = None) -> BaseTrainer:
+    """The trainer of a run that learns from `rows` and is `evaluated` on others, without weights."""
     from trl.cli.preview import trainer_without_weights
     from trl.models.config import get_peft_config
 
-    return trainer_without_weights(run, rows, peft_config=get_peft_config(run.model))
+    return trainer_without_weights(run, rows, peft_config=get_peft_config(run.model), eval_dataset=evaluated)
 
 
 def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:

@@ -353,8 +353,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         examples = self.to_examples(list(self.train_dataset.take(n)))[:n]
         image_token = None if self.images is None else self.images.token_id
         preview_examples(examples, self.tokenizer, image_token=image_token)
-        if "train" in self.encoded:
-            print(self.encoded["train"].report)
+        for encoded in self.encoded.values():
+            print(encoded.report)
 
     def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
         """The first `n` training rows, `{"prompt", "completions"}`, for the report."""
