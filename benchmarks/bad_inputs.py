@@ -91,7 +91,14 @@ TRIALS = (
         (("cut.jsonl", '{"text": "a"}\n{"text": "b\n'),),
     ),
     Trial(f"dpo {BASE} {DATA}", ("text", "chosen", "rejected")),
+    Trial(f"sft {BASE} --dataset_name tiny", ("'tiny'", "cannot be read as rows", "holds a model")),
+    Trial(f"sft {BASE} --dataset_name bare", ("'bare'", "no data files", ".jsonl"), (("bare/notes.md", "none"),)),
+    Trial(f"preview {BASE} {DATA} --rows -1", ("rows=-1", "1 or more")),
     # models, folders, networks
+    Trial("chat tiny", ("'tiny'", "--model_name_or_path tiny")),
+    Trial("chat --model_name_or_path tiny --device mps", ("device='mps'", "none here")),
+    Trial("chat --model_name_or_path no-such-model", ("no-such-model", "offline")),
+    Trial(f"eval --model_name_or_path no-such-model {DATA} --perplexity", ("no-such-model", "offline")),
     Trial(f"sft --model_name_or_path ./nowhere {DATA}", ("./nowhere", "no such folder")),
     Trial(f"sft --model_name_or_path no-such-model {DATA} --use_cpu", ("no-such-model", "offline")),
     Trial(f"sft {BASE} --dataset_name no-such/data", ("no-such/data", "Hub")),
@@ -112,6 +119,17 @@ TRIALS = (
         ("reward_weights", "2 values for 1 reward function ", "rewards.py:short"),
     ),
     Trial(f"grpo {BASE} {REWARDED} --use_vllm", ("use_vllm", 'pip install "trl[vllm]"', "trl serve")),
+    Trial(f"grpo {BASE} --dataset_name prompts.jsonl --reward_funcs tiny", ("'tiny'", "language model", "trl reward")),
+    Trial(
+        f"grpo {BASE} --dataset_name prompts.jsonl --reward_funcs broken.py:short",
+        ("broken.py:short", "SyntaxError", "line 1"),
+        (("broken.py", "def short(:\n"),),
+    ),
+    Trial(
+        f"grpo {BASE} --dataset_name prompts.jsonl --reward_funcs lacks.py:short",
+        ("lacks.py:short", "No module named 'no_such_package'", "line 2"),
+        (("lacks.py", "import json\nimport no_such_package\n"),),
+    ),
     Trial(f"sft {BASE} {DATA} --output_dir empty --resume_from_checkpoint true", ("'empty'", "no checkpoint")),
 )
 
@@ -140,6 +158,7 @@ def run(trial: Trial, folder: Path) -> Outcome:
 
     for name, content in trial.files:
         data = content if isinstance(content, bytes) else content.encode()
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     out, errors = io.StringIO(), io.StringIO()
     with chdir(folder), redirect_stdout(out), redirect_stderr(errors):

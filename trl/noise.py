@@ -38,9 +38,11 @@ class _Words(logging.Filter):
 
 
 def silence() -> None:
-    """Leave the noise out for as long as the process lives."""
+    """Leave the noise out for as long as the process lives. Does nothing the second time."""
     for name, noise in LOGGED.items():
-        logging.getLogger(name).addFilter(_Words(noise))
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Words) for each in logger.filters):
+            logger.addFilter(_Words(noise))
     for message in WARNED:
         warnings.filterwarnings("ignore", message=re.escape(message))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import MODEL
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
+from trl.cli.hub import check_model_on_hub
 from trl.cli.parser import OptionParser
 from trl.errors import ConfigError
 
@@ -71,6 +72,7 @@ def run(words: Sequence[str]) -> int:
         ModelConfig
     )
     check_output(arguments.output_dir)
+    check_model_on_hub(name, model.model_revision)
     with library_errors_as_config_errors():
         merge(model, arguments)
     return 0

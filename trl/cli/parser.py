@@ -175,6 +175,10 @@ class OptionParser:
         name = before.replace("-", "_")
         if name in self.options and word not in self.options:
             raise ConfigError(f"Unexpected {word!r} after --{before}, which takes {self.options[name].kind}.")
+        if not before and (Path(word).is_dir() or word.count("/") == 1) and "model_name_or_path" in self.options:
+            raise ConfigError(
+                f"Unexpected {word!r}: options start with two dashes. Did you mean '--model_name_or_path {word}'?"
+            )
         dashes = f" Did you mean '--{word.lstrip('-')}'?" if word.lstrip("-").replace("-", "_") in self.options else ""
         raise ConfigError(f"Unexpected {word!r}: options start with two dashes.{dashes}")
 

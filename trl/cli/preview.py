@@ -31,6 +31,10 @@ class PreviewArguments:
     rows: int = 3
     """How many rows to show."""
 
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ConfigError(f"rows={self.rows}: give 1 or more.")
+
 
 PREVIEW = f"{__name__}:PreviewArguments"
 

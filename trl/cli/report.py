@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,8 @@ def run(words: Sequence[str]) -> int:
         )
     arguments = given.arguments_for(ReportArguments)
     print(f"The report is in {write(folders, arguments)}.", flush=True)
+    for folder in filter(_is_bare, folders):
+        print(f"{folder} holds no log and no samples of a run: give the output_dir of one.", file=sys.stderr)
     if arguments.watch:
         _watch(folders, arguments)
     return 0
@@ -66,6 +69,13 @@ def write(folders: Sequence[str], arguments: ReportArguments) -> Path:
     if len(folders) == 1:
         return write_report(folders[0], arguments.output, refresh=refresh)
     return write_comparison(folders, arguments.output or "comparison.html", refresh=refresh)
+
+
+def _is_bare(folder: str) -> bool:
+    from trl.report.record import read_run
+
+    run = read_run(Path(folder).expanduser())
+    return not (run.log or run.samples or run.pictures)
 
 
 def _watch(folders: Sequence[str], arguments: ReportArguments) -> None:

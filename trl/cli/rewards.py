@@ -15,7 +15,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -161,7 +163,8 @@ def _module(module: str, name: str) -> ModuleType:
     for part in accumulate(module.split("."), "{}.{}".format):
         if importlib.util.find_spec(part) is None:
             raise ConfigError(f"reward_funcs={name!r}: there is no module {part!r}.")
-    return importlib.import_module(module)
+    with _explained(name):
+        return importlib.import_module(module)
 
 
 def _module_in(file: Path, name: str) -> ModuleType:
@@ -174,8 +177,27 @@ def _module_in(file: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(own_name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[own_name] = module
-    spec.loader.exec_module(module)
+    with _explained(name):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raises ConfigError for whatever a user's module raises while it is imported, and says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = (
+            (error.filename, error.lineno)
+            if isinstance(error, SyntaxError)
+            else (frames[-1].filename, frames[-1].lineno)
+        )
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(
+            f"reward_funcs={name!r} cannot be imported: {type(error).__name__}: {what} ({place[0]}, line {place[1]})."
+        ) from error
 
 
 def _search_in(folder: Path) -> None:

@@ -332,7 +332,8 @@ class _Lines(logging.Handler):
 
 def report_progress() -> None:
     """Show what the library reports (rows cut and dropped, layout, …), in one process of a node."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        logging.getLogger("trl").addHandler(_Lines())
-        logging.getLogger("trl").setLevel(logging.INFO)
-        logging.getLogger("trl").propagate = False
+    ours = logging.getLogger("trl")
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not any(isinstance(each, _Lines) for each in ours.handlers):
+        ours.addHandler(_Lines())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False

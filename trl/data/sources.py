@@ -184,6 +184,9 @@ def _dataset_config(index: int, given: DatasetConfig | Mapping[str, Any]) -> Dat
 
 # ---- places ----
 
+LONGEST = 300
+"""Characters of what another library raised."""
+
 TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Endings of files with letters in UTF-8."""
 
@@ -255,6 +258,7 @@ def load_splits(
 ) -> Splits:
     """All splits of a dataset."""
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
     places = _listed(path)
     for place in places:
@@ -269,7 +273,25 @@ def load_splits(
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         return _streamed(splits) if streaming else splits
-    return load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+    try:
+        return load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+    except DataFilesNotFoundError as error:
+        raise DataError(
+            f"Dataset {places[0]!r} holds no data files: known endings are {', '.join(BUILDERS)}."
+        ) from error
+    except DatasetGenerationError as error:
+        model = (
+            " It holds a model: is it the model_name_or_path?"
+            if local and Path(local[0], "config.json").is_file()
+            else ""
+        )
+        raise DataError(f"Dataset {places[0]!r} cannot be read as rows: {_briefly(error)}.{model}") from error
+
+
+def _briefly(error: Exception) -> str:
+    """What a library raised, or its cause, in a line that can be read."""
+    told = " ".join(str(error.__cause__ or error).split())
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
 
 
 def files_of(path: str | Sequence[str], split: str) -> list[str]:
@@ -306,7 +328,7 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     try:
         return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
     except DatasetGenerationError as error:
-        told = next(filter(None, map(_where_json_breaks, paths)), None) or error.__cause__ or error
+        told = next(filter(None, map(_where_json_breaks, paths)), None) or _briefly(error)
         raise DataError(f"Dataset {paths} cannot be read as {builder}: {told}") from error
 
 

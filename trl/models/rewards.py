@@ -47,6 +47,12 @@ def prepare_rewards(model: PreTrainedModel) -> None:
 
     Raises ModelError for a model with other than one label.
     """
+    kinds = model.config.architectures or ()
+    if model.config.num_labels != 1 and any("CausalLM" in kind for kind in kinds):
+        raise ModelError(
+            f"{model.config._name_or_path!r} is a language model ({kinds[0]}) and gives no rewards: name a reward model, such as "
+            "`trl reward` trains."
+        )
     if model.config.num_labels != 1:
         raise ModelError(
             f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "

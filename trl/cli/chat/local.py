@@ -13,9 +13,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
+from trl.cli.hub import check_model_on_hub
 from trl.data.chat import ChatTemplate
 from trl.data.multimodal import split_parts
-from trl.errors import ModelError
+from trl.errors import ConfigError, ModelError
 from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
 from trl.report.charts import number
@@ -162,6 +163,7 @@ def context_of(inner: Any, tokenizer: Any) -> int | None:
 def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
     """The model that the options name, with its adapter, quantised if they say so."""
     name = model.model_name_or_path
+    check_model_on_hub(name, model.model_revision)
     loaded = load_model(
         name,
         quantization_config=get_quantization_config(model),
@@ -176,10 +178,25 @@ def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
     return LocalSpeaker(loaded, processor, arguments.chat_template_kwargs)
 
 
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which weights are spread over all devices."""
+
+
 def _placement(device: str) -> dict[str, Any]:
     """Where `from_pretrained` puts the weights."""
     if device == "auto" and not torch.accelerator.is_available():
         return {}
+    if device in MAPS:
+        return {"device_map": device}
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no device: give auto, cpu, cuda or cuda:1, for instance.") from error
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind not in ("cpu", there and there.type):
+        raise ConfigError(
+            f"device={device!r}: there is none here. Leave it out, or give {there.type if there else 'cpu'}."
+        )
     return {"device_map": device}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trl.cli.hub import check_model_on_hub
 from trl.cli.parser import ParsedOptions
 from trl.cli.train import check_model, check_weights
 from trl.models.config import ModelConfig, get_quantization_config
@@ -18,6 +19,7 @@ def load(parsed: ParsedOptions, name: str | None) -> tuple[Any, Any]:
     check_weights(name := check_model(name))
     given = {"dtype": "auto", **parsed.values, "model_name_or_path": name}
     config = replace(parsed, values=given).arguments_for(ModelConfig)
+    check_model_on_hub(name, config.model_revision)
     placement = {"device_map": "auto"} if torch.accelerator.is_available() else {}
     model = load_model(
         name,
