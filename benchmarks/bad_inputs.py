@@ -74,6 +74,15 @@ TRIALS = (
     Trial(f"sft {BASE} {DATA} --save_safetensors false", ("save_safetensors", "safetensors")),
     Trial(f"sft {BASE} {DATA} --report_to wandbb", ("report_to", "wandbb")),
     Trial(f"sft {BASE} {DATA} --load_in_4bit --load_in_8bit", ("load_in_4bit", "load_in_8bit", "keep one")),
+    Trial(
+        f"sft {BASE} {DATA} --save_strategy best", ("save_strategy='best'", "metric_for_best_model", "eval_strategy")
+    ),
+    Trial(
+        f"sft {BASE} {DATA} --load_best_model_at_end",
+        ("load_best_model_at_end", "eval_strategy is 'no'", "--eval_strategy epoch --save_strategy epoch"),
+    ),
+    Trial(f"sft {BASE} {DATA} --load_in_4bit", ("--load_in_4bit", "--use_peft")),
+    Trial(f"sft {BASE} {DATA} -o out", ("'-o'", "two dashes")),
     Trial(f"dpo {BASE} --dataset_name pairs.jsonl --beta -1", ("beta", "-1")),
     # rows
     Trial(f"sft {BASE} --dataset_name none.jsonl", ("none.jsonl", "rows.jsonl")),

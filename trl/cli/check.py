@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load, methods
-from trl.cli.train import Run, check_hub, check_weights, datasets_of, library_errors_as_config_errors, read_run
+from trl.cli.train import (
+    Run,
+    check_hub,
+    check_trains,
+    check_weights,
+    datasets_of,
+    library_errors_as_config_errors,
+    read_run,
+)
 from trl.counts import counted
 from trl.errors import ConfigError, TrlError, suggest
 from trl.printable import printable
@@ -73,6 +81,7 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
 
     out = console()
     check_hub(run)
+    check_trains(run)
     dataset, evaluated = datasets_of(run)
     sample = dataset.take(ROWS_READ)
     with library_errors_as_config_errors():

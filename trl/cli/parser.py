@@ -161,6 +161,8 @@ class OptionParser:
         while words and not words[0].startswith("--"):
             if "_" in words[0] and words[0].replace("-", "_") in self.options:
                 self._refuse_word(words[0], name)
+            if words[0].startswith("-") and words[0][1:2].isalpha():
+                self._refuse_word(words[0], "")
             taken.append(words.pop(0))
         return taken
 

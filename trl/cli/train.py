@@ -220,6 +220,7 @@ def train(run: Run) -> int:
     if resume is None:
         _check_output_folder(run)
     check_hub(run, pushes=True)
+    check_trains(run)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
     with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
@@ -244,6 +245,20 @@ def _make_output_folder(name: str) -> None:
         ) from error
     if not os.access(name, os.W_OK):
         raise ConfigError(f"output_dir={name!r}: you may not write there. Name another.")
+
+
+def check_trains(run: Run) -> None:
+    """Raises ConfigError for quantised weights without an adapter, which cannot be trained."""
+    from trl.models.adapters import is_adapter
+
+    model = run.model
+    bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
+    if bits is None or model.use_peft or model.adapter_name_or_path is not None:
+        return
+    if not is_adapter(
+        model.model_name_or_path, **({} if model.model_revision == "main" else {"revision": model.model_revision})
+    ):
+        raise ConfigError(f"--{bits}: quantised weights do not train. Add --use_peft, which trains an adapter on them.")
 
 
 def _check_output_folder(run: Run) -> None:

@@ -18,7 +18,7 @@ from trl.compat import remedy
 from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
 from trl.option_types import check_choices, describe_fields
-from trl.trainers.option_checks import check_deepspeed, check_intervals, check_loggers, check_precision
+from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -252,6 +252,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there."""
         check_choices(self)
         check_intervals(self)
+        check_best(self)
         check_bounds(self)
         template = self.chat_template_path or ""
         if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():

@@ -29,6 +29,22 @@ def check_intervals(args: TrainingArguments) -> None:
             )
 
 
+def check_best(args: TrainingArguments) -> None:
+    """Raises ConfigError where the best checkpoint cannot be known: nothing is evaluated when one is written, or by no metric."""
+    evaluates, saves = (getattr(each, "value", each) for each in (args.eval_strategy, args.save_strategy))
+    has_metric = args.metric_for_best_model is not None or args.load_best_model_at_end
+    if saves == "best" and not (has_metric and evaluates != "no"):
+        raise ConfigError(
+            "save_strategy='best' saves where a metric of the evaluation is best: set metric_for_best_model (eval_loss, for "
+            "instance) and eval_strategy."
+        )
+    if args.load_best_model_at_end and saves not in ("best", evaluates):
+        raise ConfigError(
+            f"load_best_model_at_end=True takes an evaluation for every checkpoint, and eval_strategy is {evaluates!r} where "
+            f"save_strategy is {saves!r}: give both the same, --eval_strategy epoch --save_strategy epoch for instance."
+        )
+
+
 def check_precision(args: TrainingArguments) -> None:
     """Raises ConfigError for two precisions at once, and for one that the device does not have."""
     if args.bf16 and args.fp16:
