@@ -2,7 +2,7 @@
 
     p_k        = p_start + (p_end − p_start) · k / (n − 1),                     k = 0 … n − 1 improvement steps
     bar_x      = clip(quantile_{p_k}{r(x, y)}, min_x bar + ε, max_x bar − ε)     of every prompt x; ε = 10⁻³
-    kept       = {(x, y) : r(x, y) ≥ bar_x}, each once
+    kept       = {(x, y) : r(x, y) ≥ bar_x}, each text once
     loss       = −log π(y | x)                                                 see `trl.algorithms.sft`
 
 Sampling is done once for n improvement steps (grow and improve: ReST, Gulcehre et al. 2023, arXiv:2308.08998); best-of-n

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from trl.algorithms.rft import RFT, RFTOptions, first_of_each
 from trl.errors import ConfigError
@@ -154,9 +155,9 @@ class RFTTrainer(OnlineTrainer):
 
     def _selected(self, drawn: Drawn, experience: Experience) -> list[bool]:
         """Completions at the bar or above, each once per prompt."""
-        identity = [(i, tuple(c.ids)) for i, example in enumerate(drawn.examples) for c in example.completions]
         reached = experience.signals["reached"].bool().tolist()
-        return first_of_each(identity, [a and b for a, b in zip(reached, drawn.usable, strict=True)])
+        candidates = [a and b for a, b in zip(reached, drawn.usable, strict=True)]
+        return first_of_each(prompts_and_texts(drawn.examples, self.tokenizer), candidates)
 
     # ---- loss ----
 
@@ -173,6 +174,17 @@ class RFTTrainer(OnlineTrainer):
     def _load_buffer(self, state: Mapping[str, Any]) -> None:
         super()._load_buffer(state)
         self.drawn = Drawn.from_state(state["drawn"])
+
+
+def prompts_and_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
+    """Of every completion, the number of its prompt, and its text as reward functions see it.
+
+    Special tokens are not in it: a sample with some more of them would otherwise count as another one, as good as the plain one, and
+    the model would learn to write them.
+    """
+    numbers = [i for i, example in enumerate(examples) for _ in example.completions]
+    ids = [list(completion.ids) for example in examples for completion in example.completions]
+    return list(zip(numbers, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
 
 def _without_any_signals(examples: Sequence[Example]) -> list[Example]:
