@@ -7,22 +7,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pretrain import FOLDER, shorten_walks
-from settings import configuration, constant_rate, default_rft_config, from_command_line
+from settings import configuration, cosine, default_rft_config, from_command_line
+
+GOAL, END = 0, 21
+"""Tokens at which samples end. What follows the goal is not judged; with it, one good walk would be kept as many, until most of what
+is learned from is such."""
 
 LOCAL = {
     "train": {
         "seq_length": 10,
         "epochs": 48,
         "total_steps": 1000,
-        "batch_size": 50,
-        "eval_interval": 16,
+        "batch_size": 16,
+        "eval_interval": 24,
         "checkpoint_dir": "ckpts/rft-randomwalks",
     },
     "model.num_layers_unfrozen": -1,
-    **constant_rate(3e-4),
+    **cosine(3e-4, 144),
     "optimizer.kwargs": {"betas": (0.9, 0.99), "weight_decay": 0},
-    "method": {"start_percentile": 0.9, "end_percentile": 0.95},
+    "method": {"start_percentile": 0.9, "end_percentile": 0.95, "n_improve_steps": 1},
     "method.gen_kwargs.max_new_tokens": 9,
+    "method.gen_kwargs.eos_token_id": [GOAL, END],
 }
 
 
