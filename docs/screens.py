@@ -58,7 +58,9 @@ report_to: none
 
 def recording() -> Console:
     """A console that remembers what it prints, and shows it to nobody."""
-    return Console(record=True, width=COLUMNS, file=io.StringIO(), legacy_windows=False, highlight=False)
+    return Console(
+        record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
+    )
 
 
 def draw(console: Console, name: str) -> None:
