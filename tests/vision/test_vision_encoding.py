@@ -236,7 +236,7 @@ def test_places_and_images_are_as_many(tiny):
 def test_tokens_of_images_without_images(tiny):
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
     example = Example([processing.token_id, 5], (Completion([6]),))
-    with pytest.raises(DataError, match="1 tokens stand for images .*, but the row has no image"):
+    with pytest.raises(DataError, match="1 tokens stand for images .*, but there is no image"):
         processing.with_images(example, [])
     with pytest.raises(DataError, match="1 tokens stand for images, but its 1 images have 4 features"):
         processing.with_images(example, [picture(1)])

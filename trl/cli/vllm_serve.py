@@ -158,5 +158,6 @@ def command_of(arguments: VLLMServeArguments) -> list[str]:
     caching = {True: ["--enable-prefix-caching"], False: ["--no-enable-prefix-caching"], None: []}
     command += caching[arguments.enable_prefix_caching]
     switches = {"enforce-eager": arguments.enforce_eager, "trust-remote-code": arguments.trust_remote_code}
+    switches["enable-scale-out"] = True  # the route that takes token ids and images
     switches["enable-lora"] = arguments.max_lora_rank is not None
     return command + [f"--{name}" for name, on in switches.items() if on]

@@ -18,9 +18,10 @@ from typing import Any
 import requests
 
 from trl.errors import EngineError
-from trl.rollouts.engine import FinishReason, Rollout
+from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams
+from trl.vision.images import data_url
 
 CONNECT = 10.0
 """Seconds in which a connection has to come about."""
@@ -30,6 +31,17 @@ SHOWN = 400
 
 ABSENT = (404, 405)
 TRY_LATER = (408, 425, 429)
+BANNED = -100.0
+"""Bias of a token that is not to be sampled."""
+
+GENERATE = "/inference/v1/generate"
+IMAGES_NEED = (
+    "Prompts with images go to a route that takes token ids and images: start the server with `trl vllm-serve` or `trl serve`; "
+    "it is vLLM 0.32 or later with --enable-scale-out."
+)
+FINAL_ONLY = 2
+"""How vLLM is told to answer once, with whole samples."""
+
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 """How a completion may have ended that is learned from; one that was aborted is sampled again."""
 
@@ -40,6 +52,31 @@ class Unreachable(EngineError):
 
 class Refused(EngineError):
     """A request that a server turned down; asking again is no use."""
+
+
+@dataclass(frozen=True)
+class SentPrompt:
+    """A prompt on its way to a server, from any process.
+
+    ids              with all tokens of its images
+    max_new_tokens   a limit of its own, or None
+    unexpanded       the ids with one place for each image, where it has some
+    images           those, as data URLs
+    has_inputs       whether it has inputs that are not sent
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int | None = None
+    unexpanded: Sequence[int] = ()
+    images: Sequence[str] = ()
+    has_inputs: bool = False
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> SentPrompt:
+        own = prompt.unexpanded
+        if own is None:
+            return cls(list(prompt.ids), prompt.max_new_tokens, has_inputs=bool(prompt.inputs))
+        return cls(list(prompt.ids), prompt.max_new_tokens, list(own.ids), list(map(data_url, own.images)))
 
 
 @dataclass(frozen=True)
@@ -68,6 +105,8 @@ class Server:
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.version: str | None = None
         """The weights that it has; None if that is not known."""
+        self.reads_images = False
+        """Whether its model does, so that it keeps what earlier weights made of them."""
         self._local = threading.local()
 
     def get(self, path: str, **params: Any) -> Any:
@@ -111,7 +150,7 @@ class Server:
         try:
             found = self.get("/server_info", config_format="json")
         except Refused as error:
-            if any(f"({status})" in str(error) for status in ABSENT):
+            if _is_absent(error):
                 raise Refused(
                     f"{error} A trainer needs the routes of vLLM's developer mode: start the server with `trl vllm-serve`, or "
                     "with VLLM_SERVER_DEV_MODE=1 in its environment."
@@ -136,6 +175,44 @@ class Server:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
             raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
+
+    def complete_after_images(
+        self, prompt: SentPrompt, params: SamplingParams, n: int, model: str, vocabulary: int
+    ) -> list[Rollout]:
+        """n samples of a prompt with images. Raises Refused where the server expands it to other tokens than the trainer."""
+        body, asked = (
+            image_body(prompt, params, n, model),
+            f"POST {self.url}{GENERATE} (n={n}, {len(prompt.images)} images)",
+        )
+        try:
+            answer = self.post(GENERATE, body)
+        except Refused as error:
+            raise Refused(f"{error} {IMAGES_NEED if _is_absent(error) else ''}".rstrip()) from error
+        told = answer.get("prompt_token_ids") if isinstance(answer, Mapping) else None
+        if not isinstance(told, list):
+            raise Refused(f"{asked}: the server does not say which tokens it made of the prompt. {IMAGES_NEED}")
+        if told != list(prompt.ids):
+            raise Refused(f"{asked}: {other_tokens(told, prompt.ids)}")
+        try:
+            choices = [_as_completion(choice) for choice in answer["choices"]]
+            return _rollouts({"choices": choices}, [prompt.ids], params, n, vocabulary, self.version)[0]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+            raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
+
+
+def _is_absent(error: Refused) -> bool:
+    return any(f"({status})" in str(error) for status in ABSENT)
+
+
+def other_tokens(told: Sequence[int], wanted: Sequence[int]) -> str:
+    """How the tokens that a sampler made of a prompt with images differ from the trainer's."""
+    first = next((i for i, (a, b) in enumerate(zip(told, wanted, strict=False)) if a != b), min(len(told), len(wanted)))
+    return (
+        f"the prompt with its images is {len(told)} tokens there and {len(wanted)} in the trainer, and they differ from number "
+        f"{first} on. Serve the model from a folder with the trainer's own processor (processor.save_pretrained), and give it "
+        "no --mm-processor-kwargs; families whose prompts vLLM builds in another order are sampled in process."
+    )
 
 
 def _read(response: requests.Response, end: float) -> bytes:
@@ -201,6 +278,29 @@ def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n:
     return {
         "model": model,
         "prompt": [list(prompt) for prompt in prompts],
+        **sampling_body(params, n),
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "stream": False,
+    }
+
+
+def image_body(prompt: SentPrompt, params: SamplingParams, n: int, model: str) -> dict[str, Any]:
+    """The same for a prompt with images: ids from before expansion, and the server says what it made of them."""
+    return {
+        "model": model,
+        "token_ids": list(prompt.unexpanded),
+        "content_parts": [{"type": "image_url", "url": url} for url in prompt.images],
+        "sampling_params": {**sampling_body(params, n), "logprobs": 0, "output_kind": FINAL_ONLY},
+        "return_token_ids": True,
+        "stream": False,
+    }
+
+
+def sampling_body(params: SamplingParams, n: int) -> dict[str, Any]:
+    """The sampling parameters of a request."""
+    return {
         "n": n,
         "max_tokens": params.max_new_tokens,
         "min_tokens": params.min_new_tokens,
@@ -217,11 +317,16 @@ def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "seed": params.seed,
-        "logprobs": 0,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,
-        "stream": False,
+        **({"logit_bias": {str(token): BANNED for token in params.banned_tokens}} if params.banned_tokens else {}),
     }
+
+
+def _as_completion(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """A choice of the route for tokens as one of the route for completions."""
+    content = choice["logprobs"]["content"]
+    if [each["token_id"] for each in content] != choice["token_ids"]:
+        raise ValueError("log-probabilities of other tokens than were sampled")
+    return {**choice, "logprobs": {"token_logprobs": [each["logprob"] for each in content]}}
 
 
 def _rollouts(

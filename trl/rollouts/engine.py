@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from trl.types import Example, prompt_key
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
 
     from trl.rollouts.sampling import SamplingParams
@@ -24,12 +25,24 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Unexpanded:
+    """A prompt with images as samplers take it that process images themselves.
+
+    ids      with one place for each image, where `Prompt.ids` has all tokens of it
+    images   in RGB and within the trainer's limits, in the order of their places
+    """
+
+    ids: Sequence[int]
+    images: Sequence[Image]
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What a policy continues: token ids (of the encoder, in an encoder-decoder), never padded.
 
     `inputs`, `positions` and `next_position` are those of a `trl.types.Example`: what else the model reads with the prompt
     (pixel values, …), and where its tokens stand. `max_new_tokens` is a limit of this prompt's own, below the one of the
-    sampling parameters.
+    sampling parameters. `unexpanded` is the same prompt for engines that make pixel values of images themselves.
     """
 
     ids: Sequence[int]
@@ -37,6 +50,7 @@ class Prompt:
     max_new_tokens: int | None = None
     positions: Any = None
     next_position: int | None = None
+    unexpanded: Unexpanded | None = None
 
     @classmethod
     def of(cls, example: Example) -> Prompt:

@@ -20,7 +20,7 @@ from trl.rollouts.sampling import SamplingParams
 def is_unmodified(params: SamplingParams) -> bool:
     """Whether samples come from the whole distribution, as the model gives it at this temperature."""
     kept = params.top_k == 0 and params.top_p == 1 and params.min_p == 0
-    return kept and params.repetition_penalty == 1 and params.min_new_tokens == 0
+    return kept and params.repetition_penalty == 1 and params.min_new_tokens == 0 and not params.banned_tokens
 
 
 MODES: dict[str, Callable[[SamplingParams], bool]] = {

@@ -28,17 +28,18 @@ from torch import nn
 
 from trl.errors import ConfigError, DataError, EngineError, ModelError
 from trl.models.gathering import base_of, policy_of
-from trl.rollouts.connection import Server, ServerInfo, Unreachable
+from trl.rollouts.connection import SentPrompt, Server, ServerInfo, Unreachable
 from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
-from trl.rollouts.sampling import SamplingParams, with_seed
-from trl.rollouts.sync_check import PARAMS, check_weights, probe
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
+from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.weight_sync import needs_merged_weights
 from trl.rollouts.weight_transfer import ADAPTER, FolderTransfer, WeightTransfer, together
 from trl.training.collectives import gather_on_main, is_main, run_on_main
+from trl.vision.families import image_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ START = "    trl vllm-serve --model {model} --port {port}        (vLLM)\n    trl
 class Chunk:
     """What one request asks for: n samples of each of these prompts."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[SentPrompt]
     params: SamplingParams
     n: int
 
@@ -111,6 +112,8 @@ class ServerEngine(RolloutEngine):
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
         self._model_name = ""
         self._stops_of: Any = None
+        self._image_tokens: list[int] = []
+        self._saw_images = False
         self._said: set[str] = set()
         self.counts = EngineCounts()
 
@@ -128,6 +131,9 @@ class ServerEngine(RolloutEngine):
         if not self.infos:
             self.infos = run_on_main(lambda: self._connect(base_of(policy)))
             self._stops_of = base_of(policy)
+            self._image_tokens = image_token_ids(self._stops_of.config)
+            for server in self.servers:
+                server.reads_images = bool(self._image_tokens)
         over_nccl = isinstance(self.transfer, NCCLTransfer)
         reason = "NCCL carries whole weights" if over_nccl else needs_merged_weights(policy, [*self.infos.values()])
         if reason and policy is not base_of(policy):
@@ -147,7 +153,7 @@ class ServerEngine(RolloutEngine):
         for url, info in self.infos.items():
             if not info.tells_policy(PARAMS):
                 continue
-            prompt = probe(min(vocabulary, info.vocabulary or vocabulary), info.context)
+            prompt = probe(min(vocabulary, info.vocabulary or vocabulary), info.context, self._image_tokens)
             rollout = run_on_main(lambda url=url, prompt=prompt: self._probe(url, prompt))
             if rollout is not None:
                 difference = check_weights(model, prompt, rollout, info.dtype, engine=f"The server {url}")
@@ -158,7 +164,7 @@ class ServerEngine(RolloutEngine):
         server = next(server for server in self.servers if server.url == url)
         if server.version is None:
             return None
-        return self._ask(server, Chunk([prompt.ids], PARAMS, 1))[0][0]
+        return self._ask(server, Chunk([SentPrompt.of(prompt)], PARAMS, 1))[0][0]
 
     # ---- the start ----
 
@@ -210,16 +216,21 @@ class ServerEngine(RolloutEngine):
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
         """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`.
 
-        Raises ConfigError for parameters that servers do not have, DataError for a prompt that leaves no room in their context,
-        and EngineError where servers fail.
+        Prompts with images are sent as they are before expansion, and the images with them; tokens that stand for images are
+        not sampled. Raises ConfigError for parameters that servers do not have, DataError for a prompt that leaves no room in
+        their context, and EngineError where servers fail, or expand a prompt to other tokens than the trainer.
         """
         if self._synced is None:
             raise EngineError("The servers have been sent no weights yet: call sync(model, step) first.")
         check_parameters(params)
         start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
-        asked = ([(list(prompt.ids), bool(prompt.inputs), prompt.max_new_tokens) for prompt in prompts], params, n)
+        asked = (list(map(SentPrompt.of, prompts)), with_banned(params, self._image_tokens), n)
         everywhere = gather_on_main(asked)
         found, place = run_on_main(lambda: self._sample(everywhere)), _rank()
+        if not self._saw_images and all(info.tells_policy(params) for info in self.infos.values()):
+            dtypes = [info.dtype for info in self.infos.values()]
+            off = check_images(self._synced[1](), prompts, found[place], params, dtypes, engine="The server")
+            self._saw_images = off is not None
         self.counts.add("generate_seconds", time.monotonic() - start)
         self.counts.add("generated_tokens", sum(len(rollout) for rollouts in chain(*found) for rollout in rollouts))
         return found[place]
@@ -241,27 +252,32 @@ class ServerEngine(RolloutEngine):
     def _is_own(self) -> bool:
         return all(info.is_own for info in self.infos.values())
 
-    def _chunks(self, prompts: Sequence[tuple], params: SamplingParams, n: int) -> list[Chunk]:
+    def _chunks(self, prompts: Sequence[SentPrompt], params: SamplingParams, n: int) -> list[Chunk]:
         """Requests for these prompts, the same whichever server will answer which.
 
-        vLLM gets one prompt at a time, with a seed of its own. `trl serve` gets as many parts as there are servers: the first one's
-        samples are those of the engine in process, and all of them with one server.
+        vLLM gets one prompt at a time, with a seed of its own, and so does every server where there are images. `trl serve`
+        gets as many parts of texts as there are servers: the first one's samples are those of the engine in process, and all
+        of them with one server.
         """
-        limits = [self._limit(i, ids, inputs, own, params) for i, (ids, inputs, own) in enumerate(prompts)]
-        together = self._is_own and len(set(limits)) == 1
+        limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
+        together = self._is_own and len(set(limits)) == 1 and not any(prompt.images for prompt in prompts)
         size = -(-len(prompts) // len(self.servers)) if together else 1
         return [
             Chunk(
-                [ids for ids, _, _ in prompts[start : start + size]],
+                prompts[start : start + size],
                 replace(params, max_new_tokens=limits[start], seed=_seed(params.seed, start)),
                 n,
             )
             for start in range(0, len(prompts), size)
         ]
 
-    def _limit(self, index: int, ids: Sequence[int], inputs: bool, own: int | None, params: SamplingParams) -> int:
-        if inputs:
-            raise DataError(f"prompts[{index}] has inputs beside its tokens, which are not sent to servers.")
+    def _limit(self, index: int, prompt: SentPrompt, params: SamplingParams) -> int:
+        ids, own = prompt.ids, prompt.max_new_tokens
+        if prompt.has_inputs:
+            raise DataError(
+                f"prompts[{index}] has inputs beside its tokens, which are not sent to servers: they take tokens and images "
+                "(`Prompt.unexpanded`), which trainers give them of rows with a column of images."
+            )
         if not ids:
             raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
         limit = params.max_new_tokens if own is None else min(own, params.max_new_tokens)
@@ -277,11 +293,14 @@ class ServerEngine(RolloutEngine):
 
     def _ask(self, server: Server, chunk: Chunk) -> list[list[Rollout]]:
         info = self.infos[server.url]
-        vocabulary = info.vocabulary or 2**31
-        return server.complete(chunk.prompts, chunk.params, chunk.n, self._model_name or info.model, vocabulary)
+        vocabulary, model = info.vocabulary or 2**31, self._model_name or info.model
+        if chunk.prompts[0].images:
+            return [server.complete_after_images(chunk.prompts[0], chunk.params, chunk.n, model, vocabulary)]
+        return server.complete([prompt.ids for prompt in chunk.prompts], chunk.params, chunk.n, model, vocabulary)
 
     def exact_logprobs(self, params: SamplingParams) -> bool:
         """Whether all servers tell the policy's own log-probabilities for these parameters; where not, that is said once."""
+        params = with_banned(params, self._image_tokens)
         wrong = [url for url, info in self.infos.items() if not info.tells_policy(params)]
         if wrong:
             mode = self.infos[wrong[0]].logprobs_mode

@@ -23,18 +23,21 @@ from torch import distributed, nn
 from trl.errors import ConfigError, DataError, EngineError
 from trl.imports import require
 from trl.models.gathering import base_of, policy_of
+from trl.models.load import tokenizer_of
+from trl.rollouts.connection import BANNED, other_tokens
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.logprob_modes import tells_policy
-from trl.rollouts.sampling import SamplingParams, with_seed
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
 from trl.rollouts.server import check_parameters, with_stop_tokens
-from trl.rollouts.sync_check import PARAMS, check_weights, probe
+from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.weight_folders import WeightFolders, default_root
 from trl.rollouts.weight_sync import publish, write_weights
 from trl.training.collectives import run_on_main
+from trl.vision.families import image_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 BATCHED_TOKENS = 4096
 """Tokens that vLLM profiles its memory with: small, as in other trainers, since the policy lives on the same device."""
@@ -43,6 +46,7 @@ BATCHED_TOKENS = 4096
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM in process: a `RolloutEngine`.
 
+    tokenizer              the trainer's; of a model that reads images, its processor
     temperature            that of the samples: at 1 (or 0) vLLM tells raw log-probabilities, which are the policy's whatever is
                            truncated; at others those after temperature, which are the policy's where nothing is
     tensor_parallel_size   processes that share one copy of the weights; neighbours by rank
@@ -52,7 +56,7 @@ class VLLMEngine(RolloutEngine):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         sync_dir: str | Path | None = None,
         temperature: float = 1.0,
@@ -70,7 +74,7 @@ class VLLMEngine(RolloutEngine):
             )
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         self.vllm = require("vllm", to='vllm_mode="colocate"')
-        self.tokenizer, self.sleeps = tokenizer, enable_sleep_mode
+        self.processor, self.tokenizer, self.sleeps = tokenizer, tokenizer_of(tokenizer), enable_sleep_mode
         self.sync_dir = default_root() if sync_dir is None else Path(sync_dir)
         self.group_size = tensor_parallel_size
         self.mode = "raw_logprobs" if temperature in (0, 1) else "processed_logprobs"
@@ -92,7 +96,8 @@ class VLLMEngine(RolloutEngine):
         self.folders: WeightFolders | None = None
         self._groups: list[Any] = []
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
-        self._asleep = self._said = False
+        self._asleep = self._said = self._saw_images = False
+        self._image_tokens: list[int] = []
         self.counts = EngineCounts()
 
     # ---- weights ----
@@ -116,9 +121,9 @@ class VLLMEngine(RolloutEngine):
         self.counts.add("sync_seconds", time.monotonic() - start)
 
     def _start(self, model: nn.Module, folder: str) -> None:
-        run_on_main(lambda: self.tokenizer.save_pretrained(folder))
+        run_on_main(lambda: self.processor.save_pretrained(folder))
         base = base_of(policy_of(model))
-        self._stops_of = base
+        self._stops_of, self._image_tokens = base, image_token_ids(base.config)
         dtype = str(base.dtype).removeprefix("torch.")
         self._groups = [
             distributed.new_group(list(range(first, first + self.group_size)))
@@ -131,10 +136,12 @@ class VLLMEngine(RolloutEngine):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder, "is_checkpoint_format": True})
         if self.llm.reset_prefix_cache() is False:
             raise EngineError("vLLM did not forget what it had cached of prompts, which belongs to earlier weights.")
+        if self._image_tokens:
+            self.llm.llm_engine.reset_encoder_cache()
 
     def _check(self, model: nn.Module) -> None:
         base = base_of(policy_of(model))
-        prompt = probe(base.get_input_embeddings().num_embeddings, self._context)
+        prompt = probe(base.get_input_embeddings().num_embeddings, self._context, self._image_tokens)
         ((rollout,),) = self._run([prompt], PARAMS, 1)
         dtype = str(base.dtype).removeprefix("torch.")
         self.counts.largest("sync_logp_difference", check_weights(model, prompt, rollout, dtype, engine="vLLM"))
@@ -157,10 +164,14 @@ class VLLMEngine(RolloutEngine):
         check_parameters(params)
         start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
         self._wake()
-        found = self._shared(prompts, params, n) if self.group_size > 1 else self._run(prompts, params, n)
+        asked = with_banned(params, self._image_tokens)
+        found = self._shared(prompts, asked, n) if self.group_size > 1 else self._run(prompts, asked, n)
         if self.sleeps:
             self.llm.sleep(level=1)
             self._asleep = True
+        if not self._saw_images and tells_policy(self.mode, params):
+            off = check_images(self._synced[1](), prompts, found, params, [], engine="vLLM")
+            self._saw_images = off is not None
         self.counts.add("generate_seconds", time.monotonic() - start)
         self.counts.add("generated_tokens", sum(len(rollout) for rollouts in found for rollout in rollouts))
         return found
@@ -169,7 +180,8 @@ class VLLMEngine(RolloutEngine):
         """All prompts of the tensor-parallel group are sampled by all of it; every process takes its own part."""
         group, place = self._groups[self.rank // self.group_size], self.rank % self.group_size
         everywhere: list[Any] = [None] * self.group_size
-        distributed.all_gather_object(everywhere, (list(prompts), params.seed), group=group)
+        given = [prompt if prompt.unexpanded is None else replace(prompt, inputs={}) for prompt in prompts]
+        distributed.all_gather_object(everywhere, (given, params.seed), group=group)
         found = []
         for number, (asked, seed) in enumerate(everywhere):
             sampled = self._run(asked, _seeded(params, seed), n)
@@ -180,14 +192,19 @@ class VLLMEngine(RolloutEngine):
     def _run(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
         if not prompts:
             return []
-        given = [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
         options = [self._options(i, prompt, params, n) for i, prompt in enumerate(prompts)]
-        outputs = self.llm.generate(given, options, use_tqdm=False)
+        outputs = self.llm.generate(list(map(_given, prompts)), options, use_tqdm=False)
+        for i, (prompt, out) in enumerate(zip(prompts, outputs, strict=True)):
+            if prompt.unexpanded is not None and list(out.prompt_token_ids) != list(prompt.ids):
+                raise EngineError(f"vLLM, prompts[{i}]: {other_tokens(out.prompt_token_ids, prompt.ids)}")
         return [[self._rollout(each) for each in sorted(out.outputs, key=lambda each: each.index)] for out in outputs]
 
     def _options(self, index: int, prompt: Prompt, params: SamplingParams, n: int) -> Any:
-        if prompt.inputs:
-            raise DataError(f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM.")
+        if prompt.inputs and prompt.unexpanded is None:
+            raise DataError(
+                f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM: it takes tokens and images "
+                "(`Prompt.unexpanded`), which trainers give it of rows with a column of images."
+            )
         if not 0 < len(prompt) < self._context:
             raise DataError(
                 f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
@@ -206,6 +223,7 @@ class VLLMEngine(RolloutEngine):
             ignore_eos=params.ignore_eos,
             max_tokens=limit,
             min_tokens=min(params.min_new_tokens, limit),
+            logit_bias=dict.fromkeys(params.banned_tokens, BANNED) or None,
             logprobs=0,
             detokenize=bool(params.stop),
             include_stop_str_in_output=True,
@@ -220,7 +238,7 @@ class VLLMEngine(RolloutEngine):
         return Rollout(ids, logprobs, completion.finish_reason, version=self._synced[0] if self._synced else None)
 
     def exact_logprobs(self, params: SamplingParams) -> bool:
-        exact = tells_policy(self.mode, params)
+        exact = tells_policy(self.mode, with_banned(params, self._image_tokens))
         if not exact and not self._said:
             self._said = True
             warnings.warn(
@@ -242,6 +260,14 @@ class VLLMEngine(RolloutEngine):
         if self.folders is not None:
             self.folders.close()
             self.folders = None
+
+
+def _given(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as `vllm.LLM` takes it."""
+    if prompt.unexpanded is None:
+        return {"prompt_token_ids": list(prompt.ids)}
+    own = prompt.unexpanded
+    return {"prompt_token_ids": list(own.ids), "multi_modal_data": {"image": list(own.images)}}
 
 
 def _place() -> tuple[int, int]:

@@ -13,9 +13,11 @@ from transformers.utils import logging
 
 from trl.errors import EngineError
 from trl.models.gathering import base_of, gathered_adapter, gathered_parameters, policy_of
+from trl.models.image_features import encoder_parameters
 from trl.rollouts.connection import ServerInfo
 from trl.rollouts.weight_folders import WeightFolders
 from trl.training.collectives import run_on_main
+from trl.vision.families import image_token_ids
 
 
 def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[ServerInfo]) -> str | None:
@@ -41,12 +43,18 @@ def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[
         "weights below the adapter are trained": any(
             p.requires_grad and "lora_" not in name for name, p in base_of(policy).named_parameters()
         ),
+        "it adapts what reads images, which vLLM's adapters do not": not all(server.is_own for server in servers)
+        and any("lora_" in name for name in _parameters_of_images(base_of(policy))),
         "a server takes no adapters (--enable-lora)": not all(server.takes_adapters for server in servers),
         "its rank is above a server's --max-lora-rank": any(
             server.max_lora_rank is not None and config.r > server.max_lora_rank for server in servers
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _parameters_of_images(model: PreTrainedModel) -> list[str]:
+    return list(encoder_parameters(model)) if image_token_ids(model.config) else []
 
 
 def write_weights(model: nn.Module, folder: Path | None) -> None:

@@ -134,13 +134,15 @@ def load_adapter(server: Server, folder: Path) -> None:
 
 
 def forget_prompts(server: Server) -> None:
-    """Have the server drop keys and values that earlier weights computed."""
+    """Have the server drop what earlier weights computed: keys and values, and features of images."""
     answer = server.post("/reset_prefix_cache", reset_running_requests="true")
     if isinstance(answer, Mapping) and answer.get("success") is False:
         raise Unreachable(
             f"POST {server.url}/reset_prefix_cache: the server did not forget what it had cached of prompts, which belongs to "
             "earlier weights."
         )
+    if server.reads_images:
+        server.post("/reset_encoder_cache")
 
 
 def raise_unless_unreachable(errors: Sequence[BaseException]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError, suggest
@@ -166,9 +166,9 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
         """The algorithm that these options describe."""
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
 
-    def make_engine(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> RolloutEngine:
+    def make_engine(self, model: nn.Module, processor: Any, *, progress: bool) -> RolloutEngine:
         """Where samples come from, as these options say: the model itself, vLLM in process, or servers."""
-        return self.make_sampler(model, tokenizer, temperature=self.temperature, progress=progress)
+        return self.make_sampler(model, processor, temperature=self.temperature, progress=progress)
 
     def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
         """How completions are sampled. Raises ConfigError for options that are unknown or out of range."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trl.errors import ConfigError
 from trl.imports import is_available
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from trl.rollouts.engine import RolloutEngine
 
@@ -142,10 +141,14 @@ class SamplerOptions:
         host = "127.0.0.1" if self.vllm_server_host in ANYWHERE else self.vllm_server_host
         return [f"http://{host}:{self.vllm_server_port}"]
 
-    def make_sampler(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, temperature: float, progress: bool
-    ) -> RolloutEngine:
-        """The engine that these options describe. Raises ImportError where vLLM is asked for and not installed."""
+    def make_sampler(self, model: nn.Module, processor: Any, *, temperature: float, progress: bool) -> RolloutEngine:
+        """The engine that these options describe. Raises ImportError where vLLM is asked for and not installed.
+
+        processor   the tokenizer, or the processor of a model that reads images
+        """
+        from trl.models.load import tokenizer_of
+
+        tokenizer = tokenizer_of(processor)
         if not self.use_vllm:
             from trl.rollouts.local import LocalEngine
 
@@ -164,7 +167,7 @@ class SamplerOptions:
         from trl.rollouts.vllm import VLLMEngine
 
         return VLLMEngine(
-            tokenizer,
+            processor,
             sync_dir=self.rollout_sync_dir,
             temperature=temperature,
             tensor_parallel_size=self.vllm_tensor_parallel_size,

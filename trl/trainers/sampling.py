@@ -37,7 +37,7 @@ from trl.errors import ConfigError
 from trl.models.score import unwrap
 from trl.rewards.call import Rewarded, Samples, call_rewards, check_columns, check_weights, make_rewards
 from trl.rewards.model import RewardModel
-from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
+from trl.rollouts.engine import Prompt, Rollout, RolloutEngine, Unexpanded
 from trl.rollouts.experience import Group, example_of, finished
 from trl.rollouts.function import rollouts_of
 from trl.rollouts.local import LocalEngine
@@ -48,6 +48,7 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.training.collectives import all_gather_object, gather_rows
 from trl.types import Example, Experience
+from trl.vision.places import collapsed_ids
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class SamplingTrainer(BaseTrainer):
         super().prepare_model()
         if self.engine is None:
             shown = self.is_local_process_zero() and not self.args.disable_tqdm
-            self.engine = self.args.make_engine(self.model, self.tokenizer, progress=shown)
+            self.engine = self.args.make_engine(self.model, self.processing_class, progress=shown)
         if not isinstance(self.engine, RolloutEngine):
             raise ConfigError(
                 f"engine is a {type(self.engine).__name__}, which does not have all that a trainer asks of it: derive the "
@@ -197,12 +198,21 @@ class SamplingTrainer(BaseTrainer):
         """The rows' prompts, and n rollouts of each: by the engine, or by the user's function."""
         prompts = self.prompts_of(rows)
         if self.rollout_func is None:
-            return prompts, self.engine.generate(list(map(Prompt.of, prompts)), self.sampling_params(mode), n)
+            asked = [self._asked(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+            return prompts, self.engine.generate(asked, self.sampling_params(mode), n)
         if not rows:
             return [], []
         found = self.rollout_func([row["prompt"] for row in rows for _ in range(n)], self)
         ids, sampled = rollouts_of(found, len(rows), n, self._end_tokens(), self.state.global_step)
         return [replace(prompt, prompt=own) for prompt, own in zip(prompts, ids, strict=True)], sampled
+
+    def _asked(self, row: Mapping[str, Any], example: Example) -> Prompt:
+        """The prompt as the engine takes it: with its images, for engines that read them themselves."""
+        prompt, images = Prompt.of(example), row.get(IMAGES)
+        if self.images is None or self.engine.is_policy or not images:
+            return prompt
+        ids = collapsed_ids(self.images, example.prompt, images)
+        return replace(prompt, unexpanded=Unexpanded(ids, self.images.read(images)))
 
     def _end_tokens(self) -> set[int]:
         eos = unwrap(self.model).generation_config.eos_token_id

@@ -100,6 +100,13 @@ def from_base64(text: str) -> bytes:
         raise DataError(f"An image in base64 cannot be read ({error}): it begins with {text[:20]!r}.") from error
 
 
+def data_url(image: Image.Image) -> str:
+    """The image as a PNG in a text, as servers take it."""
+    whole = BytesIO()
+    image.save(whole, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(whole.getvalue()).decode()}"
+
+
 def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
     """(height, width) of an image as `read_image` gives it, from the head of its file."""
     image = open_image(value, limits.root)

@@ -202,7 +202,7 @@ class ImageProcessing:
         found = ids.count(self.token_id)
         if not images:
             if found:
-                raise DataError(f"{found} tokens stand for images ({self.token!r}), but the row has no image.")
+                raise DataError(f"{found} tokens stand for images ({self.token!r}), but there is no image.")
             return example
         values, replacements = self.processed(self.read(images))
         wanted = sum(text.count(self.token) for text in replacements)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +35,9 @@ def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _part(part: Mapping[str, str]) -> dict[str, Any]:
     if part["type"] != "image":
         return dict(part)
-    whole = BytesIO()
-    _read(part["image"]).save(whole, format="PNG")
-    data = base64.b64encode(whole.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    from trl.vision.images import data_url
+
+    return {"type": "image_url", "image_url": {"url": data_url(_read(part["image"]))}}
 
 
 def _read(path: str) -> Image:

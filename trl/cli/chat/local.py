@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from trl.cli.chat.arguments import ChatArguments, Generation
@@ -36,7 +35,8 @@ class LocalSpeaker:
 
     def __init__(self, model: Any, processor: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         """`processor` is a tokenizer, or what holds one and reads images."""
-        self.model, self.tokenizer = model.eval(), (tokenizer := tokenizer_of(processor))
+        self.model, self.processor = model.eval(), processor
+        self.tokenizer = tokenizer = tokenizer_of(processor)
         self.inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self.images = ImageProcessing.of(processor, self.inner.config) if family_of(self.inner.config) else None
         template = tokenizer.chat_template if self.images is None else processor.chat_template
@@ -75,15 +75,23 @@ class LocalSpeaker:
         return streamer.tokens
 
     def encode(self, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
-        """What the model answers to: `input_ids [1,P]`, and what it reads of images."""
+        """Arguments of `generate` for the conversation: `input_ids [1,P]`, pixels, token types."""
+        prompt = self.prompt(messages)
+        joins = {} if self.images is None else self.images.family.joins
+        per_token = {name for name, join in joins.items() if isinstance(join, PerToken)}
+        rows = {name: value[None] if name in per_token else value for name, value in prompt.inputs.items()}
+        return {"input_ids": torch.tensor([prompt.prompt]), **rows}
+
+    def prompt(self, messages: Sequence[Message]) -> Example:
+        """What the model answers to: token ids, and what it reads of images."""
         if self.template is None:
             text = "\n".join(message["content"] for message in messages)
-            return {"input_ids": torch.tensor([self.tokenizer(text)["input_ids"]])}
-        if self.images is not None:
-            messages, images = split_parts(messages)
-            return prompt_inputs(self.images, self.template.prompt(messages), images)
-        ids = self.tokenizer(self.template.prompt(messages), add_special_tokens=False)["input_ids"]
-        return {"input_ids": torch.tensor([ids])}
+            return Example(self.tokenizer(text)["input_ids"], ())
+        messages, images = (messages, []) if self.images is None else split_parts(messages)
+        text = self.template.prompt(messages)
+        text = text if self.images is None else self.images.expand(text, images)[0]
+        example = Example(self.tokenizer(text, add_special_tokens=False)["input_ids"], ())
+        return example if self.images is None else self.images.with_images(example, images)
 
     def check_reads_images(self) -> None:
         """Raises ModelError for a model that reads texts alone, or that has no template with places for images."""
@@ -198,13 +206,3 @@ def _placement(device: str) -> dict[str, Any]:
             f"device={device!r}: there is none here. Leave it out, or give {there.type if there else 'cpu'}."
         )
     return {"device_map": device}
-
-
-def prompt_inputs(processing: ImageProcessing, text: str, images: Sequence[str]) -> dict[str, Tensor]:
-    """Arguments of `generate` for a prompt with a place for each image: `input_ids [1,P]`, pixels, token types."""
-    expanded, _ = processing.expand(text, images)
-    ids = processing.processor.tokenizer(expanded, add_special_tokens=False)["input_ids"]
-    inputs = processing.with_images(Example(ids, ()), images).inputs
-    per_token = {name for name, join in processing.family.joins.items() if isinstance(join, PerToken)}
-    rows = {name: value[None] if name in per_token else value for name, value in inputs.items()}
-    return {"input_ids": torch.tensor([ids]), **rows}

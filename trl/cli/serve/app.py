@@ -3,7 +3,7 @@
     /v1/completions  /v1/chat/completions  /inference/v1/generate     samples
     /health  /v1/models  /version  /server_info  /get_world_size      what is served
     /pause  /resume  /is_paused  /collective_rpc  /update_weight_version  /weight_info
-    /reset_prefix_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     what a trainer asks between two rollout batches
+    /reset_prefix_cache  /reset_encoder_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     what a trainer asks between two rollout batches
 
 Log-probabilities are log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or ban, whatever
 the request says. The routes of the last two lines change what is served: they answer to this machine, or to who has the key.
@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,14 +24,25 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from trl import __version__
-from trl.cli.chat.arguments import Generation
-from trl.cli.serve.answers import Texts, chat_choice, completion_choice, delta, head, token_choice, usage, used
+from trl.cli.serve.answers import Texts, chat_choice, completion_choice, head, token_choice, used
 from trl.cli.serve.arguments import ServeArguments
-from trl.cli.serve.bodies import CHAT, COMPLETION, GENERATE, chat_messages, check, generation_of, sampling_params
+from trl.cli.serve.bodies import (
+    CHAT,
+    COMPLETION,
+    GENERATE,
+    chat_messages,
+    check,
+    check_pixels,
+    generation_of,
+    image_bytes,
+    images_in,
+    sampling_params,
+)
+from trl.cli.serve.streaming import Streams
 from trl.cli.serve.worker import Busy, Job, ModelWorker
 from trl.errors import ConfigError, TrlError
 from trl.rollouts.engine import Prompt, Rollout
@@ -73,7 +85,7 @@ async def _mistaken(_: Request, error: Exception) -> Response:
 class _Routes:
     def __init__(self, worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
         self.worker, self.name, self.arguments = worker, name, arguments
-        self.streams: set[asyncio.Task] = set()
+        self.streams = Streams(worker)
 
     def table(self) -> list[Route]:
         def get(path: str, handler: Handler, guard: Callable[[Handler], Handler] = self._for_users) -> Route:
@@ -99,6 +111,7 @@ class _Routes:
             post("/collective_rpc", self.collective_rpc),
             post("/update_weight_version", self.update_weight_version),
             post("/reset_prefix_cache", self.reset_prefix_cache),
+            post("/reset_encoder_cache", self.reset_prefix_cache),
             post("/v1/load_lora_adapter", self.load_adapter),
             post("/v1/unload_lora_adapter", self.unload_adapter),
         ]
@@ -183,8 +196,9 @@ class _Routes:
         if (body.get("logprobs") or 0) > 1:
             raise ConfigError(f"logprobs={body['logprobs']}: this server tells those of sampled tokens; give 0 or 1.")
         params, n = sampling_params(body, max_tokens=DEFAULT_TOKENS), body.get("n") or 1
-        prompts = self._prompts(body["prompt"])
-        found = await self._sampled(_job(prompts, params, n, self._adapter(body)))
+        prompts, limit = self._prompts(body["prompt"]), params.max_new_tokens
+        read = [self.worker.prompt(ids, limit=limit) for ids in prompts]
+        found = await self._sampled(Job(read, params, n, self._adapter(body)))
         texts = Texts(self.worker.tokenizer, params, body)
         choices = [
             completion_choice(p * n + i, rollout, texts, body)
@@ -207,71 +221,29 @@ class _Routes:
         if body.get("chat_template_kwargs"):
             raise ConfigError("chat_template_kwargs are an option of the server: start it with them.")
         messages, adapter = chat_messages(body), self._adapter(body)
-        ids, longest = self.worker.speaker.encode(messages)["input_ids"][0].tolist(), self.worker.speaker.context
-        room = DEFAULT_TOKENS if longest is None else max(1, longest - len(ids))
-        params = sampling_params(body, max_tokens=room)
+        self._check_images(images_in(messages))
+        prompt = Prompt.of(await asyncio.to_thread(self.worker.speaker.prompt, messages))
+        longest = self.worker.speaker.context
+        params = sampling_params(body, max_tokens=max(1, longest - len(prompt)) if longest else DEFAULT_TOKENS)
         if body.get("stream"):
-            return await self._streamed(body, messages, generation_of(params), adapter, len(ids))
-        found = await self._sampled(_job([ids], params, body.get("n") or 1, adapter))
+            answer = head("chat.completion.chunk", body.get("model") or self.name)
+            return await self.streams.answer(answer, body, messages, generation_of(params), adapter, len(prompt))
+        prompt = replace(prompt, max_new_tokens=params.max_new_tokens)
+        found = await self._sampled(Job([prompt], params, body.get("n") or 1, adapter))
         texts = Texts(self.worker.tokenizer, params, body)
         choices = [chat_choice(i, rollout, texts, body) for i, rollout in enumerate(found[0])]
         answer = head("chat.completion", body.get("model") or self.name)
-        return JSONResponse({**answer, "choices": choices, "usage": used([ids], found)})
+        return JSONResponse({**answer, "choices": choices, "usage": used([prompt.ids], found)})
 
-    async def _streamed(
-        self, body: Mapping[str, Any], messages: list, generation: Generation, adapter: str | None, prompt: int
-    ) -> Response:
-        if (body.get("n") or 1) > 1 or body.get("logprobs"):
-            raise ConfigError("With stream=True, n is 1 and logprobs are left out.")
-        pieces: asyncio.Queue[str | BaseException | int] = asyncio.Queue()
-        loop, left = asyncio.get_running_loop(), asyncio.Event()
-
-        def say(piece: str) -> None:
-            if left.is_set():
-                raise ConnectionAbortedError("Nobody listens any more.")
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        async def run() -> None:
-            try:
-                tokens = await asyncio.to_thread(self.worker.stream, messages, generation, say, adapter)
-                pieces.put_nowait(tokens)
-            except Exception as error:  # told to who listens, in the stream
-                pieces.put_nowait(error)
-
-        task = asyncio.create_task(run())
-        self.streams.add(task)
-        task.add_done_callback(self.streams.discard)
-        first = await pieces.get()
-        if isinstance(first, BaseException):
-            raise first
-        answer = head("chat.completion.chunk", body.get("model") or self.name)
-        events = self._events(answer, body, first, pieces, prompt, generation.max_new_tokens, left)
-        return StreamingResponse(events, media_type="text/event-stream")
-
-    async def _events(
-        self,
-        answer: Mapping[str, Any],
-        body: Mapping[str, Any],
-        item: str | BaseException | int,
-        pieces: asyncio.Queue,
-        prompt: int,
-        most: int,
-        left: asyncio.Event,
-    ) -> AsyncIterator[str]:
-        try:
-            yield _event(delta(answer, {"role": "assistant", "content": ""}))
-            while isinstance(item, str):
-                yield _event(delta(answer, {"content": item}))
-                item = await pieces.get()
-            if isinstance(item, BaseException):
-                yield _event({"error": {"message": str(item), "code": 500}})
-                return
-            yield _event(delta(answer, {}, "length" if item >= most else "stop"))
-            if (body.get("stream_options") or {}).get("include_usage"):
-                yield _event({**answer, "choices": [], "usage": usage(prompt, item)})
-            yield "data: [DONE]\n\n"
-        finally:
-            left.set()
+    def _check_images(self, images: Sequence[bytes]) -> None:
+        """Raises TrlError for images that are not read here, too many, or none at all."""
+        if not images:
+            return
+        self.worker.speaker.check_reads_images()
+        longest = self.worker.context
+        if longest is not None and len(images) > longest:
+            raise ConfigError(f"{len(images)} images are more than the model's context of {longest} tokens.")
+        check_pixels(images, self.arguments.max_request_pixels)
 
     async def generate(self, request: Request) -> Response:
         check(body := await self._body(request), GENERATE)
@@ -279,10 +251,16 @@ class _Routes:
             raise ConfigError("stream=True is available at /v1/chat/completions.")
         given = body.get("sampling_params") or {}
         params = sampling_params(given, max_tokens=DEFAULT_TOKENS)
-        job = _job([body["token_ids"]], params, given.get("n") or 1, self._adapter(body))
-        (found,) = await self._sampled(job)
-        choices = [token_choice(i, rollout) for i, rollout in enumerate(found)]
-        return JSONResponse({"request_id": body.get("request_id"), "choices": choices})
+        parts = body.get("content_parts") or []
+        images = [image_bytes(part["url"], f"content_parts[{i}]") for i, part in enumerate(parts)]
+        self._check_images(images)
+        prompt = await asyncio.to_thread(self.worker.prompt, body["token_ids"], images, limit=params.max_new_tokens)
+        (found,) = await self._sampled(Job([prompt], params, given.get("n") or 1, self._adapter(body)))
+        answer = {
+            "request_id": body.get("request_id"),
+            "choices": [token_choice(i, rollout) for i, rollout in enumerate(found)],
+        }
+        return JSONResponse(answer | ({"prompt_token_ids": list(prompt.ids)} if body.get("return_token_ids") else {}))
 
     # ---- what is served ----
 
@@ -363,7 +341,7 @@ class _Routes:
         return JSONResponse({"weight_version": self.worker.version})
 
     async def reset_prefix_cache(self, _: Request) -> Response:
-        return JSONResponse({"success": True})  # keys and values live as long as a batch
+        return JSONResponse({"success": True})  # keys, values and features of images live as long as a batch
 
     async def load_adapter(self, request: Request) -> Response:
         body = await self._fields(request, "lora_name", "lora_path")
@@ -386,12 +364,3 @@ class _Routes:
             if not isinstance(body, dict) or not isinstance(body.get(name), str):
                 raise ConfigError(f"The body of {request.url.path} is an object with the text {name!r}.")
         return body
-
-
-def _job(prompts: list[list[int]], params: Any, n: int, adapter: str | None) -> Job:
-    limit = params.max_new_tokens
-    return Job([Prompt(ids, max_new_tokens=limit) for ids in prompts], params, n, adapter)
-
-
-def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"

@@ -44,6 +44,9 @@ class ServeArguments:
     max_request_megabytes: float = 64.0
     """Size of a request's body at most."""
 
+    max_request_pixels: int = 67_108_864
+    """Pixels that the images of one request may have at most, all together."""
+
     max_waiting: int = 1024
     """Requests that may wait for the model at most; further ones are told to come back (status 503)."""
 
@@ -51,7 +54,14 @@ class ServeArguments:
     """Seconds after which a request is given up (status 504)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_request_tokens", "max_request_megabytes", "max_waiting", "request_timeout"):
+        positive = (
+            "max_request_tokens",
+            "max_request_megabytes",
+            "max_request_pixels",
+            "max_waiting",
+            "request_timeout",
+        )
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: give a positive number.")
 

@@ -6,15 +6,19 @@ of `WITHOUT_EFFECT`, which ask for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonschema import Draft202012Validator
 
 from trl.cli.chat.arguments import Generation
 from trl.errors import ConfigError
+from trl.rollouts.connection import BANNED
 from trl.rollouts.sampling import SamplingParams
+from trl.vision.images import PixelLimits, from_base64, image_size
 
+DATA_URL = re.compile("data:image/[a-z0-9.+-]+;base64,")
 NUMBER, WHOLE, SWITCH, TEXT = ({"type": [name, "null"]} for name in ("number", "integer", "boolean", "string"))
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 MANY_TEXTS = {"type": "array", "items": {"type": "string"}}
@@ -28,6 +32,11 @@ SAMPLING = {
     "repetition_penalty": NUMBER,
     "seed": WHOLE,
     "stop": {"anyOf": [{"type": ["string", "null"]}, MANY_TEXTS]},
+    "logit_bias": {
+        "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]+$"},
+        "additionalProperties": {"type": "number", "minimum": BANNED, "maximum": BANNED},
+    },
     "stop_token_ids": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "integer"}}]},
     "ignore_eos": SWITCH,
     "max_tokens": {"type": ["integer", "null"], "minimum": 1},
@@ -38,7 +47,6 @@ SAMPLING = {
 NEUTRAL = {
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
-    "logit_bias": ({}, None),
     "best_of": (1, None),
     "echo": (False, None),
     "suffix": ("", None),
@@ -103,6 +111,14 @@ GENERATE = _schema(
     "token_ids",
     **dict.fromkeys((*NEUTRAL, *WITHOUT_EFFECT), True),
     token_ids=IDS,
+    content_parts={
+        "type": ["array", "null"],
+        "items": {
+            "type": "object",
+            "required": ["type", "url"],
+            "properties": {"type": {"enum": ["image_url"]}, "url": {"type": "string"}},
+        },
+    },
     sampling_params={
         "type": ["object", "null"],
         "properties": {**COMMON, "logprobs": WHOLE},
@@ -139,6 +155,7 @@ def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingPar
         max_new_tokens=said.get("max_completion_tokens", said.get("max_tokens", max_tokens)),
         min_new_tokens=said.get("min_tokens", 0),
         seed=said.get("seed"),
+        banned_tokens=tuple(map(int, said.get("logit_bias", {}))),
     )
 
 
@@ -156,15 +173,51 @@ def generation_of(params: SamplingParams) -> Generation:
     )
 
 
-def chat_messages(body: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages, their contents as texts. Raises ConfigError for parts that are no text."""
+def chat_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages, their contents texts, or parts with the bytes of images. Raises ConfigError for other parts."""
     return [{"role": m["role"], "content": _content(m["content"], i)} for i, m in enumerate(body["messages"])]
 
 
-def _content(content: str | list[Any], index: int) -> str:
+def _content(content: str | list[Any], index: int) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    if wrong := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
-        kind = wrong[0].get("type") if isinstance(wrong[0], dict) else type(wrong[0]).__name__
-        raise ConfigError(f"messages[{index}] has a part of type {kind!r}: this server reads texts alone.")
-    return "".join(str(part.get("text", "")) for part in content)
+    parts = [_part(part, f"messages[{index}]") for part in content]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text":
+        return {"type": "text", "text": str(part.get("text", ""))}
+    if kind != "image_url":
+        raise ConfigError(f"{where} has a part of type {kind!r}: this server reads text and image_url.")
+    held = part.get("image_url")
+    return {"type": "image", "image": image_bytes(held.get("url") if isinstance(held, dict) else held, where)}
+
+
+def image_bytes(url: Any, where: str) -> bytes:
+    """The file in a data URL. Raises ConfigError for other URLs, DataError for what is not base64."""
+    if not isinstance(url, str) or DATA_URL.match(url) is None:
+        raise ConfigError(
+            f"{where}: give the URL of an image_url as a data URL (data:image/png;base64,…); this server fetches no other, and "
+            "reads no files."
+        )
+    return from_base64(url.partition(",")[2])
+
+
+def images_in(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+    """The files of all images in a conversation."""
+    parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def check_pixels(images: Sequence[bytes], most: int) -> None:
+    """Raises ConfigError for images of more pixels together, DataError for what is none. Nothing is decoded."""
+    pixels = sum(height * width for height, width in (image_size(image, PixelLimits()) for image in images))
+    if pixels > most:
+        raise ConfigError(
+            f"The images of the request have {pixels:,} pixels, and this server's max_request_pixels is {most:,}: make them "
+            "smaller, or send fewer at a time."
+        )

@@ -80,7 +80,7 @@ def load_worker(arguments: ServeArguments, model: object) -> ModelWorker:
     whole = speaker.model.merge_and_unload() if isinstance(speaker.model, PeftModel) else speaker.model
     return ModelWorker(
         whole,
-        speaker.tokenizer,
+        speaker.processor,
         max_tokens_alive=arguments.max_tokens_alive,
         max_waiting=arguments.max_waiting,
         template_kwargs=arguments.chat_template_kwargs,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trl.cli.chat.arguments import Generation
 from trl.cli.chat.local import LocalSpeaker
@@ -29,6 +29,8 @@ from trl.errors import ConfigError, ModelError
 from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
+from trl.types import Example
+from trl.vision.places import expanded_ids
 
 _LOADING = threading.Lock()
 """Held while a model is read: transformers exchanges methods of its classes meanwhile, which is for one thread at a time."""
@@ -60,16 +62,16 @@ class ModelWorker:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: Any,
         *,
         max_tokens_alive: int = 65_536,
         max_waiting: int = 1024,
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.model: PreTrainedModel | PeftModel = model.eval()
-        self.tokenizer, self.max_waiting = tokenizer, max_waiting
-        self.speaker = LocalSpeaker(model, tokenizer, template_kwargs)
-        self.engine = LocalEngine(model, tokenizer, max_tokens_alive=max_tokens_alive, progress=False)
+        self.speaker = LocalSpeaker(model, processor, template_kwargs)
+        self.tokenizer, self.max_waiting = self.speaker.tokenizer, max_waiting
+        self.engine = LocalEngine(model, self.tokenizer, max_tokens_alive=max_tokens_alive, progress=False)
         self.adapters: dict[str, str] = {}
         self.version = "default"
         self.paused = False
@@ -100,6 +102,14 @@ class ModelWorker:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     # ---- samples ----
+
+    def prompt(self, ids: Sequence[int], images: Sequence[bytes] = (), *, limit: int) -> Prompt:
+        """What the engine reads of token ids with one place for each image. Raises DataError where those do not agree."""
+        reader = self.speaker.images
+        if reader is None:
+            return Prompt(ids, max_new_tokens=limit)
+        whole = expanded_ids(reader, ids, images) if images else ids
+        return replace(Prompt.of(reader.with_images(Example(whole, ()), images)), max_new_tokens=limit)
 
     def submit(self, job: Job) -> Future[list[list[Rollout]]]:
         """Have `job` sampled. Raises Busy where too many wait already."""
@@ -208,7 +218,7 @@ class ModelWorker:
             raise ConfigError(f"weights_path={folder!r}: there is no config.json in it.")
         try:
             with _LOADING:
-                new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
+                new = type(self.base).from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
         except Exception as error:  # what broken files make of a loader is not documented
             raise ConfigError(f"weights_path={folder!r} cannot be read: {error}") from error
         with self._alone(), torch.no_grad():

@@ -1,0 +1,268 @@
+"""Images through `trl serve`: what is sampled there is what is sampled in process, and bad images are refused in words."""
+
+from __future__ import annotations
+
+import base64
+import copy
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from tests.conftest import MODELS
+from tests.serve.support import serve
+from tests.vision.support import FAMILIES, llava, picture, qwen2_5_vl
+from tests.vision.test_vision_layouts import example_of, plain_logprobs
+from tests.vision.test_vision_training import history, rows, trainer_of
+from trl.cli.chat.arguments import Generation
+from trl.cli.chat.server import ServerSpeaker
+from trl.errors import DataError, EngineError
+from trl.rollouts.connection import SentPrompt, Server
+from trl.rollouts.engine import Prompt, Unexpanded
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.server import ServerEngine
+from trl.types import Completion, Example
+from trl.vision.images import data_url
+from trl.vision.places import collapsed_ids, expanded_ids
+from trl.vision.processing import ImageProcessing
+
+GREEDY = SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True, seed=1)
+URL = data_url(picture(1))
+
+
+def asked(tiny, text, images) -> tuple[Example, Prompt]:
+    """An example, and its prompt as a trainer gives it to an engine."""
+    example = example_of(tiny, text, images, ())
+    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
+    own = Unexpanded(collapsed_ids(processing, example.prompt, images), images) if images else None
+    return example, replace(Prompt.of(example), unexpanded=own)
+
+
+def with_other_weights(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    return other
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_places_and_tokens_of_images_are_each_others_inverse(name):
+    """For ids that are those of their text, and for others, which go token by token."""
+    tiny = FAMILIES[name]()
+    processing, words = ImageProcessing.of(tiny.processor, tiny.model.config), tiny.processor.tokenizer
+    images = [picture(1), picture(2, 24, 40)]
+    text = f"see {processing.place} and{processing.place}?"
+    ids = words(text, add_special_tokens=False)["input_ids"]
+    whole = words(processing.expand(text, images)[0], add_special_tokens=False)["input_ids"]
+    assert expanded_ids(processing, ids, images) == whole
+    assert collapsed_ids(processing, whole, images) == ids
+    unknown = words.unk_token_id
+    odd = [unknown, *ids]
+    assert collapsed_ids(processing, expanded_ids(processing, odd, images), images) == odd
+    with pytest.raises(DataError, match="1 images came, and 2 places for them"):
+        expanded_ids(processing, ids, images[:1])
+    with pytest.raises(DataError, match="tokens of an image are not in its prompt"):
+        collapsed_ids(processing, ids[:3], images)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3"])
+def test_samples_after_images_are_those_in_process(name, tmp_path):
+    """One, two and no images; the server has other weights until it is sent the trainer's."""
+    tiny = FAMILIES[name]()
+    examples, prompts = zip(
+        asked(tiny, "*see this", [picture(1)]),
+        asked(tiny, "a* b* c", [picture(2, 24, 40), picture(3)]),
+        asked(tiny, "no image", []),
+        strict=True,
+    )
+    expected = LocalEngine(tiny.model, progress=False).generate(prompts, GREEDY)
+    with serve(with_other_weights(tiny.model), tiny.processor) as served:
+        engine = ServerEngine(served.url, tiny.processor.tokenizer, sync_dir=tmp_path)
+        engine.sync(tiny.model, 1)
+        found = engine.generate(prompts, GREEDY)
+        engine.close()
+    assert [r.ids for (r,) in found] == [r.ids for (r,) in expected]
+    for example, (rollout,) in zip(examples, found, strict=True):
+        with torch.no_grad():
+            logprobs = plain_logprobs(tiny, example, Completion(rollout.ids))
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, rtol=0, atol=1e-5)
+
+
+def test_grpo_through_a_server_is_grpo_in_process(tmp_path):
+    """A prompt with two images at a time: same seeds, so the same samples, losses and gradients, step after step."""
+    tiny, data = qwen2_5_vl(), rows("prompts").select([1])
+    options = {"per_device_train_batch_size": 2}
+    expected = history(trainer_of("grpo", tmp_path, copy.deepcopy(tiny), data, **options))
+    with serve(with_other_weights(tiny.model), tiny.processor) as served:
+        options |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": served.url}
+        trainer = trainer_of("grpo", tmp_path, tiny, data, rollout_sync_dir=str(tmp_path), **options)
+        found = history(trainer)
+        trainer.engine.close()
+    assert "/inference/v1/generate" in served.asked
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert any(found)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return llava()
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    with serve(copy.deepcopy(tiny.model), tiny.processor, max_request_pixels=10_000) as served:
+        yield served
+
+
+def post(served, path, body, status=200):
+    answer = requests.post(served.url + path, json=body, timeout=60)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def test_a_conversation_with_images(tiny, served, tmp_path):
+    """The client of `trl chat` and a request of OpenAI's form get the same answer, which depends on the image."""
+    answers = []
+    for seed in (1, 4):
+        picture(seed).save(path := tmp_path / f"{seed}.png")
+        parts = [{"type": "image", "image": str(path)}, {"type": "text", "text": "what is it?"}]
+        pieces = []
+        generation = Generation(temperature=0, max_new_tokens=12)
+        ServerSpeaker(served.url).answer([{"role": "user", "content": parts}], generation, pieces.append)
+        parts = [{"type": "image_url", "image_url": {"url": data_url(picture(seed))}}, parts[1]]
+        body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_completion_tokens": 12}
+        (found,) = post(served, "/v1/chat/completions", {**body, "logprobs": True})["choices"]
+        assert "".join(pieces) == found["message"]["content"]
+        answers.append([each["logprob"] for each in found["logprobs"]["content"]])
+    assert max(abs(a - b) for a, b in zip(*answers, strict=False)) > 0.01
+
+
+def png(width, height):
+    whole = BytesIO()
+    Image.new("1", (width, height)).save(whole, format="PNG")
+    return whole.getvalue()
+
+
+def as_url(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://example.com/a.png", "this server fetches no other"),
+        ("file:///etc/passwd", "reads no files"),
+        ("/etc/passwd", "reads no files"),
+        ("data:text/plain;base64,YWJj", "as a data URL"),
+        ("data:image/png;base64,***", "in base64 cannot be read"),
+        (as_url(b"no image"), "not an image in a format that Pillow knows"),
+        (as_url(base64.b64decode(URL.partition(",")[2])[:-60]), "cannot be decoded"),
+        (as_url(png(200, 200)), "40,000 pixels, and this server's max_request_pixels is 10,000"),
+    ],
+)
+def test_bad_images_are_refused_in_words(tiny, served, url, words):
+    place = tiny.processor.tokenizer.image_token_id
+    generate = {"token_ids": [7, place, 8], "content_parts": [{"type": "image_url", "url": url}]}
+    assert words in post(served, "/inference/v1/generate", generate, 400)["error"]["message"]
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    chat = {"messages": [{"role": "user", "content": parts}]}
+    assert words in post(served, "/v1/chat/completions", chat, 400)["error"]["message"]
+
+
+def test_places_and_images_have_to_agree(tiny, served):
+    place, image = tiny.processor.tokenizer.image_token_id, {"type": "image_url", "url": URL}
+    for token_ids, parts, words in (
+        ([7, 8], [image], "1 images came, and 0 places"),
+        ([7, place, place], [image], "1 images came, and 2 places"),
+        ([7, place], [], "1 tokens stand for images"),
+        ([7, place], [{"type": "video_url", "url": URL}], "video_url"),
+    ):
+        body = {"token_ids": token_ids, "content_parts": parts}
+        assert words in post(served, "/inference/v1/generate", body, 400)["error"]["message"]
+    assert "stand for images" in post(served, "/v1/completions", {"prompt": [7, place]}, 400)["error"]["message"]
+
+
+def test_a_model_of_texts_is_given_no_images():
+    with serve(MODELS["llama"]().eval()) as served:
+        body = {"token_ids": [5, 6], "content_parts": [{"type": "image_url", "url": URL}]}
+        assert "reads no images" in post(served, "/inference/v1/generate", body, 400)["error"]["message"]
+        parts = [{"type": "image_url", "image_url": {"url": URL}}]
+        body = {"messages": [{"role": "user", "content": parts}]}
+        assert "reads no images" in post(served, "/v1/chat/completions", body, 400)["error"]["message"]
+        body = {"prompt": [7, 8], "temperature": 0, "max_tokens": 4, "return_token_ids": True}
+        (first, *_), banned = (c["token_ids"] for c in post(served, "/v1/completions", body)["choices"]), {}
+        banned = {**body, "logit_bias": {str(first[0]): -100}}
+        (choice,) = post(served, "/v1/completions", banned)["choices"]
+        assert first[0] not in choice["token_ids"]
+        assert (
+            "logit_bias" in post(served, "/v1/completions", {**body, "logit_bias": {"5": 1}}, 400)["error"]["message"]
+        )
+
+
+class Told(Server):
+    """A server that answers as it was told to."""
+
+    def __init__(self, **answer) -> None:
+        super().__init__("http://elsewhere", timeout=1)
+        self.answer, self.sent = answer, []
+
+    def post(self, path, body=None, **_):
+        self.sent.append((path, body))
+        return self.answer
+
+
+def choice(*ids, logprob=-1.0):
+    content = [{"token_id": token, "logprob": logprob} for token in ids]
+    return {"index": 0, "token_ids": list(ids), "logprobs": {"content": content}, "finish_reason": "length"}
+
+
+PROMPT = SentPrompt([7, 9, 9, 8], unexpanded=[7, 9, 8], images=[URL])
+TWO = SamplingParams(max_new_tokens=2, seed=1, banned_tokens=(9,))
+
+
+def test_what_a_server_is_asked_after_images():
+    server = Told(prompt_token_ids=[7, 9, 9, 8], choices=[choice(4, 5)])
+    (rollout,) = server.complete_after_images(PROMPT, TWO, 1, "m", 99)
+    assert (rollout.ids, rollout.logprobs) == ((4, 5), (-1.0, -1.0))
+    ((path, body),) = server.sent
+    assert path == "/inference/v1/generate"
+    assert (body["token_ids"], body["content_parts"]) == ([7, 9, 8], [{"type": "image_url", "url": URL}])
+    assert body["sampling_params"]["logit_bias"] == {"9": -100.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"choices": [choice(4, 5)]}, "does not say which tokens it made of the prompt.*--enable-scale-out"),
+        (
+            {"prompt_token_ids": [7, 9, 8], "choices": [choice(4, 5)]},
+            "3 tokens there and 4 in the trainer.*number 2 on",
+        ),
+        ({"prompt_token_ids": PROMPT.ids, "choices": []}, "0 samples came, and 1 were asked for"),
+        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5) | {"token_ids": [4, 6]}]}, "other tokens than"),
+        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5, logprob=2.0)]}, "no numbers of at most 0"),
+    ],
+)
+def test_answers_that_are_not_the_trainers_prompt_are_refused(answer, words):
+    with pytest.raises(EngineError, match=words):
+        Told(**answer).complete_after_images(PROMPT, TWO, 1, "m", 99)
+
+
+def test_a_server_that_sees_other_images_is_found_out(tiny, tmp_path):
+    """Its processor makes as many tokens of an image, and other pixels."""
+    other = copy.deepcopy(tiny.processor)
+    other.image_processor.image_mean, other.image_processor.image_std = [1.0, 0.0, 0.5], [0.05] * 3
+    _, prompt = asked(tiny, "*see this", [picture(1)])
+    with serve(copy.deepcopy(tiny.model), other) as served:
+        engine = ServerEngine(served.url, tiny.processor.tokenizer, sync_dir=tmp_path)
+        engine.sync(tiny.model, 1)
+        with pytest.raises(EngineError, match="does not see images as the trainer does"):
+            engine.generate([prompt], GREEDY)
+        with pytest.raises(DataError, match="inputs beside its tokens"):
+            engine.generate([replace(prompt, unexpanded=None)], GREEDY)
+        engine.close()
