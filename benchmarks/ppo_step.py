@@ -12,14 +12,11 @@ import argparse
 import importlib
 import json
 import random
-import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import report
 import run
 import synthetic
 from workloads import WARMUP, Target, Workload
@@ -110,43 +107,12 @@ def work(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Let the sides take turns, and print the tables."""
-    interpreters = {"ours": sys.executable, "trl": arguments.trl_python}
-    with tempfile.TemporaryDirectory(prefix="trl-bench-") as scratch:
-        directory = Path(scratch)
-        synthetic.write_material(directory, seed=arguments.seed)
-        bench = run.Bench(
-            directory, interpreters, {}, arguments.steps, arguments.seed, arguments.threads, worker=Path(__file__)
-        )
-        result, complete = run.run_all(bench, [PPO_STEP], repeats=arguments.repeats, out=arguments.out)
-    if not complete:
-        sys.exit(1)
-    for grid in (report.ratio_grid(result), report.measured_grid(result)):
-        report.show(grid)
-    print(report.settings_line(result))
+    run.compare_sides(arguments, [PPO_STEP], synthetic.write_material, worker=Path(__file__))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", help="interpreter of an environment with trl==0.11.4")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="timed rounds of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the queries")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("ppo_step.json"))
-    inner = parser.add_argument_group("of a worker, which this program starts")
-    inner.add_argument("--side", choices=BY_SIDE)
-    inner.add_argument("--workload", choices=[PPO_STEP.name])
-    inner.add_argument("--dir", type=Path)
-    inner.add_argument("--options", type=json.loads, default={})
-    arguments = parser.parse_args()
-    if arguments.side:
-        work(arguments)
-    elif arguments.trl_python:
-        compare(arguments)
-    else:
-        parser.error(
-            "--trl-python is missing: an environment of its own with trl==0.11.4 is what we are compared with."
-        )
+    parser = run.sides_parser(__doc__, "0.11.4", [PPO_STEP.name], out="ppo_step.json")
+    run.play_part(parser.parse_args(), work, compare)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,69 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
         out.write_text(json.dumps(result, indent=1) + "\n")
     bench.close()
     return result, len(result["workloads"]) == len(workloads)
+
+
+# ---- for programs with a worker of their own ----
+
+
+def sides_parser(about: str, release: str, workloads: Iterable[str], *, out: str) -> argparse.ArgumentParser:
+    """Options of a program that compares us with one release of TRL, and of the workers that it starts."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help=f"interpreter of an environment with trl=={release}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps or rounds of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the rows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    inner = parser.add_argument_group("of a worker, which this program starts")
+    inner.add_argument("--side", choices=("ours", "trl"))
+    inner.add_argument("--workload", choices=list(workloads))
+    inner.add_argument("--dir", type=Path)
+    inner.add_argument("--options", type=json.loads, default={})
+    inner.add_argument("--device", choices=("cpu",), default="cpu")
+    return parser
+
+
+def play_part(
+    arguments: argparse.Namespace,
+    work: Callable[[argparse.Namespace], None],
+    compare: Callable[[argparse.Namespace], None],
+) -> None:
+    """What the command line asks for: a worker's part, or the comparison."""
+    if arguments.side:
+        work(arguments)
+    elif arguments.trl_python:
+        compare(arguments)
+    else:
+        sys.exit("--trl-python is missing: an environment of its own with TRL is what we are compared with.")
+
+
+def compare_sides(
+    arguments: argparse.Namespace,
+    workloads: Sequence[Workload],
+    write: Callable[..., None],
+    *,
+    worker: Path,
+    grids: Sequence[Callable[[dict[str, Any]], report.Grid]] = (),
+) -> None:
+    """Let ours and TRL's take turns on what `write(directory, seed=…)` saves, and print the tables and further `grids`."""
+    interpreters = {"ours": sys.executable, "trl": arguments.trl_python}
+    with tempfile.TemporaryDirectory(prefix="trl-bench-") as scratch:
+        directory = Path(scratch)
+        write(directory, seed=arguments.seed)
+        bench = Bench(directory, interpreters, {}, arguments.steps, arguments.seed, arguments.threads, worker=worker)
+        result, complete = run_all(bench, workloads, repeats=arguments.repeats, out=arguments.out)
+    finish(result, complete, grids)
+
+
+def finish(
+    result: dict[str, Any], complete: bool, grids: Sequence[Callable[[dict[str, Any]], report.Grid]] = ()
+) -> None:
+    """Print the tables, and end the program; in failure where a workload did not run."""
+    for grid in (report.ratio_grid, report.measured_grid, *grids):
+        report.show(grid(result))
+    print(report.settings_line(result))
+    sys.exit(0 if complete else 1)
 
 
 def parse() -> argparse.Namespace:

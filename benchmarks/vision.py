@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -234,45 +232,14 @@ def image_grid(result: dict[str, Any]) -> report.Grid:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Let the sides take turns, and print the tables."""
-    interpreters = {"ours": sys.executable, "trl": arguments.trl_python}
-    with tempfile.TemporaryDirectory(prefix="trl-bench-") as scratch:
-        directory = Path(scratch)
-        write_model(directory, seed=arguments.seed)
-        bench = run.Bench(
-            directory, interpreters, {}, arguments.steps, arguments.seed, arguments.threads, worker=Path(__file__)
-        )
-        chosen = [WORKLOADS[name] for name in arguments.workloads.split(",")]
-        result, complete = run.run_all(bench, chosen, repeats=arguments.repeats, out=arguments.out)
-    for grid in (report.ratio_grid(result), report.measured_grid(result), image_grid(result)):
-        report.show(grid)
-    print(report.settings_line(result))
-    sys.exit(0 if complete else 1)
+    chosen = [WORKLOADS[name] for name in arguments.workloads.split(",")]
+    run.compare_sides(arguments, chosen, write_model, worker=Path(__file__), grids=[image_grid])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl-python", help="interpreter of an environment with trl==1.16.0")
+    parser = run.sides_parser(__doc__, "1.16.0", WORKLOADS, out="vision.json")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the rows")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("vision.json"))
-    inner = parser.add_argument_group("of a worker, which this program starts")
-    inner.add_argument("--side", choices=("ours", "trl"))
-    inner.add_argument("--workload", choices=WORKLOADS)
-    inner.add_argument("--dir", type=Path)
-    inner.add_argument("--options", type=json.loads, default={})
-    inner.add_argument("--device", choices=("cpu",), default="cpu")
-    arguments = parser.parse_args()
-    if arguments.side:
-        work(arguments)
-    elif arguments.trl_python:
-        compare(arguments)
-    else:
-        parser.error(
-            "--trl-python is missing: an environment of its own with trl==1.16.0 is what we are compared with."
-        )
+    run.play_part(parser.parse_args(), work, compare)
 
 
 if __name__ == "__main__":
