@@ -10,36 +10,30 @@ from io import BytesIO
 import pytest
 import requests
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.conftest import MODELS
+from tests.serve.images import asked
 from tests.serve.support import serve
 from tests.vision.support import FAMILIES, llava, picture, qwen2_5_vl
-from tests.vision.test_vision_layouts import example_of, plain_logprobs
+from tests.vision.test_vision_layouts import plain_logprobs
 from tests.vision.test_vision_training import history, rows, trainer_of
 from trl.cli.chat.arguments import Generation
 from trl.cli.chat.server import ServerSpeaker
 from trl.errors import DataError, EngineError
-from trl.rollouts.connection import SentPrompt, Server
-from trl.rollouts.engine import Prompt, Unexpanded
+from trl.rollouts.connection import SentPrompt, Server, ServerInfo
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.rollouts.server import ServerEngine
-from trl.types import Completion, Example
+from trl.rollouts.weight_sync import needs_merged_weights
+from trl.types import Completion
 from trl.vision.images import data_url
 from trl.vision.places import collapsed_ids, expanded_ids
 from trl.vision.processing import ImageProcessing
 
 GREEDY = SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True, seed=1)
 URL = data_url(picture(1))
-
-
-def asked(tiny, text, images) -> tuple[Example, Prompt]:
-    """An example, and its prompt as a trainer gives it to an engine."""
-    example = example_of(tiny, text, images, ())
-    processing = ImageProcessing.of(tiny.processor, tiny.model.config)
-    own = Unexpanded(collapsed_ids(processing, example.prompt, images), images) if images else None
-    return example, replace(Prompt.of(example), unexpanded=own)
 
 
 def with_other_weights(model):
@@ -202,6 +196,17 @@ def test_a_model_of_texts_is_given_no_images():
         assert (
             "logit_bias" in post(served, "/v1/completions", {**body, "logit_bias": {"5": 1}}, 400)["error"]["message"]
         )
+
+
+def test_an_adapter_on_what_reads_images_travels_merged(tiny):
+    """vLLM's adapters are of the language layers alone; `trl serve` takes all of them."""
+    own = ServerInfo("tiny", "raw_logprobs", "float32", 128, 99, 16, takes_adapters=True, is_own=True)
+    for part, merged in (("language_model", False), ("vision_tower", True)):
+        targets = rf".*{part}.*\.(q|v)_proj"
+        policy = get_peft_model(copy.deepcopy(tiny.model), LoraConfig(r=2, target_modules=targets))
+        reason = needs_merged_weights(policy, [replace(own, is_own=False)])
+        assert (reason == "it adapts what reads images, which vLLM's adapters do not") == merged
+        assert needs_merged_weights(policy, [own]) is None
 
 
 class Told(Server):

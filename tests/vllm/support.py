@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+import re
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.serve.images import asked
+from tests.vision import support as vision
+from tests.vision.test_vision_layouts import plain_logprobs
 from trl.data.layout import lay_out
 from trl.models.score import score
 from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.types import Completion, Example
 
@@ -41,6 +48,51 @@ def llama(seed):
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model
+
+
+def llava(seed, folder):
+    """One that reads images, of the same widths, its weights under the names of the hub; and its processor."""
+    from transformers import LlavaForConditionalGeneration
+
+    wide = {"hidden_size": 128, "intermediate_size": 128}
+    tiny = vision.llava({**vision.TEXT, **wide, "head_dim": 32, "num_key_value_heads": 4}, {**vision.TOWER, **wide})
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    tiny.model.save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    named = {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v for k, v in state.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    tiny.model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    return tiny
+
+
+def image_prompts(tiny):
+    """Examples with one, two and no images, and their prompts for engines."""
+    return zip(
+        asked(tiny, "*see this", [vision.picture(1)]),
+        asked(tiny, "a* b* c", [vision.picture(2, 24, 40), vision.picture(3)]),
+        asked(tiny, "no image", []),
+        strict=True,
+    )
+
+
+def check_after_images(tiny, engine):
+    """Samples are the model's, and the greedy ones those of the engine in process. Returns the largest difference."""
+    examples, prompts = image_prompts(tiny)
+    differences = []
+    for example, group in zip(examples, engine.generate(prompts, PARAMS, 3), strict=True):
+        assert len({rollout.ids for rollout in group}) == 3
+        for rollout in group:
+            with torch.no_grad():
+                logprobs = plain_logprobs(tiny, example, Completion(rollout.ids))
+            differences.append((logprobs - torch.tensor(rollout.logprobs)).abs().max().item())
+    greedy = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True, seed=1)
+    expected = LocalEngine(tiny.model, progress=False).generate(prompts, greedy)
+    assert [r.ids for (r,) in engine.generate(prompts, greedy)] == [r.ids for (r,) in expected]
+    return max(differences)
 
 
 def largest_difference(model, groups, temperature=1.0):

@@ -40,6 +40,12 @@ def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path)
     assert found["metrics"]["engine/sync_logp_difference"] < 1e-4
 
 
+def test_images(tmp_path):
+    """vLLM needs torchvision for models that read them."""
+    run("sample_images_in_process.py", tmp_path)
+    assert max(json.loads((tmp_path / "found.json").read_text())) < 1e-3
+
+
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_two_processes(tensor_parallel_size, tmp_path):
     """With a copy of the weights each, and with one that they share."""

@@ -19,8 +19,18 @@ from torch import nn
 
 from tests.conftest import make_tokenizer
 from tests.trainers.online_support import make_trainer
-from tests.vllm.support import OPTIONS, PARAMS, PROMPTS, largest_difference, llama
+from tests.vllm.support import (
+    OPTIONS,
+    PARAMS,
+    PROMPTS,
+    check_after_images,
+    image_prompts,
+    largest_difference,
+    llama,
+    llava,
+)
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
+from trl.errors import EngineError
 from trl.rollouts.server import ServerEngine
 
 PROGRAM = os.environ.get("TRL_TEST_VLLM")
@@ -29,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PROGRAM, reason="TRL_TEST
 START = 600.0
 
 
-def start(folder, mode):
+def start(folder, mode, max_lora_rank=8):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -41,7 +51,7 @@ def start(folder, mode):
         max_model_len=512,
         enforce_eager=True,
         logprobs_mode=mode,
-        max_lora_rank=8,
+        max_lora_rank=max_lora_rank,
     )
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     program = subprocess.Popen(command_of(arguments), env={**kept, **environment_of(arguments), "HF_HUB_OFFLINE": "1"})
@@ -56,6 +66,25 @@ def served(request, tmp_path_factory):
     program, url = start(folder, request.param)
     try:
         yield url, request.param
+    finally:
+        program.terminate()
+        program.wait(60)
+
+
+@pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
+def test_images(tmp_path):
+    """The server starts with other weights. vLLM needs torchvision for models that read images."""
+    models = [llava(seed, tmp_path / f"model-{seed}") for seed in (1, 2, 3)]
+    program, url = start(tmp_path / "model-3", "raw_logprobs", max_lora_rank=None)
+    try:
+        engine = ServerEngine(url, models[0].processor.tokenizer, sync_dir=tmp_path, start_timeout=START, timeout=120)
+        for step, tiny in enumerate(models[:2]):
+            engine.sync(tiny.model, step)
+            assert check_after_images(tiny, engine) < 1e-3
+        _, (prompt, *_) = image_prompts(tiny)
+        with pytest.raises(EngineError, match="tokens there and .* in the trainer"):
+            engine.generate([replace(prompt, ids=[*prompt.ids, 7])], PARAMS)
+        engine.close()
     finally:
         program.terminate()
         program.wait(60)
