@@ -85,7 +85,7 @@ BROUGHT = {
 }
 """What declared dependencies need themselves."""
 OF_EXTRAS = {
-    "starlette": {"cli/serve/app.py", "label/server.py"},
+    "starlette": {"cli/serve/app.py", "cli/serve/streaming.py", "label/server.py"},
     "uvicorn": {"label/server.py"},
     "triton": {
         "ops/triton_head.py",
