@@ -110,6 +110,8 @@ class VLLMEngine(RolloutEngine):
         self.folders = self.folders or WeightFolders(self.sync_dir) if self.rank == 0 else None
         folder = run_on_main(lambda: str(self.folders.folder / str(step)))
         publish(self.folders, model, step, write_weights)
+        if self.llm is None or self._image_tokens:  # vLLM looks for its processor where the last weights were
+            run_on_main(lambda: self.processor.save_pretrained(folder))
         if self.llm is None:
             self._start(model, folder)
         else:
@@ -121,7 +123,6 @@ class VLLMEngine(RolloutEngine):
         self.counts.add("sync_seconds", time.monotonic() - start)
 
     def _start(self, model: nn.Module, folder: str) -> None:
-        run_on_main(lambda: self.processor.save_pretrained(folder))
         base = base_of(policy_of(model))
         self._stops_of, self._image_tokens = base, image_token_ids(base.config)
         dtype = str(base.dtype).removeprefix("torch.")
