@@ -55,7 +55,8 @@ def llava(seed, folder):
     from transformers import LlavaForConditionalGeneration
 
     wide = {"hidden_size": 128, "intermediate_size": 128}
-    tiny = vision.llava({**vision.TEXT, **wide, "head_dim": 32, "num_key_value_heads": 4}, {**vision.TOWER, **wide})
+    text = {**vision.TEXT, **wide, "head_dim": 32, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    tiny = vision.llava(text, {**vision.TOWER, **wide})
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in tiny.model.parameters():

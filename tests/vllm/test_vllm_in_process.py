@@ -41,9 +41,9 @@ def test_weights_arrive_and_samples_are_the_policys(temperature, mode, tmp_path)
 
 
 def test_images(tmp_path):
-    """vLLM needs torchvision for models that read them."""
+    """vLLM needs torchvision for models that read them, and the trainer transformers 5.20 or later."""
     run("sample_images_in_process.py", tmp_path)
-    assert max(json.loads((tmp_path / "found.json").read_text())) < 1e-3
+    assert max(json.loads((tmp_path / "found.json").read_text())) < 1e-4
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
