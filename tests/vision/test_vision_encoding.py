@@ -329,3 +329,10 @@ def test_a_size_that_the_processor_refuses_is_named():
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
     with pytest.raises(DataError, match="does not take an image of 3,000 × 3 pixels: .*aspect ratio"):
         processing.expand(processing.place, [Image.new("RGB", (3000, 3))])
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    tiny = llava()
+    monkeypatch.setattr(type(tiny.processor), "_merge_kwargs", lambda self, ModelProcessorKwargs: {})
+    with pytest.raises(ConfigError, match="transformers .* processes images in an older way"):
+        ImageProcessing.of(tiny.processor, tiny.model.config)

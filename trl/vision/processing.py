@@ -6,6 +6,7 @@ ids, images ──example_inputs──▶ pixel values, token types, positions  
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -49,6 +51,11 @@ class ImageProcessing:
                 f"Nothing is known of how models of type {config.model_type!r} read images: add an entry to "
                 "trl.vision.families.FAMILIES that says how their inputs are joined, or give the tokenizer alone, "
                 "processing_class=processor.tokenizer, to train on texts."
+            )
+        if "ModelProcessorKwargs" in inspect.signature(processor._merge_kwargs).parameters:
+            raise ConfigError(
+                f"transformers {transformers.__version__} processes images in an older way: install 5.23 or later, or give the "
+                "tokenizer alone, processing_class=processor.tokenizer, to train on texts."
             )
         return cls(processor, family, limits or PixelLimits())
 
