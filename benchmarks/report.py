@@ -127,6 +127,39 @@ def _aim(ratio: float | None) -> str:
     return "–" if ratio is None else f"≤ {ratio:.2f}"
 
 
+OF_THE_CLOCK = ("step_seconds", "sampling_seconds", "prepare_seconds", "time", "time_range", "per_sample", "sampling")
+"""What of runs and comparisons is worth nothing on a machine that others use."""
+
+
+def without_clock(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with processor time, memory, counts and losses alone."""
+
+    def less(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in OF_THE_CLOCK}
+
+    workloads = {
+        name: workload
+        | {"comparisons": {side: less(each) for side, each in workload["comparisons"].items()}}
+        | {"runs": {side: list(map(less, runs)) for side, runs in workload["runs"].items()}}
+        for name, workload in result["workloads"].items()
+    }
+    return {**result, "workloads": workloads}
+
+
+def cost_grid(result: Mapping[str, Any]) -> Grid:
+    """One row per workload and side, of what a busy machine leaves alone: medians over repeats."""
+    rows = []
+    for name, workload in result["workloads"].items():
+        for side, runs in workload["runs"].items():
+            steps, gap = len(runs[0]["cpu_seconds"]), workload["comparisons"].get(side, {}).get("loss_gap")
+            processor = median(processor_seconds(run, per_token=False) for run in runs) / steps
+            memory = median(run["peak_mib"] for run in runs) / 1024
+            tokens = f"{sum(runs[0]['tokens']) / steps:,.0f}"
+            rows.append([name, side, f"{processor:.1f}", f"{memory:.2f}", tokens, "–" if gap is None else f"{gap:.0e}"])
+    header = ["workload", "side", "processor s/step", "peak GiB", "tokens/step", "loss gap"]
+    return Grid("Processor time and memory", header, rows)
+
+
 def measured_grid(result: Mapping[str, Any]) -> Grid:
     """One row per workload and side: medians over repeats, on the machine that ran it."""
     rows = []
@@ -184,6 +217,15 @@ def device_grid(result: Mapping[str, Any]) -> Grid:
     return Grid("Measured on a GPU: launches and the share of a step in which the device ran one", header, rows)
 
 
+def tables(result: Mapping[str, Any]) -> list[Grid]:
+    """The tables that the result has the figures for."""
+    runs = [run for workload in result["workloads"].values() for side in workload["runs"].values() for run in side]
+    if all("step_seconds" in run for run in runs):
+        on_gpu = all(run.get("launches") is not None for run in runs)
+        return [ratio_grid(result), device_grid(result) if on_gpu else measured_grid(result)]
+    return [cost_grid(result)]
+
+
 def settings_line(result: Mapping[str, Any]) -> str:
     """What was run, in one line."""
     run = result["settings"]
@@ -224,4 +266,4 @@ def show(grid: Grid) -> None:
 
 if __name__ == "__main__":
     measured = json.loads(Path(sys.argv[1]).read_text())
-    print(markdown(ratio_grid(measured)), markdown(measured_grid(measured)), settings_line(measured), sep="\n\n")
+    print(*map(markdown, tables(measured)), settings_line(measured), sep="\n\n")

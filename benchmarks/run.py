@@ -198,6 +198,7 @@ def sides_parser(about: str, release: str, workloads: Iterable[str], *, out: str
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--busy", action="store_true", help="others use the machine: leave out what the clock says")
     inner = parser.add_argument_group("of a worker, which this program starts")
     inner.add_argument("--side", choices=("ours", "trl"))
     inner.add_argument("--workload", choices=list(workloads))
@@ -236,15 +237,18 @@ def compare_sides(
         write(directory, seed=arguments.seed)
         bench = Bench(directory, interpreters, {}, arguments.steps, arguments.seed, arguments.threads, worker=worker)
         result, complete = run_all(bench, workloads, repeats=arguments.repeats, out=arguments.out)
+    if arguments.busy:
+        result = report.without_clock(result)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     finish(result, complete, grids)
 
 
 def finish(
-    result: dict[str, Any], complete: bool, grids: Sequence[Callable[[dict[str, Any]], report.Grid]] = ()
+    result: dict[str, Any], complete: bool, further: Sequence[Callable[[dict[str, Any]], report.Grid]] = ()
 ) -> None:
-    """Print the tables, and end the program; in failure where a workload did not run."""
-    for grid in (report.ratio_grid, report.measured_grid, *grids):
-        report.show(grid(result))
+    """Print the tables and `further` ones, and end the program; in failure where a workload did not run."""
+    for grid in (*report.tables(result), *(make(result) for make in further)):
+        report.show(grid)
     print(report.settings_line(result))
     sys.exit(0 if complete else 1)
 
@@ -302,11 +306,7 @@ def main() -> None:
             log=arguments.out.with_suffix(".jobs.jsonl").absolute(),
         )
         result, complete = run_all(bench, arguments.workloads, repeats=arguments.repeats, out=arguments.out)
-    measured = report.device_grid if arguments.device == "cuda" else report.measured_grid
-    for grid in (report.ratio_grid(result), measured(result)):
-        report.show(grid)
-    print(report.settings_line(result))
-    sys.exit(0 if complete else 1)
+    finish(result, complete)
 
 
 if __name__ == "__main__":

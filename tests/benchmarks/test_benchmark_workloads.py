@@ -229,6 +229,18 @@ def test_tables_read_as_written():
     ]
 
 
+def test_a_busy_machine_leaves_out_what_the_clock_says():
+    whole = report.without_clock(result())
+    assert "step_seconds" not in json.dumps(whole)
+    assert whole["workloads"]["sft-padded"]["comparisons"]["trl"].keys() == {"processor", "memory", "loss_gap"}
+    (grid,) = report.tables(whole)
+    assert grid.rows == [
+        ["sft-padded", "ours", "1.0", "1.00", "100", "–"],
+        ["sft-padded", "trl", "1.0", "4.00", "200", "1e-04"],
+    ]
+    assert len(report.tables(result())) == 2
+
+
 def test_markdown_aligns_its_columns():
     grid = report.Grid("Title", ["a", "long name"], [["wide cell", "b"]])
     assert report.markdown(grid).splitlines() == [
