@@ -52,7 +52,8 @@ class ImageProcessing:
                 "trl.vision.families.FAMILIES that says how their inputs are joined, or give the tokenizer alone, "
                 "processing_class=processor.tokenizer, to train on texts."
             )
-        if "ModelProcessorKwargs" in inspect.signature(processor._merge_kwargs).parameters:
+        given = inspect.signature(processor._merge_kwargs).parameters.get("ModelProcessorKwargs")
+        if given is not None and given.default is inspect.Parameter.empty:
             raise ConfigError(
                 f"transformers {transformers.__version__} processes images in an older way: install 5.23 or later, or give the "
                 "tokenizer alone, processing_class=processor.tokenizer, to train on texts."
