@@ -148,7 +148,7 @@ class SamplerOptions:
         """
         from trl.models.load import tokenizer_of
 
-        tokenizer = tokenizer_of(processor)
+        tokenizer = None if processor is None else tokenizer_of(processor)
         if not self.use_vllm:
             from trl.rollouts.local import LocalEngine
 
