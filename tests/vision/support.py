@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,15 +135,15 @@ def template(image: str) -> str:
     return TEMPLATE.format(image=image)
 
 
-def llava(text: Mapping[str, int] = TEXT, tower: Mapping[str, int] = TOWER) -> Tiny:
+def llava() -> Tiny:
     words = tokenizer(image="<image>")
     processor = hf.LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), words, patch_size=8,
         vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template("<image>"),
     )  # fmt: skip
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**tower, image_size=16, patch_size=8), vision_feature_layer=-1,
-        text_config=hf.LlamaConfig(**text, vocab_size=len(words)), image_token_index=words.image_token_id,
+        vision_config=hf.CLIPVisionConfig(**TOWER, image_size=16, patch_size=8), vision_feature_layer=-1,
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(words)), image_token_index=words.image_token_id,
     )  # fmt: skip
     return Tiny(seeded(lambda: hf.LlavaForConditionalGeneration(config)), processor)
 

@@ -1,6 +1,6 @@
 """Images in vLLM in this process, with weights of several steps. Run by the Python of an environment with vLLM.
 
-python sample_images_in_process.py FOLDER
+python sample_images_in_process.py FOLDER FAMILY
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.support import PARAMS, check_after_images, image_prompts, llava
+from tests.vllm.support import PARAMS, check_after_images, image_prompts, reader
 from trl.errors import EngineError
 from trl.rollouts.vllm import VLLMEngine
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, family: str) -> None:
     warnings.simplefilter("ignore")
-    models = [llava(seed, folder / f"model-{seed}") for seed in (1, 2)]
+    models = [reader(family, seed, folder / f"model-{seed}") for seed in (1, 2)]
     engine = VLLMEngine(models[0].processor, sync_dir=folder, max_model_len=512, enforce_eager=True)
     differences = []
     for step, tiny in enumerate(
@@ -36,4 +36,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

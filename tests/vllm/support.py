@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,13 +51,12 @@ def llama(seed):
     return model
 
 
-def llava(seed, folder):
-    """One that reads images, of the same widths, its weights under the names of the hub; and its processor."""
-    from transformers import LlavaForConditionalGeneration
-
+def reader(name, seed, folder):
+    """A model of this family that reads images, of the same widths, its weights under the names of the hub; and its processor."""
     wide = {"hidden_size": 128, "intermediate_size": 128}
-    text = {**vision.TEXT, **wide, "head_dim": 32, "num_key_value_heads": 4, "max_position_embeddings": 512}
-    tiny = vision.llava(text, {**vision.TOWER, **wide})
+    text = {**wide, "head_dim": 32, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    with patch.dict(vision.TEXT, text), patch.dict(vision.TOWER, wide):
+        tiny = vision.FAMILIES[name]()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in tiny.model.parameters():
@@ -66,7 +66,7 @@ def llava(seed, folder):
     state = load_file(folder / "model.safetensors")
     named = {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v for k, v in state.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-    tiny.model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    tiny.model = type(tiny.model).from_pretrained(folder).eval()
     return tiny
 
 

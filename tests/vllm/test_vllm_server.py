@@ -27,7 +27,7 @@ from tests.vllm.support import (
     image_prompts,
     largest_difference,
     llama,
-    llava,
+    reader,
 )
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
 from trl.errors import EngineError
@@ -74,7 +74,7 @@ def served(request, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
 def test_images(tmp_path):
     """The server starts with other weights. vLLM needs torchvision for models that read images."""
-    models = [llava(seed, tmp_path / f"model-{seed}") for seed in (1, 2, 3)]
+    models = [reader("llava", seed, tmp_path / f"model-{seed}") for seed in (1, 2, 3)]
     program, url = start(tmp_path / "model-3", "raw_logprobs", max_lora_rank=None)
     try:
         engine = ServerEngine(url, models[0].processor.tokenizer, sync_dir=tmp_path, start_timeout=START, timeout=120)
