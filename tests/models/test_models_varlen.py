@@ -19,12 +19,15 @@ EXAMPLES = (
 )
 
 
-def plain_varlen(query, key, value, query_starts, key_starts, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What the documentation of PyTorch's kernel says of the same call, query by query, in float64."""
+def plain_varlen(query, key, value, query_starts, key_starts, max_q, max_k, *, scale, window_size, enable_gqa=None):
+    """What the documentation of PyTorch's kernel says of the same call, query by query, in float64.
+
+    `enable_gqa` is there from torch 2.12 on.
+    """
     assert query_starts.dtype == key_starts.dtype == torch.int32
     assert (query_starts.diff() <= max_q).all()
     assert (key_starts.diff() <= max_k).all()
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert enable_gqa in (None, query.shape[1] != key.shape[1])
     left, right = window_size
     group, out = query.shape[1] // key.shape[1], []
     for run in range(len(query_starts) - 1):

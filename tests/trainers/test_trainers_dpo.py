@@ -124,7 +124,7 @@ def test_first_loss_is_ln_2_and_then_falls(make_model, tmp_path, case):
     assert isinstance(trainer.reference, kind)
     trainer.train()
     first, second = trainer.state.log_history[:2]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert second["loss"] != pytest.approx(math.log(2), abs=1e-4), "the policy did not move away from the reference"
     known = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}

@@ -113,7 +113,7 @@ def test_a_layout_that_the_network_cannot_have_is_left(make_model, tokenizer, ca
         PPOConfig(batch_size=4, bf16=False), make_model("llama"), None, tokenizer, value_model=make_model("gemma2")
     )
     assert trainer.layout == "padded"
-    assert "the value model does not work with 'shared': its attention implementation is 'eager'" in caplog.text
+    assert "the value model does not work with 'shared': its" in caplog.text
     trainer.step(*TRIPLETS)
 
 

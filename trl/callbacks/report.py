@@ -33,6 +33,9 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokeniz
 LIVE = 2.0
 """Seconds between two times that the log is written while a run goes on, at least."""
 
+SHARE = 0.01
+"""Of a run's time that writing its log may take: a long log is written less often."""
+
 DERIVED = {"accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "output_dir"}
 """Options that the configuration fills in by itself, and the one that the page's title tells."""
 
@@ -52,7 +55,8 @@ class ReportCallback(TrainerCallback):
         self.data, self._rows = data, rows
         self.rows: Sequence[Mapping[str, Any]] = ()
         self.started, self.seconds_before, self.clock = _now(), 0.0, time.monotonic()
-        self.trains, self.ended, self.written = False, False, -math.inf
+        self.trains, self.ended, self.due = False, False, -math.inf
+        self.settings: dict[str, Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         before = read_run_file(Path(args.output_dir)) if state.global_step else {}
@@ -64,7 +68,7 @@ class ReportCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """From the first log on, and then no more often than a disk minds; a loop of steps by hand has no end that is known."""
-        if not self.trains or (not self.ended and time.monotonic() - self.written > LIVE):
+        if not self.trains or (not self.ended and time.monotonic() > self.due):
             self._write(args, state, model, page=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
@@ -89,33 +93,43 @@ class ReportCallback(TrainerCallback):
         folder = Path(args.output_dir)
         with not_fatal("The report"):
             folder.mkdir(parents=True, exist_ok=True)
-            self.written = time.monotonic()
-            _replace(folder / RUN_FILE, json.dumps(self.record(args, state, model), indent=1, default=str))
+            start = time.monotonic()
+            if page or self.settings is None:
+                self.settings = self.describe(args, model)
+            _replace(folder / RUN_FILE, json.dumps(self.record(state), indent=1, default=str))
+            self.due = time.monotonic() + max(LIVE, (time.monotonic() - start) / SHARE)
             if page:
                 logger.info(f"The report is in {write_report(folder)}.")
 
-    def record(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
+    def record(self, state: TrainerState) -> dict[str, Any]:
         """What `run.json` holds."""
         return {
-            "method": type(args).__name__.removesuffix("Config"),
-            "model": {} if model is None else _describe(model),
+            **(self.settings or {}),
             "step": state.global_step,
             "max_steps": state.max_steps,
             "started": self.started,
             "seconds": self.seconds_before + time.monotonic() - self.clock,
             "data": self.data,
             "rows": self.rows,
+            "log_history": state.log_history,
+        }
+
+    def describe(self, args: TrainingArguments, model: Any) -> dict[str, Any]:
+        """The part of `run.json` that stays while a run goes on."""
+        return {
+            "method": type(args).__name__.removesuffix("Config"),
+            "model": {} if model is None else _describe(model),
             "again": self.again(args, model),
             "versions": versions(),
             "options": args.to_dict(),
             "changed": changed_options(args),
-            "log_history": state.log_history,
         }
 
     def again(self, args: TrainingArguments, model: Any) -> dict[str, str]:
         """What makes the run again: the command, if it was one, and a configuration that `trl METHOD --config` takes."""
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
-        options = {option: args.to_dict()[option] for option in changed_options(args)}
+        every = args.to_dict()
+        options = {option: every[option] for option in changed_options(args)}
         options = {"model_name_or_path": name, **options, "output_dir": args.output_dir}
         made = {"config.yaml": yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)}
         program = Path(sys.argv[0])
