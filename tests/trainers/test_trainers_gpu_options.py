@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from trl import SFTConfig, SFTTrainer
+from tests.conftest import WIDTHS
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
 from trl.trainers.config import liger_layers
@@ -43,3 +45,14 @@ def test_compiling_layers_changes_no_loss(make_model, tokenizer, tmp_path, monke
         assert trainer.accelerator.unwrap_model(trainer.model_wrapped) is trainer.model
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layers_of_reward_models_are_compiled_too(tokenizer, tmp_path, monkeypatch):
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", os.environ.get(f"ACCELERATE_DYNAMO_{name}", "no"))
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "bf16": False, "report_to": "none"}
+    args = RewardConfig(output_dir=str(tmp_path), disable_tqdm=True, **options)
+    rows = Dataset.from_dict({"chosen": ["cat sat"] * 4, "rejected": ["mat sat"] * 4})
+    model = LlamaForSequenceClassification(LlamaConfig(**WIDTHS, num_labels=1))
+    trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    assert all(layer._compiled_call_impl is not None for layer in repeated_layers(trainer.model))

@@ -186,6 +186,10 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
+        self._spare_launches(inner)
+
+    def _spare_launches(self, inner: PreTrainedModel) -> None:
+        """Do with few kernels what the model's layers would launch many for."""
         if self._fuses():
             fuse(self.model)
         if self.args.torch_compile:

@@ -106,6 +106,7 @@ class RewardTrainer(PredictsRewards):
         inner = unwrap(self.model)
         self.router = self._router_loss(inner)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
+        self._spare_launches(inner)
 
     def _record_pass(self, model: nn.Module, batch: Batch) -> None:
         score_rewards(model, batch)
