@@ -1,11 +1,12 @@
 """Options for GPUs that need none to be checked."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_utils
 
 from tests.conftest import WIDTHS
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -56,3 +57,40 @@ def test_layers_of_reward_models_are_compiled_too(tokenizer, tmp_path, monkeypat
     model = LlamaForSequenceClassification(LlamaConfig(**WIDTHS, num_labels=1))
     trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     assert all(layer._compiled_call_impl is not None for layer in repeated_layers(trainer.model))
+
+
+def test_offloading_keeps_the_start_of_every_layer_elsewhere_and_no_other_number(
+    make_model, tokenizer, tmp_path, monkeypatch
+):
+    losses, kept = [], []
+
+    @contextmanager
+    def elsewhere(**options):
+        def pack(tensor):
+            kept.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", elsewhere)
+    rows = Dataset.from_dict({"text": ["cat sat on mat."] * 8})
+    for options in ({}, {"activation_offloading": True}):
+        common = {"max_steps": 2, "bf16": False, "logging_steps": 1, "report_to": "none"}
+        args = SFTConfig(output_dir=str(tmp_path / str(len(losses))), **common, **options)
+        trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert sum(shape[-1] == WIDTHS["hidden_size"] for shape in kept) >= 2 * 2  # layers × steps
+
+
+def test_offloading_without_checkpointing_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gradient_checkpointing=False checkpoints none"):
+        SFTConfig(output_dir=str(tmp_path), activation_offloading=True, gradient_checkpointing=False)
+
+
+def test_offloading_needs_a_release_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainers.config.offloads_activations", lambda: False)
+    with pytest.raises(ConfigError, match="needs transformers 5.17 or later, and this is"):
+        SFTConfig(output_dir=str(tmp_path), activation_offloading=True)

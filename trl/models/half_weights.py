@@ -7,7 +7,7 @@ called, and their gradients are widened together. The numbers are the same to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,36 +46,39 @@ def round_together(model: PreTrainedModel) -> int:
 
     Call it after layers are compiled, where they are: what is compiled then reads weights that are rounded.
     """
-    layers = [layer for layer in repeated_layers(model) if any(_weights(layer))]
-    for layer in layers:
-        call = layer._compiled_call_impl or layer._call_impl
-        layer._compiled_call_impl = _with_rounded_weights(layer, call)
-    return len(layers)
+    rounding = 0
+    for layer in repeated_layers(model):
+        linears = [module for module in layer.modules() if type(module) in (nn.Linear, Conv1D)]
+        if any(_weights(linears)):
+            call = layer._compiled_call_impl or layer._call_impl
+            layer._compiled_call_impl = _with_rounded_weights(linears, call)
+            rounding += 1
+    return rounding
 
 
-def _with_rounded_weights(layer: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+def _with_rounded_weights(linears: Sequence[nn.Module], call: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(layer.parameters()).device.type
+        device = linears[0].weight.device.type
         if not torch.is_autocast_enabled(device):
             return call(*args, **kwargs)
-        with _rounded(layer, torch.get_autocast_dtype(device)):
+        with _rounded(linears, torch.get_autocast_dtype(device)):
             return call(*args, **kwargs)
 
     return run
 
 
-def _weights(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """What autocast would round in the layer: weights and biases of its linear layers."""
-    for module in layer.modules():
-        for name in ("weight", "bias") if type(module) in (nn.Linear, Conv1D) else ():
+def _weights(linears: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """What autocast would round: weights and biases of linear layers."""
+    for module in linears:
+        for name in ("weight", "bias"):
             parameter = module._parameters.get(name)
             if parameter is not None and parameter.dtype == torch.float32:
                 yield module, name, parameter
 
 
 @contextmanager
-def _rounded(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    held = list(_weights(layer))
+def _rounded(linears: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    held = list(_weights(linears))
     learn = [p for _, _, p in held if p.requires_grad and torch.is_grad_enabled()]
     rounded = dict(zip(map(id, learn), Rounded.apply(dtype, *learn), strict=True)) if learn else {}
     fixed = [p for _, _, p in held if id(p) not in rounded]

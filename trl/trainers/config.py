@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import transformers
 from transformers import TrainingArguments
 
 from trl.compat import remedy
@@ -206,7 +207,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Write a page of the run, with its curves and options, to `report.html` in the output folder at the end."""
 
     activation_offloading: bool = False
-    """Not available: use `gradient_checkpointing`, which keeps no activations of a layer either."""
+    """Keep what checkpointed layers start from in the host's memory, until backward asks for it; implies
+    `gradient_checkpointing`. Costs the time of the copies."""
 
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts. None: as the model's configuration says, which asks for
@@ -222,7 +224,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         check_loggers(self)
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
-        self.refuse("activation_offloading", "include_for_metrics")
+        self.refuse("include_for_metrics")
+        if self.activation_offloading:
+            self.offload_activations()
         if self.label_smoothing_factor and not self.smooths_labels:
             near = "label_smoothing" if "label_smoothing" in self.__dataclass_fields__ else "nothing here"
             raise ConfigError(
@@ -262,6 +266,24 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
         return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}
 
+    def offload_activations(self) -> None:
+        """Ask for it where `transformers` does. Raises ConfigError where checkpointing was switched off, or a release lacks it."""
+        if self.gradient_checkpointing is False:
+            raise ConfigError(
+                "activation_offloading=True keeps what checkpointed layers start from in the host's memory, and "
+                "gradient_checkpointing=False checkpoints none: leave one of them out."
+            )
+        if not offloads_activations():
+            raise ConfigError(
+                f"activation_offloading=True needs transformers 5.17 or later, and this is {transformers.__version__}."
+            )
+        self.gradient_checkpointing = True
+        given = self.gradient_checkpointing_kwargs or {}
+        self.gradient_checkpointing_kwargs = {
+            **(json.loads(given) if isinstance(given, str) else given),
+            "offload": True,
+        }
+
     def refuse(self, *names: str) -> None:
         """Raises ConfigError for options that other releases have, if one of them is asked for."""
         for name in names:
@@ -274,6 +296,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if self.pad_to_multiple_of == "auto":
             return 1 if self.device.type == "cpu" else 8
         return int(self.pad_to_multiple_of or 1)
+
+
+def offloads_activations() -> bool:
+    """Whether this release of `transformers` can keep checkpoints of activations in the host's memory."""
+    name = "activation_checkpointing_enable" if RENAMED_CHECKPOINTING else "gradient_checkpointing_enable"
+    return "offload" in inspect.signature(getattr(transformers.PreTrainedModel, name)).parameters
 
 
 @dataclass
