@@ -75,7 +75,7 @@ def test_offloading_keeps_the_start_of_every_layer_elsewhere_and_no_other_number
 
     monkeypatch.setattr(modeling_utils, "save_on_cpu", elsewhere)
     rows = Dataset.from_dict({"text": ["cat sat on mat."] * 8})
-    for options in ({}, {"activation_offloading": True}):
+    for options in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}}):
         common = {"max_steps": 2, "bf16": False, "logging_steps": 1, "report_to": "none"}
         args = SFTConfig(output_dir=str(tmp_path / str(len(losses))), **common, **options)
         trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
@@ -85,12 +85,25 @@ def test_offloading_keeps_the_start_of_every_layer_elsewhere_and_no_other_number
     assert sum(shape[-1] == WIDTHS["hidden_size"] for shape in kept) >= 2 * 2  # layers × steps
 
 
-def test_offloading_without_checkpointing_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="gradient_checkpointing=False checkpoints none"):
-        SFTConfig(output_dir=str(tmp_path), activation_offloading=True, gradient_checkpointing=False)
+def test_offloading_is_asked_of_transformers(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": False})
+    args.gradient_checkpointing = None
+    args.offload_activations(accelerated=True)
+    assert args.gradient_checkpointing
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False, "offload": True}
 
 
-def test_offloading_needs_a_release_that_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl.trainers.config.offloads_activations", lambda: False)
-    with pytest.raises(ConfigError, match="needs transformers 5.17 or later, and this is"):
-        SFTConfig(output_dir=str(tmp_path), activation_offloading=True)
+@pytest.mark.parametrize(
+    ("accelerated", "checkpoints", "has_it", "words"),
+    [
+        (False, None, True, "are in the host's memory already"),
+        (True, False, True, "gradient_checkpointing=False checkpoints none"),
+        (True, None, False, "needs transformers 5.17 or later, and this is"),
+    ],
+)
+def test_offloading_that_cannot_be_is_refused(tmp_path, monkeypatch, accelerated, checkpoints, has_it, words):
+    monkeypatch.setattr("trl.trainers.config.offloads_activations", lambda: has_it)
+    args = SFTConfig(output_dir=str(tmp_path))
+    args.gradient_checkpointing = checkpoints
+    with pytest.raises(ConfigError, match=words):
+        args.offload_activations(accelerated=accelerated)

@@ -109,7 +109,9 @@ class _Step:
             trainer.get_train_dataloader()
         if args.gradient_checkpointing:
             inner = unwrap(trainer.model)
-            checkpoint_activations(inner, args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+            given = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+            given.pop("offload", None)  # what is kept on the host is counted as if it were not
+            checkpoint_activations(inner, given)
             inner.enable_input_require_grads()
 
     def __call__(self) -> None:

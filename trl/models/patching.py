@@ -35,7 +35,13 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
 
 
 def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None = None, **more: Any) -> None:
-    """Compute a model's activations again in backward, by the method that its release of `transformers` has for it."""
+    """Compute a model's activations again in backward, by the method that its release of `transformers` has for it.
+
+    `options` are those of `torch.utils.checkpoint`, and may say `every_n_layers` and `offload` too, as configurations do.
+    """
+    options = dict(options or {})
+    more = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options} | more
+    options = options or None
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(options, **more)
     else:

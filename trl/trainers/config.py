@@ -225,8 +225,6 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
         self.refuse("include_for_metrics")
-        if self.activation_offloading:
-            self.offload_activations()
         if self.label_smoothing_factor and not self.smooths_labels:
             near = "label_smoothing" if "label_smoothing" in self.__dataclass_fields__ else "nothing here"
             raise ConfigError(
@@ -236,6 +234,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_layers(self.liger_kernel_config)
         accelerated = not self.use_cpu and torch.accelerator.is_available()
+        if self.activation_offloading:
+            self.offload_activations(accelerated=accelerated)
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing is None:
@@ -266,8 +266,13 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
         return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}
 
-    def offload_activations(self) -> None:
-        """Ask for it where `transformers` does. Raises ConfigError where checkpointing was switched off, or a release lacks it."""
+    def offload_activations(self, *, accelerated: bool) -> None:
+        """Ask `transformers` for it. Raises ConfigError without an accelerator, without checkpointing, and in older releases."""
+        if not accelerated:
+            raise ConfigError(
+                "activation_offloading=True: activations are in the host's memory already where nothing else computes. "
+                "Leave it out."
+            )
         if self.gradient_checkpointing is False:
             raise ConfigError(
                 "activation_offloading=True keeps what checkpointed layers start from in the host's memory, and "
