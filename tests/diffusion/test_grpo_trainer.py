@@ -261,7 +261,7 @@ def test_evaluation_samples_the_same_pictures_each_time(tmp_path):
 
 
 def test_rewards_of_the_wrong_count(tmp_path):
-    with pytest.raises(RewardError, match="'short' gave 1 rewards for 4 samples"):
+    with pytest.raises(RewardError, match="'short' gave 1 reward for 4 samples"):
         trainer(tmp_path, reward=named("short", lambda images: [1.0])).train()
 
 

@@ -162,7 +162,7 @@ FAILURES = {
         fragile,
         r"'fragile' raised ZeroDivisionError: division by zero. Sample 2 of 3: prompt 'q', completion 'b'",
     ),
-    "length": (lambda **_: [1.0], "gave 1 rewards for 3 samples: it has to give one each"),
+    "length": (lambda **_: [1.0], "gave 1 reward for 3 samples: it has to give one each"),
     "nan": (lambda **_: [0, 0, float("nan")], r"gave nan .*Sample 3 of 3: prompt 'r'"),
     "infinite": (lambda **_: [0, float("inf"), 0], "gave inf .*Sample 2 of 3"),
     "text": (lambda **_: ["high", 0, 0], r"gave a str \('high'\) where a number belongs. Sample 1"),

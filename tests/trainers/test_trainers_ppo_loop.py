@@ -192,7 +192,7 @@ def test_samples_of_an_evaluation_are_kept(make_loop, tmp_path):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda completion_ids, **_: [1.0], "gave 1 rewards for 8 samples: it has to give one each"),
+        (lambda completion_ids, **_: [1.0], "gave 1 reward for 8 samples: it has to give one each"),
         (lambda completion_ids, **_: [float("nan")] * 8, "gave nan .* Sample 1 of 8"),
         (lambda completion_ids, **_: [len(completion_ids) / 0] * 8, "raised ZeroDivisionError"),
     ],

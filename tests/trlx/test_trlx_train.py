@@ -328,7 +328,7 @@ def samples_and(**arguments):
             default_ppo_config,
             {"reward_fn": lambda samples, **kwargs: [1.0], "prompts": PROMPTS},
             RewardError,
-            "Reward function 'reward_fn' gave .* rewards for .* samples: it has to give one each",
+            "Reward function 'reward_fn' gave .* rewards? for .* samples: it has to give one each",
         ),
         (
             default_ppo_config,
