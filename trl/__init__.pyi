@@ -30,11 +30,11 @@ from trl.data.formats import maybe_extract_prompt as maybe_extract_prompt
 from trl.data.formats import maybe_unpair_preference_dataset as maybe_unpair_preference_dataset
 from trl.data.formats import unpair_preference_dataset as unpair_preference_dataset
 from trl.data.layout import lay_out as lay_out
+from trl.data.mixtures import DatasetConfig as DatasetConfig
+from trl.data.mixtures import DatasetMixtureConfig as DatasetMixtureConfig
+from trl.data.mixtures import get_dataset as get_dataset
 from trl.data.packing import pack_dataset as pack_dataset
-from trl.data.sources import DatasetConfig as DatasetConfig
-from trl.data.sources import DatasetMixtureConfig as DatasetMixtureConfig
 from trl.data.sources import ScriptArguments as ScriptArguments
-from trl.data.sources import get_dataset as get_dataset
 from trl.errors import ConfigError as ConfigError
 from trl.errors import DataError as DataError
 from trl.errors import ModelError as ModelError

@@ -7,14 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import HfArgumentParser
 
-from trl.data.sources import (
-    DatasetConfig,
-    DatasetMixtureConfig,
-    ScriptArguments,
-    get_dataset,
-    load_dataset_argument,
-    load_rows,
-)
+from trl.data.mixtures import DatasetConfig, DatasetMixtureConfig, get_dataset
+from trl.data.sources import ScriptArguments, load_dataset_argument, load_rows
 from trl.errors import ConfigError, DataError
 
 ROWS = [{"text": f"row {i}", "number": i} for i in range(10)]

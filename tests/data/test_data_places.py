@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from tests.conftest import make_tokenizer
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.places import naming_lines, naming_rows
-from trl.data.sources import DatasetMixtureConfig, ScriptArguments, get_dataset, load_dataset_argument
+from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import DataError, RowError
 
 OPTIONS = {"report_to": [], "html_report": False, "save_strategy": "no", "max_steps": 1}

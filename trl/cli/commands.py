@@ -15,7 +15,7 @@ from trl.cli.parser import OptionParser
 from trl.cli.source import locate
 
 SCRIPT = "trl.data.sources:ScriptArguments"
-MIXTURE = "trl.data.sources:DatasetMixtureConfig"
+MIXTURE = "trl.data.mixtures:DatasetMixtureConfig"
 MODEL = "trl.models.config:ModelConfig"
 REWARDS = "trl.cli.rewards:RewardArguments"
 REQUIRED_REWARDS = "trl.cli.rewards:RequiredRewards"

@@ -17,8 +17,9 @@ from trl.cli.hub import check_model_on_hub, check_push, push_explained
 from trl.cli.launch import LaunchArguments
 from trl.cli.parser import ParsedOptions
 from trl.cli.rewards import RewardArguments, check_reward_weights
+from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.places import naming_lines
-from trl.data.sources import DatasetMixtureConfig, ScriptArguments, check_place, get_dataset, load_dataset_argument
+from trl.data.sources import ScriptArguments, check_place, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl.data.sources import DatasetMixtureConfig, ScriptArguments, files_of, parts_of, slice_of, splits_of
+from trl.data.mixtures import DatasetMixtureConfig, parts_of, splits_of
+from trl.data.sources import ScriptArguments, files_of, slice_of
 from trl.errors import RowError
 
 if TYPE_CHECKING:
