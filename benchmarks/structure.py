@@ -3,9 +3,10 @@
     python benchmarks/structure.py                        print the figures
     python benchmarks/structure.py --out structure.json   and write them down
 
-One optimizer step of every trainer is run on a tiny model, and each function of the package that it enters is noted:
-the runs of `parity_cases.py`, from the call of `train` (or `step`) to its end, without the trainer's construction. The
-rest is read from the source, which is never imported for it.
+Every trainer runs on a tiny model, and each function of the package that it enters is noted: the runs of `parity_cases.py`,
+without the trainer's construction. "run" is a run of one optimizer step, from the call of `train` (or `step`) to its end: its
+start, a rollout, the step, what is written at the end. "step" is an optimizer step in the middle of a run, on what was sampled
+before it. The rest is read from the source, which is never imported for it.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Touched:
             self.functions.add((file, frame.f_code.co_qualname))
 
     def figures(self) -> dict[str, Any]:
-        imports = {"<module>", "find_spec"}  # which Python runs whenever something is imported
-        names = {name for name in self.functions if not imports & set(name[1].split("."))}
+        imports = ("<module>", "LegacyImportFinder", "_is_old")  # which Python runs whenever something is imported
+        names = {name for name in self.functions if not name[1].startswith(imports)}
         files = sorted({file for file, _ in names})
         return {"files": len(files), "functions": len(names), "read": files}
 
@@ -72,13 +73,12 @@ def watching() -> Iterator[Touched]:
         threading.setprofile(None)
 
 
-def one_step(name: str, folder: Path) -> dict[str, Any]:
-    """What one optimizer step of a main case of `parity_cases` runs through."""
+def run_of_one_step(case: Any, folder: Path) -> dict[str, Any]:
+    """What a run of one optimizer step goes through."""
     import parity_cases
 
-    case = parity_cases.MAIN[name].changed(options={"max_steps": 1})
-    for _ in range(2):  # the first time, modules are imported, which is no part of a step
-        trainer = parity_cases.make_trainer(case, folder)
+    for _ in range(2):  # the first time, modules are imported, which is no part of it
+        trainer = parity_cases.make_trainer(case.changed(options={"max_steps": 1}), folder)
         with watching() as touched:
             if case.rows is None:
                 trainer.step(*parity_cases.triplets(trainer.args.batch_size))
@@ -87,14 +87,37 @@ def one_step(name: str, folder: Path) -> dict[str, Any]:
     return touched.figures()
 
 
+def step_within(case: Any, folder: Path) -> dict[str, Any]:
+    """What the second optimizer step of a run goes through: from the end of the first to its own."""
+    import parity_cases
+    from transformers import TrainerCallback
+
+    trainer = parity_cases.make_trainer(case.changed(options={"max_steps": 2}), folder)
+    if case.rows is None:
+        trainer.step(*parity_cases.triplets(trainer.args.batch_size))
+        with watching() as touched:
+            trainer.step(*parity_cases.triplets(trainer.args.batch_size))
+        return touched.figures()
+    with contextlib.ExitStack() as stack:
+        watched: list[Touched] = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                stack.close() if watched else watched.append(stack.enter_context(watching()))
+
+        trainer.add_callback(Watch())
+        trainer.train()
+    return watched[0].figures()
+
+
 def steps() -> dict[str, Any]:
-    """Figures of a step of every trainer."""
+    """Figures of every trainer, of a run of one step ("files", "functions", "read") and of a "step" within one."""
     import parity_cases
 
     found = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        for name in parity_cases.MAIN:
-            found[name] = one_step(name, Path(folder))
+        for name, case in parity_cases.MAIN.items():
+            found[name] = run_of_one_step(case, Path(folder)) | {"step": step_within(case, Path(folder))}
     return found
 
 
@@ -243,9 +266,10 @@ def measure() -> dict[str, Any]:
 
 def show(found: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
     """The figures as tables."""
-    say(f"{'one optimizer step':22}{'files':>8}{'functions':>12}")
-    for name, step in found["steps"].items():
-        say(f"{name:22}{step['files']:8}{step['functions']:12}")
+    say(f"{'':22}{'a run of one step':>22}{'a step':>22}")
+    for name, run in found["steps"].items():
+        cells = (f"{each['files']} files, {each['functions']}" for each in (run, run["step"]))
+        say("".join([f"{name:22}", *(f"{cell:>22}" for cell in cells)]))
     say(f"\n{'folder':22}{'files':>8}{'lines':>12}{'code':>10}")
     for name, counts in found["folders"].items():
         say(f"{name:22}{counts['files']:8}{counts['lines']:12,}{counts['code']:10,}")

@@ -78,7 +78,7 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
 
     Kinds that are neither full nor sliding attention are not among them: see `other_layers`.
     """
-    text = config.get_text_config().to_dict()
+    text = vars(config.get_text_config())
     window = text.get("sliding_window")
     kinds = _kinds(text)
     if kinds:

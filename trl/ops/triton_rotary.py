@@ -57,7 +57,7 @@ def rotate(
     dtype: torch.dtype | None = None,
     backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Queries `[B,h,T,D]` and keys `[B,h′,T,D]` turned by cos and sin `[B or 1,T,D]`, in `dtype`, or the wider of both.
+    """Queries `[B,H,T,D]` and keys `[B,K,T,D]` turned by cos and sin `[B,T,D]` or `[1,T,D]`, in `dtype`, or the wider of both.
 
     With `backward`, turned by the transposed matrix: gradients of what went in from those of what came out.
     """
@@ -85,11 +85,13 @@ class Rotated(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
+        """Queries `[B,H,T,D]` and keys `[B,K,T,D]`, turned."""
         ctx.save_for_backward(cos, sin)
         ctx.dtype = query.dtype
         return rotate(query, key, cos, sin, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries `[B,H,T,D]` and keys `[B,K,T,D]`."""
         cos, sin = ctx.saved_tensors
         return *rotate(d_query, d_key, cos, sin, dtype=ctx.dtype, backward=True), None, None, None

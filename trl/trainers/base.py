@@ -16,6 +16,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -420,29 +421,29 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         """Prompts and completions in one grid, as decoders and classifiers read them."""
         if self.image_features is not None:
             examples = self.image_features.of(examples)
-        config = unwrap(self.model).config
-        # Any token will do; models warn about their padding token where there is nothing to mask.
-        pad = 1 if config.get_text_config().to_dict().get("pad_token_id") == 0 else 0
-        # Flash attention skips pairs that are masked: one long row is best.
-        spans = config._attn_implementation == VARLEN
-        capacity = 2**62 if spans or "flash" in config._attn_implementation else None
-        width = config.get_text_config().hidden_size
-        batch = lay_out(
-            examples,
-            self.layout,
-            pad_token_id=pad,
-            capacity=capacity,
-            hidden_size=width,
-            multiple_of=self.args.width_multiple,
-            joins=joins_of(config),
-            spans=spans,
-            counts_copies=self.router is not None,
-            restarts=bool(length_dependent(config)),
-        )
+        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.router is not None)
         has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
         if self.images is None or has_images or not runs_together():
             return batch
         return replace(batch, inputs={**batch.inputs, **blank_image(self.images)})
+
+    @cached_property
+    def _row_options(self) -> dict[str, Any]:
+        """How rows are laid out for this model: arguments of `lay_out`."""
+        config = unwrap(self.model).config
+        text = config.get_text_config()
+        spans = config._attn_implementation == VARLEN
+        return {
+            # Any token will do; models warn about their padding token where there is nothing to mask.
+            "pad_token_id": 1 if vars(text).get("pad_token_id") == 0 else 0,
+            # Flash attention skips pairs that are masked: one long row is best.
+            "capacity": 2**62 if spans or "flash" in config._attn_implementation else None,
+            "hidden_size": text.hidden_size,
+            "multiple_of": self.args.width_multiple,
+            "joins": joins_of(config),
+            "spans": spans,
+            "restarts": bool(length_dependent(config)),
+        }
 
     # ---- evaluation ----
 
