@@ -6,23 +6,24 @@ http      a round of 64 prompts of 32 tokens, each continued by 64, of a Llama o
           process, and by `trl serve`, which runs the same engine in its own. Same seeds, same tokens; rounds alternate.
           Processor time is that of this process and the server together: other programs disturb it least.
 sync      seconds until the server has the weights of that model, and has been compared with the trainer
-servers   the round by one server and by two, which sleep for 20 ms at each prompt, one after the other
+servers   the round by one server and by two, processes of their own, which sleep for 20 ms at each prompt, one after the other
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -140,25 +141,33 @@ def sleeper() -> Starlette:
     )
 
 
-@contextmanager
-def running(app: Starlette) -> Iterator[str]:
-    """The URL of an application that a thread of this process serves."""
-    config = uvicorn.Config(app, port=0, log_level="critical")
+def serve_sleeper(told: Connection) -> None:
+    """Serve a sleeper in this process, and tell its URL."""
+    config = uvicorn.Config(sleeper(), port=0, log_level="critical")
     server, socket = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
-    thread.start()
+    told.send(f"http://127.0.0.1:{socket.getsockname()[1]}")
+    server.run([socket])
+
+
+@contextmanager
+def sleeping() -> Iterator[str]:
+    """The URL of a sleeper in a process of its own."""
+    fresh = multiprocessing.get_context("spawn")
+    here, there = fresh.Pipe()
+    process = fresh.Process(target=serve_sleeper, args=(there,), daemon=True)
+    process.start()
     try:
-        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        yield here.recv()
     finally:
-        server.should_exit = True
-        thread.join()
+        process.terminate()
+        process.join()
 
 
 def compare_servers(rounds: int) -> None:
     model, given, found = synthetic.model(seed=0), prompts(), {}
     for count in (1, 2):
         with ExitStack() as stack:
-            engine = ServerEngine([stack.enter_context(running(sleeper())) for _ in range(count)])
+            engine = ServerEngine([stack.enter_context(sleeping()) for _ in range(count)])
             engine.sync(model, 0)
             taken = []
             for _ in range(rounds):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,16 @@ from math import isfinite
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from trl.errors import EngineError
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams
 from trl.vision.images import data_url
+
+CONNECTIONS = 32
+"""Requests under way at a server of vLLM, which batches them itself; their connections stay open."""
 
 CONNECT = 10.0
 """Seconds in which a connection has to come about."""
@@ -107,7 +110,9 @@ class Server:
         """The weights that it has; None if that is not known."""
         self.reads_images = False
         """Whether its model does, so that it keeps what earlier weights made of them."""
-        self._local = threading.local()
+        self._session = requests.Session()
+        self._session.trust_env = False  # servers are reached directly, with no key but their own
+        self._session.mount(self.url, HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS))
 
     def get(self, path: str, **params: Any) -> Any:
         return self._ask("GET", path, None, params, self.timeout)
@@ -115,18 +120,12 @@ class Server:
     def post(self, path: str, body: Any = None, *, timeout: float | None = None, **params: Any) -> Any:
         return self._ask("POST", path, body, params, timeout or self.timeout)
 
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.trust_env = False  # servers are reached directly, with no key but their own
-        return self._local.session
-
     def _ask(self, method: str, path: str, body: Any, params: Mapping[str, Any], timeout: float) -> Any:
         """The answer: what its JSON says, or its text. Raises Unreachable or Refused."""
         asked, end = f"{method} {self.url}{path}", time.monotonic() + timeout
         limits = (min(CONNECT, timeout), timeout)
         try:
-            with self._session().request(
+            with self._session.request(
                 method, self.url + path, json=body, params=params, headers=self.headers, timeout=limits, stream=True
             ) as response:
                 content = _read(response, end)

@@ -28,7 +28,7 @@ from torch import nn
 
 from trl.errors import ConfigError, DataError, EngineError, ModelError
 from trl.models.gathering import base_of, policy_of
-from trl.rollouts.connection import SentPrompt, Server, ServerInfo, Unreachable
+from trl.rollouts.connection import CONNECTIONS, SentPrompt, Server, ServerInfo, Unreachable
 from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "VLLM_API_KEY"
-CONNECTIONS = 32
-"""Requests under way at a server of vLLM, which batches them itself."""
-
 LOCAL = ("127.0.0.1", "localhost", "0.0.0.0", "::1")
 START = "    trl vllm-serve --model {model} --port {port}        (vLLM)\n    trl serve {model} --port {port}        (without vLLM)"
 
