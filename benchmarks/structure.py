@@ -5,8 +5,8 @@
 
 Every trainer runs on a tiny model, and each function of the package that it enters is noted: the runs of `parity_cases.py`,
 without the trainer's construction. "run" is a run of one optimizer step, from the call of `train` (or `step`) to its end: its
-start, a rollout, the step, what is written at the end. "step" is an optimizer step in the middle of a run, on what was sampled
-before it. The rest is read from the source, which is never imported for it.
+start, a rollout, the step, its log, what is written at the end. "step" is an optimizer step in the middle of a run, one that is not
+logged, on what was sampled before it. The rest is read from the source, which is never imported for it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def step_within(case: Any, folder: Path) -> dict[str, Any]:
     import parity_cases
     from transformers import TrainerCallback
 
-    trainer = parity_cases.make_trainer(case.changed(options={"max_steps": 2}), folder)
+    trainer = parity_cases.make_trainer(case.changed(options={"max_steps": 2, "logging_steps": 10}), folder)
     if case.rows is None:
         trainer.step(*parity_cases.triplets(trainer.args.batch_size))
         with watching() as touched:
