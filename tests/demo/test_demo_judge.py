@@ -54,3 +54,6 @@ def test_a_reward_that_was_gamed_is_said_to_be():
     assert "alike" not in sentence_about(before, honest, 100)
     assert "alike: 10% of the endings are left" in sentence_about(before, gamed, 100)
     assert "The reward was gamed: it likes 97% of them, 37 points more" in sentence_about(before, gamed, 100)
+    assert "40 distinct endings (50 before; 45 in 100 positive samples from before)." in sentence_about(
+        before, honest, 100, 45
+    )

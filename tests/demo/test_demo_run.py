@@ -15,7 +15,7 @@ from trl.cli.main import main
 from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
-from trl.demo.run import run_demo
+from trl.demo.run import possible_endings, run_demo
 from trl.demo.show import few_threads
 
 SHORT = ["--max_steps", "2", "--samples", "1", "--judged", "4", "--output_dir"]
@@ -90,6 +90,19 @@ def test_a_label_that_the_classifier_does_not_have(named, tmp_path, capsys):
 def test_refused(words, message, capsys):
     assert main(["demo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(range(6), 3), (range(1, 6, 2), None)])
+def test_possible_endings_are_those_of_positive_samples(rows, expected):
+    texts = load_reviews("test").select(rows)["text"]  # every other one is positive, from the first on
+    seeds = []
+
+    def write(*, prompts, seed):
+        seeds.append(seed)
+        return texts
+
+    assert possible_endings(write, texts, seed=7) == expected
+    assert seeds == ([8, 9] if expected else list(range(8, 14)))
 
 
 class Interrupting(io.StringIO):

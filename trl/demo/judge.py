@@ -89,13 +89,17 @@ class Verdict:
         return self.rewarded - self.positive
 
 
-def sentence_about(before: Verdict, after: Verdict, count: int) -> str:
-    """What was reached and who judged; that the reward was gamed, where it was."""
+def sentence_about(before: Verdict, after: Verdict, count: int, possible: int | None = None) -> str:
+    """What was reached and who judged; that the reward was gamed, where it was.
+
+    possible   distinct endings of `count` positive samples from before, if it is known
+    """
+    most = "" if possible is None else f"; {possible} in {count} positive samples from before"
     told = (
         f"Of {count} samples, {after.positive:.0%} are positive by the grammar that wrote the corpus ({before.positive:.0%} before), "
         f"{after.classifier:.0%} by a classifier of words that had no part in training ({before.classifier:.0%} before); "
         f"{after.grammatical:.0%} are grammatical ({before.grammatical:.0%} before), with {after.endings} distinct endings "
-        f"({before.endings} before)."
+        f"({before.endings} before{most})."
     )
     if after.endings < VARIED * before.endings:
         told += f" They have become alike: {after.endings / before.endings:.0%} of the endings are left."
@@ -112,9 +116,14 @@ def judge(texts: Sequence[str], rewards: Sequence[float], classifier: WordJudge)
         classifier=_share(classifier.score(text) > 0 for text in texts),
         rewarded=_share(reward > 0 for reward in rewards),
         grammatical=_share(map(is_grammatical, texts)),
-        endings=len({split_sentences(text)[-1] for text in texts}),
+        endings=count_endings(texts),
         distinct_2=len(set(pairs)) / max(1, len(pairs)),
     )
+
+
+def count_endings(texts: Iterable[str]) -> int:
+    """How many last sentences differ."""
+    return len({split_sentences(text)[-1] for text in texts})
 
 
 def _share(values: Iterable[bool]) -> float:

@@ -11,7 +11,7 @@ trl demo --model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilber
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import set_seed
 
-from trl.demo.judge import WordJudge, judge, sentence_about
+from trl.demo.judge import WordJudge, count_endings, judge, sentence_about, side_of
 from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.sample import prompt_openings, sample
@@ -30,6 +30,9 @@ from trl.report.record import COMPARISONS_FILE, SUMMARY_FILE
 from trl.rewards.classifier import ClassifierReward
 
 INTERRUPTED = 130
+
+TRIES = 6
+"""Samples per prompt, at most, among which a positive one is sought."""
 
 
 def run_demo(options: DemoArguments, console: Console | None = None) -> int:
@@ -68,6 +71,7 @@ def show(options: DemoArguments, console: Console) -> None:
         first = write(model, prompts=prompts[:1])
         fine_tune(model, tokenizer, train, test, options, console)
     before = write(model, prompts=prompts)
+    possible = possible_endings(partial(write, model), prompts, options.seed)
     console.print(table_of_samples(prompts, {"before": first, "fine-tuned": before}, rows=1))
 
     if classifier:
@@ -82,7 +86,18 @@ def show(options: DemoArguments, console: Console) -> None:
     with Step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
         reinforce(model, tokenizer, reward, prompt_openings(train), options, console)
     after = write(model, prompts=prompts)
-    conclude(reward, prompts, before, after, options, console)
+    conclude(reward, prompts, before, after, possible, options, console)
+
+
+def possible_endings(write: Callable[..., Sequence[str]], prompts: Sequence[str], seed: int) -> int | None:
+    """Distinct last sentences of as many positive samples as there are prompts, by rejection sampling: what a policy would have
+    that had learned to be positive and nothing else. None where too few samples are positive."""
+    positive: list[str] = []
+    for attempt in range(1, TRIES + 1):
+        positive += [text for text in write(prompts=prompts, seed=seed + attempt) if side_of(text) == "positive"]
+        if len(positive) >= len(prompts):
+            return count_endings(positive[: len(prompts)])
+    return None
 
 
 def conclude(
@@ -90,6 +105,7 @@ def conclude(
     prompts: Sequence[str],
     before: Sequence[str],
     after: Sequence[str],
+    possible: int | None,
     options: DemoArguments,
     console: Console,
 ) -> None:
@@ -102,8 +118,8 @@ def conclude(
     (folder / COMPARISONS_FILE).write_text("".join(map(_comparison, rows)), encoding="utf-8")
     classifier = WordJudge(load_reviews("test"))
     verdicts = [judge(texts, given, classifier) for texts, given in zip((before, after), rewards, strict=True)]
-    console.print(table_of_verdicts(*verdicts))
-    summary = sentence_about(verdicts[0], verdicts[1], len(prompts))
+    console.print(table_of_verdicts(verdicts[0], verdicts[1], possible))
+    summary = sentence_about(verdicts[0], verdicts[1], len(prompts), possible)
     (folder / SUMMARY_FILE).write_text(summary + "\n", encoding="utf-8")
     console.print(summary, highlight=False)
     console.print(f"The report is in {write_report(folder)}, the models are beside it.", highlight=False)

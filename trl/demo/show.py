@@ -66,12 +66,14 @@ class Step:
         self.console.print(f"{time.perf_counter() - self.started:.0f} s\n", style="dim", highlight=False)
 
 
-def table_of_verdicts(before: Verdict, after: Verdict) -> Table:
-    """What each judge says before and after."""
+def table_of_verdicts(before: Verdict, after: Verdict, possible: int | None = None) -> Table:
+    """What each judge says before and after; `possible` are the distinct endings of as many positive samples from before."""
     table = Table("judge", "before PPO", "after PPO")
     for name, words in JUDGES.items():
         values = [getattr(verdict, name) for verdict in (before, after)]
         table.add_row(words, *(f"{value:,}" if isinstance(value, int) else f"{value:.1%}" for value in values))
+        if name == "endings" and possible is not None:
+            table.add_row("  of as many samples from before PPO that are positive", f"{possible:,}")
     return table
 
 
