@@ -16,6 +16,7 @@ from transformers import (
     T5Config,
 )
 
+from tests.vision.support import FAMILIES
 from trl.models.positions import learned_positions
 
 SMALL = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -51,3 +52,8 @@ SMALL = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attenti
 def test_positions_of_families(config, positions):
     with torch.device("meta"):
         assert learned_positions(AutoModel.from_config(config)) == positions
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tables_of_image_encoders_are_of_places_in_images(name):
+    assert learned_positions(FAMILIES[name]().model) is None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from trl.vision.families import image_token_ids
 
 _NAMES = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|pos_embed\w*|position_embedding_table)$")
 
@@ -12,12 +15,14 @@ _NAMES = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|pos_embe
 def learned_positions(model: nn.Module) -> int | None:
     """Positions that a model has embeddings for; None where positions are computed (rotary, ALiBi, relative).
 
-    Some tables begin with rows that no token has: OPT's and BART's with an offset, RoBERTa's with padding.
+    Some tables begin with rows that no token has: OPT's and BART's with an offset, RoBERTa's with padding. Tables of an image
+    encoder are of the places in an image.
     """
+    reads_images = isinstance(model, PreTrainedModel) and image_token_ids(model.config)
     tables = [
         module.num_embeddings - _offset(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and _NAMES.search(name) and "vision" not in name
+        for name, module in (model.get_decoder() if reads_images else model).named_modules()
+        if isinstance(module, nn.Embedding) and _NAMES.search(name)
     ]
     return min(tables, default=None)
 
