@@ -18,6 +18,7 @@ from trl.data.examples import ImageCollator
 from trl.data.multimodal import split_parts
 from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example
+from trl.vision.families import check_image_tokens
 from trl.vision.images import PixelLimits, image_size, read_image
 from trl.vision.processing import ImageProcessing, mrope_positions
 
@@ -231,6 +232,85 @@ def test_places_and_images_are_as_many(tiny):
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
     with pytest.raises(DataError, match="Row 1: there are places for 2 images, and there are 1"):
         encoded(tiny, {"prompt": [two], "completion": [SAID], "images": [[as_bytes(picture(1))]]})
+
+
+def parts_of(*parts) -> list[dict]:
+    """One message; parts of a column have the same keys."""
+    return [{"role": "assistant", "content": [{"text": None, "image": None, **part} for part in parts]}]
+
+
+HELD = {"type": "image", "image": "one.png"}
+NO = {"type": "text", "text": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        (parts_of(NO), parts_of({"type": "image"}, NO), "'rejected' has a place for an image"),
+        (parts_of(NO), parts_of(HELD, NO), "'rejected' has a place for an image"),
+        (SAID, [{"role": "assistant", "content": "<image>a dog"}], "'rejected' has a place for an image"),
+        ([{"role": "assistant", "content": "<image>a box"}], SAID, "'chosen' has a place for an image"),
+    ],
+)
+def test_answers_have_no_images_of_their_own(tiny, chosen, rejected, message):
+    columns = {"prompt": [ASKED], "chosen": [chosen], "rejected": [rejected]}
+    for images in ({}, {"images": [[as_bytes(picture(1))]]}):
+        with pytest.raises(DataError, match=f"Row 1: {message}.*share the images, which stand in the prompt"):
+            encoded(tiny, {**columns, **images})
+
+
+def test_both_sides_of_a_pair_show_the_images_of_its_prompt(tiny, tmp_path):
+    """In pairs without a prompt both sides hold them; a text that stands for one is no answer either."""
+    paths = [str(tmp_path / f"{seed}.png") for seed in (1, 2)]
+    for seed, path in enumerate(paths, 1):
+        picture(seed).save(path)
+    asked = [{"role": "user", "content": [{"type": "image", "image": path}]} for path in paths]
+    said = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in ("a box", "a dog")]
+    chosen, rejected, other = [asked[0], said[0]], [asked[0], said[1]], [asked[1], said[1]]
+    made, collate = encoded(tiny, {"chosen": [chosen], "rejected": [rejected]}, kind="preference")
+    (example,) = collate(list(made.dataset))
+    assert tiny.processor.tokenizer.decode(example.prompt).count("<image>") == 4
+    with pytest.raises(DataError, match="Row 1: 'rejected' holds other images than 'chosen'"):
+        encoded(tiny, {"chosen": [chosen], "rejected": [other]}, kind="preference")
+    with pytest.raises(DataError, match="Row 1: 'completion' has '<image>', which stands for an image"):
+        encoded(tiny, {"prompt": ["a"], "completion": ["<image>"]})
+
+
+def test_columns_of_images_that_nobody_reads(tiny):
+    image = as_bytes(picture(1))
+    rows = Dataset.from_dict({"prompt": [ASKED], "completion": [SAID], "image": [image], "rejected_image": [image]})
+    rows = rows.cast_column("rejected_image", datasets.Image())
+    with pytest.raises(DataError, match=r"\['rejected_image'\] hold images, and are not read"):
+        encoded(tiny, rows)
+    made, _ = encoded(tiny, rows, keep_columns=("rejected_image",))
+    assert made.dataset[0]["rejected_image"].size == picture(1).size
+
+
+def test_tokens_of_images_are_counted_before_a_forward():
+    """A model that is given them without pixels computes something, and something else than it is asked."""
+    tokens, answer = [70, 71], Completion([5, 6])
+    pixels = {"pixel_values": torch.zeros(1)}
+    check_image_tokens(
+        [Example([5, 70, 6], (answer, answer), pixels), Example([], (Completion([5, 70]),), pixels)], tokens
+    )
+    check_image_tokens([Example([5, 70], (answer,))], [])
+    for example in (Example([5], (answer, Completion([6, 71]))), Example([5, 70], (answer, Completion([71])), pixels)):
+        with pytest.raises(DataError, match="An answer has token 71, which stands for an image"):
+            check_image_tokens([example], tokens)
+    for example in (Example([5, 70], (answer,)), Example([], (Completion([5, 70]),))):
+        with pytest.raises(DataError, match="Tokens of a row stand for images, and it has none"):
+            check_image_tokens([example], tokens)
+
+
+def test_an_image_that_breaks_off_is_named_with_its_row(tiny, tmp_path):
+    """Its head is whole, so that it is found out when it is decoded."""
+    (tmp_path / "broken.png").write_bytes(as_bytes(picture(1, 300, 200))[:-300])
+    columns = {"prompt": [ASKED], "completion": [SAID], "images": [[str(tmp_path / "broken.png")]]}
+    made, collate = encoded(tiny, columns)
+    with pytest.raises(
+        DataError, match=r"broken.png' cannot be decoded: .* the row that begins with 'user: what is it"
+    ):
+        collate(list(made.dataset))
 
 
 def test_tokens_of_images_without_images(tiny):

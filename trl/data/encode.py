@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.counts import counted, percent
 from trl.data.encoders import Tokenization
 from trl.data.formats import detect_kind
-from trl.data.multimodal import undecoded
+from trl.data.multimodal import check_image_columns, undecoded
 from trl.data.prepacked import comes_packed, refuse_packed
 from trl.data.row_encoder import COUNTS, INPUTS, RowEncoder
 from trl.data.settings import EncodeSettings
@@ -143,6 +143,8 @@ def encode_dataset(
     dataset = without_format(dataset, name)
     dataset = dataset if images is None else undecoded(dataset)
     columns = _columns(dataset, name)
+    if images is not None:
+        check_image_columns(dataset, settings.keep_columns)
     reads = images is not None
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field, reads_images=reads)
     has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)

@@ -18,6 +18,8 @@ from trl.types import Completion, Example
 from trl.vision.processing import ImageProcessing
 
 IGNORE = -100
+SHOWN = 40
+"""Tokens of a row in an error."""
 
 ENCODED = {"prompt_ids", "completion_ids", "seq_lengths"}
 """Columns that tell encoded rows."""
@@ -69,9 +71,18 @@ class ImageCollator:
         counts = row.get("image_counts") or [len(images)]
         found, at = [], 0
         for example, own in zip(examples, counts, strict=True):
-            found.append(self.processing.with_images(example, images[at : at + own]))
+            try:
+                found.append(self.processing.with_images(example, images[at : at + own]))
+            except DataError as error:
+                raise DataError(
+                    f"{error} It belongs to the row that begins with {self._beginning(example)!r}."
+                ) from error
             at += own
         return found
+
+    def _beginning(self, example: Example) -> str:
+        tokens = [token for token in _flat(example) if token != self.processing.token_id][:SHOWN]
+        return self.processing.processor.tokenizer.decode(tokens)
 
 
 def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, Any]]], list[Example]]:
@@ -86,7 +97,7 @@ def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, An
 
 
 def _flat(example: Example) -> list[int]:
-    return [*example.prompt, *example.completions[0].ids]
+    return [*example.prompt, *(example.completions[0].ids if example.completions else ())]
 
 
 def examples_of(batch: Sequence[Example] | Mapping[str, Any], *, source: str) -> list[Example]:

@@ -10,7 +10,7 @@ user turn. Prompt, chosen and rejected share the images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -42,14 +42,34 @@ FEATURE = datasets.List(datasets.Image(decode=False))
 STORED = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 
 
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
+
+
+def check_image_columns(rows: Dataset | IterableDataset, kept: Collection[str]) -> None:
+    """Raises DataError for columns of images that nobody would read."""
+    features = rows.features or {}
+    if unread := sorted(n for n in {*features} - PICTURES - {*kept} if _holds_images(features[n])):
+        raise DataError(
+            f"The columns {unread} hold images, and are not read: images stand in 'images' (a list) or 'image', and an answer "
+            f"has none of its own. Rename them, or leave them out: dataset.remove_columns({unread})."
+        )
+
+
+def decoded(feature: Any) -> Any:
+    """The column's type, with images as pixels where it holds images."""
+    if not _holds_images(feature):
+        return feature
+    return datasets.Image() if isinstance(feature, datasets.Image) else datasets.List(datasets.Image())
+
+
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The rows, whose columns of images give bytes and paths and not pixels; a `question` with answers is a prompt."""
-    features = rows.features or {}
-    for name in PICTURES & set(features):
-        if isinstance(features[name], datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(features[name], "feature", None), datasets.Image):
-            rows = rows.cast_column(name, FEATURE)
+    for name, feature in (rows.features or {}).items():
+        if _holds_images(feature):
+            rows = rows.cast_column(
+                name, datasets.Image(decode=False) if isinstance(feature, datasets.Image) else FEATURE
+            )
     names = rows.column_names or list(next(iter(rows)))
     answered = {"chosen", "rejected"} <= set(names) or "completion" in names
     if "question" in names and "prompt" not in names and answered:
@@ -82,15 +102,14 @@ def _placed(
     placed = {name: row[name] for name in CHATS if name in row}
     beginning = next((name for name in ("prompt", "messages", "conversations", "chosen") if name in row), None)
     for name, value in placed.items():
+        has_prompt = name == beginning or (beginning == "chosen" and name == "rejected")
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             messages, held = split_parts(value)
-            if name == beginning:
-                images = _agreed(images, held)
-            shared = name == beginning or (beginning == "chosen" and name == "rejected")
-            placed[name] = with_places(messages, len(images)) if shared else messages
-        elif (
-            isinstance(value, str) and images and (name == beginning or (name == "rejected" and beginning == "chosen"))
-        ):
+            images = _agreed(images, held, name, repeats=name != beginning) if has_prompt else images
+            placed[name] = with_places(messages, len(images)) if has_prompt else _without_places(messages, name)
+        elif isinstance(value, str) and not has_prompt:
+            _refuse_place(value, name, processing)
+        elif isinstance(value, str) and images:
             placed[name] = _text_with_places(value, len(images), processing)
     if beginning is None and images:
         text = next((name for name in row if isinstance(row[name], str) and name not in PICTURES), None)
@@ -109,10 +128,37 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     return [] if image is None else [image]
 
 
-def _agreed(images: list[Any], held: list[Any]) -> list[Any]:
+def _agreed(images: list[Any], held: list[Any], name: str, *, repeats: bool) -> list[Any]:
+    """The images of a row, from its columns or from messages; `repeats`: both sides of a pair hold the same ones."""
+    if repeats:
+        if held and held != images:
+            raise DataError(f"{name!r} holds other images than 'chosen', and both share those of the prompt.")
+        return images
     if images and held:
         raise DataError("its messages hold images, and so does a column: keep one of them.")
     return images or held
+
+
+SHARED = "An answer holds none: prompt, chosen and rejected share the images, which stand in the prompt."
+
+
+def _without_places(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The messages of an answer. Raises DataError for an image in one."""
+    if _places(messages):
+        raise DataError(f'{name!r} has a place for an image, a part of type "image" or {TAG!r} in a text. {SHARED}')
+    return messages
+
+
+def _refuse_place(text: str, name: str, processing: ImageProcessing) -> None:
+    """Raises DataError for an answer with what stands for an image."""
+    for place in (processing.place, processing.token):
+        if place in text:
+            raise DataError(f"{name!r} has {place!r}, which stands for an image. {SHARED}")
+
+
+def _places(messages: Sequence[Mapping[str, Any]]) -> int:
+    parts = (part for m in messages if isinstance(m.get("content"), list) for part in m["content"])
+    return sum(part.get("type") == "image" for part in parts)
 
 
 def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,9 +211,7 @@ def _bare(part: Any, held: list[Any]) -> Any:
 
 def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The messages with a part for each of `count` images: those that there are, or before the first user turn's text."""
-    there = sum(
-        part.get("type") == "image" for m in messages if isinstance(m.get("content"), list) for part in m["content"]
-    )
+    there = _places(messages)
     if there == count:
         return messages
     if there:

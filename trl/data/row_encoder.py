@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data.columns import Columns
 from trl.data.encoders import ENCODERS, Tokenization
 from trl.data.formats import COLUMNS_READ, PICTURES
-from trl.data.multimodal import FEATURE, IMAGES, STORED, place_images, stored
+from trl.data.multimodal import FEATURE, IMAGES, STORED, decoded, place_images, stored
 from trl.data.prepacked import documents_of
 from trl.data.trees import (
     IDENTICAL,
@@ -240,7 +240,7 @@ class RowEncoder:
             }
         counts = dict(zip(COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
         images = {} if self.tokenization.images is None else {IMAGES: FEATURE}
-        return Features({**rows, **images, **{name: source[name] for name in self.kept}, **counts})
+        return Features({**rows, **images, **{name: decoded(source[name]) for name in self.kept}, **counts})
 
     def fingerprint(self, source: str) -> str:
         """Cache key of the encoding of a dataset with fingerprint `source`."""

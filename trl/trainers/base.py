@@ -82,7 +82,7 @@ from trl.training.nonfinite import SHOWN
 from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
 from trl.vision.encoder_outputs import FEATURES
-from trl.vision.families import joins_of
+from trl.vision.families import check_image_tokens, image_token_ids, joins_of
 from trl.vision.images import PixelLimits
 from trl.vision.processing import ImageProcessing
 
@@ -419,6 +419,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
 
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
         """Prompts and completions in one grid, as decoders and classifiers read them."""
+        check_image_tokens(examples, image_token_ids(unwrap(self.model).config))
         if self.image_features is not None:
             examples = self.image_features.of(examples)
         batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.router is not None)

@@ -9,14 +9,15 @@ and rows then bring the values along in a column `inputs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from trl.types import Concatenated, Join, PerToken
+from trl.errors import DataError
+from trl.types import Concatenated, Example, Join, PerToken
 
 EVERY_LAYER = ("full_attention", "sliding_attention")
 
@@ -114,3 +115,21 @@ def image_token_ids(config: PreTrainedConfig) -> list[int]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     given = (config.__dict__.get(name) for name in names)
     return sorted({token for token in given if isinstance(token, int)})
+
+
+def check_image_tokens(examples: Sequence[Example], tokens: Collection[int]) -> None:
+    """Raises DataError for `tokens` that stand for images in an answer, or in a row without images: forwards would fail, or
+    compute wrong numbers."""
+    stands = frozenset(tokens)
+    for example in examples if stands else ():
+        answers = [completion.ids for completion in example.completions]
+        if example.prompt and not all(map(stands.isdisjoint, answers)):
+            found = next(token for ids in answers for token in ids if token in stands)
+            raise DataError(
+                f"An answer has token {found}, which stands for an image: images stand in prompts, and samplers ban such tokens "
+                "(SamplingParams.banned_tokens)."
+            )
+        if not example.inputs and not all(map(stands.isdisjoint, (example.prompt, *answers))):
+            raise DataError(
+                "Tokens of a row stand for images, and it has none: give it images, or take the tokens out."
+            )

@@ -124,11 +124,20 @@ def read_image(value: Any, limits: PixelLimits) -> Image.Image:
     try:
         upright = _as_rgb(ImageOps.exif_transpose(image))
     except (OSError, SyntaxError) as error:
-        raise DataError(f"An image cannot be decoded: {error}.") from error
+        raise DataError(f"The image {_name_of(value)} cannot be decoded: {error}.") from error
     finally:
         if image is not value:
             image.close()
     return _within(upright, limits)
+
+
+def _name_of(value: Any) -> str:
+    """What tells an image from others in an error: its path, or how large it is."""
+    if isinstance(value, Mapping):
+        value = value.get("path") or value.get("bytes")
+    if isinstance(value, bytes):
+        return f"of {len(value):,} bytes"
+    return f"of {value.width:,} × {value.height:,} pixels" if isinstance(value, Image.Image) else repr(str(value)[:200])
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

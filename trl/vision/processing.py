@@ -110,6 +110,8 @@ class ImageProcessing:
                 f"there are {len(images)} images, and {len(found)} places for them ({self.place!r}) in the text. Give one "
                 'part {"type": "image"} for each, or none: images then stand before the text of the first user turn.'
             )
+        if self.token != self.place and self.token in text:
+            raise DataError(f"the text has {self.token!r}, which stands in prompts for what has been made of an image.")
         parts, moved, last = [], [], 0
         for match, image in zip(found, images, strict=True):
             replacement = self.expansion(image_size(image, self.limits), several=len(images) > 1)
