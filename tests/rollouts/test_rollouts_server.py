@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import json
-import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 from torch import nn
 
 from tests.conftest import MODELS, make_tokenizer
-from tests.serve.support import serve, serving
+from tests.serve.support import serve
 from trl.data.layout import lay_out
 from trl.errors import ConfigError, DataError, EngineError
 from trl.models.gathering import gathered_parameters
 from trl.models.score import score
 from trl.models.value_heads.auto_models import with_value_head
-from trl.rollouts.connection import completion_body, read_info
+from trl.rollouts.connection import completion_body
 from trl.rollouts.dispatch import Retries
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams, ban, chosen_logprobs, penalize
 from trl.rollouts.server import ServerEngine
+from trl.rollouts.server_info import read_info
 from trl.rollouts.weight_folders import WeightFolders
 from trl.rollouts.weight_sync import needs_merged_weights
 from trl.types import Completion, Example
@@ -285,136 +280,40 @@ def server_info(**model):
     return {"vllm_config": {"model_config": about, "lora_config": {"max_lora_rank": 16}}}
 
 
-def choices(prompt, n, limit, **changes):
-    one = {
-        "token_ids": [5] * limit,
-        "prompt_token_ids": prompt,
-        "finish_reason": "length",
-        "logprobs": {"token_logprobs": [-1.0] * limit},
-        **changes,
-    }
-    return {"choices": [{"index": i, **one} for i in range(n)]}
-
-
-async def half(body):
-    text = json.dumps(choices(body["prompt"][0], body["n"], body["max_tokens"]))
-    return Response(text[:40], headers={"content-length": str(len(text)), "content-type": "application/json"})
-
-
-async def never(_):
-    await asyncio.sleep(30)
-    return JSONResponse({})
-
-
-def answering(make):
-    async def answer(body):
-        return JSONResponse(make(body["prompt"][0], body["n"], body["max_tokens"]))
-
-    return answer
-
-
-def raw(text):
-    async def answer(_):
-        return Response(text, media_type="application/json")
-
-    return answer
-
-
-BAD = {
-    "500": (
-        lambda body: asyncio.sleep(0, PlainTextResponse("EngineCore encountered an issue", 500)),
-        r"failed \(500\): EngineCore encountered an issue",
-    ),
-    "refuses": (
-        lambda body: asyncio.sleep(0, JSONResponse({"error": {"message": "too long for us"}}, 400)),
-        r"refused \(400\): too long for us",
-    ),
-    "half a body": (half, "IncompleteRead|ChunkedEncodingError|ConnectionError"),
-    "never": (never, "no whole answer within 1 seconds"),
-    "garbage": (raw("<html>"), "the answer is not JSON: b'<html>'"),
-    "another shape": (raw('{"choices": 3}'), "not what was asked for"),
-    "too few": (answering(lambda p, n, c: choices(p, n - 1, c)), "1 samples came, and 2 were asked for"),
-    "other prompt": (answering(lambda p, n, c: choices([1], n, c)), "other tokens than were sent"),
-    "foreign tokens": (answering(lambda p, n, c: choices(p, n, c, token_ids=[99] * c)), "vocabulary of 99"),
-    "too many tokens": (answering(lambda p, n, c: choices(p, n, c + 1)), "7 tokens of at most 6"),
-    "no numbers": (answering(lambda p, n, c: choices(p, n, c, logprobs=None)), "not what was asked for"),
-    "NaN": (
-        raw(json.dumps(choices([7], 2, 6, prompt_token_ids=None, logprobs={"token_logprobs": [float("nan")] * 6}))),
-        "no numbers",
-    ),
-    "aborted": (answering(lambda p, n, c: choices(p, n, c, finish_reason="abort")), "ended by 'abort'"),
-}
-
-
-def bad_server(answer):
-    """Routes of vLLM, of which the one that samples is `answer`."""
-
-    async def completions(request):
-        return await answer(await request.json())
-
-    async def fine(_):
-        return JSONResponse({"success": True})
-
-    async def info(_):
-        return JSONResponse(server_info(logprobs_mode="raw_logits"))  # no check of the weights
-
-    async def models(_):
-        return JSONResponse({"data": [{"id": "bad"}]})
-
-    posts = ("/pause", "/resume", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache")
-    routes = [Route(path, fine, methods=["POST"]) for path in posts]
-    routes += [Route("/health", fine), Route("/server_info", info), Route("/v1/models", models)]
-    return Starlette(routes=[*routes, Route("/v1/completions", completions, methods=["POST"])])
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_servers(model, case, tmp_path):
-    answer, words = BAD[case]
-    with serving(bad_server(answer)) as bad:
-        engine = ServerEngine(bad.url, sync_dir=tmp_path, retries=QUICK, timeout=1)
-        engine.sync(model, 0)
-        start = time.monotonic()
-        with pytest.raises(EngineError, match=words) as raised:
-            engine.generate(PROMPTS[:1], PARAMS, 2)
-        assert f"POST {bad.url}/v1/completions" in str(raised.value)
-        assert time.monotonic() - start < 60
-        engine.close()
-
-
-def test_a_good_server_does_the_work_of_a_bad_one(model, tmp_path):
-    with serving(bad_server(BAD["500"][0])) as bad, serving(bad_server(answering(choices))) as good:
-        engine = ServerEngine([bad.url, good.url], sync_dir=tmp_path, retries=QUICK, timeout=10)
-        engine.sync(model, 0)
-        assert ids(engine.generate(PROMPTS, PARAMS, 2)) == [[(5,) * 6] * 2] * 4
-        engine.close()
-
-
-def test_two_servers_work_at_the_same_time(model, tmp_path):
-    """Each waits for the other's request to arrive, so neither would answer if requests came one after the other."""
-    both = threading.Barrier(2, timeout=30)
-
-    async def answer(body):
-        await asyncio.to_thread(both.wait)
-        return JSONResponse(choices(body["prompt"][0], body["n"], body["max_tokens"]))
-
-    with serving(bad_server(answer)) as one, serving(bad_server(answer)) as two:
-        engine = ServerEngine([one.url, two.url], sync_dir=tmp_path, retries=QUICK, timeout=60)
-        engine.sync(model, 0)
-        assert ids(engine.generate(PROMPTS[:2], PARAMS, 1)) == [[(5,) * 6]] * 2
-        engine.close()
-
-
 def test_no_server_at_the_start(model, tmp_path):
     engine = ServerEngine("http://127.0.0.1:9", sync_dir=tmp_path, start_timeout=0.1)
     with pytest.raises(EngineError, match=r"connection was refused(?s:.)*trl serve .* --port 9"):
         engine.sync(model, 0)
 
 
-def test_a_server_that_does_not_fit(model, tmp_path):
-    with serve(tiny(vocab_size=50)) as served:
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"vocab_size": 50}, "vocabulary has 50 tokens; the trainer's model has 99"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1; that of the trainer's model is 2"),
+        ({"hidden_size": 64}, "hidden_size is 64; that of the trainer's model is 32"),
+    ],
+)
+def test_a_server_that_does_not_fit(model, config, words, tmp_path):
+    """Before it is sent anything: vLLM ends where weights of another model are read into its own."""
+    with serve(tiny(**config)) as served:
         engine = ServerEngine(served.url, sync_dir=tmp_path)
-        with pytest.raises(EngineError, match=r"vocabulary has 50 tokens; the trainer's model has 99"):
+        with pytest.raises(EngineError, match=words):
             engine.sync(model, 0)
+        assert "/pause" not in served.asked
+
+
+def test_a_server_with_a_shorter_context(model, tmp_path):
+    """Prompts fit, and completions end with its context; that is said once."""
+    short = tiny(seed=9)
+    short.config.max_position_embeddings = 12
+    with serve(short) as served:
+        engine = ServerEngine(served.url, sync_dir=tmp_path)
+        with pytest.warns(UserWarning, match="takes 12 tokens of prompt and completion, the model 128"):
+            engine.sync(model, 0)
+        params = replace(PARAMS, max_new_tokens=50, ignore_eos=True)
+        assert [len(rollout) for (rollout,) in engine.generate(PROMPTS[:2], params)] == [8, 10]
+        engine.close()
 
 
 def test_a_server_that_keeps_its_weights_is_found_out(model, engine, served):
@@ -473,6 +372,9 @@ def test_what_vllm_says_of_itself():
     text = 'LlamaConfig {\n  "model_type": "llama",\n  "vocab_size": 99\n}\n'
     info = read_info(server_info(hf_config=text), "m")
     assert (info.vocabulary, info.context, info.dtype, info.max_lora_rank) == (99, 128, "float32", 16)
+    nested = 'LlavaConfig {"text_config": {"hidden_size": 8, "vocab_size": 7}, "vision_config": {"hidden_size": 4}}'
+    assert read_info(server_info(hf_config=nested), "m").sizes == {"hidden_size": 8}
+    assert read_info(server_info(hf_config="Config"), "m").vocabulary is None
     assert info.takes_adapters
     assert not info.is_own
     none = {"vllm_config": {**server_info()["vllm_config"], "lora_config": None}}

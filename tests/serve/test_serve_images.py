@@ -22,10 +22,11 @@ from tests.vision.test_vision_training import history, rows, trainer_of
 from trl.cli.chat.arguments import Generation
 from trl.cli.chat.server import ServerSpeaker
 from trl.errors import DataError, EngineError
-from trl.rollouts.connection import SentPrompt, Server, ServerInfo
+from trl.rollouts.connection import SentPrompt, Server
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.rollouts.server import ServerEngine
+from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.weight_sync import needs_merged_weights
 from trl.types import Completion
 from trl.vision.images import data_url

@@ -7,9 +7,10 @@ the same one later, may do better; `Refused` where the request itself was turned
 from __future__ import annotations
 
 import json
-import re
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -19,8 +20,8 @@ from requests.adapters import HTTPAdapter
 
 from trl.errors import EngineError
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
-from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.server_info import ServerInfo, read_info
 from trl.vision.images import data_url
 
 CONNECTIONS = 32
@@ -82,24 +83,6 @@ class SentPrompt:
         return cls(list(prompt.ids), prompt.max_new_tokens, list(own.ids), list(map(data_url, own.images)))
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server says of itself; None for what it does not say."""
-
-    model: str
-    logprobs_mode: str
-    dtype: str | None
-    context: int | None
-    vocabulary: int | None
-    max_lora_rank: int | None
-    takes_adapters: bool
-    is_own: bool
-    """Whether it is `trl serve`, whose samples of one request are those of the engine in process."""
-
-    def tells_policy(self, params: SamplingParams) -> bool:
-        return tells_policy(self.logprobs_mode, params)
-
-
 class Server:
     """The server at `url`. Answers have to come within `timeout` seconds. Any thread may ask."""
 
@@ -113,21 +96,35 @@ class Server:
         self._session = requests.Session()
         self._session.trust_env = False  # servers are reached directly, with no key but their own
         self._session.mount(self.url, HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS))
+        self.under_way: dict[int, tuple[str, float]] = {}
+        """What threads are asking it, and since when."""
 
-    def get(self, path: str, **params: Any) -> Any:
-        return self._ask("GET", path, None, params, self.timeout)
+    def get(self, path: str, *, timeout: float | None = None, **params: Any) -> Any:
+        return self._ask("GET", path, None, params, timeout or self.timeout)
 
     def post(self, path: str, body: Any = None, *, timeout: float | None = None, **params: Any) -> Any:
         return self._ask("POST", path, body, params, timeout or self.timeout)
+
+    @contextmanager
+    def _noted(self, asked: str) -> Iterator[None]:
+        thread = threading.get_ident()
+        self.under_way[thread] = asked, time.monotonic()
+        try:
+            yield
+        finally:
+            del self.under_way[thread]
 
     def _ask(self, method: str, path: str, body: Any, params: Mapping[str, Any], timeout: float) -> Any:
         """The answer: what its JSON says, or its text. Raises Unreachable or Refused."""
         asked, end = f"{method} {self.url}{path}", time.monotonic() + timeout
         limits = (min(CONNECT, timeout), timeout)
         try:
-            with self._session.request(
-                method, self.url + path, json=body, params=params, headers=self.headers, timeout=limits, stream=True
-            ) as response:
+            with (
+                self._noted(asked),
+                self._session.request(
+                    method, self.url + path, json=body, params=params, headers=self.headers, timeout=limits, stream=True
+                ) as response,
+            ):
                 content = _read(response, end)
         except (requests.Timeout, TimeoutError) as error:
             raise Unreachable(f"{asked}: no whole answer within {timeout:g} seconds.") from error
@@ -144,10 +141,10 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise Unreachable(f"{asked}: the answer is not JSON: {content[:SHOWN]!r}.") from error
 
-    def info(self) -> ServerInfo:
-        """What the server says of its model. Raises Refused for one that does not say it."""
+    def info(self, timeout: float) -> ServerInfo:
+        """What the server says of its model within `timeout` seconds. Raises Refused for one that does not say it."""
         try:
-            found = self.get("/server_info", config_format="json")
+            found = self.get("/server_info", timeout=timeout, config_format="json")
         except Refused as error:
             if _is_absent(error):
                 raise Refused(
@@ -156,7 +153,7 @@ class Server:
                 ) from error
             raise
         try:
-            return read_info(found, str(self.get("/v1/models")["data"][0]["id"]))
+            return read_info(found, str(self.get("/v1/models", timeout=timeout)["data"][0]["id"]))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise Unreachable(
                 f"GET {self.url}/server_info: the answer is not that of a vLLM server: {_shown(found)}"
@@ -245,31 +242,6 @@ def _words(content: bytes) -> str:
 
 def _shown(answer: Any) -> str:
     return f"It says {repr(answer)[:SHOWN]}"
-
-
-def read_info(found: Mapping[str, Any], model: str) -> ServerInfo:
-    """`/server_info` as vLLM gives it. What it cannot put into JSON comes as text."""
-    config = found["vllm_config"]
-    about, lora = config["model_config"], config.get("lora_config")
-    own = "trl_version" in found
-    rank = lora.get("max_lora_rank") if isinstance(lora, Mapping) else None
-    return ServerInfo(
-        model=model,
-        logprobs_mode=str(about["logprobs_mode"]).rpartition(".")[2],
-        dtype=str(about["dtype"]).removeprefix("torch.") if about.get("dtype") else None,
-        context=about.get("max_model_len"),
-        vocabulary=_vocabulary(about.get("hf_text_config") or about.get("hf_config")),
-        max_lora_rank=None if rank is None else int(rank),
-        takes_adapters=bool(lora) and lora != "None",
-        is_own=own,
-    )
-
-
-def _vocabulary(config: Any) -> int | None:
-    if isinstance(config, Mapping):
-        return config.get("vocab_size") or _vocabulary(config.get("text_config"))
-    found = re.search(r'"vocab_size": (\d+)', config) if isinstance(config, str) else None
-    return int(found[1]) if found else None
 
 
 def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str) -> dict[str, Any]:

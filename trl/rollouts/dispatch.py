@@ -17,11 +17,9 @@ from typing import Generic, TypeVar
 
 from trl.errors import EngineError
 from trl.rollouts.connection import Server, Unreachable
+from trl.rollouts.waits import SAY_EVERY
 
 logger = logging.getLogger(__name__)
-
-SAY_EVERY = 30.0
-"""Seconds after which a wait is spoken of, and again."""
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,16 @@ from torch import nn
 
 from trl.errors import ConfigError, DataError, EngineError, ModelError
 from trl.models.gathering import base_of, policy_of
-from trl.rollouts.connection import CONNECTIONS, SentPrompt, Server, ServerInfo, Unreachable
-from trl.rollouts.dispatch import SAY_EVERY, Dispatch, Retries
+from trl.rollouts.connection import CONNECT, CONNECTIONS, SentPrompt, Server, Unreachable
+from trl.rollouts.dispatch import Dispatch, Retries
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
 from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
+from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
+from trl.rollouts.waits import SAY_EVERY, spoken_of
 from trl.rollouts.weight_sync import needs_merged_weights
 from trl.rollouts.weight_transfer import ADAPTER, FolderTransfer, WeightTransfer, together
 from trl.training.collectives import gather_on_main, is_main, run_on_main
@@ -124,6 +126,12 @@ class ServerEngine(RolloutEngine):
         if self._synced is not None and self._synced[0] == step and self._synced[1]() is model:
             return
         start = time.monotonic()
+        with spoken_of(self.servers):
+            self._sync(model, step)
+        self._synced = step, weakref.ref(model)
+        self.counts.add("sync_seconds", time.monotonic() - start)
+
+    def _sync(self, model: nn.Module, step: int) -> None:
         policy = policy_of(model)
         if not self.infos:
             self.infos = run_on_main(lambda: self._connect(base_of(policy)))
@@ -141,8 +149,6 @@ class ServerEngine(RolloutEngine):
             self.folder.send_adapter(self.servers, model, step)
         self._model_name = "" if reason else ADAPTER
         self._check(model)
-        self._synced = step, weakref.ref(model)
-        self.counts.add("sync_seconds", time.monotonic() - start)
 
     def _check(self, model: nn.Module) -> None:
         """Compare log-probabilities of a server of each precision with the model's own."""
@@ -170,14 +176,15 @@ class ServerEngine(RolloutEngine):
         if base.config.is_encoder_decoder:
             raise ModelError(f"{type(base).__name__} is an encoder-decoder, which servers do not sample from.")
         self._wait_for_servers(base.config.name_or_path or "MODEL")
-        infos = {server.url: server.info() for server in self.servers}
+        infos = {server.url: server.info(self.start_timeout) for server in self.servers}
         for url, info in infos.items():
             self._check_fit(url, info, base)
         return infos
 
     def _wait_for_servers(self, model: str) -> None:
         start = said = time.monotonic()
-        while errors := together(self.servers, lambda server: server.get("/health")):
+        limit = min(CONNECT, self.start_timeout)
+        while errors := together(self.servers, lambda server: server.get("/health", timeout=limit)):
             waited = time.monotonic() - start
             if waited > self.start_timeout or not all(isinstance(error, Unreachable) for error in errors):
                 port = urlsplit(self.servers[0].url).port or 8000
@@ -196,6 +203,13 @@ class ServerEngine(RolloutEngine):
                 f"{url} serves {info.model!r}, whose vocabulary has {info.vocabulary} tokens; the trainer's model has "
                 f"{vocabulary}: start the server with the same model."
             )
+        config = base.config.get_text_config()
+        for name, size in info.sizes.items():
+            if (wanted := getattr(config, name, size)) != size:
+                raise EngineError(
+                    f"{url} serves {info.model!r}, whose {name} is {size}; that of the trainer's model is {wanted}: start the "
+                    "server with the same model."
+                )
         own = str(base.dtype).removeprefix("torch.")
         if info.dtype is not None and info.dtype != own:
             self._say(

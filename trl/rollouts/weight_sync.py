@@ -14,7 +14,7 @@ from transformers.utils import logging
 from trl.errors import EngineError
 from trl.models.gathering import base_of, gathered_adapter, gathered_parameters, policy_of
 from trl.models.image_features import encoder_parameters
-from trl.rollouts.connection import ServerInfo
+from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.weight_folders import WeightFolders
 from trl.training.collectives import run_on_main
 from trl.vision.families import image_token_ids

@@ -86,9 +86,11 @@ class FolderTransfer:
         for attempt in range(self.retries.most + 1):
             failures = together([server for server in servers if server.version != version], exchange)
             raise_unless_unreachable(failures)
-            if len(failures) < len(servers):
+            if len(failures) < len(servers) or attempt == self.retries.most:
                 break
-            time.sleep(self.retries.backoff * 2**attempt)
+            rest = self.retries.backoff * 2**attempt
+            logger.warning("No server has taken the weights yet; once more in %g s: %s", rest, failures[0])
+            time.sleep(rest)
         check_some_left(failures, servers, version)
         self.folders.keep_only(folder)
 
@@ -136,7 +138,8 @@ def load_adapter(server: Server, folder: Path) -> None:
 def forget_prompts(server: Server) -> None:
     """Have the server drop what earlier weights computed: keys and values, and features of images."""
     answer = server.post("/reset_prefix_cache", reset_running_requests="true")
-    if isinstance(answer, Mapping) and answer.get("success") is False:
+    done = answer.get("success") is True if isinstance(answer, Mapping) else answer == ""
+    if not done:
         raise Unreachable(
             f"POST {server.url}/reset_prefix_cache: the server did not forget what it had cached of prompts, which belongs to "
             "earlier weights."

@@ -46,6 +46,7 @@ from trl.cli.serve.streaming import Streams
 from trl.cli.serve.worker import Busy, Job, ModelWorker
 from trl.errors import ConfigError, TrlError
 from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.server_info import SIZES
 
 LOGPROBS_MODE = "policy_logprobs"
 """How this server's log-probabilities are named among vLLM's modes: log-softmax(logits/τ) whatever else is asked for."""
@@ -291,13 +292,14 @@ class _Routes:
         return JSONResponse({"version": f"trl {__version__}"})
 
     async def server_info(self, _: Request) -> Response:
-        base = self.worker.base
+        base, config = self.worker.base, self.worker.base.config.get_text_config()
+        sizes = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
         model = {
             "model": self.name,
             "dtype": str(base.dtype),
             "max_model_len": self.worker.context,
             "logprobs_mode": LOGPROBS_MODE,
-            "hf_config": {"model_type": base.config.model_type, "vocab_size": self.worker.vocabulary},
+            "hf_config": {"model_type": base.config.model_type, "vocab_size": self.worker.vocabulary, **sizes},
         }
         lora = {"max_lora_rank": None, "max_loras": None}
         return JSONResponse({"vllm_config": {"model_config": model, "lora_config": lora}, "trl_version": __version__})
