@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.conftest import MODELS, make_tokenizer
+from tests.serve.images import asked
+from tests.vision.support import llava, picture
 from trl.cli.main import main
 from trl.errors import ConfigError
 from trl.evaluation.benchmarks import estimates, run_benchmarks
@@ -17,6 +19,8 @@ from trl.evaluation.judges import RewardJudge, ServerJudge
 from trl.evaluation.samples import sample
 from trl.evaluation.statistics import Estimate, estimate, outcome
 from trl.imports import is_available
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
 
 
 def short(completions, **columns):
@@ -224,4 +228,81 @@ def test_the_perplexity_of_a_model_that_knows_nothing(home):
 )
 def test_refused(home, capsys, words, message):
     assert main(["eval", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- images ----
+
+
+@pytest.fixture
+def reader(home):
+    """A model that reads images, and questions about them. It answers by what it sees: nothing was learned."""
+    tiny = llava()
+    tiny.model.save_pretrained(home / "reader")
+    tiny.processor.save_pretrained(home / "reader")
+    for seed in (1, 2):
+        picture(seed).save(home / f"{seed}.png")
+    rows = [
+        {"prompt": "is there a box?", "image": f"{i % 2 + 1}.png", "label": "yes", "objects": ["box"]} for i in range(3)
+    ]
+    (home / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "names.json").write_text('{"box": ["crate"], "dog": []}')
+    return tiny
+
+
+SEEING = ["eval", "--model_name_or_path", "reader", "--dataset_name", "questions.jsonl"]
+
+
+def test_samples_after_images_are_those_of_the_engine(home, reader):
+    """Every batch has a seed of its own; other images in another order have other answers."""
+    question = "user: *is there a box?</s>\nassistant: "
+    one, two = (asked(reader, question, [picture(seed)])[1] for seed in (1, 2))
+
+    def sampled(prompts, seed):
+        params = SamplingParams(max_new_tokens=16, seed=seed)
+        found = LocalEngine(reader.model, reader.processor.tokenizer, progress=False).generate(prompts, params)
+        return [reader.processor.tokenizer.decode(r.ids, skip_special_tokens=True) for (r,) in found]
+
+    words = ["--max_new_tokens", "16", "--batch_size", "2", "--dtype", "float32", "--pope", "--chair", "names.json"]
+    assert main([*SEEING, *words]) == 0
+    told = [json.loads(line)["completion"] for line in (home / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert told == sampled([one, two], 0) + sampled([one], 1)
+    assert told[:2] != sampled([two, one], 0)
+    numbers = json.loads((home / "evaluation" / "eval.json").read_text())
+    assert {"POPE f1", "POPE yes", "CHAIR_i", "CHAIR_s", "recall", "words", "characters"} <= set(numbers)
+    assert numbers["POPE recall"] == numbers["POPE accuracy"] == numbers["POPE yes"]  # all labels are yes
+
+
+def test_the_perplexity_of_answers_about_images(home, reader):
+    row = {"prompt": "is there a box?", "completion": " yes", "image": "1.png"}
+    (home / "answers.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    words = ["--model_name_or_path", "reader", "--dataset_name", "answers.jsonl", "--perplexity", "--dtype", "float32"]
+    assert main(["eval", *words]) == 0
+    assert json.loads((home / "evaluation" / "eval.json").read_text())["perplexity"] > 1
+
+
+def test_rewards_are_given_images_and_columns(home, reader):
+    """Of both models' samples."""
+    (home / "rewards.py").write_text(
+        "def wide(completions, images, label, **columns):\n"
+        "    return [own.width + len(truth) for (own,), truth in zip(images, label, strict=True)]\n"
+    )
+    words = ["--reward_funcs", "rewards.py:wide", "--against", "reader", "--max_new_tokens", "2"]
+    assert main([*SEEING, *words]) == 0
+    told = json.loads((home / "evaluation" / "eval.json").read_text())
+    assert (told["reward"]["mean"], told["win rate"]["mean"]) == (43, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model_name_or_path", "ours"], "hold images, and a tokenizer reads none"),
+        (["--dataset_name", "prompts.jsonl", "--pope"], "--pope needs a column 'label'"),
+        (["--chair", "absent.json"], "chair='absent.json' is no JSON file"),
+        (["--chair", "1.png"], "chair='1.png' is no JSON file"),
+        (["--image_folder", "elsewhere"], "There is no file 'elsewhere/1.png'"),
+    ],
+)
+def test_what_images_are_refused(home, reader, capsys, words, message):
+    assert main([*SEEING, *words]) == 2
     assert message in capsys.readouterr().err

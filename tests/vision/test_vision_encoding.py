@@ -17,6 +17,7 @@ from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import ImageCollator
 from trl.data.multimodal import split_parts
 from trl.errors import ConfigError, DataError
+from trl.models.load import load_processor
 from trl.types import Completion, Example
 from trl.vision.families import check_image_tokens
 from trl.vision.images import PixelLimits, image_size, read_image
@@ -416,3 +417,9 @@ def test_an_older_transformers_is_named(monkeypatch):
     monkeypatch.setattr(type(tiny.processor), "_merge_kwargs", lambda self, ModelProcessorKwargs: {})
     with pytest.raises(ConfigError, match="transformers .* processes images in an older way"):
         ImageProcessing.of(tiny.processor, tiny.model.config)
+
+
+def test_a_folder_with_a_processor_gives_it(tiny, tmp_path):
+    """An adapter's folder, say, which holds no model to find it by."""
+    tiny.processor.save_pretrained(tmp_path)
+    assert type(load_processor(tiny.model, str(tmp_path))) is type(tiny.processor)

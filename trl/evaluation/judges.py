@@ -32,8 +32,14 @@ class RewardJudge:
     def __init__(self, reward_funcs: Sequence[Any]) -> None:
         self.rewards = make_rewards(list(reward_funcs))
 
-    def __call__(self, prompts: Sequence[Content], ours: Sequence[Content], theirs: Sequence[Content]) -> list[float]:
-        scores = [self.score(prompts, completions) for completions in (ours, theirs)]
+    def __call__(
+        self,
+        prompts: Sequence[Content],
+        ours: Sequence[Content],
+        theirs: Sequence[Content],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        scores = [self.score(prompts, completions, **columns) for completions in (ours, theirs)]
         return [outcome(a, b) for a, b in zip(*scores, strict=True)]
 
     def score(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tqdm import tqdm
 
+from trl.data.encode import encode_dataset
+from trl.data.examples import ImageCollator
+from trl.data.settings import EncodeSettings
 from trl.models.patching import evaluating
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
+from trl.vision.processing import ImageProcessing
 
 Content = Any
 
@@ -41,6 +50,31 @@ def sample(
             start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
             texts += tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     return [_like(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def sample_after_images(
+    model: Any,
+    images: ImageProcessing,
+    rows: Dataset,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+) -> list[Content]:
+    """The same for rows with a prompt and images, of a model with a processor."""
+    tokenizer = images.processor.tokenizer
+    encoded = encode_dataset(
+        rows, tokenizer, settings=EncodeSettings(kind="prompt_only"), name="prompts", images=images
+    )
+    engine, collate = LocalEngine(model, tokenizer, progress=False), ImageCollator(images)
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    texts: list[str] = []
+    for number, batch in enumerate(_batches(range(len(rows)), batch_size)):
+        prompts = list(map(Prompt.of, collate([encoded.dataset[i] for i in batch])))
+        sampled = engine.generate(prompts, replace(params, seed=seed + number))
+        texts += [tokenizer.decode(rollout.ids, skip_special_tokens=True) for (rollout,) in sampled]
+    return [_like(prompt, text) for prompt, text in zip(rows["prompt"], texts, strict=True)]
 
 
 def _batches(prompts: Sequence[Content], size: int) -> Iterator[Sequence[Content]]:

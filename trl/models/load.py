@@ -37,6 +37,7 @@ from trl.noise import without_noise
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer_config.json"
+PROCESSOR = "processor_config.json"
 
 NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
 """A parameter of a numbered layer."""
@@ -212,7 +213,7 @@ def load_processor(
             f"processing_class is missing: this {type(model).__name__} was made from a configuration, so its tokenizer "
             "cannot be found by name. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
         )
-    auto = AutoProcessor if name == base else AutoTokenizer
+    auto = AutoProcessor if name == base or has_file(name, PROCESSOR, **hub) else AutoTokenizer
     return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
 
 

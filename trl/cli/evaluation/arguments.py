@@ -50,6 +50,20 @@ class EvalArguments:
     judge_model: str | None = None
     """Name of the model on judge_server. None: the server's only one."""
 
+    pope: bool = False
+    """Answers to yes-or-no questions by POPE's table: accuracy, precision, recall, F1 and the share of yes. Rows have a column
+    `label` with yes or no."""
+
+    chair: str | None = None
+    """Objects that captions name and images do not hold, by CHAIR. A JSON file with all objects that are looked for, as a list
+    or with synonyms by object; rows have a column `objects` with those of the image."""
+
+    image_folder: str | None = None
+    """Folder that relative paths of images start from."""
+
+    max_pixels: int | None = None
+    """Images beyond so many pixels (width · height) are made smaller."""
+
     max_new_tokens: int = 256
     """Tokens of a sample, at most."""
 

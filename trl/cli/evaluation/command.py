@@ -4,6 +4,7 @@ trl eval --model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_fun
 trl eval --model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward
 trl eval --model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity
 trl eval --model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat
+trl eval --model_name_or_path qwen-vl-dpo --dataset_name questions.jsonl --pope
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from typing import Any
 
 from trl.cli.commands import MODEL
 from trl.cli.evaluation.arguments import EvalArguments
+from trl.cli.evaluation.objects import check_objects, object_scores
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
 from trl.cli.parser import OptionParser, ParsedOptions
 from trl.errors import ConfigError, DataError
 
 EVAL = "trl.cli.evaluation.arguments:EvalArguments"
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
+NOT_FOR_REWARDS = ("prompt", "completion", "chosen", "rejected")
 SUMMARY = "Samples, rewards, perplexity and benchmarks of a model, and how often it wins against another one."
 WORDS = (
     "--model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short",
     "--model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward",
     "--model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity",
     "--model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat",
+    "--model_name_or_path qwen-vl-dpo --dataset_name questions.jsonl --pope",
 )
 
 
@@ -68,14 +72,15 @@ def evaluate(parsed: ParsedOptions, arguments: EvalArguments) -> dict[str, Any]:
     rows = None if arguments.dataset_name is None else read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     from trl.cli.evaluation.loading import load
+    from trl.models.load import tokenizer_of
 
-    model, tokenizer = load(parsed, parsed.values.get("model_name_or_path"))
-    results = benchmarks(model, tokenizer, arguments) if arguments.benchmarks else {}
+    model, processor = load(parsed, parsed.values.get("model_name_or_path"))
+    results = benchmarks(model, tokenizer_of(processor), arguments) if arguments.benchmarks else {}
     if rows is None:
         return results
     if arguments.perplexity:
-        return {**results, "perplexity": perplexity(model, tokenizer, rows, arguments)}
-    return {**results, **compare_samples(parsed, arguments, rows, model, tokenizer)}
+        return {**results, "perplexity": perplexity(model, processor, rows, arguments)}
+    return {**results, **compare_samples(parsed, arguments, rows, model, processor)}
 
 
 def benchmarks(model: Any, tokenizer: Any, arguments: EvalArguments) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def read_rows(arguments: EvalArguments) -> Any:
     return rows if arguments.limit is None else rows.select(range(min(arguments.limit, len(rows))))
 
 
-def perplexity(model: Any, tokenizer: Any, rows: Any, arguments: EvalArguments) -> float:
+def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> float:
     """exp of the mean loss of the tokens that SFT would train on."""
     from trl.trainers.sft import SFTConfig, SFTTrainer
 
@@ -123,17 +128,20 @@ def perplexity(model: Any, tokenizer: Any, rows: Any, arguments: EvalArguments) 
             html_report=False,
             report_to="none",
             max_length=None,
+            image_folder=arguments.image_folder,
+            max_pixels=arguments.max_pixels,
         )
-        trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+        trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
         return math.exp(trainer.evaluate()["eval_loss"])
 
 
 def compare_samples(
-    parsed: ParsedOptions, arguments: EvalArguments, rows: Any, model: Any, tokenizer: Any
+    parsed: ParsedOptions, arguments: EvalArguments, rows: Any, model: Any, processor: Any
 ) -> dict[str, Any]:
     """Samples in samples.jsonl; their rewards, lengths and wins."""
     from trl.cli.evaluation.loading import load
     from trl.cli.rewards import find_reward
+    from trl.data.multimodal import images_of
     from trl.evaluation.judges import RewardJudge, ServerJudge
     from trl.evaluation.statistics import estimate
 
@@ -141,20 +149,29 @@ def compare_samples(
         raise DataError(
             f"Samples need a column 'prompt', and the dataset has {rows.column_names}. For texts: --perplexity."
         )
-    table = rows.to_dict()
-    prompts = table.pop("prompt")
-    columns = {name: values for name, values in table.items() if name not in ("completion", "chosen", "rejected")}
-    kept: dict[str, Sequence[Any]] = {"prompt": prompts, "completion": _samples(model, tokenizer, prompts, arguments)}
+    check_objects(arguments, rows)
+    prompts = rows["prompt"][:]
+    images = _images(model, processor, rows, arguments)
+    kept: dict[str, Sequence[Any]] = {
+        "prompt": prompts,
+        "completion": _samples(model, processor, images, rows, arguments),
+    }
     results: dict[str, Any] = {"characters": estimate([len(_text(each)) for each in kept["completion"]])}
+    results |= object_scores(arguments, rows, kept["completion"])
     judge = RewardJudge(list(map(find_reward, arguments.reward_funcs))) if arguments.reward_funcs else None
+    columns = {n: rows[n][:] for n in rows.column_names if n not in NOT_FOR_REWARDS}
+    if judge is not None and images is not None:
+        columns["images"] = [images.read(images_of(row)) for row in rows]
     if judge is not None:
         kept["reward"] = judge.score(prompts, kept["completion"], **columns)
         results["reward"] = estimate(kept["reward"])
     if arguments.against is not None:
         other = {**parsed.values, "model_name_or_path": arguments.against}
-        kept["other"] = _samples(*load(replace(parsed, values=other), arguments.against), prompts, arguments)
-        decide = judge if arguments.judge_server is None else ServerJudge(arguments.judge_server, arguments.judge_model)
-        kept["win"] = decide(prompts, kept["completion"], kept["other"])
+        loaded = load(replace(parsed, values=other), arguments.against)
+        kept["other"] = _samples(*loaded, _images(*loaded, rows, arguments), rows, arguments)
+        both = prompts, kept["completion"], kept["other"]
+        server = arguments.judge_server
+        kept["win"] = judge(*both, **columns) if server is None else ServerJudge(server, arguments.judge_model)(*both)
         results["win rate"] = estimate(kept["win"])
     path = Path(arguments.output_dir).expanduser() / "samples.jsonl"
     lines = (dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True))
@@ -162,18 +179,31 @@ def compare_samples(
     return results
 
 
-def _samples(model: Any, tokenizer: Any, prompts: Sequence[Any], arguments: EvalArguments) -> list[Any]:
-    from trl.evaluation.samples import sample
+def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> Any:
+    """What reads the images of rows; None of a tokenizer. Raises DataError for a tokenizer where rows have images."""
+    from trl.data.formats import detect_kind
+    from trl.vision.images import PixelLimits
+    from trl.vision.processing import ImageProcessing
 
-    return sample(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-    )
+    limits = PixelLimits(arguments.max_pixels, root=arguments.image_folder)
+    images = ImageProcessing.of(processor, model.config, limits)
+    detect_kind(rows.column_names, allowed=["prompt_only"], reads_images=images is not None)
+    return images
+
+
+def _samples(model: Any, processor: Any, images: Any, rows: Any, arguments: EvalArguments) -> list[Any]:
+    from trl.evaluation.samples import sample, sample_after_images
+    from trl.models.load import tokenizer_of
+
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
+    if images is not None:
+        return sample_after_images(model, images, rows, **options)
+    return sample(model, tokenizer_of(processor), rows["prompt"][:], **options)
 
 
 def _text(content: Any) -> str:

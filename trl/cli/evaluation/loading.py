@@ -11,11 +11,11 @@ from trl.cli.hub import check_model_on_hub
 from trl.cli.parser import ParsedOptions
 from trl.cli.train import check_model, check_weights
 from trl.models.config import ModelConfig, get_quantization_config
-from trl.models.load import load_model, load_processor, tokenizer_of
+from trl.models.load import load_model, load_processor
 
 
 def load(parsed: ParsedOptions, name: str | None) -> tuple[Any, Any]:
-    """A model and its tokenizer, by name."""
+    """A model and its tokenizer, or its processor, by name."""
     check_weights(name := check_model(name))
     given = {"dtype": "auto", **parsed.values, "model_name_or_path": name}
     config = replace(parsed, values=given).arguments_for(ModelConfig)
@@ -27,4 +27,4 @@ def load(parsed: ParsedOptions, name: str | None) -> tuple[Any, Any]:
         trust_remote_code=config.trust_remote_code,
         **{**config.init_kwargs(), **placement},
     )
-    return model, tokenizer_of(load_processor(model, trust_remote_code=config.trust_remote_code))
+    return model, load_processor(model, name, trust_remote_code=config.trust_remote_code)

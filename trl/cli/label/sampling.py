@@ -7,9 +7,11 @@ from typing import Any
 from trl.cli.evaluation.loading import load
 from trl.cli.label.arguments import LabelArguments
 from trl.cli.parser import ParsedOptions
+from trl.data.formats import PICTURES
 from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import ConfigError, DataError
 from trl.evaluation.samples import sample
+from trl.models.load import tokenizer_of
 
 TOGETHER = 16
 """Completions that are sampled at once."""
@@ -23,11 +25,11 @@ def sample_rows(parsed: ParsedOptions, arguments: LabelArguments) -> list[dict[s
     if arguments.dataset_name is None:
         raise ConfigError("--dataset_name is missing: prompts for the model to continue.")
     prompts = _prompts(arguments)
-    model, tokenizer = load(parsed, parsed.values["model_name_or_path"])
+    model, processor = load(parsed, parsed.values["model_name_or_path"])
     count = arguments.num_generations
     completions = sample(
         model,
-        tokenizer,
+        tokenizer_of(processor),
         [prompt for prompt in prompts for _ in range(count)],
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -43,6 +45,10 @@ def _prompts(arguments: LabelArguments) -> list[Any]:
     rows = load_dataset_argument(script)[arguments.dataset_split]
     if "prompt" not in rows.column_names:
         raise DataError(f"dataset_name={arguments.dataset_name!r} has no column 'prompt': it has {rows.column_names}.")
+    if pictures := sorted(PICTURES & set(rows.column_names)):
+        raise DataError(
+            f"The columns {pictures} hold images, which are not shown to people here: sample with `trl eval`, or take them out."
+        )
     prompts = rows.to_list()[: arguments.limit]
     return [_with_system(row["prompt"], arguments.system_prompt) for row in prompts]
 
