@@ -18,6 +18,8 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2ForSequenceClassification, TrainerCallback
 
 from tests.conftest import GPT2, MODELS, make_tokenizer
+from tests.vision.support import qwen2_5_vl
+from tests.vision.test_vision_training import rows as with_images
 from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.cpo import CPOTrainer
 from trl.trainers.dpo import DPOTrainer
@@ -110,6 +112,7 @@ def made_by(
     rows: Callable[[], Any],
     *,
     model: Callable = language_model,
+    processor: Callable = make_tokenizer,
     peft: LoraConfig | None = None,
     **options: Any,
 ) -> Make:
@@ -125,7 +128,7 @@ def made_by(
             args=trainer.config_class(**{**OPTIONS, **options, **more, "output_dir": str(folder)}),
             train_dataset=rows(),
             eval_dataset=evaluation,
-            processing_class=make_tokenizer(),
+            processing_class=processor(),
             peft_config=peft,
             callbacks=list(callbacks),
             **keywords,
@@ -145,6 +148,9 @@ PPO_LOOP = {
     "use_score_scaling": True,
     "horizon": 20,
 }
+
+READER = {"model": lambda: _with_dropout(qwen2_5_vl().model), "processor": lambda: qwen2_5_vl().processor}
+"""A model that reads images, with positions that an image moves."""
 
 LORA = {"r": 2, "lora_dropout": 0.1, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 
@@ -176,7 +182,23 @@ RUNS: dict[str, Make] = {
         loss_aggregation="sequence",
     ),
     "online dpo": made_by(OnlineDPOTrainer, prompts, **ONLINE),
+    "dpo, images": made_by(DPOTrainer, lambda: with_images("pairs"), **READER),
+    "grpo, images": made_by(GRPOTrainer, lambda: with_images("prompts"), beta=0.1, **ONLINE, **READER),
+    "grpo, images, an adapter": made_by(
+        GRPOTrainer,
+        lambda: with_images("prompts"),
+        **ONLINE,
+        **READER,
+        peft=LoraConfig(**{**LORA, "fan_in_fan_out": False, "target_modules": ["q_proj", "v_proj"]}),
+    ),
 }
+
+
+def _with_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    model.config.get_text_config().attention_dropout = 0.1
+    for layer in model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.1
+    return model
 
 
 def _seeded(name: str) -> torch.nn.Module:

@@ -11,7 +11,9 @@ STOPS = (1, 3, 4)
 an epoch. Twice between two logs, and at one."""
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if "images" in name else ()) for name in RUNS]
+)
 def test_a_run_in_parts_is_the_whole_run(name, tmp_path):
     make = RUNS[name]
     assert not differences(whole(make, tmp_path), in_parts(make, tmp_path, STOPS))

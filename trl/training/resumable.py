@@ -29,6 +29,7 @@ from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
 from trl.training.output_folder import check_folder, check_space, checkpoint_bytes, claim
+from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
@@ -136,6 +137,21 @@ class ResumableTrainer(Trainer):
         begun = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         return begun
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not self._load_if_renamed(model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_if_renamed(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_if_renamed(self, model: nn.Module, checkpoint: str) -> bool:
+        if self.is_sharded or not are_renamed(model, Path(checkpoint)):
+            return False
+        load_renamed(model, Path(checkpoint))
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A table that is tied to another is not in the checkpoint, and not missing."""
