@@ -47,6 +47,9 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+"""The sections' sum is half of `head_dim`."""
+
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -192,16 +195,20 @@ def qwen2_5_vl() -> Tiny:
     chat = template("<|vision_start|><|image_pad|><|vision_end|>")
     processor = without_video(Qwen2_5_VLProcessor, **own)(images, words, chat_template=chat)
     text = {k: v for k, v in TEXT.items() if k != "head_dim"}
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     config = hf.Qwen2_5_VLConfig(
-        text_config={**text, "vocab_size": len(words), "rope_parameters": rope},
+        text_config={**text, "vocab_size": len(words), "rope_parameters": dict(MROPE)},
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
+            **_qwen_tower(), "out_hidden_size": TEXT["hidden_size"], "patch_size": 4,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1],
         },
         **_qwen_tokens(words),
     )  # fmt: skip
     return Tiny(seeded(lambda: hf.Qwen2_5_VLForConditionalGeneration(config)), processor)
+
+
+def _qwen_tower() -> dict[str, int]:
+    sizes = {name: TOWER[name] for name in ("hidden_size", "intermediate_size")}
+    return {**sizes, "depth": TOWER["num_hidden_layers"], "num_heads": TOWER["num_attention_heads"]}
 
 
 def _qwen_tokens(words: Any) -> dict[str, int]:
@@ -214,11 +221,11 @@ def qwen2_vl() -> Tiny:
     tiny = qwen2_5_vl()
     words = tiny.processor.tokenizer
     text = {k: v for k, v in TEXT.items() if k != "head_dim"}
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     config = hf.Qwen2VLConfig(
-        text_config={**text, "vocab_size": len(words), "rope_parameters": rope},
+        text_config={**text, "vocab_size": len(words), "rope_parameters": dict(MROPE)},
         vision_config={
-            "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4,
+            "depth": 2, "embed_dim": TOWER["hidden_size"], "hidden_size": TEXT["hidden_size"], "num_heads": 4, "mlp_ratio": 2,
+            "patch_size": 4,
             "spatial_merge_size": 2, "temporal_patch_size": 2,
         },
         **_qwen_tokens(words),
@@ -232,11 +239,10 @@ def qwen3_vl() -> Tiny:
     own = {"video_token": "<|video_pad|>", "video_token_id": lambda t: t.video_token_id}
     chat = tiny.processor.chat_template
     processor = without_video(Qwen3VLProcessor, **own)(tiny.processor.image_processor, words, chat_template=chat)
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 1e4}
     config = hf.Qwen3VLConfig(
-        text_config={**TEXT, "vocab_size": len(words), "rope_parameters": rope},
+        text_config={**TEXT, "vocab_size": len(words), "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 4,
+            **_qwen_tower(), "out_hidden_size": TEXT["hidden_size"], "patch_size": 4,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "deepstack_visual_indexes": [0],
             "num_position_embeddings": 64,
         },

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests.vision.support import FAMILIES, Tiny, picture
 from trl.data.layout import lay_out
 from trl.models.image_features import ImageFeatures, encoder_parameters
 from trl.models.score import score
+from trl.models.value_heads.auto_models import with_value_head
 from trl.types import Completion, Example
 from trl.vision.blank import blank_image
 from trl.vision.families import family_of, joins_of
@@ -86,6 +89,51 @@ def test_every_layout_gives_the_numbers_of_plain_forwards(tiny_of, name):
             scale = 0 if theirs is None else theirs.abs().max().item()
             if scale > 1e-6:
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+def with_adapter_and_values(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the model with LoRA on the language layers and a value head, none of them zero."""
+    torch.manual_seed(1)
+    targets = r".*(language_model|text_model|model\.layers).*\.(q|v)_proj"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    wrapped = with_value_head(get_peft_model(copy.deepcopy(model), config)).eval()
+    for parameter in wrapped.v_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return wrapped
+
+
+def plain_numbers(wrapped: torch.nn.Module, tiny: Tiny, example: Example, completion: Completion) -> torch.Tensor:
+    """Log-probabilities and values `[2,C]` of a plain forward over one sequence."""
+    inputs = plain_inputs(tiny, example, completion)
+    logits, _, values = wrapped(**inputs)
+    told = logits[0, :-1].log_softmax(-1).gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
+    found = torch.stack([told, values[0, :-1]])
+    return found[:, len(example.prompt) - 1 :] if example.prompt else torch.cat([torch.zeros(2, 1), found], 1)
+
+
+USUAL = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
+"""One family of each kind of positions and masks."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.long) for n in FAMILIES])
+def test_adapters_and_value_heads_in_every_layout(tiny_of, name):
+    tiny = tiny_of(name)
+    rows, wrapped, plain = rows_of(tiny), *(with_adapter_and_values(tiny.model) for _ in range(2))
+    sequences = [(example, completion) for example in rows for completion in example.completions]
+    expected = torch.zeros(2, len(sequences), 5)
+    for n, (example, completion) in enumerate(sequences):
+        expected[:, n, : len(completion)] = plain_numbers(plain, tiny, example, completion)
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), [p for p in plain.parameters() if p.requires_grad])
+    assert sum(gradient.abs().max() > 1e-3 for gradient in wanted) > len(wanted) / 2
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    for layout in tiny.layouts:
+        batch = lay_out(rows, layout, capacity=150, joins=joins_of(tiny.model.config))
+        scores = score(wrapped, batch, want=("value",))
+        found = torch.stack([scores.logprobs, scores.value])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m, at=layout: f"{at}: {m}")
+        for mine, theirs in zip(torch.autograd.grad((found * weights).sum(), trained), wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * max(theirs.abs().max().item(), 1e-2))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -51,12 +52,37 @@ def llama(seed):
     return model
 
 
+TOKENS_NEEDED = {"gemma3": ("\n\n", "\n\n\n", "\n\n\n\n")}
+"""Line ends that vLLM joins around the images of a family."""
+
+WITH_VIDEO = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+"""Families whose processor vLLM loads with all of its parts: that of videos needs torchvision."""
+
+
+def with_video(name, stills):
+    """The whole processor of a family, with the same images."""
+    import transformers
+
+    sizes = {n: getattr(stills.image_processor, n) for n in ("patch_size", "merge_size", "temporal_patch_size", "size")}
+    parts = transformers.Qwen2VLImageProcessor(**sizes), stills.tokenizer, transformers.Qwen2VLVideoProcessor(**sizes)
+    return getattr(transformers, WITH_VIDEO[name])(*parts, chat_template=stills.chat_template)
+
+
 def reader(name, seed, folder):
     """A model of this family that reads images, of the same widths, its weights under the names of the hub; and its processor."""
     wide = {"hidden_size": 128, "intermediate_size": 128}
     text = {**wide, "head_dim": 32, "num_key_value_heads": 4, "max_position_embeddings": 512}
-    with patch.dict(vision.TEXT, text), patch.dict(vision.TOWER, wide):
+    sections = {"mrope_section": [4, 6, 6]}
+    words = partial(vision.tokenizer, *TOKENS_NEEDED.get(name, ()))
+    with (
+        patch.dict(vision.TEXT, text),
+        patch.dict(vision.TOWER, wide),
+        patch.dict(vision.MROPE, sections),
+        patch.object(vision, "tokenizer", words),
+    ):
         tiny = vision.FAMILIES[name]()
+    if name in WITH_VIDEO:
+        tiny.processor = with_video(name, tiny.processor)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in tiny.model.parameters():
