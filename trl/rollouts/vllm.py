@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 
 BATCHED_TOKENS = 4096
 """Tokens that vLLM profiles its memory with: small, as in other trainers, since the policy lives on the same device."""
+
+
+Request = tuple[int, Prompt, SamplingParams]
+"""The number of a prompt in its process, the prompt, and how it is sampled."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -143,7 +148,7 @@ class VLLMEngine(RolloutEngine):
     def _check(self, model: nn.Module) -> None:
         base = base_of(policy_of(model))
         prompt = probe(base.get_input_embeddings().num_embeddings, self._context, self._image_tokens)
-        ((rollout,),) = self._run([prompt], PARAMS, 1)
+        ((rollout,),) = self._run(_requests([prompt], PARAMS), 1)
         dtype = str(base.dtype).removeprefix("torch.")
         self.counts.largest("sync_logp_difference", check_weights(model, prompt, rollout, dtype, engine="vLLM"))
 
@@ -166,7 +171,7 @@ class VLLMEngine(RolloutEngine):
         start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
         self._wake()
         asked = with_banned(params, self._image_tokens)
-        found = self._shared(prompts, asked, n) if self.group_size > 1 else self._run(prompts, asked, n)
+        found = self._shared(prompts, asked, n) if self.group_size > 1 else self._run(_requests(prompts, asked), n)
         if self.sleeps:
             self.llm.sleep(level=1)
             self._asleep = True
@@ -178,24 +183,20 @@ class VLLMEngine(RolloutEngine):
         return found
 
     def _shared(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
-        """All prompts of the tensor-parallel group are sampled by all of it; every process takes its own part."""
+        """All prompts of the tensor-parallel group are sampled by all of it, together; every process takes its own part."""
         group, place = self._groups[self.rank // self.group_size], self.rank % self.group_size
         everywhere: list[Any] = [None] * self.group_size
         given = [prompt if prompt.unexpanded is None else replace(prompt, inputs={}) for prompt in prompts]
-        distributed.all_gather_object(everywhere, (given, params.seed), group=group)
-        found = []
-        for number, (asked, seed) in enumerate(everywhere):
-            sampled = self._run(asked, _seeded(params, seed), n)
-            if number == place:
-                found = sampled
-        return found
+        distributed.all_gather_object(everywhere, _requests(given, params), group=group)
+        found, start = self._run(list(chain(*everywhere)), n), sum(map(len, everywhere[:place]))
+        return found[start : start + len(prompts)]
 
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
-        if not prompts:
+    def _run(self, requests: Sequence[Request], n: int) -> list[list[Rollout]]:
+        if not requests:
             return []
-        options = [self._options(i, prompt, params, n) for i, prompt in enumerate(prompts)]
-        outputs = self.llm.generate(list(map(_given, prompts)), options, use_tqdm=False)
-        for i, (prompt, out) in enumerate(zip(prompts, outputs, strict=True)):
+        options = [self._options(*request, n) for request in requests]
+        outputs = self.llm.generate([_given(prompt) for _, prompt, _ in requests], options, use_tqdm=False)
+        for (i, prompt, _), out in zip(requests, outputs, strict=True):
             if prompt.unexpanded is not None and list(out.prompt_token_ids) != list(prompt.ids):
                 raise EngineError(f"vLLM, prompts[{i}]: {other_tokens(out.prompt_token_ids, prompt.ids)}")
         return [[self._rollout(each) for each in sorted(out.outputs, key=lambda each: each.index)] for out in outputs]
@@ -263,6 +264,10 @@ class VLLMEngine(RolloutEngine):
             self.folders = None
 
 
+def _requests(prompts: Sequence[Prompt], params: SamplingParams) -> list[Request]:
+    return [(i, prompt, params) for i, prompt in enumerate(prompts)]
+
+
 def _given(prompt: Prompt) -> dict[str, Any]:
     """A prompt as `vllm.LLM` takes it."""
     if prompt.unexpanded is None:
@@ -274,7 +279,3 @@ def _given(prompt: Prompt) -> dict[str, Any]:
 def _place() -> tuple[int, int]:
     """Number of processes, and this one's."""
     return (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
-
-
-def _seeded(params: SamplingParams, seed: int | None) -> SamplingParams:
-    return replace(params, seed=seed)
