@@ -251,6 +251,30 @@ def qwen3_vl() -> Tiny:
     return Tiny(seeded(lambda: hf.Qwen3VLForConditionalGeneration(config)), processor)
 
 
+def qwen3_5() -> Tiny:
+    """With recurrent layers, of which rows have to be apart."""
+    tiny = qwen3_vl()
+    words = tiny.processor.tokenizer
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = hf.Qwen3_5Config(
+        text_config={
+            **TEXT, **linear, "vocab_size": len(words), "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        },
+        vision_config={
+            **_qwen_tower(), "out_hidden_size": TEXT["hidden_size"], "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [],
+        },
+        **_qwen_tokens(words),
+    )  # fmt: skip
+    return Tiny(seeded(lambda: hf.Qwen3_5ForConditionalGeneration(config)), tiny.processor, ("padded",))
+
+
 def gemma3() -> Tiny:
     words = tokenizer(image="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
@@ -355,6 +379,7 @@ FAMILIES: dict[str, Callable[[], Tiny]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
     "gemma3": gemma3,
     "gemma4": gemma4,
     "idefics3": idefics3,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.support import PARAMS, check_after_images, image_prompts, reader
+from tests.vllm.images import check_after_images, image_prompts, reader
+from tests.vllm.support import PARAMS
 from trl.errors import EngineError
 from trl.rollouts.vllm import VLLMEngine
 

@@ -19,15 +19,13 @@ from torch import nn
 
 from tests.conftest import make_tokenizer
 from tests.trainers.online_support import make_trainer
+from tests.vllm.images import check_after_images, image_prompts, reader
 from tests.vllm.support import (
     OPTIONS,
     PARAMS,
     PROMPTS,
-    check_after_images,
-    image_prompts,
     largest_difference,
     llama,
-    reader,
 )
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
 from trl.errors import EngineError
