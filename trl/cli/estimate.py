@@ -81,6 +81,7 @@ def estimate_memory(
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
     with tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
+        trainer.image_features = None  # a first pass, in which images are encoded
         trace.mark(trainer.model.parameters(), WEIGHTS)
         trace.mark(trainer.model.buffers(), WEIGHTS)
         before = len(trace.part)
@@ -154,7 +155,11 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     args = trainer.args
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = trainer.train_dataset
-    examples = sorted((each for row in rows for each in decode(row)), key=lambda each: -each.tokens)
+    if trainer.images is not None:  # which are read for so many rows alone
+        longest = sorted(rows, key=lambda row: -sum(each.tokens for each in decode(row)))
+        examples = trainer.to_examples(longest[:count])
+    else:
+        examples = sorted((each for row in rows for each in decode(row)), key=lambda each: -each.tokens)
     if examples[0].completions and max(map(len, examples[0].completions)):
         return [_with_reference(example) for example in (examples * -(-count // len(examples)))[:count]]
     group, tokens = args.num_generations, args.max_completion_length or 512
