@@ -88,9 +88,12 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
         trainer = trainer_of(run, sample, None if evaluated is None else evaluated.take(ROWS_READ))
     if rows:
         trainer.preview(rows)
+    reads_images = trainer.images is not None
     estimate = estimate_of(run, trainer)
     print_table(out, "Plan", plan_of(trainer, dataset, sample, estimate.processes))
     print_table(out, f"Memory of {'each' if estimate.processes > 1 else 'the'} process", table_of(estimate))
+    if reads_images:
+        out.print("  What the image encoder keeps of images comes on top.")
     problems = [*weights_problems(run), *memory_problems(estimate, run)]
     if is_online(trainer.args):
         found, wrong = try_rewards(trainer, sample)
@@ -242,6 +245,7 @@ def weights_problems(run: Run) -> list[str]:
 
 def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:
     """The reward of a made-up answer to the first prompt from every function, and what went wrong."""
+    from trl.data.multimodal import images_of
     from trl.rewards.call import Samples, call_rewards
 
     row = next(iter(sample))
@@ -251,6 +255,8 @@ def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list
         else [{"role": "assistant", "content": "This is an answer."}]
     )
     columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion")}
+    if trainer.images is not None:
+        columns["images"] = [trainer.images.read(images_of(row))]
     extras = {"trainer_state": trainer.state, "completion_ids": [trainer.tokenizer("This is an answer.")["input_ids"]]}
     found, wrong = {}, []
     for reward in trainer.rewards:

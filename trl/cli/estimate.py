@@ -74,14 +74,14 @@ def estimate_memory(
     """Memory of `trainer`, made without weights, in its heaviest step.
 
     `sharding` names a shipped configuration of accelerate; `quantised_bits` are those of each weight that no adapter
-    trains.
+    trains. Images are taken for as many tokens of text: how an encoder goes through them hangs on their values.
     """
     device = trainer.args.device
+    images, trainer.images, trainer.image_features = trainer.images, None, None
     libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
     with tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
-        trainer.image_features = None  # a first pass, in which images are encoded
         trace.mark(trainer.model.parameters(), WEIGHTS)
         trace.mark(trainer.model.buffers(), WEIGHTS)
         before = len(trace.part)
@@ -89,6 +89,7 @@ def estimate_memory(
         trace.part.update({n: REFERENCE for n in range(before, len(trace.part)) if trace.alive(n)})
         step = _Step(trainer, heaviest_window(trainer))
         trace_steps(trace, trainer.model, step, state_sizes=_StateSizes(trainer.args), steps=STEPS)
+    trainer.images = images
     parts = peak_parts(trace.events, trace.part)
     parts[LIBRARIES] = libraries
     parts = _quantised(parts, trainer.model, quantised_bits)
@@ -155,11 +156,7 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     args = trainer.args
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = trainer.train_dataset
-    if trainer.images is not None:  # which are read for so many rows alone
-        longest = sorted(rows, key=lambda row: -sum(each.tokens for each in decode(row)))
-        examples = trainer.to_examples(longest[:count])
-    else:
-        examples = sorted((each for row in rows for each in decode(row)), key=lambda each: -each.tokens)
+    examples = sorted((_blank(each) for row in rows for each in decode(row)), key=lambda each: -each.tokens)
     if examples[0].completions and max(map(len, examples[0].completions)):
         return [_with_reference(example) for example in (examples * -(-count // len(examples)))[:count]]
     group, tokens = args.num_generations, args.max_completion_length or 512
@@ -167,6 +164,12 @@ def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
     prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
     return [replace(example, completions=(answer,) * min(group, count)) for example in prompts]
+
+
+def _blank(example: Example) -> Example:
+    """The example with a token of text in every place."""
+    completions = (replace(completion, ids=[0] * len(completion)) for completion in example.completions)
+    return replace(example, prompt=[0] * len(example.prompt), completions=tuple(completions))
 
 
 def _with_reference(example: Example) -> Example:

@@ -23,14 +23,12 @@ On a CPU the process may hold up to twice this: the C library's allocator keeps 
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +48,6 @@ class Event:
 
     number: int
     size: int
-
-
-UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-"""Keeps models from comparing values, such as the number of an image's tokens with that of its features."""
 
 
 class Trace(TorchDispatchMode):
@@ -115,7 +109,6 @@ def tracing(vocabulary: int) -> Iterator[Trace]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies of a model
         # torch looks at gradients of all that it makes fake, and keeps this from being shown, not from being an error.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-        stack.enter_context(patch.dict(os.environ, {UNCHECKED: "1"}))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Trace(vocabulary))
 

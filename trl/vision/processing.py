@@ -20,7 +20,6 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from trl.errors import ConfigError, DataError
@@ -201,8 +200,7 @@ class ImageProcessing:
             return_tensors="pt",
         )["images_kwargs"]
         fetched, *_ = self.processor.prepare_inputs_layout(images=list(images), text=None)
-        sizes = ((image.height, image.width) for image in images)
-        with unset_fake_temporarily(), self._refusals(*sizes):  # pixels are real where weights are not
+        with self._refusals(*((image.height, image.width) for image in images)):
             return self.processor._process_images(fetched, **options)
 
     def with_images(self, example: Example, images: Sequence[Any]) -> Example:
