@@ -23,6 +23,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 def test_rows_of_rlaif_v(home, capsys):
     """With columns that nobody reads, images in a folder of their own, and an adapter."""
     row = {

@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).parent / "sample_on_server.py"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_two_processes_and_one_server(engine, tmp_path):
     with serve(MODELS["llama"](max_position_embeddings=128)) as served:
         run_well(under(engine), PROGRAM, tmp_path, served.url, "plain", "dora")
