@@ -134,19 +134,22 @@ def tiny(workload: Workload) -> Workload:
     return replace(workload, material="tiny")
 
 
-def model(shape: str, *, seed: int, device: str, classifies: bool = False) -> Any:
+def model(
+    shape: str | dict[str, Any], *, seed: int, device: str, classifies: bool = False, dtype: str = "float32"
+) -> Any:
     """A language model of the shape with random weights, on the device; `classifies`: with one output in the head's place."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    fields = SHAPES[shape] | {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+    fields = {"tie_word_embeddings": True, "max_position_embeddings": 8192}
+    fields |= SHAPES[shape] if isinstance(shape, str) else shape
     fields |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     kind = AutoModelForCausalLM
     if classifies:
         kind, fields = AutoModelForSequenceClassification, fields | {"num_labels": 1}
     torch.manual_seed(seed)
     with torch.device(device):
-        made = kind.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+        made = kind.from_config(AutoConfig.for_model(**fields), dtype=getattr(torch, dtype))
     if not classifies:
         made.generation_config.eos_token_id = 1
     return made

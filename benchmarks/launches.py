@@ -28,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from as_on_cuda import FUNCTIONS
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -42,7 +43,6 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode, FusedSchedulerN
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -50,13 +50,12 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from trl.data.layout import lay_out
-from trl.models import score as scoring
 from trl.models import varlen
 from trl.models.compiled import compile_layers
 from trl.models.fused import ROTATION, rms_norm
 from trl.models.half_weights import round_together
 from trl.models.score import score
-from trl.ops import logprobs, triton_head, triton_rotary
+from trl.ops import triton_head, triton_rotary
 from trl.rollouts import fused, fused_layers, fusions, triton_decode
 from trl.rollouts.decoders import Sample, attention_windows
 from trl.rollouts.engine import Prompt
@@ -156,15 +155,10 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
     kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
     kernels += [(fused, "_norm_kernel"), (fused_layers, "_gate_kernel")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
-    patched = {
+    patched = {(place, name): function for place, name, function in FUNCTIONS} | {
         (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
-        (logprobs, "_implementation"): lambda device, dtype: triton_head.TritonLogprobs,
-        (scoring, "_is_plain_linear"): lambda head: True,
-        (varlen, "_has_kernel"): lambda query, value: True,
-        (varlen, "varlen_attn"): lambda q, k, v, *spans, **options: _flash(q, k, v),
         (triton_rotary, "rotate"): counted_rotation(triton_rotary.rotate, counts),
         (fusions, "rotate"): counted_rotation(triton_rotary.rotate, counts),
-        (F, "rms_norm"): lambda x, shape, weight, epsilon: _Norm.apply(x, weight),
     }
     before += [(module, name, getattr(module, name)) for module, name in patched]
     for module, name in kernels:
@@ -187,20 +181,6 @@ def counted_rotation(rotate: Callable[..., Any], counts: list[Counts]) -> Callab
         return rotate(query, key, cos, sin, **options)
 
     return counted
-
-
-class _Norm(torch.autograd.Function):
-    """One launch forward, two backward: gradients of the input, and of the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.relu()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, _ = ctx.saved_tensors
-        return grad.relu(), x.sum(tuple(range(x.dim() - 1)))
 
 
 @contextmanager
@@ -235,22 +215,6 @@ attend.register_autograd(
 
 def flash(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return attend(query, key, value)
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One launch forward and one backward, with flops of runs that see a quarter of what there is (a guess)."""
-    return _Flash.apply(query, key, value)
-
-
-class _Flash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        return query.relu()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.relu() for x in ctx.saved_tensors)
 
 
 def decode(make: Callable[[], PreTrainedModel], *, prompts: int = 8, n: int = 8, tokens: int = 256) -> Counts:

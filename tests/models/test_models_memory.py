@@ -42,6 +42,18 @@ def test_two_matrices_by_hand():
     assert 4 * 100 * 32 * 3 <= parts[ACTIVATIONS] <= 4 * 100 * (32 * 3 + 8 + 4 + 1) + 64
 
 
+def test_an_update_that_asks_for_more_than_backward_is_the_peak():
+    """Weights, gradients and Adam's two moments of 8 · 8 numbers, and the roots of one of them."""
+    model, inputs = nn.Linear(8, 8, bias=False), torch.zeros(1, 8)
+    with tracing(vocabulary=99) as trace:
+        take_shape(model, torch.device("cpu"))
+        trace.mark(model.parameters(), WEIGHTS)
+        step = lambda: model(inputs).sum().backward()  # noqa: E731
+        trace_steps(trace, model, step, state_sizes=lambda p: [p.nbytes, p.nbytes], steps=2, scratch=4 * 64)
+    parts = peak_parts(trace.events, trace.part)
+    assert (parts[WEIGHTS], parts[GRADIENTS], parts[OPTIMIZER]) == (256, 256, 3 * 256)
+
+
 def test_tied_weights_count_once():
     config = LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

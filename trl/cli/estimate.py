@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from trl.data.encode import decode
+from trl.models.fused import for_the_moment
 from trl.models.memory import (
     ACTIVATIONS,
     CACHE,
@@ -33,8 +34,8 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example
 
-STEPS = 3
-"""Optimizer steps that are traced: from the second on, optimizer states are there."""
+STEPS = 2
+"""Optimizer steps that are traced: in the second, optimizer states are there."""
 
 LIBRARIES = "libraries"
 MIB = 2**20
@@ -44,6 +45,9 @@ measured runs; the second is a CUDA context with cuBLAS as it was measured on an
 
 STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
 """Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
+
+DRAWN_FROM = 3
+"""Numbers for each token of the vocabulary from which a row draws: logits, probabilities, their sums."""
 
 SHARDED = {"zero1": (OPTIMIZER,), "zero2": (OPTIMIZER, GRADIENTS), "zero3": (OPTIMIZER, GRADIENTS, WEIGHTS)}
 SHARDED["fsdp2"] = SHARDED["zero3"]
@@ -80,15 +84,19 @@ def estimate_memory(
     images, trainer.images, trainer.image_features = trainer.images, None, None
     libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
-    with tracing(config.vocab_size) as trace:
+    if quantised_bits is not None:
+        _round_as_factors(trainer)
+    with for_the_moment(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
         trace.mark(trainer.model.parameters(), WEIGHTS)
         trace.mark(trainer.model.buffers(), WEIGHTS)
         before = len(trace.part)
         type(trainer).plain_prepare_model(trainer)
         trace.part.update({n: REFERENCE for n in range(before, len(trace.part)) if trace.alive(n)})
-        step = _Step(trainer, heaviest_window(trainer))
-        trace_steps(trace, trainer.model, step, state_sizes=_StateSizes(trainer.args), steps=STEPS)
+        trainer.accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)  # autocast
+        step, states = _Step(trainer, heaviest_window(trainer)), _StateSizes(trainer.args)
+        scratch = states.scratch(trainer.model)
+        trace_steps(trace, trainer.model, step, state_sizes=states, steps=STEPS, scratch=scratch)
     trainer.images = images
     parts = peak_parts(trace.events, trace.part)
     parts[LIBRARIES] = libraries
@@ -140,7 +148,7 @@ class _StateSizes:
     """Bytes of the states that an optimizer keeps of a parameter."""
 
     def __init__(self, args: TrainingArguments) -> None:
-        self.name = str(getattr(args.optim, "value", args.optim))
+        self.name, self.device = str(getattr(args.optim, "value", args.optim)), args.device.type
 
     def __call__(self, parameter: Tensor) -> list[int]:
         if "adafactor" in self.name:
@@ -150,19 +158,26 @@ class _StateSizes:
             return [parameter.numel()] * (1 if "lion" in self.name else 2)
         return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
 
+    def scratch(self, model: nn.Module) -> int:
+        """Bytes that an update takes: torch's AdamW, where it is not fused, makes the roots of all second moments at once."""
+        if self.device == "cpu" or self.name not in ("adamw", "adamw_torch"):
+            return 0
+        return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
 
 def heaviest_window(trainer: BaseTrainer) -> list[Example]:
     """As many of the longest rows as a step sees in one process."""
     args = trainer.args
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = trainer.train_dataset
-    examples = sorted((_blank(each) for row in rows for each in decode(row)), key=lambda each: -each.tokens)
+    rows = sorted(map(decode, trainer.train_dataset), key=lambda row: -sum(example.tokens for example in row))
+    rows = (rows * -(-count // len(rows)))[:count]
+    examples = [_blank(example) for row in rows for example in row]
     if examples[0].completions and max(map(len, examples[0].completions)):
-        return [_with_reference(example) for example in (examples * -(-count // len(examples)))[:count]]
+        return list(map(_with_reference, examples))
     group, tokens = args.num_generations, args.max_completion_length or 512
     advantages = [0.0] * tokens if trainer.algorithm.needs_values else 0.0
     answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
-    prompts = (examples * -(-count // len(examples)))[: max(1, count // group)]
+    prompts = examples[: max(1, count // group)]
     return [replace(example, completions=(answer,) * min(group, count)) for example in prompts]
 
 
@@ -186,14 +201,25 @@ def _quantised(parts: dict[str, int], model: nn.Module, bits: int | None) -> dic
     """Weights of frozen matrices in `bits` each, with a float32 scale for every 64 of them."""
     if bits is None:
         return parts
-    head = unwrap(model).get_output_embeddings()
-    frozen = [
-        module.weight
-        for module in unwrap(model).modules()
-        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
-    ]
-    saved = sum(int(w.nbytes - w.numel() * (bits / 8 + (4 / 64 if bits == 4 else 0))) for w in frozen)
+    scale = 4 / 64 if bits == 4 else 0
+    frozen = [layer.weight for layer in _frozen_layers(model)]
+    saved = sum(int(w.nbytes - w.numel() * (bits / 8 + scale)) for w in frozen)
     return {**parts, WEIGHTS: parts[WEIGHTS] - saved}
+
+
+def _round_as_factors(trainer: BaseTrainer) -> None:
+    """Frozen matrices in the type in which autocast multiplies: quantised ones are read in it, and keep no copy."""
+    args = trainer.args
+    if args.bf16 or args.fp16:
+        for layer in _frozen_layers(trainer.model):
+            layer.weight.data = layer.weight.data.to(torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def _frozen_layers(model: nn.Module) -> list[nn.Linear]:
+    """Linear layers that are quantised where quantisation is asked for: all but the head and an adapter's."""
+    head = unwrap(model).get_output_embeddings()
+    linear = (module for module in unwrap(model).modules() if isinstance(module, nn.Linear))
+    return [layer for layer in linear if layer is not head and not layer.weight.requires_grad]
 
 
 def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, model: nn.Module) -> MemoryEstimate:
@@ -219,14 +245,20 @@ def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEst
     tokens = prompts + (args.max_completion_length or 512)
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     width = next(model.parameters()).element_size()
-    half = trainer.args.device.type == "cuda" and (args.bf16 or args.fp16) and width > 2
+    half = _samples_rounded(args) and width > 2
     cache = cache_bytes(model.config, sequences=count, tokens=tokens, bytes_per_number=2 if half else width)
     if half:  # linear layers are held in half precision as well while they sample: see `trl.rollouts.weights`
         cache += sum(2 * p.numel() for p in model.parameters() if p.dim() > 1)
+    cache += DRAWN_FROM * 4 * count * model.config.get_text_config(decoder=True).vocab_size
     training = estimate.parts.get(ACTIVATIONS, 0) + estimate.parts[GRADIENTS]
     if cache <= training:
         return estimate
     return replace(estimate, parts={**estimate.parts, ACTIVATIONS: 0, GRADIENTS: 0, CACHE: cache})
+
+
+def _samples_rounded(args: OnlineConfig) -> bool:
+    """Whether float32 weights are rounded for a round of sampling."""
+    return args.device.type == "cuda" and (args.bf16 or args.fp16)
 
 
 def libraries_bytes(device: torch.device) -> int:

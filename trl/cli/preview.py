@@ -81,7 +81,7 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
         args.output_dir, args.model_init_kwargs = folder, None
         keywords.setdefault("processing_class", processor_of(run, model))
         with naming_lines(run.script, run.mixture):
-            return _without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
+            return without_weights(trainer_class)(model=model, args=args, train_dataset=train_dataset, **keywords)
 
 
 def model_without_weights(run: Run, auto_class: Any = None) -> Any:
@@ -136,7 +136,7 @@ def dtype_of(name: str | None, config: Any) -> Any:
     return saved if name in (None, "auto") else vars(torch)[name]
 
 
-def _without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
+def without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
     from trl.models.reference import FrozenModel, Precomputed
 
     class WithoutWeights(trainer_class):

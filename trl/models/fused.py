@@ -12,7 +12,8 @@ compiles need none of it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -33,9 +34,7 @@ def fuse(model: nn.Module) -> tuple[int, int]:
 
     A file's function rotates as before what is not on CUDA, or not of the usual shape.
     """
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    files = {sys.modules[type(module).__module__] for each in models for module in each.modules()}
-    rotating = [file for file in files if fuse_rotation(file, next(model.parameters()).device)]
+    rotating = [file for file in files_of(model) if fuse_rotation(file, next(model.parameters()).device)]
     kinds: dict[type, Callable[..., Tensor] | None] = {}
     norms = 0
     for module in model.modules():
@@ -48,6 +47,26 @@ def fuse(model: nn.Module) -> tuple[int, int]:
             module.forward = MethodType(norm, module)
             norms += 1
     return norms, len(rotating)
+
+
+def files_of(model: nn.Module) -> set[Any]:
+    """The files in which the classes of `model` are written."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return {sys.modules[type(module).__module__] for each in models for module in each.modules()}
+
+
+@contextmanager
+def for_the_moment(model: nn.Module) -> Iterator[None]:
+    """Within it, `fuse` may replace rotations, which it does for all models of a file; afterwards they are as before.
+
+    Without values every trial succeeds.
+    """
+    before = [(file, vars(file)[ROTATION]) for file in files_of(model) if ROTATION in vars(file)]
+    try:
+        yield
+    finally:
+        for file, function in before:
+            setattr(file, ROTATION, function)
 
 
 def fuse_as(model: nn.Module, policy: nn.Module) -> None:
@@ -134,13 +153,18 @@ def on_cuda(plain: Rotation) -> Rotation:
     def rotation(
         query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        if rest or options or not query.is_cuda or torch.compiler.is_compiling() or not fits(query, key, cos):
+        if rest or options or not _has_kernel(query) or torch.compiler.is_compiling() or not fits(query, key, cos):
             return plain(query, key, cos, sin, *rest, **options)
-        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        device = query.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return Rotated.apply(query, key, cos, sin, half)  # attention rounds to this type next
 
     rotation._trl_plain = plain
     return rotation
+
+
+def _has_kernel(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def fits(query: Tensor, key: Tensor, cos: Tensor) -> bool:

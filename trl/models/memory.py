@@ -66,6 +66,8 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if function is torch.ops.prim.device.default:  # asked for more often than all else
+            return args[0].fake_device
         if function is torch.ops.aten.allclose.default:
             return True
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -135,10 +137,12 @@ def trace_steps(
     *,
     state_sizes: Callable[[Tensor], Sequence[int]],
     steps: int,
+    scratch: int = 0,
 ) -> None:
     """Run `steps` optimizer steps on fake weights: `step()` leaves gradients behind.
 
-    `state_sizes(parameter)` are the bytes of each state that the optimizer keeps of a parameter, from its first step on.
+    `state_sizes(parameter)` are the bytes of each state that the optimizer keeps of a parameter, from its first step on,
+    and `scratch` bytes are what it asks for while it updates them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     states: list[Tensor] = []
@@ -149,6 +153,7 @@ def trace_steps(
             sizes = (size for p in trained for size in state_sizes(p))
             states = [torch.empty(size, dtype=torch.uint8, device=trained[0].device) for size in sizes]
             trace.mark(iter(states), OPTIMIZER)
+        trace.mark(iter([torch.empty(scratch, dtype=torch.uint8, device=trained[0].device)]), OPTIMIZER)
         for parameter in trained:
             parameter.grad = None
 

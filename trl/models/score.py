@@ -27,6 +27,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -215,9 +216,9 @@ def _head_statistics(head: nn.Module, request: ScoreRequest) -> dict[str, Tensor
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head is a matrix product; FSDP2 makes its class one of its own."""
+    """Whether the head is a matrix product; FSDP2 makes its class one of its own, and the estimate of memory its weight."""
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    return linear and type(head.weight) in (nn.Parameter, Tensor)
+    return linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
 
 
 def _from_plain_logits(logits: Tensor, request: ScoreRequest) -> dict[str, Tensor]:

@@ -1,0 +1,264 @@
+"""What training takes on a GPU by the library's own estimate, made on a CPU: tables, and a comparison with what was measured.
+
+    python benchmarks/memory_table.py --out benchmarks/results/memory.json      # the tables of docs/gpu.md
+    python benchmarks/memory_table.py --read benchmarks/results/memory.json     # the same, from what was found before
+    python benchmarks/memory_table.py --measured benchmarks/results/gpu.json    # estimate / allocated peak, row by row
+
+Models have the shapes of public ones and no weights. A step is traced on tensors without data, as it would run on CUDA
+(`as_on_cuda.py`): bfloat16 by autocast, fused AdamW, 8,192 tokens in each forward pass. LoRA has rank 16 on all linear
+layers; with LoRA and QLoRA, what is frozen is in bfloat16, or in 4 bits. A comparison takes the heaviest step of those that
+ran. Neither counts a CUDA context, 0.7 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import synthetic
+from as_on_cuda import as_on_cuda
+from datasets import Dataset
+from gpu_workloads import GPU_WORKLOADS, SHAPES, model
+from peft import LoraConfig
+from report import Grid, markdown
+from tqdm import tqdm
+from workloads import COMMON, WARMUP, Workload, remainder
+
+import trl
+from trl.cli.estimate import LIBRARIES, estimate_memory
+from trl.cli.preview import without_weights
+
+GIB, MIB = 2**30, 2**20
+CONTEXT = 0.7
+"""GiB of a CUDA context with cuBLAS, as measured on an H200."""
+
+QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
+SIZES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": SHAPES["0.5B"],
+    "Llama-3.2-1B": SHAPES["1B"],
+    "Qwen2.5-1.5B": QWEN
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "Qwen2.5-3B": QWEN
+    | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False},
+}
+KINDS = ("full", "LoRA", "QLoRA")
+CARDS = {"24 GB": 23.5, "48 GB": 47.5, "80 GB": 79.0, "141 GB": 139.5}
+"""GiB that a card of that name has."""
+
+ROOM = 0.9
+"""The part of a card that may be planned for: blocks leave holes between them."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A method and what a step of it is given."""
+
+    about: str
+    trainer: str
+    rows: list[dict[str, Any]]
+    config: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def loads() -> dict[str, Load]:
+    """8,192 tokens in a forward pass, where a prompt counts once for all its completions."""
+    texts = [{"text": row["prompt"]} for row in synthetic.prompt_rows(8, seed=0, prompt=(1023, 1023))]
+    pairs = synthetic.preference_rows(8, seed=0, prompt=(256, 256), completion=(383, 383))
+    prompts = synthetic.prompt_rows(8, seed=0, prompt=(512, 512))
+    round_ = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_generations": 8}
+    return {
+        "SFT": Load("8 rows of 1,024", "SFT", texts, {"per_device_train_batch_size": 8, "max_length": 1024}),
+        "DPO": Load("8 pairs, 256 + 2 × 384", "DPO", pairs, {"per_device_train_batch_size": 8, "max_length": 1024}),
+        "GRPO": Load(
+            "2 of 8 prompts × 8 samples, 512 + 448",
+            "GRPO",
+            prompts,
+            round_ | {"max_completion_length": 448, "train_sampling_strategy": "random"},
+            {"reward_funcs": remainder},
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is traced: a model by name, a method, what of the model is trained, and further options."""
+
+    size: str
+    method: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def estimated(case: Case) -> dict[str, int]:
+    """Bytes by what they are for, at the moment when most are allocated."""
+    load, full = loads()[case.method], case.kind == "full"
+    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = model(SIZES[case.size], seed=0, device="meta", dtype="float32" if full else "bfloat16")
+    return parts_of(
+        load.trainer,
+        load.config | case.options,
+        bits=4 if case.kind == "QLoRA" else None,
+        model=made,
+        train_dataset=Dataset.from_list(load.rows),
+        peft_config=None if full else adapter,
+        **load.arguments,
+    )
+
+
+def parts_of(
+    trainer: str, config: dict[str, Any], *, bits: int | None = None, steps: int = 0, **arguments: Any
+) -> dict[str, int]:
+    """The estimate for a trainer of that name; with `steps`, for the heaviest of its first so many windows of rows."""
+    fixed = {"bf16": True, "optim": "adamw_torch_fused"}
+    with TemporaryDirectory() as folder, as_on_cuda():
+        options = COMMON | fixed | config | {"output_dir": folder, "max_steps": 1}
+        made = without_weights(getattr(trl, f"{trainer}Trainer"))(
+            args=getattr(trl, f"{trainer}Config")(**options), processing_class=synthetic.tokenizer(), **arguments
+        )
+        if steps:
+            made.train_dataset = heaviest_rows(made, steps)
+        parts = estimate_memory(made, quantised_bits=bits).parts
+    return {name: size for name, size in parts.items() if name != LIBRARIES}
+
+
+def heaviest_rows(trainer: Any, steps: int) -> Dataset:
+    """Of the first `steps` optimizer steps that read rows in order, the rows of the one that reads most tokens."""
+    args = trainer.args
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    per_step //= getattr(args, "num_generations", 1)
+    rows = trainer.train_dataset
+    sizes = [
+        sum(map(len, row["completion_ids"] or [])) + len(row["prompt_ids"])
+        if "prompt_ids" in row
+        else sum(row["seq_lengths"])
+        for row in rows
+    ]
+    first = max(
+        range(0, min(steps * per_step, len(rows) - per_step + 1), per_step), key=lambda i: sum(sizes[i : i + per_step])
+    )
+    return rows.select(range(first, first + per_step))
+
+
+# ---- what was measured ----
+
+
+def compared(measured: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Name, estimated and measured MiB of every workload of `run.py --device cuda` that ran."""
+    settings = measured["settings"]
+    for name, found in tqdm(measured["workloads"].items(), disable=None):
+        peak = max(run["peak_mib"] for run in found["runs"]["ours"])
+        yield name, sum(of_workload(GPU_WORKLOADS[name], settings).values()) / MIB, peak
+
+
+def of_workload(workload: Workload, settings: dict[str, Any]) -> dict[str, int]:
+    count, trainer = WARMUP + settings["steps"] + 1, workload.trainer.removesuffix("Trainer")
+    rows = workload.rows(workload.rows_per_step * count, seed=settings["seed"])
+    return parts_of(
+        trainer,
+        dict(workload.config) | settings["options"]["ours"],
+        steps=count,
+        model=model(workload.material, seed=0, device="meta", classifies=trainer == "Reward"),
+        train_dataset=Dataset.from_list(rows),
+        **workload.arguments(),
+    )
+
+
+def comparison(rows: Sequence[tuple[str, float, float]]) -> Grid:
+    cells = [[name, f"{guess:,.0f}", f"{peak:,.0f}", f"{guess / peak:.2f}"] for name, guess, peak in rows]
+    return Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], cells)
+
+
+# ---- tables ----
+
+SAVINGS = (
+    ("all activations kept, 16,384 tokens in a forward pass", "full", {}),
+    ("`max_tokens_per_micro_batch=4096`", "full", {"max_tokens_per_micro_batch": 4096}),
+    ("`gradient_checkpointing=True`", "full", {"gradient_checkpointing": True}),
+    ('`optim="adamw_8bit"`', "full", {"optim": "adamw_8bit"}),
+    ("LoRA, the model in bfloat16", "LoRA", {"optim": "adamw_torch_fused"}),
+    ("QLoRA, the model in 4 bits", "QLoRA", {}),
+)
+"""Each line with those before it."""
+
+SAVED_OF = "Qwen2.5-3B"
+
+
+def found(sizes: Sequence[str]) -> dict[str, Any]:
+    """GiB of the cells of these models, `[size][kind][method]`, with and without checkpointing; and those of `SAVINGS`."""
+    cells: dict[str, Any] = {}
+    for size, kind, method, checkpointed in tqdm(list(product(sizes, KINDS, loads(), (True, False))), disable=None):
+        parts = estimated(Case(size, method, kind, {"gradient_checkpointing": checkpointed}))
+        row = cells.setdefault(size, {}).setdefault(kind, {}).setdefault(method, {})
+        row["checkpointed" if checkpointed else "kept"] = sum(parts.values()) / GIB
+    return {"cells": cells} | ({"savings": savings()} if SAVED_OF in sizes else {})
+
+
+def savings() -> list[float]:
+    options: dict[str, Any] = {"per_device_train_batch_size": 16}
+    totals = []
+    for _, kind, changed in SAVINGS:
+        options |= changed
+        totals.append(sum(estimated(Case(SAVED_OF, "SFT", kind, options)).values()) / GIB)
+    return totals
+
+
+def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The results of two runs; models stand in the order of `SIZES`."""
+    cells = before.get("cells", {}) | now["cells"]
+    return {**before, **now, "cells": {size: cells[size] for size in SIZES if size in cells}}
+
+
+def tables(result: dict[str, Any]) -> list[Grid]:
+    """The tables of docs/gpu.md."""
+    cells, methods = result["cells"], list(loads())
+    by_model = [
+        [size, kind, *("{checkpointed:.1f}, {kept:.1f}".format(**cells[size][kind][method]) for method in methods)]
+        for size, kind in product(cells, KINDS)
+    ]
+    largest = [
+        [method, kind, *(_largest(cells, method, kind, room) for room in CARDS.values())]
+        for method, kind in product(methods, KINDS)
+    ]
+    totals = result.get("savings", [])
+    saved = [
+        [label, f"{now:.1f}", "" if last is None else f"{last - now:.1f}"]
+        for (label, _, _), now, last in zip(SAVINGS, totals, [None, *totals], strict=False)
+    ]
+    return [
+        Grid("GiB, layers checkpointed and not", ["model", "trained", *methods], by_model),
+        Grid("The largest of these models that fits, with checkpointing", ["method", "trained", *CARDS], largest),
+        Grid(f"SFT of {SAVED_OF}, one option after the other", ["", "GiB", "saved"], saved),
+    ]
+
+
+def _largest(cells: dict[str, Any], method: str, kind: str, room: float) -> str:
+    fitting = [size for size in cells if cells[size][kind][method]["checkpointed"] + CONTEXT <= ROOM * room]
+    return fitting[-1] if fitting else "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("memory.json"), help="what is there already is kept")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models to trace")
+    parser.add_argument("--read", type=Path, help="print the tables of earlier runs")
+    parser.add_argument("--measured", type=Path, help="compare with what `run.py --device cuda` wrote")
+    options = parser.parse_args()
+    if options.measured:
+        print(markdown(comparison(list(compared(json.loads(options.measured.read_text()))))))
+        return
+    if options.read is None:
+        before = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps(merged(before, found(options.sizes)), indent=1) + "\n")
+    print(*map(markdown, tables(json.loads((options.read or options.out).read_text()))), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
