@@ -13,7 +13,6 @@ import importlib
 import json
 import random
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,13 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
     import worker
 
-    found, recorder = worker.versions(arguments.side), worker.Recorder()
+    recorder = worker.Recorder()
     started = time.perf_counter()
     trainer = make_trainer(arguments.side, arguments.dir, arguments.seed, arguments.options)
-    recorder.prepare_seconds = time.perf_counter() - started
+    recorder.prepared(trainer.model, started)
     rows = [torch.tensor(row["ids"]) for row in PPO_STEP.read_rows(arguments.dir)]
     counter = worker.Counter(pad=0)
     counter.watch(trainer.model.pretrained_model.get_input_embeddings())
-    recorder.parameters = sum(p.numel() for p in trainer.model.parameters())
-    recorder.loaded_mib = worker.memory_mib("VmRSS")
     for number in range(WARMUP + arguments.steps):
         counter.clear()
         wall, processor = time.perf_counter(), time.process_time()
@@ -99,7 +96,7 @@ def work(arguments: argparse.Namespace) -> None:
             recorder.positions.append(counter.positions)
             recorder.sampled.append(sampled)
     recorder.peak_mib = worker.memory_mib("VmHWM")
-    arguments.out.write_text(json.dumps({"versions": found} | asdict(recorder)))
+    arguments.out.write_text(json.dumps(recorder.result(arguments.side)))
 
 
 # ---- the comparison ----

@@ -160,29 +160,63 @@ def cost_grid(result: Mapping[str, Any]) -> Grid:
     return Grid("Processor time and memory", header, rows)
 
 
+@dataclass(frozen=True)
+class Side:
+    """Runs of one side of a workload: seconds, tokens and positions of all timed steps (time and memory by medians)."""
+
+    workload: str
+    name: str
+    trainer: str
+    runs: Sequence[Run]
+
+    @property
+    def steps(self) -> int:
+        return len(self.runs[0]["step_seconds"])
+
+    @property
+    def wall(self) -> float:
+        return median(seconds(run, per_token=False) for run in self.runs)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.runs[0]["tokens"])
+
+    @property
+    def tokens_and_padding(self) -> list[str]:
+        padding = 1 - self.tokens / sum(self.runs[0]["positions"])
+        return [f"{self.tokens / self.steps:,.0f}", f"{padding:.0%}"]
+
+    @property
+    def peak_gib(self) -> float:
+        return median(run["peak_mib"] for run in self.runs) / 1024
+
+
+def sides(result: Mapping[str, Any]) -> list[Side]:
+    return [
+        Side(name, side, workload["trainer"], runs)
+        for name, workload in result["workloads"].items()
+        for side, runs in workload["runs"].items()
+    ]
+
+
 def measured_grid(result: Mapping[str, Any]) -> Grid:
     """One row per workload and side: medians over repeats, on the machine that ran it."""
     rows = []
-    for name, workload in result["workloads"].items():
-        for side, runs in workload["runs"].items():
-            steps = len(runs[0]["step_seconds"])
-            wall = median(seconds(run, per_token=False) for run in runs)
-            processor = median(processor_seconds(run, per_token=False) for run in runs)
-            sampled = sum(sum(run["sampled"]) for run in runs) / len(runs)
-            tokens, positions = sum(runs[0]["tokens"]), sum(runs[0]["positions"])
-            rows.append(
-                [
-                    name,
-                    side,
-                    f"{wall / steps:.2f}",
-                    f"{processor / wall:.1f}",
-                    f"{tokens / steps:,.0f}",
-                    f"{1 - tokens / positions:.0%}",
-                    f"{sampled / steps:,.0f}",
-                    f"{median(run['peak_mib'] for run in runs) / 1024:.2f}",
-                    f"{median(run['peak_mib'] - run['loaded_mib'] for run in runs) / 1024:.2f}",
-                ]
-            )
+    for side in sides(result):
+        processor = median(processor_seconds(run, per_token=False) for run in side.runs)
+        sampled = sum(sum(run["sampled"]) for run in side.runs) / len(side.runs)
+        rows.append(
+            [
+                side.workload,
+                side.name,
+                f"{side.wall / side.steps:.2f}",
+                f"{processor / side.wall:.1f}",
+                *side.tokens_and_padding,
+                f"{sampled / side.steps:,.0f}",
+                f"{side.peak_gib:.2f}",
+                f"{median(run['peak_mib'] - run['loaded_mib'] for run in side.runs) / 1024:.2f}",
+            ]
+        )
     header = ["workload", "side", "s/step", "busy", "tokens/step", "padding", "sampled", "peak GiB", "training"]
     return Grid(
         "Measured here: threads busy, tokens through the model, peak memory and what training added", header, rows
@@ -192,27 +226,22 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
 def device_grid(result: Mapping[str, Any]) -> Grid:
     """One row per workload and side, on a GPU. MFU: 6 · parameters · tokens with gradient, over the time and `RATE`."""
     rows = []
-    for name, workload in result["workloads"].items():
-        for side, runs in workload["runs"].items():
-            steps = len(runs[0]["step_seconds"])
-            wall = median(seconds(run, per_token=False) for run in runs)
-            flops = 6 * runs[0]["parameters"] * sum(runs[0]["tokens"])
-            tokens, positions = sum(runs[0]["tokens"]), sum(runs[0]["positions"])
-            sampling = median(sum(run["sampling_seconds"]) for run in runs)
-            rows.append(
-                [
-                    name,
-                    side,
-                    f"{1e3 * wall / steps:,.0f}",
-                    f"{1e3 * sampling / steps:,.0f}" if sampling else "–",
-                    f"{tokens / steps:,.0f}",
-                    f"{1 - tokens / positions:.0%}",
-                    f"{flops / wall / RATE:.0%}" if "SFT" in workload["trainer"] else "–",
-                    f"{runs[0]['launches']:,.0f}",
-                    f"{runs[0]['busy']:.0%}",
-                    f"{median(run['peak_mib'] for run in runs) / 1024:.1f}",
-                ]
-            )
+    for side in sides(result):
+        flops = 6 * side.runs[0]["parameters"] * side.tokens
+        sampling = median(sum(run["sampling_seconds"]) for run in side.runs)
+        rows.append(
+            [
+                side.workload,
+                side.name,
+                f"{1e3 * side.wall / side.steps:,.0f}",
+                f"{1e3 * sampling / side.steps:,.0f}" if sampling else "–",
+                *side.tokens_and_padding,
+                f"{flops / side.wall / RATE:.0%}" if "SFT" in side.trainer else "–",
+                f"{side.runs[0]['launches']:,.0f}",
+                f"{side.runs[0]['busy']:.0%}",
+                f"{side.peak_gib:.1f}",
+            ]
+        )
     header = ["workload", "side", "ms/step", "sampling", "tokens", "padding", "MFU", "launches", "busy", "peak GiB"]
     return Grid("Measured on a GPU: launches and the share of a step in which the device ran one", header, rows)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,8 @@ class Bench:
     worker: Path = WORKER
     device: str = "cpu"
     tiny: bool = False
+    plain: bool = False
+    """Whether ours runs norms and rotations as architectures write them."""
     limit: float | None = None
     """Seconds that a run may take."""
     deadline: float = float("inf")
@@ -65,21 +68,18 @@ class Bench:
 
         Raises WorkerFailed with everything that the worker wrote.
         """
-        out = self.directory / "run.json"
         words = ["--side", side, "--workload", workload.name]
-        words += ["--dir", str(self.directory), "--out", str(out), "--steps", str(self.steps)]
-        words += ["--seed", str(self.seed), "--options", json.dumps(self.options.get(side, {}))]
-        words += ["--device", self.device, *(["--tiny"] if self.tiny else [])]
+        words += ["--dir", str(self.directory), "--steps", str(self.steps), "--seed", str(self.seed)]
+        words += ["--options", json.dumps(self.options.get(side, {})), "--device", self.device]
+        words += [*(["--tiny"] if self.tiny else []), *(["--plain"] if self.plain and side == "ours" else [])]
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise WorkerFailed(f"{side} on {workload.name} was left out: the budget is spent.")
         limit = None if self.limit is None and left == float("inf") else min(left, self.limit or left)
-        out.unlink(missing_ok=True)
         try:
-            failure = (self._ask if self.device == "cuda" else self._run_once)(side, words, out, limit)
+            found = (self._ask if self.device == "cuda" else self._run_once)(side, words, limit)
         except subprocess.TimeoutExpired as late:
             raise WorkerFailed(f"{side} on {workload.name} took more than {late.timeout:.0f} s.") from late
-        found = {"failed": failure} if failure else json.loads(out.read_text())
         if "failed" in found:
             raise WorkerFailed(f"{side} on {workload.name} stopped:\n{found['failed']}")
         if self.log is not None:
@@ -87,44 +87,45 @@ class Bench:
                 log.write(json.dumps({"workload": workload.name, "side": side} | found) + "\n")
         return found
 
-    def _run_once(self, side: str, words: list[str], out: Path, limit: float | None) -> str:
-        """Run a worker to its end; what it wrote, if that was not a result."""
-        command = [self.interpreters[side], str(self.worker), *words]
+    def _run_once(self, side: str, words: list[str], limit: float | None) -> dict[str, Any]:
+        """What a worker that runs to its end measured; `failed` is all that it wrote, if that was not a result."""
+        out = self.directory / "run.json"
+        command = [self.interpreters[side], str(self.worker), *words, "--out", str(out)]
         options = {"env": self._environment(), "cwd": self.directory, "capture_output": True, "text": True}
         done = subprocess.run(command, timeout=limit, **options)
-        return done.stdout + done.stderr if done.returncode else ""
+        return {"failed": done.stdout + done.stderr} if done.returncode else json.loads(out.read_text())
 
-    def _ask(self, side: str, words: list[str], out: Path, limit: float | None) -> str:
-        """Ask the side's standing worker; all that it wrote, if it ended instead of answering."""
-        said = self.directory / f"{side}.log"
+    def _ask(self, side: str, words: list[str], limit: float | None) -> dict[str, Any]:
+        """The answer of the side's standing worker; `failed` is all that it wrote, if it ended in place of answering."""
         self.start(side)
-        worker, start = self.standing[side], time.monotonic()
+        worker = self.standing[side]
         print(json.dumps(words), file=worker.stdin, flush=True)
-        while not out.exists():
-            if worker.poll() is not None:
-                return said.read_text()
-            if limit is not None and time.monotonic() - start > limit:
-                worker.kill()
-                worker.wait()
-                raise subprocess.TimeoutExpired(words, limit)
-            time.sleep(0.02)
-        return ""
+        late = not select.select([worker.stdout], [], [], limit)[0]
+        if not late and (answer := worker.stdout.readline()):
+            return json.loads(answer)
+        worker.kill()
+        self.standing.pop(side).communicate()
+        if late:
+            raise subprocess.TimeoutExpired(words, limit)
+        return {"failed": self._said(side).read_text()}
+
+    def _said(self, side: str) -> Path:
+        return self.directory / f"{side}.log"
 
     def start(self, side: str) -> None:
-        """Start the side's standing worker, if it has none that lives."""
-        if side in self.standing and self.standing[side].poll() is None:
+        """Start the side's standing worker, if it has none."""
+        if side in self.standing:
             return
-        with (self.directory / f"{side}.log").open("w") as said:
+        with self._said(side).open("w") as said:
             self.standing[side] = subprocess.Popen(
                 [self.interpreters[side], str(self.worker), "--serve"],
                 env=self._environment(), cwd=self.directory,
-                stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
             )  # fmt: skip
 
     def close(self) -> None:
         for worker in self.standing.values():
-            worker.stdin.close()
-            worker.wait()
+            worker.communicate()
 
     def _environment(self) -> dict[str, str]:
         """The caller's, with a fixed number of threads, no network and no path by which one side could import the other."""
@@ -169,6 +170,7 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
     """
     settings = {"steps": bench.steps, "warmup": WARMUP, "repeats": repeats, "seed": bench.seed}
     settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options, "device": bench.device}
+    settings |= {"plain": True} if bench.plain else {}
     for side in bench.interpreters if bench.device == "cuda" else ():
         bench.start(side)  # all import what they need at once
     result: dict[str, Any] = {"settings": settings, "versions": {}, "workloads": {}}
@@ -267,6 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="run a GPU's jobs with the smallest model, to see that they run"
     )
+    parser.add_argument("--plain", action="store_true", help="run our norms and rotations as architectures write them")
     parser.add_argument("--sides", default="ours,trl,transformers", help="which sides to run; default: all")
     parser.add_argument("--options", type=json.loads, default={}, help="config fields of ours to change, as JSON")
     parser.add_argument("--trl-options", type=json.loads, default={}, help="config fields of TRL to change, as JSON")
@@ -301,6 +304,7 @@ def main() -> None:
             arguments.threads,
             device=arguments.device,
             tiny=arguments.tiny,
+            plain=arguments.plain,
             limit=arguments.limit,
             deadline=float("inf") if arguments.budget is None else time.monotonic() + arguments.budget,
             log=arguments.out.with_suffix(".jobs.jsonl").absolute(),

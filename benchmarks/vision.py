@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -186,7 +185,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Train as one side does, and write what was measured."""
     import worker
 
-    found, recorder, workload = worker.versions(arguments.side), worker.Recorder(), WORKLOADS[arguments.workload]
+    recorder, workload = worker.Recorder(), WORKLOADS[arguments.workload]
     processor, model = make_processor(), load_model(arguments.dir)
     options = COMMON | workload.config | arguments.options
     options |= {"output_dir": str(arguments.dir / "out"), "max_steps": WARMUP + arguments.steps, "seed": arguments.seed}
@@ -194,22 +193,15 @@ def work(arguments: argparse.Namespace) -> None:
     parts = {"model": model, "train_dataset": read_rows(workload, arguments.dir), "processing_class": processor}
     parts |= workload.arguments()
     counter, images = worker.Counter(processor.tokenizer.pad_token_id), ImageCounter()
-    if "reward_funcs" in parts:
-        parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
-    trainer = worker.library_trainer(workload, options, parts)
-    if "reward_funcs" in parts:
-        sampler = trainer.engine if arguments.side == "ours" else model
-        sampler.generate = counter.timed(sampler.generate)
-    recorder.prepare_seconds = time.perf_counter() - started
+    trainer = worker.counted_trainer(arguments.side, workload, options, parts, counter)
+    recorder.prepared(model, started)
     counter.watch(model.get_input_embeddings())
     last = WARMUP + arguments.steps
     ours = arguments.side == "ours"
     trainer.add_callback(clock(images, recorder=recorder, counter=counter, counts_itself=ours, last=last))
-    recorder.parameters = sum(p.numel() for p in model.parameters())
-    recorder.loaded_mib = worker.memory_mib("VmRSS")
     trainer.train()
     recorder.peak_mib = worker.memory_mib("VmHWM")
-    written = {"versions": found, **asdict(recorder), "images": images.by_step[WARMUP:last]}
+    written = recorder.result(arguments.side) | {"images": images.by_step[WARMUP:last]}
     arguments.out.write_text(json.dumps(written))
 
 

@@ -12,16 +12,19 @@ import copy
 import gc
 import importlib
 import json
+import os
 import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState
@@ -79,6 +82,16 @@ class Recorder:
     parameters: int = 0
     launches: float | None = None
     busy: float | None = None
+
+    def prepared(self, model: torch.nn.Module, started: float, device: str = "cpu") -> None:
+        """Note what making a trainer since `started` took, and what it holds."""
+        self.prepare_seconds = time.perf_counter() - started
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.loaded_mib = memory_mib("VmRSS", device)
+
+    def result(self, side: str) -> dict[str, Any]:
+        """What was measured, with the versions of what `side` ran."""
+        return {"versions": versions(side)} | asdict(self)
 
 
 class Clock(TrainerCallback):
@@ -215,6 +228,20 @@ def plain_trainer(workload: Workload, options: dict[str, Any], parts: dict[str, 
     return Trainer(args=TrainingArguments(**options), train_dataset=rows, data_collator=collator, **parts)
 
 
+def counted_trainer(
+    side: str, workload: Workload, options: dict[str, Any], parts: dict[str, Any], counter: Counter
+) -> Trainer:
+    """The side's trainer; where it samples, what its rewards are asked about is counted, and sampling timed."""
+    samples = "reward_funcs" in parts
+    if samples:
+        parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
+    trainer = BUILDERS[side](workload, options, parts)
+    if samples:
+        sampler = trainer.engine if side == "ours" else parts["model"]
+        sampler.generate = counter.timed(sampler.generate)
+    return trainer
+
+
 BUILDERS = {"ours": library_trainer, "trl": library_trainer, "transformers": plain_trainer}
 
 
@@ -248,21 +275,14 @@ def measure(
     counter = Counter(tokenizer.pad_token_id)
     if side == "trl" and random_weights and workload.trainer in ("DPOTrainer", "KTOTrainer"):
         parts["ref_model"] = copy.deepcopy(model)  # TRL makes its own by loading the model's name, which this one lacks
-    if "reward_funcs" in parts:
-        parts["reward_funcs"] = counter.counted(parts["reward_funcs"])
-    trainer = BUILDERS[side](workload, options, parts)
-    if "reward_funcs" in parts:
-        sampler = trainer.engine if side == "ours" else model
-        sampler.generate = counter.timed(sampler.generate)
-    recorder.prepare_seconds = time.perf_counter() - started
+    trainer = counted_trainer(side, workload, options, parts, counter)
+    recorder.prepared(model, started, device)
 
     counter.watch(model.get_input_embeddings())
     # Our rows are not filled up with the padding token: the trainer says how many tokens there were.
     trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours", last=WARMUP + steps))
     if profiled:
         trainer.add_callback(Profile(recorder, WARMUP + steps))
-    recorder.parameters = sum(p.numel() for p in model.parameters())
-    recorder.loaded_mib = memory_mib("VmRSS", device)
     trainer.train()
     recorder.peak_mib = memory_mib("VmHWM", device)
     return recorder
@@ -289,37 +309,48 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--options", type=json.loads, default={}, help="config fields to change, as JSON")
     parser.add_argument("--device", choices=OPTIONS, default="cpu")
     parser.add_argument("--tiny", action="store_true", help="the smallest model in place of the workload's")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plain", action="store_true", help="ours: norms and rotations as architectures write them")
+    parser.add_argument("--out", type=Path, help="where a worker that does not stand by writes what it measured")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """What one run measured, with the versions of what it ran."""
-    found = versions(arguments.side)
+    versions(arguments.side)  # refuses, before anything is made
     workload = EVERY[arguments.workload]
-    recorder = measure(
-        tiny(workload) if arguments.tiny else workload,
-        side=arguments.side,
-        directory=arguments.dir,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        overrides=arguments.options,
-        device=arguments.device,
-    )
-    return {"versions": found} | asdict(recorder)
+    with plain_layers() if arguments.plain else nullcontext():
+        recorder = measure(
+            tiny(workload) if arguments.tiny else workload,
+            side=arguments.side,
+            directory=arguments.dir,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            overrides=arguments.options,
+            device=arguments.device,
+        )
+    return recorder.result(arguments.side)
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Our trainers leave norms and rotations as architectures write them."""
+    with patch.object(importlib.import_module("trl.trainers.base").BaseTrainer, "_fuses", lambda self: False):
+        yield
 
 
 def serve() -> None:
-    """Run what lines of the standard input ask for, each a list of this program's arguments, and never end by an error."""
+    """Run what lines of the standard input ask for, each a list of this program's arguments, and never end by an error.
+
+    Answers are lines of the standard output. What libraries print goes to the standard error.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
-        arguments = parser().parse_args(json.loads(line))
         try:
-            found = run(arguments)
+            found = run(parser().parse_args(json.loads(line)))
         except Exception:
             found = {"failed": traceback.format_exc()}
-        ready = arguments.out.with_suffix(".part")
-        ready.write_text(json.dumps(found))
-        ready.replace(arguments.out)
+        print(json.dumps(found), file=answers, flush=True)
         AcceleratorState._reset_state(reset_partial_state=True)
         gc.collect()
         torch.cuda.empty_cache()
