@@ -33,6 +33,7 @@ from workloads import COMMON, WARMUP, Workload, remainder
 import trl
 from trl.cli.estimate import LIBRARIES, estimate_memory
 from trl.cli.preview import without_weights
+from trl.data.encode import decode
 
 GIB, MIB = 2**30, 2**20
 CONTEXT = 0.7
@@ -135,15 +136,9 @@ def heaviest_rows(trainer: Any, steps: int) -> Dataset:
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     per_step //= getattr(args, "num_generations", 1)
     rows = trainer.train_dataset
-    sizes = [
-        sum(map(len, row["completion_ids"] or [])) + len(row["prompt_ids"])
-        if "prompt_ids" in row
-        else sum(row["seq_lengths"])
-        for row in rows
-    ]
-    first = max(
-        range(0, min(steps * per_step, len(rows) - per_step + 1), per_step), key=lambda i: sum(sizes[i : i + per_step])
-    )
+    sizes = [sum(example.tokens for example in decode(row)) for row in rows]
+    starts = range(0, min(steps * per_step, len(rows) - per_step + 1), per_step)
+    first = max(starts, key=lambda i: sum(sizes[i : i + per_step]))
     return rows.select(range(first, first + per_step))
 
 

@@ -162,12 +162,15 @@ def cost_grid(result: Mapping[str, Any]) -> Grid:
 
 @dataclass(frozen=True)
 class Side:
-    """Runs of one side of a workload: seconds, tokens and positions of all timed steps (time and memory by medians)."""
+    """Runs of one side `of` a workload: time and memory by medians, tokens of all timed steps of a run."""
 
-    workload: str
+    of: str
+    workload: Mapping[str, Any]
     name: str
-    trainer: str
-    runs: Sequence[Run]
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        return self.workload["runs"][self.name]
 
     @property
     def steps(self) -> int:
@@ -192,11 +195,7 @@ class Side:
 
 
 def sides(result: Mapping[str, Any]) -> list[Side]:
-    return [
-        Side(name, side, workload["trainer"], runs)
-        for name, workload in result["workloads"].items()
-        for side, runs in workload["runs"].items()
-    ]
+    return [Side(name, workload, side) for name, workload in result["workloads"].items() for side in workload["runs"]]
 
 
 def measured_grid(result: Mapping[str, Any]) -> Grid:
@@ -207,7 +206,7 @@ def measured_grid(result: Mapping[str, Any]) -> Grid:
         sampled = sum(sum(run["sampled"]) for run in side.runs) / len(side.runs)
         rows.append(
             [
-                side.workload,
+                side.of,
                 side.name,
                 f"{side.wall / side.steps:.2f}",
                 f"{processor / side.wall:.1f}",
@@ -231,12 +230,12 @@ def device_grid(result: Mapping[str, Any]) -> Grid:
         sampling = median(sum(run["sampling_seconds"]) for run in side.runs)
         rows.append(
             [
-                side.workload,
+                side.of,
                 side.name,
                 f"{1e3 * side.wall / side.steps:,.0f}",
                 f"{1e3 * sampling / side.steps:,.0f}" if sampling else "–",
                 *side.tokens_and_padding,
-                f"{flops / side.wall / RATE:.0%}" if "SFT" in side.trainer else "–",
+                f"{flops / side.wall / RATE:.0%}" if "SFT" in side.workload["trainer"] else "–",
                 f"{side.runs[0]['launches']:,.0f}",
                 f"{side.runs[0]['busy']:.0%}",
                 f"{side.peak_gib:.1f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 EXTRAS = {
@@ -22,7 +23,17 @@ EXTRAS = {
 
 
 def is_available(module: str) -> bool:
+    """Whether there is a module of that name."""
     return importlib.util.find_spec(module) is not None
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package of that name is installed, whatever its modules are called."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def require(module: str, *, to: str) -> ModuleType:

@@ -113,7 +113,7 @@ def test_a_reward_model_is_no_language_model(tmp_path, tied):
     ],
 )
 def test_attention_whose_package_is_missing_is_said_before_anything_is_read(monkeypatch, asked, names):
-    monkeypatch.setattr(attention_packages, "_is_installed", lambda package: False)
+    monkeypatch.setattr(attention_packages, "is_installed", lambda package: False)
     for ask in (
         lambda: load_model("./no-such-model", attn_implementation=asked),
         lambda: ModelConfig(attn_implementation=asked),
@@ -124,7 +124,7 @@ def test_attention_whose_package_is_missing_is_said_before_anything_is_read(monk
 
 
 def test_attention_that_nobody_knows_or_that_needs_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(attention_packages, "_is_installed", lambda package: True)
+    monkeypatch.setattr(attention_packages, "is_installed", lambda package: True)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"'spda' is unknown. Did you mean 'sdpa'"):
         load_model("./no-such-model", attn_implementation="spda")

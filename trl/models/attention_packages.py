@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from trl.errors import ConfigError, suggest
+from trl.imports import is_installed
 
 INSTALL = {
     "flash_attention_2": ("flash-attn", "pip install flash-attn --no-build-isolation"),
@@ -26,13 +26,13 @@ ELSEWHERE = ("torch-npu", KERNELS)
 def check_attention_packages(asked: str | Mapping[str, str] | None) -> None:
     """Raises ConfigError for an `attn_implementation` whose package is not installed. Imports nothing."""
     for name in _names(asked):
-        if name in INSTALL and not any(map(_is_installed, (INSTALL[name][0], *ELSEWHERE))):
+        if name in INSTALL and not any(map(is_installed, (INSTALL[name][0], *ELSEWHERE))):
             package, how = INSTALL[name]
             raise ConfigError(
                 f"attn_implementation={name!r} needs {package}, which is not installed: {how}; or `pip install {KERNELS}`, "
                 "which downloads a build. Or leave attn_implementation out, for torch's own attention (sdpa)."
             )
-        if "/" in name and not _is_installed(KERNELS):
+        if "/" in name and not is_installed(KERNELS):
             raise ConfigError(
                 f"attn_implementation={name!r} is a kernel of the hub, and needs {KERNELS}, which is not installed: "
                 f"`pip install {KERNELS}`. Or leave attn_implementation out, for torch's own attention (sdpa)."
@@ -65,11 +65,3 @@ def _names(asked: Any) -> list[str]:
     """The implementations asked for: one, or one for each part of a model."""
     given = asked.values() if isinstance(asked, Mapping) else [asked]
     return [name.removeprefix("paged|") for name in given if isinstance(name, str)]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True

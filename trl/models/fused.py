@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ ROTATION = "apply_rotary_pos_emb"
 """What models of `transformers` call the function that rotates queries and keys, each in its own file."""
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
+Way = TypeVar("Way")
 
 
 def fuse(model: nn.Module) -> tuple[int, int]:
@@ -35,18 +36,14 @@ def fuse(model: nn.Module) -> tuple[int, int]:
     A file's function rotates as before what is not on CUDA, or not of the usual shape.
     """
     rotating = [file for file in files_of(model) if fuse_rotation(file, next(model.parameters()).device)]
-    kinds: dict[type, Callable[..., Tensor] | None] = {}
-    norms = 0
-    for module in model.modules():
-        kind = type(module)
-        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):
-            continue
-        if kind not in kinds:
-            kinds[kind] = next((norm for norm in NORMS if computes(module, norm)), None)
-        if (norm := kinds[kind]) is not None:
-            module.forward = MethodType(norm, module)
-            norms += 1
-    return norms, len(rotating)
+    found = norms_of(
+        model,
+        lambda module: next((norm for norm in NORMS if computes(module, norm)), None),
+        may_change=lambda module: "forward" not in vars(module),
+    )
+    for module, norm in found:
+        module.forward = MethodType(norm, module)
+    return len(found), len(rotating)
 
 
 def files_of(model: nn.Module) -> set[Any]:
@@ -100,19 +97,37 @@ rms_norm.__name__ = offset_rms_norm.__name__ = "forward"  # a pickle names a met
 NORMS = (rms_norm, offset_rms_norm)
 
 
+def norms_of(
+    model: nn.Module, way_of: Callable[[nn.Module], Way | None], *, may_change: Callable[[nn.Module], bool]
+) -> list[tuple[nn.Module, Way]]:
+    """Norms whose forward `may_change`, with the way to do without it; it is looked for once for each class."""
+    ways: dict[type, Way | None] = {}
+    found = []
+    for module in model.modules():
+        kind = type(module)
+        if not kind.__name__.endswith("RMSNorm") or not may_change(module):
+            continue
+        if kind not in ways:
+            ways[kind] = way_of(module)
+        if (way := ways[kind]) is not None:
+            found.append((module, way))
+    return found
+
+
 def epsilon_of(module: nn.Module) -> float | None:
     names = ("variance_epsilon", "eps", "epsilon")
     return next((vars(module)[name] for name in names if isinstance(vars(module).get(name), float)), None)
 
 
-def computes(module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor]) -> bool:
-    """Whether the module's forward and backward are those of `norm`, by its results on random numbers."""
+def computes(module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor], *, backward: bool = True) -> bool:
+    """Whether the module's forward (and `backward`) is that of `norm`, by its results on random numbers."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or epsilon_of(module) is None:
         return False
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator, device=weight.device).to(weight.dtype)
-    expected, found = (gradients_of(each, x) for each in (module, partial(norm, module)))
+    results = gradients_of if backward else lambda function, x: [function(x)]
+    expected, found = (results(each, x) for each in (module, partial(norm, module)))
     return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -10,13 +10,14 @@ replaced while decoding if the results are the same. Rotations are those of trai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from trl.models.fused import close, epsilon_of, is_fused
+from trl.models.fused import computes, epsilon_of, is_fused
 
 
 @triton.jit
@@ -63,17 +64,12 @@ def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind, dtype: to
 
 def norm_kind(module: nn.Module) -> NormKind | None:
     """The kind of norm that `module` is, by its results on random numbers; None if it is another."""
-    weight, epsilon = module._parameters.get("weight"), epsilon_of(module)
-    if weight is None or weight.dim() != 1 or epsilon is None or not has_own_forward(module):
-        return None
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(3, len(weight), generator=generator, device=weight.device).to(weight.dtype)
-    expected = module(x)
-    for kind in NORM_KINDS:
-        found = norm(x, weight=weight, epsilon=epsilon, kind=kind)
-        if found.dtype == expected.dtype and close(found, expected):
-            return kind
-    return None
+    return next((kind for kind in NORM_KINDS if computes(module, partial(norm_of, kind=kind), backward=False)), None)
+
+
+def norm_of(module: nn.Module, x: Tensor, *, kind: NormKind, dtype: torch.dtype | None = None) -> Tensor:
+    """`norm` with the module's weight and ε."""
+    return norm(x, weight=module._parameters["weight"], epsilon=epsilon_of(module), kind=kind, dtype=dtype)
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trl.models.fused import close, epsilon_of
-from trl.rollouts.fused import NormKind, norm
+from trl.models.fused import close
+from trl.rollouts.fused import NormKind, norm_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
 """What `_gate_kernel` knows, by its constant."""
@@ -101,7 +101,7 @@ class GatedLayer:
     def _norm(self, module: nn.Module, place: int, x: Tensor) -> Tensor:
         """Rounded to the type of the weights that it is multiplied with next, as autocast does."""
         kind, dtype = self.kinds[place], _weight(self.gate).dtype
-        return norm(x, weight=_weight(module), epsilon=epsilon_of(module), kind=kind, dtype=dtype)
+        return norm_of(module, x, kind=kind, dtype=dtype)
 
 
 def add_product(h: Tensor, x: Tensor, linear: nn.Linear) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.models.fused import ROTATION, epsilon_of, fits, rotates_halves
+from trl.models.fused import ROTATION, fits, norms_of, rotates_halves
 from trl.ops.products import exact_products
 from trl.ops.triton_rotary import rotate
-from trl.rollouts.fused import NormKind, has_own_forward, norm, norm_kind
+from trl.rollouts.fused import has_own_forward, norm_kind, norm_of
 from trl.rollouts.fused_layers import layers_of, merged_products
 
 
@@ -23,7 +23,7 @@ class Fusions:
 
     @exact_products()
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.norms = norms_of(model)
+        self.norms = norms_of(model, norm_kind, may_change=has_own_forward)
         self.files = files_that_rotate(model, device)
         self.layers = layers_of(model, dict(self.norms))
         self.products = merged_products(model)
@@ -52,7 +52,7 @@ class Fusions:
 
     def _forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         for module, kind in self.norms:
-            yield module, partial(norm, weight=module._parameters["weight"], epsilon=epsilon_of(module), kind=kind)
+            yield module, partial(norm_of, module, kind=kind)
         for products in self.products:
             for number, linear in enumerate(products.linears):
                 yield linear, partial(products.product, number)
@@ -82,19 +82,6 @@ class Fusions:
 def _unchanged(x: Tensor) -> Tensor:
     """What is put in the place of a product that the layer's step makes itself."""
     return x
-
-
-def norms_of(model: nn.Module) -> list[tuple[nn.Module, NormKind]]:
-    """Norms that a kernel computes as they do; one of each class is tried."""
-    kinds: dict[type, NormKind | None] = {}
-    found = []
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            if type(module) not in kinds:
-                kinds[type(module)] = norm_kind(module)
-            if (kind := kinds[type(module)]) is not None and has_own_forward(module):
-                found.append((module, kind))
-    return found
 
 
 def files_that_rotate(model: nn.Module, device: torch.device) -> list[Any]:
