@@ -43,14 +43,25 @@ def test_numbers_are_those_of_autocast_to_the_bit(make_model, name, checkpointin
     assert all(p.dtype == torch.float32 and p.is_leaf for p in model.parameters())
 
 
-def test_adapters_and_frozen_weights(make_model):
-    def adapted():
-        torch.manual_seed(0)
-        return get_peft_model(make_model("llama"), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+def adapted(make_model, **options):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    return get_peft_model(make_model("llama"), config)
 
-    plain, model = adapted(), adapted()
+
+def test_adapters_and_frozen_weights(make_model):
+    plain, model = adapted(make_model), adapted(make_model)
     round_together(model.get_base_model())
     assert_same(learned(model), learned(plain))
+
+
+def test_checkpointed_adapters_with_dropout(make_model):
+    """An adapter casts its input to the type of its weights, in what is computed again too: torch compares what is saved."""
+    model = adapted(make_model, lora_dropout=0.1)
+    round_together(model.get_base_model())
+    checkpoint_activations(model.get_base_model())
+    model.enable_input_require_grads()
+    assert all(grad.any() for grad in learned(model)[1].values())
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
@@ -73,6 +84,16 @@ def test_one_kernel_each_way(make_model):
     finally:
         del Rounded.apply
     assert calls == [7, 7]  # four products of attention and three of the network behind it, in each of two passes
+
+
+def test_what_is_computed_again_reads_rounded_weights(make_model):
+    model = make_model("llama", num_hidden_layers=1)
+    round_together(model)
+    checkpoint_activations(model)
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    learned(model)
+    assert seen == [torch.bfloat16] * 4  # forward and again, in each of two passes
 
 
 def test_without_autocast_nothing_is_rounded(make_model):

@@ -50,7 +50,9 @@ def round_together(model: PreTrainedModel) -> int:
     for layer in repeated_layers(model):
         linears = [module for module in layer.modules() if type(module) in (nn.Linear, Conv1D)]
         if any(_weights(linears)):
-            call = layer._compiled_call_impl or layer._call_impl
+            compiled = layer._compiled_call_impl
+            call = compiled or _rounding_again(layer, linears)
+            # The one place around hooks and compiled code that modules leave out of their copies and pickles.
             layer._compiled_call_impl = _with_rounded_weights(linears, call)
             rounding += 1
     return rounding
@@ -65,6 +67,29 @@ def _with_rounded_weights(linears: Sequence[nn.Module], call: Callable[..., Any]
             return call(*args, **kwargs)
 
     return run
+
+
+def _rounding_again(layer: nn.Module, linears: Sequence[nn.Module]) -> Callable[..., Any]:
+    """The layer's call; what it computes again in backward, inside itself, reads weights that are rounded as well.
+
+    Recent releases of transformers compute the layer's forward again, and not its call. A layer whose weights are
+    rounded already finds nothing to round.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = vars(layer)
+        checkpoint = own.get("_gradient_checkpointing_func")
+        if checkpoint is None:
+            return layer._call_impl(*args, **kwargs)
+        own["_gradient_checkpointing_func"] = lambda function, *inputs: checkpoint(
+            _with_rounded_weights(linears, function), *inputs
+        )
+        try:
+            return layer._call_impl(*args, **kwargs)
+        finally:
+            own["_gradient_checkpointing_func"] = checkpoint
+
+    return call
 
 
 def _weights(linears: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
