@@ -31,7 +31,7 @@ from tqdm import tqdm
 from workloads import COMMON, WARMUP, Workload, remainder
 
 import trl
-from trl.cli.estimate import LIBRARIES, estimate_memory
+from trl.cli.estimate import LIBRARIES, estimate_memory, quantised
 from trl.cli.preview import without_weights
 from trl.data.encode import decode
 
@@ -88,36 +88,28 @@ def loads() -> dict[str, Load]:
     }
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is traced: a model by name, a method, what of the model is trained, and further options."""
-
-    size: str
-    method: str
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
+Parts = dict[str, int]
+"""Bytes by what they are for, at the moment when most are allocated."""
 
 
-def estimated(case: Case) -> dict[str, int]:
-    """Bytes by what they are for, at the moment when most are allocated."""
-    load, full = loads()[case.method], case.kind == "full"
-    adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    made = model(SIZES[case.size], seed=0, device="meta", dtype="float32" if full else "bfloat16")
-    return parts_of(
-        load.trainer,
-        load.config | case.options,
-        bits=4 if case.kind == "QLoRA" else None,
-        model=made,
-        train_dataset=Dataset.from_list(load.rows),
-        peft_config=None if full else adapter,
-        **load.arguments,
+def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool = False) -> dict[str, Parts]:
+    """By what of the model is trained: all of it, or an `adapter`, on a model in bfloat16 and on one in 4 bits.
+
+    Both models of an adapter run the same, so that one is traced.
+    """
+    load = loads()[method]
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = model(SIZES[size], seed=0, device="meta", dtype="bfloat16" if adapter else "float32")
+    rows, peft_config = Dataset.from_list(load.rows), lora if adapter else None
+    config = load.config | options
+    trainer, parts = traced(
+        load.trainer, config, model=made, train_dataset=rows, peft_config=peft_config, **load.arguments
     )
+    return {"LoRA": parts, "QLoRA": quantised(parts, trainer.model, 4)} if adapter else {"full": parts}
 
 
-def parts_of(
-    trainer: str, config: dict[str, Any], *, bits: int | None = None, steps: int = 0, **arguments: Any
-) -> dict[str, int]:
-    """The estimate for a trainer of that name; with `steps`, for the heaviest of its first so many windows of rows."""
+def traced(trainer: str, config: dict[str, Any], *, steps: int = 0, **arguments: Any) -> tuple[Any, Parts]:
+    """A trainer of that name, and its estimate; with `steps`, for the heaviest of its first so many windows of rows."""
     fixed = {"bf16": True, "optim": "adamw_torch_fused"}
     with TemporaryDirectory() as folder, as_on_cuda():
         options = COMMON | fixed | config | {"output_dir": folder, "max_steps": 1}
@@ -126,8 +118,8 @@ def parts_of(
         )
         if steps:
             made.train_dataset = heaviest_rows(made, steps)
-        parts = estimate_memory(made, quantised_bits=bits).parts
-    return {name: size for name, size in parts.items() if name != LIBRARIES}
+        parts = estimate_memory(made).parts
+    return made, {name: size for name, size in parts.items() if name != LIBRARIES}
 
 
 def heaviest_rows(trainer: Any, steps: int) -> Dataset:
@@ -153,17 +145,12 @@ def compared(measured: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         yield name, sum(of_workload(GPU_WORKLOADS[name], settings).values()) / MIB, peak
 
 
-def of_workload(workload: Workload, settings: dict[str, Any]) -> dict[str, int]:
+def of_workload(workload: Workload, settings: dict[str, Any]) -> Parts:
     count, trainer = WARMUP + settings["steps"] + 1, workload.trainer.removesuffix("Trainer")
     rows = workload.rows(workload.rows_per_step * count, seed=settings["seed"])
-    return parts_of(
-        trainer,
-        dict(workload.config) | settings["options"]["ours"],
-        steps=count,
-        model=model(workload.material, seed=0, device="meta", classifies=trainer == "Reward"),
-        train_dataset=Dataset.from_list(rows),
-        **workload.arguments(),
-    )
+    made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
+    config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)
+    return traced(trainer, config, steps=count, model=made, train_dataset=dataset, **workload.arguments())[1]
 
 
 def comparison(rows: Sequence[tuple[str, float, float]]) -> Grid:
@@ -172,6 +159,9 @@ def comparison(rows: Sequence[tuple[str, float, float]]) -> Grid:
 
 
 # ---- tables ----
+
+COLUMNS = {name: (name, True) for name in ("SFT", "DPO", "GRPO")} | {"SFT, all activations kept": ("SFT", False)}
+"""Method, and whether layers are checkpointed."""
 
 SAVINGS = (
     ("all activations kept, 16,384 tokens in a forward pass", "full", {}),
@@ -186,14 +176,14 @@ SAVINGS = (
 SAVED_OF = "Qwen2.5-3B"
 
 
-def found(sizes: Sequence[str]) -> dict[str, Any]:
-    """GiB of the cells of these models, `[size][kind][method]`, with and without checkpointing; and those of `SAVINGS`."""
-    cells: dict[str, Any] = {}
-    for size, kind, method, checkpointed in tqdm(list(product(sizes, KINDS, loads(), (True, False))), disable=None):
-        parts = estimated(Case(size, method, kind, {"gradient_checkpointing": checkpointed}))
-        row = cells.setdefault(size, {}).setdefault(kind, {}).setdefault(method, {})
-        row["checkpointed" if checkpointed else "kept"] = sum(parts.values()) / GIB
-    return {"cells": cells} | ({"savings": savings()} if SAVED_OF in sizes else {})
+def found(size: str) -> dict[str, Any]:
+    """GiB of a model's cells, `[size][kind][column]`; and, for one model, those of `SAVINGS`."""
+    cells: dict[str, Any] = {kind: {} for kind in KINDS}
+    for adapter, (column, (method, checkpointed)) in product((False, True), COLUMNS.items()):
+        by_kind = estimated(size, method, {"gradient_checkpointing": checkpointed}, adapter=adapter)
+        for kind, parts in by_kind.items():
+            cells[kind][column] = gib(parts)
+    return {"cells": {size: cells}} | ({"savings": savings()} if size == SAVED_OF else {})
 
 
 def savings() -> list[float]:
@@ -201,8 +191,12 @@ def savings() -> list[float]:
     totals = []
     for _, kind, changed in SAVINGS:
         options |= changed
-        totals.append(sum(estimated(Case(SAVED_OF, "SFT", kind, options)).values()) / GIB)
+        totals.append(gib(estimated(SAVED_OF, "SFT", options, adapter=kind != "full")[kind]))
     return totals
+
+
+def gib(parts: Parts) -> float:
+    return round(sum(parts.values()) / GIB, 3)
 
 
 def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -213,14 +207,14 @@ def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> list[Grid]:
     """The tables of docs/gpu.md."""
-    cells, methods = result["cells"], list(loads())
+    cells = result["cells"]
     by_model = [
-        [size, kind, *("{checkpointed:.1f}, {kept:.1f}".format(**cells[size][kind][method]) for method in methods)]
+        [size, kind, *(f"{cells[size][kind][column]:.1f}" for column in COLUMNS)]
         for size, kind in product(cells, KINDS)
     ]
     largest = [
-        [method, kind, *(_largest(cells, method, kind, room) for room in CARDS.values())]
-        for method, kind in product(methods, KINDS)
+        [column, kind, *(_largest(cells, column, kind, room) for room in CARDS.values())]
+        for column, kind in product(COLUMNS, KINDS)
     ]
     totals = result.get("savings", [])
     saved = [
@@ -228,14 +222,14 @@ def tables(result: dict[str, Any]) -> list[Grid]:
         for (label, _, _), now, last in zip(SAVINGS, totals, [None, *totals], strict=False)
     ]
     return [
-        Grid("GiB, layers checkpointed and not", ["model", "trained", *methods], by_model),
-        Grid("The largest of these models that fits, with checkpointing", ["method", "trained", *CARDS], largest),
+        Grid("GiB", ["model", "trained", *COLUMNS], by_model),
+        Grid("The largest of these models that fits", ["method", "trained", *CARDS], largest),
         Grid(f"SFT of {SAVED_OF}, one option after the other", ["", "GiB", "saved"], saved),
     ]
 
 
-def _largest(cells: dict[str, Any], method: str, kind: str, room: float) -> str:
-    fitting = [size for size in cells if cells[size][kind][method]["checkpointed"] + CONTEXT <= ROOM * room]
+def _largest(cells: dict[str, Any], column: str, kind: str, room: float) -> str:
+    fitting = [size for size in cells if cells[size][kind][column] + CONTEXT <= ROOM * room]
     return fitting[-1] if fitting else "none"
 
 
@@ -249,9 +243,9 @@ def main() -> None:
     if options.measured:
         print(markdown(comparison(list(compared(json.loads(options.measured.read_text()))))))
         return
-    if options.read is None:
+    for size in tqdm([] if options.read else options.sizes, disable=None):
         before = json.loads(options.out.read_text()) if options.out.exists() else {}
-        options.out.write_text(json.dumps(merged(before, found(options.sizes)), indent=1) + "\n")
+        options.out.write_text(json.dumps(merged(before, found(size)), indent=1) + "\n")
     print(*map(markdown, tables(json.loads((options.read or options.out).read_text()))), sep="\n\n")
 
 

@@ -16,7 +16,7 @@ from trl.models.memory import (
     cache_bytes,
     peak_parts,
     take_shape,
-    trace_steps,
+    trace_step,
     tracing,
 )
 
@@ -33,7 +33,7 @@ def test_two_matrices_by_hand():
         take_shape(model, torch.device("cpu"))
         trace.mark(model.parameters(), WEIGHTS)
         step = lambda: model(inputs).sum().backward()  # noqa: E731
-        trace_steps(trace, model, step, state_sizes=lambda p: [p.nbytes, p.nbytes], steps=2)
+        trace_step(trace, model, step, state_sizes=lambda p: [p.nbytes, p.nbytes])
     parts = peak_parts(trace.events, trace.part)
     weights = 4 * (32 * 8 + 4 * 32)
     assert parts[WEIGHTS] == weights
@@ -49,7 +49,7 @@ def test_an_update_that_asks_for_more_than_backward_is_the_peak():
         take_shape(model, torch.device("cpu"))
         trace.mark(model.parameters(), WEIGHTS)
         step = lambda: model(inputs).sum().backward()  # noqa: E731
-        trace_steps(trace, model, step, state_sizes=lambda p: [p.nbytes, p.nbytes], steps=2, scratch=4 * 64)
+        trace_step(trace, model, step, state_sizes=lambda p: [p.nbytes, p.nbytes], scratch=4 * 64)
     parts = peak_parts(trace.events, trace.part)
     assert (parts[WEIGHTS], parts[GRADIENTS], parts[OPTIMIZER]) == (256, 256, 3 * 256)
 

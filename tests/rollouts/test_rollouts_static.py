@@ -239,10 +239,13 @@ def test_buffers_are_freed_when_the_round_ends(make, monkeypatch):
         "decode",
         lambda self, tables, plain=PagedCache.decode: (made.append(weakref.ref(self)), plain(self, tables)),
     )
-    static(make("llama")).generate(ragged(), SamplingParams(max_new_tokens=3, ignore_eos=True), 2)
-    gc.collect()
-    assert made
-    assert all(reference() is None for reference in made)
+    gc.disable()  # a backward pass that follows at once may need the memory
+    try:
+        static(make("llama")).generate(ragged(), SamplingParams(max_new_tokens=3, ignore_eos=True), 2)
+        assert made
+        assert all(reference() is None for reference in made)
+    finally:
+        gc.enable()
 
 
 def test_top_p_sorted_at_once_draws_the_same_tokens():

@@ -25,7 +25,7 @@ from trl.models.memory import (
     cache_bytes,
     peak_parts,
     take_shape,
-    trace_steps,
+    trace_step,
     tracing,
 )
 from trl.models.patching import checkpoint_activations
@@ -33,9 +33,6 @@ from trl.models.score import unwrap
 from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example
-
-STEPS = 2
-"""Optimizer steps that are traced: in the second, optimizer states are there."""
 
 LIBRARIES = "libraries"
 MIB = 2**20
@@ -96,11 +93,12 @@ def estimate_memory(
         trainer.accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)  # autocast
         step, states = _Step(trainer, heaviest_window(trainer)), _StateSizes(trainer.args)
         scratch = states.scratch(trainer.model)
-        trace_steps(trace, trainer.model, step, state_sizes=states, steps=STEPS, scratch=scratch)
+        trace_step(trace, trainer.model, step, state_sizes=states, scratch=scratch)
     trainer.images = images
     parts = peak_parts(trace.events, trace.part)
     parts[LIBRARIES] = libraries
-    parts = _quantised(parts, trainer.model, quantised_bits)
+    if quantised_bits is not None:
+        parts = quantised(parts, trainer.model, quantised_bits)
     estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))
     estimate = _divided(estimate, sharding, processes, trainer.model)
     return _while_sampling(estimate, trainer)
@@ -114,7 +112,7 @@ class _Step:
         args = trainer.args
         trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         trainer._tr_loss = torch.zeros((), device=args.device)
-        trainer.state.max_steps = STEPS
+        trainer.state.max_steps = 1
         if isinstance(args, OnlineConfig):
             trainer.get_train_dataloader()
         if args.gradient_checkpointing:
@@ -197,10 +195,8 @@ PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "retu
 """Signals that online methods learn from."""
 
 
-def _quantised(parts: dict[str, int], model: nn.Module, bits: int | None) -> dict[str, int]:
+def quantised(parts: dict[str, int], model: nn.Module, bits: int) -> dict[str, int]:
     """Weights of frozen matrices in `bits` each, with a float32 scale for every 64 of them."""
-    if bits is None:
-        return parts
     scale = 4 / 64 if bits == 4 else 0
     frozen = [layer.weight for layer in _frozen_layers(model)]
     saved = sum(int(w.nbytes - w.numel() * (bits / 8 + scale)) for w in frozen)

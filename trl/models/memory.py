@@ -130,32 +130,26 @@ def take_shape(model: nn.Module, device: torch.device) -> None:
                 table[name] = made[id(tensor)]
 
 
-def trace_steps(
+def trace_step(
     trace: Trace,
     model: nn.Module,
     step: Callable[[], None],
     *,
     state_sizes: Callable[[Tensor], Sequence[int]],
-    steps: int,
     scratch: int = 0,
 ) -> None:
-    """Run `steps` optimizer steps on fake weights: `step()` leaves gradients behind.
+    """Run an optimizer step that is not the first on fake weights: `step()` leaves gradients behind.
 
-    `state_sizes(parameter)` are the bytes of each state that the optimizer keeps of a parameter, from its first step on,
-    and `scratch` bytes are what it asks for while it updates them.
+    `state_sizes(parameter)` are the bytes of each state that the optimizer keeps of a parameter, and `scratch` bytes are
+    what it asks for while it updates them.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    states: list[Tensor] = []
-    for _ in range(steps):
-        step()
-        trace.mark((p.grad for p in trained if p.grad is not None), GRADIENTS)
-        if not states:
-            sizes = (size for p in trained for size in state_sizes(p))
-            states = [torch.empty(size, dtype=torch.uint8, device=trained[0].device) for size in sizes]
-            trace.mark(iter(states), OPTIMIZER)
-        trace.mark(iter([torch.empty(scratch, dtype=torch.uint8, device=trained[0].device)]), OPTIMIZER)
-        for parameter in trained:
-            parameter.grad = None
+    device, sizes = trained[0].device, [size for p in trained for size in state_sizes(p)]
+    states = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    trace.mark(iter(states), OPTIMIZER)
+    step()
+    trace.mark((p.grad for p in trained if p.grad is not None), GRADIENTS)
+    trace.mark(iter([torch.empty(scratch, dtype=torch.uint8, device=device)]), OPTIMIZER)
 
 
 # ---- what the events come to ----
