@@ -2,7 +2,7 @@
 
     python benchmarks/memory_table.py --out benchmarks/results/memory.json      # the tables of docs/gpu.md
     python benchmarks/memory_table.py --read benchmarks/results/memory.json     # the same, from what was found before
-    python benchmarks/memory_table.py --measured benchmarks/results/gpu.json    # estimate / allocated peak, row by row
+    python benchmarks/memory_table.py --measured benchmarks/results/gpu.json    # estimate beside allocated peaks
 
 Models have the shapes of public ones and no weights. A step is traced on tensors without data, as it would run on CUDA
 (`as_on_cuda.py`): bfloat16 by autocast, fused AdamW, 8,192 tokens in each forward pass. LoRA has rank 16 on all linear
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -137,12 +137,12 @@ def heaviest_rows(trainer: Any, steps: int) -> Dataset:
 # ---- what was measured ----
 
 
-def compared(measured: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     """Name, estimated and measured MiB of every workload of `run.py --device cuda` that ran."""
     settings = measured["settings"]
     for name, found in tqdm(measured["workloads"].items(), disable=None):
         peak = max(run["peak_mib"] for run in found["runs"]["ours"])
-        yield name, sum(of_workload(GPU_WORKLOADS[name], settings).values()) / MIB, peak
+        yield name, round(sum(of_workload(GPU_WORKLOADS[name], settings).values()) / MIB), round(peak)
 
 
 def of_workload(workload: Workload, settings: dict[str, Any]) -> Parts:
@@ -151,11 +151,6 @@ def of_workload(workload: Workload, settings: dict[str, Any]) -> Parts:
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
     config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)
     return traced(trainer, config, steps=count, model=made, train_dataset=dataset, **workload.arguments())[1]
-
-
-def comparison(rows: Sequence[tuple[str, float, float]]) -> Grid:
-    cells = [[name, f"{guess:,.0f}", f"{peak:,.0f}", f"{guess / peak:.2f}"] for name, guess, peak in rows]
-    return Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], cells)
 
 
 # ---- tables ----
@@ -199,10 +194,12 @@ def gib(parts: Parts) -> float:
     return round(sum(parts.values()) / GIB, 3)
 
 
-def merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The results of two runs; models stand in the order of `SIZES`."""
-    cells = before.get("cells", {}) | now["cells"]
-    return {**before, **now, "cells": {size: cells[size] for size in SIZES if size in cells}}
+def keep(now: dict[str, Any], file: Path) -> None:
+    """Write what was found beside what the file holds; models stand in the order of `SIZES`."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    cells = before.get("cells", {}) | now.get("cells", {})
+    result = {**before, **now, "cells": {size: cells[size] for size in SIZES if size in cells}}
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def tables(result: dict[str, Any]) -> list[Grid]:
@@ -221,10 +218,14 @@ def tables(result: dict[str, Any]) -> list[Grid]:
         [label, f"{now:.1f}", "" if last is None else f"{last - now:.1f}"]
         for (label, _, _), now, last in zip(SAVINGS, totals, [None, *totals], strict=False)
     ]
+    ratios = [
+        [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}"] for name, guess, peak in result.get("compared", [])
+    ]
     return [
         Grid("GiB", ["model", "trained", *COLUMNS], by_model),
         Grid("The largest of these models that fits", ["method", "trained", *CARDS], largest),
         Grid(f"SFT of {SAVED_OF}, one option after the other", ["", "GiB", "saved"], saved),
+        Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], ratios),
     ]
 
 
@@ -241,11 +242,9 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="compare with what `run.py --device cuda` wrote")
     options = parser.parse_args()
     if options.measured:
-        print(markdown(comparison(list(compared(json.loads(options.measured.read_text()))))))
-        return
-    for size in tqdm([] if options.read else options.sizes, disable=None):
-        before = json.loads(options.out.read_text()) if options.out.exists() else {}
-        options.out.write_text(json.dumps(merged(before, found(size)), indent=1) + "\n")
+        keep({"compared": list(compared(json.loads(options.measured.read_text())))}, options.out)
+    for size in tqdm([] if options.read or options.measured else options.sizes, disable=None):
+        keep(found(size), options.out)
     print(*map(markdown, tables(json.loads((options.read or options.out).read_text()))), sep="\n\n")
 
 

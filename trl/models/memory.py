@@ -15,6 +15,8 @@ the MLP, A·D = H heads by their width, K·D width of keys and of values, L laye
                    + H     output of attention, which its projection reads
                    + 4I    gate, its SiLU, up, their product
                    with checkpointing: H per layer, and one layer's worth of the above
+                   under autocast to half precision on CUDA, in bytes for a position: 8H, the norms' inputs + 10H, each
+                   rounded input of q, k, v, gate and up + 4H + 4KD + 4A for attention + 8I; and once 2 for each weight
     logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`; on CUDA, a tile of them
     cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
 
