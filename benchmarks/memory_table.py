@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from gpu_workloads import GPU_WORKLOADS, SHAPES, model
 from peft import LoraConfig
 from report import Grid, markdown
 from tqdm import tqdm
+from worker import plain_layers
 from workloads import COMMON, WARMUP, Workload, remainder
 
 import trl
@@ -43,8 +45,6 @@ QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
 SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": SHAPES["0.5B"],
     "Llama-3.2-1B": SHAPES["1B"],
-    "Qwen2.5-1.5B": QWEN
-    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
     "Qwen2.5-3B": QWEN
     | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16},
     "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
@@ -108,10 +108,15 @@ def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool 
     return {"LoRA": parts, "QLoRA": quantised(parts, trainer.model, 4)} if adapter else {"full": parts}
 
 
-def traced(trainer: str, config: dict[str, Any], *, steps: int = 0, **arguments: Any) -> tuple[Any, Parts]:
-    """A trainer of that name, and its estimate; with `steps`, for the heaviest of its first so many windows of rows."""
+def traced(
+    trainer: str, config: dict[str, Any], *, steps: int = 0, plain: bool = False, **arguments: Any
+) -> tuple[Any, Parts]:
+    """A trainer of that name, and its estimate; with `steps`, for the heaviest of its first so many windows of rows.
+
+    `plain` leaves norms and rotations as architectures write them.
+    """
     fixed = {"bf16": True, "optim": "adamw_torch_fused"}
-    with TemporaryDirectory() as folder, as_on_cuda():
+    with TemporaryDirectory() as folder, as_on_cuda(), plain_layers() if plain else nullcontext():
         options = COMMON | fixed | config | {"output_dir": folder, "max_steps": 1}
         made = without_weights(getattr(trl, f"{trainer}Trainer"))(
             args=getattr(trl, f"{trainer}Config")(**options), processing_class=synthetic.tokenizer(), **arguments
@@ -150,7 +155,8 @@ def of_workload(workload: Workload, settings: dict[str, Any]) -> Parts:
     rows = workload.rows(workload.rows_per_step * count, seed=settings["seed"])
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
     config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)
-    return traced(trainer, config, steps=count, model=made, train_dataset=dataset, **workload.arguments())[1]
+    more = {"steps": count, "plain": settings.get("plain", False)} | workload.arguments()
+    return traced(trainer, config, model=made, train_dataset=dataset, **more)[1]
 
 
 # ---- tables ----
