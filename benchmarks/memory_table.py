@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -30,7 +31,7 @@ from peft import LoraConfig
 from report import Grid, markdown
 from tqdm import tqdm
 from worker import plain_layers
-from workloads import COMMON, WARMUP, Workload, remainder
+from workloads import COMMON, WARMUP, remainder
 
 import trl
 from trl.cli.estimate import LIBRARIES, estimate_memory, quantised
@@ -108,6 +109,12 @@ def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool 
     return {"LoRA": parts, "QLoRA": quantised(parts, trainer.model, 4)} if adapter else {"full": parts}
 
 
+def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What the function gives in a process of its own, which takes all that it held along when it ends."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments, options)
+
+
 def traced(
     trainer: str, config: dict[str, Any], *, steps: int = 0, plain: bool = False, **arguments: Any
 ) -> tuple[Any, Parts]:
@@ -147,10 +154,12 @@ def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     settings = measured["settings"]
     for name, found in tqdm(measured["workloads"].items(), disable=None):
         peak = max(run["peak_mib"] for run in found["runs"]["ours"])
-        yield name, round(sum(of_workload(GPU_WORKLOADS[name], settings).values()) / MIB), round(peak)
+        parts = in_a_process(of_workload, name, settings)
+        yield name, round(sum(parts.values()) / MIB), round(peak)
 
 
-def of_workload(workload: Workload, settings: dict[str, Any]) -> Parts:
+def of_workload(name: str, settings: dict[str, Any]) -> Parts:
+    workload = GPU_WORKLOADS[name]
     count, trainer = WARMUP + settings["steps"] + 1, workload.trainer.removesuffix("Trainer")
     rows = workload.rows(workload.rows_per_step * count, seed=settings["seed"])
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
@@ -181,7 +190,8 @@ def found(size: str) -> dict[str, Any]:
     """GiB of a model's cells, `[size][kind][column]`; and, for one model, those of `SAVINGS`."""
     cells: dict[str, Any] = {kind: {} for kind in KINDS}
     for adapter, (column, (method, checkpointed)) in product((False, True), COLUMNS.items()):
-        by_kind = estimated(size, method, {"gradient_checkpointing": checkpointed}, adapter=adapter)
+        options = {"gradient_checkpointing": checkpointed}
+        by_kind = in_a_process(estimated, size, method, options, adapter=adapter)
         for kind, parts in by_kind.items():
             cells[kind][column] = gib(parts)
     return {"cells": {size: cells}} | ({"savings": savings()} if size == SAVED_OF else {})
@@ -192,7 +202,7 @@ def savings() -> list[float]:
     totals = []
     for _, kind, changed in SAVINGS:
         options |= changed
-        totals.append(gib(estimated(SAVED_OF, "SFT", options, adapter=kind != "full")[kind]))
+        totals.append(gib(in_a_process(estimated, SAVED_OF, "SFT", options, adapter=kind != "full")[kind]))
     return totals
 
 
