@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
@@ -111,8 +112,8 @@ def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What the function gives in a process of its own, which takes all that it held along when it ends."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments, options)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments, **options).result()
 
 
 def traced(
@@ -183,7 +184,7 @@ SAVINGS = (
 )
 """Each line with those before it."""
 
-SAVED_OF = "Qwen2.5-3B"
+SAVED_OF = "Llama-3.2-1B"
 
 
 def found(size: str) -> dict[str, Any]:
