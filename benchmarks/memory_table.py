@@ -257,7 +257,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models to trace")
     parser.add_argument("--read", type=Path, help="print the tables of earlier runs")
     parser.add_argument("--measured", type=Path, help="compare with what `run.py --device cuda` wrote")
+    parser.add_argument("--workload", choices=list(GPU_WORKLOADS), help="print the estimate of one workload of run.py")
+    parser.add_argument("--options", type=json.loads, default={}, help="config fields of it to change, as JSON")
     options = parser.parse_args()
+    if options.workload:
+        parts = of_workload(options.workload, {"steps": 4, "seed": 0, "options": {"ours": options.options}})
+        print(", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()), f"together {gib(parts):.1f} GiB")
+        return
     if options.measured:
         keep({"compared": list(compared(json.loads(options.measured.read_text())))}, options.out)
     for size in tqdm([] if options.read or options.measured else options.sizes, disable=None):
