@@ -174,37 +174,24 @@ def of_workload(name: str, settings: dict[str, Any]) -> Parts:
 COLUMNS = {name: (name, True) for name in ("SFT", "DPO", "GRPO")} | {"SFT, all activations kept": ("SFT", False)}
 """Method, and whether layers are checkpointed."""
 
-SAVINGS = (
-    ("all activations kept, 16,384 tokens in a forward pass", "full", {}),
-    ("`max_tokens_per_micro_batch=4096`", "full", {"max_tokens_per_micro_batch": 4096}),
-    ("`gradient_checkpointing=True`", "full", {"gradient_checkpointing": True}),
-    ('`optim="adamw_8bit"`', "full", {"optim": "adamw_8bit"}),
-    ("LoRA, the model in bfloat16", "LoRA", {"optim": "adamw_torch_fused"}),
-    ("QLoRA, the model in 4 bits", "QLoRA", {}),
+STEPS_DOWN = (
+    ("all of the model, all activations kept", "full", "SFT, all activations kept"),
+    ("`gradient_checkpointing=True`", "full", "SFT"),
+    ("LoRA, the model in bfloat16", "LoRA", "SFT"),
+    ("QLoRA, the model in 4 bits", "QLoRA", "SFT"),
 )
-"""Each line with those before it."""
-
-SAVED_OF = "Llama-3.2-1B"
+"""Options one after the other, and where in the cells of a model they are."""
 
 
 def found(size: str) -> dict[str, Any]:
-    """GiB of a model's cells, `[size][kind][column]`; and, for one model, those of `SAVINGS`."""
+    """GiB of a model's cells, `[size][kind][column]`."""
     cells: dict[str, Any] = {kind: {} for kind in KINDS}
     for adapter, (column, (method, checkpointed)) in product((False, True), COLUMNS.items()):
         options = {"gradient_checkpointing": checkpointed}
         by_kind = in_a_process(estimated, size, method, options, adapter=adapter)
         for kind, parts in by_kind.items():
             cells[kind][column] = gib(parts)
-    return {"cells": {size: cells}} | ({"savings": savings()} if size == SAVED_OF else {})
-
-
-def savings() -> list[float]:
-    options: dict[str, Any] = {"per_device_train_batch_size": 16}
-    totals = []
-    for _, kind, changed in SAVINGS:
-        options |= changed
-        totals.append(gib(in_a_process(estimated, SAVED_OF, "SFT", options, adapter=kind != "full")[kind]))
-    return totals
+    return {"cells": {size: cells}}
 
 
 def gib(parts: Parts) -> float:
@@ -230,18 +217,14 @@ def tables(result: dict[str, Any]) -> list[Grid]:
         [column, kind, *(_largest(cells, column, kind, room) for room in CARDS.values())]
         for column, kind in product(COLUMNS, KINDS)
     ]
-    totals = result.get("savings", [])
-    saved = [
-        [label, f"{now:.1f}", "" if last is None else f"{last - now:.1f}"]
-        for (label, _, _), now, last in zip(SAVINGS, totals, [None, *totals], strict=False)
-    ]
+    saved = [[label, *(f"{cells[size][kind][column]:.1f}" for size in cells)] for label, kind, column in STEPS_DOWN]
     ratios = [
         [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}"] for name, guess, peak in result.get("compared", [])
     ]
     return [
         Grid("GiB", ["model", "trained", *COLUMNS], by_model),
         Grid("The largest of these models that fits", ["method", "trained", *CARDS], largest),
-        Grid(f"SFT of {SAVED_OF}, one option after the other", ["", "GiB", "saved"], saved),
+        Grid("GiB of SFT, one option after the other", ["", *cells], saved),
         Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], ratios),
     ]
 
