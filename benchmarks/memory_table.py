@@ -40,9 +40,6 @@ from trl.cli.preview import without_weights
 from trl.data.encode import decode
 
 GIB, MIB = 2**30, 2**20
-CONTEXT = 0.7
-"""GiB of a CUDA context with cuBLAS, as measured on an H200."""
-
 QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
 SIZES: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": SHAPES["0.5B"],
@@ -53,11 +50,6 @@ SIZES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False},
 }
 KINDS = ("full", "LoRA", "QLoRA")
-CARDS = {"24 GB": 23.5, "48 GB": 47.5, "80 GB": 79.0, "141 GB": 139.5}
-"""GiB that a card of that name has."""
-
-ROOM = 0.9
-"""The part of a card that may be planned for: blocks leave holes between them."""
 
 
 @dataclass(frozen=True)
@@ -213,25 +205,15 @@ def tables(result: dict[str, Any]) -> list[Grid]:
         [size, kind, *(f"{cells[size][kind][column]:.1f}" for column in COLUMNS)]
         for size, kind in product(cells, KINDS)
     ]
-    largest = [
-        [column, kind, *(_largest(cells, column, kind, room) for room in CARDS.values())]
-        for column, kind in product(COLUMNS, KINDS)
-    ]
     saved = [[label, *(f"{cells[size][kind][column]:.1f}" for size in cells)] for label, kind, column in STEPS_DOWN]
     ratios = [
         [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}"] for name, guess, peak in result.get("compared", [])
     ]
     return [
         Grid("GiB", ["model", "trained", *COLUMNS], by_model),
-        Grid("The largest of these models that fits", ["method", "trained", *CARDS], largest),
         Grid("GiB of SFT, one option after the other", ["", *cells], saved),
         Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], ratios),
     ]
-
-
-def _largest(cells: dict[str, Any], column: str, kind: str, room: float) -> str:
-    fitting = [size for size in cells if cells[size][kind][column] + CONTEXT <= ROOM * room]
-    return fitting[-1] if fitting else "none"
 
 
 def main() -> None:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import memory_table
 from report import markdown
 
+ROOT = Path(__file__).parents[2]
 FOUND = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
 
 
 def test_the_page_shows_what_was_found():
     page = (ROOT / "docs/gpu.md").read_text()
-    assert [*FOUND["cells"]] == [*memory_table.SIZES]
+    assert FOUND["cells"].keys() <= memory_table.SIZES.keys()
     for grid in memory_table.tables(FOUND):
         assert markdown(grid).split("\n\n", 1)[1] in page, grid.title
 
