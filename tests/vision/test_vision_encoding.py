@@ -412,10 +412,10 @@ def test_a_size_that_the_processor_refuses_is_named():
         processing.expand(processing.place, [Image.new("RGB", (3000, 3))])
 
 
-def test_an_older_transformers_is_named(monkeypatch):
+def test_a_processor_of_an_older_transformers_is_named(monkeypatch):
     tiny = llava()
-    monkeypatch.setattr(type(tiny.processor), "_merge_kwargs", lambda self, ModelProcessorKwargs: {})
-    with pytest.raises(ConfigError, match="transformers .* processes images in an older way"):
+    monkeypatch.delattr(type(tiny.processor), "replace_image_token")
+    with pytest.raises(ConfigError, match="LlavaProcessor of transformers .* install 5.15 or later"):
         ImageProcessing.of(tiny.processor, tiny.model.config)
 
 

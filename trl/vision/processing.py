@@ -6,7 +6,6 @@ ids, images ──example_inputs──▶ pixel values, token types, positions  
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,11 +51,10 @@ class ImageProcessing:
                 "trl.vision.families.FAMILIES that says how their inputs are joined, or give the tokenizer alone, "
                 "processing_class=processor.tokenizer, to train on texts."
             )
-        given = inspect.signature(processor._merge_kwargs).parameters.get("ModelProcessorKwargs")
-        if given is not None and given.default is inspect.Parameter.empty:
+        if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
             raise ConfigError(
-                f"transformers {transformers.__version__} processes images in an older way: install 5.23 or later, or give the "
-                "tokenizer alone, processing_class=processor.tokenizer, to train on texts."
+                f"{type(processor).__name__} of transformers {transformers.__version__} does not say which tokens stand for an "
+                "image: install 5.15 or later, or give the tokenizer alone, processing_class=processor.tokenizer, to train on texts."
             )
         return cls(processor, family, limits or PixelLimits())
 
