@@ -4,9 +4,9 @@
     python benchmarks/releases.py 5.10.1 lowest          one of them: transformers 5.10.1, the others at their lower bounds
 
 An environment has one release of transformers, and peft, datasets and accelerate either at the lower bounds of pyproject.toml or as
-new as can be had; torch and the rest are those that this program runs with. The tests are those that a release of transformers is
-likeliest to break: sampling and its cache, scoring, loading, adapters, and steps of the trainers. What ran goes into
-results/releases.json and into the table of docs/releases.md.
+new as can be had; torch and the rest are those that this program runs with. The tests are those that a release of a neighbour is
+likeliest to break: sampling and its cache, scoring, loading, adapters, images, reading of rows, and steps of the trainers. What ran
+goes into results/releases.json and into the table of docs/releases.md.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "releases.json"
 PAGE = ROOT / "docs" / "releases.md"
 TRANSFORMERS = ("5.10.1", "5.17.0", "5.23.0", "5.24.0")
 NEIGHBOURS = ("peft", "datasets", "accelerate")
-TESTS = (
-    "tests/rollouts/test_rollouts_local.py",
-    "tests/models/test_models_score.py",
-    "tests/models/test_models_load.py",
-    "tests/models/test_models_adapters.py",
-    "tests/trainers/test_trainers_habits.py",
-)
+TESTS = {
+    "sampling": ("tests/rollouts/test_rollouts_local.py",),
+    "models": (
+        "tests/models/test_models_score.py",
+        "tests/models/test_models_load.py",
+        "tests/models/test_models_adapters.py",
+    ),
+    "images": ("tests/vision/test_vision_encoding.py", "tests/vision/test_vision_sampling.py"),
+    "rows": ("tests/data/test_data_encode.py", "tests/data/test_data_formats.py", "tests/data/test_data_mixture.py"),
+    "trainers": ("tests/trainers/test_trainers_habits.py", "tests/trainers/test_trainers_parts.py"),
+}
+"""Test files by what they are of; each group is a run of pytest."""
 NOT_RUN = ("tests/models/test_models_adapters.py::test_commands_take_the_folder_of_an_adapter",)
 """Programs of half a minute."""
 OPTIONS = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-W", "default", "--disable-warnings", "-rfE"]
@@ -63,12 +68,17 @@ def tried(transformers: str, age: str) -> dict[str, Any]:
     """Versions of an environment, and how many tests passed, failed and were skipped there."""
     with TemporaryDirectory() as folder:
         python = environment(folder, transformers, age)
-        words = [python, "-m", "pytest", *OPTIONS]
-        words += [*TESTS, *(f"--deselect={test}" for test in NOT_RUN)]
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True)
-        print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
-        return {"transformers": transformers, "age": age, "versions": versions(python), **counts(done.stdout)}
+        groups = {name: counts(pytest(python, files)) for name, files in TESTS.items()}
+        return {"transformers": transformers, "age": age, "versions": versions(python), "groups": groups}
+
+
+def pytest(python: str, files: Sequence[str]) -> str:
+    """What pytest says of these files in an environment."""
+    words = [python, "-m", "pytest", *OPTIONS, *files, *(f"--deselect={test}" for test in NOT_RUN)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True)
+    print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
+    return done.stdout
 
 
 def versions(python: str) -> dict[str, str]:
@@ -81,7 +91,12 @@ def counts(output: str) -> dict[str, Any]:
     """Numbers of the last line of pytest, and the tests that failed."""
     last = output.strip().splitlines()[-1]
     found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    return {"counts": found, "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)}
+    return {**found, "names": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)}
+
+
+def total(result: Mapping[str, Any], *outcomes: str) -> int:
+    """How many tests of an environment had one of these outcomes."""
+    return sum(group.get(outcome, 0) for group in result["groups"].values() for outcome in outcomes)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -92,8 +107,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     ]
     for each in sorted(results, key=lambda r: ([int(n) for n in r["transformers"].split(".")], r["age"])):
         named = [each["versions"][name] for name in ("transformers", *NEIGHBOURS)]
-        numbers = [each["counts"].get(name, 0) for name in ("passed", "failed", "skipped")]
-        numbers[1] += each["counts"].get("error", 0)
+        numbers = [total(each, "passed"), total(each, "failed", "error"), total(each, "skipped")]
         lines.append(f"| {' | '.join(map(str, [*named, *numbers]))} |")
     return "\n".join(lines)
 
@@ -114,7 +128,7 @@ def main(words: Sequence[str]) -> int:
     failed = 0
     for release, age in pairs:
         keep(result := tried(release, age))
-        failed += bool(result["failed"]) or not result["counts"].get("passed")
+        failed += total(result, "failed", "error") or not total(result, "passed")
     return int(bool(failed))
 
 

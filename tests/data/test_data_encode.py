@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from trl.data.completion_collator import DataCollatorForCompletionOnlyLM
-from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset
+from trl.data.encode import EncodeSettings, EncodingReport, decode, encode_dataset, first_rows
 from trl.data.row_encoder import tokenizer_key
 from trl.errors import ConfigError, DataError
 
@@ -364,6 +364,16 @@ def test_a_stream_is_encoded_alike_and_counted_as_it_goes(chatml):
     assert stream.report.rows_in == 0
     assert list(stream.dataset) == list(table.dataset)
     assert stream.report == table.report
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_more_than_all_rows_are_the_first_ones(monkeypatch, stream):
+    rows = Dataset.from_list([{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    monkeypatch.setattr(
+        Dataset, "take", lambda self, n: self.select(range(n))
+    )  # as before datasets 5: no more than there are
+    rows = rows.to_iterable_dataset() if stream else rows
+    assert [[row["text"] for row in first_rows(rows, n)] for n in (2, 5)] == [["a", "b"], ["a", "b", "c"]]
 
 
 def test_a_stream_keeps_columns(plain):

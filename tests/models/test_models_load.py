@@ -65,6 +65,17 @@ def test_models_by_name_and_as_objects_are_mended(make_model, tmp_path):
     trainer.save_model()
 
 
+# ---- models that other libraries loaded ----
+
+
+def test_the_loss_of_a_model_that_unsloth_loaded_is_the_trainer_s(make_model, tmp_path):
+    model = make_model("llama")
+    model._unsloth_cpu_chunked_ce = True
+    args = SFTConfig(output_dir=str(tmp_path), html_report=False, report_to=[])
+    SFTTrainer(model, args, train_dataset=Dataset.from_dict({"text": ["a"]}), processing_class=make_tokenizer())
+    assert not model._unsloth_cpu_chunked_ce
+
+
 # ---- layers ----
 
 

@@ -78,14 +78,15 @@ def _print_help(method: Method, *, everything: bool) -> int:
 def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     """Print all that can be known before training, and `rows` of them as the model sees them. Returns 1 if something is wrong, else 0."""
     from trl.cli.help import console
+    from trl.data.encode import first_rows
 
     out = console()
     check_hub(run)
     check_trains(run)
     dataset, evaluated = datasets_of(run)
-    sample = dataset.take(ROWS_READ)
+    sample = first_rows(dataset, ROWS_READ)
     with library_errors_as_config_errors():
-        trainer = trainer_of(run, sample, None if evaluated is None else evaluated.take(ROWS_READ))
+        trainer = trainer_of(run, sample, None if evaluated is None else first_rows(evaluated, ROWS_READ))
     if rows:
         trainer.preview(rows)
     reads_images = trainer.images is not None

@@ -110,7 +110,9 @@ def _without_weights(kind: type, name: str, part: str) -> Any:
 
 def rows_of(rows: Any, count: int) -> dict[str, str]:
     """The first `count` prompts, and how many rows there are."""
-    prompts = {f"prompt {i + 1}": str(row.get("prompt"))[:100] for i, row in enumerate(rows.take(count))}
+    from trl.data.encode import first_rows
+
+    prompts = {f"prompt {i + 1}": str(row.get("prompt"))[:100] for i, row in enumerate(first_rows(rows, count))}
     size = {"rows": f"{len(rows):,}"} if hasattr(rows, "__len__") else {"rows": "a stream"}
     return size | prompts
 

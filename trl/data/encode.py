@@ -149,7 +149,8 @@ def encode_dataset(
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field, reads_images=reads)
     has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)
     tokenization = Tokenization(tokenizer, settings, images)
-    is_packed = kind == "tokenized" and comes_packed(columns, _first_rows(dataset))
+    deciding = 1 if isinstance(dataset, IterableDataset) else FIRST_ROWS
+    is_packed = kind == "tokenized" and comes_packed(columns, list(first_rows(dataset, deciding)))
     if kind == "tokenized_preference":
         refuse_packed(columns, kind)
     encoder = RowEncoder(tokenization, kind, tuple(columns), has_inputs=has_inputs, is_packed=is_packed)
@@ -173,9 +174,9 @@ def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | I
     return shown if form["type"] is None else shown.with_format(None)
 
 
-def _first_rows(dataset: Dataset | IterableDataset) -> list[Mapping[str, Any]]:
-    """So many rows as decide on what all of them are: of a stream the first."""
-    return list(dataset.take(1 if isinstance(dataset, IterableDataset) else FIRST_ROWS))
+def first_rows(dataset: Dataset | IterableDataset, count: int) -> Dataset | IterableDataset:
+    """The first `count` rows, or all where there are fewer: before datasets 5, `Dataset.take` raises for those."""
+    return dataset.take(count if isinstance(dataset, IterableDataset) else min(count, len(dataset)))
 
 
 def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:

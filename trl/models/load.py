@@ -193,6 +193,13 @@ def keep_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_own_loss(model: torch.nn.Module) -> None:
+    """Let trainers compute the loss of a model that unsloth loaded on a CPU: its own SFT loss asks for rows as dicts of tensors."""
+    for module in model.modules():
+        if "_unsloth_cpu_chunked_ce" in vars(module):
+            module._unsloth_cpu_chunked_ce = False
+
+
 def _dtype(name: str) -> torch.dtype:
     dtype = torch.__dict__.get(name.removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):

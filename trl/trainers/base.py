@@ -35,7 +35,7 @@ from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
 from trl.data.chat import clone_chat_template
 from trl.data.conventions import in_known_columns
-from trl.data.encode import Encoded, EncodeSettings, encode_dataset, without_format
+from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows, without_format
 from trl.data.examples import (
     ENCODED,
     ImageCollator,
@@ -58,6 +58,7 @@ from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
+    keep_own_loss,
     keep_unpacked,
     load_model,
     load_processor,
@@ -224,6 +225,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
         keep_unpacked(model)
+        keep_own_loss(model)
         model = self._with_adapters(model, peft_config)
         make_trainable(model)
         mend_generation_config(unwrap(model))
@@ -355,7 +357,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        examples = self.to_examples(list(self.train_dataset.take(n)))[:n]
+        examples = self.to_examples(list(first_rows(self.train_dataset, n)))[:n]
         image_token = None if self.images is None else self.images.token_id
         preview_examples(examples, self.tokenizer, image_token=image_token)
         for encoded in self.encoded.values():
@@ -365,7 +367,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         """The first `n` training rows, `{"prompt", "completions"}`, for the report."""
         if self.train_dataset is None:
             return []
-        examples = self.to_examples(list(self.train_dataset.take(n)))[:n]
+        examples = self.to_examples(list(first_rows(self.train_dataset, n)))[:n]
         return [as_text(example, self.tokenizer) for example in examples]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.pictures import PictureLog
 from trl.callbacks.report import ReportCallback
+from trl.data.encode import first_rows
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
 from trl.diffusion.pipelines import (
@@ -231,7 +232,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     def pictured_rows(self) -> list[Row]:
         """The first rows of the dataset, with prompts of their own as far as there are any."""
         found: dict[str, Row] = {}
-        for row in self.train_dataset.take(8 * self.args.num_pictures):
+        for row in first_rows(self.train_dataset, 8 * self.args.num_pictures):
             found.setdefault(row["prompt"], row)
         rows = [*found.values()][: self.args.num_pictures]
         return [rows[i % len(rows)] for i in range(self.args.num_pictures)]
