@@ -9,10 +9,12 @@ import pytest
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.conftest import make_tokenizer
 from trl.data.chat import setup_chat_format
+from trl.errors import ModelError
 from trl.models.adapters import put_on
 from trl.models.load import load_model
 from trl.noise import LOGGED, without_noise
@@ -58,6 +60,19 @@ def test_weights_that_are_missing_beside_a_head_are_heard(make_model, tmp_path, 
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, num_hidden_layers=3)
     assert "layers.2" in "".join(heard).replace("{", "").replace("}", "")
     assert [logging.getLogger(name).filters for name in LOGGED] == before
+
+
+def test_a_report_is_heard_where_no_error_says_it(make_model, tmp_path, heard):
+    make_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "model.other": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(str(tmp_path))
+    assert "LOAD REPORT" in "".join(heard)
+    heard.clear()
+    save_file({**weights, "score.weight": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        load_model(str(tmp_path))
+    assert heard == []
 
 
 def test_an_adapter_is_no_news(make_model):

@@ -60,6 +60,34 @@ def without_noise(*loggers: str) -> Iterator[None]:
             logger.removeFilter(words)
 
 
+class _Held(logging.Filter):
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+        self.records: list[logging.LogRecord] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_held = self.words in record.getMessage()
+        self.records += [record] * is_held
+        return not is_held
+
+
+@contextmanager
+def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]:
+    """Hold back what the logger `name` says with these words until the block ends; an `error` says it in its place."""
+    logger, held = logging.getLogger(name), _Held(words)
+    logger.addFilter(held)
+    try:
+        yield
+    except error:
+        held.records.clear()
+        raise
+    finally:
+        logger.removeFilter(held)
+        for record in held.records:
+            logger.handle(record)
+
+
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Leave out the warnings that are noise meanwhile."""

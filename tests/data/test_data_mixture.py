@@ -172,6 +172,12 @@ def test_rows_set_aside(tmp_path, size, expected):
         ),
         ({"dataset_name": ["train.jsonl", "b.csv"]}, "files of different kinds"),
         ({"dataset_name": ["b.csv", "c.tsv"]}, "files of different kinds"),
+        (
+            {"dataset_name": "semicolons.csv"},
+            "line 1: its columns are separated by ';'.* a .csv file has ','. Write it with",
+        ),
+        ({"dataset_name": "tabs.csv"}, r"separated by '\\t'.* Name it .tsv"),
+        ({"dataset_name": "commas.tsv"}, r"separated by ','.* a .tsv file has '\\t'"),
         ({"dataset_name": ["train.jsonl", "imdb"]}, "mix datasets with `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_name": "broken.jsonl"}, r"Dataset \['broken.jsonl'\] cannot be read as json: "),
@@ -186,6 +192,8 @@ def test_rows_set_aside(tmp_path, size, expected):
 def test_refused_datasets(tmp_path, arguments, message):
     write(tmp_path / "train.jsonl")
     write(tmp_path / "b.csv")
+    for name, separator in {"semicolons.csv": ";", "tabs.csv": "\t", "commas.tsv": ","}.items():
+        (tmp_path / name).write_text(separator.join("pq") + "\n" + separator.join("ab") + "\n")
     write(tmp_path / "c.tsv")
     (tmp_path / "notes.md").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": [')

@@ -73,6 +73,9 @@ class ScriptArguments:
 LONGEST = 300
 """Characters of what another library raised."""
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""What stands between the columns of a table, by the ending of its file."""
+
 TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Endings of files with letters in UTF-8."""
 
@@ -211,6 +214,7 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     separator = {"sep": "\t"} if has_tabs else {}
     for path in paths:
         _check_letters(path)
+        _check_separator(path)
     try:
         return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
     except DatasetGenerationError as error:
@@ -231,6 +235,22 @@ def _check_letters(path: str) -> None:
                     f"{path}, line {number}, column {error.start + 1}: the byte {line[error.start]:#04x} is not UTF-8. "
                     f"Convert the file, for instance from Latin-1: iconv -f latin1 -t utf-8 {path}"
                 ) from error
+
+
+def _check_separator(path: str) -> None:
+    """Raises DataError for a table whose columns are separated by something else than its ending says."""
+    expected = SEPARATORS.get(Path(path).suffix)
+    if expected is None or not Path(path).is_file():
+        return
+    with open(path, encoding="utf-8") as file:
+        header = file.readline().rstrip("\r\n")
+    found = next((separator for separator in "\t;|," if separator in header), expected)
+    if expected not in header and found != expected:
+        remedy = "Name it .tsv" if found == "\t" else f"Write it with {expected!r}"
+        raise DataError(
+            f"{path}, line 1: its columns are separated by {found!r} ({header[:60]!r}), where a {Path(path).suffix} file has "
+            f'{expected!r}. {remedy}, or give rows that were read in Python: load_dataset("csv", data_files={path!r}, sep={found!r}).'
+        )
 
 
 def _where_json_breaks(path: str) -> str | None:

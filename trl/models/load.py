@@ -32,7 +32,7 @@ from trl.models.adapters import HUB_OPTIONS, base_of, is_adapter, thaw, trains, 
 from trl.models.attention_packages import check_attention
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
-from trl.noise import without_noise
+from trl.noise import unless_said, without_noise
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,15 @@ def load_model(
         config = load_config(name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
         found = language_model_class(config)
         auto_class = found if auto_class is None or found is AutoModelForImageTextToText else auto_class
-    with loaded_whole(), without_noise("transformers.modeling_utils"):
-        loading = {**kwargs, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-        model, found = auto_class.from_pretrained(name, **loading)
-    if quantization_config is None and adapter is None:  # an adapter may bring layers; quantised ones have other names
-        check_layers(model, name, **found)
+    loading = {**kwargs, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    reporting = "transformers.modeling_utils"
+    with without_noise(reporting), unless_said(reporting, "LOAD REPORT", ModelError):
+        with loaded_whole():
+            model, found = auto_class.from_pretrained(name, **loading)
+        if (
+            quantization_config is None and adapter is None
+        ):  # an adapter may bring layers; quantised ones have other names
+            check_layers(model, name, **found)
     keep_unpacked(model)
     mend_generation_config(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
