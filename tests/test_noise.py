@@ -65,11 +65,15 @@ def test_weights_that_are_missing_beside_a_head_are_heard(make_model, tmp_path, 
 def test_a_report_is_heard_where_no_error_says_it(make_model, tmp_path, heard):
     make_model("llama").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({**weights, "model.other": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "model.other": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     load_model(str(tmp_path))
     assert "LOAD REPORT" in "".join(heard)
     heard.clear()
-    save_file({**weights, "score.weight": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "score.weight": weights["lm_head.weight"].clone()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(ModelError, match=r"score\.weight"):
         load_model(str(tmp_path))
     assert heard == []

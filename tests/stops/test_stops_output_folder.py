@@ -40,8 +40,9 @@ def used(make_model, tmp_path):
     return tmp_path
 
 
-def test_the_same_run_may_be_made_again(make_model, used):
+def test_the_same_run_may_be_made_again(make_model, used, caplog):
     sft(make_model("llama"), used, save_strategy="steps", save_steps=1, logging_steps=3).train()
+    assert "refused" not in caplog.text
 
 
 OTHERS = {
@@ -59,8 +60,10 @@ NAMED = {"method": "SFTTrainer.*DPOTrainer", "adapter": "adapter", "rows": "rows
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_run_is_refused_before_its_first_step(make_model, used, other):
+def test_another_run_is_refused_before_its_first_step(make_model, used, other, caplog):
     trainer = OTHERS[other](make_model, used)
+    said = "train() will be refused, unless it resumes a run: output_dir="
+    assert (said in caplog.text) == (other in ("method", "option"))  # what is known before rows are encoded
     before = sorted(path.name for path in used.iterdir())
     with pytest.raises(ConfigError, match=f"(?s)holds another run.*{NAMED[other]}.*overwrite_output_dir.*--resume"):
         trainer.train()

@@ -147,6 +147,8 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         collate = collate_examples if self.images is None else ImageCollator(self.images)
         self.to_examples = collate if data_collator is None else examples_from(data_collator)
         self.encoded: dict[str, Encoded] = {}
+        if train_dataset is not None:
+            self._foresee_folder()
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,

@@ -51,6 +51,14 @@ def check_folder(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool)
         )
 
 
+def foresee(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Say where `check_folder` will refuse `run`: before its rows are encoded, when it may yet resume the other, or evaluate."""
+    try:
+        check_folder(folder, run, overwrite=False)
+    except ConfigError as error:
+        logger.warning(f"train() will be refused, unless it resumes a run: {error}")
+
+
 def claim(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Write down that what a folder holds is of `run`."""
     folder = Path(folder)

@@ -24,13 +24,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.data.examples import Endless
 from trl.models.reference import Reference
+from trl.models.score import unwrap
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
-from trl.training.output_folder import check_folder, check_space, checkpoint_bytes, claim
+from trl.training.output_folder import check_folder, check_space, checkpoint_bytes, claim, foresee
 from trl.training.renamed_weights import are_renamed, load_renamed
-from trl.training.run_settings import SETTINGS_FILE, check_adapter, check_settings, describe_run
+from trl.training.run_settings import (
+    SETTINGS_FILE,
+    check_adapter,
+    check_settings,
+    describe_options,
+    describe_run,
+    name_of,
+)
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
 
@@ -81,6 +89,12 @@ class ResumableTrainer(Trainer):
             return
         overwrite = vars(self.args).get("overwrite_output_dir", False)
         run_on_main(partial(check_folder, folder, describe_run(self), overwrite=overwrite))
+
+    def _foresee_folder(self) -> None:
+        """Say before rows are encoded that the output folder holds another run, as far as options tell."""
+        args = self.args
+        if args.process_index == 0 and not (args.resume_from_checkpoint or vars(args).get("overwrite_output_dir")):
+            foresee(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
 
     def _check_space(self) -> None:
         """Raise ConfigError, on all processes, where no checkpoint fits on the disk."""

@@ -66,7 +66,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     """What a checkpoint keeps of the settings of a run."""
     return {
         "trainer": type(trainer).__name__,
-        "model": _name_of(unwrap(trainer.model)),
+        "model": name_of(unwrap(trainer.model)),
         "adapter": next((vars(m)["_trl_source"] for m in trainer.model.modules() if "_trl_source" in vars(m)), ""),
         "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
         "parameters": trained_parameters(unwrap(trainer.model)),
@@ -89,7 +89,7 @@ def describe_options(trainer: str, model: str, args: Any) -> dict[str, Any]:
     return {"trainer": trainer, "optim": optim, "options": options} | ({"model": model} if model else {})
 
 
-def _name_of(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
     """The name or folder that a model was loaded from; empty for one that was made in memory."""
     config = vars(model).get("config") or vars(model).get("_internal_dict") or {}
     return dict(config if isinstance(config, Mapping) else vars(config)).get("_name_or_path") or ""
