@@ -12,7 +12,6 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "liger_kernel": "liger",
     "bitsandbytes": "quantization",
-    "torchao": "quantization",
     "diffusers": "diffusion",
     "math_verify": "math",
     "ray": "sweep",

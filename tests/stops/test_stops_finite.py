@@ -17,7 +17,7 @@ from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.training.checkpoint import newest_checkpoint
 from trl.training.metrics import Meter
-from trl.training.nonfinite import NonFiniteError, SkippedSteps, is_finite, propagate_nonfinite
+from trl.training.nonfinite import NonFiniteError, SkippedSteps, is_finite, nonfinite_parameters, propagate_nonfinite
 
 BAD = "Z"
 OPTIONS = {
@@ -215,6 +215,24 @@ def test_a_finite_loss_and_its_gradient_stay_as_they_are():
 
 def test_norms():
     assert [is_finite(x) for x in (None, 0.0, torch.tensor(5.0), math.inf, math.nan, -1.0)] == [True] * 3 + [False] * 3
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: a tensor that does not know all functions."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.isfinite:
+            raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_quantised_weights_are_not_asked():
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(torch.ones(2, 2).as_subclass(Quantised), requires_grad=False)
+    assert nonfinite_parameters(model) == []
+    model.bias.data[0] = math.nan
+    assert nonfinite_parameters(model) == ["bias"]
 
 
 def test_counts():

@@ -95,9 +95,12 @@ def is_finite(norm: Tensor | float | None) -> bool:
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold NaN or an infinity, in what this process has of them."""
+    """Names of the parameters that hold NaN or an infinity, in what this process has of them.
+
+    Tensors of classes of their own are quantised weights, which training leaves as they are.
+    """
     held = shards(model).items()
-    checked = ((n, v) for n, v in held if v.is_floating_point() and not v.is_meta)
+    checked = ((n, v) for n, v in held if v.is_floating_point() and not v.is_meta and type(v.detach()) is Tensor)
     return [name for name, values in checked if not bool(values.isfinite().all())]
 
 
