@@ -2,6 +2,7 @@
 
     make releases                                        all of them; some minutes each
     python benchmarks/releases.py 5.10.1 lowest          one of them: transformers 5.10.1, the others at their lower bounds
+    python benchmarks/releases.py 5.10.1 lowest images   and there the tests of one group alone
 
 An environment has one release of transformers, and peft, datasets and accelerate either at the lower bounds of pyproject.toml or as
 new as can be had; torch and the rest are those that this program runs with. The tests are those that a release of a neighbour is
@@ -64,11 +65,11 @@ def environment(folder: str, transformers: str, age: str) -> str:
     return python
 
 
-def tried(transformers: str, age: str) -> dict[str, Any]:
-    """Versions of an environment, and how many tests passed, failed and were skipped there."""
+def tried(transformers: str, age: str, *only: str) -> dict[str, Any]:
+    """Versions of an environment, and how many tests of each group (of these `only`) passed, failed and were skipped there."""
     with TemporaryDirectory() as folder:
         python = environment(folder, transformers, age)
-        groups = {name: counts(pytest(python, files)) for name, files in TESTS.items()}
+        groups = {name: counts(pytest(python, files)) for name, files in TESTS.items() if name in (only or TESTS)}
         return {"transformers": transformers, "age": age, "versions": versions(python), "groups": groups}
 
 
@@ -91,7 +92,7 @@ def counts(output: str) -> dict[str, Any]:
     """Numbers of the last line of pytest, and the tests that failed."""
     last = output.strip().splitlines()[-1]
     found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    return {**found, "names": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)}
+    return {**found, "not_passed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)}
 
 
 def total(result: Mapping[str, Any], *outcomes: str) -> int:
@@ -101,22 +102,28 @@ def total(result: Mapping[str, Any], *outcomes: str) -> int:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The results as the table of the page."""
-    lines = [
-        "| transformers | peft | datasets | accelerate | passed | failed | skipped |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = ["transformers", *NEIGHBOURS]
+    lines = [f"| {' | '.join([*names, *TESTS])} |", "|---" * (len(names) + len(TESTS)) + "|"]
     for each in sorted(results, key=lambda r: ([int(n) for n in r["transformers"].split(".")], r["age"])):
-        named = [each["versions"][name] for name in ("transformers", *NEIGHBOURS)]
-        numbers = [total(each, "passed"), total(each, "failed", "error"), total(each, "skipped")]
-        lines.append(f"| {' | '.join(map(str, [*named, *numbers]))} |")
+        cells = [each["versions"][name] for name in names] + [cell(each["groups"].get(name, {})) for name in TESTS]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def cell(group: Mapping[str, Any]) -> str:
+    """How many tests passed, and what else there was; empty for a group that did not run."""
+    numbers = {name: group[name] for name in ("passed", "failed", "error", "skipped") if group.get(name)}
+    return ", ".join(str(number) if name == "passed" else f"{number} {name}" for name, number in numbers.items())
+
+
 def keep(result: Mapping[str, Any]) -> None:
-    """Write a result down in place of an earlier one of the same environment, and all of them into the page."""
+    """Write a result down beside earlier ones of the same versions, in place of the same groups, and all of them into the page."""
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = (result["transformers"], result["age"])
-    results = [each for each in before if (each["transformers"], each["age"]) != same] + [result]
+    earlier = [each for each in before if (each["transformers"], each["age"]) == same]
+    alike = [each["groups"] for each in earlier if each["versions"] == result["versions"]]
+    groups = {name: group for each in [*alike, result["groups"]] for name, group in each.items()}
+    results = [each for each in before if each not in earlier] + [{**result, "groups": groups}]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(re.sub(r"\| transformers \|.*?\n(?=\n)", lambda _: table(results) + "\n", page, flags=re.DOTALL))
@@ -124,10 +131,10 @@ def keep(result: Mapping[str, Any]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Try one environment, or all; returns 1 where a test failed."""
-    pairs = [tuple(words)] if words else [(release, age) for release in TRANSFORMERS for age in ("lowest", "newest")]
+    runs = [tuple(words)] if words else [(release, age) for release in TRANSFORMERS for age in ("lowest", "newest")]
     failed = 0
-    for release, age in pairs:
-        keep(result := tried(release, age))
+    for run in runs:
+        keep(result := tried(*run))
         failed += total(result, "failed", "error") or not total(result, "passed")
     return int(bool(failed))
 
