@@ -295,7 +295,7 @@ def test_no_server_at_the_start(model, tmp_path):
     ],
 )
 def test_a_server_that_does_not_fit(model, config, words, tmp_path):
-    """Before it is sent anything: vLLM ends where weights of another model are read into its own."""
+    """An error before it is sent anything."""
     with serve(tiny(**config)) as served:
         engine = ServerEngine(served.url, sync_dir=tmp_path)
         with pytest.raises(EngineError, match=words):

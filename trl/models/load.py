@@ -94,9 +94,8 @@ def load_model(
     with without_noise(reporting), unless_said(reporting, "LOAD REPORT", ModelError):
         with loaded_whole():
             model, found = auto_class.from_pretrained(name, **loading)
-        if (
-            quantization_config is None and adapter is None
-        ):  # an adapter may bring layers; quantised ones have other names
+        # An adapter may bring layers; quantised ones have other names.
+        if quantization_config is None and adapter is None:
             check_layers(model, name, **found)
     keep_unpacked(model)
     mend_generation_config(model)

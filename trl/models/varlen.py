@@ -126,9 +126,7 @@ def by_runs(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, scale: float | None, window: int | None
 ) -> Tensor:
     """As `by_kernel`, run by run: for precisions and devices that the kernel does not have. Waits for the device."""
-    if isinstance(
-        query, FakeTensor
-    ):  # the estimate of memory: where runs begin is not known, and of no matter to a trial
+    if isinstance(query, FakeTensor):  # of the estimate of memory, in which nobody knows where runs begin
         return query.clone()
     parts = []
     queries, keys = spans.query_starts.tolist(), spans.key_starts.tolist()
