@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.vision.support import FAMILIES, picture
-from tests.vision.test_vision_layouts import example_of, plain_logprobs
+from tests.vision.test_vision_layouts import example_of, plain_inputs, plain_logprobs
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
@@ -33,6 +33,21 @@ def test_samples_have_the_log_probabilities_of_plain_forwards(name):
             with torch.no_grad():
                 expected = plain_logprobs(tiny, example, Completion(sample.ids))
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_samples_are_those_of_generate(name):
+    """Prompts with one, two and no images are sampled together; `generate` reads one at a time, and counts positions itself."""
+    tiny = FAMILIES[name]()
+    prompts = prompts_of(tiny)
+    params = SamplingParams(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    found = LocalEngine(tiny.model, progress=False).generate([Prompt.of(e) for e in prompts], params, 1)
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    banned = image_token_ids(tiny.model.config)
+    for example, (sample,) in zip(prompts, found, strict=True):
+        inputs = plain_inputs(tiny, example, Completion([]))
+        (expected,) = tiny.model.generate(**inputs, **options, suppress_tokens=banned).tolist()
+        assert list(sample.ids) == expected[len(example.prompt) :]
 
 
 def test_image_tokens_are_never_sampled():
