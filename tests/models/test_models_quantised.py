@@ -8,9 +8,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.conftest import make_tokenizer
+from tests.vision.support import llava
+from tests.vision.test_vision_training import rows, trainer_of
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.imports import is_available
 
@@ -72,3 +74,18 @@ def test_an_adapter_on_a_model_as_an_object_learns_in_every_layer(make_model, tm
     assert not any(vars(module).get("support_avx512bf16_for_cpu") for module in model.modules())
     moved, adapters = trained(trainer)
     assert moved == adapters == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize(("name", "kind"), [("sft", "completion"), ("dpo", "pairs")])
+def test_an_adapter_on_a_quantised_model_that_reads_images_learns(tmp_path, bits, name, kind):
+    """The image encoder and the projector are quantised as well, and stay as they are."""
+    tiny = llava()
+    tiny.model.save_pretrained(tmp_path / "model")
+    quantised = BitsAndBytesConfig(**BITS[bits])
+    tiny.model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", quantization_config=quantised)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    trainer = trainer_of(name, tmp_path / "run", tiny, rows(kind), peft_config=adapter, max_steps=2)
+    moved, count = trained(trainer)
+    assert moved == count > 0
+    assert trainer.layout == ("packed" if name == "sft" else "shared")
