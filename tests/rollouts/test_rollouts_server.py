@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from tests.conftest import MODELS, make_tokenizer
@@ -155,8 +155,21 @@ def test_what_makes_an_adapter_travel_merged(model):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"use_dora": True}, "DoRA"),
+        ({"trainable_token_indices": [5]}, "tokens of the embeddings"),
+        ({"target_parameters": ["model.layers.0.mlp.up_proj.weight"]}, "target_parameters"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
     ]:
-        assert words in needs_merged_weights(with_lora(model, **options), [own])
+        assert words in needs_merged_weights(with_lora(model, **options), [own]), words
+    assert needs_merged_weights(model, [own]) == "the model has no adapter"
+    assert "IA3" in needs_merged_weights(get_peft_model(tiny(), IA3Config(task_type="CAUSAL_LM")), [own])
+    two = with_lora(tiny())
+    two.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    two.base_model.set_adapter(["default", "other"])
+    assert "several adapters" in needs_merged_weights(two, [own])
+    below = with_lora(tiny())
+    below.get_base_model().lm_head.weight.requires_grad_(True)
+    assert "below the adapter" in needs_merged_weights(below, [own])
     assert "--max-lora-rank" in needs_merged_weights(with_lora(model), [replace(own, max_lora_rank=2)])
     assert "--enable-lora" in needs_merged_weights(with_lora(model), [replace(own, takes_adapters=False)])
 
