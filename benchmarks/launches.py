@@ -54,6 +54,7 @@ from trl.models import varlen
 from trl.models.compiled import compile_layers
 from trl.models.fused import ROTATION, rms_norm
 from trl.models.half_weights import round_together
+from trl.models.kept_activations import keep_less
 from trl.models.score import score
 from trl.ops import triton_head, triton_rotary
 from trl.rollouts import fused, fused_layers, fusions, triton_decode
@@ -247,6 +248,7 @@ def train(make: Callable[..., PreTrainedModel], *, rows: int = 16, tokens: int =
         model = make(**changed).train()
         varlen.switch(model, varlen.VARLEN)
         round_together(model)
+        keep_less(model)
         fake = batch.map(lambda x: torch.empty(x.shape, dtype=x.dtype))
         score(model, fake)
         with fused_as_on_cuda(model), Counts() as counts, torch.autocast("cpu", torch.bfloat16):

@@ -17,12 +17,13 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import synthetic
 from as_on_cuda import as_on_cuda
@@ -38,6 +39,7 @@ import trl
 from trl.cli.estimate import LIBRARIES, estimate_memory, quantised
 from trl.cli.preview import without_weights
 from trl.data.encode import decode
+from trl.trainers import base
 
 GIB, MIB = 2**30, 2**20
 QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
@@ -142,13 +144,20 @@ def heaviest_rows(trainer: Any, steps: int) -> Dataset:
 # ---- what was measured ----
 
 
-def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Name, estimated and measured MiB of every workload of `run.py --device cuda` that ran."""
+def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
+    """Of every workload of `run.py --device cuda` that ran: name, MiB estimated and measured, and estimated for today's layers.
+
+    The first estimate is for layers as they were when it ran.
+    """
     settings = measured["settings"]
     for name, found in tqdm(measured["workloads"].items(), disable=None):
         peak = max(run["peak_mib"] for run in found["runs"]["ours"])
-        parts = in_a_process(of_workload, name, settings)
-        yield name, round(sum(parts.values()) / MIB), round(peak)
+        then, now = (in_a_process(of_workload, name, settings | more) for more in ({}, {"keeps_less": True}))
+        yield name, in_mib(then), round(peak), in_mib(now)
+
+
+def in_mib(parts: Parts) -> int:
+    return round(sum(parts.values()) / MIB)
 
 
 def of_workload(name: str, settings: dict[str, Any]) -> Parts:
@@ -158,7 +167,13 @@ def of_workload(name: str, settings: dict[str, Any]) -> Parts:
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
     config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)
     more = {"steps": count, "plain": settings.get("plain", False)} | workload.arguments()
-    return traced(trainer, config, model=made, train_dataset=dataset, **more)[1]
+    with nullcontext() if settings.get("keeps_less") else keeping_all():
+        return traced(trainer, config, model=made, train_dataset=dataset, **more)[1]
+
+
+def keeping_all() -> AbstractContextManager[Any]:
+    """Within it, layers keep for backward what architectures keep, as in measurements from before `kept_activations.py`."""
+    return patch.object(base, "keep_less", lambda model: (0, 0))
 
 
 # ---- tables ----
@@ -207,12 +222,13 @@ def tables(result: dict[str, Any]) -> list[Grid]:
     ]
     saved = [[label, *(f"{cells[size][kind][column]:.1f}" for size in cells)] for label, kind, column in STEPS_DOWN]
     ratios = [
-        [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}"] for name, guess, peak in result.get("compared", [])
+        [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}", f"{now:,}"]
+        for name, guess, peak, now in result.get("compared", [])
     ]
     return [
         Grid("GiB", ["model", "trained", *COLUMNS], by_model),
         Grid("GiB of SFT, one option after the other", ["", *cells], saved),
-        Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], ratios),
+        Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio", "estimated today"], ratios),
     ]
 
 
@@ -226,7 +242,9 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="config fields of it to change, as JSON")
     options = parser.parse_args()
     if options.workload:
-        parts = of_workload(options.workload, {"steps": 4, "seed": 0, "options": {"ours": options.options}})
+        parts = of_workload(
+            options.workload, {"steps": 4, "seed": 0, "keeps_less": True, "options": {"ours": options.options}}
+        )
         print(", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()), f"together {gib(parts):.1f} GiB")
         return
     if options.measured:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trl.models.fused import close
+from trl.models.kept_activations import is_plain
 from trl.rollouts.fused import NormKind, norm_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -146,11 +147,6 @@ def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLaye
     gate, up, down = linears
     both = kinds[before], kinds[between]
     return GatedLayer(before, attention, between, both, gate, up, down, out, activation)
-
-
-def is_plain(linear: object) -> bool:
-    """Whether a product with its weight is all that it does: no adapter, no quantised weight, no hook."""
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks
 
 
 def _activation(function: object) -> str | None:

@@ -55,6 +55,7 @@ from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
+from trl.models.kept_activations import keep_less
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
@@ -196,6 +197,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         """Do with few kernels what the model's layers would launch many for."""
         if self._fuses():
             fuse(self.model)
+            keep_less(self.model)
         if self.args.torch_compile:
             compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
         if (self.args.bf16 or self.args.fp16) and not self.is_sharded:

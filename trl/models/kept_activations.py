@@ -1,0 +1,213 @@
+"""What decoder layers keep for their backward pass: everything once, and nothing that two cheap operations make again.
+
+    gated network   y = W_d (act(g) ⊙ u),  g = W_g x,  u = W_u x      Shazeer 2020 (arXiv:2002.05202), equation 6
+                    PyTorch keeps g, act(g), u and act(g) ⊙ u, the widest tensors of a layer; here g and u are kept
+    products        under autocast, each of W_q x, W_k x, W_v x (and W_g x, W_u x) keeps a rounded copy of x; here all keep one
+
+At 0.5 billion parameters that is half of the bytes per token, for two elementwise operations more and some casts less. Outputs
+and gradients are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trl.models.fused import close, gradients_of
+from trl.models.patching import evaluating
+
+NETWORK = ("gate_proj", "up_proj", "down_proj")
+"""What decoders call W_g, W_u and W_d; their activation is `act_fn`."""
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+"""What they call W_q, W_k and W_v, which read x in this order."""
+
+
+def keep_less(model: nn.Module) -> tuple[int, int]:
+    """Let the layers of `model` keep what stands at the top of this file; how many gated networks and attentions do."""
+    networks = [module for module in model.modules() if _is_gated(module) and _replaced(module)]
+    attentions = [linears for module in model.modules() if (linears := _plain_products(module))]
+    for linears in attentions:
+        for place, linear in enumerate(linears):
+            linear.forward = MethodType(_first_product if place == 0 else _next_product, linear)
+    return len(networks), len(attentions)
+
+
+# ── gated networks ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Gated(torch.autograd.Function):
+    """act(g) ⊙ u `[…,F]`; or, given the weight `[H,F]` and the bias (`[H]` or None) of W_d, y `[…,H]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Callable[[Tensor], Tensor],
+        gate: Tensor,
+        up: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up, weight)
+        product = activation(gate) * up
+        return product if weight is None else F.linear(product, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        _, learns_gate, learns_up, learns_weight, learns_bias = ctx.needs_input_grad
+        leaf = gate.detach().requires_grad_(learns_gate)
+        with torch.enable_grad():
+            active = ctx.activation(leaf)
+        of_weight = of_bias = None
+        if weight is not None:
+            flat = grad.flatten(0, -2)
+            if learns_weight:
+                product = (active.detach() * up).flatten(0, -2)
+                of_weight = (product.t() @ flat).t().to(weight.dtype)
+            of_bias = flat.sum(0) if learns_bias else None
+            grad = (flat @ weight.to(flat.dtype)).view_as(gate)
+        of_gate = torch.autograd.grad(active, leaf, grad * up)[0] if learns_gate else None
+        of_up = grad * active.detach() if learns_up else None
+        return None, of_gate, of_up, of_weight, of_bias
+
+
+def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    both_plain = is_plain(self.gate_proj) and is_plain(self.up_proj)
+    first, second = rounded_once(x, 2) if both_plain else (x, x)
+    gate, up, down = self.gate_proj(first), self.up_proj(second), self.down_proj
+    if is_plain(down) and "forward" in vars(down):
+        return down(gate, up, self.act_fn)
+    return down(Gated.apply(self.act_fn, gate, up, None, None))
+
+
+def _last_product(
+    self: nn.Linear, x: Tensor, up: Tensor | None = None, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """W_d x; or, given the factors that x is made of, from these."""
+    if up is None:
+        return F.linear(x, self.weight, self.bias)
+    return Gated.apply(activation, x, up, self.weight, self.bias)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether the module has the parts of a gated network, and an activation without weights."""
+    activation = getattr(module, "act_fn", None)
+    if "forward" in vars(module) or not callable(activation):
+        return False
+    learns = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    return not learns and all(isinstance(module._modules.get(name), nn.Module) for name in NETWORK)
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Give a gated network the forward of this file; whether its outputs and gradients on random numbers are as before.
+
+    Otherwise it stays as it is.
+    """
+    weight, size = next(module.gate_proj.parameters(), None), getattr(module.gate_proj, "in_features", None)
+    if weight is None or size is None:
+        return False
+    generator = torch.Generator(weight.device).manual_seed(0)
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    x = torch.randn(3, size, generator=generator, device=weight.device).to(dtype)
+    new = [(module, _gated_forward)]
+    if is_plain(module.down_proj):
+        new.append((module.down_proj, _last_product))
+    with evaluating(module):
+        try:
+            expected = gradients_of(module, x)
+        except (TypeError, ValueError, RuntimeError):  # it asks for more than hidden states
+            return False
+        for part, forward in new:
+            part.forward = MethodType(forward, part)
+        found = gradients_of(module, x)
+    same = all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
+    for part, _ in [] if same else new:
+        del part.forward
+    return same
+
+
+# ── products of one input ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class RoundedOnce(torch.autograd.Function):
+    """x in another type, `count` times the same memory; gradients are added in the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = x.dtype
+        rounded = x.to(dtype)
+        return tuple(rounded.view_as(rounded) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        found: Tensor | None = None
+        for grad in reversed(grads):  # as autograd adds them: the product that was made last comes first
+            if grad is not None:
+                found = grad.to(ctx.dtype) if found is None else found + grad
+        return found, None, None
+
+
+def rounded_once(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """x for each of `count` products, which read it as autocast has it rounded."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return (x,) * count
+    return RoundedOnce.apply(x, torch.get_autocast_dtype(device), count)
+
+
+class _Reading(threading.local):
+    """An attention's input, and the copies of it that are left for the products that have not read it yet."""
+
+    x: Tensor | None = None
+    copies: tuple[Tensor, ...] = ()
+
+
+_reading = _Reading()
+
+
+def _first_product(self: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        _reading.x, _reading.copies = x, rounded_once(x, len(ATTENTION))
+    return _next_product(self, x)
+
+
+def _next_product(self: nn.Linear, x: Tensor) -> Tensor:
+    if x is _reading.x:
+        x, *others = _reading.copies
+        _reading.x, _reading.copies = (_reading.x if others else None), tuple(others)
+    return F.linear(x, self.weight, self.bias)
+
+
+FORWARDS = (_gated_forward, _last_product, _first_product, _next_product)
+for _function in FORWARDS:
+    _function.__name__ = "forward"  # a pickle names a method, and finds that of the class
+
+
+def is_plain(linear: object) -> bool:
+    """Whether a product with its weight is all that it does: no adapter, no quantised weight, no hook but those that
+    `only_watch` whether it is called."""
+    if type(linear) is not nn.Linear or not all(getattr(hook, "only_watches", False) for hook in _hooks(linear)):
+        return False
+    own = vars(linear).get("forward")
+    return own is None or getattr(own, "__func__", None) in FORWARDS
+
+
+def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    return chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
+
+
+def _plain_products(module: nn.Module) -> list[nn.Linear]:
+    """The products of an attention's input; none where one of them is more than a product."""
+    linears = [module._modules.get(name) for name in ATTENTION]
+    return linears if all(map(is_plain, linears)) else []
