@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from trl.cli import estimate
-from trl.models import fused, layouts, varlen
+from trl.models import fused, kept_activations, layouts, varlen
 from trl.ops import logprobs, triton_head
 from trl.trainers.base import BaseTrainer
 
@@ -67,6 +67,7 @@ FUNCTIONS: tuple[tuple[Any, str, Any], ...] = (
     (varlen, "_has_kernel", lambda query, value: varlen._half(query, value) is not None),
     (varlen, "varlen_attn", lambda query, key, value, *spans, **options: Flash.apply(query, key, value)),
     (fused, "_has_kernel", lambda query: True),
+    (kept_activations, "_has_kernel", lambda gate: True),
     (F, "rms_norm", lambda x, shape, weight, epsilon: Norm.apply(x, weight)),
 )
 """What layers call."""

@@ -56,7 +56,7 @@ from trl.models.fused import ROTATION, rms_norm
 from trl.models.half_weights import round_together
 from trl.models.kept_activations import keep_less
 from trl.models.score import score
-from trl.ops import triton_head, triton_rotary
+from trl.ops import triton_gate, triton_head, triton_rotary
 from trl.rollouts import fused, fused_layers, fusions, triton_decode
 from trl.rollouts.decoders import Sample, attention_windows
 from trl.rollouts.engine import Prompt
@@ -154,12 +154,15 @@ class Counted:
 def on_shapes(counts: list[Counts]) -> Iterator[None]:
     """Tensors have shapes alone, kernels are counted, and functions are those that CUDA would get."""
     kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
-    kernels += [(fused, "_norm_kernel"), (fused_layers, "_gate_kernel")]
+    kernels += [(fused, "_norm_kernel")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     patched = {(place, name): function for place, name, function in FUNCTIONS} | {
         (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
-        (triton_rotary, "rotate"): counted_rotation(triton_rotary.rotate, counts),
-        (fusions, "rotate"): counted_rotation(triton_rotary.rotate, counts),
+        (triton_rotary, "rotate"): counted(triton_rotary.rotate, counts),
+        (fusions, "rotate"): counted(triton_rotary.rotate, counts),
+        (triton_gate, "gated"): counted(triton_gate.gated, counts),
+        (fused_layers, "gated"): counted(triton_gate.gated, counts),
+        (triton_gate, "gated_backward"): counted(triton_gate.gated_backward, counts),
     }
     before += [(module, name, getattr(module, name)) for module, name in patched]
     for module, name in kernels:
@@ -174,14 +177,17 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def counted_rotation(rotate: Callable[..., Any], counts: list[Counts]) -> Callable[..., Any]:
-    """`rotate`, which launches nothing for tensors without data, as one kernel."""
+def counted(function: Callable[..., Any], counts: list[Counts]) -> Callable[..., Any]:
+    """A function that launches nothing for tensors without data, as one kernel that reads and writes what it is given and gives."""
 
-    def counted(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Any:
-        Counted("rotate", counts).run(query, key, query, key)  # read and written
-        return rotate(query, key, cos, sin, **options)
+    def run(*given: Any, **options: Any) -> Any:
+        found = function(*given, **options)
+        if counts:
+            sizes = [x.numel() * x.element_size() for x in tree_leaves((given, found)) if isinstance(x, Tensor)]
+            counts[-1].add(function.__name__, sum(sizes))
+        return found
 
-    return counted
+    return run
 
 
 @contextmanager

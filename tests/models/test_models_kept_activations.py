@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from trl.models import kept_activations
 from trl.models.half_weights import round_together
-from trl.models.kept_activations import keep_less
+from trl.models.kept_activations import KERNEL, keep_less
 from trl.models.patching import checkpoint_activations
 from trl.training.gradients import GradientCheck
 
@@ -128,6 +129,32 @@ def test_products_of_other_inputs():
         total.backward()
         gradients.append([total.detach(), *(p.grad for p in module.parameters())])
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_kernels_give_the_same(make_model, monkeypatch, name):
+    """Triton's interpreter stands for a device."""
+    monkeypatch.setattr(kept_activations, "_has_kernel", lambda x: True)
+    plain, model = make_model(name), make_model(name)
+    assert keep_less(model)[0] == 2
+    assert all(vars(layer.mlp)[KERNEL] for layer in model.model.layers)
+    found, expected = learned(model), learned(plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["raises", "computes something else"])
+def test_a_kernel_that_fails_is_done_without(make_model, monkeypatch, caplog, fault):
+    def kernel(gate, up, activation):
+        if fault == "raises":
+            raise RuntimeError("no compiler")
+        return gate * up
+
+    monkeypatch.setattr(kept_activations, "_has_kernel", lambda x: True)
+    monkeypatch.setattr("trl.ops.triton_gate.gated", kernel)
+    plain, model = make_model("llama"), make_model("llama")
+    assert keep_less(model)[0] == 2
+    assert ("no compiler" in caplog.text) == (fault == "raises")
+    assert_same(model, plain)
 
 
 class Sparse(LlamaMLP):

@@ -11,7 +11,6 @@ from transformers.models.qwen3 import modeling_qwen3
 from trl.rollouts import fused_layers, triton_decode
 from trl.rollouts.decoders import attention_windows, proves_sharing
 from trl.rollouts.fused import NORM_KINDS, norm, norm_kind
-from trl.rollouts.fused_layers import ACTIVATIONS, gated
 from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
 from trl.rollouts.paged_decoder import PagedDecoder
@@ -42,12 +41,6 @@ def test_a_norm_of_mixed_precision_has_the_type_of_the_product():
 @pytest.mark.parametrize(("name", "norms"), [("llama", 5), ("qwen3", 9), ("gemma3", 13), ("gpt2", 0)])
 def test_norms_are_found(make_model, name, norms):
     assert len(Fusions(make_model(name).to(DEVICE), DEVICE).norms) == norms
-
-
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
-def test_gates_are_activations_times_the_other_branch(activation):
-    gate, up = torch.randn(2, 3, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    torch.testing.assert_close(gated(gate, up, activation), ACTIVATIONS[activation](gate) * up)
 
 
 def test_layers_are_replaced_that_compute_the_same(make_model):

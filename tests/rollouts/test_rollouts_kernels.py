@@ -10,7 +10,8 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trl.rollouts import fused, fused_layers, triton_decode
+from trl.ops import triton_gate, triton_rotary
+from trl.rollouts import fused, triton_decode
 
 HALF, WHOLE, IDS = "*bf16", "*fp32", "*i64"
 
@@ -23,11 +24,14 @@ def compiled(kernel, types, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).metadata.shared
 
 
+every = dict.fromkeys(("gate", "up", "grad", "gate_out", "up_out", "product_out"), HALF)
 for activation in ("silu", "tanh"):
-    compiled(fused_layers._gate_kernel, dict(gate=HALF, up=HALF, out=HALF), ACTIVATION=activation, BLOCK=1024)
+    options = dict(ACTIVATION=activation, PRODUCT=True, BLOCK=1024)
+    compiled(triton_gate._gate_backward_kernel, every, **options)
+    compiled(triton_gate._gate_kernel, dict(gate=HALF, up=HALF, out=HALF), ACTIVATION=activation, BLOCK=1024)
 compiled(fused._norm_kernel, dict(x=WHOLE, weight=WHOLE, out=HALF, epsilon="fp32"), OFFSET=0.0, ROUNDS=True, WIDTH=1024)
 rotated = dict(query=HALF, key=HALF, cos=WHOLE, sin=WHOLE, query_out=HALF, key_out=HALF)
-compiled(fused._rotate_kernel, rotated, QUERY_HEADS=14, KEY_HEADS=2, HALF=32, WIDTH=32)
+compiled(triton_rotary._rotate_kernel, rotated, QUERY_HEADS=14, KEY_HEADS=2, HALF=32, WIDTH=32)
 tables = dict(pages=IDS, prefix=IDS, own=IDS, tiles=IDS)
 written = dict(keys=HALF, values=HALF, key=HALF, value=HALF, **tables)
 compiled(triton_decode._write_kernel, written, HEADS=2, SIZE=64, VALUE_SIZE=64, PAGE=64, WIDTH=64)

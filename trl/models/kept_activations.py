@@ -4,14 +4,15 @@
                     PyTorch keeps g, act(g), u and act(g) ⊙ u, the widest tensors of a layer; here g and u are kept
     products        under autocast, each of W_q x, W_k x, W_v x (and W_g x, W_u x) keeps a rounded copy of x; here all keep one
 
-At 0.5 billion parameters that is half of the bytes per token, for two elementwise operations more and some casts less. Outputs
-and gradients are the same to the bit.
+At 0.5 billion parameters that is two fifths of what a layer keeps per token, for two elementwise operations more, which a kernel
+hides (`trl.ops.triton_gate`), and some casts less. Without the kernel, outputs and gradients are the same to the bit.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -23,10 +24,14 @@ from torch.nn import functional as F
 from trl.models.fused import close, gradients_of
 from trl.models.patching import evaluating
 
+logger = logging.getLogger(__name__)
+
 NETWORK = ("gate_proj", "up_proj", "down_proj")
 """What decoders call W_g, W_u and W_d; their activation is `act_fn`."""
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 """What they call W_q, W_k and W_v, which read x in this order."""
+KERNEL = "_trl_gate_kernel"
+"""Attribute of a gated network: the name of its activation in `trl.ops.triton_gate`."""
 
 
 def keep_less(model: nn.Module) -> tuple[int, int]:
@@ -42,41 +47,58 @@ def keep_less(model: nn.Module) -> tuple[int, int]:
 # ── gated networks ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+Activation = Callable[[Tensor], Tensor] | str
+"""A function, or the name of one that the kernels of `trl.ops.triton_gate` know."""
+
+
 class Gated(torch.autograd.Function):
     """act(g) ⊙ u `[…,F]`; or, given the weight `[H,F]` and the bias (`[H]` or None) of W_d, y `[…,H]`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        activation: Callable[[Tensor], Tensor],
-        gate: Tensor,
-        up: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        ctx: Any, activation: Activation, gate: Tensor, up: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up, weight)
-        product = activation(gate) * up
+        product = _product(activation, gate, up)
         return product if weight is None else F.linear(product, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
-        _, learns_gate, learns_up, learns_weight, learns_bias = ctx.needs_input_grad
-        leaf = gate.detach().requires_grad_(learns_gate)
-        with torch.enable_grad():
-            active = ctx.activation(leaf)
-        of_weight = of_bias = None
-        if weight is not None:
-            flat = grad.flatten(0, -2)
-            if learns_weight:
-                product = (active.detach() * up).flatten(0, -2)
-                of_weight = (product.t() @ flat).t().to(weight.dtype)
-            of_bias = flat.sum(0) if learns_bias else None
-            grad = (flat @ weight.to(flat.dtype)).view_as(gate)
-        of_gate = torch.autograd.grad(active, leaf, grad * up)[0] if learns_gate else None
-        of_up = grad * active.detach() if learns_up else None
-        return None, of_gate, of_up, of_weight, of_bias
+        learns_weight, learns_bias = ctx.needs_input_grad[3:]
+        if weight is None:
+            return None, *_gradients(ctx.activation, gate, up, grad, product=False)[:2], None, None
+        flat = grad.flatten(0, -2)
+        of_product = (flat @ weight.to(flat.dtype)).view_as(gate)
+        of_gate, of_up, product = _gradients(ctx.activation, gate, up, of_product, product=learns_weight)
+        of_weight = (product.flatten(0, -2).t() @ flat).t().to(weight.dtype) if learns_weight else None
+        return None, of_gate, of_up, of_weight, flat.sum(0) if learns_bias else None
+
+
+def _product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """act(g) ⊙ u."""
+    if isinstance(activation, str):
+        from trl.ops.triton_gate import gated
+
+        return gated(gate, up, activation)
+    return activation(gate) * up
+
+
+def _gradients(
+    activation: Activation, gate: Tensor, up: Tensor, grad: Tensor, *, product: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of g and u from that of act(g) ⊙ u; and this again, with `product`."""
+    if isinstance(activation, str):
+        from trl.ops.triton_gate import gated_backward
+
+        return gated_backward(gate, up, grad, activation, product=product)
+    leaf = gate.detach().requires_grad_()
+    with torch.enable_grad():
+        active = activation(leaf)
+    (of_gate,) = torch.autograd.grad(active, leaf, grad * up)
+    active = active.detach()
+    return of_gate, grad * active, active * up if product else None
 
 
 def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -85,14 +107,17 @@ def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     both_plain = is_plain(self.gate_proj) and is_plain(self.up_proj)
     first, second = rounded_once(x, 2) if both_plain else (x, x)
     gate, up, down = self.gate_proj(first), self.up_proj(second), self.down_proj
+    activation = vars(self).get(KERNEL, self.act_fn) if _has_kernel(gate) else self.act_fn
     if is_plain(down) and "forward" in vars(down):
-        return down(gate, up, self.act_fn)
-    return down(Gated.apply(self.act_fn, gate, up, None, None))
+        return down(gate, up, activation)
+    return down(Gated.apply(activation, gate, up, None, None))
 
 
-def _last_product(
-    self: nn.Linear, x: Tensor, up: Tensor | None = None, activation: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def _has_kernel(gate: Tensor) -> bool:
+    return gate.is_cuda
+
+
+def _last_product(self: nn.Linear, x: Tensor, up: Tensor | None = None, activation: Activation | None = None) -> Tensor:
     """W_d x; or, given the factors that x is made of, from these."""
     if up is None:
         return F.linear(x, self.weight, self.bias)
@@ -119,21 +144,42 @@ def _replaced(module: nn.Module) -> bool:
     generator = torch.Generator(weight.device).manual_seed(0)
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
     x = torch.randn(3, size, generator=generator, device=weight.device).to(dtype)
-    new = [(module, _gated_forward)]
-    if is_plain(module.down_proj):
-        new.append((module.down_proj, _last_product))
     with evaluating(module):
         try:
             expected = gradients_of(module, x)
         except (TypeError, ValueError, RuntimeError):  # it asks for more than hidden states
             return False
-        for part, forward in new:
-            part.forward = MethodType(forward, part)
-        found = gradients_of(module, x)
-    same = all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
-    for part, _ in [] if same else new:
-        del part.forward
-    return same
+        module.forward = MethodType(_gated_forward, module)
+        if is_plain(module.down_proj):
+            module.down_proj.forward = MethodType(_last_product, module.down_proj)
+        if _has_kernel(x):
+            _take_kernel(module, x, expected)
+        if _same(module, x, expected):
+            return True
+    for part in (module, module.down_proj):
+        vars(part).pop("forward", None)
+    return False
+
+
+def _take_kernel(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> None:
+    """Let a gated network use a kernel for its activation, where one gives what is expected."""
+    from trl.ops.triton_gate import name_of
+
+    if (name := name_of(module.act_fn)) is None:
+        return
+    setattr(module, KERNEL, name)
+    try:
+        same = _same(module, x, expected)
+    except Exception as error:  # whatever a compiler says
+        logger.warning(f"Activations are computed without a kernel: {error}")
+        same = False
+    if not same:
+        delattr(module, KERNEL)
+
+
+def _same(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> bool:
+    found = gradients_of(module, x)
+    return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # ── products of one input ───────────────────────────────────────────────────────────────────────────────────────

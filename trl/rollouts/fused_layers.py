@@ -9,49 +9,22 @@ are one kernel. A layer is replaced while decoding if it gives the same as this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trl.models.fused import close
 from trl.models.kept_activations import is_plain
+from trl.ops.triton_gate import gated, name_of
 from trl.rollouts.fused import NormKind, norm_of
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
-"""What `_gate_kernel` knows, by its constant."""
-
-BLOCK = 1024
-"""Numbers that a program of `_gate_kernel` computes."""
 
 MERGED_BYTES = 2**29
 """Weights that products of one input are made from in one are copies; no more than so many bytes of them are made."""
-
-
-@triton.jit
-def _gate_kernel(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """act(gate) · up, of `BLOCK` numbers. tanh(x) = 2 σ(2x) − 1."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    inner = x
-    if ACTIVATION == "tanh":
-        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)  # 2 √(2/π)
-    active = (x * tl.sigmoid(inner)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, active * tl.load(up + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
-
-
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) ⊙ up of two tensors of one shape, in one kernel."""
-    out, count = torch.empty_like(gate), gate.numel()
-    _gate_kernel[(triton.cdiv(count, BLOCK),)](gate, up, out, count, ACTIVATION=activation, BLOCK=BLOCK)
-    return out
 
 
 class MergedProducts:
@@ -140,20 +113,13 @@ def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLaye
     if before not in kinds or between not in kinds or attention is None or mlp is None or "forward" in vars(layer):
         return None
     linears = [mlp._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    out, activation = attention._modules.get("o_proj"), _activation(getattr(mlp, "act_fn", None))
+    out, activation = attention._modules.get("o_proj"), name_of(getattr(mlp, "act_fn", None))
     plain = all(map(is_plain, [*linears, out])) and len({_weight(linear).dtype for linear in (*linears, out)}) == 1
     if not plain or activation is None or any("bias" in dict(linear.named_parameters()) for linear in linears[:2]):
         return None
     gate, up, down = linears
     both = kinds[before], kinds[between]
     return GatedLayer(before, attention, between, both, gate, up, down, out, activation)
-
-
-def _activation(function: object) -> str | None:
-    if not callable(function):
-        return None
-    x = torch.linspace(-4, 4, 65)
-    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(function(x), known(x), atol=1e-6)), None)
 
 
 def computes(layer: nn.Module, parts: GatedLayer) -> bool:
