@@ -15,6 +15,10 @@ from trl.models.compiled import repeated_layers
 from trl.trainers.config import liger_layers
 
 
+def common_options(**more):
+    return {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", **more}
+
+
 def test_ligers_layers_are_used_and_the_head_is_left_as_it_is():
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert liger_layers(None) == losses
@@ -36,8 +40,9 @@ def test_compiling_layers_changes_no_loss(make_model, tokenizer, tmp_path, monke
     rows, losses = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         torch._dynamo.reset()
-        common = {"max_steps": 2, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
-        common |= {"bf16": False}  # under autocast layers are called in a way of the library's own
+        common = common_options(
+            max_steps=2, bf16=False
+        )  # under autocast layers are called in a way of the library's own
         args = SFTConfig(output_dir=str(tmp_path), **common, **options)
         trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
         compiled = [layer._compiled_call_impl is not None for layer in repeated_layers(trainer.model)]
@@ -57,6 +62,21 @@ def test_layers_of_reward_models_are_compiled_too(tokenizer, tmp_path, monkeypat
     model = LlamaForSequenceClassification(LlamaConfig(**WIDTHS, num_labels=1))
     trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     assert all(layer._compiled_call_impl is not None for layer in repeated_layers(trainer.model))
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"bf16": True, "gradient_checkpointing": True}], ids=str)
+def test_a_run_whose_layers_keep_less_is_the_same_to_the_bit(make_model, tokenizer, tmp_path, monkeypatch, options):
+    """What a device does by itself, without its kernels."""
+    rows, found = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
+    monkeypatch.setattr("trl.trainers.base.fuse", lambda model: None)
+    for fuses in (False, True):
+        monkeypatch.setattr(SFTTrainer, "_fuses", lambda self, fuses=fuses: fuses)
+        args = SFTConfig(output_dir=str(tmp_path), **common_options(max_steps=2, use_cpu=True) | options)
+        trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+        assert ("forward" in vars(trainer.model.model.layers[0].mlp)) == fuses
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_offloading_keeps_the_start_of_every_layer_elsewhere_and_no_other_number(
