@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.conftest import make_tokenizer
-from trl.data.chat import setup_chat_format
+from trl.data.chat_formats import setup_chat_format
 from trl.errors import ModelError
 from trl.models.adapters import put_on
 from trl.models.load import load_model

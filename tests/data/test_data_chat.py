@@ -7,11 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.data.chat import (
     ChatTemplate,
     apply_chat_template,
-    clone_chat_template,
     maybe_apply_chat_template,
     render_chat,
-    setup_chat_format,
 )
+from trl.data.chat_formats import clone_chat_template, setup_chat_format
 from trl.errors import ConfigError, DataError
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

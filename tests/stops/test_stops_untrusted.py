@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from tests.conftest import MODELS, make_tokenizer
 from tests.stops.runs import RUNS
-from trl.data.chat import ChatTemplate, clone_chat_template
+from trl.data.chat import ChatTemplate
+from trl.data.chat_formats import clone_chat_template
 from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.config import ModelConfig

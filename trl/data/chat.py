@@ -12,34 +12,25 @@ prompt, which the model never writes.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational
-from trl.data.messages import (
-    arguments_as_text,
-    check_contents,
-    contents_as_parts,
-    is_trained,
-    tidy_messages,
-    without_none,
-)
+from trl.data.json_text import decoded
+from trl.data.message_keys import KeyCheck
+from trl.data.messages import check_contents, contents_as_parts, is_trained, tidy_messages, without_none
 from trl.data.shown import ShownCheck
 from trl.data.tokens import TextEncoder
+from trl.data.tool_calls import arguments_as_text, tools_of
 from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
-from trl.errors import ConfigError, DataError, unknown
-from trl.noise import without_noise
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from trl.errors import ConfigError, DataError, suggest
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
@@ -79,6 +70,9 @@ class ChatTemplate:
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.eos = tokenizer.eos_token or ""
         self._shown = ShownCheck(self.name, self.source(tools))
+        self._keys = KeyCheck(self.name, self.source(tools))
+        self._unread: set[str] = set()
+        self._say_unread(template_kwargs or {})
         self._is_open = False
         self.tokens = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
@@ -143,14 +137,25 @@ class ChatTemplate:
 
     def _rendered(self, messages: Messages, row: Row, *, mark: bool, **options: Any) -> tuple[str, list[Span]]:
         tools = _row_tools(row) or self.tools
+        given = _row_options(row)
+        self._say_unread(given)
         texts, spans = render_jinja_template(
             conversations=[contents_as_parts(messages) if self.reads_parts else messages],
             chat_template=self.source(tools),
             tools=tools,
             return_assistant_tokens_mask=mark,
-            **{**self.template_kwargs, **(without_none(row.get("chat_template_kwargs")) or {}), **options},
+            **{**self.template_kwargs, **given, **options},
         )
         return texts[0], spans[0] if mark else []
+
+    def _say_unread(self, options: Mapping[str, Any]) -> None:
+        """Warn once of each option of `chat_template_kwargs` that the template does not name."""
+        source = self.source(self.tools)
+        for name in options.keys() - self._unread:
+            if re.search(rf"\b{re.escape(name)}\b", source) is None:
+                self._unread.add(name)
+                near = suggest(name, set(re.findall(r"[a-z]\w{4,}", source)))
+                logger.warning(f"chat_template_kwargs: the chat template of {self.name!r} reads no {name!r}.{near}")
 
     def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
         check_contents(messages, self.source(self.tools))
@@ -182,7 +187,11 @@ class ChatTemplate:
     def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
         """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
         check_contents(messages, self.source(self.tools))
+        self._keys.check(messages)
         self._shown.check(messages, text, lambda changed: self.render(changed, row, **options)[0])
+        if tools := _row_tools(row):
+            bare = {**row, "tools": None, "functions": None}
+            self._shown.check_tools(tools, text, lambda: self.render(messages, bare, **options)[0])
         self._shown.check_reasoning(messages, lambda part: self.render(part, row)[0])
         return text
 
@@ -266,18 +275,19 @@ class ChatTemplate:
 
 
 def _row_tools(row: Row) -> Tools | None:
-    """The tools of a row: a list of schemas, or such a list as JSON. `functions` are those of OpenAI's older files."""
-    tools = row.get("tools")
+    """The tools of a row; `functions` are those of OpenAI's older files."""
+    tools = tools_of(row.get("tools"))
     if tools is None and isinstance(functions := row.get("functions"), list):
         tools = [{"type": "function", "function": function} for function in functions]
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"column 'tools': {tools[:60]!r} is no JSON ({error}).") from error
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"column 'tools': expected a list of tools, found a {type(tools).__name__}.")
     return without_none(tools)
+
+
+def _row_options(row: Row) -> dict[str, Any]:
+    """What a row gives to the template beside messages and tools: its `chat_template_kwargs`."""
+    options = without_none(decoded(row.get("chat_template_kwargs") or None, "column 'chat_template_kwargs': it"))
+    if not isinstance(options or {}, Mapping):
+        raise DataError(f"column 'chat_template_kwargs': expected a mapping, found a {type(options).__name__}.")
+    return dict(options or {})
 
 
 def render_chat(
@@ -339,82 +349,3 @@ def maybe_apply_chat_template(
 ) -> Row:
     """`apply_chat_template` for a conversational row; any other row as it is."""
     return apply_chat_template(example, tokenizer, tools, **options) if is_conversational(example) else example
-
-
-FILLER = "<filler_"
-"""How tokens begin that stand for rows of embeddings which a multiple asked for."""
-
-
-def clone_chat_template(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source_tokenizer_path: str | PreTrainedTokenizerBase,
-    resize_to_multiple_of: int | None = 64,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
-    """Give a model another tokenizer's chat template, with the tokens that it needs and its end of turn as EOS.
-
-    The embeddings grow to hold the new tokens, to a multiple of `resize_to_multiple_of` (None: exactly), and the tokenizer
-    with them, by tokens that stand for nothing.
-
-    Returns the model and tokenizer, changed in place, and the ids of the tokens that were added (train their
-    embeddings: `LoraConfig(trainable_token_indices=…)`).
-    """
-    source = source_tokenizer_path
-    if isinstance(source, str):
-        source = AutoTokenizer.from_pretrained(source)
-    if not source.chat_template:
-        raise DataError(f"The tokenizer {source.name_or_path!r} has no chat template to clone. Choose a chat model's.")
-    tokenizer.chat_template = source.chat_template
-    known = tokenizer.get_vocab()
-    new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
-    tokenizer.add_tokens(new)
-    tokenizer.eos_token = source.eos_token
-    before = model.get_input_embeddings().num_embeddings
-    _fit_embeddings(model, tokenizer, resize_to_multiple_of)
-    rows = model.get_input_embeddings().num_embeddings
-    if rows > before:  # every id that the model can sample is a token
-        tokenizer.add_tokens([f"{FILLER}{i}>" for i in range(rows - len(tokenizer))])
-    return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def setup_chat_format(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    format: Literal["chatml"] = "chatml",
-    resize_to_multiple_of: int | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Give a base model the chat format ChatML, with its two tokens: `<|im_end|>` becomes EOS and padding.
-
-    Both are changed in place. Raises DataError for a tokenizer that has a chat template already.
-    """
-    if tokenizer.chat_template is not None:
-        raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} has a chat template already. Train with that, or set "
-            "tokenizer.chat_template = None first."
-        )
-    if format != "chatml":
-        raise ConfigError(unknown("format", format, ["chatml"]))
-    ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    tokenizer.add_special_tokens(ends)
-    tokenizer.chat_template = CHATML
-    _fit_embeddings(model, tokenizer, resize_to_multiple_of)
-    for config in filter(None, (model.config, model.generation_config)):
-        config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None) -> None:
-    """Rows for all tokens, and the tokenizer's EOS as the model's."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        with without_noise("transformers.modeling_utils"):
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
-    for config in filter(None, (model.config, vars(model).get("generation_config"))):  # classifiers have none
-        config.eos_token_id = tokenizer.eos_token_id

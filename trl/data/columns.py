@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from trl.data.json_text import conversation_in
 from trl.data.messages import tidy_messages
 from trl.errors import DataError, RowError
 
 INT32 = 2**31
 
+CHATS = ("prompt", "messages", "conversations", "completion", "chosen", "rejected")
+"""Columns that may hold conversations."""
+
 
 @dataclass(frozen=True)
 class Columns:
     """A batch of rows as columns, with the rows' places in the dataset, which messages count from 1; and each row's images, where a
-    processor reads them: conversations are then lists of parts. Packed rows hold several documents."""
+    processor reads them: conversations are then lists of parts. Packed rows hold several documents. `source` is the text of the
+    chat template."""
 
     values: Mapping[str, Sequence[Any]]
     rows: Sequence[int]
     images: Sequence[Sequence[Any]] | None = None
     is_packed: bool = False
+    source: str = ""
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
@@ -60,13 +66,28 @@ class Columns:
                 raise self.error(k, name, f"{found}, so there is no answer to train on. End it with the assistant.")
         return chats
 
+    def read(self) -> Columns:
+        """The columns with conversations that came as text, in JSON or as Python writes lists, as lists of messages."""
+        values = {name: self._conversations(name) if name in CHATS else self.values[name] for name in self.values}
+        return replace(self, values=values)
+
+    def _conversations(self, name: str) -> Sequence[Any]:
+        values = []
+        for k, value in enumerate(self.values[name]):
+            try:
+                found = conversation_in(value) if isinstance(value, str) else None
+            except DataError as error:
+                raise self.error(k, name, str(error)) from error
+            values.append(value if found is None else found)
+        return values
+
     def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
         if value == []:
             raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
         if not isinstance(value, list):
             raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
         try:
-            chat = tidy_messages(value) if self.images is None else value
+            chat = tidy_messages(value, self.source) if self.images is None else value
         except DataError as error:
             raise self.error(k, name, str(error)) from error
         for i, message in enumerate(chat):

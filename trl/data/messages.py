@@ -2,7 +2,8 @@
 
     {"from": "human", "value": "Is it far?"}              {"role": "user", "content": "Is it far?"}
     {"from": "function_call", "value": "{\"name\": …}"}   {"role": "assistant", "tool_calls": [{"function": …}]}
-    arguments of tool calls as JSON text                   decoded once
+    {"role": "Assistant", …}, {"role": "gpt", …}           {"role": "assistant", …}, unless the template knows such a role
+    tool calls of other conventions                        see `trl.data.tool_calls`
     {"role": "assistant", "function_call": {…}}            a tool call; role "function" is "tool" (OpenAI's older files)
     parts of type text, under "text", "value" or "content" one text
 
@@ -12,10 +13,12 @@ turns are trained on: see `is_trained`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from trl.data.tool_calls import tool_calls_of
 from trl.errors import DataError
 
 Message = Mapping[str, Any]
@@ -27,13 +30,17 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
     "function": "tool",
 }
-"""Who speaks, in ShareGPT's files → the role that templates know. Other names stay as they are."""
+"""Who speaks, in files of other tools → the role that templates know. Other names stay as they are."""
+
+KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer", "ipython")
+"""Roles that templates know."""
 
 CALLS = ("function_call", "tool_call")
 """Who speaks, where the value is a call as JSON text."""
@@ -72,59 +79,82 @@ def without_none(value: Any) -> Any:
     return [without_none(v) for v in value] if isinstance(value, list) else value
 
 
-def to_chatml(message: Any) -> Any:
-    """One message with `from` and `value` as `role` and `content`; other keys stay, and other values are left alone."""
+def to_chatml(message: Any, source: str = "") -> Any:
+    """One message with `from` and `value` as `role` and `content`; other keys stay, and other values are left alone.
+
+    `source` is the text of the template, whose names of roles are kept.
+    """
     if not isinstance(message, Mapping) or not isinstance(message.get("from"), str):
         return message
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     speaker, value = message["from"], message.get("value")
     if speaker in CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value), **rest}
-    return {"role": ROLES.get(speaker, speaker), "content": value, **rest}
+        return {"role": "assistant", "content": "", "tool_calls": tool_calls_of(value, "a function_call"), **rest}
+    return {"role": role_of(speaker, source), "content": value, **rest}
 
 
-def _calls(value: Any) -> list[dict[str, Any]]:
-    """The calls that a `function_call` of ShareGPT holds: one, or a list of them, as JSON text."""
-    found = _json(value, "a function_call")
-    calls = found if isinstance(found, list) else [found]
-    if not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise DataError(f'a function_call is JSON with a "name" and "arguments", found {str(value)[:60]!r}.')
-    return [{"type": "function", "function": dict(call)} for call in calls]
+def role_of(name: str, source: str = "") -> str:
+    """The role that a name stands for; the name itself where the template, whose text is `source`, asks for it."""
+    bare = name.strip().lower()
+    role = bare if bare in KNOWN_ROLES else ROLES.get(bare, name)
+    return name if role == name or asks_for_role(source, name) else role
 
 
-def _json(value: Any, what: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is JSON text, and {value[:60]!r} is none ({error}).") from error
+@lru_cache(maxsize=1024)
+def asks_for_role(source: str, name: str) -> bool:
+    """Whether a template compares roles with this name."""
+    return re.search(rf"role['\"\])\s]*(?:==|!=|\bin\b)[^{{}}%]*['\"]{re.escape(name)}['\"]", source) is not None
 
 
-def tidy_messages(messages: Sequence[Message]) -> list[Any]:
-    """Messages as templates read them: see the top of the file. What is no message is left for checks to name.
+@lru_cache(maxsize=1024)
+def reads_key(source: str, key: str) -> bool:
+    """Whether a template reads a key of its messages."""
+    return re.search(rf"[.'\"]{re.escape(key)}\b", source) is not None
+
+
+def tidy_messages(messages: Sequence[Message], source: str = "") -> list[Any]:
+    """Messages as the template with the text `source` reads them: see the top of the file. What is no message is left for
+    checks to name.
 
     Raises DataError, naming the message by its number, for content that is no text.
     """
-    tidy = []
+    return _each(messages, lambda message: _with_text(spoken(message, source)))
+
+
+def spoken_messages(messages: Sequence[Message], source: str = "") -> list[Any]:
+    """`tidy_messages`, with contents as they are."""
+    return _each(messages, lambda message: spoken(message, source))
+
+
+def _each(messages: Sequence[Message], change: Callable[[Message], Any]) -> list[Any]:
+    changed = []
     for i, message in enumerate(messages):
         try:
-            tidy.append(_tidy(without_none(to_chatml(message))))
+            changed.append(change(message))
         except DataError as error:
             raise DataError(f"message {i + 1}: {error}") from error
-    return tidy
+    return changed
 
 
-def _tidy(message: Any) -> Any:
+def spoken(message: Any, source: str) -> Any:
+    """A message with the role and the calls of tools as the template reads them."""
+    message = without_none(to_chatml(message, source))
     if not isinstance(message, dict):
         return message
-    if isinstance(call := message.get("function_call"), Mapping):
-        rest = {key: value for key, value in message.items() if key != "function_call"}
-        message = {"content": "", **rest, "tool_calls": [{"type": "function", "function": dict(call)}]}
-    if message.get("role") == "function":
-        message = {**message, "role": "tool"}
-    if isinstance(calls := message.get("tool_calls"), list):
-        message = {**message, "tool_calls": [_decoded(call) for call in calls]}
+    for key in ("function_call", "tool_call"):
+        if (call := message.get(key)) and not reads_key(source, key):
+            rest = {name: value for name, value in message.items() if name != key}
+            message = {"content": "", **rest, "tool_calls": tool_calls_of(call, key)}
+    if isinstance(role := message.get("role"), str):
+        message = {**message, "role": role_of(role, source)}
+    if calls := message.get("tool_calls"):
+        message = {**message, "tool_calls": tool_calls_of(calls, "tool_calls")}
+    return message
+
+
+def _with_text(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
     content = message.get("content")
     if isinstance(content, list):
         return _joined(message)
@@ -139,10 +169,13 @@ def check_contents(messages: Sequence[Message], source: str = "") -> None:
     Other keys count where `source`, that of the template, names them.
     """
     for i, message in enumerate(messages):
-        if message.get("content") is not None or any(message.get(key) for key in ("tool_calls", *REASONING)):
+        if message.get("content") or any(message.get(key) for key in ("tool_calls", *REASONING)):
+            continue
+        elsewhere = any(isinstance(message.get(key), str) and message[key].strip() for key in INSTEAD_OF_CONTENT)
+        if message.get("content") is not None and not elsewhere:
             continue
         others = [key for key in message if key not in ("content", *ABOUT_MESSAGE)]
-        if any(key in source for key in others if key not in INSTEAD_OF_CONTENT):
+        if any(reads_key(source, key) for key in others):
             continue
         likely = next((key for key in INSTEAD_OF_CONTENT if key in message), None) or (
             others[0] if len(others) == 1 else ""
@@ -151,17 +184,9 @@ def check_contents(messages: Sequence[Message], source: str = "") -> None:
             f"Its text seems to stand under {likely!r}: rename that key." if likely else "Give it one, or leave it out."
         )
         raise DataError(
-            f"message {i + 1} ({message.get('role')}) has no 'content', its keys are {list(message)}. {remedy}"
+            f"message {i + 1} ({message.get('role')}) has no {'text in ' if 'content' in message else ''}'content', its keys are "
+            f"{list(message)}. {remedy}"
         )
-
-
-def _decoded(call: Any) -> Any:
-    """A tool call whose arguments are a mapping, also where they were given as JSON text."""
-    if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
-        return call
-    if not isinstance(function.get("arguments"), str) or not function["arguments"].strip():
-        return call
-    return {**call, "function": {**function, "arguments": _json(function["arguments"], "tool_calls: arguments")}}
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
@@ -175,21 +200,6 @@ def _joined(message: dict[str, Any]) -> dict[str, Any]:
         part = parts[missing]
         raise DataError(f"part {missing + 1} of type text holds none: {dict(part)!r}. Give it as 'text'.")
     return {**message, "content": "".join(texts)}
-
-
-def arguments_as_text(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the arguments of tool calls as JSON text, for templates that write them as they are given."""
-
-    def written(call: Message) -> Message:
-        function = call["function"]
-        if isinstance(function.get("arguments"), str):
-            return call
-        return {
-            **call,
-            "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)},
-        }
-
-    return [{**m, "tool_calls": [written(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
 
 
 def contents_as_parts(messages: Sequence[Message]) -> list[Message]:

@@ -11,6 +11,7 @@ user turn. Prompt, chosen and rejected share the images.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -20,9 +21,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from trl.counts import counted
-from trl.data.columns import Columns
+from trl.data.columns import CHATS, Columns
 from trl.data.formats import PICTURES
-from trl.data.messages import check_contents, to_chatml, without_none
+from trl.data.messages import check_contents, spoken_messages
 from trl.data.tokens import Span
 from trl.errors import DataError, RowError
 from trl.vision.images import from_base64
@@ -34,7 +35,6 @@ IMAGES = "images"
 TAG = "<image>"
 """A place for an image in the texts of LLaVA's form."""
 
-CHATS = ("prompt", "messages", "conversations", "completion", "chosen", "rejected")
 HELD_IN = ("image", "image_url", "url", "path", "base64")
 """Keys of a part under which it holds the image itself."""
 
@@ -84,17 +84,17 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
     for k in range(len(columns.rows)):
         row = {name: column[k] for name, column in values.items()}
         try:
-            placed, own = _placed(row, processing, has_template=has_template)
+            placed, own = _placed(row, processing, has_template=has_template, source=columns.source)
         except DataError as error:
             raise RowError(columns.rows[k], f": {error}") from error
         images.append(own)
         for name, value in placed.items():
             values[name][k] = value
-    return Columns({n: v for n, v in values.items() if n not in PICTURES}, columns.rows, images)
+    return replace(columns, values={n: v for n, v in values.items() if n not in PICTURES}, images=images)
 
 
 def _placed(
-    row: Mapping[str, Any], processing: ImageProcessing, *, has_template: bool
+    row: Mapping[str, Any], processing: ImageProcessing, *, has_template: bool, source: str
 ) -> tuple[dict[str, Any], list[Any]]:
     """What of the row changes, and its images."""
     images = images_of(row)
@@ -104,7 +104,7 @@ def _placed(
     for name, value in placed.items():
         has_prompt = name == beginning or (beginning == "chosen" and name == "rejected")
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            messages, held = split_parts(value)
+            messages, held = split_parts(value, source)
             images = _agreed(images, held, name, repeats=name != beginning) if has_prompt else images
             placed[name] = with_places(messages, len(images)) if has_prompt else _without_places(messages, name)
         elif isinstance(value, str) and not has_prompt:
@@ -172,11 +172,10 @@ def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **spoken}
 
 
-def split_parts(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages whose contents are lists of parts, and the images that parts held themselves."""
     made, held = [], []
-    for message in messages:
-        message = dict(without_none(to_chatml(message)))
+    for message in map(dict, spoken_messages(messages, source)):
         content = message.get("content")
         parts = _tagged(content) if isinstance(content, str) else content
         if isinstance(parts, list):

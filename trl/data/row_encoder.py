@@ -33,7 +33,7 @@ from trl.data.trees import (
 )
 from trl.errors import DataError, RowError
 
-FORMAT = 2
+FORMAT = 3
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
 
 COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
@@ -90,7 +90,8 @@ class RowEncoder:
         return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
-        given = columns = Columns({name: batch[name] for name in self.columns}, rows, is_packed=self.is_packed)
+        given = Columns({n: batch[n] for n in self.columns}, rows, is_packed=self.is_packed, source=self._source())
+        columns = given.read()
         for name in NUMBERS & set(self.kept):
             columns.check_finite(name)
         if (processing := self.tokenization.images) is not None:
@@ -111,6 +112,12 @@ class RowEncoder:
         self._check_limits(left, columns)
         kept = replace(columns, values={**columns.values, **given.values})
         return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
+
+    def _source(self) -> str:
+        """The text of the chat template; of several, all."""
+        images = self.tokenization.images
+        template = self.tokenization.tokenizer.chat_template if images is None else images.processor.chat_template
+        return template if isinstance(template, str) else str(template or "")
 
     def _check_limits(
         self, trees: Sequence[Tree], columns: Columns, documents: Sequence[Sequence[int]] | None = None

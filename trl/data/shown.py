@@ -1,4 +1,4 @@
-"""Whether a rendered conversation shows all that its messages say: their contents, calls of tools and reasoning.
+"""Whether a rendered conversation shows all that its row says: contents, calls of tools, reasoning, and the tools there are.
 
 What a template drops is found by rendering with and without it. Reasoning may be dropped once a turn is past, as many
 templates do; the last that there is has to be shown where the conversation ends with it.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl.data.messages import REASONING
+from trl.data.tool_calls import tool_names, words_of
 from trl.errors import DataError
 
 Message = Mapping[str, Any]
@@ -32,6 +33,8 @@ class ShownCheck:
     source: str
     known_roles: set[Any] = field(default_factory=set)
     """Roles whose contents the template has been seen to show."""
+    shows_tools: bool = False
+    """Whether the template has been seen to show tools."""
 
     def check(self, messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
         """Raises DataError where something that a message says is not in `text`, their rendering.
@@ -39,12 +42,22 @@ class ShownCheck:
         `render` makes such a text of changed messages.
         """
         for i, message in enumerate(messages):
-            lost = next(
-                (f for f in ("content", "tool_calls") if self._is_lost(messages, i, f, text, render)),
-                None,
+            if self._loses_content(messages, i, text, render):
+                raise self._error(i, message, "content", message["content"])
+            if (lost := self._lost_call(messages, i, text, render)) is not None:
+                raise self._error(i, message, "tool_calls", lost)
+
+    def check_tools(self, tools: Sequence[Any], text: str, render: Callable[[], str]) -> None:
+        """Raises DataError where `text` is what `render` makes without the tools."""
+        if self.shows_tools:
+            return
+        if render() == text:
+            names = ", ".join(tool_names(tools)) or str(tools)
+            raise DataError(
+                f"column 'tools': the chat template of {self.name!r} does not show tools, here {names[:60]}. Take a template "
+                "that does, or leave the column out."
             )
-            if lost is not None:
-                raise self._error(i, message, lost, message[lost])
+        self.shows_tools = True
 
     def _error(self, i: int, message: Message, lost: str, value: Any, remedy: str = "") -> DataError:
         return DataError(
@@ -52,28 +65,41 @@ class ShownCheck:
             f"{str(value)[:60]!r}. {remedy or 'Take a template that does, write the message otherwise, or leave it out.'}"
         )
 
-    def _is_lost(self, messages: Messages, i: int, name: str, text: str, render: Callable[[Messages], str]) -> bool:
-        """Whether the rendering is the same without what message i says in this field."""
+    def _loses_content(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> bool:
+        """Whether the rendering is the same whatever the content of message i is."""
         message = messages[i]
-        value = message.get(name)
-        if not value or not isinstance(value, str | list) or (name == "content" and not isinstance(value, str)):
+        value, role = message.get("content"), message.get("role")
+        bare = value.strip() if isinstance(value, str) else ""
+        if not bare:
             return False
-        if name == "content":
-            bare = value.strip()
-            repeats = sum(bare in m["content"] for m in messages if isinstance(m.get("content"), str))
-            role = message.get("role")
-            if not bare or (text.count(bare) >= repeats and (len(bare) >= LONG or role in self.known_roles)):
-                return False
-            changed = {**message, "content": f"{value}{CHANGE}"}
-        else:
-            names = [call["function"]["name"] for call in value if isinstance(call.get("function"), Mapping)]
-            if names and all(each in text for each in names):
-                return False
-            changed = {key: kept for key, kept in message.items() if key != name}
-        other = render([*messages[:i], changed, *messages[i + 1 :]])
-        if name == "content" and other != text:
-            self.known_roles.add(message.get("role"))
+        repeats = sum(bare in m["content"] for m in messages if isinstance(m.get("content"), str))
+        if text.count(bare) >= repeats and (len(bare) >= LONG or role in self.known_roles):
+            return False
+        other = render([*messages[:i], {**message, "content": f"{value}{CHANGE}"}, *messages[i + 1 :]])
+        if other != text:
+            self.known_roles.add(role)
         return other == text
+
+    def _lost_call(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> Any:
+        """The first call of message i, or its arguments, without which the rendering is the same; None if there is none."""
+        message = messages[i]
+        calls = message.get("tool_calls") or []
+        if len(calls) == 1 and all(word in text for word in words_of(calls[0])):
+            return None
+        for k, call in enumerate(calls):
+            rest = [*calls[:k], *calls[k + 1 :]]
+            fewer = {**message, "tool_calls": rest} if rest else _without(message, "tool_calls")
+            bare = {**message, "tool_calls": [*calls[:k], _without_arguments(call), *calls[k + 1 :]]}
+            for changed in (fewer, bare):
+                if changed != message and self._same(text, [*messages[:i], changed, *messages[i + 1 :]], render):
+                    return call["function"]
+        return None
+
+    def _same(self, text: str, changed: Messages, render: Callable[[Messages], str]) -> bool:
+        try:
+            return render(changed) == text
+        except DataError:  # a template may refuse what the row does not say
+            return False
 
     def check_reasoning(self, messages: Messages, render: Callable[[Messages], str]) -> None:
         """Raises DataError where the last reasoning is not shown though the conversation ends with it.
@@ -94,6 +120,16 @@ class ShownCheck:
         remedy = f"It reads {' and '.join(read)}: write the reasoning there." if read else ""
         what = "reasoning" if key == "content" else key
         raise self._error(i, messages[i], what, thought, remedy)
+
+
+def _without(message: Message, key: str) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != key}
+
+
+def _without_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with other arguments: those of none, or where it has none, as it is."""
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": {}}} if function.get("arguments") else dict(call)
 
 
 def _reasoning(message: Message) -> tuple[str, str] | None:

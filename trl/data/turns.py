@@ -19,6 +19,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from trl.errors import DataError
+
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
 Span = tuple[int, int]
@@ -32,10 +34,14 @@ MARK = "≠"
 
 @dataclass(frozen=True)
 class Borders:
-    """The tokens between the turns of a template: those that end one, and those of headers. EOS ends a turn."""
+    """The tokens between the turns of a template: those that end one, and those of headers, and the header of an answer.
+
+    EOS ends a turn.
+    """
 
     enders: tuple[str, ...]
     openers: tuple[str, ...]
+    header: str = ""
 
     @classmethod
     def of(cls, render: Callable[..., str], tokens: Sequence[str], eos: str) -> Borders:
@@ -52,7 +58,7 @@ class Borders:
         found = [_first(text, tokens) for text in (footer, closes_question)]
         enders = tuple(dict.fromkeys([*(t for t in found if t and t not in leading), *([eos] if eos else [])]))
         headers = head + header + answered + asked + footer
-        return cls(enders, tuple(t for t in tokens if t in headers and t not in enders))
+        return cls(enders, tuple(t for t in tokens if t in headers and t not in enders), header)
 
     def is_found(self, text: str) -> bool:
         """Whether a token in the text ends a turn."""
@@ -143,7 +149,12 @@ class TurnFinder:
         A generation prompt that says more than the header of this turn (an opened block of reasoning, say) counts up to
         the last line end or token that both share.
         """
-        prompt = self.render(before, add_generation_prompt=True)
+        try:
+            prompt = self.render(before, add_generation_prompt=True)
+        except DataError:
+            if before:
+                raise
+            return self._first_start()  # many templates look at the first message, and here is none
         if self.text.startswith(prompt):
             return len(prompt), len(prompt)
         bare = self.render(before)
@@ -160,6 +171,16 @@ class TurnFinder:
         if place is None or not (prompt.startswith(footer, here) and self.text.startswith(footer, there)):
             return None
         return self._after_header(prompt, here + len(footer), there + len(footer))
+
+    def _first_start(self) -> Span | None:
+        """Where the first message's answer begins: behind the last header before what it says."""
+        message, header = self.messages[0], self.borders.header
+        content = message.get("content")
+        if not header or not isinstance(content, str):
+            return None
+        marked = self.render([{**message, "content": f"{MARK}{content}"}, *self.messages[1:]])
+        at = self.text.rfind(header, 0, _shared_length(self.text, marked))
+        return None if at < 0 else (at + len(header), at + len(header))
 
     def _after_header(self, prompt: str, here: int, there: int) -> Span | None:
         """The last line end or token up to which the prompt and the text say the same, from these places on."""

@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
-from trl.data.chat import FILLER
+from trl.data.chat_formats import FILLER
 from trl.errors import ConfigError, ModelError
 from trl.noise import without_warnings
 from trl.vision.families import family_of

@@ -33,7 +33,7 @@ from transformers.utils import is_in_notebook
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
-from trl.data.chat import clone_chat_template
+from trl.data.chat_formats import clone_chat_template
 from trl.data.conventions import in_known_columns
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows, without_format
 from trl.data.examples import (

@@ -1,0 +1,108 @@
+"""Calls of tools as chat templates read them, whichever convention they are written in.
+
+    {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}      what they become
+    arguments, a call or all calls as JSON text                                                decoded
+    {"name": "weather", "arguments": {…}}                                                      put under "function"
+    "parameters" or "args" in place of "arguments"                                             renamed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trl.data.json_text import decoded
+from trl.errors import DataError
+
+Call = Mapping[str, Any]
+
+ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
+"""Keys under which a call's arguments are written; the first is what templates read."""
+
+
+def tool_calls_of(value: Any, what: str) -> list[dict[str, Any]]:
+    """The calls that `what`, a key of a message, holds. Raises DataError for what is no call."""
+    found = decoded(value, what)
+    return [_call(decoded(call, what), what) for call in (found if isinstance(found, list) else [found])]
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    if isinstance(call, Mapping) and "function" in call:
+        function = decoded(call["function"], what)
+        around = dict(call)
+    else:
+        around, function = {"type": "function"}, call
+        if isinstance(call, Mapping):
+            around |= {key: call[key] for key in ("id", "type") if key in call}
+            function = {key: value for key, value in call.items() if key not in around}
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f'{what}: a call is JSON with a "name" and "arguments", found {str(call)[:60]!r}.')
+    return {**around, "function": _with_arguments(function, what)}
+
+
+def _with_arguments(function: Mapping[str, Any], what: str) -> dict[str, Any]:
+    key = next((key for key in ARGUMENTS if key in function), None)
+    if key is None:
+        return dict(function)
+    rest = {name: value for name, value in function.items() if name != key}
+    given = function[key]
+    if isinstance(given, str):
+        given = decoded(given, f"{what}: {key}") if given.strip() else {}
+    return {**rest, ARGUMENTS[0]: given}
+
+
+def words_of(call: Call) -> Iterator[str]:
+    """What a call says: the tool's name, and the texts and numbers of its arguments."""
+    function = call.get("function", call)
+    yield str(function.get("name"))
+    yield from _leaves(function.get(ARGUMENTS[0]))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
+def arguments_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with the arguments of tool calls as JSON text, for templates that write them as they are given."""
+
+    def written(call: Call) -> Call:
+        function = call["function"]
+        if isinstance(function.get("arguments"), str):
+            return call
+        return {
+            **call,
+            "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)},
+        }
+
+    return [{**m, "tool_calls": [written(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+
+
+def tools_of(value: Any) -> list[Any] | None:
+    """The tools of a row: a list of schemas, or of OpenAI's older functions; all or each of them may be JSON text.
+
+    Raises DataError for anything else.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        tools = decoded(value, "it")
+    except DataError as error:
+        raise DataError(f"column 'tools': {value[:60]!r} is no JSON ({error.__cause__}).") from error
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"column 'tools': expected a list of tools, found a {type(tools).__name__}.")
+    return [decoded(tool, "column 'tools': a tool") if isinstance(tool, str) else tool for tool in tools]
+
+
+def tool_names(tools: Sequence[Any]) -> list[str]:
+    """The names of tools that are given as schemas."""
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
+    return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
