@@ -14,8 +14,8 @@ from trl.callbacks.stop import stop_on_signal as stop_on_signal
 from trl.cli.parser import TrlParser as TrlParser
 from trl.core import set_seed as set_seed
 from trl.data.chat import apply_chat_template as apply_chat_template
-from trl.data.chat_formats import clone_chat_template as clone_chat_template
 from trl.data.chat import maybe_apply_chat_template as maybe_apply_chat_template
+from trl.data.chat_formats import clone_chat_template as clone_chat_template
 from trl.data.chat_formats import setup_chat_format as setup_chat_format
 from trl.data.completion_collator import DataCollatorForCompletionOnlyLM as DataCollatorForCompletionOnlyLM
 from trl.data.encode import EncodeSettings as EncodeSettings

@@ -473,11 +473,13 @@ def test_empty_dataset(plain):
             encode_dataset(dataset, plain, name="eval")
 
 
-def test_a_conversation_must_end_with_the_assistant(chatml):
-    rows = [{"messages": ASK + BLUE}, {"messages": ASK + BLUE + ASK}]
-    with pytest.raises(DataError, match=r"Row 2, column 'messages': the conversation ends with 'user'"):
+def test_answers_come_from_the_assistant(chatml):
+    rows = [{"messages": ASK + BLUE}, {"messages": ASK + BLUE + ASK}, {"messages": ASK}]
+    with pytest.raises(DataError, match=r"Row 3, column 'messages': no turn is the assistant's.* Its roles: user"):
         encoded(rows, chatml, assistant_only_loss=True)
-    assert len(examples(rows, chatml)) == 2
+    assert len(examples(rows, chatml)) == 3
+    first, second = examples(rows[:2], chatml, assistant_only_loss=True)
+    assert sum(first.completions[0].mask) == sum(second.completions[0].mask)
     with pytest.raises(DataError, match=r"Row 1, column 'chosen': the conversation ends with 'user'"):
         encoded([{"prompt": ASK, "chosen": ASK, "rejected": BLUE}], chatml)
 

@@ -58,12 +58,23 @@ class Columns:
         return self.values[name]
 
     def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
-        """A column of conversations; with `answers` the last turn must be the assistant's."""
+        """A column of conversations; with `answers` they end with one of the assistant's."""
         chats = [self._chat(k, name, value) for k, value in enumerate(self.values[name])]
         for k, chat in enumerate(chats):
             if answers and chat[-1]["role"] != "assistant":
                 found = f"the conversation ends with {chat[-1]['role']!r}"
                 raise self.error(k, name, f"{found}, so there is no answer to train on. End it with the assistant.")
+        return chats
+
+    def spoken_chats(self, name: str) -> list[list[dict[str, Any]]]:
+        """A column of conversations in which the assistant says something."""
+        chats = self.chats(name)
+        for k, chat in enumerate(chats):
+            if all(message["role"] != "assistant" for message in chat):
+                roles = ", ".join(dict.fromkeys(message["role"] for message in chat))
+                raise self.error(
+                    k, name, f"no turn is the assistant's, so there is no answer to train on. Its roles: {roles}."
+                )
         return chats
 
     def read(self) -> Columns:

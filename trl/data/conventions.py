@@ -1,13 +1,14 @@
 """Rows in the columns of other tools, written in those that are read here.
 
     instruction, input, output [, history, system]          prompt, completion          alpaca
+    instruction, context, response                          prompt, completion          Dolly
     question | query, answer | response | output            prompt, completion
     question | instruction …, chosen, rejected              prompt, chosen, rejected
     conversations, chosen {…}, rejected {…} [, system]      prompt, chosen, rejected    LLaMA-Factory, axolotl
     chosen, rejected = "\\n\\nHuman: … \\n\\nAssistant: …"      prompt, chosen, rejected    HH
     input {messages}, preferred_output, non_preferred_…     prompt, chosen, rejected    OpenAI
     instruction … | conversations, kto_tag                  prompt, completion, label   LLaMA-Factory
-    conversations, system                                   messages
+    system | system_prompt, beside any of them              the first message, or the beginning of the prompt
 
 Questions and answers become conversations where the tokenizer has a chat template, and texts elsewhere. Columns that are
 not used stay.
@@ -15,15 +16,17 @@ not used stay.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl.data.formats import extract_prompt
+from trl.data.formats import TEXT, extract_prompt, maybe_extract_prompt
+from trl.data.json_text import conversation_in
 from trl.data.messages import tidy_messages
 from trl.errors import DataError, RowError
 
@@ -38,7 +41,10 @@ ANSWERED = ("completion", "output", "answer", "response")
 CHATS = ("messages", "conversations", "conversation")
 PAIR = ("chosen", "rejected")
 KTO = "kto_tag"
-BESIDE = ("input", "history", "system")
+SYSTEMS = ("system", "system_prompt", "system_message")
+MORE = ("input", "context")
+"""Columns with more of a question than `prompt`, which is whole."""
+BESIDE = (*MORE, "history", *SYSTEMS)
 """Columns that belong to what is asked."""
 
 HUMAN = "\n\nHuman:"
@@ -99,10 +105,13 @@ def recognise(
     asked = next((name for name in ASKED if name in present), None)
     answer = next((name for name in ANSWERED if name in present - {asked}), None)
     has_pair = present.issuperset(PAIR) and not prompts_only
-    if text_field in present or "input_ids" in present:
+    has_system = not present.isdisjoint(SYSTEMS)
+    if "input_ids" in present or _is_text(present, text_field):
         return None
     if prompts_only:
-        return None if "prompt" in present or asked is None else _questions(asked, present, has_template, ())
+        if asked is None or (asked == "prompt" and not has_system):
+            return None
+        return replace(_questions(asked, present, has_template, ()), uses=(asked,))
     if present.issuperset(("input", "preferred_output", "non_preferred_output")):
         return Convention("OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), _openai_pair)
     if has_pair and isinstance(first["chosen"], Mapping):
@@ -112,13 +121,21 @@ def recognise(
         return Convention("dialogues of one text (HH)", PAIR, _hh)
     if KTO in present and (chat or (asked and answer)):
         return _labelled(chat, present) if chat else _questions(asked, present, has_template, (answer, KTO))
+    if has_pair and asked in (None, "prompt"):
+        return _pairs_with_system(present) if has_system else None
     if has_pair:
-        return _questions(asked, present, has_template, PAIR) if asked not in (None, "prompt") else None
+        return _questions(asked, present, has_template, PAIR)
+    if (asked, answer) == ("prompt", "completion"):
+        return _questions(asked, present, has_template, (answer,)) if _beside(asked, present) else None
     if chat is not None:
-        return _with_system(chat) if "system" in present or chat == "conversation" else None
-    if asked is None or answer is None or (asked, answer) == ("prompt", "completion"):
-        return None
-    return _questions(asked, present, has_template, (answer,))
+        return _with_system(chat, present) if has_system or chat == "conversation" else None
+    return None if asked is None or answer is None else _questions(asked, present, has_template, (answer,))
+
+
+def _is_text(present: Collection[str], text_field: str | None) -> bool:
+    """Whether rows are read as texts: by the column that was asked for, or by `text` where there is nothing else."""
+    others = {"prompt", "completion"} <= set(present) or not set(CHATS).isdisjoint(present)
+    return text_field in present and (text_field != TEXT or not others)
 
 
 # ---- questions and answers ----
@@ -126,15 +143,13 @@ def recognise(
 
 def _questions(asked: str, present: Collection[str], has_template: bool, answers: tuple[str, ...]) -> Convention:
     """A question with answers to it; with `kto_tag` after the answer its label."""
-    beside = tuple(
-        name for name in BESIDE if name in present and name != asked and (asked != "prompt" or name != "input")
-    )
+    beside = _beside(asked, present)
     is_chat = has_template and asked != "prompt"
     names = dict(zip(answers, ("completion", "label") if answers[1:] != PAIR[1:] else PAIR, strict=False))
 
     def convert(row: Row) -> dict[str, Any]:
-        if isinstance(row[asked], list):
-            made: dict[str, Any] = {"prompt": row[asked]}
+        if _conversation(row[asked]) is not None:
+            made: dict[str, Any] = {"prompt": _opened(row, row[asked])}
         else:
             made = {"prompt": _prompt(row, asked, beside, is_chat=is_chat)}
         for column, name in names.items():
@@ -151,11 +166,18 @@ def _questions(asked: str, present: Collection[str], has_template: bool, answers
     return Convention(f"{made} ({shown})", (asked, *beside, *answers), convert)
 
 
+def _beside(asked: str, present: Collection[str]) -> tuple[str, ...]:
+    """The columns that belong to the question."""
+    whole = MORE if asked == "prompt" else (asked,)
+    return tuple(name for name in BESIDE if name in present and name not in whole)
+
+
 def _prompt(row: Row, asked: str, beside: tuple[str, ...], *, is_chat: bool) -> Any:
     question = _text(row, asked)
-    if "input" in beside and (more := _text(row, "input", optional=True)):
-        question = f"{question}\n{more}" if question else more
-    system = _text(row, "system", optional=True) if "system" in beside else ""
+    for name in MORE:
+        if name in beside and (more := _text(row, name, optional=True)):
+            question = f"{question}\n{more}" if question else more
+    system = _system(row)
     past = _history(row.get("history")) if "history" in beside else []
     if is_chat:
         opening = [{"role": "system", "content": system}] if system else []
@@ -209,38 +231,69 @@ def _label(value: Any) -> bool:
 
 def _pairs_of_messages(source: str, present: Collection[str]) -> Convention:
     """What was said before, and two messages of which the first is the better."""
-    uses = tuple(name for name in (source, *PAIR, "system") if name in present)
+    uses = tuple(name for name in (source, *PAIR, *SYSTEMS) if name in present)
 
     def convert(row: Row) -> dict[str, Any]:
-        before = row[source] if isinstance(row[source], list) else [{"role": "user", "content": _text(row, source)}]
+        before = _conversation(row[source]) or [{"role": "user", "content": _text(row, source)}]
         return {"prompt": _opened(row, before), **{name: tidy_messages([row[name]]) for name in PAIR}}
 
     return Convention("preferences between messages (LLaMA-Factory, axolotl)", uses, convert)
 
 
+def _pairs_with_system(present: Collection[str]) -> Convention:
+    """Pairs with their prompt in a column, or at the beginning of both, and a system prompt before it."""
+    made = tuple(name for name in ("prompt", *PAIR) if name in present)
+
+    def convert(row: Row) -> dict[str, Any]:
+        given = {name: row[name] if (chat := _conversation(row[name])) is None else chat for name in made}
+        if not isinstance(given["chosen"], list):
+            opened = ("prompt",) if "prompt" in given else PAIR
+            return given | {name: _opened(row, given[name]) for name in opened}
+        pair = maybe_extract_prompt(given | {name: tidy_messages(given[name]) for name in PAIR})
+        return {**pair, "prompt": _opened(row, pair["prompt"])}
+
+    return Convention("pairs with their system prompt", (*made, *(n for n in SYSTEMS if n in present)), convert)
+
+
 def _labelled(chat: str, present: Collection[str]) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
-        messages = _opened(row, row[chat])
+        messages = _conversation(_opened(row, row[chat]))
         return {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row[KTO])}
 
-    return Convention("conversations with a label", tuple(n for n in (chat, KTO, "system") if n in present), convert)
+    return Convention("conversations with a label", tuple(n for n in (chat, KTO, *SYSTEMS) if n in present), convert)
 
 
-def _with_system(chat: str) -> Convention:
+def _with_system(chat: str, present: Collection[str]) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
         return {"messages": _opened(row, row[chat])}
 
-    return Convention("conversations with their system prompt", (chat, "system"), convert)
+    uses = tuple(name for name in (chat, *SYSTEMS) if name in present)
+    return Convention("conversations with their system prompt", uses, convert)
 
 
-def _opened(row: Row, messages: Any) -> list[Any]:
-    """The messages after the row's system prompt, if it has one and they do not begin with one."""
-    if not isinstance(messages, list):
-        raise DataError(f"expected a list of messages, found {type(messages).__name__} {str(messages)[:60]}.")
+def _system(row: Row) -> str:
+    return next(filter(None, (_text(row, name, optional=True) for name in SYSTEMS)), "")
+
+
+def _conversation(value: Any) -> list[Any] | None:
+    """The messages of a value that is a conversation, also as text; None for another."""
+    return conversation_in(value) if isinstance(value, str) else value if isinstance(value, list) else None
+
+
+def _opened(row: Row, value: Any) -> Any:
+    """A conversation, or a text, after the row's system prompt, if it has one and does not begin with one.
+
+    A conversation that came as text stays text: tables hold what differs from row to row as such.
+    """
+    system, messages = _system(row), _conversation(value)
+    if messages is None:
+        if not isinstance(value, str):
+            raise DataError(f"expected a list of messages, found {type(value).__name__} {str(value)[:60]}.")
+        return f"{system}\n\n{value}" if system else value
     tidy = tidy_messages(messages)
-    system = _text(row, "system", optional=True)
     begins = bool(tidy) and isinstance(tidy[0], Mapping) and tidy[0].get("role") == "system"
-    return [{"role": "system", "content": system}, *tidy] if system and not begins else tidy
+    opened = [{"role": "system", "content": system}, *tidy] if system and not begins else tidy
+    return json.dumps(opened, ensure_ascii=False) if isinstance(value, str) else opened
 
 
 def _openai_pair(row: Row) -> dict[str, Any]:

@@ -15,6 +15,7 @@ tokenised alone and never shares a token with its completion. `decode` turns a r
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,7 +31,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.counts import counted, percent
 from trl.data.encoders import Tokenization
-from trl.data.formats import detect_kind
+from trl.data.formats import COLUMNS_READ, TEXT, detect_kind
+from trl.data.message_keys import ALIKE
 from trl.data.multimodal import check_image_columns, undecoded
 from trl.data.prepacked import comes_packed, refuse_packed
 from trl.data.row_encoder import COUNTS, INPUTS, RowEncoder
@@ -68,6 +70,8 @@ class EncodingReport:
     overlong: int = 0
     tokens: int = 0
     trained: int = 0
+    unread: tuple[str, ...] = ()
+    """Columns that nothing reads."""
 
     @property
     def dropped(self) -> int:
@@ -92,7 +96,8 @@ class EncodingReport:
         )
 
     def __add__(self, other: EncodingReport) -> EncodingReport:
-        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "name"}
+        words = ("name", "unread")
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in words}
         return replace(self, **counts)
 
     def __str__(self) -> str:
@@ -103,7 +108,8 @@ class EncodingReport:
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
         parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []
         parts += [f"{self.overlong:,} dropped (images do not fit into max_length)"] if self.overlong else []
-        return ", ".join(parts) + "."
+        unread = f" Not read: {', '.join(self.unread)}." if self.unread else ""
+        return ", ".join(parts) + "." + unread
 
     def log(self) -> None:
         """Log once: a warning when rows were dropped or truncated."""
@@ -154,9 +160,21 @@ def encode_dataset(
     if kind == "tokenized_preference":
         refuse_packed(columns, kind)
     encoder = RowEncoder(tokenization, kind, tuple(columns), has_inputs=has_inputs, is_packed=is_packed)
+    _say_unread(columns, encoder, name)
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
     return _encode_table(dataset, encoder, name)
+
+
+def _say_unread(columns: Sequence[str], encoder: RowEncoder, name: str) -> None:
+    """Warn of a column for the text that is not there, and of columns whose names look like slips of those that are read."""
+    field = encoder.settings.text_field
+    if field != TEXT and field not in columns and encoder.kind != "tokenized":
+        logger.warning(f"dataset_text_field={field!r} is no column of {name!r}: {list(encoder.columns)} are read.")
+    read = {*COLUMNS_READ[encoder.kind], *encoder.settings.keep_columns}
+    for column in encoder.unread:
+        if near := difflib.get_close_matches(column.lower(), read - {*columns}, n=1, cutoff=ALIKE):
+            logger.warning(f"The column {column!r} of {name!r} is not read. Did you mean {near[0]!r}?")
 
 
 def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -188,7 +206,7 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
     encoded, counts = _mapped(dataset, encoder, name)
-    report = EncodingReport.of(counts, name)
+    report = replace(EncodingReport.of(counts, name), unread=encoder.unread)
     if not report.rows:
         raise DataError(nothing_left(counts, encoder.settings, report))
     if report.overlong:
@@ -229,7 +247,7 @@ def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, 
 
 
 def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[str], name: str) -> Encoded:
-    encoded = Encoded(dataset, encoder.kind, EncodingReport(name))
+    encoded = Encoded(dataset, encoder.kind, EncodingReport(name, unread=encoder.unread))
 
     def encode(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
         table = encoder(batch, rows)

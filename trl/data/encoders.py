@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.chat import ChatTemplate
 from trl.data.columns import Columns, describe
-from trl.data.formats import maybe_extract_prompt
+from trl.data.formats import TEXT, chosen_fields, maybe_extract_prompt
+from trl.data.messages import is_trained
 from trl.data.multimodal import expanded, expanded_spans
 from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
@@ -103,7 +104,9 @@ class Tokenization:
 
 def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A text or a conversation: one completion on an empty prompt."""
-    name = next(n for n in ("messages", "conversations", tokenization.settings.text_field) if n in columns)
+    name = next(
+        n for n in (*chosen_fields(tokenization.settings.text_field), "messages", "conversations", TEXT) if n in columns
+    )
     if tokenization.settings.completion_only_loss and tokenization.settings.token_mask is None:
         raise DataError(
             f"completion_only_loss=True needs columns 'prompt' and 'completion', but {name!r} holds both in one. "
@@ -116,7 +119,7 @@ def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree
         ids = encode(texts, add_special_tokens=tokenization.settings.add_special_tokens)
         return [Tree([], [row]) for row in tokenization.append_eos(ids)]
     if tokenization.settings.assistant_only_loss:
-        return _assistant_only(columns, columns.chats(name, answers=True), tokenization)
+        return _assistant_only(columns, columns.spoken_chats(name), tokenization)
     chats = columns.chats(name)
     texts = columns.each(lambda k, row: tokenization.chat.whole(chats[k], row))
     return [Tree([], [row]) for row in tokenization.text.ids(expanded(columns, tokenization.images, texts))]
@@ -273,13 +276,28 @@ def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...
 def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...]) -> list[Tree]:
     prompts = columns.chats("prompt")
     answers = [columns.chats(name, answers=True) for name in names]
-
+    _check_learned(columns, dict(zip(names, answers, strict=True)))
     rendered = columns.each(lambda k, row: tokenization.chat.answers(prompts[k], [chats[k] for chats in answers], row))
     prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
     prompt_texts = expanded(columns, tokenization.images, prompt_texts)
     prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]
+
+
+def _check_learned(columns: Columns, answers: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
+    """Raises DataError for a message of an answer that is not to be learned from, where answers are learned whole."""
+    for name, chats in answers.items():
+        for k, chat in enumerate(chats):
+            left_out = next((i for i, message in enumerate(chat) if not is_trained(message)), None)
+            if left_out is not None:
+                remedy = "set assistant_only_loss=True, or " if name == "completion" and "label" not in columns else ""
+                raise columns.error(
+                    k,
+                    name,
+                    f"message {left_out + 1} says that it is not learned from, and answers are learned whole: {remedy}leave the key "
+                    "out, or the row.",
+                )
 
 
 def stepwise(columns: Columns, tokenization: Tokenization) -> list[Tree]:

@@ -31,6 +31,9 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Row kind → the sets of columns of which one must be there. The first kind that fits is taken, the most specific first."""
 
+TEXT = "text"
+"""The column of a text, where no other was asked for."""
+
 _CHAT_OPTIONS = ("tools", "functions", "chat_template_kwargs")
 COLUMNS_READ: dict[str, tuple[str, ...]] = {
     "tokenized_preference": (
@@ -90,11 +93,18 @@ def detect_kind(
             f"processing_class. To train on the texts alone: dataset.remove_columns({pictures})."
         )
     kinds = {kind: _with_text_field(KINDS[kind], text_field) for kind in KINDS if allowed is None or kind in allowed}
+    if "language_modeling" in kinds and present & set(chosen_fields(text_field)) and "input_ids" not in present:
+        return "language_modeling"
     for kind, alternatives in kinds.items():
         if any(present.issuperset(needed) for needed in alternatives):
             return kind
     others = (k for k, needs in KINDS.items() if k not in kinds and any(present.issuperset(n) for n in needs))
     raise DataError(_unrecognised(sorted(present), kinds, next(others, None)))
+
+
+def chosen_fields(text_field: str) -> tuple[str, ...]:
+    """The column that was asked for as that of the text: it counts before all others; none where it is the usual one."""
+    return () if text_field == TEXT else (text_field,)
 
 
 def _with_text_field(alternatives: tuple[tuple[str, ...], ...], text_field: str) -> tuple[tuple[str, ...], ...]:

@@ -37,7 +37,7 @@ def conversation_in(text: str) -> list[Any] | None:
 
     Raises DataError for one that begins like a conversation and cannot be read.
     """
-    begins = text.lstrip()[:SHOWN].replace(" ", "").replace("'", '"')
+    begins = "".join(text[:SHOWN].split()).replace("'", '"')
     if not begins.startswith(('[{"role":', '[{"from":', '[{"content":', '[{"value":')):
         return None
     try:

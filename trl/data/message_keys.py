@@ -19,7 +19,18 @@ logger = logging.getLogger(__name__)
 READ = ("content", "tool_calls", "function_call", *REASONING, *ABOUT_MESSAGE)
 """Keys that templates or training read."""
 
-ABOUT_LOSS = ("training", "trainable", "trained", "train_detail", "learn", "loss", "loss_mask", "mask", "masked", "labels")
+ABOUT_LOSS = (
+    "training",
+    "trainable",
+    "trained",
+    "train_detail",
+    "learn",
+    "loss",
+    "loss_mask",
+    "mask",
+    "masked",
+    "labels",
+)
 """Keys by which other tools say what is learned, each in its own way."""
 
 ALIKE = 0.8

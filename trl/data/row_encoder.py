@@ -66,6 +66,7 @@ class RowEncoder:
         pictures = set() if tokenization.images is None else PICTURES
         wanted = self._needed() | {*keep, *settings.token_signals} | pictures
         self.columns = [name for name in columns if name in wanted]
+        self.unread = tuple(name for name in columns if name not in wanted)
         self.kept = [name for name in self.columns if name in keep - pictures]
         self.is_masked = self._is_masked()
         self.is_packed = is_packed

@@ -1,9 +1,9 @@
 """Calls of tools as chat templates read them, whichever convention they are written in.
 
-    {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}      what they become
-    arguments, a call or all calls as JSON text                                                decoded
-    {"name": "weather", "arguments": {…}}                                                      put under "function"
-    "parameters" or "args" in place of "arguments"                                             renamed
+{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}      what they become
+arguments, a call or all calls as JSON text                                                decoded
+{"name": "weather", "arguments": {…}}                                                      put under "function"
+"parameters" or "args" in place of "arguments"                                             renamed
 """
 
 from __future__ import annotations
