@@ -168,7 +168,7 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": "./nowhere/rows"}, "there is no folder 'nowhere'"),
         (
             {"dataset_name": "notes.md"},
-            "dataset_name='notes.md' is no data file: known endings are .jsonl, .json, .csv",
+            "dataset_name='notes.md' is no data file: known endings are .jsonl, .ndjson, .json, .csv",
         ),
         ({"dataset_name": ["train.jsonl", "b.csv"]}, "files of different kinds"),
         ({"dataset_name": ["b.csv", "c.tsv"]}, "files of different kinds"),
@@ -180,7 +180,7 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": "commas.tsv"}, r"separated by ','.* a .tsv file has '\\t'"),
         ({"dataset_name": ["train.jsonl", "imdb"]}, "mix datasets with `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
-        ({"dataset_name": "broken.jsonl"}, r"Dataset \['broken.jsonl'\] cannot be read as json: "),
+        ({"dataset_name": "broken.jsonl"}, "Dataset 'broken.jsonl' cannot be read as rows: "),
         ({"dataset_train_split": "tran"}, r"has no split 'tran'. Did you mean 'train'\? Its splits: train."),
         ({"dataset_train_split": "train[2]"}, r"split='train\[2\]' is not a slice: write name\[start:end\]"),
         ({"dataset_train_split": "train[a:]"}, "is not a slice"),

@@ -85,7 +85,7 @@ def _place_in_mixture(mixture: DatasetMixtureConfig, split: str, row: int) -> st
 def _place(path: str | Sequence[str], split: str, row: int) -> str:
     """`line 7 of chats.jsonl`; empty where rows have no lines."""
     files = files_of(path, split.partition("[")[0])
-    if not files or not all(file.endswith(".jsonl") and Path(file).is_file() for file in files):
+    if not files or not all(file.lower().endswith((".jsonl", ".ndjson")) and Path(file).is_file() for file in files):
         return ""
     lines = [(file, line) for file in files for line in _lines_with_rows(file)]
     start = range(len(lines))[slice_of(split, len(lines))].start

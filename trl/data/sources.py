@@ -6,14 +6,18 @@ Importing this file imports nothing heavy: the command line reads its dataclasse
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl.counts import counted
 from trl.data.renaming import pairs_of, renamed
 from trl.errors import ConfigError, DataError, suggest
 
@@ -23,8 +27,11 @@ if TYPE_CHECKING:
     Rows = Dataset | IterableDataset
     Splits = DatasetDict | IterableDatasetDict
 
+logger = logging.getLogger(__name__)
+
 BUILDERS = {
     ".jsonl": "json",
+    ".ndjson": "json",
     ".json": "json",
     ".csv": "csv",
     ".tsv": "csv",
@@ -76,7 +83,13 @@ LONGEST = 300
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """What stands between the columns of a table, by the ending of its file."""
 
-TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+WORDS_STAY = {"keep_default_na": False, "na_values": [""]}
+"""How tables are read: "None", "NA" and "null" are words, and what is empty is nothing."""
+
+FILES_NAMED = 5
+"""Files that a warning names."""
+
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 """Endings of files with letters in UTF-8."""
 
 
@@ -91,7 +104,7 @@ def _builder(path: str) -> str | None:
 
 def _ending(path: str) -> str:
     """The ending of a file's name, that of a compressed one before it was."""
-    stem, ending = os.path.splitext(path)
+    stem, ending = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if ending in PACKED else ending
 
 
@@ -147,7 +160,6 @@ def load_splits(
 ) -> Splits:
     """All splits of a dataset."""
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
     places = _listed(path)
     for place in places:
@@ -162,19 +174,53 @@ def load_splits(
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         return _streamed(splits) if streaming else splits
+    with _failures_told(places, lambda: None):
+        rows = load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+    if local and data_files is None:
+        _say_unread_files(Path(local[0], data_dir or ""), rows)
+    return rows
+
+
+@contextmanager
+def _failures_told(places: Sequence[str], where: Callable[[], str | None]) -> Iterator[None]:
+    """Errors of reading as DataErrors; `where` says of a file where it cannot be read."""
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
+
+    named = repr(places[0] if len(places) == 1 else list(places))
     try:
-        return load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
+        yield
     except DataFilesNotFoundError as error:
-        raise DataError(
-            f"Dataset {places[0]!r} holds no data files: known endings are {', '.join(BUILDERS)}."
-        ) from error
-    except DatasetGenerationError as error:
-        model = (
-            " It holds a model: is it the model_name_or_path?"
-            if local and Path(local[0], "config.json").is_file()
-            else ""
+        raise DataError(f"Dataset {named} holds no data files: known endings are {', '.join(BUILDERS)}.") from error
+    except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:
+        if not all(map(is_local, places)):
+            raise
+        holds_model = len(places) == 1 and Path(places[0]).expanduser().joinpath("config.json").is_file()
+        model = " It holds a model: is it the model_name_or_path?" if holds_model else ""
+        told = where() or _known_failure(error) or _briefly(error)
+        raise DataError(f"Dataset {named} cannot be read as rows: {told}{model}") from error
+
+
+def _known_failure(error: Exception) -> str | None:
+    """What is to be done about an error whose own words do not say it."""
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return "there are no rows in it."
+    if "Compression type zstd" in str(error):
+        return "files that end with .zst need the package zstandard: pip install zstandard."
+    return None
+
+
+def _say_unread_files(folder: Path, splits: Splits) -> None:
+    """Warn of data files of a folder that are of another kind than those that are read."""
+    if not folder.is_dir():
+        return
+    rows = next(iter(splits.values()))
+    read = rows.info.builder_name
+    others = [path.name for path in sorted(folder.rglob("*")) if _builder(path.name) not in (None, read, "text")]
+    if others:
+        shown = ", ".join(others[:FILES_NAMED]) + (", …" if len(others) > FILES_NAMED else "")
+        logger.warning(
+            f"Of {str(folder)!r} the files of the kind {read} are read, and not {shown}: give those by name."
         )
-        raise DataError(f"Dataset {places[0]!r} cannot be read as rows: {_briefly(error)}.{model}") from error
 
 
 def _briefly(error: Exception) -> str:
@@ -205,21 +251,18 @@ def _is_saved(place: str) -> bool:
 
 def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     readers = {(_builder(path), _ending(path) == ".tsv") for path in paths}
     if len(readers) > 1:
         raise DataError(f"Dataset {paths}: files of different kinds cannot be read as one.")
     ((builder, has_tabs),) = readers
-    separator = {"sep": "\t"} if has_tabs else {}
+    options: dict[str, Any] = {"sep": "\t"} if has_tabs else {}
+    options |= WORDS_STAY if builder == "csv" else {}
     for path in paths:
         _check_letters(path)
-        _check_separator(path)
-    try:
-        return load_dataset(builder, data_files=paths, streaming=streaming, **separator)
-    except DatasetGenerationError as error:
-        told = next(filter(None, map(_where_json_breaks, paths)), None) or _briefly(error)
-        raise DataError(f"Dataset {paths} cannot be read as {builder}: {told}") from error
+        _check_table(path)
+    with _failures_told(paths, lambda: next(filter(None, map(_where_json_breaks, paths)), None)):
+        return load_dataset(builder, data_files=paths, streaming=streaming, **options)
 
 
 def _check_letters(path: str) -> None:
@@ -237,25 +280,44 @@ def _check_letters(path: str) -> None:
                 ) from error
 
 
-def _check_separator(path: str) -> None:
-    """Raises DataError for a table whose columns are separated by something else than its ending says."""
-    expected = SEPARATORS.get(Path(path).suffix)
+def _check_table(path: str) -> None:
+    """Raises DataError for a table whose columns are separated otherwise than its ending says, or do not fit its header."""
+    ending = Path(path).suffix.lower()
+    expected = SEPARATORS.get(ending)
     if expected is None or not Path(path).is_file():
         return
-    with open(path, encoding="utf-8") as file:
-        header = file.readline().rstrip("\r\n")
-    found = next((separator for separator in "\t;|," if separator in header), expected)
-    if expected not in header and found != expected:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        line = file.readline().rstrip("\r\n")
+        file.seek(0)
+        rows = csv.reader(file, delimiter=expected)
+        header, first = _next(rows), _next(rows)
+    found = next((separator for separator in "\t;|," if separator in line), expected)
+    if expected not in line and found != expected:
         remedy = "Name it .tsv" if found == "\t" else f"Write it with {expected!r}"
         raise DataError(
-            f"{path}, line 1: its columns are separated by {found!r} ({header[:60]!r}), where a {Path(path).suffix} file has "
+            f"{path}, line 1: its columns are separated by {found!r} ({line[:60]!r}), where a {ending} file has "
             f'{expected!r}. {remedy}, or give rows that were read in Python: load_dataset("csv", data_files={path!r}, sep={found!r}).'
         )
+    if len(first) > len(header):
+        raise DataError(
+            f"{path}: the first row has {len(first)} cells, and the header {len(header)}, so that columns would be read for one "
+            f"another. Write cells that hold {expected!r} in double quotes, and no {expected!r} at the end of a line."
+        )
+    if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+        raise DataError(f"{path}, line 1: the column {twice[0]!r} occurs twice. Give every column a name of its own.")
+
+
+def _next(rows: Iterator[list[str]]) -> list[str]:
+    """The next row of a table; an empty one at its end, and where a cell is longer than `csv` reads."""
+    try:
+        return next(rows, [])
+    except csv.Error:
+        return []
 
 
 def _where_json_breaks(path: str) -> str | None:
     """The first line of a `.jsonl` file that is not JSON; None where there is none, or of other files."""
-    if not path.endswith(".jsonl"):
+    if not path.lower().endswith((".jsonl", ".ndjson")):
         return None
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -288,7 +350,10 @@ def take_split(splits: Splits, split: str, path: Any) -> Rows:
     if name == split:
         return rows
     if isinstance(rows, Dataset):
-        return rows.select(range(len(rows))[slice_of(split, len(rows))])
+        kept = range(len(rows))[slice_of(split, len(rows))]
+        if not kept:
+            raise DataError(f"Dataset {path!r}: {split} takes none of its {counted(len(rows), 'row')}.")
+        return rows.select(kept)
     part = slice_of(split, None)
     rows = rows.skip(part.start or 0)
     return rows if part.stop is None else rows.take(part.stop - (part.start or 0))

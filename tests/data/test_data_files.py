@@ -1,0 +1,79 @@
+"""Files as people have them: what is in them arrives, or an error says in a line what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from trl.data.sources import ScriptArguments, load_rows, take_split
+from trl.errors import DataError
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "ä", "completion": "d"}]
+LINES = "\n".join(json.dumps(row) for row in ROWS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("rows.JSONL", LINES, ROWS),
+        ("rows.ndjson", LINES, ROWS),
+        ("bom.jsonl", "\ufeff" + LINES, ROWS),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n"), ROWS),
+        ("gaps.jsonl", LINES.replace("\n", "\n\n"), ROWS),
+        ("bom.csv", "\ufeffprompt,completion\na,b\n", ROWS[:1]),
+        ("words.csv", "prompt,completion\nNA,None\nnull,\n", [{"NA": "None"}, {"null": None}]),
+        ("quotes.csv", 'prompt,completion\r\na,"b, ""c"""\r\n', [{"a": 'b, "c"'}]),
+    ],
+)
+def test_they_arrive(name, text, expected):
+    Path(name).write_text(text, encoding="utf-8", newline="")
+    pairs = [(row["prompt"], row["completion"]) for row in load_rows(name)]
+    assert pairs == [tuple(row.values()) if len(row) == 2 else next(iter(row.items())) for row in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("long.csv", "prompt,completion\na,b,c\n", "the first row has 3 cells, and the header 2"),
+        ("ends.csv", "prompt,completion\na,b,\n", "no ',' at the end of a line"),
+        ("twice.csv", "prompt,prompt\na,b\n", "line 1: the column 'prompt' occurs twice"),
+        ("commas.jsonl", LINES.replace("\n", ",\n"), "line 1, column 35: Extra data"),
+        ("empty.jsonl", "", "there are no rows in it"),
+        ("blank.jsonl", "\n\n", "there are no rows in it"),
+        ("plain.jsonl.gz", LINES, "Not a gzipped file"),
+    ],
+)
+def test_they_are_named(name, text, words):
+    Path(name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}.*{words}"):
+        load_rows(name)
+
+
+def test_files_of_another_kind_in_a_folder_are_said(caplog):
+    Path("rows").mkdir()
+    for name, text in {"a.jsonl": LINES, "b.csv": "prompt,completion\na,b\n", "notes.txt": "Hi"}.items():
+        Path("rows", name).write_text(text)
+    with caplog.at_level(logging.WARNING, "trl"):
+        assert len(load_rows("rows")) == 2
+    assert "files of the kind json are read, and not b.csv: give those by name" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train[5:]", "train[:10%]", "train[:0]"])
+def test_slices_without_rows(split):
+    with pytest.raises(DataError, match=r"takes none of its 2 rows"):
+        take_split({"train": Dataset.from_list(ROWS)}, split, "rows.jsonl")
+
+
+def test_endings_of_arguments():
+    Path("rows.JSONL").write_text(LINES)
+    assert ScriptArguments(dataset_name="rows.JSONL").dataset_name == "rows.JSONL"
