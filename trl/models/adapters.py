@@ -50,12 +50,17 @@ def is_adapter(name: str, **hub: Any) -> bool:
 
 
 def base_of(adapter: str, **hub: Any) -> str:
-    """The model that an adapter was trained on. Raises ModelError where it does not say."""
+    """The model that an adapter was trained on. Raises ModelError where it does not say, or names a folder that is gone."""
     base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
     if not base:
         raise ModelError(
             f"{adapter!r} is an adapter that does not say of which model: give it as adapter_name_or_path, and the model "
             "as model_name_or_path."
+        )
+    if base.startswith(("/", "./", "../", "~")) and not Path(base).expanduser().is_dir():
+        raise ModelError(
+            f"{adapter!r} is an adapter of the model {base!r}, and there is no such folder. Give the model as model_name_or_path, "
+            "and the adapter as adapter_name_or_path; or mend base_model_name_or_path in its adapter_config.json."
         )
     return base
 
@@ -85,7 +90,8 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
         found = set_peft_model_state_dict(adapted, {**heads, **state})
     except (RuntimeError, ValueError, KeyError) as error:
         raise _unfit(adapter, model, str(error)) from error
-    if unknown := [key for key in found.unexpected_keys if not _is_copy(key, state, tied)]:
+    known = ("prompt_embeddings",) if config.is_prompt_learning else ()
+    if unknown := [key for key in found.unexpected_keys if key not in known and not _is_copy(key, state, tied)]:
         raise _unfit(adapter, model, f"it has no {unknown[0]}")
     adapted._trl_source = adapter
     return adapted if trainable else adapted.requires_grad_(False)
@@ -175,6 +181,10 @@ def with_adapters(
         model = as_peft_model(model)
     if peft_config is None:
         return model
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config has to be one of peft, as LoraConfig(r=16), got a {type(peft_config).__name__}."
+        )
     if isinstance(model, PeftModel):
         raise ConfigError(
             f"peft_config was given, but the model already carries the adapter(s) {sorted(model.peft_config)}. Train "
@@ -261,6 +271,7 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
             "it with peft.PeftModel.from_pretrained, and say which one trains with set_adapter."
         )
     ((name, config),) = model.peft_config.items()
+    _check_magnitudes(model, config)
     # By peft itself: the method that transformers has for it asks for releases of peft that are still to come.
     found = get_peft_model_state_dict(model, adapter_name=name)
     state = {f"base_model.model.{key}": value for key, value in found.items()}
@@ -278,6 +289,28 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     return adapted
 
 
+def _check_magnitudes(model: nn.Module, config: PeftConfig) -> None:
+    """Raises ModelError where `transformers` left the magnitudes of DoRA out, which it does in some releases.
+
+    They are then as they are made, the norms of the base's weights, although the adapter has learned.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if config.to_dict().get("use_dora") else []
+    for layer in layers:
+        for name, magnitude in vars(layer)["_modules"].get("lora_magnitude_vector", {}).items():
+            weight = layer.get_base_layer().weight
+            if layer.lora_B[name].weight.any() and torch.allclose(magnitude.weight, weight.norm(dim=1)):
+                raise ModelError(
+                    "The adapter is one of DoRA, and transformers loaded it without its magnitudes: give its folder's name in place "
+                    "of the model, or load it with peft.PeftModel.from_pretrained."
+                )
+
+
+def prompt_adapter(model: nn.Module) -> str | None:
+    """What kind of prompt the active adapter of a model learns, as PROMPT_TUNING; None where it changes weights."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config.peft_type.value if config is not None and config.is_prompt_learning else None
+
+
 def wrapped_layer(module: nn.Module) -> nn.Module:
     """The layer that an adapter stands in the place of; `module` itself, if it is none."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
@@ -292,7 +325,8 @@ def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = 
     name = model.config._name_or_path
     if name and (Path(name) / "config.json").is_file():
         first = PreTrainedConfig.get_config_dict(name)[0].get("vocab_size") or first
-    ids = range(first, len(tokenizer))
+    rows = len(wrapped_layer(model.get_input_embeddings()).weight)
+    ids = range(first, min(len(tokenizer), rows))
     known = [i for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if FILLER not in token]
     return sorted({*added, *known})
 

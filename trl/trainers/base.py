@@ -50,7 +50,7 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.data.places import naming_rows, renumbering_rows
 from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
-from trl.models.adapters import new_tokens, with_adapters, with_trained_tokens
+from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.half_weights import round_together
@@ -209,6 +209,12 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         return self.args.device.type == "cuda" and has_triton() and not has_them and not self.is_sharded
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
+        if (adapter := prompt_adapter(self._adapted())) is not None:
+            if self.args.layout not in ("auto", "padded"):
+                raise ConfigError(
+                    f"layout={self.args.layout!r} does not work with {adapter}: it stands before one sequence."
+                )
+            return "padded"
         trial = None if self.images is None else self.images.trial()
         half = self.args.bf16 or self.args.fp16
         options = {"multiple_completions": self.multiple_completions, "half": half, **options}

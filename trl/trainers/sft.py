@@ -20,6 +20,7 @@ from trl.data.examples import collate_examples, columns_of, examples_of
 from trl.data.layout import lay_out
 from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError, unknown
+from trl.models.adapters import prompt_adapter
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
@@ -200,8 +201,10 @@ class SFTTrainer(BaseTrainer):
             return
         asked = "packing" if self.args.packing else "padding_free"
         inner = unwrap(self.model)
+        adapter = prompt_adapter(self._adapted())
+        why = why_not(inner, "packed") if adapter is None else f"{adapter} stands before one sequence"
         raise ConfigError(
-            f"{asked}=True does not work with {type(inner).__name__}: {why_not(inner, 'packed')}. One document would see "
+            f"{asked}=True does not work with {type(inner).__name__}: {why}. One document would see "
             f"another. Leave {asked} out: rows of like length are batched together anyway."
         )
 
