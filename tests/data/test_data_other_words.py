@@ -298,3 +298,34 @@ def test_columns_that_nothing_reads_are_said(caplog):
     assert "Not read: tool, source." in caplog.text
     assert "The column 'tool' of 'train' is not read. Did you mean 'tools'?" in caplog.text
     assert "dataset_text_field='body' is no column of 'train': ['messages'] are read" in caplog.text
+
+
+# ---- what stands twice, or otherwise ----
+
+
+@pytest.mark.parametrize("column", ["completion", "chosen"])
+def test_a_prompt_that_answers_repeat_is_there_once(column):
+    other = {} if column == "completion" else {"rejected": [ASK, {**SAID, "content": "No."}]}
+    rows = Dataset.from_list([{"prompt": [ASK], column: [ASK, SAID], **other}])
+    (encoded,) = encode_dataset(rows, tokenizer("qwen2")).dataset
+    assert tokenizer("qwen2").decode(encoded["completion_ids"][0]) == "It is sunny.<|im_end|>\n"
+
+
+def test_texts_that_repeat_their_prompt_are_said(caplog):
+    rows = [{"prompt": "Far?", "chosen": "Far? No.", "rejected": "Far? Yes."}] * 2
+    with caplog.at_level(logging.WARNING, "trl"):
+        encode_dataset(Dataset.from_list([{**rows[0], "chosen": "No."}, *rows]), tokenizer("qwen2"))
+        assert not caplog.text
+        encode_dataset(Dataset.from_list(rows), tokenizer("qwen2"))
+    assert "Row 1 and those after it begin with their prompt a second time" in caplog.text
+
+
+def test_a_conversation_may_be_a_dict_of_lists():
+    chat = {"role": ["user", "assistant"], "content": ["Weather?", "It is sunny."]}
+    assert shown([{"messages": chat}]) == shown([{"messages": [ASK, SAID]}])
+
+
+def test_an_empty_first_row_does_not_say_what_a_column_holds():
+    rows = Dataset.from_list([{"messages": None}, {"messages": [ASK, SAID]}])
+    with pytest.raises(DataError, match="Row 1, column 'messages': expected a list of messages, found NoneType"):
+        encode_dataset(rows, tokenizer("qwen2"))

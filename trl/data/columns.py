@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trl.data.json_text import conversation_in
+from trl.data.json_text import conversation_in, messages_of
 from trl.data.messages import tidy_messages
 from trl.errors import DataError, RowError
 
@@ -45,8 +45,8 @@ class Columns:
         return RowError(self.rows[k], f", column {name!r}: {message}")
 
     def is_chat(self, name: str) -> bool:
-        """Whether the column holds conversations, judged by its first value."""
-        return isinstance(self.values[name][0], list)
+        """Whether the column holds conversations, judged by its first value that is there."""
+        return isinstance(next((value for value in self.values[name] if value is not None), None), list)
 
     def texts(self, name: str) -> Sequence[str]:
         """A column of strings."""
@@ -78,7 +78,7 @@ class Columns:
         return chats
 
     def read(self) -> Columns:
-        """The columns with conversations that came as text, in JSON or as Python writes lists, as lists of messages."""
+        """The columns with conversations as lists of messages, where they came as text or as a dict of lists."""
         values = {name: self._conversations(name) if name in CHATS else self.values[name] for name in self.values}
         return replace(self, values=values)
 
@@ -86,7 +86,7 @@ class Columns:
         values = []
         for k, value in enumerate(self.values[name]):
             try:
-                found = conversation_in(value) if isinstance(value, str) else None
+                found = conversation_in(value) if isinstance(value, str) else messages_of(value)
             except DataError as error:
                 raise self.error(k, name, str(error)) from error
             values.append(value if found is None else found)

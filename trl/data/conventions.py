@@ -161,9 +161,9 @@ def _questions(asked: str, present: Collection[str], has_template: bool, answers
                 made[name] = [{"role": "assistant", "content": text}] if is_chat else text
         return made
 
-    shown = "conversations" if is_chat else "texts"
+    shown = "" if asked == "prompt" else " (conversations)" if is_chat else " (texts)"
     made = ", ".join(["prompt", *names.values()])
-    return Convention(f"{made} ({shown})", (asked, *beside, *answers), convert)
+    return Convention(f"{made}{shown}", (asked, *beside, *answers), convert)
 
 
 def _beside(asked: str, present: Collection[str]) -> tuple[str, ...]:

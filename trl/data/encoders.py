@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from trl.data.answers import check_learned, say_repeated, without_prompts
 from trl.data.chat import ChatTemplate
 from trl.data.columns import Columns, describe
 from trl.data.formats import TEXT, chosen_fields, maybe_extract_prompt
-from trl.data.messages import is_trained
 from trl.data.multimodal import expanded, expanded_spans
+from trl.data.pretokenised import tokenized, tokenized_preference
 from trl.data.settings import EncodeSettings
 from trl.data.tokens import Span, TextEncoder
-from trl.data.trees import Tree
+from trl.data.trees import Tree, fork
 from trl.errors import DataError
 from trl.vision.processing import ImageProcessing
-
-NOT_TRAINED = -100
-"""The label of tokens that are not trained on, as everywhere in transformers."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,8 @@ def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tr
     """Prompts and completions of which only the assistant's turns are trained on, not a tool's or a user's."""
     if not columns.is_chat("prompt"):
         _refuse_assistant_only(tokenization.settings, "prompt")
-    prompts, answers = columns.chats("prompt"), columns.chats("completion", answers=True)
+    prompts = columns.chats("prompt")
+    answers = without_prompts(prompts, columns.chats("completion", answers=True))
     whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     if tokenization.settings.completion_only_loss is False:
         return _assistant_only(columns, whole, tokenization)
@@ -255,18 +254,13 @@ def _with_prompt(columns: Columns) -> Columns:
     return replace(columns, values={name: [row[name] for row in rows] for name in rows[0]})
 
 
-def fork(chosen: list[int], rejected: list[int]) -> Tree:
-    """Two sequences as a tree: their common beginning is the prompt, one short of the shorter sequence at most."""
-    last = max(0, min(len(chosen), len(rejected)) - 1)
-    shared = next((t for t in range(last) if chosen[t] != rejected[t]), last)
-    return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])
-
-
 def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...]) -> list[Tree]:
     """Trees of the prompt and the completions in the columns `names`."""
     if columns.is_chat("prompt"):
         return _chat_answers(columns, tokenization, names)
     prompts, texts = columns.texts("prompt"), [columns.texts(name) for name in names]
+    if not columns.rows[0]:
+        say_repeated(columns, prompts, texts)
     prompts = expanded(columns, tokenization.images, prompts)
     prompt_ids, answer_ids = tokenization.continuations(prompts, texts, add_special_tokens=True)
     answers = zip(*map(tokenization.append_eos, answer_ids), strict=True)
@@ -275,29 +269,14 @@ def _answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...
 
 def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str, ...]) -> list[Tree]:
     prompts = columns.chats("prompt")
-    answers = [columns.chats(name, answers=True) for name in names]
-    _check_learned(columns, dict(zip(names, answers, strict=True)))
+    answers = [without_prompts(prompts, columns.chats(name, answers=True)) for name in names]
+    check_learned(columns, dict(zip(names, answers, strict=True)))
     rendered = columns.each(lambda k, row: tokenization.chat.answers(prompts[k], [chats[k] for chats in answers], row))
     prompt_texts, texts = [prompt for prompt, _ in rendered], list(zip(*(texts for _, texts in rendered), strict=True))
     prompt_texts = expanded(columns, tokenization.images, prompt_texts)
     prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]
-
-
-def _check_learned(columns: Columns, answers: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
-    """Raises DataError for a message of an answer that is not to be learned from, where answers are learned whole."""
-    for name, chats in answers.items():
-        for k, chat in enumerate(chats):
-            left_out = next((i for i, message in enumerate(chat) if not is_trained(message)), None)
-            if left_out is not None:
-                remedy = "set assistant_only_loss=True, or " if name == "completion" and "label" not in columns else ""
-                raise columns.error(
-                    k,
-                    name,
-                    f"message {left_out + 1} says that it is not learned from, and answers are learned whole: {remedy}leave the key "
-                    "out, or the row.",
-                )
 
 
 def stepwise(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -322,94 +301,6 @@ def _steps(prompt: list[int], steps: list[list[int]], labels: Sequence[float]) -
     mask = [t == len(step) - 1 for step in steps for t in range(len(step))]
     values = iter(labels)
     return Tree(prompt, [ids], [mask], {"step_label": [[float(next(values)) if end else 0.0 for end in mask]]})
-
-
-def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """Token ids as they are. Labels of −100, and zeros of the mask columns, take tokens out of training."""
-    ids = columns.ids("input_ids", tokenization.settings.vocabulary)
-    if tokenization.settings.encoder_decoder and "labels" in columns:
-        targets = [[t for t in labels if t != NOT_TRAINED] for labels in columns.numbers("labels")]
-        return [Tree(list(prompt), [target]) for prompt, target in zip(ids, targets, strict=True)]
-    keeps = [_keep(columns, name) for name in _mask_columns(columns, tokenization.settings)]
-    masks = [[all(token) for token in zip(*row, strict=True)] for row in zip(*keeps, strict=True)] if keeps else None
-    trees = [Tree([], [list(row)], None if masks is None else [masks[k]]) for k, row in enumerate(ids)]
-    return [_without_padding(t, m) for t, m in zip(trees, _attention(columns, "attention_mask"), strict=True)]
-
-
-def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
-    """The columns that say which tokens are trained on: all that there are, unless prompts are asked for as well."""
-    if settings.assistant_only_loss and "assistant_masks" not in columns:
-        raise DataError("assistant_only_loss=True needs a column 'assistant_masks' beside pre-tokenised 'input_ids'.")
-    if settings.completion_only_loss and "completion_mask" not in columns and "labels" not in columns:
-        raise DataError("completion_only_loss=True needs a column 'completion_mask' beside pre-tokenised 'input_ids'.")
-    asked = {"completion_mask": settings.completion_only_loss is not False}
-    return [
-        name for name in ("labels", "completion_mask", "assistant_masks") if name in columns and asked.get(name, True)
-    ]
-
-
-def _keep(columns: Columns, name: str) -> list[list[bool]]:
-    """Which tokens of each row a mask or label column trains on."""
-    keep = (lambda v: v != NOT_TRAINED) if name == "labels" else bool
-    rows = columns.numbers(name)
-    for k, (row, ids) in enumerate(zip(rows, columns["input_ids"], strict=True)):
-        if len(row) != len(ids):
-            raise columns.error(k, name, f"{len(row)} values for the {len(ids)} tokens of 'input_ids'.")
-        if name == "labels" and any(v not in (NOT_TRAINED, t) for v, t in zip(row, ids, strict=True)):
-            raise columns.error(k, name, f"a label is the token of 'input_ids' or {NOT_TRAINED}; here others occur.")
-    return [[keep(value) for value in row] for row in rows]
-
-
-def _attention(columns: Columns, name: str) -> Sequence[Sequence[int] | None]:
-    if name not in columns:
-        return [None] * len(columns.rows)
-    masks = columns.numbers(name)
-    ids = columns[name.replace("attention_mask", "input_ids")]
-    for k, (mask, row) in enumerate(zip(masks, ids, strict=True)):
-        if len(mask) != len(row):
-            raise columns.error(k, name, f"{len(mask)} values for the {len(row)} tokens of the row.")
-        if not columns.is_packed and any(value not in (0, 1) for value in mask):
-            raise columns.error(
-                k,
-                name,
-                f"{next(v for v in mask if v not in (0, 1))} numbers documents of a packed row, and the rows before hold one "
-                "each, or rows of this kind do. Give the lengths of documents as a column 'seq_lengths'.",
-            )
-    return masks
-
-
-def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:
-    if attention is None or all(attention):
-        return tree
-    real = [t for t, keep in enumerate(attention) if keep]
-    masks = None if tree.masks is None else [[tree.masks[0][t] for t in real]]
-    return Tree([], [[tree.completions[0][t] for t in real]], masks)
-
-
-def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt.
-
-    Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
-    """
-    if "chosen_ids" in columns:
-        size = tokenization.settings.vocabulary
-        pairs = zip(columns.ids("chosen_ids", size), columns.ids("rejected_ids", size), strict=True)
-        if "prompt_ids" not in columns:
-            return [fork(list(chosen), list(rejected)) for chosen, rejected in pairs]
-        prompts = columns.ids("prompt_ids", size)
-        return [Tree(list(p), [list(c), list(r)]) for p, (c, r) in zip(prompts, pairs, strict=True)]
-    sides = [
-        [
-            _without_padding(Tree([], [list(ids)]), attention).completions[0]
-            for ids, attention in zip(
-                columns.ids(f"input_ids_{side}", tokenization.settings.vocabulary),
-                _attention(columns, f"attention_mask_{side}"),
-                strict=True,
-            )
-        ]
-        for side in ("chosen", "rejected")
-    ]
-    return [fork(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]
 
 
 ENCODERS: dict[str, Callable[[Columns, Tokenization], list[Tree]]] = {

@@ -48,6 +48,15 @@ def conversation_in(text: str) -> list[Any] | None:
     return found if is_chat else None
 
 
+def messages_of(value: Any) -> list[dict[str, Any]] | None:
+    """The messages of a conversation that came as a dict of lists, as older types of columns hold it; None of another value."""
+    if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
+        return None
+    if not all(isinstance(each, list) for each in value.values()) or len({*map(len, value.values())}) != 1:
+        return None
+    return [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+
+
 def _python(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())

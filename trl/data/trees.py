@@ -134,6 +134,13 @@ def with_token_signal(tree: Tree, name: str, values: Sequence[float]) -> Tree:
     return replace(tree, signals={**tree.signals, name: [[next(each) if trains else 0.0 for trains in mask]]})
 
 
+def fork(chosen: list[int], rejected: list[int]) -> Tree:
+    """Two sequences as a tree: their common beginning is the prompt, one short of the shorter sequence at most."""
+    last = max(0, min(len(chosen), len(rejected)) - 1)
+    shared = next((t for t in range(last) if chosen[t] != rejected[t]), last)
+    return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])
+
+
 def nested(values: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
     """`list<kind>`, one list per row."""
     flat = np.fromiter(chain.from_iterable(values), kind.to_pandas_dtype(), count=sum(map(len, values)))
