@@ -133,3 +133,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_mo
     with pytest.raises(ConfigError, match="a checkpoint takes about .* are free.*save_only_model"):
         trainer.train()
     sft(make_model("llama"), tmp_path).train()
+
+
+@pytest.mark.parametrize("inside", ["", "out"])
+def test_a_folder_that_cannot_be_made_is_named_before_rows_are_encoded(make_model, tmp_path, inside):
+    file = tmp_path / "notes.txt"
+    file.write_text("Hi")
+    with pytest.raises(ConfigError, match=r"output_dir='.*notes.txt.*' cannot be made"):
+        sft(make_model("llama"), file / inside, rows={"text": [1, 2]})

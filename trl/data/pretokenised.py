@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from trl.data.columns import Columns
 from trl.data.settings import EncodeSettings
+from trl.data.tokenization import Tokenization
 from trl.data.trees import Tree, fork
 from trl.errors import DataError
-
-if TYPE_CHECKING:
-    from trl.data.encoders import Tokenization
 
 NOT_TRAINED = -100
 """The label of tokens that are not trained on, as everywhere in transformers."""

@@ -13,10 +13,11 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from trl.data.columns import Columns
-from trl.data.encoders import ENCODERS, Tokenization
+from trl.data.encoders import ENCODERS
 from trl.data.formats import COLUMNS_READ, PICTURES
 from trl.data.multimodal import FEATURE, IMAGES, STORED, decoded, place_images, stored
 from trl.data.prepacked import documents_of
+from trl.data.tokenization import Tokenization
 from trl.data.trees import (
     IDENTICAL,
     KEPT,

@@ -26,10 +26,11 @@ from transformers import (
 
 from trl.data.columns import Columns
 from trl.data.encode import EncodeSettings, inputs_of
-from trl.data.encoders import Tokenization, prompt_completion
+from trl.data.encoders import prompt_completion
 from trl.data.layout import lay_out
 from trl.data.multimodal import IMAGES, place_images
 from trl.data.row_encoder import INPUTS
+from trl.data.tokenization import Tokenization
 from trl.data.trees import Tree, keep_end, keep_whole
 from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,20 @@ def foresee(folder: str | Path, run: Mapping[str, Any]) -> None:
         check_folder(folder, run, overwrite=False)
     except ConfigError as error:
         logger.warning(f"train() will be refused, unless it resumes a run: {error}")
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises ConfigError for a folder that is not there and cannot be made, or cannot be written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={str(folder)!r} cannot be made ({error.strerror}). Name another folder."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"output_dir={str(folder)!r} cannot be written to. Name another folder, or mend its permissions."
+        )
 
 
 def claim(folder: str | Path, run: Mapping[str, Any]) -> None:

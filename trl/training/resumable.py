@@ -29,7 +29,7 @@ from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, s
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
-from trl.training.output_folder import check_folder, check_space, checkpoint_bytes, claim, foresee
+from trl.training.output_folder import check_folder, check_space, check_writable, checkpoint_bytes, claim, foresee
 from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import (
     SETTINGS_FILE,
@@ -91,8 +91,13 @@ class ResumableTrainer(Trainer):
         run_on_main(partial(check_folder, folder, describe_run(self), overwrite=overwrite))
 
     def _foresee_folder(self) -> None:
-        """Say before rows are encoded that the output folder holds another run, as far as options tell."""
+        """Say before rows are encoded that the output folder holds another run, as far as options tell.
+
+        Raises ConfigError where it cannot be written to.
+        """
         args = self.args
+        if args.process_index == 0:
+            check_writable(args.output_dir)
         if args.process_index == 0 and not (args.resume_from_checkpoint or vars(args).get("overwrite_output_dir")):
             foresee(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
 
