@@ -1,4 +1,4 @@
-"""Chat templates of twelve families of models, written down as the structure of what they write.
+"""Chat templates of sixteen families of models, written down as the structure of what they write.
 
 What is held is where turns begin and end, what is rewritten once a turn is past, and which tokens stand there; not their
 wording of system prompts and tool lists.
@@ -168,5 +168,32 @@ FAMILIES = {
         "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}",
         ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
         "<|end_of_text|>",
+    ),
+    "zephyr": ChatFamily(
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+        (),
+        "</s>",
+    ),
+    "tulu": ChatFamily(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\n' + m.content + eos_token }}"
+        "{% if not loop.last %}{{ '\n' }}{% endif %}{% else %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endif %}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+        (),
+        "</s>",
+    ),
+    "vicuna": ChatFamily(
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat.{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ ' USER: ' + m.content | trim }}{% elif m.role == 'assistant' %}"
+        "{{ ' ASSISTANT: ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+        (),
+        "</s>",
+    ),
+    "line_after_turns": ChatFamily(  # the line end stands after the generation prompt, and not before it
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}"
+        "{% if loop.last and add_generation_prompt %}<|assistant|>{% endif %}{{ '\n' }}{% endfor %}",
+        (),
+        "</s>",
     ),
 }

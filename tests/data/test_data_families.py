@@ -1,4 +1,4 @@
-"""What is learned of conversations, with the templates of twelve families: past turns rewritten, tools, systems."""
+"""What is learned of conversations, with the templates of sixteen families: past turns rewritten, tools, systems."""
 
 from __future__ import annotations
 
@@ -42,10 +42,15 @@ ENDS = {  # of turns that are past, and of the last
     "gpt_oss": ("<|end|>", "<|return|>"),
     "command_r": ("<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
     "granite": ("<|end_of_text|>", "<|end_of_text|>"),
+    "zephyr": ("</s>", "</s>"),
+    "tulu": ("</s>", "</s>"),
+    "vicuna": ("</s>", "</s>"),
+    "line_after_turns": ("</s>", "</s>"),
 }
 BEFORE = {  # what stands between the generation prompt and the answer
     "llama2": " ",
     "mistral": " ",
+    "vicuna": " ",
     "glm": "\n<think></think>\n",
     "gpt_oss": "<|channel|>final<|message|>",
 }
@@ -63,6 +68,19 @@ def test_every_answer_is_learned_with_the_token_that_ends_it(family, system):
     thought = "<think>\n\n</think>\n\n" if family == "qwen3" else ""
     expected = [f"{before}Two hours.{past}", f"{before}{thought}By train.{last}"]
     assert learned(family, [SYSTEM, *PLAIN] if system else PLAIN) == expected
+
+
+ALONE = {"glm", "mistral", "llama2"}
+"""Families whose templates write nothing that tells two answers from one, or more before each."""
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ALONE))
+def test_answers_may_come_first_and_one_after_the_other(family):
+    before = BEFORE.get(family, "")
+    first, second, third = learned(family, [PLAIN[1], PLAIN[0], PLAIN[1], PLAIN[3]])
+    for answer, said in ((first, "Two hours."), (second, "Two hours."), (third, "By train.")):
+        assert answer.startswith((before + said, "<think>"))
+        assert answer.count(said) == 1
 
 
 @pytest.mark.parametrize(

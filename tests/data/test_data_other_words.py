@@ -222,17 +222,6 @@ def test_template_options_may_be_text_and_those_that_nothing_reads_are_said(capl
     assert "reads no 'enable_thinkng'" in caplog.text
 
 
-# ---- turns ----
-
-
-@pytest.mark.parametrize("family", ["qwen2", "granite", "llama3", "gemma", "phi3", "gpt_oss"])
-def test_a_conversation_may_begin_with_the_assistant(family):
-    text, spans = template(family).assistant_spans([SAID, ASK, SAID])
-    first, last = (text[start:end] for start, end in spans)
-    assert "It is sunny." in first
-    assert "Weather?" not in first + last
-
-
 # ---- columns ----
 
 

@@ -19,8 +19,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from trl.errors import DataError
-
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
 Span = tuple[int, int]
@@ -92,7 +90,10 @@ def _generation_prompt(render: Callable[..., str], chat: Messages) -> str:
         bare, opened = render(chat), render(chat, add_generation_prompt=True)
     except TEMPLATE_ERRORS:
         return ""
-    return opened.removeprefix(bare) if opened.startswith(bare) else ""
+    if not opened.startswith(bare):
+        opened, bare = opened.lstrip(), bare.strip()  # blank space after the last turn alone
+        return opened.removeprefix(bare).lstrip() if opened.startswith(bare) else ""
+    return opened.removeprefix(bare)
 
 
 def _leading(text: str, tokens: Sequence[str]) -> Iterator[str]:
@@ -149,15 +150,12 @@ class TurnFinder:
         A generation prompt that says more than the header of this turn (an opened block of reasoning, say) counts up to
         the last line end or token that both share.
         """
-        try:
-            prompt = self.render(before, add_generation_prompt=True)
-        except DataError:
-            if before:
-                raise
-            return self._first_start()  # many templates look at the first message, and here is none
+        if not before and (first := self._first_start()) is not None:
+            return first
+        prompt = self.render(before, add_generation_prompt=True)
         if self.text.startswith(prompt):
             return len(prompt), len(prompt)
-        bare = self.render(before)
+        bare = self.render(before).rstrip()
         if self.text.startswith(bare) and prompt.startswith(bare):
             return self._after_header(prompt, len(bare), len(bare))
         place = self._anchor(before, prompt, add_generation_prompt=True)
@@ -167,13 +165,16 @@ class TurnFinder:
         if self.text.startswith(prompt[here:], there):
             return len(prompt), there + len(prompt) - here
         place = self._anchor(before, bare)
-        footer = "" if place is None else bare[place[0] :]
+        footer = "" if place is None else bare[place[0] :].rstrip()
         if place is None or not (prompt.startswith(footer, here) and self.text.startswith(footer, there)):
             return None
         return self._after_header(prompt, here + len(footer), there + len(footer))
 
     def _first_start(self) -> Span | None:
-        """Where the first message's answer begins: behind the last header before what it says."""
+        """Where an answer begins that nothing is before: behind the last header before what it says.
+
+        Many templates look at the first message, or write a header after one alone, and cannot be asked without any.
+        """
         message, header = self.messages[0], self.borders.header
         content = message.get("content")
         if not header or not isinstance(content, str):
@@ -183,7 +184,11 @@ class TurnFinder:
         return None if at < 0 else (at + len(header), at + len(header))
 
     def _after_header(self, prompt: str, here: int, there: int) -> Span | None:
-        """The last line end or token up to which the prompt and the text say the same, from these places on."""
+        """The last line end or token up to which the prompt and the text say the same, from these places on.
+
+        Blank space there may differ: some templates write it after turns alone that another follows.
+        """
+        here, there = _after_blank(prompt, here), _after_blank(self.text, there)
         shared = _shared_length(prompt[here:], self.text[there:])
         ends = (i for i in range(shared, 0, -1) if prompt[here : here + i].endswith(("\n", *self.tokens)))
         return next(((here + i, there + i) for i in ends), None)
@@ -237,6 +242,10 @@ class TurnFinder:
             if here is not None and there is not None:
                 return here, there
         return None
+
+
+def _after_blank(text: str, at: int) -> int:
+    return len(text) - len(text[at:].lstrip())
 
 
 def _has_answer(messages: Messages) -> bool:
