@@ -6,9 +6,12 @@ import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.sources import ScriptArguments, load_rows, take_split
 from trl.errors import DataError
 
@@ -50,6 +53,11 @@ def test_they_arrive(name, text, expected):
         ("commas.jsonl", LINES.replace("\n", ",\n"), "line 1, column 35: Extra data"),
         ("empty.jsonl", "", "there are no rows in it"),
         ("blank.jsonl", "\n\n", "there are no rows in it"),
+        (
+            "inside.json",
+            json.dumps({"version": 1, "data": ROWS}),
+            "one row, with a list of rows in 'data': write that list",
+        ),
         ("plain.jsonl.gz", LINES, "Not a gzipped file"),
     ],
 )
@@ -77,3 +85,12 @@ def test_slices_without_rows(split):
 def test_endings_of_arguments():
     Path("rows.JSONL").write_text(LINES)
     assert ScriptArguments(dataset_name="rows.JSONL").dataset_name == "rows.JSONL"
+
+
+def test_files_of_several_kinds_mix():
+    Path("a.jsonl").write_text(LINES)
+    Path("b.csv").write_text("prompt,completion\nc,d\n")
+    long = pa.table({"prompt": pa.array(["e"], pa.large_string()), "completion": pa.array(["f"], pa.large_string())})
+    pq.write_table(long, "c.parquet")
+    mixture = DatasetMixtureConfig(datasets=[{"path": path} for path in ("a.jsonl", "b.csv", "c.parquet")])
+    assert get_dataset(mixture)["train"]["prompt"][:] == ["a", "ä", "c", "e"]

@@ -153,7 +153,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
 
 def parts_of(mixture: DatasetMixtureConfig) -> list[Rows]:
     """The rows of each dataset of a mixture."""
-    return [
+    parts = [
         load_rows(
             each.path,
             name=each.name,
@@ -166,6 +166,25 @@ def parts_of(mixture: DatasetMixtureConfig) -> list[Rows]:
         )
         for each in mixture.datasets
     ]
+    return [_of_usual_size(part) for part in parts]
+
+
+def _of_usual_size(rows: Rows) -> Rows:
+    """The rows, whose texts and lists are of the types for usual lengths: some readers give those for long ones."""
+    from datasets import Features
+
+    usual = {name: _usual(feature) for name, feature in (rows.features or {}).items()}
+    return rows if usual == (rows.features or {}) else rows.cast(Features(usual))
+
+
+def _usual(feature: Any) -> Any:
+    from datasets import LargeList, List, Value
+
+    if isinstance(feature, Mapping):
+        return {name: _usual(inside) for name, inside in feature.items()}
+    if isinstance(feature, LargeList | List):
+        return List(_usual(feature.feature))
+    return Value("string") if feature == Value("large_string") else feature
 
 
 def splits_of(parts: Sequence[Rows], mixture: DatasetMixtureConfig) -> Splits:

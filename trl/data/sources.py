@@ -6,9 +6,7 @@ Importing this file imports nothing heavy: the command line reads its dataclasse
 
 from __future__ import annotations
 
-import csv
 import glob
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.counts import counted
+from trl.data.file_checks import check_letters, check_table, where_json_breaks
 from trl.data.renaming import pairs_of, renamed
 from trl.errors import ConfigError, DataError, suggest
 
@@ -40,6 +39,9 @@ BUILDERS = {
     ".txt": "text",
 }
 """Data files by their ending, and what `datasets` reads them with."""
+
+COLUMNS = {"prompt", "completion", "messages", "conversations", "text", "chosen", "instruction", "question", "query"}
+"""Columns by which rows are known inside of another."""
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -80,17 +82,11 @@ class ScriptArguments:
 LONGEST = 300
 """Characters of what another library raised."""
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""What stands between the columns of a table, by the ending of its file."""
-
 WORDS_STAY = {"keep_default_na": False, "na_values": [""]}
 """How tables are read: "None", "NA" and "null" are words, and what is empty is nothing."""
 
 FILES_NAMED = 5
 """Files that a warning names."""
-
-TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-"""Endings of files with letters in UTF-8."""
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
@@ -259,73 +255,30 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     options: dict[str, Any] = {"sep": "\t"} if has_tabs else {}
     options |= WORDS_STAY if builder == "csv" else {}
     for path in paths:
-        _check_letters(path)
-        _check_table(path)
-    with _failures_told(paths, lambda: next(filter(None, map(_where_json_breaks, paths)), None)):
-        return load_dataset(builder, data_files=paths, streaming=streaming, **options)
+        check_letters(path)
+        check_table(path)
+    with _failures_told(paths, lambda: next(filter(None, map(where_json_breaks, paths)), None)):
+        splits = load_dataset(builder, data_files=paths, streaming=streaming, **options)
+    if builder == "json" and not streaming:
+        _check_rows(splits, paths)
+    return splits
 
 
-def _check_letters(path: str) -> None:
-    """Raises DataError for a text file that is not UTF-8: readers take its bytes, and fail at the first row that is looked at."""
-    if not Path(path).is_file() or not path.endswith(TEXTS):
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}, column {error.start + 1}: the byte {line[error.start]:#04x} is not UTF-8. "
-                    f"Convert the file, for instance from Latin-1: iconv -f latin1 -t utf-8 {path}"
-                ) from error
+def _check_rows(splits: Splits, paths: Sequence[str]) -> None:
+    """Raises DataError for a file that holds its rows in a list inside of one: `{"version": 1, "data": [{…}, …]}`."""
+    for rows in splits.values():
+        lists = [name for name, feature in rows.features.items() if name not in COLUMNS and _holds_rows(feature)]
+        if len(rows) == len(paths) and lists:
+            raise DataError(
+                f"Dataset {paths[0]!r} is one row, with a list of rows in {lists[0]!r}: write that list alone, or its rows one a line "
+                "(.jsonl)."
+            )
 
 
-def _check_table(path: str) -> None:
-    """Raises DataError for a table whose columns are separated otherwise than its ending says, or do not fit its header."""
-    ending = Path(path).suffix.lower()
-    expected = SEPARATORS.get(ending)
-    if expected is None or not Path(path).is_file():
-        return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        line = file.readline().rstrip("\r\n")
-        file.seek(0)
-        rows = csv.reader(file, delimiter=expected)
-        header, first = _next(rows), _next(rows)
-    found = next((separator for separator in "\t;|," if separator in line), expected)
-    if expected not in line and found != expected:
-        remedy = "Name it .tsv" if found == "\t" else f"Write it with {expected!r}"
-        raise DataError(
-            f"{path}, line 1: its columns are separated by {found!r} ({line[:60]!r}), where a {ending} file has "
-            f'{expected!r}. {remedy}, or give rows that were read in Python: load_dataset("csv", data_files={path!r}, sep={found!r}).'
-        )
-    if len(first) > len(header):
-        raise DataError(
-            f"{path}: the first row has {len(first)} cells, and the header {len(header)}, so that columns would be read for one "
-            f"another. Write cells that hold {expected!r} in double quotes, and no {expected!r} at the end of a line."
-        )
-    if twice := [name for i, name in enumerate(header) if name in header[:i]]:
-        raise DataError(f"{path}, line 1: the column {twice[0]!r} occurs twice. Give every column a name of its own.")
-
-
-def _next(rows: Iterator[list[str]]) -> list[str]:
-    """The next row of a table; an empty one at its end, and where a cell is longer than `csv` reads."""
-    try:
-        return next(rows, [])
-    except csv.Error:
-        return []
-
-
-def _where_json_breaks(path: str) -> str | None:
-    """The first line of a `.jsonl` file that is not JSON; None where there is none, or of other files."""
-    if not path.lower().endswith((".jsonl", ".ndjson")):
-        return None
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line.strip() or "null")
-            except json.JSONDecodeError as error:
-                return f"{path}, line {number}, column {error.colno}: {error.msg}"
-    return None
+def _holds_rows(feature: Any) -> bool:
+    """Whether a column holds lists of dicts with the columns of rows."""
+    inside = getattr(feature, "feature", None)
+    return isinstance(inside, Mapping) and not COLUMNS.isdisjoint(inside)
 
 
 def _streamed(splits: DatasetDict) -> IterableDatasetDict:
