@@ -88,10 +88,10 @@ OF_EXTRAS = {
     "starlette": {"cli/serve/app.py", "cli/serve/streaming.py", "label/server.py"},
     "uvicorn": {"label/server.py"},
     "triton": {
+        "ops/triton_gate.py",
         "ops/triton_head.py",
         "ops/triton_rotary.py",
         "rollouts/fused.py",
-        "rollouts/fused_layers.py",
         "rollouts/triton_decode.py",
     },
 }
