@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test quantised releases lint docs dev clean
+.PHONY: demo test quantised lowest newest releases lint docs dev clean
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 # Apart, since every program that imports peft imports bitsandbytes too where it is installed, which takes seconds.
 quantised: $(VENV)/.test $(VENV)/.quantization
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_models_quantised.py tests/cli/test_cli_train.py -k quantised
+
+# What a release of a neighbour is likeliest to break, with every dependency at its lower bound, and with the newest transformers.
+lowest newest: $(VENV)/.test
+	$(BIN)/python benchmarks/releases.py $@
 
 # Other releases of transformers and its neighbours: some minutes for each of eight environments.
 releases: $(VENV)/.test

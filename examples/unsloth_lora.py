@@ -87,10 +87,11 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B-Instruct")
     parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a random model that learns sums, in place of --model")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each stage")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each stage; 100, and 20 with --tiny")
     parser.add_argument("--tokens", type=int, default=256, help="length of an answer in GRPO")
     parser.add_argument("--output_dir", type=Path, default=Path("unsloth-lora"))
     given = parser.parse_args()
+    steps = given.steps or (20 if given.tiny else 100)
 
     rows = sums() if given.tiny else word_problems()
     name = write_tiny_model(given.output_dir / "tiny", rows) if given.tiny else given.model
@@ -102,7 +103,7 @@ def main() -> None:
     args = SFTConfig(
         output_dir=str(given.output_dir / "sft"),
         learning_rate=1e-2 if given.tiny else 2e-4,
-        max_steps=given.steps,
+        max_steps=steps,
         save_strategy="no",
     )
     trainer = SFTTrainer(
@@ -119,7 +120,7 @@ def main() -> None:
         learning_rate=1e-3 if given.tiny else 1e-5,
         num_generations=8,
         max_completion_length=16 if given.tiny else given.tokens,
-        max_steps=given.steps,
+        max_steps=steps,
         save_strategy="no",
     )
     trainer = GRPOTrainer(

@@ -279,6 +279,15 @@ def test_a_table_of_releases_counts_what_pytest_says():
 
 
 def test_releases_are_pinned_as_the_project_says():
-    assert {pin.partition("==")[0] for pin in releases.pins("lowest")} == set(releases.NEIGHBOURS)
+    bounds = releases.lower_bounds()
+    assert bounds.keys() > {"torch", "transformers", *releases.NEIGHBOURS}
+    assert releases.TRANSFORMERS[0] == bounds["transformers"]
+    assert releases.pins("lowest") == [f"{name}=={bounds[name]}" for name in releases.NEIGHBOURS]
     assert releases.pins("newest") == [*releases.NEIGHBOURS]
     assert all((releases.ROOT / test).is_file() for tests in releases.TESTS.values() for test in tests)
+
+
+def test_what_runs_with_every_commit_is_there():
+    for test in (test for tests in releases.EVERY_COMMIT.values() for test in tests):
+        file, _, name = test.partition("::")
+        assert f"\ndef {name.partition('[')[0]}" in (releases.ROOT / file).read_text()
