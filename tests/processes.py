@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +46,27 @@ def environment(folder: Path) -> dict[str, str]:
         "HF_HOME": str(folder / "home"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "PYTHON_EXEC": fast_python(),  # what torch's launcher starts its processes with
     }
+
+
+@cache
+def fast_python() -> str:
+    """The path of a command that is an interpreter which has the libraries imported (see `tests.forked`)."""
+    folder = Path(tempfile.mkdtemp(prefix="trl-tests-"))
+    address, command, errors = folder / "socket", folder / "python", folder / "errors"
+    variables = {**os.environ, **WITHOUT_GPU, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "tests.forked", "--serve", str(address)]
+    with errors.open("w") as stderr:
+        server = subprocess.Popen(words, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stderr=stderr)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.communicate)
+    while not address.exists():
+        assert server.poll() is None, errors.read_text()
+        time.sleep(0.05)
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/forked.py {address} "$@"\n')
+    command.chmod(0o755)
+    return str(command)
 
 
 def run(
@@ -52,7 +77,7 @@ def run(
         folder.mkdir(exist_ok=True)
         (folder / "script.py").write_text(program)
         program = folder / "script.py"
-    command = [sys.executable, *launcher, str(program), str(folder), *words]
+    command = [fast_python(), *launcher, str(program), str(folder), *words]
     return subprocess.run(
         command, env=environment(folder), capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -23,6 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.conftest import MODELS, make_tokenizer
+from tests.processes import fast_python
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.command import read_examples
 from trl.cli.chat.local import load_speaker
@@ -73,7 +74,7 @@ class Terminal:
         self.screen, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.TRL, *words],
+            [fast_python(), "-c", self.TRL, *words],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -171,7 +172,7 @@ def test_a_session_in_a_terminal(tiny, tmp_path):
 def test_redirected_output_is_the_answers_alone(tiny, tmp_path):
     words = ["chat", "--model_name_or_path", tiny, "--max_new_tokens", "9", "--temperature", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", "trl", *words], input="Hello\nexit\n", capture_output=True, text=True, timeout=PATIENCE
+        [fast_python(), "-m", "trl", *words], input="Hello\nexit\n", capture_output=True, text=True, timeout=PATIENCE
     )
     expected: list[str] = []
     speaker(tiny).answer(

@@ -11,6 +11,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.processes import fast_python
 from trl.cli import completion
 from trl.cli.commands import METHODS, methods
 from trl.cli.main import main
@@ -21,9 +22,7 @@ HEAVY = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"
 
 
 def trl(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "trl", *words], cwd=folder, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([fast_python(), "-m", "trl", *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 from datasets import load_dataset
 from transformers import TrainerCallback
 
+from tests.processes import fast_python
 from trl.callbacks.signals import SIGNALS
 from trl.callbacks.stop import stop_on_signal
 from trl.cli import train
@@ -40,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 def start(folder: Path, words: str, *before: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     return subprocess.Popen(
-        [*before, sys.executable, "-u", "-m", "trl", *WORDS.split(), *words.split()],
+        [*before, sys.executable if before else fast_python(), "-u", "-m", "trl", *WORDS.split(), *words.split()],
         cwd=folder,
         env={**environment, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

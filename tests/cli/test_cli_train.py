@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.processes import fast_python
 from trl.cli.commands import methods
 from trl.cli.main import main
 
@@ -128,38 +130,16 @@ class Ended(NamedTuple):
     err: str
 
 
-FORKS = """
-import importlib, json, os, sys
-from trl.cli.commands import methods
-from trl.cli.main import main
-for method in methods().values():
-    importlib.import_module(method.trainer.partition(":")[0])
-for line in sys.stdin:
-    if not (child := os.fork()):
-        sys.argv = ["trl", *json.loads(line)]
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.exit(main())
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
-def trl(folder) -> Iterator[Callable[..., Ended]]:
-    """`trl("sft", "--max_steps", "1")`: how the command ended, in a process that was forked with its modules loaded."""
-    words = [sys.executable, "-P", "-c", FORKS]
+def trl(folder) -> Callable[..., Ended]:
+    """`trl("sft", "--max_steps", "1")`: how the command ended."""
+    return partial(ended, folder, [fast_python(), "-m", "trl"])
+
+
+def ended(folder: Path, command: list[str], *words: str) -> Ended:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, cwd=folder, env=environment, text=True, **pipes) as process:
-
-        def run(*command: str) -> Ended:
-            process.stdin.write(json.dumps(command) + "\n")
-            process.stdin.flush()
-            status = process.stdout.readline()
-            return Ended(int(status), *((folder / name).read_text() for name in ("out", "err")))
-
-        yield run
-        process.stdin.close()
+    done = subprocess.run([*command, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -180,10 +160,7 @@ def test_no_command_is_left_out():
 
 def installed(folder: Path, *words: str) -> Ended:
     """How the installed command ended, from its start. It searches the current folder for no modules, as `-m` does."""
-    command = str(Path(sys.executable).with_name("trl"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([command, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return ended(folder, [str(Path(sys.executable).with_name("trl"))], *words)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from tests.conftest import MODELS, make_tokenizer
+from tests.processes import fast_python
 from trl.cli.rewards import find_reward
 from trl.errors import ConfigError, DataError
 from trl.rewards.human import HumanPreference, HumanRating, pairs_in_rings
@@ -219,7 +220,7 @@ class Terminal:
         self.screen, terminal = pty.openpty()
         self.text = ""
         streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-        self.process = subprocess.Popen([sys.executable, *words], cwd=folder, start_new_session=True, **streams)
+        self.process = subprocess.Popen([fast_python(), *words], cwd=folder, start_new_session=True, **streams)
         os.close(terminal)
 
     def wait_for(self, words, count=1):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
 import requests
 import torch
 
 from tests.conftest import MODELS, make_tokenizer
-from tests.processes import environment
+from tests.processes import environment, fast_python
 from trl.cli.main import main
 from trl.cli.vllm_serve import VLLMServeArguments, command_of, environment_of
 from trl.errors import ConfigError
@@ -28,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_serving_until_a_signal(folder, tmp_path):
-    command = [sys.executable, "-m", "trl", "serve", str(folder), "--port", "0", "--served_model_name", "tiny"]
+    command = [fast_python(), "-m", "trl", "serve", str(folder), "--port", "0", "--served_model_name", "tiny"]
     with subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as program:
         try:
             line = program.stdout.readline()

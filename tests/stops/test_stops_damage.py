@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from tests.processes import fast_python
 from tests.stops.runs import LORA, RUNS, StopAt, made_by, pairs, texts
 from trl.callbacks.completions import table_of, write_completions
 from trl.callbacks.stop import stop_on_signal
@@ -292,29 +293,29 @@ def test_a_reference_that_differs_in_one_number(tmp_path):
 
 # ---- one run per folder ----
 
-HOLDER = "import sys, time; from pathlib import Path; from trl.training.lock import acquire\nlock = acquire(Path(sys.argv[1]))\nprint('held', flush=True); time.sleep(600)"
+HOLDER = "import os, sys, time; from pathlib import Path; from trl.training.lock import acquire\nlock = acquire(Path(sys.argv[1]))\nprint(os.getpid(), flush=True); time.sleep(600)"
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the folder `run`."""
+    """Another process that holds the folder `run`, and its number."""
     (tmp_path / "run").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
+    process = subprocess.Popen([fast_python(), "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    yield process, int(process.stdout.readline())
     process.kill()
     process.communicate()
 
 
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path, holder, logged):
+    process, number = holder
     trainer = RUNS["sft"](tmp_path / "run", max_steps=1)
-    with pytest.raises(ConfigError, match=rf"belongs to a run that has not ended \(process {holder.pid} on "):
+    with pytest.raises(ConfigError, match=rf"belongs to a run that has not ended \(process {number} on "):
         trainer.train()
-    holder.kill()
-    holder.wait()
+    os.kill(number, signal.SIGKILL)
+    process.wait()
     assert (tmp_path / "run" / LOCK_FILE).exists(), "left over by a run that was killed"
     trainer.train()
-    assert f"ended without a word (process {holder.pid} on " in logged.text
+    assert f"ended without a word (process {number} on " in logged.text
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.processes import WITHOUT_GPU
+from tests.processes import WITHOUT_GPU, fast_python
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.slow
     [("--run sft --kills 40", 40), ("--run grpo --aimed --every 5", 12)],
 )
 def test_every_kill_is_survived(words, kills):
-    command = [sys.executable, "-m", "tests.stops.kills", *words.split()]
+    command = [fast_python(), "-m", "tests.stops.kills", *words.split()]
     done = subprocess.run(
         command,
         env={**os.environ, **WITHOUT_GPU},

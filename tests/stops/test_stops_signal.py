@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from tests.processes import WITHOUT_GPU
+from tests.processes import WITHOUT_GPU, fast_python
 from tests.stops.runs import RUNS
 from trl.callbacks.stop import exit_on_signal
 from trl.training.checkpoint import checkpoints, newest_checkpoint
@@ -45,10 +45,11 @@ print("ended at", trainer.state.global_step, flush=True)
 
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen:
+    """The script; under a launcher, whose words are read from its process, by the interpreter itself."""
     (folder / "script.py").write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(folder / "script.py"), str(folder / "out")],
+        [sys.executable if launcher else fast_python(), *launcher, str(folder / "script.py"), str(folder / "out")],
         env={**environment, **(WITHOUT_GPU if launcher else {}), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -103,7 +104,12 @@ def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path):
     words = re.search(r"Stopped, with a checkpoint. To go on:\n\n    (.*)\n", stderr)[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     again = subprocess.run(
-        shlex.split(words), env=environment, capture_output=True, text=True, timeout=600, check=False
+        [fast_python(), *shlex.split(words)[1:]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert again.returncode == 0, again.stderr
     assert "ended at 7" in again.stdout

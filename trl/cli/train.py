@@ -237,7 +237,9 @@ def train(run: Run) -> int:
 
 
 def _make_output_folder(name: str) -> None:
-    """Raises ConfigError where nothing can be written, before a model is loaded."""
+    """Raises ConfigError where nothing can be written, or another run writes, before a model is loaded."""
+    from trl.training.lock import check_free
+
     try:
         os.makedirs(name, exist_ok=True)
     except OSError as error:
@@ -246,6 +248,7 @@ def _make_output_folder(name: str) -> None:
         ) from error
     if not os.access(name, os.W_OK):
         raise ConfigError(f"output_dir={name!r}: you may not write there. Name another.")
+    check_free(name)
 
 
 def check_trains(run: Run) -> None:

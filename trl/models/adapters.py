@@ -191,7 +191,7 @@ def with_adapters(
             "those (leave out peft_config or --use_peft), or merge them first: `trl merge`, or model = "
             "model.merge_and_unload()."
         )
-    config = _within(part, _with_task(peft_config, model), model)
+    config = _within(part, _with_packed_layers(_with_task(peft_config, model), model), model)
     try:
         return put_on(_prepared(model), config)
     except ValueError as error:
@@ -257,6 +257,16 @@ def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
         peft_config.task_type = TaskType.SEQ_CLS
     elif model.can_generate():
         peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    return peft_config
+
+
+def _with_packed_layers(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """An adapter's configuration in which "all-linear" takes the layers of GPTQ and AWQ, which are no `nn.Linear`."""
+    packed = [name for name, module in model.named_modules() if "qweight" in dict(module.named_buffers(recurse=False))]
+    if not packed or vars(peft_config).get("target_modules") != "all-linear":
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.target_modules = set(packed)
     return peft_config
 
 

@@ -53,6 +53,12 @@ def only_run_in(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
             release(Path(folder), lock)
 
 
+def check_free(folder: str | Path) -> None:
+    """Raises ConfigError where another run holds the lock of a folder: before a model is loaded, on the first process."""
+    if int(os.environ.get("RANK", 0)) == 0 and (lock := acquire(Path(folder))) is not None:
+        release(Path(folder), lock)
+
+
 def acquire(folder: Path) -> int | None:
     """The descriptor of a lock that is held from now on; None where the file system has no locks, which is said.
 
