@@ -29,7 +29,7 @@ from trl.report.page import write_report
 from trl.trainers.sft import SFTTrainer
 from trl.training import streams
 from trl.training.checkpoint import MANIFEST, checkpoints, newest_checkpoint, publish, rotate, why_not_resumable
-from trl.training.lock import LOCK_FILE, acquire, release
+from trl.training.lock import LOCK_FILE, acquire, check_free, release
 from trl.training.nonfinite import NonFiniteError, last_sound_step
 from trl.training.run_settings import SETTINGS_FILE
 from trl.training.state import fingerprint
@@ -311,6 +311,8 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path, holder, log
     trainer = RUNS["sft"](tmp_path / "run", max_steps=1)
     with pytest.raises(ConfigError, match=rf"belongs to a run that has not ended \(process {number} on "):
         trainer.train()
+    with pytest.raises(ConfigError, match="has not ended"):
+        check_free(tmp_path / "run")
     os.kill(number, signal.SIGKILL)
     process.wait()
     assert (tmp_path / "run" / LOCK_FILE).exists(), "left over by a run that was killed"
