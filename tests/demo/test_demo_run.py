@@ -17,20 +17,38 @@ from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.run import possible_endings, run_demo
 from trl.demo.show import few_threads
+from trl.demo.steps import SMALL
 
 SHORT = ["--max_steps", "2", "--samples", "1", "--judged", "4", "--output_dir"]
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """The demo on few reviews and with small rollouts."""
+    monkeypatch.setattr("trl.demo.run.load_reviews", lambda split: load_reviews(split).select(range(64)))
+    for name, size in (("batch_size", 8), ("mini_batch_size", 4)):
+        monkeypatch.setitem(SMALL["ppo"], name, size)
+
+
+@pytest.mark.usefixtures("few")
 def test_a_short_run_shows_samples_and_leaves_models(tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", *SHORT, str(folder)]) == 0
-    shown = capsys.readouterr().out
-    for words in ("1.4 million parameters", "600 held-out reviews", "held-out pairs", "before PPO", "Of 4 samples"):
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "million parameters",
+        "64 held-out reviews",
+        "an annotator, played by the grammar",
+        "held-out pairs",
+        "before PPO",
+        "Of 4 samples",
+    ):
         assert words in shown
     assert AutoModelForCausalLM.from_pretrained(str(folder / "sft")).config.model_type == "gpt2"
     page = (folder / "ppo" / "report.html").read_text()
     for words in (
         "are positive by the grammar",
+        "The grammar also labelled the pairs",
         "plot",
         "Before and after",
         "rewards/sentiment/mean",
@@ -62,12 +80,14 @@ def named(tmp_path_factory):
     return folder
 
 
+@pytest.mark.usefixtures("few")
 def test_a_model_and_a_classifier_by_name(named, tmp_path, capsys):
     names = ["--model_name_or_path", str(named / "gpt2"), "--reward_model_path", str(named / "sentiment")]
     assert main(["demo", *names, *SHORT, str(tmp_path / "demo")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("how much more likely its label 'POSITIVE' is", "Accuracy on held-out reviews", "Of 4 samples"):
         assert words in shown
+    assert "The grammar also labelled" not in shown
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["ppo", "sft"]
 
 
@@ -119,6 +139,7 @@ class Interrupting(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.usefixtures("few")
 def test_an_interrupt_ends_it_politely(tmp_path):
     screen = Interrupting("2 · Reward model")
     options = DemoArguments(max_steps=1, samples=1, judged=2, output_dir=str(tmp_path / "demo"))

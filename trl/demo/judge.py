@@ -1,8 +1,8 @@
-"""Judges of the demo's samples that have no part in training: the grammar, and a classifier of words.
+"""Judges of the demo's samples whose word the policy was never given: the grammar, and a classifier of words.
 
 The reward model that a policy was trained against is no judge of it: what it overrates is what the policy has learned to
-write. The grammar knows which side each of its sentences takes; the classifier learned on reviews that nothing else
-was trained on.
+write. The grammar knows which side each of its sentences takes; it also labels the pairs from which the reward model learns, as
+people would. The classifier of words has no part in training: it learned on reviews that nothing else was trained on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """`trl demo`: the three steps of learning from human feedback, on film reviews that a grammar writes.
 
 1. supervised fine-tuning    a model learns to write reviews, good and bad ones
-2. reward model              a classifier learns which of two reviews is the positive one; or one is named
+2. reward model              a classifier learns which of two reviews an annotator prefers; or one is named
 3. PPO                       the model learns to write positive ones, and not to stray from what it wrote before
+
+The annotator is the grammar, which compares reviews that the model of step 1 wrote. PPO is given rewards of the classifier alone.
 
 trl demo                                  a GPT-2 of 1.4 million parameters, made and trained on the spot
 trl demo --model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilbert-imdb
@@ -28,11 +30,17 @@ from trl.demo.steps import STAGES, Reward, continuations, examine, fine_tune, le
 from trl.report.page import write_report
 from trl.report.record import COMPARISONS_FILE, SUMMARY_FILE
 from trl.rewards.classifier import ClassifierReward
+from trl.rewards.model import RewardModel
 
 INTERRUPTED = 130
 
 TRIES = 6
 """Samples per prompt, at most, among which a positive one is sought."""
+
+COMPARED = "an annotator, played by the grammar, compares what the fine-tuned model wrote: two reviews, or one and one of the corpus"
+LABELLED = (
+    "The grammar also labelled the pairs from which the reward model learned; PPO was given that model's rewards alone."
+)
 
 
 def run_demo(options: DemoArguments, console: Console | None = None) -> int:
@@ -78,9 +86,7 @@ def show(options: DemoArguments, console: Console) -> None:
         with Step(console, 2, "Reward model", f"{named}: how much more likely its label {classifier.label_name!r} is"):
             reward: Reward = examine(classifier, test, console)
     else:
-        with Step(
-            console, 2, "Reward model", "pairs of a positive and a negative review, most of them alike but for the end"
-        ):
+        with Step(console, 2, "Reward model", COMPARED):
             reward = learn_rewards(model, tokenizer, train, test, options, console)
 
     with Step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
@@ -120,6 +126,8 @@ def conclude(
     verdicts = [judge(texts, given, classifier) for texts, given in zip((before, after), rewards, strict=True)]
     console.print(table_of_verdicts(verdicts[0], verdicts[1], possible))
     summary = sentence_about(verdicts[0], verdicts[1], len(prompts), possible)
+    if isinstance(reward, RewardModel):
+        summary += f" {LABELLED}"
     (folder / SUMMARY_FILE).write_text(summary + "\n", encoding="utf-8")
     console.print(summary, highlight=False)
     console.print(f"The report is in {write_report(folder)}, the models are beside it.", highlight=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from trl.callbacks.progress import bars_of
-from trl.demo.grammar import split_sentences
 from trl.demo.model import make_model, train_tokenizer
 from trl.demo.options import DemoArguments
+from trl.demo.preferences import annotate
 from trl.models.load import count_parameters, load_model, load_processor
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
@@ -58,7 +56,7 @@ SMALL = {
 """For the model that is made on the spot."""
 REAL = {
     "sft": {"learning_rate": 5e-5, "num_train_epochs": 1},
-    "reward": {"learning_rate": 2e-5, "max_steps": 100},
+    "reward": {"learning_rate": 2e-5, "max_steps": 100, "per_device_train_batch_size": 16},
     "ppo": {
         "learning_rate": 2e-5,
         "lr_scheduler_type": "constant",
@@ -80,10 +78,11 @@ VALUE_RATE = 1e-3
 VALUE_FIRST = 0.08
 """Share of PPO's steps in which a value model learns alone: a reward model says little of reviews that are not finished."""
 
-NEAR = 100
-"""Reviews of the other side among which the one that ends most alike is sought."""
+PAIRS = 4
+"""Pairs of an opening's reviews in which the annotator prefers one, about."""
 
-SIDES = {"chosen": "positive", "rejected": "negative"}
+LEAST = 4
+"""Openings of which reviews are compared, at least."""
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -136,16 +135,17 @@ def fine_tune(
 def learn_rewards(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments, console: Console
 ) -> RewardModel:
-    """Step 2: a classifier on the fine-tuned weights learns to tell positive from negative reviews."""
+    """Step 2: a classifier on the fine-tuned weights learns which of two reviews an annotator prefers."""
+    pairs, held_out = ask_annotator(model, tokenizer, train, test, options)
+    told = f"{len(pairs):,} pairs to learn from, {len(held_out):,} held-out ones"
+    console.print(told, style="dim", highlight=False)
     set_seed(options.seed)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(config)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
     args = RewardConfig(center_rewards_coefficient=0.01, mistakes_shown=0, **{**SCHEDULE, **recipe(options, "reward")})
-    trainer = RewardTrainer(
-        classifier, args, train_dataset=opposites(train), eval_dataset=opposites(test), processing_class=tokenizer
-    )
+    trainer = RewardTrainer(classifier, args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
     with bars_of(trainer, console):
         trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
@@ -154,50 +154,17 @@ def learn_rewards(
     return RewardModel(classifier, tokenizer)
 
 
-def opposites(reviews: Dataset) -> Dataset:
-    """Pairs of a positive and a negative review that differ in their last sentence alone, so that this decides: two pairs for
-    every two reviews. Each ends like the review of the other side that ends most alike, so that few words are left to decide; in
-    every other pair the negative end is half positive, so that the whole sentence has to be."""
-    good, bad = ([split_sentences(row["text"]) for row in reviews if row["label"] == label] for label in SIDES.values())
-    pairs = [pair for number in range(len(good)) for pair in _pairs(good, bad, number)]
-    return Dataset.from_list([dict(zip(SIDES, pair, strict=True)) for pair in pairs])
-
-
-def _pairs(good: Sequence[list[str]], bad: Sequence[list[str]], number: int) -> list[list[str]]:
-    start = (good, bad)[number // 4 % 2][number][:-1]
-    end_good, end_bad = good[number][-1], bad[number][-1]
-    ends = [(end_good, likest(end_good, bad, number)), (likest(end_bad, good, number), end_bad)]
-    if number % 4 == 2:
-        ends = [(one, half_and_half(one, other)) for one, other in ends]
-    if number % 4 == 3:
-        ends = [(one, half_and_half(other, one)) for one, other in ends]
-    return [[" ".join([*start, end]) for end in pair] for pair in ends]
-
-
-def likest(end: str, reviews: Sequence[list[str]], first: int) -> str:
-    """The last sentence that has most words in common with `end`, of `NEAR` reviews from the number `first` on."""
-    words = _words(end)
-    near = (reviews[(first + step) % len(reviews)][-1] for step in range(NEAR))
-    return max(near, key=lambda other: len(words & _words(other)))
-
-
-@cache
-def _words(sentence: str) -> frozenset[str]:
-    return frozenset(sentence.split())
-
-
-def half_and_half(first: str, second: str) -> str:
-    """One sentence that goes over to another half-way through the words in which they differ: neither of them, where more than
-    one word differs."""
-    one, other = first.split(), second.split()
-    start, end = _in_common(one, other), _in_common(one[::-1], other[::-1])
-    leave, enter = ((start + len(words) - end) // 2 for words in (one, other))
-    return " ".join([*one[:leave], *other[enter:]])
-
-
-def _in_common(words: Sequence[str], others: Sequence[str]) -> int:
-    """With how many words in common two sequences begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, others, strict=False)))
+def ask_annotator(
+    model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments
+) -> tuple[Dataset, Dataset]:
+    """As many preferences as one pass of training uses, of openings to train on; and a tenth as many, of held-out openings."""
+    given = recipe(options, "reward")
+    openings = given["max_steps"] * given["per_device_train_batch_size"] // PAIRS
+    counts = zip((train, test), (openings, openings // 10), strict=True)
+    reviews = [split.select(range(min(max(count, LEAST), len(split)))) for split, count in counts]
+    temperature = recipes(options)["ppo"]["temperature"]
+    pairs, held_out = (annotate(model, tokenizer, r, temperature=temperature, seed=options.seed) for r in reviews)
+    return pairs, held_out
 
 
 def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
