@@ -21,11 +21,11 @@ BAD = OPENING + "The script is flat and obvious."
     [
         ([BAD, GOOD], [(GOOD, BAD)]),
         ([MIXED, GOOD], [(GOOD, MIXED)]),
-        ([MIXED, BAD], [(MIXED, BAD)]),
+        ([MIXED, BAD], []),
         ([GOOD, ALSO_GOOD], []),
         (
             [GOOD, BAD, ALSO_GOOD, MIXED],
-            [(GOOD, BAD), (GOOD, MIXED), (ALSO_GOOD, BAD), (MIXED, BAD), (ALSO_GOOD, MIXED)],
+            [(GOOD, BAD), (GOOD, MIXED), (ALSO_GOOD, BAD), (ALSO_GOOD, MIXED)],
         ),
     ],
 )
@@ -40,10 +40,8 @@ def test_reviews_that_are_compared_begin_alike():
     model = make_model(tokenizer, width=32, depth=1)
     pairs, again = (list(annotate(model, tokenizer, reviews, temperature=0.5, seed=1)) for _ in range(2))
     assert pairs == again
-    openings = [prompt for prompt in prompt_openings(reviews) for _ in range(DRAFTS)]
-    # The model knows nothing: its reviews are better than a negative one and worse than a positive one.
-    written, given = (("rejected", "chosen"), ("chosen", "rejected"))
-    for pair, opening, review in zip(pairs, openings, (row for row in reviews for _ in range(DRAFTS)), strict=True):
-        own, corpus = written if review["label"] == "positive" else given
-        assert pair[own].startswith(opening)
-        assert pair[corpus] == review["text"]
+    # The model knows nothing: what it writes is worse than a positive review, and no better than a negative one.
+    positive = reviews.filter(lambda row: row["label"] == "positive")
+    assert [pair["chosen"] for pair in pairs] == [text for text in positive["text"] for _ in range(DRAFTS)]
+    openings = [opening for opening in prompt_openings(positive) for _ in range(DRAFTS)]
+    assert all(pair["rejected"].startswith(opening) for pair, opening in zip(pairs, openings, strict=True))

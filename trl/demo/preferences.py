@@ -1,13 +1,14 @@
 """Step 2's preferences: an annotator compares reviews that begin alike, those of the fine-tuned model and one of the corpus.
 
-The annotator stands for people who label, and is played by the grammar: the better of two reviews is the one of the positive
-side, and one of neither side is better than a negative one. Of two that are equally good it says nothing.
+The annotator stands for people who label, and is played by the grammar: a positive review is better than one that is negative,
+takes both sides or is no sentence. Of two that are both positive, or neither, it says nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import combinations
+from functools import partial
+from itertools import product
 from typing import Any
 
 from datasets import Dataset
@@ -21,21 +22,21 @@ DRAFTS = 3
 BATCH = 200
 """Openings that are continued at a time."""
 
-RANK = {"positive": 1, None: 0, "negative": -1}
-
 
 def annotate(model: Any, tokenizer: Any, reviews: Dataset, *, temperature: float, seed: int) -> Dataset:
     """Pairs of `chosen` and `rejected` reviews that begin alike: each of `reviews` and the model's own with its opening."""
     pairs = []
-    for rows in reviews.iter(BATCH):
-        prompts = prompt_openings([{"text": text} for text in rows["text"]])
-        drafts = [sample(model, tokenizer, prompts, temperature=temperature, seed=seed + n) for n in range(DRAFTS)]
+    for batch, rows in enumerate(reviews.iter(BATCH)):
+        write = partial(sample, model, tokenizer, prompt_openings([{"text": text} for text in rows["text"]]))
+        first = seed + batch * DRAFTS
+        drafts = [write(temperature=temperature, seed=number) for number in range(first, first + DRAFTS)]
         pairs += [pair for texts in zip(rows["text"], *drafts, strict=True) for pair in preferences(texts)]
     return Dataset.from_list(pairs)
 
 
 def preferences(texts: Iterable[str]) -> list[dict[str, str]]:
     """What the annotator says of every two texts of which one is better."""
-    ranked = [(RANK[side_of(text)], text) for text in texts]
-    pairs = [sorted(pair, reverse=True) for pair in combinations(ranked, 2)]
-    return [{"chosen": better, "rejected": worse} for (high, better), (low, worse) in pairs if high > low]
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for text in texts:
+        sides[side_of(text) == "positive"].append(text)
+    return [{"chosen": better, "rejected": worse} for better, worse in product(sides[True], sides[False])]

@@ -32,8 +32,8 @@ STAGES = ("sft", "reward", "ppo")
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 16}
 SMALL = {
     # From random weights: the highest rate that trains this model without a spike.
-    "sft": {"learning_rate": 4e-3, "num_train_epochs": 2, "adam_beta2": 0.98, "weight_decay": 0.0},
-    "reward": {"learning_rate": 1e-3, "max_steps": 700, "per_device_train_batch_size": 8},
+    "sft": {"learning_rate": 4e-3, "num_train_epochs": 3, "adam_beta2": 0.98, "weight_decay": 0.0},
+    "reward": {"learning_rate": 1e-3, "max_steps": 450, "per_device_train_batch_size": 8},
     # Against endings that become alike: a reward that saturates, so that all that are positive enough are worth the same; a KL
     # penalty that begins strong, so that no one safe sentence takes over before the others have been learned; every rollout
     # used once, since what is noise in it would be learned twice; values that may follow as fast as the rewards rise; a rate
@@ -78,7 +78,7 @@ VALUE_RATE = 1e-3
 VALUE_FIRST = 0.08
 """Share of PPO's steps in which a value model learns alone: a reward model says little of reviews that are not finished."""
 
-PAIRS = 4
+PAIRS = 3
 """Pairs of an opening's reviews in which the annotator prefers one, about."""
 
 LEAST = 4
