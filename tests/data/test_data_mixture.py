@@ -240,6 +240,15 @@ def test_columns_of_one_name_and_two_types(tmp_path):
         get_dataset(DatasetMixtureConfig([{"path": text}, {"path": parts}]))
 
 
+def test_datasets_without_a_column_in_common(tmp_path):
+    chats = write(tmp_path / "sharegpt.jsonl", [{"conversations": [{"from": "human", "value": "Hi"}]}])
+    answers = write(tmp_path / "alpaca.jsonl", [{"instruction": "Add 1 and 2.", "output": "3"}])
+    with pytest.raises(
+        DataError, match=r"no column in common: .*sharegpt.jsonl' has \['conversations'\].*'instruction'"
+    ):
+        get_dataset(DatasetMixtureConfig(datasets=[{"path": chats}, {"path": answers}]))
+
+
 def test_columns_that_one_dataset_lacks_are_named(tmp_path, caplog):
     bare = write(tmp_path / "bare.jsonl", [{"text": "a"}])
     scored = write(tmp_path / "scored.jsonl", [{"text": "b", "score": 1.0}])

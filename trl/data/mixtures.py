@@ -199,7 +199,8 @@ def splits_of(parts: Sequence[Rows], mixture: DatasetMixtureConfig) -> Splits:
 
 
 def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
-    """Raises DataError for a column that has different types in two of the datasets; says which ones lack a column."""
+    """Raises DataError for a column that has different types in two of the datasets, and for datasets without a column in
+    common; says which ones lack a column."""
     from datasets import Value
 
     empty = Value("null")
@@ -212,6 +213,13 @@ def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
                     f"Column {column!r} of the mixture is {first} in {home!r} and {kind} in {path!r}: bring it to one form, "
                     "or leave it out by naming the columns to keep (columns)."
                 )
+    of = [(path, list(part.features)) for part, path in zip(parts, paths, strict=True) if part.features]
+    for path, columns in of[1:]:
+        if not {*columns} & {*of[0][1]}:
+            raise DataError(
+                f"The datasets of the mixture have no column in common: {of[0][0]!r} has {of[0][1]}, and {path!r} {columns}. Bring "
+                "them to one form: rename columns (rename), or write all rows as 'messages', or as 'prompt' and 'completion'."
+            )
     for part, path in zip(parts, paths, strict=True):
         lacking = [column for column in known if part.features and column not in part.features]
         if lacking:
