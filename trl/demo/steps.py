@@ -40,7 +40,7 @@ SMALL = {
     # that falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
-        "max_steps": 52,
+        "max_steps": 58,
         "batch_size": 128,
         "mini_batch_size": 64,
         "ppo_epochs": 1,
