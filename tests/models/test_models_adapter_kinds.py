@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import MODELS, make_tokenizer
+from tests.conftest import make_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import as_peft_model, new_tokens
@@ -24,14 +24,6 @@ PAIRS = Dataset.from_list([{"prompt": "Hi", "chosen": " a", "rejected": " b"}] *
 CAUSAL = {"task_type": "CAUSAL_LM"}
 PROMPTS = [PromptTuningConfig(num_virtual_tokens=2, **CAUSAL), PrefixTuningConfig(num_virtual_tokens=2, **CAUSAL)]
 DORA = LoraConfig(r=2, use_dora=True, **CAUSAL)
-
-
-@pytest.fixture
-def base(tmp_path) -> str:
-    torch.manual_seed(0)
-    MODELS["llama"]().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
 
 
 def saved(base: str, config) -> tuple[PeftModel, str]:

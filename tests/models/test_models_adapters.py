@@ -33,14 +33,6 @@ CHATS = Dataset.from_list([{"messages": [{"role": "user", "content": "A"}, {"rol
 
 
 @pytest.fixture
-def base(tmp_path) -> str:
-    torch.manual_seed(0)
-    MODELS["llama"]().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
-@pytest.fixture
 def adapter(base, tmp_path) -> str:
     torch.manual_seed(1)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -172,6 +172,14 @@ def test_other_networks_stay(make_model):
     assert keep_less(model)[0] == 0  # they have a forward of their own by now
 
 
+def test_a_network_that_stays_keeps_the_forward_that_was_put_on_its_product(make_model):
+    """As accelerate puts it there, to move weights."""
+    network = Sparse(make_model("llama").config)
+    forward = network.down_proj.forward = lambda x, plain=network.down_proj.forward: plain(x)
+    assert keep_less(network) == (0, 0)
+    assert vars(network.down_proj)["forward"] is forward
+
+
 def test_hooks_of_the_last_product_see_its_input(make_model):
     network, seen = make_model("llama").model.layers[0].mlp, []
     keep_less(network)

@@ -149,15 +149,17 @@ def _replaced(module: nn.Module) -> bool:
             expected = gradients_of(module, x)
         except (TypeError, ValueError, RuntimeError):  # it asks for more than hidden states
             return False
-        module.forward = MethodType(_gated_forward, module)
+        new = [(module, _gated_forward)]
         if is_plain(module.down_proj):
-            module.down_proj.forward = MethodType(_last_product, module.down_proj)
+            new.append((module.down_proj, _last_product))
+        for part, forward in new:
+            part.forward = MethodType(forward, part)
         if _has_kernel(x):
             _take_kernel(module, x, expected)
         if _same(module, x, expected):
             return True
-    for part in (module, module.down_proj):
-        vars(part).pop("forward", None)
+    for part, _ in new:  # and no other's: accelerate puts forwards on modules too
+        del part.forward
     return False
 
 
@@ -241,8 +243,8 @@ for _function in FORWARDS:
 
 
 def is_plain(linear: object) -> bool:
-    """Whether a product with its weight is all that it does: no adapter, no quantised weight, no hook but those that
-    `only_watch` whether it is called."""
+    """Whether a product with its weight is all that it does: no adapter, no quantised weight, no hook but those
+    whose `only_watches` is true."""
     if type(linear) is not nn.Linear or not all(getattr(hook, "only_watches", False) for hook in _hooks(linear)):
         return False
     own = vars(linear).get("forward")

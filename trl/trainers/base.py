@@ -194,7 +194,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         self._spare_launches(inner)
 
     def _spare_launches(self, inner: PreTrainedModel) -> None:
-        """Do with few kernels what the model's layers would launch many for."""
+        """Do with few kernels, and keep little for backward, what the model's layers would launch and keep much for."""
         if self._fuses():
             fuse(self.model)
             keep_less(self.model)
