@@ -98,7 +98,7 @@ def test_rollouts_by_a_function(make_model, tmp_path):
     assert seen["prompts"] == [seen["prompts"][i - i % 4] for i in range(8)]
     assert seen["score"] == [3.0, 4.0, 5.0, 3.0, 4.0, 5.0, 3.0, 4.0]
     assert trainer.state.log_history[0]["reward"] == pytest.approx(3.875)
-    group = trainer.sample([trainer.train_dataset[0]], 4, "train")[0]
+    group = trainer.sampler.groups([trainer.train_dataset[0]], 4, "train")[0]
     assert group.example.completions[0].mask == (1, 0, 1)
     assert group.example.completions[0].signals["sampler_logprobs"] == (-4.0, -4.0, -4.0)
 

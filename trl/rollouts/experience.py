@@ -8,7 +8,7 @@ that are learned from. A minibatch is what one counted step of the loop trains o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -78,6 +78,21 @@ def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
     width = max(1, *map(len, completions))
     mask, signals = torch.from_numpy(completion_masks(completions, width)), completion_signals(completions, width)
     return Experience(rewards, torch.arange(len(examples)).repeat_interleave(sizes), mask, signals)
+
+
+def tables_of(
+    examples: Sequence[Example], parts: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Numbers `[N,C]` of all completions by name, from `[n,c]` of parts, each with the indices of its examples."""
+    first = offsets(examples)
+    shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
+    tables: dict[str, Tensor] = {}
+    for part, found in parts:
+        rows = torch.tensor([first[i] + j for i in part for j in range(len(examples[i].completions))])
+        for name, values in found.items():
+            table = tables.setdefault(name, torch.zeros(shape))
+            table[rows, : values.shape[1]] = values.float().cpu()
+    return tables
 
 
 def with_signals(examples: Sequence[Example], signals: Mapping[str, Tensor]) -> list[Example]:

@@ -73,7 +73,6 @@ class PreferenceKeywords(TrainerKeywords, total=False):
 class OnlineKeywords(ClassicOptions, total=False):
     """What trainers that sample take by keyword beside the arguments that have a place."""
 
-    rollout_func: Callable[[list[Any], Any], Mapping[str, Any]] | None
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None
     tokenizer: Any
 
@@ -88,6 +87,7 @@ class OnlineDPOKeywords(OnlineKeywords, total=False):
     algorithm: Algorithm | None
     engine: RolloutEngine | None
     reference: str | nn.Module | None
+    rollout_func: Callable[[list[Any], Any], Mapping[str, Any]] | None
 
 
 class PPOKeywords(ClassicOptions, total=False):

@@ -21,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
+import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -68,9 +69,10 @@ from trl.models.load import (
     set_token,
     tokenizer_of,
 )
+from trl.models.patching import evaluating
 from trl.models.positions import learned_positions
 from trl.models.rotary import length_dependent
-from trl.models.score import prepare_scoring, unwrap
+from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
@@ -79,8 +81,9 @@ from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TEMPLATES, TrainerConfig
 from trl.trainers.options import resolve_args
-from trl.trainers.router import WithRouterLoss
+from trl.trainers.router import RouterTerm, router_loss
 from trl.training.nonfinite import SHOWN
+from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
 from trl.vision.encoder_outputs import FEATURES
@@ -97,7 +100,7 @@ WIDTH = 60
 """Characters of a row that an error shows."""
 
 
-class BaseTrainer(WritesModelCard, WithRouterLoss):
+class BaseTrainer(WritesModelCard, StepTrainer):
     """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
 
     model               a name or folder, a model, or a model with adapters
@@ -186,12 +189,26 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         """Last preparations of the model in memory, before anything wraps it."""
         inner = unwrap(self.model)
         prepare_scoring(inner)
-        self.router = self._router_loss(inner)
+        self._add_router_loss(inner, score)
         if self.accelerator.is_fsdp2:
             ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
         self._spare_launches(inner)
+
+    def _add_router_loss(self, inner: PreTrainedModel, forward: Callable[[nn.Module, Batch], Any]) -> None:
+        """Balance the load of experts where that is asked for. `forward(model, batch)` is a pass over a batch."""
+        router = router_loss(inner, self.args.router_aux_loss_coef, is_sharded=self.is_sharded)
+        if router is None:
+            return
+
+        @torch.no_grad()
+        def run(batch: Batch) -> None:
+            with self.compute_loss_context_manager(), evaluating(self.model):
+                forward(self.model_wrapped, batch)
+
+        meter, processes = self.meters["train"], self.accelerator.num_processes
+        self.term = RouterTerm(router, run, self._sum_over_processes, meter, self.args.device, processes)
 
     def _spare_launches(self, inner: PreTrainedModel) -> None:
         """Do with few kernels, and keep little for backward, what the model's layers would launch and keep much for."""
@@ -434,7 +451,7 @@ class BaseTrainer(WritesModelCard, WithRouterLoss):
         check_image_tokens(examples, image_token_ids(unwrap(self.model).config))
         if self.image_features is not None:
             examples = self.image_features.of(examples)
-        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.router is not None)
+        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.term is not None)
         has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
         if self.images is None or has_images or not runs_together():
             return batch

@@ -14,7 +14,7 @@ sampled, so no second pass is needed; in a rollout batch that is trained on once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,13 +24,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
+from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, EngineError
-from trl.models.reference import Reference, score_with_reference
-from trl.models.score import score
+from trl.models.reference import Reference
+from trl.models.score import score, unwrap
+from trl.rewards.call import check_weights
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
@@ -38,27 +40,30 @@ from trl.rollouts.experience import (
     completions_of,
     empty_group,
     experience_of,
-    offsets,
     split_into_minibatches,
+    tables_of,
     with_signals,
     without_signals,
 )
+from trl.rollouts.local import LocalEngine
 from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
+from trl.trainers.base import BaseTrainer
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.reference import reference_for, reference_models, sync_callbacks
-from trl.trainers.sampling import SamplingTrainer
+from trl.trainers.reference import reference_for, reference_models, score_signals, sync_callbacks
+from trl.trainers.rollout_log import RolloutLog
+from trl.trainers.sampling import GroupSampler, rewards_for
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
 from trl.training.state import StateFunctions
 from trl.types import Algorithm, Batch, Example, Experience, Metrics
 
-FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
-"""Signals of a rollout batch that are scores of the policy, by what `Scores` calls them."""
+RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
+"""`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
 
 
-class OnlineTrainer(SamplingTrainer):
+class OnlineTrainer(BaseTrainer):
     """Sample, reward, learn.
 
     reward_funcs                one or several of: a function `(prompts, completions, **columns) -> rewards`, async or
@@ -72,6 +77,11 @@ class OnlineTrainer(SamplingTrainer):
 
     The other arguments are those of `BaseTrainer`.
     """
+
+    config_class = OnlineConfig
+    args: OnlineConfig
+    prompts_only = True
+    multiple_completions = True
 
     def __init__(
         self,
@@ -90,14 +100,17 @@ class OnlineTrainer(SamplingTrainer):
         algorithm: Algorithm | None = None,
         engine: RolloutEngine | None = None,
         reference: str | nn.Module | None = None,
+        rollout_func: RolloutFunction | None = None,
         **keywords: Unpack[OnlineKeywords],
     ) -> None:
-        self.algorithm = algorithm
+        self.algorithm, self.engine = algorithm, engine
         self.reference: Reference | None = None
         self._given_reference = reference
         self.buffer: RolloutBuffer | None = None
         self.entropy_bonus: BonusOfSteps | None = None
         self._is_new_batch = True
+        self._columns: dict[str, list[str]] = {}
+        self._reward_funcs = reward_funcs
         super().__init__(
             model,
             args,
@@ -109,11 +122,10 @@ class OnlineTrainer(SamplingTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            reward_funcs=reward_funcs,
-            reward_processing_classes=reward_processing_classes,
-            engine=engine,
             **keywords,
         )
+        self._prepare_sampling(reward_processing_classes, rollout_func)
+        self.data_collator = list
 
     @property
     def averaging(self) -> str:
@@ -123,11 +135,61 @@ class OnlineTrainer(SamplingTrainer):
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         self.args.check_batches()
+        check_weights(self._given_rewards(self._reward_funcs), self.args.reward_weights)
+        if self.engine is None:
+            self.args.check_installed()
         self._has_new_adapter = peft_config is not None
         return super()._resolve_model(model, quantization_config, peft_config)
 
+    def _given_rewards(self, reward_funcs: Any) -> Any:
+        """The reward functions that were given, by whichever argument or option."""
+        return reward_funcs
+
     def prepare_model(self) -> None:
         super().prepare_model()
+        self._prepare_engine()
+        self._prepare_algorithm()
+        self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
+        self.states.register("algorithm", StateFunctions(self._algorithm_state, self._load_algorithm), optional=True)
+        if self.entropy_bonus is not None:
+            self.states.register("entropy", self.entropy_bonus)
+        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
+
+    def _prepare_engine(self) -> None:
+        if self.engine is None:
+            shown = self.is_local_process_zero() and not self.args.disable_tqdm
+            self.engine = self.args.make_engine(self.model, self.processing_class, progress=shown)
+        if not isinstance(self.engine, RolloutEngine):
+            raise ConfigError(
+                f"engine is a {type(self.engine).__name__}, which does not have all that a trainer asks of it: derive the "
+                "class from trl.RolloutEngine, and give it the methods generate and sync."
+            )
+        if isinstance(self.engine, LocalEngine):
+            self.engine.image_features = self.image_features
+
+    def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
+        """Make rewards and sampler, and what their numbers are reported by."""
+        columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
+        given = self._given_rewards(self._reward_funcs)
+        self.rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
+        self.sampler = GroupSampler(
+            self.args,
+            unwrap(self.model),
+            self.tokenizer,
+            self.images,
+            self.to_examples,
+            self.engine,
+            self.rewards,
+            state=lambda: self.state,
+            rollout_func=None if rollout_func is None else lambda prompts: rollout_func(prompts, self),
+        )
+        self.rollout_logs = {
+            mode: RolloutLog(self.sampler, mode, meter, self.accelerator) for mode, meter in self.meters.items()
+        }
+        self.states.register("completions", self.rollout_logs["train"].completions, per_rank=True, optional=True)
+        self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
+
+    def _prepare_algorithm(self) -> None:
         if self.algorithm is None:
             self.algorithm = self.args.make_algorithm()
         if not isinstance(self.algorithm, Algorithm):
@@ -143,12 +205,8 @@ class OnlineTrainer(SamplingTrainer):
             raise ConfigError(
                 f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
             )
-        self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
-        self.states.register("algorithm", StateFunctions(self._algorithm_state, self._load_algorithm), optional=True)
         if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
-            self.states.register("entropy", self.entropy_bonus)
-        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
     def _also_reading(self) -> list[PreTrainedModel]:
         return [*super()._also_reading(), *reference_models(self.reference)]
@@ -157,21 +215,46 @@ class OnlineTrainer(SamplingTrainer):
         new = self._has_new_adapter
         return reference_for(self.model, self._given_reference, self.args, self.accelerator, has_new_adapter=new)
 
+    # ---- prompts ----
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        return EncodeSettings(
+            kind="prompt_only",
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            keep_columns=tuple(self._columns[split]),
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=self.args.dataset_num_proc,
+        )
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
+        if "input_ids" not in columns or "prompt" in columns:
+            return super().encode(rows, split, name)
+        self._columns[split] = [*columns, "prompt"]
+        rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
+        limit = self.args.max_prompt_length or 0
+        return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})
+
+    def _shuffled(self, rows: Rows) -> Rows:
+        """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
+        return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
+
+    def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
+        """No rows: the report shows prompts beside the completions that were sampled."""
+        return []
+
     def get_train_dataloader(self) -> DataLoader:
-        args, rank, world = self.args, self.args.process_index, self.args.world_size
-        together = args.prompts_per_rollout_batch * world
-        if isinstance(self.train_dataset, Dataset):
-            table = TableRows(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
-            self.prompts = Prompts(table, rank=rank, world=world)
-            per_epoch = max(1, len(self.train_dataset) // together)
-        else:
-            self.prompts, per_epoch = Prompts(StreamRows(self.train_dataset), rank=rank, world=world), None
-        self.samplings["train"] = 0
+        args, rows = self.args, self.train_dataset
+        is_table, together = isinstance(rows, Dataset), args.prompts_per_rollout_batch * args.world_size
+        source = TableRows(rows, seed=args.seed, shuffle=args.shuffle_dataset) if is_table else StreamRows(rows)
+        self.prompts = Prompts(source, rank=args.process_index, world=args.world_size)
+        self.sampler.samplings["train"] = 0
         self.buffer = RolloutBuffer(
             self.roll_out,
             minibatches=args.minibatches_per_rollout_batch,
             iterations=args.num_iterations,
-            per_epoch=per_epoch,
+            per_epoch=max(1, len(rows) // together) if is_table else None,
         )
         return self.buffer.loader()
 
@@ -185,14 +268,14 @@ class OnlineTrainer(SamplingTrainer):
             raise self._with_checkpoint(error, before) from error
 
     def _position(self) -> tuple[dict[str, Any], int, int]:
-        return dict(vars(self.buffer)), self.prompts.cursor, self.samplings["train"]
+        return dict(vars(self.buffer)), self.prompts.cursor, self.sampler.samplings["train"]
 
     def _with_checkpoint(self, error: EngineError, before: tuple[dict[str, Any], int, int]) -> EngineError:
         """Write a checkpoint of the last step, as it was before the engine failed; the error, which says so."""
         step = self.state.global_step
         if step == 0:
             return error
-        buffer, self.prompts.cursor, self.samplings["train"] = before
+        buffer, self.prompts.cursor, self.sampler.samplings["train"] = before
         vars(self.buffer).update(buffer)
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if not folder.exists():
@@ -214,6 +297,23 @@ class OnlineTrainer(SamplingTrainer):
             examples = without_signals(examples, ["old_logprobs"])
         return self.minibatches(examples, groups, experience, self.args.minibatches_per_rollout_batch)
 
+    def sample_rollout_batch(self) -> list[Group]:
+        """As many groups as a rollout batch has; those without variance replaced by fresh prompts where that is asked for."""
+        args, sampler = self.args, self.sampler
+        groups = sampler.groups(self.prompts.take(args.prompts_per_rollout_batch), args.num_generations, "train")
+        if args.zero_variance != "resample":
+            return groups
+        for _ in range(args.max_resampling):
+            missing = torch.tensor([sum(map(sampler.is_flat, groups))], device=args.device)
+            everywhere = self._gather(missing).tolist()
+            if not any(everywhere):
+                break
+            groups += sampler.groups(self.prompts.deal(everywhere), args.num_generations, "train")
+            groups.sort(key=sampler.is_flat)
+            self._count("resampled_groups", missing.item(), len(groups))
+            groups = groups[: args.prompts_per_rollout_batch]
+        return groups
+
     def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
@@ -225,7 +325,7 @@ class OnlineTrainer(SamplingTrainer):
     def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
         """Examples with all signals that the loss needs, and the experience that they come from."""
         examples = [group.example for group in groups]
-        local = experience_of(examples, self._combined(groups))
+        local = experience_of(examples, self.sampler.combined(groups))
         signals = {"old_logprobs": local.signals["sampler_logprobs"]}
         if wanted := self._wanted(mode):
             signals |= self.score_rollouts(examples, lambda batch: self._score_policy_and_reference(batch, wanted))
@@ -257,18 +357,15 @@ class OnlineTrainer(SamplingTrainer):
     ) -> dict[str, Tensor]:
         """Named `[N,C]` numbers of the examples' completions, by `numbers(batch)`, in at least `count` micro-batches."""
         groups = self.plan(examples, count)
-        first = offsets(examples)
-        shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
-        tables: dict[str, Tensor] = {}
-        for group in groups + groups[-1:] * (self._most(len(groups)) - len(groups)):
-            batch = self.collate([examples[i] for i in group]).to(self.args.device)
-            with self.compute_loss_context_manager():
-                found = numbers(batch)
-            rows = torch.tensor([first[i] + j for i in group for j in range(len(examples[i].completions))])
-            for name, values in found.items():
-                table = tables.setdefault(name, torch.zeros(shape))
-                table[rows, : values.shape[1]] = values.float().cpu()
-        return tables
+        groups += groups[-1:] * (self._most(len(groups)) - len(groups))
+
+        def parts() -> Iterator[tuple[list[int], Mapping[str, Tensor]]]:
+            for group in groups:
+                batch = self.collate([examples[i] for i in group]).to(self.args.device)
+                with self.compute_loss_context_manager():
+                    yield group, numbers(batch)
+
+        return tables_of(examples, parts())
 
     def _wanted(self, mode: str) -> set[str]:
         """Signals of a rollout batch that have to be measured, besides the sampler's log-probabilities."""
@@ -285,16 +382,7 @@ class OnlineTrainer(SamplingTrainer):
 
     def _score_policy_and_reference(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
         """The signals `wanted`, from one pass of the policy where it is needed and one of the reference."""
-        attributes = {name: FOUND_IN_SCORES[name] for name in wanted if name in FOUND_IN_SCORES}
-        options = {"temperature": self._temperature, "want": set(attributes.values()) - {"logprobs"}}
-        seen: dict[str, Tensor] = {}
-        if "ref_logprobs" not in wanted:
-            scores = score(self.model_wrapped, batch, **options)
-        elif attributes:
-            scores, seen["ref_logprobs"] = score_with_reference(self.model_wrapped, self.reference, batch, **options)
-        else:
-            return {"ref_logprobs": self.reference.logprobs(self.model_wrapped, batch, temperature=self._temperature)}
-        return {**seen, **{name: getattr(scores, attribute) for name, attribute in attributes.items()}}
+        return score_signals(self.model_wrapped, self.reference, batch, wanted, temperature=self._temperature)
 
     @property
     def _temperature(self) -> float:
@@ -333,7 +421,7 @@ class OnlineTrainer(SamplingTrainer):
         if self.args.loss_aggregation not in ("constant", "sum"):
             return 1.0
         lengths = batch.mask.sum(-1, keepdim=True)
-        return lengths / self._completion_limit() if self.args.loss_aggregation == "constant" else lengths
+        return lengths / self.sampler.completion_limit if self.args.loss_aggregation == "constant" else lengths
 
     # ---- entropy ----
 
@@ -359,19 +447,44 @@ class OnlineTrainer(SamplingTrainer):
         rows = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
         n = self.args.num_generations_eval or self.args.num_generations
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sample(rows, n, "eval") or [self._empty_group(inputs[0], n)]
+        groups = self.sampler.groups(rows, n, "eval") or [self._empty_group(inputs[0], n)]
         examples, experience = self.compute_advantages(groups, "eval")
         if rows:
             self._log_rollouts(groups, experience, "eval")
         else:
-            self._gather_rewards(groups, experience)  # as the others do
+            self.rollout_logs["eval"].add(groups, experience, counted=False)
         examples = without_signals(examples, ["old_logprobs"])
         (kept,) = self.minibatches(examples, groups, experience, 1)
         self.evaluate_items(model, kept, {}, filling=examples[:1])
         return None, None, None
 
     def _empty_group(self, row: Mapping[str, Any], n: int) -> Group:
-        return empty_group(row, *self.prompts_of([row]), n, functions=len(self.rewards))
+        return empty_group(row, *self.to_examples([row]), n, functions=len(self.rewards))
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.sampler.samplings["eval"] = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        log = self.rollout_logs["eval"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
+        log.write(self.state.global_step, metric_key_prefix)
+        return output
+
+    # ---- what is reported ----
+
+    def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
+        self.meters[mode].count(name, float(amount), per=float(per))
+
+    def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        self.rollout_logs[mode].add(groups, experience)
+
+    def _train_metrics(self) -> dict[str, float]:
+        logged = self.rollout_logs["train"].take_logged()
+        return {**super()._train_metrics(), **logged, **self.engine.take_metrics()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.rollout_logs["train"].write(self.state.global_step)
 
     # ---- checkpoints ----
 
@@ -383,10 +496,14 @@ class OnlineTrainer(SamplingTrainer):
 
     def _buffer_state(self) -> dict[str, Any]:
         """Where sampling and training stand, and the samples that are still to be learned from."""
-        return {"buffer": self.buffer.state(), "cursor": self.prompts.cursor, "samplings": self.samplings["train"]}
+        return {
+            "buffer": self.buffer.state(),
+            "cursor": self.prompts.cursor,
+            "samplings": self.sampler.samplings["train"],
+        }
 
     def _load_buffer(self, state: Mapping[str, Any]) -> None:
-        self.prompts.cursor, self.samplings["train"] = state["cursor"], state["samplings"]
+        self.prompts.cursor, self.sampler.samplings["train"] = state["cursor"], state["samplings"]
         if not self.args.ignore_data_skip:
             self.buffer.load_state(state["buffer"])
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from trl.errors import ConfigError
 from trl.models.load import load_model
-from trl.models.reference import FrozenModel, Reference, create_reference_model, frozen_reference, make_reference
-from trl.models.score import prepare_scoring, unwrap
+from trl.models.reference import (
+    FrozenModel,
+    Reference,
+    create_reference_model,
+    frozen_reference,
+    make_reference,
+    score_with_reference,
+)
+from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import prepare_frozen, shards
 from trl.trainers.config import ReferenceConfig
+from trl.types import Batch
+
+FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
+"""Signals of a rollout batch that are scores of the policy, by what `Scores` calls them."""
 
 
 def reference_for(
@@ -58,6 +69,22 @@ def reference_for(
 def reference_models(reference: Reference | None) -> list[PreTrainedModel]:
     """The reference where it is a model of its own."""
     return [unwrap(reference.model)] if isinstance(reference, FrozenModel) else []
+
+
+def score_signals(
+    policy: nn.Module, reference: Reference | None, batch: Batch, wanted: Collection[str], *, temperature: float
+) -> dict[str, Tensor]:
+    """The signals `wanted` `[N,C]` of a batch, from one pass of the policy where it is needed and one of the reference."""
+    attributes = {name: FOUND_IN_SCORES[name] for name in wanted if name in FOUND_IN_SCORES}
+    options = {"temperature": temperature, "want": set(attributes.values()) - {"logprobs"}}
+    seen: dict[str, Tensor] = {}
+    if "ref_logprobs" not in wanted:
+        scores = score(policy, batch, **options)
+    elif attributes:
+        scores, seen["ref_logprobs"] = score_with_reference(policy, reference, batch, **options)
+    else:
+        return {"ref_logprobs": reference.logprobs(policy, batch, temperature=temperature)}
+    return {**seen, **{name: getattr(scores, attribute) for name, attribute in attributes.items()}}
 
 
 def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[TrainerCallback]:

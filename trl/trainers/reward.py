@@ -104,12 +104,9 @@ class RewardTrainer(PredictsRewards):
 
     def prepare_model(self) -> None:
         inner = unwrap(self.model)
-        self.router = self._router_loss(inner)
+        self._add_router_loss(inner, score_rewards)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
         self._spare_launches(inner)
-
-    def _record_pass(self, model: nn.Module, batch: Batch) -> None:
-        score_rewards(model, batch)
 
     # ---- data ----
 

@@ -144,7 +144,7 @@ class RFTTrainer(OnlineTrainer):
         self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sample_rollout_batch()
         examples = [group.example for group in groups]
-        local = experience_of(examples, self._combined(groups))
+        local = experience_of(examples, self.sampler.combined(groups))
         experience = Experience(local.rewards, local.group, local.mask)
         self.drawn = Drawn(_without_any_signals(examples), experience, super().kept(groups, experience))
         return groups

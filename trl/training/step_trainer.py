@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -53,6 +54,7 @@ from trl.training.parallel import (
 )
 from trl.training.resumable import ResumableTrainer
 from trl.training.window import (
+    LossTerm,
     NextWindow,
     dummy_batch,
     normalize_weights,
@@ -69,6 +71,8 @@ class StepTrainer(ResumableTrainer):
     lays_out_ahead: bool = False
     """Whether the next window is planned and laid out while the device works on this one: where rows do not depend on the step
     between, nor laying them out on a random generator."""
+    term: LossTerm | None = None
+    """What is added to the losses of items."""
     averaging: str = "token"
     """What counts the same: a name in `trl.ops.reduce.WEIGHTS`."""
     loss_is_scaled_for_ga = True
@@ -176,6 +180,8 @@ class StepTrainer(ResumableTrainer):
         batches += [dummy_batch(batches[-1])] * (self._most(len(batches)) - len(batches))
         parts = [[items[i] for i in group] for group in groups]
         self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
+        if self.term is not None:
+            self.term.begin_step(batches)
         return split_into_slots(batches, slots)
 
     def plan(self, items: Sequence[Any], count: int) -> list[list[int]]:
@@ -238,11 +244,14 @@ class StepTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Metrics]:
         """Σ weight · loss, times the processes, over which gradients are averaged; as asked for, with the metrics."""
-        loss, metrics = self.loss(model, inputs)
+        with nullcontext() if self.term is None else self.term.recording() as recorded:
+            loss, metrics = self.loss(model, inputs)
         if inputs.tokens:
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", inputs.positions - inputs.tokens, per=inputs.positions)
         total = propagate_nonfinite((loss * inputs.weight).sum() * self.accelerator.num_processes)
+        if self.term is not None:
+            total = total + self.term.loss(recorded, inputs)
         return (total, metrics) if return_outputs else total
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

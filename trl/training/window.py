@@ -9,7 +9,9 @@ so the gradient depends on the sequences in the window and not on how they were 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -29,6 +31,22 @@ class NextWindow:
     slots: int
     groups: list[list[int]]
     batches: list[Any]
+
+
+class LossTerm(ABC):
+    """A loss of whole steps that is added to those of their items: each micro-batch adds its part."""
+
+    @abstractmethod
+    def begin_step(self, batches: Sequence[Any]) -> None:
+        """Take note of the micro-batches of a step, on the host, before any of them is trained on."""
+
+    @abstractmethod
+    def recording(self) -> AbstractContextManager[Any]:
+        """What the loss of items is computed in; gives what `loss` reads."""
+
+    @abstractmethod
+    def loss(self, recorded: Any, batch: Any) -> Tensor:
+        """The part of `batch`, a scalar, times the processes, over which gradients are averaged."""
 
 
 def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | None = None) -> list[list[int]]:

@@ -1,0 +1,68 @@
+"""What is reported of rollouts: their numbers, their completions, and what reward functions log of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trl.algorithms.advantages import SUM_THEN_NORMALIZE
+from trl.callbacks.completions import (
+    CompletionLog,
+    log_rows,
+    means_of,
+    one_per_prompt,
+    rollout_metrics,
+    write_completions,
+)
+from trl.rollouts.experience import Group
+from trl.trainers.sampling import GroupSampler
+from trl.training.collectives import all_gather_object, gather_rows
+from trl.training.metrics import Meter
+from trl.types import Experience
+
+
+class RolloutLog:
+    """Of training, or of an evaluation, since the last log. All processes take part in every method."""
+
+    def __init__(self, sampler: GroupSampler, mode: str, meter: Meter, accelerator: Accelerator) -> None:
+        self.args, self.sampler, self.logged = sampler.args, sampler, sampler.logged[mode]
+        self.meter, self.accelerator = meter, accelerator
+        self.completions = CompletionLog()
+
+    def add(self, groups: Sequence[Group], experience: Experience, *, counted: bool = True) -> None:
+        """Count a rollout batch, and keep its completions for the next log; or only go along with the other processes."""
+        names = [reward.name for reward in self.sampler.rewards]
+        if self.args.multi_objective_aggregation != SUM_THEN_NORMALIZE:  # what functions gave, not what is made of it
+            experience = replace(experience, rewards=self.sampler.combined(groups, SUM_THEN_NORMALIZE))
+        everywhere = self._rewards_everywhere(groups, experience)
+        if not counted:
+            return
+        self.meter.add(rollout_metrics(groups, experience, names, everywhere))
+        if self.args.log_completions:
+            self.completions.add(log_rows(groups, experience, names))
+
+    def _rewards_everywhere(self, groups: Sequence[Group], experience: Experience) -> Tensor:
+        """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
+        functions = torch.cat([group.rewards for group in groups])
+        return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
+
+    def take_logged(self) -> dict[str, float]:
+        """Means of what reward functions have logged by name."""
+        return means_of(all_gather_object(self.logged.take(), self.accelerator))
+
+    def write(self, step: int, kind: str = "") -> None:
+        """Write the completions of all processes, on the main one; those of an evaluation to a folder of their own, `kind`."""
+        args = self.args
+        if not args.log_completions:
+            return
+        rows = list(chain(*all_gather_object(self.completions.take(), self.accelerator)))
+        if args.process_index == 0:
+            rows = one_per_prompt(rows) if args.log_unique_prompts else rows
+            folder = Path(args.output_dir) / "completions" / kind
+            write_completions(rows, folder, step, show=args.num_completions_to_print, trackers=args.report_to)
