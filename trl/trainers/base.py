@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -34,7 +33,6 @@ from transformers.utils import is_in_notebook
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.report import ReportCallback
 from trl.compat import reject_unused_overrides
-from trl.data.chat_formats import clone_chat_template
 from trl.data.conventions import in_known_columns
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows, without_format
 from trl.data.examples import (
@@ -63,10 +61,8 @@ from trl.models.load import (
     keep_own_loss,
     keep_unpacked,
     load_model,
-    load_processor,
     make_trainable,
     mend_generation_config,
-    set_token,
     tokenizer_of,
 )
 from trl.models.patching import evaluating
@@ -79,8 +75,9 @@ from trl.models.varlen import VARLEN
 from trl.noise import without_noise, without_warnings
 from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
-from trl.trainers.config import TEMPLATES, TrainerConfig
+from trl.trainers.config import TrainerConfig
 from trl.trainers.options import resolve_args
+from trl.trainers.processor import processor_for, processor_source, take_chat_template
 from trl.trainers.router import RouterTerm, router_loss
 from trl.training.nonfinite import SHOWN
 from trl.training.step_trainer import StepTrainer
@@ -140,11 +137,12 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         **classic: Unpack[ClassicOptions],
     ) -> None:
         self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__, model=model)
-        source = self._tokenizer_source(model)
+        source = processor_source(self.args, model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
-        self.processing_class = self._resolve_processor(processing_class, tokenizer, source)
+        inner = unwrap(self.model)
+        self.processing_class = processor_for(self.args, inner, processing_class, tokenizer, source)
         self.tokenizer = tokenizer_of(self.processing_class)
-        added = self._take_chat_template()
+        added = take_chat_template(self.args, inner, self.tokenizer)
         if isinstance(self._adapted(), PeftModel):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
         self._prepare_images()
@@ -168,7 +166,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         is_table = isinstance(train_dataset, Dataset) and self.images is None and not self.prompts_only
         self.lays_out_ahead = is_table and data_collator is None and self.args.device.type != "cpu"
         self._add_reports()
-        unwrap(self.model).add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
+        inner.add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.prepare_model()
 
@@ -267,35 +265,6 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     def _with_adapters(self, model: nn.Module, peft_config: Any) -> nn.Module:
         """The model with the adapter that `peft_config` describes, and whatever else the trainer puts on it."""
         return with_adapters(model, peft_config, part=self.args.adapted_part)
-
-    def _tokenizer_source(self, model: Any) -> dict[str, Any]:
-        """Where the tokenizer of a model that is given by name is found: arguments of `load_processor`."""
-        options = self.args.model_init_kwargs or {}
-        if (adapter := options.get("adapter")) is not None:
-            return {"name": adapter}
-        return {"name": model, "revision": options.get("revision")} if isinstance(model, str) else {}
-
-    def _resolve_processor(self, processing_class: Any, tokenizer: Any, source: Mapping[str, Any]) -> Any:
-        if processing_class is not None and tokenizer is not None:
-            raise ConfigError("processing_class and tokenizer are two names of one argument: give one of them.")
-        processor = processing_class if processing_class is not None else tokenizer
-        if processor is None:
-            trust = self.args.trust_remote_code
-            processor = load_processor(unwrap(self.model), **source, trust_remote_code=trust)
-        for token in ("pad_token", "eos_token"):
-            if (value := getattr(self.args, token)) is not None:
-                set_token(tokenizer_of(processor), token, value)
-        return processor
-
-    def _take_chat_template(self) -> list[int]:
-        """Give the tokenizer the template of `chat_template_path`. Returns the tokens that came with it."""
-        path = self.args.chat_template_path
-        if path is None:
-            return []
-        if path.endswith(TEMPLATES):
-            self.tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
-            return []
-        return clone_chat_template(unwrap(self.model), self.tokenizer, path)[2]
 
     def _train_new_tokens(self, added: list[int], *, has_new_adapter: bool) -> None:
         """Let an adapter train the tokens that a template or a resize brought."""

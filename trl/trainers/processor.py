@@ -1,0 +1,48 @@
+"""The tokenizer or processor of a trainer: given, or loaded by its model's name, with the tokens and template of the options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from trl.data.chat_formats import clone_chat_template
+from trl.errors import ConfigError
+from trl.models.load import load_processor, set_token, tokenizer_of
+from trl.trainers.config import TEMPLATES, TrainerConfig
+
+
+def processor_source(args: TrainerConfig, model: Any) -> dict[str, Any]:
+    """Where the processor of a model that is given by name is found: arguments of `load_processor`."""
+    options = args.model_init_kwargs or {}
+    if (adapter := options.get("adapter")) is not None:
+        return {"name": adapter}
+    return {"name": model, "revision": options.get("revision")} if isinstance(model, str) else {}
+
+
+def processor_for(
+    args: TrainerConfig, model: PreTrainedModel, processing_class: Any, tokenizer: Any, source: Mapping[str, Any]
+) -> Any:
+    """The one that was given, by either name, or that of `source`; with the tokens that the options name."""
+    if processing_class is not None and tokenizer is not None:
+        raise ConfigError("processing_class and tokenizer are two names of one argument: give one of them.")
+    processor = processing_class if processing_class is not None else tokenizer
+    if processor is None:
+        processor = load_processor(model, **source, trust_remote_code=args.trust_remote_code)
+    for token in ("pad_token", "eos_token"):
+        if (value := getattr(args, token)) is not None:
+            set_token(tokenizer_of(processor), token, value)
+    return processor
+
+
+def take_chat_template(args: TrainerConfig, model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Give the tokenizer the template of `chat_template_path`. Returns the tokens that came with it."""
+    path = args.chat_template_path
+    if path is None:
+        return []
+    if path.endswith(TEMPLATES):
+        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
+        return []
+    return clone_chat_template(model, tokenizer, path)[2]
