@@ -26,9 +26,10 @@ from trl.errors import ConfigError
 from trl.rewards.call import RewardError
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionConfig
-from trl.trainers.diffusion.ddpo import check_classic_arguments, checkpoint_in, start_tracker, two_values
+from trl.trainers.diffusion.ddpo import check_classic_arguments, checkpoint_in, two_values
 from trl.trainers.diffusion.ddpo_config import AlignPropConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
+from trl.trainers.tracking import start_tracker
 from trl.types import Metrics
 
 OFFSET = 10.0

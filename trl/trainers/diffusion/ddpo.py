@@ -21,9 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, filter_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,9 +38,10 @@ from trl.rewards.call import RewardError
 from trl.trainers.diffusion.base import check_prompt
 from trl.trainers.diffusion.batch_ddpo import prompt_moments
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
-from trl.trainers.diffusion.ddpo_config import ClassicConfig, DDPOConfig
+from trl.trainers.diffusion.ddpo_config import DDPOConfig
 from trl.trainers.diffusion.grpo import StepPolicyTrainer
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
+from trl.trainers.tracking import start_tracker
 from trl.training.checkpoint import checkpoints
 from trl.training.collectives import advantages_over_ranks, all_gather_object
 
@@ -377,25 +376,6 @@ def checkpoint_in(folder: str) -> str | None:
         return None
     found = checkpoints(Path(folder).expanduser())
     return str(found[0]) if found else folder
-
-
-def start_tracker(config: ClassicConfig, accelerator: Accelerator) -> Any:
-    """The tracker that `log_with` names, started; one that keeps nothing where none is named.
-
-    Raises ConfigError if it is not installed.
-    """
-    if config.log_with is None:
-        return GeneralTracker(_blank=True)
-    folder = config.project_kwargs.get("logging_dir", config.output_dir)
-    accelerator.project_configuration = ProjectConfiguration(project_dir=config.output_dir, logging_dir=folder)
-    accelerator.log_with = filter_trackers(config.log_with, folder)
-    if not accelerator.log_with:
-        raise ConfigError(
-            f"log_with={config.log_with!r}, but that tracker is not installed: install it, or leave log_with out."
-        )
-    options = {k: v for k, v in config.to_dict().items() if isinstance(v, bool | int | float | str)}
-    accelerator.init_trackers(config.tracker_project_name, config=options, init_kwargs=config.tracker_kwargs)
-    return accelerator.get_tracker(config.log_with)
 
 
 def _named_as(function: Callable) -> Callable:

@@ -45,7 +45,6 @@ from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params
 from trl.trainers.ppo.model import check_arguments, layout_with_value_model, value_network
 from trl.trainers.ppo.statistics import Stopwatch, environment, step_statistics, warn_of_skipped
-from trl.trainers.ppo.tracking import log_table, start_trackers
 from trl.trainers.ppo.triplets import (
     adjacent_by_prompt,
     merge_neighbours,
@@ -54,6 +53,7 @@ from trl.trainers.ppo.triplets import (
     read_triplets,
 )
 from trl.trainers.reference import reference_for
+from trl.trainers.tracking import log_table, start_tracker
 from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.nonfinite import NonFiniteError
 from trl.types import Batch, Example, Experience, Metrics
@@ -143,7 +143,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         self._is_prepared = False
         self._ratios: list[tuple[Tensor, Tensor]] = []
         self._triplets: Sequence[int] = ()
-        start_trackers(self.args, self.accelerator)
+        start_tracker(self.args, self.accelerator)
 
     def _make_loader(self, dataset: Dataset | None, data_collator: Callable | None) -> Any:
         if dataset is None:

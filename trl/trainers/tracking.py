@@ -1,0 +1,60 @@
+"""Trackers of `accelerate`, for the classic trainers, which write statistics and tables to them themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, filter_trackers
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+
+from trl.errors import ConfigError
+
+
+class Tracked(Protocol):
+    """Options of a classic trainer that are about trackers."""
+
+    output_dir: str
+    log_with: Any
+    project_kwargs: Any
+    tracker_kwargs: Any
+    tracker_project_name: str
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def start_tracker(config: Tracked, accelerator: Accelerator) -> GeneralTracker:
+    """The tracker that `log_with` names, started; one that keeps nothing where none is named.
+
+    Raises ConfigError if it is not installed.
+    """
+    if config.log_with is None:
+        return GeneralTracker(_blank=True)
+    accelerator.project_configuration = ProjectConfiguration(
+        **{"project_dir": config.output_dir, **config.project_kwargs}
+    )
+    accelerator.log_with = filter_trackers(config.log_with, accelerator.logging_dir)
+    if not accelerator.log_with and config.log_with != "all":
+        raise ConfigError(
+            f"log_with={config.log_with!r}, but that tracker is not installed: install it, or leave log_with out."
+        )
+    options = {k: v for k, v in config.to_dict().items() if isinstance(v, bool | int | float | str)}
+    accelerator.init_trackers(config.tracker_project_name, config=options, init_kwargs=config.tracker_kwargs)
+    return next(iter(accelerator.trackers), GeneralTracker(_blank=True))
+
+
+def log_table(
+    accelerator: Accelerator,
+    batch: Mapping[str, Sequence],
+    columns: Sequence[str],
+    rewards: Sequence[Tensor | float],
+    step: int,
+) -> None:
+    """The texts of a batch beside their rewards, as a table where the tracker has them."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            found = [*(batch[column] for column in columns), [float(reward) for reward in rewards]]
+            rows = [list(row) for row in zip(*found, strict=True)]
+            tracker.log_table("game_log", columns=[*columns, "reward"], data=rows, step=step)
