@@ -8,8 +8,8 @@ the largest memory its process ever held.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -293,5 +293,12 @@ def show(grid: Grid) -> None:
 
 
 if __name__ == "__main__":
-    measured = json.loads(Path(sys.argv[1]).read_text())
+    parser = argparse.ArgumentParser(description="Ratios and tables of what run.py has measured, as Markdown.")
+    parser.add_argument("result", type=Path, help="the file that run.py wrote with --out")
+    file = parser.parse_args().result
+    measured = json.loads(file.read_text())
+    if "workloads" not in measured:
+        parser.error(
+            f"{file} is not of benchmarks/run.py: it has no workloads. See benchmarks/README.md for what wrote it."
+        )
     print(*map(markdown, tables(measured)), settings_line(measured), sep="\n\n")
