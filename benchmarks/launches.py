@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -30,7 +31,8 @@ from unittest.mock import patch
 import torch
 from as_on_cuda import FUNCTIONS
 from functorch.compile import make_boxed_func
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import detect_fake_mode
 from torch._functorch.partitioners import min_cut_rematerialization_partition as min_cut
@@ -53,9 +55,11 @@ from trl.data.layout import lay_out
 from trl.models import varlen
 from trl.models.compiled import compile_layers
 from trl.models.fused import ROTATION, rms_norm
+from trl.models.fused_adapters import fuse_adapters
 from trl.models.half_weights import round_together
 from trl.models.kept_activations import keep_less
 from trl.models.score import score
+from trl.models.score import unwrap as language_model
 from trl.ops import triton_gate, triton_head, triton_rotary
 from trl.rollouts import fused, fused_layers, fusions, triton_decode
 from trl.rollouts.decoders import Sample, attention_windows
@@ -77,8 +81,8 @@ ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
     "tie_word_embeddings": True,
 }
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "0.5B": lambda **changed: Qwen2ForCausalLM(Qwen2Config(**HALF_B | changed)),
-    "1B": lambda **changed: LlamaForCausalLM(LlamaConfig(**ONE_B | changed)),
+    "0.5B": lambda **changed: Qwen2ForCausalLM._from_config(Qwen2Config(**HALF_B | changed)),
+    "1B": lambda **changed: LlamaForCausalLM._from_config(LlamaConfig(**ONE_B | changed)),
 }
 SMALL = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
 """What kernels there are does not depend on: layers are compiled that narrow, with data."""
@@ -245,22 +249,44 @@ def decode(make: Callable[[], PreTrainedModel], *, prompts: int = 8, n: int = 8,
     return counts
 
 
-def train(make: Callable[..., PreTrainedModel], *, rows: int = 16, tokens: int = 350, **changed: Any) -> Counts:
+def train(make: Callable[..., nn.Module], *, rows: int = 16, tokens: int = 350, **changed: Any) -> Counts:
     """Forward and backward of packed rows under autocast, as it is before layers are compiled."""
     active: list[Counts] = []
     examples = [Example([5] * (tokens // 2), (Completion([6] * (tokens // 2)),)) for _ in range(rows)]
     batch = lay_out(examples, "packed", capacity=rows * tokens, spans=True)
-    with on_shapes(active):
+    with on_shapes(active), patch.object(nn.functional, "dropout", one_kernel):
         model = make(**changed).train()
-        varlen.switch(model, varlen.VARLEN)
-        round_together(model)
-        keep_less(model)
+        inner = language_model(model)
+        varlen.switch(inner, varlen.VARLEN)
+        round_together(inner)
+        keep_less(inner)
         fake = batch.map(lambda x: torch.empty(x.shape, dtype=x.dtype))
         score(model, fake)
-        with fused_as_on_cuda(model), Counts() as counts, torch.autocast("cpu", torch.bfloat16):
+        with fused_as_on_cuda(inner), Counts() as counts, torch.autocast("cpu", torch.bfloat16):
             active.append(counts)
             (-score(model, fake).logprobs.mean()).backward()
     return counts
+
+
+def one_kernel(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+    """Dropout as CUDA has it."""
+    return torch.native_dropout(x, p, training)[0]
+
+
+def adapted(make: Callable[..., PreTrainedModel], *, fuses: bool) -> nn.Module:
+    """A model in bfloat16 with LoRA on all its products, in float32, as `peft` runs it or fused."""
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        model = get_peft_model(make(dtype=torch.bfloat16), config, low_cpu_mem_usage=True)
+    for module in model.modules():
+        for name, x in [*module._parameters.items(), *module._buffers.items()]:
+            if x is not None:
+                dtype = torch.float32 if x.requires_grad else x.dtype
+                here = torch.empty(x.shape, dtype=dtype, requires_grad=x.requires_grad)
+                setattr(module, name, nn.Parameter(here, x.requires_grad) if name in module._parameters else here)
+    if fuses:
+        fuse_adapters(model)
+    return model
 
 
 def compiled_layer(make: Callable[..., PreTrainedModel]) -> Counter[str]:
@@ -319,8 +345,14 @@ def main() -> None:
     result: dict[str, Any] = {}
     for name, make in tqdm(MODELS.items(), disable=None):
         layers = HALF_B["num_hidden_layers"] if name == "0.5B" else ONE_B["num_hidden_layers"]
-        for kind, count in (("decode", decode), ("train", train)):
-            counts = count(make)
+        kinds = {
+            "decode": partial(decode, make),
+            "train": partial(train, make),
+            "train, LoRA": partial(train, partial(adapted, make, fuses=True)),
+            "train, LoRA as peft runs it": partial(train, partial(adapted, make, fuses=False)),
+        }
+        for kind, count in kinds.items():
+            counts = count()
             launches = counts.names.total()
             device = counts.milliseconds(options.bandwidth, options.rate, options.gap if kind == "decode" else 0)
             found = {"launches": launches, "per layer": launches / layers, "device ms, predicted": device}

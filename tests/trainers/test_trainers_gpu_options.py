@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_utils
 
 from tests.conftest import WIDTHS
@@ -77,6 +78,25 @@ def test_a_run_whose_layers_keep_less_is_the_same_to_the_bit(make_model, tokeniz
         trainer.train()
         found.append(trainer.model.state_dict())
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_run_of_an_adapter_in_few_kernels_learns_the_same(make_model, tokenizer, tmp_path, monkeypatch):
+    rows, found = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
+    monkeypatch.setattr("trl.trainers.base.fuse", lambda model: None)
+    for fuses in (False, True):
+        monkeypatch.setattr(SFTTrainer, "_fuses", lambda self, fuses=fuses: fuses)
+        options = common_options(max_steps=3, use_cpu=True, learning_rate=1e-2, bf16=False, logging_steps=1)
+        adapter = LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
+        args = SFTConfig(output_dir=str(tmp_path), **options)
+        trainer = SFTTrainer(
+            make_model("llama"), args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+        )
+        layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+        assert ("forward" in vars(layer)) == fuses
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][-1] < found[0][0]
 
 
 def test_offloading_keeps_the_start_of_every_layer_elsewhere_and_no_other_number(

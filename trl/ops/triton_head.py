@@ -278,9 +278,9 @@ def _rounding(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
-def _scale(largest: Tensor) -> Tensor:
-    """The power of two, a scalar on the device, that takes numbers up to `largest` to at most 2¹⁴, in float16's range."""
-    return torch.ldexp(torch.ones_like(largest), 14 - torch.frexp(largest).exponent)
+def _scales(largest: Tensor) -> Tensor:
+    """Powers of two `[K]` that take numbers up to `largest [K]` to at most 2¹⁴, in float16's range. The host waits for nothing."""
+    return torch.exp2((14.0 - torch.frexp(largest).exponent).clamp(max=60.0))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -320,8 +320,8 @@ class TritonLogprobs(torch.autograd.Function):
         of_logits = of_weight = of_hidden = None
         if _rounding(ctx.dtype) != ctx.dtype:
             largest = 2 * factors[1:].abs().sum(0).amax() * abs(ctx.transform.scale / ctx.transform.temperature)
-            bounds = largest, *(torch.linalg.vector_norm(x, torch.inf).float() for x in (weight, hidden))
-            of_logits, of_weight, of_hidden = map(_scale, bounds)
+            norms = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (weight, hidden))
+            of_logits, of_weight, of_hidden = _scales(torch.stack([largest, *norms]))
             factors[1:] *= of_logits
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden, weight, bias, ctx.transform, ctx.dtype)
@@ -337,11 +337,13 @@ class TritonLogprobs(torch.autograd.Function):
                         add_product(total, d.T, states[rows])
                     if needs_bias:
                         d_bias[part] += d.sum(0, dtype=torch.float32)
-                if needs_weight and of_logits is not None:
-                    torch.div(total, of_logits * of_hidden, out=d_weight[part])
-                elif needs_weight and total.dtype != d_weight.dtype:
-                    d_weight[part] = total
+                if needs_weight and total.dtype != d_weight.dtype:
+                    d_weight[part] = total if of_logits is None else total / (of_logits * of_hidden)
             if of_logits is not None:
-                d_hidden = None if d_hidden is None else d_hidden.div_(of_logits * of_weight)
-                d_bias = None if d_bias is None else d_bias.div_(of_logits)
+                if needs_hidden:
+                    d_hidden /= of_logits * of_weight
+                if needs_weight and d_weight.dtype == torch.float32:
+                    d_weight /= of_logits * of_hidden
+                if needs_bias:
+                    d_bias /= of_logits
         return d_hidden, d_weight, d_bias, None, None, None, None

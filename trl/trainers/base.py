@@ -52,6 +52,7 @@ from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_trained_tokens
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
+from trl.models.fused_adapters import fuse_adapters
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.kept_activations import keep_less
@@ -212,6 +213,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         """Do with few kernels, and keep little for backward, what the model's layers would launch and keep much for."""
         if self._fuses():
             fuse(self.model)
+            fuse_adapters(self.model)
             keep_less(self.model)
         if self.args.torch_compile:
             compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)

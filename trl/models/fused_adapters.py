@@ -1,0 +1,100 @@
+"""LoRA in few kernels, which keep little for backward.
+
+    y = W x + s B A d(x)        d: dropout, s = α / r        Hu et al. 2021 (arXiv:2106.09685), equation 3
+
+`peft` rounds B A d(x), its multiple by s, and the sum, in a kernel each. Here s B A d(x) is added to W x before it is rounded, once,
+by the product that makes it; gradients are multiplied by s in the same way. Backward is given x, which all products of one
+input share, and which of its elements were dropped, in place of a d(x) for each product.
+
+Small models are bound by how fast the host launches kernels, and an adapter on every product of a layer more than doubles them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
+"""Classes of `peft` whose forward is the formula, around a product with a frozen weight."""
+
+
+class LowRank(torch.autograd.Function):
+    """y + s B A d(x) `[N,O]` from y `[N,O]`, x `[N,I]`, A `[r,I]` and B `[O,r]` of one type, s, and how likely d drops."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropped: float) -> Tensor:
+        mask, used = None, x
+        if dropped:
+            used, mask = torch.native_dropout(x, dropped, True)
+        inner = used @ a.T
+        ctx.save_for_backward(x, mask, inner, a, b)
+        ctx.scaling, ctx.kept = scaling, 1 / (1 - dropped) if dropped < 1 else 0.0
+        return torch.addmm(y, inner, b.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, inner, a, b = ctx.saved_tensors
+
+        def thinned(values: Tensor) -> Tensor:
+            """What dropout makes of values; and of their gradients."""
+            return values if mask is None else torch.ops.aten.native_dropout_backward(values, mask, ctx.kept)
+
+        of_inner = torch.addmm(inner, grad, b, beta=0, alpha=ctx.scaling)
+        of_x = thinned(of_inner @ a) if ctx.needs_input_grad[1] else None
+        of_a = of_inner.T @ thinned(x) if ctx.needs_input_grad[2] else None
+        of_b = torch.addmm(b, grad.T, inner, beta=0, alpha=ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grad, of_x, of_a, of_b, None, None
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Let the LoRA layers of `model` run as stands at the top of this file, where they are plain ones; how many do."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_known(module)]
+    for layer in layers:
+        layer.forward = MethodType(forward, layer)
+    return len(layers)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    kind = type(layer)
+    return kind.__module__.startswith("peft.") and kind.__name__ in KINDS and "forward" not in vars(layer)
+
+
+def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of a LoRA layer: by `LowRank` while its one plain adapter learns, and as `peft` does otherwise."""
+    if args or kwargs or not torch.is_grad_enabled() or not _is_plain(self):
+        return type(self).forward(self, x, *args, **kwargs)
+    (name,) = self.active_adapters
+    a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+    y, scaling = self.base_layer(x), self.scaling[name]
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else a.weight.dtype
+    if y.dtype != dtype:
+        return (y + b(a(dropout(x.to(a.weight.dtype)))) * scaling).to(y.dtype)
+    flat_x, flat_y = x.to(dtype).flatten(0, -2), y.flatten(0, -2)
+    dropped = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    added = LowRank.apply(flat_y, flat_x, a.weight.to(dtype), b.weight.to(dtype), scaling, dropped)
+    return added.view_as(y)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether one adapter is on, and is no more than A, B and dropout; others have a formula of their own."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return False
+    hooked = any(any(_hooks(part)) for part in (layer.lora_A[name], layer.lora_B[name]))
+    return (
+        layer.lora_B[name].bias is None and not hooked and type(layer.lora_dropout[name]) in (nn.Dropout, nn.Identity)
+    )
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
