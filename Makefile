@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	touch $@
 
 # What the demo needs, without what only tests or several devices do; pip shows how far its downloads are.
