@@ -208,8 +208,10 @@ LEARNING = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["network", "branch and shared trunk"])
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param("network", marks=pytest.mark.slow), pytest.param("branch and shared trunk", marks=pytest.mark.long)],
+)
 def test_the_reward_rises_with_other_values(make_model, make_loop, source):
     network = source == "network"
     keywords = {"value_model": classifier()} if network else {"num_shared_layers": 1}
@@ -222,7 +224,7 @@ def test_the_reward_rises_with_other_values(make_model, make_loop, source):
     assert after > 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_decoder_learns(make_loop):
     trainer = make_loop("t5", **LEARNING)
     trainer.train()
