@@ -85,9 +85,9 @@ def kept_and_run(model):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with Kernels() as kernels, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(IDS).logits.float().sin().sum()
+    keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with Kernels() as kernels, keeping, torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS).logits.float().sin().sum()
     with kernels:
         loss.backward()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
