@@ -320,7 +320,7 @@ class TritonLogprobs(torch.autograd.Function):
         of_logits = of_weight = of_hidden = None
         if _rounding(ctx.dtype) != ctx.dtype:
             largest = 2 * factors[1:].abs().sum(0).amax() * abs(ctx.transform.scale / ctx.transform.temperature)
-            norms = (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in (weight, hidden))
+            norms = (torch.linalg.vector_norm(x, torch.inf).float() for x in (weight, hidden))
             of_logits, of_weight, of_hidden = _scales(torch.stack([largest, *norms]))
             factors[1:] *= of_logits
         with torch.autocast(hidden.device.type, enabled=False):
