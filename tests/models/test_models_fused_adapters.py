@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import WIDTHS
 from trl.models.fused_adapters import LowRank, forward, fuse_adapters
+from trl.models.kept_activations import keep_less
 
 IDS = torch.arange(24).view(2, 12) % 30
 
@@ -43,13 +45,27 @@ def test_numbers_are_those_of_peft(make_model, options):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_factors_of_a_gated_network_are_kept_in_place_of_its_product(make_model, dropout):
+    plain, fused = adapted(make_model, lora_dropout=dropout)
+    fuse_adapters(fused)
+    sizes = []
+    for _ in range(2):
+        for ours, theirs in zip(gradients(fused), gradients(plain), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        sizes.append(kept_and_run(fused)[0])
+        assert keep_less(fused)[0] == 2 * (not sizes[1:])
+    of_two_layers = 2 * IDS.numel() * WIDTHS["intermediate_size"] * 2  # bytes of bfloat16
+    assert sizes[0] - sizes[1] == 2 * of_two_layers  # act(g) and the product
+
+
 def test_half_precision_rounds_a_sum_once():
     """Where `peft` rounds B A x, its multiple and the sum."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((64, 48), (64, 32), (8, 32), (48, 8))
     y, x, a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
     exact = y.double() + 1.7 * x.double() @ a.double().T @ b.double().T
-    ours, theirs = LowRank.apply(y, x, a, b, 1.7, 0.0), y + x @ a.T @ b.T * 1.7
+    ours, theirs = LowRank.apply(y, x, a, b, 1.7, 0.0, None), y + x @ a.T @ b.T * 1.7
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert distance(ours, exact) < 0.8 * distance(theirs, exact)
 

@@ -4,14 +4,14 @@
 
 `peft` rounds B A d(x), its multiple by s, and the sum, in a kernel each. Here s B A d(x) is added to W x before it is rounded, once,
 by the product that makes it; gradients are multiplied by s in the same way. Backward is given x, which all products of one
-input share, and which of its elements were dropped, in place of a d(x) for each product.
+input share, and which of its elements were dropped, in place of a d(x) for each product. The input of a gated network's
+last product is made again from its factors, which are kept anyway: see `trl.models.kept_activations`.
 
 Small models are bound by how fast the host launches kernels, and an adapter on every product of a layer more than doubles them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -19,26 +19,41 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from trl.models.kept_activations import Activation, gated_product, is_plain
+
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
 """Classes of `peft` whose forward is the formula, around a product with a frozen weight."""
 
 
 class LowRank(torch.autograd.Function):
-    """y + s B A d(x) `[N,O]` from y `[N,O]`, x `[N,I]`, A `[r,I]` and B `[O,r]` of one type, s, and how likely d drops."""
+    """y + s B A d(x) `[N,O]` from y `[N,O]`, x `[N,I]`, A `[r,I]` and B `[O,r]` of one type, s, and how likely d drops.
+
+    With `factors`, an activation and the g and u `[…,I]` of x = act(g) ⊙ u, these are kept in place of x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropped: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropped: float,
+        factors: tuple[Activation, Tensor, Tensor] | None,
+    ) -> Tensor:
         mask, used = None, x
         if dropped:
             used, mask = torch.native_dropout(x, dropped, True)
         inner = used @ a.T
-        ctx.save_for_backward(x, mask, inner, a, b)
+        ctx.activation, *source = factors or (None, x)
+        ctx.save_for_backward(mask, inner, a, b, *source)
         ctx.scaling, ctx.kept = scaling, 1 / (1 - dropped) if dropped < 1 else 0.0
         return torch.addmm(y, inner, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, inner, a, b = ctx.saved_tensors
+        mask, inner, a, b, *source = ctx.saved_tensors
 
         def thinned(values: Tensor) -> Tensor:
             """What dropout makes of values; and of their gradients."""
@@ -46,9 +61,13 @@ class LowRank(torch.autograd.Function):
 
         of_inner = torch.addmm(inner, grad, b, beta=0, alpha=ctx.scaling)
         of_x = thinned(of_inner @ a) if ctx.needs_input_grad[1] else None
-        of_a = of_inner.T @ thinned(x) if ctx.needs_input_grad[2] else None
-        of_b = torch.addmm(b, grad.T, inner, beta=0, alpha=ctx.scaling) if ctx.needs_input_grad[3] else None
-        return grad, of_x, of_a, of_b, None, None
+        of_a = of_b = None
+        if ctx.needs_input_grad[2]:
+            x = source[0] if ctx.activation is None else gated_product(ctx.activation, *source).flatten(0, -2)
+            of_a = of_inner.T @ thinned(x)
+        if ctx.needs_input_grad[3]:
+            of_b = torch.addmm(b, grad.T, inner, beta=0, alpha=ctx.scaling)
+        return grad, of_x, of_a, of_b, None, None, None
 
 
 def fuse_adapters(model: nn.Module) -> int:
@@ -64,7 +83,9 @@ def _is_known(layer: nn.Module) -> bool:
     return kind.__module__.startswith("peft.") and kind.__name__ in KINDS and "forward" not in vars(layer)
 
 
-def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def forward(
+    self: Any, x: Tensor, *args: Any, factors: tuple[Activation, Tensor, Tensor] | None = None, **kwargs: Any
+) -> Tensor:
     """Of a LoRA layer: by `LowRank` while its one plain adapter learns, and as `peft` does otherwise."""
     if args or kwargs or not torch.is_grad_enabled() or not _is_plain(self):
         return type(self).forward(self, x, *args, **kwargs)
@@ -78,8 +99,12 @@ def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return (y + b(a(dropout(x.to(a.weight.dtype)))) * scaling).to(y.dtype)
     flat_x, flat_y = x.to(dtype).flatten(0, -2), y.flatten(0, -2)
     dropped = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    added = LowRank.apply(flat_y, flat_x, a.weight.to(dtype), b.weight.to(dtype), scaling, dropped)
+    factors = factors if x.dtype == dtype else None
+    added = LowRank.apply(flat_y, flat_x, a.weight.to(dtype), b.weight.to(dtype), scaling, dropped, factors)
     return added.view_as(y)
+
+
+forward.takes_factors = True  # which a gated network looks for in its last product
 
 
 def _is_plain(layer: Any) -> bool:
@@ -89,12 +114,5 @@ def _is_plain(layer: Any) -> bool:
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant:
         return False
-    hooked = any(any(_hooks(part)) for part in (layer.lora_A[name], layer.lora_B[name]))
-    return (
-        layer.lora_B[name].bias is None and not hooked and type(layer.lora_dropout[name]) in (nn.Dropout, nn.Identity)
-    )
-
-
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    yield from module._forward_pre_hooks.values()
-    yield from module._forward_hooks.values()
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    return is_plain(a) and is_plain(b) and b.bias is None and type(dropout) in (nn.Dropout, nn.Identity)

@@ -60,7 +60,7 @@ class Gated(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(gate, up, weight)
-        product = _product(activation, gate, up)
+        product = gated_product(activation, gate, up)
         return product if weight is None else F.linear(product, weight, bias)
 
     @staticmethod
@@ -76,7 +76,7 @@ class Gated(torch.autograd.Function):
         return None, of_gate, of_up, of_weight, flat.sum(0) if learns_bias else None
 
 
-def _product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+def gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """act(g) ⊙ u."""
     if isinstance(activation, str):
         from trl.ops.triton_gate import gated
@@ -110,7 +110,10 @@ def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     activation = vars(self).get(KERNEL, self.act_fn) if _has_kernel(gate) else self.act_fn
     if is_plain(down) and "forward" in vars(down):
         return down(gate, up, activation)
-    return down(Gated.apply(activation, gate, up, None, None))
+    product = Gated.apply(activation, gate, up, None, None)
+    if hasattr(down.forward, "takes_factors"):  # an adapter keeps these in place of their product
+        return down(product, factors=(activation, gate, up))
+    return down(product)
 
 
 def _has_kernel(gate: Tensor) -> bool:
