@@ -53,7 +53,7 @@ from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_toke
 from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.reference import reference_for, reference_models, score_signals, sync_callbacks
 from trl.trainers.rollout_log import RolloutLog
-from trl.trainers.sampling import GroupSampler, rewards_for
+from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
 from trl.training.state import StateFunctions
@@ -147,25 +147,16 @@ class OnlineTrainer(BaseTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
-        self._prepare_engine()
+        shown = self.is_local_process_zero() and not self.args.disable_tqdm
+        self.engine = engine_for(self.args, self.engine, self.model, self.processing_class, progress=shown)
+        if isinstance(self.engine, LocalEngine):
+            self.engine.image_features = self.image_features
         self._prepare_algorithm()
         self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
         self.states.register("algorithm", StateFunctions(self._algorithm_state, self._load_algorithm), optional=True)
         if self.entropy_bonus is not None:
             self.states.register("entropy", self.entropy_bonus)
         self.keep_reference(self.reference, moves=self.args.sync_ref_model)
-
-    def _prepare_engine(self) -> None:
-        if self.engine is None:
-            shown = self.is_local_process_zero() and not self.args.disable_tqdm
-            self.engine = self.args.make_engine(self.model, self.processing_class, progress=shown)
-        if not isinstance(self.engine, RolloutEngine):
-            raise ConfigError(
-                f"engine is a {type(self.engine).__name__}, which does not have all that a trainer asks of it: derive the "
-                "class from trl.RolloutEngine, and give it the methods generate and sync."
-            )
-        if isinstance(self.engine, LocalEngine):
-            self.engine.image_features = self.image_features
 
     def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
         """Make rewards and sampler, and what their numbers are reported by."""
@@ -340,16 +331,13 @@ class OnlineTrainer(BaseTrainer):
         """
         experience, everywhere = advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
         if mode == "train":
-            self._replace_algorithm(self.algorithm.after_round(everywhere))
+            self.algorithm, before = self.algorithm.after_round(everywhere), self.algorithm
+            if not isinstance(self.algorithm, Algorithm):
+                raise ConfigError(
+                    f"after_round of {type(before).__name__} gave {self.algorithm!r}: it has to return the algorithm that "
+                    "goes on, itself or another."
+                )
         return experience
-
-    def _replace_algorithm(self, algorithm: Algorithm) -> None:
-        if not isinstance(algorithm, Algorithm):
-            raise ConfigError(
-                f"after_round of {type(self.algorithm).__name__} gave {algorithm!r}: it has to return the algorithm that "
-                "goes on, itself or another."
-            )
-        self.algorithm = algorithm
 
     @torch.no_grad()
     def score_rollouts(

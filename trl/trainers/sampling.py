@@ -15,12 +15,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
 from trl.algorithms.advantages import RewardAggregation, combine_rewards, has_no_variance
 from trl.callbacks.completions import LoggedMetrics
 from trl.data.multimodal import IMAGES
+from trl.errors import ConfigError
 from trl.rewards.call import Reward, Rewarded, Samples, call_rewards, check_columns, make_rewards
 from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine, Unexpanded
@@ -186,6 +187,19 @@ class GroupSampler:
         """Whether the combined rewards of a group do not vary."""
         rewards = self.combined([group])
         return bool(has_no_variance(rewards, torch.zeros(len(rewards), dtype=torch.long)).all())
+
+
+def engine_for(
+    args: OnlineConfig, given: RolloutEngine | None, model: nn.Module, processor: Any, *, progress: bool
+) -> RolloutEngine:
+    """The engine that a trainer was given, or the one of its options. Raises ConfigError for what is none."""
+    engine = args.make_engine(model, processor, progress=progress) if given is None else given
+    if not isinstance(engine, RolloutEngine):
+        raise ConfigError(
+            f"engine is a {type(engine).__name__}, which does not have all that a trainer asks of it: derive the "
+            "class from trl.RolloutEngine, and give it the methods generate and sync."
+        )
+    return engine
 
 
 def rewards_for(
