@@ -40,14 +40,14 @@ class RolloutLog:
         names = [reward.name for reward in self.sampler.rewards]
         if self.args.multi_objective_aggregation != SUM_THEN_NORMALIZE:  # what functions gave, not what is made of it
             experience = replace(experience, rewards=self.sampler.combined(groups, SUM_THEN_NORMALIZE))
-        everywhere = self._rewards_everywhere(groups, experience)
+        everywhere = self._gather_rewards(groups, experience)
         if not counted:
             return
         self.meter.add(rollout_metrics(groups, experience, names, everywhere))
         if self.args.log_completions:
             self.completions.add(log_rows(groups, experience, names))
 
-    def _rewards_everywhere(self, groups: Sequence[Group], experience: Experience) -> Tensor:
+    def _gather_rewards(self, groups: Sequence[Group], experience: Experience) -> Tensor:
         """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
         functions = torch.cat([group.rewards for group in groups])
         return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
