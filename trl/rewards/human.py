@@ -22,9 +22,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.live import Live
@@ -34,10 +35,9 @@ from rich.text import Text
 from trl.errors import ConfigError, DataError, unknown
 from trl.label.live import LiveLabels
 from trl.label.settings import ServerSettings
-from trl.label.tasks import TIE, Content, Item, pairs_in_rings, score_of
+from trl.label.tasks import MARKS, ROWS, TIE, Answer, Content, Item, pairs_in_rings, score_of, to_rows
 from trl.rewards.signature import check_pairs
 
-MARKS = {str(mark): score_of(mark) for mark in range(1, 6)}
 SKIP, QUIT = "s", "q"
 UIS = ("terminal", "web")
 
@@ -92,6 +92,7 @@ class Person:
             return QUIT
 
 
+@dataclass(eq=False, repr=False)
 class _Asking:
     """What rating and preference have in common: whom they ask, and a file of what was said.
 
@@ -102,29 +103,33 @@ class _Asking:
     port, share_on_lan, token, guidelines, raters_per_item    of the page, as options of `trl label`
     """
 
-    task = ""
+    task: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    """Of a row of the file."""
+    titles: ClassVar[tuple[str, ...]]
+    """Of the completions of a question, side by side."""
+    question: ClassVar[str]
+    words: ClassVar[Mapping[str, Answer]]
+    """What may be typed, and which answer it is."""
 
-    runs_in_trainer = True
+    runs_in_trainer: ClassVar[bool] = True
     """The terminal is the trainer's: a person is not asked by another process for a time limit."""
 
-    def __init__(
-        self,
-        file: str | Path | None = None,
-        *,
-        ui: str = "terminal",
-        answer: Callable[[str], str] | None = None,
-        console: Console | None = None,
-        port: int = 8765,
-        share_on_lan: bool = False,
-        token: str | None = None,
-        guidelines: str = "",
-        raters_per_item: int = 1,
-    ) -> None:
-        self.person = Person(answer, console)
-        self.file = None if file is None else Path(file).expanduser()
-        self.raters_per_item = raters_per_item
-        self.settings = ServerSettings(port, share_on_lan, token, guidelines)
-        self.use(ui)
+    file: str | Path | None = None
+    _: KW_ONLY
+    ui: str = "terminal"
+    answer: Callable[[str], str] | None = None
+    console: Console | None = None
+    port: int = 8765
+    share_on_lan: bool = False
+    token: str | None = None
+    guidelines: str = ""
+    raters_per_item: int = 1
+
+    def __post_init__(self) -> None:
+        self.person = Person(self.answer, self.console)
+        self.file = None if self.file is None else Path(self.file).expanduser()
+        self.use(self.ui)
 
     def use(self, ui: str) -> None:
         """Ask in another place from now on. Raises ConfigError for one that is not known."""
@@ -134,7 +139,7 @@ class _Asking:
         self.page = LiveLabels(
             self.task,
             self.file or f"{self.__name__}.jsonl",
-            self.settings,
+            ServerSettings(self.port, self.share_on_lan, self.token, self.guidelines),
             raters_per_item=self.raters_per_item,
             say=lambda text: self.person.console.print(text, highlight=False, markup=False, soft_wrap=True),
         )
@@ -145,35 +150,52 @@ class _Asking:
         """A reward for every completion, None where nothing was said."""
         check_pairs(prompts, completions)
         self.person.check(in_terminal=self.ui == "terminal")
-        rewards: list[float | None] = [None] * len(prompts)
+        asked = self._asked(prompts, completions)
+        items = [Item(prompts[places[0]], tuple(completions[i] for i in places)) for places in asked]
+        said: list[list[float]] = [[] for _ in items]
         stopped = False
-        fill = self._fill if self.ui == "terminal" else self._fill_from_page
         with bars_aside(), plain_interrupts():
             try:
-                fill(rewards, prompts, completions)
+                (self._in_terminal if self.ui == "terminal" else self._on_page)(items, said)
             except (Stopped, KeyboardInterrupt):
                 stopped = True
+        points: list[list[float]] = [[] for _ in prompts]
+        for places, own in zip(asked, said, strict=True):
+            for i, sign in zip(places, (1, -1), strict=False):
+                points[i] += [sign * point for point in own]
         if stopped:
             self.person.console.print("\nWhat was not judged has no reward.", style="dim")
             signal.raise_signal(signal.SIGINT)
-        return rewards
+        return [sum(own) / len(own) if own else None for own in points]
 
-    def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
-        raise NotImplementedError
+    def _in_terminal(self, items: Sequence[Item], said: list[list[float]]) -> None:
+        """Ask about what the file does not tell; `said` takes what an answer is worth to the first completion of an item."""
+        known = {key: worth for row in self._rows() for key, worth in self._told(row).items()}
+        for number, (item, own) in enumerate(zip(items, said, strict=True), start=1):
+            key = _key(item.prompt, *item.completions)
+            if key not in known:
+                table = _table(
+                    f"{number} of {len(items)}", item.prompt, dict(zip(self.titles, item.completions, strict=True))
+                )
+                word = self.person.ask(table, self.question, self.words)
+                if word is None:
+                    continue
+                for row in to_rows(self.task, item, self.words[word], ROWS[self.task][0]):
+                    self._keep(row)
+                    known |= self._told(row)
+            own.append(known[key])
 
-    def _fill_from_page(
-        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
-    ) -> None:
-        raise NotImplementedError
+    def _on_page(self, items: Sequence[Item], said: list[list[float]]) -> None:
+        said[:] = [list(map(self._worth, answers.values())) for answers in self.page(items)]
 
-    def _rows(self, *columns: str) -> list[dict[str, Any]]:
-        """What was said before. Raises DataError for a line without these columns."""
+    def _rows(self) -> list[dict[str, Any]]:
+        """What was said before. Raises DataError for a line without the columns of the task."""
         if self.file is None or not self.file.is_file():
             return []
         lines = self.file.read_text(encoding="utf-8").splitlines()
-        return [_row(line, f"{self.file}, line {number}", columns) for number, line in enumerate(lines, start=1)]
+        return [_row(line, f"{self.file}, line {number}", self.columns) for number, line in enumerate(lines, start=1)]
 
-    def _keep(self, **row: Any) -> None:
+    def _keep(self, row: Mapping[str, Any]) -> None:
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:
@@ -187,33 +209,20 @@ class HumanRating(_Asking):
     """
 
     __name__ = "human_rating"
-    task = "rate"
+    task, columns, titles = "rate", ("prompt", "completion", "score"), ("completion",)
+    question, words = "1 bad … 5 good", {str(mark): mark for mark in MARKS}
 
-    def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
-        known = {
-            _key(row["prompt"], row["completion"]): row["score"] for row in self._rows("prompt", "completion", "score")
-        }
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            if (key := _key(prompt, completion)) not in known:
-                mark = self._mark(prompt, completion, f"{i + 1} of {len(prompts)}")
-                if mark is None:
-                    continue
-                known[key] = MARKS[mark]
-                self._keep(prompt=prompt, completion=completion, score=MARKS[mark])
-            rewards[i] = known[key]
+    def _asked(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[tuple[int, ...]]:
+        return [(i,) for i in range(len(prompts))]
 
-    def _fill_from_page(
-        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
-    ) -> None:
-        items = [Item(prompt, (completion,)) for prompt, completion in zip(prompts, completions, strict=True)]
-        for i, marks in enumerate(self.page(items)):
-            rewards[i] = sum(map(score_of, marks.values())) / len(marks) if marks else None
+    def _told(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+        return {_key(row["prompt"], row["completion"]): row["score"]}
 
-    def _mark(self, prompt: Content, completion: Content, title: str) -> str | None:
-        table = _table(title, prompt, {"completion": completion})
-        return self.person.ask(table, "1 bad … 5 good", MARKS)
+    def _worth(self, mark: Answer) -> float:
+        return score_of(mark)
 
 
+@dataclass(eq=False, repr=False)
 class HumanPreference(_Asking):
     """A person who says which of two completions of a prompt is the better one.
 
@@ -224,88 +233,30 @@ class HumanPreference(_Asking):
     """
 
     __name__ = "human_preference"
-    task = "compare"
+    task, columns, titles = "compare", ("prompt", "chosen", "rejected"), ("1", "2")
+    question, words = "1 or 2 is better", {"1": 0, "2": 1}
 
-    def __init__(
-        self,
-        file: str | Path | None = None,
-        *,
-        comparisons: int | None = None,
-        ui: str = "terminal",
-        answer: Callable[[str], str] | None = None,
-        console: Console | None = None,
-        port: int = 8765,
-        share_on_lan: bool = False,
-        token: str | None = None,
-        guidelines: str = "",
-        raters_per_item: int = 1,
-    ) -> None:
-        super().__init__(
-            file,
-            ui=ui,
-            answer=answer,
-            console=console,
-            port=port,
-            share_on_lan=share_on_lan,
-            token=token,
-            guidelines=guidelines,
-            raters_per_item=raters_per_item,
-        )
-        if comparisons is not None and comparisons < 1:
-            raise ConfigError(f"comparisons={comparisons}: ask at least once about each prompt.")
-        self.comparisons = comparisons
+    comparisons: int | None = field(default=None, kw_only=True)
 
-    def _fill(self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]) -> None:
-        groups = _groups(prompts)
-        known = {
-            _key(row["prompt"], row["chosen"], row["rejected"]) for row in self._rows("prompt", "chosen", "rejected")
-        }
-        for number, members in enumerate(groups):
-            won, lost = [0] * len(members), [0] * len(members)
-            try:
-                for pair in pairs_in_rings(len(members), self.comparisons):
-                    texts = [completions[members[k]] for k in pair]
-                    first = self._first_is_better(prompts[members[0]], texts, f"{number + 1} of {len(groups)}", known)
-                    if first is not None:
-                        winner, loser = pair if first else reversed(pair)
-                        won[winner] += 1
-                        lost[loser] += 1
-            finally:
-                for member, wins, losses in zip(members, won, lost, strict=True):
-                    rewards[member] = (wins - losses) / (wins + losses) if wins + losses else None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.comparisons is not None and self.comparisons < 1:
+            raise ConfigError(f"comparisons={self.comparisons}: ask at least once about each prompt.")
 
-    def _fill_from_page(
-        self, rewards: list[float | None], prompts: Sequence[Content], completions: Sequence[Content]
-    ) -> None:
-        pairs = [
+    def _asked(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[tuple[int, ...]]:
+        return [
             (members[first], members[second])
             for members in _groups(prompts)
             for first, second in pairs_in_rings(len(members), self.comparisons)
             if _plain(completions[members[first]]) != _plain(completions[members[second]])
         ]
-        items = [Item(prompts[first], (completions[first], completions[second])) for first, second in pairs]
-        points: list[list[int]] = [[] for _ in prompts]
-        for pair, answers in zip(pairs, self.page(items), strict=True):
-            for better in answers.values():
-                points[pair[0]].append(0 if better == TIE else 1 - 2 * better)
-                points[pair[1]].append(-points[pair[0]][-1])
-        rewards[:] = [sum(each) / len(each) if each else None for each in points]
 
-    def _first_is_better(
-        self, prompt: Content, texts: Sequence[Content], title: str, known: set[tuple[str, ...]]
-    ) -> bool | None:
-        for first, pair in ((True, texts), (False, texts[::-1])):
-            if _key(prompt, *pair) in known:
-                return first
-        if _plain(texts[0]) == _plain(texts[1]):
-            return None
-        word = self.person.ask(_table(title, prompt, {"1": texts[0], "2": texts[1]}), "1 or 2 is better", ("1", "2"))
-        if word is None:
-            return None
-        chosen, rejected = texts if word == "1" else texts[::-1]
-        known.add(_key(prompt, chosen, rejected))
-        self._keep(prompt=prompt, chosen=chosen, rejected=rejected)
-        return word == "1"
+    def _told(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        return {_key(prompt, chosen, rejected): 1, _key(prompt, rejected, chosen): -1}
+
+    def _worth(self, better: Answer) -> float:
+        return 0 if better == TIE else 1 - 2 * better
 
 
 def _groups(prompts: Sequence[Content]) -> list[list[int]]:
