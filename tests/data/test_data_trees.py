@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
 import pytest
 
-from trl.data.trees import Tree, doubly_nested, keep_end, keep_prompt_end, keep_sides, keep_start, nested, offsets
+from trl.data.trees import Tree, keep_end, keep_prompt_end, keep_sides, keep_start
 
 TREE = Tree(
     prompt=[1, 2, 3],
@@ -70,12 +69,3 @@ def test_cuts_of_prompts_alone():
 )
 def test_cuts_of_either_side(prompt, length, mode, expected):
     assert parts(keep_sides(TREE, prompt, length, mode)) == expected
-
-
-def test_columns():
-    assert offsets([2, 0, 3], 3).to_pylist() == [0, 2, 2, 5]
-    assert nested([[1, 2], [], [3]], pa.int32()).to_pylist() == [[1, 2], [], [3]]
-    rows = [[[1.5], [2.0, 3.0]], [], [[]]]
-    column = doubly_nested(rows, pa.float32())
-    assert column.to_pylist() == rows
-    assert column.type == pa.list_(pa.list_(pa.float32()))

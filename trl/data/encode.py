@@ -235,7 +235,7 @@ def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, 
             **more,
         )
         encoded.data.table.validate(full=True)
-        return encoded, encoded.data.table.select(COUNTS)
+        return encoded, encoded.data.table.select(list(COUNTS))
 
     try:
         return run()
@@ -251,7 +251,7 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
 
     def encode(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
         table = encoder(batch, rows)
-        encoded.report += EncodingReport.of(table.select(COUNTS), name)
+        encoded.report += EncodingReport.of(table, name)
         kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
         return kept.drop_columns(list(COUNTS)).to_pydict()
 

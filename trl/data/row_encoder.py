@@ -25,11 +25,9 @@ from trl.data.trees import (
     TRUNCATIONS,
     UNSCORED,
     Tree,
-    doubly_nested,
     keep_prompt_end,
     keep_sides,
     keep_whole,
-    nested,
     with_token_signal,
 )
 from trl.errors import DataError, RowError
@@ -37,7 +35,11 @@ from trl.errors import DataError, RowError
 FORMAT = 3
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
 
-COUNTS = ("status", "truncated", "tokens", "trained", "source_tokens")
+COUNTS = {
+    "status": Value("uint8"),
+    "truncated": Value("bool"),
+    **dict.fromkeys(("tokens", "trained", "source_tokens"), Value("int32")),
+}
 """Columns that the report is made of; they are taken off afterwards."""
 
 NUMBERS = {"score", "margin", "weight", "chosen_score", "rejected_score"}
@@ -188,37 +190,45 @@ class RowEncoder:
         statuses = self._statuses(trees, trained, overlong or [False] * len(trees))
         if self.settings.needs_prompt:
             check_prompts(trees, statuses, columns)
-        counts = {
-            "status": pa.array(statuses, pa.uint8()),
-            "truncated": pa.array(np.not_equal(tokens, source_tokens)),
-            "tokens": pa.array(tokens, pa.int32()),
-            "trained": pa.array(map(sum, trained), pa.int32()),
-            "source_tokens": pa.array(source_tokens, pa.int32()),
+        values = {
+            "status": statuses,
+            "truncated": np.not_equal(tokens, source_tokens),
+            "tokens": tokens,
+            "trained": list(map(sum, trained)),
+            "source_tokens": source_tokens,
         }
-        rows = self._rows(trees) if documents is None else self._documents(trees, documents)
+        values |= self._rows(trees) if documents is None else self._documents(trees, documents)
+        types = Features({**self._types(), **COUNTS}).arrow_schema
+        columns_of_rows = {field.name: pa.array(values[field.name], field.type) for field in types}
         if columns.images is not None:
-            rows[IMAGES] = pa.array([list(map(stored, own)) for own in columns.images], STORED)
-        return pa.table({**rows, **{n: pa.array(columns[n]) for n in self.kept}, **counts})
+            columns_of_rows[IMAGES] = pa.array([list(map(stored, own)) for own in columns.images], STORED)
+        return pa.table(columns_of_rows | {n: pa.array(columns[n]) for n in self.kept})
 
-    def _rows(self, trees: list[Tree]) -> dict[str, pa.Array]:
-        """The columns of the encoded rows themselves."""
-        rows = {"prompt_ids": nested([tree.prompt for tree in trees], pa.int32())}
+    def _types(self) -> dict[str, Any]:
+        """The columns of the encoded rows themselves, and what they hold."""
+        if self.is_packed:
+            return {"input_ids": List(Value("int32")), "mask": List(Value("bool")), "seq_lengths": List(Value("int32"))}
+        types = {"prompt_ids": List(Value("int32"))}
         if self.kind != "prompt_only":
-            rows["completion_ids"] = doubly_nested([tree.completions for tree in trees], pa.int32())
+            types["completion_ids"] = List(List(Value("int32")))
         if self.is_masked:
-            rows["completion_mask"] = doubly_nested([tree.all_masks for tree in trees], pa.bool_())
-        for name in trees[0].signals:
-            rows[name] = doubly_nested([tree.signals[name] for tree in trees], pa.float32())
-        return rows
+            types["completion_mask"] = List(List(Value("bool")))
+        signals = [*(["step_label"] if self.kind == "stepwise" else []), *self.settings.token_signals]
+        return types | dict.fromkeys(signals, List(List(Value("float32"))))
 
-    def _documents(self, trees: list[Tree], lengths: Sequence[Sequence[int]]) -> dict[str, pa.Array]:
-        """The columns of rows that came packed."""
-        ids = [tree.completions[0] for tree in trees]
-        return {
-            "input_ids": nested(ids, pa.int32()),
-            "mask": nested([tree.masks[0] for tree in trees], pa.bool_()),
-            "seq_lengths": nested(lengths, pa.int32()),
+    def _rows(self, trees: list[Tree]) -> dict[str, list[Any]]:
+        """The values of all columns that trees have."""
+        values = {
+            "prompt_ids": [tree.prompt for tree in trees],
+            "completion_ids": [tree.completions for tree in trees],
+            "completion_mask": [tree.all_masks for tree in trees],
         }
+        return values | {name: [tree.signals[name] for tree in trees] for name in trees[0].signals}
+
+    def _documents(self, trees: list[Tree], lengths: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+        """The values of rows that came packed."""
+        ids, masks = [tree.completions[0] for tree in trees], [tree.masks[0] for tree in trees]
+        return {"input_ids": ids, "mask": masks, "seq_lengths": list(lengths)}
 
     def _unpredicted(self, tree: Tree) -> int:
         return int(not self.settings.encoder_decoder and not tree.prompt)
@@ -234,22 +244,8 @@ class RowEncoder:
 
     def features(self, source: Features) -> Features:
         """The columns of an encoded dataset, `source` being those of the original."""
-        types = {"prompt_ids": "int32", "completion_ids": "int32", "completion_mask": "bool", "step_label": "float32"}
-        types |= dict.fromkeys(self.settings.token_signals, "float32")
-        rows = {name: List(List(Value(dtype))) for name, dtype in types.items()} | {"prompt_ids": List(Value("int32"))}
-        absent = {
-            "completion_ids": self.kind == "prompt_only",
-            "completion_mask": not self.is_masked,
-            "step_label": self.kind != "stepwise",
-        }
-        rows = {name: feature for name, feature in rows.items() if not absent.get(name)}
-        if self.is_packed:
-            rows = {
-                n: List(Value(t)) for n, t in {"input_ids": "int32", "mask": "bool", "seq_lengths": "int32"}.items()
-            }
-        counts = dict(zip(COUNTS, map(Value, ("uint8", "bool", "int32", "int32", "int32")), strict=True))
         images = {} if self.tokenization.images is None else {IMAGES: FEATURE}
-        return Features({**rows, **images, **{name: decoded(source[name]) for name in self.kept}, **counts})
+        return Features({**self._types(), **COUNTS, **images, **{name: decoded(source[name]) for name in self.kept}})
 
     def fingerprint(self, source: str) -> str:
         """Cache key of the encoding of a dataset with fingerprint `source`."""

@@ -1,17 +1,13 @@
-"""Encoded rows: cut to length, and written as Arrow columns.
+"""Encoded rows, cut to length.
 
 A row is a tree: one prompt and the K completions that hang from it, all of them token ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 KEPT, IDENTICAL, UNSCORED, OVERLONG = 0, 1, 2, 3
 """What became of a row: kept; dropped because its completions are equal; dropped with no token left to train on; dropped
@@ -139,22 +135,3 @@ def fork(chosen: list[int], rejected: list[int]) -> Tree:
     last = max(0, min(len(chosen), len(rejected)) - 1)
     shared = next((t for t in range(last) if chosen[t] != rejected[t]), last)
     return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])
-
-
-def nested(values: Sequence[Sequence[Any]], kind: pa.DataType) -> pa.Array:
-    """`list<kind>`, one list per row."""
-    flat = np.fromiter(chain.from_iterable(values), kind.to_pandas_dtype(), count=sum(map(len, values)))
-    return pa.ListArray.from_arrays(offsets(map(len, values), len(values)), pa.array(flat, kind))
-
-
-def doubly_nested(rows: Sequence[Sequence[Sequence[Any]]], kind: pa.DataType) -> pa.Array:
-    """`list<list<kind>>`, K lists per row."""
-    inner = nested(list(chain.from_iterable(rows)), kind)
-    return pa.ListArray.from_arrays(offsets(map(len, rows), len(rows)), inner)
-
-
-def offsets(lengths: Iterable[int], count: int) -> pa.Array:
-    """Arrow's list offsets: 0 and the running sums of the lengths."""
-    bounds = np.zeros(count + 1, np.int32)
-    np.cumsum(np.fromiter(lengths, np.int32, count=count), out=bounds[1:])
-    return pa.array(bounds)
