@@ -8,13 +8,13 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+from trl.models.half_weights import linears_of, rounded
 from trl.rollouts import fused_layers, triton_decode
 from trl.rollouts.decoders import attention_windows, proves_sharing
 from trl.rollouts.fused import NORM_KINDS, norm, norm_kind
 from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
 from trl.rollouts.paged_decoder import PagedDecoder
-from trl.rollouts.weights import cast_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,7 +69,7 @@ def test_large_weights_are_not_copied(make_model, monkeypatch):
 def test_rounded_weights_below_wider_norms_are_replaced_too(make_model):
     """As under autocast: linear layers in half precision, norms and the residual stream in float32."""
     model = make_model("llama").to(DEVICE)
-    with cast_weights(model, torch.bfloat16):
+    with rounded(linears_of(model), torch.bfloat16):
         fusions = Fusions(model, DEVICE)
         assert (len(fusions.layers), fusions.dtype) == (2, torch.bfloat16)
         x = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from trl.models.half_weights import linears_of, rounded
 from trl.rollouts import local, loop
 from trl.rollouts.decode_attention import TILE, Form, Tables, attend_by_gather, own_places, write_by_index
 from trl.rollouts.engine import Prompt
-from trl.rollouts.local import LocalEngine, fastest_way, unwrap
+from trl.rollouts.local import LocalEngine, autocast_dtype, fastest_way, unwrap
 from trl.rollouts.paged_cache import PagedCache, Pages
 from trl.rollouts.paged_decoder import bucket
 from trl.rollouts.sampling import SamplingParams, draw
-from trl.rollouts.weights import autocast_dtype, cast_weights
 
 VOCABULARY = 99
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,7 +280,7 @@ def test_weights_are_cast_once_and_given_back(under_autocast):
     with torch.no_grad():
         assert autocast_dtype(policy) == torch.bfloat16
         expected = model(input_ids=ids).logits
-        with cast_weights(model, torch.bfloat16):
+        with rounded(linears_of(model), torch.bfloat16):
             assert model.lm_head.weight.dtype == model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
             assert model.model.norm.weight.dtype == torch.float32
             torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)

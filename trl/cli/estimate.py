@@ -243,7 +243,7 @@ def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEst
     width = next(model.parameters()).element_size()
     half = _samples_rounded(args) and width > 2
     cache = cache_bytes(model.config, sequences=count, tokens=tokens, bytes_per_number=2 if half else width)
-    if half:  # linear layers are held in half precision as well while they sample: see `trl.rollouts.weights`
+    if half:  # linear layers are held in half precision as well while they sample: see `trl.models.half_weights`
         cache += sum(2 * p.numel() for p in model.parameters() if p.dim() > 1)
     cache += DRAWN_FROM * 4 * count * model.config.get_text_config(decoder=True).vocab_size
     training = estimate.parts.get(ACTIVATIONS, 0) + estimate.parts[GRADIENTS]

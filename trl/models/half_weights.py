@@ -48,7 +48,7 @@ def round_together(model: PreTrainedModel) -> int:
     """
     rounding = 0
     for layer in repeated_layers(model):
-        linears = [module for module in layer.modules() if type(module) in (nn.Linear, Conv1D)]
+        linears = linears_of(layer)
         if any(_weights(linears)):
             compiled = layer._compiled_call_impl
             call = compiled or _rounding_again(layer, linears)
@@ -63,7 +63,7 @@ def _with_rounded_weights(linears: Sequence[nn.Module], call: Callable[..., Any]
         device = linears[0].weight.device.type
         if not torch.is_autocast_enabled(device):
             return call(*args, **kwargs)
-        with _rounded(linears, torch.get_autocast_dtype(device)):
+        with rounded(linears, torch.get_autocast_dtype(device)):
             return call(*args, **kwargs)
 
     return run
@@ -101,16 +101,21 @@ def _weights(linears: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Ten
                 yield module, name, parameter
 
 
+def linears_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+
+
 @contextmanager
-def _rounded(linears: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def rounded(linears: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Within it, linear layers in float32 hold their weights and biases in `dtype`; gradients flow to those that learn."""
     held = list(_weights(linears))
     learn = [p for _, _, p in held if p.requires_grad and torch.is_grad_enabled()]
-    rounded = dict(zip(map(id, learn), Rounded.apply(dtype, *learn), strict=True)) if learn else {}
-    fixed = [p for _, _, p in held if id(p) not in rounded]
-    rounded |= dict(zip(map(id, fixed), cast([p.detach() for p in fixed], dtype), strict=True))
+    halves = dict(zip(map(id, learn), Rounded.apply(dtype, *learn), strict=True)) if learn else {}
+    fixed = [p for _, _, p in held if id(p) not in halves]
+    halves |= dict(zip(map(id, fixed), cast([p.detach() for p in fixed], dtype), strict=True))
     try:
         for module, name, parameter in held:
-            module._parameters[name] = rounded[id(parameter)]
+            module._parameters[name] = halves[id(parameter)]
         yield
     finally:
         for module, name, parameter in held:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
+from trl.models.half_weights import linears_of, rounded
 from trl.models.patching import evaluating
 from trl.models.rotary import first_length, length_dependent, rotate_by_own_length
 from trl.models.score import without_wrapper
@@ -50,7 +52,6 @@ from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
 from trl.rollouts.stopping import Stopper
-from trl.rollouts.weights import autocast_dtype, cast_weights
 from trl.types import Example
 from trl.vision.families import image_token_ids
 
@@ -119,7 +120,8 @@ class LocalEngine(RolloutEngine):
             prompts = self._with_features(prompts)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
             make = self._static_round if way == "paged" else self._round
-            with cast_weights(policy.model, autocast_dtype(policy) if way == "paged" else None):
+            half = autocast_dtype(policy) if way == "paged" else None
+            with nullcontext() if half is None else rounded(linears_of(policy.model), half):
                 return make(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
 
     def _with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -193,6 +195,26 @@ def unwrap(model: nn.Module) -> Policy:
             f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
         )
     return Policy(model, inner)
+
+
+def autocast_dtype(policy: Policy) -> torch.dtype | None:
+    """The type to which the policy's forward casts factors of products, or None; by a forward of one token.
+
+    A step of decoding reads each weight once, so that rounding them in every step costs more than the step.
+    """
+    found: list[torch.dtype] = []
+    device = policy.device
+
+    def look(*_: object) -> None:
+        if torch.is_autocast_enabled(device.type):
+            found.append(torch.get_autocast_dtype(device.type))
+
+    handle = policy.inner.get_input_embeddings().register_forward_pre_hook(look)
+    try:
+        policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        handle.remove()
+    return found[0] if found else None
 
 
 def guided(policy: Policy, model: nn.Module, params: SamplingParams) -> Policy:
