@@ -19,6 +19,19 @@ class AttendingLayer(CacheLayerMixin):
 
     is_sliding = False
 
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Never called: the cache writes."""
+        return key_states, value_states
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
@@ -33,15 +46,25 @@ class AttendingLayer(CacheLayerMixin):
 
 
 class AttendingCache(Cache):
-    """A `transformers` cache that models attend through within `decoding(configs)`, one token `[B,1]` per row.
-
-    `update` says in `current` and `handed_out` which layer that is, and what keys and values it gave the model.
-    """
+    """A `transformers` cache that models attend through within `decoding(configs)`, one token `[B,1]` per row."""
 
     def __init__(self, layers: Sequence[AttendingLayer]) -> None:
         super().__init__(layers=[*layers])
         self.current = self.layers[0]
         self.handed_out: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.current = self.layers[layer_idx]
+        if not self.current.is_initialized:
+            self.current.lazy_initialization(key_states, value_states)
+        self.handed_out = self._write(key_states, value_states)
+        return self.handed_out
+
+    @abstractmethod
+    def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values `[B,h,T,D]` of the current layer; what the model attends to."""
 
     @abstractmethod
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:

@@ -128,38 +128,20 @@ def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
 class SharedPromptLayer(AttendingLayer):
     """One layer's keys and values: of prompts [P,h,S,D] and of rows [B,h,L,D]; `window` of a sliding layer."""
 
-    def __init__(self, window: int | None) -> None:
-        super().__init__()
-        self.window = window
-        self.plan: Plan | None = None
-        self.slots = slice(0, 0)
-        self.prompt_keys: Tensor | None = None
-        self.prompt_values: Tensor | None = None
+    prompt_keys: Tensor | None = None
+    prompt_values: Tensor | None = None
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.plan is None:
-            self._write_prompts(key_states, value_states)
-            return key_states, value_states
-        return self._write_rows(key_states, value_states, self.plan)
-
-    def _write_prompts(self, key: Tensor, value: Tensor) -> None:
+    def write_prompts(self, key: Tensor, value: Tensor, slots: slice) -> None:
         """Keep the prefilled keys [·,h,T,D] of the prompts in `slots`."""
-        size = (self.slots.stop, key.shape[2])
+        size = (slots.stop, key.shape[2])
         self.prompt_keys, self.prompt_values = (
             _room(self.prompt_keys, key, *size),
             _room(self.prompt_values, value, *size),
         )
-        self.prompt_keys[self.slots, :, : key.shape[2]] = key
-        self.prompt_values[self.slots, :, : key.shape[2]] = value
+        self.prompt_keys[slots, :, : key.shape[2]] = key
+        self.prompt_values[slots, :, : key.shape[2]] = value
 
-    def _write_rows(self, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def write_rows(self, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Write this step's keys [B,h,1,D] behind each row's own, and return all of them [B,h,L,D]."""
         size = (plan.rows, -(-(plan.longest + 1) // BLOCK) * BLOCK)
         self.keys, self.values = _room(self.keys, key, *size), _room(self.values, value, *size)
@@ -188,9 +170,6 @@ class SharedPromptLayer(AttendingLayer):
             self.prompt_keys = _room(keys, keys, prompts, keys.shape[2])
             self.prompt_values = _room(values, values, prompts, values.shape[2])
 
-    def get_seq_length(self) -> int:
-        return 0 if self.plan is None else self.plan.longest_prefix + self.plan.longest
-
 
 class SharedPromptCache(AttendingCache):
     """A cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
@@ -202,33 +181,29 @@ class SharedPromptCache(AttendingCache):
     def __init__(self, windows: Sequence[int | None]) -> None:
         super().__init__([SharedPromptLayer(window) for window in windows])
         self.plan: Plan | None = None
+        self.slots = slice(0, 0)
         self._biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
     def prefill(self, slots: slice) -> None:
         """The next forward's rows are the prompts of `slots`."""
-        self._enter(None)
-        for layer in self.layers:
-            layer.slots = slots
+        self.plan, self.slots = None, slots
 
     def decode(self, plan: Plan) -> None:
         """The next forward is one step of `plan`."""
-        self._enter(plan)
+        self.plan = plan
         self._biases = {
             window: (plan.own_bias(window, torch.float32), plan.prompt_bias(window, torch.float32))
             for window in {layer.window for layer in self.layers}
         }
 
-    def _enter(self, plan: Plan | None) -> None:
-        self.plan = plan
-        for layer in self.layers:
-            layer.plan = plan
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.plan is None else self.plan.longest_prefix + self.plan.longest
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        self.current = self.layers[layer_idx]
-        self.handed_out = self.current.update(key_states, value_states)
-        return self.handed_out
+    def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.plan is not None:
+            return self.current.write_rows(key, value, self.plan)
+        self.current.write_prompts(key, value, self.slots)
+        return key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
         """To own keys `[B,h,L,D]`, and to the prompts' in the cache."""

@@ -165,14 +165,14 @@ class SharedDecoder:
         self.cache = SharedPromptCache(windows)
         self.configs = policy.configs
         self.rows: list[Sample] = []
-        self.slots: list[int] = []
         self.prompts: dict[int, Prompt] = {}
+        """In the order in which the cache holds them."""
         self.unfinished: dict[int, int] = {}
         self.plan: Plan | None = None
 
     @property
     def reserved(self) -> int:
-        return sum(len(self.prompts[index]) for index in self.slots) + sum(row.limit for row in self.rows)
+        return sum(map(len, self.prompts.values())) + sum(row.limit for row in self.rows)
 
     def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
         held = sample.index in self.prompts or sample.index in {other.index for other in after}
@@ -181,17 +181,16 @@ class SharedDecoder:
     def admit(self, samples: Sequence[Sample]) -> None:
         new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
         for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
-            self._prefill(batch, [new[index] for index in batch])
+            self._prefill([new[index] for index in batch])
+            self.prompts |= {index: new[index] for index in batch}
         for layer in self.cache.layers:
-            layer.reserve_prompts(len(self.slots))
-        self.prompts |= new
+            layer.reserve_prompts(len(self.prompts))
         self.unfinished |= dict.fromkeys(new, self.n)
         self.rows += samples
         self._replan()
 
-    def _prefill(self, batch: list[int], prompts: list[Prompt]) -> None:
-        self.cache.prefill(slice(len(self.slots), len(self.slots) + len(batch)))
-        self.slots += batch
+    def _prefill(self, prompts: list[Prompt]) -> None:
+        self.cache.prefill(slice(len(self.prompts), len(self.prompts) + len(prompts)))
         lengths = [len(prompt) - 1 for prompt in prompts]
         if not lengths[0]:
             return
@@ -228,34 +227,34 @@ class SharedDecoder:
         return kept
 
     def _retire_prompts(self) -> None:
-        kept = fill_holes([self.unfinished[index] > 0 for index in self.slots])
+        slots = list(self.prompts)
+        kept = fill_holes([self.unfinished[index] > 0 for index in slots])
         for target, source in enumerate(kept):
             if target != source:
                 for layer in self.cache.layers:
                     layer.move_prompt(target, source)
-        self.slots = [self.slots[source] for source in kept]
-        self.prompts = {index: self.prompts[index] for index in self.slots}
+        self.prompts = {index: self.prompts[index] for index in (slots[source] for source in kept)}
 
     def _tensor(self, numbers: list[Any]) -> Tensor:
         return torch.tensor(numbers, device=self.policy.device)
 
     def _replan(self) -> None:
-        slot_of = {index: slot for slot, index in enumerate(self.slots)}
-        members: list[list[int]] = [[] for _ in self.slots]
+        slot_of = {index: slot for slot, index in enumerate(self.prompts)}
+        members: list[list[int]] = [[] for _ in self.prompts]
         spots = []
         for row, sample in enumerate(self.rows):
             slot = slot_of[sample.index]
             spots.append((slot, len(members[slot])))
             members[slot].append(row)
         most = max(map(len, members))
-        prefix = [len(self.prompts[index]) - 1 for index in self.slots]
+        prefix = [len(prompt) - 1 for prompt in self.prompts.values()]
         written = [len(row.ids) for row in self.rows]
         self.plan = Plan(
             members=self._tensor([rows + [0] * (most - len(rows)) for rows in members]),
             place=self._tensor([slot * most + spot for slot, spot in spots]),
             prefix=self._tensor(prefix),
             written=self._tensor(written),
-            shift=self._tensor([self.prompts[index].shift for index in self.slots]),
+            shift=self._tensor([prompt.shift for prompt in self.prompts.values()]),
             longest_prefix=max(prefix),
             longest=max(written),
             level=min(written) == max(written),

@@ -43,19 +43,14 @@ class PagedLayer(AttendingLayer):
     """
 
     def __init__(self, window: int | None, pages: int, page: int) -> None:
-        super().__init__()
-        self.window, self.pages, self.page = window, pages, page
+        super().__init__(window)
+        self.pages, self.page = pages, page
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = value_states.dtype, key_states.device, True
+        super().lazy_initialization(value_states, value_states)
         for name, like in (("keys", key_states), ("values", value_states)):
             shape = self.pages + 1, self.page, like.shape[1], like.shape[3]
             setattr(self, name, torch.zeros(shape, dtype=self.dtype, device=self.device))
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
 
     def write(self, key: Tensor, value: Tensor, places: Tensor) -> None:
         """Keep prefilled keys `[P,h,S,D]` at `places [P·S]` of the pool's tokens."""
@@ -92,19 +87,14 @@ class PagedCache(AttendingCache):
         """The next forward is one step of the rows of `tables`."""
         self.places, self.tables = None, tables
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        layer = self.current = self.layers[layer_idx]
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
+    def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.current
         if self.tables is None:
-            layer.write(key_states, value_states, self.places)
+            layer.write(key, value, self.places)
         else:
-            key, value = (states[:, :, 0] for states in (key_states, value_states))
-            self.functions[0](layer.keys, layer.values, key.to(layer.dtype), value.to(layer.dtype), self.tables)
-        self.handed_out = key_states, value_states
-        return self.handed_out
+            new = (states[:, :, 0].to(layer.dtype) for states in (key, value))
+            self.functions[0](layer.keys, layer.values, *new, self.tables)
+        return key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
         """To the pages that `tables` name."""
