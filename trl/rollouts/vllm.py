@@ -25,7 +25,7 @@ from trl.errors import ConfigError, DataError, EngineError
 from trl.imports import require
 from trl.models.gathering import base_of, policy_of
 from trl.models.load import tokenizer_of
-from trl.rollouts.connection import BANNED, other_tokens
+from trl.rollouts.connection import BANNED, other_tokens, sampling_body
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.logprob_modes import tells_policy
@@ -212,25 +212,15 @@ class VLLMEngine(RolloutEngine):
                 f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
             )
         limit = min(params.max_new_tokens, prompt.max_new_tokens or params.max_new_tokens, self._context - len(prompt))
-        return self.vllm.SamplingParams(
-            n=n,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
+        own = replace(
+            params,
+            max_new_tokens=limit,
+            min_new_tokens=min(params.min_new_tokens, limit),
             seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**62,
-            stop=list(params.stop) or None,
-            stop_token_ids=list(params.stop_token_ids),
-            ignore_eos=params.ignore_eos,
-            max_tokens=limit,
-            min_tokens=min(params.min_new_tokens, limit),
-            logit_bias=dict.fromkeys(params.banned_tokens, BANNED) or None,
-            logprobs=0,
-            detokenize=bool(params.stop),
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,
         )
+        bias = dict.fromkeys(params.banned_tokens, BANNED) or None
+        options = {**sampling_body(own, n), "logit_bias": bias, "logprobs": 0, "detokenize": bool(params.stop)}
+        return self.vllm.SamplingParams(**options)
 
     def _rollout(self, completion: Any) -> Rollout:
         if completion.finish_reason not in ("stop", "length"):
