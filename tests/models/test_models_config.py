@@ -58,14 +58,15 @@ def test_all_linear_is_a_word_of_its_own():
 
 def test_all_linear_takes_layers_that_are_packed():
     """Those of GPTQ and AWQ hold whole numbers in place of a weight."""
-    from trl.models.adapters import _with_packed_layers
+    from trl.models.adapters import _take_packed_layers
 
     packed, config = torch.nn.Module(), get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
     packed.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
     model = torch.nn.ModuleDict({"up": packed, "norm": torch.nn.LayerNorm(2), "head": torch.nn.Linear(2, 2)})
-    assert _with_packed_layers(config, model).target_modules == {"up"}
+    _take_packed_layers(config, torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)}))
     assert config.target_modules == "all-linear"
-    assert _with_packed_layers(config, torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)})) is config
+    _take_packed_layers(config, model)
+    assert config.target_modules == {"up"}
 
 
 def test_adapter_trains_on_a_model(make_model):

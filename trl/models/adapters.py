@@ -109,15 +109,9 @@ def _is_copy(key: str, state: Mapping[str, Tensor], tied: tuple[str, str] | None
     """Whether a tensor of the head was saved for the embeddings too, which a model with `tied` ones has once."""
     if tied is None:
         return False
-    twin = next(
-        (
-            name
-            for name in state
-            if name != key and f".{tied[1]}." in name and name.endswith(key.partition(f".{tied[0]}.")[2])
-        ),
-        None,
-    )
-    return twin is not None and torch.equal(state[twin], state[key])
+    end = key.partition(f".{tied[0]}.")[2]
+    twins = (name for name in state if name != key and f".{tied[1]}." in name and name.endswith(end))
+    return any(torch.equal(state[twin], state[key]) for twin in twins)
 
 
 def _unfit(adapter: str, model: PreTrainedModel, why: str) -> ModelError:
@@ -191,7 +185,10 @@ def with_adapters(
             "those (leave out peft_config or --use_peft), or merge them first: `trl merge`, or model = "
             "model.merge_and_unload()."
         )
-    config = _within(part, _with_packed_layers(_with_task(peft_config, model), model), model)
+    config = copy.copy(peft_config)
+    _say_task(config, model)
+    _take_packed_layers(config, model)
+    _leave_out(config, part, model)
     try:
         return put_on(_prepared(model), config)
     except ValueError as error:
@@ -210,15 +207,14 @@ def _no_such_layer(config: PeftConfig, model: nn.Module) -> str:
     )
 
 
-def _within(part: AdaptedPart, peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """An adapter's configuration for that part of a model that reads images."""
+def _leave_out(config: PeftConfig, part: AdaptedPart, model: PreTrainedModel) -> None:
+    """Have an adapter's configuration exclude what is not in that part of a model that reads images."""
     left_out = modules_outside(model, part)
-    if not left_out or peft_config.to_dict().get("exclude_modules"):
-        return peft_config
-    peft_config = copy.copy(peft_config)
-    peft_config.exclude_modules = left_out
-    logger.info(f"Adapters: on the {part.replace('_', ' ')} of {type(model).__name__}; its image encoder stays frozen.")
-    return peft_config
+    if left_out and not config.to_dict().get("exclude_modules"):
+        config.exclude_modules = left_out
+        logger.info(
+            f"Adapters: on the {part.replace('_', ' ')} of {type(model).__name__}; its image encoder stays frozen."
+        )
 
 
 def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
@@ -248,26 +244,19 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _with_task(peft_config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
-    """An adapter's configuration; where it names no task, with the one that the architecture says."""
-    if peft_config.task_type is not None:
-        return peft_config
-    peft_config = copy.copy(peft_config)
-    if _is_classifier(model):
-        peft_config.task_type = TaskType.SEQ_CLS
-    elif model.can_generate():
-        peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
-    return peft_config
+def _say_task(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Have an adapter's configuration name the task that the architecture says, where it names none."""
+    if config.task_type is None and _is_classifier(model):
+        config.task_type = TaskType.SEQ_CLS
+    elif config.task_type is None and model.can_generate():
+        config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
-def _with_packed_layers(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """An adapter's configuration in which "all-linear" takes the layers of GPTQ and AWQ, which are no `nn.Linear`."""
-    packed = [name for name, module in model.named_modules() if "qweight" in dict(module.named_buffers(recurse=False))]
-    if not packed or vars(peft_config).get("target_modules") != "all-linear":
-        return peft_config
-    peft_config = copy.copy(peft_config)
-    peft_config.target_modules = set(packed)
-    return peft_config
+def _take_packed_layers(config: PeftConfig, model: nn.Module) -> None:
+    """Have "all-linear" take the layers of GPTQ and AWQ, which are no `nn.Linear`."""
+    packed = {name for name, module in model.named_modules() if "qweight" in dict(module.named_buffers(recurse=False))}
+    if packed and vars(config).get("target_modules") == "all-linear":
+        config.target_modules = packed
 
 
 def as_peft_model(model: PreTrainedModel) -> PeftModel:
@@ -294,7 +283,8 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     model._hf_peft_config_loaded = False
     config = copy.copy(config)
     config.inference_mode = False
-    adapted = put_on(_prepared(model), _with_task(config, model), adapter_name=name)
+    _say_task(config, model)
+    adapted = put_on(_prepared(model), config, adapter_name=name)
     set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted
 
