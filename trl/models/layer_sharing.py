@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
+from trl.models.patching import replaced_forwards
 
 
 def depth(model: PreTrainedModel) -> int:
@@ -70,17 +71,8 @@ def resuming(
     instead |= {encoder: _giving(given[0]) for encoder in _encoder(model)}
     if upper is not None:
         instead |= {layer: other.__call__ for layer, other in zip(layers[start:], upper, strict=True)}
-    before = {module: module.__dict__.get("forward") for module in instead}
-    for module, forward in instead.items():
-        module.forward = forward
-    try:
+    with replaced_forwards(instead):
         yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def _giving(output: Any) -> Callable:

@@ -1,4 +1,4 @@
-"""Changes to a loaded model in place: a forward that takes one more keyword, and evaluation mode for a while."""
+"""Changes to a loaded model in place: a forward that takes one more keyword, and other forwards or evaluation mode for a while."""
 
 from __future__ import annotations
 
@@ -46,6 +46,22 @@ def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None =
         model.activation_checkpointing_enable(options, **more)
     else:
         model.gradient_checkpointing_enable(options, **more)
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within it, modules have these forwards in the place of theirs."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 @contextmanager

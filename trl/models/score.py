@@ -36,7 +36,7 @@ from trl.errors import ModelError
 from trl.models.adapters import wrapped_layer
 from trl.models.attention import layer_masks
 from trl.models.layer_sharing import encoded
-from trl.models.patching import evaluating, is_patched, patch_forward, with_self
+from trl.models.patching import evaluating, is_patched, patch_forward, replaced_forwards, with_self
 from trl.models.rotary import rotate_by_own_length
 from trl.models.sharding import is_whole
 from trl.models.value_heads.auto_models import WithValueHead
@@ -273,12 +273,8 @@ def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTra
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    patched, head.forward = head.forward, lambda hidden: ramp
-    try:
-        with evaluating(model):
-            logits = model._trl_plain_forward(**inputs, use_cache=False).logits
-    finally:
-        head.forward = patched
+    with evaluating(model), replaced_forwards({head: lambda hidden: ramp}):
+        logits = model._trl_plain_forward(**inputs, use_cache=False).logits
     return torch.allclose(logits.float(), transform(ramp.float()), rtol=2e-2, atol=1e-2)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from trl.models.fused import close
 from trl.models.kept_activations import is_plain
+from trl.models.patching import replaced_forwards
 from trl.ops.triton_gate import gated, name_of
 from trl.rollouts.fused import NormKind, norm_of
 
@@ -136,17 +137,13 @@ def computes(layer: nn.Module, parts: GatedLayer) -> bool:
     def widened(hidden_states: Tensor, **_: object) -> Tensor:
         return hidden_states.repeat(1, 1, -(-wide // size))[..., :wide]
 
-    attention = parts.attention
     try:
-        with mixed:
-            attention.forward = lambda **given: (parts.out(widened(**given)), None)
+        with mixed, replaced_forwards({parts.attention: lambda **given: (parts.out(widened(**given)), None)}):
             expected = layer(x.clone())
-            attention.forward = lambda **given: (widened(**given), None)
+        with mixed, replaced_forwards({parts.attention: lambda **given: (widened(**given), None)}):
             found = parts.step(x.clone())
     except (TypeError, ValueError, AttributeError, RuntimeError):  # it asks for more than hidden states
         return False
-    finally:
-        del attention.forward
     same_type = isinstance(expected, Tensor) and expected.dtype == found.dtype
     return same_type and close(found, expected, factors=factors)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trl.models.fused import ROTATION, fits, norms_of, rotates_halves
+from trl.models.patching import replaced_forwards
 from trl.ops.products import exact_products
 from trl.ops.triton_rotary import rotate
 from trl.rollouts.fused import has_own_forward, norm_kind, norm_of
@@ -34,19 +35,12 @@ class Fusions:
     def active(self) -> Iterator[None]:
         """Within it, what was found is done by kernels, for one token per row."""
         rotations = [(file, getattr(file, ROTATION)) for file in self.files]
-        forwards = [(module, forward, vars(module).get("forward")) for module, forward in self._forwards()]
-        for module, forward, _ in forwards:
-            module.forward = forward
         for file, function in rotations:
             setattr(file, ROTATION, partial(self._rotate_one_token, function))
         try:
-            yield
+            with replaced_forwards(dict(self._forwards())):
+                yield
         finally:
-            for module, _, before in forwards:
-                if before is None:
-                    del module.forward
-                else:
-                    module.forward = before
             for file, function in rotations:
                 setattr(file, ROTATION, function)
 
