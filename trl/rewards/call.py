@@ -316,51 +316,59 @@ def _all_async(rewards: Sequence[Reward], samples: Samples) -> list[Outcome]:
     return _in_thread(lambda: asyncio.run(run()), None)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What a function did wrong with a sample."""
+
+    reason: str
+    cause: BaseException | None = None
+
+
 def _column(
     reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str
 ) -> tuple[list[float | None], list[bool]]:
     """The rewards of one function, and which samples failed."""
-    failures = _failures(reward, outcome, samples, timeout, on_error)
-    if not failures:
-        return list(map(_number, outcome)), [False] * len(samples)
-    if on_error == "stop":
-        i, (reason, cause) = next(iter(failures.items()))
-        raise RewardError(_message(reward, samples, i, reason, len(failures))) from cause
-    if isinstance(outcome, BaseException) or not _is_list(outcome) or len(outcome) != len(samples):
-        alone = [None if i in failures else _alone(reward, samples, i, timeout) for i in range(len(samples))]
-        wrong = [i in failures or not _is_one(a) for i, a in enumerate(alone)]
-        return [None if bad else _number(a[0]) for a, bad in zip(alone, wrong, strict=True)], wrong
-    values = [None if i in failures else _number(value) for i, value in enumerate(outcome)]
+    if isinstance(outcome, BaseException):
+        judged = _one_by_one(reward, outcome, samples, timeout, stops=on_error == "stop")
+    else:
+        judged = _judged(outcome, len(samples))
+    failures = {i: each for i, each in enumerate(judged) if isinstance(each, Failure)}
+    if failures and on_error == "stop":
+        i, failure = next(iter(failures.items()))
+        raise RewardError(_message(reward, samples, i, failure.reason, len(failures))) from failure.cause
+    values = [None if i in failures else each for i, each in enumerate(judged)]
     return values, [i in failures for i in range(len(samples))]
 
 
-def _is_one(outcome: Outcome | None) -> bool:
-    """Whether a sample alone was given one reward."""
-    is_list = not isinstance(outcome, BaseException) and _is_list(outcome)
-    return is_list and len(outcome) == 1 and not _wrong(outcome[0])
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-Failures = dict[int, tuple[str, BaseException | None]]
-
-
-def _failures(reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str) -> Failures:
-    """What is wrong, by sample."""
-    everything = range(len(samples))
-    if isinstance(outcome, BaseException):
-        return _raised(reward, outcome, samples, timeout, on_error)
+def _judged(outcome: Any, count: int) -> list[float | Failure | None]:
+    """The rewards of `count` samples, or what is wrong with them."""
     if not _is_list(outcome):
         reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
-        return dict.fromkeys(everything, (reason, None))
-    if len(outcome) != len(samples):
-        reason = (
-            f"gave {counted(len(outcome), 'reward')} for {counted(len(samples), 'sample')}: it has to give one each"
-        )
-        return dict.fromkeys(everything, (reason, None))
-    return {i: (wrong, None) for i, value in enumerate(outcome) if (wrong := _wrong(value))}
+        return [Failure(reason)] * count
+    if len(outcome) != count:
+        reason = f"gave {counted(len(outcome), 'reward')} for {counted(count, 'sample')}: it has to give one each"
+        return [Failure(reason)] * count
+    return [Failure(wrong) if (wrong := _wrong(v)) else None if v is None else float(v) for v in outcome]
+
+
+def _one_by_one(
+    reward: Reward, error: BaseException, samples: Samples, timeout: float | None, *, stops: bool
+) -> list[float | Failure | None]:
+    """Rewards and failures of samples on their own, after the function has failed with all; all fail where none does alone.
+
+    A sample that takes all its time, or ends its process, costs much: the first is enough to stop for, and of those that
+    can be dropped, samples after the third are not tried.
+    """
+    judged: list[float | Failure | None] = []
+    costly = 0
+    while len(judged) < len(samples) and costly < (1 if stops else MOST_COSTLY):
+        (alone,) = _outcomes([reward], samples.one(len(judged)), timeout)
+        costly += isinstance(alone, TimeoutError | ProcessEnded)
+        judged += [Failure(_reason(alone, timeout), alone)] if isinstance(alone, BaseException) else _judged(alone, 1)
+    judged += [None if stops else Failure("was not tried after others")] * (len(samples) - len(judged))
+    if any(isinstance(each, Failure) for each in judged):
+        return judged
+    return [Failure(_reason(error, timeout), error)] * len(samples)
 
 
 def _is_list(outcome: Any) -> bool:
@@ -370,40 +378,12 @@ def _is_list(outcome: Any) -> bool:
     return isinstance(outcome, Sized) and not isinstance(outcome, str | Mapping | Set)
 
 
-def _raised(reward: Reward, error: BaseException, samples: Samples, timeout: float | None, on_error: str) -> Failures:
-    """The samples with which the function fails on its own; all, where it fails with none alone.
-
-    A sample that takes all its time, or ends its process, costs much: the first is enough to stop for, and of those that
-    can be dropped, samples after the third are not tried.
-    """
-    found: Failures = {}
-    costly = 0
-    for i in range(len(samples)):
-        if costly >= (1 if on_error == "stop" else MOST_COSTLY):
-            found |= (
-                {}
-                if on_error == "stop"
-                else dict.fromkeys(range(i, len(samples)), ("was not tried after others", None))
-            )
-            break
-        (outcome,) = _outcomes([reward], samples.one(i), timeout)
-        if isinstance(outcome, BaseException):
-            found[i] = (_reason(outcome, timeout), outcome)
-            costly += isinstance(outcome, TimeoutError | ProcessEnded)
-    return found or dict.fromkeys(range(len(samples)), (_reason(error, timeout), error))
-
-
 def _reason(error: BaseException, timeout: float | None) -> str:
     if isinstance(error, TimeoutError) and timeout is not None:
         return f"took longer than {timeout:g} s"
     if isinstance(error, ProcessEnded):
         return str(error)
     return f"raised {type(error).__name__}: {error}"
-
-
-def _alone(reward: Reward, samples: Samples, i: int, timeout: float | None) -> Sequence[float | None]:
-    (outcome,) = _outcomes([reward], samples.one(i), timeout)
-    return outcome
 
 
 def _wrong(value: Any) -> str:
