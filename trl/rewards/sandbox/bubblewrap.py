@@ -105,21 +105,8 @@ class BubblewrapRunner:
         is_root = os.geteuid() == 0
         namespaces = [] if is_root else ["--unshare-user", "--uid", "0", "--gid", "0"]
         kept = [word for name in ("SYS_ADMIN", "SETUID", "SETGID", "SETFCAP") for word in ("--cap-add", f"CAP_{name}")]
-        view = [
-            "--bind",
-            "/proc",
-            "/proc",
-            "--dev-bind",
-            "/dev",
-            "/dev",
-            "--dir",
-            "/tmp",
-            "--dir",
-            "/work",
-            "--ro-bind",
-            str(INSIDE),
-            str(SCRIPTS),
-        ]
+        view = ["--bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--dir", "/tmp", "--dir", "/work"]
+        view += ["--ro-bind", str(INSIDE), str(SCRIPTS)]
         size = f"size={limits.disk}m,nr_inodes={limits.files + 2},mode=1777,nosuid,nodev"
         identity = f"--reuid {NOBODY} --regid {NOBODY} --clear-groups" if is_root else ""
         script = f'mount -t tmpfs -o {size} tmpfs /work && exec setpriv {identity} --no-new-privs "$@"'
@@ -132,16 +119,8 @@ class BubblewrapRunner:
 
     def _inner(self, contents: Mapping[str, int], code: int) -> list[str]:
         words = [os.path.realpath(self.bwrap), "--unshare-all", "--unshare-user", "--disable-userns"]
-        words += [
-            "--die-with-parent",
-            "--new-session",
-            "--seccomp",
-            str(code),
-            "--uid",
-            str(NOBODY),
-            "--gid",
-            str(NOBODY),
-        ]
+        words += ["--die-with-parent", "--new-session", "--seccomp", str(code)]
+        words += ["--uid", str(NOBODY), "--gid", str(NOBODY)]
         words += [*visible(system()), "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
         words += ["--ro-bind", str(SCRIPTS), str(SCRIPTS), "--bind", "/work", "/work", "--chdir", "/work"]
         words += [] if Path(sys.base_prefix).is_relative_to("/tmp") else ["--symlink", "/work", "/tmp"]

@@ -12,6 +12,8 @@ import sys
 from contextlib import suppress
 
 COPIES = {tuple: "tuple", set: "set", frozenset: "frozenset"}
+FROM_NAMES = {name: kind for kind, name in COPIES.items()}
+FROM_TEXT = {"bytes": bytes.fromhex, "bytearray": bytearray.fromhex, "complex": lambda parts: complex(*parts)}
 MUTABLE = (list, dict, set)
 sys.set_int_max_str_digits(0)
 
@@ -103,31 +105,11 @@ class Wire:
             plain = value["plain"]
             return Remote(self, int(value["mine"]), plain and [self.decode(plain[0])])
         ((kind, content),) = value.items()
-        return getattr(self, f"_decode_{kind}")(content)
-
-    def _decode_yours(self, number):
-        return self.owned[number]
-
-    def _decode_tuple(self, content):
-        return tuple(map(self.decode, content))
-
-    def _decode_set(self, content):
-        return set(map(self.decode, content))
-
-    def _decode_frozenset(self, content):
-        return frozenset(map(self.decode, content))
-
-    def _decode_dict(self, content):
-        return {self.decode(key): self.decode(each) for key, each in content}
-
-    def _decode_bytes(self, content):
-        return bytes.fromhex(content)
-
-    def _decode_bytearray(self, content):
-        return bytearray.fromhex(content)
-
-    def _decode_complex(self, content):
-        return complex(*content)
+        if kind == "yours":
+            return self.owned[content]
+        if kind == "dict":
+            return {self.decode(key): self.decode(each) for key, each in content}
+        return FROM_NAMES[kind](map(self.decode, content)) if kind in FROM_NAMES else FROM_TEXT[kind](content)
 
 
 def renew(given, now, decode):
@@ -199,21 +181,8 @@ class Remote:
 
 
 ON_ITEMS = ("getitem", "setitem", "delitem", "contains")
-ON_NUMBERS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "matmul",
-    "lshift",
-    "rshift",
-)
+ON_BITS = ("and", "or", "xor", "lshift", "rshift")
+ON_NUMBERS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", *ON_BITS)
 ON_ORDER = ("lt", "le", "gt", "ge", "neg", "pos", "invert")
 ON_ONE = {name: getattr(builtins, name) for name in ("len", "str", "repr", "bool", "int", "float", "next", "abs")}
 OPERATIONS = {name: getattr(operator, f"__{name}__") for name in (*ON_ITEMS, *ON_NUMBERS, *ON_ORDER, "eq")} | ON_ONE
