@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +20,7 @@ logger = logging.getLogger(__name__)
 READ = ("content", "tool_calls", "function_call", *REASONING, *ABOUT_MESSAGE)
 """Keys that templates or training read."""
 
-ABOUT_LOSS = (
-    "training",
-    "trainable",
-    "trained",
-    "train_detail",
-    "learn",
-    "loss",
-    "loss_mask",
-    "mask",
-    "masked",
-    "labels",
-)
+ABOUT_LOSS = re.compile(r"train(ing|able|ed|_detail)|learn|loss(_mask)?|mask(ed)?|labels")
 """Keys by which other tools say what is learned, each in its own way."""
 
 ALIKE = 0.8
@@ -54,7 +44,7 @@ class KeyCheck:
             self._say_role(message.get("role"))
             unread = [key for key, value in message.items() if value not in ("", [], {}) and not self._is_read(key)]
             for key in unread:
-                if key in ABOUT_LOSS:
+                if ABOUT_LOSS.fullmatch(key):
                     raise DataError(
                         f"message {i + 1} ({message.get('role')}): {key!r} is not read. Say by 'weight', 0 or 1, whether it is "
                         "learned from, or leave the key out."

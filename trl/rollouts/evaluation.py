@@ -28,17 +28,8 @@ if TYPE_CHECKING:
 
 MetricFunction = Callable[..., Mapping[str, Sequence[float]]]
 
-LISTS = frozenset(
-    (
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "constraints",
-        "eos_token_id",
-        "force_words_ids",
-        "sequence_bias",
-        "stop",
-    )
-) | {"stop_strings", "stop_token_ids", "suppress_tokens"}
+LISTS = frozenset(("begin_suppress_tokens", "constraints", "eos_token_id", "sequence_bias", "suppress_tokens"))
+LISTS |= {"bad_words_ids", "force_words_ids", "stop", "stop_strings", "stop_token_ids"}
 """Options whose value is a list by itself."""
 
 NOT_COLUMNS = ("prompt", "prompt_ids")
