@@ -153,19 +153,10 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
 
 def parts_of(mixture: DatasetMixtureConfig) -> list[Rows]:
     """The rows of each dataset of a mixture."""
-    parts = [
-        load_rows(
-            each.path,
-            name=each.name,
-            data_dir=each.data_dir,
-            data_files=each.data_files,
-            split=each.split,
-            columns=each.columns,
-            rename=each.rename,
-            streaming=mixture.streaming,
-        )
-        for each in mixture.datasets
-    ]
+    parts = []
+    for each in mixture.datasets:
+        options = {name: value for name, value in vars(each).items() if name not in ("path", "fraction")}
+        parts.append(load_rows(each.path, streaming=mixture.streaming, **options))
     return [_of_usual_size(part) for part in parts]
 
 
