@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from trl.data.layout import lay_out
+from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.models.rotary import length_dependent
+from trl.models.score import score, unwrap
 from trl.rollouts.decoders import Policy, decoder_start
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.sampler import full_config
@@ -72,15 +73,8 @@ def _rollout(
     """The completion up to its end, by the same rules as everywhere, with its log-probabilities."""
     length, reason = _end(ids, limit, stopper)
     ids = ids[:length]
-    return Rollout(tuple(ids), tuple(_logprobs(policy, prompt, ids, params).tolist()), reason)
-
-
-def _whole(policy: Policy, prompt: Prompt, more: int) -> dict[str, Tensor]:
-    """What a forward over the prompt and `more` tokens reads beside them."""
-    example = Example(prompt.ids, (Completion([0] * more),), prompt.inputs, prompt.positions, prompt.next_position)
-    inputs = lay_out([example], joins=joins_of(policy.inner.config)).inputs
-    names = [*prompt.inputs, *(["position_ids"] if prompt.positions is not None else [])]
-    return {name: inputs[name].to(policy.device) for name in names}
+    logprobs = logprobs_of(policy.model, prompt, ids, params.temperature or 1.0)
+    return Rollout(tuple(ids), tuple(logprobs.tolist()), reason)
 
 
 def _end(ids: list[int], limit: int, stopper: Stopper) -> tuple[int, FinishReason]:
@@ -90,14 +84,12 @@ def _end(ids: list[int], limit: int, stopper: Stopper) -> tuple[int, FinishReaso
     return len(ids), "length"
 
 
-def _logprobs(policy: Policy, prompt: Prompt, ids: list[int], params: SamplingParams) -> Tensor:
-    """log π [C] of the completion's tokens under the unmodified policy."""
-    if policy.inner.config.is_encoder_decoder:
-        given, start = list(prompt.ids), [decoder_start(policy.inner)]
-        inputs = {"decoder_input_ids": torch.tensor([start + ids[:-1]], device=policy.device)}
+def logprobs_of(model: nn.Module, prompt: Prompt, ids: Sequence[int], temperature: float) -> Tensor:
+    """log π [C] of a completion's tokens under the unmodified policy."""
+    inner = unwrap(model)
+    example = Example(prompt.ids, (Completion(ids),), prompt.inputs, prompt.positions, prompt.next_position)
+    if inner.config.is_encoder_decoder:
+        batch = lay_out_encoder_decoder([example], pad_token_id=0, decoder_start_token_id=decoder_start(inner))
     else:
-        given, inputs = [*prompt.ids, *ids[:-1]], _whole(policy, prompt, len(ids) - 1)
-    given = torch.tensor([given], device=policy.device)
-    logits = policy.model(input_ids=given, use_cache=False, return_dict=True, **inputs).logits
-    scaled = logits[0, -len(ids) :].float() / (params.temperature or 1)
-    return scaled.log_softmax(-1).gather(1, torch.tensor(ids, device=policy.device)[:, None]).squeeze(1)
+        batch = lay_out([example], joins=joins_of(inner.config))
+    return score(model, batch.to(next(model.parameters()).device), temperature=temperature).logprobs[0]

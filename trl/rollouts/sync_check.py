@@ -13,15 +13,14 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import nn
 
-from trl.data.layout import lay_out
 from trl.errors import EngineError
 from trl.models.patching import evaluating
-from trl.models.score import score, unwrap
+from trl.models.score import unwrap
 from trl.models.sharding import is_whole
 from trl.rollouts.engine import Prompt, Rollout
+from trl.rollouts.generate import logprobs_of
 from trl.rollouts.sampling import SamplingParams
-from trl.types import Completion, Example
-from trl.vision.families import image_token_ids, joins_of
+from trl.vision.families import image_token_ids
 
 LENGTH, TOKENS = 160, 8
 """Tokens of the prompt, and sampled ones."""
@@ -87,16 +86,12 @@ def check_images(
 @torch.no_grad()
 def _difference(model: nn.Module, prompt: Prompt, rollout: Rollout, temperature: float) -> float:
     """Mean difference per token of the rollout, as far as it is text: samplers may draw what stands for an image."""
-    config = unwrap(model).config
-    images = image_token_ids(config)
+    images = image_token_ids(unwrap(model).config)
     end = next((t for t, token in enumerate(rollout.ids) if token in images), len(rollout))
     if not end:
         return 0.0
-    completion = Completion(rollout.ids[:end])
-    example = Example(prompt.ids, (completion,), prompt.inputs, prompt.positions, prompt.next_position)
-    batch = lay_out([example], "padded", joins=joins_of(config)).to(next(model.parameters()).device)
     with evaluating(model):
-        logprobs = score(model, batch, temperature=temperature).logprobs[0]
+        logprobs = logprobs_of(model, prompt, rollout.ids[:end], temperature)
     return (logprobs.cpu() - torch.tensor(rollout.logprobs[:end])).abs().mean().item()
 
 
