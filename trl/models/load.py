@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,8 +230,14 @@ def load_processor(
 
 def has_file(name: str, file: str, **hub: Any) -> bool:
     """Whether a folder, or a repository of the hub, holds a file."""
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(name, file, **options, **hub) is not None
+    return find_file(name, file, **hub) is not None
+
+
+def find_file(name: str, file: str, **hub: Any) -> Path | None:
+    """A file of a folder, or of a repository of the hub; None where it is not there, or the hub cannot be reached."""
+    kinds = ("missing_entries", "connection_errors", "gated_repo")
+    found = cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}, **hub)
+    return None if found is None else Path(found)
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

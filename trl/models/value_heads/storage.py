@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from trl.errors import ModelError
+from trl.models.load import find_file, has_file
 from trl.models.shards import check_shards
 
 HEAD_FILE = "value_head.safetensors"
@@ -30,23 +30,23 @@ PREFIX = "v_head."
 
 def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
     """State of the value head that was saved with the model `name` (a folder, or on the hub); None without one."""
-    if (path := _find(name, HEAD_FILE, hub)) is not None:
+    if (path := find_file(name, HEAD_FILE, **hub)) is not None:
         return _read(path)
     for index, whole in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-        if (path := _find(name, index, hub)) is not None:
+        if (path := find_file(name, index, **hub)) is not None:
             check_shards(path.parent)
             shards = {
                 file for key, file in json.loads(path.read_text())["weight_map"].items() if key.startswith(PREFIX)
             }
-            return {k: v for shard in shards for k, v in _read(_find(name, shard, hub)).items()} or None
-        if (path := _find(name, whole, hub)) is not None:
+            return {k: v for shard in shards for k, v in _read(find_file(name, shard, **hub)).items()} or None
+        if (path := find_file(name, whole, **hub)) is not None:
             return _read(path) or None
     return None
 
 
 def has_value_model(name: str, hub: dict[str, Any]) -> bool:
     """Whether a network of the value's own was saved with the model `name`."""
-    return _find(name, f"{VALUE_MODEL}/{CONFIG_NAME}", hub) is not None
+    return has_file(name, f"{VALUE_MODEL}/{CONFIG_NAME}", **hub)
 
 
 def load_value_model(name: str, hub: dict[str, Any]) -> PreTrainedModel:
@@ -59,18 +59,6 @@ def without_copies(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[
     """`state`, of `model` or of what wraps it, without tied weights: gathering shards makes copies of them."""
     tied = tuple(model.all_tied_weights_keys)
     return {name: tensor for name, tensor in state.items() if not name.endswith(tied)}
-
-
-def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:
-    found = cached_file(
-        name,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-        **hub,
-    )
-    return None if found is None else Path(found)
 
 
 def _read(file: Path) -> dict[str, Tensor]:
