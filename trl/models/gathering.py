@@ -54,11 +54,11 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         )
     seen: set[int] = set()
     for prefix, module in _leaves(base):
-        for name, value in _whole_state(module):
-            if value.key not in seen:
-                seen.add(value.key)
-                yield f"{prefix}{name}", value.tensor
-            del value  # before the next weight is made whole
+        for name, owner, tensor in _whole_state(module):
+            if owner not in seen:
+                seen.add(owner)
+                yield f"{prefix}{name}", tensor
+            del tensor  # before the next weight is made whole
 
 
 def gathered_adapter(policy: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -86,15 +86,6 @@ def whole(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
 
-class _Weight:
-    """A whole tensor, and what tells the weight apart that it is of."""
-
-    __slots__ = ("key", "tensor")
-
-    def __init__(self, owner: Tensor, tensor: Tensor) -> None:
-        self.key, self.tensor = id(owner), tensor
-
-
 def _leaves(base: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Modules in order with the prefix of their weights' names; what adapters wrap is one module."""
     inside: tuple[str, ...] = ()
@@ -105,7 +96,11 @@ def _leaves(base: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
         yield f"{name}." if name else "", module
 
 
-def _whole_state(module: nn.Module) -> Iterator[tuple[str, _Weight]]:
+State = Iterator[tuple[str, int, Tensor]]
+"""Weights by name: the `id` of the tensor that each is of, and the whole of it."""
+
+
+def _whole_state(module: nn.Module) -> State:
     """The weights that stand in this module itself, or in the module that adapters have wrapped."""
     if isinstance(module, BaseTunerLayer):
         yield from _merged(module)
@@ -114,22 +109,22 @@ def _whole_state(module: nn.Module) -> Iterator[tuple[str, _Weight]]:
         copies = dict(module.modules_to_save.items())
         chosen = copies.get(module.active_adapters[0], module.original_module)
         for name, child in chosen.named_modules():
-            for own, value in _own(child):
-                yield f"{name}.{own}" if name else own, value
+            for own, owner, tensor in _own(child):
+                yield f"{name}.{own}" if name else own, owner, tensor
         return
     yield from _own(module)
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, _Weight]]:
+def _own(module: nn.Module) -> State:
     state = dict(module.named_parameters(recurse=False))
     state |= {k: v for k, v in module.named_buffers(recurse=False) if k not in module._non_persistent_buffers_set}
     for name, owner in state.items():
         with whole([owner]) as (tensor,):
-            yield name, _Weight(owner, tensor)
+            yield name, id(owner), tensor
             del tensor
 
 
-def _merged(layer: BaseTunerLayer) -> Iterator[tuple[str, _Weight]]:
+def _merged(layer: BaseTunerLayer) -> State:
     """The weights of the layer below, with those of its adapters added: a whole copy of the layer is merged, and dropped."""
     owned = list(layer.parameters())
     with whole(owned) as tensors:
@@ -141,7 +136,7 @@ def _merged(layer: BaseTunerLayer) -> Iterator[tuple[str, _Weight]]:
         twin = _copied(layer, replaced)
         twin.merge(safe_merge=False)
         for name, parameter in twin.get_base_layer().named_parameters(recurse=False):
-            yield name, _Weight(below[name], parameter.detach())
+            yield name, id(below[name]), parameter.detach()
 
 
 def _copied(layer: BaseTunerLayer, replaced: Mapping[int, nn.Parameter]) -> BaseTunerLayer:
