@@ -119,10 +119,9 @@ class LocalEngine(RolloutEngine):
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
             prompts = self._with_features(prompts)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
-            make = self._static_round if way == "paged" else self._round
             half = autocast_dtype(policy) if way == "paged" else None
             with nullcontext() if half is None else rounded(linears_of(policy.model), half):
-                return make(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
+                return self._round(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
 
     def _with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """The prompts with features in the place of pixels, where a trainer keeps such."""
@@ -134,17 +133,14 @@ class LocalEngine(RolloutEngine):
     def _round(
         self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm
     ) -> Round:
+        if way == "paged":
+            decoder = paged_decoder(policy, rows, n, self.max_tokens_alive)
+            captures = policy.device.type == "cuda"
+            return StaticRound(policy, decoder, params, stopper, self.max_tokens_alive, bar, captures=captures)
         windows = attention_windows(policy.inner) if way == "shared" else None
         decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
         sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
         return Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
-
-    def _static_round(
-        self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm
-    ) -> StaticRound:
-        decoder = paged_decoder(policy, rows, n, self.max_tokens_alive)
-        captures = policy.device.type == "cuda"
-        return StaticRound(policy, decoder, params, stopper, self.max_tokens_alive, bar, captures=captures)
 
     def _stop_tokens(self, inner: PreTrainedModel, params: SamplingParams) -> set[int]:
         stops = set(params.stop_token_ids)
