@@ -166,11 +166,8 @@ class Server:
         body = completion_body(prompts, params, n, model)
         answer = self.post("/v1/completions", body)
         asked = f"POST {self.url}/v1/completions (n={n} of {len(prompts)} prompts)"
-        try:
+        with _answer_checked(asked, answer):
             return _rollouts(answer, prompts, params, n, vocabulary, self.version)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
-            raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
 
     def complete_after_images(
         self, prompt: SentPrompt, params: SamplingParams, n: int, model: str, vocabulary: int
@@ -189,12 +186,19 @@ class Server:
             raise Refused(f"{asked}: the server does not say which tokens it made of the prompt. {IMAGES_NEED}")
         if told != list(prompt.ids):
             raise Refused(f"{asked}: {other_tokens(told, prompt.ids)}")
-        try:
+        with _answer_checked(asked, answer):
             choices = [_as_completion(choice) for choice in answer["choices"]]
             return _rollouts({"choices": choices}, [prompt.ids], params, n, vocabulary, self.version)[0]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
-            raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
+
+
+@contextmanager
+def _answer_checked(asked: str, answer: Any) -> Iterator[None]:
+    """Errors of reading an answer as one that is not what was asked for."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
 
 
 def _is_absent(error: Refused) -> bool:

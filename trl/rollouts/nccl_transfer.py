@@ -173,17 +173,7 @@ class _Left:
 
     def each(self, act: Callable[[Server], Any], servers: Sequence[Server] | None = None) -> None:
         """A step of all servers at the same time, or of some of them."""
-        errors: dict[str, BaseException] = {}
-
-        def kept(server: Server) -> None:
-            try:
-                act(server)
-            except BaseException as error:
-                errors[server.url] = error
-                raise
-
-        together(self.servers if servers is None else servers, kept)
-        self._judge(errors)
+        self._judge(together(self.servers if servers is None else servers, act))
 
     def one_by_one(self, act: Callable[[Server], Any]) -> None:
         """A step that has to be done by this thread, whose device it is."""

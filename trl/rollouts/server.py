@@ -184,7 +184,7 @@ class ServerEngine(RolloutEngine):
     def _wait_for_servers(self, model: str) -> None:
         start = said = time.monotonic()
         limit = min(CONNECT, self.start_timeout)
-        while errors := together(self.servers, lambda server: server.get("/health", timeout=limit)):
+        while errors := [*together(self.servers, lambda server: server.get("/health", timeout=limit)).values()]:
             waited = time.monotonic() - start
             if waited > self.start_timeout or not all(isinstance(error, Unreachable) for error in errors):
                 port = urlsplit(self.servers[0].url).port or 8000

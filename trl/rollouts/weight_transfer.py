@@ -84,7 +84,7 @@ class FolderTransfer:
 
         failures: list[BaseException] = []
         for attempt in range(self.retries.most + 1):
-            failures = together([server for server in servers if server.version != version], exchange)
+            failures = [*together([server for server in servers if server.version != version], exchange).values()]
             raise_unless_unreachable(failures)
             if len(failures) < len(servers) or attempt == self.retries.most:
                 break
@@ -164,10 +164,10 @@ def check_some_left(failures: Sequence[BaseException], servers: Sequence[Server]
         logger.warning("%s The other servers go on without it.", error)
 
 
-def together(servers: Sequence[Server], act: Callable[[Server], Any]) -> list[BaseException]:
-    """The errors of `act(server)`, done for all servers at the same time."""
+def together(servers: Sequence[Server], act: Callable[[Server], Any]) -> dict[str, BaseException]:
+    """The errors of `act(server)`, done for all servers at the same time, by URL."""
     if not servers:
-        return []
+        return {}
     with ThreadPoolExecutor(len(servers)) as pool:
-        futures = [pool.submit(act, server) for server in servers]
-    return [error for future in futures if (error := future.exception()) is not None]
+        futures = {server.url: pool.submit(act, server) for server in servers}
+    return {url: error for url, future in futures.items() if (error := future.exception()) is not None}
