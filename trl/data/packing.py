@@ -41,10 +41,6 @@ class Pieces:
     length: Ints
     rows: Ints
 
-    def gather(self, flat: Ints) -> Ints:
-        """The tokens of the pieces, one after the other."""
-        return flat[ranges(self.start, self.length)]
-
 
 def ranges(start: Ints, length: Ints) -> Ints:
     """start₀ … start₀+length₀−1, start₁ … : the runs one after the other."""
@@ -155,10 +151,7 @@ def _pack_table(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
                 f"{first!r}. Packing needs one value per token in every column; remove the others."
             )
     pieces = STRATEGIES[strategy](lengths[first].astype(np.int64), capacity)
-    flat = {name: column.flatten() for name, column in lists.items()}
-    return pack_columns(
-        pieces, {n: v.to_numpy(zero_copy_only=False) for n, v in flat.items()}, {n: v.type for n, v in flat.items()}
-    )
+    return pack_columns(pieces, {name: column.flatten() for name, column in lists.items()})
 
 
 def _list_column(table: pa.Table, name: str) -> pa.ListArray:
@@ -173,14 +166,11 @@ def _values(lists: pa.ListArray) -> Ints:
     return lists.flatten().to_numpy(zero_copy_only=False)
 
 
-def pack_columns(pieces: Pieces, flat: Mapping[str, Ints], types: Mapping[str, pa.DataType]) -> pa.Table:
+def pack_columns(pieces: Pieces, flat: Mapping[str, pa.Array]) -> pa.Table:
     """The packed rows: one list column per flat one, and `seq_lengths`."""
     ends = np.concatenate([[0], np.cumsum(pieces.length)])
-    bounds = pa.array(ends[pieces.rows], pa.int32())
-    columns = {
-        name: pa.ListArray.from_arrays(bounds, pa.array(pieces.gather(values), types[name]))
-        for name, values in flat.items()
-    }
+    bounds, tokens = pa.array(ends[pieces.rows], pa.int32()), pa.array(ranges(pieces.start, pieces.length))
+    columns = {name: pa.ListArray.from_arrays(bounds, values.take(tokens)) for name, values in flat.items()}
     documents = pa.ListArray.from_arrays(pa.array(pieces.rows, pa.int32()), pa.array(pieces.length, pa.int32()))
     return pa.table({**columns, "seq_lengths": documents})
 
@@ -252,7 +242,7 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
     pieces = STRATEGIES[strategy](lengths, capacity)
     mask[pieces.start[pieces.length > 0]] = False  # nothing predicts a document's first token
     pieces = _trained_pieces(pieces, mask)
-    packed = pack_columns(pieces, {"input_ids": ids, "mask": mask}, {"input_ids": pa.int32(), "mask": pa.bool_()})
+    packed = pack_columns(pieces, {"input_ids": pa.array(ids), "mask": pa.array(mask)})
     return packed if IMAGES not in table.column_names else _with_images(packed, table[IMAGES], pieces, lengths)
 
 
