@@ -148,20 +148,15 @@ def why_encoded_anew(model: PreTrainedModel, others: Sequence[PreTrainedModel] =
 
 
 def _equal(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
-    pairs = ((value, theirs.get(name)) for name, value in ours.items())
-    return len(ours) == len(theirs) and all(b is a or (b is not None and _same(a, b)) for a, b in pairs)
+    return ours.keys() == theirs.keys() and all(_same(value, theirs[name]) for name, value in ours.items())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
 
 
 def encoder_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameters of a model that reads images that are not the language model's."""
-    language = {
-        id(p)
-        for part in (model.get_decoder(), model.get_output_embeddings())
-        if part is not None
-        for p in part.parameters()
-    }
+    parts = filter(None, (model.get_decoder(), model.get_output_embeddings()))
+    language = {id(p) for part in parts for p in part.parameters()}
     return {name: p for name, p in model.base_model.named_parameters() if id(p) not in language}

@@ -122,12 +122,13 @@ def load_aesthetic_head(file: str | None) -> nn.Sequential:
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, map_location="cpu")
     )
     state = {name.removeprefix("layers."): value for name, value in state.items()}
-    first = state.get("0.weight")
-    if first is None:
+    if "0.weight" not in state:
         raise ConfigError(f"head={file!r} holds {', '.join([*state][:3])}, …: an aesthetic predictor has '0.weight'.")
-    head = aesthetic_head(first.shape[1])
-    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    if expected != {name: tuple(value.shape) for name, value in state.items()}:
-        raise ConfigError(f"head={file!r} holds other layers than an aesthetic predictor's: {', '.join(state)}.")
-    head.load_state_dict(state)
+    head = aesthetic_head(state["0.weight"].shape[1])
+    try:
+        head.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"head={file!r} holds other layers than an aesthetic predictor's: {', '.join(state)}."
+        ) from error
     return head

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -37,7 +38,6 @@ class ImageProcessing:
     family: Family
     limits: PixelLimits = field(default_factory=PixelLimits)
     _expansions: dict[tuple[int, int, bool], str] = field(default_factory=dict, repr=False)
-    _affixes: tuple[str, str] | bool | None = field(default=False, repr=False)
 
     @classmethod
     def of(cls, processor: Any, config: PreTrainedConfig, limits: PixelLimits | None = None) -> ImageProcessing | None:
@@ -132,14 +132,13 @@ class ImageProcessing:
 
     def _counted(self, size: tuple[int, int], several: bool) -> str | None:
         """The expansion from the number of its tokens alone, where expansions differ in nothing else."""
-        if self._affixes is False:
-            self._affixes = self._learn_affixes()
         if self._affixes is None or several:
             return None
         before, after = self._affixes
         return before + self.token * self._count(size) + after
 
-    def _learn_affixes(self) -> tuple[str, str] | None:
+    @cached_property
+    def _affixes(self) -> tuple[str, str] | None:
         """What stands around the tokens of every image; None where images are laid out in rows, or counts are not known."""
         if not hasattr(self.processor, "_get_num_multimodal_tokens"):
             return None
