@@ -76,11 +76,9 @@ class DataCollatorForCompletionOnlyLM:
     def __call__(self, examples: Sequence[Mapping[str, Any] | Sequence[int]]) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `attention_mask` [B, T], or `input_ids`, `labels`, `position_ids` [1, ΣT]."""
         rows = [list(e["input_ids"] if isinstance(e, Mapping) else e) for e in examples]
-        labels = [self._labels(ids, self.completion_mask(ids, row)) for row, ids in enumerate(rows)]
+        masked = [zip(ids, self.completion_mask(ids, row), strict=True) for row, ids in enumerate(rows)]
+        labels = [[token if trained else self.ignore_index for token, trained in row] for row in masked]
         return self._flattened(rows, labels) if self.padding_free else self._padded(rows, labels)
-
-    def _labels(self, ids: Sequence[int], mask: Sequence[bool]) -> list[int]:
-        return [token if trained else self.ignore_index for token, trained in zip(ids, mask, strict=True)]
 
     def _padded(self, rows: list[list[int]], labels: list[list[int]]) -> dict[str, Tensor]:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id

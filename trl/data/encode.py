@@ -282,7 +282,8 @@ def decode(row: Mapping[str, Any]) -> list[Example]:
         return _documents(row)
     ids = row.get("completion_ids", ())
     masks = row["completion_mask"] if "completion_mask" in row else [None] * len(ids)
-    signals = {name: _spread(value, len(ids)) for name, value in row.items() if _is_signal(name, value)}
+    numbers = {n: v for n, v in row.items() if n not in _LAYOUT_COLUMNS and isinstance(v, int | float | list)}
+    signals = {name: _spread(value, len(ids)) for name, value in numbers.items()}
     completions = tuple(
         Completion(ids[k], masks[k], {name: values[k] for name, values in signals.items()}) for k in range(len(ids))
     )
@@ -297,10 +298,6 @@ def inputs_of(column: Sequence[Mapping[str, Any]] | None, count: int) -> list[di
 def _inputs(values: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Inputs of a row as tensors, those left out that it has not."""
     return {name: torch.as_tensor(value) for name, value in (values or {}).items() if value is not None}
-
-
-def _is_signal(name: str, value: Any) -> bool:
-    return name not in _LAYOUT_COLUMNS and isinstance(value, int | float | list)
 
 
 def _spread(value: Any, count: int) -> Sequence[Any]:

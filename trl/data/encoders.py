@@ -108,15 +108,12 @@ def dialogue(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     rows = columns["dialogue"]
     firsts = [ids or [tokenization.start] for ids in tokenization.prompts([turns[0] for turns in rows])]
     pieces = iter(tokenization.following(rows))
-    turn_ids = [[first, *(next(pieces) for _ in turns[1:])] for first, turns in zip(firsts, rows, strict=True)]
-    trees = [_turns(first, others) for first, *others in (_ended(ids, tokenization) for ids in turn_ids)]
+    others = [[next(pieces) for _ in turns[1:]] for turns in rows]
+    ended = [[*turns[:-1], *tokenization.append_eos(turns[-1:])] for turns in others]
+    trees = [_turns(first, turns) for first, turns in zip(firsts, ended, strict=True)]
     if tokenization.settings.completion_only_loss is False and not tokenization.settings.encoder_decoder:
         return [Tree([], [whole := tree.prompt + tree.completions[0]], [[True] * len(whole)]) for tree in trees]
     return trees
-
-
-def _ended(turns: list[list[int]], tokenization: Tokenization) -> list[list[int]]:
-    return [*turns[:-1], *tokenization.append_eos([turns[-1]])]
 
 
 def _turns(prompt: list[int], others: list[list[int]]) -> Tree:

@@ -92,7 +92,9 @@ def detect_kind(
             f"The columns {pictures} hold images, and a tokenizer reads none: give the model's processor as "
             f"processing_class. To train on the texts alone: dataset.remove_columns({pictures})."
         )
-    kinds = {kind: _with_text_field(KINDS[kind], text_field) for kind in KINDS if allowed is None or kind in allowed}
+    kinds = {kind: needs for kind, needs in KINDS.items() if allowed is None or kind in allowed}
+    if "language_modeling" in kinds:
+        kinds["language_modeling"] = tuple((text_field,) if n == (TEXT,) else n for n in kinds["language_modeling"])
     if "language_modeling" in kinds and present & set(chosen_fields(text_field)) and "input_ids" not in present:
         return "language_modeling"
     for kind, alternatives in kinds.items():
@@ -105,10 +107,6 @@ def detect_kind(
 def chosen_fields(text_field: str) -> tuple[str, ...]:
     """The column that was asked for as that of the text: it counts before all others; none where it is the usual one."""
     return () if text_field == TEXT else (text_field,)
-
-
-def _with_text_field(alternatives: tuple[tuple[str, ...], ...], text_field: str) -> tuple[tuple[str, ...], ...]:
-    return tuple((text_field,) if needed == ("text",) else needed for needed in alternatives)
 
 
 def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]], other: str | None) -> str:

@@ -42,7 +42,8 @@ class KeyCheck:
         """Raises DataError for a key that was meant to be another, or to say what is learned."""
         for i, message in enumerate(messages):
             self._say_role(message.get("role"))
-            unread = [key for key, value in message.items() if value not in ("", [], {}) and not self._is_read(key)]
+            said = [key for key, value in message.items() if value not in ("", [], {}) and key not in READ]
+            unread = [key for key in said if key not in self.said and not reads_key(self.source, key)]
             for key in unread:
                 if ABOUT_LOSS.fullmatch(key):
                     raise DataError(
@@ -55,9 +56,6 @@ class KeyCheck:
                         "it, or leave it out."
                     )
             self._say_keys(unread)
-
-    def _is_read(self, key: str) -> bool:
-        return key in READ or key in self.said or reads_key(self.source, key)
 
     def _say_keys(self, unread: Sequence[str]) -> None:
         if unread:

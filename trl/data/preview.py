@@ -40,7 +40,8 @@ def preview_examples(
     console.print(_legend(coloured))
     tokens = trained = count = 0
     for count, example in enumerate(examples, start=1):
-        console.print(Rule(_heading(count, example), style="dim", align="left"))
+        heading = Text(f"row {count}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
+        console.print(Rule(heading, style="dim", align="left"))
         for block in _blocks(example, _Decoder(tokenizer, image_token), coloured):
             console.print(block)
         tokens, trained = tokens + example.tokens, trained + _trained(example)
@@ -64,10 +65,6 @@ def _legend(coloured: bool) -> Text:
         return Text(f"{OPEN}trained{CLOSE} ignored  ↵ line end")
     parts = [("trained", TRAINED), "  ", ("ignored", IGNORED), "  ", (" special ", SPECIAL), "  ↵ line end"]
     return Text.assemble(*parts)
-
-
-def _heading(number: int, example: Example) -> Text:
-    return Text(f"row {number}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
 
 
 def _trained(example: Example) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.data.columns import Columns
 from trl.data.encoders import ENCODERS
-from trl.data.formats import COLUMNS_READ, PICTURES
+from trl.data.formats import COLUMNS_READ, PICTURES, TEXT
 from trl.data.multimodal import FEATURE, IMAGES, STORED, decoded, place_images, stored
 from trl.data.prepacked import documents_of
 from trl.data.tokenization import Tokenization
@@ -67,7 +67,8 @@ class RowEncoder:
         settings = self.settings
         keep = {*settings.keep_columns, INPUTS} if has_inputs else {*settings.keep_columns}
         pictures = set() if tokenization.images is None else PICTURES
-        wanted = self._needed() | {*keep, *settings.token_signals} | pictures
+        text = {settings.text_field} if kind == "language_modeling" else set()
+        wanted = ({*COLUMNS_READ[kind]} - {TEXT}) | text | {*keep, *settings.token_signals} | pictures
         self.columns = [name for name in columns if name in wanted]
         self.unread = tuple(name for name in columns if name not in wanted)
         self.kept = [name for name in self.columns if name in keep - pictures]
@@ -82,10 +83,6 @@ class RowEncoder:
             raise DataError(
                 f"The rows came packed, several documents in one, and {reads} one example: give the documents as rows."
             )
-
-    def _needed(self) -> set[str]:
-        text = {self.settings.text_field} if self.kind == "language_modeling" else set()
-        return {name for name in COLUMNS_READ[self.kind] if name != "text"} | text
 
     def _is_masked(self) -> bool:
         if self.kind == "tokenized":
@@ -112,7 +109,8 @@ class RowEncoder:
             self._check_limits(cut, columns, lengths)
             return self._table(trees, cut, columns, documents=lengths)
         cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
-        left = [_emptied(tree) if shorter is None else shorter for tree, shorter in zip(trees, cut, strict=True)]
+        pairs = zip(trees, cut, strict=True)
+        left = [tree.sliced(slice(0), [slice(0)] * len(tree.completions)) if c is None else c for tree, c in pairs]
         self._check_limits(left, columns)
         kept = replace(columns, values={**columns.values, **given.values})
         return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
@@ -187,7 +185,7 @@ class RowEncoder:
     ) -> pa.Table:
         trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
-        statuses = self._statuses(trees, trained, overlong or [False] * len(trees))
+        statuses = [*map(self._status, trees, trained, overlong or [False] * len(trees))]
         if self.settings.needs_prompt:
             check_prompts(trees, statuses, columns)
         values = {
@@ -233,11 +231,9 @@ class RowEncoder:
     def _unpredicted(self, tree: Tree) -> int:
         return int(not self.settings.encoder_decoder and not tree.prompt)
 
-    def _statuses(self, trees: list[Tree], trained: list[list[int]], overlong: Sequence[bool]) -> list[int]:
-        rows = zip(trees, trained, overlong, strict=True)
-        return [OVERLONG if too_long else self._status(tree, tokens) for tree, tokens, too_long in rows]
-
-    def _status(self, tree: Tree, trained: list[int]) -> int:
+    def _status(self, tree: Tree, trained: list[int], is_overlong: bool) -> int:
+        if is_overlong:
+            return OVERLONG
         if 0 in trained:
             return UNSCORED
         return IDENTICAL if len(trained) == 2 and tree.completions[0] == tree.completions[1] else KEPT
@@ -263,10 +259,6 @@ def check_prompts(trees: Sequence[Tree], statuses: Sequence[int], columns: Colum
                 " has no prompt: the column 'prompt' is empty, or there is none and chosen and rejected have no beginning in "
                 "common. Give every row a prompt, or leave such rows out.",
             )
-
-
-def _emptied(tree: Tree) -> Tree:
-    return tree.sliced(slice(0), [slice(0)] * len(tree.completions))
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

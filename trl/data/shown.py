@@ -88,7 +88,8 @@ class ShownCheck:
             return None
         for k, call in enumerate(calls):
             rest = [*calls[:k], *calls[k + 1 :]]
-            fewer = {**message, "tool_calls": rest} if rest else _without(message, "tool_calls")
+            others = {name: value for name, value in message.items() if name != "tool_calls"}
+            fewer = {**others, "tool_calls": rest} if rest else others
             bare = {**message, "tool_calls": [*calls[:k], _without_arguments(call), *calls[k + 1 :]]}
             for changed in (fewer, bare):
                 if changed != message and self._same(text, [*messages[:i], changed, *messages[i + 1 :]], render):
@@ -120,10 +121,6 @@ class ShownCheck:
         remedy = f"It reads {' and '.join(read)}: write the reasoning there." if read else ""
         what = "reasoning" if key == "content" else key
         raise self._error(i, messages[i], what, thought, remedy)
-
-
-def _without(message: Message, key: str) -> dict[str, Any]:
-    return {name: value for name, value in message.items() if name != key}
 
 
 def _without_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

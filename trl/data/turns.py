@@ -159,7 +159,8 @@ class TurnFinder:
         if self.text.startswith(bare) and prompt.startswith(bare):
             return self._after_header(prompt, len(bare), len(bare))
         place = self._anchor(before, prompt, add_generation_prompt=True)
-        if place is None or not (_has_answer(before) or self.borders.is_found(self.text[place[1] :])):
+        follows_answer = any(message["role"] == "assistant" for message in before)
+        if place is None or not (follows_answer or self.borders.is_found(self.text[place[1] :])):
             return None
         here, there = place
         if self.text.startswith(prompt[here:], there):
@@ -246,10 +247,6 @@ class TurnFinder:
 
 def _after_blank(text: str, at: int) -> int:
     return len(text) - len(text[at:].lstrip())
-
-
-def _has_answer(messages: Messages) -> bool:
-    return any(message["role"] == "assistant" for message in messages)
 
 
 def _changed(message: Message) -> Iterator[dict[str, Any]]:

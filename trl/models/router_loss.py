@@ -122,14 +122,11 @@ def _check_formula(model: PreTrainedModel, top_k: int) -> None:
     probabilities = logits.softmax(-1)
     weights = torch.tensor([1.0, 1, 1, 1, 1, 0])
     layers = (probabilities, probabilities.flip(0))
-    share = sum((weights[:, None] * _chosen(each, top_k)).sum(0) for each in layers) / 10
+    chosen = (torch.zeros_like(each).scatter(1, each.topk(top_k, dim=-1).indices, 1.0) for each in layers)
+    share = sum(weights @ each for each in chosen) / 10
     mean = sum(weights @ each for each in layers) / 10
     if not torch.allclose(torch.as_tensor(expected), logits.shape[1] * (share * mean).sum(), atol=1e-5):
         raise ConfigError(_refusal(model, None, "its load-balancing loss is not that of Switch Transformers"))
-
-
-def _chosen(probabilities: Tensor, top_k: int) -> Tensor:
-    return torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k, dim=-1).indices, 1.0)
 
 
 def _refusal(model: PreTrainedModel, coefficient: float | None, why: str) -> str:

@@ -111,7 +111,10 @@ class get_regex_reward:
     __name__ = "regex_reward"
 
     def __post_init__(self) -> None:
-        _check_pattern(self.pattern)
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}.") from error
 
     def __call__(self, completions: Sequence[Completion], **_: Any) -> list[float]:
         compiled = re.compile(self.pattern, re.DOTALL)
@@ -163,13 +166,6 @@ def _refuse(constant: str) -> None:
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value}: give a number of tokens, at least 1.")
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}.") from error
 
 
 DESCRIPTIVE = ("$schema", "$id", "$defs", "$comment", "title", "description", "default", "examples", "format")

@@ -99,7 +99,8 @@ class Dispatch(Generic[T, A]):
                 answer = self.ask(server, self.requests[number])
             except Unreachable as error:
                 self._put_back(number, server, error)
-                self._rest(self.retries.backoff * 2**failed)
+                with self._changed:
+                    self._changed.wait_for(self._is_over, timeout=self.retries.backoff * 2**failed)
                 failed += 1
             except BaseException as error:  # raised again by the thread that waits
                 with self._changed:
@@ -124,7 +125,3 @@ class Dispatch(Generic[T, A]):
             self._failures[server.url] = error
             self._waiting.append(number)
             self._changed.notify_all()
-
-    def _rest(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(self._is_over, timeout=seconds)

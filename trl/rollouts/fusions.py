@@ -52,7 +52,7 @@ class Fusions:
                 yield linear, partial(products.product, number)
         for layer, parts in self.layers:
             yield layer, parts.step
-            yield parts.out, _unchanged
+            yield parts.out, lambda x: x  # the step makes this product itself
 
     def _rotate_one_token(
         self,
@@ -71,11 +71,6 @@ class Fusions:
         if rest or options or query.shape[2] != 1 or not fits(query, key, cos):
             return plain(query, key, cos, sin, *rest, **options)
         return rotate(query, key, cos, sin, dtype=self.dtype)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    """What is put in the place of a product that the layer's step makes itself."""
-    return x
 
 
 def files_that_rotate(model: nn.Module, device: torch.device) -> list[Any]:

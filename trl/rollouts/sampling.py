@@ -255,23 +255,12 @@ def _draw_sorted(probabilities: Tensor, tokens: Tensor, params: SamplingParams, 
     return tokens.gather(1, _search(probabilities * kept, u)).squeeze(1)
 
 
-def _draw_top_k(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
-    best = scaled.topk(min(params.top_k, scaled.shape[1]))
-    return _draw_sorted(best.values.softmax(-1), best.indices, params, u)
-
-
-def _draw_top_p(scaled: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool) -> Tensor:
-    probabilities = scaled.softmax(-1)
-    best = probabilities.topk(min(NUCLEUS, scaled.shape[1])) if may_wait else None
-    if best is None or bool((best.values.double().sum(-1) < params.top_p).any()):
+def _falling(probabilities: Tensor, top_p: float, *, may_wait: bool) -> Any:
+    """Values and tokens `[B,K]` in falling order that hold the nucleus."""
+    best = probabilities.topk(min(NUCLEUS, probabilities.shape[1])) if may_wait else None
+    if best is None or bool((best.values.double().sum(-1) < top_p).any()):
         best = probabilities.sort(dim=-1, descending=True, stable=True)
-    return _draw_sorted(best.values, best.indices, params, u)
-
-
-def _draw_min_p(scaled: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
-    probabilities = scaled.softmax(-1)
-    floor = params.min_p * probabilities.amax(-1, keepdim=True)
-    return inverse_cdf(probabilities.masked_fill(probabilities < floor, 0), u)
+    return best
 
 
 def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = True) -> Tensor:
@@ -283,10 +272,16 @@ def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = 
         return logits.argmax(-1)
     scaled = logits if params.temperature == 1 else logits / params.temperature
     if params.top_k:
-        return _draw_top_k(scaled, params, u)
+        best = scaled.topk(min(params.top_k, scaled.shape[1]))
+        return _draw_sorted(best.values.softmax(-1), best.indices, params, u)
+    probabilities = scaled.softmax(-1)
     if params.top_p < 1:
-        return _draw_top_p(scaled, params, u, may_wait=may_wait)
-    return _draw_min_p(scaled, params, u) if params.min_p else inverse_cdf(scaled.softmax(-1), u)
+        best = _falling(probabilities, params.top_p, may_wait=may_wait)
+        return _draw_sorted(best.values, best.indices, params, u)
+    if params.min_p:
+        floor = params.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < floor, 0)
+    return inverse_cdf(probabilities, u)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

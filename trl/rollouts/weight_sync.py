@@ -44,17 +44,14 @@ def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[
             p.requires_grad and "lora_" not in name for name, p in base_of(policy).named_parameters()
         ),
         "it adapts what reads images, which vLLM's adapters do not": not all(server.is_own for server in servers)
-        and any("lora_" in name for name in _parameters_of_images(base_of(policy))),
+        and bool(image_token_ids(policy.config))
+        and any("lora_" in name for name in encoder_parameters(base_of(policy))),
         "a server takes no adapters (--enable-lora)": not all(server.takes_adapters for server in servers),
         "its rank is above a server's --max-lora-rank": any(
             server.max_lora_rank is not None and config.r > server.max_lora_rank for server in servers
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _parameters_of_images(model: PreTrainedModel) -> list[str]:
-    return list(encoder_parameters(model)) if image_token_ids(model.config) else []
 
 
 def write_weights(model: nn.Module, folder: Path | None) -> None:

@@ -128,7 +128,8 @@ def read_image(value: Any, limits: PixelLimits) -> Image.Image:
     finally:
         if image is not value:
             image.close()
-    return _within(upright, limits)
+    height, width = limits.size(upright.height, upright.width)
+    return upright if (width, height) == upright.size else upright.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _name_of(value: Any) -> str:
@@ -154,8 +155,3 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _within(image: Image.Image, limits: PixelLimits) -> Image.Image:
-    height, width = limits.size(image.height, image.width)
-    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)

@@ -33,34 +33,25 @@ NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "l
 """Arguments of a policy's forward that are about its head or its cache: other networks are not given them."""
 
 
-def _normal(summary: nn.Linear, spread: float) -> None:
-    nn.init.normal_(summary.weight, mean=0.0, std=spread)
-    nn.init.zeros_(summary.bias)
-
-
-def _as_linear(summary: nn.Linear, spread: float) -> None:
-    """The start that `nn.Linear` has given itself."""
-
-
-INIT_STRATEGIES = {None: _as_linear, "normal": _normal}
-
-
 @dataclass(frozen=True)
 class HeadOptions:
-    """Probability of dropout before the linear map, how that starts (`INIT_STRATEGIES`), and the spread of a normal start."""
+    """Probability of dropout before the linear map, how that starts ("normal", or as `nn.Linear` does), and the spread of a
+    normal start."""
 
     dropout: float = 0.1
     init_strategy: str | None = None
     initializer_range: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.init_strategy not in INIT_STRATEGIES:
-            raise ConfigError(unknown("v_head_init_strategy", str(self.init_strategy), map(str, INIT_STRATEGIES)))
+        if self.init_strategy not in (None, "normal"):
+            raise ConfigError(unknown("v_head_init_strategy", str(self.init_strategy), ["None", "normal"]))
 
     def linear(self, hidden_size: int, dtype: torch.dtype) -> nn.Linear:
         """A new map from a hidden state to one number, for a model of that type: in float32 where that is less precise."""
         made = nn.Linear(hidden_size, 1, dtype=torch.promote_types(dtype, torch.float32))
-        INIT_STRATEGIES[self.init_strategy](made, self.initializer_range)
+        if self.init_strategy == "normal":
+            nn.init.normal_(made.weight, mean=0.0, std=self.initializer_range)
+            nn.init.zeros_(made.bias)
         return made
 
 
