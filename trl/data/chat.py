@@ -27,7 +27,6 @@ from trl.data.json_text import decoded
 from trl.data.message_keys import KeyCheck
 from trl.data.messages import check_contents, contents_as_parts, is_trained, tidy_messages, without_none
 from trl.data.shown import ShownCheck
-from trl.data.tokens import TextEncoder
 from trl.data.tool_calls import arguments_as_text, tools_of
 from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
 from trl.errors import ConfigError, DataError, suggest
@@ -288,23 +287,6 @@ def _row_options(row: Row) -> dict[str, Any]:
     if not isinstance(options or {}, Mapping):
         raise DataError(f"column 'chat_template_kwargs': expected a mapping, found a {type(options).__name__}.")
     return dict(options or {})
-
-
-def render_chat(
-    messages: Messages,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: Tools | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[int], list[bool]]:
-    """The token ids [T] of a conversation and the mask [T] of those that the assistant wrote.
-
-    Raises ConfigError when there is no chat template, DataError for one in which the assistant's part cannot be found.
-    """
-    template = ChatTemplate(tokenizer, tools=tools, template_kwargs=template_kwargs)
-    text, spans = template.assistant_spans(tidy_messages(messages))
-    ids, masks = TextEncoder(tokenizer).masked([text], [spans])
-    return ids[0], masks[0]
 
 
 def apply_chat_template(
