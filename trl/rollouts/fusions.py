@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.models.fused import ROTATION, fits, norms_of, rotates_halves
+from trl.models.fused import ROTATION, files_of, fits, norms_of, rotates_halves
 from trl.models.patching import replaced_forwards
 from trl.ops.products import exact_products
 from trl.ops.triton_rotary import rotate
@@ -75,5 +74,5 @@ class Fusions:
 
 def files_that_rotate(model: nn.Module, device: torch.device) -> list[Any]:
     """Files of `transformers` whose function rotates as `rotate` does."""
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    files = files_of(model)
     return [file for file in files if hasattr(file, ROTATION) and rotates_halves(getattr(file, ROTATION), device)]

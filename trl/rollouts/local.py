@@ -50,7 +50,7 @@ from trl.rollouts.loop import Round, StaticRound
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
 from trl.rollouts.stopping import Stopper
 from trl.types import Example
 from trl.vision.families import image_token_ids
@@ -108,7 +108,8 @@ class LocalEngine(RolloutEngine):
         policy = guided(unwrap(self.model), self.model, params)
         rotate_by_own_length(policy.inner)
         params = with_banned(with_seed(params), image_token_ids(policy.inner.config))
-        stopper = Stopper(params, self._stop_tokens(policy.inner, params), self.tokenizer)
+        stops = with_stop_tokens(params, policy.inner, self.tokenizer).stop_token_ids
+        stopper = Stopper(params, stops, self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         bar = self._bar(len(prompts) * n)
         plain = torch.compiler.set_stance("force_eager")  # compiled layers are for training's shapes
@@ -141,16 +142,6 @@ class LocalEngine(RolloutEngine):
         decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
         sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
         return Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
-
-    def _stop_tokens(self, inner: PreTrainedModel, params: SamplingParams) -> set[int]:
-        stops = set(params.stop_token_ids)
-        if params.ignore_eos:
-            return stops
-        eos = inner.generation_config.eos_token_id
-        stops |= set(eos) if isinstance(eos, list) else {eos}
-        if self.tokenizer is not None:
-            stops.add(self.tokenizer.eos_token_id)
-        return stops - {None}
 
     def _bar(self, samples: int) -> tqdm:
         return tqdm(

@@ -36,13 +36,6 @@ def pages_for(tokens: int, page: int) -> int:
     return -(-tokens // page)
 
 
-def find_fusions(policy: Policy) -> Fusions:
-    """What of the policy's steps can be done by kernels of Triton, which is not everywhere."""
-    from trl.rollouts.fusions import Fusions
-
-    return Fusions(policy.inner, policy.device)
-
-
 @dataclass(slots=True)
 class Held:
     """A prompt whose keys are in the cache: its pages, and samples that have not ended."""
@@ -79,7 +72,11 @@ class PagedDecoder:
         rows = max(1, min(len(expected), self.pages.count // min(own)))
         self.cache = PagedCache(windows, self.pages.count, page=page, kernels=kernels)
         self.configs = policy.configs
-        self.fusions = find_fusions(policy) if kernels else None
+        self.fusions: Fusions | None = None
+        if kernels:  # of Triton, which is not everywhere
+            from trl.rollouts.fusions import Fusions
+
+            self.fusions = Fusions(policy.inner, policy.device)
         self.rows: list[Sample] = []
         self.own: list[list[int]] = []
         self.prompts: dict[int, Held] = {}

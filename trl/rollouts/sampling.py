@@ -26,7 +26,7 @@ from torch import Tensor
 from trl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 BLOCK = 256
 """Tokens whose probabilities are summed before a block is searched for the sampled one."""
@@ -181,6 +181,17 @@ def _check_mask(mask: Tensor | None) -> None:
 def with_seed(params: SamplingParams) -> SamplingParams:
     """The parameters with a seed: the given one, or the next number of torch's random state."""
     return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ()).item()))
+
+
+def with_stop_tokens(params: SamplingParams, base: Any, tokenizer: PreTrainedTokenizerBase | None) -> SamplingParams:
+    """The parameters with the end-of-sequence tokens of model and tokenizer said, where those end a completion."""
+    if params.ignore_eos:
+        return params
+    eos = base.generation_config.eos_token_id
+    found = {*params.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
+    if tokenizer is not None:
+        found.add(tokenizer.eos_token_id)
+    return replace(params, stop_token_ids=tuple(sorted(found - {None})))
 
 
 def with_banned(params: SamplingParams, tokens: Iterable[int]) -> SamplingParams:

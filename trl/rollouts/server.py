@@ -34,7 +34,7 @@ from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
 from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.waits import SAY_EVERY, spoken_of
@@ -348,17 +348,6 @@ def _rank() -> int:
 def _seed(seed: int, start: int) -> int:
     """A seed for the prompts from `start` on; the given one for the first."""
     return seed if start == 0 else (seed * 0x9E3779B97F4A7C15 + start * 0xBF58476D1CE4E5B9) % 2**62
-
-
-def with_stop_tokens(params: SamplingParams, base: Any, tokenizer: PreTrainedTokenizerBase | None) -> SamplingParams:
-    """The parameters with the end-of-sequence tokens of model and tokenizer said, where those end a completion."""
-    if params.ignore_eos:
-        return params
-    eos = base.generation_config.eos_token_id
-    found = {*params.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
-    if tokenizer is not None:
-        found.add(tokenizer.eos_token_id)
-    return replace(params, stop_token_ids=tuple(sorted(found - {None})))
 
 
 def check_parameters(params: SamplingParams) -> None:

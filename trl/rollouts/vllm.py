@@ -29,8 +29,8 @@ from trl.rollouts.connection import BANNED, other_tokens, sampling_body
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.logprob_modes import tells_policy
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed
-from trl.rollouts.server import check_parameters, with_stop_tokens
+from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
+from trl.rollouts.server import check_parameters
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.weight_folders import WeightFolders, default_root
 from trl.rollouts.weight_sync import publish, write_weights
