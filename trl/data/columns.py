@@ -53,8 +53,8 @@ class Columns:
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, str):
                 raise self.error(k, name, f"expected a string, found {describe(value)}.")
-            if (place := surrogate_in(value)) is not None:
-                raise self.error(k, name, f"{value[place]!r} at place {place + 1} is half a character, and no text.")
+            if wrong := half_character(value):
+                raise self.error(k, name, wrong)
         return self.values[name]
 
     def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
@@ -102,36 +102,28 @@ class Columns:
         except DataError as error:
             raise self.error(k, name, str(error)) from error
         for i, message in enumerate(chat):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                expected = 'expected {"role": …, "content": …}'
-                raise self.error(k, name, f"message {i + 1}: {expected}, found {describe(value[i])}.")
-            if isinstance(message.get("content"), list) and self.images is None:
-                found = describe(message["content"])
-                raise self.error(
-                    k, name, f"message {i + 1}: content has to be text, or parts of type text; found {found}."
-                )
-            content = message.get("content")
-            if isinstance(content, str) and (place := surrogate_in(content)) is not None:
-                raise self.error(
-                    k,
-                    name,
-                    f"message {i + 1}: {content[place]!r} at place {place + 1} is half a character, and no text.",
-                )
+            if wrong := self._wrong(message, value[i]):
+                raise self.error(k, name, f"message {i + 1}: {wrong}")
         return chat
+
+    def _wrong(self, message: Any, given: Any) -> str:
+        """What is wrong with a message, which came as `given`; empty if nothing is."""
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f'expected {{"role": …, "content": …}}, found {describe(given)}.'
+        content = message.get("content")
+        if isinstance(content, list) and self.images is None:
+            return f"content has to be text, or parts of type text; found {describe(content)}."
+        return half_character(content) if isinstance(content, str) else ""
 
     def numbers(self, name: str) -> Sequence[Sequence[int]]:
         """A column of lists of integers."""
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, list):
                 raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
-            self._check_integers(k, name, value)
+            if value and np.asarray(value, dtype=object if None in value else None).dtype.kind not in "bi":
+                i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
+                raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i + 1}.")
         return self.values[name]
-
-    def _check_integers(self, k: int, name: str, value: list[Any]) -> None:
-        if not value or np.asarray(value, dtype=object if None in value else None).dtype.kind in "bi":
-            return
-        i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
-        raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i + 1}.")
 
     def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
         """A column of token ids of a vocabulary of that size."""
@@ -164,13 +156,13 @@ class Columns:
         return results
 
 
-def surrogate_in(text: str) -> int | None:
-    """The place of a lone surrogate in a text; None if there is none."""
+def half_character(text: str) -> str:
+    """What is wrong with a text that holds a lone surrogate; empty for any other."""
     try:
         text.encode()
-        return None
     except UnicodeEncodeError as error:
-        return error.start
+        return f"{text[error.start]!r} at place {error.start + 1} is half a character, and no text."
+    return ""
 
 
 def describe(value: Any) -> str:

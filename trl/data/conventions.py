@@ -56,7 +56,7 @@ INSTRUCTED = "### Instruction:\n{asked}\n\n### Response:\n"
 
 @dataclass(frozen=True)
 class Convention:
-    """How rows of another tool are read: the columns that are used, and what is made of them."""
+    """How rows of another tool are read: the columns that are used where they are there, and what is made of them."""
 
     name: str
     uses: tuple[str, ...]
@@ -79,7 +79,8 @@ def in_known_columns(
     convention = recognise(first, columns, has_template=has_template, prompts_only=prompts_only, text_field=text_field)
     if convention is None:
         return rows
-    logger.info(f"The columns {list(convention.uses)} are read as {convention.name}.")
+    uses = [name for name in convention.uses if name in columns]
+    logger.info(f"The columns {uses} are read as {convention.name}.")
 
     def convert(row: Row, number: int) -> dict[str, Any]:
         try:
@@ -88,7 +89,7 @@ def in_known_columns(
             raise RowError(number, f", {error}") from error
 
     shown = {"desc": "Reading columns"} if isinstance(rows, Dataset) else {}
-    return rows.map(convert, with_indices=True, remove_columns=list(convention.uses), **shown)
+    return rows.map(convert, with_indices=True, remove_columns=uses, **shown)
 
 
 def recognise(
@@ -116,11 +117,11 @@ def recognise(
         return Convention("OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), _openai_pair)
     if has_pair and isinstance(first["chosen"], Mapping):
         source = chat or asked
-        return None if source is None else _pairs_of_messages(source, present)
+        return None if source is None else _pairs_of_messages(source)
     if has_pair and asked is None and has_template and _is_hh(first["chosen"]) and _is_hh(first["rejected"]):
         return Convention("dialogues of one text (HH)", PAIR, _hh)
     if KTO in present and (chat or (asked and answer)):
-        return _labelled(chat, present) if chat else _questions(asked, present, has_template, (answer, KTO))
+        return _labelled(chat) if chat else _questions(asked, present, has_template, (answer, KTO))
     if has_pair and asked in (None, "prompt"):
         return _pairs_with_system(present) if has_system else None
     if has_pair:
@@ -128,7 +129,7 @@ def recognise(
     if (asked, answer) == ("prompt", "completion"):
         return _questions(asked, present, has_template, (answer,)) if _beside(asked, present) else None
     if chat is not None:
-        return _with_system(chat, present) if has_system or chat == "conversation" else None
+        return _with_system(chat) if has_system or chat == "conversation" else None
     return None if asked is None or answer is None else _questions(asked, present, has_template, (answer,))
 
 
@@ -229,15 +230,14 @@ def _label(value: Any) -> bool:
 # ---- conversations ----
 
 
-def _pairs_of_messages(source: str, present: Collection[str]) -> Convention:
+def _pairs_of_messages(source: str) -> Convention:
     """What was said before, and two messages of which the first is the better."""
-    uses = tuple(name for name in (source, *PAIR, *SYSTEMS) if name in present)
 
     def convert(row: Row) -> dict[str, Any]:
         before = _conversation(row[source]) or [{"role": "user", "content": _text(row, source)}]
         return {"prompt": _opened(row, before), **{name: tidy_messages([row[name]]) for name in PAIR}}
 
-    return Convention("preferences between messages (LLaMA-Factory, axolotl)", uses, convert)
+    return Convention("preferences between messages (LLaMA-Factory, axolotl)", (source, *PAIR, *SYSTEMS), convert)
 
 
 def _pairs_with_system(present: Collection[str]) -> Convention:
@@ -252,23 +252,22 @@ def _pairs_with_system(present: Collection[str]) -> Convention:
         pair = maybe_extract_prompt(given | {name: tidy_messages(given[name]) for name in PAIR})
         return {**pair, "prompt": _opened(row, pair["prompt"])}
 
-    return Convention("pairs with their system prompt", (*made, *(n for n in SYSTEMS if n in present)), convert)
+    return Convention("pairs with their system prompt", (*made, *SYSTEMS), convert)
 
 
-def _labelled(chat: str, present: Collection[str]) -> Convention:
+def _labelled(chat: str) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
         messages = _conversation(_opened(row, row[chat]))
         return {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row[KTO])}
 
-    return Convention("conversations with a label", tuple(n for n in (chat, KTO, *SYSTEMS) if n in present), convert)
+    return Convention("conversations with a label", (chat, KTO, *SYSTEMS), convert)
 
 
-def _with_system(chat: str, present: Collection[str]) -> Convention:
+def _with_system(chat: str) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
         return {"messages": _opened(row, row[chat])}
 
-    uses = tuple(name for name in (chat, *SYSTEMS) if name in present)
-    return Convention("conversations with their system prompt", uses, convert)
+    return Convention("conversations with their system prompt", (chat, *SYSTEMS), convert)
 
 
 def _system(row: Row) -> str:
