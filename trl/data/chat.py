@@ -120,17 +120,14 @@ class ChatTemplate:
         Raises DataError when the template refuses the messages.
         """
         try:
-            return self._rendered(messages, row, mark=mark, **options)
+            try:
+                return self._rendered(messages, row, mark=mark, **options)
+            except TypeError:  # some templates join arguments of tool calls to text
+                if (written := arguments_as_text(messages)) == list(messages):
+                    raise
+                return self._rendered(written, row, mark=mark, **options)
         except DataError:
             raise
-        except TypeError as error:  # some templates join arguments of tool calls to text
-            written = arguments_as_text(messages)
-            if written == list(messages):
-                raise self._cannot_render(messages, error) from error
-            try:
-                return self._rendered(written, row, mark=mark, **options)
-            except TEMPLATE_ERRORS as error:
-                raise self._cannot_render(messages, error) from error
         except TEMPLATE_ERRORS as error:
             raise self._cannot_render(messages, error) from error
 

@@ -56,14 +56,12 @@ def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tok
 
 def prompt_only(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt without completions."""
-    if not columns.is_chat("prompt"):
-        return [
-            Tree(ids, [])
-            for ids in tokenization.prompts(expanded(columns, tokenization.images, columns.texts("prompt")))
-        ]
-    chats = columns.chats("prompt")
-    texts = columns.each(lambda k, row: tokenization.chat.prompt(chats[k], row))
-    return [Tree(ids, []) for ids in tokenization.text.ids(expanded(columns, tokenization.images, texts))]
+    if columns.is_chat("prompt"):
+        chats = columns.chats("prompt")
+        texts, encode = columns.each(lambda k, row: tokenization.chat.prompt(chats[k], row)), tokenization.text.ids
+    else:
+        texts, encode = columns.texts("prompt"), tokenization.prompts
+    return [Tree(ids, []) for ids in encode(expanded(columns, tokenization.images, texts))]
 
 
 def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree]:

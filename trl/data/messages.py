@@ -14,7 +14,7 @@ turns are trained on: see `is_trained`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -103,25 +103,17 @@ def reads_key(source: str, key: str) -> bool:
     return re.search(rf"[.'\"]{re.escape(key)}\b", source) is not None
 
 
-def tidy_messages(messages: Sequence[Message], source: str = "") -> list[Any]:
+def tidy_messages(messages: Sequence[Message], source: str = "", *, joins_texts: bool = True) -> list[Any]:
     """Messages as the template with the text `source` reads them: see the top of the file. What is no message is left for
-    checks to name.
+    checks to name; contents stay as they are unless parts of text are joined.
 
     Raises DataError, naming the message by its number, for content that is no text.
     """
-    return _each(messages, lambda message: _with_text(spoken(message, source)))
-
-
-def spoken_messages(messages: Sequence[Message], source: str = "") -> list[Any]:
-    """`tidy_messages`, with contents as they are."""
-    return _each(messages, lambda message: spoken(message, source))
-
-
-def _each(messages: Sequence[Message], change: Callable[[Message], Any]) -> list[Any]:
     changed = []
     for i, message in enumerate(messages):
         try:
-            changed.append(change(message))
+            message = spoken(message, source)
+            changed.append(_with_text(message) if joins_texts else message)
         except DataError as error:
             raise DataError(f"message {i + 1}: {error}") from error
     return changed
@@ -144,14 +136,20 @@ def spoken(message: Any, source: str) -> Any:
 
 
 def _with_text(message: Any) -> Any:
-    if not isinstance(message, dict):
+    """The message with parts of type text as one text; one with other parts as it is."""
+    if not isinstance(message, dict) or isinstance(message.get("content", ""), str):
         return message
-    content = message.get("content")
-    if isinstance(content, list):
-        return _joined(message)
-    if "content" in message and not isinstance(content, str):
-        raise DataError(f"content has to be text, found {content!r}.")
-    return message
+    parts = message["content"]
+    if not isinstance(parts, list):
+        raise DataError(f"content has to be text, found {parts!r}.")
+    if any(not isinstance(part, Mapping) or part.get("type", "text") != "text" for part in parts):
+        return message
+    texts = [next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None) for part in parts]
+    if None in texts:
+        missing = texts.index(None)
+        found = dict(parts[missing])
+        raise DataError(f"part {missing + 1} of type text holds none: {found!r}. Give it as 'text'.")
+    return {**message, "content": "".join(texts)}
 
 
 def check_contents(messages: Sequence[Message], source: str = "") -> None:
@@ -178,19 +176,6 @@ def check_contents(messages: Sequence[Message], source: str = "") -> None:
             f"message {i + 1} ({message.get('role')}) has no {'text in ' if 'content' in message else ''}'content', its keys are "
             f"{list(message)}. {remedy}"
         )
-
-
-def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with parts of type text as one text; one with other parts as it is."""
-    parts = message["content"]
-    if any(not isinstance(part, Mapping) or part.get("type", "text") != "text" for part in parts):
-        return message
-    texts = [next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None) for part in parts]
-    if None in texts:
-        missing = texts.index(None)
-        part = parts[missing]
-        raise DataError(f"part {missing + 1} of type text holds none: {dict(part)!r}. Give it as 'text'.")
-    return {**message, "content": "".join(texts)}
 
 
 def contents_as_parts(messages: Sequence[Message]) -> list[Message]:

@@ -23,7 +23,7 @@ from PIL import Image
 from trl.counts import counted
 from trl.data.columns import CHATS, Columns
 from trl.data.formats import PICTURES
-from trl.data.messages import check_contents, spoken_messages
+from trl.data.messages import check_contents, tidy_messages
 from trl.data.tokens import Span
 from trl.errors import DataError, RowError
 from trl.vision.images import from_base64
@@ -175,7 +175,7 @@ def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
 def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages whose contents are lists of parts, and the images that parts held themselves."""
     made, held = [], []
-    for message in map(dict, spoken_messages(messages, source)):
+    for message in map(dict, tidy_messages(messages, source, joins_texts=False)):
         content = message.get("content")
         parts = _tagged(content) if isinstance(content, str) else content
         if isinstance(parts, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from trl.data.columns import Columns
 from trl.data.settings import EncodeSettings
@@ -22,8 +23,11 @@ def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
         return [Tree(list(prompt), [target]) for prompt, target in zip(ids, targets, strict=True)]
     keeps = [_keep(columns, name) for name in _mask_columns(columns, tokenization.settings)]
     masks = [[all(token) for token in zip(*row, strict=True)] for row in zip(*keeps, strict=True)] if keeps else None
-    trees = [Tree([], [list(row)], None if masks is None else [masks[k]]) for k, row in enumerate(ids)]
-    return [_without_padding(t, m) for t, m in zip(trees, _attention(columns, "attention_mask"), strict=True)]
+    attention = _attention(columns, "attention_mask")
+    return [
+        Tree([], [_present(row, seen)], masks and [_present(masks[k], seen)])
+        for k, (row, seen) in enumerate(zip(ids, attention, strict=True))
+    ]
 
 
 def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
@@ -68,12 +72,9 @@ def _attention(columns: Columns, name: str) -> Sequence[Sequence[int] | None]:
     return masks
 
 
-def _without_padding(tree: Tree, attention: Sequence[int] | None) -> Tree:
-    if attention is None or all(attention):
-        return tree
-    real = [t for t, keep in enumerate(attention) if keep]
-    masks = None if tree.masks is None else [[tree.masks[0][t] for t in real]]
-    return Tree([], [[tree.completions[0][t] for t in real]], masks)
+def _present(values: Sequence[Any], attention: Sequence[int] | None) -> list[Any]:
+    """The values of tokens that are no padding."""
+    return list(values) if attention is None else [v for v, keep in zip(values, attention, strict=True) if keep]
 
 
 def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -81,22 +82,15 @@ def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[T
 
     Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
     """
+    size = tokenization.settings.vocabulary
     if "chosen_ids" in columns:
-        size = tokenization.settings.vocabulary
         pairs = zip(columns.ids("chosen_ids", size), columns.ids("rejected_ids", size), strict=True)
         if "prompt_ids" not in columns:
             return [fork(list(chosen), list(rejected)) for chosen, rejected in pairs]
         prompts = columns.ids("prompt_ids", size)
         return [Tree(list(p), [list(c), list(r)]) for p, (c, r) in zip(prompts, pairs, strict=True)]
     sides = [
-        [
-            _without_padding(Tree([], [list(ids)]), attention).completions[0]
-            for ids, attention in zip(
-                columns.ids(f"input_ids_{side}", tokenization.settings.vocabulary),
-                _attention(columns, f"attention_mask_{side}"),
-                strict=True,
-            )
-        ]
+        map(_present, columns.ids(f"input_ids_{side}", size), _attention(columns, f"attention_mask_{side}"))
         for side in ("chosen", "rejected")
     ]
     return [fork(chosen, rejected) for chosen, rejected in zip(*sides, strict=True)]

@@ -92,31 +92,24 @@ def _blocks(example: Example, decoder: _Decoder, coloured: bool) -> Iterator[Tex
     """The text of a single completion runs on from its prompt; several stand below it."""
     prompt = list(example.prompt)
     ignored = [False] * len(prompt)
-    if len(example.completions) == 1:
-        (completion,) = example.completions
-        ids, mask = [*prompt, *completion.ids], _predicted([*ignored, *_mask(completion)])
-        yield _text(_runs(ids, mask, decoder), coloured)
-        if completion.signals:
-            yield _signals(completion)
-        return
-    yield _text(_runs(prompt, ignored, decoder), coloured)
+    alone = len(example.completions) == 1
+    if not alone:
+        yield _text(_runs(prompt, ignored, decoder), coloured)
     for number, completion in enumerate(example.completions, start=1):
-        mask = _mask(completion) if prompt else _predicted(_mask(completion))
-        yield Text(
-            f"completion {number} of {len(example.completions)}: {counted(len(completion), 'token')}", style="bold"
-        )
-        yield _text(_runs(list(completion.ids), mask, decoder), coloured)
+        ids, mask = list(completion.ids), _mask(completion)
+        if alone:
+            ids, mask = [*prompt, *ids], [*ignored, *mask]
+        else:
+            of = f"{number} of {len(example.completions)}"
+            yield Text(f"completion {of}: {counted(len(completion), 'token')}", style="bold")
+        yield _text(_runs(ids, mask if prompt and not alone else _predicted(mask), decoder), coloured)
         if completion.signals:
-            yield _signals(completion)
+            shown = (f"{name}={_number(value)}" for name, value in completion.signals.items())
+            yield Text("  ".join(shown), style="italic")
 
 
 def _predicted(mask: Sequence[bool]) -> list[bool]:
     return [False, *mask[1:]]
-
-
-def _signals(completion: Completion) -> Text:
-    shown = (f"{name}={_number(value)}" for name, value in completion.signals.items())
-    return Text("  ".join(shown), style="italic")
 
 
 def _number(value: float | Sequence[float]) -> str:
