@@ -157,17 +157,18 @@ class TurnFinder:
             return len(prompt), len(prompt)
         bare = self.render(before).rstrip()
         if self.text.startswith(bare) and prompt.startswith(bare):
-            return self._after_header(prompt, len(bare), len(bare))
-        place = self._anchor(before, prompt, add_generation_prompt=True)
-        follows_answer = any(message["role"] == "assistant" for message in before)
-        if place is None or not (follows_answer or self.borders.is_found(self.text[place[1] :])):
+            here = there = 0
+        elif place := self._anchor(before, prompt, add_generation_prompt=True):
+            here, there = place
+            follows_answer = any(message["role"] == "assistant" for message in before)
+            if not (follows_answer or self.borders.is_found(self.text[there:])):
+                return None
+            if self.text.startswith(prompt[here:], there):
+                return len(prompt), there + len(prompt) - here
+        else:
             return None
-        here, there = place
-        if self.text.startswith(prompt[here:], there):
-            return len(prompt), there + len(prompt) - here
-        place = self._anchor(before, bare)
-        footer = "" if place is None else bare[place[0] :].rstrip()
-        if place is None or not (prompt.startswith(footer, here) and self.text.startswith(footer, there)):
+        footer = bare[here:]
+        if not (prompt.startswith(footer, here) and self.text.startswith(footer, there)):
             return None
         return self._after_header(prompt, here + len(footer), there + len(footer))
 
@@ -216,9 +217,7 @@ class TurnFinder:
                 return None
             kept = kept.removesuffix(token)
         end = at + len(kept)
-        if kept == rendered or kept.rstrip().endswith(self.borders.enders):
-            return end
-        return end + len(next((t for t in self.borders.enders if self.text.startswith(t, end)), ""))
+        return end if kept == rendered else self.borders.stopped(self.text, at, end)
 
     def _closed(self, start: int, end: int) -> Span:
         """The span up to the token that ends the turn, without the blank space that templates write after it."""
