@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl.data.messages import to_chatml
 from trl.data.prepacked import PACKED_COLUMNS
+from trl.data.trees import shared_length
 from trl.errors import DataError, suggest
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
@@ -166,16 +167,10 @@ def extract_prompt(example: Row) -> dict[str, Any]:
     Returns `{"prompt", "chosen", "rejected"}`.
     """
     chosen, rejected = example["chosen"], example["rejected"]
-    fork = _fork(chosen, rejected)
+    fork = shared_length(chosen, rejected)
     if isinstance(chosen, str) and chosen[:fork].endswith(" "):
         fork -= 1
     return {"prompt": chosen[:fork], "chosen": chosen[fork:], "rejected": rejected[fork:]}
-
-
-def _fork(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Length of the common beginning, one short of a side that is a beginning of the other."""
-    last = max(0, min(len(chosen), len(rejected)) - 1)
-    return next((i for i in range(last) if chosen[i] != rejected[i]), last)
 
 
 def maybe_extract_prompt(example: Row) -> Row:

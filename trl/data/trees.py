@@ -130,8 +130,13 @@ def with_token_signal(tree: Tree, name: str, values: Sequence[float]) -> Tree:
     return replace(tree, signals={**tree.signals, name: [[next(each) if trains else 0.0 for trains in mask]]})
 
 
+def shared_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Length of the common beginning, one short of a side that is a beginning of the other."""
+    last = max(0, min(len(chosen), len(rejected)) - 1)
+    return next((i for i in range(last) if chosen[i] != rejected[i]), last)
+
+
 def fork(chosen: list[int], rejected: list[int]) -> Tree:
     """Two sequences as a tree: their common beginning is the prompt, one short of the shorter sequence at most."""
-    last = max(0, min(len(chosen), len(rejected)) - 1)
-    shared = next((t for t in range(last) if chosen[t] != rejected[t]), last)
+    shared = shared_length(chosen, rejected)
     return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])

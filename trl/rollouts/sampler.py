@@ -14,17 +14,9 @@ from trl.rollouts.sampling import SamplingParams, ban, chosen_logprobs, draw, in
 if TYPE_CHECKING:
     from trl.rollouts.decoders import Sample
 
-GENERATE_ONLY = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "guidance_scale": 1,
-    "token_healing": False,
-    "use_mtp": False,
-} | (
-    dict.fromkeys(
-        ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "constraints", "force_words_ids", "max_time")
-    )
-)
+GENERATE_ONLY = {"num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1, "token_healing": False, "use_mtp": False}
+GENERATE_ONLY |= dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens"))
+GENERATE_ONLY |= dict.fromkeys(("constraints", "force_words_ids", "max_time"))
 """Options that change the decoding loop itself, and the value at which they do nothing: only `generate` has them."""
 
 PROCESSED = (

@@ -140,16 +140,8 @@ _RANGES = (
     ("min_new_tokens", lambda x: x >= 0, "0 or more"),
 )
 
-_SHARED = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "stop": "stop_strings",
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-}
+_SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
+_SHARED = {name: name for name in _SAME} | {"stop": "stop_strings"}
 
 
 def _check_agreement(params: SamplingParams) -> None:
