@@ -82,9 +82,7 @@ def ready_for_fsdp2(model: nn.Module) -> None:
     share_modules(model)
     present = {type(module).__name__ for module in model.modules()}
     for module in model.modules():
-        if isinstance(
-            module, PreTrainedModel
-        ):  # an image encoder names the layers of the texts that it was trained with
+        if isinstance(module, PreTrainedModel):  # image encoders name layers of texts that they were trained with
             module._no_split_modules = present & set(module._no_split_modules or ())
 
 

@@ -12,20 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from trl.errors import DataError
+from trl.rewards.answers import Completion, text_of
 
-Completions = Sequence[str | Sequence[Mapping[str, Any]]]
-
-
-def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """A completion as text: as it is, or the contents of its messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+Completions = Sequence[Completion]
 
 
 def says_yes(answer: str) -> bool:
@@ -59,7 +53,7 @@ class _Table:
 
     def as_dict(self) -> dict[str, float]:
         """The numbers by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
     def __str__(self) -> str:
         names, values = zip(*self.as_dict().items(), strict=True)
@@ -185,6 +179,6 @@ class ChairReward:
         rows = zip(completions, columns[self.column], strict=True)
         return [None if own is None else self._reward(caption, own) for caption, own in rows]
 
-    def _reward(self, caption: str | Sequence[Mapping[str, Any]], objects: Collection[str]) -> float:
+    def _reward(self, caption: Completion, objects: Collection[str]) -> float:
         scores = chair_scores([caption], [objects], self.names)
         return self.recall_weight * scores.recall - scores.chair_i

@@ -134,10 +134,8 @@ class SharedPromptLayer(AttendingLayer):
     def write_prompts(self, key: Tensor, value: Tensor, slots: slice) -> None:
         """Keep the prefilled keys [·,h,T,D] of the prompts in `slots`."""
         size = (slots.stop, key.shape[2])
-        self.prompt_keys, self.prompt_values = (
-            _room(self.prompt_keys, key, *size),
-            _room(self.prompt_values, value, *size),
-        )
+        self.prompt_keys = _room(self.prompt_keys, key, *size)
+        self.prompt_values = _room(self.prompt_values, value, *size)
         self.prompt_keys[slots, :, : key.shape[2]] = key
         self.prompt_values[slots, :, : key.shape[2]] = value
 

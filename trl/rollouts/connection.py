@@ -163,8 +163,7 @@ class Server:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str, vocabulary: int
     ) -> list[list[Rollout]]:
         """n samples of each prompt, with every sampling parameter said. Raises Unreachable for an answer that is not that."""
-        body = completion_body(prompts, params, n, model)
-        answer = self.post("/v1/completions", body)
+        answer = self.post("/v1/completions", completion_body(prompts, params, n, model))
         asked = f"POST {self.url}/v1/completions (n={n} of {len(prompts)} prompts)"
         with _answer_checked(asked, answer):
             return _rollouts(answer, prompts, params, n, vocabulary, self.version)
@@ -173,12 +172,9 @@ class Server:
         self, prompt: SentPrompt, params: SamplingParams, n: int, model: str, vocabulary: int
     ) -> list[Rollout]:
         """n samples of a prompt with images. Raises Refused where the server expands it to other tokens than the trainer."""
-        body, asked = (
-            image_body(prompt, params, n, model),
-            f"POST {self.url}{GENERATE} (n={n}, {len(prompt.images)} images)",
-        )
+        asked = f"POST {self.url}{GENERATE} (n={n}, {len(prompt.images)} images)"
         try:
-            answer = self.post(GENERATE, body)
+            answer = self.post(GENERATE, image_body(prompt, params, n, model))
         except Refused as error:
             raise Refused(f"{error} {IMAGES_NEED if _is_absent(error) else ''}".rstrip()) from error
         told = answer.get("prompt_token_ids") if isinstance(answer, Mapping) else None

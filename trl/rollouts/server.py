@@ -96,11 +96,8 @@ class ServerEngine(RolloutEngine):
         self.servers = [Server(url, timeout=timeout, api_key=key) for url in urls]
         self.tokenizer, self.retries, self.start_timeout = tokenizer, retries or Retries(), start_timeout
         self.sync_dir = None if sync_dir is None else Path(sync_dir)
-        if (
-            self.sync_dir is None
-            and sync_by == "folder"
-            and (far := [url for url in urls if urlsplit(url).hostname not in LOCAL])
-        ):
+        far = [url for url in urls if urlsplit(url).hostname not in LOCAL]
+        if far and self.sync_dir is None and sync_by == "folder":
             raise ConfigError(
                 f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder of a file system "
                 "that this machine and the servers share. Weights travel through it. Or rollout_sync='nccl'."
@@ -197,13 +194,12 @@ class ServerEngine(RolloutEngine):
             time.sleep(min(1.0, self.start_timeout / 10))
 
     def _check_fit(self, url: str, info: ServerInfo, base: Any) -> None:
-        vocabulary = base.config.get_text_config().vocab_size
-        if info.vocabulary is not None and info.vocabulary != vocabulary:
+        config = base.config.get_text_config()
+        if info.vocabulary not in (None, config.vocab_size):
             raise EngineError(
                 f"{url} serves {info.model!r}, whose vocabulary has {info.vocabulary} tokens; the trainer's model has "
-                f"{vocabulary}: start the server with the same model."
+                f"{config.vocab_size}: start the server with the same model."
             )
-        config = base.config.get_text_config()
         for name, size in info.sizes.items():
             if (wanted := getattr(config, name, size)) != size:
                 raise EngineError(
@@ -211,12 +207,12 @@ class ServerEngine(RolloutEngine):
                     "server with the same model."
                 )
         own = str(base.dtype).removeprefix("torch.")
-        if info.dtype is not None and info.dtype != own:
+        if info.dtype not in (None, own):
             self._say(
                 f"{url} computes in {info.dtype}, the trainer's model is {own}: log-probabilities differ by rounding. "
                 "importance_sampling_correction weighs samples for that."
             )
-        context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(config, "max_position_embeddings", None)
         if info.context is not None and context is not None and info.context < context:
             self._say(
                 f"{url} takes {info.context} tokens of prompt and completion, the model {context}: completions end there."
