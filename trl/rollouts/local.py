@@ -46,7 +46,7 @@ from trl.rollouts.decoders import (
 )
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.generate import generate_rollouts
-from trl.rollouts.loop import Round, StaticRound
+from trl.rollouts.loop import Round, StaticRound, Steps
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
@@ -137,7 +137,8 @@ class LocalEngine(RolloutEngine):
         if way == "paged":
             decoder = paged_decoder(policy, rows, n, self.max_tokens_alive)
             captures = policy.device.type == "cuda"
-            return StaticRound(policy, decoder, params, stopper, self.max_tokens_alive, bar, captures=captures)
+            steps = Steps(policy, decoder, params, sorted(stopper.tokens), captures=captures)
+            return StaticRound(policy, decoder, steps, stopper, self.max_tokens_alive, bar)
         windows = attention_windows(policy.inner) if way == "shared" else None
         decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
         sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)

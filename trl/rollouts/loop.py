@@ -38,7 +38,7 @@ class Round:
     """One call of `generate`: the loop, and the rows under way in the order of the decoder's."""
 
     def __init__(
-        self, policy: Policy, decoder: Decoder, sampler: Sampler, stopper: Stopper, budget: int, bar: tqdm
+        self, policy: Policy, decoder: Decoder, sampler: Sampler | Steps, stopper: Stopper, budget: int, bar: tqdm
     ) -> None:
         self.policy, self.decoder, self.sampler, self.stopper = policy, decoder, sampler, stopper
         self.budget, self.bar = budget, bar
@@ -111,33 +111,18 @@ class StaticRound(Round):
     """As `Round`, with a step that runs on the device alone, captured as one CUDA graph per bucket of rows."""
 
     decoder: PagedDecoder
-
-    def __init__(
-        self,
-        policy: Policy,
-        decoder: PagedDecoder,
-        params: SamplingParams,
-        stopper: Stopper,
-        budget: int,
-        bar: tqdm,
-        *,
-        captures: bool,
-    ) -> None:
-        self.policy, self.decoder, self.stopper, self.budget, self.bar = policy, decoder, stopper, budget, bar
-        self.params = params
-        self.rows: list[Sample] = []
-        self.size = 0
-        self.steps = Steps(policy, decoder, params, sorted(stopper.tokens), captures=captures)
+    sampler: Steps
+    size = 0
 
     def _enter(self, new: list[Sample]) -> None:
         index, number = (torch.tensor(x) for x in ([row.index for row in new], [row.number for row in new]))
-        self.decoder.admit(new, stream(self.params.seed, index, number).tolist())
+        self.decoder.admit(new, stream(self.sampler.params.seed, index, number).tolist())
         self.rows += new
 
     def _step(self) -> list[FinishReason | None]:
         self._resize()
         steps = min(LOOK_EVERY, max(row.limit - len(row.ids) for row in self.rows))
-        drawn = self.steps.run(self.size, steps)
+        drawn = self.sampler.run(self.size, steps)
         return [
             self._append_all(row, tokens, logprobs)
             for row, tokens, logprobs in zip(self.rows, *drawn, strict=True)
@@ -155,7 +140,7 @@ class StaticRound(Round):
             self.size, self.decoder.is_stale = wanted, True
         if self.decoder.is_stale:
             self.decoder.refresh(self.size)
-            self.steps.refresh(self.size)
+            self.sampler.refresh(self.size)
 
     def _drop(self, alive: list[bool]) -> None:
         self.rows = [self.rows[row] for row in self.decoder.keep(alive)]
