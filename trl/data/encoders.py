@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trl.data.answers import check_learned, say_repeated, without_prompts
 from trl.data.columns import Columns, describe
 from trl.data.formats import TEXT, chosen_fields, maybe_extract_prompt
+from trl.data.messages import is_trained
 from trl.data.multimodal import expanded, expanded_spans
 from trl.data.pretokenised import tokenized, tokenized_preference
 from trl.data.settings import EncodeSettings
@@ -16,6 +17,8 @@ from trl.data.tokenization import Tokenization
 from trl.data.tokens import Span
 from trl.data.trees import Tree, fork
 from trl.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def language_modeling(columns: Columns, tokenization: Tokenization) -> list[Tree]:
@@ -190,6 +193,40 @@ def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str
     prompt_ids, answer_ids = tokenization.continuations(prompt_texts, texts, add_special_tokens=False)
     rows = zip(prompt_ids, zip(*answer_ids, strict=True), strict=True)
     return [Tree(prompt, list(ids)) for prompt, ids in rows]
+
+
+def without_prompts(prompts: Sequence[list[Any]], answers: Sequence[list[Any]]) -> list[list[Any]]:
+    """Answers without the prompt where they repeat it: whole conversations, that is."""
+    return [
+        answer[len(prompt) :] if len(answer) > len(prompt) and answer[: len(prompt)] == prompt else answer
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def say_repeated(columns: Columns, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
+    """Warn where all answers of all rows begin with their prompt, which stands twice then."""
+    if all(
+        len(p) > 1 and all(text.startswith(p) for text in texts) for p, *texts in zip(prompts, *answers, strict=True)
+    ):
+        logger.warning(
+            f"Row {columns.rows[0] + 1} and those after it begin with their prompt a second time in the answers: leave the column "
+            "'prompt' out, or the prompt out of the answers."
+        )
+
+
+def check_learned(columns: Columns, answers: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
+    """Raises DataError for a message of an answer that is not to be learned from, where answers are learned whole."""
+    for name, chats in answers.items():
+        for k, chat in enumerate(chats):
+            left_out = next((i for i, message in enumerate(chat) if not is_trained(message)), None)
+            if left_out is not None:
+                remedy = "set assistant_only_loss=True, or " if name == "completion" and "label" not in columns else ""
+                raise columns.error(
+                    k,
+                    name,
+                    f"message {left_out + 1} says that it is not learned from, and answers are learned whole: {remedy}leave the key "
+                    "out, or the row.",
+                )
 
 
 def stepwise(columns: Columns, tokenization: Tokenization) -> list[Tree]:
