@@ -66,19 +66,15 @@ def choose_layout(
     if layout not in (*LAYOUTS, "auto"):
         raise ConfigError(unknown("layout", layout, [*LAYOUTS, "auto"]))
     half = half or model.dtype in (torch.bfloat16, torch.float16)
-    if layout != "auto":
-        if half and _varies_length(model, layout, measure, examples):
-            return layout
-        if reason := why_not(model, layout, measure=measure, examples=examples):
-            raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reason}.")
-        return layout
     reasons = {}
-    for candidate in PREFERENCE[multiple_completions]:
+    for candidate in PREFERENCE[multiple_completions] if layout == "auto" else (layout,):
         if half and _varies_length(model, candidate, measure, examples):
             break
         if not (reason := why_not(model, candidate, measure=measure, examples=examples)):
             break
         reasons[candidate] = reason
+    if layout in reasons:
+        raise ConfigError(f"layout={layout!r} does not work with {type(model).__name__}: {reasons[layout]}.")
     if reasons:
         why = "; ".join(f"not {name}: {reason}" for name, reason in reasons.items())
         logger.warning(f"Layout {candidate!r} for {type(model).__name__} ({why}).")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from trl.errors import DataError
-from trl.vision.images import image_size
 from trl.vision.processing import ImageProcessing
 
 
@@ -28,13 +27,13 @@ def expanded_ids(processing: ImageProcessing, ids: Sequence[int], images: Sequen
     text = _text_of(processing, ids)
     if text is not None:
         return _tokens(processing, processing.expand(text, images)[0])
-    expansions = iter(_expansions(processing, images))
+    expansions = iter(processing.expansions(images))
     return [each for token in ids for each in (_tokens(processing, next(expansions)) if token == place else [token])]
 
 
 def collapsed_ids(processing: ImageProcessing, ids: Sequence[int], images: Sequence[Any]) -> list[int]:
     """The ids with one place for each image. Raises DataError where the tokens of an image are not among them."""
-    expansions, place, text = _expansions(processing, images), processing.place, _text_of(processing, ids)
+    expansions, place, text = processing.expansions(images), processing.place, _text_of(processing, ids)
     in_text = None if text is None else _exchanged(text, expansions, place)
     if in_text is not None:
         return _tokens(processing, in_text)
@@ -62,11 +61,6 @@ def _exchanged(whole: Whole, parts: Sequence[Whole], place: Whole) -> Whole | No
         made += whole[:start] + place
         whole = whole[start + len(part) :]
     return made + whole
-
-
-def _expansions(processing: ImageProcessing, images: Sequence[Any]) -> list[str]:
-    sizes = [image_size(image, processing.limits) for image in images]
-    return [processing.expansion(size, several=len(images) > 1) for size in sizes]
 
 
 def _text_of(processing: ImageProcessing, ids: Sequence[int]) -> str | None:

@@ -111,12 +111,15 @@ class ImageProcessing:
         if self.token != self.place and self.token in text:
             raise DataError(f"the text has {self.token!r}, which stands in prompts for what has been made of an image.")
         parts, moved, last = [], [], 0
-        for match, image in zip(found, images, strict=True):
-            replacement = self.expansion(image_size(image, self.limits), several=len(images) > 1)
+        for match, replacement in zip(found, self.expansions(images), strict=True):
             parts += [text[last : match.start()], replacement]
             moved.append((match.span(), len(replacement)))
             last = match.end()
         return "".join([*parts, text[last:]]), moved
+
+    def expansions(self, images: Sequence[Any]) -> list[str]:
+        """What takes the places of the images of one prompt."""
+        return [self.expansion(image_size(image, self.limits), several=len(images) > 1) for image in images]
 
     def expansion(self, size: tuple[int, int], *, several: bool = False) -> str:
         """What takes the place of an image of (height, width), alone in its prompt or one of `several`."""
