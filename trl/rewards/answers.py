@@ -156,13 +156,11 @@ def reasoning_accuracy_reward(
     **_: Any,
 ) -> list[float | None]:
     """`accuracy_reward` of what follows the reasoning; 0 where the reasoning is not closed."""
-    rewards: list[float | None] = []
-    for completion, gold in zip(completions, solution, strict=True):
-        text = text_of(completion)
+    answers = []
+    for text in map(text_of, completions):
         ends = [text.rfind(d) + len(d) for d in reasoning_delimiters if d in text]
-        found = is_correct(text[max(ends) :] if ends else "", gold)
-        rewards.append(None if found is None else float(found))
-    return rewards
+        answers.append(text[max(ends) :] if ends else "")
+    return accuracy_reward(answers, solution)
 
 
 reasoning_accuracy_reward.imports = accuracy_reward.imports
@@ -201,12 +199,9 @@ class get_cosine_scaled_reward:
         **_: Any,
     ) -> list[float | None]:
         rewards: list[float | None] = []
-        for completion, gold, ids in zip(completions, solution, completion_ids, strict=True):
-            found = is_correct(text_of(completion), gold)
-            if found is None:
-                rewards.append(None)
-                continue
-            start, end = self.bounds[found]
+        for right, ids in zip(accuracy_reward(completions, solution), completion_ids, strict=True):
+            start, end = self.bounds[bool(right)]
             share = min(len(ids) / self.max_len, 1.0)
-            rewards.append(end + (start - end) * (1 + math.cos(math.pi * share)) / 2)
+            scaled = end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+            rewards.append(None if right is None else scaled)
         return rewards
