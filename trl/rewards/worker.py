@@ -134,7 +134,7 @@ def _end(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def packed(function: Callable) -> bytes:
-    """A function as bytes, with the place of its module.
+    """A function as bytes.
 
     What a script of the user's own defines is sent itself, so that what else the script imports is not imported again;
     where that cannot be, and for installed packages, the other process imports the module.
@@ -151,7 +151,7 @@ def packed(function: Callable) -> bytes:
         raise WorkerError(f"it cannot be sent ({type(error).__name__}: {error})") from error
     if len(content) > MOST_BYTES:
         raise WorkerError(f"what it refers to takes {len(content) / 2**20:.0f} MB")
-    return pickle.dumps((name, file, content))
+    return content
 
 
 def _by_value(function: Callable, module: ModuleType) -> bytes | None:
@@ -173,7 +173,7 @@ def main() -> None:
     _die_with_parent()
     connection = Connection(int(sys.argv[1]))
     try:
-        function = _unpacked(connection.recv_bytes())
+        function = pickle.loads(connection.recv_bytes())
         for name in getattr(function, "imports", ()):  # before the clock runs
             is_available(name) and importlib.import_module(name)
     except BaseException as error:
@@ -218,15 +218,6 @@ def _reply(connection: Connection, kind: str, value: Any, logged: list) -> None:
         told = f"{type(value).__name__}: {value}" if kind == "raised" else f"{type(error).__name__}: {error}"
         content = cloudpickle.dumps(("raised", RaisedInWorker(told), []))
     connection.send_bytes(content)
-
-
-def _unpacked(content: bytes) -> Callable:
-    name, file, function = pickle.loads(content)
-    if file is not None and name != "__main__" and importlib.util.find_spec(name.partition(".")[0]) is None:
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return pickle.loads(function)
 
 
 def _die_with_parent() -> None:
