@@ -24,8 +24,9 @@ from trl.models.gathering import gathered_parameters
 from trl.rollouts.connection import Refused, Server, Unreachable
 from trl.rollouts.nccl import Communicator, NCCLCommunicator, wait_for
 from trl.rollouts.packing import WeightMeta, packed, update_info, weights_meta
+from trl.rollouts.weight_sync import raise_everywhere
 from trl.rollouts.weight_transfer import check_some_left, forget_prompts, together
-from trl.training.collectives import is_main, run_on_main
+from trl.training.collectives import is_main
 
 BUFFER_BYTES = 256 * 2**20
 """Bytes after which a buffer is sent."""
@@ -60,12 +61,7 @@ class NCCLTransfer:
                 failed = error
         for _ in weights:  # the other processes wait for this one's part in every layer
             pass
-
-        def tell() -> None:
-            if failed is not None:
-                raise failed
-
-        run_on_main(tell)
+        raise_everywhere(failed)
 
     def _send(self, servers: Sequence[Server], weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         left = _Left(servers, self._drop)

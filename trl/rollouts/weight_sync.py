@@ -98,12 +98,18 @@ def publish(
         except EngineError as failed:
             error = failed
 
+    raise_everywhere(error)
+    return folder
+
+
+def raise_everywhere(error: BaseException | None) -> None:
+    """Raise on all processes what has failed on the main one; all call."""
+
     def tell() -> None:
         if error is not None:
             raise error
 
     run_on_main(tell)
-    return folder
 
 
 @contextmanager
