@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 def patch_forward(module: nn.Module, forward: Callable) -> None:
@@ -46,6 +47,12 @@ def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None =
         model.activation_checkpointing_enable(options, **more)
     else:
         model.gradient_checkpointing_enable(options, **more)
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration that a part of `model` reads, once."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
 
 @contextmanager

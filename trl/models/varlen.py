@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from trl.errors import ModelError
+from trl.models.patching import configs_of
 from trl.types import Spans
 
 try:
@@ -45,7 +46,7 @@ def has_varlen(model: PreTrainedModel) -> bool:
 
 def switch(model: PreTrainedModel, implementation: str) -> None:
     """Let every part of `model` attend by `implementation`; configurations that are saved do not name it."""
-    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+    for config in configs_of(model):
         config._attn_implementation_internal = implementation
 
 

@@ -101,14 +101,11 @@ class AttendingCache(Cache):
         """Models of these configs attend through this cache, under a name for which no mask is made."""
         name, before = f"decoding_{id(self)}", [config._attn_implementation for config in configs]
         AttentionInterface.register(name, self.attend)
-        _set_attention(configs, [name] * len(configs))
+        for config in configs:
+            config._attn_implementation_internal = name
         try:
             yield
         finally:
-            _set_attention(configs, before)
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation_internal = implementation
             AttentionInterface._global_mapping.pop(name)
-
-
-def _set_attention(configs: Sequence[PreTrainedConfig], names: Sequence[str]) -> None:
-    for config, name in zip(configs, names, strict=True):
-        config._attn_implementation_internal = name

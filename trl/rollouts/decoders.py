@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from trl.data.inputs import batched
+from trl.models.patching import configs_of
 from trl.models.value_heads.heads import reading
 from trl.rollouts.cache import Plan, SharedPromptCache
 from trl.rollouts.engine import Prompt
@@ -81,12 +82,6 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return self.inner.get_input_embeddings().weight.device
-
-    @property
-    def configs(self) -> list[PreTrainedConfig]:
-        """Every config that a submodule reads, once."""
-        held = (getattr(module, "config", None) for module in self.inner.modules())
-        return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
     @cached_property
     def arguments(self) -> frozenset[str]:
@@ -163,7 +158,7 @@ class SharedDecoder:
     def __init__(self, policy: Policy, windows: Sequence[int | None], n: int) -> None:
         self.policy, self.n = policy, n
         self.cache = SharedPromptCache(windows)
-        self.configs = policy.configs
+        self.configs = configs_of(policy.inner)
         self.rows: list[Sample] = []
         self.prompts: dict[int, Prompt] = {}
         """In the order in which the cache holds them."""

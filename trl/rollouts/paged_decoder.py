@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trl.models.patching import configs_of
 from trl.rollouts.decode_attention import TILE, Tables
 from trl.rollouts.decoders import Policy, Sample, fill_holes, like_lengths, pad
 from trl.rollouts.engine import Prompt
@@ -71,7 +72,7 @@ class PagedDecoder:
         self.pages = Pages(max(most, self.prompt_pages + max(own)))
         rows = max(1, min(len(expected), self.pages.count // min(own)))
         self.cache = PagedCache(windows, self.pages.count, page=page, kernels=kernels)
-        self.configs = policy.configs
+        self.configs = configs_of(policy.inner)
         self.fusions: Fusions | None = None
         if kernels:  # of Triton, which is not everywhere
             from trl.rollouts.fusions import Fusions

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from trl.errors import ConfigError, ModelError, unknown
 from trl.models.adapters import wrapped_layer
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
-from trl.models.patching import checkpoint_activations
+from trl.models.patching import checkpoint_activations, configs_of
 from trl.models.value_heads.storage import VALUE_MODEL
 
 NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states")
@@ -114,8 +114,8 @@ class ValueBranch(ValueHead):
             )
         super().__init__(_summary(policy, options), dropout=options.dropout)
         self.start = len(stack) - layers
-        configs = {id(module.config): module.config for module in policy.modules() if hasattr(module, "config")}
-        self.layers = copy.deepcopy(stack[self.start :], configs)  # how they attend is said in the policy's
+        kept = {id(config): config for config in configs_of(policy)}  # how layers attend is said in the policy's
+        self.layers = copy.deepcopy(stack[self.start :], kept)
 
     @contextmanager
     def states(
