@@ -152,12 +152,8 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     A text pair without a prompt is tokenised as it stands, and its common beginning, in tokens, is the prompt.
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
-        sides = [
-            tokenization.text.prompts(
-                expanded(columns, tokenization.images, columns.texts(name)), add_special_tokens=True
-            )
-            for name in ("chosen", "rejected")
-        ]
+        texts = [expanded(columns, tokenization.images, columns.texts(name)) for name in ("chosen", "rejected")]
+        sides = [tokenization.text.prompts(side, add_special_tokens=True) for side in texts]
         return [fork(*pair) for pair in zip(*map(tokenization.append_eos, sides), strict=True)]
     return _answers(_with_prompt(columns), tokenization, ("chosen", "rejected"))
 
@@ -253,14 +249,7 @@ def _steps(prompt: list[int], steps: list[list[int]], labels: Sequence[float]) -
     return Tree(prompt, [ids], [mask], {"step_label": [[float(next(values)) if end else 0.0 for end in mask]]})
 
 
+_KINDS = (language_modeling, prompt_only, prompt_completion, unpaired_preference, preference, dialogue, stepwise)
 ENCODERS: dict[str, Callable[[Columns, Tokenization], list[Tree]]] = {
-    "language_modeling": language_modeling,
-    "prompt_only": prompt_only,
-    "prompt_completion": prompt_completion,
-    "unpaired_preference": unpaired_preference,
-    "preference": preference,
-    "dialogue": dialogue,
-    "stepwise": stepwise,
-    "tokenized": tokenized,
-    "tokenized_preference": tokenized_preference,
+    kind.__name__: kind for kind in (*_KINDS, tokenized, tokenized_preference)
 }

@@ -7,6 +7,7 @@ A row kind is recognised by the columns that it needs. Each text in it is either
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -36,14 +37,9 @@ TEXT = "text"
 """The column of a text, where no other was asked for."""
 
 _CHAT_OPTIONS = ("tools", "functions", "chat_template_kwargs")
+_PAIR_OF_MASKS = ("attention_mask_chosen", "attention_mask_rejected")
 COLUMNS_READ: dict[str, tuple[str, ...]] = {
-    "tokenized_preference": (
-        *KINDS["tokenized_preference"][0],
-        "attention_mask_chosen",
-        "attention_mask_rejected",
-        "prompt_ids",
-        *KINDS["tokenized_preference"][1],
-    ),
+    "tokenized_preference": (*chain(*KINDS["tokenized_preference"]), "prompt_ids", *_PAIR_OF_MASKS),
     "tokenized": ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask", *PACKED_COLUMNS),
     "dialogue": KINDS["dialogue"][0],
     "stepwise": KINDS["stepwise"][0],
@@ -56,14 +52,11 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
 """Row kind → all columns that its rows are read from, needed or not."""
 
 TAKEN_BY = {
+    **dict.fromkeys(("tokenized", "dialogue", "prompt_completion", "language_modeling"), ("sft",)),
     "tokenized_preference": ("dpo", "cpo", "orpo", "reward"),
-    "tokenized": ("sft",),
-    "dialogue": ("sft",),
     "stepwise": ("reward",),
     "unpaired_preference": ("kto",),
     "preference": ("dpo", "cpo", "orpo", "kto", "reward"),
-    "prompt_completion": ("sft",),
-    "language_modeling": ("sft",),
     "prompt_only": ("grpo", "rloo", "online_dpo", "ppo", "rft"),
 }
 """Row kind → the commands that take it."""

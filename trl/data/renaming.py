@@ -12,22 +12,8 @@ if TYPE_CHECKING:
 
     Rows = Dataset | IterableDataset
 
-ROLES = (
-    *(
-        "messages",
-        "prompt",
-        "completion",
-        "chosen",
-        "rejected",
-        "label",
-        "text",
-        "system",
-        "tools",
-        "images",
-        "history",
-    ),
-    *("query", "response", "kto_tag"),
-)
+SAID = ("messages", "prompt", "completion", "chosen", "rejected", "text", "system", "history", "query", "response")
+ROLES = (*SAID, "label", "kto_tag", "tools", "images")
 """What a column may hold, as LLaMA-Factory and we call it."""
 
 INSTRUCTED = {"prompt": "instruction", "query": "input", "response": "output"}

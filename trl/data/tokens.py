@@ -41,14 +41,10 @@ class TextEncoder:
         ends = [self.ids([letter], add_special_tokens=True)[0] for letter in ("a", "b")]
         plain = [self.ids([letter])[0] for letter in ("a", "b")]
         longest = min(map(len, ends)) - max(map(len, plain))
-        return next(
-            (
-                n
-                for n in range(longest, 0, -1)
-                if all(e[-len(p) - n : -n] == p for e, p in zip(ends, plain, strict=True))
-            ),
-            0,
-        )
+        for n in range(longest, 0, -1):
+            if all(e[-len(p) - n : -n] == p for e, p in zip(ends, plain, strict=True)):
+                return n
+        return 0
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         """Token ids of each text. With special tokens, a text that begins with BOS itself has it once."""

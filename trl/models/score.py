@@ -205,13 +205,9 @@ def _head_statistics(head: nn.Module, request: ScoreRequest) -> dict[str, Tensor
         return logprobs_from_linear(
             hidden, head.weight, head.bias, request.target, want=request.want, transform=transform
         )
+    forward, vocabulary = head._trl_plain_forward, wrapped_layer(head).out_features
     return logprobs_from_module(
-        head._trl_plain_forward,
-        hidden,
-        request.target,
-        vocabulary=wrapped_layer(head).out_features,
-        want=request.want,
-        transform=transform,
+        forward, hidden, request.target, vocabulary=vocabulary, want=request.want, transform=transform
     )
 
 

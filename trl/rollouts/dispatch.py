@@ -81,13 +81,8 @@ class Dispatch(Generic[T, A]):
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 urls = ", ".join(server.url for server in self.servers)
-                logger.warning(
-                    "%.0f s: %d of %d requests answered by %s",
-                    said - start,
-                    len(self._answers),
-                    len(self.requests),
-                    urls,
-                )
+                done = f"{len(self._answers)} of {len(self.requests)} requests"
+                logger.warning(f"{said - start:.0f} s: {done} answered by {urls}")
 
     def _is_over(self) -> bool:
         return self._error is not None or len(self._answers) == len(self.requests)

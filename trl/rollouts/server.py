@@ -269,14 +269,11 @@ class ServerEngine(RolloutEngine):
         limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
         together = self._is_own and len(set(limits)) == 1 and not any(prompt.images for prompt in prompts)
         size = -(-len(prompts) // len(self.servers)) if together else 1
-        return [
-            Chunk(
-                prompts[start : start + size],
-                replace(params, max_new_tokens=limits[start], seed=_seed(params.seed, start)),
-                n,
-            )
-            for start in range(0, len(prompts), size)
-        ]
+        chunks = []
+        for start in range(0, len(prompts), size):
+            own = replace(params, max_new_tokens=limits[start], seed=_seed(params.seed, start))
+            chunks.append(Chunk(prompts[start : start + size], own, n))
+        return chunks
 
     def _limit(self, index: int, prompt: SentPrompt, params: SamplingParams) -> int:
         ids, own = prompt.ids, prompt.max_new_tokens
