@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import make_tokenizer
+from trl.data.chat import ChatTemplate
+from trl.data.messages import tidy_messages
+from trl.data.tokens import TextEncoder
 
 _LAST_QUESTION = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -197,3 +200,10 @@ FAMILIES = {
         "</s>",
     ),
 }
+
+
+def render_chat(messages, tokenizer, **options):
+    """Token ids [T] of a conversation, and the mask [T] of those that the assistant wrote."""
+    text, spans = ChatTemplate(tokenizer, **options).assistant_spans(tidy_messages(messages))
+    (ids,), (mask,) = TextEncoder(tokenizer).masked([text], [spans])
+    return ids, mask

@@ -4,25 +4,17 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.data.chat_families import render_chat
 from trl.data.chat import (
     ChatTemplate,
     apply_chat_template,
     maybe_apply_chat_template,
 )
 from trl.data.chat_formats import clone_chat_template, setup_chat_format
-from trl.data.messages import tidy_messages
-from trl.data.tokens import TextEncoder
 from trl.errors import ConfigError, DataError
 
 SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 QUESTION = "what is the sky"
-
-
-def render_chat(messages, tokenizer, **options):
-    """Token ids [T] of a conversation, and the mask [T] of those that the assistant wrote."""
-    text, spans = ChatTemplate(tokenizer, **options).assistant_spans(tidy_messages(messages))
-    (ids,), (mask,) = TextEncoder(tokenizer).masked([text], [spans])
-    return ids, mask
 
 
 @pytest.fixture

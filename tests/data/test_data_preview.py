@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
+from tests.data.chat_families import render_chat
 from trl.counts import counted
-from trl.data.chat import render_chat
 from trl.data.preview import preview_examples
 from trl.types import Completion, Example
 
