@@ -249,9 +249,7 @@ def stored(image: Any) -> dict[str, Any]:
 
 def expanded(columns: Columns, processing: ImageProcessing | None, texts: Sequence[str]) -> list[str]:
     """The texts of all rows, the places of a row's images taken by those of their tokens."""
-    if columns.images is None:
-        return list(texts)
-    return columns.each(lambda k, row: processing.expand(texts[k], columns.images[k])[0])
+    return expanded_spans(columns, processing, texts, [()] * len(texts))[0]
 
 
 def expanded_spans(

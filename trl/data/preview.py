@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -42,7 +41,7 @@ def preview_examples(
     for count, example in enumerate(examples, start=1):
         heading = Text(f"row {count}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
         console.print(Rule(heading, style="dim", align="left"))
-        for block in _blocks(example, _Decoder(tokenizer, image_token), coloured):
+        for block in _blocks(example, tokenizer, image_token, coloured):
             console.print(block)
         tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
@@ -77,24 +76,15 @@ def _mask(completion: Completion) -> Sequence[bool]:
     return [True] * len(completion) if completion.mask is None else [bool(m) for m in completion.mask]
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    """A tokenizer, and the token that stands for images."""
-
-    tokenizer: PreTrainedTokenizerBase
-    image_token: int | None
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _blocks(example: Example, decoder: _Decoder, coloured: bool) -> Iterator[Text]:
+def _blocks(
+    example: Example, tokenizer: PreTrainedTokenizerBase, image_token: int | None, coloured: bool
+) -> Iterator[Text]:
     """The text of a single completion runs on from its prompt; several stand below it."""
     prompt = list(example.prompt)
     ignored = [False] * len(prompt)
     alone = len(example.completions) == 1
     if not alone:
-        yield _text(_runs(prompt, ignored, decoder), coloured)
+        yield _text(_runs(prompt, ignored, tokenizer, image_token), coloured)
     for number, completion in enumerate(example.completions, start=1):
         ids, mask = list(completion.ids), _mask(completion)
         if alone:
@@ -102,30 +92,26 @@ def _blocks(example: Example, decoder: _Decoder, coloured: bool) -> Iterator[Tex
         else:
             of = f"{number} of {len(example.completions)}"
             yield Text(f"completion {of}: {counted(len(completion), 'token')}", style="bold")
-        yield _text(_runs(ids, mask if prompt and not alone else _predicted(mask), decoder), coloured)
+        mask = mask if prompt and not alone else [False, *mask[1:]]  # nothing predicts the first token
+        yield _text(_runs(ids, mask, tokenizer, image_token), coloured)
         if completion.signals:
             shown = (f"{name}={_number(value)}" for name, value in completion.signals.items())
             yield Text("  ".join(shown), style="italic")
-
-
-def _predicted(mask: Sequence[bool]) -> list[bool]:
-    return [False, *mask[1:]]
 
 
 def _number(value: float | Sequence[float]) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else f"[{', '.join(f'{v:.4g}' for v in value)}]"
 
 
-def _runs(ids: list[int], mask: Sequence[bool], decoder: _Decoder) -> Iterator[Run]:
+def _runs(ids: list[int], mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase, image: int | None) -> Iterator[Run]:
     """Neighbouring tokens of one kind, as text. Text grows from the row's beginning, for spaces depend on it."""
-    special = set(decoder.tokenizer.all_special_ids)
-    image = decoder.image_token
+    special = set(tokenizer.all_special_ids)
     kinds = [(trained, token in special, token == image) for token, trained in zip(ids, mask, strict=True)]
     seen, end = 0, 0
     for (trained, is_special, is_image), run in groupby(kinds):
         count = len(list(run))
         end += count
-        text = decoder.text(ids[:end])
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         yield f"[{count:,} image tokens]" if is_image else text[seen:], trained, is_special
         seen = len(text)
 

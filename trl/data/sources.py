@@ -152,7 +152,7 @@ def load_splits(
     streaming: bool = False,
 ) -> Splits:
     """All splits of a dataset."""
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
     places = _listed(path)
     for place in places:
@@ -166,7 +166,9 @@ def load_splits(
     if local and _is_saved(local[0]):
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
-        return _streamed(splits) if streaming else splits
+        if not streaming:
+            return splits
+        return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
     with _failures_told(places, lambda: None):
         rows = load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
     if local and data_files is None:
@@ -276,12 +278,6 @@ def _holds_rows(feature: Any) -> bool:
     """Whether a column holds lists of dicts with the columns of rows."""
     inside = getattr(feature, "feature", None)
     return isinstance(inside, Mapping) and not COLUMNS.isdisjoint(inside)
-
-
-def _streamed(splits: DatasetDict) -> IterableDatasetDict:
-    from datasets import IterableDatasetDict
-
-    return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
 
 
 def take_split(splits: Splits, split: str, path: Any) -> Rows:

@@ -101,9 +101,6 @@ class ModelConfig:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
         check_attention_packages(self.attn_implementation)
-        self._check_adapter()
-
-    def _check_adapter(self) -> None:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability: give 0 ≤ lora_dropout < 1.")
         if self.lora_r < 1:

@@ -97,7 +97,7 @@ class AdapterOff(_Scored):
 
     @contextmanager
     def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
-        with evaluating(policy), _adapted(policy).disable_adapter():
+        with evaluating(policy), without_wrapper(policy).disable_adapter():
             yield policy
 
 
@@ -110,7 +110,7 @@ class NamedAdapter(_Scored):
 
     @contextmanager
     def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
-        adapted = _adapted(policy)
+        adapted = without_wrapper(policy)
         with evaluating(policy):
             adapted.set_adapter(self.reference)
             try:
@@ -135,12 +135,12 @@ class SnapshotReference(_Scored):
 
     @contextmanager
     def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
-        if not is_whole(_adapted(policy)):
+        if not is_whole(without_wrapper(policy)):
             raise ModelError(
                 "The reference is this model as it was given, with the adapter that it had, and FSDP2 and ZeRO-3 keep shards "
                 "of that: use DDP or ZeRO-2, or load the adapter twice and name the second one in ref_adapter_name."
             )
-        parameters = dict(_adapted(policy).named_parameters())
+        parameters = dict(without_wrapper(policy).named_parameters())
         trained = [parameters[name] for name in self.weights]
         now = [parameter.detach().clone() for parameter in trained]
         with torch.no_grad():
@@ -279,10 +279,6 @@ def _leaves_base_alone(model: PeftModel) -> bool:
     """Whether training the active adapter leaves the model without it as it was given."""
     options = model.peft_config[model.active_adapter].to_dict()
     return options.get("bias", "none") == "none" and options.get("init_lora_weights", True) in NEUTRAL_STARTS
-
-
-def _adapted(policy: nn.Module) -> PeftModel:
-    return without_wrapper(policy)
 
 
 def create_reference_model(

@@ -19,7 +19,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from trl.errors import EngineError
-from trl.rollouts.engine import FinishReason, Prompt, Rollout
+from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.sampling import SamplingParams
 from trl.rollouts.server_info import ServerInfo, read_info
 from trl.vision.images import data_url
@@ -46,7 +46,7 @@ IMAGES_NEED = (
 FINAL_ONLY = 2
 """How vLLM is told to answer once, with whole samples."""
 
-REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+REASONS = ("stop", "length")
 """How a completion may have ended that is learned from; one that was aborted is sampled again."""
 
 
@@ -333,4 +333,4 @@ def _rollout(choice: Mapping[str, Any], limit: int, vocabulary: int, version: st
     if not 1 <= len(ids) <= limit or reason not in REASONS:
         raise ValueError(f"{len(ids)} tokens of at most {limit}, ended by {reason!r}")
     step = int(version) if version is not None and version.isdigit() else None
-    return Rollout(tuple(ids), tuple(map(float, logprobs)), REASONS[reason], version=step)
+    return Rollout(tuple(ids), tuple(map(float, logprobs)), reason, version=step)

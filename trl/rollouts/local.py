@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from trl.errors import ConfigError, DataError, ModelError
+from trl.models.gathering import base_of, policy_of
 from trl.models.half_weights import linears_of, rounded
 from trl.models.patching import evaluating
 from trl.models.rotary import first_length, length_dependent, rotate_by_own_length
 from trl.models.score import without_wrapper
 from trl.models.sharding import whole_weights
-from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.ilql import WithILQLHeads
 from trl.ops.logprobs import has_triton
 from trl.ops.products import exact_products
@@ -175,9 +175,8 @@ class LocalEngine(RolloutEngine):
 
 def unwrap(model: nn.Module) -> Policy:
     """The policy without its engine's wrapper and value head. Raises ModelError for what does not generate."""
-    model = without_wrapper(model)
-    model = model.pretrained_model if isinstance(model, WithValueHead) else model
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = policy_of(model)
+    inner = base_of(model)
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
         raise ModelError(
             f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
