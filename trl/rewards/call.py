@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -101,8 +101,9 @@ class Samples:
 
     def one(self, i: int) -> Samples:
         """Sample i alone."""
-        columns = {name: [values[i]] for name, values in self.columns.items()}
-        return Samples([self.prompts[i]], [self.completions[i]], columns, self.extras)
+        own = slice(i, i + 1)
+        columns = {name: values[own] for name, values in self.columns.items()}
+        return replace(self, prompts=self.prompts[own], completions=self.completions[own], columns=columns)
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -19,10 +19,7 @@ from trl.rewards.signature import PICTURES, asks_for, check_arguments
 
 @dataclass(frozen=True)
 class PictureSamples(Samples):
-    """What is to be rewarded: `images` of `prompts`. `completions` name them in errors."""
-
-    images: Tensor | None = None
-    pil_images: Sequence[Any] | None = None
+    """What is to be rewarded: `images` of `prompts`, as columns. `completions` name them in errors."""
 
     @classmethod
     def of(
@@ -37,19 +34,12 @@ class PictureSamples(Samples):
         wanted = any(asks_for(reward.function, "pil_images") for reward in rewards)
         size = f"{images.shape[-1]} × {images.shape[-2]}"
         named = [f"picture {i}, {size} pixels" for i in range(1, len(images) + 1)]
-        return cls(prompts, named, columns, extras, images=images, pil_images=to_pil(images) if wanted else None)
-
-    def one(self, i: int) -> PictureSamples:
-        alone = super().one(i)
-        pil = None if self.pil_images is None else [self.pil_images[i]]
-        return PictureSamples(
-            alone.prompts, alone.completions, alone.columns, alone.extras, images=self.images[i : i + 1], pil_images=pil
-        )
+        pil = {"pil_images": to_pil(images)} if wanted else {}
+        return cls(prompts, named, {"images": images, **pil, **columns}, extras)
 
     @property
     def keywords(self) -> dict[str, Any]:
-        pil = {} if self.pil_images is None else {"pil_images": self.pil_images}
-        return {"prompts": self.prompts, "images": self.images, **pil, **self.columns, **self.extras}
+        return {"prompts": self.prompts, **self.columns, **self.extras}
 
 
 def make_picture_rewards(reward_funcs: Any, *, weights: Sequence[float] | None, columns: Sequence[str]) -> list[Reward]:
