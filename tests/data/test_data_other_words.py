@@ -13,8 +13,8 @@ from tests.data.chat_families import FAMILIES
 from trl.data.chat import ChatTemplate
 from trl.data.conventions import in_known_columns
 from trl.data.encode import EncodeSettings, decode, encode_dataset
-from trl.data.message_keys import meant_key
 from trl.data.messages import role_of, tidy_messages
+from trl.data.shown import meant_key
 from trl.errors import DataError
 
 ASK = {"role": "user", "content": "Weather?"}

@@ -24,7 +24,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational
 from trl.data.json_text import decoded
-from trl.data.message_keys import KeyCheck
 from trl.data.messages import check_contents, contents_as_parts, is_trained, tidy_messages, without_none
 from trl.data.shown import ShownCheck
 from trl.data.tool_calls import arguments_as_text, tools_of
@@ -69,7 +68,6 @@ class ChatTemplate:
         self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.eos = tokenizer.eos_token or ""
         self._shown = ShownCheck(self.name, self.source(tools))
-        self._keys = KeyCheck(self.name, self.source(tools))
         self._unread: set[str] = set()
         self._say_unread(template_kwargs or {})
         self._is_open = False
@@ -183,7 +181,7 @@ class ChatTemplate:
     def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
         """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
         check_contents(messages, self.source(self.tools))
-        self._keys.check(messages)
+        self._shown.check_keys(messages)
         self._shown.check(messages, text, lambda changed: self.render(changed, row, **options)[0])
         if tools := _row_tools(row):
             bare = {**row, "tools": None, "functions": None}

@@ -31,11 +31,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trl.counts import counted, percent
 from trl.data.formats import COLUMNS_READ, TEXT, detect_kind
-from trl.data.message_keys import ALIKE
 from trl.data.multimodal import check_image_columns, undecoded
 from trl.data.prepacked import comes_packed, refuse_packed
 from trl.data.row_encoder import COUNTS, INPUTS, RowEncoder
 from trl.data.settings import EncodeSettings
+from trl.data.shown import ALIKE
 from trl.data.tokenization import Tokenization
 from trl.data.trees import (
     IDENTICAL,
