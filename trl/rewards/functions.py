@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jsonschema import Draft202012Validator, SchemaError
+from jsonschema import Draft202012Validator
 from jsonschema.protocols import Validator
 from referencing import Registry
 from referencing.exceptions import Unresolvable
@@ -168,45 +168,33 @@ def _check_positive(name: str, value: int) -> None:
         raise ConfigError(f"{name}={value}: give a number of tokens, at least 1.")
 
 
-DESCRIPTIVE = ("$schema", "$id", "$defs", "$comment", "title", "description", "default", "examples", "format")
-"""Keywords that judge nothing. What `format` names is not checked, as the specification has it."""
-NAMED, SEVERAL = (
-    ("properties", "patternProperties", "$defs", "dependentSchemas"),
-    ("allOf", "anyOf", "oneOf", "prefixItems"),
+STRICT = Draft202012Validator(
+    {
+        "$id": "urn:trl:strict",
+        "$dynamicAnchor": "meta",
+        "$ref": Draft202012Validator.META_SCHEMA["$id"],
+        "properties": {"dependencies": False},  # earlier drafts have it, and it would judge nothing
+        "unevaluatedProperties": False,
+    },
+    format_checker=Draft202012Validator.FORMAT_CHECKER,
 )
-SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems")
-RELATED = ("then", "else", "minContains", "maxContains")
-"""Keywords that others read."""
+"""Says what is no schema, and keywords at any depth that are not known and would be ignored."""
 
 
 def validator_of(schema: Mapping[str, Any]) -> Validator:
     """What checks values by a schema (JSON Schema 2020-12). Raises ConfigError for what is no schema or would be ignored."""
+    for error in sorted(STRICT.iter_errors(schema), key=lambda error: -len(error.path)):  # the innermost is the cause
+        if error.validator == "unevaluatedProperties":
+            name = next(name for name in error.instance if repr(name) in error.message)
+            raise ConfigError(unknown("keyword of the JSON schema", name, Draft202012Validator.VALIDATORS))
+        raise ConfigError(f"This is no JSON schema: {'.'.join(map(str, error.path)) or 'the schema'}: {error.message}.")
     try:
-        Draft202012Validator.check_schema(schema)
-        _check_keywords(schema)
         validator = Draft202012Validator(schema, registry=Registry())  # which loads nothing from elsewhere
         for value in (None, {}, [], "", 0):
             validator.is_valid(value)
-    except SchemaError as error:
-        where = ".".join(map(str, error.path)) or "the schema"
-        raise ConfigError(f"This is no JSON schema: {where}: {error.message}.") from error
     except (Unresolvable, RecursionError) as error:
         raise ConfigError(f"The JSON schema refers to what is not in it, or to itself without end: {error}.") from error
     return validator
-
-
-def _check_keywords(schema: Any) -> None:
-    """Raise ConfigError for a keyword that is not known: it would be ignored."""
-    if not isinstance(schema, Mapping):
-        return
-    known = [*Draft202012Validator.VALIDATORS, *DESCRIPTIVE, *RELATED]
-    for name in schema:
-        if name not in known:
-            raise ConfigError(unknown("keyword of the JSON schema", name, known))
-    inside = [each for name in NAMED for each in schema.get(name, {}).values()]
-    inside += [each for name in SEVERAL for each in schema.get(name, ())]
-    for each in [*inside, *(schema[name] for name in SINGLE if name in schema)]:
-        _check_keywords(each)
 
 
 COMBINATIONS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
