@@ -119,7 +119,9 @@ def recognise(
         source = chat or asked
         return None if source is None else _pairs_of_messages(source)
     if has_pair and asked is None and has_template and _is_hh(first["chosen"]) and _is_hh(first["rejected"]):
-        return Convention("dialogues of one text (HH)", PAIR, _hh)
+        return Convention(
+            "dialogues of one text (HH)", PAIR, lambda row: extract_prompt({name: _turns(row, name) for name in PAIR})
+        )
     if KTO in present and (chat or (asked and answer)):
         return _labelled(chat) if chat else _questions(asked, present, has_template, (answer, KTO))
     if has_pair and asked in (None, "prompt"):
@@ -306,10 +308,6 @@ def _openai_pair(row: Row) -> dict[str, Any]:
 
 def _is_hh(text: Any) -> bool:
     return isinstance(text, str) and text.startswith(HUMAN) and "\n\nAssistant:" in text
-
-
-def _hh(row: Row) -> dict[str, Any]:
-    return extract_prompt({name: _turns(row, name) for name in PAIR})
 
 
 def _turns(row: Row, column: str) -> list[dict[str, str]]:

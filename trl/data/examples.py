@@ -74,15 +74,11 @@ class ImageCollator:
             try:
                 found.append(self.processing.with_images(example, images[at : at + own]))
             except DataError as error:
-                raise DataError(
-                    f"{error} It belongs to the row that begins with {self._beginning(example)!r}."
-                ) from error
+                tokens = [token for token in _flat(example) if token != self.processing.token_id][:SHOWN]
+                beginning = self.processing.processor.tokenizer.decode(tokens)
+                raise DataError(f"{error} It belongs to the row that begins with {beginning!r}.") from error
             at += own
         return found
-
-    def _beginning(self, example: Example) -> str:
-        tokens = [token for token in _flat(example) if token != self.processing.token_id][:SHOWN]
-        return self.processing.processor.tokenizer.decode(tokens)
 
 
 def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, Any]]], list[Example]]:

@@ -238,7 +238,8 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
     in_answer = ranges(_starts(lengths) + prompt_lengths, answer_lengths)
     ids, mask = np.empty(lengths.sum(), np.int32), np.zeros(lengths.sum(), bool)
     ids[in_prompt], ids[in_answer] = _values(prompts), _values(answers)
-    mask[in_answer] = _answer_mask(table)
+    is_masked = "completion_mask" in table.column_names
+    mask[in_answer] = _values(table["completion_mask"].combine_chunks().flatten()) if is_masked else True
     pieces = STRATEGIES[strategy](lengths, capacity)
     mask[pieces.start[pieces.length > 0]] = False  # nothing predicts a document's first token
     pieces = _trained_pieces(pieces, mask)
@@ -254,12 +255,6 @@ def _with_images(packed: pa.Table, images: pa.ChunkedArray, pieces: Pieces, leng
     held = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), own.flatten())
     numbers = pa.ListArray.from_arrays(pa.array(pieces.rows, pa.int32()), pa.array(counts, pa.int32()))
     return packed.append_column(IMAGES, held).append_column("image_counts", numbers)
-
-
-def _answer_mask(table: pa.Table) -> Ints | bool:
-    if "completion_mask" not in table.column_names:
-        return True
-    return _values(table["completion_mask"].combine_chunks().flatten())
 
 
 def _trained_pieces(pieces: Pieces, mask: Ints) -> Pieces:

@@ -135,7 +135,7 @@ class RowEncoder:
                     f": {size:,} tokens, and the model has {s.positions:,} positions: set max_length={s.positions}, or less, or "
                     "leave long rows out.",
                 )
-            top = tree.highest_id
+            top = max(max(ids, default=-1) for ids in (tree.prompt, *tree.completions))
             if s.embedded is not None and columns.images is None and top >= s.embedded:
                 token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
                 raise RowError(
@@ -183,7 +183,8 @@ class RowEncoder:
         overlong: Sequence[bool] = (),
         documents: Sequence[Sequence[int]] | None = None,
     ) -> pa.Table:
-        trained = [tree.trained(unpredicted=self._unpredicted(tree)) for tree in trees]
+        begins_alone = not self.settings.encoder_decoder
+        trained = [tree.trained(unpredicted=int(begins_alone and not tree.prompt)) for tree in trees]
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
         statuses = [*map(self._status, trees, trained, overlong or [False] * len(trees))]
         if self.settings.needs_prompt:
@@ -227,9 +228,6 @@ class RowEncoder:
         """The values of rows that came packed."""
         ids, masks = [tree.completions[0] for tree in trees], [tree.masks[0] for tree in trees]
         return {"input_ids": ids, "mask": masks, "seq_lengths": list(lengths)}
-
-    def _unpredicted(self, tree: Tree) -> int:
-        return int(not self.settings.encoder_decoder and not tree.prompt)
 
     def _status(self, tree: Tree, trained: list[int], is_overlong: bool) -> int:
         if is_overlong:

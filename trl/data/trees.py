@@ -38,11 +38,6 @@ class Tree:
         return max(map(len, self.completions), default=0)
 
     @property
-    def highest_id(self) -> int:
-        """The highest token id; −1 of none."""
-        return max(max(ids, default=-1) for ids in (self.prompt, *self.completions))
-
-    @property
     def all_masks(self) -> list[list[bool]]:
         """The masks, written out where all tokens are trained on."""
         return [[True] * len(ids) for ids in self.completions] if self.masks is None else self.masks

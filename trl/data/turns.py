@@ -58,10 +58,6 @@ class Borders:
         headers = head + header + answered + asked + footer
         return cls(enders, tuple(t for t in tokens if t in headers and t not in enders), header)
 
-    def is_found(self, text: str) -> bool:
-        """Whether a token in the text ends a turn."""
-        return any(token in text for token in self.enders)
-
     def stopped(self, text: str, start: int, end: int) -> int:
         """The end of the span, after a token that ends turns and follows it where nothing closes the span yet."""
         if text[start:end].rstrip().endswith(self.enders):
@@ -161,7 +157,7 @@ class TurnFinder:
         elif place := self._anchor(before, prompt, add_generation_prompt=True):
             here, there = place
             follows_answer = any(message["role"] == "assistant" for message in before)
-            if not (follows_answer or self.borders.is_found(self.text[there:])):
+            if not (follows_answer or any(token in self.text[there:] for token in self.borders.enders)):
                 return None
             if self.text.startswith(prompt[here:], there):
                 return len(prompt), there + len(prompt) - here

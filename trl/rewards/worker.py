@@ -170,7 +170,8 @@ def _by_value(function: Callable, module: ModuleType) -> bytes | None:
 
 def main() -> None:
     """Serve calls until the trainer is gone."""
-    _die_with_parent()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)  # with the trainer
     connection = Connection(int(sys.argv[1]))
     try:
         function = pickle.loads(connection.recv_bytes())
@@ -218,8 +219,3 @@ def _reply(connection: Connection, kind: str, value: Any, logged: list) -> None:
         told = f"{type(value).__name__}: {value}" if kind == "raised" else f"{type(error).__name__}: {error}"
         content = cloudpickle.dumps(("raised", RaisedInWorker(told), []))
     connection.send_bytes(content)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)

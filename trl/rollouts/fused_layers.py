@@ -96,14 +96,15 @@ def merged_products(model: nn.Module) -> list[MergedProducts]:
     found = []
     for module in model.modules():
         linears = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(map(is_plain, linears)) and len({_form(linear) for linear in linears}) == 1:
+        if not all(map(is_plain, linears)):
+            continue
+        if (
+            len({(each.in_features, _weight(each).dtype, each._parameters.get("bias") is None) for each in linears})
+            == 1
+        ):
             found.append(linears)
     size = sum(_weight(linear).nbytes for linears in found for linear in linears)
     return [MergedProducts(linears) for linears in found] if size <= MERGED_BYTES else []
-
-
-def _form(linear: nn.Linear) -> tuple[object, ...]:
-    return linear.in_features, _weight(linear).dtype, linear._parameters.get("bias") is None
 
 
 def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLayer | None:

@@ -111,7 +111,8 @@ class LocalEngine(RolloutEngine):
         stops = with_stop_tokens(params, policy.inner, self.tokenizer).stop_token_ids
         stopper = Stopper(params, stops, self.tokenizer)
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
-        bar = self._bar(len(prompts) * n)
+        progress = {"disable": None if self.progress else True, "delay": 2, "leave": False}
+        bar = tqdm(total=len(prompts) * n, desc="Sampling", unit="sample", **progress)
         plain = torch.compiler.set_stance("force_eager")  # compiled layers are for training's shapes
         with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
             way = self._way(policy, prompts, limits, params)
@@ -143,11 +144,6 @@ class LocalEngine(RolloutEngine):
         decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
         sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
         return Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
-
-    def _bar(self, samples: int) -> tqdm:
-        return tqdm(
-            total=samples, desc="Sampling", unit="sample", delay=2, leave=False, disable=None if self.progress else True
-        )
 
     def _way(self, policy: Policy, prompts: Sequence[Prompt], limits: Sequence[int], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):

@@ -111,11 +111,9 @@ class BubblewrapRunner:
         identity = f"--reuid {NOBODY} --regid {NOBODY} --clear-groups" if is_root else ""
         script = f'mount -t tmpfs -o {size} tmpfs /work && exec setpriv {identity} --no-new-privs "$@"'
         words = [self.bwrap, "--unshare-ipc", "--unshare-net", *namespaces, "--die-with-parent", *kept, *view]
-        return [*words, *visible([*system(), *self._tools()]), "--", "/bin/sh", "-c", script, "sh"]
-
-    def _tools(self) -> list[Path]:
         bwrap = Path(os.path.realpath(self.bwrap))
-        return [] if bwrap.is_relative_to("/usr") else [bwrap]
+        tools = [] if bwrap.is_relative_to("/usr") else [bwrap]
+        return [*words, *visible([*system(), *tools]), "--", "/bin/sh", "-c", script, "sh"]
 
     def _inner(self, contents: Mapping[str, int], code: int) -> list[str]:
         words = [os.path.realpath(self.bwrap), "--unshare-all", "--unshare-user", "--disable-userns"]
