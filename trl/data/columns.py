@@ -79,18 +79,16 @@ class Columns:
 
     def read(self) -> Columns:
         """The columns with conversations as lists of messages, where they came as text or as a dict of lists."""
-        values = {name: self._conversations(name) if name in CHATS else self.values[name] for name in self.values}
-        return replace(self, values=values)
+        chats = {name: self.values[name] for name in CHATS if name in self.values}
+        read = {name: [self._read(k, name, v) for k, v in enumerate(column)] for name, column in chats.items()}
+        return replace(self, values={**self.values, **read})
 
-    def _conversations(self, name: str) -> Sequence[Any]:
-        values = []
-        for k, value in enumerate(self.values[name]):
-            try:
-                found = conversation_in(value) if isinstance(value, str) else messages_of(value)
-            except DataError as error:
-                raise self.error(k, name, str(error)) from error
-            values.append(value if found is None else found)
-        return values
+    def _read(self, k: int, name: str, value: Any) -> Any:
+        try:
+            found = conversation_in(value) if isinstance(value, str) else messages_of(value)
+        except DataError as error:
+            raise self.error(k, name, str(error)) from error
+        return value if found is None else found
 
     def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
         if value == []:

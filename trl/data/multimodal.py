@@ -25,7 +25,7 @@ from trl.data.columns import CHATS, Columns
 from trl.data.formats import PICTURES
 from trl.data.messages import check_contents, tidy_messages
 from trl.data.tokens import Span
-from trl.errors import DataError, RowError
+from trl.errors import DataError
 from trl.vision.images import from_base64
 from trl.vision.processing import ImageProcessing
 
@@ -79,18 +79,13 @@ def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 def place_images(columns: Columns, processing: ImageProcessing, *, has_template: bool) -> Columns:
     """The columns with a place for every image in their conversations or texts, and the images of each row."""
-    values = {name: list(columns[name]) for name in columns.values}
-    images = []
-    for k in range(len(columns.rows)):
-        row = {name: column[k] for name, column in values.items()}
-        try:
-            placed, own = _placed(row, processing, has_template=has_template, source=columns.source)
-        except DataError as error:
-            raise RowError(columns.rows[k], f": {error}") from error
-        images.append(own)
-        for name, value in placed.items():
-            values[name][k] = value
-    return replace(columns, values={n: v for n, v in values.items() if n not in PICTURES}, images=images)
+    found = columns.each(lambda k, row: _placed(row, processing, has_template=has_template, source=columns.source))
+    values = {
+        name: [placed.get(name, value) for (placed, _), value in zip(found, columns[name], strict=True)]
+        for name in columns.values
+        if name not in PICTURES
+    }
+    return replace(columns, values=values, images=[own for _, own in found])
 
 
 def _placed(
