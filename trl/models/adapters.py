@@ -358,15 +358,14 @@ def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
 
 def _tables(model: PeftModel, config: LoraConfig, ids: Collection[int]) -> dict[str, list[int]] | None:
     """By the names of the embeddings and the head: `ids`, and those that train already. None where whole tables train."""
-    options = config.to_dict()
     base = model.get_base_model()
-    given = options.get("trainable_token_indices") or {}
-    tables = {_name_of(base, base.get_input_embeddings())}
+    embeddings = _name_of(base, base.get_input_embeddings())
+    tables = {embeddings}
     if not base.config.get_text_config().tie_word_embeddings:
         tables.add(_name_of(base, base.get_output_embeddings()))
-    tables -= set(options.get("modules_to_save") or ())
-    if not isinstance(given, dict):
-        given = {_name_of(base, base.get_input_embeddings()): given}
+    tables -= set(config.modules_to_save or ())
+    given = config.trainable_token_indices or {}
+    given = given if isinstance(given, dict) else {embeddings: given}
     return {table: sorted({*given.get(table, ()), *ids}) for table in sorted(tables)} or None
 
 

@@ -12,7 +12,7 @@ compiles need none of it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from types import MethodType
@@ -127,8 +127,7 @@ def computes(module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor], *, 
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator, device=weight.device).to(weight.dtype)
     results = gradients_of if backward else lambda function, x: [function(x)]
-    expected, found = (results(each, x) for each in (module, partial(norm, module)))
-    return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
+    return alike(results(partial(norm, module), x), results(module, x))
 
 
 def gradients_of(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
@@ -139,6 +138,11 @@ def gradients_of(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
         outputs = [found] if isinstance(found, Tensor) else [*found]
         gradients = torch.autograd.grad(sum(out.float().sin().sum() for out in outputs), leaves)
     return [x.detach() for x in (*outputs, *gradients)]
+
+
+def alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors are of the same types, and as close as these allow."""
+    return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def close(found: Tensor, expected: Tensor, *, factors: torch.dtype | None = None) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trl.models.fused import close, gradients_of
+from trl.models.fused import alike, gradients_of
 from trl.models.patching import evaluating
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _replaced(module: nn.Module) -> bool:
             part.forward = MethodType(forward, part)
         if _has_kernel(x):
             _take_kernel(module, x, expected)
-        if _same(module, x, expected):
+        if alike(gradients_of(module, x), expected):
             return True
     for part, _ in new:  # and no other's: accelerate puts forwards on modules too
         del part.forward
@@ -174,17 +174,12 @@ def _take_kernel(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> No
         return
     setattr(module, KERNEL, name)
     try:
-        same = _same(module, x, expected)
+        same = alike(gradients_of(module, x), expected)
     except Exception as error:  # whatever a compiler says
         logger.warning(f"Activations are computed without a kernel: {error}")
         same = False
     if not same:
         delattr(module, KERNEL)
-
-
-def _same(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> bool:
-    found = gradients_of(module, x)
-    return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # ── products of one input ───────────────────────────────────────────────────────────────────────────────────────

@@ -27,7 +27,7 @@ from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
 from trl.models.layer_sharing import last_states
 from trl.models.load import load_model
-from trl.models.patching import checkpoint_activations
+from trl.models.patching import checkpoint_activations, evaluating
 from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 
@@ -256,15 +256,14 @@ def with_value_head(model: PreTrainedModel | PeftModel, **options: Any) -> WithV
 @contextmanager
 def _adapter(model: PeftModel, name: str) -> Iterator[None]:
     """`model` with another of its adapters, in evaluation mode; what trains, trains again afterwards."""
-    active, training = model.active_adapter, model.training
+    active = model.active_adapter
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     model.set_adapter(name)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.set_adapter(active)
-        model.train(training)
         for parameter, flag in trains:
             parameter.requires_grad_(flag)
 
