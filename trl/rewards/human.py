@@ -101,6 +101,9 @@ class _Asking:
     answer            gives what is typed, as `input` does. None: the terminal
     console           where tables are shown. None: the terminal
     port, share_on_lan, token, guidelines, raters_per_item    of the page, as options of `trl label`
+
+    What differs is which completions a question is about (`_asked`), and what an answer is worth to the first of them, by a
+    row of the file (`_told`) and on the page (`_worth`); to the second it is worth the opposite.
     """
 
     task: ClassVar[str]

@@ -7,6 +7,7 @@ more prompts than planned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -36,19 +37,12 @@ class StreamRows:
     """Rows of a stream, from its beginning again when it ends. Positions have to rise."""
 
     def __init__(self, rows: IterableDataset) -> None:
-        self.rows = rows
-        self._iterator: Iterator[Row] = iter(rows)
+        self._rows: Iterator[Row] = chain.from_iterable(repeat(rows))
         self._next = 0
 
     def __getitem__(self, position: int) -> Row:
-        while True:
-            row = next(self._iterator, None)
-            if row is None:
-                self._iterator = iter(self.rows)
-                continue
-            self._next += 1
-            if self._next > position:
-                return row
+        skipped, self._next = position - self._next, position + 1
+        return next(islice(self._rows, skipped, None))
 
 
 class Prompts:
