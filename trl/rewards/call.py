@@ -78,6 +78,19 @@ class Reward:
             self.stay(error)
             return None
 
+    def begin(self, samples: Samples, timeout: float | None) -> Callable[[], Any]:
+        """Let the function begin, in a process of its own where there is a time limit; what waits for its result."""
+        keywords = self.keywords(samples)
+        if timeout is None:
+            return lambda: self.function(**keywords)
+        if self.worker is not None:
+            try:
+                self.worker.send(keywords)
+                return functools.partial(self.worker.receive, time.monotonic() + timeout)
+            except WorkerError as error:
+                self.stay(error)
+        return lambda: _in_thread(lambda: called(self.function, keywords), timeout)
+
     def stay(self, error: WorkerError) -> None:
         """Keep the function in this process from now on."""
         vars(self)["worker"] = None
@@ -207,13 +220,11 @@ def _outcomes(rewards: Sequence[Reward], samples: Samples, timeout: float | None
     waiting = [i for i, reward in enumerate(rewards) if reward.is_async]
     if waiting:
         asynchronous = [rewards[i] for i in waiting]
-        run = _all_async if timeout is None else functools.partial(_all_in_workers, timeout=timeout)
+        run = _all_async if timeout is None else functools.partial(_all_begun, timeout=timeout)
         found.update(zip(waiting, run(asynchronous, samples), strict=True))
     for i, reward in enumerate(rewards):
-        if i not in found and timeout is None:
-            found[i] = _caught(lambda reward=reward: reward.function(**reward.keywords(samples)))
-        elif i not in found:
-            (found[i],) = _all_in_workers([reward], samples, timeout)
+        if i not in found:
+            (found[i],) = _all_begun([reward], samples, timeout)
     return [found[i] for i in range(len(rewards))]
 
 
@@ -255,30 +266,10 @@ def _is_from_signal(error: BaseException) -> bool:
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _all_in_workers(rewards: Sequence[Reward], samples: Samples, timeout: float) -> list[Outcome]:
-    """What functions give that start at the same time, each in a process of its own and within `timeout` seconds."""
-    ends = [_caught(lambda reward=reward: _send(reward, samples, timeout)) for reward in rewards]
-    return [_received(r, end, samples, timeout) for r, end in zip(rewards, ends, strict=True)]
-
-
-def _send(reward: Reward, samples: Samples, timeout: float) -> float | None:
-    """Let the function begin; by when it has to end. None if it has no process of its own."""
-    if reward.worker is None:
-        return None
-    try:
-        reward.worker.send(reward.keywords(samples))
-    except WorkerError as error:
-        reward.stay(error)
-        return None
-    return time.monotonic() + timeout
-
-
-def _received(reward: Reward, end: float | BaseException | None, samples: Samples, timeout: float) -> Outcome:
-    if isinstance(end, BaseException):
-        return end
-    if end is not None:
-        return _caught(lambda: reward.worker.receive(end))
-    return _caught(lambda: _in_thread(lambda: called(reward.function, reward.keywords(samples)), timeout))
+def _all_begun(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
+    """What functions give that all begin before one is waited for."""
+    begun = [_caught(lambda reward=reward: reward.begin(samples, timeout)) for reward in rewards]
+    return [wait if isinstance(wait, BaseException) else _caught(wait) for wait in begun]
 
 
 def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
