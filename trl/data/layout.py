@@ -71,10 +71,10 @@ def lay_out(
     if layout not in LAYOUTS:
         raise ConfigError(unknown("layout", layout, LAYOUTS))
     check_inputs(examples, joins or {})
-    placed, numbers = LAYOUTS[layout](examples)
+    placed = LAYOUTS[layout](examples)
     sizes = [example.tokens for example in placed]
     rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(sizes, capacity, hidden_size)
-    grid = _Grid(placed, numbers, rows, pad_token_id, multiple_of)
+    grid = _Grid(placed, rows, pad_token_id, multiple_of)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
@@ -173,24 +173,17 @@ def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, d
     return replace(batch, position=batch.predictor, last=(batch.last - 1).clamp(min=0))
 
 
-def _whole(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
-    """The examples as they are, with the numbers of their completions."""
-    ends = list(accumulate(len(example.completions) for example in examples))
-    numbers = [list(range(end - len(e.completions), end)) for e, end in zip(examples, ends, strict=True)]
-    return list(examples), numbers
-
-
-def _single(examples: Sequence[Example]) -> tuple[list[Example], list[list[int]]]:
+def _single(examples: Sequence[Example]) -> list[Example]:
     """An example for every completion, the prompt repeated."""
-    single = [replace(example, completions=(completion,)) for example in examples for completion in example.completions]
-    return single, [[n] for n in range(len(single))]
+    return [replace(example, completions=(completion,)) for example in examples for completion in example.completions]
 
 
-LAYOUTS: dict[str, Callable[[Sequence[Example]], tuple[list[Example], list[list[int]]]]] = {
+LAYOUTS: dict[str, Callable[[Sequence[Example]], list[Example]]] = {
     "padded": _single,
     "packed": _single,
-    "shared": _whole,
+    "shared": list,
 }
+"""What is placed in rows, completions in their order."""
 
 
 def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -244,14 +237,7 @@ class _Grid:
     none; `first[n]` that of its first. `axes` are the positions that examples bring along, `[B,T]` or `[3,B,T]`, or None.
     """
 
-    def __init__(
-        self,
-        examples: list[Example],
-        numbers: list[list[int]],
-        rows: list[list[int]],
-        pad_token_id: int,
-        multiple_of: int,
-    ) -> None:
+    def __init__(self, examples: list[Example], rows: list[list[int]], pad_token_id: int, multiple_of: int) -> None:
         width = max(sum(examples[i].tokens for i in row) for row in rows)
         width += -width % multiple_of
         shape = (len(rows), width)
@@ -260,7 +246,7 @@ class _Grid:
         self.sequence = np.full(shape, PADDING, dtype=np.int32)
         self.branch = np.zeros(shape, dtype=np.int32)
         self.start = [0] * len(examples)
-        completions = sum(map(len, numbers))
+        *numbers, completions = accumulate((len(example.completions) for example in examples), initial=0)
         self.before = np.full(completions, -1)
         self.first = np.zeros(completions, dtype=np.int64)
         for r, row in enumerate(rows):
@@ -271,14 +257,15 @@ class _Grid:
                 at += examples[i].tokens
         self.axes = self._axes(examples)
 
-    def _place(self, row: int, start: int, number: int, example: Example, numbers: list[int]) -> None:
+    def _place(self, row: int, start: int, number: int, example: Example, first: int) -> None:
         prompt = len(example.prompt)
         origin = row * self.ids.shape[1]
         self.ids[row, start : start + prompt] = example.prompt
         self.positions[row, start : start + prompt] = np.arange(prompt)
         self.sequence[row, start : start + example.tokens] = number
         at = start + prompt
-        for branch, (n, completion) in enumerate(zip(numbers, example.completions, strict=True), start=1):
+        for branch, completion in enumerate(example.completions, start=1):
+            n = first + branch - 1
             end = at + len(completion)
             self.ids[row, at:end] = completion.ids
             self.positions[row, at:end] = np.arange(prompt, prompt + len(completion))
