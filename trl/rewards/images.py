@@ -39,8 +39,8 @@ def to_pil(images: Tensor) -> list[Any]:
     return [Image.fromarray(each) for each in bytes_]
 
 
-def jpeg_kilobytes(images: Tensor) -> list[float]:
-    """Size of each picture as JPEG, in units of 1000 bytes."""
+def jpeg_incompressibility_reward(images: Tensor) -> list[float]:
+    """The size of a picture as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
     sizes = []
     for picture in to_pil(images):
         buffer = io.BytesIO()
@@ -51,12 +51,7 @@ def jpeg_kilobytes(images: Tensor) -> list[float]:
 
 def jpeg_compressibility_reward(images: Tensor) -> list[float]:
     """Minus the size of a picture as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
-    return [-size for size in jpeg_kilobytes(images)]
-
-
-def jpeg_incompressibility_reward(images: Tensor) -> list[float]:
-    """The size of a picture as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
-    return jpeg_kilobytes(images)
+    return [-size for size in jpeg_incompressibility_reward(images)]
 
 
 def brightness_reward(images: Tensor) -> Tensor:
