@@ -239,7 +239,7 @@ def decode(make: Callable[[], PreTrainedModel], *, prompts: int = 8, n: int = 8,
         rows = [Sample(p, i, Prompt([5] * tokens), 128) for p in range(prompts) for i in range(n)]
         windows = attention_windows(model)
         decoder = PagedDecoder(policy, windows, n, rows, budget=2**20, page=64, kernels=True)
-        decoder.admit(rows, [0] * len(rows))
+        decoder.admit(rows)
         size = len(decoder.table[0])
         decoder.refresh(size)
         steps = Steps(policy, decoder, params, [], captures=False)

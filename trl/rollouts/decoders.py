@@ -45,6 +45,8 @@ class Sample:
     limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    stream: int = 0
+    """The key of its random numbers, where these are made on the device."""
 
 
 class Decoder(Protocol):

@@ -116,7 +116,9 @@ class StaticRound(Round):
 
     def _enter(self, new: list[Sample]) -> None:
         index, number = (torch.tensor(x) for x in ([row.index for row in new], [row.number for row in new]))
-        self.decoder.admit(new, stream(self.sampler.params.seed, index, number).tolist())
+        for row, key in zip(new, stream(self.sampler.params.seed, index, number).tolist(), strict=True):
+            row.stream = key
+        self.decoder.admit(new)
         self.rows += new
 
     def _step(self) -> list[FinishReason | None]:

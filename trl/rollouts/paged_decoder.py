@@ -85,7 +85,6 @@ class PagedDecoder:
         self.table = torch.zeros(5, size, dtype=torch.long, device=device)
         self.page_table = torch.full((size, self.prompt_pages + max(own)), self.pages.count, device=device)
         self.tiles = torch.full((size, TILE), -1, device=device)
-        self.streams: list[int] = []
         self.span = 0
         self.is_stale = True
 
@@ -101,8 +100,7 @@ class PagedDecoder:
         pages = pages_for(sample.limit, self.page) + (0 if held else pages_for(len(sample.prompt) - 1, self.page))
         return pages * self.page
 
-    def admit(self, samples: Sequence[Sample], streams: Sequence[int] | None = None) -> None:
-        """Add rows behind the present ones; `streams` are the keys of their random numbers."""
+    def admit(self, samples: Sequence[Sample]) -> None:
         new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
         for index, prompt in new.items():
             pages = self.pages.take(pages_for(len(prompt) - 1, self.page))
@@ -111,7 +109,6 @@ class PagedDecoder:
             self._prefill(batch)
         self.own += [self.pages.take(pages_for(s.limit, self.page)) for s in samples]
         self.rows += samples
-        self.streams += streams if streams is not None else [0] * len(samples)
         self.is_stale = True
 
     def _prefill(self, batch: list[int]) -> None:
@@ -135,7 +132,7 @@ class PagedDecoder:
                 self.pages.give_back(pages)
                 self.prompts[row.index].unfinished -= 1
         kept = fill_holes(alive)
-        self.rows, self.own, self.streams = ([held[i] for i in kept] for held in (self.rows, self.own, self.streams))
+        self.rows, self.own = ([held[i] for i in kept] for held in (self.rows, self.own))
         for index in [index for index, held in self.prompts.items() if not held.unfinished]:
             self.pages.give_back(self.prompts.pop(index).pages)
         self.is_stale = True
@@ -181,7 +178,7 @@ class PagedDecoder:
             [len(row.prompt) - 1 for row in self.rows],
             [len(row.ids) for row in self.rows],
             [row.limit - 1 for row in self.rows],
-            self.streams,
+            [row.stream for row in self.rows],
         ]
         self.table[:, :rows] = torch.tensor([column + [0] * fill for column in columns])
         self.page_table[:rows] = torch.tensor([*map(self._page_row, self.rows, self.own), *[self._page_row()] * fill])
