@@ -86,11 +86,7 @@ class Watch:
                 look = now + INTERVAL
                 if passed := self._passed():
                     return passed
-            if selector.get_map():
-                self._move(selector, min(INTERVAL, end - now))
-            else:
-                with suppress(subprocess.TimeoutExpired):
-                    self.processes[0].wait(min(INTERVAL, end - now))
+            self._move(selector, min(INTERVAL, end - now))
             if any(len(text) > self.limits.output for text in self.written.values()):
                 return "output"
         return ""
