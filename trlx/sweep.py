@@ -1,21 +1,13 @@
-"""`python -m trlx.sweep --config sweep.yml script.py`: see `trl.cli.sweep`."""
+"""`python -m trlx.sweep --config sweep.yml script.py`: `trl sweep` by the name that scripts call it."""
 
 from __future__ import annotations
 
 import sys
 
-from trl.cli.sweep import run
-from trl.errors import ConfigError
+from trl.cli.main import main
 
-
-def main() -> int:
-    """The command; its exit status."""
-    try:
-        return run(sys.argv[1:], "python -m trlx.sweep")
-    except ConfigError as error:
-        print(f"sweep: error: {error}", file=sys.stderr)
-        return 2
-
+NEEDLESS = ("-y", "--yes")
+"""Options that answer a question which is not asked here."""
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sweep", *(word for word in sys.argv[1:] if word not in NEEDLESS)]))

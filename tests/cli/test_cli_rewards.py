@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from trl.cli.rewards import RequiredRewards, RewardArguments, find_reward, reward_keywords
+from trl.cli.rewards import RequiredRewards, RewardArguments, find_reward
 from trl.errors import ConfigError
 from trl.rewards import accuracy_reward
 
@@ -97,7 +97,7 @@ def test_refused(rewards, name):
 
 def test_arguments_become_a_keyword(rewards):
     arguments = RewardArguments(["my_rewards:short"], "org/reward-model")
-    model, function = reward_keywords(arguments)["reward_funcs"]
+    model, function = arguments.keywords()["reward_funcs"]
     assert (function(["a"]), model) == ([-1], "org/reward-model")
     with pytest.raises(ConfigError, match="reward_funcs is missing"):
         RequiredRewards()

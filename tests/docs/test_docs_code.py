@@ -25,7 +25,6 @@ from transformers import BertConfig, BertForSequenceClassification
 from tests.conftest import MODELS, make_tokenizer
 from trl.cli.commands import methods, tools
 from trl.cli.main import main
-from trl.cli.parser import OptionParser
 from trl.training import output_folder
 
 ROOT = Path(__file__).parents[2]
@@ -177,16 +176,9 @@ def asks_people(words: list[str]) -> bool:
 
 def check_tool(name: str, words: list[str]) -> None:
     """Have a tool's own parser read the words."""
-    from trl.cli.chat import command as chat
-    from trl.cli.commands import MODEL
-    from trl.cli.fields import aliases_in_source
-    from trl.cli.label import command as label
-
-    assert name in tools()
-    options = {"chat": chat.options, "label": label.options}.get(name)
-    if options is not None:
-        first = 1 if words and not words[0].startswith("-") else 0
-        OptionParser(options(), {**aliases_in_source(MODEL), **getattr(chat, "ALIASES", {})}).parse(words[first:])
+    tool = tools()[name]
+    if tool.options:
+        tool.read(words)
 
 
 def check_other(words: list[str]) -> None:

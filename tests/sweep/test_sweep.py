@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import yaml
 
+from trl.cli.commands import tools
 from trl.cli.main import main
-from trl.cli.sweep import run
 from trl.errors import ConfigError
 from trl.sweep.numbers import with_numbers
 from trl.sweep.plan import Plan, Tuning
 from trl.sweep.reporting import listening, report
 from trl.sweep.space import STRATEGIES, Parameter, trials_of
 from trl.sweep.trial import Trial, metrics_of
+
+run = tools()["sweep"].start
 
 SCRIPT = """
 from trl.sweep.reporting import report

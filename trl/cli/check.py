@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trl.cli.commands import Method, load, methods
+from trl.cli.commands import Method, load
+from trl.cli.parser import ParsedOptions
 from trl.cli.train import (
     Run,
     check_hub,
@@ -22,7 +23,7 @@ from trl.cli.train import (
     read_run,
 )
 from trl.counts import counted
-from trl.errors import ConfigError, TrlError, suggest
+from trl.errors import ConfigError, TrlError
 from trl.printable import printable
 
 if TYPE_CHECKING:
@@ -47,32 +48,11 @@ class CheckArguments:
             raise ConfigError(f"rows={self.rows}: give 0 to {ROWS_READ:,}.")
 
 
-CHECK = f"{__name__}:CheckArguments"
-
-USUAL_METHOD = "sft"
 GIB = 2**30
 
 
-def run(words: Sequence[str]) -> int:
-    known = methods()
-    named = bool(words) and not words[0].startswith("-")
-    if named and words[0] not in known:
-        raise ConfigError(f"Unknown method {words[0]!r}.{suggest(words[0], known)} Methods: {', '.join(known)}.")
-    method = known[words[0] if named else USUAL_METHOD]
-    given = method.parser(CHECK).parse(words[1:] if named else words)
-    if given.help:
-        return _print_help(method, everything=given.help == "all")
-    return load(method.check)(read_run(method, given), rows=given.arguments_for(CheckArguments).rows)
-
-
-def _print_help(method: Method, *, everything: bool) -> int:
-    from trl.cli.help import print_options
-
-    name = f"trl check {method.name}"
-    summary = f"Show what `trl {method.name}` would train on, its plan and its memory, and call its reward functions."
-    options, examples = method.options(CHECK), [f"{name} {method.example} --rows 5"]
-    print_options(name, summary, options, everything=everything, examples=examples)
-    return 0
+def run(arguments: CheckArguments, given: ParsedOptions, method: Method) -> int:
+    return load(method.check)(read_run(method, given), rows=arguments.rows)
 
 
 def check(run: Run, *, rows: int = CheckArguments.rows) -> int:

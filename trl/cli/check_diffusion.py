@@ -41,7 +41,7 @@ def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
     shown = {name: size_of(count) for name, count in parts.items() if count}
     print_table(out, "Memory", {**shown, "together": size_of(total), "free now": size_of(free)})
     problems = [] if total < free else [f"Memory: a step takes about {size_of(total)}, and {size_of(free)} are free."]
-    if run.method.keywords:
+    if run.extra:
         found, wrong = try_rewards(run, denoiser, dataset)
         print_table(out, "Rewards of a grey picture", found)
         problems += wrong

@@ -1,18 +1,20 @@
-"""The commands of `trl`: one row each. A training method is its trainer, its configuration and a sentence.
+"""The commands of `trl`: one row each. A training method is its trainer and a sentence; a tool is a function and its options.
 
-A row whose module is not there is not listed. References are `"module:name"`, loaded when they are used, so that reading
-this file imports nothing.
+References are `"module:name"`, loaded when they are used, so that reading this file imports nothing.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import OptionParser
-from trl.cli.source import locate
+from trl.cli.parser import OptionParser, ParsedOptions
+from trl.errors import ConfigError, unknown
 
 SCRIPT = "trl.data.sources:ScriptArguments"
 MIXTURE = "trl.data.mixtures:DatasetMixtureConfig"
@@ -21,26 +23,35 @@ REWARDS = "trl.cli.rewards:RewardArguments"
 REQUIRED_REWARDS = "trl.cli.rewards:RequiredRewards"
 PICTURE_REWARDS = "trl.cli.rewards:PictureRewards"
 LAUNCH = "trl.cli.launch:LaunchArguments"
+CHECK_PICTURES = "trl.cli.check_diffusion:check"
+
+
+def load(reference: str) -> Any:
+    """What `"module:name"` stands for, imported."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
 class Method:
     """A training command.
 
-    extra       dataclass with options beside those of dataset, model and trainer
-    keywords    function that makes further keyword arguments of the trainer from that dataclass
+    trainer     class of the trainer; its configuration stands beside it, as SFTConfig does beside SFTTrainer
     example     words of an example, for the help screen
+    extra       dataclass with options beside those of dataset, model and trainer, and the trainer's `keywords` of them
     check       function `(run) -> exit status` that shows what the command would do
     """
 
     name: str
     trainer: str
-    config: str
     summary: str
     example: str
     extra: str | None = None
-    keywords: str | None = None
     check: str = "trl.cli.check:check"
+
+    @property
+    def config(self) -> str:
+        return f"{self.trainer.removesuffix('Trainer')}Config"
 
     @property
     def argument_classes(self) -> tuple[str, ...]:
@@ -52,27 +63,91 @@ class Method:
         return merge_options(*map(options_in_source, (*more, self.config, *self.argument_classes)))
 
     def parser(self, *more: str) -> OptionParser:
-        aliases = [aliases_in_source(reference) for reference in self.argument_classes]
-        return OptionParser(self.options(*more), {old: new for each in aliases for old, new in each.items()})
+        return OptionParser(self.options(*more), aliases_of_all(self.argument_classes))
+
+
+def aliases_of_all(references: Sequence[str]) -> dict[str, str]:
+    """Older names of the options of several dataclasses, and today's."""
+    return {old: new for each in references for old, new in aliases_in_source(each).items()}
+
+
+TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
+"""Beginnings of the model's options that only training reads."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A command that trains nothing: `run(words) -> exit status`.
+    """A command that trains nothing.
 
-    options     its options, for completion: a dataclass, or a function `() -> list[Option]`; empty where words complete it
+    run         function `(arguments, given) -> exit status` of its own options, and of all that was given; or of the words,
+                where it has no options
+    options     dataclasses with its options, its own first
+    examples    what may follow its name, for the help screen
+    usage       words that stand before the options, at most so many `operands`
+    unread      beginnings of the model's options that it does not read
+    hands_on    whether it takes words that are no options here
+    method      the training command that it is about, where it is about one: `trl check dpo`
     """
 
     name: str
     run: str
     summary: str
-    options: str = ""
+    options: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    usage: str = ""
+    operands: float = 0
+    unread: tuple[str, ...] = TRAINED
+    hands_on: bool = False
+    method: Method | None = None
 
     def known_options(self) -> list[Option]:
+        if self.method is not None:
+            return self.method.options(*self.options)
+        found = merge_options(*map(options_in_source, self.options))
+        if MODEL not in self.options:
+            return found
+        # Models that are not trained are loaded in the precision that they were saved in.
+        kept = [option for option in found if not option.name.startswith(self.unread)]
+        return [replace(option, default="auto") if option.name == "dtype" else option for option in kept]
+
+    def about(self, words: Sequence[str]) -> tuple[Tool, Sequence[str]]:
+        """The tool about the training command that the words begin with, and the words after it."""
+        if self.method is None or not words or words[0].startswith("-"):
+            return self, words
+        if words[0] not in (known := methods()):
+            raise ConfigError(unknown("method", words[0], known))
+        return replace(self, method=known[words[0]]), words[1:]
+
+    def read(self, words: Sequence[str]) -> ParsedOptions:
+        """What the words give. Raises ConfigError."""
+        references = (*self.options, *(self.method.argument_classes if self.method else ()))
+        parser = OptionParser(self.known_options(), aliases_of_all(references))
+        given = parser.parse(words, keep_words=self.operands > 0, keep_rest=self.hands_on)
+        if not self.hands_on and len(given.rest) > self.operands:
+            raise ConfigError(f"Unexpected {given.rest[-1]!r}. Usage: trl {self.name} {self.usage}")
+        return given
+
+    def start(self, words: Sequence[str]) -> int:
+        """Run the command. Returns the exit status."""
         if not self.options:
-            return []
-        is_class = self.options.rpartition(":")[2][0].isupper()
-        return options_in_source(self.options) if is_class else load(self.options)()
+            return load(self.run)(words)
+        tool, words = self.about(words)
+        given = tool.read(words)
+        if given.help:
+            return tool.print_help(everything=given.help == "all")
+        os.environ.update(given.environment)
+        arguments = given.arguments_for(load(self.options[0]))
+        return load(self.run)(arguments, given, *([tool.method] if tool.method else []))
+
+    def print_help(self, *, everything: bool) -> int:
+        from trl.cli.help import print_options
+
+        name = " ".join(["trl", self.name, *([self.method.name] if self.method else [])])
+        examples = [f"{self.method.example} --rows 5"] if self.method else self.examples
+        usage = f"{name} {self.usage}".rstrip()
+        shown = [f"{name} {example}".rstrip() for example in examples]
+        print_options(usage, self.summary, self.known_options(), everything=everything, examples=shown)
+        return 0
 
 
 _MODEL_AND_DATA = "--model_name_or_path facebook/opt-125m --dataset_name"
@@ -80,190 +155,226 @@ _REWARDED = (
     "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --reward_funcs rewards.py:short"
 )
 _DIFFUSION = "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name prompts.jsonl"
-_PICTURES = {"keywords": "trl.cli.rewards:picture_reward_keywords", "check": "trl.cli.check_diffusion:check"}
 
 METHODS = (
     Method(
         "sft",
         "trl.trainers.sft:SFTTrainer",
-        "trl.trainers.sft:SFTConfig",
         "Fine-tune on texts, chats, or prompts with completions.",
         f"{_MODEL_AND_DATA} imdb --output_dir opt-sft-imdb",
     ),
     Method(
         "reward",
         "trl.trainers.reward:RewardTrainer",
-        "trl.trainers.reward:RewardConfig",
         "Train a reward model on pairs of a chosen and a rejected answer.",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-reward",
     ),
     Method(
         "dpo",
         "trl.trainers.dpo:DPOTrainer",
-        "trl.trainers.dpo:DPOConfig",
         "Align with pairs of a chosen and a rejected answer, without a reward model (arXiv:2305.18290 and its family).",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-dpo",
     ),
     Method(
         "cpo",
         "trl.trainers.cpo:CPOTrainer",
-        "trl.trainers.cpo:CPOConfig",
         "Align with pairs of a chosen and a rejected answer, without a reference model (arXiv:2401.08417).",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-cpo",
     ),
     Method(
         "orpo",
         "trl.trainers.cpo:ORPOTrainer",
-        "trl.trainers.cpo:ORPOConfig",
         "Fine-tune and align with pairs in one go: the odds ratio beside the likelihood (arXiv:2403.07691).",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-orpo",
     ),
     Method(
         "kto",
         "trl.trainers.kto:KTOTrainer",
-        "trl.trainers.kto:KTOConfig",
         "Align with answers that are each labelled good or bad (arXiv:2402.01306).",
         f"{_MODEL_AND_DATA} trl-lib/kto-mix-14k --output_dir opt-kto",
     ),
     Method(
         "ilql",
         "trl.trainers.ilql:ILQLTrainer",
-        "trl.trainers.ilql:ILQLConfig",
         "Offline reinforcement learning from answers with a reward each: Q-values that guide samples (arXiv:2206.11871).",
         "--model_name_or_path gpt2 --dataset_name rewarded.jsonl --output_dir gpt2-ilql",
         extra=REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "rft",
         "trl.trainers.rft:RFTTrainer",
-        "trl.trainers.rft:RFTConfig",
         "Imitate the best of the model's own answers, by a bar that rises (arXiv:2308.08998, 2304.06767).",
         f"{_REWARDED} --output_dir qwen-rft",
         extra=REQUIRED_REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "ppo",
         "trl.trainers.ppo.trainer:PPOTrainer",
-        "trl.trainers.ppo.trainer:PPOConfig",
         "Reinforcement learning with a value head and a KL penalty (arXiv:1909.08593).",
         f"{_REWARDED} --output_dir qwen-ppo",
         extra=REQUIRED_REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "grpo",
         "trl.trainers.grpo:GRPOTrainer",
-        "trl.trainers.grpo:GRPOConfig",
         "Reinforcement learning from the rewards of a group of answers (arXiv:2402.03300 and its family).",
         f"{_REWARDED} --output_dir qwen-grpo",
         extra=REQUIRED_REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "rloo",
         "trl.trainers.rloo:RLOOTrainer",
-        "trl.trainers.rloo:RLOOConfig",
         "REINFORCE with the other answers of a group as baseline (arXiv:2402.14740).",
         f"{_REWARDED} --output_dir qwen-rloo",
         extra=REQUIRED_REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "online-dpo",
         "trl.trainers.online_dpo:OnlineDPOTrainer",
-        "trl.trainers.online_dpo:OnlineDPOConfig",
         "DPO on pairs that the model samples and a reward or judge ranks (arXiv:2402.04792).",
         f"{_REWARDED} --output_dir qwen-online-dpo",
         extra=REQUIRED_REWARDS,
-        keywords="trl.cli.rewards:reward_keywords",
     ),
     Method(
         "ddpo",
         "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOTrainer",
-        "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOConfig",
         "Diffusion models: reinforcement learning on denoising steps, rewards compared over the batch (arXiv:2305.13301).",
         f"{_DIFFUSION} --reward_funcs jpeg_compressibility_reward --use_peft --output_dir sd-ddpo",
         extra=PICTURE_REWARDS,
-        **_PICTURES,
+        check=CHECK_PICTURES,
     ),
     Method(
         "diffusion-grpo",
         "trl.trainers.diffusion.grpo:DiffusionGRPOTrainer",
-        "trl.trainers.diffusion.grpo:DiffusionGRPOConfig",
         "Diffusion models: rewards compared within groups of pictures, Flow-GRPO for flow matching (arXiv:2505.05470).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-grpo",
         extra=PICTURE_REWARDS,
-        **_PICTURES,
+        check=CHECK_PICTURES,
     ),
     Method(
         "diffusion-nft",
         "trl.trainers.diffusion.nft:DiffusionNFTTrainer",
-        "trl.trainers.diffusion.nft:DiffusionNFTConfig",
         "Diffusion models: reinforcement learning on noised pictures, without likelihoods (arXiv:2509.16117).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-nft",
         extra=PICTURE_REWARDS,
-        **_PICTURES,
+        check=CHECK_PICTURES,
     ),
     Method(
         "diffusion-dpo",
         "trl.trainers.diffusion.dpo:DiffusionDPOTrainer",
-        "trl.trainers.diffusion.dpo:DiffusionDPOConfig",
         "Diffusion models: align with pairs of a chosen and a rejected picture (arXiv:2311.12908).",
         "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name pairs --output_dir sd-dpo",
-        check="trl.cli.check_diffusion:check",
+        check=CHECK_PICTURES,
     ),
 )
 
 TOOLS = (
-    Tool("preview", "trl.cli.preview:run", "Show rows as the model sees them: what is trained on, and what is not."),
-    Tool("chat", "trl.cli.chat.command:run", "Talk to a model in the terminal.", "trl.cli.chat.command:options"),
+    Tool(
+        "preview",
+        "trl.cli.preview:run",
+        "Show rows as the model sees them: what is trained on, and what is not.",
+        options=("trl.cli.preview:PreviewArguments",),
+        method=METHODS[0],
+    ),
+    Tool(
+        "chat",
+        "trl.cli.chat.command:run",
+        "Talk to a model in the terminal.",
+        options=("trl.cli.chat.arguments:ChatArguments", MODEL),
+        examples=(
+            "--model_name_or_path Qwen/Qwen1.5-0.5B-Chat",
+            '--model_name_or_path opt-sft-imdb --system_prompt "Be brief." --temperature 0.7',
+            "--server http://localhost:8000",
+        ),
+    ),
     Tool(
         "eval",
         "trl.cli.evaluation.command:run",
-        "Samples, rewards and perplexity; how often a model wins against another.",
-        "trl.cli.evaluation.command:options",
+        "Samples, rewards, perplexity and benchmarks; how often a model wins against another.",
+        options=("trl.cli.evaluation.arguments:EvalArguments", MODEL),
+        examples=(
+            "--model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short",
+            "--model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward",
+            "--model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity",
+            "--model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat",
+            "--model_name_or_path qwen-vl-dpo --dataset_name questions.jsonl --pope",
+        ),
     ),
     Tool(
         "label",
         "trl.cli.label.command:run",
-        "People rate, compare or correct completions on a local web page.",
-        "trl.cli.label.command:options",
+        "People rate, compare or correct completions on a local web page, for a dataset.",
+        options=("trl.cli.label.arguments:LabelArguments", MODEL),
+        examples=(
+            "completions.jsonl --task rate --output ratings.jsonl",
+            "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --task compare --output "
+            "pairs.jsonl",
+            "--output ratings.jsonl --export_to tasks.json --export_format label_studio",
+        ),
+        usage="[FILE]",
+        operands=1,
     ),
-    Tool("merge", "trl.cli.merge:run", "Make one model of an adapter and its base.", "trl.cli.merge:options"),
+    Tool(
+        "merge",
+        "trl.cli.merge:run",
+        "Make one model of an adapter and its base, with its tokenizer and its value head.",
+        options=("trl.cli.merge:MergeArguments", MODEL),
+        examples=(
+            "--model_name_or_path qwen-sft --output_dir qwen-sft-merged",
+            "--model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
+        ),
+        unread=(*TRAINED, "attn_implementation", "load_in_", "bnb_", "use_bnb_"),
+    ),
     Tool(
         "serve",
         "trl.cli.serve.command:run",
-        "Serve a model: to trainers, to `trl chat`, to any OpenAI client.",
-        "trl.cli.serve.command:options",
+        "Serve a model to trainers, to `trl chat --server`, to any client of OpenAI's protocol.",
+        options=("trl.cli.serve.arguments:ServeArguments", MODEL),
+        examples=("Qwen/Qwen2.5-0.5B-Instruct", "./my-model --port 8001 --served_model_name mine"),
+        usage="MODEL",
+        operands=1,
     ),
     Tool(
         "vllm-serve",
         "trl.cli.vllm_serve:run",
-        "Start vLLM's own server with the flags that trainers need.",
-        "trl.cli.vllm_serve:VLLMServeArguments",
+        "Start vLLM's server with the flags that trainers need; other words go to `vllm serve`.",
+        options=("trl.cli.vllm_serve:VLLMServeArguments",),
+        examples=("--model Qwen/Qwen2.5-0.5B-Instruct --port 8001",),
+        hands_on=True,
     ),
     Tool(
         "report",
         "trl.cli.report:run",
-        "A page of a run: curves, samples, configuration; opens in any browser.",
-        "trl.cli.report:ReportArguments",
+        "A page of a run, or of several: curves, samples, settings; opens in any browser.",
+        options=("trl.cli.report:ReportArguments",),
+        examples=("opt-sft-imdb", "opt-sft-imdb --watch", "beta-0.1 beta-0.5 --output betas.html"),
+        usage="RUN [RUN …]",
+        operands=math.inf,
     ),
     Tool(
         "sweep",
         "trl.cli.sweep:run",
-        "Run a script with many settings, on Ray Tune or one after the other, and compare.",
-        "trl.cli.sweep:SweepArguments",
+        "Run a script's main(hparams) with many settings, on Ray Tune or in turn, and compare.",
+        options=("trl.cli.sweep:SweepArguments",),
+        examples=("rates.py --config sweep.yaml", "rates.py --config sweep.yaml --sequential"),
+        usage="SCRIPT.py",
+        operands=1,
     ),
-    Tool("check", "trl.cli.check:run", "Show what a training command would do: rows, plan, memory, rewards."),
+    Tool(
+        "check",
+        "trl.cli.check:run",
+        "Show what a training command would do: rows, plan, memory, rewards.",
+        options=("trl.cli.check:CheckArguments",),
+        method=METHODS[0],
+    ),
     Tool(
         "demo",
         "trl.cli.demo:run",
         "Fine-tuning, a reward model and PPO on film reviews that come along.",
-        "trl.demo.options:DemoArguments",
+        options=("trl.demo.options:DemoArguments",),
+        examples=("", "--model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilbert-imdb"),
     ),
     Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
     Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),
@@ -271,20 +382,10 @@ TOOLS = (
 
 
 def methods() -> dict[str, Method]:
-    """The training commands that this version has."""
-    return {each.name: each for each in METHODS if _is_there(each.trainer)}
+    """The training commands by name."""
+    return {each.name: each for each in METHODS}
 
 
 def tools() -> dict[str, Tool]:
-    """The other commands that this version has."""
-    return {each.name: each for each in TOOLS if _is_there(each.run)}
-
-
-def _is_there(reference: str) -> bool:
-    return locate(reference.partition(":")[0]) is not None
-
-
-def load(reference: str) -> Any:
-    """What `"module:name"` stands for, imported."""
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """The other commands by name."""
+    return {each.name: each for each in TOOLS}

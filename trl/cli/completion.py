@@ -43,9 +43,6 @@ end
 complete -c trl -f -a '(__trl_complete)'""",
 }
 
-ABOUT_ROWS = ("check", "preview")
-"""Tools that are followed by a training command and its options."""
-
 EVERYWHERE = {"--help": "Options that are used most", "--help-all": "All options"}
 CONFIG = {"--config": "YAML files with options"}
 
@@ -71,12 +68,13 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
     Empty where only the shell knows: names of files.
     """
     *before, last = words or [""]
+    other = tools()
     trained = {name: method.summary for name, method in methods().items()}
     if not before:
-        return _starting(last, trained | {name: tool.summary for name, tool in tools().items()})
+        return _starting(last, trained | {name: tool.summary for name, tool in other.items()})
     if before == ["completion"]:
         return _starting(last, dict.fromkeys(SHELLS, ""))
-    if len(before) == 1 and before[0] in ABOUT_ROWS and not last.startswith("-"):
+    if len(before) == 1 and before[0] in other and other[before[0]].method and not last.startswith("-"):
         return _starting(last, trained)
     options = {f"--{option.name}": option for option in _options(before)}
     if last.startswith("-"):
@@ -88,16 +86,11 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
 
 def _options(before: Sequence[str]) -> list[Option]:
     """The options of the command that the words begin with."""
-    from trl.cli.check import CHECK
-    from trl.cli.preview import PREVIEW, USUAL_METHOD
-
     command, *rest = before
     found = methods()
-    if command in ABOUT_ROWS:
-        method = found[rest[0] if rest and rest[0] in found else USUAL_METHOD]
-        return method.options(PREVIEW if command == "preview" else CHECK)
     if command in (other := tools()):
-        return other[command].known_options()
+        tool, _ = other[command].about([word for word in rest[:1] if word in found])
+        return tool.known_options()
     return found[command].options() if command in found else []
 
 

@@ -17,6 +17,7 @@ from trl.cli.fields import REQUIRED, Option
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
 from trl.cli.values import OptionType
+from trl.counts import counted
 
 WIDEST, PLAIN = 120, 100
 """Columns: at most so many in a terminal, and so many where there is none."""
@@ -44,13 +45,10 @@ def print_options(
     *,
     everything: bool,
     examples: Sequence[str] = (),
-    reads_files: bool = True,
 ) -> None:
-    """The help screen of a command: its own and the commonly used options, or everything.
-
-    `reads_files` says whether options may stand in YAML files.
-    """
+    """The help screen of a command: its own and the commonly used options, or everything."""
     out = console()
+    reads_files = all(option.name != "config" for option in options)  # else `--config` is an option of its own
     shown = [option for option in options if everything or is_common(option)]
     files = " [--config FILE.yaml …]" if reads_files else ""
     print_head(out, f"{usage}{files} [--option VALUE …]", summary, examples)
@@ -121,7 +119,7 @@ FILES = (
 def _print_foot(out: Console, usage: str, *, hidden: int, reads_files: bool) -> None:
     out.print()
     if hidden:
-        out.print(Text.assemble((f"{usage} --help-all", "bold"), f" shows {hidden} more options."))
+        out.print(Text.assemble((f"{usage} --help-all", "bold"), f" shows {counted(hidden, 'more option')}."))
     out.print(
         f"{FILES if reads_files else ''}Switches: --flag, --flag false, --no_flag. Lists: --option a b c. Nothing: --option none.",
         style="dim",

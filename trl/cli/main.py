@@ -82,7 +82,7 @@ def dispatch(words: list[str]) -> int:
     if name in (found := methods()):
         return run_method(found[name], rest)
     if name in (other := tools()):
-        return load(other[name].run)(rest) or 0
+        return other[name].start(rest)
     raise ConfigError(
         f"Unknown command {name!r}.{suggest(name, [*found, *other])} Commands: {', '.join([*found, *other])}."
     )
@@ -100,7 +100,7 @@ def run_method(method: Method, words: list[str]) -> int:
             return _say_how_to_resume(launch(given, [method.name, *words]), [method.name, *words])
     run = read_run(method, given)
     if given.values.get("dry_run"):
-        return load("trl.cli.check:check")(run)
+        return load(method.check)(run)
     with steady_streams():
         status = train(run)
     if "LOCAL_RANK" in os.environ and status in STOPPED:

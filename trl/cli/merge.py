@@ -5,29 +5,16 @@ trl merge --model_name_or_path qwen-sft --output_dir qwen-sft-merged
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trl.cli.commands import MODEL
-from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
 from trl.cli.hub import check_model_on_hub
-from trl.cli.parser import OptionParser
+from trl.cli.parser import ParsedOptions
+from trl.cli.train import library_errors_as_config_errors, model_to_load
 from trl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trl.models.config import ModelConfig
-
-SUMMARY = "Make one model of an adapter and its base, with its tokenizer, and with its value head if it has one."
-EXAMPLES = (
-    "trl merge --model_name_or_path qwen-sft --output_dir qwen-sft-merged",
-    "trl merge --model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
-)
-KEPT = ("model_name_or_path", "adapter_name_or_path", "model_revision", "dtype", "trust_remote_code")
-"""Options of the model that this command reads."""
+from trl.models.config import ModelConfig
 
 
 @dataclass
@@ -47,32 +34,10 @@ class MergeArguments:
     """Make the repository private. None: public, unless your organisation's default is private."""
 
 
-MERGE = f"{__name__}:MergeArguments"
-
-
-def options() -> list[Option]:
-    kept = [replace(o, default="auto") if o.name == "dtype" else o for o in options_in_source(MODEL) if o.name in KEPT]
-    return merge_options(kept, options_in_source(MERGE))
-
-
-def run(words: Sequence[str]) -> int:
-    given = OptionParser(options(), aliases_in_source(MODEL)).parse(words)
-    if given.help:
-        from trl.cli.help import print_options
-
-        print_options("trl merge", SUMMARY, options(), everything=True, examples=EXAMPLES)
-        return 0
-    os.environ.update(given.environment)
-    from trl.cli.train import check_model, check_weights, library_errors_as_config_errors
-    from trl.models.config import ModelConfig
-
-    arguments = given.arguments_for(MergeArguments)
-    check_weights(name := check_model(given.values.get("model_name_or_path")))
-    model = replace(given, values={"dtype": "auto", **given.values, "model_name_or_path": name}).arguments_for(
-        ModelConfig
-    )
+def run(arguments: MergeArguments, given: ParsedOptions) -> int:
+    model = model_to_load(given)
     check_output(arguments.output_dir)
-    check_model_on_hub(name, model.model_revision)
+    check_model_on_hub(model.model_name_or_path, model.model_revision)
     with library_errors_as_config_errors():
         merge(model, arguments)
     return 0
@@ -102,9 +67,8 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
     loaded, precision = load_adapted(model)
     has_head = isinstance(loaded, WithValueHead)
     whole = merged(loaded.pretrained_model if has_head else loaded).to(precision)
-    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
     name = model.adapter_name_or_path or model.model_name_or_path
-    processor = load_processor(whole, name, trust_remote_code=model.trust_remote_code, **hub)
+    processor = load_processor(whole, name, trust_remote_code=model.trust_remote_code, **model.hub)
     if has_head:
         loaded.pretrained_model, whole = whole, loaded
     whole.save_pretrained(arguments.output_dir)
@@ -127,8 +91,7 @@ def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
     from trl.models.value_heads.auto_models import value_head_class
     from trl.models.value_heads.storage import stored_head
 
-    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
-    name, adapter = model.model_name_or_path, model.adapter_name_or_path
+    hub, name, adapter = model.hub, model.model_name_or_path, model.adapter_name_or_path
     if adapter is None and not is_adapter(name, **hub):
         raise ConfigError(
             f"model_name_or_path={name!r} is a whole model and no adapter: there is nothing to merge. Name the folder of an "

@@ -53,15 +53,16 @@ class OptionParser:
         self.options = {option.name: option for option in options}
         self.aliases = {old: new for old, new in (aliases or {}).items() if new in ("", *self.options)}
 
-    def parse(self, words: Sequence[str], *, keep_rest: bool = False) -> ParsedOptions:
-        """Values that `words` and the files named in them give. With `keep_rest`, unknown words are kept, not refused.
+    def parse(self, words: Sequence[str], *, keep_words: bool = False, keep_rest: bool = False) -> ParsedOptions:
+        """Values that `words` and the files named in them give.
 
+        With `keep_words`, what no option takes is kept in `rest`, and not refused; with `keep_rest`, unknown options are, too.
         Raises ConfigError.
         """
         given = ParsedOptions(help=next((HELP[word] for word in words if word in HELP), ""))
         if given.help:
             return given
-        spoken = self._read_words(list(words), given, keep_rest)
+        spoken = self._read_words(list(words), given, keep_words, keep_rest)
         for path in given.files:
             self._read_file(path, given)
         given.values |= spoken
@@ -71,7 +72,7 @@ class OptionParser:
             raise ConfigError(f"--{missing[0].name} is missing: it takes {missing[0].kind}.{what}")
         return given
 
-    def _today(self, name: str, given: ParsedOptions) -> str | None:
+    def _today(self, name: str) -> str | None:
         """Today's name of an option, "" for one that was dropped, None for one that nobody knows."""
         name = name.replace("-", "_")
         if name in self.options:
@@ -80,7 +81,7 @@ class OptionParser:
 
     # ---- words ----
 
-    def _read_words(self, words: list[str], given: ParsedOptions, keep_rest: bool) -> dict[str, Any]:
+    def _read_words(self, words: list[str], given: ParsedOptions, keep_words: bool, keep_rest: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         before = ""
@@ -88,10 +89,10 @@ class OptionParser:
             word = words.pop(0)
             name, equals, text = word.removeprefix("--").partition("=")
             if word.startswith("--"):
-                self._refuse_two_names(f"--{name}", self._today(name, ParsedOptions()), spelled)
+                self._refuse_two_names(f"--{name}", self._today(name), spelled)
             if word.startswith("--") and self._read_option(name, [text] if equals else None, words, values, given):
                 before = name
-            elif keep_rest:
+            elif keep_rest or (keep_words and not word.startswith("-")):
                 given.rest.append(word)
             elif word.startswith("--"):
                 self._refuse_option(name)
@@ -109,23 +110,23 @@ class OptionParser:
         self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: ParsedOptions
     ) -> bool:
         """Take an option's value (`attached` by "=", or the words after it) into `values`; False if nobody knows it."""
-        found = self._today(name, given)
+        found = self._today(name)
         if name == "config" and name not in self.options:
             given.files += attached or self._take_many(words, name, "a YAML file")
         elif found:
             values[found] = self._value(name, self.options[found], words, attached)
         elif found == "":
             given.outdated[name.replace("-", "_")] = self._outdated_value(words, attached)
-        elif switch := self._negated(name, given):
+        elif switch := self._negated(name):
             values[switch] = False
         else:
             return False
         return True
 
-    def _negated(self, name: str, given: ParsedOptions) -> str | None:
+    def _negated(self, name: str) -> str | None:
         """The switch that `--no_name` turns off."""
         name = name.replace("-", "_")
-        switch = self._today(name.removeprefix(NEGATION), given) if name.startswith(NEGATION) else None
+        switch = self._today(name.removeprefix(NEGATION)) if name.startswith(NEGATION) else None
         return switch if switch and "bool" in self.options[switch].kind.scalars else None
 
     def _value(self, name: str, option: Option, words: list[str], attached: list[str] | None) -> Any:
@@ -199,7 +200,7 @@ class OptionParser:
         mistakes, strange = [], []
         spelled: dict[str, str] = {}
         for key, value in data.items():
-            name = self._today(str(key), given)
+            name = self._today(str(key))
             self._refuse_two_names(str(key), name, spelled)
             if name is None:
                 strange.append(str(key))

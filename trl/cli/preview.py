@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from trl.cli.commands import Method, load, methods
+from trl.cli.commands import Method, load
+from trl.cli.parser import ParsedOptions
 from trl.cli.train import Run, check_hub, datasets_of, library_errors_as_config_errors, own_keywords, read_run
 from trl.data.places import naming_lines
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
-
-USUAL_METHOD = "sft"
 
 
 @dataclass
@@ -36,34 +35,12 @@ class PreviewArguments:
             raise ConfigError(f"rows={self.rows}: give 1 or more.")
 
 
-PREVIEW = f"{__name__}:PreviewArguments"
-
-
-def run(words: Sequence[str]) -> int:
-    known = methods()
-    named = bool(words) and not words[0].startswith("-")
-    if named and words[0] not in known:
-        raise ConfigError(f"Unknown method {words[0]!r}.{suggest(words[0], known)} Methods: {', '.join(known)}.")
-    method = known[words[0] if named else USUAL_METHOD]
-    given = method.parser(PREVIEW).parse(words[1:] if named else words)
-    if given.help:
-        return _print_help(method, everything=given.help == "all")
-    rows = given.arguments_for(PreviewArguments).rows
+def run(arguments: PreviewArguments, given: ParsedOptions, method: Method) -> int:
     run = read_run(method, given)
     check_hub(run)
     with library_errors_as_config_errors():
         trainer = trainer_without_weights(run)
-    trainer.preview(rows)
-    return 0
-
-
-def _print_help(method: Method, *, everything: bool) -> int:
-    from trl.cli.help import print_options
-
-    summary = f"Show rows as `trl {method.name}` sees them: what is trained on, and what is not."
-    options = method.options(PREVIEW)
-    examples = [f"trl preview {method.name} {method.example} --rows 5"]
-    print_options(f"trl preview {method.name}", summary, options, everything=everything, examples=examples)
+    trainer.preview(arguments.rows)
     return 0
 
 
@@ -92,8 +69,7 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
     from trl.models.attention_packages import check_attention
     from trl.models.load import language_model_class, load_config
 
-    name, revision, trust = run.model.model_name_or_path, run.model.model_revision, run.training.trust_remote_code
-    hub = {} if revision == "main" else {"revision": revision}
+    name, hub, trust = run.model.model_name_or_path, run.model.hub, run.training.trust_remote_code
     config = load_config(name, trust_remote_code=trust, **hub)
     config.num_labels = 1  # of reward models
     kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
@@ -112,9 +88,8 @@ def processor_of(run: Run, model: Any) -> Any:
     from trl.models.load import load_processor
     from trl.models.score import unwrap
 
-    hub = {} if run.model.model_revision == "main" else {"revision": run.model.model_revision}
     name = run.model.adapter_name_or_path or run.model.model_name_or_path
-    return load_processor(unwrap(model), name, trust_remote_code=run.training.trust_remote_code, **hub)
+    return load_processor(unwrap(model), name, trust_remote_code=run.training.trust_remote_code, **run.model.hub)
 
 
 @contextmanager

@@ -6,14 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
-from trl.cli.fields import options_in_source
-from trl.cli.parser import OptionParser
+from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
-
-SUMMARY = "A page of a run: curves, samples, configuration, versions; one file that opens in any browser."
 
 
 @dataclass
@@ -34,25 +30,12 @@ class ReportArguments:
             raise ConfigError(f"every={self.every}: give at least 1 second.")
 
 
-def run(words: Sequence[str]) -> int:
-    options = options_in_source(f"{__name__}:ReportArguments")
-    folders = list(takewhile(lambda word: not word.startswith("-"), words))
-    given = OptionParser(options).parse(words[len(folders) :])
-    if given.help:
-        from trl.cli.help import print_options
-
-        examples = [
-            "trl report opt-sft-imdb",
-            "trl report opt-sft-imdb --watch",
-            "trl report beta-0.1 beta-0.5 --output betas.html",
-        ]
-        print_options("trl report RUN [RUN …]", SUMMARY, options, everything=True, examples=examples)
-        return 0
+def run(arguments: ReportArguments, given: ParsedOptions) -> int:
+    folders = given.rest
     if not folders:
         raise ConfigError(
             "trl report takes the folder of a run, or of several: trl report RUN [RUN …] [--output FILE]."
         )
-    arguments = given.arguments_for(ReportArguments)
     print(f"The report is in {write(folders, arguments)}.", flush=True)
     for folder in filter(_is_bare, folders):
         print(f"{folder} holds no log and no samples of a run: give the output_dir of one.", file=sys.stderr)

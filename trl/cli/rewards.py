@@ -44,6 +44,14 @@ class RewardArguments:
     """Where people are asked by human_rating and human_preference: in the terminal, or on the web page of `trl label`.
     None: as the function says, which is the terminal unless it is human_rating(ui='web')."""
 
+    def keywords(self) -> dict[str, Any]:
+        """The trainer's `reward_funcs`, where there are any: the reward model first, then the functions."""
+        model = self.reward_model_name_or_path
+        rewards = [*([] if model is None else [model]), *map(find_reward, self.reward_funcs or [])]
+        if self.ui is not None:
+            _ask_people_on(self.ui, rewards)
+        return {"reward_funcs": rewards} if rewards else {}
+
 
 @dataclass
 class RequiredRewards(RewardArguments):
@@ -73,6 +81,9 @@ class PictureRewards(RewardArguments):
                 "file.py:function or package.module:function, of (prompts, images, **columns)."
             )
 
+    def keywords(self) -> dict[str, Any]:
+        return {"reward_funcs": [find_reward(name, of_pictures=True) for name in self.reward_funcs]}
+
 
 def check_reward_weights(weights: Sequence[float] | None, arguments: RewardArguments) -> None:
     """Raises ConfigError where `reward_weights` are not one for each reward function."""
@@ -85,15 +96,6 @@ def check_reward_weights(weights: Sequence[float] | None, arguments: RewardArgum
         )
 
 
-def reward_keywords(arguments: RewardArguments) -> dict[str, Any]:
-    """The `reward_funcs`, where there are any: the reward model first, then the functions."""
-    model = arguments.reward_model_name_or_path
-    rewards = [*([] if model is None else [model]), *map(find_reward, arguments.reward_funcs or [])]
-    if arguments.ui is not None:
-        _ask_people_on(arguments.ui, rewards)
-    return {"reward_funcs": rewards} if rewards else {}
-
-
 def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
     from trl.rewards.human import HumanPreference, HumanRating
 
@@ -102,11 +104,6 @@ def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
         raise ConfigError(f"ui={ui!r} says where people are asked, and reward_funcs asks none: add human_rating.")
     for person in people:
         person.use(ui)
-
-
-def picture_reward_keywords(arguments: PictureRewards) -> dict[str, Any]:
-    """The `reward_funcs` of a trainer of diffusion models: functions of pictures."""
-    return {"reward_funcs": [find_reward(name, of_pictures=True) for name in arguments.reward_funcs or []]}
 
 
 def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trl.cli.fields import Option, options_in_source
-from trl.cli.parser import OptionParser, read_yaml
-from trl.errors import ConfigError, suggest
+from trl.cli.parser import ParsedOptions, read_yaml
+from trl.errors import ConfigError
 from trl.imports import is_available
 from trl.sweep.compare import best_of, print_table, write_page
 from trl.sweep.numbers import with_numbers
@@ -21,8 +20,6 @@ from trl.sweep.plan import Plan
 from trl.sweep.trial import Trial, main_of, tried
 
 RESULTS = "sweep.json"
-SUMMARY = "Run the function main(hparams) of a script with many settings, and compare what the runs report."
-USAGE = "trl sweep SCRIPT.py --config SWEEP.yaml"
 
 
 @dataclass
@@ -47,22 +44,23 @@ class SweepArguments:
     sequential: bool = False
     """Run one trial after the other in this process, without Ray."""
 
+    accelerate_config: str | None = None
+    """Not available: a trial is one process. For a run on several, `accelerate launch` the script."""
 
-OPTIONS = f"{__name__}:SweepArguments"
-REFUSED = {"--accelerate_config": "a trial is one process. For a run on several, `accelerate launch` the script."}
-"""Options of other sweeps that cannot be kept."""
-NEEDLESS = ("-y", "--yes")
-"""Options of other sweeps that answer a question which is not asked here."""
+    def __post_init__(self) -> None:
+        if self.accelerate_config is not None:
+            raise ConfigError(
+                "--accelerate_config: a trial is one process. For a run on several, `accelerate launch` the script."
+            )
 
 
-def run(words: Sequence[str], command: str = "trl sweep") -> int:
+def run(given: SweepArguments, parsed: ParsedOptions) -> int:
     """Run a sweep; the exit status is 1 if every trial has failed. Raises ConfigError for what cannot be run."""
-    options = options_in_source(OPTIONS)
-    parsed = OptionParser(options).parse([word for word in words if word not in NEEDLESS], keep_rest=True)
-    if parsed.help:
-        _print_help(command, options)
-        return 0
-    script, given = _script(parsed.rest, options), parsed.arguments_for(SweepArguments)
+    if not parsed.rest:
+        raise ConfigError(
+            "The script is missing: a Python file with a function main(hparams). trl sweep SCRIPT.py --config SWEEP.yaml"
+        )
+    script = parsed.rest[0]
     plan = Plan.read(script, with_numbers(read_yaml(given.config, "--config")))
     main_of(plan.script)
     folder = Path(given.output_dir)
@@ -74,27 +72,6 @@ def run(words: Sequence[str], command: str = "trl sweep") -> int:
     else:
         trials = _one_by_one(plan, given)
     return _compare(plan, trials, folder)
-
-
-def _script(rest: Sequence[str], options: Sequence[Option]) -> str:
-    """The script among the words that are no options of the command. Raises ConfigError for any other word."""
-    for word in rest:
-        if word in REFUSED:
-            raise ConfigError(f"{word}: {REFUSED[word]}")
-        if word.startswith("-"):
-            raise ConfigError(f"Unknown option {word}.{suggest(word, [f'--{option.name}' for option in options])}")
-    if not rest:
-        raise ConfigError(f"The script is missing: a Python file with a function main(hparams). {USAGE}")
-    if len(rest) > 1:
-        raise ConfigError(f"Unexpected {rest[1]!r}: a sweep has one script, and it is {rest[0]!r}.")
-    return rest[0]
-
-
-def _print_help(command: str, options: Sequence[Option]) -> None:
-    from trl.cli.help import print_options
-
-    examples = [f"{command} rates.py --config sweep.yaml", f"{command} rates.py --config sweep.yaml --sequential"]
-    print_options(f"{command} SCRIPT.py", SUMMARY, options, everything=True, examples=examples, reads_files=False)
 
 
 def _one_by_one(plan: Plan, given: SweepArguments) -> list[Trial]:

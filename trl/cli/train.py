@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,16 @@ def check_weights(name: str | None) -> None:
             raise ConfigError(f"model_name_or_path={name!r}: {file.name} is cut short. Copy it there again.")
 
 
+def model_to_load(given: ParsedOptions, name: str | None = None) -> ModelConfig:
+    """The model that a command which trains nothing loads: the one of that name, or of the options.
+
+    Raises ConfigError where it is missing, or its folder holds no model, or no whole weights.
+    """
+    check_weights(name := check_model(name or given.values.get("model_name_or_path")))
+    values = {"dtype": "auto", **given.values, "model_name_or_path": name}
+    return replace(given, values=values).arguments_for(ModelConfig)
+
+
 def datasets_of(run: Run) -> tuple[Any, Any]:
     """Training rows, and evaluation rows if `eval_strategy` asks for them. Raises DataError where they are missing."""
     if run.mixture.datasets:
@@ -197,7 +207,7 @@ def build_trainer(run: Run) -> BaseTrainer:
 
 def own_keywords(run: Run) -> Mapping[str, Any]:
     """What the trainer of a method takes beside what all take: rewards."""
-    return load(run.method.keywords)(run.extra) if run.method.keywords else {}
+    return run.extra.keywords() if run.extra else {}
 
 
 def check_hub(run: Run, *, pushes: bool = False) -> None:
@@ -259,9 +269,7 @@ def check_trains(run: Run) -> None:
     bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
     if bits is None or model.use_peft or model.adapter_name_or_path is not None:
         return
-    if not is_adapter(
-        model.model_name_or_path, **({} if model.model_revision == "main" else {"revision": model.model_revision})
-    ):
+    if not is_adapter(model.model_name_or_path, **model.hub):
         raise ConfigError(f"--{bits}: quantised weights do not train. Add --use_peft, which trains an adapter on them.")
 
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from trl.cli.fields import options_in_source
-from trl.cli.parser import OptionParser
+from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
-
-SUMMARY = "Start vLLM's server with the flags that trainers need. Words that are not listed here go to `vllm serve`."
 
 DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}
 """The routes by which weights are exchanged are there in this mode alone."""
@@ -28,12 +26,12 @@ ADAPTERS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 NCCL = '{"backend": "nccl"}'
 
-ALIASES = {"model_name_or_path": "model", "tp": "tensor_parallel_size"}
-
 
 @dataclass(kw_only=True)
 class VLLMServeArguments:
     """Options of `trl vllm-serve`."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"model_name_or_path": "model", "tp": "tensor_parallel_size"}
 
     model: str
     """Name or folder of the model."""
@@ -101,17 +99,7 @@ class VLLMServeArguments:
     """Take adapters, up to this rank, so that the adapter alone is sent in training. None: the merged weights are sent."""
 
 
-def run(words: Sequence[str]) -> int:
-    reference = f"{__name__}:VLLMServeArguments"
-    parser = OptionParser(options_in_source(reference), ALIASES)
-    given = parser.parse(words, keep_rest=True)
-    if given.help:
-        from trl.cli.help import print_options
-
-        examples = ["trl vllm-serve --model Qwen/Qwen2.5-0.5B-Instruct --port 8001"]
-        print_options("trl vllm-serve", SUMMARY, list(parser.options.values()), everything=True, examples=examples)
-        return 0
-    arguments: VLLMServeArguments = given.arguments_for(VLLMServeArguments)
+def run(arguments: VLLMServeArguments, given: ParsedOptions) -> int:
     command, variables = [*command_of(arguments), *given.rest], environment_of(arguments)
     program = shutil.which(arguments.vllm)
     if program is None:

@@ -106,6 +106,11 @@ class ModelConfig:
         if self.lora_r < 1:
             raise ConfigError(f"lora_r={self.lora_r} leaves no adapter: give a rank of 1 or more.")
 
+    @property
+    def hub(self) -> dict[str, str]:
+        """The revision, as keyword argument of what reads a model's files: empty for the newest."""
+        return {} if self.model_revision == "main" else {"revision": self.model_revision}
+
     def init_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained`: what differs from its own defaults, and the precision."""
         kwargs = {
@@ -113,8 +118,7 @@ class ModelConfig:
             "attn_implementation": self.attn_implementation,
             "adapter": self.adapter_name_or_path,
         }
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        return kwargs if self.model_revision == "main" else {**kwargs, "revision": self.model_revision}
+        return {name: value for name, value in kwargs.items() if value is not None} | self.hub
 
 
 def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from trl.errors import ConfigError
 
@@ -67,6 +67,8 @@ _RANGES = (
 @dataclass
 class ChatArguments(Generation):
     """All options of the command beside those that say which model."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"adapter": "adapter_name_or_path", "eos_tokens": "stop"}
 
     server: str | None = None
     """Talk to the OpenAI-compatible server at this URL; nothing is loaded here. `model_name_or_path` is then the name

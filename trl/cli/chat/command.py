@@ -7,56 +7,22 @@ trl chat --server http://localhost:8000
 from __future__ import annotations
 
 import getpass
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from trl.cli.chat.arguments import EXAMPLES, ChatArguments, generation_of
-from trl.cli.commands import MODEL
-from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import OptionParser, ParsedOptions, read_yaml
+from trl.cli.chat.screen import Screen
+from trl.cli.chat.session import Session
+from trl.cli.chat.talk import Speaker
+from trl.cli.parser import ParsedOptions, read_yaml
+from trl.cli.train import model_to_load
 from trl.errors import ConfigError
 
-if TYPE_CHECKING:
-    from trl.cli.chat.screen import Screen
-    from trl.cli.chat.talk import Speaker
 
-CHAT = "trl.cli.chat.arguments:ChatArguments"
-TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
-"""Beginnings of the model's options that only training reads."""
-
-DEFAULTS = {"dtype": "auto"}
-"""Where this command differs from training: weights are read as they were saved."""
-
-ALIASES = {"adapter": "adapter_name_or_path", "eos_tokens": "stop"}
-SUMMARY = "Talk to a model in the terminal."
-WORDS = (
-    "--model_name_or_path Qwen/Qwen1.5-0.5B-Chat",
-    '--model_name_or_path opt-sft-imdb --system_prompt "Be brief." --temperature 0.7',
-    "--server http://localhost:8000",
-)
-
-
-def options() -> list[Option]:
-    found = merge_options(options_in_source(MODEL), options_in_source(CHAT))
-    kept = [option for option in found if not option.name.startswith(TRAINED)]
-    return [replace(option, default=DEFAULTS.get(option.name, option.default)) for option in kept]
-
-
-def run(words: Sequence[str]) -> int:
-    given = OptionParser(options(), {**aliases_in_source(MODEL), **ALIASES}).parse(words)
-    if given.help:
-        return _print_help(everything=given.help == "all")
-    os.environ.update(given.environment)
-    arguments = given.arguments_for(ChatArguments)
+def run(arguments: ChatArguments, given: ParsedOptions) -> int:
     examples = read_examples(arguments.examples_path)
-    from trl.cli.chat.screen import Screen
-    from trl.cli.chat.session import Session
-
     screen = Screen()
     session = Session(
-        make_speaker(given, arguments, screen),
+        make_speaker(arguments, given, screen),
         generation_of(arguments),
         screen,
         user=arguments.user or getpass.getuser(),
@@ -67,26 +33,13 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _print_help(*, everything: bool) -> int:
-    from trl.cli.help import print_options
-
-    examples = [f"trl chat {each}" for each in WORDS]
-    print_options("trl chat", SUMMARY, options(), everything=everything, examples=examples)
-    return 0
-
-
-def make_speaker(given: ParsedOptions, arguments: ChatArguments, screen: Screen) -> Speaker:
+def make_speaker(arguments: ChatArguments, given: ParsedOptions, screen: Screen) -> Speaker:
     """The server's model, or the one that is loaded here."""
-    name = given.values.get("model_name_or_path")
     if arguments.server is not None:
         from trl.cli.chat.server import connect
 
-        return connect(arguments, name)
-    from trl.cli.train import check_model, check_weights
-    from trl.models.config import ModelConfig
-
-    check_weights(name := check_model(name))
-    model = replace(given, values={**DEFAULTS, **given.values, "model_name_or_path": name}).arguments_for(ModelConfig)
+        return connect(arguments, given.values.get("model_name_or_path"))
+    model = model_to_load(given)
     with screen.waiting(f"Loading {model.model_name_or_path} …"):
         from transformers import logging
 

@@ -12,12 +12,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from trl.cli.chat.arguments import ChatArguments, Generation
 from trl.cli.chat.talk import Message, Say, Stream, TooLong
-from trl.cli.hub import check_model_on_hub
+from trl.cli.loading import load_pretrained
 from trl.data.chat import ChatTemplate
 from trl.data.multimodal import split_parts
-from trl.errors import ConfigError, ModelError
-from trl.models.config import ModelConfig, get_quantization_config
-from trl.models.load import count_parameters, load_model, load_processor, tokenizer_of
+from trl.errors import ModelError
+from trl.models.config import ModelConfig
+from trl.models.load import count_parameters, tokenizer_of
 from trl.report.charts import number
 from trl.types import Example, PerToken
 from trl.vision.families import family_of, image_token_ids
@@ -169,40 +169,5 @@ def context_of(inner: Any, tokenizer: Any) -> int | None:
 
 
 def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
-    """The model that the options name, with its adapter, quantised if they say so."""
-    name = model.model_name_or_path
-    check_model_on_hub(name, model.model_revision)
-    loaded = load_model(
-        name,
-        quantization_config=get_quantization_config(model),
-        trust_remote_code=model.trust_remote_code,
-        trainable=False,
-        **model.init_kwargs(),
-        **_placement(arguments.device),
-    )
-    inner = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
-    hub = {} if model.model_revision == "main" else {"revision": model.model_revision}
-    processor = load_processor(inner, name, trust_remote_code=model.trust_remote_code, **hub)
-    return LocalSpeaker(loaded, processor, arguments.chat_template_kwargs)
-
-
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Ways in which weights are spread over all devices."""
-
-
-def _placement(device: str) -> dict[str, Any]:
-    """Where `from_pretrained` puts the weights."""
-    if device == "auto" and not torch.accelerator.is_available():
-        return {}
-    if device in MAPS:
-        return {"device_map": device}
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no device: give auto, cpu, cuda or cuda:1, for instance.") from error
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if kind not in ("cpu", there and there.type):
-        raise ConfigError(
-            f"device={device!r}: there is none here. Leave it out, or give {there.type if there else 'cpu'}."
-        )
-    return {"device_map": device}
+    """The model that the options name, ready to answer."""
+    return LocalSpeaker(*load_pretrained(model, device=arguments.device), arguments.chat_template_kwargs)

@@ -11,50 +11,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trl.cli.commands import MODEL
 from trl.cli.evaluation.arguments import EvalArguments
 from trl.cli.evaluation.objects import check_objects, object_scores
-from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import OptionParser, ParsedOptions
+from trl.cli.parser import ParsedOptions
+from trl.cli.train import model_to_load
 from trl.errors import ConfigError, DataError
 
-EVAL = "trl.cli.evaluation.arguments:EvalArguments"
-TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
 NOT_FOR_REWARDS = ("prompt", "completion", "chosen", "rejected")
-SUMMARY = "Samples, rewards, perplexity and benchmarks of a model, and how often it wins against another one."
-WORDS = (
-    "--model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short",
-    "--model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward",
-    "--model_name_or_path qwen-sft --dataset_name chats.jsonl --perplexity",
-    "--model_name_or_path qwen-sft --benchmarks gsm8k ifeval --chat",
-    "--model_name_or_path qwen-vl-dpo --dataset_name questions.jsonl --pope",
-)
 
 
-def options() -> list[Option]:
-    found = merge_options(options_in_source(EVAL), options_in_source(MODEL))
-    kept = [option for option in found if not option.name.startswith(TRAINED)]
-    return [replace(option, default="auto") if option.name == "dtype" else option for option in kept]
-
-
-def run(words: Sequence[str]) -> int:
-    parsed = OptionParser(options(), aliases_in_source(MODEL)).parse(words)
-    if parsed.help:
-        from trl.cli.help import print_options
-
-        examples = [f"trl eval {each}" for each in WORDS]
-        print_options("trl eval", SUMMARY, options(), everything=parsed.help == "all", examples=examples)
-        return 0
-    os.environ.update(parsed.environment)
-    arguments = parsed.arguments_for(EvalArguments)
-    results = evaluate(parsed, arguments)
+def run(arguments: EvalArguments, given: ParsedOptions) -> int:
+    results = evaluate(arguments, given)
     folder = Path(arguments.output_dir).expanduser()
     told = {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in results.items()}
     (folder / "eval.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -65,22 +38,23 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(parsed: ParsedOptions, arguments: EvalArguments) -> dict[str, Any]:
+def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
     """All that was asked for, by name. Raises ConfigError, DataError."""
     if arguments.dataset_name is None and arguments.benchmarks is None:
         raise ConfigError("--dataset_name is missing: rows to evaluate on. Or name --benchmarks.")
     rows = None if arguments.dataset_name is None else read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    from trl.cli.evaluation.loading import load
+    config = model_to_load(given)
+    from trl.cli.loading import load_pretrained
     from trl.models.load import tokenizer_of
 
-    model, processor = load(parsed, parsed.values.get("model_name_or_path"))
+    model, processor = load_pretrained(config)
     results = benchmarks(model, tokenizer_of(processor), arguments) if arguments.benchmarks else {}
     if rows is None:
         return results
     if arguments.perplexity:
         return {**results, "perplexity": perplexity(model, processor, rows, arguments)}
-    return {**results, **compare_samples(parsed, arguments, rows, model, processor)}
+    return {**results, **compare_samples(arguments, given, rows, model, processor)}
 
 
 def benchmarks(model: Any, tokenizer: Any, arguments: EvalArguments) -> dict[str, Any]:
@@ -136,10 +110,10 @@ def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) 
 
 
 def compare_samples(
-    parsed: ParsedOptions, arguments: EvalArguments, rows: Any, model: Any, processor: Any
+    arguments: EvalArguments, given: ParsedOptions, rows: Any, model: Any, processor: Any
 ) -> dict[str, Any]:
     """Samples in samples.jsonl; their rewards, lengths and wins."""
-    from trl.cli.evaluation.loading import load
+    from trl.cli.loading import load_pretrained
     from trl.cli.rewards import find_reward
     from trl.data.multimodal import images_of
     from trl.evaluation.judges import RewardJudge, ServerJudge
@@ -166,8 +140,7 @@ def compare_samples(
         kept["reward"] = judge.score(prompts, kept["completion"], **columns)
         results["reward"] = estimate(kept["reward"])
     if arguments.against is not None:
-        other = {**parsed.values, "model_name_or_path": arguments.against}
-        loaded = load(replace(parsed, values=other), arguments.against)
+        loaded = load_pretrained(model_to_load(given, arguments.against))
         kept["other"] = _samples(*loaded, _images(*loaded, rows, arguments), rows, arguments)
         both = prompts, kept["completion"], kept["other"]
         server = arguments.judge_server

@@ -10,51 +10,20 @@ import os
 import random
 import threading
 import webbrowser
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl.cli.commands import MODEL
-from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
 from trl.cli.label.arguments import LabelArguments
-from trl.cli.parser import OptionParser
+from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl.label.session import Session
     from trl.label.tasks import Item
 
-LABEL = "trl.cli.label.arguments:LabelArguments"
-TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
-"""Beginnings of the model's options that only training reads."""
 
-SUMMARY = "People rate, compare or correct completions on a local web page; the answers are a dataset."
-WORDS = (
-    "completions.jsonl --task rate --output ratings.jsonl",
-    "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --task compare --output pairs.jsonl",
-    "--output ratings.jsonl --export_to tasks.json --export_format label_studio",
-)
-
-
-def options() -> list[Option]:
-    found = merge_options(options_in_source(LABEL), options_in_source(MODEL))
-    kept = [option for option in found if not option.name.startswith(TRAINED)]
-    return [replace(option, default="auto") if option.name == "dtype" else option for option in kept]
-
-
-def run(words: Sequence[str]) -> int:
-    named = bool(words) and not words[0].startswith("-")
-    parsed = OptionParser(options(), aliases_in_source(MODEL)).parse(words[1:] if named else words)
-    if parsed.help:
-        from trl.cli.help import print_options
-
-        examples = [f"trl label {each}" for each in WORDS]
-        print_options("trl label [FILE]", SUMMARY, options(), everything=parsed.help == "all", examples=examples)
-        return 0
-    os.environ.update(parsed.environment)
-    arguments = parsed.arguments_for(LabelArguments)
-    file = Path(words[0]).expanduser() if named else None
+def run(arguments: LabelArguments, given: ParsedOptions) -> int:
+    file = Path(given.rest[0]).expanduser() if given.rest else None
     if arguments.export_to is not None:
         return _export(arguments, file)
     from trl.imports import require
@@ -65,17 +34,17 @@ def run(words: Sequence[str]) -> int:
 
     session = Session(arguments.task, arguments.output, form=arguments.rows, raters_per_item=arguments.raters_per_item)
     try:
-        _fill(session, arguments, file, parsed)
+        _fill(session, arguments, file, given)
         return _serve(session, arguments)
     finally:
         session.close()
 
 
-def _fill(session: Session, arguments: LabelArguments, file: Path | None, parsed: object) -> None:
+def _fill(session: Session, arguments: LabelArguments, file: Path | None, given: ParsedOptions) -> None:
     """Offer what is to be judged, and keep what other tools' records say already."""
     from trl.label.formats import answers_in, items_of, read_rows
 
-    if (file is None) == (parsed.values.get("model_name_or_path") is None):
+    if (file is None) == (given.values.get("model_name_or_path") is None):
         raise ConfigError(
             "Give either a file of completions (trl label FILE), or a model and prompts for it to continue "
             "(--model_name_or_path MODEL --dataset_name PROMPTS)."
@@ -83,7 +52,7 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, parsed
     if file is None:
         from trl.cli.label.sampling import sample_rows
 
-        rows, where = sample_rows(parsed, arguments), "samples"
+        rows, where = sample_rows(arguments, given), "samples"
     else:
         rows, where = read_rows(file), str(file)
     said = [(row, answers) for row in rows if (answers := answers_in(arguments.task, row))]

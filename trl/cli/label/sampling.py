@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl.cli.evaluation.loading import load
 from trl.cli.label.arguments import LabelArguments
+from trl.cli.loading import load_pretrained
 from trl.cli.parser import ParsedOptions
+from trl.cli.train import model_to_load
 from trl.data.formats import PICTURES
 from trl.data.sources import ScriptArguments, load_dataset_argument
 from trl.errors import ConfigError, DataError
@@ -17,7 +18,7 @@ TOGETHER = 16
 """Completions that are sampled at once."""
 
 
-def sample_rows(parsed: ParsedOptions, arguments: LabelArguments) -> list[dict[str, Any]]:
+def sample_rows(arguments: LabelArguments, given: ParsedOptions) -> list[dict[str, Any]]:
     """Rows of a prompt and `num_generations` completions by the model that was named.
 
     Raises ConfigError where the prompts are missing, DataError where the dataset has no column `prompt`.
@@ -25,7 +26,7 @@ def sample_rows(parsed: ParsedOptions, arguments: LabelArguments) -> list[dict[s
     if arguments.dataset_name is None:
         raise ConfigError("--dataset_name is missing: prompts for the model to continue.")
     prompts = _prompts(arguments)
-    model, processor = load(parsed, parsed.values["model_name_or_path"])
+    model, processor = load_pretrained(model_to_load(given))
     count = arguments.num_generations
     completions = sample(
         model,

@@ -8,65 +8,32 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl.cli.commands import MODEL
-from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
-from trl.cli.parser import OptionParser
+from trl.cli.parser import ParsedOptions
 from trl.cli.serve.arguments import KEY, ServeArguments
+from trl.cli.train import model_to_load
 from trl.errors import ConfigError
 from trl.imports import require
+from trl.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from trl.cli.serve.worker import ModelWorker
 
-SERVE = "trl.cli.serve.arguments:ServeArguments"
-TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
-"""Beginnings of the model's options that only training reads."""
 
-DEFAULTS = {"dtype": "auto"}
-SUMMARY = "Serve a model to trainers, to `trl chat --server`, and to any client of OpenAI's protocol."
-WORDS = ("Qwen/Qwen2.5-0.5B-Instruct", "./my-model --port 8001 --served_model_name mine")
-
-
-def options() -> list[Option]:
-    found = merge_options(options_in_source(SERVE), options_in_source(MODEL))
-    kept = [option for option in found if not option.name.startswith(TRAINED)]
-    return [replace(option, default=DEFAULTS.get(option.name, option.default)) for option in kept]
-
-
-def run(words: Sequence[str]) -> int:
-    named = bool(words) and not words[0].startswith("-")
-    if named:
-        words = ["--model_name_or_path", *words]
-    given = OptionParser(options(), aliases_in_source(MODEL)).parse(words)
-    if given.help:
-        from trl.cli.help import print_options
-
-        examples = [f"trl serve {each}" for each in WORDS]
-        print_options("trl serve MODEL", SUMMARY, options(), everything=given.help == "all", examples=examples)
-        return 0
-    os.environ.update(given.environment)
-    arguments: ServeArguments = given.arguments_for(ServeArguments)
+def run(arguments: ServeArguments, given: ParsedOptions) -> int:
     arguments.api_key = arguments.api_key or os.environ.get(KEY)
     require("starlette", to="trl serve")
     require("uvicorn", to="trl serve")
-    name = given.values.get("model_name_or_path")
+    name = given.rest[0] if given.rest else given.values.get("model_name_or_path")
     if name is None:
         raise ConfigError("trl serve takes a model: trl serve MODEL [--port 8000].")
-    from trl.cli.train import check_weights
-    from trl.models.config import ModelConfig
-
-    check_weights(name)
-    model = replace(given, values={**DEFAULTS, **given.values}).arguments_for(ModelConfig)
-    serve(load_worker(arguments, model), arguments.served_model_name or name, arguments)
+    serve(load_worker(arguments, model_to_load(given, name)), arguments.served_model_name or name, arguments)
     return 0
 
 
-def load_worker(arguments: ServeArguments, model: object) -> ModelWorker:
+def load_worker(arguments: ServeArguments, model: ModelConfig) -> ModelWorker:
     """The model that the options name, ready to be asked."""
     from peft import PeftModel
 
