@@ -57,60 +57,41 @@ SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefMode
 SWEEP = "`trl sweep` looks for hyperparameters, with a model made anew for each trial: see docs/coming_from_trl.md."
 TOOLS = "tools are not called yet; an `engine` of your own can be given to every online trainer."
 
-REMOVED = {
-    "A2POTrainer": OBJECTIVE,
-    "AllTrueJudge": BY_REWARD,
-    "AsyncDistillationTrainer": OBJECTIVE,
+_TOGETHER = {
+    OBJECTIVE: (
+        "A2POTrainer AsyncDistillationTrainer DistillationTrainer GFPOTrainer GKDTrainer GOLDTrainer IWOPDTrainer "
+        "MiniLLMTrainer PAPOTrainer SDFTTrainer SDPOTrainer ServerDistillationTrainer TPOTrainer"
+    ),
+    BY_REWARD: (
+        "AllTrueJudge BaseJudge BasePairwiseJudge BaseRankJudge HfPairwiseJudge OpenAIPairwiseJudge PairRMJudge "
+        "RandomPairwiseJudge RandomRankJudge"
+    ),
+    SIX_LINES: "BEMACallback MergeModelCallback",
+    PADDING: "DPODataCollatorWithPadding DataCollatorForPreference RewardDataCollatorWithPadding",
+    "use `ScriptArguments`.": "DPOScriptArguments KTOScriptArguments RewardScriptArguments SFTScriptArguments",
+    REPORT: "LogCompletionsCallback WeaveCallback WinRateCallback",
+    "use `OnlineDPOTrainer`.": "NashMDTrainer XPOTrainer",
+    "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.": (
+        "TextEnvironment TextHistory"
+    ),
+    "tools are not called yet.": "add_response_schema supports_tool_calling",
+}
+REMOVED = {name: advice for advice, names in _TOGETHER.items() for name in names.split()}
+REMOVED |= {
     "AsyncGRPOTrainer": "use `GRPOTrainer`: an `engine` of your own may sample in other processes.",
-    "BEMACallback": SIX_LINES,
-    "BaseJudge": BY_REWARD,
-    "BasePairwiseJudge": BY_REWARD,
-    "BaseRankJudge": BY_REWARD,
     "BestOfNSampler": "sample with `LocalEngine` and `n=…`, and keep the best of each group.",
     "ConstantLengthDataset": "use `SFTConfig(packing=True)`, or `pack_dataset`.",
     "DDPOStableDiffusionPipeline": "it is a base class: use `DefaultDDPOStableDiffusionPipeline`.",
-    "DPODataCollatorWithPadding": PADDING,
-    "DPOScriptArguments": "use `ScriptArguments`.",
     "DataCollatorForChatML": "`SFTTrainer` takes `messages` as they are, and `assistant_only_loss=True`.",
     "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers lay rows out by themselves.",
-    "DataCollatorForPreference": PADDING,
-    "DistillationTrainer": OBJECTIVE,
     "FDivergenceConstants": "give `f_divergence_type` and `f_alpha_divergence_coef` of `DPOConfig`.",
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
-    "GFPOTrainer": OBJECTIVE,
-    "GKDTrainer": OBJECTIVE,
     "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`, and `epsilon=0.4`, as its paper has.',
-    "GOLDTrainer": OBJECTIVE,
-    "HfPairwiseJudge": BY_REWARD,
-    "IWOPDTrainer": OBJECTIVE,
     "IterativeSFTTrainer": "train an `SFTTrainer` on each round's rows.",
-    "KTOScriptArguments": "use `ScriptArguments`.",
-    "LogCompletionsCallback": REPORT,
-    "MergeModelCallback": SIX_LINES,
-    "MiniLLMTrainer": OBJECTIVE,
-    "NashMDTrainer": "use `OnlineDPOTrainer`.",
-    "OpenAIPairwiseJudge": BY_REWARD,
-    "PAPOTrainer": OBJECTIVE,
     "PPOv2Trainer": "use `PPOTrainer`: it has the whole loop, `train()`.",
     "PRMTrainer": "use `RewardTrainer` with rows of `prompt`, `completions`, `labels`.",
-    "PairRMJudge": BY_REWARD,
     "PreTrainedModelWrapper": "it is a base class: use `AutoModelForCausalLMWithValueHead`.",
-    "RandomPairwiseJudge": BY_REWARD,
-    "RandomRankJudge": BY_REWARD,
-    "RewardDataCollatorWithPadding": PADDING,
-    "RewardScriptArguments": "use `ScriptArguments`.",
-    "SDFTTrainer": OBJECTIVE,
-    "SDPOTrainer": OBJECTIVE,
-    "SFTScriptArguments": "use `ScriptArguments`.",
-    "ServerDistillationTrainer": OBJECTIVE,
-    "TPOTrainer": OBJECTIVE,
-    "TextEnvironment": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
-    "TextHistory": "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.",
     "VLLMClient": "set `use_vllm=True` of the configuration: see docs/scaling.md.",
-    "WeaveCallback": REPORT,
-    "WinRateCallback": REPORT,
-    "XPOTrainer": "use `OnlineDPOTrainer`.",
-    "add_response_schema": "tools are not called yet.",
     "compute_accuracy": "`RewardTrainer` logs `accuracy` by itself.",
     "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
     "get_training_chat_template": "`assistant_only_loss=True` works with any template: none has to be patched.",
@@ -119,7 +100,6 @@ REMOVED = {
     "is_xpu_available": "import it from `accelerate.utils`.",
     "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights stay as they are loaded.",
     "prepare_multimodal_messages": "rows with images are read as they are: see docs/vision.md.",
-    "supports_tool_calling": "tools are not called yet.",
     "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
     "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
 }
@@ -158,26 +138,16 @@ OPTIONS = {
 }
 """Options of configurations elsewhere, and what to do without each."""
 
-HOOKS = {
+_HOOKS = {
+    LOSS: "_compute_loss bco_loss cpo_loss dpo_loss get_batch_loss_metrics kto_loss odds_ratio_loss",
+    SAMPLES: "_generate _generate_single_turn",
+    SCORES: "_get_per_token_logps _get_per_token_logps_and_entropies concatenated_forward get_batch_logps",
+    ROWS: "_prepare_dataset concatenated_inputs process_row tokenize_row",
+}
+HOOKS = {name: advice for advice, names in _HOOKS.items() for name in names.split()}
+HOOKS |= {
     "_calculate_rewards": "Give `reward_funcs`.",
-    "_compute_loss": LOSS,
-    "_generate": SAMPLES,
     "_generate_and_score_completions": f"{SAMPLES} Advantages are computed by an algorithm: see examples/own_algorithm.py.",
-    "_generate_single_turn": SAMPLES,
-    "_get_per_token_logps": SCORES,
-    "_get_per_token_logps_and_entropies": SCORES,
-    "_prepare_dataset": ROWS,
-    "bco_loss": LOSS,
-    "concatenated_forward": SCORES,
-    "concatenated_inputs": ROWS,
-    "cpo_loss": LOSS,
-    "dpo_loss": LOSS,
-    "get_batch_logps": SCORES,
-    "get_batch_loss_metrics": LOSS,
-    "kto_loss": LOSS,
-    "odds_ratio_loss": LOSS,
-    "process_row": ROWS,
-    "tokenize_row": ROWS,
 }
 """Methods of trainers that other releases call and this one does not, and what to override or give instead."""
 
