@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.conftest import MODELS, make_tokenizer
 from tests.serve.images import asked
@@ -103,21 +104,25 @@ def test_a_server_that_does_not_judge(server):
 # ---- samples ----
 
 
+def rows_of(prompts) -> Dataset:
+    return Dataset.from_dict({"prompt": prompts})
+
+
 def test_the_likeliest_tokens_do_not_depend_on_the_batch(make_model):
     model, tokenizer = make_model("llama"), make_tokenizer()
     options = {"max_new_tokens": 4, "temperature": 0.0, "seed": 0}
     prompts = ["a", "a much longer prompt", "b"]
-    alone = [sample(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
-    assert sample(model, tokenizer, prompts, batch_size=3, **options) == alone
+    alone = [sample(model, tokenizer, rows_of([prompt]), batch_size=1, **options)[0] for prompt in prompts]
+    assert sample(model, tokenizer, rows_of(prompts), batch_size=3, **options) == alone
 
 
 def test_a_seed_gives_the_same_samples_and_chats_get_messages(make_model):
     model, tokenizer = make_model("llama"), make_tokenizer()
     options = {"max_new_tokens": 4, "temperature": 1.0, "batch_size": 2}
     chats = [[{"role": "user", "content": "Hi"}]] * 2
-    first = sample(model, tokenizer, chats, seed=1, **options)
-    assert first == sample(model, tokenizer, chats, seed=1, **options)
-    assert first != sample(model, tokenizer, chats, seed=2, **options)
+    first = sample(model, tokenizer, rows_of(chats), seed=1, **options)
+    assert first == sample(model, tokenizer, rows_of(chats), seed=1, **options)
+    assert first != sample(model, tokenizer, rows_of(chats), seed=2, **options)
     assert first[0][0]["role"] == "assistant"
 
 

@@ -116,7 +116,7 @@ def compare_samples(
     from trl.cli.loading import load_pretrained
     from trl.cli.rewards import find_reward
     from trl.data.multimodal import images_of
-    from trl.evaluation.judges import RewardJudge, ServerJudge
+    from trl.evaluation.judges import RewardJudge, ServerJudge, plain
     from trl.evaluation.statistics import estimate
 
     if "prompt" not in rows.column_names:
@@ -130,7 +130,7 @@ def compare_samples(
         "prompt": prompts,
         "completion": _samples(model, processor, images, rows, arguments),
     }
-    results: dict[str, Any] = {"characters": estimate([len(_text(each)) for each in kept["completion"]])}
+    results: dict[str, Any] = {"characters": estimate([len(plain(each)) for each in kept["completion"]])}
     results |= object_scores(arguments, rows, kept["completion"])
     judge = RewardJudge(list(map(find_reward, arguments.reward_funcs))) if arguments.reward_funcs else None
     columns = {n: rows[n][:] for n in rows.column_names if n not in NOT_FOR_REWARDS}
@@ -165,21 +165,16 @@ def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> 
 
 
 def _samples(model: Any, processor: Any, images: Any, rows: Any, arguments: EvalArguments) -> list[Any]:
-    from trl.evaluation.samples import sample, sample_after_images
+    from trl.evaluation.samples import sample
     from trl.models.load import tokenizer_of
 
-    options = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": arguments.temperature,
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-    }
-    if images is not None:
-        return sample_after_images(model, images, rows, **options)
-    return sample(model, tokenizer_of(processor), rows["prompt"][:], **options)
-
-
-def _text(content: Any) -> str:
-    from trl.evaluation.judges import plain
-
-    return plain(content)
+    return sample(
+        model,
+        tokenizer_of(processor),
+        rows,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        images=images,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from datasets import Dataset
+
 from trl.cli.label.arguments import LabelArguments
 from trl.cli.loading import load_pretrained
 from trl.cli.parser import ParsedOptions
@@ -31,7 +33,7 @@ def sample_rows(arguments: LabelArguments, given: ParsedOptions) -> list[dict[st
     completions = sample(
         model,
         tokenizer_of(processor),
-        [prompt for prompt in prompts for _ in range(count)],
+        Dataset.from_dict({"prompt": [prompt for prompt in prompts for _ in range(count)]}),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         batch_size=TOGETHER,
