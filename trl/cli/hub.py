@@ -53,35 +53,23 @@ def push_explained(folder: str) -> Iterator[None]:
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Raises ConfigError for what the hub refuses, in one line that begins with `what`."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        InferenceTimeoutError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    transport: Any = InferenceTimeoutError.__bases__[0]
+    transport: Any = errors.InferenceTimeoutError.__bases__[0]
+    reasons = {
+        errors.OfflineModeIsEnabled: "the hub is not asked in offline mode (HF_HUB_OFFLINE).",
+        errors.GatedRepoError: "on the hub its terms have to be accepted first; then `hf auth login`.",
+        errors.RevisionNotFoundError: "the hub does not have that model_revision.",
+        errors.RepositoryNotFoundError: "the hub has nothing of that name, or it is private (`hf auth login`).",
+        errors.HFValidationError: "the hub has nothing of that name, or it is private (`hf auth login`).",
+        errors.LocalTokenNotFoundError: "nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN.",
+        errors.HfHubHTTPError: "the hub refuses: {told}",
+        transport: "the hub cannot be reached ({kind}).",
+        OSError: "the hub cannot be reached ({kind}).",
+    }
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise ConfigError(f"{what}, and the hub is not asked in offline mode (HF_HUB_OFFLINE).") from error
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"{what}, and on the hub its terms have to be accepted first; then `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"{what}, and the hub does not have that model_revision.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(
-            f"{what}, and the hub has nothing of that name, or it is private (`hf auth login`)."
-        ) from error
-    except LocalTokenNotFoundError as error:
-        raise ConfigError(f"{what}, and nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN.") from error
-    except HfHubHTTPError as error:
-        raise ConfigError(f"{what}, and the hub refuses: {' '.join(str(error).split())[:300]}") from error
-    except (transport, OSError) as error:
-        raise ConfigError(f"{what}, and the hub cannot be reached ({type(error).__name__}).") from error
+    except tuple(reasons) as error:
+        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{what}, and {reason.format(told=told, kind=type(error).__name__)}") from error

@@ -224,9 +224,12 @@ def train(run: Run) -> int:
     """
     from trl.callbacks.stop import stop_on_signal
     from trl.training.checkpoint import explain_full_disk
+    from trl.training.lock import check_free
+    from trl.training.output_folder import check_writable
 
     report_progress()
-    _make_output_folder(run.training.output_dir)
+    check_writable(run.training.output_dir)
+    check_free(run.training.output_dir)
     resume = checkpoint_of(run)
     if resume is None:
         _check_output_folder(run)
@@ -244,21 +247,6 @@ def train(run: Run) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0 if stop.signal is None else 128 + stop.signal
-
-
-def _make_output_folder(name: str) -> None:
-    """Raises ConfigError where nothing can be written, or another run writes, before a model is loaded."""
-    from trl.training.lock import check_free
-
-    try:
-        os.makedirs(name, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={name!r}: no folder can be made there ({error.strerror}). Name another."
-        ) from error
-    if not os.access(name, os.W_OK):
-        raise ConfigError(f"output_dir={name!r}: you may not write there. Name another.")
-    check_free(name)
 
 
 def check_trains(run: Run) -> None:
