@@ -137,7 +137,7 @@ def test_one_after_the_other(folder, capsys):
     page = (folder / "out" / "report.html").read_text()
     assert 'class="plot"' in page
     best = max(trials, key=lambda t: t["reports"][2]["reward/mean"])
-    assert f'<tr class="best"><td>{best["number"]}</td>' in page
+    assert f'<tr class="best"><th scope="row">{best["number"]}</th>' in page
 
 
 def test_it_is_said_that_ray_is_not_there(folder, monkeypatch, capsys):
@@ -159,7 +159,7 @@ def test_a_minimum(folder):
     run([*write(folder, tune), "--sequential"])
     trials = table(folder / "sweep")
     lowest = min(trials, key=lambda t: t["reports"][2]["reward/mean"])
-    assert f'<tr class="best"><td>{lowest["number"]}</td>' in (folder / "sweep" / "report.html").read_text()
+    assert f'<tr class="best"><th scope="row">{lowest["number"]}</th>' in (folder / "sweep" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

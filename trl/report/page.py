@@ -36,6 +36,16 @@ class Figure:
     before: str = ""
 
 
+@dataclass(frozen=True)
+class Table:
+    """What several runs are compared by; `has_best` says that the first row is to stand out."""
+
+    title: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    has_best: bool = False
+
+
 def write_report(
     run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, refresh: int = 0
 ) -> Path:
@@ -53,7 +63,7 @@ def write_report(
             f"{str(folder)!r} holds no log and no samples any more, and {str(path)!r} is there from before: it stays. Give "
             f"another --output.{damaged}"
         )
-    return _write(render(run, refresh=refresh), path)
+    return write(render(run, refresh=refresh), path)
 
 
 def write_comparison(
@@ -65,7 +75,7 @@ def write_comparison(
     """
     folders = [Path(each).expanduser() for each in run_folders]
     runs = dict(zip(short_names(folders), map(read_run, folders), strict=True))
-    return _write(render_comparison(runs, refresh=refresh), output)
+    return write(render_comparison(runs, refresh=refresh), output)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -78,7 +88,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     raise DataError(f"The same folder is given twice: {', '.join(map(str, folders))}.")
 
 
-def _write(page: str, output: str | os.PathLike[str]) -> Path:
+def write(page: str, output: str | os.PathLike[str]) -> Path:
+    """Write a page, whole or not at all; returns where it is."""
     path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
@@ -90,7 +101,7 @@ def _write(page: str, output: str | os.PathLike[str]) -> Path:
 def render(run: RunRecord, *, refresh: int = 0) -> str:
     """The page of one run as text."""
     groups = charts_by_group(run.log)
-    return _render(
+    return render_page(
         run,
         groups,
         figures=list(key_figures(groups)),
@@ -103,9 +114,16 @@ def render(run: RunRecord, *, refresh: int = 0) -> str:
 def render_comparison(runs: Mapping[str, RunRecord], *, refresh: int = 0) -> str:
     """The page of several runs as text."""
     groups = charts_of_runs({name: run.log for name, run in runs.items()})
-    together = RunRecord(name=" · ".join(runs), method="Comparison of")
     told = [f"{name}: {'; '.join(facts(run))}" for name, run in runs.items()]
-    return _render(together, groups, facts=told, differences=differences(runs), names=list(runs), refresh=refresh)
+    rows = [[name, *values] for name, values in differences(runs).items()]
+    return render_page(
+        RunRecord(name=" · ".join(runs)),
+        groups,
+        eyebrow="Comparison of runs",
+        facts=told,
+        table=Table("Options that differ", ["option", *runs], rows) if rows else None,
+        refresh=refresh,
+    )
 
 
 def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
@@ -117,7 +135,8 @@ def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
     }
 
 
-def _render(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
+def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
+    """The page of a run, or of several: charts under their headings, and the other parts of the page by name."""
     environment = Environment(
         loader=PackageLoader("trl.report", "."),
         autoescape=True,
@@ -137,7 +156,8 @@ def _render(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any)
     drawn = [chart for chart in charts if not is_flat(chart) and any(series.points for series in chart.series)]
     main = main_charts(drawn)
     rest = {title: [c for c in charts if c in drawn and c not in main] for title, charts in groups.items()}
-    empty = {"figures": [], "facts": [], "warnings": [], "differences": {}, "names": [], "refresh": 0}
+    empty = {"figures": [], "facts": [], "warnings": [], "table": None, "refresh": 0}
+    empty["eyebrow"] = f"{run.method or 'Training'} run"
     return environment.get_template("page.html").render(
         run=run,
         groups=groups,

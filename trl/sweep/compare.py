@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+import rich.table
 from rich.console import Console
-from rich.table import Table
 
-from trl.report.charts import COLOURS, as_script, describe, number
-from trl.report.metrics import Chart, Series
-from trl.report.page import REPORT_FILE, asset, duration
+from trl.counts import counted
+from trl.report.charts import number
+from trl.report.metrics import Chart, Series, grouped
+from trl.report.page import REPORT_FILE, Table, duration, render_page, write
+from trl.report.record import RunRecord
 from trl.sweep.plan import Plan, Tuning
 from trl.sweep.trial import Trial
 
@@ -48,7 +48,7 @@ def heading(trials: Sequence[Trial], tuning: Tuning) -> list[str]:
 
 
 def print_table(trials: Sequence[Trial], tuning: Tuning) -> None:
-    table = Table(*heading(trials, tuning))
+    table = rich.table.Table(*heading(trials, tuning))
     for row in rows_of(trials, tuning):
         table.add_row(*row)
     Console().print(table)
@@ -56,34 +56,22 @@ def print_table(trials: Sequence[Trial], tuning: Tuning) -> None:
 
 def write_page(trials: Sequence[Trial], plan: Plan, folder: Path) -> Path:
     """Write the page of the sweep, one file that needs nothing beside itself, and give its place."""
-    environment = Environment(
-        loader=PackageLoader("trl.sweep", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    judged, order = plan.tuning.metric, "highest" if plan.tuning.mode == "max" else "lowest"
+    others = sorted({name for trial in trials for name in trial.metrics} - {judged})
+    told = [f"{counted(len(trials), 'trial')}, {order} {judged} first", "curves by the number of the report"]
+    page = render_page(
+        RunRecord(name=plan.script.name),
+        {"Judged by": [chart_of(judged, trials)], **grouped(chart_of(name, trials) for name in others)},
+        eyebrow="Sweep",
+        facts=[*told, f"{duration(sum(trial.seconds for trial in trials))} of trials"],
+        table=Table(
+            "Trials",
+            heading(trials, plan.tuning),
+            rows_of(trials, plan.tuning),
+            best_of(trials, plan.tuning) is not None,
+        ),
     )
-    names = sorted(
-        {name for trial in trials for name in trial.metrics}, key=lambda name: (name != plan.tuning.metric, name)
-    )
-    charts = [chart for chart in (chart_of(name, trials) for name in names) if any(s.points for s in chart.series)]
-    best = best_of(trials, plan.tuning)
-    page = environment.get_template("page.html").render(
-        script=plan.script.name,
-        tuning=plan.tuning,
-        heading=heading(trials, plan.tuning),
-        rows=rows_of(trials, plan.tuning),
-        best=None if best is None else str(best.number),
-        seconds=duration(sum(trial.seconds for trial in trials)),
-        charts=[(chart.name, describe(chart)) for chart in charts],
-        data=Markup(as_script(charts)),
-        script_code=asset("vendor/uPlot.iife.min.js") + Markup("\n") + asset("page.js"),
-        legend=[(i % COLOURS, f"trial {trial.number}") for i, trial in enumerate(trials)],
-        style=asset("vendor/uPlot.min.css") + asset("page.css"),
-    )
-    path = folder / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write(page, folder / REPORT_FILE)
 
 
 def chart_of(metric: str, trials: Sequence[Trial]) -> Chart:
