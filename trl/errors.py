@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TrlError(ValueError):
@@ -52,6 +53,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'a' or 'b'?` for the known names nearest to `name`; empty when none is near."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def suggest_beside(path: Path) -> str:
+    """` Did you mean 'sft.yaml'?` for a file that is not there, of what its folder holds."""
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r} either."
+    return suggest(path.name, [each.name for each in path.parent.iterdir()])
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

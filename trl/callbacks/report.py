@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 import sys
@@ -22,7 +21,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from trl import __version__
 from trl.models.load import count_parameters
-from trl.report.page import write_report
+from trl.report.page import write, write_report
 from trl.report.record import RUN_FILE, read_run_file
 from trl.training.beside import not_fatal
 
@@ -92,11 +91,10 @@ class ReportCallback(TrainerCallback):
             return
         folder = Path(args.output_dir)
         with not_fatal("The report"):
-            folder.mkdir(parents=True, exist_ok=True)
             start = time.monotonic()
             if page or self.settings is None:
                 self.settings = self.describe(args, model)
-            _replace(folder / RUN_FILE, json.dumps(self.record(state), indent=1, default=str))
+            write(json.dumps(self.record(state), indent=1, default=str), folder / RUN_FILE)
             self.due = time.monotonic() + max(LIVE, (time.monotonic() - start) / SHARE)
             if page:
                 logger.info(f"The report is in {write_report(folder)}.")
@@ -187,10 +185,3 @@ def _describe(model: torch.nn.Module) -> dict[str, Any]:
         "parameters": parameters,
         "trained": trained,
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

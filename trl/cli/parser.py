@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
-from trl.errors import ConfigError, TrlError, suggest
+from trl.errors import ConfigError, TrlError, suggest, suggest_beside
 
 HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
 NEGATION = "no_"
@@ -256,7 +256,7 @@ def read_yaml(path: str, option: str) -> Any:
     if file.is_dir():
         raise ConfigError(f"{option} {path}: this is a folder, and not a file.")
     if not file.is_file():
-        raise ConfigError(f"{option} {path}: there is no such file.{_neighbours(file)}")
+        raise ConfigError(f"{option} {path}: there is no such file.{suggest_beside(file)}")
     try:
         node = yaml.compose(text := file.read_text(encoding="utf-8"), yaml.SafeLoader)
         _check_nodes(path, node)
@@ -310,13 +310,6 @@ def _what_is_wrong(error: Any) -> str:
     told = ": ".join(each for each in (error.context, error.problem) if each)
     hint = ". YAML is indented with spaces, never with tabs" if "'\\t'" in told else ""
     return f"{told} (line {error.problem_mark.line + 1}){hint}"
-
-
-def _neighbours(file: Path) -> str:
-    """What a name in that folder may have been meant."""
-    if not file.parent.is_dir():
-        return f" There is no folder {str(file.parent)!r} either."
-    return suggest(file.name, [path.name for path in file.parent.iterdir()])
 
 
 class TrlParser:

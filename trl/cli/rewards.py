@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from trl.counts import counted
-from trl.errors import ConfigError, suggest, unknown
+from trl.errors import ConfigError, suggest, suggest_beside, unknown
 
 CALL = re.compile(r"(?P<name>[^()]+)\((?P<arguments>[^()]*)\)")
 
@@ -167,8 +167,7 @@ def _module(module: str, name: str) -> ModuleType:
 def _module_in(file: Path, name: str) -> ModuleType:
     """The module that a file makes; what stands beside the file can be imported from it."""
     if not file.is_file():
-        beside = [each.name for each in file.parent.glob("*.py")]
-        raise ConfigError(f"reward_funcs={name!r}: there is no file {str(file)!r}.{suggest(file.name, beside)}")
+        raise ConfigError(f"reward_funcs={name!r}: there is no file {str(file)!r}.{suggest_beside(file)}")
     _search_in(file.resolve().parent)
     own_name = f"{file.stem}_py"  # a name of its own, so that a file called random.py hides nothing
     spec = importlib.util.spec_from_file_location(own_name, file)

@@ -20,7 +20,7 @@ from trl.cli.rewards import RewardArguments, check_reward_weights
 from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.places import naming_lines
 from trl.data.sources import ScriptArguments, check_place, load_dataset_argument
-from trl.errors import ConfigError, DataError, TrlError, suggest
+from trl.errors import ConfigError, DataError, TrlError, suggest, suggest_beside
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.models.files import WEIGHTS, is_cut_short
 from trl.printable import printable
@@ -133,8 +133,7 @@ def check_model(name: str | None) -> str:
     if folder.is_file():
         raise ConfigError(f"model_name_or_path={name!r} is a file: give the folder of a model, or its hub name.")
     if not folder.is_dir():
-        beside = [each.name for each in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest(folder.name, beside)}")
+        raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest_beside(folder)}")
     inside = sorted(each.name for each in folder.iterdir())
     if not {"config.json", "adapter_config.json", "model_index.json"} & set(inside):
         checkpoints = [each for each in inside if each.startswith("checkpoint-")]

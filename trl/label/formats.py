@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from trl.errors import DataError, suggest, unknown
+from trl.errors import DataError, suggest_beside, unknown
 from trl.label.session import Session
 from trl.label.tasks import TIE, Answer, Content, Item, pairs_in_rings
 
@@ -35,8 +35,7 @@ FIELDS = {
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file: JSON lines, a JSON list, CSV or Parquet. Raises DataError where there are none."""
     if not path.is_file():
-        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"There is no file {str(path)!r}.{suggest(path.name, beside)}")
+        raise DataError(f"There is no file {str(path)!r}.{suggest_beside(path)}")
     rows = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_table(path)
     if not rows:
         raise DataError(f"{path} has no rows.")

@@ -88,12 +88,12 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     raise DataError(f"The same folder is given twice: {', '.join(map(str, folders))}.")
 
 
-def write(page: str, output: str | os.PathLike[str]) -> Path:
-    """Write a page, whole or not at all; returns where it is."""
+def write(text: str, output: str | os.PathLike[str]) -> Path:
+    """Write a file, whole or not at all; returns where it is."""
     path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(page, encoding="utf-8", errors="replace")
+    beside.write_text(text, encoding="utf-8", errors="replace")
     os.replace(beside, path)
     return path
 

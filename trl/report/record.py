@@ -192,10 +192,10 @@ def read_run(folder: Path) -> RunRecord:
         )
     known = {"log": max(states, key=_last_step, default={}).get("log_history", ())}
     known |= {"step": max(map(_last_step, states), default=0), "max_steps": _first(states, "max_steps", 0)}
-    known |= {name: _first(states, name, card.get(name, empty)) for name, empty in _KEPT.items()}
-    known["rows"] = [TrainedRow(row["prompt"], row["completions"]) for row in known["rows"]]
+    known |= {name: found for name in KEPT if (found := _first(states, name, card.get(name)))}
+    known["rows"] = [TrainedRow(row["prompt"], row["completions"]) for row in known.get("rows", ())]
     known["summary"] = reader.text(folder / SUMMARY_FILE).strip()
-    known["model"] = {**_model_of(config), **known["model"]}
+    known["model"] = {**_model_of(config), **known.get("model", {})}
     comparisons, pictures = read_comparisons(folder, reader), read_pictures(folder, reader)
     damaged = tuple(reader.damaged.values())
     return RunRecord(
@@ -212,19 +212,13 @@ def _and_damaged(reader: Reader) -> str:
     return f" Damaged: {', '.join(reader.damaged.values())}." if reader.damaged else ""
 
 
-_KEPT: dict[str, Any] = {
-    "options": {},
-    "changed": (),
-    "model": {},
-    "versions": {},
-    "data": (),
-    "method": "",
-    "started": "",
-    "seconds": 0.0,
-    "rows": (),
-    "again": {},
+KEPT: dict[str, Any] = {
+    **dict.fromkeys(("options", "model", "versions", "again"), dict),
+    **dict.fromkeys(("changed", "data", "rows"), list),
+    **dict.fromkeys(("method", "started"), str),
+    "seconds": int | float,
 }
-"""What run.json holds beside the log, and what stands for it where it is not known."""
+"""What run.json holds beside the log, and of which type."""
 
 
 def read_run_file(folder: Path) -> Row:
@@ -255,12 +249,10 @@ def _read_states(folder: Path, reader: Reader) -> list[Row]:
 
 def _sound(state: Row, file: Path, reader: Reader) -> Row:
     """A state in which every known part is of its type: others are left out."""
-    expected = {name: type(empty) for name, empty in {**_KEPT, "max_steps": 0, "log_history": ()}.items()}
+    kinds = {**KEPT, "max_steps": int, "log_history": list}
     kept = {}
     for name, value in state.items():
-        kind = expected.get(name, object)
-        kinds = {tuple: list | tuple, float: int | float}.get(kind, kind)
-        if isinstance(value, kinds):
+        if isinstance(value, kinds.get(name, object)):
             kept[name] = value
         elif value is not None:
             reader.note(file, f"{name} is a {type(value).__name__}")
