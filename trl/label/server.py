@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import socket
 import threading
@@ -23,12 +24,12 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, DispatchFunction, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trl.errors import ConfigError, DataError, TrlError
 from trl.label.session import Session
@@ -64,8 +65,9 @@ def make_app(session: Session, settings: ServerSettings, token: str | None) -> S
         Mount("/static", StaticFiles(directory=PAGE)),
     ]
     hosts = ["*"] if settings.share_on_lan else [LOCAL, "localhost"]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_Guard, token=token)]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={TrlError: _refused, DataError: _refused})
+    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard(token))
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), guard]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={TrlError: _refused})
 
 
 async def _page(request: Request) -> Response:
@@ -76,41 +78,26 @@ async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=400)
 
 
-class _Guard:
+def _guard(token: str | None) -> DispatchFunction:
     """Lets requests with the token pass, as a cookie that the page's address sets once; adds headers to every answer."""
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
-        self.app, self.token = app, token
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request = Request(scope)
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
-                ]
-            await send(message)
-
-        app = self.app if self._is_known(request) else self._ask(request)
-        return await app(scope, receive, send_with_headers)
-
-    def _is_known(self, request: Request) -> bool:
+    async def guarded(request: Request, call_next: RequestResponseEndpoint) -> Response:
         shown = request.cookies.get(_cookie(request), "")
-        return self.token is None or secrets.compare_digest(shown.encode(), self.token.encode())
+        is_known = token is None or secrets.compare_digest(shown.encode(), token.encode())
+        answer = await call_next(request) if is_known else _ask(request, token)
+        answer.headers.update(HEADERS)
+        return answer
 
-    def _ask(self, request: Request) -> Response:
-        shown = request.query_params.get("token", "")
-        if not secrets.compare_digest(shown.encode(), self.token.encode()):
-            return PlainTextResponse(
-                "This page needs its token: open the address that trl label printed.", status_code=403
-            )
-        welcome = RedirectResponse("/", status_code=303)
-        welcome.set_cookie(_cookie(request), self.token, httponly=True, samesite="strict", max_age=30 * 86400)
-        return welcome
+    return guarded
+
+
+def _ask(request: Request, token: str) -> Response:
+    shown = request.query_params.get("token", "")
+    if not secrets.compare_digest(shown.encode(), token.encode()):
+        return PlainTextResponse("This page needs its token: open the address that trl label printed.", status_code=403)
+    welcome = RedirectResponse("/", status_code=303)
+    welcome.set_cookie(_cookie(request), token, httponly=True, samesite="strict", max_age=30 * 86400)
+    return welcome
 
 
 def _cookie(request: Request) -> str:
@@ -123,9 +110,7 @@ class _Api:
         self.session, self.settings = session, settings
 
     async def next(self, request: Request) -> Response:
-        rater = _name(request.query_params.get("rater"))
-        item = await asyncio.to_thread(self.session.next, rater)
-        return await self._answer(rater, item)
+        return await self._next(_name(request.query_params.get("rater")))
 
     async def answer(self, request: Request) -> Response:
         given = await _body(request)
@@ -242,17 +227,12 @@ class LabelServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError where the port is taken."""
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-        made.listen()
+        return socket.create_server((host, port))
     except OSError as error:
-        made.close()
         raise ConfigError(
-            f"port={port} cannot be used ({error.strerror}): give another, or 0 for a free one."
+            f"port={port} cannot be used ({os.strerror(error.errno)}): give another, or 0 for a free one."
         ) from None
-    return made
 
 
 def _own_address() -> str:
