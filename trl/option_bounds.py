@@ -23,13 +23,17 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Bound:
-    """least ≤ value ≤ most; with `above`, least < value; with `below`, value < most. `usual` is a range for a warning."""
+    """least ≤ value ≤ most; with `above`, least < value; with `below`, value < most. `usual` is a range for a warning.
+
+    `words` say what to give, where that is more than the numbers.
+    """
 
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
     below: bool = False
     usual: tuple[float, float] | None = None
+    words: str = ""
 
     def admits(self, value: float) -> bool:
         low = self.least < value if self.above else self.least <= value
@@ -37,6 +41,8 @@ class Bound:
 
     def __str__(self) -> str:
         """`1 or more`, `more than 0`, `0 to 1`, `0 to below 1`, `more than 0, at most 1`."""
+        if self.words:
+            return self.words
         if self.most == math.inf:
             return f"more than {self.least:g}" if self.above else f"{self.least:g} or more"
         least = f"more than {self.least:g}, at most" if self.above else f"{self.least:g} to"
@@ -48,35 +54,37 @@ SHARE, PROBABILITY = Bound(0, 1), Bound(0, 1, below=True)
 
 UNBOUNDED = ("max_grad_norm", "ratio_threshold", "importance_sampling_clip_max", "delta", "target_kl", "clip_ratio")
 
-BOUNDS: dict[str, Bound] = {
+_NAMES = {
+    COUNT: """
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps batch_size mini_batch_size
+        forward_batch_size ppo_epochs dataset_num_proc max_tokens_per_micro_batch max_skipped_steps
+        eval_accumulation_steps precompute_ref_batch_size ddp_timeout pad_to_multiple_of n_improve_steps compare_steps
+        max_new_tokens num_generations raters_per_item limit
+    """,
+    NOT_NEGATIVE: """
+        num_train_epochs weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay save_total_limit
+        dataloader_num_workers cpo_alpha center_rewards_coefficient mistakes_shown max_resampling
+        num_completions_to_print neftune_noise_alpha epsilon epsilon_high logging_steps save_steps eval_steps
+    """,
+    POSITIVE: """
+        reward_timeout delta horizon target ratio_threshold sapo_temperature_neg sapo_temperature_pos max_waiting
+        max_request_tokens max_request_megabytes max_request_pixels request_timeout
+    """,
+    PROBABILITY: "adam_beta1 adam_beta2 label_smoothing_factor",
+    SHARE: "top_entropy_quantile",
+}
+BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split()} | {
     "learning_rate": Bound(0, usual=(1e-8, 1e-1)),
     "seed": Bound(0, 2**32 - 1),
     "data_seed": Bound(0, 2**32 - 1),
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
-    ),
-    **dict.fromkeys(("batch_size", "mini_batch_size", "forward_batch_size", "ppo_epochs"), COUNT),
-    **dict.fromkeys(
-        ("dataset_num_proc", "max_tokens_per_micro_batch", "max_skipped_steps", "eval_accumulation_steps"), COUNT
-    ),
-    **dict.fromkeys(
-        ("precompute_ref_batch_size", "ddp_timeout", "pad_to_multiple_of", "n_improve_steps", "compare_steps"), COUNT
-    ),
-    **dict.fromkeys(
-        ("num_train_epochs", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), NOT_NEGATIVE
-    ),
-    **dict.fromkeys(("eval_delay", "save_total_limit", "dataloader_num_workers", "temperature"), NOT_NEGATIVE),
-    **dict.fromkeys(("cpo_alpha", "center_rewards_coefficient", "mistakes_shown", "max_resampling"), NOT_NEGATIVE),
-    **dict.fromkeys(("num_completions_to_print", "neftune_noise_alpha", "epsilon", "epsilon_high"), NOT_NEGATIVE),
-    **dict.fromkeys(
-        ("reward_timeout", "repetition_penalty", "delta", "horizon", "target", "ratio_threshold"), POSITIVE
-    ),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), NOT_NEGATIVE),
-    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), POSITIVE),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), PROBABILITY),
-    **dict.fromkeys(("min_p", "top_entropy_quantile"), SHARE),
-    "top_p": Bound(0, 1, above=True),
     "max_steps": Bound(-1),
+    "temperature": Bound(0, words="0 (the most likely token) or a positive number"),
+    "top_k": Bound(0, words="a count of tokens, or 0 for all"),
+    "top_p": Bound(0, 1, above=True, words="a probability above 0 and up to 1"),
+    "min_p": Bound(0, 1, words="a fraction from 0 to 1"),
+    "repetition_penalty": Bound(0, above=True, words="a positive number (1 is no penalty)"),
+    "port": Bound(0, 65535, words="0 (a free one) to 65535"),
+    "every": Bound(1, words="at least 1 second"),
 }
 """By the name of an option. Where a method draws a line of its own, its configuration says so itself."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 
 @dataclass
@@ -26,8 +27,7 @@ class ReportArguments:
     """Seconds between two pages, with `watch`."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"every={self.every}: give at least 1 second.")
+        check_bounds(self)
 
 
 def run(arguments: ReportArguments, given: ParsedOptions) -> int:

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 
@@ -24,8 +25,7 @@ class ServerSettings:
     guidelines: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port={self.port}: give 0 (a free one) to 65535.")
+        check_bounds(self)
         if self.token is not None and len(self.token) < 8:
             raise ConfigError("token is too short: give at least 8 characters, or none for a random one.")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 
 @dataclass
@@ -44,24 +44,11 @@ class Generation:
     """The same seed and the same words give the same answers. None: another answer every time."""
 
     def __post_init__(self) -> None:
-        for name, allowed, wanted in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise ConfigError(f"{name}={value!r}: give {wanted}.")
+        check_bounds(self)
 
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
-
-
-_RANGES = (
-    ("max_new_tokens", lambda x: x >= 1, "at least 1"),
-    ("temperature", lambda x: x >= 0, "0 (the most likely token) or a positive number"),
-    ("top_k", lambda x: x >= 0, "a count of tokens, or 0 for all"),
-    ("top_p", lambda x: 0 < x <= 1, "a probability above 0 and up to 1"),
-    ("min_p", lambda x: 0 <= x <= 1, "a fraction from 0 to 1"),
-    ("repetition_penalty", lambda x: x > 0, "a positive number (1 is no penalty)"),
-)
 
 
 @dataclass

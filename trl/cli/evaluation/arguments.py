@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 
 @dataclass
@@ -80,13 +81,9 @@ class EvalArguments:
     """Where eval.json and samples.jsonl go."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        check_bounds(self)
         if self.benchmarks is None and (self.benchmarks_folder or self.chat):
             raise ConfigError("benchmarks_folder and chat are for benchmarks: name some with --benchmarks.")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature={self.temperature}: give 0 or a positive number.")
         if self.against is not None and not (self.reward_funcs or self.judge_server):
             raise ConfigError(
                 "against names a model to compare with, and nobody judges: give reward_funcs or judge_server."

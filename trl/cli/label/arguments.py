@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 
 @dataclass
@@ -75,8 +76,6 @@ class LabelArguments:
     """Seed of the order and of what is sampled."""
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "max_new_tokens", "raters_per_item"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
+        check_bounds(self)
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature}: give a positive number.")

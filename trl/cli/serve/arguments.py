@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 
 KEY = "VLLM_API_KEY"
 """The environment variable that holds the key; `vllm serve` reads the same."""
@@ -54,16 +54,7 @@ class ServeArguments:
     """Seconds after which a request is given up (status 504)."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "max_request_tokens",
-            "max_request_megabytes",
-            "max_request_pixels",
-            "max_waiting",
-            "request_timeout",
-        )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: give a positive number.")
+        check_bounds(self)
 
     @property
     def is_private(self) -> bool:
