@@ -23,55 +23,37 @@ import numpy as np
 
 from trl.errors import ConfigError, unknown
 
-Draw = Callable[[np.random.RandomState, Sequence[Any]], Any]
+Numbers = np.random.RandomState
+Draw = Callable[..., Any]
+"""`draw(numbers, *values)`"""
 
 
-def _uniform(numbers: np.random.RandomState, values: Sequence[float]) -> float:
-    return float(numbers.uniform(values[0], values[1]))
-
-
-def _loguniform(numbers: np.random.RandomState, values: Sequence[float]) -> float:
-    return float(math.exp(numbers.uniform(math.log(values[0]), math.log(values[1]))))
-
-
-def _randn(numbers: np.random.RandomState, values: Sequence[float]) -> float:
-    return float(numbers.normal(values[0], values[1]))
-
-
-def _randint(numbers: np.random.RandomState, values: Sequence[int]) -> int:
-    return int(numbers.randint(values[0], values[1]))
-
-
-def _lograndint(numbers: np.random.RandomState, values: Sequence[int]) -> int:
-    return min(int(_loguniform(numbers, values)), values[1] - 1)
-
-
-def _choice(numbers: np.random.RandomState, values: Sequence[Any]) -> Any:
-    return values[numbers.randint(len(values))]
+def _loguniform(numbers: Numbers, low: float, high: float) -> float:
+    return math.exp(numbers.uniform(math.log(low), math.log(high)))
 
 
 def _stepped(draw: Draw) -> Draw:
     """A draw, rounded to the last value's multiples."""
 
-    def stepped(numbers: np.random.RandomState, values: Sequence[float]) -> float:
+    def stepped(numbers: Numbers, *values: float) -> float:
         *limits, step = values
-        return type(step)(round(draw(numbers, limits) / step) * step)
+        return type(step)(round(draw(numbers, *limits) / step) * step)
 
     return stepped
 
 
 STRATEGIES: dict[str, tuple[Draw | None, int | None]] = {
-    "uniform": (_uniform, 2),
-    "quniform": (_stepped(_uniform), 3),
+    "uniform": (Numbers.uniform, 2),
+    "quniform": (_stepped(Numbers.uniform), 3),
     "loguniform": (_loguniform, 2),
     "qloguniform": (_stepped(_loguniform), 3),
-    "randn": (_randn, 2),
-    "qrandn": (_stepped(_randn), 3),
-    "randint": (_randint, 2),
-    "qrandint": (_stepped(_uniform), 3),
-    "lograndint": (_lograndint, 2),
+    "randn": (Numbers.normal, 2),
+    "qrandn": (_stepped(Numbers.normal), 3),
+    "randint": (Numbers.randint, 2),
+    "qrandint": (_stepped(Numbers.uniform), 3),
+    "lograndint": (lambda numbers, low, high: min(int(_loguniform(numbers, low, high)), high - 1), 2),
     "qlograndint": (_stepped(_loguniform), 3),
-    "choice": (_choice, None),
+    "choice": (lambda numbers, *values: values[numbers.randint(len(values))], None),
     "grid": (None, None),
 }
 """Strategy → how a value is drawn, and how many values it is described by (None: any number)."""
@@ -103,9 +85,9 @@ class Parameter:
             raise ConfigError(f"{name}: {strategy} begins above zero, found {values[0]}.")
         return cls(name, strategy, values)
 
-    def draw(self, numbers: np.random.RandomState) -> Any:
+    def draw(self, numbers: Numbers) -> Any:
         """A value of it."""
-        return STRATEGIES[self.strategy][0](numbers, self.values)
+        return STRATEGIES[self.strategy][0](numbers, *self.values)
 
 
 def trials_of(parameters: Sequence[Parameter], *, count: int, seed: int) -> list[dict[str, Any]]:
@@ -115,7 +97,7 @@ def trials_of(parameters: Sequence[Parameter], *, count: int, seed: int) -> list
     trials = []
     for _ in range(count):
         for cell in product(*(p.values for p in grids)):
-            numbers = np.random.RandomState((seed, len(trials)))
+            numbers = Numbers((seed, len(trials)))
             found = {p.name: p.draw(numbers) for p in drawn}
             found |= {p.name: value for p, value in zip(grids, cell, strict=True)}
             trials.append({p.name: found[p.name] for p in parameters})
