@@ -7,7 +7,7 @@ calls each reward function once. What is wrong is listed last, and makes the exi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trl.cli.estimate import MemoryEstimate
+    from trl.rewards.call import Reward, Samples
     from trl.trainers.base import BaseTrainer
 
 ROWS_READ = 1000
@@ -227,7 +228,7 @@ def weights_problems(run: Run) -> list[str]:
 def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:
     """The reward of a made-up answer to the first prompt from every function, and what went wrong."""
     from trl.data.multimodal import images_of
-    from trl.rewards.call import Samples, call_rewards
+    from trl.rewards.call import Samples
 
     row = next(iter(sample))
     answer = (
@@ -239,11 +240,19 @@ def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list
     if trainer.images is not None:
         columns["images"] = [trainer.images.read(images_of(row))]
     extras = {"trainer_state": trainer.state, "completion_ids": [trainer.tokenizer("This is an answer.")["input_ids"]]}
+    return ask_rewards(trainer.rewards, lambda _: Samples([row["prompt"]], [answer], columns, extras))
+
+
+def ask_rewards(
+    rewards: Sequence[Reward], samples_for: Callable[[Reward], Samples]
+) -> tuple[dict[str, str], list[str]]:
+    """The reward of one sample from every function, and what went wrong."""
+    from trl.rewards.call import call_rewards
+
     found, wrong = {}, []
-    for reward in trainer.rewards:
+    for reward in rewards:
         try:
-            values = call_rewards([reward], Samples([row["prompt"]], [answer], columns, extras)).values
-            found[reward.name] = f"{values.item():g}"
+            found[reward.name] = f"{call_rewards([reward], samples_for(reward)).values.item():g}"
         except TrlError as error:
             found[reward.name] = "failed"
             wrong.append(f"Reward: {error}")

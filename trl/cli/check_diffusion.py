@@ -12,12 +12,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from trl.cli.check import print_table, print_verdict, size_of
+from trl.cli.check import ask_rewards, print_table, print_verdict, size_of
 from trl.cli.train import Run, datasets_of, own_keywords
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
 from trl.diffusion.pipelines import add_adapter, trained
-from trl.errors import ConfigError, TrlError
+from trl.errors import ConfigError
 from trl.imports import require
 from trl.models.config import get_peft_config
 
@@ -196,19 +196,10 @@ def free_memory() -> int:
 
 def try_rewards(run: Run, denoiser: Denoiser, rows: Any) -> tuple[dict[str, str], list[str]]:
     """The reward of a grey picture of the first prompt from every function, and what went wrong."""
-    from trl.rewards.call import call_rewards
     from trl.rewards.pictures import PictureSamples, make_picture_rewards
 
     row = next(iter(rows))
     columns = {name: [value] for name, value in row.items() if name != "prompt"}
     rewards = make_picture_rewards(own_keywords(run)["reward_funcs"], weights=None, columns=list(columns))
     images = torch.full((1, 3, denoiser.height, denoiser.width), 0.5)
-    found, wrong = {}, []
-    for reward in rewards:
-        try:
-            samples = PictureSamples.of([row["prompt"]], images, [reward], columns, {})
-            found[reward.name] = f"{call_rewards([reward], samples).values.item():g}"
-        except TrlError as error:
-            found[reward.name] = "failed"
-            wrong.append(f"Reward: {error}")
-    return found, wrong
+    return ask_rewards(rewards, lambda reward: PictureSamples.of([row["prompt"]], images, [reward], columns, {}))

@@ -80,23 +80,19 @@ def find_config(name: str) -> Path:
 
 def launch(given: ParsedOptions, words: Sequence[str]) -> int:
     """Run `trl WORDS` in each of the processes that were asked for. Returns the exit status."""
+    import torch
+
     arguments = given.arguments_for(LaunchArguments)
     name = arguments.accelerate_config or "ddp"
     config = find_config(name)
     os.environ.update(given.environment)
-    devices = count_devices(use_cpu=given.values.get("use_cpu", False))
+    devices = 0 if given.values.get("use_cpu", False) else torch.accelerator.device_count()
     check_devices(name, arguments.num_processes, devices)
     count = arguments.num_processes or (devices if config.parent == SHIPPED else None)
+    processes = ["--num_processes", str(count)] if count else []
     with _signals_passed_on() as received:
-        failed = _run([*_launcher_options(config, count), "--module", "trl", *words])
+        failed = _run(["--config_file", str(config), *processes, "--module", "trl", *words])
     return 128 + received[0] if received else int(failed)
-
-
-def count_devices(*, use_cpu: bool) -> int:
-    """Accelerators to train on."""
-    import torch
-
-    return 0 if use_cpu else torch.accelerator.device_count()
 
 
 def check_devices(name: str, count: int | None, devices: int) -> None:
@@ -110,11 +106,6 @@ def check_devices(name: str, count: int | None, devices: int) -> None:
         )
 
 
-def _launcher_options(config: Path, count: int | None) -> list[str]:
-    """Options of `accelerate launch`."""
-    return ["--config_file", str(config), *(["--num_processes", str(count)] if count else [])]
-
-
 def _run(words: Sequence[str]) -> bool:
     """Run accelerate's launcher; True if a process failed, which has said why itself."""
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -122,9 +113,8 @@ def _run(words: Sequence[str]) -> bool:
 
     try:
         arguments = launch_command_parser().parse_args(list(words))
-        arguments.signals_to_handle = (
-            "SIGURG"  # an option of torchrun, which has to be one that never comes: all others are passed on
-        )
+        # An option of torchrun, which has to be a signal that never comes: all others are passed on.
+        arguments.signals_to_handle = "SIGURG"
         launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

@@ -24,10 +24,6 @@ READ = ("trl", "transformers")
 """Packages whose files are read; names of others are left alone."""
 
 
-class NotLiteral(Exception):
-    """An expression whose value cannot be read off."""
-
-
 @dataclass(frozen=True)
 class Module:
     """The top level of a file: what its names are defined as, and which are imported from where."""
@@ -123,27 +119,23 @@ def value_of(node: ast.AST, module: Module) -> Any:
     """What an expression is worth: literals, and names and dicts made of them. Otherwise COMPUTED."""
     try:
         return _evaluate(node, module)
-    except NotLiteral:
+    except ValueError:
         return COMPUTED
 
 
 def _evaluate(node: ast.AST, module: Module) -> Any:
+    """Raises ValueError for what cannot be read off."""
     match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, module)
-        case ast.List(elts=elements):
-            return [_evaluate(element, module) for element in elements]
-        case ast.Tuple(elts=elements):
-            return tuple(_evaluate(element, module) for element in elements)
         case ast.Dict():
-            return _evaluate_dict(node, module)
+            made: dict[Any, Any] = {}
+            for key, value in zip(node.keys, node.values, strict=True):
+                found = _evaluate(value, module)
+                made |= found if key is None else {_evaluate(key, module): found}
+            return made
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return _evaluate(left, module) | _evaluate(right, module)
         case ast.Name(id=name):
-            found = lookup(module, name)
-            if found is not None:
+            if (found := lookup(module, name)) is not None:
                 return _evaluate(found[1], found[0])
         case ast.Attribute(value=ast.Name(id=owner), attr=name):
             found = lookup(module, owner)
@@ -151,14 +143,4 @@ def _evaluate(node: ast.AST, module: Module) -> Any:
                 value = class_constant(*found, name)
                 if value is not COMPUTED:
                     return value
-    raise NotLiteral
-
-
-def _evaluate_dict(node: ast.Dict, module: Module) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    for key, value in zip(node.keys, node.values, strict=True):
-        if key is None:
-            made |= _evaluate(value, module)
-        else:
-            made[_evaluate(key, module)] = _evaluate(value, module)
-    return made
+    return ast.literal_eval(node)
