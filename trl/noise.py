@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LOGGED = {
@@ -28,21 +28,22 @@ WARNED = (
 """Beginnings of warnings."""
 
 
-class _Words(logging.Filter):
-    def __init__(self, noise: str) -> None:
-        super().__init__()
-        self.noise = re.compile(noise)
+def _without(noise: str) -> Callable[[logging.LogRecord], bool]:
+    """A filter of loggers."""
+    return lambda record: not re.search(noise, record.getMessage())
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self.noise.search(record.getMessage())
+
+FILTERS = {name: _without(noise) for name, noise in LOGGED.items()}
 
 
 def silence() -> None:
     """Leave the noise out for as long as the process lives. Does nothing the second time."""
-    for name, noise in LOGGED.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(each, _Words) for each in logger.filters):
-            logger.addFilter(_Words(noise))
+    for name, words in FILTERS.items():
+        logging.getLogger(name).addFilter(words)
+    _ignore_warnings()
+
+
+def _ignore_warnings() -> None:
     for message in WARNED:
         warnings.filterwarnings("ignore", message=re.escape(message))
 
@@ -50,7 +51,7 @@ def silence() -> None:
 @contextmanager
 def without_noise(*loggers: str) -> Iterator[None]:
     """Leave out the noise of these loggers meanwhile, of all of them if none is named."""
-    filters = {logging.getLogger(name): _Words(LOGGED[name]) for name in loggers or LOGGED}
+    filters = {logging.getLogger(name): _without(LOGGED[name]) for name in loggers or LOGGED}
     for logger, words in filters.items():
         logger.addFilter(words)
     try:
@@ -60,31 +61,26 @@ def without_noise(*loggers: str) -> Iterator[None]:
             logger.removeFilter(words)
 
 
-class _Held(logging.Filter):
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self.words = words
-        self.records: list[logging.LogRecord] = []
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        is_held = self.words in record.getMessage()
-        self.records += [record] * is_held
-        return not is_held
-
-
 @contextmanager
 def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]:
     """Hold back what the logger `name` says with these words until the block ends; an `error` says it in its place."""
-    logger, held = logging.getLogger(name), _Held(words)
-    logger.addFilter(held)
+    held: list[logging.LogRecord] = []
+
+    def is_told(record: logging.LogRecord) -> bool:
+        is_held = words in record.getMessage()
+        held.extend([record] * is_held)
+        return not is_held
+
+    logger = logging.getLogger(name)
+    logger.addFilter(is_told)
     try:
         yield
     except error:
-        held.records.clear()
+        held.clear()
         raise
     finally:
-        logger.removeFilter(held)
-        for record in held.records:
+        logger.removeFilter(is_told)
+        for record in held:
             logger.handle(record)
 
 
@@ -92,6 +88,5 @@ def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]
 def without_warnings() -> Iterator[None]:
     """Leave out the warnings that are noise meanwhile."""
     with warnings.catch_warnings():
-        for message in WARNED:
-            warnings.filterwarnings("ignore", message=re.escape(message))
+        _ignore_warnings()
         yield

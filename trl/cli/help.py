@@ -89,11 +89,11 @@ def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
     """A heading and lines of a name and what it is."""
     print_title(out, title)
     table = Table.grid(padding=(0, 2))
-    table.add_column(style=NAME, no_wrap=True)
+    table.add_column(style=NAME, max_width=WIDEST // 3)
     table.add_column()
     for name, text in rows:
-        table.add_row(name, _with_code(text))
-    out.print(Padding(table, (0, 0, 0, 2)))
+        table.add_row(Text(name), _with_code(text))
+    out.print(Padding(table, (0, 0, 0, 2)), width=min(out.width, WIDEST))
 
 
 def _print_option(out: Console, option: Option, width: int, *, whole: bool) -> None:

@@ -24,7 +24,7 @@ def run_benchmarks(
     chat: bool = False,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Every metric of every task, by "task metric".
+    """Every metric of every task, by "task metric"; nothing of none.
 
     tasks_folder   folder with YAML files of further tasks
     chat           ask in turns of the tokenizer's chat template
@@ -32,6 +32,8 @@ def run_benchmarks(
 
     Raises ConfigError for a task that is not known, ImportError without lm-eval.
     """
+    if not names:
+        return {}
     lm_eval = require("lm_eval", to=NEEDED_BY)
     huggingface, tasks = require("lm_eval.models.huggingface", to=NEEDED_BY), require("lm_eval.tasks", to=NEEDED_BY)
     manager = tasks.TaskManager(include_path=tasks_folder)

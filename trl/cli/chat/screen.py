@@ -10,16 +10,12 @@ from io import TextIOWrapper
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import FormattedText
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from trl.cli.help import print_rows
 from trl.printable import printable
 
-WIDEST = 120
-"""Columns of tables, at most."""
-
-USER, SPEAKER, NOTE, ERROR, HEADING, NAME = "bold cyan", "bold green", "dim", "bold red", "bold yellow", "cyan"
+USER, SPEAKER, NOTE, ERROR = "bold cyan", "bold green", "dim", "bold red"
 
 
 class Screen:
@@ -115,13 +111,7 @@ class Screen:
         self.aside.print(Text(printable(text), style=ERROR))
 
     def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style=NAME, max_width=WIDEST // 3)
-        table.add_column()
-        for name, text in rows:
-            table.add_row(Text(name), Text(printable(text)))
-        self.out.print(Text(f"\n{title}", style=HEADING))
-        self.out.print(Padding(table, (0, 0, 0, 2)), width=min(self.out.width, WIDEST))
+        print_rows(self.out, title, [(name, printable(text)) for name, text in rows])
 
     def clear(self) -> None:
         if self.talks:

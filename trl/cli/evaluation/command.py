@@ -46,24 +46,13 @@ def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     config = model_to_load(given)
     from trl.cli.loading import load_pretrained
+    from trl.evaluation.benchmarks import run_benchmarks
     from trl.models.load import tokenizer_of
 
     model, processor = load_pretrained(config)
-    results = benchmarks(model, tokenizer_of(processor), arguments) if arguments.benchmarks else {}
-    if rows is None:
-        return results
-    if arguments.perplexity:
-        return {**results, "perplexity": perplexity(model, processor, rows, arguments)}
-    return {**results, **compare_samples(arguments, given, rows, model, processor)}
-
-
-def benchmarks(model: Any, tokenizer: Any, arguments: EvalArguments) -> dict[str, Any]:
-    """Metrics of the benchmarks that were named."""
-    from trl.evaluation.benchmarks import run_benchmarks
-
-    return run_benchmarks(
+    results: dict[str, Any] = run_benchmarks(
         model,
-        tokenizer,
+        tokenizer_of(processor),
         arguments.benchmarks or [],
         batch_size=arguments.batch_size,
         limit=arguments.limit,
@@ -71,6 +60,11 @@ def benchmarks(model: Any, tokenizer: Any, arguments: EvalArguments) -> dict[str
         chat=arguments.chat,
         seed=arguments.seed,
     )
+    if rows is None:
+        return results
+    if arguments.perplexity:
+        return {**results, "perplexity": perplexity(model, processor, rows, arguments)}
+    return {**results, **compare_samples(arguments, given, rows, model, processor)}
 
 
 def read_rows(arguments: EvalArguments) -> Any:

@@ -57,36 +57,26 @@ class Texts:
 
 
 def completion_choice(index: int, rollout: Rollout, texts: Texts, body: Mapping[str, Any]) -> dict[str, Any]:
-    choice = {
-        "index": index,
-        "text": texts.text(rollout),
-        "finish_reason": rollout.finish_reason,
-        "stop_reason": texts.stop_reason(rollout),
-        "logprobs": None,
-    }
+    logprobs = None
     if body.get("logprobs") is not None:
         as_ids = body.get("return_tokens_as_token_ids")
         tokens = [f"token_id:{token}" if as_ids else texts.token(token) for token in rollout.ids]
-        choice["logprobs"] = {"tokens": tokens, "token_logprobs": list(rollout.logprobs)}
-    if body.get("return_token_ids"):
-        choice["token_ids"] = list(rollout.ids)
-    return choice
+        logprobs = {"tokens": tokens, "token_logprobs": list(rollout.logprobs)}
+    return {**_choice(index, rollout, texts, body), "text": texts.text(rollout), "logprobs": logprobs}
 
 
 def chat_choice(index: int, rollout: Rollout, texts: Texts, body: Mapping[str, Any]) -> dict[str, Any]:
-    choice = {
-        "index": index,
-        "message": {"role": "assistant", "content": texts.text(rollout)},
-        "finish_reason": rollout.finish_reason,
-        "stop_reason": texts.stop_reason(rollout),
-        "logprobs": None,
-    }
+    logprobs = None
     if body.get("logprobs"):
         pairs = zip(map(texts.token, rollout.ids), rollout.logprobs, strict=True)
-        choice["logprobs"] = {"content": [{"token": t, "logprob": p, "bytes": [*t.encode()]} for t, p in pairs]}
-    if body.get("return_token_ids"):
-        choice["token_ids"] = list(rollout.ids)
-    return choice
+        logprobs = {"content": [{"token": t, "logprob": p, "bytes": [*t.encode()]} for t, p in pairs]}
+    message = {"role": "assistant", "content": texts.text(rollout)}
+    return {**_choice(index, rollout, texts, body), "message": message, "logprobs": logprobs}
+
+
+def _choice(index: int, rollout: Rollout, texts: Texts, body: Mapping[str, Any]) -> dict[str, Any]:
+    choice = {"index": index, "finish_reason": rollout.finish_reason, "stop_reason": texts.stop_reason(rollout)}
+    return choice | ({"token_ids": list(rollout.ids)} if body.get("return_token_ids") else {})
 
 
 def token_choice(index: int, rollout: Rollout) -> dict[str, Any]:
