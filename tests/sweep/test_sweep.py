@@ -15,8 +15,8 @@ import yaml
 
 from trl.cli.commands import tools
 from trl.cli.main import main
+from trl.cli.parser import read_yaml
 from trl.errors import ConfigError
-from trl.sweep.numbers import with_numbers
 from trl.sweep.plan import Plan, Tuning
 from trl.sweep.reporting import listening, report
 from trl.sweep.space import STRATEGIES, Parameter, trials_of
@@ -114,8 +114,9 @@ def test_every_strategy_is_known():
     assert set(STRATEGIES) == set(names.split())
 
 
-def test_numbers_with_an_exponent():
-    assert with_numbers({"a": ["1e-5", "1E3", ".5e1", "e5", "1-5"], "b": 2}) == {
+def test_numbers_with_an_exponent(folder):
+    Path("numbers.yaml").write_text("{a: [1e-5, 1E3, .5e1, e5, 1-5], b: 2}")
+    assert read_yaml("numbers.yaml", "--config") == {
         "a": [1e-5, 1e3, 5.0, "e5", "1-5"],
         "b": 2,
     }

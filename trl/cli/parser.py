@@ -7,11 +7,14 @@ dataclass fills them in. Every error is a ConfigError that names the option or k
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
@@ -248,31 +251,34 @@ def _load_yaml(path: str) -> dict[str, Any]:
     return data or {}
 
 
+class Loader(yaml.SafeLoader):
+    """Takes `1e-5` for a number, as people write it: in YAML 1.1 it is text, as it has no point."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_yaml(path: str, option: str) -> Any:
     """What the file that `option` names holds. Raises ConfigError where it is not there, or is not YAML."""
-    import yaml
-
     file = Path(path).expanduser()
     if file.is_dir():
         raise ConfigError(f"{option} {path}: this is a folder, and not a file.")
     if not file.is_file():
         raise ConfigError(f"{option} {path}: there is no such file.{suggest_beside(file)}")
     try:
-        node = yaml.compose(text := file.read_text(encoding="utf-8"), yaml.SafeLoader)
+        node = yaml.compose(text := file.read_text(encoding="utf-8"), Loader)
         _check_nodes(path, node)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except UnicodeDecodeError:
         raise ConfigError(f"{option} {path}: this is no text in UTF-8, and so not YAML.") from None
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{option} {path} is not YAML: {_what_is_wrong(error)}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{option} {path} is not YAML: {' '.join(str(error).split())}.") from None
     except RecursionError:
         raise ConfigError(f"{option} {path}: this is nested too deeply.") from None
-    except ValueError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         if isinstance(error, TrlError):
             raise
-        raise ConfigError(f"{option} {path} is not YAML: {error}.") from None  # a date that there is not
+        raise ConfigError(f"{option} {path} is not YAML: {_what_is_wrong(error)}.") from None
 
 
 def _check_nodes(path: str, root: Any) -> None:
@@ -307,6 +313,8 @@ def _check_keys(path: str, node: Any) -> None:
 
 def _what_is_wrong(error: Any) -> str:
     """`while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`"""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
     told = ": ".join(each for each in (error.context, error.problem) if each)
     hint = ". YAML is indented with spaces, never with tabs" if "'\\t'" in told else ""
     return f"{told} (line {error.problem_mark.line + 1}){hint}"

@@ -15,7 +15,6 @@ from trl.cli.parser import ParsedOptions, read_yaml
 from trl.errors import ConfigError
 from trl.imports import is_available
 from trl.sweep.compare import best_of, print_table, write_page
-from trl.sweep.numbers import with_numbers
 from trl.sweep.plan import Plan
 from trl.sweep.trial import Trial, main_of, tried
 
@@ -61,7 +60,7 @@ def run(given: SweepArguments, parsed: ParsedOptions) -> int:
             "The script is missing: a Python file with a function main(hparams). trl sweep SCRIPT.py --config SWEEP.yaml"
         )
     script = parsed.rest[0]
-    plan = Plan.read(script, with_numbers(read_yaml(given.config, "--config")))
+    plan = Plan.read(script, read_yaml(given.config, "--config"))
     main_of(plan.script)
     folder = Path(given.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,13 @@ ADAPTERS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 NCCL = '{"backend": "nccl"}'
 
 
+PASSED_ON = (
+    *("host", "port", "revision", "tensor_parallel_size", "gpu_memory_utilization", "dtype", "max_model_len"),
+    *("kv_cache_dtype", "distributed_executor_backend", "speculative_config", "logprobs_mode", "max_lora_rank"),
+)
+"""Options that vLLM calls so, too."""
+
+
 @dataclass(kw_only=True)
 class VLLMServeArguments:
     """Options of `trl vllm-serve`."""
@@ -123,22 +130,10 @@ def command_of(arguments: VLLMServeArguments) -> list[str]:
             f"data_parallel_size={arguments.data_parallel_size}: start so many servers, each at a port of its own, and give their "
             "URLs to the trainer (vllm_server_base_url); weights then reach all of them."
         )
-    valued = {
-        "host": arguments.host,
-        "port": arguments.port,
-        "revision": arguments.revision,
-        "tensor-parallel-size": arguments.tensor_parallel_size,
-        "gpu-memory-utilization": arguments.gpu_memory_utilization,
-        "dtype": arguments.dtype,
-        "max-model-len": arguments.max_model_len,
-        "kv-cache-dtype": arguments.kv_cache_dtype,
+    valued = {name.replace("_", "-"): getattr(arguments, name) for name in PASSED_ON} | {
         "uvicorn-log-level": arguments.log_level,
         "model-impl": arguments.vllm_model_impl,
-        "distributed-executor-backend": arguments.distributed_executor_backend,
-        "speculative-config": arguments.speculative_config,
-        "logprobs-mode": arguments.logprobs_mode,
         "generation-config": "vllm",
-        "max-lora-rank": arguments.max_lora_rank,
         "weight-transfer-config": NCCL if arguments.nccl else None,
     }
     command = [arguments.vllm, "serve", arguments.model]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl.cli.parser import read_yaml
 from trl.errors import ConfigError, suggest, unknown
 from trlx.data.method_configs import MethodConfig, get_method
 from trlx.data.sections import Section, merged, nested
-from trlx.utils.yaml_files import read_yaml
 
 SIDES = ("left", "right")
 COUNTS = (
@@ -199,7 +199,12 @@ class TRLConfig:
     @classmethod
     def load_yaml(cls, yml_fp: str | Path) -> TRLConfig:
         """The configuration in a YAML file, with a mapping for every section."""
-        return cls.from_dict(read_yaml(yml_fp))
+        config = read_yaml(str(yml_fp), "load_yaml")
+        if not isinstance(config, dict):
+            raise ConfigError(
+                f"{str(yml_fp)!r} holds a {type(config).__name__}: a configuration is a mapping of sections."
+            )
+        return cls.from_dict(config)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Nested dicts, copied."""

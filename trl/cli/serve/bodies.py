@@ -44,6 +44,7 @@ SAMPLING = {
     "include_stop_str_in_output": SWITCH,
     "skip_special_tokens": SWITCH,
 }
+FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty")
 NEUTRAL = {
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
@@ -142,35 +143,20 @@ def check(body: Any, schema: Draft202012Validator) -> None:
 def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
     """The parameters of a body; `max_tokens` where it names no limit. A `top_k` of −1 is all tokens, as in vLLM."""
     said = {name: value for name, value in given.items() if value is not None}
-    top_k = said.get("top_k", 0)
     return SamplingParams(
-        temperature=float(said.get("temperature", 1.0)),
-        top_p=float(said.get("top_p", 1.0)),
-        top_k=0 if top_k == -1 else top_k,
-        min_p=float(said.get("min_p", 0.0)),
-        repetition_penalty=float(said.get("repetition_penalty", 1.0)),
-        stop=said.get("stop", ()),
-        stop_token_ids=said.get("stop_token_ids", ()),
-        ignore_eos=said.get("ignore_eos", False),
+        **{name: float(said[name]) for name in FRACTIONS if name in said},
+        **{name: said[name] for name in ("stop", "stop_token_ids", "ignore_eos", "seed") if name in said},
+        top_k=0 if said.get("top_k") == -1 else said.get("top_k", 0),
         max_new_tokens=said.get("max_completion_tokens", said.get("max_tokens", max_tokens)),
         min_new_tokens=said.get("min_tokens", 0),
-        seed=said.get("seed"),
         banned_tokens=tuple(map(int, said.get("logit_bias", {}))),
     )
 
 
 def generation_of(params: SamplingParams) -> Generation:
     """The parameters as the chat's speaker takes them."""
-    return Generation(
-        max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        stop=list(params.stop) or None,
-        seed=params.seed,
-    )
+    alike = (*FRACTIONS, "top_k", "max_new_tokens", "seed")
+    return Generation(**{name: getattr(params, name) for name in alike}, stop=list(params.stop) or None)
 
 
 def chat_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
