@@ -140,17 +140,12 @@ def write_model_card(
             f"- {name} {importlib.metadata.version(name)}" for name in dict.fromkeys((*LIBRARIES, model.library))
         ),
     }
-    what = "An adapter of" if model.is_adapter else ""
-    named = (
-        f"`{base}`"
-        if base
-        else "A model that has no public name"
-        if model.base
-        else "A model made from a configuration"
-    )
+    unnamed = "a model that has no public name" if model.base else "a model made from a configuration"
+    named = f"`{base}`" if base else unnamed
+    what = f"An adapter of {named}" if model.is_adapter else named[0].upper() + named[1:]
     text = (
         f"---\n{yaml.safe_dump(_front(method, model, base, dataset_name, tags), sort_keys=False)}---\n\n# {title}\n\n"
-        f"{f'{what} {named[0].lower()}{named[1:]}' if what else named}, trained with {method} by `{trainer}` of trl.\n\n"
+        f"{what}, trained with {method} by `{trainer}` of trl.\n\n"
         + "\n\n".join(f"## {name}\n\n{content}" for name, content in sections.items() if content)
         + "\n"
     )

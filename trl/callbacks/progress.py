@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 from typing import Any, TextIO
 
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from trl.callbacks.signals import SIGNALS
+from trl.callbacks.signals import SIGNALS, handling
 
 SHOWN = {
     "loss": "loss",
@@ -171,8 +170,7 @@ def _seen(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2].rstrip()
 
 
-@contextmanager
-def _messages_above(bars: Bars) -> Iterator[None]:
+def _messages_above(bars: Bars) -> AbstractContextManager[None]:
     """Have the bars gone while a signal is handled, whose handler writes past all streams."""
 
     def around(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
@@ -182,16 +180,8 @@ def _messages_above(bars: Bars) -> Iterator[None]:
 
         return handle
 
-    in_main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
-    before = {number: signal.getsignal(number) for number in SIGNALS} if in_main else {}
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, around(handler))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    return handling({number: around(handler) for number, handler in before.items() if callable(handler)})
 
 
 def describe(logs: Mapping[str, float]) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 ALWAYS = (signal.SIGINT, signal.SIGTERM)
 UNLESS_IGNORED = tuple(
@@ -15,3 +19,15 @@ SIGNALS = (*ALWAYS, *UNLESS_IGNORED)
 def handled() -> list[signal.Signals]:
     """Those that end this process's run."""
     return [each for each in SIGNALS if each in ALWAYS or signal.getsignal(each) is not signal.SIG_IGN]
+
+
+@contextmanager
+def handling(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Have signals handled by these meanwhile. Outside the main thread, where Python handles no signals, nothing changes."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,7 +16,6 @@ import os
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ import psutil
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl.callbacks.signals import handled
+from trl.callbacks.signals import handled, handling
 
 SAME_SIGNAL = 0.5
 """Seconds in which a terminal and a launcher may both deliver one Ctrl-C."""
@@ -80,16 +79,11 @@ def stop_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
     Outside the main thread, where Python handles no signals, nothing changes.
     """
     stop = StopOnSignal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     trainer.add_callback(stop)
-    before = {number: signal.signal(number, stop.receive) for number in handled()}
     try:
-        yield stop
+        with handling(dict.fromkeys(handled(), stop.receive)):
+            yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         trainer.remove_callback(stop)
 
 

@@ -10,7 +10,6 @@ One process needs no launcher, and runs where it is.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from trl.callbacks.signals import handled
+from trl.callbacks.signals import handled, handling
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError, suggest
 
@@ -139,9 +137,5 @@ def _signals_passed_on() -> Iterator[list[int]]:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
-    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in handled()}
-    try:
+    with handling(dict.fromkeys(handled(), pass_on)):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -42,7 +42,7 @@ from trl.cli.serve.bodies import (
     images_in,
     sampling_params,
 )
-from trl.cli.serve.streaming import Streams
+from trl.cli.serve.streaming import streamed
 from trl.cli.serve.worker import Busy, Job, ModelWorker
 from trl.errors import ConfigError, TrlError
 from trl.rollouts.engine import Prompt, Rollout
@@ -86,7 +86,6 @@ async def _mistaken(_: Request, error: Exception) -> Response:
 class _Routes:
     def __init__(self, worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
         self.worker, self.name, self.arguments = worker, name, arguments
-        self.streams = Streams(worker)
 
     def table(self) -> list[Route]:
         def get(path: str, handler: Handler, guard: Callable[[Handler], Handler] = self._for_users) -> Route:
@@ -228,7 +227,8 @@ class _Routes:
         params = sampling_params(body, max_tokens=max(1, longest - len(prompt)) if longest else DEFAULT_TOKENS)
         if body.get("stream"):
             answer = head("chat.completion.chunk", body.get("model") or self.name)
-            return await self.streams.answer(answer, body, messages, generation_of(params), adapter, len(prompt))
+            generation = generation_of(params)
+            return await streamed(self.worker, answer, body, messages, generation, adapter, len(prompt))
         prompt = replace(prompt, max_new_tokens=params.max_new_tokens)
         found = await self._sampled(Job([prompt], params, body.get("n") or 1, adapter))
         texts = Texts(self.worker.tokenizer, params, body)
