@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from trlx.data.sections import Section
 from trlx.utils.registry import Registry
@@ -27,11 +26,5 @@ class MethodConfig(Section):
     """Name of the class, whose options the others are."""
 
 
-def register_method(name: Any = None) -> Any:
-    """Make a `MethodConfig` of one's own known by its name, or by `name`: a decorator, with or without."""
-    return METHODS.register(name)
-
-
-def get_method(name: str) -> type[MethodConfig]:
-    """The configuration class `name`, whatever its capitals. Raises ConfigError for one that is not there."""
-    return METHODS.get(name)
+register_method, get_method = METHODS.register, METHODS.get
+"""A decorator for a `MethodConfig` of one's own, by its name or the one that it is given; and the class of a name."""

@@ -11,9 +11,8 @@ from trlx.utils.registry import Registry
 PIPELINES = Registry("pipeline", {"PromptPipeline": "trlx.pipeline.offline_pipeline"})
 
 
-def register_datapipeline(name: Any = None) -> Any:
-    """Make a pipeline of one's own known by its name, or by `name`: a decorator, with or without."""
-    return PIPELINES.register(name)
+register_datapipeline = PIPELINES.register
+"""A decorator that makes a pipeline of one's own known by its name, or by the one that it is given."""
 
 
 class BasePipeline(Dataset):

@@ -89,6 +89,20 @@ def dialogue_row(messages: Sequence[DialogMessage], *, encoder_decoder: bool = F
     return {"input_ids": ids, "completion_mask": [int(m.is_output) for m in messages for _ in m.tokens]}
 
 
+def dialogue_rows(
+    samples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, *, encoder_decoder: bool
+) -> list[dict[str, list[int]]]:
+    """The rows of samples. Raises DataError, with the sample's number, for dialogues that are none."""
+    rows = []
+    for i, sample in enumerate(samples):
+        try:
+            messages = tokenize_dialogue(sample, tokenizer, max_length)
+            rows.append(dialogue_row(messages, encoder_decoder=encoder_decoder))
+        except DataError as error:
+            raise DataError(f"samples[{i}]: {error}") from error
+    return rows
+
+
 @register_datapipeline
 class PromptPipeline(BasePipeline):
     """Prompts as rows: texts, or dicts with `prompt` and more, which reward and metric functions are given by name.

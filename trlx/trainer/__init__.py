@@ -18,9 +18,8 @@ TRAINERS = Registry(
 )
 
 
-def register_trainer(name: Any = None) -> Any:
-    """Make a trainer of one's own known by its name, or by `name`: a decorator, with or without."""
-    return TRAINERS.register(name)
+register_trainer = TRAINERS.register
+"""A decorator that makes a trainer of one's own known by its name, or by the one that it is given."""
 
 
 class BaseRLTrainer:

@@ -174,9 +174,15 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     def train_params(self) -> Any:
         """How samples are drawn in training; of an option that is a list, its first value is taken."""
+        return self._params_of(self._experience_options())
+
+    def _experience_options(self) -> Mapping[str, Any]:
         method = self.config.method
-        options = next(iter(swept(getattr(method, "gen_experience_kwargs", None) or method.gen_kwargs).values()))
-        return sampling_params(options, stop=self.stop_sequences, logit_mask=self.logit_mask)
+        return getattr(method, "gen_experience_kwargs", None) or method.gen_kwargs
+
+    def _params_of(self, options: Mapping[str, Any]) -> Any:
+        first = next(iter(swept(options).values()))
+        return sampling_params(first, stop=self.stop_sequences, logit_mask=self.logit_mask)
 
     @property
     def rollout_folder(self) -> Path | None:
@@ -208,20 +214,14 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
         Of an encoder-decoder, the decoder's tokens `[B,1+C]`. Of an option that is a list, its first value is taken.
         """
-        method = self.config.method
-        return self._generated(
-            getattr(method, "gen_experience_kwargs", None) or method.gen_kwargs, input_ids, attention_mask, kwargs
-        )
+        return self._generated({**self._experience_options(), **kwargs}, input_ids, attention_mask)
 
     def generate_eval(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As `generate`, with the options of evaluation."""
-        return self._generated(self.config.method.gen_kwargs, input_ids, attention_mask, kwargs)
+        return self._generated({**self.config.method.gen_kwargs, **kwargs}, input_ids, attention_mask)
 
-    def _generated(
-        self, options: Mapping[str, Any], ids: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        first = next(iter(swept({**options, **kwargs}).values()))
-        params = sampling_params(first, stop=self.stop_sequences, logit_mask=self.logit_mask)
+    def _generated(self, options: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
+        params = self._params_of(options)
         mask = torch.ones_like(ids) if mask is None else mask
         prompts = [Prompt(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True)]
         sampled = LocalEngine(self.trainer.model_wrapped, self.tokenizer, progress=False).generate(prompts, params, 1)

@@ -12,7 +12,7 @@ from trl.errors import DataError
 from trl.trainers.ilql import ILQLConfig as TrlILQLConfig
 from trl.trainers.ilql import ILQLTrainer
 from trlx.models.modeling_ilql import ILQLConfig
-from trlx.pipeline.offline_pipeline import dialogue_row, tokenize_dialogue
+from trlx.pipeline.offline_pipeline import dialogue_rows
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from trlx.trainer.options import adapter_config, batches_of, steps_of_epochs
@@ -43,14 +43,8 @@ def make_experience(
         raise DataError(
             f"{len(samples)} samples and {len(rewards)} rewards were given: give one reward for each sample."
         )
-    rows = []
-    for i, sample in enumerate(samples):
-        try:
-            row = dialogue_row(tokenize_dialogue(sample, tokenizer, max_length), encoder_decoder=encoder_decoder)
-        except DataError as error:
-            raise DataError(f"samples[{i}]: {error}") from error
-        rows.append({**row, "reward": _plain(rewards[i], i)})
-    return Dataset.from_list(rows)
+    rows = dialogue_rows(samples, tokenizer, max_length, encoder_decoder=encoder_decoder)
+    return Dataset.from_list([{**row, "reward": _plain(rewards[i], i)} for i, row in enumerate(rows)])
 
 
 def _plain(reward: Any, i: int) -> float | list[float]:

@@ -8,12 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl.errors import DataError
 from trl.trainers.sft import SFTConfig as TrlSFTConfig
 from trl.trainers.sft import SFTTrainer
 from trlx.data.method_configs import MethodConfig, register_method
 from trlx.models.modeling_ppo import GEN_KWARGS
-from trlx.pipeline.offline_pipeline import dialogue_row, tokenize_dialogue
+from trlx.pipeline.offline_pipeline import dialogue_rows
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 from trlx.trainer.options import adapter_config, batches_of, steps_of_epochs
@@ -43,14 +42,7 @@ class AccelerateSFTTrainer(AccelerateRLTrainer):
 
     def add_samples(self, samples: Sequence[Any], rewards: Sequence[Any] | None = None) -> None:
         length = self.config.train.seq_length
-        rows = []
-        for i, sample in enumerate(samples):
-            try:
-                messages = tokenize_dialogue(sample, self.tokenizer, length)
-                rows.append(dialogue_row(messages, encoder_decoder=self.seq2seq))
-            except DataError as error:
-                raise DataError(f"samples[{i}]: {error}") from error
-        self.rows = Dataset.from_list(rows)
+        self.rows = Dataset.from_list(dialogue_rows(samples, self.tokenizer, length, encoder_decoder=self.seq2seq))
 
     def make_trainer(self) -> SFTTrainer:
         train = self.config.train

@@ -21,6 +21,5 @@ def get_trainer(name: str) -> Any:
     return TRAINERS.get(name)
 
 
-def get_pipeline(name: str) -> Any:
-    """The pipeline's class, whatever the capitals of its name. Raises ConfigError for one that is not there."""
-    return PIPELINES.get(name)
+get_pipeline = PIPELINES.get
+"""The pipeline's class, whatever the capitals of its name. Raises ConfigError for one that is not there."""

@@ -16,11 +16,11 @@ class Registry:
         self.kind, self.at_home = kind, {name.lower(): (name, module) for name, module in (at_home or {}).items()}
         self.classes: dict[str, tuple[str, type]] = {}
 
-    def register(self, given: Any = None) -> Any:
-        """A class under its own name, or a decorator that registers under `given`."""
-        if isinstance(given, type):
-            return self._add(given.__name__, given)
-        return lambda cls: self._add(given or cls.__name__, cls)
+    def register(self, name: Any = None) -> Any:
+        """A class under its own name, or a decorator that registers under `name`."""
+        if isinstance(name, type):
+            return self._add(name.__name__, name)
+        return lambda cls: self._add(name or cls.__name__, cls)
 
     def _add(self, name: str, cls: type) -> type:
         self.classes[name.lower()] = (name, cls)
@@ -38,5 +38,4 @@ class Registry:
     @property
     def names(self) -> list[str]:
         """All names, as they are written."""
-        known = {**{key: name for key, (name, _) in self.at_home.items()}}
-        return sorted({**known, **{key: name for key, (name, _) in self.classes.items()}}.values())
+        return sorted({key: name for key, (name, _) in [*self.at_home.items(), *self.classes.items()]}.values())
