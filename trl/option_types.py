@@ -92,8 +92,8 @@ def kind_of_annotation(node: ast.expr, resolve: Callable[[str], OptionType | Non
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return _union([kind_of_annotation(left, resolve), kind_of_annotation(right, resolve)])
         case ast.Subscript(value=head, slice=inside):
-            return _kind_of_subscript(_last_name(head), inside, resolve)
-    return _kind_of_name(_last_name(node), resolve)
+            return _kind_of_subscript(last_name(head), inside, resolve)
+    return _kind_of_name(last_name(node), resolve)
 
 
 def _kind_of_subscript(head: str, inside: ast.expr, resolve: Callable[[str], OptionType | None]) -> OptionType:
@@ -117,7 +117,7 @@ def _kind_of_name(name: str, resolve: Callable[[str], OptionType | None]) -> Opt
     return OptionType((name,)) if name in _TYPES else resolve(name) or OptionType(("dict",))
 
 
-def _last_name(node: ast.expr) -> str:
+def last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 

@@ -97,8 +97,8 @@ def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
     from trl.cli.estimate import estimate_memory
 
     bits = 4 if run.model.load_in_4bit else 8 if run.model.load_in_8bit else None
-    processes = run.num_processes or trainer.args.world_size
-    return estimate_memory(trainer, sharding=run.accelerate_config, processes=processes, quantised_bits=bits)
+    processes = run.launch.num_processes or trainer.args.world_size
+    return estimate_memory(trainer, sharding=run.launch.accelerate_config, processes=processes, quantised_bits=bits)
 
 
 # ---- the plan ----

@@ -119,7 +119,7 @@ def rows_of(rows: Any, count: int) -> dict[str, str]:
 
 def plan_of(run: Run, denoiser: Denoiser, rows: Any) -> dict[str, str]:
     """What an optimizer step takes, and how many there are."""
-    args, processes = run.training, run.num_processes or run.training.world_size
+    args, processes = run.training, run.launch.num_processes or run.training.world_size
     together = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     plan = {"pictures": f"{denoiser.width} × {denoiser.height} pixels, latents {tuple(denoiser.latent_shape)}"}
     if not hasattr(args, "num_generations"):

@@ -100,7 +100,7 @@ def _choices(before: Sequence[str], options: Mapping[str, Option]) -> list[str]:
     option = None if at is None else options.get(before[at])
     if option is None or (at < len(before) - 1 and option.kind.item is None):
         return []
-    return [str(choice) for choice in option.kind.choices or (option.kind.item.choices if option.kind.item else ())]
+    return list(map(str, option.kind.names))
 
 
 def _starting(prefix: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from trl.option_types import (
     joined,
     kind_of_annotation,
     kinds_of,
+    last_name,
 )
 
 REQUIRED = object()
@@ -123,8 +124,7 @@ def _help_in(metadata: ast.expr | None) -> str:
 
 
 def _head(annotation: ast.expr) -> str:
-    node = annotation.value if isinstance(annotation, ast.Subscript) else annotation
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return last_name(annotation.value if isinstance(annotation, ast.Subscript) else annotation)
 
 
 def _default(given: Mapping[str | None, ast.expr], module: Module) -> Any:
@@ -173,10 +173,6 @@ def options_of(cls: type) -> list[Option]:
         for field in dataclasses.fields(cls)
         if field.init and not field.name.startswith("_")
     ]
-
-
-def aliases_of(cls: type) -> Mapping[str, str]:
-    return getattr(cls, "ALIASES", {})
 
 
 def _live_default(field: dataclasses.Field) -> Any:

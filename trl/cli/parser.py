@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from trl.cli.fields import REQUIRED, Option, aliases_of, merge_options, options_of
+from trl.cli.fields import REQUIRED, Option, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
@@ -195,7 +195,11 @@ class OptionParser:
     # ---- files ----
 
     def _read_file(self, path: str, given: ParsedOptions) -> None:
-        data = _load_yaml(path)
+        data = read_yaml(path, "--config") or {}
+        if not isinstance(data, dict):
+            raise ConfigError(
+                f"{path}: a configuration is a list of `option: value` lines, and not a {type(data).__name__}."
+            )
         environment = data.pop("env", None) or {}
         if not isinstance(environment, dict):
             raise ConfigError(f"{path}: env takes names of environment variables with values, and not {environment!r}.")
@@ -238,17 +242,7 @@ class OptionParser:
 
 
 def _nearest(option: Option, text: str) -> str:
-    choices = option.kind.choices or (option.kind.item.choices if option.kind.item else ())
-    return suggest(text, [str(choice) for choice in choices])
-
-
-def _load_yaml(path: str) -> dict[str, Any]:
-    data = read_yaml(path, "--config")
-    if not isinstance(data or {}, dict):
-        raise ConfigError(
-            f"{path}: a configuration is a list of `option: value` lines, and not a {type(data).__name__}."
-        )
-    return data or {}
+    return suggest(text, map(str, option.kind.names))
 
 
 class Loader(yaml.SafeLoader):
@@ -332,7 +326,7 @@ class TrlParser:
     def __init__(self, dataclass_types: type | Iterable[type]) -> None:
         self.dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
         self.options = merge_options(*[options_of(cls) for cls in self.dataclass_types])
-        aliases = {old: new for cls in self.dataclass_types for old, new in aliases_of(cls).items()}
+        aliases = {old: new for cls in self.dataclass_types for old, new in getattr(cls, "ALIASES", {}).items()}
         self._parser = OptionParser(self.options, aliases)
 
     def parse_args_and_config(

@@ -47,10 +47,8 @@ class Run:
     mixture: DatasetMixtureConfig
     model: ModelConfig
     training: TrainerConfig
+    launch: LaunchArguments
     extra: Any = None
-    resume: bool = False
-    num_processes: int | None = None
-    accelerate_config: str | None = None
 
 
 def read_run(method: Method, given: ParsedOptions) -> Run:
@@ -69,18 +67,7 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
     _check_adapter_options(given)
     training = _training_arguments(method, given)
     training.model_init_kwargs = {**model.init_kwargs(), **(training.model_init_kwargs or {})}
-    launch = given.arguments_for(LaunchArguments)
-    return Run(
-        method,
-        script,
-        mixture,
-        model,
-        training,
-        extra,
-        resume=launch.resume,
-        num_processes=launch.num_processes,
-        accelerate_config=launch.accelerate_config,
-    )
+    return Run(method, script, mixture, model, training, given.arguments_for(LaunchArguments), extra)
 
 
 def _training_arguments(method: Method, given: ParsedOptions) -> TrainerConfig:
@@ -314,10 +301,10 @@ def checkpoint_of(run: Run) -> str | bool | None:
     from trl.training.checkpoint import check_checkpoint, checkpoints
 
     asked, folder = run.training.resume_from_checkpoint, run.training.output_dir
-    if not run.resume and asked not in RESUME_LAST:
+    if not run.launch.resume and asked not in RESUME_LAST:
         return None if asked in (None, False, "false") else check_checkpoint(asked)
     if checkpoints(folder):
-        return True if asked == "true" and not run.resume else "last"
+        return True if asked == "true" and not run.launch.resume else "last"
     beside = [path.name for path in Path(folder).resolve().parent.iterdir() if checkpoints(path)]
     problem = f"output_dir={folder!r} holds no checkpoint.{suggest(Path(folder).name, beside)}"
     if asked == "true":

@@ -14,12 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from trl.errors import DataError, suggest_beside, unknown
+from trl.errors import DataError, suggest_beside
 from trl.label.session import Session
 from trl.label.tasks import TIE, Answer, Content, Item, pairs_in_rings
 
 Row = Mapping[str, Any]
-EXPORTS = ("argilla", "label_studio")
 FIELDS = {
     "rate": ("prompt", "completion"),
     "approve": ("prompt", "completion"),
@@ -183,9 +182,7 @@ def _from_label_studio(task: str, value: Mapping[str, Any]) -> Answer | None:
 
 
 def export(session: Session, to: str) -> list[dict[str, Any]]:
-    """All items with the answers of all raters, as records of Argilla or tasks of Label Studio. Raises DataError."""
-    if to not in EXPORTS:
-        raise DataError(unknown("format", to, EXPORTS))
+    """All items with the answers of all raters, as records of Argilla ("argilla") or tasks of Label Studio."""
     write = _argilla_record if to == "argilla" else _label_studio_task
     return [write(session.task, item, session.answers.get(key, {})) for key, item in session.items.items()]
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +135,7 @@ class Session:
         with self.changed:
             item = self._item(key)
             value = check_answer(self.task, item, value)
-            texts = {"prompt": item.prompt, "completions": list(item.completions)}
-            self._record({"event": "answer", "item": key, "rater": rater, "value": value, **texts})
+            self._record(_answered(item, key, rater, value))
 
     def skip(self, rater: str, key: str) -> None:
         with self.changed:
@@ -205,8 +205,7 @@ class Session:
         """Answers that stand in the dataset alone are those of somebody who was asked in another way."""
         for item, value in earlier:
             if item.key not in journaled:
-                texts = {"prompt": item.prompt, "completions": list(item.completions)}
-                event = {"event": "answer", "item": item.key, "rater": "file", "value": value, **texts}
+                event = _answered(item, item.key, "file", value)
                 self.journal.add(**event)
                 self._apply(event)
 
@@ -231,18 +230,15 @@ class Session:
     def progress(self, rater: str) -> Progress:
         with self.changed:
             said = {key: answers for key, answers in self.answers.items() if answers}
-            raters: dict[str, int] = {}
-            for answers in said.values():
-                for each in answers:
-                    raters[each] = raters.get(each, 0) + 1
+            raters = Counter(rater for answers in said.values() for rater in answers)
             keys = dict.fromkeys([*self._offered, *said])
             return Progress(
-                answered=raters.get(rater, 0),
+                answered=raters[rater],
                 skipped=sum(rater in each for each in self.skips.values()),
                 left=sum(self._is_open(key, rater) for key in self._offered),
                 done=sum(map(self.is_done, keys)),
                 total=len(keys),
-                raters=raters,
+                raters=dict(raters),
                 agreement=self.agreement(),
             )
 
@@ -276,6 +272,11 @@ class Session:
     def close(self) -> None:
         with self.changed:
             self.journal.close()
+
+
+def _answered(item: Item, key: str, rater: str, value: Answer) -> Event:
+    texts = {"prompt": item.prompt, "completions": list(item.completions)}
+    return {"event": "answer", "item": key, "rater": rater, "value": value, **texts}
 
 
 def _earlier_rows(output: Path, task: str, *, has_journal: bool) -> list[tuple[Item, Answer]]:

@@ -19,7 +19,6 @@ from trl.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl.label.session import Session
-    from trl.label.tasks import Item
 
 
 def run(arguments: LabelArguments, given: ParsedOptions) -> int:
@@ -62,14 +61,10 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, given:
         for rater, value in answers:
             if rater not in session.answers.get(key, {}):
                 session.answer(rater, key, value)
-    items = _ordered(items_of(arguments.task, rows, where), arguments)
-    session.add(items)
-
-
-def _ordered(items: list[Item], arguments: LabelArguments) -> list[Item]:
+    items = items_of(arguments.task, rows, where)
     if arguments.shuffle:
         random.Random(arguments.seed).shuffle(items)
-    return items[: arguments.limit]
+    session.add(items[: arguments.limit])
 
 
 def _serve(session: Session, arguments: LabelArguments) -> int:

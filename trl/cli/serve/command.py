@@ -37,17 +37,14 @@ def load_worker(arguments: ServeArguments, model: ModelConfig) -> ModelWorker:
     """The model that the options name, ready to be asked."""
     from peft import PeftModel
 
-    from trl.cli.chat.arguments import ChatArguments
-    from trl.cli.chat.local import load_speaker
+    from trl.cli.loading import load_pretrained
     from trl.cli.serve.worker import ModelWorker
 
-    chat = ChatArguments(device=arguments.device, chat_template_kwargs=arguments.chat_template_kwargs)
-    speaker = load_speaker(chat, model)
+    loaded, processor = load_pretrained(model, device=arguments.device)
     # An adapter that the name stands for is part of the weights; others come and go by their names.
-    whole = speaker.model.merge_and_unload() if isinstance(speaker.model, PeftModel) else speaker.model
     return ModelWorker(
-        whole,
-        speaker.processor,
+        loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded,
+        processor,
         max_tokens_alive=arguments.max_tokens_alive,
         max_waiting=arguments.max_waiting,
         template_kwargs=arguments.chat_template_kwargs,
