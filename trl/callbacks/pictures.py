@@ -59,18 +59,11 @@ class PictureLog(TrainerCallback):
 def write_pictures(run: Path, step: int, prompts: Sequence[str], images: Tensor, rewards: Tensor) -> None:
     """Pictures `[N,3,H,W]` as files, and a row for each; rewards `[N]` are NaN where none are known."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
-    known = read_rows(run / FILE)
-    rows = [row for row in known if row["step"] < step]  # a run that was resumed writes its steps anew
+    known = (run / FILE).read_text(encoding="utf-8").splitlines() if (run / FILE).is_file() else []
+    rows = [row for row in map(json.loads, known) if row["step"] < step]  # a run that was resumed writes its steps anew
     for i, (picture, prompt, reward) in enumerate(zip(to_pil(images), prompts, rewards.tolist(), strict=True)):
         name = f"{FOLDER}/{step:06d}-{i}.png"
         picture.save(run / name)
         known_reward = {} if math.isnan(reward) else {"reward": reward}
         rows.append({"step": step, "number": i, "prompt": prompt, "file": name, **known_reward})
     (run / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows that were written; none where there is no file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]

@@ -82,10 +82,10 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
 
 def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
     """The model with its adapter in float32, and the precision that it is to be saved in."""
-    import torch
     from peft import PeftConfig, TaskType
     from transformers import AutoModelForSequenceClassification
 
+    from trl.cli.preview import dtype_of
     from trl.models.adapters import is_adapter
     from trl.models.load import load_config, load_model
     from trl.models.value_heads.auto_models import value_head_class
@@ -98,8 +98,7 @@ def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
             "adapter, or give one with --adapter_name_or_path."
         )
     base = load_config(name, trust_remote_code=model.trust_remote_code, **hub)
-    saved = base.dtype or torch.float32
-    precision = saved if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    precision = dtype_of(model.dtype, base)
     kwargs = {"trust_remote_code": model.trust_remote_code, "dtype": "float32", **hub}
     if adapter is not None:
         kwargs["adapter"] = adapter

@@ -184,15 +184,11 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        place = (
-            (error.filename, error.lineno)
-            if isinstance(error, SyntaxError)
-            else (frames[-1].filename, frames[-1].lineno)
-        )
-        what = error.msg if isinstance(error, SyntaxError) else error
+        is_syntax = isinstance(error, SyntaxError)
+        place = error if is_syntax else traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"reward_funcs={name!r} cannot be imported: {type(error).__name__}: {what} ({place[0]}, line {place[1]})."
+            f"reward_funcs={name!r} cannot be imported: {type(error).__name__}: {error.msg if is_syntax else error} "
+            f"({place.filename}, line {place.lineno})."
         ) from error
 
 

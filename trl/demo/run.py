@@ -25,7 +25,7 @@ from trl.demo.judge import WordJudge, count_endings, judge, sentence_about, side
 from trl.demo.options import DemoArguments
 from trl.demo.reviews import load_reviews
 from trl.demo.sample import prompt_openings, sample
-from trl.demo.show import Step, few_threads, quiet, table_of_samples, table_of_verdicts
+from trl.demo.show import few_threads, quiet, step, table_of_samples, table_of_verdicts
 from trl.demo.steps import STAGES, Reward, continuations, examine, fine_tune, learn_rewards, load, recipes, reinforce
 from trl.report.page import write_report
 from trl.report.record import COMPARISONS_FILE, SUMMARY_FILE
@@ -75,7 +75,7 @@ def show(options: DemoArguments, console: Console) -> None:
     temperature = recipes(options)["ppo"]["temperature"]
     write = partial(sample, tokenizer=tokenizer, temperature=temperature, seed=options.seed)
 
-    with Step(console, 1, "Supervised fine-tuning", f"{len(train):,} film reviews, positive and negative ones"):
+    with step(console, 1, "Supervised fine-tuning", f"{len(train):,} film reviews, positive and negative ones"):
         first = write(model, prompts=prompts[:1])
         fine_tune(model, tokenizer, train, test, options, console)
     before = write(model, prompts=prompts)
@@ -83,13 +83,13 @@ def show(options: DemoArguments, console: Console) -> None:
     console.print(table_of_samples(prompts, {"before": first, "fine-tuned": before}, rows=1))
 
     if classifier:
-        with Step(console, 2, "Reward model", f"{named}: how much more likely its label {classifier.label_name!r} is"):
+        with step(console, 2, "Reward model", f"{named}: how much more likely its label {classifier.label_name!r} is"):
             reward: Reward = examine(classifier, test, console)
     else:
-        with Step(console, 2, "Reward model", COMPARED):
+        with step(console, 2, "Reward model", COMPARED):
             reward = learn_rewards(model, tokenizer, train, test, options, console)
 
-    with Step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
+    with step(console, 3, "PPO", "towards reviews that the reward model likes, near the model of step 1"):
         reinforce(model, tokenizer, reward, prompt_openings(train), options, console)
     after = write(model, prompts=prompts)
     conclude(reward, prompts, before, after, possible, options, console)

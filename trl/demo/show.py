@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import datasets
 import torch
@@ -50,20 +49,16 @@ def few_threads(most: int = 1) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Step:
+@contextmanager
+def step(console: Console, number: int, title: str, about: str) -> Iterator[None]:
     """A heading before a step of the demo, and how long it took after it."""
-
-    def __init__(self, console: Console, number: int, title: str, about: str) -> None:
-        self.console, self.number, self.title, self.about = console, number, title, about
-
-    def __enter__(self) -> Step:
-        self.console.print(Rule(f"[bold]{self.number} · {self.title}", align="left", style="dim"))
-        self.console.print(self.about, style="dim", highlight=False)
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.console.print(f"{time.perf_counter() - self.started:.0f} s\n", style="dim", highlight=False)
+    console.print(Rule(f"[bold]{number} · {title}", align="left", style="dim"))
+    console.print(about, style="dim", highlight=False)
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        console.print(f"{time.perf_counter() - started:.0f} s\n", style="dim", highlight=False)
 
 
 def table_of_verdicts(before: Verdict, after: Verdict, possible: int | None = None) -> Table:

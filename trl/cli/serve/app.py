@@ -278,15 +278,8 @@ class _Routes:
     def _model(self, adapter: str | None) -> dict[str, Any]:
         """What is said of an adapter; of the model itself with None."""
         name, parent = (self.name, None) if adapter is None else (adapter, self.name)
-        length = self.worker.context
-        return {
-            "id": name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "trl",
-            "parent": parent,
-            "max_model_len": length,
-        }
+        about = {"id": name, "object": "model", "created": 0, "owned_by": "trl", "parent": parent}
+        return {**about, "max_model_len": self.worker.context}
 
     async def about(self, _: Request) -> Response:
         return JSONResponse({"version": f"trl {__version__}"})
