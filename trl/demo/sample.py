@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trl.models.patching import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,11 +34,10 @@ def sample(
     model's mode are left as they were.
     """
     inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), evaluating(model):
         torch.manual_seed(seed)
-        tokens = model.eval().generate(
+        tokens = model.generate(
             **inputs,
             do_sample=True,
             temperature=temperature,
@@ -45,5 +46,4 @@ def sample(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-    model.train(training)
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -51,11 +51,6 @@ class LiveLabels:
             self.say(f"People are asked on {server.url}" + (f" and {server.lan_url}" if server.lan_url else ""))
         return self._running[0]
 
-    @property
-    def url(self) -> str:
-        assert self.session is not None
-        return self._running[1].url
-
     def __call__(self, items: Sequence[Item]) -> list[Mapping[str, Answer]]:
         """The answers to each item by rater, once all are judged or skipped. What was said before is not asked again."""
         session = self.session

@@ -17,24 +17,6 @@ from trlx.models.modeling_ilql import ILQLConfig
 from trlx.models.modeling_ppo import PPOConfig
 from trlx.trainer.accelerate_sft_trainer import SFTConfig
 
-__all__ = [
-    "ILQLConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PPOConfig",
-    "SFTConfig",
-    "SchedulerConfig",
-    "TRLConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "default_ilql_config",
-    "default_nemo_1_3b_config",
-    "default_nemo_2b_config",
-    "default_nemo_20b_config",
-    "default_ppo_config",
-    "default_sft_config",
-]
-
 
 def _config(method: Any, model: ModelConfig, rate: float, **train: Any) -> TRLConfig:
     """A configuration with what all have in common: GPT-2's tokenizer, AdamW, a rate that stays."""

@@ -10,36 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import MutableMapping, Sequence
-from logging import CRITICAL, DEBUG, ERROR, FATAL, INFO, NOTSET, WARN, WARNING
+from functools import partial
+from logging import CRITICAL, DEBUG, ERROR, FATAL, INFO, NOTSET, WARN, WARNING  # noqa: F401 (scripts read them here)
 from typing import Any
 
 from trl.errors import ConfigError, unknown
-
-__all__ = [
-    "CRITICAL",
-    "DEBUG",
-    "ERROR",
-    "FATAL",
-    "INFO",
-    "NOTSET",
-    "WARN",
-    "WARNING",
-    "MultiProcessAdapter",
-    "disable_default_handler",
-    "disable_progress_bar",
-    "enable_default_handler",
-    "enable_explicit_format",
-    "enable_progress_bar",
-    "get_logger",
-    "get_verbosity",
-    "is_progress_bar_enabled",
-    "reset_format",
-    "set_verbosity",
-    "set_verbosity_debug",
-    "set_verbosity_error",
-    "set_verbosity_info",
-    "set_verbosity_warning",
-]
 
 LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR, "critical": CRITICAL}
 ROOTS = ("trlx", "trl")
@@ -81,20 +56,10 @@ def set_verbosity(verbosity: int) -> None:
         logging.getLogger(root).setLevel(verbosity)
 
 
-def set_verbosity_debug() -> None:
-    set_verbosity(DEBUG)
-
-
-def set_verbosity_info() -> None:
-    set_verbosity(INFO)
-
-
-def set_verbosity_warning() -> None:
-    set_verbosity(WARNING)
-
-
-def set_verbosity_error() -> None:
-    set_verbosity(ERROR)
+set_verbosity_debug = partial(set_verbosity, DEBUG)
+set_verbosity_info = partial(set_verbosity, INFO)
+set_verbosity_warning = partial(set_verbosity, WARNING)
+set_verbosity_error = partial(set_verbosity, ERROR)
 
 
 def enable_default_handler() -> None:
