@@ -82,6 +82,8 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.dataset_name is None and self.benchmarks is None:
+            raise ConfigError("--dataset_name is missing: rows to evaluate on. Or name --benchmarks.")
         if self.benchmarks is None and (self.benchmarks_folder or self.chat):
             raise ConfigError("benchmarks_folder and chat are for benchmarks: name some with --benchmarks.")
         if self.against is not None and not (self.reward_funcs or self.judge_server):

@@ -19,9 +19,22 @@ from typing import Any
 
 from trl.cli.evaluation.arguments import EvalArguments
 from trl.cli.evaluation.objects import check_objects, object_scores
+from trl.cli.loading import load_pretrained
 from trl.cli.parser import ParsedOptions
+from trl.cli.rewards import find_reward
 from trl.cli.train import model_to_load
-from trl.errors import ConfigError, DataError
+from trl.data.formats import detect_kind
+from trl.data.multimodal import images_of
+from trl.data.sources import ScriptArguments, load_dataset_argument
+from trl.errors import DataError
+from trl.evaluation.benchmarks import run_benchmarks
+from trl.evaluation.judges import RewardJudge, ServerJudge, plain
+from trl.evaluation.samples import sample
+from trl.evaluation.statistics import estimate
+from trl.models.load import tokenizer_of
+from trl.trainers.sft import SFTConfig, SFTTrainer
+from trl.vision.images import PixelLimits
+from trl.vision.processing import ImageProcessing
 
 NOT_FOR_REWARDS = ("prompt", "completion", "chosen", "rejected")
 
@@ -40,15 +53,9 @@ def run(arguments: EvalArguments, given: ParsedOptions) -> int:
 
 def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
     """All that was asked for, by name. Raises ConfigError, DataError."""
-    if arguments.dataset_name is None and arguments.benchmarks is None:
-        raise ConfigError("--dataset_name is missing: rows to evaluate on. Or name --benchmarks.")
+    config = model_to_load(given)
     rows = None if arguments.dataset_name is None else read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
-    config = model_to_load(given)
-    from trl.cli.loading import load_pretrained
-    from trl.evaluation.benchmarks import run_benchmarks
-    from trl.models.load import tokenizer_of
-
     model, processor = load_pretrained(config)
     results: dict[str, Any] = run_benchmarks(
         model,
@@ -69,8 +76,6 @@ def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
 
 def read_rows(arguments: EvalArguments) -> Any:
     """The rows, as a dataset."""
-    from trl.data.sources import ScriptArguments, load_dataset_argument
-
     splits = load_dataset_argument(ScriptArguments(dataset_name=arguments.dataset_name))
     split = arguments.dataset_split
     if split not in splits and list(splits) == ["train"]:
@@ -86,8 +91,6 @@ def read_rows(arguments: EvalArguments) -> Any:
 
 def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> float:
     """exp of the mean loss of the tokens that SFT would train on."""
-    from trl.trainers.sft import SFTConfig, SFTTrainer
-
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,
@@ -107,12 +110,6 @@ def compare_samples(
     arguments: EvalArguments, given: ParsedOptions, rows: Any, model: Any, processor: Any
 ) -> dict[str, Any]:
     """Samples in samples.jsonl; their rewards, lengths and wins."""
-    from trl.cli.loading import load_pretrained
-    from trl.cli.rewards import find_reward
-    from trl.data.multimodal import images_of
-    from trl.evaluation.judges import RewardJudge, ServerJudge, plain
-    from trl.evaluation.statistics import estimate
-
     if "prompt" not in rows.column_names:
         raise DataError(
             f"Samples need a column 'prompt', and the dataset has {rows.column_names}. For texts: --perplexity."
@@ -148,10 +145,6 @@ def compare_samples(
 
 def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> Any:
     """What reads the images of rows; None of a tokenizer. Raises DataError for a tokenizer where rows have images."""
-    from trl.data.formats import detect_kind
-    from trl.vision.images import PixelLimits
-    from trl.vision.processing import ImageProcessing
-
     limits = PixelLimits(arguments.max_pixels, root=arguments.image_folder)
     images = ImageProcessing.of(processor, model.config, limits)
     detect_kind(rows.column_names, allowed=["prompt_only"], reads_images=images is not None)
@@ -159,9 +152,6 @@ def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> 
 
 
 def _samples(model: Any, processor: Any, images: Any, rows: Any, arguments: EvalArguments) -> list[Any]:
-    from trl.evaluation.samples import sample
-    from trl.models.load import tokenizer_of
-
     return sample(
         model,
         tokenizer_of(processor),
