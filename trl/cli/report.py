@@ -11,6 +11,8 @@ from pathlib import Path
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
+from trl.report.page import write_comparison, write_report
+from trl.report.record import read_run
 
 
 @dataclass
@@ -46,8 +48,6 @@ def run(arguments: ReportArguments, given: ParsedOptions) -> int:
 
 def write(folders: Sequence[str], arguments: ReportArguments) -> Path:
     """Write the page of a run, or of the comparison of several."""
-    from trl.report.page import write_comparison, write_report
-
     refresh = arguments.every if arguments.watch else 0
     if len(folders) == 1:
         return write_report(folders[0], arguments.output, refresh=refresh)
@@ -55,8 +55,6 @@ def write(folders: Sequence[str], arguments: ReportArguments) -> Path:
 
 
 def _is_bare(folder: str) -> bool:
-    from trl.report.record import read_run
-
     run = read_run(Path(folder).expanduser())
     return not (run.log or run.samples or run.pictures)
 

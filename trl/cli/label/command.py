@@ -11,26 +11,22 @@ import random
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trl.cli.label.arguments import LabelArguments
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trl.label.session import Session
+from trl.imports import require
+from trl.label.formats import answers_in, export, items_of, read_rows, write_records
+from trl.label.session import Session
+from trl.label.settings import ServerSettings
 
 
 def run(arguments: LabelArguments, given: ParsedOptions) -> int:
     file = Path(given.rest[0]).expanduser() if given.rest else None
     if arguments.export_to is not None:
         return _export(arguments, file)
-    from trl.imports import require
-
     require("starlette", to="trl label")
     require("uvicorn", to="trl label")
-    from trl.label.session import Session
-
     session = Session(arguments.task, arguments.output, form=arguments.rows, raters_per_item=arguments.raters_per_item)
     try:
         _fill(session, arguments, file, given)
@@ -41,8 +37,6 @@ def run(arguments: LabelArguments, given: ParsedOptions) -> int:
 
 def _fill(session: Session, arguments: LabelArguments, file: Path | None, given: ParsedOptions) -> None:
     """Offer what is to be judged, and keep what other tools' records say already."""
-    from trl.label.formats import answers_in, items_of, read_rows
-
     if (file is None) == (given.values.get("model_name_or_path") is None):
         raise ConfigError(
             "Give either a file of completions (trl label FILE), or a model and prompts for it to continue "
@@ -70,7 +64,6 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, given:
 def _serve(session: Session, arguments: LabelArguments) -> int:
     """Serve the page until Ctrl-C."""
     from trl.label.server import LabelServer
-    from trl.label.settings import ServerSettings
 
     settings = ServerSettings(
         arguments.port, arguments.share_on_lan, arguments.token, read_guidelines(arguments.guidelines)
@@ -114,9 +107,6 @@ def read_guidelines(given: str | None) -> str:
 
 
 def _export(arguments: LabelArguments, file: Path | None) -> int:
-    from trl.label.formats import export, items_of, read_rows, write_records
-    from trl.label.session import Session
-
     session = Session(arguments.task, arguments.output, raters_per_item=arguments.raters_per_item)
     try:
         if file is not None:
