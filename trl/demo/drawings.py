@@ -50,8 +50,8 @@ def draw_many(count: int, *, seed: int = 0) -> tuple[list[str], Tensor]:
 # ---- learning them ----
 
 
-def train_vae(vae: Any, images: Tensor, *, steps: int, seed: int, rate: float = 3e-3, batch_size: int = 16) -> float:
-    """Teach the autoencoder to give pictures back, from latents of about unit variance; returns the last error.
+def train_vae(vae: Any, images: Tensor, *, steps: int, seed: int, rate: float = 3e-3, batch_size: int = 16) -> None:
+    """Teach the autoencoder to give pictures back, from latents of about unit variance.
 
     Squared errors tell colours apart early: absolute ones alone are content for long with yellow for red and green. Those make
     edges sharp.
@@ -71,7 +71,6 @@ def train_vae(vae: Any, images: Tensor, *, steps: int, seed: int, rate: float = 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return error.item()
 
 
 def train_denoiser(
@@ -83,8 +82,8 @@ def train_denoiser(
     seed: int,
     rate: float = 2e-3,
     batch_size: int = 32,
-) -> float:
-    """Teach the denoiser to say what noise there is in pictures, given their captions; returns the last loss."""
+) -> None:
+    """Teach the denoiser to say what noise there is in pictures, given their captions."""
     generator = torch.Generator().manual_seed(seed)
     module = denoiser.module.train()
     latents = denoiser.encode_images(images, at_once=64)
@@ -106,7 +105,6 @@ def train_denoiser(
         schedule.step()
         optimizer.zero_grad()
     module.eval()
-    return loss.item()
 
 
 KINDS: dict[str, Callable[..., Any]] = {

@@ -114,14 +114,13 @@ class Session:
             command = read_command(line)
             if command == Command("exit"):
                 return
-            self._guard(lambda line=line, command=command: self._obey(command) if command else self.say(line))
-
-    def _guard(self, action: Callable[[], None]) -> None:
-        """Do it; what cannot be done is said, and the session goes on."""
-        try:
-            action()
-        except (TrlError, OSError, HTTPException) as error:
-            self.screen.error(str(error) or type(error).__name__)
+            try:
+                if command is None:
+                    self.say(line)
+                else:
+                    self._obey(command)
+            except (TrlError, OSError, HTTPException) as error:  # what cannot be done is said, and the session goes on
+                self.screen.error(str(error) or type(error).__name__)
 
     def _obey(self, command: Command) -> None:
         takes_rest = command.name in (*_WITH_NAME, "set", "image")
