@@ -91,7 +91,13 @@ def dispatch(words: list[str]) -> int:
 def run_method(method: Method, words: list[str]) -> int:
     given = method.parser().parse(words)
     if given.help:
-        return print_method(method, everything=given.help == "all")
+        from trl.cli.help import print_options
+
+        command = f"trl {method.name}"
+        examples = [f"{command} {method.example}", f"{command} --config {method.name}.yaml --learning_rate 1e-5"]
+        everything = given.help == "all"
+        print_options(command, method.summary, method.options(), everything=everything, examples=examples)
+        return 0
     from trl.cli.train import check_weights, read_run, train
 
     if not given.values.get("dry_run"):
@@ -134,15 +140,6 @@ def print_overview() -> int:
     first = next(iter(methods().values()))
     print_title(out, "Example")
     print_examples(out, [f"trl {first.name} {first.example}"])
-    return 0
-
-
-def print_method(method: Method, *, everything: bool) -> int:
-    from trl.cli.help import print_options
-
-    command = f"trl {method.name}"
-    examples = [f"{command} {method.example}", f"{command} --config {method.name}.yaml --learning_rate 1e-5"]
-    print_options(command, method.summary, method.options(), everything=everything, examples=examples)
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl.cli.hub import check_model_on_hub
+from trl.cli.hub import FILES, check_model_on_hub
 from trl.cli.parser import ParsedOptions
 from trl.cli.train import library_errors_as_config_errors, model_to_load
 from trl.errors import ConfigError
@@ -36,18 +36,14 @@ class MergeArguments:
 
 def run(arguments: MergeArguments, given: ParsedOptions) -> int:
     model = model_to_load(given)
-    check_output(arguments.output_dir)
+    if there := [name for name in FILES if (Path(arguments.output_dir) / name).exists()]:
+        raise ConfigError(
+            f"output_dir={arguments.output_dir!r} holds a model already ({there[0]}): name another folder."
+        )
     check_model_on_hub(model.model_name_or_path, model.model_revision)
     with library_errors_as_config_errors():
         merge(model, arguments)
     return 0
-
-
-def check_output(folder: str) -> None:
-    """Raises ConfigError where a model is already."""
-    there = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).exists()]
-    if there:
-        raise ConfigError(f"output_dir={folder!r} holds a model already ({there[0]}): name another folder.")
 
 
 def merge(model: ModelConfig, arguments: MergeArguments) -> None:
