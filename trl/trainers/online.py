@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from datasets import Dataset
@@ -82,6 +82,7 @@ class OnlineTrainer(BaseTrainer):
     args: OnlineConfig
     prompts_only = True
     multiple_completions = True
+    sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class OnlineTrainer(BaseTrainer):
         columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
         given = self._given_rewards(self._reward_funcs)
         self.rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
-        self.sampler = GroupSampler(
+        self.sampler = self.sampler_class(
             self.args,
             unwrap(self.model),
             self.tokenizer,

@@ -19,7 +19,7 @@ from trlx.models.modeling_ppo import PPOConfig
 from trlx.trainer import register_trainer
 from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer, freeze_lower_layers
 from trlx.trainer.options import adapter_config, sampling_options, steps_of_epochs
-from trlx.trainer.prompted import Prompted
+from trlx.trainer.prompted import Prompted, PromptedSampler
 from trlx.trainer.schedules import Scheduled
 from trlx.trainer.scoring import ScriptReward
 
@@ -54,22 +54,31 @@ class ScaledPPO(PPO):
         return experience.with_signals(**scores)
 
 
-class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
-    """`PPOTrainer` with a scheduler and prompts of this interface, and with rewards of tokens.
+class _Sampler(PromptedSampler):
+    """A sampler whose groups have the rewards of tokens that `script`, the reward function, was given."""
 
-    script    the reward function, which knows the rewards of tokens that it was given
-    """
+    script: ScriptReward
+
+    def groups(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
+        groups = super().groups(rows, n, mode)
+        if self.script.dense is None:
+            return groups
+        rewards = iter(self.script.dense)
+        return [replace(group, example=_with_rewards(group.example, rewards)) for group in groups]
+
+
+class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
+    """`PPOTrainer` with a scheduler and prompts of this interface, and with rewards of tokens."""
+
+    sampler_class = _Sampler
 
     def __init__(self, *args: Any, script: ScriptReward, **kwargs: Any) -> None:
         self.script = script
         super().__init__(*args, reward_funcs=script, **kwargs)
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
-        groups = super().sample(rows, n, mode)
-        if self.script.dense is None:
-            return groups
-        rewards = iter(self.script.dense)
-        return [replace(group, example=_with_rewards(group.example, rewards)) for group in groups]
+    def _prepare_sampling(self, *args: Any) -> None:
+        super()._prepare_sampling(*args)
+        self.sampler.script = self.script
 
 
 def _with_rewards(example: Any, rewards: Any) -> Any:
