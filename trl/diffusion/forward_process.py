@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,20 +79,3 @@ def levels(count: int, seed: int) -> list[float]:
     """`count` noise levels in [0, 1), one in each of as many equal parts of it."""
     places = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     return [(k + place) / count for k, place in enumerate(places.tolist())]
-
-
-def state_of_noised(items: Sequence[NoisedPicture]) -> dict[str, Any]:
-    """Items as tensors and lists, which a checkpoint can hold."""
-    return {
-        "latents": [list(item.latents) for item in items],
-        "prompt": [item.prompt for item in items],
-        "level": [item.level for item in items],
-        "seed": [item.seed for item in items],
-        "signals": [dict(item.signals) for item in items],
-    }
-
-
-def noised_from(state: Mapping[str, Any]) -> list[NoisedPicture]:
-    """What `state_of_noised` wrote."""
-    parts = (state["latents"], state["prompt"], state["level"], state["seed"], state["signals"])
-    return [NoisedPicture(tuple(latents), *rest) for latents, *rest in zip(*parts, strict=True)]

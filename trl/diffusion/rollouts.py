@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl.diffusion.trajectories import Trajectories, Transition
-from trl.rollouts.buffer import RolloutBuffer
+from trl.diffusion.trajectories import Trajectories
 from trl.rollouts.sampling import stream as random_stream
 
 Row = Mapping[str, Any]
@@ -52,54 +51,14 @@ def seed_of(base: int, stream: int, number: int) -> int:
     return int(random_stream(base, torch.tensor([stream]), torch.tensor([number]))) % 2**62
 
 
-class PictureBuffer(RolloutBuffer):
-    """Minibatches of items of pictures; `state_of` and `items_of` write and read the items of a minibatch."""
-
-    def __init__(
-        self,
-        roll_out: Callable[[], list[list[Any]]],
-        *,
-        minibatches: int,
-        iterations: int,
-        per_epoch: int | None,
-        state_of: Callable[[Sequence[Any]], dict[str, Any]],
-        items_of: Callable[[Mapping[str, Any]], list[Any]],
-    ) -> None:
-        super().__init__(roll_out, minibatches=minibatches, iterations=iterations, per_epoch=per_epoch)
-        self.state_of, self.items_of = state_of, items_of
-
-    def state_dict(self) -> dict[str, Any]:
-        batch = [] if self.is_new else [self.state_of(items) for items in self.batch]
-        return {"position": self.position, "served": self.served, "batch": batch}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.position, self.served = state["position"], state["served"]
-        self.batch = [self.items_of(each) for each in state["batch"]]
+def state_of_items(minibatches: Sequence[Sequence[Any]]) -> list[list[dict[str, Any]]]:
+    """Minibatches of items as dicts of what their fields hold, for a checkpoint."""
+    return [[{f.name: getattr(item, f.name) for f in fields(item)} for item in each] for each in minibatches]
 
 
-def state_of_transitions(items: Sequence[Transition]) -> dict[str, Any]:
-    """Transitions as tensors and lists, which a checkpoint can hold."""
-    if not items:
-        return {}
-    return {
-        "latents": torch.stack([each.latents for each in items]),
-        "following": torch.stack([each.following for each in items]),
-        "step": [each.step for each in items],
-        "prompt": [each.prompt for each in items],
-        "signals": {name: [each.signals[name] for each in items] for name in items[0].signals},
-    }
-
-
-def transitions_from(state: Mapping[str, Any]) -> list[Transition]:
-    """What `state_of_transitions` wrote."""
-    if not state:
-        return []
-    signals = state["signals"]
-    parts = (state["latents"], state["following"], state["step"], state["prompt"])
-    return [
-        Transition(*each, {name: values[i] for name, values in signals.items()})
-        for i, each in enumerate(zip(*parts, strict=True))
-    ]
+def items_from(kind: type, state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
+    """Minibatches of items of the class `kind`, from what `state_of_items` gave."""
+    return [[kind(**item) for item in each] for each in state]
 
 
 def split_pictures(items: Sequence[Sequence[Any]], count: int, *, seed: int) -> list[list[Any]]:

@@ -7,7 +7,7 @@ batch, and what is left of it, are part of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -27,12 +27,20 @@ class RolloutBuffer(IterableDataset):
     minibatches   number of minibatches of a rollout batch
     iterations    epochs over each rollout batch
     per_epoch     rollout batches of an epoch over the prompts; None for a stream, which has no end
+    state_of      gives minibatches as a checkpoint holds them, and `batch_from` reads what it gave
     """
 
     def __init__(
-        self, roll_out: Callable[[], list[Minibatch]], *, minibatches: int, iterations: int, per_epoch: int | None
+        self,
+        roll_out: Callable[[], list[Minibatch]],
+        *,
+        minibatches: int,
+        iterations: int,
+        per_epoch: int | None,
+        state_of: Callable[[Sequence[Any]], list[Any]] = state_of,
+        batch_from: Callable[[Sequence[Any]], list[Any]] = minibatches_from,
     ) -> None:
-        self.roll_out = roll_out
+        self.roll_out, self.state_of, self.batch_from = roll_out, state_of, batch_from
         self.minibatches, self.updates_per_batch = minibatches, minibatches * iterations
         self.per_epoch = per_epoch
         self.batch: list[Minibatch] = []
@@ -73,11 +81,11 @@ class RolloutBuffer(IterableDataset):
         self.position += -self.position % self.updates_per_batch
 
     def state(self) -> dict[str, Any]:
-        batch = [] if self.is_new else state_of(self.batch)
+        batch = [] if self.is_new else self.state_of(self.batch)
         return {"position": self.position, "served": self.served, "batch": batch}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.position, self.served, self.batch = state["position"], state["served"], minibatches_from(state["batch"])
+        self.position, self.served, self.batch = state["position"], state["served"], self.batch_from(state["batch"])
 
     def loader(self) -> DataLoader:
         """Minibatches one at a time. It reads nothing ahead: samples have to come from the weights of their moment.

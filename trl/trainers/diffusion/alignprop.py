@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.utils.data import DataLoader
 
 from trl.diffusion.batches import PictureBatch
 from trl.diffusion.differentiable import first_step, sample_with_gradient
-from trl.diffusion.rollouts import PictureBuffer
+from trl.diffusion.rollouts import items_from, state_of_items
 from trl.diffusion.trajectories import draw, generators_for
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
+from trl.rollouts.buffer import RolloutBuffer
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.trainers.diffusion.ddpo import check_classic_arguments, checkpoint_in, two_values
@@ -89,7 +91,7 @@ class AlignPropTrainer(DiffusionTrainer):
         super().__init__(sd_pipeline.sd_pipeline, args)
         set_seed(config.seed)
         self.schedule = self.denoiser.schedule(config.sample_num_steps, eta=config.sample_eta)
-        self.buffer: PictureBuffer | None = None
+        self.buffer: RolloutBuffer | None = None
         self.states.register("buffer", self)
         self.tracker = start_tracker(config, self.accelerator)
 
@@ -102,21 +104,21 @@ class AlignPropTrainer(DiffusionTrainer):
         return super().train(checkpoint_in(self.config.resume_from), **options)
 
     def get_train_dataloader(self) -> DataLoader:
-        self.buffer = PictureBuffer(
+        self.buffer = RolloutBuffer(
             self.ask,
             minibatches=self.config.train_gradient_accumulation_steps,
             iterations=1,
             per_epoch=1,
-            state_of=lambda items: {"items": [[each.prompt, each.seed, each.metadata] for each in items]},
-            items_of=lambda state: [Asked(*each) for each in state["items"]],
+            state_of=state_of_items,
+            batch_from=partial(items_from, Asked),
         )
         return self.buffer.loader()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.buffer.state_dict()
+        return self.buffer.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.buffer.load_state_dict(state)
+        self.buffer.load_state(state)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.restore_rng_state()  # before prompts are asked for

@@ -30,7 +30,7 @@ from trl.algorithms.ddpo import DDPO, PromptStatistics
 from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
-from trl.diffusion.rollouts import IN_ORDER, PictureBatch, PictureBuffer, seed_of, split_pictures
+from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
 from trl.errors import ConfigError
@@ -165,22 +165,14 @@ class DDPOTrainer(StepPolicyTrainer):
         return self.state.global_step
 
     def get_train_dataloader(self) -> DataLoader:
-        self.buffer = PictureBuffer(
-            self.roll_out,
-            minibatches=self.args.minibatches_per_rollout_batch,
-            iterations=1,
-            per_epoch=1,
-            state_of=self.items_state,
-            items_of=self.items_from,
-        )
-        return self.buffer.loader()
+        return self.loader_of_minibatches(per_epoch=1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rollouts": self.rollouts, "buffer": self.buffer.state_dict()}
+        return {"rollouts": self.rollouts, "buffer": self.buffer.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rollouts = state["rollouts"]
-        self.buffer.load_state_dict(state["buffer"])
+        self.buffer.load_state(state["buffer"])
 
     # ---- an epoch's pictures ----
 

@@ -8,10 +8,9 @@ No likelihoods, no noise in sampling, no guidance: any solver makes the pictures
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,6 @@ from trl.diffusion.forward_process import (
     NoisedPicture,
     levels,
     noised_batch,
-    noised_from,
-    state_of_noised,
 )
 from trl.diffusion.pipelines import SwappedWeights
 from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of
@@ -85,6 +82,7 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
     """
 
     config_class = DiffusionNFTConfig
+    item_class = NoisedPicture
 
     def prepare(self) -> None:
         self.old = SwappedWeights(self.module)
@@ -128,12 +126,6 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
         """Of what is drawn for picture `number` of this process and rollout batch."""
         place = (self.rollouts * self.args.world_size + self.args.process_index) * 2**20 + number
         return torch.Generator().manual_seed(seed_of(self.args.seed, IN_ORDER, place))
-
-    def items_state(self, items: Sequence[NoisedPicture]) -> dict[str, Any]:
-        return state_of_noised(items)
-
-    def items_from(self, state: Mapping[str, Any]) -> list[NoisedPicture]:
-        return noised_from(state)
 
     # ---- steps ----
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -21,17 +22,18 @@ from trl.algorithms.advantages import combine_rewards, group_std
 from trl.diffusion.rollouts import (
     IN_TRAINING,
     PictureBatch,
-    PictureBuffer,
     Row,
+    items_from,
     seed_of,
     split_pictures,
-    state_of_transitions,
-    transitions_from,
+    state_of_items,
 )
 from trl.diffusion.solvers import Schedule
+from trl.diffusion.trajectories import Transition
 from trl.errors import ConfigError
 from trl.rewards.call import call_rewards
 from trl.rewards.pictures import PictureSamples, make_picture_rewards
+from trl.rollouts.buffer import RolloutBuffer
 from trl.rollouts.prompts import Prompts, StreamRows, TableRows
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
@@ -48,6 +50,8 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     """
 
     config_class = DiffusionRolloutConfig
+    item_class: ClassVar[type] = Transition
+    """What is learned from: a step of denoising, a picture."""
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
@@ -56,7 +60,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         columns = self._columns(self.train_dataset) or self._columns(self.eval_dataset)
         self.rewards = make_picture_rewards(reward_funcs, weights=self.args.reward_weights, columns=columns)
         self.prompts: Prompts | None = None
-        self.buffer: PictureBuffer | None = None
+        self.buffer: RolloutBuffer | None = None
         self.rollouts = 0
         self.states.register("rollouts", self, per_rank=True)
         self.prepare()
@@ -73,11 +77,11 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in its prompts and rollout batch."""
-        return {"cursor": self.prompts.cursor, "rollouts": self.rollouts, "buffer": self.buffer.state_dict()}
+        return {"cursor": self.prompts.cursor, "rollouts": self.rollouts, "buffer": self.buffer.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor, self.rollouts = state["cursor"], state["rollouts"]
-        self.buffer.load_state_dict(state["buffer"])
+        self.buffer.load_state(state["buffer"])
 
     # ---- prompts ----
 
@@ -92,13 +96,17 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         else:
             rows, per_epoch = StreamRows(self.train_dataset), None
         self.prompts = Prompts(rows, rank=args.process_index, world=args.world_size)
-        self.buffer = PictureBuffer(
+        return self.loader_of_minibatches(per_epoch)
+
+    def loader_of_minibatches(self, per_epoch: int | None) -> DataLoader:
+        """The minibatches of rollout batches, `per_epoch` of them an epoch; None: without end."""
+        self.buffer = RolloutBuffer(
             self.roll_out,
-            minibatches=args.minibatches_per_rollout_batch,
-            iterations=args.num_iterations,
+            minibatches=self.args.minibatches_per_rollout_batch,
+            iterations=self.args.num_iterations,
             per_epoch=per_epoch,
-            state_of=self.items_state,
-            items_of=self.items_from,
+            state_of=state_of_items,
+            batch_from=partial(items_from, self.item_class),
         )
         return self.buffer.loader()
 
@@ -139,14 +147,6 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Any]]:
         """What is learned from, for each picture."""
         raise NotImplementedError
-
-    def items_state(self, items: Sequence[Any]) -> dict[str, Any]:
-        """Items of a minibatch as a checkpoint holds them."""
-        return state_of_transitions(items)
-
-    def items_from(self, state: Mapping[str, Any]) -> list[Any]:
-        """What `items_state` wrote."""
-        return transitions_from(state)
 
     def experience(self, batch: PictureBatch) -> Experience:
         """The rollout batch of this process, as algorithms see it."""
