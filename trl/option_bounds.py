@@ -59,18 +59,21 @@ _NAMES = {
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps batch_size mini_batch_size
         forward_batch_size ppo_epochs dataset_num_proc max_tokens_per_micro_batch max_skipped_steps
         eval_accumulation_steps precompute_ref_batch_size ddp_timeout pad_to_multiple_of n_improve_steps compare_steps
-        max_new_tokens num_generations raters_per_item limit
+        max_new_tokens num_generations num_generations_eval num_iterations steps_per_generation raters_per_item limit
+        num_inference_steps num_inference_steps_eval noise_levels sample_batch_size vae_batch_size
+        max_steps_per_micro_batch
     """,
     NOT_NEGATIVE: """
         num_train_epochs weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay save_total_limit
         dataloader_num_workers cpo_alpha center_rewards_coefficient mistakes_shown max_resampling
         num_completions_to_print neftune_noise_alpha epsilon epsilon_high logging_steps save_steps eval_steps
+        picture_steps num_pictures old_decay_rate
     """,
     POSITIVE: """
         reward_timeout delta horizon target ratio_threshold sapo_temperature_neg sapo_temperature_pos max_waiting
         max_request_tokens max_request_megabytes max_request_pixels request_timeout
     """,
-    PROBABILITY: "adam_beta1 adam_beta2 label_smoothing_factor",
+    PROBABILITY: "adam_beta1 adam_beta2 label_smoothing_factor ema_decay old_decay_max",
     SHARE: "top_entropy_quantile",
 }
 BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split()} | {
@@ -78,6 +81,8 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
     "seed": Bound(0, 2**32 - 1),
     "data_seed": Bound(0, 2**32 - 1),
     "max_steps": Bound(-1),
+    "timestep_fraction": Bound(0, 1, above=True),
+    "nft_beta": Bound(0, 1, above=True),
     "temperature": Bound(0, words="0 (the most likely token) or a positive number"),
     "top_k": Bound(0, words="a count of tokens, or 0 for all"),
     "top_p": Bound(0, 1, above=True, words="a probability above 0 and up to 1"),

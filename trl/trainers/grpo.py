@@ -132,10 +132,8 @@ class GRPOConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss_aggregation = self._averaging()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self.check_groups()
         self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
-        if self.num_generations < 2:
-            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 completions.")
         if self.importance_sampling_correction is None:
             self.importance_sampling_correction = self.use_vllm
         self.make_algorithm()

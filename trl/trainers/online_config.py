@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers import GenerationConfig
 
-from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError, suggest
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.config import ReferenceConfig
+from trl.trainers.rollout_options import RolloutOptions
 from trl.trainers.sampler_options import SamplerOptions
 from trl.types import Algorithm
 
@@ -45,32 +45,19 @@ NAMES = {"stop_strings": "stop"}
 
 
 @dataclass
-class OnlineConfig(SamplerOptions, ReferenceConfig):
+class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     """Options of `OnlineTrainer`. Batch sizes count completions."""
 
     ALIASES: ClassVar[dict[str, str]] = {**ReferenceConfig.ALIASES, **ALIASES}
 
-    shuffle_dataset: bool = True
-    """Take prompts in a random order, another one each epoch."""
-
     max_completion_length: int | None = 512
     """Tokens sampled at most per completion. None: as many as the model's context leaves."""
-
-    num_generations: int = 8
-    """Completions of each prompt."""
 
     num_generations_eval: int | None = None
     """Completions of each prompt in evaluation. None: as in training."""
 
     generation_batch_size: int | None = None
     """Completions of a rollout batch, over all processes. None: as `steps_per_generation` says."""
-
-    steps_per_generation: int | None = None
-    """Micro-batches of per_device_train_batch_size that a rollout batch is trained on in. None: gradient_accumulation_steps, so
-    that every rollout batch is one optimizer step."""
-
-    num_iterations: int = 1
-    """How often a rollout batch is gone through."""
 
     temperature: float = 1.0
     """Divides the logits, in sampling and in training. 0: the most likely token is taken, and learned from at 1."""
@@ -95,15 +82,6 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
 
     chat_template_kwargs: dict[str, Any] | str | None = None
     """Arguments for the chat template."""
-
-    reward_weights: list[float] | None = None
-    """Weight of each reward function in the sum. None: 1 each."""
-
-    multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
-    """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
-
-    reward_timeout: float | None = None
-    """Seconds that a call of a reward function may take. It then runs in a process of its own. None: no limit."""
 
     on_reward_error: Literal["stop", "drop"] = "stop"
     """What happens when a reward function fails: "stop", or "drop" the sample and count it."""
@@ -155,9 +133,6 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
                 "in a random order, or as they come with shuffle_dataset=False."
             )
         self.check_sampler()
-        for name in ("num_generations", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1.")
         self.check_batches()
         limit = self.max_completion_length
         self.sampling_params(max_new_tokens=sys.maxsize if limit is None else limit, seed=self.seed)
@@ -195,7 +170,7 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
     def minibatches_per_rollout_batch(self) -> int:
         """Micro-batches of a rollout batch, on each process."""
         if self.generation_batch_size is None:
-            return self.steps_per_generation or self.gradient_accumulation_steps
+            return super().minibatches_per_rollout_batch
         together = self.per_device_train_batch_size * self.world_size
         minibatches, rest = divmod(self.generation_batch_size, together)
         if rest or self.steps_per_generation not in (None, minibatches):
@@ -205,23 +180,3 @@ class OnlineConfig(SamplerOptions, ReferenceConfig):
                 f"{self.steps_per_generation or 'a whole number'}): leave one of them out."
             )
         return minibatches
-
-    @property
-    def prompts_per_rollout_batch(self) -> int:
-        """Prompts of a rollout batch, on each process. A group stays whole on one process."""
-        return self.per_device_train_batch_size * self.minibatches_per_rollout_batch // self.num_generations
-
-    def check_batches(self) -> None:
-        """Raise ConfigError where a rollout batch does not hold whole groups."""
-        completions = self.per_device_train_batch_size * self.minibatches_per_rollout_batch
-        if completions % self.num_generations:
-            raise ConfigError(
-                f"A rollout batch has {completions} completions per process (per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} × steps_per_generation={self.minibatches_per_rollout_batch}), which is no multiple "
-                f"of num_generations={self.num_generations}: change one of the three."
-            )
-
-    @property
-    def is_on_policy(self) -> bool:
-        """Whether every rollout batch is trained on once, in the optimizer step for which it was sampled."""
-        return self.num_iterations == 1 and self.gradient_accumulation_steps % self.minibatches_per_rollout_batch == 0

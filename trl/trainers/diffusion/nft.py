@@ -28,7 +28,6 @@ from trl.diffusion.forward_process import (
 from trl.diffusion.pipelines import SwappedWeights
 from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of
 from trl.diffusion.solvers import Schedule
-from trl.errors import ConfigError
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
 from trl.trainers.diffusion.rollouts import DiffusionRolloutTrainer
 from trl.types import Experience, Metrics
@@ -62,17 +61,7 @@ class DiffusionNFTConfig(DiffusionRolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
-        self._at_least_one("noise_levels")
-        if self.num_generations < 2:
-            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 pictures.")
-        if not 0 < self.nft_beta <= 1:
-            raise ConfigError(f"nft_beta={self.nft_beta}: give a number in (0, 1].")
-        if not 0 <= self.old_decay_max < 1 or self.old_decay_rate < 0:
-            raise ConfigError(
-                f"old_decay_rate={self.old_decay_rate}, old_decay_max={self.old_decay_max}: give a rate of 0 or more, and a "
-                "largest decay in [0, 1)."
-            )
+        self.check_groups()
 
 
 class DiffusionNFTTrainer(DiffusionRolloutTrainer):

@@ -1,0 +1,70 @@
+"""Options of every trainer that learns from samples of its model, texts or pictures, with rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl.algorithms.advantages import RewardAggregation
+from trl.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class RolloutOptions:
+    """How rollout batches are made and gone through, beside the options of `TrainerConfig`."""
+
+    shuffle_dataset: bool = True
+    """Take prompts in a random order, another one each epoch."""
+
+    num_generations: int = 8
+    """Samples (completions, pictures) of each prompt."""
+
+    steps_per_generation: int | None = None
+    """Batches of per_device_train_batch_size samples that a rollout batch is trained on in. None: gradient_accumulation_steps,
+    so that every rollout batch is one optimizer step."""
+
+    num_iterations: int = 1
+    """How often a rollout batch is gone through."""
+
+    reward_weights: list[float] | None = None
+    """Weight of each reward function in the sum. None: 1 each."""
+
+    multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
+    """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
+
+    reward_timeout: float | None = None
+    """Seconds that a call of a reward function may take. It then runs in a process of its own. None: no limit."""
+
+    SAMPLES: ClassVar[str] = "completions"
+    """What samples are called in errors."""
+
+    @property
+    def minibatches_per_rollout_batch(self) -> int:
+        """Micro-batches of a rollout batch, on each process."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_rollout_batch(self) -> int:
+        """Prompts of a rollout batch, on each process. A group stays whole on one process."""
+        return self.per_device_train_batch_size * self.minibatches_per_rollout_batch // self.num_generations
+
+    def check_batches(self) -> None:
+        """Raise ConfigError where a rollout batch does not hold whole groups."""
+        samples = self.per_device_train_batch_size * self.minibatches_per_rollout_batch
+        if samples % self.num_generations:
+            raise ConfigError(
+                f"A rollout batch has {samples} {self.SAMPLES} per process (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} × steps_per_generation={self.minibatches_per_rollout_batch}), which is no "
+                f"multiple of num_generations={self.num_generations}: change one of the three."
+            )
+
+    def check_groups(self) -> None:
+        """Read True and False of `scale_rewards` as names. Raises ConfigError for groups in which nothing can be compared."""
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 {self.SAMPLES}.")
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether every rollout batch is trained on once, in the optimizer step for which it was sampled."""
+        return self.num_iterations == 1 and self.gradient_accumulation_steps % self.minibatches_per_rollout_batch == 0
