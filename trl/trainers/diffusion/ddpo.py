@@ -26,20 +26,16 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trl.algorithms.ddpo import DDPO, PromptStatistics
 from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
 from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of, split_pictures
-from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
 from trl.trainers.diffusion.base import check_prompt
-from trl.trainers.diffusion.batch_ddpo import prompt_moments
-from trl.trainers.diffusion.config import DiffusionRolloutConfig
+from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOConfig, DiffusionDDPOTrainer
 from trl.trainers.diffusion.ddpo_config import DDPOConfig
-from trl.trainers.diffusion.grpo import StepPolicyTrainer
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker
 from trl.training.checkpoint import checkpoints
@@ -49,7 +45,7 @@ Hook = Callable[[list[list[Any]], int, Any], Any]
 
 
 @dataclass
-class DDPOArguments(DiffusionRolloutConfig):
+class DDPOArguments(DiffusionDDPOConfig):
     """The options of a `DDPOConfig` by the names of all trainers."""
 
     train_cfg: bool = True
@@ -58,7 +54,7 @@ class DDPOArguments(DiffusionRolloutConfig):
     @property
     def is_on_policy(self) -> bool:
         """Whether an epoch is one optimizer step, by the model that sampled."""
-        return self.train_cfg and self.gradient_accumulation_steps % self.minibatches_per_rollout_batch == 0
+        return self.train_cfg and super().is_on_policy
 
     @classmethod
     def of(cls, config: DDPOConfig) -> DDPOArguments:
@@ -69,8 +65,9 @@ class DDPOArguments(DiffusionRolloutConfig):
             **config.shared_arguments(),
             per_device_train_batch_size=config.train_batch_size,
             steps_per_generation=batches,
-            num_generations=1,
             num_inference_steps=config.sample_num_steps,
+            noise_level=config.sample_eta,
+            epsilon=config.train_clip_range,
             guidance_scale=config.sample_guidance_scale,
             negative_prompt=config.negative_prompts,
             advantage_clip=config.train_adv_clip_max,
@@ -79,10 +76,13 @@ class DDPOArguments(DiffusionRolloutConfig):
             logging_strategy="steps",
             logging_steps=1,
             train_cfg=config.train_cfg,
+            per_prompt_stat_tracking=config.per_prompt_stat_tracking,
+            per_prompt_stat_tracking_buffer_size=config.per_prompt_stat_tracking_buffer_size,
+            per_prompt_stat_tracking_min_count=config.per_prompt_stat_tracking_min_count,
         )
 
 
-class DDPOTrainer(StepPolicyTrainer):
+class DDPOTrainer(DiffusionDDPOTrainer):
     """Train Stable Diffusion by DDPO (arXiv:2305.13301).
 
     config               a `DDPOConfig`
@@ -110,17 +110,11 @@ class DDPOTrainer(StepPolicyTrainer):
             image_samples_hook,
         )
         self.sd_pipeline = sd_pipeline
-        self.algorithm = DDPO(clip_range=config.train_clip_range, advantage_clip=config.train_adv_clip_max)
         sd_pipeline.get_trainable_layers()
         args = DDPOArguments.of(config)
         config.check_batches(args.world_size)
         super().__init__(sd_pipeline.sd_pipeline, _named_as(reward_function), args)
         set_seed(config.seed, device_specific=True)  # every process has prompts and noise of its own
-        self.statistics_of_prompts = None
-        if config.per_prompt_stat_tracking:
-            sizes = (config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count)
-            self.statistics_of_prompts = PromptStatistics(*sizes)
-            self.states.register("prompt_statistics", self.statistics_of_prompts)
         self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
         self._samples: list[list[Any]] = []
         self.tracker = start_tracker(config, self.accelerator)
@@ -129,9 +123,6 @@ class DDPOTrainer(StepPolicyTrainer):
     def num_train_timesteps(self) -> int:
         """Denoising steps of a picture that are trained on."""
         return max(1, int(self.config.sample_num_steps * self.config.train_timestep_fraction))
-
-    def noisy_schedule(self) -> Schedule:
-        return self.denoiser.schedule(self.config.sample_num_steps, eta=self.config.sample_eta)
 
     def training_negative(self) -> Text | None:
         return super().training_negative() if self.config.train_cfg else None
@@ -178,10 +169,7 @@ class DDPOTrainer(StepPolicyTrainer):
 
     def roll_out(self) -> list[list[Transition]]:
         batch = self.sample_epoch()
-        experience = self.experience(batch)
-        if self.statistics_of_prompts is not None:
-            experience = experience.with_signals(**prompt_moments(self.statistics_of_prompts, batch, self.accelerator))
-        experience, _ = advantages_over_ranks(experience, self.advantages, self.accelerator)
+        experience, _ = advantages_over_ranks(self.experience(batch), self.advantages, self.accelerator)
         self._log_rollouts(batch, experience, "train")
         self.log_epoch(batch)
         count = self.args.minibatches_per_rollout_batch // self.config.train_num_inner_epochs

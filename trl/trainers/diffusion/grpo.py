@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,33 @@ from trl.errors import ConfigError
 from trl.ops.gaussian import gaussian_kl
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
 from trl.trainers.diffusion.rollouts import DiffusionRolloutTrainer
-from trl.types import Experience, Metrics
+from trl.types import Algorithm, Experience, Metrics
 
 
 @dataclass
-class DiffusionGRPOConfig(DiffusionRolloutConfig):
-    """Options of `DiffusionGRPOTrainer`."""
+class StepPolicyConfig(DiffusionRolloutConfig):
+    """Options of the trainers whose items are denoising steps, each with a likelihood."""
 
     noise_level: float = 0.7
     """How noisy the steps are that are trained on: a of Flow-GRPO's stochastic equation, η of DDIM (where 1 is common)."""
+
+    timestep_fraction: float = 1.0
+    """Train on this share of the steps, from pure noise on; Flow-GRPO has 0.99. The last steps of DDIM have hardly any noise:
+    they change pictures least, and their gradient is the largest, the more so the fewer steps there are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise_level > 0:
+            raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
+
+    def make_algorithm(self) -> Algorithm:
+        """The algorithm that these options describe."""
+        raise NotImplementedError
+
+
+@dataclass
+class DiffusionGRPOConfig(StepPolicyConfig):
+    """Options of `DiffusionGRPOTrainer`."""
 
     beta: float = 0.0
     """Coefficient of the KL to the reference in the loss; Flow-GRPO has 0.01 to 0.04. 0: no reference is kept."""
@@ -64,9 +82,6 @@ class DiffusionGRPOConfig(DiffusionRolloutConfig):
     zero_variance: Literal["keep", "drop"] = "keep"
     """Groups whose rewards are all equal: "keep" them, or "drop" them (not trained on)."""
 
-    timestep_fraction: float = 1.0
-    """Train on this share of the steps, from pure noise on; Flow-GRPO has 0.99."""
-
     sde_window_size: int = 0
     """Noise, and training, in so many consecutive steps alone; the others are deterministic (MixGRPO, arXiv:2507.21802).
     0: in all steps."""
@@ -77,12 +92,7 @@ class DiffusionGRPOConfig(DiffusionRolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
-        if self.num_generations < 2:
-            raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 pictures.")
-        if not self.noise_level > 0:
-            raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
-        check_share(timestep_fraction=self.timestep_fraction)
+        self.check_groups()
         self._check_window()
         self.make_algorithm()
 
@@ -97,7 +107,6 @@ class DiffusionGRPOConfig(DiffusionRolloutConfig):
             raise ConfigError("sde_window_range has no effect without sde_window_size.")
 
     def make_algorithm(self) -> DiffusionGRPO:
-        """The algorithm that these options describe."""
         gdpo = self.multi_objective_aggregation == NORMALIZE_THEN_SUM
         return DiffusionGRPO(
             scale="batch" if gdpo else self.scale_rewards,
@@ -114,26 +123,18 @@ class DiffusionGRPOConfig(DiffusionRolloutConfig):
             return CISPO() if high is None else CISPO(high)
         return SAPO()
 
-    @property
-    def is_on_policy(self) -> bool:
-        """Whether every rollout batch is trained on once, in the optimizer step for which it was sampled."""
-        accumulated = self.gradient_accumulation_steps % self.minibatches_per_rollout_batch
-        return self.num_iterations == 1 and accumulated == 0
-
 
 class StepPolicyTrainer(DiffusionRolloutTrainer):
     """Base of the trainers whose items are denoising steps, each with a likelihood."""
 
-    algorithm: Any
+    config_class = StepPolicyConfig
 
     def prepare(self) -> None:
-        self.schedule = self.noisy_schedule()
+        self.algorithm = self.args.make_algorithm()
+        # All steps have their noise here: whichever of them are trained on, these are their densities.
+        self.schedule = self.denoiser.schedule(self.args.num_inference_steps, eta=self.args.noise_level)
         if self.algorithm.needs_reference:
             self.keep_reference_model()
-
-    def noisy_schedule(self) -> Schedule:
-        """All steps with their noise: whichever of them are trained on, these are their densities."""
-        raise NotImplementedError
 
     def training_schedule(self) -> Schedule:
         return self.schedule
@@ -142,8 +143,10 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
         return self.algorithm.advantages(experience)
 
     def kept(self, batch: PictureBatch) -> Tensor:
-        """`[N,T]` bool: which steps are learned from."""
-        return batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
+        """`[N,T]` bool: which steps are learned from; of the share that is asked for, at least one."""
+        steps = batch.trajectories.mask.shape[1]
+        first = torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
+        return first & batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
 
     def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Transition]]:
         signals = {name: experience.signals[name] for name in ("advantages", "old_logprobs")}
@@ -192,13 +195,6 @@ class DiffusionGRPOTrainer(StepPolicyTrainer):
 
     config_class = DiffusionGRPOConfig
 
-    def prepare(self) -> None:
-        self.algorithm = self.args.make_algorithm()
-        super().prepare()
-
-    def noisy_schedule(self) -> Schedule:
-        return self.denoiser.schedule(self.args.num_inference_steps, eta=self.args.noise_level)
-
     def training_schedule(self) -> Schedule:
         """The steps of the next rollout batch: its window of noise is drawn."""
         steps, args = self.args.num_inference_steps, self.args
@@ -213,22 +209,6 @@ class DiffusionGRPOTrainer(StepPolicyTrainer):
 
     def kept(self, batch: PictureBatch) -> Tensor:
         keep = super().kept(batch)
-        keep &= first_steps(keep.shape[1], share=self.args.timestep_fraction)
         if self.args.zero_variance == "drop":
             keep &= ~has_no_variance(batch.rewards, batch.group)[:, None]
         return keep
-
-
-# ---- a share of the steps ----
-
-
-def check_share(**option: float) -> None:
-    """Raises ConfigError for a share of steps that is none."""
-    for name, value in option.items():
-        if not 0 < value <= 1:
-            raise ConfigError(f"{name}={value}: give a share in (0, 1].")
-
-
-def first_steps(count: int, *, share: float) -> Tensor:
-    """`[count]` bool: this share of the steps, from pure noise on, and at least one."""
-    return torch.arange(count) < max(1, int(count * share))
