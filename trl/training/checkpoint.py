@@ -27,15 +27,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from trl.errors import ConfigError, ModelError, suggest
 from trl.models.files import SHARDS, WEIGHTS, is_cut_short
 from trl.models.shards import check_shards, is_inside
+from trl.training.collectives import all_gather_object, run_on_main
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +90,11 @@ def _together(action: Callable[[], None], folder: Path, accelerator: Accelerator
         action()
     except Exception as error:  # the others wait to hear of it
         failure = error
-    failed = torch.tensor([failure is not None], device=accelerator.device).int()
-    number = int(accelerator.gather(failed).sum()) if accelerator.num_processes > 1 else int(failed)
+    failed = sum(all_gather_object(failure is not None, accelerator))
     if failure is not None:
         raise failure
-    if number:
-        raise CheckpointError(f"{str(folder)!r} was not written: it failed on {number} of the other processes.")
+    if failed:
+        raise CheckpointError(f"{str(folder)!r} was not written: it failed on {failed} of the other processes.")
 
 
 def publish(beside: Path, folder: Path, processes: int = 1) -> None:
@@ -281,35 +279,26 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def resolve_checkpoint(asked: str | Path | bool | None, run: str, accelerator: Accelerator) -> str | None:
+def resolve_checkpoint(asked: str | Path | bool | None, run: str) -> str | None:
     """The folder that `resume_from_checkpoint` means; None to start at the beginning.
 
     True is the newest good checkpoint in `run`, "last" as well, or the beginning if there is none. All processes go by
     what the main one finds. Raises ConfigError for one that is not there, or not whole.
     """
-    if asked in (None, False):
-        return None
-    found = [*_find(asked, run)] if accelerator.is_main_process else [None, ""]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    checkpoint, problem = found
-    if problem:
-        raise ConfigError(problem)
-    return checkpoint
+    return None if asked in (None, False) else run_on_main(lambda: _find(asked, run))
 
 
-def _find(asked: str | Path | bool, run: str) -> tuple[str | None, str]:
-    """The checkpoint's name, or what is wrong."""
+def _find(asked: str | Path | bool, run: str) -> str | None:
     if asked is not True and asked != "last":
-        return str(Path(asked).expanduser()), _problem(asked)
+        return check_checkpoint(asked)
     newest = newest_checkpoint(run)
     if newest is not None:
         logger.info(f"Going on from {newest}.")
-        return str(newest), ""
+        return str(newest)
     if asked == "last":
         logger.info(f"There is no checkpoint to resume in {run!r}: starting at the beginning.")
-        return None, ""
-    return None, (
+        return None
+    raise ConfigError(
         f"resume_from_checkpoint=True: there is no good checkpoint in {run!r}. Start from the beginning "
         "(resume_from_checkpoint=None), or say 'last' to do that where there is none."
     )
@@ -317,23 +306,17 @@ def _find(asked: str | Path | bool, run: str) -> tuple[str | None, str]:
 
 def check_checkpoint(folder: str | Path) -> str:
     """The name of a checkpoint. Raises ConfigError if it is not there, or not whole."""
-    if problem := _problem(folder):
-        raise ConfigError(problem)
-    return str(Path(folder).expanduser())
-
-
-def _problem(folder: str | Path) -> str:
-    path = Path(folder).expanduser()
+    path, given = Path(folder).expanduser(), f"resume_from_checkpoint={str(folder)!r}"
     if not path.is_dir():
         beside = [str(each) for each in checkpoints(path.parent)]
-        return f"resume_from_checkpoint={str(folder)!r}: there is no such folder.{suggest(str(path), beside)}"
+        raise ConfigError(f"{given}: there is no such folder.{suggest(str(path), beside)}")
     if inside := checkpoints(path):
-        return f"resume_from_checkpoint={str(folder)!r} is a run's folder. Did you mean {str(inside[0])!r}?"
+        raise ConfigError(f"{given} is a run's folder. Did you mean {str(inside[0])!r}?")
     if not any(path.iterdir()):
-        return f"resume_from_checkpoint={str(folder)!r} is an empty folder: name a checkpoint-… folder of a run."
+        raise ConfigError(f"{given} is an empty folder: name a checkpoint-… folder of a run.")
     if reason := why_not_resumable(path):
-        return f"resume_from_checkpoint={str(folder)!r} cannot be resumed: {reason}."
-    return ""
+        raise ConfigError(f"{given} cannot be resumed: {reason}.")
+    return str(path)
 
 
 # ---- full disks ----

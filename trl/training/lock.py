@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from trl.errors import ConfigError
+from trl.training.collectives import is_main, run_on_main
 
 try:
     import fcntl
@@ -33,23 +31,13 @@ HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
-def only_run_in(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
+def only_run_in(folder: str | Path) -> Iterator[None]:
     """Hold the lock of an output folder. Raises ConfigError on all processes where another run holds it."""
-    lock: int | None = None
-    problem = [""]
-    if accelerator.is_main_process:
-        try:
-            lock = acquire(Path(folder))
-        except ConfigError as error:
-            problem = [str(error)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise ConfigError(problem[0])
+    lock, holds_it = run_on_main(lambda: acquire(Path(folder))), is_main()
     try:
         yield
     finally:
-        if lock is not None:
+        if lock is not None and holds_it:
             release(Path(folder), lock)
 
 

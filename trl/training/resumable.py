@@ -72,8 +72,8 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
-        with only_run_in(self.args.output_dir, self.accelerator), steady_streams():
-            checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir, self.accelerator)
+        with only_run_in(self.args.output_dir), steady_streams():
+            checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
             self._check_folder(checkpoint)
             if checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
