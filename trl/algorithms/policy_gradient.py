@@ -33,13 +33,17 @@ def ratio(log_ratio: Tensor) -> Tensor:
 
 
 @shapes(log_ratio="...?", advantages="...?")
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float) -> Tensor:
-    """min(ρ A, clip(ρ, 1 − low, 1 + high) A): what is maximised, `[N,C]`. Either argument may be `[N,1]`.
+def clipped_surrogate(
+    log_ratio: Tensor, advantages: Tensor, *, low: float, high: float, delta: float | None = None
+) -> Tensor:
+    """min(min(ρ, δ) A, clip(ρ, 1 − low, 1 + high) A): what is maximised, `[N,C]`. Either argument may be `[N,1]`.
 
-    Once ρ has moved beyond a bound in the direction that A asks for, there is nothing more to gain and no gradient.
+    Once ρ has moved beyond a bound in the direction that A asks for, there is nothing more to gain and no gradient. δ bounds
+    ρ where that does not: above 1 + high with a negative advantage (arXiv:2505.07291, Eq. 1). None: no such bound.
     """
     rho = ratio(log_ratio)
-    return torch.minimum(rho * advantages, rho.clamp(1 - low, 1 + high) * advantages)
+    bounded = rho if delta is None else rho.clamp(max=delta)
+    return torch.minimum(bounded * advantages, rho.clamp(1 - low, 1 + high) * advantages)
 
 
 @shapes(log_ratio="...?", advantages="...?")

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trl.algorithms.policy_gradient import ratio
+from trl.algorithms.policy_gradient import clipped_surrogate, ratio
 from trl.ops.shapes import shapes
 from trl.types import Metrics
 
@@ -63,9 +63,8 @@ class Clip:
     delta: float | None = None
 
     def __call__(self, terms: Terms) -> Tensor:
-        rho = ratio(terms.log_ratio)
-        bounded = rho if self.delta is None else rho.clamp(max=self.delta)
-        return torch.minimum(bounded * terms.advantages, rho.clamp(1 - self.low, 1 + self.high) * terms.advantages)
+        bounds = {"low": self.low, "high": self.high, "delta": self.delta}
+        return clipped_surrogate(terms.log_ratio, terms.advantages, **bounds)
 
     def metrics(self, terms: Terms) -> Metrics:
         return clip_metrics(terms.log_ratio, terms, below=1 - self.low, above=1 + self.high)
