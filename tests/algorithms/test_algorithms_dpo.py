@@ -7,6 +7,7 @@ import torch
 
 from trl.algorithms import dpo
 from trl.algorithms.dpo import DPO, LOSSES
+from trl.algorithms.pairs import VIEWS
 from trl.errors import ConfigError, DataError
 from trl.types import Batch, Scores
 
@@ -266,7 +267,7 @@ def test_gradients(name):
     loss = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
     inputs = tuple((-torch.rand(3, generator=generator, dtype=torch.float64)).requires_grad_() for _ in range(3))
-    count = len(loss.view(*DPO(loss_types="sigmoid").sides(*make(*PAIR))))
+    count = len(VIEWS[loss.view](*DPO(loss_types="sigmoid").sides(*make(*PAIR))))
     options = {"beta": 0.7, "label_smoothing": 0.1, "discopop_tau": 0.5}
     options |= {"simpo_gamma": 0.5, "cpo_alpha": 0.3, "alphapo_alpha": 0.25}
     keywords = {k: options[k] for k in loss.options}

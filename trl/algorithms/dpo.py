@@ -156,14 +156,14 @@ def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothi
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A formula, and what it sees of a pair: `formula(*view(chosen, rejected), **options) -> [P]`.
+    """A formula, and by a name in `pairs.VIEWS` what it sees of a pair: `formula(*view(chosen, rejected), **options) -> [P]`.
 
     Its options are its keyword arguments, by the names of `DPO`'s fields. `reward` of a side, times β, is what
     `rewards/*` report.
     """
 
     formula: Callable[..., Tensor]
-    view: Callable[[Side, Side], tuple[Tensor, ...]]
+    view: str
     reward: Callable[[Side], Tensor] = attrgetter("score")
     needs_reference: bool = True
     needs_full_batch: bool = False
@@ -173,7 +173,7 @@ class Loss:
         return _options(self.formula)
 
     def __call__(self, chosen: Side, rejected: Side, options: DPO) -> Tensor:
-        return _bind(self.formula, options)(*self.view(chosen, rejected))
+        return _bind(self.formula, options)(*pairs.VIEWS[self.view](chosen, rejected))
 
 
 @cache
@@ -210,25 +210,25 @@ DPOLoss = Literal[
 ]
 
 LOSSES: dict[DPOLoss, Loss] = {
-    "sigmoid": Loss(sigmoid, pairs.scores),
-    "sigmoid_norm": Loss(sigmoid, pairs.mean_scores),
-    "hinge": Loss(hinge, pairs.scores),
-    "ipo": Loss(ipo, pairs.mean_scores),
-    "exo_pair": Loss(exo_pair, pairs.scores),
-    "robust": Loss(robust, pairs.scores),
-    "discopop": Loss(discopop, pairs.scores),
-    "nca_pair": Loss(nca_pair, pairs.logratios),
-    "bco_pair": Loss(bco_pair, pairs.logratios),
-    "sppo_hard": Loss(sppo_hard, pairs.logratios),
-    "apo_zero": Loss(apo_zero, pairs.logratios),
-    "apo_down": Loss(apo_down, pairs.logratios),
-    "aot": Loss(aot, pairs.margins, needs_full_batch=True),
-    "aot_unpaired": Loss(aot_unpaired, pairs.logratios, needs_full_batch=True),
-    "sft": Loss(sft, pairs.chosen_nll, needs_reference=False),
-    "cpo": Loss(cpo, pairs.logprobs_and_nll, attrgetter("logprob"), needs_reference=False),
-    "simpo": Loss(simpo, pairs.mean_logprobs, attrgetter("mean_logprob"), needs_reference=False),
-    "alphapo": Loss(alphapo, pairs.mean_logprobs, attrgetter("mean_logprob"), needs_reference=False),
-    "orpo": Loss(orpo, pairs.mean_logprobs_and_nll, attrgetter("mean_logprob"), needs_reference=False),
+    "sigmoid": Loss(sigmoid, "scores"),
+    "sigmoid_norm": Loss(sigmoid, "mean_scores"),
+    "hinge": Loss(hinge, "scores"),
+    "ipo": Loss(ipo, "mean_scores"),
+    "exo_pair": Loss(exo_pair, "scores"),
+    "robust": Loss(robust, "scores"),
+    "discopop": Loss(discopop, "scores"),
+    "nca_pair": Loss(nca_pair, "logratios"),
+    "bco_pair": Loss(bco_pair, "logratios"),
+    "sppo_hard": Loss(sppo_hard, "logratios"),
+    "apo_zero": Loss(apo_zero, "logratios"),
+    "apo_down": Loss(apo_down, "logratios"),
+    "aot": Loss(aot, "margins", needs_full_batch=True),
+    "aot_unpaired": Loss(aot_unpaired, "logratios", needs_full_batch=True),
+    "sft": Loss(sft, "chosen_nll", needs_reference=False),
+    "cpo": Loss(cpo, "logprobs_and_nll", attrgetter("logprob"), needs_reference=False),
+    "simpo": Loss(simpo, "mean_logprobs", attrgetter("mean_logprob"), needs_reference=False),
+    "alphapo": Loss(alphapo, "mean_logprobs", attrgetter("mean_logprob"), needs_reference=False),
+    "orpo": Loss(orpo, "mean_logprobs_and_nll", attrgetter("mean_logprob"), needs_reference=False),
 }
 """Names of `loss_types`. Those that couple the pairs of a batch need it whole: they cannot be split."""
 
@@ -399,7 +399,7 @@ def _check_combinations(o: DPO) -> None:
 
 def _check_divergence(o: DPO, losses: dict[str, Loss]) -> None:
     """An f-divergence is defined for differences between chosen and rejected scores: see `f_dpo`."""
-    of_scores = [name for name, loss in LOSSES.items() if loss.view in (pairs.scores, pairs.mean_scores)]
+    of_scores = [name for name, loss in LOSSES.items() if loss.view in ("scores", "mean_scores")]
     wrong = [name for name, loss in losses.items() if name not in of_scores and loss.needs_reference]
     if wrong or o.reference_free or not set(losses) & set(of_scores):
         raise ConfigError(

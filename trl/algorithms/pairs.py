@@ -129,44 +129,17 @@ def by_preference(name: str, values: Tensor, chosen: Tensor) -> Metrics:
     }
 
 
-# Views: the tensors `[P]` of both sides that a formula is given.
+VIEWS: dict[str, Callable[[Side, Side], tuple[Tensor, ...]]] = {
+    "scores": lambda chosen, rejected: (chosen.score, rejected.score),
+    "mean_scores": lambda chosen, rejected: (chosen.mean_score, rejected.mean_score),
+    "logratios": lambda chosen, rejected: (chosen.logratio, rejected.logratio),
+    "margins": lambda chosen, rejected: (chosen.logprob - rejected.logprob, chosen.ref_logprob - rejected.ref_logprob),
+    "mean_logprobs": lambda chosen, rejected: (chosen.mean_logprob, rejected.mean_logprob),
+    "mean_logprobs_and_nll": lambda chosen, rejected: (chosen.mean_logprob, rejected.mean_logprob, chosen.nll),
+    "logprobs_and_nll": lambda chosen, rejected: (chosen.logprob, rejected.logprob, chosen.nll),
+    "chosen_nll": lambda chosen, rejected: (chosen.nll,),
+}
+"""What a formula is given of a pair's two sides, `[P]` each: see the properties of `Side`.
 
-
-def scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """Scores of both sides, `[P]` each."""
-    return chosen.score, rejected.score
-
-
-def mean_scores(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """Scores per token of both sides, `[P]` each."""
-    return chosen.mean_score, rejected.mean_score
-
-
-def logratios(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """h = log π − log π_ref of both sides, `[P]` each."""
-    return chosen.logratio, rejected.logratio
-
-
-def margins(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """log π(y_w) − log π(y_l), of the policy and of the reference, `[P]` each."""
-    return chosen.logprob - rejected.logprob, chosen.ref_logprob - rejected.ref_logprob
-
-
-def mean_logprobs(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """Log-probabilities per token of both sides, `[P]` each."""
-    return chosen.mean_logprob, rejected.mean_logprob
-
-
-def mean_logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """Log-probabilities per token of both sides, and the NLL per token of the chosen one, `[P]` each."""
-    return chosen.mean_logprob, rejected.mean_logprob, chosen.nll
-
-
-def logprobs_and_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """Log-probabilities of both sides, and the NLL per token of the chosen one, `[P]` each."""
-    return chosen.logprob, rejected.logprob, chosen.nll
-
-
-def chosen_nll(chosen: Side, rejected: Side) -> tuple[Tensor, ...]:
-    """NLL per token of the chosen side, `[P]`."""
-    return (chosen.nll,)
+"margins" are log π(y_w) − log π(y_l), of the policy and of the reference.
+"""
