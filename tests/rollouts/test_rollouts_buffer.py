@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.callbacks.completions import LoggedMetrics, means_of, spread, write_completions
-from trl.rollouts.prompts import Prompts, StreamRows, TableRows
+from trl.rollouts.prompts import Prompts
 from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.types import Batch, Completion, Scores
 
@@ -22,12 +22,12 @@ def letters(rows):
 
 
 def test_prompts_are_dealt_in_turn():
-    processes = [Prompts(TableRows(ROWS, seed=0, shuffle=False), rank=rank, world=2) for rank in range(2)]
+    processes = [Prompts(ROWS, rank=rank, world=2) for rank in range(2)]
     assert [letters(p.take(2)) for p in processes] == ["ac", "bd"]
     assert [letters(p.deal([1, 3])) for p in processes] == ["e", "fgh"]
     assert [letters(p.deal([0, 1])) for p in processes] == ["", "a"]
     assert [p.cursor for p in processes] == [9, 9]
-    assert letters(Prompts(StreamRows(ROWS.to_iterable_dataset()), rank=1, world=2).take(3)) == "bdf"
+    assert letters(Prompts(ROWS.to_iterable_dataset(), rank=1, world=2).take(3)) == "bdf"
 
 
 HIGH = {"high_entropy": [1.0, 0.0, 1.0, 0.0]}

@@ -48,13 +48,21 @@ class StreamRows:
 class Prompts:
     """Rows for this process; `cursor` is the number of rows that all processes have taken.
 
-    Rows are dealt out in turn, one to each process, so that a part of a rollout batch holds the same prompts whatever the number
-    of processes.
+    Rows of a dataset are shuffled anew each epoch, where that is asked for; those of a stream come as they are. They are dealt
+    out in turn, one to each process, so that a part of a rollout batch holds the same prompts whatever the number of processes.
     """
 
-    def __init__(self, rows: TableRows | StreamRows, *, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.rank, self.world = rows, rank, world
+    def __init__(
+        self, rows: Dataset | IterableDataset, *, seed: int = 0, shuffle: bool = False, rank: int = 0, world: int = 1
+    ) -> None:
+        self.count = len(rows) if isinstance(rows, Dataset) else None
+        self.rows = StreamRows(rows) if self.count is None else TableRows(rows, seed=seed, shuffle=shuffle)
+        self.rank, self.world = rank, world
         self.cursor = 0
+
+    def batches_per_epoch(self, count: int) -> int | None:
+        """Whole batches of `count` rows for each process in an epoch, at least one; None for a stream, which has no end."""
+        return None if self.count is None else max(1, self.count // (count * self.world))
 
     def take(self, count: int) -> list[Row]:
         """`count` rows; the other processes take as many."""

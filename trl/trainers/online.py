@@ -46,7 +46,7 @@ from trl.rollouts.experience import (
     without_signals,
 )
 from trl.rollouts.local import LocalEngine
-from trl.rollouts.prompts import Prompts, StreamRows, TableRows
+from trl.rollouts.prompts import Prompts
 from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.base import BaseTrainer
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
@@ -237,16 +237,15 @@ class OnlineTrainer(BaseTrainer):
         return []
 
     def get_train_dataloader(self) -> DataLoader:
-        args, rows = self.args, self.train_dataset
-        is_table, together = isinstance(rows, Dataset), args.prompts_per_rollout_batch * args.world_size
-        source = TableRows(rows, seed=args.seed, shuffle=args.shuffle_dataset) if is_table else StreamRows(rows)
-        self.prompts = Prompts(source, rank=args.process_index, world=args.world_size)
+        args = self.args
+        shuffle = {"seed": args.seed, "shuffle": args.shuffle_dataset}
+        self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
         self.sampler.samplings["train"] = 0
         self.buffer = RolloutBuffer(
             self.roll_out,
             minibatches=args.minibatches_per_rollout_batch,
             iterations=args.num_iterations,
-            per_epoch=max(1, len(rows) // together) if is_table else None,
+            per_epoch=self.prompts.batches_per_epoch(args.prompts_per_rollout_batch),
         )
         return self.buffer.loader()
 

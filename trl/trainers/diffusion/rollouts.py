@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -34,7 +33,7 @@ from trl.errors import ConfigError
 from trl.rewards.call import call_rewards
 from trl.rewards.pictures import PictureSamples, make_picture_rewards
 from trl.rollouts.buffer import RolloutBuffer
-from trl.rollouts.prompts import Prompts, StreamRows, TableRows
+from trl.rollouts.prompts import Prompts
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
 from trl.training.collectives import advantages_over_ranks, gather_rows
@@ -89,14 +88,9 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         args = self.args
         if self.train_dataset is None:
             raise ConfigError("train_dataset is missing: give rows with `prompt`.")
-        if isinstance(self.train_dataset, Dataset):
-            rows = TableRows(self.train_dataset, seed=args.seed, shuffle=args.shuffle_dataset)
-            together = args.prompts_per_rollout_batch * args.world_size
-            per_epoch = max(1, len(self.train_dataset) // together)
-        else:
-            rows, per_epoch = StreamRows(self.train_dataset), None
-        self.prompts = Prompts(rows, rank=args.process_index, world=args.world_size)
-        return self.loader_of_minibatches(per_epoch)
+        shuffle = {"seed": args.seed, "shuffle": args.shuffle_dataset}
+        self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
+        return self.loader_of_minibatches(self.prompts.batches_per_epoch(args.prompts_per_rollout_batch))
 
     def loader_of_minibatches(self, per_epoch: int | None) -> DataLoader:
         """The minibatches of rollout batches, `per_epoch` of them an epoch; None: without end."""
