@@ -368,12 +368,6 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         examples = self.to_examples(list(first_rows(self.train_dataset, n)))[:n]
         return [as_text(example, self.tokenizer) for example in examples]
 
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        return dataset
-
-    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
-        return data_collator
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):

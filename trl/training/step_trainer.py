@@ -133,6 +133,13 @@ class StepTrainer(ResumableTrainer):
 
     # ---- the window ----
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """All columns: `items` looks at what there is."""
+        return dataset
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        return data_collator
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[list[Any]], int]:

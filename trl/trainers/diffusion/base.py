@@ -6,7 +6,7 @@ A subclass says what an item of a step is (a denoising step, a picture, a pair),
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from pathlib import Path
@@ -176,12 +176,6 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         return nullcontext() if self.ema is None else self.ema.in_place(self.module)
 
     # ---- steps ----
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        return dataset
-
-    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
-        return data_collator
 
     def size(self, item: Any) -> int:
         return 1
