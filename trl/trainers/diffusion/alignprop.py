@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from trl.diffusion.trajectories import draw, generators_for
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
 from trl.rollouts.buffer import RolloutBuffer
-from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
+from trl.trainers.diffusion.base import check_prompt
 from trl.trainers.diffusion.config import DiffusionConfig
-from trl.trainers.diffusion.ddpo import check_classic_arguments, checkpoint_in, two_values
+from trl.trainers.diffusion.ddpo import ClassicTrainer, two_values
 from trl.trainers.diffusion.ddpo_config import AlignPropConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker
@@ -54,7 +53,7 @@ class AskedBatch(PictureBatch):
     asked: Sequence[Asked]
 
 
-class AlignPropTrainer(DiffusionTrainer):
+class AlignPropTrainer(ClassicTrainer):
     """Train Stable Diffusion on a reward with a gradient. Arguments: see `DDPOTrainer`; the hook gets a dict of the batch."""
 
     config_class = DiffusionConfig
@@ -67,14 +66,7 @@ class AlignPropTrainer(DiffusionTrainer):
         sd_pipeline: DefaultDDPOStableDiffusionPipeline,
         image_samples_hook: Callable[[dict[str, Any], int, Any], Any] | None = None,
     ) -> None:
-        check_classic_arguments(config, AlignPropConfig, sd_pipeline)
-        self.config, self.sd_pipeline = config, sd_pipeline
-        self.reward_fn, self.prompt_fn, self.image_samples_callback = (
-            reward_function,
-            prompt_function,
-            image_samples_hook,
-        )
-        sd_pipeline.get_trainable_layers()
+        self.take_arguments(config, AlignPropConfig, reward_function, prompt_function, sd_pipeline, image_samples_hook)
         args = DiffusionConfig(
             **config.shared_arguments(),
             per_device_train_batch_size=config.train_batch_size,
@@ -96,12 +88,6 @@ class AlignPropTrainer(DiffusionTrainer):
         self.tracker = start_tracker(config, self.accelerator)
 
     # ---- the loop ----
-
-    def train(self, epochs: int | None = None, **options: Any) -> Any:
-        """Train for `epochs`, by default config.num_epochs: one optimizer step each."""
-        if epochs is not None:
-            self.args.num_train_epochs = epochs
-        return super().train(checkpoint_in(self.config.resume_from), **options)
 
     def get_train_dataloader(self) -> DataLoader:
         self.buffer = RolloutBuffer(
@@ -191,14 +177,3 @@ class AlignPropTrainer(DiffusionTrainer):
             shown = {"images": images.detach(), "prompts": prompts, "prompt_metadata": metadata}
             shown |= {"rewards": rewards.detach(), "reward_metadata": reward_metadata}
             self.image_samples_callback(shown, step, self.tracker)
-
-    def _train_metrics(self) -> dict[str, float]:
-        found = super()._train_metrics()
-        self.accelerator.log(found, step=self.state.global_step)
-        return found
-
-    # ---- files ----
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """The pipeline, and its adapter where there is one."""
-        self.sd_pipeline.save_pretrained(save_directory)

@@ -33,9 +33,9 @@ from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of, split_pictur
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
-from trl.trainers.diffusion.base import check_prompt
+from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOConfig, DiffusionDDPOTrainer
-from trl.trainers.diffusion.ddpo_config import DDPOConfig
+from trl.trainers.diffusion.ddpo_config import ClassicConfig, DDPOConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker
 from trl.training.checkpoint import checkpoints
@@ -82,7 +82,95 @@ class DDPOArguments(DiffusionDDPOConfig):
         )
 
 
-class DDPOTrainer(DiffusionDDPOTrainer):
+class ClassicTrainer(DiffusionTrainer):
+    """What the trainers of the classic interface share: their arguments, `train`, the tracker, and how they save."""
+
+    def take_arguments(
+        self,
+        config: ClassicConfig,
+        kind: type[ClassicConfig],
+        reward_function: Callable,
+        prompt_function: Callable[[], tuple[str, Any]],
+        sd_pipeline: DefaultDDPOStableDiffusionPipeline,
+        image_samples_hook: Callable | None,
+    ) -> None:
+        """Keep the arguments. Raises ConfigError for another `kind` of configuration, or for what is no classic pipeline."""
+        if not isinstance(config, kind):
+            raise ConfigError(f"config is a {type(config).__name__}: give a {kind.__name__}.")
+        for name in ("sd_pipeline", "get_trainable_layers", "save_pretrained"):
+            if not hasattr(sd_pipeline, name):
+                raise ConfigError(
+                    f"sd_pipeline is a {type(sd_pipeline).__name__} without {name}: give a "
+                    "DefaultDDPOStableDiffusionPipeline, which takes the name of a pipeline, or a StableDiffusionPipeline."
+                )
+        self.config, self.sd_pipeline = config, sd_pipeline
+        self.reward_fn, self.prompt_fn, self.image_samples_callback = (
+            reward_function,
+            prompt_function,
+            image_samples_hook,
+        )
+        sd_pipeline.get_trainable_layers()
+
+    def train(self, epochs: int | None = None, **options: Any) -> Any:
+        """Train for `epochs`, by default config.num_epochs; from `resume_from` on, where the configuration names it."""
+        if epochs is not None:
+            self.args.num_train_epochs = epochs
+        found = options.pop("resume_from_checkpoint", None) or checkpoint_in(self.config.resume_from)
+        return super().train(found, **options)
+
+    def _train_metrics(self) -> dict[str, float]:
+        """Those of the steps since the last log, which the tracker gets too."""
+        found = super()._train_metrics()
+        self.accelerator.log(found, step=self.state.global_step)
+        return found
+
+    # ---- files ----
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """The pipeline, and its adapter where there is one."""
+        self._save_pretrained(save_directory)
+
+    def _save_pretrained(self, save_directory: str | Path) -> None:
+        if self.is_world_process_zero():
+            self.sd_pipeline.save_pretrained(save_directory)
+            self.create_model_card(save_directory)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save_pretrained(output_dir or self.args.output_dir)
+
+    def create_model_card(
+        self,
+        path: str | Path | None = None,
+        model_name: str | None = None,
+        hub_model_id: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Write README.md into the folder `path`, by default the one of checkpoints. The model is loaded in it by its hub id,
+        or by the folder's name."""
+        args = copy(self.args)
+        args.output_dir = str(path or self.args.output_dir)
+        args.hub_model_id = hub_model_id or args.hub_model_id
+        method = type(self).__name__.removesuffix("Trainer")
+        self._write_card(args, model_name=model_name or f"TRL {method} Model")
+
+    def describe_model(self) -> tuple[Trained, list[str]]:
+        given = self.sd_pipeline.pretrained_model
+        return Trained(given if isinstance(given, str) else None, "pictures", is_adapter=self.has_adapter), []
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the pipeline to `repo_id`."""
+        api = HfApi(token=options.pop("token", None))
+        api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            self.create_model_card(folder, hub_model_id=repo_id)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+
+
+class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
     """Train Stable Diffusion by DDPO (arXiv:2305.13301).
 
     config               a `DDPOConfig`
@@ -102,15 +190,7 @@ class DDPOTrainer(DiffusionDDPOTrainer):
         sd_pipeline: DefaultDDPOStableDiffusionPipeline,
         image_samples_hook: Hook | None = None,
     ) -> None:
-        check_classic_arguments(config, DDPOConfig, sd_pipeline)
-        self.config = config
-        self.reward_fn, self.prompt_fn, self.image_samples_callback = (
-            reward_function,
-            prompt_function,
-            image_samples_hook,
-        )
-        self.sd_pipeline = sd_pipeline
-        sd_pipeline.get_trainable_layers()
+        self.take_arguments(config, DDPOConfig, reward_function, prompt_function, sd_pipeline, image_samples_hook)
         args = DDPOArguments.of(config)
         config.check_batches(args.world_size)
         super().__init__(sd_pipeline.sd_pipeline, _named_as(reward_function), args)
@@ -128,13 +208,6 @@ class DDPOTrainer(DiffusionDDPOTrainer):
         return super().training_negative() if self.config.train_cfg else None
 
     # ---- the loops ----
-
-    def train(self, epochs: int | None = None, **options: Any) -> Any:
-        """Train for `epochs`, by default config.num_epochs; from `resume_from` on, where the configuration names it."""
-        if epochs is not None:
-            self.args.num_train_epochs = epochs
-        found = options.pop("resume_from_checkpoint", None) or checkpoint_in(self.config.resume_from)
-        return super().train(found, **options)
 
     def step(self, epoch: int, global_step: int) -> int:
         """One epoch of a loop of one's own: sample, reward, train. Returns the number of optimizer steps so far.
@@ -225,13 +298,6 @@ class DDPOTrainer(DiffusionDDPOTrainer):
         found = {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(correction=0).item()}
         self.accelerator.log({"epoch": self.rollouts, **found}, step=self.state.global_step)
 
-    def _train_metrics(self) -> dict[str, float]:
-        """Those of the steps since the last log, which the tracker gets too; throughput in `train` alone."""
-        timed = self._throughput[1] > 0
-        found = super()._train_metrics() if timed else self.meters["train"].read(self._gather, self.args.device)
-        self.accelerator.log(found, step=self.state.global_step)
-        return found
-
     def calculate_loss(
         self,
         latents: Tensor,
@@ -258,50 +324,6 @@ class DDPOTrainer(DiffusionDDPOTrainer):
         scores, _ = score_steps(self.denoiser, self.model, batch, self.schedule, negative)
         loss, metrics = self.algorithm.loss(scores, batch)
         return loss.mean(), metrics["approx_kl"].mean(), metrics["clipfrac"].mean()
-
-    # ---- files ----
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """The pipeline, and its adapter where there is one."""
-        self._save_pretrained(save_directory)
-
-    def _save_pretrained(self, save_directory: str | Path) -> None:
-        if self.is_world_process_zero():
-            self.sd_pipeline.save_pretrained(save_directory)
-            self.create_model_card(save_directory)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-        else:
-            self._save_pretrained(output_dir or self.args.output_dir)
-
-    def create_model_card(
-        self,
-        path: str | Path | None = None,
-        model_name: str = "TRL DDPO Model",
-        hub_model_id: str | None = None,
-        **_: Any,
-    ) -> None:
-        """Write README.md into the folder `path`, by default the one of checkpoints. The model is loaded in it by its hub id,
-        or by the folder's name."""
-        args = copy(self.args)
-        args.output_dir = str(path or self.args.output_dir)
-        args.hub_model_id = hub_model_id or args.hub_model_id
-        self._write_card(args, model_name=model_name)
-
-    def describe_model(self) -> tuple[Trained, list[str]]:
-        given = self.sd_pipeline.pretrained_model
-        return Trained(given if isinstance(given, str) else None, "pictures", is_adapter=self.has_adapter), []
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the pipeline to `repo_id`."""
-        api = HfApi(token=options.pop("token", None))
-        api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            self.create_model_card(folder, hub_model_id=repo_id)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 # ---- what reward functions give ----
@@ -334,20 +356,6 @@ def checked_rewards(values: Any, count: int, *, first: int) -> Tensor:
 
 
 # ---- arguments ----
-
-
-def check_classic_arguments(config: Any, kind: type, pipeline: Any) -> None:
-    """Raises ConfigError for another configuration, or a pipeline that lacks what it is asked for."""
-    if not isinstance(config, kind):
-        raise ConfigError(f"config is a {type(config).__name__}: give a {kind.__name__}.")
-    missing = [
-        name for name in ("sd_pipeline", "get_trainable_layers", "save_pretrained") if not hasattr(pipeline, name)
-    ]
-    if missing:
-        raise ConfigError(
-            f"sd_pipeline is a {type(pipeline).__name__} without {missing[0]}: give a DefaultDDPOStableDiffusionPipeline, "
-            "which takes the name of a pipeline, or a StableDiffusionPipeline."
-        )
 
 
 def checkpoint_in(folder: str) -> str | None:
