@@ -108,9 +108,9 @@ class Denoiser(ABC):
         return self.height // scale, self.width // scale
 
     @property
-    @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent, as the denoiser reads it."""
+        return self.config.in_channels, *self.grid
 
     @abstractmethod
     def check(self) -> None:

@@ -46,10 +46,6 @@ class StableDiffusion(Denoiser):
             )
         self.pipeline.scheduler = as_ddim(self.pipeline.scheduler)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self.config.in_channels, *self.grid
-
     def schedule(self, steps: int, *, eta: float) -> Schedule:
         return ddim_schedule(self.pipeline.scheduler, steps, eta=eta)
 
@@ -150,10 +146,6 @@ class StableDiffusion3(FlowDenoiser):
     @property
     def patch(self) -> int:
         return self.config.patch_size
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self.config.in_channels, *self.grid
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Text]:
