@@ -38,7 +38,8 @@ class Run:
         return batch_of(steps, texts)
 
     def steps(self, **signals):
-        return transitions_of(self.trajectories, PROMPTS, self.trajectories.mask, signals)
+        found = transitions_of(self.trajectories, PROMPTS, self.trajectories.mask, signals)
+        return [step for steps in found for step in steps]
 
     def score(self, steps):
         return score_steps(self.denoiser, self.denoiser.module, self.batch(steps), self.schedule, self.negative)[0]

@@ -61,13 +61,13 @@ class Transition:
 
 def transitions_of(
     trajectories: Trajectories, prompts: Sequence[str], keep: Tensor, signals: Mapping[str, Tensor]
-) -> list[Transition]:
-    """The steps where `keep` `[N,T]` is set, trajectory by trajectory, with their `signals` `[N]` or `[N,T]`."""
-    found = []
+) -> list[list[Transition]]:
+    """The steps of each trajectory where `keep` `[N,T]` is set, with their `signals` `[N]` or `[N,T]`."""
+    found: list[list[Transition]] = [[] for _ in prompts]
     for n, t in keep.nonzero().tolist():
         numbers = {name: float(v[n] if v.dim() == 1 else v[n, t]) for name, v in signals.items()}
         pair = trajectories.latents[n, t], trajectories.latents[n, t + 1]
-        found.append(Transition(*pair, t, prompts[n], numbers))
+        found[n].append(Transition(*pair, t, prompts[n], numbers))
     return found
 
 
@@ -175,15 +175,15 @@ class TransitionBatch(PictureBatch):
     step: Tensor
 
 
-PER_STEP = ("old_logprobs",)
-"""Signals of the form `[M,1]`, as algorithms expect of numbers of tokens; others are `[M]`."""
-
-
 def batch_of(transitions: Sequence[Transition], texts: Mapping[str, Tensor]) -> TransitionBatch:
-    """The steps as a batch, with `texts` of their prompts, in their order."""
+    """The steps as a batch, with `texts` of their prompts, in their order.
+
+    Of the signals `old_logprobs` is `[M,1]`, as algorithms expect of numbers of tokens; others are `[M]`.
+    """
     names = transitions[0].signals
     signals = {name: torch.tensor([each.signals[name] for each in transitions]) for name in names}
-    signals |= {name: signals[name][:, None] for name in PER_STEP if name in signals}
+    if "old_logprobs" in signals:
+        signals["old_logprobs"] = signals["old_logprobs"][:, None]
     return TransitionBatch(
         latents=torch.stack([each.latents for each in transitions]),
         following=torch.stack([each.following for each in transitions]),

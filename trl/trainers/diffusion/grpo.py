@@ -150,12 +150,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
 
     def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Transition]]:
         signals = {name: experience.signals[name] for name in ("advantages", "old_logprobs")}
-        found: list[list[Transition]] = [[] for _ in batch.rows]
-        keep = self.kept(batch)
-        numbered = transitions_of(batch.trajectories, batch.prompts, keep, signals)
-        for (n, _), item in zip(keep.nonzero().tolist(), numbered, strict=True):
-            found[n].append(item)
-        return found
+        return transitions_of(batch.trajectories, batch.prompts, self.kept(batch), signals)
 
     def training_negative(self) -> Text | None:
         """What guidance leads away from in training; None where there is none."""
