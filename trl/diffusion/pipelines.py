@@ -207,18 +207,14 @@ def load_trained(module: nn.Module, part: str, folder: Path) -> None:
     """Give `module` what `save_trained` wrote. Raises ConfigError where the folder holds something else."""
     if module_has_adapter(module):
         file = folder / LORA_FILE
-        state = load_file(file) if file.is_file() else None
-        if state is not None:
-            state = {name.removeprefix(f"{part}."): value for name, value in state.items()}
-            found = set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
-            state = None if found.unexpected_keys else state
+        state = load_file(file) if file.is_file() else {}
+        state = {name.removeprefix(f"{part}."): value for name, value in state.items()}
+        found = state and not set_peft_model_state_dict(module, state, adapter_name=ADAPTER).unexpected_keys
     else:
         file = folder / part
-        loaded = type(module).from_pretrained(file) if file.is_dir() else None
-        state = None if loaded is None else loaded.state_dict()
-        if state is not None:
-            module.load_state_dict(state)
-    if state is None:
+        if found := file.is_dir():
+            module.load_state_dict(type(module).from_pretrained(file).state_dict())
+    if not found:
         raise ConfigError(
             f"{str(folder)!r} does not hold what is trained here ({file.name}): give the folder of such a run."
         )

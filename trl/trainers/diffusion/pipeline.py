@@ -73,7 +73,6 @@ class DefaultDDPOStableDiffusionPipeline:
         prepare_pipeline(self.sd_pipeline, "unet")
         if use_lora and named and (Path(pretrained_model_name) / LORA_FILE).is_file():
             self.sd_pipeline.load_lora_weights(str(pretrained_model_name), weight_name=LORA_FILE, adapter_name=ADAPTER)
-        self._autocast: Callable[[], Any] = nullcontext
 
     # ---- parts ----
 
@@ -99,7 +98,7 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @property
     def autocast(self) -> Callable[[], Any]:
-        return self._autocast
+        return nullcontext
 
     def set_progress_bar_config(self, **options: Any) -> None:
         self.sd_pipeline.set_progress_bar_config(**options)
@@ -230,13 +229,8 @@ class _Call:
     ) -> None:
         if wrong := [name for name, value in others.items() if name not in FOLLOWED_ELSEWHERE and value is not None]:
             raise ConfigError(f"{wrong[0]} is not followed by this pipeline: leave it out.")
-        options = {
-            "height": height,
-            "width": width,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-        }
-        self.denoiser = denoiser_for(pipeline.sd_pipeline, **options)
+        options = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        self.denoiser = denoiser_for(pipeline.sd_pipeline, height=height, width=width, **options)
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.generator, self.latents = generator, latents
         if prompt_embeds is None:

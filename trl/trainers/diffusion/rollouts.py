@@ -196,10 +196,8 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         each = self.args.num_generations_eval
         with self.averaged():
             batch = self.sample_pictures(inputs, each, self.fixed_seeds(inputs, each), self.evaluation_schedule())
-        self.meters["eval"].add({"reward": batch.rewards})
-        self.meters["eval"].add(
-            {f"rewards/{reward.name}/mean": batch.values[:, i] for i, reward in enumerate(self.rewards)}
-        )
+        rewards = {f"rewards/{reward.name}/mean": batch.values[:, i] for i, reward in enumerate(self.rewards)}
+        self.meters["eval"].add({"reward": batch.rewards, **rewards})
         return None, None, None
 
     def picture_rewards(self, rows: Sequence[Row], images: Tensor) -> Tensor:
