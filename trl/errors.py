@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -60,6 +60,12 @@ def suggest_beside(path: Path) -> str:
     if not path.parent.is_dir():
         return f" There is no folder {str(path.parent)!r} either."
     return suggest(path.name, [each.name for each in path.parent.iterdir()])
+
+
+def listed(texts: Sequence[str], shown: int, separator: str = ", ") -> str:
+    """The first `shown` texts, and how many more there are."""
+    more = f", and {len(texts) - shown} more" if len(texts) > shown else ""
+    return separator.join(texts[:shown]) + more
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trl.algorithms.rft import RFT, RFTOptions, first_of_each, percentile, reached, thresholds
+from trl.algorithms.rft import RFT, RFTOptions, first_of_each, reached, thresholds
 from trl.errors import ConfigError
 from trl.types import Experience, Scores
 
@@ -26,7 +26,7 @@ NAMES = ["a", "b", "c", "d", "e", "f", "f", "g", "h", "i"]
 def test_the_percentile_rises_from_start_to_end_and_begins_again():
     options = RFTOptions(start_percentile=0.6, end_percentile=0.9, n_improve_steps=4)
     assert [options.percentile(k) for k in range(6)] == pytest.approx([0.6, 0.7, 0.8, 0.9, 0.6, 0.7])
-    assert percentile(0, start=0.5, end=0.9, steps=1) == 0.5
+    assert RFTOptions(start_percentile=0.5, end_percentile=0.9, n_improve_steps=1).percentile(0) == 0.5
 
 
 def test_bars_are_quantiles_of_each_prompt():

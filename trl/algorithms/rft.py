@@ -28,11 +28,6 @@ MARGIN = 1e-3
 """ε: how far the bars of prompts stay from the lowest and the highest of them."""
 
 
-def percentile(step: int, *, start: float, end: float, steps: int) -> float:
-    """p_k of improvement step k = `step` of `steps`, from `start` to `end`; with one step, `start`."""
-    return start + (end - start) * (step / (steps - 1) if steps > 1 else 0.0)
-
-
 @shapes(rewards="N", group="N")
 def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
     """The bar `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
@@ -90,9 +85,10 @@ class RFTOptions:
             raise ConfigError(f"n_improve_steps must be at least 1, got {self.n_improve_steps}.")
 
     def percentile(self, step: int) -> float:
-        """The percentile of improvement step `step`, counted from 0 over the whole run."""
-        place = step % self.n_improve_steps
-        return percentile(place, start=self.start_percentile, end=self.end_percentile, steps=self.n_improve_steps)
+        """p_k of improvement step k = `step`, counted from 0 over the whole run; with one step of improvement, the first one."""
+        steps = self.n_improve_steps
+        share = step % steps / (steps - 1) if steps > 1 else 0.0
+        return self.start_percentile + (self.end_percentile - self.start_percentile) * share
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trl.errors import ModelError
+from trl.errors import ModelError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class GradientCheck:
         self._called.clear()
         if not without or all(p.grad is None for p in model.parameters()):
             return
-        some = ", ".join(without[:SHOWN]) + (f" and {len(without) - SHOWN} more" if len(without) > SHOWN else "")
+        some = listed(without, SHOWN)
         said = f"{len(without)} trained parameters got no gradient in the first backward pass, so they would never change: {some}."
         if any(part in name for name in without for part in ADAPTERS):
             raise ModelError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.errors import TrlError
+from trl.errors import TrlError, listed
 from trl.models.sharding import shards
 from trl.training.metrics import Mark
 from trl.types import StepBatch
@@ -107,14 +107,9 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
 def nonfinite_weights_error(names: Sequence[str], what: str) -> NonFiniteError:
     """The error for weights that are not to be saved as `what`."""
     return NonFiniteError(
-        f"{what} is not saved: its weights are not finite ({_some(names)}). What was saved before is as it was: go on from "
+        f"{what} is not saved: its weights are not finite ({listed(names, SHOWN)}). What was saved before is as it was: go on from "
         "a checkpoint written before that, with a lower learning_rate."
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def last_sound_step(log: Sequence[Mapping[str, Any]]) -> int | None:
@@ -175,9 +170,8 @@ def nonfinite_error(
     limit     the option max_skipped_steps
     weights   names of parameters that are not finite themselves, so that no row is to blame
     """
-    more = f", and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     named = (
-        f"Rows of the last of them whose {what} is not finite: {'; '.join(rows[:SHOWN])}{more}."
+        f"Rows of the last of them whose {what} is not finite: {listed(rows, SHOWN, '; ')}."
         if rows
         else "No single row of the last of them is to blame: its rows are finite one by one."
     )
@@ -192,6 +186,6 @@ def _advice(weights: Sequence[str]) -> str:
     if not weights:
         return "Look at the rows, or lower learning_rate or max_grad_norm, and go on from there."
     return (
-        f"Weights of the model are not finite themselves ({_some(weights)}), which no row is to blame for: begin with other "
+        f"Weights of the model are not finite themselves ({listed(weights, SHOWN)}), which no row is to blame for: begin with other "
         "weights, or go on from a checkpoint in which they are finite, with a lower learning_rate."
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, listed
 from trl.models.files import WEIGHTS
 from trl.training.checkpoint import checkpoints, remove, remove_checkpoints
 from trl.training.run_settings import SETTINGS_FILE, SHOWN
@@ -152,4 +152,4 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"other rows: {then['rows']['count']:,} there, {now['rows']['count']:,} here"
     before, after = then["options"], now["options"]
     changed = [f"{k} {before[k]!r} there, {after[k]!r} here" for k in after if k in before and before[k] != after[k]]
-    return "; ".join([*changed[:SHOWN], *([f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else [])])
+    return listed(changed, SHOWN, "; ")

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, listed
 from trl.models.score import unwrap
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def check_parameters(checkpoint: Path, then: Mapping[str, Sequence[int]], now: M
     missing, added = [n for n in then if n not in now], [n for n in now if n not in then]
     reshaped = [f"{n} ({list(then[n])} → {list(now[n])})" for n in then if n in now and list(then[n]) != list(now[n])]
     said = [
-        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        f"{what}: {listed(names, SHOWN)}"
         for what, names in (("trained then and not now", missing), ("not in it", added), ("of another shape", reshaped))
         if names
     ]

@@ -183,7 +183,8 @@ class StepTrainer(ResumableTrainer):
         groups, batches = self._laid_out(items, slots)
         batches = with_statistics(batches, self.statistics(items))
         batches, tokens = normalize_weights(batches, self.weights, self._sum_over_processes)
-        self._count_tokens(tokens)
+        self.state.num_input_tokens_seen += tokens
+        self._throughput = (self._throughput[0] + tokens, self._throughput[1])
         batches += [dummy_batch(batches[-1])] * (self._most(len(batches)) - len(batches))
         parts = [[items[i] for i in group] for group in groups]
         self._window = Window(parts, batches, self._tr_loss.clone(), self.meters["train"].mark())
@@ -388,19 +389,12 @@ class StepTrainer(ResumableTrainer):
         return {**metrics, "num_tokens": self.state.num_input_tokens_seen, **speed}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._stop_clock()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _count_tokens(self, tokens: int) -> None:
-        self.state.num_input_tokens_seen += tokens
-        self._throughput = (self._throughput[0] + tokens, self._throughput[1])
-
-    def _stop_clock(self) -> None:
         if self._window_started is not None:
             spent = time.perf_counter() - self._window_started
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
             self._timed_steps += 1
             self._window_started = None
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
         """Tokens are counted with the window."""

@@ -267,19 +267,16 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
     def describe_model(self) -> tuple[Trained, list[str]]:
         base = self.pipeline.config.get("_name_or_path") or None
-        rows = [] if self.train_dataset is None else [f"train: {describe_rows(self.train_dataset)}"]
-        return Trained(base, "pictures", is_adapter=self.has_adapter), rows
+        rows = self.train_dataset
+        count = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream of rows"
+        said = [] if rows is None else [f"train: {count}"]
+        return Trained(base, "pictures", is_adapter=self.has_adapter), said
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.module, self.part, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         load_trained(self.module, self.part, Path(self.state.best_model_checkpoint))
-
-
-def describe_rows(rows: Rows) -> str:
-    """How many rows, or that nobody knows."""
-    return f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream of rows"
 
 
 def check_prompts(rows: Rows, name: str) -> None:
