@@ -344,7 +344,7 @@ def test_alignprop_truncates(tmp_path):
     found = []
     for first in (2, 0):
         run = alignprop(tmp_path, truncated_backprop_rand=False, truncated_backprop_timestep=first, num_epochs=1)
-        batch = run.collate(run.ask()[0]).to(run.args.device)
+        batch = run.collate(run.roll_out()[0]).to(run.args.device)
         loss, _ = run.loss(run.model, batch)
         loss.mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from trl.diffusion.batches import PictureBatch
 from trl.diffusion.differentiable import first_step, sample_with_gradient
-from trl.diffusion.rollouts import items_from, state_of_items
 from trl.diffusion.trajectories import draw, generators_for
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
-from trl.rollouts.buffer import RolloutBuffer
 from trl.trainers.diffusion.base import check_prompt
-from trl.trainers.diffusion.config import DiffusionConfig
+from trl.trainers.diffusion.config import DiffusionRolloutConfig
 from trl.trainers.diffusion.ddpo import ClassicTrainer, two_values
 from trl.trainers.diffusion.ddpo_config import AlignPropConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
@@ -56,7 +52,8 @@ class AskedBatch(PictureBatch):
 class AlignPropTrainer(ClassicTrainer):
     """Train Stable Diffusion on a reward with a gradient. Arguments: see `DDPOTrainer`; the hook gets a dict of the batch."""
 
-    config_class = DiffusionConfig
+    config_class = DiffusionRolloutConfig
+    item_class = Asked
 
     def __init__(
         self,
@@ -67,10 +64,11 @@ class AlignPropTrainer(ClassicTrainer):
         image_samples_hook: Callable[[dict[str, Any], int, Any], Any] | None = None,
     ) -> None:
         self.take_arguments(config, AlignPropConfig, reward_function, prompt_function, sd_pipeline, image_samples_hook)
-        args = DiffusionConfig(
+        args = DiffusionRolloutConfig(
             **config.shared_arguments(),
             per_device_train_batch_size=config.train_batch_size,
             max_steps_per_micro_batch=config.train_batch_size,
+            num_generations=1,
             guidance_scale=config.sample_guidance_scale,
             negative_prompt=config.negative_prompts,
             save_strategy="steps",
@@ -83,22 +81,10 @@ class AlignPropTrainer(ClassicTrainer):
         super().__init__(sd_pipeline.sd_pipeline, args)
         set_seed(config.seed)
         self.schedule = self.denoiser.schedule(config.sample_num_steps, eta=config.sample_eta)
-        self.buffer: RolloutBuffer | None = None
         self.states.register("buffer", self)
         self.tracker = start_tracker(config, self.accelerator)
 
-    # ---- the loop ----
-
-    def get_train_dataloader(self) -> DataLoader:
-        self.buffer = RolloutBuffer(
-            self.ask,
-            minibatches=self.config.train_gradient_accumulation_steps,
-            iterations=1,
-            per_epoch=1,
-            state_of=state_of_items,
-            batch_from=partial(items_from, Asked),
-        )
-        return self.buffer.loader()
+    # ---- an epoch ----
 
     def state_dict(self) -> dict[str, Any]:
         return self.buffer.state()
@@ -106,11 +92,7 @@ class AlignPropTrainer(ClassicTrainer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.buffer.load_state(state)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.restore_rng_state()  # before prompts are asked for
-        return super().get_batch_samples(*args, **kwargs)
-
-    def ask(self) -> list[list[Asked]]:
+    def roll_out(self) -> list[list[Asked]]:
         """The pictures of an epoch, as batches."""
         found = []
         for _ in range(self.config.train_gradient_accumulation_steps):

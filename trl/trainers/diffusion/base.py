@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from trl.callbacks.model_card import Trained, WritesModelCard
@@ -35,13 +37,14 @@ from trl.diffusion.pipelines import (
     trained,
     without_adapter,
 )
-from trl.diffusion.rollouts import IN_EVALUATION, Row, seed_of
+from trl.diffusion.rollouts import IN_EVALUATION, Row, items_from, seed_of, state_of_items
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.texts import PromptEmbeddings
 from trl.diffusion.trajectories import Trajectories, sample
 from trl.errors import ConfigError, DataError
 from trl.models.load import disable_dropout
 from trl.models.sharding import prepare_frozen
+from trl.rollouts.buffer import RolloutBuffer
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.trainers.options import resolve_args
 from trl.training.step_trainer import StepTrainer
@@ -60,6 +63,9 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     """
 
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
+    item_class: ClassVar[type]
+    """What is learned from, where it is sampled: a step of denoising, a picture."""
+    buffer: RolloutBuffer | None = None
 
     def __init__(
         self,
@@ -191,6 +197,25 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         if self.ema is not None:
             self.ema.follow(self.module, decay=self.args.ema_decay)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # ---- items that are sampled ----
+
+    def loader_of_minibatches(self, per_epoch: int | None) -> DataLoader:
+        """The minibatches of what a subclass samples by `roll_out()`: `per_epoch` rollout batches an epoch; None: without end."""
+        self.buffer = RolloutBuffer(
+            self.roll_out,
+            minibatches=self.args.minibatches_per_rollout_batch,
+            iterations=self.args.num_iterations,
+            per_epoch=per_epoch,
+            state_of=state_of_items,
+            batch_from=partial(items_from, self.item_class),
+        )
+        return self.buffer.loader()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.buffer is not None:
+            self.restore_rng_state()  # before a rollout batch is sampled
+        return super().get_batch_samples(*args, **kwargs)
 
     # ---- pictures ----
 

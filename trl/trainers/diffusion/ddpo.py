@@ -118,6 +118,9 @@ class ClassicTrainer(DiffusionTrainer):
         found = options.pop("resume_from_checkpoint", None) or checkpoint_in(self.config.resume_from)
         return super().train(found, **options)
 
+    def get_train_dataloader(self) -> DataLoader:
+        return self.loader_of_minibatches(per_epoch=1)
+
     def _train_metrics(self) -> dict[str, float]:
         """Those of the steps since the last log, which the tracker gets too."""
         found = super()._train_metrics()
@@ -227,9 +230,6 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         if epoch and epoch % self.config.save_freq == 0 and self.is_world_process_zero():
             save_trained(self.pipeline, self.part, Path(self.args.output_dir) / f"checkpoint_{epoch}")
         return self.state.global_step
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self.loader_of_minibatches(per_epoch=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rollouts": self.rollouts, "buffer": self.buffer.state()}

@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from trl.algorithms.advantages import Scale, advantages
 from trl.algorithms.diffusion_dpo import squared_error
 from trl.algorithms.diffusion_nft import diffusion_nft, optimality
-from trl.diffusion.forward_process import (
-    Noised,
-    NoisedBatch,
-    NoisedPicture,
-    levels,
-    noised_batch,
-)
+from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, levels, noised_batch
 from trl.diffusion.pipelines import SwappedWeights
 from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of
 from trl.diffusion.solvers import Schedule

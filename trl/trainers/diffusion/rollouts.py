@@ -10,29 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.algorithms.advantages import combine_rewards, group_std
-from trl.diffusion.rollouts import (
-    IN_TRAINING,
-    PictureBatch,
-    Row,
-    items_from,
-    seed_of,
-    split_pictures,
-    state_of_items,
-)
+from trl.data.examples import columns_of
+from trl.diffusion.rollouts import IN_TRAINING, PictureBatch, Row, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition
 from trl.errors import ConfigError
 from trl.rewards.call import call_rewards
 from trl.rewards.pictures import PictureSamples, make_picture_rewards
-from trl.rollouts.buffer import RolloutBuffer
 from trl.rollouts.prompts import Prompts
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
@@ -49,25 +40,19 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     """
 
     config_class = DiffusionRolloutConfig
-    item_class: ClassVar[type] = Transition
-    """What is learned from: a step of denoising, a picture."""
+    item_class = Transition
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
     ) -> None:
         super().__init__(model, args, *arguments, **keywords)
-        columns = self._columns(self.train_dataset) or self._columns(self.eval_dataset)
+        rows = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        columns = [] if rows is None else [name for name in columns_of(rows) if name != "prompt"]
         self.rewards = make_picture_rewards(reward_funcs, weights=self.args.reward_weights, columns=columns)
         self.prompts: Prompts | None = None
-        self.buffer: RolloutBuffer | None = None
         self.rollouts = 0
         self.states.register("rollouts", self, per_rank=True)
         self.prepare()
-
-    @staticmethod
-    def _columns(rows: Any) -> list[str]:
-        names = [] if rows is None else rows.column_names or list(next(iter(rows), {}))
-        return [name for name in names if name != "prompt"]
 
     def prepare(self) -> None:
         """What a subclass makes before training."""
@@ -91,22 +76,6 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         shuffle = {"seed": args.seed, "shuffle": args.shuffle_dataset}
         self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
         return self.loader_of_minibatches(self.prompts.batches_per_epoch(args.prompts_per_rollout_batch))
-
-    def loader_of_minibatches(self, per_epoch: int | None) -> DataLoader:
-        """The minibatches of rollout batches, `per_epoch` of them an epoch; None: without end."""
-        self.buffer = RolloutBuffer(
-            self.roll_out,
-            minibatches=self.args.minibatches_per_rollout_batch,
-            iterations=self.args.num_iterations,
-            per_epoch=per_epoch,
-            state_of=state_of_items,
-            batch_from=partial(items_from, self.item_class),
-        )
-        return self.buffer.loader()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.restore_rng_state()  # before a rollout batch is sampled
-        return super().get_batch_samples(*args, **kwargs)
 
     # ---- a rollout batch ----
 
