@@ -8,6 +8,7 @@ import torch
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 from trl.data.layout import lay_out
 from trl.models import fused
@@ -24,7 +25,7 @@ EXAMPLES = (Example([5, 6, 7], (Completion([20, 21]), Completion([23]))), Exampl
 @pytest.fixture(autouse=True)
 def files_as_they_were(monkeypatch):
     """`fuse` changes files of transformers for the whole process."""
-    for file in (modeling_llama, modeling_gemma3):
+    for file in (modeling_llama, modeling_qwen3, modeling_gemma3):
         monkeypatch.setattr(file, fused.ROTATION, getattr(file, fused.ROTATION))
 
 
