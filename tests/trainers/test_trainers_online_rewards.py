@@ -175,6 +175,15 @@ def test_evaluation_samples_and_rewards(make_model, tmp_path):
     assert trainer.evaluate()["eval_loss"] == metrics["eval_loss"]
 
 
+def test_an_engine_that_is_put_in_the_place_of_another_samples(make_model, tmp_path):
+    first, second = Table(), Table()
+    trainer = make_trainer(make_model("llama"), tmp_path, engine=first)
+    trainer.engine = second
+    trainer.train()
+    assert not first.calls
+    assert second.calls == [(2, 4)]
+
+
 def test_completions_are_shown_and_kept(make_model, tmp_path, capsys):
     trainer = make_trainer(
         make_model("llama"), tmp_path, engine=Table(), log_completions=True, num_completions_to_print=2, max_steps=2

@@ -32,7 +32,7 @@ from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, EngineError
 from trl.models.reference import Reference
 from trl.models.score import score, unwrap
-from trl.rewards.call import check_weights
+from trl.rewards.call import Reward, check_weights
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
@@ -129,6 +129,11 @@ class OnlineTrainer(BaseTrainer):
         self.data_collator = list
 
     @property
+    def rewards(self) -> Sequence[Reward]:
+        """The reward functions."""
+        return self.sampler.rewards
+
+    @property
     def averaging(self) -> str:
         return AVERAGING[self.args.loss_aggregation]
 
@@ -163,15 +168,15 @@ class OnlineTrainer(BaseTrainer):
         """Make rewards and sampler, and what their numbers are reported by."""
         columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
         given = self._given_rewards(self._reward_funcs)
-        self.rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
+        rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
         self.sampler = self.sampler_class(
             self.args,
             unwrap(self.model),
             self.tokenizer,
             self.images,
             self.to_examples,
-            self.engine,
-            self.rewards,
+            lambda: self.engine,
+            rewards,
             state=lambda: self.state,
             rollout_func=None if rollout_func is None else lambda prompts: rollout_func(prompts, self),
         )

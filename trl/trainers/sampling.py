@@ -47,6 +47,7 @@ class GroupSampler:
     policy         the model that is trained: its end tokens, and how long it can go on
     images         reads the images of rows; None where rows have none
     to_examples    rows as prompts, with all that the model reads of them
+    engine         what samples now
     state          where training stands
     rollout_func   `(prompts) -> rollouts` in place of the engine: see `trl.rollouts.function`
     """
@@ -56,7 +57,7 @@ class GroupSampler:
     tokenizer: Any
     images: ImageProcessing | None
     to_examples: Callable[[Sequence[Mapping[str, Any]]], list[Example]]
-    engine: RolloutEngine
+    engine: Callable[[], RolloutEngine]
     rewards: Sequence[Reward]
     state: Callable[[], TrainerState]
     rollout_func: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -97,7 +98,7 @@ class GroupSampler:
         prompts = self.to_examples(rows)
         if self.rollout_func is None:
             asked = [self._asked(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-            return prompts, self.engine.generate(asked, self._sampling_params(mode), n)
+            return prompts, self.engine().generate(asked, self._sampling_params(mode), n)
         if not rows:
             return [], []
         found = self.rollout_func([row["prompt"] for row in rows for _ in range(n)])
@@ -107,7 +108,7 @@ class GroupSampler:
     def _asked(self, row: Mapping[str, Any], example: Example) -> Prompt:
         """The prompt as the engine takes it: with its images, for engines that read them themselves."""
         prompt, images = Prompt.of(example), row.get(IMAGES)
-        if self.images is None or self.engine.is_policy or not images:
+        if self.images is None or self.engine().is_policy or not images:
             return prompt
         ids = collapsed_ids(self.images, example.prompt, images)
         return replace(prompt, unexpanded=Unexpanded(ids, self.images.read(images)))
