@@ -162,7 +162,7 @@ def in_mib(parts: Parts) -> int:
 
 def of_workload(name: str, settings: dict[str, Any]) -> Parts:
     workload = GPU_WORKLOADS[name]
-    count, trainer = WARMUP + settings["steps"] + 1, workload.trainer.removesuffix("Trainer")
+    count, trainer = settings.get("warmup", WARMUP) + settings["steps"] + 1, workload.trainer.removesuffix("Trainer")
     rows = workload.rows(workload.rows_per_step * count, seed=settings["seed"])
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
     config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)

@@ -60,6 +60,7 @@ class Bench:
     deadline: float = float("inf")
     """The moment, by `time.monotonic`, after which no run is begun."""
     log: Path | None = None
+    warmup: int = WARMUP
     standing: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     """The process of each side that has one, on a GPU."""
 
@@ -70,6 +71,7 @@ class Bench:
         """
         words = ["--side", side, "--workload", workload.name]
         words += ["--dir", str(self.directory), "--steps", str(self.steps), "--seed", str(self.seed)]
+        words += [] if self.warmup == WARMUP else ["--warmup", str(self.warmup)]
         words += ["--options", json.dumps(self.options.get(side, {})), "--device", self.device]
         words += [*(["--tiny"] if self.tiny else []), *(["--plain"] if self.plain and side == "ours" else [])]
         left = self.deadline - time.monotonic()
@@ -168,14 +170,14 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
 
     Returns the result and whether every workload ran.
     """
-    settings = {"steps": bench.steps, "warmup": WARMUP, "repeats": repeats, "seed": bench.seed}
+    settings = {"steps": bench.steps, "warmup": bench.warmup, "repeats": repeats, "seed": bench.seed}
     settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options, "device": bench.device}
     settings |= {"plain": True} if bench.plain else {"keeps_less": True}
     for side in bench.interpreters if bench.device == "cuda" else ():
         bench.start(side)  # all import what they need at once
     result: dict[str, Any] = {"settings": settings, "versions": {}, "workloads": {}}
     for workload in workloads:
-        workload.write_rows(bench.directory, steps=bench.steps, seed=bench.seed)
+        workload.write_rows(bench.directory, steps=bench.steps, seed=bench.seed, warmup=bench.warmup)
         try:
             runs = bench.measure(workload, repeats=repeats)
         except WorkerFailed as failure:
@@ -275,10 +277,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-options", type=json.loads, default={}, help="config fields of TRL to change, as JSON")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of a run")
+    parser.add_argument(
+        "--warmup", type=int, help="steps before those: 2, and 6 on a GPU, where sizes are captured then"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the model's weights and the rows")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
+    if arguments.warmup is None:
+        arguments.warmup = 6 if arguments.device == "cuda" else WARMUP
     known = GPU_WORKLOADS if arguments.device == "cuda" or arguments.tiny else WORKLOADS
     wanted = [""] if arguments.workloads is None else arguments.workloads.split(",")
     if wrong := [name for name in wanted if not any(workload.startswith(name) for workload in known)]:
@@ -307,6 +314,7 @@ def main() -> None:
             plain=arguments.plain,
             limit=arguments.limit,
             deadline=float("inf") if arguments.budget is None else time.monotonic() + arguments.budget,
+            warmup=arguments.warmup,
             log=arguments.out.with_suffix(".jobs.jsonl").absolute(),
         )
         result, complete = run_all(bench, arguments.workloads, repeats=arguments.repeats, out=arguments.out)

@@ -97,16 +97,21 @@ class Recorder:
 class Clock(TrainerCallback):
     """Stamps the end of every step and keeps its loss and gradient norm."""
 
-    def __init__(self, recorder: Recorder, counter: Counter, *, counts_itself: bool, last: int) -> None:
-        self.recorder, self.counter, self.counts_itself, self.last = recorder, counter, counts_itself, last
+    def __init__(
+        self, recorder: Recorder, counter: Counter, *, counts_itself: bool, last: int, first: int = WARMUP
+    ) -> None:
+        self.recorder, self.counter, self.counts_itself = recorder, counter, counts_itself
+        self.first, self.last = first, last
         self.before = self.cpu_before = 0.0
         self.seen = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+        if state.global_step == self.first and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         now, cpu_now = time.perf_counter(), time.process_time()
-        if WARMUP < state.global_step <= self.last:
+        if self.first < state.global_step <= self.last:
             self.recorder.step_seconds.append(now - self.before)
             self.recorder.cpu_seconds.append(cpu_now - self.cpu_before)
             counted = state.num_input_tokens_seen - self.seen
@@ -119,7 +124,7 @@ class Clock(TrainerCallback):
         self.before, self.cpu_before = now, cpu_now
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if "loss" in logs and state.global_step > WARMUP:
+        if "loss" in logs and state.global_step > self.first:
             self.recorder.losses.append(float(logs["loss"]))
             self.recorder.gradient_norms.append(float(logs["grad_norm"]))
 
@@ -140,6 +145,16 @@ class Counter:
 
     def watch(self, embedding: torch.nn.Module) -> None:
         embedding.register_forward_pre_hook(self._count)
+
+    def watch_batches(self, trainer: Trainer) -> None:
+        """Count the positions of our trainer's batches, without a hook, which would keep its layers from being replayed."""
+        plain = trainer.training_step
+
+        def counted(model: torch.nn.Module, batches: Any, *rest: Any) -> torch.Tensor:
+            self.positions += sum(batch.positions for batch in batches)
+            return plain(model, batches, *rest)
+
+        trainer.training_step = counted
 
     def _count(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if torch.is_grad_enabled():
@@ -203,9 +218,15 @@ def memory_mib(name: str, device: str = "cpu") -> float:
     """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, as Linux counts them."""
     if device == "cuda":
         held = torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
-        return held / 2**20
+        return (held + of_graphs()) / 2**20
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) / 1024
+
+
+def of_graphs() -> int:
+    """Bytes that CUDA graphs keep for their next replay, which PyTorch does not count as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def library_trainer(workload: Workload, options: dict[str, Any], parts: dict[str, Any]) -> Trainer:
@@ -251,6 +272,7 @@ def measure(
     side: str,
     directory: Path,
     steps: int,
+    warmup: int,
     seed: int,
     overrides: dict[str, Any],
     device: str,
@@ -267,7 +289,8 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(directory / ("policy" if random_weights else workload.material))
     profiled = PROFILED if device == "cuda" else 0
     options = COMMON | OPTIONS[device] | workload.config | overrides
-    options |= {"output_dir": str(directory / "out"), "max_steps": WARMUP + steps + profiled, "seed": seed}
+    last = warmup + steps
+    options |= {"output_dir": str(directory / "out"), "max_steps": last + profiled, "seed": seed}
 
     started = time.perf_counter()
     rows = Dataset.from_list(workload.read_rows(directory))
@@ -278,11 +301,14 @@ def measure(
     trainer = counted_trainer(side, workload, options, parts, counter)
     recorder.prepared(model, started, device)
 
-    counter.watch(model.get_input_embeddings())
+    if side == "ours":
+        counter.watch_batches(trainer)
+    else:
+        counter.watch(model.get_input_embeddings())
     # Our rows are not filled up with the padding token: the trainer says how many tokens there were.
-    trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours", last=WARMUP + steps))
+    trainer.add_callback(Clock(recorder, counter, counts_itself=side == "ours", last=last, first=warmup))
     if profiled:
-        trainer.add_callback(Profile(recorder, WARMUP + steps))
+        trainer.add_callback(Profile(recorder, last))
     trainer.train()
     recorder.peak_mib = memory_mib("VmHWM", device)
     return recorder
@@ -305,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=EVERY, required=True)
     parser.add_argument("--dir", type=Path, required=True, help="where run.py saved models and rows")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before those")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", type=json.loads, default={}, help="config fields to change, as JSON")
     parser.add_argument("--device", choices=OPTIONS, default="cpu")
@@ -324,6 +351,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             side=arguments.side,
             directory=arguments.dir,
             steps=arguments.steps,
+            warmup=arguments.warmup,
             seed=arguments.seed,
             overrides=arguments.options,
             device=arguments.device,

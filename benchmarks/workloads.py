@@ -77,9 +77,9 @@ class Workload:
     def rows_path(self, directory: Path) -> Path:
         return directory / f"{self.name}.jsonl"
 
-    def write_rows(self, directory: Path, *, steps: int, seed: int) -> None:
+    def write_rows(self, directory: Path, *, steps: int, seed: int, warmup: int = WARMUP) -> None:
         """One JSON object a line: enough rows for the warm-up, `steps` timed steps and one more."""
-        rows = self.rows(self.rows_per_step * (WARMUP + steps + 1), seed=seed)
+        rows = self.rows(self.rows_per_step * (warmup + steps + 1), seed=seed)
         self.rows_path(directory).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def read_rows(self, directory: Path) -> list[synthetic.Row]:

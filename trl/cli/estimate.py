@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from trl.data.encode import decode
 from trl.models.fused import for_the_moment
+from trl.models.graphs import captures, without_graphs
 from trl.models.memory import (
     ACTIVATIONS,
     CACHE,
@@ -127,8 +128,13 @@ class _Step:
         size = -(-len(self.examples) // count)
         rows = [list(self.examples[i : i + size]) for i in range(0, len(self.examples), size)]
         slots, _ = trainer.get_batch_samples(iter(rows), count, trainer.args.device)
-        for batches in slots:
-            trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
+        inner = unwrap(trainer.model)
+        if all(captures(inner, batch.positions) for batches in slots for batch in batches):
+            for parameter in trainer.model.parameters():  # graphs add to gradients that are there
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        with without_graphs(inner):
+            for batches in slots:
+                trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
 
 
 def _unmasked(batch: Batch) -> Batch:

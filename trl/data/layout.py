@@ -49,6 +49,7 @@ def lay_out(
     spans: bool = False,
     counts_copies: bool = False,
     restarts: bool = False,
+    sizes: Callable[[int], int] | None = None,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
@@ -64,7 +65,7 @@ def lay_out(
     of padding begin anew even where nothing has to be masked, so that they tell how long a sequence is.
 
     With `spans`, batches that are not padded say what attends to what for attention of variable length, unless tokens see
-    others behind them.
+    others behind them. Then `sizes(n) ≥ n` may say in which sizes n tokens, or keys, are laid out, if shapes are to be few.
 
     Raises ConfigError for a layout that there is not, DataError for per-token inputs that are not one value per token.
     """
@@ -72,23 +73,26 @@ def lay_out(
         raise ConfigError(unknown("layout", layout, LAYOUTS))
     check_inputs(examples, joins or {})
     placed = LAYOUTS[layout](examples)
-    sizes = [example.tokens for example in placed]
-    rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(sizes, capacity, hidden_size)
-    grid = _Grid(placed, rows, pad_token_id, multiple_of)
+    tokens = [example.tokens for example in placed]
+    rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(tokens, capacity, hidden_size)
+    ahead = any(_sees_ahead(example, joins or {}) for example in examples)
+    has_spans = spans and layout != "padded" and not ahead
+    few = sizes if has_spans and len(rows) == 1 else None
+    grid = _Grid(placed, rows, pad_token_id, multiple_of, few)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
     elif layout == "packed":
         inputs["position_ids"] = _packed_positions(grid, alone=not restarts and len(rows) == len(placed))
-    segments, ahead = None, any(_sees_ahead(example, joins or {}) for example in examples)
+    segments = None
     if layout == "shared" or (layout == "packed" and ahead):
         segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     order = [i for row in rows for i in row]
     tensors |= joined([placed[i] for i in order], joins or {}, [grid.start[i] for i in order], grid.ids.shape)
-    batch = _batch(examples, tensors, grid.before, grid.first, segments, sizes)
-    if spans and layout != "padded" and not ahead:
-        batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared")))
+    batch = _batch(examples, tensors, grid.before, grid.first, segments, tokens)
+    if has_spans:
+        batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared"), few))
     return replace(batch, copies=torch.from_numpy(_copies(grid, placed))) if counts_copies else batch
 
 
@@ -103,8 +107,11 @@ def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None) -
     return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
 
 
-def spans_of(sequence: np.ndarray, branch: np.ndarray) -> Spans:
-    """Runs of queries and their keys from sequence and branch `[B,T]`: a prompt and its branches are runs of their own."""
+def spans_of(sequence: np.ndarray, branch: np.ndarray, sizes: Callable[[int], int] | None = None) -> Spans:
+    """Runs of queries and their keys from sequence and branch `[B,T]`: a prompt and its branches are runs of their own.
+
+    With `sizes`, as many runs as the next power of two, and keys in these sizes: the last run, which is padding, is cut.
+    """
     rows = np.repeat(np.arange(len(sequence)), sequence.shape[1])
     flat = np.stack([rows, sequence.ravel(), branch.ravel()])
     starts = np.flatnonzero(np.r_[True, (flat[:, 1:] != flat[:, :-1]).any(0)])
@@ -120,12 +127,31 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray) -> Spans:
     seen = np.array([sum(lengths[i] for i in piece) for piece in pieces])
     keys = None
     if part.any():
-        keys = torch.from_numpy(
-            np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
-        )
+        keys = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
+    if sizes is not None:
+        lengths, seen, keys = _filled_up(lengths, seen, keys, sizes)
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
     longest = (1 << int(n.max() - 1).bit_length() for n in (lengths, seen))  # few values: compiled graphs hold them
-    return Spans(query_starts, key_starts, keys, *longest)
+    return Spans(query_starts, key_starts, None if keys is None else torch.from_numpy(keys), *longest)
+
+
+def _filled_up(
+    lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None, sizes: Callable[[int], int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Lengths of runs, keys that they see, and the keys, with the last run, all padding, cut into runs no longer than others.
+
+    Where there have to be more keys, they are its last position.
+    """
+    (*own, padding), (*others, _) = lengths.tolist(), seen.tolist()
+    more = 0 if keys is None else sizes(len(keys)) - len(keys)
+    least = max(-(-padding // max(own)), -(-(padding + more) // max(others)))
+    count = max(8, 1 << (len(own) + least - 1).bit_length()) - len(own)
+    queries, extra = (np.diff(np.arange(count + 1) * n // count) for n in (padding, more))
+    if keys is not None:
+        before, ends = len(keys) - padding, queries.cumsum()
+        cut, fill = np.split(keys[before:], ends[:-1]), (np.full(n, keys[-1]) for n in extra)
+        keys = np.concatenate([keys[:before], *(x for pair in zip(fill, cut, strict=True) for x in pair)])
+    return np.r_[own, queries], np.r_[others, queries + extra], keys
 
 
 def _sees_ahead(example: Example, joins: Mapping[str, Join]) -> bool:
@@ -237,9 +263,18 @@ class _Grid:
     none; `first[n]` that of its first. `axes` are the positions that examples bring along, `[B,T]` or `[3,B,T]`, or None.
     """
 
-    def __init__(self, examples: list[Example], rows: list[list[int]], pad_token_id: int, multiple_of: int) -> None:
+    def __init__(
+        self,
+        examples: list[Example],
+        rows: list[list[int]],
+        pad_token_id: int,
+        multiple_of: int,
+        sizes: Callable[[int], int] | None = None,
+    ) -> None:
         width = max(sum(examples[i].tokens for i in row) for row in rows)
         width += -width % multiple_of
+        if sizes is not None:
+            width = sizes(width + 1)  # some padding, which more runs can be made of
         shape = (len(rows), width)
         self.ids = np.full(shape, pad_token_id, dtype=np.int64)
         self.positions = np.zeros(shape, dtype=np.int64)

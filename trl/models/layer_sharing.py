@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
+from trl.models.graphs import without_graphs
 from trl.models.patching import replaced_forwards
 
 
@@ -71,7 +72,7 @@ def resuming(
     instead |= {encoder: _giving(given[0]) for encoder in _encoder(model)}
     if upper is not None:
         instead |= {layer: other.__call__ for layer, other in zip(layers[start:], upper, strict=True)}
-    with replaced_forwards(instead):
+    with without_graphs(model), replaced_forwards(instead):
         yield
 
 

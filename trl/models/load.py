@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,12 +279,23 @@ SCALES = ("moe_token_dropout",)
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Set every dropout probability of `model` to zero."""
+    for module, name in _dropouts(model):
+        setattr(module, name, 0.0)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a dropout probability of `model` is above zero."""
+    return any(getattr(module, name) > 0 for module, name in _dropouts(model))
+
+
+def _dropouts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Modules, and the names of their dropout probabilities."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
+            yield module, "p"
+        for name, value in [*vars(module).items()]:
             if isinstance(value, float) and DROPOUT.search(name) and name not in SCALES:
-                setattr(module, name, 0.0)
+                yield module, name
 
 
 def set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:

@@ -31,6 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.models.fused import fuse_as
+from trl.models.graphs import capture_as
 from trl.models.layer_sharing import depth, layer_pattern, layers_of, recording, resuming
 from trl.models.layouts import TRIAL
 from trl.models.patching import evaluating
@@ -201,6 +202,7 @@ def frozen_reference(
     prepare_scoring(unwrap(model))
     attend_as(unwrap(model), policy)
     fuse_as(unwrap(model), policy)
+    capture_as(unwrap(model), policy)
     whole, start = FrozenModel(model), _shared_layers(policy, unwrap(model))
     if start == 0 or is_deepspeed_zero3_enabled():
         return whole

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -53,12 +53,14 @@ from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.fused_adapters import fuse_adapters
+from trl.models.graphs import capture_layers, captures, few_sizes, without_graphs
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.kept_activations import keep_less
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
+    has_dropout,
     keep_own_loss,
     keep_unpacked,
     load_model,
@@ -115,6 +117,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
+    captures_unasked: ClassVar[bool] = True
+    """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -194,6 +198,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
         self._spare_launches(inner)
+        self._capture_layers(inner)
 
     def _add_router_loss(self, inner: PreTrainedModel, forward: Callable[[nn.Module, Batch], Any]) -> None:
         """Balance the load of experts where that is asked for. `forward(model, batch)` is a pass over a batch."""
@@ -224,6 +229,27 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         """Whether norms and rotations are to be single kernels, which compiled layers and Liger's have already."""
         has_them = self.args.torch_compile or self.args.use_liger_kernel
         return self.args.device.type == "cuda" and has_triton() and not has_them and not self.is_sharded
+
+    def _capture_layers(self, inner: PreTrainedModel) -> None:
+        """Let forward and backward be CUDA graphs. Raises ConfigError where that is asked for, and cannot be."""
+        args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
+        reasons = {
+            "a device other than CUDA": args.device.type != "cuda",
+            "several processes": self.accelerator.num_processes > 1 or self.is_sharded,
+            "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
+            "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
+            "the load-balancing loss of experts": self.term is not None,
+            "activation_offloading": args.activation_offloading,
+            "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
+            "reentrant checkpointing": checkpointing.get("use_reentrant", False),
+        }
+        reason = next((words for words, holds in reasons.items() if holds), None)
+        if args.cuda_graphs and reason is not None:
+            raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
+        if reason is None and (self.captures_unasked if args.cuda_graphs is None else args.cuda_graphs):
+            # Nothing is drawn, and the state of a random generator cannot be read while a graph is captured.
+            args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
+            capture_layers(inner)
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         if (adapter := prompt_adapter(self._adapted())) is not None:
@@ -406,6 +432,10 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             return lay_out_encoder_decoder(items, pad_token_id=pad, decoder_start_token_id=start)
         return self.lay_out_rows(items)
 
+    def _loss_alone(self, item: Example, batch: Batch) -> Tensor:
+        with without_graphs(unwrap(self.model)):
+            return super()._loss_alone(item, batch)
+
     def _also_reading(self) -> list[PreTrainedModel]:
         """Models that are given the policy's batches: a reference, a value network."""
         own = set(unwrap(self.model).modules())
@@ -416,7 +446,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         check_image_tokens(examples, image_token_ids(unwrap(self.model).config))
         if self.image_features is not None:
             examples = self.image_features.of(examples)
-        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.term is not None)
+        few = few_sizes if captures(unwrap(self.model), sum(example.tokens for example in examples)) else None
+        batch = lay_out(examples, self.layout, **self._row_options, sizes=few, counts_copies=self.term is not None)
         has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
         if self.images is None or has_images or not runs_together():
             return batch

@@ -210,6 +210,10 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Keep what checkpointed layers start from in the host's memory, until backward asks for it; implies
     `gradient_checkpointing`. Costs the time of the copies."""
 
+    cuda_graphs: bool | None = None
+    """Launch forward and backward of the layers as CUDA graphs, where micro-batches are so small that the device waits for
+    the host. Gradients keep their memory between steps. None: on CUDA, in one process, for trainers that do not sample."""
+
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts. None: as the model's configuration says, which asks for
     it by `output_router_logits`. Takes one more pass where a step has several micro-batches or processes."""
@@ -294,6 +298,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         for name in names:
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+
+    def set_checkpointing(self, **options: Any) -> None:
+        """Options of `torch.utils.checkpoint`, where none was given by these names."""
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if hasattr(self, name):
+                setattr(self, name, {**options, **(getattr(self, name) or {})})
 
     @property
     def width_multiple(self) -> int:

@@ -82,6 +82,7 @@ class OnlineTrainer(BaseTrainer):
     args: OnlineConfig
     prompts_only = True
     multiple_completions = True
+    captures_unasked = False  # graphs would hold memory that samples need
     sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
 
     def __init__(

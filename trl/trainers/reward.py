@@ -107,6 +107,7 @@ class RewardTrainer(PredictsRewards):
         self._add_router_loss(inner, score_rewards)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
         self._spare_launches(inner)
+        self._capture_layers(inner)
 
     # ---- data ----
 

@@ -1,0 +1,346 @@
+"""Replays of a model's layers: numbers and gradients are those of the layers, whatever was captured before.
+
+CUDA's graphs are stood in for by functions that run again what was recorded, on the places that were recorded.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
+
+from trl.data.layout import lay_out
+from trl.models.graphs import Graphs, capture_as, capture_layers, captures, few_sizes, without_graphs
+from trl.models.layer_sharing import recording, resuming
+from trl.models.patching import checkpoint_activations
+from trl.models.rewards import prepare_rewards, score_rewards
+from trl.models.score import prepare_scoring, score
+from trl.models.varlen import VARLEN, switch
+from trl.types import Completion, Example
+
+
+def rows(*seeds, answers=2, prompt=5, answer=4):
+    """Examples that differ in their tokens and not in their lengths."""
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def ids(draw, count):
+        return torch.randint(5, 60, (count,), generator=draw).tolist()
+
+    return [
+        Example(ids(draw, prompt), tuple(Completion(ids(draw, answer + i)) for i in range(answers))) for draw in draws
+    ]
+
+
+def batch_of(*seeds, layout="packed", **sizes):
+    return lay_out(rows(*seeds, **sizes), layout, capacity=2**40, spans=True, sizes=few_sizes)
+
+
+class Recorder:
+    """Runs again what it was given; counts what it was given."""
+
+    def __init__(self):
+        self.recorded = self.replays = 0
+
+    def __call__(self, function, pool):
+        self.recorded += 1
+        with torch.random.fork_rng():  # CUDA records kernels without running them
+            function()
+
+        def replay():
+            self.replays += 1
+            function()
+
+        return replay, pool or object()
+
+
+@pytest.fixture
+def captured(make_model):
+    """A model whose layers are recorded, the same model without, and the recorder."""
+
+    def make(name="llama", **changes):
+        model = make_model(name, **changes)
+        prepare_scoring(model)
+        switch(model, VARLEN)
+        plain = copy.deepcopy(model)
+        recorder = Recorder()
+        capture_layers(model, recorder)
+        return model, plain, recorder
+
+    return make
+
+
+def step(model, *batches, of=lambda model, batch: score(model, batch, want=["entropy"])):
+    """Log-probabilities of batches, and the gradients of a function of them."""
+    model.zero_grad()
+    found = []
+    for batch in batches:
+        scores = of(model, batch)
+        (scores.logprobs.square().sum() + scores.entropy.sum()).backward()
+        found.append(scores.logprobs.detach())
+    return found, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(found, expected):
+    for a, b in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(a, b)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] is None) == (gradient is None), name
+        if gradient is not None:
+            torch.testing.assert_close(found[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- sizes ----
+
+
+def test_sizes_are_few_and_fill_up_an_eighth_at_most():
+    assert [few_sizes(n) for n in (1, 64, 65, 1023, 1024, 1025, 5600, 8192, 8193)] == [
+        64, 64, 128, 1024, 1024, 1152, 5632, 8192, 9216
+    ]  # fmt: skip
+    sizes = {few_sizes(n) for n in range(1, 2**15 + 1)}
+    assert len(sizes) == 16 + 5 * 8
+    assert all(few_sizes(n) <= n * 9 / 8 + 1 for n in range(1024, 2**15, 7))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_batch_that_is_filled_up_has_the_numbers_of_padded_rows(make_model, name, layout):
+    model = make_model(name)
+    prepare_scoring(model)
+    examples = [*rows(0, 1, answers=3), *rows(2, answers=1, prompt=1, answer=30), *rows(3, 4, 5, 6, prompt=13)]
+    expected = step(model, lay_out(examples))
+    expected = expected[0], {name: p.clone() for name, p in expected[1].items()}
+    switch(model, VARLEN)
+    batch = lay_out(examples, layout, capacity=2**40, spans=True, sizes=few_sizes)
+    spans, positions = batch.spans, batch.inputs["input_ids"].numel()
+    assert positions == few_sizes(positions)
+    assert spans.query_starts[-1] == positions
+    assert len(spans.query_starts) == len(spans.key_starts) in (17, 33)
+    assert spans.query_starts.diff().max() <= spans.longest_query
+    assert spans.key_starts.diff().max() <= spans.longest_key
+    keys = positions if spans.keys is None else len(spans.keys)
+    assert spans.key_starts[-1] == keys == few_sizes(keys)
+    found = step(model, batch)
+    torch.testing.assert_close(found[0][0], expected[0][0], atol=2e-5, rtol=1e-5)
+    for key, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][key], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_rows_of_other_lengths_come_in_one_shape(layout):
+    batches = [batch_of(*range(6), layout=layout, answer=answer) for answer in (3, 4, 5)]
+    shapes = {
+        (b.inputs["input_ids"].shape, b.spans.query_starts.shape, b.spans.keys is None or b.spans.keys.shape)
+        for b in batches
+    }
+    assert len(shapes) == 1
+
+
+# ---- replays ----
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3"])
+def test_replays_have_the_numbers_and_gradients_of_layers(captured, name, layout):
+    model, plain, recorder = captured(name)
+    for number in range(4):
+        batches = [batch_of(number, 10 + number, layout=layout), batch_of(20 + number, 30, layout=layout)]
+        assert_same(step(model, *batches), step(plain, *batches))
+    assert recorder.recorded == 2  # forward and backward, once
+    assert recorder.replays > 8
+
+
+def test_weights_that_change_are_read_and_gradients_start_anew(captured):
+    model, plain, _ = captured()
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, plain)]
+    for number in range(5):
+        batch = batch_of(number, number + 1)
+        assert_same(step(model, batch), step(plain, batch))
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_several_sizes_with_and_without_gradient(captured):
+    model, plain, recorder = captured()
+    for number in range(3):
+        for answer in (4, 40):
+            batch = batch_of(number, 7, answer=answer)
+            assert_same(step(model, batch), step(plain, batch))
+            with torch.no_grad():
+                torch.testing.assert_close(score(model, batch).logprobs, score(plain, batch).logprobs)
+    assert recorder.recorded == 2 * 2 + 2
+
+
+def test_a_forward_before_the_backward_of_another_is_no_replay(captured):
+    model, plain, _ = captured()
+    for number in range(3):
+        first, second = batch_of(number, 1), batch_of(number, 2)
+        for each in (model, plain):
+            each.zero_grad()
+            one, two = score(each, first).logprobs, score(each, second).logprobs
+            (one.square().sum() + 2 * two.square().sum()).backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_layers_that_are_watched_run(captured):
+    model, _, recorder = captured()
+    batch = batch_of(0, 1)
+    for _ in range(3):
+        step(model, batch)
+    replays, seen = recorder.replays, []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    step(model, batch)
+    assert (len(seen), recorder.replays) == (1, replays)
+    hook.remove()
+    step(model, batch)
+    assert (len(seen), recorder.replays) == (1, replays + 2)
+
+
+def test_adapters_that_are_switched_off_are_not_those_that_are_on(captured):
+    model, plain, _ = captured()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.2)
+    adapted, beside = [], []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        adapted.append(get_peft_model(each, copy.deepcopy(config)))
+    recorder = Recorder()
+    capture_layers(model, recorder)
+    for number in range(4):
+        batch = batch_of(number, 1)
+        for each in adapted:
+            each.train()
+            torch.manual_seed(number)
+            beside.append(step(each, batch))
+            each.eval()
+            with torch.no_grad(), each.disable_adapter():
+                beside.append(([score(each, batch).logprobs], {}))
+        assert_same(beside[-4], beside[-2])
+        assert_same(beside[-3], beside[-1])
+    assert recorder.recorded == 2 + 1
+
+
+def test_weights_that_are_frozen_later_get_no_gradient(captured):
+    model, plain, _ = captured()
+    batch = batch_of(0, 1)
+    for frozen in (False, True):
+        for each in (model, plain):
+            each.model.layers[0].requires_grad_(not frozen)
+        for _ in range(3):
+            assert_same(step(model, batch), step(plain, batch))
+
+
+def test_checkpointed_layers_are_captured(captured):
+    model, plain, recorder = captured()
+    checkpoint_activations(model, {"use_reentrant": False, "preserve_rng_state": False})
+    model.train()
+    for number in range(3):
+        batch = batch_of(number, 1)
+        assert_same(step(model, batch), step(plain, batch))
+    assert recorder.recorded == 2
+
+
+def test_a_reward_model_is_captured(make_model):
+    model = LlamaForSequenceClassification(make_model("llama", num_labels=1).config).eval()
+    prepare_rewards(model)
+    switch(model, VARLEN)
+    plain, recorder = copy.deepcopy(model), Recorder()
+    capture_layers(model, recorder)
+    for number in range(3):
+        batch = batch_of(number, 1, layout="shared")
+        for each in (model, plain):
+            each.zero_grad()
+            score_rewards(each, batch).square().sum().backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert recorder.recorded == 2
+
+
+def test_gradients_can_be_asked_of_autograd_without_graphs(captured):
+    model, plain, _ = captured()
+    batch = batch_of(0, 1)
+    for _ in range(2):
+        step(model, batch)
+    with without_graphs(model):
+        found = torch.autograd.grad(score(model, batch).logprobs.sum(), list(model.parameters()))
+    expected = torch.autograd.grad(score(plain, batch).logprobs.sum(), list(plain.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_that_is_resumed_from_lower_layers_is_not_replayed(captured):
+    model, plain, _ = captured()
+    for number in range(3):
+        batch, found = batch_of(number, 1), []
+        for each in (model, plain):
+            with torch.no_grad():
+                with recording(each, 1) as lower:
+                    score(each, batch)
+                with resuming(each, 1, lower):
+                    found.append(score(each, batch).logprobs)
+        torch.testing.assert_close(*found)
+
+
+def test_copies_and_pickles_have_no_graphs(captured):
+    model, _, _ = captured()
+    batch = batch_of(0, 1)
+    for _ in range(2):
+        step(model, batch)
+    assert vars(copy.deepcopy(model))["_trl_graphs"] is None
+    assert pickle.loads(pickle.dumps(model._trl_graphs)) is None
+    other = copy.deepcopy(model)
+    capture_as(other, model)
+    assert isinstance(other._trl_graphs, Graphs)
+
+
+# ---- what cannot be captured ----
+
+
+def test_layers_that_cannot_be_captured_run_and_are_named_once(captured, caplog):
+    model, plain, _ = captured()
+
+    def refuse(function, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    capture_layers(model, refuse)
+    for number in range(4):
+        batch = batch_of(number, 1)
+        assert_same(step(model, batch), step(plain, batch))
+    (record,) = caplog.records
+    assert "LlamaForCausalLM runs without CUDA graphs" in record.message
+    assert "not permitted" in record.message
+
+
+@pytest.mark.parametrize(("wrong", "word"), [("forward", "hidden states"), ("backward", "gradients")])
+def test_replays_with_other_numbers_are_not_used(captured, caplog, wrong, word):
+    model, plain, _ = captured()
+
+    def record(function, pool):
+        def replay():
+            function()
+            owner = function.__self__
+            if function.__name__ == f"_{wrong}":
+                target = owner.hidden.data if wrong == "forward" else owner.gradients.buffers[owner.learned[0]]
+                target.mul_(1.5)
+
+        function()
+        return replay, "pool"
+
+    capture_layers(model, record)
+    for number in range(3):
+        batch = batch_of(number, 1)
+        assert_same(step(model, batch), step(plain, batch))
+    (record,) = caplog.records
+    assert word in record.message
+
+
+def test_only_what_the_host_cannot_keep_up_with_is_worthwhile(captured):
+    model, plain, _ = captured()
+    weights = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert captures(model, int(0.99e12 / 6 / weights))
+    assert not captures(model, int(1.01e12 / 6 / weights))
+    assert not captures(plain, 1)

@@ -1,0 +1,355 @@
+"""A model's layers as CUDA graphs: forward and backward of a micro-batch are one launch each, however many kernels they have.
+
+A kernel costs the host 5 to 50 µs, and a layer has some seventy of them, forward and backward: below `WORTHWHILE` the device
+waits for the host. A captured graph is launched at once, and reads and writes fixed places:
+
+    inputs      are copied into place. Batches are laid out in few sizes (`few_sizes`), filled up with sequences of padding
+    output      hidden states `[B,T,H]`, which a head reads as ever; their gradient is copied into place on the way back
+    gradients   of weights are added to buffers, which are the weights' `grad` from then on
+
+The first size runs as ever the first time, and is captured the second time, and tried: hidden states and gradients must be
+those of the same layers without a graph. Further sizes are captured when they are seen. Layers that cannot be captured (the host needs a number of theirs in between, as in
+some mixtures of experts) run as before, with one warning; and layers that somebody watches by hooks do, while they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl.models.compiled import repeated_layers
+from trl.models.fused import close
+from trl.types import Spans
+
+logger = logging.getLogger(__name__)
+
+INPUTS = frozenset({"input_ids", "position_ids", "attention_mask", "spans"})
+"""What a captured forward may read: all else (pixel values, masks) comes in too many shapes."""
+WORTHWHILE = 1e12
+"""Floating-point operations of a layer, forward and backward, below which it is launched for longer than it computes: 2.5 ms
+at 400 TFLOP/s."""
+MOST = 24
+"""Graphs that a model holds, with gradient and without; further sizes run as ever."""
+BITS = 3
+"""Binary digits of a size after the first, so that at most an eighth is filled up."""
+REQUIRES_GRAD = "make_inputs_require_grads"
+"""The hook on embeddings by which `transformers` lets adapters and checkpointed layers learn."""
+
+Run = Callable[..., Tensor]
+Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
+"""Runs a function so that it can be replayed, in a pool of memory or a new one; gives what replays it, and the pool."""
+
+
+def captures(model: PreTrainedModel, positions: int) -> bool:
+    """Whether passes over so many positions are to be replayed: a layer computes for less time than the host launches it."""
+    layers = repeated_layers(model) if vars(model).get("_trl_graphs") is not None else []
+    return bool(layers) and 6 * positions * sum(p.numel() for p in layers[0].parameters()) < WORTHWHILE
+
+
+def few_sizes(size: int) -> int:
+    """The next size that batches are laid out in: 64, 128, …, and from 1,024 on eight to each power of two."""
+    step = max(64, 1 << max(0, (size - 1).bit_length() - 1 - BITS))
+    return -(-size // step) * step
+
+
+def capture_layers(model: PreTrainedModel, record: Record | None = None) -> None:
+    """Let the hidden states that heads of `model` ask for come from graphs; `record` makes them, CUDA's by default."""
+    model._trl_graphs = Graphs(model, record or cuda_graph)
+
+
+def capture_as(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Capture a model that reads the policy's batches, where the policy is."""
+    if (graphs := vars(policy).get("_trl_graphs")) is not None:
+        capture_layers(model, graphs.record)
+
+
+def replayed(model: PreTrainedModel, run: Run, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states `[B,T,H]`: `run(**inputs)`, by a graph where there is one."""
+    graphs: Graphs | None = vars(model).get("_trl_graphs")
+    return run(**inputs) if graphs is None else graphs(run, inputs)
+
+
+@contextmanager
+def without_graphs(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, gradients reach weights through autograd alone, which can be asked for them."""
+    graphs = vars(model).pop("_trl_graphs", None)
+    try:
+        yield
+    finally:
+        if graphs is not None:
+            model._trl_graphs = graphs
+
+
+def cuda_graph(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
+    """See `Record`."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        raise
+    return graph.replay, graph.pool()
+
+
+class Graphs:
+    """The graphs of a model, by what they were captured from: sizes, precision, mode, adapters."""
+
+    def __init__(self, model: PreTrainedModel, record: Record) -> None:
+        self.model, self.record = weakref.ref(model), record
+        self.is_off = False
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Copies and pickles of a model have no graphs."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def forget(self) -> None:
+        """Let all graphs and their memory go."""
+        modules = list(self.model().modules())
+        self.places = [(module._parameters, name) for module in modules for name in module._parameters]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+        self.adapter = next((module for module in modules if isinstance(module, BaseTunerLayer)), None)
+        self.seen: set[Hashable] = set()
+        self.held: dict[Hashable, Captured] = {}
+        self.gradients = Gradients()
+        self.pools: dict[bool, Any] = {}
+
+    def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
+        key = None if self.is_off else self._key(inputs)
+        if key is None or (key not in self.held and not self._capture(key, run, inputs)):
+            return run(**inputs)
+        if torch.is_grad_enabled() and any(captured.is_busy for captured in self.held.values()):
+            return run(**inputs)  # what the pool holds is needed by a backward pass to come
+        return self.held[key](inputs)
+
+    def _key(self, inputs: Mapping[str, Any]) -> Hashable:
+        """By what a graph is found; None where these inputs have none."""
+        if not isinstance(spans := inputs.get("spans"), Spans) or not inputs.keys() <= INPUTS or self._is_watched():
+            return None
+        device = inputs["input_ids"].device.type
+        return (
+            torch.is_grad_enabled(),
+            self.model().training,
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            self.adapter and (self.adapter.disable_adapters, *self.adapter.active_adapters),
+            *((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor)),
+            (spans.query_starts.shape, spans.keys is None or spans.keys.shape),
+            (spans.longest_query, spans.longest_key),
+            *self._weights(),
+        )
+
+    def _is_watched(self) -> bool:
+        found = (hook for hooks in self.hooks for hook in hooks.values())
+        return any(getattr(hook, "__name__", "") != REQUIRES_GRAD for hook in found)
+
+    def _weights(self) -> Iterator[tuple[int, bool] | None]:
+        """Where weights are, and whether they learn: others may stand in their places for a while."""
+        held = (table[name] for table, name in self.places)
+        return (None if p is None else (p.data_ptr(), p.requires_grad) for p in held)
+
+    def _capture(self, key: Hashable, run: Run, inputs: Mapping[str, Any]) -> bool:
+        """Capture what these inputs run; whether it was captured."""
+        learns, again = torch.is_grad_enabled(), key in self.seen
+        self.seen.add(key)
+        first = learns not in self.pools
+        if len(self.held) >= MOST or (first and not (again and self._may_try(learns))):
+            return False
+        captured = Captured(run, inputs, self.gradients if learns else None)
+        try:
+            expected = captured.tried() if first else None
+            pool = captured.record(self.record, self.pools.get(learns))
+            reason = "" if expected is None else captured.differs(expected)
+        except RuntimeError as error:
+            if not again:  # a kernel of this size alone may have to be loaded
+                return False
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if reason:
+            del captured
+            self.forget()
+            self.is_off = True
+            logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
+            return False
+        self.held[key], self.pools[learns] = captured, pool
+        return True
+
+    def _may_try(self, learns: bool) -> bool:
+        """Whether no weight has a gradient that a trial would overwrite, of a micro-batch before this one."""
+        return not learns or all(p.grad is None for p in self.model().parameters())
+
+
+class Captured:
+    """Forward, and with `gradients` backward, of a model on inputs of one size."""
+
+    def __init__(self, run: Run, inputs: Mapping[str, Any], gradients: Gradients | None) -> None:
+        self.run, self.gradients = run, gradients
+        self.inputs = {k: v.map(Tensor.clone) if isinstance(v, Spans) else _cloned(v) for k, v in inputs.items()}
+        self.hidden = self.grad = torch.empty(0)
+        self.learned: list[nn.Parameter] = []
+        self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
+        self._pending: weakref.ref[Pending] | None = None
+
+    def record(self, record: Record, pool: Any) -> Any:
+        """Capture both directions; the pool of memory that they share with others of their kind."""
+        device = self.inputs["input_ids"].device.type
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)  # what is rounded in a graph is rounded anew by each replay
+        try:
+            self.replay_forward, pool = record(self._forward, pool)
+            if self.gradients is not None:
+                self.learned = self.gradients.of(self.hidden)
+                self.grad = torch.empty_like(self.hidden, requires_grad=False)
+                with torch.autocast(device, enabled=False):
+                    self.replay_backward, pool = record(self._backward, pool)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        return pool
+
+    def _forward(self) -> None:
+        with torch.set_grad_enabled(self.gradients is not None):
+            self.hidden = self.run(**self.inputs)
+
+    def _backward(self) -> None:
+        found = torch.autograd.grad(self.hidden, self.learned, self.grad)
+        torch._foreach_add_([self.gradients.buffers[p] for p in self.learned], list(found))
+
+    # ---- replay ----
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
+        for place, value in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
+            place.copy_(value)
+        if self.gradients is None:
+            self.replay_forward()
+            return self.hidden.clone()
+        self.gradients.attach(self.learned)
+        return Replayed.apply(self, self.anchor)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a backward pass is still to come."""
+        return self._pending is not None and self._pending() is not None
+
+    def pending(self) -> Pending:
+        pending = Pending()
+        self._pending = weakref.ref(pending)
+        return pending
+
+    # ---- trial ----
+
+    def tried(self) -> tuple[Tensor, Tensor]:
+        """Hidden states, and norms of gradients, without a graph; random numbers are drawn as if nothing had been tried."""
+        device = self.inputs["input_ids"].device
+        with _undrawn(device):
+            hidden = self.run(**self.inputs)
+            if self.gradients is None:
+                return hidden.clone(), hidden.new_zeros(1)
+            learned = self.gradients.of(hidden)
+            with torch.autocast(device.type, enabled=False):
+                found = torch.autograd.grad(hidden, learned, hidden.detach())
+        return hidden.detach().clone(), torch.stack(torch._foreach_norm(found)).float()
+
+    def differs(self, expected: tuple[Tensor, Tensor]) -> str:
+        """In what a replay differs from these; nothing if it does not."""
+        hidden, norms = expected
+        with _undrawn(hidden.device):
+            self.replay_forward()
+            half = torch.bfloat16 if hidden.is_cuda else None
+            if not close(self.hidden.detach(), hidden, factors=half):
+                return "their hidden states are others"
+            if self.gradients is None:
+                return ""
+            buffers = [self.gradients.buffers[p].zero_() for p in self.learned]
+            self.grad.copy_(hidden)
+            self.replay_backward()
+            found = torch.stack(torch._foreach_norm(buffers)).float()
+        return "" if close(found / norms.max(), norms / norms.max(), factors=half) else "their gradients are others"
+
+
+class Pending:
+    """Lives until the backward pass of a replay has run, or can no longer run."""
+
+
+class Replayed(torch.autograd.Function):
+    """Hidden states `[B,T,H]` of a replay; backward replays too, and adds to the gradients of weights by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: Captured, anchor: Tensor) -> Tensor:
+        ctx.captured, ctx.pending = captured, captured.pending()
+        captured.replay_forward()
+        return captured.hidden.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.captured.grad.copy_(grad)
+        ctx.captured.replay_backward()
+        del ctx.pending
+        return None, None
+
+
+class Gradients:
+    """Where graphs add the gradients of weights: a buffer for each that learns."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[nn.Parameter, Tensor] = {}
+
+    def of(self, hidden: Tensor) -> list[nn.Parameter]:
+        """The weights that `hidden` has gradients of, each with a buffer."""
+        found, nodes, seen = [], [hidden.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+            if (variable := getattr(node, "variable", None)) is not None:
+                found.append(variable)
+        for parameter in found:
+            if parameter not in self.buffers:
+                self.buffers[parameter] = torch.zeros_like(parameter, requires_grad=False)
+        return found
+
+    def attach(self, learned: Sequence[nn.Parameter]) -> None:
+        """Let buffers be the gradients of their weights, with what these have, or zero."""
+        empty = []
+        for parameter in learned:
+            buffer = self.buffers[parameter]
+            if parameter.grad is None:
+                empty.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if empty:
+            torch._foreach_zero_(empty)
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Spans):
+            found += [x for x in (value.query_starts, value.key_starts, value.keys) if x is not None]
+    return found
+
+
+@contextmanager
+def _undrawn(device: torch.device) -> Iterator[None]:
+    """Random numbers that are drawn within it are drawn again after it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
