@@ -35,6 +35,8 @@ from trl.errors import ConfigError, DataError, unknown
 from trl.types import Batch, Completion, Example, Join, PerToken, Segments, Spans
 
 PADDING = -1
+LONGEST = 1024
+"""Tokens that attention is told a run may have, at least, where shapes are to be few: more cost it nothing to speak of."""
 
 
 def lay_out(
@@ -131,7 +133,8 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray, sizes: Callable[[int], in
     if sizes is not None:
         lengths, seen, keys = _filled_up(lengths, seen, keys, sizes)
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
-    longest = (1 << int(n.max() - 1).bit_length() for n in (lengths, seen))  # few values: compiled graphs hold them
+    least = 1 if sizes is None else LONGEST
+    longest = (max(least, 1 << int(n.max() - 1).bit_length()) for n in (lengths, seen))  # few values: graphs hold them
     return Spans(query_starts, key_starts, None if keys is None else torch.from_numpy(keys), *longest)
 
 

@@ -8,8 +8,9 @@ waits for the host. A captured graph is launched at once, and reads and writes f
     gradients   of weights are added to buffers, which are the weights' `grad` from then on
 
 The first size runs as ever the first time, and is captured the second time, and tried: hidden states and gradients must be
-those of the same layers without a graph. Further sizes are captured when they are seen. Layers that cannot be captured (the host needs a number of theirs in between, as in
-some mixtures of experts) run as before, with one warning; and layers that somebody watches by hooks do, while they do.
+those of the same layers without a graph. Further sizes are captured when they are seen; all of them anew when one is larger
+than those before, so that they share the memory of the largest. Layers that cannot be captured (the host needs a number of
+theirs in between, as in some mixtures of experts) run as before, with one warning; and so do layers while hooks watch them.
 """
 
 from __future__ import annotations
@@ -124,18 +125,20 @@ class Graphs:
         self.held: dict[Hashable, Captured] = {}
         self.gradients = Gradients()
         self.pools: dict[bool, Any] = {}
+        self.tried: set[bool] = set()
 
     def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
         key = None if self.is_off else self._key(inputs)
+        if torch.is_grad_enabled() and any(captured.is_busy for captured in self.held.values()):
+            key = None  # what the pool holds is needed by a backward pass to come
         if key is None or (key not in self.held and not self._capture(key, run, inputs)):
             return run(**inputs)
-        if torch.is_grad_enabled() and any(captured.is_busy for captured in self.held.values()):
-            return run(**inputs)  # what the pool holds is needed by a backward pass to come
         return self.held[key](inputs)
 
     def _key(self, inputs: Mapping[str, Any]) -> Hashable:
         """By what a graph is found; None where these inputs have none."""
-        if not isinstance(spans := inputs.get("spans"), Spans) or not inputs.keys() <= INPUTS or self._is_watched():
+        given = {name for name, value in inputs.items() if value is not None}
+        if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS or self._is_watched():
             return None
         device = inputs["input_ids"].device.type
         return (
@@ -162,9 +165,10 @@ class Graphs:
         """Capture what these inputs run; whether it was captured."""
         learns, again = torch.is_grad_enabled(), key in self.seen
         self.seen.add(key)
-        first = learns not in self.pools
+        first = learns not in self.tried
         if len(self.held) >= MOST or (first and not (again and self._may_try(learns))):
             return False
+        self._make_room(inputs, learns)
         captured = Captured(run, inputs, self.gradients if learns else None)
         try:
             expected = captured.tried() if first else None
@@ -181,7 +185,17 @@ class Graphs:
             logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
             return False
         self.held[key], self.pools[learns] = captured, pool
+        self.tried.add(learns)
         return True
+
+    def _make_room(self, inputs: Mapping[str, Any], learns: bool) -> None:
+        """Let smaller graphs of a kind go, and their pool, before a larger one: they fit into its memory, and it not into theirs."""
+        size = _tensors(inputs)[0].numel()
+        kind = {key: captured for key, captured in self.held.items() if (captured.gradients is not None) == learns}
+        if kind and size > max(_tensors(captured.inputs)[0].numel() for captured in kind.values()):
+            for key in kind:
+                del self.held[key]
+            del self.pools[learns]
 
     def _may_try(self, learns: bool) -> bool:
         """Whether no weight has a gradient that a trial would overwrite, of a micro-batch before this one."""
@@ -212,6 +226,7 @@ class Captured:
                 self.grad = torch.empty_like(self.hidden, requires_grad=False)
                 with torch.autocast(device, enabled=False):
                     self.replay_backward, pool = record(self._backward, pool)
+            self.hidden = self.hidden.detach()  # what autograd keeps for it would stay
         finally:
             torch.set_autocast_cache_enabled(cached)
         return pool
