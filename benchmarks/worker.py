@@ -64,8 +64,11 @@ class Recorder:
     positions       the same with padding
     sampled         tokens that the step sampled, the end token included; `sampling_seconds` is what that took
     prepare_seconds loading the trainer with its data: encoding, packing, a reference model
-    loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was. On CUDA: allocated there
-    launches        kernels and copies of a step, on CUDA; `busy` is the part of it in which the device ran one
+    loaded_mib      resident once that is done; `peak_mib` is the largest the process ever was. On CUDA: what was allocated
+                    there, at the most in a timed step
+    launches        kernels and copies of a step, on CUDA; `busy` is the part of it in which the device ran one. Those of a
+                    CUDA graph count each
+    graphs          bytes that CUDA graphs kept after the last step
     """
 
     step_seconds: list[float] = field(default_factory=list)
@@ -82,12 +85,24 @@ class Recorder:
     parameters: int = 0
     launches: float | None = None
     busy: float | None = None
+    graphs: int = 0
 
     def prepared(self, model: torch.nn.Module, started: float, device: str = "cpu") -> None:
         """Note what making a trainer since `started` took, and what it holds."""
         self.prepare_seconds = time.perf_counter() - started
         self.parameters = sum(p.numel() for p in model.parameters())
         self.loaded_mib = memory_mib("VmRSS", device)
+
+    def see_memory(self, *, counts: bool) -> None:
+        """Note the most that a step on a GPU held: what was allocated, and all that CUDA graphs keep for their replays.
+
+        While a graph is captured, its memory is allocated.
+        """
+        held, graphs = torch.cuda.max_memory_allocated(), of_graphs()
+        captured, self.graphs = graphs != self.graphs, graphs
+        if counts:
+            self.peak_mib = max(self.peak_mib, (held if captured else held + graphs) / 2**20)
+        torch.cuda.reset_peak_memory_stats()
 
     def result(self, side: str) -> dict[str, Any]:
         """What was measured, with the versions of what `side` ran."""
@@ -108,8 +123,6 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        if state.global_step == self.first and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()
         now, cpu_now = time.perf_counter(), time.process_time()
         if self.first < state.global_step <= self.last:
             self.recorder.step_seconds.append(now - self.before)
@@ -119,9 +132,11 @@ class Clock(TrainerCallback):
             self.recorder.positions.append(self.counter.positions)
             self.recorder.sampled.append(self.counter.sampled)
             self.recorder.sampling_seconds.append(self.counter.sampling_seconds)
+        if torch.cuda.is_initialized():
+            self.recorder.see_memory(counts=self.first < state.global_step <= self.last)
         self.counter.clear()
         self.seen = state.num_input_tokens_seen
-        self.before, self.cpu_before = now, cpu_now
+        self.before, self.cpu_before = time.perf_counter(), time.process_time()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" in logs and state.global_step > self.first:
@@ -217,8 +232,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 def memory_mib(name: str, device: str = "cpu") -> float:
     """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, as Linux counts them."""
     if device == "cuda":
-        held = torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
-        return (held + of_graphs()) / 2**20
+        return torch.cuda.memory_allocated() / 2**20
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) / 1024
 
@@ -310,7 +324,8 @@ def measure(
     if profiled:
         trainer.add_callback(Profile(recorder, last))
     trainer.train()
-    recorder.peak_mib = memory_mib("VmHWM", device)
+    if device == "cpu":
+        recorder.peak_mib = memory_mib("VmHWM")
     return recorder
 
 

@@ -45,6 +45,16 @@ def test_numbers_are_those_of_peft(make_model, options):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_numbers_without_gradient_are_those_with_it(make_model):
+    """To the bit in half precision: the ratio of a policy to its old self is 1 at first."""
+    _, fused = adapted(make_model)
+    fuse_adapters(fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = fused(IDS).logits
+        with torch.no_grad():
+            assert torch.equal(fused(IDS).logits, learning)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_factors_of_a_gated_network_are_kept_in_place_of_its_product(make_model, dropout):
     plain, fused = adapted(make_model, lora_dropout=dropout)

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-from trl.data.layout import lay_out
-from trl.models.graphs import Graphs, capture_as, capture_layers, captures, few_sizes, without_graphs
+from trl.data.layout import few_sizes, lay_out
+from trl.models.graphs import Graphs, capture_as, capture_layers, captures, without_graphs
 from trl.models.layer_sharing import recording, resuming
 from trl.models.patching import checkpoint_activations
 from trl.models.rewards import prepare_rewards, score_rewards
@@ -34,7 +34,7 @@ def rows(*seeds, answers=2, prompt=5, answer=4):
 
 
 def batch_of(*seeds, layout="packed", **sizes):
-    return lay_out(rows(*seeds, **sizes), layout, capacity=2**40, spans=True, sizes=few_sizes)
+    return lay_out(rows(*seeds, **sizes), layout, capacity=2**40, spans=True, in_few_shapes=lambda n: True)
 
 
 class Recorder:
@@ -113,7 +113,7 @@ def test_a_batch_that_is_filled_up_has_the_numbers_of_padded_rows(make_model, na
     expected = step(model, lay_out(examples))
     expected = expected[0], {name: p.clone() for name, p in expected[1].items()}
     switch(model, VARLEN)
-    batch = lay_out(examples, layout, capacity=2**40, spans=True, sizes=few_sizes)
+    batch = lay_out(examples, layout, capacity=2**40, spans=True, in_few_shapes=lambda n: True)
     spans, positions = batch.spans, batch.inputs["input_ids"].numel()
     assert positions == few_sizes(positions)
     assert spans.query_starts[-1] == positions

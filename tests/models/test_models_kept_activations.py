@@ -22,9 +22,9 @@ IDS = torch.arange(3, 43).view(2, 20)
 
 def learned(model, *, half=False):
     """The loss, and gradients by name."""
-    model.train()
+    ids = IDS.to(model.train().device)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -133,9 +133,10 @@ def test_products_of_other_inputs():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_kernels_give_the_same(make_model, monkeypatch, name):
-    """Triton's interpreter stands for a device."""
+    """Triton's interpreter stands for a device, where there is none."""
     monkeypatch.setattr(kept_activations, "_has_kernel", lambda x: True)
-    plain, model = make_model(name), make_model(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain, model = make_model(name).to(device), make_model(name).to(device)
     assert keep_less(model)[0] == 2
     assert all(vars(layer.mlp)[KERNEL] for layer in model.model.layers)
     found, expected = learned(model), learned(plain)

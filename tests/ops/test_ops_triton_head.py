@@ -224,8 +224,9 @@ def test_frozen_weights_and_frozen_states_get_no_gradient(by_triton):
     assert weight.grad.abs().sum() > 0
 
 
-def test_nothing_to_score_gives_nothing(by_triton):
-    leaves, target = problem(0, 300)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_score_gives_nothing(by_triton, dtype):
+    leaves, target = problem(0, 300, dtype=dtype)
     found = logprobs_from_linear(*leaves, target, want=EVERYTHING)
     assert found["entropy"].shape == (0,)
     hidden, weight = torch.autograd.grad(found["logprobs"].sum(), leaves[:2])

@@ -51,7 +51,7 @@ def lay_out(
     spans: bool = False,
     counts_copies: bool = False,
     restarts: bool = False,
-    sizes: Callable[[int], int] | None = None,
+    in_few_shapes: Callable[[int], bool] | None = None,
 ) -> Batch:
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
@@ -67,7 +67,7 @@ def lay_out(
     of padding begin anew even where nothing has to be masked, so that they tell how long a sequence is.
 
     With `spans`, batches that are not padded say what attends to what for attention of variable length, unless tokens see
-    others behind them. Then `sizes(n) ≥ n` may say in which sizes n tokens, or keys, are laid out, if shapes are to be few.
+    others behind them. Then `in_few_shapes(n)` may say whether a single row, n positions if it is, is to have one of few shapes.
 
     Raises ConfigError for a layout that there is not, DataError for per-token inputs that are not one value per token.
     """
@@ -79,8 +79,11 @@ def lay_out(
     rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(tokens, capacity, hidden_size)
     ahead = any(_sees_ahead(example, joins or {}) for example in examples)
     has_spans = spans and layout != "padded" and not ahead
-    few = sizes if has_spans and len(rows) == 1 else None
-    grid = _Grid(placed, rows, pad_token_id, multiple_of, few)
+    width = max(sum(tokens[i] for i in row) for row in rows)
+    few = few_sizes(width + 1)  # some padding, which more runs can be made of
+    few += -few % multiple_of
+    is_few = in_few_shapes is not None and has_spans and len(rows) == 1 and in_few_shapes(few)
+    grid = _Grid(placed, rows, pad_token_id, few if is_few else width + -width % multiple_of)
     inputs = {"input_ids": grid.ids, "position_ids": grid.positions if grid.axes is None else grid.axes}
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
@@ -94,7 +97,7 @@ def lay_out(
     tensors |= joined([placed[i] for i in order], joins or {}, [grid.start[i] for i in order], grid.ids.shape)
     batch = _batch(examples, tensors, grid.before, grid.first, segments, tokens)
     if has_spans:
-        batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared"), few))
+        batch = replace(batch, spans=spans_of(grid.sequence, grid.branch * (layout == "shared"), is_few))
     return replace(batch, copies=torch.from_numpy(_copies(grid, placed))) if counts_copies else batch
 
 
@@ -109,10 +112,16 @@ def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None) -
     return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
 
 
-def spans_of(sequence: np.ndarray, branch: np.ndarray, sizes: Callable[[int], int] | None = None) -> Spans:
+def few_sizes(size: int) -> int:
+    """The next size of few: 64, 128, …, and from 1,024 on eight to each power of two, so that an eighth is filled up at most."""
+    step = max(64, 1 << max(0, (size - 1).bit_length() - 4))
+    return -(-size // step) * step
+
+
+def spans_of(sequence: np.ndarray, branch: np.ndarray, is_few: bool = False) -> Spans:
     """Runs of queries and their keys from sequence and branch `[B,T]`: a prompt and its branches are runs of their own.
 
-    With `sizes`, as many runs as the next power of two, and keys in these sizes: the last run, which is padding, is cut.
+    If shapes are to be few (`is_few`), as many runs as a power of two, and keys in few sizes: the last run, padding, is cut.
     """
     rows = np.repeat(np.arange(len(sequence)), sequence.shape[1])
     flat = np.stack([rows, sequence.ravel(), branch.ravel()])
@@ -130,23 +139,23 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray, sizes: Callable[[int], in
     keys = None
     if part.any():
         keys = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
-    if sizes is not None:
-        lengths, seen, keys = _filled_up(lengths, seen, keys, sizes)
+    if is_few:
+        lengths, seen, keys = _filled_up(lengths, seen, keys)
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
-    least = 1 if sizes is None else LONGEST
+    least = LONGEST if is_few else 1
     longest = (max(least, 1 << int(n.max() - 1).bit_length()) for n in (lengths, seen))  # few values: graphs hold them
     return Spans(query_starts, key_starts, None if keys is None else torch.from_numpy(keys), *longest)
 
 
 def _filled_up(
-    lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None, sizes: Callable[[int], int]
+    lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Lengths of runs, keys that they see, and the keys, with the last run, all padding, cut into runs no longer than others.
 
     Where there have to be more keys, they are its last position.
     """
     (*own, padding), (*others, _) = lengths.tolist(), seen.tolist()
-    more = 0 if keys is None else sizes(len(keys)) - len(keys)
+    more = 0 if keys is None else few_sizes(len(keys)) - len(keys)
     least = max(-(-padding // max(own)), -(-(padding + more) // max(others)))
     count = max(8, 1 << (len(own) + least - 1).bit_length()) - len(own)
     queries, extra = (np.diff(np.arange(count + 1) * n // count) for n in (padding, more))
@@ -266,18 +275,7 @@ class _Grid:
     none; `first[n]` that of its first. `axes` are the positions that examples bring along, `[B,T]` or `[3,B,T]`, or None.
     """
 
-    def __init__(
-        self,
-        examples: list[Example],
-        rows: list[list[int]],
-        pad_token_id: int,
-        multiple_of: int,
-        sizes: Callable[[int], int] | None = None,
-    ) -> None:
-        width = max(sum(examples[i].tokens for i in row) for row in rows)
-        width += -width % multiple_of
-        if sizes is not None:
-            width = sizes(width + 1)  # some padding, which more runs can be made of
+    def __init__(self, examples: list[Example], rows: list[list[int]], pad_token_id: int, width: int) -> None:
         shape = (len(rows), width)
         self.ids = np.full(shape, pad_token_id, dtype=np.int64)
         self.positions = np.zeros(shape, dtype=np.int64)

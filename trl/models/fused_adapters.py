@@ -86,8 +86,8 @@ def _is_known(layer: nn.Module) -> bool:
 def forward(
     self: Any, x: Tensor, *args: Any, factors: tuple[Activation, Tensor, Tensor] | None = None, **kwargs: Any
 ) -> Tensor:
-    """Of a LoRA layer: by `LowRank` while its one plain adapter learns, and as `peft` does otherwise."""
-    if args or kwargs or not torch.is_grad_enabled() or not _is_plain(self):
+    """Of a LoRA layer: by `LowRank` where its one plain adapter is on, and as `peft` does otherwise."""
+    if args or kwargs or not _is_plain(self):
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.active_adapters
     a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]

@@ -3,7 +3,7 @@
 A kernel costs the host 5 to 50 µs, and a layer has some seventy of them, forward and backward: below `WORTHWHILE` the device
 waits for the host. A captured graph is launched at once, and reads and writes fixed places:
 
-    inputs      are copied into place. Batches are laid out in few sizes (`few_sizes`), filled up with sequences of padding
+    inputs      are copied into place. Batches are laid out in few shapes (`trl.data.layout`), filled up with padding
     output      hidden states `[B,T,H]`, which a head reads as ever; their gradient is copied into place on the way back
     gradients   of weights are added to buffers, which are the weights' `grad` from then on
 
@@ -39,8 +39,6 @@ WORTHWHILE = 1e12
 at 400 TFLOP/s."""
 MOST = 24
 """Graphs that a model holds, with gradient and without; further sizes run as ever."""
-BITS = 3
-"""Binary digits of a size after the first, so that at most an eighth is filled up."""
 REQUIRES_GRAD = "make_inputs_require_grads"
 """The hook on embeddings by which `transformers` lets adapters and checkpointed layers learn."""
 
@@ -51,14 +49,8 @@ Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
 
 def captures(model: PreTrainedModel, positions: int) -> bool:
     """Whether passes over so many positions are to be replayed: a layer computes for less time than the host launches it."""
-    layers = repeated_layers(model) if vars(model).get("_trl_graphs") is not None else []
-    return bool(layers) and 6 * positions * sum(p.numel() for p in layers[0].parameters()) < WORTHWHILE
-
-
-def few_sizes(size: int) -> int:
-    """The next size that batches are laid out in: 64, 128, …, and from 1,024 on eight to each power of two."""
-    step = max(64, 1 << max(0, (size - 1).bit_length() - 1 - BITS))
-    return -(-size // step) * step
+    graphs: Graphs | None = vars(model).get("_trl_graphs")
+    return graphs is not None and positions < graphs.most
 
 
 def capture_layers(model: PreTrainedModel, record: Record | None = None) -> None:
@@ -106,7 +98,8 @@ class Graphs:
 
     def __init__(self, model: PreTrainedModel, record: Record) -> None:
         self.model, self.record = weakref.ref(model), record
-        self.is_off = False
+        layer = next(iter(repeated_layers(model)), None)
+        self.most = 0.0 if layer is None else WORTHWHILE / 6 / sum(p.numel() for p in layer.parameters())
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -128,7 +121,7 @@ class Graphs:
         self.tried: set[bool] = set()
 
     def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
-        key = None if self.is_off else self._key(inputs)
+        key = self._key(inputs)
         if torch.is_grad_enabled() and any(captured.is_busy for captured in self.held.values()):
             key = None  # what the pool holds is needed by a backward pass to come
         if key is None or (key not in self.held and not self._capture(key, run, inputs)):
@@ -138,9 +131,12 @@ class Graphs:
     def _key(self, inputs: Mapping[str, Any]) -> Hashable:
         """By what a graph is found; None where these inputs have none."""
         given = {name for name, value in inputs.items() if value is not None}
-        if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS or self._is_watched():
+        if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS:
             return None
-        device = inputs["input_ids"].device.type
+        ids = inputs["input_ids"]
+        if ids.numel() >= self.most or self._is_watched():
+            return None
+        device = ids.device.type
         return (
             torch.is_grad_enabled(),
             self.model().training,
@@ -181,7 +177,7 @@ class Graphs:
         if reason:
             del captured
             self.forget()
-            self.is_off = True
+            self.most = 0
             logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
             return False
         self.held[key], self.pools[learns] = captured, pool
@@ -236,8 +232,12 @@ class Captured:
             self.hidden = self.run(**self.inputs)
 
     def _backward(self) -> None:
-        found = torch.autograd.grad(self.hidden, self.learned, self.grad)
-        torch._foreach_add_([self.gradients.buffers[p] for p in self.learned], list(found))
+        hooks = [
+            p.register_hook(self.gradients.buffers[p].add_) for p in self.learned
+        ]  # as each comes, so that none is kept
+        torch.autograd.grad(self.hidden, self.learned, self.grad)
+        for hook in hooks:
+            hook.remove()
 
     # ---- replay ----
 

@@ -318,7 +318,7 @@ class TritonLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         factors = _factors(normalizer, len(weight), d_logprobs, d_entropy, d_mean, entropy)
         of_logits = of_weight = of_hidden = None
-        if _rounding(ctx.dtype) != ctx.dtype:
+        if len(hidden) and _rounding(ctx.dtype) != ctx.dtype:
             largest = 2 * factors[1:].abs().sum(0).amax() * abs(ctx.transform.scale / ctx.transform.temperature)
             norms = (torch.linalg.vector_norm(x, torch.inf).float() for x in (weight, hidden))
             of_logits, of_weight, of_hidden = _scales(torch.stack([largest, *norms]))

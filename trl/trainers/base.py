@@ -16,7 +16,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, ClassVar, Unpack
 
@@ -53,7 +53,7 @@ from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.fused_adapters import fuse_adapters
-from trl.models.graphs import capture_layers, captures, few_sizes, without_graphs
+from trl.models.graphs import capture_layers, captures, without_graphs
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.kept_activations import keep_less
@@ -446,8 +446,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         check_image_tokens(examples, image_token_ids(unwrap(self.model).config))
         if self.image_features is not None:
             examples = self.image_features.of(examples)
-        few = few_sizes if captures(unwrap(self.model), sum(example.tokens for example in examples)) else None
-        batch = lay_out(examples, self.layout, **self._row_options, sizes=few, counts_copies=self.term is not None)
+        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.term is not None)
         has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
         if self.images is None or has_images or not runs_together():
             return batch
@@ -468,6 +467,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             "multiple_of": self.args.width_multiple,
             "joins": joins_of(config),
             "spans": spans,
+            "in_few_shapes": partial(captures, unwrap(self.model)),
             "restarts": bool(length_dependent(config)),
         }
 
