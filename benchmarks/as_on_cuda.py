@@ -75,6 +75,7 @@ FUNCTIONS: tuple[tuple[Any, str, Any], ...] = (
 OF_TRAINERS: tuple[tuple[Any, str, Any], ...] = (
     (triton_head, "product", product),
     (triton_head, "add_product", lambda total, a, b: None),
+    (BaseTrainer, "_is_on_cuda", lambda self: True),
     (BaseTrainer, "_fuses", lambda self: not self.args.torch_compile),
     (BaseTrainer, "micro_batch_budget", lambda self: self.args.max_tokens_per_micro_batch),
     (estimate, "_samples_rounded", lambda args: args.bf16 or args.fp16),

@@ -16,7 +16,7 @@ from trl.models.graphs import Graphs, capture_as, capture_layers, captures, with
 from trl.models.layer_sharing import recording, resuming
 from trl.models.patching import checkpoint_activations
 from trl.models.rewards import prepare_rewards, score_rewards
-from trl.models.score import prepare_scoring, score
+from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.varlen import VARLEN, switch
 from trl.types import Completion, Example
 
@@ -202,6 +202,18 @@ def test_layers_that_are_watched_run(captured):
     assert (len(seen), recorder.replays) == (1, replays + 2)
 
 
+def test_what_waits_for_gradients_of_weights_is_called(captured):
+    """Optimizers that step layer by layer in backward, for example."""
+    model, _, recorder = captured()
+    batch, called = batch_of(0, 1), []
+    for _ in range(2):
+        step(model, batch)
+    model.model.norm.weight.register_post_accumulate_grad_hook(called.append)
+    replays = recorder.replays
+    step(model, batch)
+    assert (len(called), recorder.replays) == (1, replays)
+
+
 def test_adapters_that_are_switched_off_are_not_those_that_are_on(captured):
     model, plain, _ = captured()
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.2)
@@ -285,6 +297,38 @@ def test_a_model_that_is_resumed_from_lower_layers_is_not_replayed(captured):
                 with resuming(each, 1, lower):
                     found.append(score(each, batch).logprobs)
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("case", ["full", "checkpointed", "adapter with dropout"])
+def test_graphs_of_cuda_have_the_numbers_of_layers(make_model, case):
+    pair = []
+    for captures_layers in (True, False):
+        model = make_model("llama").cuda()
+        prepare_scoring(model)
+        switch(model, VARLEN)
+        outer = model
+        if case == "adapter with dropout":
+            config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.3)
+            torch.manual_seed(0)
+            outer = get_peft_model(model, config)
+        if case == "checkpointed":
+            checkpoint_activations(model, {"use_reentrant": False, "preserve_rng_state": False})
+        if captures_layers:
+            capture_layers(model)
+        pair.append(outer.train())
+    for number in range(6):
+        batch, found = batch_of(number, 1, answer=4 + 40 * (number % 2)).to("cuda"), []
+        for each in pair:
+            torch.manual_seed(number)
+            with torch.autocast("cuda", torch.bfloat16):
+                scores = score(each, batch)
+            each.zero_grad()
+            scores.logprobs.square().sum().backward()
+            found.append([scores.logprobs.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+    assert len(unwrap(pair[0])._trl_graphs.held) == 2
 
 
 def test_copies_and_pickles_have_no_graphs(captured):

@@ -10,9 +10,12 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_utils
 
 from tests.conftest import WIDTHS
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from tests.models.test_models_graphs import Recorder
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
+from trl.models.graphs import Graphs
+from trl.trainers.base import BaseTrainer
 from trl.trainers.config import liger_layers
 
 
@@ -147,3 +150,65 @@ def test_offloading_that_cannot_be_is_refused(tmp_path, monkeypatch, accelerated
     args.gradient_checkpointing = checkpoints
     with pytest.raises(ConfigError, match=words):
         args.offload_activations(accelerated=accelerated)
+
+
+ROWS = {
+    "sft": {"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(24)]},
+    "dpo": {"prompt": ["cat"] * 24, "chosen": [f" sat {i}" for i in range(24)], "rejected": [" on mat"] * 24},
+}
+
+
+TRAINERS = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Trainers run on the CPU as they do on CUDA in bfloat16, without its kernels."""
+    for place in ("trl.models.layouts", "trl.models.varlen"):
+        monkeypatch.setattr(f"{place}.has_varlen", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(BaseTrainer, "_is_on_cuda", lambda self: True)
+    monkeypatch.setattr(BaseTrainer, "_fuses", lambda self: False)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda, kind):
+    """With what stands in for CUDA's graphs; two micro-batches a step, and evaluations in between."""
+    recorder, found = Recorder(), []
+    config, trainer = TRAINERS[kind]
+    rows = Dataset.from_dict(ROWS[kind])
+    monkeypatch.setattr("trl.models.graphs.cuda_graph", recorder)
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: False)
+        options = common_options(max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=3)
+        options |= {"use_cpu": True, "bf16": True, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2}
+        options["html_report"] = False
+        args = config(output_dir=str(tmp_path), **options)
+        data = {"train_dataset": rows, "eval_dataset": rows.select(range(6)), "processing_class": tokenizer}
+        run = trainer(make_model("llama"), args=args, **data)
+        run.train()
+        found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
+    assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
+    assert recorder.replays > 12
+    for ours, plain in zip(*found, strict=True):
+        assert ours == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"use_cpu": True}, "CUDA"),
+        ({"layout": "padded"}, "masks"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused_by_reason(
+    make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda, options, word
+):
+    if word == "CUDA":
+        monkeypatch.setattr(BaseTrainer, "_is_on_cuda", lambda self: False)
+    options = common_options(bf16=True) | {"use_cpu": True} | options
+    args = SFTConfig(output_dir=str(tmp_path), cuda_graphs=True, **options)
+    with pytest.raises(ConfigError, match=f"cuda_graphs=True.*{word}"):
+        SFTTrainer(make_model("llama"), args, train_dataset=Dataset.from_dict(ROWS["sft"]), processing_class=tokenizer)

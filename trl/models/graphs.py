@@ -149,8 +149,12 @@ class Graphs:
         )
 
     def _is_watched(self) -> bool:
+        """Whether hooks look at modules, or wait for gradients, which replays do not tell of."""
         found = (hook for hooks in self.hooks for hook in hooks.values())
-        return any(getattr(hook, "__name__", "") != REQUIRES_GRAD for hook in found)
+        if any(getattr(hook, "__name__", "") != REQUIRES_GRAD for hook in found):
+            return True
+        held = (table[name] for table, name in self.places)
+        return any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in held)
 
     def _weights(self) -> Iterator[tuple[int, bool] | None]:
         """Where weights are, and whether they learn: others may stand in their places for a while."""
@@ -211,7 +215,6 @@ class Captured:
 
     def record(self, record: Record, pool: Any) -> Any:
         """Capture both directions; the pool of memory that they share with others of their kind."""
-        device = self.inputs["input_ids"].device.type
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)  # what is rounded in a graph is rounded anew by each replay
@@ -220,8 +223,7 @@ class Captured:
             if self.gradients is not None:
                 self.learned = self.gradients.of(self.hidden)
                 self.grad = torch.empty_like(self.hidden, requires_grad=False)
-                with torch.autocast(device, enabled=False):
-                    self.replay_backward, pool = record(self._backward, pool)
+                self.replay_backward, pool = record(self._backward, pool)
             self.hidden = self.hidden.detach()  # what autograd keeps for it would stay
         finally:
             torch.set_autocast_cache_enabled(cached)
@@ -232,10 +234,10 @@ class Captured:
             self.hidden = self.run(**self.inputs)
 
     def _backward(self) -> None:
-        hooks = [
-            p.register_hook(self.gradients.buffers[p].add_) for p in self.learned
-        ]  # as each comes, so that none is kept
-        torch.autograd.grad(self.hidden, self.learned, self.grad)
+        # Each gradient is added when it comes, so that none has to be kept.
+        hooks = [p.register_hook(self.gradients.buffers[p].add_) for p in self.learned]
+        with torch.autocast(self.grad.device.type, enabled=False):
+            torch.autograd.grad(self.hidden, self.learned, self.grad)
         for hook in hooks:
             hook.remove()
 

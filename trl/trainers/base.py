@@ -228,13 +228,13 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     def _fuses(self) -> bool:
         """Whether norms and rotations are to be single kernels, which compiled layers and Liger's have already."""
         has_them = self.args.torch_compile or self.args.use_liger_kernel
-        return self.args.device.type == "cuda" and has_triton() and not has_them and not self.is_sharded
+        return self._is_on_cuda() and has_triton() and not has_them and not self.is_sharded
 
     def _capture_layers(self, inner: PreTrainedModel) -> None:
         """Let forward and backward be CUDA graphs. Raises ConfigError where that is asked for, and cannot be."""
         args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
         reasons = {
-            "a device other than CUDA": args.device.type != "cuda",
+            "a device other than CUDA": not self._is_on_cuda(),
             "several processes": self.accelerator.num_processes > 1 or self.is_sharded,
             "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
@@ -247,9 +247,12 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         if args.cuda_graphs and reason is not None:
             raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
         if reason is None and (self.captures_unasked if args.cuda_graphs is None else args.cuda_graphs):
-            # Nothing is drawn, and the state of a random generator cannot be read while a graph is captured.
-            args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
+            if args.gradient_checkpointing:  # nothing is drawn, and a random generator cannot be read in a capture
+                args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
             capture_layers(inner)
+
+    def _is_on_cuda(self) -> bool:
+        return self.args.device.type == "cuda"
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         if (adapter := prompt_adapter(self._adapted())) is not None:
