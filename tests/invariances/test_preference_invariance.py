@@ -103,6 +103,9 @@ CASES = {
     "reward, steps": (RewardTrainer, classifier, steps, {}),
 }
 REFERENCED = (DPOTrainer, KTOTrainer)
+ORDER = 2e-6 if not torch.cuda.is_available() else 2e-4
+"""What another order of sums may change, of the largest gradient: a GPU has another kernel for every shape, and units of a
+value head that are nearly zero are on or off."""
 WHOLE = {"per_device_train_batch_size": 8}
 
 
@@ -160,7 +163,7 @@ def assert_same(found, expected):
     largest = max(value.abs().max().item() for value in expected[1].values())
     for name, value in expected[1].items():
         torch.testing.assert_close(
-            found[1][name], value, rtol=1e-4, atol=2e-6 * largest + 1e-8, msg=lambda m, n=name: n + m
+            found[1][name], value, rtol=1e-4, atol=ORDER * largest + 1e-8, msg=lambda m, n=name: n + m
         )
 
 

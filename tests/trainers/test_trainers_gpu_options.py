@@ -190,7 +190,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
         run.train()
         found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
     assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
-    assert recorder.replays > 12
+    assert recorder.replays >= 10
     for ours, plain in zip(*found, strict=True):
         assert ours == pytest.approx(plain, rel=1e-5)
 
