@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 INPUTS = frozenset({"input_ids", "position_ids", "attention_mask", "spans"})
 """What a captured forward may read: all else (pixel values, masks) comes in too many shapes."""
-WORTHWHILE = 1e12
-"""Floating-point operations of a layer, forward and backward, below which it is launched for longer than it computes: 2.5 ms
-at 400 TFLOP/s."""
+WORTHWHILE = 2e12
+"""Floating-point operations of a layer, forward and backward, below which it is launched for longer than it computes: 5 ms at
+400 TFLOP/s, or seventy launches of 70 µs."""
 MOST = 24
 """Graphs that a model holds, with gradient and without; further sizes run as ever."""
 REQUIRES_GRAD = "make_inputs_require_grads"
@@ -119,6 +119,7 @@ class Graphs:
         self.gradients = Gradients()
         self.pools: dict[bool, Any] = {}
         self.tried: set[bool] = set()
+        self.rooms: dict[bool, int] = {}
 
     def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
         key = self._key(inputs)
@@ -172,7 +173,8 @@ class Graphs:
         captured = Captured(run, inputs, self.gradients if learns else None)
         try:
             expected = captured.tried() if first else None
-            pool = captured.record(self.record, self.pools.get(learns))
+            self.rooms[learns] = captured.room or self.rooms.get(learns, 0)
+            pool = captured.record(self.record, self.pools.get(learns), room=self.rooms[learns])
             reason = "" if expected is None else captured.differs(expected)
         except RuntimeError as error:
             if not again:  # a kernel of this size alone may have to be loaded
@@ -182,6 +184,8 @@ class Graphs:
             del captured
             self.forget()
             self.most = 0
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
             logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
             return False
         self.held[key], self.pools[learns] = captured, pool
@@ -208,13 +212,19 @@ class Captured:
     def __init__(self, run: Run, inputs: Mapping[str, Any], gradients: Gradients | None) -> None:
         self.run, self.gradients = run, gradients
         self.inputs = {k: v.map(Tensor.clone) if isinstance(v, Spans) else _cloned(v) for k, v in inputs.items()}
-        self.hidden = self.grad = torch.empty(0)
+        self.hidden = self.grad = torch.empty(0, device=inputs["input_ids"].device)
         self.learned: list[nn.Parameter] = []
         self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
         self._pending: weakref.ref[Pending] | None = None
+        self.room = 0
+        """Bytes that forward keeps, once it was tried; what is asked for at first where a pool is new."""
 
-    def record(self, record: Record, pool: Any) -> Any:
-        """Capture both directions; the pool of memory that they share with others of their kind."""
+    def record(self, record: Record, pool: Any, *, room: int = 0) -> Any:
+        """Capture both directions; the pool of memory that they share with others of their kind.
+
+        A new pool begins with `room` bytes in one piece: pieces of their own would have holes between them.
+        """
+        self.room = room if pool is None else 0
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)  # what is rounded in a graph is rounded anew by each replay
@@ -230,6 +240,7 @@ class Captured:
         return pool
 
     def _forward(self) -> None:
+        torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # given back at once
         with torch.set_grad_enabled(self.gradients is not None):
             self.hidden = self.run(**self.inputs)
 
@@ -266,9 +277,11 @@ class Captured:
 
     def tried(self) -> tuple[Tensor, Tensor]:
         """Hidden states, and norms of gradients, without a graph; random numbers are drawn as if nothing had been tried."""
-        device = self.inputs["input_ids"].device
+        ids = self.inputs["input_ids"]
+        device, before = ids.device, _allocated(ids.device)
         with _undrawn(device):
             hidden = self.run(**self.inputs)
+            self.room = _allocated(device) - before
             if self.gradients is None:
                 return hidden.clone(), hidden.new_zeros(1)
             learned = self.gradients.of(hidden)
@@ -362,6 +375,10 @@ def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
         elif isinstance(value, Spans):
             found += [x for x in (value.query_starts, value.key_starts, value.keys) if x is not None]
     return found
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 @contextmanager

@@ -240,6 +240,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
             "the load-balancing loss of experts": self.term is not None,
             "activation_offloading": args.activation_offloading,
+            "use_liger_kernel": args.use_liger_kernel,  # replays of its layers have other numbers, as was seen on an H200
             "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
             "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
