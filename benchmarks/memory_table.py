@@ -2,7 +2,7 @@
 
     python benchmarks/memory_table.py --out benchmarks/results/memory.json      # the tables of docs/gpu.md
     python benchmarks/memory_table.py --read benchmarks/results/memory.json     # the same, from what was found before
-    python benchmarks/memory_table.py --measured benchmarks/results/gpu.json    # estimate beside allocated peaks
+    python benchmarks/memory_table.py --measured benchmarks/results/gpu.json benchmarks/results/gpu_packed.json
 
 Models have the shapes of public ones and no weights. A step is traced on tensors without data, as it would run on CUDA
 (`as_on_cuda.py`): bfloat16 by autocast, fused AdamW, 8,192 tokens in each forward pass. LoRA has rank 16 on all linear
@@ -17,13 +17,12 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import synthetic
 from as_on_cuda import as_on_cuda
@@ -39,7 +38,6 @@ import trl
 from trl.cli.estimate import LIBRARIES, estimate_memory, quantised
 from trl.cli.preview import without_weights
 from trl.data.encode import decode
-from trl.trainers import base
 
 GIB, MIB = 2**30, 2**20
 QWEN = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936}
@@ -144,16 +142,12 @@ def heaviest_rows(trainer: Any, steps: int) -> Dataset:
 # ---- what was measured ----
 
 
-def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int, int]]:
-    """Of every workload of `run.py --device cuda` that ran: name, MiB estimated and measured, and estimated for today's layers.
-
-    The first estimate is for layers as they were when it ran.
-    """
+def compared(measured: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Of every workload of `run.py --device cuda` that ran: name, MiB estimated and measured."""
     settings = measured["settings"]
     for name, found in tqdm(measured["workloads"].items(), disable=None):
         peak = max(run["peak_mib"] for run in found["runs"]["ours"])
-        then, now = (in_a_process(of_workload, name, settings | more) for more in ({}, {"keeps_less": True}))
-        yield name, in_mib(then), round(peak), in_mib(now)
+        yield name, in_mib(in_a_process(of_workload, name, settings)), round(peak)
 
 
 def in_mib(parts: Parts) -> int:
@@ -167,13 +161,7 @@ def of_workload(name: str, settings: dict[str, Any]) -> Parts:
     made = model(workload.material, seed=0, device="meta", classifies=trainer == "Reward")
     config, dataset = dict(workload.config) | settings["options"]["ours"], Dataset.from_list(rows)
     more = {"steps": count, "plain": settings.get("plain", False)} | workload.arguments()
-    with nullcontext() if settings.get("keeps_less") else keeping_all():
-        return traced(trainer, config, model=made, train_dataset=dataset, **more)[1]
-
-
-def keeping_all() -> AbstractContextManager[Any]:
-    """Within it, layers keep for backward what architectures keep, as in measurements from before `kept_activations.py`."""
-    return patch.object(base, "keep_less", lambda model: (0, 0))
+    return traced(trainer, config, model=made, train_dataset=dataset, **more)[1]
 
 
 # ---- tables ----
@@ -222,13 +210,12 @@ def tables(result: dict[str, Any]) -> list[Grid]:
     ]
     saved = [[label, *(f"{cells[size][kind][column]:.1f}" for size in cells)] for label, kind, column in STEPS_DOWN]
     ratios = [
-        [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}", f"{now:,}"]
-        for name, guess, peak, now in result.get("compared", [])
+        [name, f"{guess:,}", f"{peak:,}", f"{guess / peak:.2f}"] for name, guess, peak in result.get("compared", [])
     ]
     return [
         Grid("GiB", ["model", "trained", *COLUMNS], by_model),
         Grid("GiB of SFT, one option after the other", ["", *cells], saved),
-        Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio", "estimated today"], ratios),
+        Grid("MiB allocated at the peak", ["workload", "estimated", "measured", "ratio"], ratios),
     ]
 
 
@@ -237,18 +224,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("memory.json"), help="what is there already is kept")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="models to trace")
     parser.add_argument("--read", type=Path, help="print the tables of earlier runs")
-    parser.add_argument("--measured", type=Path, help="compare with what `run.py --device cuda` wrote")
+    parser.add_argument("--measured", type=Path, nargs="+", help="compare with what `run.py --device cuda` wrote")
     parser.add_argument("--workload", choices=list(GPU_WORKLOADS), help="print the estimate of one workload of run.py")
     parser.add_argument("--options", type=json.loads, default={}, help="config fields of it to change, as JSON")
     options = parser.parse_args()
     if options.workload:
-        parts = of_workload(
-            options.workload, {"steps": 4, "seed": 0, "keeps_less": True, "options": {"ours": options.options}}
-        )
+        parts = of_workload(options.workload, {"steps": 4, "seed": 0, "options": {"ours": options.options}})
         print(", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()), f"together {gib(parts):.1f} GiB")
         return
     if options.measured:
-        keep({"compared": list(compared(json.loads(options.measured.read_text())))}, options.out)
+        files = (json.loads(file.read_text()) for file in options.measured)
+        keep({"compared": [row for file in files for row in compared(file)]}, options.out)
     for size in tqdm([] if options.read or options.measured else options.sizes, disable=None):
         keep(found(size), options.out)
     print(*map(markdown, tables(json.loads((options.read or options.out).read_text()))), sep="\n\n")

@@ -172,7 +172,7 @@ def run_all(bench: Bench, workloads: Sequence[Workload], *, repeats: int, out: P
     """
     settings = {"steps": bench.steps, "warmup": bench.warmup, "repeats": repeats, "seed": bench.seed}
     settings |= {"threads": bench.threads, "cores": os.cpu_count(), "options": bench.options, "device": bench.device}
-    settings |= {"plain": True} if bench.plain else {"keeps_less": True}
+    settings |= {"plain": True} if bench.plain else {}
     for side in bench.interpreters if bench.device == "cuda" else ():
         bench.start(side)  # all import what they need at once
     result: dict[str, Any] = {"settings": settings, "versions": {}, "workloads": {}}

