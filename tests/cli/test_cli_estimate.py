@@ -17,7 +17,7 @@ from trl.cli.preview import without_weights
 from trl.data.layout import lay_out
 from trl.models.fused import for_the_moment, fuse
 from trl.models.half_weights import round_together
-from trl.models.memory import OPTIMIZER, WEIGHTS, take_shape, tracing
+from trl.models.memory import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, take_shape, tracing
 from trl.models.score import prepare_scoring, score
 from trl.models.varlen import VARLEN, switch
 from trl.types import Completion, Example
@@ -61,6 +61,18 @@ def test_a_4_bit_model_by_hand(tmp_path):
     buffers = parts[WEIGHTS] - matrices * 9 // 16 - 4 * (rest + trained)
     assert 0 <= buffers <= 64  # frequencies of the rotary embedding
     assert parts[OPTIMIZER] == 2 * 4 * trained
+
+
+def test_where_layers_are_replayed_all_gradients_are_there_at_the_peak(tmp_path):
+    """Graphs add to gradients that keep their memory; without them they come while activations go."""
+    rows = [{"input_ids": [6] * 200}] * 4
+    with as_on_cuda():
+        replayed, plain = (estimated(tmp_path, rows=rows, bf16=True, cuda_graphs=on).parts for on in (None, False))
+    weights = sum(p.numel() for p in MODELS["llama"]().parameters())
+    assert replayed[GRADIENTS] == 4 * weights
+    assert plain[GRADIENTS] < 4 * weights
+    # Rows of 4 · 200 = 800 tokens are filled up to 832.
+    assert 1.02 < replayed[ACTIVATIONS] / plain[ACTIVATIONS] < 1.06
 
 
 def activations(layers: int, tokens: int) -> int:
