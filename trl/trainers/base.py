@@ -71,8 +71,9 @@ from trl.models.load import (
 from trl.models.patching import evaluating
 from trl.models.positions import learned_positions
 from trl.models.rotary import length_dependent
-from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.score import prepare_scoring, score, unwrap, without_wrapper
 from trl.models.sharding import ready_for_fsdp2
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
 from trl.noise import without_noise, without_warnings
@@ -239,6 +240,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
             "the load-balancing loss of experts": self.term is not None,
+            "a value head, which looks at layers": isinstance(without_wrapper(self.model), WithValueHead),
+            "images": self.images is not None,
             "activation_offloading": args.activation_offloading,
             "use_liger_kernel": args.use_liger_kernel,  # replays of its layers have other numbers, as was seen on an H200
             "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
