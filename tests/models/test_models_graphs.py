@@ -175,6 +175,18 @@ def test_weights_that_change_are_read_and_gradients_start_anew(captured):
         torch.testing.assert_close(a, b)
 
 
+def test_gradients_may_be_dropped_between_forward_and_backward(captured):
+    model, plain, _ = captured()
+    for number in range(3):
+        batch = batch_of(number, 1)
+        for each in (model, plain):
+            loss = score(each, batch).logprobs.square().sum()
+            each.zero_grad()
+            loss.backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_several_sizes_with_and_without_gradient(captured):
     model, plain, recorder = captured()
     for number in range(3):

@@ -321,8 +321,10 @@ class Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.captured.grad.copy_(grad)
-        ctx.captured.replay_backward()
+        captured: Captured = ctx.captured
+        captured.gradients.attach(captured.learned)  # again: they may have been dropped since forward
+        captured.grad.copy_(grad)
+        captured.replay_backward()
         del ctx.pending
         return None, None
 
