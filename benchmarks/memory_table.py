@@ -13,6 +13,7 @@ ran. Neither counts a CUDA context, 0.7 GiB.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -89,17 +90,19 @@ Parts = dict[str, int]
 def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool = False) -> dict[str, Parts]:
     """By what of the model is trained: all of it, or an `adapter`, on a model in bfloat16 and on one in 4 bits.
 
-    Both models of an adapter run the same, so that one is traced.
+    Weights in 4 bits run as those in bfloat16 do, without CUDA graphs.
     """
     load = loads()[method]
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     made = model(SIZES[size], seed=0, device="meta", dtype="bfloat16" if adapter else "float32")
     rows, peft_config = Dataset.from_list(load.rows), lora if adapter else None
     config = load.config | options
-    trainer, parts = traced(
-        load.trainer, config, model=made, train_dataset=rows, peft_config=peft_config, **load.arguments
-    )
-    return {"LoRA": parts, "QLoRA": quantised(parts, trainer.model, 4)} if adapter else {"full": parts}
+    more = {"model": made, "train_dataset": rows, "peft_config": peft_config, **load.arguments}
+    if not adapter:
+        return {"full": traced(load.trainer, config, **more)[1]}
+    parts = traced(load.trainer, config, **copy.deepcopy(more))[1]
+    trainer, of_frozen = traced(load.trainer, config | {"cuda_graphs": False}, **more)
+    return {"LoRA": parts, "QLoRA": quantised(of_frozen, trainer.model, 4)}
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

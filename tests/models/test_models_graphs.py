@@ -132,6 +132,17 @@ def test_a_batch_that_is_filled_up_has_the_numbers_of_padded_rows(make_model, na
         torch.testing.assert_close(found[1][key], gradient, atol=1e-4, rtol=1e-3)
 
 
+def test_a_row_that_has_one_of_the_sizes_is_not_filled_up():
+    spans = lay_out(
+        rows(*range(8), answers=1, prompt=4, answer=4), "packed", capacity=2**40, spans=True, in_few_shapes=bool
+    ).spans
+    assert spans.query_starts.tolist() == spans.key_starts.tolist() == list(range(0, 65, 8))
+    fewer = lay_out(
+        rows(*range(5), answers=1, prompt=60, answer=4), "packed", capacity=2**40, spans=True, in_few_shapes=bool
+    )
+    assert fewer.spans.query_starts.tolist() == [0, 64, 128, 192, 256, 320, 320, 320, 320]  # three runs are empty
+
+
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_rows_of_other_lengths_come_in_one_shape(layout):
     batches = [batch_of(*range(6), layout=layout, answer=answer) for answer in (3, 4, 5)]

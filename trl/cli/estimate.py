@@ -83,6 +83,7 @@ def estimate_memory(
     libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
     if quantised_bits is not None:
+        trainer.args.cuda_graphs = False  # as of weights that are quantised when they are loaded
         _round_as_factors(trainer)
     with for_the_moment(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)

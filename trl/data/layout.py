@@ -80,7 +80,7 @@ def lay_out(
     ahead = any(_sees_ahead(example, joins or {}) for example in examples)
     has_spans = spans and layout != "padded" and not ahead
     width = max(sum(tokens[i] for i in row) for row in rows)
-    few = few_sizes(width + 1)  # some padding, which more runs can be made of
+    few = few_sizes(width + (layout == "shared"))  # there padding is what further keys are given to
     few += -few % multiple_of
     is_few = in_few_shapes is not None and has_spans and len(rows) == 1 and in_few_shapes(few)
     grid = _Grid(placed, rows, pad_token_id, few if is_few else width + -width % multiple_of)
@@ -140,7 +140,7 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray, is_few: bool = False) -> 
     if part.any():
         keys = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for p in pieces for i in p])
     if is_few:
-        lengths, seen, keys = _filled_up(lengths, seen, keys)
+        lengths, seen, keys = _filled_up(lengths, seen, keys, is_padded=sequence[-1, -1] == PADDING)
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
     least = LONGEST if is_few else 1
     longest = (max(least, 1 << int(n.max() - 1).bit_length()) for n in (lengths, seen))  # few values: graphs hold them
@@ -148,17 +148,19 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray, is_few: bool = False) -> 
 
 
 def _filled_up(
-    lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None
+    lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None, *, is_padded: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Lengths of runs, keys that they see, and the keys, with the last run, all padding, cut into runs no longer than others.
+    """Lengths of runs, keys that they see, and the keys, for as many runs as a power of two.
 
-    Where there have to be more keys, they are its last position.
+    The last run, if it is padding, is cut into runs no longer than others; further ones are empty. Where there have to be more keys,
+    they are the last position.
     """
-    (*own, padding), (*others, _) = lengths.tolist(), seen.tolist()
+    own, others = (x[: len(x) - is_padded].tolist() for x in (lengths, seen))
+    padding = int(lengths[-1]) if is_padded else 0
     more = 0 if keys is None else few_sizes(len(keys)) - len(keys)
     least = max(-(-padding // max(own)), -(-(padding + more) // max(others)))
     count = max(8, 1 << (len(own) + least - 1).bit_length()) - len(own)
-    queries, extra = (np.diff(np.arange(count + 1) * n // count) for n in (padding, more))
+    queries, extra = (np.diff(np.arange(count + 1) * n // max(count, 1)) for n in (padding, more))
     if keys is not None:
         before, ends = len(keys) - padding, queries.cumsum()
         cut, fill = np.split(keys[before:], ends[:-1]), (np.full(n, keys[-1]) for n in extra)
