@@ -50,7 +50,7 @@ class Bound:
 
 
 COUNT, NOT_NEGATIVE, POSITIVE = Bound(1), Bound(0), Bound(0, above=True)
-SHARE, PROBABILITY = Bound(0, 1), Bound(0, 1, below=True)
+SHARE, PROBABILITY, NOT_ZERO_SHARE = Bound(0, 1), Bound(0, 1, below=True), Bound(0, 1, above=True)
 
 UNBOUNDED = ("max_grad_norm", "ratio_threshold", "importance_sampling_clip_max", "delta", "target_kl", "clip_ratio")
 
@@ -61,28 +61,35 @@ _NAMES = {
         eval_accumulation_steps precompute_ref_batch_size ddp_timeout pad_to_multiple_of n_improve_steps compare_steps
         max_new_tokens num_generations num_generations_eval num_iterations steps_per_generation raters_per_item limit
         num_inference_steps num_inference_steps_eval noise_levels sample_batch_size vae_batch_size
-        max_steps_per_micro_batch
+        max_steps_per_micro_batch max_length max_prompt_length max_pixels min_pixels generation_batch_size
+        vllm_max_model_length vllm_tensor_parallel_size max_completion_length height width max_sequence_length
+        per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count
     """,
     NOT_NEGATIVE: """
         num_train_epochs weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay save_total_limit
         dataloader_num_workers cpo_alpha center_rewards_coefficient mistakes_shown max_resampling
         num_completions_to_print neftune_noise_alpha epsilon epsilon_high logging_steps save_steps eval_steps
-        picture_steps num_pictures old_decay_rate
+        picture_steps num_pictures old_decay_rate beta init_kl_coef vf_coef rpo_alpha simpo_gamma missing_eos_penalty
+        router_aux_loss_coef image_features_mb num_value_layers entropy_coef_delta entropy_target
+        off_policy_mask_threshold importance_sampling_clip_min guidance_scale
     """,
     POSITIVE: """
-        reward_timeout delta horizon target ratio_threshold sapo_temperature_neg sapo_temperature_pos max_waiting
-        max_request_tokens max_request_megabytes max_request_pixels request_timeout
+        reward_timeout horizon target ratio_threshold sapo_temperature_neg sapo_temperature_pos max_waiting
+        max_request_tokens max_request_megabytes max_request_pixels request_timeout rollout_request_timeout
+        vllm_server_timeout cliprange cliprange_value score_clip discopop_tau vespo_k_pos vespo_k_neg
+        vespo_lambda_pos vespo_lambda_neg importance_sampling_clip_max
     """,
     PROBABILITY: "adam_beta1 adam_beta2 label_smoothing_factor ema_decay old_decay_max",
-    SHARE: "top_entropy_quantile",
+    SHARE: "top_entropy_quantile gamma lam",
+    NOT_ZERO_SHARE: "timestep_fraction nft_beta vllm_gpu_memory_utilization",
 }
 BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split()} | {
     "learning_rate": Bound(0, usual=(1e-8, 1e-1)),
     "seed": Bound(0, 2**32 - 1),
     "data_seed": Bound(0, 2**32 - 1),
     "max_steps": Bound(-1),
-    "timestep_fraction": Bound(0, 1, above=True),
-    "nft_beta": Bound(0, 1, above=True),
+    "delta": Bound(1, above=True, words="more than 1: at 1, positive advantages would have no gradient"),
+    "vllm_server_port": Bound(1, 65535),
     "temperature": Bound(0, words="0 (the most likely token) or a positive number"),
     "top_k": Bound(0, words="a count of tokens, or 0 for all"),
     "top_p": Bound(0, 1, above=True, words="a probability above 0 and up to 1"),

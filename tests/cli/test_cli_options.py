@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from huggingface_hub.errors import InferenceTimeoutError, OfflineModeIsEnabled
 
-from trl import SFTConfig
+from trl import CPOConfig, DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, SFTConfig
+from trl.cli.commands import load, methods
 from trl.cli.hub import HubError, check_model_on_hub, push_explained
 from trl.cli.main import main
 from trl.errors import ConfigError
+from trl.trainers.option_effects import CONDITIONS
 from trl.training.checkpoint import remove_checkpoints
 from trl.training.nonfinite import SkippedSteps
 
@@ -45,12 +48,24 @@ def test_fifteen_options_come_first(command, own, capsys):
         ({"learning_rate": float("nan")}, "learning_rate=nan: give a finite number"),
         ({"learning_rate": float("inf")}, "learning_rate=inf"),
         ({"weight_decay": float("nan")}, "weight_decay=nan: give a finite number"),
+        ({"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({"max_length": -1}, "max_length=-1: give 1 or more"),
         ({"report_to": "wandbb"}, "report_to='wandbb' is no tracker. Did you mean 'wandb'"),
     ],
 )
 def test_refused_when_the_configuration_is_made(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         SFTConfig(output_dir=str(tmp_path), **{**CPU, **options})
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "value"),
+    [(GRPOConfig, "beta", -1.0), (GRPOConfig, "delta", 0.5), (RLOOConfig, "missing_eos_penalty", -1.0)]
+    + [(PPOConfig, name, -0.1) for name in ("init_kl_coef", "cliprange", "vf_coef", "lam")],
+)
+def test_a_sign_that_would_turn_a_loss_around_is_refused(config, option, value, tmp_path):
+    with pytest.raises(ConfigError, match=f"{option}={value}: give "):
+        config(output_dir=str(tmp_path), **{**CPU, option: value})
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
@@ -83,6 +98,31 @@ def test_a_learning_rate_beyond_all_usual_ones_is_said(tmp_path, caplog):
     caplog.clear()
     SFTConfig(output_dir=str(tmp_path), **CPU, learning_rate=1e-3)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        (GRPOConfig, {"loss_type": "sapo", "epsilon": 0.3}, "epsilon=0.3 has no effect without a loss_type that clips"),
+        (GRPOConfig, {"sapo_temperature_pos": 2.0}, "sapo_temperature_pos=2.0 has no effect without loss_type='sapo'"),
+        (GRPOConfig, {"kl_estimator": "k1"}, "kl_estimator='k1' has no effect without beta above 0"),
+        (GRPOConfig, {"kl_estimator": "k1", "beta": 0.1, "epsilon": 0.3}, ""),
+        (RLOOConfig, {"epsilon": 0.3}, ""),
+        (RLOOConfig, {"vllm_server_port": 9}, "vllm_server_port=9 has no effect without use_vllm=True"),
+        (DPOConfig, {"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect without loss_type='simpo' or 'alphapo'"),
+        (DPOConfig, {"loss_type": ["simpo", "sft"], "simpo_gamma": 1.0}, ""),
+        (CPOConfig, {"cpo_alpha": 0.5}, ""),
+    ],
+)
+def test_an_option_that_another_one_leaves_without_effect_is_said(config, options, said, tmp_path, caplog):
+    config(output_dir=str(tmp_path), **CPU, **options)
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
+
+
+def test_every_option_that_depends_on_another_is_one():
+    configs = [load(method.config) for method in methods().values()]
+    assert set(CONDITIONS) <= {field.name for config in configs for field in dataclasses.fields(config)}
 
 
 def test_logging_dir_is_where_tensorboard_writes(tmp_path, monkeypatch):

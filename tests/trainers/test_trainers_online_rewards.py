@@ -229,7 +229,7 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"loss_aggregation": "sequence"}, "is not that of loss_type='dapo', which is 'token': leave it out"),
         ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha is a share in \\(0, 1\\], got 0"),
         ({"top_p": 1.5}, "top_p=1.5: give a probability above 0 and up to 1"),
-        ({"max_completion_length": 0}, "max_new_tokens=0: give at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length=0: give 1 or more"),
         ({"generation_kwargs": {"stopp": ["."]}}, "GenerationConfig has 'stopp'. Did you mean 'stop'"),
         ({"num_generation": 4}, "GRPOConfig has no option 'num_generation'. Did you mean 'num_generations'"),
     ],

@@ -20,6 +20,7 @@ from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
 from trl.option_types import check_choices, describe_fields
 from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
+from trl.trainers.option_effects import warn_of_options_in_vain
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -257,11 +258,15 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             check_processes(self)
 
     def check_values(self) -> None:
-        """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there."""
+        """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there.
+
+        Says which options have no effect.
+        """
         check_choices(self)
         check_intervals(self)
         check_best(self)
         check_bounds(self)
+        warn_of_options_in_vain(self)
         template = self.chat_template_path or ""
         if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
             raise ConfigError(f"chat_template_path={template!r}: there is no such file.")

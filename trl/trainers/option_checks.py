@@ -20,7 +20,9 @@ INTERVALS = ("logging", "save", "eval")
 
 
 def check_intervals(args: TrainingArguments) -> None:
-    """Raises ConfigError for an interval of 0 steps."""
+    """Raises ConfigError for an interval of 0 steps, and for a run of none."""
+    if args.max_steps == 0:
+        raise ConfigError("max_steps=0 trains nothing: give 1 or more, or leave it out, and num_train_epochs counts.")
     for name in INTERVALS:
         strategy = getattr(args, f"{name}_strategy")
         if getattr(strategy, "value", strategy) == "steps" and getattr(args, f"{name}_steps") == 0:

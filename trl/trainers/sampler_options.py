@@ -113,9 +113,6 @@ class SamplerOptions:
                 f"vllm_structured_outputs_regex={self.vllm_structured_outputs_regex!r} is not available in this version: leave "
                 "it out. Samples that are held to an expression are not the policy's."
             )
-        for name in ("vllm_server_timeout", "rollout_request_timeout", "vllm_tensor_parallel_size"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: give a positive number.")
         own = [f for f in fields(SamplerOptions) if f.name.startswith(PREFIX) and f.name != "vllm_mode"]
         for field in own:
             if field.name not in USED[self.vllm_mode] and getattr(self, field.name) != field.default:

@@ -1,0 +1,96 @@
+"""Options that have an effect only beside another, declared once: what is set in vain is said.
+
+It is a warning: one file may hold the settings of several runs, with what each of them reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from trl.algorithms.dpo import LOSSES
+from trl.trainers.sampler_options import USED
+
+logger = logging.getLogger(__name__)
+
+Condition = Callable[[Any], bool]
+
+_OF_LOSSES = {
+    option: [name for name, loss in LOSSES.items() if option in loss.options]
+    for option in ("discopop_tau", "simpo_gamma", "alphapo_alpha")
+}
+"""Options of the losses of pairs, and the losses that read them."""
+
+_CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "clip")
+
+
+def _loss_is(*names: str) -> Condition:
+    """Whether `loss_type` has one of these; a configuration without one has a single loss, which reads all its options."""
+
+    def is_one(config: Any) -> bool:
+        if "loss_type" not in config.__dataclass_fields__:
+            return True
+        return not set(names).isdisjoint([config.loss_type] if isinstance(config.loss_type, str) else config.loss_type)
+
+    return is_one
+
+
+_CONDITIONS: list[tuple[str, Condition, str]] = [
+    ("packing_strategy", lambda c: c.packing or bool(c.eval_packing), "packing=True"),
+    ("eval_samples_max_new_tokens", lambda c: c.eval_samples > 0, "eval_samples"),
+    ("ref_model_mixup_alpha ref_model_sync_steps", lambda c: c.sync_ref_model, "sync_ref_model=True"),
+    ("precompute_ref_batch_size", lambda c: c.precompute_ref_log_probs, "precompute_ref_log_probs=True"),
+    (
+        "f_alpha_divergence_coef",
+        lambda c: c.f_divergence_type == "alpha_divergence",
+        "f_divergence_type='alpha_divergence'",
+    ),
+    *(
+        (option, _loss_is(*losses), "loss_type=" + " or ".join(map(repr, losses)))
+        for option, losses in _OF_LOSSES.items()
+    ),
+    (" ".join(USED["server"] | USED["colocate"]), lambda c: c.use_vllm, "use_vllm=True"),
+    ("max_resampling", lambda c: c.zero_variance == "resample", "zero_variance='resample'"),
+    ("num_completions_to_print log_unique_prompts", lambda c: c.log_completions, "log_completions=True"),
+    ("epsilon", _loss_is(*_CLIPPED, "gmpo"), "a loss_type that clips ratios"),
+    ("epsilon_high", _loss_is(*_CLIPPED, "gmpo", "cispo"), "a loss_type that clips ratios"),
+    ("delta", _loss_is(*_CLIPPED), "a loss_type that clips ratios"),
+    ("sapo_temperature_neg sapo_temperature_pos", _loss_is("sapo"), "loss_type='sapo'"),
+    ("vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", _loss_is("vespo"), "loss_type='vespo'"),
+    ("sync_ref_model", lambda c: "beta" not in c.__dataclass_fields__ or c.beta != 0, "beta above 0"),
+    ("kl_estimator use_bias_correction_kl kl_in_reward", lambda c: c.beta > 0, "beta above 0"),
+    (
+        "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target",
+        lambda c: c.use_adaptive_entropy,
+        "use_adaptive_entropy=True",
+    ),
+    (
+        "importance_sampling_mode importance_sampling_clip_max importance_sampling_clip_min",
+        lambda c: c.use_vllm if c.importance_sampling_correction is None else c.importance_sampling_correction,
+        "importance_sampling_correction=True",
+    ),
+    ("target horizon", lambda c: c.adap_kl_ctrl, "adap_kl_ctrl=True"),
+    ("target_kl", lambda c: c.early_stopping, "early_stopping=True"),
+    ("compare_steps", lambda c: bool(c.push_to_hub_if_best_kwargs), "push_to_hub_if_best_kwargs"),
+]
+CONDITIONS = {name: (condition, words) for names, condition, words in _CONDITIONS for name in names.split()}
+"""By the name of an option: when it has an effect, and what to set for that."""
+
+
+def set_in_vain(config: Any) -> list[str]:
+    """A sentence for every option of `config`, a dataclass, that differs from its default and has no effect."""
+    said = []
+    for field in dataclasses.fields(config):
+        condition, words = CONDITIONS.get(field.name, (None, ""))
+        value = getattr(config, field.name, field.default)
+        if condition is not None and value != field.default and not condition(config):
+            said.append(f"{field.name}={value!r} has no effect without {words}: leave it out, or set that.")
+    return said
+
+
+def warn_of_options_in_vain(config: Any) -> None:
+    """Say which options of `config` have no effect."""
+    for sentence in set_in_vain(config):
+        logger.warning(sentence)
