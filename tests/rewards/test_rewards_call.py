@@ -203,6 +203,15 @@ def test_failures_can_be_dropped():
     assert rewards_of(lambda **_: [], on_error="drop").failed.all()
 
 
+def test_the_first_failure_that_is_dropped_is_said(caplog):
+    reward, samples = make_rewards(fragile), Samples(["p"] * 2, ["aa", "b"])
+    call_rewards(reward, samples, on_error="drop")
+    call_rewards(reward, samples, on_error="drop")
+    assert caplog.text.count("Reward function 'fragile' raised") == 1
+    assert "completion 'b'" in caplog.text
+    assert "counted in failed_rewards" in caplog.text
+
+
 @pytest.mark.parametrize(
     "function", [exits, lambda completions, **_: [10**400 if c == "b" else 1 for c in completions]]
 )

@@ -58,6 +58,8 @@ class Reward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+    dropped: list[str] = field(default_factory=list, compare=False, repr=False)
+    """The failure that was logged, where failures are dropped."""
 
     @property
     def is_async(self) -> bool:
@@ -98,6 +100,14 @@ class Reward:
             f"Reward function {self.name!r} runs in the trainer's own process, where reward_timeout cannot end code that "
             f"never yields: {error}. A function of a module that can be imported runs in one of its own."
         )
+
+    def say_dropped(self, failure: str) -> None:
+        """Log the first failure whose samples are dropped."""
+        if not self.dropped:
+            self.dropped.append(failure)
+            logger.warning(
+                f"{failure} Such samples are not learned from, and counted in failed_rewards. This is said once."
+            )
 
 
 @dataclass(frozen=True)
@@ -325,9 +335,14 @@ def _column(
     else:
         judged = _judged(outcome, len(samples))
     failures = {i: each for i, each in enumerate(judged) if isinstance(each, Failure)}
-    if failures and on_error == "stop":
+    if failures:
         i, failure = next(iter(failures.items()))
-        raise RewardError(_message(reward, samples, i, failure.reason, len(failures))) from failure.cause
+        what = _message(reward, samples, i, failure.reason, len(failures))
+        if on_error == "stop":
+            raise RewardError(
+                f"{what} Mend the function, or set on_reward_error='drop' to learn from the other samples."
+            ) from failure.cause
+        reward.say_dropped(what)
     values = [None if i in failures else each for i, each in enumerate(judged)]
     return values, [i in failures for i in range(len(samples))]
 
@@ -399,8 +414,7 @@ def _message(reward: Reward, samples: Samples, i: int, reason: str, failures: in
     others = f", as {failures - 1} of the others" if failures > 1 else ""
     return (
         f"Reward function {reward.name!r} {reason}. Sample {i + 1} of {len(samples)}{others}: prompt "
-        f"{_short(samples.prompts[i])}, completion {_short(samples.completions[i])}. Mend the function, or set "
-        "on_reward_error='drop' to learn from the other samples."
+        f"{_short(samples.prompts[i])}, completion {_short(samples.completions[i])}."
     )
 
 
