@@ -147,6 +147,14 @@ def test_samples_whose_reward_failed_can_be_dropped(make_model, tmp_path):
     assert log["completions/mean_length"] == pytest.approx(sum(lengths) / 8)
 
 
+def test_rewards_that_never_differ_are_said(make_model, tmp_path, caplog):
+    def constant(completions, **_):
+        return [1.0] * len(completions)
+
+    make_trainer(make_model("llama"), tmp_path, constant, engine=Table(), max_steps=6).train()
+    assert caplog.text.count("had the same reward (constant), so nothing was learned") == 1
+
+
 # ---- reference, adapters, evaluation, logs ----
 
 

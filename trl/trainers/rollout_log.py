@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl.algorithms.advantages import SUM_THEN_NORMALIZE
+from trl.algorithms.advantages import SUM_THEN_NORMALIZE, has_no_variance
 from trl.callbacks.completions import (
     CompletionLog,
     log_rows,
@@ -26,6 +27,11 @@ from trl.training.collectives import all_gather_object, gather_rows
 from trl.training.metrics import Meter
 from trl.types import Experience
 
+logger = logging.getLogger(__name__)
+
+FLAT_IN_A_ROW = 5
+"""Rollout batches without any difference in rewards after which that is said."""
+
 
 class RolloutLog:
     """Of training, or of an evaluation, since the last log. All processes take part in every method."""
@@ -34,6 +40,7 @@ class RolloutLog:
         self.args, self.sampler, self.logged = sampler.args, sampler, sampler.logged[mode]
         self.meter, self.accelerator = meter, accelerator
         self.completions = CompletionLog()
+        self.flat = 0
 
     def add(self, groups: Sequence[Group], experience: Experience, *, counted: bool = True) -> None:
         """Count a rollout batch, and keep its completions for the next log; or only go along with the other processes."""
@@ -43,9 +50,23 @@ class RolloutLog:
         everywhere = self._gather_rewards(groups, experience)
         if not counted:
             return
+        self._count_flat(experience)
         self.meter.add(rollout_metrics(groups, experience, names, everywhere))
         if self.args.log_completions:
             self.completions.add(log_rows(groups, experience, names))
+
+    def _count_flat(self, experience: Experience) -> None:
+        """Warn once where several rollout batches in a row could teach nothing."""
+        compares = self.args.num_generations > 1 and self.logged is self.sampler.logged["train"]
+        is_flat = compares and bool(has_no_variance(experience.rewards, experience.group).all())
+        self.flat = self.flat + 1 if is_flat else 0
+        if self.flat == FLAT_IN_A_ROW:
+            names = ", ".join(reward.name for reward in self.sampler.rewards)
+            logger.warning(
+                f"In {FLAT_IN_A_ROW} rollout batches in a row, all completions of each prompt had the same reward ({names}), so "
+                "nothing was learned from them (frac_reward_zero_std is 1). Look at completions (log_completions=True): a "
+                "reward in parts, other prompts, a higher temperature or more num_generations make a difference."
+            )
 
     def _gather_rewards(self, groups: Sequence[Group], experience: Experience) -> Tensor:
         """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
