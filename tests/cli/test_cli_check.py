@@ -107,6 +107,13 @@ ROUND = ["--reward_funcs", "rewards.py:short", "--max_completion_length", "8", "
 @pytest.mark.parametrize(
     ("method", "row", "more", "plan"),
     [
+        (
+            "sft",
+            {"text": "Why?"},
+            ["--packing", "--max_length", "20", "--per_device_train_batch_size", "3"],  # 5 tokens each, 4 in a row
+            "tokens per step 60 at most, 60 on average",
+        ),
+        ("sft", {"text": "Why?"}, ["--packing", "--max_length", "20"], "optimizer steps 3 = 3 epochs of 1"),
         ("reward", PAIRS, [], "optimizer steps 6 = 3 epochs of 2"),
         ("dpo", PAIRS, [], "optimizer steps 6 = 3 epochs of 2"),
         ("dpo", PAIRS, ["--precompute_ref_log_probs"], "optimizer steps 6 = 3 epochs of 2"),

@@ -106,11 +106,19 @@ def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
 
 def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dict[str, str]:
     """What an optimizer step takes, and how many there are."""
+    from datasets import Dataset
+
     from trl.data.encode import decode
 
     args = trainer.args
-    sizes = [example.tokens for row in trainer.train_dataset for example in decode(row)]
-    plan, per_step = (_rounds if is_online(args) else _windows)(args, sizes, processes)
+    sizes = [
+        sum(example.tokens for example in decode(row)) for row in trainer.train_dataset
+    ]  # one where rows are packed
+    is_whole = isinstance(rows, Dataset) and len(rows) == len(sample)
+    if is_online(args):
+        plan, per_step = _rounds(args, sizes, processes)
+    else:
+        plan, per_step = _windows(args, sizes, processes, most=len(sizes) if is_whole else None)
     if budget := trainer.micro_batch_budget():
         plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
     return plan | _steps(args, len(sizes) / per_step, rows, sample)
@@ -121,14 +129,15 @@ def is_online(args: Any) -> bool:
     return "num_generations" in vars(args)
 
 
-def _windows(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
-    """What an optimizer step takes of rows with so many tokens, and how many rows that are."""
+def _windows(args: Any, sizes: Sequence[int], processes: int, *, most: int | None) -> tuple[dict[str, str], float]:
+    """What an optimizer step takes of rows with so many tokens, and how many rows that are. There are `most` rows."""
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     mean = sum(sizes) / len(sizes)
+    taken = per_step if most is None else min(per_step, most)
     return {
         "rows per step": f"{per_step:,} = {args.per_device_train_batch_size:,} per micro-batch × "
         f"{args.gradient_accumulation_steps:,} accumulated × {counted(processes, 'process')}",
-        "tokens per step": f"{per_step * max(sizes):,} at most, {per_step * mean:,.0f} on average",
+        "tokens per step": f"{taken * max(sizes):,} at most, {taken * mean:,.0f} on average",
     }, per_step
 
 
@@ -158,7 +167,9 @@ def _steps(args: Any, steps: float, rows: Any, sample: Any) -> dict[str, str]:
             "optimizer steps": f"{args.max_steps:,}, {about}{args.max_steps / per_epoch:.2g} epochs of {per_epoch:,}"
         }
     total = math.ceil(per_epoch * args.num_train_epochs)
-    return {"optimizer steps": f"{about}{total:,} = {args.num_train_epochs:g} epochs of {per_epoch:,}"}
+    return {
+        "optimizer steps": f"{about}{total:,} = {args.num_train_epochs:g} epoch{'s' * (args.num_train_epochs != 1)} of {per_epoch:,}"
+    }
 
 
 # ---- memory ----
