@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.sources import ScriptArguments, load_rows, take_split
@@ -74,6 +75,15 @@ def test_files_of_another_kind_in_a_folder_are_said(caplog):
     with caplog.at_level(logging.WARNING, "trl"):
         assert len(load_rows("rows")) == 2
     assert "files of the kind json are read, and not b.csv: give those by name" in caplog.text
+
+
+def test_columns_beside_images_are_read_and_not_missed(caplog):
+    Path("pictures").mkdir()
+    Image.new("RGB", (4, 4)).save("pictures/a.png")
+    Path("pictures", "metadata.jsonl").write_text('{"file_name": "a.png", "prompt": "What?", "completion": "Red."}')
+    with caplog.at_level(logging.WARNING, "trl"):
+        assert load_rows("pictures")[0]["completion"] == "Red."
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("split", ["train[5:]", "train[:10%]", "train[:0]"])

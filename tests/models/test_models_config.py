@@ -56,6 +56,18 @@ def test_all_linear_is_a_word_of_its_own():
     )
 
 
+def test_an_architecture_that_peft_does_not_know_gets_adapters_on_all_linear_layers(make_model):
+    from trl.models.adapters import with_adapters
+
+    def adapted(name):
+        model = with_adapters(make_model(name), get_peft_config(ModelConfig(use_peft=True)))
+        names = (n.rpartition(".lora_A.")[0].rpartition(".")[2] for n, _ in model.named_parameters() if "lora_A" in n)
+        return set(names)
+
+    assert adapted("llama") == {"q_proj", "v_proj"}
+    assert adapted("granite") == {*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")}
+
+
 def test_all_linear_takes_layers_that_are_packed():
     """Those of GPTQ and AWQ hold whole numbers in place of a weight."""
     from trl.models.adapters import _take_packed_layers

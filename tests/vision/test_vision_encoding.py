@@ -107,6 +107,15 @@ def test_pairs_of_a_question_become_a_conversation(tiny):
     assert [decode(c.ids) for c in example.completions] == ["a box</s>\n", "a dog</s>\n"]
 
 
+def test_a_row_without_its_image_is_a_conversation_as_the_others_are(tiny):
+    columns = {"prompt": ["a?", "what is it?"], "completion": ["b", "a box"], "image": [None, as_bytes(picture(1))]}
+    made, collate = encoded(tiny, columns, kind="prompt_completion")
+    assert [text_of(tiny, example) for example in collate(list(made.dataset))] == [
+        "user: a?</s>\nassistant: b</s>\n",
+        f"user: {IMAGE}what is it?</s>\nassistant: a box</s>\n",
+    ]
+
+
 def test_what_the_assistant_said_is_found_behind_images(tiny):
     columns = {"messages": [[*ASKED, *SAID]], "images": [[as_bytes(picture(1))]]}
     made, collate = encoded(tiny, columns, kind="language_modeling", assistant_only_loss=True)

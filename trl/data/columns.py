@@ -52,7 +52,7 @@ class Columns:
         """A column of strings."""
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, str):
-                raise self.error(k, name, f"expected a string, found {describe(value)}.")
+                raise self.error(k, name, f"expected a string, found {describe(value)}.{_remedy(value)}")
             if wrong := half_character(value):
                 raise self.error(k, name, wrong)
         return self.values[name]
@@ -94,7 +94,7 @@ class Columns:
         if value == []:
             raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
         if not isinstance(value, list):
-            raise self.error(k, name, f"expected a list of messages, found {describe(value)}.")
+            raise self.error(k, name, f"expected a list of messages, found {describe(value)}.{_remedy(value)}")
         try:
             chat = tidy_messages(value, self.source) if self.images is None else value
         except DataError as error:
@@ -160,6 +160,15 @@ def half_character(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         return f"{text[error.start]!r} at place {error.start + 1} is half a character, and no text."
+    return ""
+
+
+def _remedy(value: Any) -> str:
+    """What to do about a value that is not of its column's kind."""
+    if value is None:
+        return " Fill it, or leave such rows out; rows of another kind belong in a dataset of their own."
+    if isinstance(value, str | list):
+        return " A column holds texts or conversations: write all of its rows in one form."
     return ""
 
 

@@ -79,7 +79,8 @@ def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 def place_images(columns: Columns, processing: ImageProcessing, *, has_template: bool) -> Columns:
     """The columns with a place for every image in their conversations or texts, and the images of each row."""
-    found = columns.each(lambda k, row: _placed(row, processing, has_template=has_template, source=columns.source))
+    as_chat = has_template and not PICTURES.isdisjoint(columns.values)
+    found = columns.each(lambda k, row: _placed(row, processing, as_chat=as_chat, source=columns.source))
     values = {
         name: [placed.get(name, value) for (placed, _), value in zip(found, columns[name], strict=True)]
         for name in columns.values
@@ -89,11 +90,11 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
 
 
 def _placed(
-    row: Mapping[str, Any], processing: ImageProcessing, *, has_template: bool, source: str
+    row: Mapping[str, Any], processing: ImageProcessing, *, as_chat: bool, source: str
 ) -> tuple[dict[str, Any], list[Any]]:
-    """What of the row changes, and its images."""
+    """What of the row changes, and its images. `as_chat`: plain texts are conversations, in rows without images too."""
     images = images_of(row)
-    row = _as_chat(row) if has_template and images else row
+    row = _as_chat(row) if as_chat else row
     placed = {name: row[name] for name in CHATS if name in row}
     beginning = next((name for name in ("prompt", "messages", "conversations", "chosen") if name in row), None)
     for name, value in placed.items():

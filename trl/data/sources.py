@@ -40,6 +40,9 @@ BUILDERS = {
 COLUMNS = {"prompt", "completion", "messages", "conversations", "text", "chosen", "instruction", "question", "query"}
 """Columns by which rows are known inside of another."""
 
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Files beside images or sounds with their other columns, which `datasets` reads."""
+
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -210,7 +213,9 @@ def _say_unread_files(folder: Path, splits: Splits) -> None:
         return
     rows = next(iter(splits.values()))
     read = rows.info.builder_name
-    others = [path.name for path in sorted(folder.rglob("*")) if _builder(path.name) not in (None, read, "text")]
+    described = METADATA if read.endswith("folder") else ()
+    files = [path.name for path in sorted(folder.rglob("*")) if path.name not in described]
+    others = [name for name in files if _builder(name) not in (None, read, "text")]
     if others:
         shown = ", ".join(others[:FILES_NAMED]) + (", …" if len(others) > FILES_NAMED else "")
         logger.warning(

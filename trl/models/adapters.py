@@ -25,7 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -187,6 +187,7 @@ def with_adapters(
         )
     config = copy.copy(peft_config)
     _say_task(config, model)
+    _choose_layers(config, model)
     _take_packed_layers(config, model)
     _leave_out(config, part, model)
     try:
@@ -250,6 +251,15 @@ def _say_task(config: PeftConfig, model: PreTrainedModel) -> None:
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type is None and model.can_generate():
         config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
+def _choose_layers(config: PeftConfig, model: nn.Module) -> None:
+    """Have LoRA take all linear layers where no layers are named and peft knows none of the architecture."""
+    named = not isinstance(config, LoraConfig) or config.target_modules or config.target_parameters
+    architecture = model.config.model_type
+    if not named and architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        config.target_modules = "all-linear"
+        logger.info(f"Adapters: on all linear layers, since peft knows no usual ones of {architecture!r}.")
 
 
 def _take_packed_layers(config: PeftConfig, model: nn.Module) -> None:

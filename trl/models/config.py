@@ -56,7 +56,8 @@ class ModelConfig:
     """Dropout before the adapter."""
 
     lora_target_modules: list[str] | None = None
-    """Names of the layers to adapt; "all-linear" is all but the head. None: the usual ones of the architecture."""
+    """Names of the layers to adapt; "all-linear" is all but the head. None: the usual ones of the architecture,
+    or all-linear where peft knows none."""
 
     lora_target_parameters: list[str] | None = None
     """Names of parameters to adapt, for weights that are no layer of their own (experts of a mixture)."""
