@@ -14,6 +14,7 @@ from trl import CPOConfig, DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, SFTConf
 from trl.cli.commands import load, methods
 from trl.cli.hub import HubError, check_model_on_hub, push_explained
 from trl.cli.main import main
+from trl.data.formats import TAKEN_BY
 from trl.errors import ConfigError
 from trl.trainers.option_effects import CONDITIONS
 from trl.training.checkpoint import remove_checkpoints
@@ -118,6 +119,10 @@ def test_an_option_that_another_one_leaves_without_effect_is_said(config, option
     config(output_dir=str(tmp_path), **CPU, **options)
     assert said in caplog.text
     assert bool(said) == bool(caplog.text)
+
+
+def test_errors_name_commands_that_there_are():
+    assert {name for names in TAKEN_BY.values() for name in names} <= set(methods())
 
 
 def test_every_option_that_depends_on_another_is_one():

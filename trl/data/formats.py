@@ -57,7 +57,7 @@ TAKEN_BY = {
     "stepwise": ("reward",),
     "unpaired_preference": ("kto",),
     "preference": ("dpo", "cpo", "orpo", "kto", "reward"),
-    "prompt_only": ("grpo", "rloo", "online_dpo", "ppo", "rft"),
+    "prompt_only": ("grpo", "rloo", "online-dpo", "ppo", "rft"),
 }
 """Row kind → the commands that take it."""
 
