@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
+from torch.optim import SGD
 from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -31,6 +33,7 @@ from trl import (
 from trl.errors import ConfigError
 from trl.rewards import accuracy_reward
 from trl.training.gradients import GradientCheck
+from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
 
 TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far."] * 4})
 PAIRS = Dataset.from_dict({"prompt": ["Why"] * 4, "chosen": [" so", " it"] * 2, "rejected": [" no"] * 4})
@@ -345,3 +348,27 @@ def test_a_run_without_options_has_a_folder_of_its_own(make_model, tokenizer, na
     model.config._name_or_path = name
     rows = Dataset.from_dict({"text": ["A fox."]})
     assert SFTTrainer(model, train_dataset=rows, processing_class=tokenizer).args.output_dir == folder
+
+
+# ---- steps that would change nothing ----
+
+
+def test_an_optimizer_of_another_model_is_refused(caplog):
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    with pytest.raises(ConfigError, match="holds none of the 2 parameters that train"):
+        check_optimizer(SGD(other.parameters(), lr=0.1), model)
+    check_optimizer(SGD([model.bias], lr=0.1), model)
+    assert (
+        "1 of 2 trained parameters are not in the optimizer that was given, so they never change: weight" in caplog.text
+    )
+    caplog.clear()
+    model.weight.requires_grad_(False)
+    check_optimizer(SGD([model.bias], lr=0.1), model)
+    assert caplog.text == ""
+
+
+def test_weights_that_round_small_steps_away_are_said(caplog):
+    warn_of_rounded_steps(nn.Linear(2, 3), 1e-6)
+    assert caplog.text == ""
+    warn_of_rounded_steps(nn.Linear(2, 3).bfloat16(), 1e-6)
+    assert "9 of the parameters that train are in bfloat16: steps below a part in 256" in caplog.text

@@ -84,6 +84,7 @@ from trl.trainers.options import resolve_args
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
 from trl.trainers.router import RouterTerm, router_loss
 from trl.training.nonfinite import SHOWN
+from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
@@ -169,6 +170,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._gave_optimizer = optimizers[0] is not None
         is_table = isinstance(train_dataset, Dataset) and self.images is None and not self.prompts_only
         self.lays_out_ahead = is_table and data_collator is None and self.args.device.type != "cpu"
         self._add_reports()
@@ -177,9 +179,12 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         self.prepare_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from."""
+        """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from, or an optimizer of another model."""
         if self.train_dataset is None:
             raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
+        if self._gave_optimizer:
+            check_optimizer(self.optimizer, self.model)
+        warn_of_rounded_steps(self.model, self.args.learning_rate)
         with without_noise("transformers.trainer_utils"):
             return super().train(*args, **kwargs)
 
