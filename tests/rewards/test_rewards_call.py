@@ -17,6 +17,7 @@ import torch
 
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.pictures import PictureSamples
 
 SAMPLES = Samples(["p", "q", "r"], ["aa", "b", "ccc"], {"answer": [1, 2, 3]}, {"step": 7})
 
@@ -201,6 +202,17 @@ def test_failures_can_be_dropped():
         assert found.values[:, 1].isnan().tolist() == [False, True, False]
     assert rewards_of(fragile, on_error="drop").values[2].item() == 0.5
     assert rewards_of(lambda **_: [], on_error="drop").failed.all()
+
+
+def test_columns_do_not_stand_for_what_was_sampled(caplog):
+    """A dataset may have answers of its own in a column `completions`."""
+    columns = {"completions": ["theirs"], "prompts": ["other"], "log_metric": [0]}
+    given = Samples(["p"], ["sampled"], columns, {"log_metric": print}).keywords
+    assert (given["prompts"], given["completions"], given["log_metric"]) == (["p"], ["sampled"], print)
+    drawn = PictureSamples.of(["p"], torch.zeros(1, 3, 2, 2), [], {"images": ["theirs"]}, {}).keywords["images"]
+    assert drawn.shape == (1, 3, 2, 2)
+    check_columns(make_rewards(lengths), ["completions", "answer"])
+    assert "not given the columns ['completions'] of the dataset" in caplog.text
 
 
 def test_the_first_failure_that_is_dropped_is_said(caplog):

@@ -37,7 +37,7 @@ from trl.counts import counted
 from trl.errors import ConfigError, TrlError, unknown
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
-from trl.rewards.signature import check_arguments, fitting
+from trl.rewards.signature import check_arguments, fitting, say_hidden
 from trl.rewards.worker import ProcessEnded, Worker, WorkerError, called
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ class Samples:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        return {"prompts": self.prompts, "completions": self.completions, **self.columns, **self.extras}
+        """What functions are given by name. What was sampled goes before columns of the same names."""
+        return {**self.columns, "prompts": self.prompts, "completions": self.completions, **self.extras}
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def check_weights(reward_funcs: Any, weights: Sequence[float] | None) -> None:
 
 
 def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
-    """Raise ConfigError for a function that asks for something else than the dataset's `columns`."""
+    """Raise ConfigError for a function that asks for something else than the dataset's `columns`; say which are hidden."""
+    say_hidden(columns)
     for reward in rewards:
         check_arguments(reward.name, reward.function, columns)
 

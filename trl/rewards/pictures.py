@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl.errors import ConfigError
 from trl.rewards.call import Reward, Samples, make_rewards
 from trl.rewards.images import to_pil
-from trl.rewards.signature import PICTURES, asks_for, check_arguments
+from trl.rewards.signature import PICTURES, asks_for, check_arguments, say_hidden
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class PictureSamples(Samples):
         size = f"{images.shape[-1]} × {images.shape[-2]}"
         named = [f"picture {i}, {size} pixels" for i in range(1, len(images) + 1)]
         pil = {"pil_images": to_pil(images)} if wanted else {}
-        return cls(prompts, named, {"images": images, **pil, **columns}, extras)
+        return cls(prompts, named, {**columns, "images": images, **pil}, extras)
 
     @property
     def keywords(self) -> dict[str, Any]:
-        return {"prompts": self.prompts, **self.columns, **self.extras}
+        return {**self.columns, "prompts": self.prompts, **self.extras}
 
 
 def make_picture_rewards(reward_funcs: Any, *, weights: Sequence[float] | None, columns: Sequence[str]) -> list[Reward]:
@@ -55,6 +55,7 @@ def make_picture_rewards(reward_funcs: Any, *, weights: Sequence[float] | None, 
                 "(prompts, images, **columns), such as trl.rewards.get_aesthetic_reward() or get_clip_reward()."
             )
     rewards = make_rewards(reward_funcs, weights=weights)
+    say_hidden(columns, PICTURES)
     for reward in rewards:
         check_arguments(reward.name, reward.function, columns, PICTURES)
     return rewards

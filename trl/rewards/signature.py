@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trl.errors import ConfigError, DataError, suggest
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = ("prompts", "completions", "completion_ids")
 PICTURES = ("prompts", "images", "pil_images")
@@ -32,6 +35,15 @@ def check_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
     """Raise DataError unless there is one completion for each prompt."""
     if len(prompts) != len(completions):
         raise DataError(f"{len(completions)} completions were given for {len(prompts)} prompts: give one each.")
+
+
+def say_hidden(columns: Sequence[str], samples: Sequence[str] = SAMPLES) -> None:
+    """Say which columns of a dataset reward functions are not given, since samples are handed over under their names."""
+    if hidden := sorted({*samples, *EXTRAS} & set(columns)):
+        logger.warning(
+            f"Reward functions are not given the columns {hidden} of the dataset, but what was sampled under these names: "
+            "rename the columns to read them."
+        )
 
 
 def check_arguments(
