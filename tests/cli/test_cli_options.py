@@ -16,6 +16,7 @@ from trl.cli.hub import HubError, check_model_on_hub, push_explained
 from trl.cli.main import main
 from trl.data.formats import TAKEN_BY
 from trl.errors import ConfigError
+from trl.trainers.option_checks import check_full_batch
 from trl.trainers.option_effects import CONDITIONS
 from trl.training.checkpoint import remove_checkpoints
 from trl.training.nonfinite import SkippedSteps
@@ -87,6 +88,13 @@ def test_deepspeed_is_looked_for(tmp_path, monkeypatch):
 
 def test_older_options_that_ask_for_what_happens_anyway(tmp_path):
     SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=False, save_safetensors=True)
+
+
+def test_the_only_batch_is_not_dropped(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), **CPU, dataloader_drop_last=True)
+    check_full_batch(args, 8)
+    with pytest.raises(ConfigError, match="5 rows do not fill one of 8"):
+        check_full_batch(args, 5)
 
 
 def test_intervals_that_nothing_waits_for_may_be_0(tmp_path):

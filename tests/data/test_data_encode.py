@@ -537,6 +537,17 @@ def test_limits_of_the_model_are_those_of_rows(plain, settings, words):
         assert len(encoded(rows, plain, max_length=9, **settings).dataset) == 2
 
 
+def test_prompts_leave_room_for_a_completion(plain):
+    rows = [{"prompt": "sky"}, {"prompt": "skyskyskysky"}]
+    lengths = [len(e["prompt_ids"]) for e in encoded(rows, plain, kind="prompt_only").dataset]
+    context = {"kind": "prompt_only", "context": lengths[1]}
+    with pytest.raises(DataError, match=f"Row 2: its prompt has {lengths[1]} tokens, and the model's context is"):
+        encoded(rows, plain, **context)
+    assert len(encoded(rows, plain, max_prompt_length=lengths[1] - 1, **context).dataset) == 2
+    with pytest.raises(DataError, match="Row 1 has no prompt: the column 'prompt' is empty. Give"):
+        encoded([{"prompt": ""}], plain, kind="prompt_only", needs_prompt=True)
+
+
 def test_losses_that_rows_do_not_allow(plain, chatml):
     with pytest.raises(DataError, match="assistant_only_loss=True needs conversations, but column 'text' holds text"):
         encoded([{"text": "sky"}], plain, assistant_only_loss=True)

@@ -147,6 +147,14 @@ def test_samples_whose_reward_failed_can_be_dropped(make_model, tmp_path):
     assert log["completions/mean_length"] == pytest.approx(sum(lengths) / 8)
 
 
+def test_prompts_that_leave_little_room_are_said(make_model, tmp_path, caplog):
+    make_trainer(make_model("gpt2", n_positions=24), tmp_path, letters, max_completion_length=8)
+    assert (
+        "prompts leave less than max_completion_length=8 of the model's context of 24 tokens, the longest"
+        in caplog.text
+    )
+
+
 def test_rewards_that_never_differ_are_said(make_model, tmp_path, caplog):
     def constant(completions, **_):
         return [1.0] * len(completions)

@@ -135,6 +135,12 @@ class RowEncoder:
                     f": {size:,} tokens, and the model has {s.positions:,} positions: set max_length={s.positions}, or less, or "
                     "leave long rows out.",
                 )
+            if s.context is not None and len(tree.prompt) >= s.context:
+                raise RowError(
+                    columns.rows[k],
+                    f": its prompt has {len(tree.prompt):,} tokens, and the model's context is {s.context:,}, in which a "
+                    f"completion follows: set max_prompt_length below {s.context}, or leave long rows out.",
+                )
             top = max(max(ids, default=-1) for ids in (tree.prompt, *tree.completions))
             if s.embedded is not None and columns.images is None and top >= s.embedded:
                 token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
@@ -252,10 +258,10 @@ def check_prompts(trees: Sequence[Tree], statuses: Sequence[int], columns: Colum
     """Raises DataError for a row that is kept and has no prompt."""
     for k, (tree, status) in enumerate(zip(trees, statuses, strict=True)):
         if status == KEPT and not tree.prompt:
+            pair = ", or there is none and chosen and rejected have no beginning in common" if tree.completions else ""
             raise RowError(
                 columns.rows[k],
-                " has no prompt: the column 'prompt' is empty, or there is none and chosen and rejected have no beginning in "
-                "common. Give every row a prompt, or leave such rows out.",
+                f" has no prompt: the column 'prompt' is empty{pair}. Give every row a prompt, or leave such rows out.",
             )
 
 

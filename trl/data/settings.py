@@ -61,6 +61,8 @@ class EncodeSettings:
     """The same for the tokens of texts, which a tokenizer may have more of than the model. None: not known."""
     positions: int | None = None
     """Positions that the model has embeddings for: no sequence may be longer. None: no such limit."""
+    context: int | None = None
+    """Tokens of prompt and completion that the sampler reads: prompts have to be shorter. None: no such limit."""
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATIONS:

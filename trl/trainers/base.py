@@ -80,6 +80,7 @@ from trl.noise import without_noise, without_warnings
 from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TrainerConfig
+from trl.trainers.option_checks import check_full_batch
 from trl.trainers.options import resolve_args
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
 from trl.trainers.router import RouterTerm, router_loss
@@ -182,6 +183,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from, or an optimizer of another model."""
         if self.train_dataset is None:
             raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
+        if isinstance(self.train_dataset, Dataset) and not self.prompts_only:
+            check_full_batch(self.args, len(self.train_dataset))
         if self._gave_optimizer:
             check_optimizer(self.optimizer, self.model)
         warn_of_rounded_steps(self.model, self.args.learning_rate)

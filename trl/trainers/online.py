@@ -51,6 +51,7 @@ from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.base import BaseTrainer
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
+from trl.trainers.prompt_room import warn_of_short_room
 from trl.trainers.reference import reference_for, reference_models, score_signals, sync_callbacks
 from trl.trainers.rollout_log import RolloutLog
 from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
@@ -113,6 +114,7 @@ class OnlineTrainer(BaseTrainer):
         self._is_new_batch = True
         self._columns: dict[str, list[str]] = {}
         self._reward_funcs = reward_funcs
+        self._reads_prompts = rollout_func is None
         super().__init__(
             model,
             args,
@@ -223,12 +225,22 @@ class OnlineTrainer(BaseTrainer):
             keep_columns=tuple(self._columns[split]),
             encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
             num_proc=self.args.dataset_num_proc,
+            needs_prompt=self._reads_prompts,
+            context=self._context(),
         )
+
+    def _context(self) -> int | None:
+        """Tokens of a prompt with its completion, at most; None where the model does not say, or does not sample."""
+        config = unwrap(self.model).config
+        samples = self._reads_prompts and self.engine is None and not config.is_encoder_decoder
+        return getattr(config.get_text_config(), "max_position_embeddings", None) if samples else None
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
         columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
         if "input_ids" not in columns or "prompt" in columns:
-            return super().encode(rows, split, name)
+            encoded = super().encode(rows, split, name)
+            warn_of_short_room(encoded, name, self._context(), self.args.max_completion_length)
+            return encoded
         self._columns[split] = [*columns, "prompt"]
         rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
         limit = self.args.max_prompt_length or 0

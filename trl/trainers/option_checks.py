@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from trl.counts import counted
 from trl.errors import ConfigError, suggest
 from trl.imports import is_available
 
@@ -29,6 +30,16 @@ def check_intervals(args: TrainingArguments) -> None:
             raise ConfigError(
                 f"{name}_steps=0: give a number of steps, a share of all steps below 1, or --{name}_strategy no for none."
             )
+
+
+def check_full_batch(args: TrainingArguments, rows: int) -> None:
+    """Raises ConfigError where the batch that is dropped is the only one."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise ConfigError(
+            f"dataloader_drop_last=True drops a last batch that is not full, and {counted(rows, 'row')} do not fill one of "
+            f"{batch:,}: leave it out, or set a smaller per_device_train_batch_size."
+        )
 
 
 def check_best(args: TrainingArguments) -> None:
