@@ -13,7 +13,8 @@ from tests.trainers.online_support import (
     gradient,
     make_trainer,
 )
-from trl.trainers.online_dpo import OnlineDPOTrainer
+from trl.errors import DataError
+from trl.trainers.online_dpo import JudgeReward, OnlineDPOTrainer
 
 # ---- online DPO ----
 
@@ -49,3 +50,9 @@ def test_a_judge_ranks(make_model, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["pairs"] == 0.5
     assert trainer.state.log_history[0]["rewards/judge/mean"] == 0.5
+
+
+@pytest.mark.parametrize("winner", [2, -2, 0.5, None])
+def test_a_judge_names_a_completion_that_there_is(winner):
+    with pytest.raises(DataError, match=f"judge gave {winner} for a prompt with 2 completions: .* 0 to 1, or -1"):
+        JudgeReward(lambda prompts, completions: [winner])(prompts=["p"] * 2, completions=["a", "b"])

@@ -52,7 +52,8 @@ def prepare_rewards(model: PreTrainedModel) -> None:
     if model.config.num_labels != 1 and any("CausalLM" in kind for kind in kinds):
         raise ModelError(
             f"{model.config._name_or_path!r} is a language model ({kinds[0]}) and gives no rewards: name a reward model, such as "
-            "`trl reward` trains."
+            "`trl reward` trains. To train one of it, give RewardTrainer its name, or "
+            "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
     if model.config.num_labels != 1:
         raise ModelError(

@@ -193,6 +193,12 @@ class JudgeReward:
         best = self.judge([prompts[i] for i in starts], groups)
         if len(best) != len(groups):
             raise DataError(f"judge gave {len(best)} verdicts for {len(groups)} prompts: it has to give one each.")
+        for winner, group in zip(best, groups, strict=True):
+            if winner not in range(-1, len(group)):
+                raise DataError(
+                    f"judge gave {winner!r} for a prompt with {len(group)} completions: it has to give the index of the best one, "
+                    f"0 to {len(group) - 1}, or -1 for none."
+                )
         return [
             None if winner < 0 else float(i == winner)
             for winner, group in zip(best, groups, strict=True)

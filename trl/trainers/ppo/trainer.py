@@ -309,7 +309,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         """
         watch, size = Stopwatch(), self.args.batch_size
         masks, start = response_masks, self._start_token()
-        examples = read_triplets(queries, responses, masks, batch_size=size, start_token=start, inputs=query_inputs)
+        known = {"start_token": start, "vocabulary": self._rows_of_embedding(), "inputs": query_inputs}
+        examples = read_triplets(queries, responses, masks, batch_size=size, **known)
         rewards = read_scores(scores, batch_size=size)
         self._triplets = range(size)
         self._prepare()

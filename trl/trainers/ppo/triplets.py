@@ -25,12 +25,13 @@ def read_triplets(
     *,
     batch_size: int,
     start_token: int | None = None,
+    vocabulary: int | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Example]:
     """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
 
     `inputs` are what else the model reads with each query: see `trl.types.Example`. A `start_token` that begins a response,
-    as an encoder-decoder generates it, is not one of its tokens.
+    as an encoder-decoder generates it, is not one of its tokens. Ids have to be below `vocabulary`, where it is known.
 
     Raises DataError, naming the argument and the index, for what cannot be trained on.
     """
@@ -40,7 +41,7 @@ def read_triplets(
             _check_list(name, given, batch_size)
     examples = []
     for i in range(batch_size):
-        query, response = _ids("queries", i, queries[i]), _ids("responses", i, responses[i])
+        query, response = (_ids(name, i, named[name][i], vocabulary) for name in ("queries", "responses"))
         mask = (1,) * len(response) if masks is None else _mask(i, masks[i], len(response))
         starts = len(response) > 0 and response[0] == start_token
         response, mask = response[starts:], mask[starts:]
@@ -82,14 +83,20 @@ def _check_list(name: str, given: Any, batch_size: int) -> None:
         )
 
 
-def _ids(name: str, i: int, given: Any) -> tuple[int, ...]:
+def _ids(name: str, i: int, given: Any, vocabulary: int | None) -> tuple[int, ...]:
     if not isinstance(given, Tensor):
         raise DataError(f"{name}[{i}] has to be a tensor of token ids, got {type(given).__name__}.")
     if given.dim() > 2 or (given.dim() == 2 and len(given) != 1):
         raise DataError(f"{name}[{i}] has shape {tuple(given.shape)}: give one sequence, of shape [L] or [1, L].")
     if given.is_floating_point():
         raise DataError(f"{name}[{i}] holds {given.dtype} numbers: token ids are integers.")
-    return tuple(given.flatten().tolist())
+    ids = tuple(given.flatten().tolist())
+    if wrong := [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]:
+        raise DataError(
+            f"{name}[{i}] holds the token {wrong[0]}, and those of the model are 0 to {(vocabulary or 0) - 1:,}: was it made "
+            "by another tokenizer, or padded with -100?"
+        )
+    return ids
 
 
 def _mask(i: int, given: Tensor, length: int) -> tuple[int, ...]:
