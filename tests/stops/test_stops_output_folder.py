@@ -43,6 +43,7 @@ def used(make_model, tmp_path):
 def test_the_same_run_may_be_made_again(make_model, used, caplog):
     sft(make_model("llama"), used, save_strategy="steps", save_steps=1, logging_steps=3).train()
     assert "refused" not in caplog.text
+    assert "holds checkpoint-1 of this run, and training begins anew: to go on from it" in caplog.text
 
 
 OTHERS = {

@@ -52,6 +52,15 @@ def check_folder(folder: str | Path, run: Mapping[str, Any], *, overwrite: bool)
         )
 
 
+def say_beginning_anew(folder: str | Path) -> None:
+    """Say that a run that begins at its start has checkpoints to go on from."""
+    if left := checkpoints(Path(folder)):
+        logger.warning(
+            f"output_dir={str(folder)!r} holds {left[0].name} of this run, and training begins anew: to go on from it, stop, and "
+            "give --resume (resume_from_checkpoint='last')."
+        )
+
+
 def foresee(folder: str | Path, run: Mapping[str, Any]) -> None:
     """Say where `check_folder` will refuse `run`: before its rows are encoded, when it may yet resume the other, or evaluate."""
     try:

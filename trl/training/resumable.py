@@ -29,7 +29,15 @@ from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, s
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
-from trl.training.output_folder import check_folder, check_space, check_writable, checkpoint_bytes, claim, foresee
+from trl.training.output_folder import (
+    check_folder,
+    check_space,
+    check_writable,
+    checkpoint_bytes,
+    claim,
+    foresee,
+    say_beginning_anew,
+)
 from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import (
     SETTINGS_FILE,
@@ -75,7 +83,9 @@ class ResumableTrainer(Trainer):
         with only_run_in(self.args.output_dir), steady_streams():
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
             self._check_folder(checkpoint)
-            if checkpoint is not None:
+            if checkpoint is None and self.is_world_process_zero():
+                say_beginning_anew(self.args.output_dir)
+            elif checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
             self._check_space()
