@@ -52,6 +52,7 @@ def test_they_arrive(name, text, expected):
         ("ends.csv", "prompt,completion\na,b,\n", "no ',' at the end of a line"),
         ("twice.csv", "prompt,prompt\na,b\n", "line 1: the column 'prompt' occurs twice"),
         ("commas.jsonl", LINES.replace("\n", ",\n"), "line 1, column 35: Extra data"),
+        ("half.jsonl", LINES + '\n{"prompt": "\\ud83d"}', r"line \d: \\ud83d is half of a character"),
         ("empty.jsonl", "", "there are no rows in it"),
         ("blank.jsonl", "\n\n", "there are no rows in it"),
         (
@@ -66,6 +67,14 @@ def test_they_are_named(name, text, words):
     Path(name).write_text(text)
     with pytest.raises(DataError, match=rf"{name}.*{words}"):
         load_rows(name)
+
+
+def test_the_file_of_a_folder_that_breaks_is_named():
+    Path("rows").mkdir()
+    for name, text in {"a.jsonl": LINES, "b.jsonl": '{"prompt": "a"'}.items():
+        Path("rows", name).write_text(text)
+    with pytest.raises(DataError, match=r"rows/b.jsonl, line 1, column 15"):
+        load_rows("rows")
 
 
 def test_files_of_another_kind_in_a_folder_are_said(caplog):

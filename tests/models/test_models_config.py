@@ -68,6 +68,21 @@ def test_an_architecture_that_peft_does_not_know_gets_adapters_on_all_linear_lay
     assert adapted("granite") == {*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")}
 
 
+def test_layers_to_train_whole_have_to_be_there(make_model):
+    from trl.models.adapters import with_adapters
+
+    config = ModelConfig(use_peft=True, lora_modules_to_save=["lmhead"])
+    with pytest.raises(ConfigError, match="modules_to_save names 'lmhead', .* no such layer. Did you mean 'lm_head'"):
+        with_adapters(make_model("llama"), get_peft_config(config))
+
+
+def test_options_of_four_bits_without_them_are_said(caplog):
+    ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    assert caplog.text == ""
+    ModelConfig(bnb_4bit_quant_type="fp4")
+    assert "bnb_4bit_quant_type='fp4' has no effect without load_in_4bit" in caplog.text
+
+
 def test_all_linear_takes_layers_that_are_packed():
     """Those of GPTQ and AWQ hold whole numbers in place of a weight."""
     from trl.models.adapters import _take_packed_layers

@@ -67,13 +67,16 @@ def _next(rows: Iterator[list[str]]) -> list[str]:
 
 
 def where_json_breaks(path: str) -> str | None:
-    """The first line of a `.jsonl` file that is not JSON; None where there is none, or of other files."""
+    """The first line of a `.jsonl` file that is not JSON, or not Unicode; None where there is none, or of other files."""
     if not path.lower().endswith((".jsonl", ".ndjson")):
         return None
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                json.loads(line.strip() or "null")
+                json.dumps(json.loads(line.strip() or "null"), ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = ascii(error.object[error.start])[1:-1]
+                return f"{path}, line {number}: {half} is half of a character. Write the whole one, or leave it out."
             except json.JSONDecodeError as error:
                 return f"{path}, line {number}, column {error.colno}: {error.msg}"
     return None

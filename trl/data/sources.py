@@ -172,11 +172,17 @@ def load_splits(
         if not streaming:
             return splits
         return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
-    with _failures_told(places, lambda: None):
+    with _failures_told(places, lambda: _where_folder_breaks(local)):
         rows = load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
     if local and data_files is None:
         _say_unread_files(Path(local[0], data_dir or ""), rows)
     return rows
+
+
+def _where_folder_breaks(places: Sequence[str]) -> str | None:
+    """The first line in the files of a folder that cannot be read; None where there is none, or no folder."""
+    files = [str(path) for place in places for path in sorted(Path(place).rglob("*")) if path.is_file()]
+    return next(filter(None, map(where_json_breaks, files)), None)
 
 
 @contextmanager

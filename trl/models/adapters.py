@@ -33,11 +33,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from trl.data.chat_formats import FILLER
-from trl.errors import ConfigError, ModelError
+from trl.errors import ConfigError, ModelError, suggest
 from trl.noise import without_warnings
 from trl.vision.families import family_of
 
 logger = logging.getLogger(__name__)
+
+HEADS = ("score", "classifier", "classification_head")
+"""What classifiers call the layer that gives the reward; an adapter may name all of them."""
 
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
 
@@ -188,6 +191,7 @@ def with_adapters(
     config = copy.copy(peft_config)
     _say_task(config, model)
     _choose_layers(config, model)
+    _check_whole_layers(config, model)
     _take_packed_layers(config, model)
     _leave_out(config, part, model)
     try:
@@ -251,6 +255,17 @@ def _say_task(config: PeftConfig, model: PreTrainedModel) -> None:
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type is None and model.can_generate():
         config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
+def _check_whole_layers(config: PeftConfig, model: nn.Module) -> None:
+    """Raises ConfigError for a layer to be trained whole that the model does not have, which peft passes over."""
+    heads = HEADS if config.task_type == TaskType.SEQ_CLS else ()
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in config.to_dict().get("modules_to_save") or ():
+        if name.rpartition(".")[2] not in ends and name not in heads:
+            raise ConfigError(
+                f"modules_to_save names {name!r}, and {type(model).__name__} has no such layer.{suggest(name, ends)}"
+            )
 
 
 def _choose_layers(config: PeftConfig, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,6 +14,8 @@ from trl.option_types import check_choices
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 QuantType = Literal["nf4", "fp4"]
@@ -101,11 +104,18 @@ class ModelConfig:
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
+        if not self.load_in_4bit:
+            self._say_without_effect("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         check_attention_packages(self.attn_implementation)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability: give 0 ≤ lora_dropout < 1.")
         if self.lora_r < 1:
             raise ConfigError(f"lora_r={self.lora_r} leaves no adapter: give a rank of 1 or more.")
+
+    def _say_without_effect(self, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                logger.warning(f"{name}={value!r} has no effect without load_in_4bit: leave it out, or set that.")
 
     @property
     def hub(self) -> dict[str, str]:

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 
 from trl.errors import ConfigError, ModelError, suggest
 from trl.imports import require
-from trl.models.adapters import HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
+from trl.models.adapters import HEADS, HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
 from trl.models.attention_packages import check_attention
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
@@ -42,9 +42,6 @@ PROCESSOR = "processor_config.json"
 
 NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
 """A parameter of a numbered layer."""
-
-HEADS = ("score", "classifier", "classification_head")
-"""What classifiers call the layer that gives the reward."""
 
 
 def load_model(

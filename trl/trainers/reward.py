@@ -26,7 +26,8 @@ from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.columns import describe
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, DataError, ModelError, RowError
-from trl.models.load import HEADS, load_config
+from trl.models.adapters import HEADS
+from trl.models.load import load_config
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.trainers.arguments import Rows
