@@ -134,6 +134,9 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_mo
     with pytest.raises(ConfigError, match="a checkpoint takes about .* are free.*save_only_model"):
         trainer.train()
     sft(make_model("llama"), tmp_path).train()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000))
+    with pytest.raises(ConfigError, match="the model takes about .* are free. Make room, or name a folder"):
+        trainer.check_space(has_checkpoints=False)
 
 
 @pytest.mark.parametrize("inside", ["", "out"])

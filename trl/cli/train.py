@@ -223,6 +223,8 @@ def train(run: Run) -> int:
     check_trains(run)
     with library_errors_as_config_errors():
         trainer = build_trainer(run)
+    if run.training.save_strategy == "no":
+        trainer.check_space(has_checkpoints=False)
     with explain_full_disk(run.training.output_dir, "the model"), stop_on_signal(trainer) as stop:
         with _progress(trainer):
             trainer.train(resume_from_checkpoint=resume)

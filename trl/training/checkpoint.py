@@ -340,12 +340,13 @@ def _no_space(run: Path, name: str, beside: Path | None) -> str:
     written = 0 if beside is None else _size(beside)
     free = shutil.disk_usage(run).free + written
     good = next((path for path in checkpoints(run) if not why_not_resumable(path)), None)
-    needed = (
-        f"more than {written / 1e6:,.1f} MB" if good is None else f"about {max(_size(good), written) / 1e6:,.1f} MB"
+    about = (
+        f"about {_size(good) / 1e6:,.1f} MB" if good and _size(good) > written else f"more than {written / 1e6:,.1f} MB"
     )
+    needed = f"that needs {about}, and " if written or good else ""
     remains = "No checkpoint is whole." if good is None else f"{good} is whole: make room, then go on with --resume."
     return (
-        f"No space left on the disk of {str(run)!r} while {name} was written: that needs {needed}, and {free / 1e6:,.1f} MB "
+        f"No space left on the disk of {str(run)!r} while {name} was written: {needed}{free / 1e6:,.1f} MB "
         f"are free. {remains} save_total_limit=N keeps only the newest N checkpoints, save_only_model=true leaves out "
         "the optimizer."
     )

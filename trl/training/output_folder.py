@@ -90,14 +90,18 @@ def claim(folder: str | Path, run: Mapping[str, Any]) -> None:
     (folder / OWNER_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
-def check_space(folder: str | Path, needed: int) -> None:
-    """Raises ConfigError where a checkpoint of `needed` bytes does not fit on the disk of a folder."""
+def check_space(folder: str | Path, needed: int, *, has_checkpoints: bool = True) -> None:
+    """Raises ConfigError where a checkpoint of `needed` bytes, or the model alone, does not fit on the disk of a folder."""
     free = shutil.disk_usage(folder).free
     if needed > free:
+        less = (
+            ", or save less: save_only_model leaves out the optimizer, --save_strategy no saves nothing but the model at the end"
+            if has_checkpoints
+            else ""
+        )
         raise ConfigError(
-            f"output_dir={str(folder)!r}: a checkpoint takes about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free. Make "
-            "room, name a folder on another disk, or save less: save_only_model leaves out the optimizer, --save_strategy no "
-            "saves nothing but the model at the end."
+            f"output_dir={str(folder)!r}: {'a checkpoint' if has_checkpoints else 'the model'} takes about {needed / 1e9:,.1f} GB, "
+            f"and {free / 1e9:,.1f} GB are free. Make room, or name a folder on another disk{less}."
         )
 
 

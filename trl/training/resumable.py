@@ -88,7 +88,8 @@ class ResumableTrainer(Trainer):
             elif checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
-            self._check_space()
+            if self.args.save_strategy != "no":
+                self.check_space(has_checkpoints=True)
             self._nonfinite_at_first = frozenset(self.nonfinite_weights())
             return super().train(checkpoint, *args, **kwargs)
 
@@ -111,14 +112,14 @@ class ResumableTrainer(Trainer):
         if args.process_index == 0 and not (args.resume_from_checkpoint or vars(args).get("overwrite_output_dir")):
             foresee(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
 
-    def _check_space(self) -> None:
-        """Raise ConfigError, on all processes, where no checkpoint fits on the disk."""
-        if self.args.save_strategy == "no" or self.is_sharded:
+    def check_space(self, *, has_checkpoints: bool) -> None:
+        """Raise ConfigError, on all processes, where no checkpoint, or not even the model, fits on the disk."""
+        if self.is_sharded:
             return
         is_adapter = any(isinstance(module, PeftModel) for module in self.model.modules())
-        moments = "adam" in str(self.args.optim).lower() and not self.args.save_only_model
+        moments = has_checkpoints and "adam" in str(self.args.optim).lower() and not self.args.save_only_model
         needed = checkpoint_bytes(self.model, has_optimizer=moments, only_trained=is_adapter)
-        run_on_main(partial(check_space, self.args.output_dir, needed))
+        run_on_main(partial(check_space, self.args.output_dir, needed, has_checkpoints=has_checkpoints))
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
