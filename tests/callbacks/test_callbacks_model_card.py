@@ -41,6 +41,13 @@ def test_a_whole_model(tmp_path):
     assert str(tmp_path) not in body
 
 
+def test_a_chat_model_is_used_with_its_template(tmp_path):
+    _, body = card(tmp_path, Trained("gpt2"))
+    assert 'inputs = tokenizer("A prompt"' in body
+    _, body = card(tmp_path, Trained("gpt2", is_chat=True))
+    assert "apply_chat_template(\n    messages, add_generation_prompt=True" in body
+
+
 def test_a_title_is_no_name_to_load_by(tmp_path):
     _, body = card(tmp_path, Trained("org/pictures", "pictures"), trainer="DDPOTrainer", model_name="My DDPO Model")
     assert "# My DDPO Model\n" in body

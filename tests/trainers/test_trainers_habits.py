@@ -372,3 +372,21 @@ def test_weights_that_round_small_steps_away_are_said(caplog):
     assert caplog.text == ""
     warn_of_rounded_steps(nn.Linear(2, 3).bfloat16(), 1e-6)
     assert "9 of the parameters that train are in bfloat16: steps below a part in 256" in caplog.text
+
+
+# ---- what is given in the wrong place ----
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"args": DPOConfig("x")}, "args is a DPOConfig, of another method: SFTTrainer takes SFTConfig"),
+        ({"args": {"output_dir": "x"}}, r"args is a dict: SFTTrainer takes SFTConfig\(\*\*args\)"),
+        ({"model": None}, "model is a NoneType: give a model, its folder, or its hub name"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(given, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        SFTTrainer(
+            **{"model": nn.Linear(2, 2), "args": SFTConfig(**options(tmp_path)), "train_dataset": TEXTS, **given}
+        )

@@ -56,11 +56,13 @@ class Trained:
     base         name of the model that was trained; None: it was made from a configuration
     kind         "causal", "encoder-decoder", "reward" or "pictures"
     is_adapter   an adapter on the base, and not a whole model
+    is_chat      its tokenizer has a chat template
     """
 
     base: str | None
     kind: str = "causal"
     is_adapter: bool = False
+    is_chat: bool = False
 
     @property
     def library(self) -> str:
@@ -228,9 +230,16 @@ def _usage(name: str, model: Trained, base: str | None) -> str:
             'pipeline("A prompt").images[0].save("picture.png")\n```'
         )
     auto = "AutoModelForSeq2SeqLM" if model.kind == "encoder-decoder" else "AutoModelForCausalLM"
+    inputs = (
+        'messages = [{"role": "user", "content": "A prompt"}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
+        if model.is_chat
+        else 'inputs = tokenizer("A prompt", return_tensors="pt")\n'
+    )
     return (
         f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'model, tokenizer = {auto}.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")\n'
-        'tokens = model.generate(**tokenizer("A prompt", return_tensors="pt"), max_new_tokens=64)\n'
+        f"{inputs}tokens = model.generate(**inputs, max_new_tokens=64)\n"
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n```"
     )

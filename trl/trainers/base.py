@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -286,6 +287,9 @@ class BaseTrainer(WritesModelCard, StepTrainer):
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         kwargs = self.args.model_init_kwargs or {}
+        model = str(model) if isinstance(model, Path) else model
+        if not isinstance(model, str | nn.Module):
+            raise ConfigError(f"model is a {type(model).__name__}: give a model, its folder, or its hub name.")
         if isinstance(model, str):
             quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
             model = self._load(model, quantised | self.args.loading(kwargs))
@@ -517,7 +521,12 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         kind = "encoder-decoder" if config.get("is_encoder_decoder") else "causal"
         if type(inner).__name__.endswith("ForSequenceClassification"):
             kind = "reward"
-        model = Trained(config.get("_name_or_path") or None, kind, is_adapter=isinstance(self._adapted(), PeftModel))
+        model = Trained(
+            config.get("_name_or_path") or None,
+            kind,
+            is_adapter=isinstance(self._adapted(), PeftModel),
+            is_chat=self.tokenizer.chat_template is not None,
+        )
         return model, [encoded.report for encoded in self.encoded.values()]
 
 

@@ -30,6 +30,7 @@ def resolve_args(
     options = resolve_options(config_class, given, trainer=trainer)
     if args is None:
         return config_class(**{**_folder_of(model, trainer), **options})
+    _check_class(config_class, args, trainer)
     if not isinstance(args, config_class):
         fields = {f.name for f in dataclasses.fields(config_class) if f.init}
         shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
@@ -39,6 +40,20 @@ def resolve_args(
         setattr(args, name, value)
     args.check_values()
     return args
+
+
+def _check_class(config_class: type[TrainerConfig], args: Any, trainer: str) -> None:
+    """Raises ConfigError for the configuration of another trainer, and for what is none."""
+    wanted = config_class.__name__
+    if not isinstance(args, TrainingArguments):
+        given = f"{wanted}(**args)" if isinstance(args, Mapping) else f"{wanted}(…)"
+        raise ConfigError(f"args is a {type(args).__name__}: {trainer} takes {given}.")
+    if (
+        isinstance(args, TrainerConfig)
+        and not isinstance(args, config_class)
+        and not issubclass(config_class, type(args))
+    ):
+        raise ConfigError(f"args is a {type(args).__name__}, of another method: {trainer} takes {wanted}(…).")
 
 
 def _folder_of(model: Any, trainer: str) -> dict[str, str]:

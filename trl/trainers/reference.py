@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -25,6 +26,8 @@ from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.sharding import prepare_frozen, shards
 from trl.trainers.config import ReferenceConfig
 from trl.types import Batch
+
+logger = logging.getLogger(__name__)
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
 """Signals of a rollout batch that are scores of the policy, by what `Scores` calls them."""
@@ -59,11 +62,24 @@ def reference_for(
         model = copy(policy)
     else:
         model = load_model(given, **(loading or config.loading())) if isinstance(given, str) else given
+        warn_of_fewer_tokens(model, policy)
         model.requires_grad_(False).eval()
     if "hf_device_map" not in vars(unwrap(model)) and len({p.device for p in model.parameters()}) > 1:
         model.to(accelerator.device)  # its lower layers are the policy's, which has moved there since
     prepare_scoring(unwrap(model))
     return frozen_reference(policy, prepare_frozen(accelerator, model), accelerator.autocast)
+
+
+def warn_of_fewer_tokens(reference: nn.Module, policy: nn.Module) -> None:
+    """Say that a reference has no embeddings for some of the policy's tokens."""
+    known, needed = (
+        getattr(unwrap(model).config.get_text_config(), "vocab_size", None) for model in (reference, policy)
+    )
+    if known is not None and needed is not None and known < needed:
+        logger.warning(
+            f"The reference has a vocabulary of {known:,} tokens, and the model one of {needed:,}: a row with one of the others "
+            "ends the run ('index out of range'). Give a reference that reads the model's tokens, or leave it out."
+        )
 
 
 def reference_models(reference: Reference | None) -> list[PreTrainedModel]:
