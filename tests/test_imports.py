@@ -17,7 +17,7 @@ from trl.compat import REMOVED
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports", "compat", "transfer", "option_types", "option_bounds", "hub"},
+    {"errors", "types", "imports", "lazy", "compat", "transfer", "option_types", "option_bounds", "hub"},
     {"ops"},
     {"algorithms"},
     {"vision", "label"},
@@ -151,6 +151,10 @@ def test_import_trl_is_lazy():
     assert not loaded_after("import trl") & {"torch", "numpy", *HEAVY}
 
 
+def test_the_process_of_a_reward_function_starts_without_torch():
+    assert not loaded_after("import trl.rewards.worker") & {"torch", "numpy", *HEAVY}
+
+
 def test_algorithms_load_without_transformers():
     found = loaded_after("import trl.algorithms.sft, trl.algorithms.dpo, trl.algorithms.kto, trl.algorithms.reward")
     assert "torch" in found
@@ -158,10 +162,11 @@ def test_algorithms_load_without_transformers():
 
 
 def test_every_public_name_loads():
-    import trl
+    import trl.rewards
 
-    for name in trl.__all__:
-        assert getattr(trl, name) is not None
+    for package in (trl, trl.rewards):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
 
 
 def test_a_misspelt_name_gets_a_suggestion():

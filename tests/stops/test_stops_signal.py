@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from tests.processes import WITHOUT_GPU, fast_python
+from tests.processes import TOGETHER, WITHOUT_GPU, fast_python
 from tests.stops.runs import RUNS
 from trl.callbacks.stop import exit_on_signal
 from trl.training.checkpoint import checkpoints, newest_checkpoint
@@ -44,13 +44,15 @@ print("ended at", trainer.state.global_step, flush=True)
 """
 
 
-def start(folder: Path, *launcher: str) -> subprocess.Popen:
-    """The script; under a launcher, whose words are read from its process, by the interpreter itself."""
+def start(folder: Path, *launcher: str, python: str | None = None) -> subprocess.Popen:
+    """The script, by an interpreter, which starts what a launcher starts, too."""
     (folder / "script.py").write_text(SCRIPT)
+    python = python or fast_python()
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK")}
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
     return subprocess.Popen(
-        [sys.executable if launcher else fast_python(), *launcher, str(folder / "script.py"), str(folder / "out")],
-        env={**environment, **(WITHOUT_GPU if launcher else {}), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [python, *launcher, str(folder / "script.py"), str(folder / "out")],
+        env={**environment, **(WITHOUT_GPU if launcher else {}), **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,11 +121,17 @@ def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_processes_end_after_the_same_step(tmp_path):
-    """That they go on from there to the bit is in test_stops_processes.py."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = start(tmp_path, *launcher)
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [
+        (None, "tests.forked --serve"),  # whose child every program is that FAST_PYTHON runs
+        pytest.param(sys.executable, f"{shlex.join(TOGETHER)} .*script.py", marks=pytest.mark.long),
+    ],
+)
+def test_all_processes_end_after_the_same_step(tmp_path, python, words):
+    """And tell the words of the process above them. That they go on to the bit is in test_stops_processes.py."""
+    process = start(tmp_path, *TOGETHER, python=python)
     stderr = stopped(process, signal.SIGTERM)
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"], stderr
     assert newest_checkpoint(tmp_path / "out")
-    assert re.search(r"To go on:\n\n    .*torch.distributed.run --standalone --nproc-per-node 2 .*script.py", stderr)
+    assert re.search(rf"To go on:\n\n    .*{words}", stderr)

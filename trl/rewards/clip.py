@@ -132,3 +132,7 @@ def load_aesthetic_head(file: str | None) -> nn.Sequential:
             f"head={file!r} holds other layers than an aesthetic predictor's: {', '.join(state)}."
         ) from error
     return head
+
+
+get_clip_reward = ClipReward
+get_aesthetic_reward = AestheticReward

@@ -334,3 +334,7 @@ def _table(title: str, prompt: Content, completions: Mapping[str, Content]) -> T
     )
     table.add_row(*(Text(_plain(completion)) for completion in completions.values()))
     return table
+
+
+human_rating = HumanRating
+human_preference = HumanPreference
