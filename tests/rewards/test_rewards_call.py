@@ -252,24 +252,20 @@ async def blocks(completions, **_):
     return backtracks(completions)
 
 
-def powers(completions, **_):
-    return [9**9**9 if c == "b" else 0 for c in completions]
-
-
 def leaves(completions, **_):
     if "b" in completions:
         os._exit(7)
     return lengths(completions)
 
 
-@pytest.mark.parametrize("function", [backtracks, blocks, powers])
+@pytest.mark.parametrize("function", [backtracks, blocks])
 def test_limits_hold_for_code_that_never_yields(function):
-    with pytest.raises(RewardError, match=rf"{function.__name__!r} took longer than 3 s. Sample 2 of 3: prompt 'q'"):
-        rewards_of(function, timeout=3)
+    with pytest.raises(RewardError, match=rf"{function.__name__!r} took longer than 2 s. Sample 2 of 3: prompt 'q'"):
+        rewards_of(function, timeout=2)
 
 
 def test_what_hangs_or_ends_its_process_can_be_dropped():
-    found = rewards_of(backtracks, leaves, timeout=4, on_error="drop")
+    found = rewards_of(backtracks, leaves, timeout=2, on_error="drop")
     assert found.failed.tolist() == [[False, False], [True, True], [False, False]]
     assert found.values[2].tolist() == [1, 3]
     with pytest.raises(RewardError, match="'leaves' ended its process with status 7. Sample 2 of 3"):

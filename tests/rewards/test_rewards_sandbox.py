@@ -31,6 +31,8 @@ def is_isolated() -> bool:
 isolated = pytest.mark.skipif("not is_isolated()", reason="bubblewrap does not work here")
 AMPLE = Limits(seconds=60)
 SHORT = Limits(seconds=1.5, megabytes=256)
+SHORTER = Limits(seconds=0.8, megabytes=256)
+"""Of programs that nothing but time ends."""
 
 SYSCALL = "import ctypes; call = ctypes.CDLL(None, use_errno=True).syscall\n"
 
@@ -187,12 +189,14 @@ def test_escapes(name, trainer):
 @isolated
 @pytest.mark.parametrize("name", EXHAUSTIONS | ON_ITS_DISK)
 def test_exhaustions(name, trainer):
-    assert not run_program(BubblewrapRunner(), (EXHAUSTIONS | ON_ITS_DISK)[name], limits=SHORT).succeeded
+    limits = SHORTER if name.startswith("time") else SHORT
+    assert not run_program(BubblewrapRunner(), (EXHAUSTIONS | ON_ITS_DISK)[name], limits=limits).succeeded
 
 
 @pytest.mark.parametrize("name", EXHAUSTIONS)
 def test_limits_of_a_subprocess(name, trainer):
-    assert not run_program(SubprocessRunner(), EXHAUSTIONS[name], limits=SHORT).succeeded
+    limits = SHORTER if name.startswith("time") else SHORT
+    assert not run_program(SubprocessRunner(), EXHAUSTIONS[name], limits=limits).succeeded
 
 
 @isolated
