@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$*]"
-	touch $@
+	touch $@ $(if $(filter dev,$*),$(VENV)/.test $(VENV)/.docs)
 
 # What the demo needs, without what only tests or several devices do; pip shows how far its downloads are.
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -24,12 +24,9 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Apart, since every program that imports peft imports bitsandbytes too where it is installed, which takes seconds.
-quantised: $(VENV)/.test $(VENV)/.quantization
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_models_quantised.py tests/cli/test_cli_train.py -k quantised
-
-# What a release of a neighbour is likeliest to break, with every dependency at its lower bound, and with the newest transformers.
-lowest newest: $(VENV)/.test
+# What a release of a neighbour is likeliest to break, with every dependency at its lower bound, and with the newest transformers;
+# what bitsandbytes quantises. Each in an environment of its own.
+lowest newest quantised: $(VENV)/.test
 	$(BIN)/python benchmarks/releases.py $@
 
 # Other releases of transformers and its neighbours: some minutes for each of eight environments.

@@ -1,6 +1,6 @@
 """Does the library run on the releases of its neighbours that it says it takes? One environment each, and a part of the tests.
 
-    make lowest, make newest                             what is tried with every commit: about a minute each
+    make lowest, make newest, make quantised             what is tried with every commit: about a minute each
     make releases                                        all of the matrix; some minutes each
     python benchmarks/releases.py 5.10.1 lowest          one of them: transformers 5.10.1, the others at their lower bounds
     python benchmarks/releases.py 5.10.1 lowest images   and there the tests of one group alone
@@ -11,7 +11,8 @@ of a neighbour is likeliest to break: sampling and its cache, scoring, loading, 
 trainers. What ran goes into results/releases.json and into the table of docs/releases.md.
 
 With every commit a choice of those tests runs twice (`EVERY_COMMIT`): with everything but torch at the lower bounds of
-pyproject.toml, and with the newest transformers and the rest as in constraints.txt.
+pyproject.toml, and with the newest transformers and the rest as in constraints.txt. A third environment is that of constraints.txt
+with bitsandbytes, which every program that imports peft would import too.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ EVERY_COMMIT = {
     ),
 }
 """Tests that both environments of every commit run, by what they are of."""
+QUANTISED = ("tests/models/test_models_quantised.py", "tests/cli/test_cli_train.py", "-k", "quantised")
 NOT_RUN = ("tests/models/test_models_adapters.py::test_commands_take_the_folder_of_an_adapter",)
 """Programs of half a minute."""
 OPTIONS = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-W", "default", "--disable-warnings", "-rfE"]
@@ -132,14 +134,19 @@ def environment(folder: str, packages: Sequence[str]) -> str:
     return python
 
 
-def every_commit(age: str) -> int:
-    """Run what is tried with every commit, in the "lowest" or the "newest" environment; returns the status of pytest."""
-    lowest = [f"{name}=={release}" for name, release in lower_bounds().items() if name != "torch"]
+def every_commit(name: str) -> int:
+    """Run what is tried with every commit in the "lowest", "newest" or "quantised" environment; returns the status of pytest."""
+    packages = {
+        "lowest": [f"{package}=={release}" for package, release in lower_bounds().items() if package != "torch"],
+        "newest": [f"transformers=={TRANSFORMERS[-1]}"],
+        "quantised": ["-c", str(ROOT / "constraints.txt"), "bitsandbytes"],
+    }
     with TemporaryDirectory() as folder:
-        python = environment(folder, lowest if age == "lowest" else [f"transformers=={TRANSFORMERS[-1]}"])
-        print(", ".join(f"{name} {version}" for name, version in versions(python).items()), flush=True)
+        python = environment(folder, packages[name])
+        print(", ".join(f"{package} {release}" for package, release in versions(python).items()), flush=True)
         tests = [test for group in EVERY_COMMIT.values() for test in group]
-        return subprocess.run(pytest_command(python, tests, "-n", "2", "--dist", "loadfile"), **PLACE).returncode
+        command = [python, "-m", "pytest", *QUANTISED] if name == "quantised" else pytest_command(python, tests)
+        return subprocess.run(command, **PLACE).returncode
 
 
 def tried(transformers: str, age: str, *only: str) -> dict[str, Any]:
@@ -150,8 +157,8 @@ def tried(transformers: str, age: str, *only: str) -> dict[str, Any]:
         return {"transformers": transformers, "age": age, "versions": versions(python), "groups": groups}
 
 
-def pytest_command(python: str, tests: Sequence[str], *more: str) -> list[str]:
-    return [python, "-m", "pytest", *OPTIONS, *more, *tests, *(f"--deselect={test}" for test in NOT_RUN)]
+def pytest_command(python: str, tests: Sequence[str]) -> list[str]:
+    return [python, "-m", "pytest", *OPTIONS, *tests, *(f"--deselect={test}" for test in NOT_RUN)]
 
 
 def pytest(python: str, files: Sequence[str]) -> str:
@@ -210,7 +217,7 @@ def keep(result: Mapping[str, Any]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Try one environment, or all of the matrix; returns 1 where a test failed."""
-    if words in (["lowest"], ["newest"]):
+    if words in (["lowest"], ["newest"], ["quantised"]):
         return every_commit(*words)
     runs = [tuple(words)] if words else [(release, age) for release in TRANSFORMERS for age in ("lowest", "newest")]
     failed = 0
