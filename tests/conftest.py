@@ -46,6 +46,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.forked import begin_session
+
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # sums are rounded by how many threads share them, and workers of pytest share the cores
 gc.freeze()  # for programs that import this: see `pytest_collection_finish`
@@ -188,7 +190,8 @@ def logger_as_imported() -> None:
 
 
 def pytest_configure() -> None:
-    """A shell starts what runs in the background deaf to Ctrl-C, and tests press it."""
+    """Programs of tests share a server. A shell starts what runs in the background deaf to Ctrl-C, and tests press it."""
+    begin_session()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -3,25 +3,50 @@
     FAST_PYTHON -m torch.distributed.run --nproc-per-node 2 program.py     as `python …`, and some seconds of work sooner
 
 `fast_python()` gives FAST_PYTHON: a command that looks to whoever starts it like the interpreter. It hands arguments, environment,
-working folder and standard streams to the server, which forks; it passes signals on, and ends as the program did. The server ends with
-the process that asked for it, and a program with its command.
+working folder and standard streams to the server, which forks; it passes signals on, and ends as the program did. The processes of
+a test session share a server, which ends with the session, and a program ends with its command.
 
-What is read from the environment while libraries are imported (a GPU, HF_HOME) is as it was when the server began.
+What is read from the environment while libraries are imported (a GPU, HF_HOME) is as it was when the server began. A program ends
+without the last of what an interpreter does, which is to take apart what was imported and costs seconds; with TRL_TEST_WHOLE_END in
+its environment it does.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import threading
+from typing import NoReturn
 
-PRELOADED = ("tests.stops.runs", "trl.cli.main", "trl.cli.train", "accelerate.commands.launch", "torch.distributed.run")
+PRELOADED = (
+    "tests.stops.runs",
+    "trl.cli.main",
+    "trl.cli.train",
+    "accelerate.commands.launch",
+    "torch.distributed.run",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
+)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+SESSION = "TRL_TEST_SESSION"
+"""The variable with the number of the process whose end is that of the session, and the folder of its server."""
+WHOLE_END = "TRL_TEST_WHOLE_END"
 POLL = 0.02
 """Seconds between looks at which programs have ended."""
+
+
+def begin_session() -> None:
+    """Make this process the one with which the server ends; workers of pytest have it from theirs."""
+    if SESSION not in os.environ:
+        folder = tempfile.mkdtemp(prefix="trl-tests-")
+        os.environ[SESSION] = f"{os.getpid()} {folder}"
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 # ---- the command: imports as little as it can ----
@@ -60,28 +85,27 @@ def _received(connection: socket.socket, size: int) -> bytes:
 class Server:
     """Forks a program for each connection, says its number there, and how it ended."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, session: int) -> None:
         import selectors
 
+        self.session = session
         self.programs: dict[int, socket.socket] = {}
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(address)
         self.listener.listen()
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
-        self.selector.register(0, selectors.EVENT_READ)  # closed by the end of the process that asked for the server
 
     def serve(self) -> dict | None:
-        """Serve until the owner ends. Returns in every program as well, there with what is to be run."""
-        while True:
-            for key, _ in self.selector.select(POLL if self.programs else None):
-                if key.fd == 0:
-                    return self._stop()
+        """Serve until the session ends. Returns in every program as well, there with what is to be run."""
+        while is_running(self.session):
+            for key, _ in self.selector.select(POLL if self.programs else 1.0):
                 if key.fileobj is not self.listener:
                     self._left(key.fileobj)
                 elif request := self._fork():
                     return request
             self._report()
+        return self._stop()
 
     def _fork(self) -> dict | None:
         connection = self.listener.accept()[0]
@@ -129,6 +153,40 @@ class Server:
             os.kill(process, signal.SIGKILL)
 
 
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run_to_its_end(request: dict) -> NoReturn:
+    """Be `python *words`, and end as an interpreter does: with what is registered for the end, and with the same status."""
+    status, interrupted = 0, False
+    try:
+        run(request)
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if status and not isinstance(left.code, int):
+            print(left.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            status = 120
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status & 0xFF)
+
+
 def run(request: dict) -> None:
     """Be `python *words`."""
     import runpy
@@ -161,18 +219,25 @@ def run(request: dict) -> None:
     exec(compile(code, name, "exec"), vars(module))
 
 
-def serve(address: str) -> None:
-    """Import, and serve."""
+def serve(address: str, session: int) -> None:
+    """Import, and serve while that process runs: behind a process that ends at once, so that nobody has to wait for it."""
     import importlib
 
+    if os.fork():
+        os._exit(0)
     for name in PRELOADED:
         importlib.import_module(name)
-    if request := Server(address).serve():
+    # torchrun names events by it, and it reads the sources of the whole stack, among thousands of modules: seconds for each start.
+    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: "unnamed"
+    request = Server(address, session).serve()
+    if request and WHOLE_END in request["environment"]:
         run(request)
+    elif request:
+        run_to_its_end(request)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], int(sys.argv[3]))
     else:
         be_the_program(sys.argv[1], sys.argv[2:])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,16 @@ from typing import Any
 import pytest
 from accelerate.utils import is_deepspeed_available
 
+from tests.forked import SESSION
 from trl.cli.launch import find_config
 
 ROOT = Path(__file__).parents[1]
 
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 """Variables of processes that are tested as such: NCCL does not let two of them have one GPU, nor CUDA a fork go on."""
+
+PATIENCE = 300
+"""Seconds for a server to import everything."""
 
 ALONE: list[str] = []
 TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -52,20 +54,26 @@ def environment(folder: Path) -> dict[str, str]:
 
 @cache
 def fast_python() -> str:
-    """The path of a command that is an interpreter which has the libraries imported (see `tests.forked`)."""
-    folder = Path(tempfile.mkdtemp(prefix="trl-tests-"))
-    address, command, errors = folder / "socket", folder / "python", folder / "errors"
-    variables = {**os.environ, **WITHOUT_GPU, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "tests.forked", "--serve", str(address)]
-    with errors.open("w") as stderr:
-        server = subprocess.Popen(words, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stderr=stderr)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(server.communicate)
+    """The path of a command that is an interpreter which has the libraries imported (see `tests.forked`).
+
+    The first process of a test session that asks for it starts the server.
+    """
+    session, folder = os.environ[SESSION].split(maxsplit=1)
+    address, command, errors = (Path(folder, name) for name in ("socket", "python", "errors"))
+    with suppress(FileExistsError):
+        Path(folder, "started").mkdir()
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/forked.py {address} "$@"\n')
+        command.chmod(0o755)
+        words = [sys.executable, "-m", "tests.forked", "--serve", str(address), session]
+        variables = {**os.environ, **WITHOUT_GPU, "PYTHONPATH": str(ROOT), "HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
+        with errors.open("w") as stderr:
+            subprocess.run(words, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stderr=stderr, check=True)
+    end = time.monotonic() + PATIENCE
     while not address.exists():
-        assert server.poll() is None, errors.read_text()
+        said = errors.read_text() if errors.exists() else ""
+        assert "Traceback" not in said, said
+        assert time.monotonic() < end, said
         time.sleep(0.05)
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/forked.py {address} "$@"\n')
-    command.chmod(0o755)
     return str(command)
 
 

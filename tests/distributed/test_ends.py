@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.forked import WHOLE_END
 from tests.processes import run_well
 
 pytestmark = pytest.mark.slow
@@ -21,6 +22,7 @@ for _ in range(3):
 """
 
 
-def test_processes_whose_last_act_is_an_exchange_end_well(tmp_path):
+def test_processes_whose_last_act_is_an_exchange_end_well(tmp_path, monkeypatch):
+    monkeypatch.setenv(WHOLE_END, "1")
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     run_well(together, PROGRAM, tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import WHOLE_END
 from tests.processes import TOGETHER, run
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,8 @@ def ends(kind: str, folder: Path) -> str:
     return done.stderr
 
 
-def test_an_error_in_one_process_ends_all(tmp_path):
+def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setenv(WHOLE_END, "1")
     assert "ArithmeticError: the third step of process 1" in ends("raise", tmp_path)
 
 
