@@ -29,7 +29,7 @@ class Failing(SFTTrainer):
         return super().loss(model, batch)
 
 
-options = {"output_dir": f"{sys.argv[1]}/out", "max_steps": 6, "save_strategy": "no", "html_report": False, "ddp_timeout": 20}
+options = {"output_dir": f"{sys.argv[1]}/out", "max_steps": 6, "save_strategy": "no", "html_report": False, "ddp_timeout": 12}
 rows = Dataset.from_dict({"text": [f"{i} and more" for i in range(12)]})
 Failing(MODELS["llama"](), SFTConfig(**options), train_dataset=rows, tokenizer=make_tokenizer()).train()
 """
@@ -48,5 +48,5 @@ def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
 
 
 def test_a_wait_has_a_limit(tmp_path):
-    words = "Process 0 of 2 waited for the others in step 3: one of them did not come within ddp_timeout=20 s."
+    words = "Process 0 of 2 waited for the others in step 3: one of them did not come within ddp_timeout=12 s."
     assert words in ends("sleep", tmp_path)
