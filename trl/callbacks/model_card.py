@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import Trainer, TrainingArguments
 
-from trl.callbacks.report import changed_options
+from trl.callbacks.report import changed_options, version_of
 from trl.training.beside import not_fatal
 
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft")
@@ -138,9 +137,7 @@ def write_model_card(
         "Data": "\n".join(f"- {report}" for report in data),
         "Options": _table("option", shown),
         "Paper": _paper(method),
-        "Versions": "\n".join(
-            f"- {name} {importlib.metadata.version(name)}" for name in dict.fromkeys((*LIBRARIES, model.library))
-        ),
+        "Versions": "\n".join(f"- {name} {version_of(name)}" for name in dict.fromkeys((*LIBRARIES, model.library))),
     }
     unnamed = "a model that has no public name" if model.base else "a model made from a configuration"
     named = f"`{base}`" if base else unnamed

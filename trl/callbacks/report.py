@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trl.training.beside import not_fatal
 
 logger = logging.getLogger(__name__)
 
+version_of = cache(importlib.metadata.version)
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")
 
 LIVE = 2.0
@@ -165,9 +167,8 @@ def changed_options(args: TrainingArguments) -> list[str]:
 
 def versions() -> dict[str, str]:
     """The library, those it stands on, and the machine."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     machine = {"python": platform.python_version(), "system": platform.platform(), "device": _device()}
-    return {"trl": __version__, **found, **machine}
+    return {"trl": __version__, **{name: version_of(name) for name in LIBRARIES}, **machine}
 
 
 def _device() -> str:

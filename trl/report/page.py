@@ -10,10 +10,11 @@ import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from trl import __version__
@@ -135,8 +136,9 @@ def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
     }
 
 
-def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
-    """The page of a run, or of several: charts under their headings, and the other parts of the page by name."""
+@cache
+def _template() -> Template:
+    """Read once: it takes ten times as long as to write a page."""
     environment = Environment(
         loader=PackageLoader("trl.report", "."),
         autoescape=True,
@@ -152,13 +154,18 @@ def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: 
         "describe": describe,
         "base64": base64_of,
     }
+    return environment.get_template("page.html")
+
+
+def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
+    """The page of a run, or of several: charts under their headings, and the other parts of the page by name."""
     charts = [chart for charts in groups.values() for chart in charts]
     drawn = [chart for chart in charts if not is_flat(chart) and any(series.points for series in chart.series)]
     main = main_charts(drawn)
     rest = {title: [c for c in charts if c in drawn and c not in main] for title, charts in groups.items()}
     empty = {"figures": [], "facts": [], "warnings": [], "table": None, "refresh": 0}
     empty["eyebrow"] = f"{run.method or 'Training'} run"
-    return environment.get_template("page.html").render(
+    return _template().render(
         run=run,
         groups=groups,
         main=main,
