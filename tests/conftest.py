@@ -165,6 +165,12 @@ def make_tokenizer(**kwargs):
     return made
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imports_stay() -> None:
+    """As `pytest_collection_finish` does, for what the tests of other files imported."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What is random is so in the same way, whichever tests ran before."""
