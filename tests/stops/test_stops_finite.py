@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.conftest import MODELS, make_tokenizer
+from trl.errors import ConfigError
 from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.dpo import DPOConfig, DPOTrainer
 from trl.trainers.kto import KTOConfig, KTOTrainer
@@ -84,6 +85,14 @@ class LostInAConstant(SFTTrainer):
         loss, metrics = super().loss(model, batch)
         is_bad = batch.target == self.tokenizer.convert_tokens_to_ids(BAD)
         return loss + torch.where(is_bad, math.nan, 0.0), metrics
+
+
+class Averaged(SFTTrainer):
+    """Returns a mean, which the weights of the batch would average once more."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        return loss.mean(), metrics
 
 
 def sane_model() -> torch.nn.Module:
@@ -271,3 +280,17 @@ def test_steps_on_triplets(tmp_path):
         NonFiniteError, match=r"in 2 optimizer steps in a row.*on the triplets (0, 1|1, 0) of this batch"
     ):
         trainer.step(*triplets, [3e38, -3e38])
+
+
+def test_a_run_in_which_every_step_was_skipped_is_an_error(tmp_path):
+    """Though it is too short for as many as end one; with max_skipped_steps=None any number is allowed."""
+    trainer = make(tmp_path / "a", *range(8), max_steps=2)
+    with pytest.raises(NonFiniteError, match=r"train_dataset\[1\]"):
+        trainer.train()
+    make(tmp_path / "b", *range(8), max_steps=2, max_skipped_steps=None).train()
+    make(tmp_path / "c", 0, max_steps=2).train()
+
+
+def test_a_loss_that_is_averaged_already_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"Averaged\.loss gave a loss of shape \[\].*\[1, \d+\]"):
+        make(tmp_path, cls=Averaged, model=sane_model(), max_steps=1).train()

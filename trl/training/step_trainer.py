@@ -254,6 +254,7 @@ class StepTrainer(ResumableTrainer):
         """Σ weight · loss, times the processes, over which gradients are averaged; as asked for, with the metrics."""
         with nullcontext() if self.term is None else self.term.recording() as recorded:
             loss, metrics = self.loss(model, inputs)
+        self._check_shape(loss, inputs.weight)
         if inputs.tokens:
             self.meters["train"].add(metrics, inputs)
             self.meters["train"].count("padding_share", inputs.positions - inputs.tokens, per=inputs.positions)
@@ -262,9 +263,20 @@ class StepTrainer(ResumableTrainer):
             total = total + self.term.loss(recorded, inputs)
         return (total, metrics) if return_outputs else total
 
+    def _check_shape(self, loss: Tensor, weight: Tensor) -> None:
+        """Raises ConfigError for a loss that is summed or averaged already, or that weights would be repeated over."""
+        if loss.shape != weight.shape:
+            raise ConfigError(
+                f"{type(self).__name__}.loss gave a loss of shape {list(loss.shape)}, and the weights of its batch have the shape "
+                f"{list(weight.shape)}: return one loss for each weight, not averaged; the weights of a step sum to 1."
+            )
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with explain_waits(self.args, lambda: self.state.global_step):  # the loop begins with a state of its own
-            return super()._inner_training_loop(*args, **kwargs)
+            output = super()._inner_training_loop(*args, **kwargs)
+        if self._took_no_step():
+            raise self.nonfinite_error()
+        return output
 
     # ---- steps that are not finite ----
 
@@ -301,6 +313,11 @@ class StepTrainer(ResumableTrainer):
         scaler, most = self.accelerator.scaler, self.args.max_skipped_steps
         still_looking = scaler is not None and scaler.get_scale() > 1
         return most is not None and self.steps.in_a_row >= most and not still_looking
+
+    def _took_no_step(self) -> bool:
+        """Whether a run has ended in which every step was skipped, too short for as many as end one."""
+        may_go_on = self.args.max_skipped_steps is None or self.accelerator.scaler is not None
+        return not may_go_on and 0 < self.state.global_step == self.steps.skipped
 
     def nonfinite_error(self) -> NonFiniteError:
         """The error that ends a run; every process takes part, and names its items."""
