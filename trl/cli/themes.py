@@ -69,7 +69,7 @@ THEMES: dict[str, str] = {
         num_processes accelerate_config dry_run
         bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
-        accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode
+        accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode cuda_graphs
         torch_empty_cache_steps dataloader_num_workers dataloader_drop_last dataloader_pin_memory
         dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
         dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
