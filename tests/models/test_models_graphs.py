@@ -143,6 +143,12 @@ def test_a_row_that_has_one_of_the_sizes_is_not_filled_up():
     assert fewer.spans.query_starts.tolist() == [0, 64, 128, 192, 256, 320, 320, 320, 320]  # three runs are empty
 
 
+def test_padding_has_positions_that_a_table_has(make_model):
+    batch = batch_of(0, answers=1, prompt=66)
+    assert batch.inputs["input_ids"].shape == (1, 128)
+    assert batch.inputs["position_ids"].max() == 69
+
+
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 def test_rows_of_other_lengths_come_in_one_shape(layout):
     batches = [batch_of(*range(6), layout=layout, answer=answer) for answer in (3, 4, 5)]
@@ -222,6 +228,32 @@ def test_a_forward_before_the_backward_of_another_is_no_replay(captured):
             torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_a_second_backward_is_refused(captured):
+    model, plain, _ = captured()
+    batch = batch_of(0, 1)
+    for _ in range(2):
+        step(model, batch)
+    for each in (model, plain):
+        each.zero_grad()
+        loss = score(each, batch).logprobs.square().sum()
+        loss.backward(retain_graph=True)
+        if each is model:
+            with pytest.raises(RuntimeError, match="a second time.*cuda_graphs=False"):
+                loss.backward()
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        torch.testing.assert_close(model.get_parameter(name).grad, plain.get_parameter(name).grad)
+
+
+def test_inference_mode_leaves_nothing_that_other_passes_cannot_write(captured):
+    model, plain, recorder = captured()
+    batch = batch_of(0, 1)
+    for mode in (torch.inference_mode, torch.no_grad):
+        for _ in range(3):
+            with mode():
+                torch.testing.assert_close(score(model, batch).logprobs, score(plain, batch).logprobs)
+    assert recorder.recorded == 1
+
+
 def test_layers_that_are_watched_run(captured):
     model, _, recorder = captured()
     batch = batch_of(0, 1)
@@ -270,6 +302,84 @@ def test_adapters_that_are_switched_off_are_not_those_that_are_on(captured):
         assert_same(beside[-4], beside[-2])
         assert_same(beside[-3], beside[-1])
     assert recorder.recorded == 2 + 1
+
+
+@pytest.fixture
+def adapted(captured):
+    """A model with an adapter, after a step that was captured; its recorder, and a batch."""
+    model, _, _ = captured()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.2)
+    config.task_type = "CAUSAL_LM"
+    outer = get_peft_model(model, config).train()
+    recorder, batch = Recorder(), batch_of(0, 1)
+    capture_layers(model, recorder)
+    for _ in range(2):
+        step(outer, batch)
+    assert recorder.recorded == 2
+    return outer, recorder, batch
+
+
+def merge(adapted):
+    adapted.merge_adapter()
+
+
+def scale(adapted):
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.set_scale("default", 3)
+
+
+def drop(adapted):
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"].p = 0.5
+
+
+def evaluate_one(adapted):
+    adapted.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout.eval()
+
+
+@pytest.mark.parametrize("change", [merge, scale, drop, evaluate_one])
+def test_what_python_reads_of_adapters_belongs_to_a_graph(adapted, change):
+    """A graph of CUDA has it as it was when it was captured."""
+    outer, recorder, batch = adapted
+    replays = recorder.replays
+    change(outer)
+    with torch.set_grad_enabled(change is not merge):
+        score(outer, batch)
+    assert recorder.recorded == {merge: 2, scale: 4, drop: 4, evaluate_one: 4}[change]
+    assert recorder.replays == replays + (change is not merge)
+
+
+def test_modules_that_are_replaced_or_added_are_looked_at_anew(captured):
+    model, _, recorder = captured()
+    batch = batch_of(0, 1)
+    for _ in range(2):
+        step(model, batch)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    plain, replays = copy.deepcopy(model), recorder.replays
+    assert_same(step(model, batch), step(plain, batch))
+    assert recorder.replays == replays
+    for _ in range(2):
+        assert_same(step(model, batch), step(plain, batch))
+    assert recorder.replays > replays
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    seen, replays = [], recorder.replays
+    model.model.layers[0].self_attn.q_proj.lora_A.register_forward_hook(lambda *_: None)
+    for _ in range(3):
+        step(model, batch)
+    assert recorder.replays == replays
+
+
+def test_embeddings_that_adapters_let_learn_are_not_weights(captured):
+    model, plain, recorder = captured()
+    for each in (model, plain):
+        each.requires_grad_(False)
+        each.model.layers[1].requires_grad_(True)
+        each.enable_input_require_grads()
+    batch = batch_of(0, 1)
+    for _ in range(3):
+        assert_same(step(model, batch), step(plain, batch))
+    assert recorder.recorded == 2
+    assert set(model._trl_graphs.gradients.buffers) == set(model.model.layers[1].parameters()) | {
+        p for p in model.model.norm.parameters() if p.requires_grad
+    }
 
 
 def test_weights_that_are_frozen_later_get_no_gradient(captured):
@@ -393,6 +503,23 @@ def test_layers_that_cannot_be_captured_run_and_are_named_once(captured, caplog)
     (record,) = caplog.records
     assert "LlamaForCausalLM runs without CUDA graphs" in record.message
     assert "not permitted" in record.message
+
+
+def test_a_backward_that_cannot_be_captured_leaves_no_hooks(captured):
+    model, plain, _ = captured()
+
+    def refuse(function, pool):
+        function()
+        if function.__name__ == "_forward":
+            owner = function.__self__
+            owner.hidden.register_hook(lambda grad: grad.view(0))  # raises a RuntimeError
+        return function, "pool"
+
+    capture_layers(model, refuse)
+    for number in range(4):
+        batch = batch_of(number, 1)
+        assert_same(step(model, batch), step(plain, batch))
+    assert not any(p._backward_hooks for p in model.parameters())
 
 
 @pytest.mark.parametrize(("wrong", "word"), [("forward", "hidden states"), ("backward", "gradients")])

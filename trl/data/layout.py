@@ -88,7 +88,7 @@ def lay_out(
     if layout == "padded":
         inputs["attention_mask"] = (grid.sequence != PADDING).astype(np.int64)
     elif layout == "packed":
-        inputs["position_ids"] = _packed_positions(grid, alone=not restarts and len(rows) == len(placed))
+        inputs["position_ids"] = _packed_positions(grid, alone=not (restarts or is_few) and len(rows) == len(placed))
     segments = None
     if layout == "shared" or (layout == "packed" and ahead):
         segments = Segments(*map(torch.from_numpy, (grid.sequence, grid.branch, grid.positions)))

@@ -58,6 +58,15 @@ def capture_layers(model: PreTrainedModel, record: Record | None = None) -> None
     model._trl_graphs = Graphs(model, record or cuda_graph)
 
 
+def release(model: PreTrainedModel, *, for_good: bool) -> None:
+    """Let the memory of a model's graphs go; `for_good`, none are captured from now on."""
+    if (graphs := vars(model).get("_trl_graphs")) is None:
+        return
+    graphs.forget()
+    if for_good:
+        del model._trl_graphs
+
+
 def capture_as(model: PreTrainedModel, policy: PreTrainedModel) -> None:
     """Capture a model that reads the policy's batches, where the policy is."""
     if (graphs := vars(policy).get("_trl_graphs")) is not None:
@@ -111,9 +120,12 @@ class Graphs:
     def forget(self) -> None:
         """Let all graphs and their memory go."""
         modules = list(self.model().modules())
+        self.built = [(m._modules, [*m._modules.values()], m._parameters, [*m._parameters]) for m in modules]
         self.places = [(module._parameters, name) for module in modules for name in module._parameters]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
-        self.adapter = next((module for module in modules if isinstance(module, BaseTunerLayer)), None)
+        kinds = ("forward", "forward_pre", "backward", "backward_pre")
+        self.hooks = [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
+        self.adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
         self.seen: set[Hashable] = set()
         self.held: dict[Hashable, Captured] = {}
         self.gradients = Gradients()
@@ -135,14 +147,16 @@ class Graphs:
         if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS:
             return None
         ids = inputs["input_ids"]
-        if ids.numel() >= self.most or self._is_watched():
+        if self._is_rebuilt():
+            self.forget()
+        if ids.numel() >= self.most or torch.is_inference_mode_enabled() or self._is_watched():
             return None
         device = ids.device.type
         return (
             torch.is_grad_enabled(),
             self.model().training,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            self.adapter and (self.adapter.disable_adapters, *self.adapter.active_adapters),
+            *self._settings(),
             *((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor)),
             (spans.query_starts.shape, spans.keys is None or spans.keys.shape),
             (spans.longest_query, spans.longest_key),
@@ -156,6 +170,19 @@ class Graphs:
             return True
         held = (table[name] for table, name in self.places)
         return any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in held)
+
+    def _is_rebuilt(self) -> bool:
+        """Whether modules were replaced, added or taken away, or weights of theirs, since they were looked at."""
+        return any([*m.values()] != modules or [*p] != names for m, modules, p, names in self.built)
+
+    def _settings(self) -> Iterator[Hashable]:
+        """What layers read on the host and may be changed while a model is trained."""
+        for adapter in self.adapters:
+            scaling = vars(adapter).get("scaling", {})
+            yield adapter.disable_adapters, *adapter.active_adapters
+            yield *adapter.merged_adapters, *(scaling.values() if isinstance(scaling, dict) else [scaling])
+        for dropout in self.dropouts:
+            yield dropout.p if dropout.training else 0.0
 
     def _weights(self) -> Iterator[tuple[int, bool] | None]:
         """Where weights are, and whether they learn: others may stand in their places for a while."""
@@ -247,10 +274,12 @@ class Captured:
     def _backward(self) -> None:
         # Each gradient is added when it comes, so that none has to be kept.
         hooks = [p.register_hook(self.gradients.buffers[p].add_) for p in self.learned]
-        with torch.autocast(self.grad.device.type, enabled=False):
-            torch.autograd.grad(self.hidden, self.learned, self.grad)
-        for hook in hooks:
-            hook.remove()
+        try:
+            with torch.autocast(self.grad.device.type, enabled=False):
+                torch.autograd.grad(self.hidden, self.learned, self.grad)
+        finally:  # one that stayed would add to every later gradient
+            for hook in hooks:
+                hook.remove()
 
     # ---- replay ----
 
@@ -322,10 +351,15 @@ class Replayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         captured: Captured = ctx.captured
+        if ctx.pending is None:
+            raise RuntimeError(
+                "backward runs a second time through layers that were replayed, and what they kept is gone, whatever "
+                "retain_graph says: add the losses up and call backward once, or set cuda_graphs=False."
+            )
         captured.gradients.attach(captured.learned)  # again: they may have been dropped since forward
         captured.grad.copy_(grad)
         captured.replay_backward()
-        del ctx.pending
+        ctx.pending = None
         return None, None
 
 
@@ -344,7 +378,7 @@ class Gradients:
                 continue
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-            if (variable := getattr(node, "variable", None)) is not None:
+            if isinstance(variable := getattr(node, "variable", None), nn.Parameter):  # and no embeddings, see REQUIRES_GRAD
                 found.append(variable)
         for parameter in found:
             if parameter not in self.buffers:

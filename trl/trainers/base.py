@@ -54,7 +54,7 @@ from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.fused_adapters import fuse_adapters
-from trl.models.graphs import capture_layers, captures, without_graphs
+from trl.models.graphs import capture_layers, captures, release, without_graphs
 from trl.models.half_weights import round_together
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.kept_activations import keep_less
@@ -189,8 +189,11 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         if self._gave_optimizer:
             check_optimizer(self.optimizer, self.model)
         warn_of_rounded_steps(self.model, self.args.learning_rate)
-        with without_noise("transformers.trainer_utils"):
-            return super().train(*args, **kwargs)
+        try:
+            with without_noise("transformers.trainer_utils"):
+                return super().train(*args, **kwargs)
+        finally:
+            release(unwrap(self.model), for_good=False)
 
     # ---- what a trainer adds ----
 
@@ -256,6 +259,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
             "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
+        release(inner, for_good=True)  # of a trainer before this one, with other options
         reason = next((words for words, holds in reasons.items() if holds), None)
         if args.cuda_graphs and reason is not None:
             raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
