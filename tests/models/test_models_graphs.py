@@ -315,7 +315,9 @@ def adapted(captured):
     capture_layers(model, recorder)
     for _ in range(2):
         step(outer, batch)
-    assert recorder.recorded == 2
+        with torch.no_grad():
+            score(outer, batch)
+    assert recorder.recorded == 3
     return outer, recorder, batch
 
 
@@ -339,32 +341,33 @@ def evaluate_one(adapted):
 def test_what_python_reads_of_adapters_belongs_to_a_graph(adapted, change):
     """A graph of CUDA has it as it was when it was captured."""
     outer, recorder, batch = adapted
-    replays = recorder.replays
     change(outer)
-    with torch.set_grad_enabled(change is not merge):
+    with torch.no_grad():
         score(outer, batch)
-    assert recorder.recorded == {merge: 2, scale: 4, drop: 4, evaluate_one: 4}[change]
-    assert recorder.replays == replays + (change is not merge)
+    assert recorder.recorded == 4
 
 
-def test_modules_that_are_replaced_or_added_are_looked_at_anew(captured):
+def test_modules_that_are_added_are_looked_at_anew(captured):
     model, _, recorder = captured()
     batch = batch_of(0, 1)
     for _ in range(2):
         step(model, batch)
-    model.resize_token_embeddings(70, mean_resizing=False)
-    plain, replays = copy.deepcopy(model), recorder.replays
-    assert_same(step(model, batch), step(plain, batch))
-    assert recorder.replays == replays
-    for _ in range(2):
-        assert_same(step(model, batch), step(plain, batch))
-    assert recorder.replays > replays
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
-    seen, replays = [], recorder.replays
-    model.model.layers[0].self_attn.q_proj.lora_A.register_forward_hook(lambda *_: None)
+    replays = recorder.replays
+    model.model.layers[0].self_attn.q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
     for _ in range(3):
         step(model, batch)
     assert recorder.replays == replays
+
+
+def test_weights_of_another_size_or_precision_have_new_gradients(captured):
+    model, plain, recorder = captured()
+    batch = batch_of(0, 1)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype), plain.to(dtype)
+        for _ in range(3):
+            assert_same(step(model, batch), step(plain, batch))
+    assert recorder.recorded == 3 * 2
 
 
 def test_embeddings_that_adapters_let_learn_are_not_weights(captured):

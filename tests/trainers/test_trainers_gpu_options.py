@@ -188,6 +188,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
         data = {"train_dataset": rows, "eval_dataset": rows.select(range(6)), "processing_class": tokenizer}
         run = trainer(make_model("llama"), args=args, **data)
         run.train()
+        assert not run.model._trl_graphs.held  # whose memory is for others now
         found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
     assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
     assert recorder.replays >= 10
@@ -212,3 +213,11 @@ def test_graphs_that_cannot_be_are_refused_by_reason(
     args = SFTConfig(output_dir=str(tmp_path), cuda_graphs=True, **options)
     with pytest.raises(ConfigError, match=f"cuda_graphs=True.*{word}"):
         SFTTrainer(make_model("llama"), args, train_dataset=Dataset.from_dict(ROWS["sft"]), processing_class=tokenizer)
+
+
+def test_a_trainer_without_graphs_takes_those_of_one_before_it_away(make_model, tokenizer, tmp_path, as_on_cuda):
+    model, data = make_model("llama"), {"train_dataset": Dataset.from_dict(ROWS["sft"]), "processing_class": tokenizer}
+    for asked in (None, False):
+        options = common_options(bf16=True, use_cpu=True, cuda_graphs=asked)
+        SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), **options), **data)
+        assert ("_trl_graphs" in vars(model)) == (asked is None)

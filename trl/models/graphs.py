@@ -191,6 +191,8 @@ class Graphs:
 
     def _capture(self, key: Hashable, run: Run, inputs: Mapping[str, Any]) -> bool:
         """Capture what these inputs run; whether it was captured."""
+        if not self.gradients.fit():
+            self.forget()
         learns, again = torch.is_grad_enabled(), key in self.seen
         self.seen.add(key)
         first = learns not in self.tried
@@ -378,12 +380,19 @@ class Gradients:
                 continue
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-            if isinstance(variable := getattr(node, "variable", None), nn.Parameter):  # and no embeddings, see REQUIRES_GRAD
+            if isinstance(
+                variable := getattr(node, "variable", None), nn.Parameter
+            ):  # and no embeddings, see REQUIRES_GRAD
                 found.append(variable)
         for parameter in found:
             if parameter not in self.buffers:
                 self.buffers[parameter] = torch.zeros_like(parameter, requires_grad=False)
         return found
+
+    def fit(self) -> bool:
+        """Whether buffers are still like their weights, which may be given another size or precision in place."""
+        kinds = ((x.shape, x.dtype, x.device) for pair in self.buffers.items() for x in pair)
+        return all(weight == buffer for weight, buffer in zip(kinds, kinds, strict=True))
 
     def attach(self, learned: Sequence[nn.Parameter]) -> None:
         """Let buffers be the gradients of their weights, with what these have, or zero."""
