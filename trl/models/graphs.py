@@ -19,6 +19,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ class Graphs:
     def forget(self) -> None:
         """Let all graphs and their memory go."""
         modules = list(self.model().modules())
-        self.built = [(m._modules, [*m._modules.values()], m._parameters, [*m._parameters]) for m in modules]
+        self.tables = [module._modules for module in modules], [module._parameters for module in modules]
+        self.built = self._as_built()
         self.places = [(module._parameters, name) for module in modules for name in module._parameters]
         kinds = ("forward", "forward_pre", "backward", "backward_pre")
         self.hooks = [vars(module)[f"_{kind}_hooks"] for module in modules for kind in kinds]
@@ -147,7 +149,7 @@ class Graphs:
         if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS:
             return None
         ids = inputs["input_ids"]
-        if self._is_rebuilt():
+        if self._as_built() != self.built:
             self.forget()
         if ids.numel() >= self.most or torch.is_inference_mode_enabled() or self._is_watched():
             return None
@@ -171,9 +173,10 @@ class Graphs:
         held = (table[name] for table, name in self.places)
         return any(p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in held)
 
-    def _is_rebuilt(self) -> bool:
-        """Whether modules were replaced, added or taken away, or weights of theirs, since they were looked at."""
-        return any([*m.values()] != modules or [*p] != names for m, modules, p, names in self.built)
+    def _as_built(self) -> tuple[list[nn.Module | None], list[str]]:
+        """Modules, and the names of weights, which change where some are replaced, added or taken away."""
+        modules, weights = self.tables
+        return [*chain.from_iterable(map(dict.values, modules))], [*chain.from_iterable(weights)]
 
     def _settings(self) -> Iterator[Hashable]:
         """What layers read on the host and may be changed while a model is trained."""
