@@ -201,6 +201,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
     [
         ({"use_cpu": True}, "CUDA"),
         ({"layout": "padded"}, "masks"),
+        ({"neftune_noise_alpha": 5.0, "layout": "packed"}, "neftune_noise_alpha"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
     ],
 )

@@ -1,6 +1,6 @@
 """A model's layers as CUDA graphs: forward and backward of a micro-batch are one launch each, however many kernels they have.
 
-A kernel costs the host 5 to 50 µs, and a layer has some seventy of them, forward and backward: below `WORTHWHILE` the device
+A kernel costs the host 5 to 70 µs, and a layer has some seventy of them, forward and backward: below `WORTHWHILE` the device
 waits for the host. A captured graph is launched at once, and reads and writes fixed places:
 
     inputs      are copied into place. Batches are laid out in few shapes (`trl.data.layout`), filled up with padding
@@ -383,9 +383,8 @@ class Gradients:
                 continue
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
-            if isinstance(
-                variable := getattr(node, "variable", None), nn.Parameter
-            ):  # and no embeddings, see REQUIRES_GRAD
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, nn.Parameter):  # and no embeddings, see REQUIRES_GRAD
                 found.append(variable)
         for parameter in found:
             if parameter not in self.buffers:

@@ -254,6 +254,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
             "the load-balancing loss of experts": self.term is not None,
             "a value head, which looks at layers": isinstance(without_wrapper(self.model), WithValueHead),
             "images": self.images is not None,
+            "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
+            "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "activation_offloading": args.activation_offloading,
             "use_liger_kernel": args.use_liger_kernel,  # replays of its layers have other numbers, as was seen on an H200
             "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
