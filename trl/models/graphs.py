@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -27,8 +27,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl.models.captured import Captured, Gradients, Record, Run, tensors_of
 from trl.models.compiled import repeated_layers
-from trl.models.fused import close
 from trl.types import Spans
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,6 @@ MOST = 24
 """Graphs that a model holds, with gradient and without; further sizes run as ever."""
 REQUIRES_GRAD = "make_inputs_require_grads"
 """The hook on embeddings by which `transformers` lets adapters and checkpointed layers learn."""
-
-Run = Callable[..., Tensor]
-Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
-"""Runs a function so that it can be replayed, in a pool of memory or a new one; gives what replays it, and the pool."""
 
 
 def captures(model: PreTrainedModel, positions: int) -> bool:
@@ -226,9 +222,9 @@ class Graphs:
 
     def _make_room(self, inputs: Mapping[str, Any], learns: bool) -> None:
         """Let smaller graphs of a kind go, and their pool, before a larger one: they fit into its memory, and it not into theirs."""
-        size = _tensors(inputs)[0].numel()
+        size = tensors_of(inputs)[0].numel()
         kind = {key: captured for key, captured in self.held.items() if (captured.gradients is not None) == learns}
-        if kind and size > max(_tensors(captured.inputs)[0].numel() for captured in kind.values()):
+        if kind and size > max(tensors_of(captured.inputs)[0].numel() for captured in kind.values()):
             for key in kind:
                 del self.held[key]
             del self.pools[learns]
@@ -236,201 +232,3 @@ class Graphs:
     def _may_try(self, learns: bool) -> bool:
         """Whether no weight has a gradient that a trial would overwrite, of a micro-batch before this one."""
         return not learns or all(p.grad is None for p in self.model().parameters())
-
-
-class Captured:
-    """Forward, and with `gradients` backward, of a model on inputs of one size."""
-
-    def __init__(self, run: Run, inputs: Mapping[str, Any], gradients: Gradients | None) -> None:
-        self.run, self.gradients = run, gradients
-        self.inputs = {k: v.map(Tensor.clone) if isinstance(v, Spans) else _cloned(v) for k, v in inputs.items()}
-        self.hidden = self.grad = torch.empty(0, device=inputs["input_ids"].device)
-        self.learned: list[nn.Parameter] = []
-        self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
-        self._pending: weakref.ref[Pending] | None = None
-        self.room = 0
-        """Bytes that forward keeps, once it was tried; what is asked for at first where a pool is new."""
-
-    def record(self, record: Record, pool: Any, *, room: int = 0) -> Any:
-        """Capture both directions; the pool of memory that they share with others of their kind.
-
-        A new pool begins with `room` bytes in one piece: pieces of their own would have holes between them.
-        """
-        self.room = room if pool is None else 0
-        cached = torch.is_autocast_cache_enabled()
-        torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(False)  # what is rounded in a graph is rounded anew by each replay
-        try:
-            self.replay_forward, pool = record(self._forward, pool)
-            if self.gradients is not None:
-                self.learned = self.gradients.of(self.hidden)
-                self.grad = torch.empty_like(self.hidden, requires_grad=False)
-                self.replay_backward, pool = record(self._backward, pool)
-            self.hidden = self.hidden.detach()  # what autograd keeps for it would stay
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-        return pool
-
-    def _forward(self) -> None:
-        torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # given back at once
-        with torch.set_grad_enabled(self.gradients is not None):
-            self.hidden = self.run(**self.inputs)
-
-    def _backward(self) -> None:
-        # Each gradient is added when it comes, so that none has to be kept.
-        hooks = [p.register_hook(self.gradients.buffers[p].add_) for p in self.learned]
-        try:
-            with torch.autocast(self.grad.device.type, enabled=False):
-                torch.autograd.grad(self.hidden, self.learned, self.grad)
-        finally:  # one that stayed would add to every later gradient
-            for hook in hooks:
-                hook.remove()
-
-    # ---- replay ----
-
-    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
-        for place, value in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
-            place.copy_(value)
-        if self.gradients is None:
-            self.replay_forward()
-            return self.hidden.clone()
-        self.gradients.attach(self.learned)
-        return Replayed.apply(self, self.anchor)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a backward pass is still to come."""
-        return self._pending is not None and self._pending() is not None
-
-    def pending(self) -> Pending:
-        pending = Pending()
-        self._pending = weakref.ref(pending)
-        return pending
-
-    # ---- trial ----
-
-    def tried(self) -> tuple[Tensor, Tensor]:
-        """Hidden states, and norms of gradients, without a graph; random numbers are drawn as if nothing had been tried."""
-        ids = self.inputs["input_ids"]
-        device, before = ids.device, _allocated(ids.device)
-        with _undrawn(device):
-            hidden = self.run(**self.inputs)
-            self.room = _allocated(device) - before
-            if self.gradients is None:
-                return hidden.clone(), hidden.new_zeros(1)
-            learned = self.gradients.of(hidden)
-            with torch.autocast(device.type, enabled=False):
-                found = torch.autograd.grad(hidden, learned, hidden.detach())
-        return hidden.detach().clone(), torch.stack(torch._foreach_norm(found)).float()
-
-    def differs(self, expected: tuple[Tensor, Tensor]) -> str:
-        """In what a replay differs from these; nothing if it does not."""
-        hidden, norms = expected
-        with _undrawn(hidden.device):
-            self.replay_forward()
-            half = torch.bfloat16 if hidden.is_cuda else None
-            if not close(self.hidden.detach(), hidden, factors=half):
-                return "their hidden states are others"
-            if self.gradients is None:
-                return ""
-            buffers = [self.gradients.buffers[p].zero_() for p in self.learned]
-            self.grad.copy_(hidden)
-            self.replay_backward()
-            found = torch.stack(torch._foreach_norm(buffers)).float()
-        return "" if close(found / norms.max(), norms / norms.max(), factors=half) else "their gradients are others"
-
-
-class Pending:
-    """Lives until the backward pass of a replay has run, or can no longer run."""
-
-
-class Replayed(torch.autograd.Function):
-    """Hidden states `[B,T,H]` of a replay; backward replays too, and adds to the gradients of weights by itself."""
-
-    @staticmethod
-    def forward(ctx: Any, captured: Captured, anchor: Tensor) -> Tensor:
-        ctx.captured, ctx.pending = captured, captured.pending()
-        captured.replay_forward()
-        return captured.hidden.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        captured: Captured = ctx.captured
-        if ctx.pending is None:
-            raise RuntimeError(
-                "backward runs a second time through layers that were replayed, and what they kept is gone, whatever "
-                "retain_graph says: add the losses up and call backward once, or set cuda_graphs=False."
-            )
-        captured.gradients.attach(captured.learned)  # again: they may have been dropped since forward
-        captured.grad.copy_(grad)
-        captured.replay_backward()
-        ctx.pending = None
-        return None, None
-
-
-class Gradients:
-    """Where graphs add the gradients of weights: a buffer for each that learns."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[nn.Parameter, Tensor] = {}
-
-    def of(self, hidden: Tensor) -> list[nn.Parameter]:
-        """The weights that `hidden` has gradients of, each with a buffer."""
-        found, nodes, seen = [], [hidden.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            variable = getattr(node, "variable", None)
-            if isinstance(variable, nn.Parameter):  # and no embeddings, see REQUIRES_GRAD
-                found.append(variable)
-        for parameter in found:
-            if parameter not in self.buffers:
-                self.buffers[parameter] = torch.zeros_like(parameter, requires_grad=False)
-        return found
-
-    def fit(self) -> bool:
-        """Whether buffers are still like their weights, which may be given another size or precision in place."""
-        kinds = ((x.shape, x.dtype, x.device) for pair in self.buffers.items() for x in pair)
-        return all(weight == buffer for weight, buffer in zip(kinds, kinds, strict=True))
-
-    def attach(self, learned: Sequence[nn.Parameter]) -> None:
-        """Let buffers be the gradients of their weights, with what these have, or zero."""
-        empty = []
-        for parameter in learned:
-            buffer = self.buffers[parameter]
-            if parameter.grad is None:
-                empty.append(buffer)
-            elif parameter.grad is not buffer:
-                buffer.copy_(parameter.grad)
-            parameter.grad = buffer
-        if empty:
-            torch._foreach_zero_(empty)
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in inputs.values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Spans):
-            found += [x for x in (value.query_starts, value.key_starts, value.keys) if x is not None]
-    return found
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-@contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn within it are drawn again after it."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
