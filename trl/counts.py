@@ -15,3 +15,8 @@ def percent(part: float, whole: float, digits: int = 0) -> str:
     if part < whole and share > 1 - step / 2:
         return f">{1 - step:.{digits}%}"
     return f"<{step:.{digits}%}" if 0 < share < step / 2 else f"{share:.{digits}%}"
+
+
+def size_of(count: int) -> str:
+    """Bytes as people read them: "1.50 GiB", "20.0 MiB"."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

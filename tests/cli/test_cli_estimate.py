@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -12,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from tests.conftest import MODELS, make_tokenizer
 from trl import SFTConfig, SFTTrainer
-from trl.cli.estimate import MemoryEstimate, estimate_memory
+from trl.cli.estimate import LIBRARIES, MemoryEstimate, estimate_memory, planned
 from trl.cli.preview import without_weights
 from trl.data.layout import lay_out
 from trl.models.fused import for_the_moment, fuse
@@ -20,6 +23,7 @@ from trl.models.half_weights import round_together
 from trl.models.memory import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, take_shape, tracing
 from trl.models.score import prepare_scoring, score
 from trl.models.varlen import VARLEN, switch
+from trl.trainers.activation_plan import HOLES
 from trl.types import Completion, Example
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -99,3 +103,37 @@ def test_what_a_layer_keeps_of_a_token_on_cuda():
     by_hand = 2 * (4 * 32 + 4) + 5 * 2 * 32 + 2 * (32 + 2 * 16 + 32) + 4 * 4 + 4 * 2 * 48
     layer = [activations(3, tokens) - activations(2, tokens) for tokens in (40, 80)]
     assert layer[1] - layer[0] == 40 * by_hand
+
+
+def test_the_check_plans_which_layers_are_checkpointed_as_training_will(tmp_path):
+    """Between all activations and none, in proportion; what is there anyway (weights) is not what a step takes."""
+
+    def make():
+        args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_length=None)
+        args.plans_checkpointing = True
+        with torch.device("meta"):
+            model = MODELS["llama"](num_hidden_layers=4)
+        rows = Dataset.from_list([{"input_ids": [6] * 64}] * 4)
+        return without_weights(SFTTrainer)(
+            model=model, args=args, train_dataset=rows, processing_class=make_tokenizer()
+        )
+
+    def with_free(free):
+        def estimate(trainer):
+            found = estimate_memory(trainer)
+            return replace(found, parts=found.parts | {LIBRARIES: 0}, available=free)
+
+        return planned(make(), make, estimate)
+
+    all_kept, plan = with_free(2**40)
+    assert plan.what == "kept by all 4 layers"
+    there = all_kept.parts[WEIGHTS]
+    none_kept, plan = with_free(there)
+    assert plan.recomputed == 4
+    assert none_kept.parts[ACTIVATIONS] < all_kept.parts[ACTIVATIONS]
+    most, least = all_kept.total - there, none_kept.total - there
+    between, plan = with_free(there + ceil(HOLES * (most + least) / 2))
+    assert plan.recomputed == 2
+    assert between.parts[ACTIVATIONS] == pytest.approx(
+        (all_kept.parts[ACTIVATIONS] + none_kept.parts[ACTIVATIONS]) / 2, abs=1
+    )

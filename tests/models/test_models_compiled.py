@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 
 from trl.data.layout import lay_out
 from trl.errors import ConfigError
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.compiled import compile_layers, repeated_layers
-from trl.models.patching import checkpoint_activations
 from trl.models.score import score
 from trl.models.varlen import VARLEN, switch
 from trl.rollouts.engine import Prompt

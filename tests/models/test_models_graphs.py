@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from trl.data.layout import few_sizes, lay_out
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.graphs import WORTHWHILE, Graphs, capture_as, capture_layers, captures, without_graphs
 from trl.models.layer_sharing import recording, resuming
-from trl.models.patching import checkpoint_activations
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import prepare_scoring, score, unwrap
 from trl.models.varlen import VARLEN, switch

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.compiled import compile_layers
 from trl.models.half_weights import Rounded, round_together
-from trl.models.patching import checkpoint_activations
 
 IDS = torch.arange(3, 43).view(2, 20)
 

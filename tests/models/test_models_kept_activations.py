@@ -12,9 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from trl.models import kept_activations
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.half_weights import round_together
 from trl.models.kept_activations import KERNEL, keep_less
-from trl.models.patching import checkpoint_activations
 from trl.training.gradients import GradientCheck
 
 IDS = torch.arange(3, 43).view(2, 20)

@@ -6,8 +6,8 @@ import torch
 from trl.data.layout import lay_out, spans_of
 from trl.errors import ModelError
 from trl.models import layouts, varlen
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.layouts import choose_layout
-from trl.models.patching import checkpoint_activations
 from trl.models.score import prepare_scoring, score
 from trl.models.varlen import VARLEN, attend, by_runs, no_mask, switch
 from trl.types import Completion, Example, Spans

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2ForSequenceClassifica
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
-from trl.models.patching import checkpoint_activations
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.score import score
 from trl.rollouts.decoders import RepeatedDecoder, Sample, SharedDecoder, fill_holes, like_lengths
 from trl.rollouts.engine import Prompt

@@ -72,7 +72,7 @@ def test_layers_of_reward_models_are_compiled_too(tokenizer, tmp_path, monkeypat
 def test_a_run_whose_layers_keep_less_is_the_same_to_the_bit(make_model, tokenizer, tmp_path, monkeypatch, options):
     """What a device does by itself, without its kernels."""
     rows, found = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
-    monkeypatch.setattr("trl.trainers.base.fuse", lambda model: None)
+    monkeypatch.setattr("trl.trainers.layers.fuse", lambda model: None)
     for fuses in (False, True):
         monkeypatch.setattr(SFTTrainer, "_fuses", lambda self, fuses=fuses: fuses)
         args = SFTConfig(output_dir=str(tmp_path), **common_options(max_steps=2, use_cpu=True) | options)
@@ -85,7 +85,7 @@ def test_a_run_whose_layers_keep_less_is_the_same_to_the_bit(make_model, tokeniz
 
 def test_a_run_of_an_adapter_in_few_kernels_learns_the_same(make_model, tokenizer, tmp_path, monkeypatch):
     rows, found = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]}), []
-    monkeypatch.setattr("trl.trainers.base.fuse", lambda model: None)
+    monkeypatch.setattr("trl.trainers.layers.fuse", lambda model: None)
     for fuses in (False, True):
         monkeypatch.setattr(SFTTrainer, "_fuses", lambda self, fuses=fuses: fuses)
         options = common_options(max_steps=3, use_cpu=True, learning_rate=1e-2, bf16=False, logging_steps=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trl.cli.commands import Method, load
@@ -22,7 +23,7 @@ from trl.cli.train import (
     library_errors_as_config_errors,
     read_run,
 )
-from trl.counts import counted
+from trl.counts import counted, size_of
 from trl.errors import ConfigError, TrlError
 from trl.printable import printable
 
@@ -49,15 +50,13 @@ class CheckArguments:
             raise ConfigError(f"rows={self.rows}: give 0 to {ROWS_READ:,}.")
 
 
-GIB = 2**30
-
-
 def run(arguments: CheckArguments, given: ParsedOptions, method: Method) -> int:
     return load(method.check)(read_run(method, given), rows=arguments.rows)
 
 
 def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     """Print all that can be known before training, and `rows` of them as the model sees them. Returns 1 if something is wrong, else 0."""
+    from trl.cli.estimate import planned
     from trl.cli.help import console
     from trl.data.encode import first_rows
 
@@ -66,13 +65,15 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     check_trains(run)
     dataset, evaluated = datasets_of(run)
     sample = first_rows(dataset, ROWS_READ)
+    make = partial(trainer_of, run, sample, None if evaluated is None else first_rows(evaluated, ROWS_READ))
     with library_errors_as_config_errors():
-        trainer = trainer_of(run, sample, None if evaluated is None else first_rows(evaluated, ROWS_READ))
+        trainer = make()
     if rows:
         trainer.preview(rows)
     reads_images = trainer.images is not None
-    estimate = estimate_of(run, trainer)
-    print_table(out, "Plan", plan_of(trainer, dataset, sample, estimate.processes))
+    estimate, activations = planned(trainer, make, partial(estimate_of, run))
+    plan = plan_of(trainer, dataset, sample, estimate.processes)
+    print_table(out, "Plan", plan if activations is None else {**plan, "activations": activations.what})
     print_table(out, f"Memory of {'each' if estimate.processes > 1 else 'the'} process", table_of(estimate))
     if reads_images:
         out.print("  What the image encoder keeps of images comes on top.")
@@ -185,10 +186,6 @@ def table_of(estimate: MemoryEstimate) -> dict[str, str]:
     if estimate.device == "cpu":
         rows["together"] += "   The process may hold up to twice this: memory allocators keep holes between blocks."
     return rows
-
-
-def size_of(count: int) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"
 
 
 def memory_problems(estimate: MemoryEstimate, run: Run) -> list[str]:

@@ -12,8 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from trl.cli.check import ask_rewards, print_table, print_verdict, size_of
+from trl.cli.check import ask_rewards, print_table, print_verdict
 from trl.cli.train import Run, datasets_of, own_keywords
+from trl.counts import size_of
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
 from trl.diffusion.pipelines import add_adapter, trained

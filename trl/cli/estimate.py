@@ -5,15 +5,15 @@ See `trl.models.memory` for what is traced, and what it comes to in equations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from torch import Tensor, nn
-from transformers import TrainingArguments
+from torch import nn
 
 from trl.data.encode import decode
+from trl.models.checkpointing import checkpoint_activations, checkpointable_layers
 from trl.models.fused import for_the_moment
 from trl.models.graphs import captures, without_graphs
 from trl.models.memory import (
@@ -29,20 +29,19 @@ from trl.models.memory import (
     trace_step,
     tracing,
 )
-from trl.models.patching import checkpoint_activations
 from trl.models.score import unwrap
+from trl.trainers.activation_plan import ActivationPlan
 from trl.trainers.base import BaseTrainer
+from trl.trainers.heaviest import heaviest_window
 from trl.trainers.online_config import OnlineConfig
-from trl.types import Batch, Completion, Example
+from trl.training.optimizers import StateSizes
+from trl.types import Batch, Example
 
 LIBRARIES = "libraries"
 MIB = 2**20
 FIRST_USE = {"cpu": 20 * MIB, "cuda": 685 * MIB}
 """What torch and its kernels take on their first use, whatever the model. `benchmarks/memory.py` holds the first against
 measured runs; the second is a CUDA context with cuBLAS as it was measured on an H200."""
-
-STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
-"""Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
 
 DRAWN_FROM = 3
 """Numbers for each token of the vocabulary from which a row draws: logits, probabilities, their sums."""
@@ -93,7 +92,7 @@ def estimate_memory(
         type(trainer).plain_prepare_model(trainer)
         trace.part.update({n: REFERENCE for n in range(before, len(trace.part)) if trace.alive(n)})
         trainer.accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)  # autocast
-        step, states = _Step(trainer, heaviest_window(trainer)), _StateSizes(trainer.args)
+        step, states = _Step(trainer, heaviest_window(trainer)), StateSizes(trainer.args)
         scratch = states.scratch(trainer.model)
         trace_step(trace, trainer.model, step, state_sizes=states, scratch=scratch)
     trainer.images = images
@@ -104,6 +103,30 @@ def estimate_memory(
     estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))
     estimate = _divided(estimate, sharding, processes, trainer.model)
     return _while_sampling(estimate, trainer)
+
+
+def planned(
+    trainer: BaseTrainer, another: Callable[[], BaseTrainer], estimate: Callable[[BaseTrainer], MemoryEstimate]
+) -> tuple[MemoryEstimate, ActivationPlan | None]:
+    """The `estimate` of a run, and where it leaves open which layers are checkpointed, the plan that training will make.
+
+    `another()` makes the trainer once more: the first estimate takes the weights of the one that is there.
+    """
+    if not trainer.plans_activations():
+        return estimate(trainer), None
+    layers, second = len(checkpointable_layers(trainer.model)), another()
+    trainer.args.recompute(activations=False)
+    second.args.recompute(activations=True)
+    kept, recomputed = estimate(trainer), estimate(second)
+    there = sum(kept.parts[part] for part in (WEIGHTS, REFERENCE, LIBRARIES))
+    plan = ActivationPlan.of(
+        layers, kept=kept.total - there, recomputed=recomputed.total - there, free=(kept.available or 0) - there
+    )
+    share = plan.recomputed / plan.layers
+    names = {**kept.parts, **recomputed.parts}
+    sizes = ((name, kept.parts.get(name, 0), recomputed.parts.get(name, 0)) for name in names)
+    parts = {name: round(all_kept + share * (none - all_kept)) for name, all_kept, none in sizes}
+    return replace(kept, parts=parts), plan
 
 
 class _Step:
@@ -147,59 +170,6 @@ def _unmasked(batch: Batch) -> Batch:
     if batch.segments is None and positions is not None and batch.last.numel() == len(positions):
         del inputs["position_ids"]
     return replace(batch, inputs=inputs)
-
-
-class _StateSizes:
-    """Bytes of the states that an optimizer keeps of a parameter."""
-
-    def __init__(self, args: TrainingArguments) -> None:
-        self.name, self.device = str(getattr(args.optim, "value", args.optim)), args.device.type
-
-    def __call__(self, parameter: Tensor) -> list[int]:
-        if "adafactor" in self.name:
-            rows, columns = (parameter.shape[:-1].numel(), parameter.shape[-1]) if parameter.dim() > 1 else (0, 0)
-            return [4 * (rows + columns) or 4 * parameter.numel()]
-        if "8bit" in self.name:
-            return [parameter.numel()] * (1 if "lion" in self.name else 2)
-        return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
-
-    def scratch(self, model: nn.Module) -> int:
-        """Bytes that an update takes: torch's AdamW, where it is not fused, makes the roots of all second moments at once."""
-        if self.device == "cpu" or self.name not in ("adamw", "adamw_torch"):
-            return 0
-        return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
-def heaviest_window(trainer: BaseTrainer) -> list[Example]:
-    """As many of the longest rows as a step sees in one process."""
-    args = trainer.args
-    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    rows = sorted(map(decode, trainer.train_dataset), key=lambda row: -sum(example.tokens for example in row))
-    rows = (rows * -(-count // len(rows)))[:count]
-    examples = [_blank(example) for row in rows for example in row]
-    if examples[0].completions and max(map(len, examples[0].completions)):
-        return list(map(_with_reference, examples))
-    group, tokens = args.num_generations, args.max_completion_length or 512
-    advantages = [0.0] * tokens if trainer.algorithm.needs_values else 0.0
-    answer = Completion([0] * tokens, signals={n: [0.0] * tokens for n in PER_TOKEN} | {"advantages": advantages})
-    prompts = examples[: max(1, count // group)]
-    return [replace(example, completions=(answer,) * min(group, count)) for example in prompts]
-
-
-def _blank(example: Example) -> Example:
-    """The example with a token of text in every place."""
-    completions = (replace(completion, ids=[0] * len(completion)) for completion in example.completions)
-    return replace(example, prompt=[0] * len(example.prompt), completions=tuple(completions))
-
-
-def _with_reference(example: Example) -> Example:
-    """The example with log-probabilities of a reference, as if they had been computed beforehand."""
-    completions = (replace(c, signals={**c.signals, "ref_logprobs": [0.0] * len(c)}) for c in example.completions)
-    return replace(example, completions=tuple(completions))
-
-
-PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
-"""Signals that online methods learn from."""
 
 
 def quantised(parts: dict[str, int], model: nn.Module, bits: int) -> dict[str, int]:

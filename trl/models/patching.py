@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -35,20 +34,6 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
     return forward
 
 
-def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None = None, **more: Any) -> None:
-    """Compute a model's activations again in backward, by the method that its release of `transformers` has for it.
-
-    `options` are those of `torch.utils.checkpoint`, and may say `every_n_layers` and `offload` too, as configurations do.
-    """
-    options = dict(options or {})
-    more = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options} | more
-    options = options or None
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options, **more)
-    else:
-        model.gradient_checkpointing_enable(options, **more)
-
-
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Every configuration that a part of `model` reads, once."""
     held = (getattr(module, "config", None) for module in model.modules())
@@ -69,6 +54,18 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = forward
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """`model` in training mode, for the moment."""
+    evaluated = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for module in evaluated:
+            module.training = False
 
 
 @contextmanager

@@ -51,17 +51,11 @@ from trl.data.places import naming_rows, renumbering_rows
 from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_trained_tokens
-from trl.models.compiled import compile_layers
-from trl.models.fused import fuse
-from trl.models.fused_adapters import fuse_adapters
-from trl.models.graphs import capture_layers, captures, release, without_graphs
-from trl.models.half_weights import round_together
+from trl.models.graphs import captures, release, without_graphs
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
-from trl.models.kept_activations import keep_less
 from trl.models.layouts import choose_layout
 from trl.models.load import (
     disable_dropout,
-    has_dropout,
     keep_own_loss,
     keep_unpacked,
     load_model,
@@ -72,22 +66,21 @@ from trl.models.load import (
 from trl.models.patching import evaluating
 from trl.models.positions import learned_positions
 from trl.models.rotary import length_dependent
-from trl.models.score import prepare_scoring, score, unwrap, without_wrapper
+from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
-from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.storage import without_copies
 from trl.models.varlen import VARLEN
 from trl.noise import without_noise, without_warnings
-from trl.ops.logprobs import has_triton
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TrainerConfig
+from trl.trainers.layers import RunsLayers
 from trl.trainers.option_checks import check_full_batch
 from trl.trainers.options import resolve_args
+from trl.trainers.out_of_memory import remedies
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
 from trl.trainers.router import RouterTerm, router_loss
 from trl.training.nonfinite import SHOWN
 from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
-from trl.training.step_trainer import StepTrainer
 from trl.types import Batch, Example
 from trl.vision.blank import blank_image, runs_together
 from trl.vision.encoder_outputs import FEATURES
@@ -104,7 +97,7 @@ WIDTH = 60
 """Characters of a row that an error shows."""
 
 
-class BaseTrainer(WritesModelCard, StepTrainer):
+class BaseTrainer(WritesModelCard, RunsLayers):
     """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
 
     model               a name or folder, a model, or a model with adapters
@@ -121,8 +114,6 @@ class BaseTrainer(WritesModelCard, StepTrainer):
     """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
-    captures_unasked: ClassVar[bool] = True
-    """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -189,9 +180,14 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         if self._gave_optimizer:
             check_optimizer(self.optimizer, self.model)
         warn_of_rounded_steps(self.model, self.args.learning_rate)
+        self._plan_activations()
         try:
             with without_noise("transformers.trainer_utils"):
                 return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            is_adapter = isinstance(self._adapted(), PeftModel)
+            error.add_note(remedies(self.args, positions=self.largest_pass, is_adapter=is_adapter))
+            raise
         finally:
             release(unwrap(self.model), for_good=False)
 
@@ -205,7 +201,7 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         """Last preparations of the model in memory, before anything wraps it."""
         inner = unwrap(self.model)
         prepare_scoring(inner)
-        self._add_router_loss(inner, score)
+        self._add_router_loss(inner)
         if self.accelerator.is_fsdp2:
             ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
@@ -213,8 +209,8 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         self._spare_launches(inner)
         self._capture_layers(inner)
 
-    def _add_router_loss(self, inner: PreTrainedModel, forward: Callable[[nn.Module, Batch], Any]) -> None:
-        """Balance the load of experts where that is asked for. `forward(model, batch)` is a pass over a batch."""
+    def _add_router_loss(self, inner: PreTrainedModel) -> None:
+        """Balance the load of experts where that is asked for."""
         router = router_loss(inner, self.args.router_aux_loss_coef, is_sharded=self.is_sharded)
         if router is None:
             return
@@ -222,56 +218,10 @@ class BaseTrainer(WritesModelCard, StepTrainer):
         @torch.no_grad()
         def run(batch: Batch) -> None:
             with self.compute_loss_context_manager(), evaluating(self.model):
-                forward(self.model_wrapped, batch)
+                self.forward_pass(self.model_wrapped, batch)
 
         meter, processes = self.meters["train"], self.accelerator.num_processes
         self.term = RouterTerm(router, run, self._sum_over_processes, meter, self.args.device, processes)
-
-    def _spare_launches(self, inner: PreTrainedModel) -> None:
-        """Do with few kernels, and keep little for backward, what the model's layers would launch and keep much for."""
-        if self._fuses():
-            fuse(self.model)
-            fuse_adapters(self.model)
-            keep_less(self.model)
-        if self.args.torch_compile:
-            compile_layers(inner, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-        if (self.args.bf16 or self.args.fp16) and not self.is_sharded:
-            round_together(inner)
-
-    def _fuses(self) -> bool:
-        """Whether norms and rotations are to be single kernels, which compiled layers and Liger's have already."""
-        has_them = self.args.torch_compile or self.args.use_liger_kernel
-        return self._is_on_cuda() and has_triton() and not has_them and not self.is_sharded
-
-    def _capture_layers(self, inner: PreTrainedModel) -> None:
-        """Let forward and backward be CUDA graphs. Raises ConfigError where that is asked for, and cannot be."""
-        args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
-        reasons = {
-            "a device other than CUDA": not self._is_on_cuda(),
-            "several processes": self.accelerator.num_processes > 1 or self.is_sharded,
-            "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
-            "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
-            "the load-balancing loss of experts": self.term is not None,
-            "a value head, which looks at layers": isinstance(without_wrapper(self.model), WithValueHead),
-            "images": self.images is not None,
-            "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
-            "neftune_noise_alpha": args.neftune_noise_alpha is not None,
-            "activation_offloading": args.activation_offloading,
-            "use_liger_kernel": args.use_liger_kernel,  # replays of its layers have other numbers, as was seen on an H200
-            "dropout in checkpointed layers": bool(args.gradient_checkpointing) and has_dropout(inner),
-            "reentrant checkpointing": checkpointing.get("use_reentrant", False),
-        }
-        release(inner, for_good=True)  # of a trainer before this one, with other options
-        reason = next((words for words, holds in reasons.items() if holds), None)
-        if args.cuda_graphs and reason is not None:
-            raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
-        if reason is None and (self.captures_unasked if args.cuda_graphs is None else args.cuda_graphs):
-            if args.gradient_checkpointing:  # nothing is drawn, and a random generator cannot be read in a capture
-                args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
-            capture_layers(inner)
-
-    def _is_on_cuda(self) -> bool:
-        return self.args.device.type == "cuda"
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         if (adapter := prompt_adapter(self._adapted())) is not None:

@@ -40,7 +40,8 @@ ALIASES = {
 """Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
 
 
-RENAMED_CHECKPOINTING = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+NEW_NAME = "activation_checkpointing"
+RENAMED_CHECKPOINTING = NEW_NAME in TrainingArguments.__dataclass_fields__
 """Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 
 
@@ -134,7 +135,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Compute in bfloat16 (weights stay as loaded). None: where the device supports it well; never on a CPU."""
 
     gradient_checkpointing: bool | None = None
-    """Compute activations again in backward instead of keeping them. None: on with an accelerator, off on a CPU."""
+    """Compute activations again in backward instead of keeping them. None: on with an accelerator, and with
+    CUDA in as few layers of a language model as the memory that is free asks for, which is logged; off on a CPU."""
 
     logging_dir: str | None = None
     """Folder of TensorBoard's logs. None: `runs` in the output folder."""
@@ -243,6 +245,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             self.offload_activations(accelerated=accelerated)
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        given = (self.gradient_checkpointing, self.gradient_checkpointing_kwargs, getattr(self, NEW_NAME, None))
+        self.plans_checkpointing = accelerated and torch.cuda.is_available() and all(value is None for value in given)
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = accelerated
         if RENAMED_CHECKPOINTING and self.activation_checkpointing is None:
@@ -303,6 +307,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         for name in names:
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
+
+    def recompute(self, *, activations: bool) -> None:
+        """Settle `gradient_checkpointing`, under both of its names."""
+        self.gradient_checkpointing = activations
+        if RENAMED_CHECKPOINTING:
+            self.activation_checkpointing = activations
 
     def set_checkpointing(self, **options: Any) -> None:
         """Options of `torch.utils.checkpoint`, where none was given by these names."""

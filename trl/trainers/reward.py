@@ -105,7 +105,7 @@ class RewardTrainer(PredictsRewards):
 
     def prepare_model(self) -> None:
         inner = unwrap(self.model)
-        self._add_router_loss(inner, score_rewards)
+        self._add_router_loss(inner)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
         self._spare_launches(inner)
         self._capture_layers(inner)
@@ -141,6 +141,9 @@ class RewardTrainer(PredictsRewards):
 
     def collate(self, items: Sequence[Example]) -> Batch:
         return self.lay_out_rows(items)
+
+    def forward_pass(self, model: nn.Module, batch: Batch) -> Tensor:
+        return score_rewards(model, batch)
 
     # ---- loss ----
 

@@ -1,17 +1,41 @@
-"""Optimizer steps that would change nothing: those of another model's parameters, and those that are rounded away."""
+"""What an optimizer keeps of a model, and steps that would change nothing: of another model's parameters, or rounded away."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from trl.errors import ConfigError, listed
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 4
+STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
+"""Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
+
+
+class StateSizes:
+    """Bytes of the states that an optimizer keeps of a parameter."""
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.name, self.device = str(getattr(args.optim, "value", args.optim)), args.device.type
+
+    def __call__(self, parameter: Tensor) -> list[int]:
+        if "adafactor" in self.name:
+            rows, columns = (parameter.shape[:-1].numel(), parameter.shape[-1]) if parameter.dim() > 1 else (0, 0)
+            return [4 * (rows + columns) or 4 * parameter.numel()]
+        if "8bit" in self.name:
+            return [parameter.numel()] * (1 if "lion" in self.name else 2)
+        return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
+
+    def scratch(self, model: nn.Module) -> int:
+        """Bytes that an update takes: torch's AdamW, where it is not fused, makes the roots of all second moments at once."""
+        if self.device == "cpu" or self.name not in ("adamw", "adamw_torch"):
+            return 0
+        return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -57,6 +57,7 @@ BESIDE = (
         "fsdp",
     ),
     *("deepspeed", "accelerator_config", "do_", "per_device_eval", "load_best", "metric_for_best", "greater_is_better"),
+    *("gradient_checkpointing", "activation_"),
     *("restore_callback", "overwrite", "debug", "num_completions_to_print", "max_skipped_steps", "ignore_data_skip"),
 )
 """Beginnings of names of options that change nothing of what is learned."""

@@ -192,6 +192,12 @@ class StepTrainer(ResumableTrainer):
             self.term.begin_step(batches)
         return split_into_slots(batches, slots)
 
+    @property
+    def largest_pass(self) -> int:
+        """Positions of the largest forward pass of this step; 0 before the first step."""
+        window: Window | None = vars(self).get("_window")
+        return 0 if window is None else max(batch.positions for batch in window.batches)
+
     def plan(self, items: Sequence[Any], count: int) -> list[list[int]]:
         """Which items share a forward pass, in at least `count` of them."""
         sizes = [self.size(item) for item in items]

@@ -25,9 +25,10 @@ from transformers.utils import PushToHubMixin
 
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.layer_sharing import last_states
 from trl.models.load import load_model
-from trl.models.patching import checkpoint_activations, evaluating
+from trl.models.patching import evaluating
 from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 

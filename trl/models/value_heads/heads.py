@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 
 from trl.errors import ConfigError, ModelError, unknown
 from trl.models.adapters import wrapped_layer
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
-from trl.models.patching import checkpoint_activations, configs_of
+from trl.models.patching import configs_of
 from trl.models.value_heads.storage import VALUE_MODEL
 
 NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states")

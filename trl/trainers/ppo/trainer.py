@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
+from trl.models.checkpointing import checkpoint_activations
 from trl.models.load import load_config
-from trl.models.patching import checkpoint_activations
 from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
 from trl.models.score import score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head

@@ -1,0 +1,190 @@
+"""Layers are checkpointed as the memory that is free asks for: decided before the first step, said, and without another number."""
+
+import logging
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from tests.conftest import WIDTHS
+from trl import (
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    ILQLConfig,
+    ILQLTrainer,
+    KTOConfig,
+    KTOTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.models.checkpointing import checkpointable_layers
+from trl.trainers.activation_plan import HOLES, ActivationPlan, heaviest_micro_batch
+from trl.trainers.heaviest import row_tokens, shortened
+from trl.trainers.out_of_memory import remedies
+from trl.types import Completion, Example
+
+ROWS = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]})
+
+
+def planned(trainer_class, free, model, tokenizer, folder, rows, *, config, more=None, **options):
+    """A trainer that is to plan with `free` bytes, as it does on CUDA."""
+    common = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    args = config(output_dir=str(folder), **common, **options)
+    args.plans_checkpointing = True
+    made = type("Planned", (trainer_class,), {"_free_bytes": lambda self: free})
+    return made(model=model, args=args, train_dataset=rows, processing_class=tokenizer, **(more or {}))
+
+
+def needed(make_model, tokenizer, tmp_path, **options) -> int:
+    """Bytes of a step of the tests below in which all layers keep their activations."""
+    model = make_model("llama", num_hidden_layers=4, **options)
+    trainer = planned(SFTTrainer, 2**40, model, tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=1)
+    trainer.train()
+    return trainer.activation_plan.needed
+
+
+class Counts:
+    """How often the network of each layer runs."""
+
+    def __init__(self, model) -> None:
+        self.runs = [0] * len(model.model.layers)
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(partial(self.count, i))
+
+    def count(self, layer, *_) -> None:
+        self.runs[layer] += 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_fewer_layers_run_twice_where_more_is_free_and_numbers_stay(make_model, tokenizer, tmp_path, caplog, dropout):
+    caplog.set_level(logging.INFO, logger="trl")
+    whole = needed(make_model, tokenizer, tmp_path, attention_dropout=dropout)
+    plans, runs, losses = [], [], []
+    for free in (whole, whole - 1, 0):
+        model = make_model("llama", num_hidden_layers=4, attention_dropout=dropout)
+        trainer = planned(SFTTrainer, free, model, tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=2)
+        counts = Counts(model)
+        trainer.train()
+        plans.append(trainer.activation_plan.recomputed)
+        runs.append(counts.runs)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert trainer.args.gradient_checkpointing == (plans[-1] > 0)
+        assert str(trainer.activation_plan) in caplog.text
+    assert plans == [0, 1, 4]
+    # Two forward passes are measured, and two steps of one micro-batch train.
+    assert runs == [[4, 4, 4, 4], [6, 4, 4, 4], [6, 6, 6, 6]]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_what_was_asked_for_is_not_planned(make_model, tokenizer, tmp_path):
+    for options in ({"gradient_checkpointing": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}):
+        args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+        assert not args.plans_checkpointing
+    stream = ROWS.to_iterable_dataset()
+    trainer = planned(SFTTrainer, 0, make_model("llama"), tokenizer, tmp_path, stream, config=SFTConfig, max_steps=1)
+    assert not trainer.plans_activations()
+
+
+def test_where_nothing_can_be_measured_all_layers_are_checkpointed(
+    make_model, tokenizer, tmp_path, monkeypatch, caplog
+):
+    def too_large(self, model, batch):
+        raise torch.OutOfMemoryError("4 GiB more")
+
+    monkeypatch.setattr(SFTTrainer, "forward_pass", too_large)
+    trainer = planned(SFTTrainer, 2**40, make_model("llama"), tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=1)
+    trainer.train()
+    assert trainer.activation_plan.recomputed == 2
+    assert trainer.args.gradient_checkpointing
+    assert "4 GiB more" in caplog.text
+
+
+PAIRS = Dataset.from_dict({"prompt": ["cat "] * 8, "chosen": ["sat on mat"] * 8, "rejected": ["sat"] * 8})
+JUDGED = Dataset.from_dict({"prompt": ["cat "] * 8, "completion": ["sat on mat"] * 8, "label": [True, False] * 4})
+SCORED = Dataset.from_dict({"prompt": ["cat "] * 8, "completion": ["sat on mat"] * 8, "reward": [1.0, 2.0] * 4})
+PROMPTS = Dataset.from_dict({"prompt": ["cat "] * 8})
+SAMPLES = {"max_completion_length": 6, "num_generations": 2, "per_device_train_batch_size": 4}
+
+
+def lengths(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config", "rows", "options", "more"),
+    [
+        (SFTTrainer, SFTConfig, ROWS, {"packing": True, "max_length": 64}, {}),
+        (DPOTrainer, DPOConfig, PAIRS, {}, {}),
+        (CPOTrainer, CPOConfig, PAIRS, {}, {}),
+        (KTOTrainer, KTOConfig, JUDGED, {}, {}),
+        (RewardTrainer, RewardConfig, PAIRS, {}, {}),
+        (ILQLTrainer, ILQLConfig, SCORED, {}, {}),
+        (GRPOTrainer, GRPOConfig, PROMPTS, SAMPLES, {"reward_funcs": lengths}),
+        (OnlineDPOTrainer, OnlineDPOConfig, PROMPTS, SAMPLES, {"reward_funcs": lengths}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_every_method_finds_its_plan(tokenizer, tmp_path, trainer_class, config, rows, options, more):
+    torch.manual_seed(0)
+    kind = LlamaForSequenceClassification if trainer_class is RewardTrainer else LlamaForCausalLM
+    model = kind(LlamaConfig(**WIDTHS, num_labels=1))
+    trainer = planned(
+        trainer_class, 2**40, model, tokenizer, tmp_path, rows, config=config, more=more, max_steps=1, **options
+    )
+    trainer.train()
+    plan = trainer.activation_plan
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    assert (plan.layers, plan.recomputed) == (len(checkpointable_layers(trainer.model)), 0)
+    assert plan.needed > HOLES * 3 * trained
+    assert len(heaviest_micro_batch(trainer)) > 0
+
+
+def test_a_plan_in_words():
+    assert ActivationPlan.of(4, kept=100, recomputed=20, free=1000).what == "kept by all 4 layers"
+    # 1.2 · 100 = 120 of 100; a layer saves 24.
+    assert ActivationPlan.of(4, kept=100, recomputed=20, free=100).what.endswith("by 1 of 4 layers")
+    assert ActivationPlan.of(4, kept=100, recomputed=20, free=20).what.endswith("all 4 layers")
+
+
+def test_tokens_of_rows():
+    trees = {"prompt_ids": [[1, 2], [], [3]], "completion_ids": [[[1], [2, 3]], [[]], []]}
+    assert row_tokens(Dataset.from_dict(trees)).tolist() == [5, 0, 1]
+    assert row_tokens(Dataset.from_dict(trees).select([2, 0])).tolist() == [1, 5]
+    packed = {"input_ids": [[1, 2, 3], [4]], "mask": [[True] * 3, [True]], "seq_lengths": [[1, 2], [1]]}
+    assert row_tokens(Dataset.from_dict(packed)).tolist() == [3, 1]
+    assert row_tokens([{"prompt_ids": [1], "completion_ids": [[2, 3]]}]).tolist() == [3]
+    assert isinstance(row_tokens(Dataset.from_dict({"prompt_ids": [[1]] * 3})), np.ndarray)
+
+
+def test_a_shorter_example_keeps_its_shape():
+    example = Example([1] * 8, (Completion([2] * 4, None, {"reward": 1.0, "values": [0.5] * 4}), Completion([3])))
+    found = shortened(example, 1 / 4)
+    assert (len(found.prompt), [len(c) for c in found.completions]) == (2, [1, 1])
+    assert found.completions[0].signals == {"reward": 1.0, "values": [0.5]}
+
+
+def test_running_out_of_memory_says_what_to_change(make_model, tokenizer, tmp_path, monkeypatch):
+    def too_large(self, model, batch):
+        raise torch.OutOfMemoryError("4 GiB more")
+
+    monkeypatch.setattr(SFTTrainer, "loss", too_large)
+    trainer = planned(SFTTrainer, 0, make_model("llama"), tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=1)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trainer.train()
+    (note,) = raised.value.__notes__
+    assert f"max_tokens_per_micro_batch={trainer.largest_pass // 2}:" in note
+    for name in ("gradient_checkpointing=True", "optim='adamw_8bit'", "peft_config"):
+        assert name in note
+    trainer.args.gradient_checkpointing, trainer.args.plans_checkpointing = True, False
+    assert "gradient_checkpointing" not in remedies(trainer.args, positions=0, is_adapter=True)

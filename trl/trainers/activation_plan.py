@@ -1,0 +1,136 @@
+"""Which layers are checkpointed where the options leave it open: as few as the heaviest step needs.
+
+What a step takes besides weights is counted before the first one:
+
+    gradients and the states of the optimizer      from the shapes of what is trained
+    activations                                    what layers keep for backward, measured on a shorter micro-batch
+    head                                           its two tiles of logits
+
+and a share of it for holes between blocks of memory. See `trl.models.checkpointing` for what follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trl.counts import counted, size_of
+from trl.models.checkpointing import checkpointable_layers, kept_for_backward, layers_to_recompute
+from trl.models.graphs import without_graphs
+from trl.models.patching import training
+from trl.models.score import unwrap
+from trl.trainers.heaviest import LearnsFromRows, heaviest_window, shortened
+from trl.training.optimizers import StateSizes
+from trl.types import Batch, Example
+
+HOLES = 1.2
+"""Memory that a step takes for each byte that it uses: blocks do not fit into every hole that others leave."""
+SHARES = (1 / 8, 1 / 4)
+"""Of the tokens of the heaviest micro-batch, those on which activations are measured."""
+TILES = 192 * 2**20
+"""Logits of a tile of the head in float32, and their gradient in half precision."""
+WIDEST = 4
+"""Bytes of a number of the residual stream, at most."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """`recomputed` of `layers` are checkpointed: keeping all takes `needed` bytes besides what is there, of `free` ones."""
+
+    layers: int
+    recomputed: int
+    needed: int
+    free: int
+
+    @classmethod
+    def of(cls, layers: int, *, kept: int, recomputed: int, free: int) -> ActivationPlan:
+        """The plan where a step takes `kept` bytes besides what is there with all activations, `recomputed` with none."""
+        count = layers_to_recompute(kept=HOLES * kept, recomputed=HOLES * recomputed, free=free, layers=layers)
+        return cls(layers, count, ceil(HOLES * kept), free)
+
+    @classmethod
+    def of_all(cls, model: nn.Module) -> ActivationPlan:
+        """The plan that takes least memory."""
+        layers = len(checkpointable_layers(model))
+        return cls(layers, layers, 0, 0)
+
+    @property
+    def what(self) -> str:
+        """What becomes of activations."""
+        if not self.recomputed:
+            return f"kept by all {counted(self.layers, 'layer')}"
+        which = "all" if self.recomputed == self.layers else f"{self.recomputed} of"
+        return f"computed again in backward by {which} {counted(self.layers, 'layer')}"
+
+    def __str__(self) -> str:
+        return (
+            f"Activations are {self.what} (gradient_checkpointing): with all of them a step takes {size_of(self.needed)} "
+            f"besides the weights, and {size_of(self.free)} are free."
+        )
+
+
+class PlansActivations(LearnsFromRows, Protocol):
+    """What is asked of a trainer."""
+
+    model: Any
+    accelerator: Any
+
+    def size(self, item: Example) -> int: ...
+    def plan(self, items: Sequence[Example], count: int) -> list[list[int]]: ...
+    def collate(self, items: Sequence[Example]) -> Batch: ...
+    def forward_pass(self, model: Any, batch: Batch) -> Any: ...
+
+
+def plan_activations(trainer: PlansActivations, free: int) -> ActivationPlan:
+    """The plan of a trainer that is about to train, with `free` bytes of its device."""
+    inner = unwrap(trainer.model)
+    layers, examples = len(checkpointable_layers(inner)), heaviest_micro_batch(trainer)
+    positions = trainer.collate(examples).positions
+    rest = trained_bytes(trainer) + TILES
+    kept = rest + activation_bytes(trainer, examples, positions)
+    recomputed = rest + layers * positions * inner.config.get_text_config().hidden_size * WIDEST
+    return ActivationPlan.of(layers, kept=kept, recomputed=recomputed, free=free)
+
+
+def heaviest_micro_batch(trainer: PlansActivations) -> list[Example]:
+    """The examples of the largest micro-batch of the heaviest window."""
+    window = heaviest_window(trainer)
+    groups = trainer.plan(window, trainer.args.gradient_accumulation_steps)
+    heaviest = max(groups, key=lambda group: sum(trainer.size(window[i]) for i in group))
+    return [window[i] for i in heaviest]
+
+
+def trained_bytes(trainer: PlansActivations) -> int:
+    """Gradients, states of the optimizer, and with several processes the buffers in which gradients are exchanged."""
+    sizes = StateSizes(trainer.args)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained) * (2 if trainer.accelerator.num_processes > 1 else 1)
+    return gradients + sum(size for p in trained for size in sizes(p)) + sizes.scratch(trainer.model)
+
+
+def activation_bytes(trainer: PlansActivations, examples: list[Example], positions: int) -> int:
+    """What a forward pass over `examples`, `positions` of them, keeps: a line through what shorter passes keep."""
+    (few, less), (many, more) = (_measured(trainer, [shortened(e, share) for e in examples]) for share in SHARES)
+    return more + (positions - many) * (more - less) // max(1, many - few)
+
+
+def _measured(trainer: PlansActivations, examples: list[Example]) -> tuple[int, int]:
+    """Positions of a micro-batch, and bytes that its forward pass keeps."""
+    model, device = trainer.model, trainer.args.device
+    batch = trainer.collate(examples).to(device)
+    weights = chain(model.parameters(), model.buffers())
+    undrawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with undrawn, training(model), without_graphs(unwrap(model)), trainer.accelerator.autocast():
+        return batch.positions, kept_for_backward(lambda: trainer.forward_pass(model, batch), weights)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, those included that torch holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
