@@ -475,7 +475,7 @@ def test_graphs_of_cuda_have_the_numbers_of_layers(make_model, case):
             found.append([scores.logprobs.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
-    assert len(unwrap(pair[0])._trl_graphs.held) == 2
+    assert unwrap(pair[0])._trl_graphs.count == 2
 
 
 def test_copies_and_pickles_have_no_graphs(captured):

@@ -180,7 +180,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
     monkeypatch.setattr("trl.models.graphs.cuda_graph", recorder)
     for captures in (True, False):
         if not captures:
-            monkeypatch.setattr(Graphs, "_capture", lambda *_: False)
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: None)
         options = common_options(max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=3)
         options |= {"use_cpu": True, "bf16": True, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 2}
         options["html_report"] = False
@@ -188,7 +188,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
         data = {"train_dataset": rows, "eval_dataset": rows.select(range(6)), "processing_class": tokenizer}
         run = trainer(make_model("llama"), args=args, **data)
         run.train()
-        assert not run.model._trl_graphs.held  # whose memory is for others now
+        assert not run.model._trl_graphs.count  # whose memory is for others now
         found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
     assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
     assert recorder.replays >= 10

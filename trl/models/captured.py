@@ -35,6 +35,11 @@ class Captured:
         self.room = 0
         """Bytes that forward keeps, once it was tried; what is asked for at first where a pool is new."""
 
+    @property
+    def size(self) -> int:
+        """Positions of its inputs."""
+        return self.inputs["input_ids"].numel()
+
     def record(self, record: Record, pool: Any, *, room: int = 0) -> Any:
         """Capture both directions; the pool of memory that they share with others of their kind.
 
@@ -73,7 +78,7 @@ class Captured:
     # ---- replay ----
 
     def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
-        for place, value in zip(tensors_of(self.inputs), tensors_of(inputs), strict=True):
+        for place, value in zip(_tensors_of(self.inputs), _tensors_of(inputs), strict=True):
             place.copy_(value)
         if self.gradients is None:
             self.replay_forward()
@@ -198,7 +203,7 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def tensors_of(inputs: Mapping[str, Any]) -> list[Tensor]:
+def _tensors_of(inputs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among a forward's arguments, those of spans included."""
     found: list[Tensor] = []
     for value in inputs.values():

@@ -19,6 +19,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl.models.captured import Captured, Gradients, Record, Run, tensors_of
+from trl.models.captured import Captured, Gradients, Record, Run
 from trl.models.compiled import repeated_layers
 from trl.types import Spans
 
@@ -99,6 +100,22 @@ def cuda_graph(function: Callable[[], None], pool: Any) -> tuple[Callable[[], No
     return graph.replay, graph.pool()
 
 
+@dataclass
+class Pool:
+    """Graphs that share one memory: those with gradients, or those without."""
+
+    held: dict[Hashable, Captured] = field(default_factory=dict)
+    memory: Any = None
+    room: int = 0
+    """Bytes that a forward pass of the size that was tried keeps."""
+    is_tried: bool = False
+
+    def make_room(self, size: int) -> None:
+        """Let smaller graphs and their memory go before a larger one: they fit into its memory, and it not into theirs."""
+        if self.held and size > max(captured.size for captured in self.held.values()):
+            self.held, self.memory = {}, None
+
+
 class Graphs:
     """The graphs of a model, by what they were captured from: sizes, precision, mode, adapters."""
 
@@ -125,19 +142,24 @@ class Graphs:
         self.adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self.dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
         self.seen: set[Hashable] = set()
-        self.held: dict[Hashable, Captured] = {}
         self.gradients = Gradients()
-        self.pools: dict[bool, Any] = {}
-        self.tried: set[bool] = set()
-        self.rooms: dict[bool, int] = {}
+        self.learning, self.reading = Pool(), Pool()
+
+    @property
+    def count(self) -> int:
+        """How many graphs there are."""
+        return len(self.learning.held) + len(self.reading.held)
 
     def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
         key = self._key(inputs)
-        if torch.is_grad_enabled() and any(captured.is_busy for captured in self.held.values()):
-            key = None  # what the pool holds is needed by a backward pass to come
-        if key is None or (key not in self.held and not self._capture(key, run, inputs)):
-            return run(**inputs)
-        return self.held[key](inputs)
+        pool = self._pool()
+        if key is None or any(captured.is_busy for captured in pool.held.values()):
+            return run(**inputs)  # what the pool holds may be needed by a backward pass to come
+        captured = pool.held.get(key) or self._capture(key, run, inputs)
+        return run(**inputs) if captured is None else captured(inputs)
+
+    def _pool(self) -> Pool:
+        return self.learning if torch.is_grad_enabled() else self.reading
 
     def _key(self, inputs: Mapping[str, Any]) -> Hashable:
         """By what a graph is found; None where these inputs have none."""
@@ -188,47 +210,40 @@ class Graphs:
         held = (table[name] for table, name in self.places)
         return (None if p is None else (p.data_ptr(), p.requires_grad) for p in held)
 
-    def _capture(self, key: Hashable, run: Run, inputs: Mapping[str, Any]) -> bool:
-        """Capture what these inputs run; whether it was captured."""
+    def _capture(self, key: Hashable, run: Run, inputs: Mapping[str, Any]) -> Captured | None:
+        """What these inputs run as a graph; None where it is not captured."""
         if not self.gradients.fit():
             self.forget()
-        learns, again = torch.is_grad_enabled(), key in self.seen
+        pool, again = self._pool(), key in self.seen
         self.seen.add(key)
-        first = learns not in self.tried
-        if len(self.held) >= MOST or (first and not (again and self._may_try(learns))):
-            return False
-        self._make_room(inputs, learns)
-        captured = Captured(run, inputs, self.gradients if learns else None)
+        if self.count >= MOST or not (pool.is_tried or (again and self._may_try(pool))):
+            return None
+        captured = Captured(run, inputs, self.gradients if pool is self.learning else None)
+        pool.make_room(captured.size)
         try:
-            expected = captured.tried() if first else None
-            self.rooms[learns] = captured.room or self.rooms.get(learns, 0)
-            pool = captured.record(self.record, self.pools.get(learns), room=self.rooms[learns])
+            expected = None if pool.is_tried else captured.tried()
+            pool.room = captured.room or pool.room
+            memory = captured.record(self.record, pool.memory, room=pool.room)
             reason = "" if expected is None else captured.differs(expected)
         except RuntimeError as error:
             if not again:  # a kernel of this size alone may have to be loaded
-                return False
+                return None
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if reason:
             del captured
-            self.forget()
-            self.most = 0
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
-            return False
-        self.held[key], self.pools[learns] = captured, pool
-        self.tried.add(learns)
-        return True
+            self._give_up(reason)
+            return None
+        pool.held[key], pool.memory, pool.is_tried = captured, memory, True
+        return captured
 
-    def _make_room(self, inputs: Mapping[str, Any], learns: bool) -> None:
-        """Let smaller graphs of a kind go, and their pool, before a larger one: they fit into its memory, and it not into theirs."""
-        size = tensors_of(inputs)[0].numel()
-        kind = {key: captured for key, captured in self.held.items() if (captured.gradients is not None) == learns}
-        if kind and size > max(tensors_of(captured.inputs)[0].numel() for captured in kind.values()):
-            for key in kind:
-                del self.held[key]
-            del self.pools[learns]
+    def _give_up(self, reason: str) -> None:
+        """Let layers run as ever from now on, and say why."""
+        self.forget()
+        self.most = 0
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
 
-    def _may_try(self, learns: bool) -> bool:
+    def _may_try(self, pool: Pool) -> bool:
         """Whether no weight has a gradient that a trial would overwrite, of a micro-batch before this one."""
-        return not learns or all(p.grad is None for p in self.model().parameters())
+        return pool is self.reading or all(p.grad is None for p in self.model().parameters())
