@@ -192,6 +192,21 @@ def test_weights_that_change_are_read_and_gradients_start_anew(captured):
         torch.testing.assert_close(a, b)
 
 
+def test_gradients_that_are_zero_are_like_none(captured):
+    """As `optimizer.zero_grad(set_to_none=False)` leaves them."""
+    model, plain, recorder = captured()
+    for parameter in (*model.parameters(), *plain.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+    for number in range(4):
+        for each in (model, plain):
+            score(each, batch_of(number, 1)).logprobs.square().sum().backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        for each in (model, plain):
+            each.zero_grad(set_to_none=False)
+    assert recorder.recorded == 2
+
+
 def test_gradients_may_be_dropped_between_forward_and_backward(captured):
     model, plain, _ = captured()
     for number in range(3):

@@ -246,4 +246,5 @@ class Graphs:
 
     def _may_try(self, pool: Pool) -> bool:
         """Whether no weight has a gradient that a trial would overwrite, of a micro-batch before this one."""
-        return pool is self.reading or all(p.grad is None for p in self.model().parameters())
+        grads = (p.grad for p in self.model().parameters())
+        return pool is self.reading or not any(grad is not None and grad.any() for grad in grads)
