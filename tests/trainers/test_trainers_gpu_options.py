@@ -188,7 +188,8 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
         data = {"train_dataset": rows, "eval_dataset": rows.select(range(6)), "processing_class": tokenizer}
         run = trainer(make_model("llama"), args=args, **data)
         run.train()
-        assert not run.model._trl_graphs.count  # whose memory is for others now
+        for model in (run.model, *run._also_reading()):
+            assert not model._trl_graphs.count  # whose memory is for others now
         found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
     assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
     assert recorder.replays >= 10

@@ -189,7 +189,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             error.add_note(remedies(self.args, positions=self.largest_pass, is_adapter=is_adapter))
             raise
         finally:
-            release(unwrap(self.model), for_good=False)
+            for model in (unwrap(self.model), *self._also_reading()):
+                release(model, for_good=False)
 
     # ---- what a trainer adds ----
 
