@@ -28,8 +28,8 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.models.checkpointing import checkpointable_layers
-from trl.trainers.activation_plan import HOLES, ActivationPlan, heaviest_micro_batch
+from trl.models.checkpointing import checkpointable_layers, kept_for_backward
+from trl.trainers.activation_plan import HOLES, ActivationPlan, activation_bytes, heaviest_micro_batch
 from trl.trainers.heaviest import row_tokens, shortened
 from trl.trainers.out_of_memory import remedies
 from trl.types import Completion, Example
@@ -82,9 +82,25 @@ def test_fewer_layers_run_twice_where_more_is_free_and_numbers_stay(make_model, 
         assert trainer.args.gradient_checkpointing == (plans[-1] > 0)
         assert str(trainer.activation_plan) in caplog.text
     assert plans == [0, 1, 4]
-    # Two forward passes are measured, and two steps of one micro-batch train.
-    assert runs == [[4, 4, 4, 4], [6, 4, 4, 4], [6, 6, 6, 6]]
+    # Three forward passes are measured, and two steps of one micro-batch train.
+    assert runs == [[5, 5, 5, 5], [7, 5, 5, 5], [7, 7, 7, 7]]
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_a_pass_keeps_is_foretold_from_shorter_ones(make_model, tokenizer, tmp_path, attention):
+    """Of eager attention the larger part are numbers for pairs of tokens, here of rows of 512."""
+    rows = Dataset.from_list([{"input_ids": [6] * 512}] * 4)
+    model = make_model("llama", max_position_embeddings=512)
+    model.set_attn_implementation(attention)
+    options = {"config": SFTConfig, "per_device_train_batch_size": 2, "max_length": None, "layout": "padded"}
+    trainer = planned(SFTTrainer, 0, model, tokenizer, tmp_path, rows, **options)
+    examples = heaviest_micro_batch(trainer)
+    positions = trainer.collate(examples).positions
+    batch = trainer.collate(examples)
+    kept = kept_for_backward(lambda: trainer.forward_pass(model.train(), batch), model.parameters())
+    assert positions == 1024
+    assert activation_bytes(trainer, examples, positions) == pytest.approx(kept, rel=0.02)
 
 
 def test_what_was_asked_for_is_not_planned(make_model, tokenizer, tmp_path):

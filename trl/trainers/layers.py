@@ -100,7 +100,6 @@ class RunsLayers(StepTrainer):
             and not self.is_sharded
             and not self.args.torch_compile
             and self.images is None
-            and inner.config._attn_implementation != "eager"  # which keeps a number for each pair of tokens
             and bool(checkpointable_layers(inner))
         )
 
