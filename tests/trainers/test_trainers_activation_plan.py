@@ -28,7 +28,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.models.checkpointing import checkpointable_layers, kept_for_backward
+from trl.models.checkpointing import checkpoint_activations, checkpointable_layers, kept_for_backward
 from trl.trainers.activation_plan import HOLES, ActivationPlan, activation_bytes, heaviest_micro_batch
 from trl.trainers.heaviest import row_tokens, shortened
 from trl.trainers.out_of_memory import remedies
@@ -109,6 +109,11 @@ def test_what_was_asked_for_is_not_planned(make_model, tokenizer, tmp_path):
         assert not args.plans_checkpointing
     stream = ROWS.to_iterable_dataset()
     trainer = planned(SFTTrainer, 0, make_model("llama"), tokenizer, tmp_path, stream, config=SFTConfig, max_steps=1)
+    assert not trainer.plans_activations()
+    model = make_model("llama")
+    trainer = planned(SFTTrainer, 0, model, tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=1)
+    assert trainer.plans_activations()
+    checkpoint_activations(model)
     assert not trainer.plans_activations()
 
 

@@ -92,15 +92,16 @@ class RunsLayers(StepTrainer):
     # ---- activations ----
 
     def plans_activations(self) -> bool:
-        """Whether layers are to be checkpointed as memory asks for: where what they keep is known beforehand."""
-        inner = unwrap(self.model)
+        """Whether layers are to be checkpointed as memory asks for: where nobody said, and what they keep is known beforehand."""
+        layers = checkpointable_layers(unwrap(self.model))
         return (
             self.args.plans_checkpointing
             and isinstance(self.train_dataset, Dataset)
             and not self.is_sharded
             and not self.args.torch_compile
             and self.images is None
-            and bool(checkpointable_layers(inner))
+            and bool(layers)
+            and not any(layer.gradient_checkpointing for layer in layers)  # by model.gradient_checkpointing_enable()
         )
 
     def _plan_activations(self) -> None:
