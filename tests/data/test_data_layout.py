@@ -114,6 +114,9 @@ def test_rows_are_as_wide_as_is_cheapest():
     sizes = [10, 8, 5, 3]
     assert cheapest_rows(sizes, hidden_size=1) == [[0], [1], [2], [3]]
     assert cheapest_rows(sizes, hidden_size=10) == [[0, 3], [1, 2]]
+    # On CUDA 40 (6H + 10) and 26 (6H + 52): with H = 10 2,800 and 2,912; with H = 20 5,200 and 4,472.
+    assert cheapest_rows(sizes, hidden_size=10, device="cuda") == [[0], [1], [2], [3]]
+    assert cheapest_rows(sizes, hidden_size=20, device="cuda") == [[0, 3], [1, 2]]
     assert cheapest_rows([7], hidden_size=8) == [[0]]
     assert cheapest_rows(sizes) == [[0], [1], [2, 3]], "as wide as the longest, where nothing is known of the model"
 

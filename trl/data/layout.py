@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ def lay_out(
     pad_token_id: int = 0,
     capacity: int | None = None,
     hidden_size: int | None = None,
+    device: str = "cpu",
     multiple_of: int = 1,
     joins: Mapping[str, Join] | None = None,
     spans: bool = False,
@@ -56,7 +58,7 @@ def lay_out(
     """One micro-batch in the named layout ("padded", "packed", "shared").
 
     `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest example.
-    Without it, rows are as wide as is cheapest for a model of `hidden_size`: see `cheapest_rows`. Completions are
+    Without it, rows are as wide as is cheapest for a model of `hidden_size` on a `device`: see `cheapest_rows`. Completions are
     numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`. `joins` says how the
     examples' inputs are joined, by name: see `trl.data.inputs.joined`.
 
@@ -76,7 +78,7 @@ def lay_out(
     check_inputs(examples, joins or {})
     placed = LAYOUTS[layout](examples)
     tokens = [example.tokens for example in placed]
-    rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(tokens, capacity, hidden_size)
+    rows = [[i] for i in range(len(placed))] if layout == "padded" else _rows(tokens, capacity, hidden_size, device)
     ahead = any(_sees_ahead(example, joins or {}) for example in examples)
     has_spans = spans and layout != "padded" and not ahead
     width = max(sum(tokens[i] for i in row) for row in rows)
@@ -107,9 +109,9 @@ def _copies(grid: _Grid, placed: Sequence[Example]) -> np.ndarray:
     return np.where(grid.sequence == PADDING, 0, np.where(grid.branch == 0, shared[np.maximum(grid.sequence, 0)], 1))
 
 
-def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None) -> list[list[int]]:
+def _rows(sizes: Sequence[int], capacity: int | None, hidden_size: int | None, device: str) -> list[list[int]]:
     """Which examples share a row, by their `sizes` in tokens."""
-    return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size)
+    return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size, device)
 
 
 def few_sizes(size: int) -> int:
@@ -246,13 +248,25 @@ def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None) -> list[list[int]]:
+class AttentionCost(NamedTuple):
+    """Time of a floating-point operation of attention in rows of one sequence each, and in rows with masks; 1 in matrices."""
+
+    alone: float
+    masked: float
+
+
+COSTS = {"cpu": AttentionCost(1.0, 1.5), "cuda": AttentionCost(2.0, 4.0)}
+"""By kind of device. A CPU's are measured. On CUDA, kernels that take masks reach about a quarter of the rate of products, and
+those without about half of it; rows whose attention is of variable length need neither."""
+
+
+def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None, device: str = "cpu") -> list[list[int]]:
     """Rows whose forward pass costs least: wide ones waste no positions, narrow ones no attention.
 
     A position costs 24 H² floating-point operations per layer in its matrices. In attention over a row of width T it
-    costs 2 H T if a row is one sequence, since the kernel skips what comes later; 4 H T if rows have to be masked, and
-    such kernels run at about 2/3 of the speed: B rows cost ∝ B T (6 H + ½ T) or B T (6 H + 3/2 T). Without H, rows are
-    as wide as the longest.
+    costs 2 H T if a row is one sequence, since the kernel skips what comes later, and 4 H T if rows have to be masked;
+    either takes longer there, by the factors a and m of `COSTS`: B rows cost ∝ B T (6 H + ½ a T) or B T (6 H + m T).
+    Without H, rows are as wide as the longest.
     """
     longest, total = max(sizes), sum(sizes)
     if hidden_size is None:
@@ -260,11 +274,12 @@ def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None) -> list[
     alone = [[i] for i in range(len(sizes))]
     most = len(fill_rows(sizes, longest))
     counts = {max(1, round(most * share)) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.0)}
+    alone_cost, masked_cost = COSTS.get(device, COSTS["cpu"])
     widths = {longest} | {max(longest, math.ceil(total / count * slack)) for count in counts for slack in (1.0, 1.05)}
 
     def cost(rows: list[list[int]]) -> float:
         width = max(sum(sizes[i] for i in row) for row in rows)
-        attention = 0.5 if len(rows) == len(sizes) else 1.5
+        attention = alone_cost / 2 if len(rows) == len(sizes) else masked_cost
         return len(rows) * width * (6 * hidden_size + attention * width)
 
     return min((alone, *(fill_rows(sizes, width) for width in sorted(widths))), key=cost)

@@ -440,6 +440,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             # Flash attention skips pairs that are masked: one long row is best.
             "capacity": 2**62 if spans or "flash" in config._attn_implementation else None,
             "hidden_size": text.hidden_size,
+            "device": self.args.device.type,
             "multiple_of": self.args.width_multiple,
             "joins": joins_of(config),
             "spans": spans,
