@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from trl.data.layout import cheapest_rows, fill_rows, lay_out, lay_out_encoder_decoder
+from trl.data.layout import lay_out, lay_out_encoder_decoder
+from trl.data.row_widths import cheapest_rows, fill_rows
 from trl.errors import ConfigError
 from trl.models.attention import SEGMENT_ATTENTION, segment_mask
 from trl.types import Completion, Example
