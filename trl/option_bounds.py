@@ -61,9 +61,12 @@ _NAMES = {
         eval_accumulation_steps precompute_ref_batch_size ddp_timeout pad_to_multiple_of n_improve_steps compare_steps
         max_new_tokens num_generations num_generations_eval num_iterations steps_per_generation raters_per_item limit
         num_inference_steps num_inference_steps_eval noise_levels sample_batch_size vae_batch_size
-        max_steps_per_micro_batch max_length max_prompt_length max_pixels min_pixels generation_batch_size
+        max_steps_per_micro_batch max_length max_prompt_length max_pixels min_pixels generation_batch_size num_prompts
         vllm_max_model_length vllm_tensor_parallel_size max_completion_length height width max_sequence_length
-        per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count
+        per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count ref_model_sync_steps
+        steps_for_target_q_sync eval_samples_max_new_tokens num_epochs save_freq num_checkpoint_limit log_image_freq
+        max_workers sample_num_steps sample_num_batches_per_epoch train_batch_size train_num_inner_epochs
+        train_gradient_accumulation_steps
     """,
     NOT_NEGATIVE: """
         num_train_epochs weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay save_total_limit
@@ -71,17 +74,21 @@ _NAMES = {
         num_completions_to_print neftune_noise_alpha epsilon epsilon_high logging_steps save_steps eval_steps
         picture_steps num_pictures old_decay_rate beta init_kl_coef vf_coef rpo_alpha simpo_gamma missing_eos_penalty
         router_aux_loss_coef image_features_mb num_value_layers entropy_coef_delta entropy_target
-        off_policy_mask_threshold importance_sampling_clip_min guidance_scale
+        off_policy_mask_threshold importance_sampling_clip_min guidance_scale min_new_tokens eval_samples
+        desirable_weight undesirable_weight cql_scale awac_scale
     """,
     POSITIVE: """
         reward_timeout horizon target ratio_threshold sapo_temperature_neg sapo_temperature_pos max_waiting
         max_request_tokens max_request_megabytes max_request_pixels request_timeout rollout_request_timeout
         vllm_server_timeout cliprange cliprange_value score_clip discopop_tau vespo_k_pos vespo_k_neg
-        vespo_lambda_pos vespo_lambda_neg importance_sampling_clip_max
+        vespo_lambda_pos vespo_lambda_neg importance_sampling_clip_max advantage_clip clip_range
     """,
     PROBABILITY: "adam_beta1 adam_beta2 label_smoothing_factor ema_decay old_decay_max",
-    SHARE: "top_entropy_quantile gamma lam",
-    NOT_ZERO_SHARE: "timestep_fraction nft_beta vllm_gpu_memory_utilization",
+    SHARE: "gamma lam tau alpha start_percentile end_percentile ld_alpha",
+    NOT_ZERO_SHARE: """
+        timestep_fraction train_timestep_fraction nft_beta vllm_gpu_memory_utilization ref_model_mixup_alpha
+        top_entropy top_entropy_quantile
+    """,
 }
 BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split()} | {
     "learning_rate": Bound(0, usual=(1e-8, 1e-1)),
@@ -89,6 +96,8 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
     "data_seed": Bound(0, 2**32 - 1),
     "max_steps": Bound(-1),
     "delta": Bound(1, above=True, words="more than 1: at 1, positive advantages would have no gradient"),
+    "label_smoothing": Bound(0, 0.5, words="a probability of wrong labels, 0 to 0.5"),
+    "noise_level": Bound(0, above=True, words="more than 0: steps without noise have no likelihood to train on"),
     "vllm_server_port": Bound(1, 65535),
     "temperature": Bound(0, words="0 (the most likely token) or a positive number"),
     "top_k": Bound(0, words="a count of tokens, or 0 for all"),

@@ -318,7 +318,7 @@ def test_half_of_five_tokens_are_three():
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_a_share_of_tokens_is_one(share):
-    with pytest.raises(ConfigError, match=f"top_entropy is a share in .0, 1., got {share}"):
+    with pytest.raises(ConfigError, match=f"top_entropy={share}: give more than 0, at most 1"):
         GRPO(top_entropy=share)
 
 

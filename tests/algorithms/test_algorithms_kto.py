@@ -230,7 +230,7 @@ def test_one_class_alone_is_refused():
         ({"loss_type": "kt0"}, "Unknown loss_type 'kt0'. Did you mean 'kto'"),
         ({"beta": -1.0}, "beta must be positive, got -1.0"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
-        ({"desirable_weight": -1.0}, "desirable_weight must not be negative, got -1.0"),
+        ({"desirable_weight": -1.0}, "desirable_weight=-1.0: give 0 or more"),
     ],
 )
 def test_options_that_cannot_be(options, words):

@@ -138,7 +138,7 @@ def test_a_step_is_right_above_one_half():
 
 
 def test_a_negative_coefficient_is_refused():
-    with pytest.raises(ConfigError, match=r"center_rewards_coefficient must not be negative, got -0\.1"):
+    with pytest.raises(ConfigError, match=r"center_rewards_coefficient=-0\.1"):
         PairwiseReward(center_rewards_coefficient=-0.1)
 
 

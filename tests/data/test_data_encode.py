@@ -562,7 +562,7 @@ def test_unknown_settings():
         EncodeSettings(truncation_mode="keep_strat")
     with pytest.raises(ConfigError, match=r"Unknown row kind 'preferences'\. Did you mean 'preference'"):
         EncodeSettings(kind=("preferences",))
-    with pytest.raises(ConfigError, match="max_length=0 leaves no token"):
+    with pytest.raises(ConfigError, match="max_length=0: give 1 or more"):
         EncodeSettings(max_length=0)
 
 

@@ -280,6 +280,7 @@ def test_prompts_that_are_no_texts(tmp_path):
     ("options", "words"),
     [
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
+        ({"train_num_inner_epochs": 0}, "train_num_inner_epochs=0"),
         ({"sample_guidance_scale": 0}, "guidance_scale=0"),
         ({"sample_batch_size": 3}, "sample_batch_size=3 has to be a multiple of train_batch_size=2"),
         ({"train_gradient_accumulation_steps": 3}, "4 pictures on each of 1 processes"),

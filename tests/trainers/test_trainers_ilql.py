@@ -233,8 +233,8 @@ def test_samples_of_an_evaluation_need_prompts_and_rewards(make_model, tmp_path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tau": 2.0}, "tau is a number from 0 to 1"),
-        ({"eval_betas": [-1.0]}, "beta=-1.0: give 0 .no guidance. or a positive number"),
+        ({"tau": 2.0}, "tau=2.0"),
+        ({"eval_betas": [-1.0]}, "beta=-1.0: give 0 or more"),
         ({"top_k": -1}, "top_k=-1"),
         ({"taus": 0.5}, "no option 'taus'. Did you mean 'tau'"),
     ],

@@ -243,7 +243,7 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"zero_variance": "skip"}, "Unknown zero_variance 'skip'"),
         ({"scale_rewards": "groups"}, "Unknown scale_rewards 'groups'. Did you mean 'group'"),
         ({"loss_aggregation": "sequence"}, "is not that of loss_type='dapo', which is 'token': leave it out"),
-        ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha is a share in \\(0, 1\\], got 0"),
+        ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha=0: give more than 0, at most 1"),
         ({"top_p": 1.5}, "top_p=1.5: give a probability above 0 and up to 1"),
         ({"max_completion_length": 0}, "max_completion_length=0: give 1 or more"),
         ({"generation_kwargs": {"stopp": ["."]}}, "GenerationConfig has 'stopp'. Did you mean 'stop'"),

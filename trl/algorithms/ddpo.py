@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k2, log_ratio
 from trl.errors import ConfigError
+from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 BATCH_EPSILON, PROMPT_EPSILON = 1e-8, 1e-6
@@ -39,9 +40,7 @@ class DDPO(Algorithm):
     """c: bound of advantages."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_range", "advantage_clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: give a number above 0.")
+        check_bounds(self)
 
     def advantages(self, experience: Experience) -> Experience:
         """Standardised rewards `[N]`, clipped to ±c."""

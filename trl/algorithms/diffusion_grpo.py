@@ -15,7 +15,6 @@ from torch import Tensor
 
 from trl.algorithms.grpo import GRPO
 from trl.algorithms.surrogates import Clip, Surrogate
-from trl.errors import ConfigError
 from trl.types import Experience, Learnable, Metrics, Scores
 
 
@@ -27,11 +26,6 @@ class DiffusionGRPO(GRPO):
     """How ratios are kept in bounds."""
     advantage_clip: float = 5.0
     """c: bound of advantages."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.advantage_clip > 0:
-            raise ConfigError(f"advantage_clip={self.advantage_clip}: give a number above 0.")
 
     def advantages(self, experience: Experience) -> Experience:
         """Advantages `[N]`, clipped to ±c."""

@@ -28,6 +28,7 @@ from trl.algorithms.pairs import Side
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
 from trl.errors import ConfigError, DataError, unknown
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
@@ -371,16 +372,11 @@ def _check_names(o: DPO) -> None:
 def _check_ranges(o: DPO) -> None:
     if not o.beta > 0:
         raise ConfigError(f"beta must be positive, got {o.beta}.")
-    if not 0 <= o.label_smoothing <= 0.5:
-        raise ConfigError(f"label_smoothing is a probability of wrong labels, in [0, 0.5]: got {o.label_smoothing}.")
+    check_bounds(o)
     if "robust" in o.loss_types and o.label_smoothing == 0.5:
         raise ConfigError("loss_type 'robust' divides by 1 − 2·label_smoothing: set label_smoothing below 0.5.")
     if "exo_pair" in o.loss_types and o.label_smoothing == 0:
         raise ConfigError("loss_type 'exo_pair' needs label_smoothing > 0; its paper recommends 1e-3.")
-    if o.ld_alpha is not None and not 0 <= o.ld_alpha <= 1:
-        raise ConfigError(f"ld_alpha weighs the tail of the longer completion: in [0, 1], got {o.ld_alpha}.")
-    if "discopop" in o.loss_types and not o.discopop_tau > 0:
-        raise ConfigError(f"discopop_tau must be positive, got {o.discopop_tau}.")
 
 
 def _check_combinations(o: DPO) -> None:

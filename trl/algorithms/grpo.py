@@ -30,8 +30,8 @@ from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.importance import Correction
 from trl.algorithms.policy_gradient import KL, KLEstimate, k1, log_ratio, ratio
 from trl.algorithms.surrogates import Clip, Surrogate, Terms, mean_over_completion
-from trl.errors import ConfigError
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
@@ -81,8 +81,7 @@ class GRPO(Algorithm):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not 0 < self.top_entropy <= 1:
-            raise ConfigError(f"top_entropy is a share in (0, 1], got {self.top_entropy}.")
+        check_bounds(self)
 
     @property
     def needs_reference(self) -> bool:

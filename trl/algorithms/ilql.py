@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl.errors import ConfigError, DataError
+from trl.errors import DataError
 from trl.ops.reduce import at_last
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.types import Learnable, Metrics, Scores
 
 
@@ -109,14 +110,7 @@ class ILQL(ILQLOptions):
     """
 
     def __post_init__(self) -> None:
-        for name in ("tau", "gamma", "alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a number from 0 to 1, got {getattr(self, name)}.")
-        for name in ("cql_scale", "awac_scale", "beta"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.steps_for_target_q_sync < 1:
-            raise ConfigError(f"steps_for_target_q_sync must be at least 1, got {self.steps_for_target_q_sync}.")
+        check_bounds(self)
 
     @property
     def heads(self) -> int:

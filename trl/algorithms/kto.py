@@ -25,6 +25,7 @@ from torch import Tensor
 from trl.algorithms.pairs import by_preference
 from trl.errors import ConfigError, DataError
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.option_types import check_choices
 from trl.types import Batch, Metrics, Scores
 
@@ -142,9 +143,7 @@ class KTO(KTOOptions):
         check_choices(self)
         if not self.beta > 0:
             raise ConfigError(f"beta must be positive, got {self.beta}.")
-        for name in ("desirable_weight", "undesirable_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_bounds(self)
 
     @property
     def needs_reference(self) -> bool:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.algorithms.pairs import split_pairs
-from trl.errors import ConfigError, DataError
+from trl.errors import DataError
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.types import Batch, Metrics
 
 
@@ -58,9 +59,7 @@ class PairwiseReward:
     """c, weight of (r_w + r_l)²; arXiv:2312.09244 uses 0.01. None leaves the offset free."""
 
     def __post_init__(self) -> None:
-        c = self.center_rewards_coefficient
-        if c is not None and c < 0:
-            raise ConfigError(f"center_rewards_coefficient must not be negative, got {c}.")
+        check_bounds(self)
 
     def loss(self, rewards: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss of every pair `[P]` of `rewards [N]`; metrics `[P]` and `[N]`."""

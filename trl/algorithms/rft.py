@@ -22,6 +22,7 @@ from torch import Tensor
 from trl.algorithms import sft
 from trl.errors import ConfigError
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 MARGIN = 1e-3
@@ -74,15 +75,11 @@ class RFTOptions:
 
     def check_options(self) -> None:
         """Raises ConfigError for options out of range."""
-        for name in ("start_percentile", "end_percentile"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is a share from 0 to 1, got {getattr(self, name)}.")
+        check_bounds(self)
         if self.start_percentile > self.end_percentile:
             raise ConfigError(
                 f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: the bar rises."
             )
-        if self.n_improve_steps < 1:
-            raise ConfigError(f"n_improve_steps must be at least 1, got {self.n_improve_steps}.")
 
     def percentile(self, step: int) -> float:
         """p_k of improvement step k = `step`, counted from 0 over the whole run; with one step of improvement, the first one."""

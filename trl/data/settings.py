@@ -9,6 +9,7 @@ from typing import Any
 from trl.data.formats import KINDS
 from trl.data.trees import TRUNCATIONS
 from trl.errors import ConfigError, unknown
+from trl.option_bounds import check_bounds
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,7 @@ class EncodeSettings:
         for kind in self.kinds or ():
             if kind not in KINDS:
                 raise ConfigError(unknown("row kind", kind, KINDS))
-        for name in ("max_length", "max_prompt_length"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise ConfigError(f"{name}={limit} leaves no token. Give a positive number, or None for no limit.")
+        check_bounds(self)
 
     @property
     def kinds(self) -> tuple[str, ...] | None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
+from trl.option_bounds import check_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -89,9 +90,8 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "banned_tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value or ()))
-        for name, allowed, wanted in _RANGES:
-            if not allowed(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: give {wanted}.")
+        for name in (*_SAME, "beta"):
+            check_number(name, getattr(self, name))
         if "" in self.stop:
             raise ConfigError("stop holds an empty string, which every text has: leave it out.")
         if self.min_new_tokens > self.max_new_tokens:
@@ -128,17 +128,6 @@ class SamplingParams:
             fields["max_new_tokens"] = config.max_length
         return cls(**(fields | {"generation_config": rest} | changes))
 
-
-_RANGES = (
-    ("temperature", lambda x: x >= 0, "0 (greedy) or a positive number"),
-    ("top_k", lambda x: x >= 0, "a count of tokens, or 0 for all"),
-    ("top_p", lambda x: 0 < x <= 1, "a probability above 0 and up to 1"),
-    ("min_p", lambda x: 0 <= x <= 1, "a fraction from 0 to 1"),
-    ("beta", lambda x: x >= 0, "0 (no guidance) or a positive number"),
-    ("repetition_penalty", lambda x: x > 0, "a positive number (1 is no penalty)"),
-    ("max_new_tokens", lambda x: x >= 1, "at least 1"),
-    ("min_new_tokens", lambda x: x >= 0, "0 or more"),
-)
 
 _SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
 _SHARED = {name: name for name in _SAME} | {"stop": "stop_strings"}

@@ -351,10 +351,3 @@ class ReferenceConfig(TrainerConfig):
 
     ref_model_sync_steps: int = 512
     """Optimizer steps between two moves of the reference."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.ref_model_mixup_alpha <= 1:
-            raise ConfigError(f"ref_model_mixup_alpha is a share in (0, 1], got {self.ref_model_mixup_alpha}.")
-        if self.ref_model_sync_steps < 1:
-            raise ConfigError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}.")

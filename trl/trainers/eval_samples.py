@@ -39,12 +39,6 @@ class EvalSamplesOptions:
     eval_samples_max_new_tokens: int = 64
     """Tokens of such a sample, at most."""
 
-    def check_eval_samples(self) -> None:
-        """Raises ConfigError."""
-        for name, least in (("eval_samples", 0), ("eval_samples_max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least {least}.")
-
 
 class EvalSamplesCallback(TrainerCallback):
     """Samples at every evaluation. All processes sample, as sharded weights ask for; one writes."""

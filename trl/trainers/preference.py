@@ -75,7 +75,6 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_eval_samples()
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
 

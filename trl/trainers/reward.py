@@ -64,10 +64,6 @@ class RewardConfig(TrainerConfig):
     mistakes_shown: int = 5
     """Rows in the table of the most confident mistakes that evaluation prints; 0 for no table."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        PairwiseReward(self.center_rewards_coefficient)
-
 
 class RewardTrainer(PredictsRewards):
     """Train a sequence classifier with one label as a reward model.

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from trl.algorithms.rft import RFT, RFTOptions, first_of_each
-from trl.errors import ConfigError
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
 from trl.rollouts.experience import (
@@ -74,8 +73,6 @@ class RFTConfig(RFTOptions, OnlineConfig):
         """Raise ConfigError where a set of samples does not hold whole groups."""
         if self.num_prompts is None:
             super().check_batches()
-        elif self.num_prompts < 1:
-            raise ConfigError(f"num_prompts={self.num_prompts}: give at least 1, or None.")
 
     def make_algorithm(self) -> RFT:
         """The algorithm that these options describe."""

@@ -82,7 +82,6 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_eval_samples()
         for name in self.dataset_kwargs or ():
             if name not in DATASET_OPTIONS:
                 raise ConfigError(unknown("entry of dataset_kwargs", name, DATASET_OPTIONS))

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trl.errors import ConfigError, DataError
+from trl.option_bounds import check_bounds
 
 ORIENTATION = 0x0112
 """Exif tag; values of 5 and more stand for images that lie on their side."""
@@ -35,10 +36,7 @@ class PixelLimits:
     root: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "min_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: give a positive number of pixels (width · height), or None.")
+        check_bounds(self)
         if self.max_pixels is not None and (self.min_pixels or 0) > self.max_pixels:
             raise ConfigError(f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}.")
 

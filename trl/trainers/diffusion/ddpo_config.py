@@ -12,6 +12,7 @@ import torch
 
 from trl.errors import ConfigError
 from trl.imports import require
+from trl.option_bounds import check_bounds
 
 SCRIPT = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
 
@@ -109,10 +110,7 @@ class ClassicConfig:
             raise ConfigError(f"mixed_precision={self.mixed_precision!r}: give 'fp16', 'bf16' or 'no'.")
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ConfigError(f"log_with={self.log_with!r}: give 'wandb', 'tensorboard' or None.")
-        for name, value in vars(self).items():
-            counted = name.startswith(("num_", "save_", "sample_num", "sample_batch", "train_batch", "train_gradient"))
-            if counted and isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"{name}={value}: give at least 1.")
+        check_bounds(self)
         if self.train_use_8bit_adam:
             require("bitsandbytes", to="train_use_8bit_adam")
 
@@ -198,11 +196,6 @@ class DDPOConfig(ClassicConfig):
 
     negative_prompts: str = ""
     """What guidance leads away from."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.train_timestep_fraction <= 1:
-            raise ConfigError(f"train_timestep_fraction={self.train_timestep_fraction}: give a share in (0, 1].")
 
     def check_batches(self, processes: int) -> None:
         """Raises ConfigError where batches do not add up to the pictures of an epoch."""

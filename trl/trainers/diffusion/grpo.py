@@ -48,11 +48,6 @@ class StepPolicyConfig(DiffusionRolloutConfig):
     """Train on this share of the steps, from pure noise on; Flow-GRPO has 0.99. The last steps of DDIM have hardly any noise:
     they change pictures least, and their gradient is the largest, the more so the fewer steps there are."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.noise_level > 0:
-            raise ConfigError(f"noise_level={self.noise_level}: steps without noise have no likelihood to train on.")
-
     def make_algorithm(self) -> Algorithm:
         """The algorithm that these options describe."""
         raise NotImplementedError
