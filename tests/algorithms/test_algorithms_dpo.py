@@ -419,7 +419,7 @@ def test_options_that_cannot_be(options, words):
 
 
 def test_a_missing_reference_is_named():
-    with pytest.raises(DataError, match="no signal 'ref_logprobs'"):
+    with pytest.raises(DataError, match="needs the signal 'ref_logprobs'"):
         DPO().loss(*make([CHOSEN, REJECTED], None))
 
 

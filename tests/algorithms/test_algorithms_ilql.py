@@ -194,5 +194,5 @@ def test_options_out_of_range(options, words):
 
 
 def test_a_batch_without_rewards_is_refused():
-    with pytest.raises(DataError, match="no signal 'reward'"):
+    with pytest.raises(DataError, match="needs the signal 'reward'"):
         ILQL().loss(scored(), replace(BATCH, signals={}))

@@ -239,5 +239,5 @@ def test_options_that_cannot_be(options, words):
 
 
 def test_a_missing_statistic_is_named():
-    with pytest.raises(DataError, match="loss_type 'kto' needs the signal 'kl'"):
+    with pytest.raises(DataError, match="loss_type='kto' needs the signal 'kl'"):
         KTO().loss(*make())

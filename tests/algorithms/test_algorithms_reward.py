@@ -144,7 +144,7 @@ def test_a_negative_coefficient_is_refused():
 
 @pytest.mark.parametrize(("algorithm", "signal"), [(ScoreRegression(), "score"), (StepReward(), "step_label")])
 def test_a_missing_label_is_named(algorithm, signal):
-    with pytest.raises(DataError, match=f"no signal '{signal}'"):
+    with pytest.raises(DataError, match=f"needs the signal '{signal}'"):
         algorithm.loss(REWARDS, make(4))
 
 

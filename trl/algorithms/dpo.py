@@ -26,7 +26,8 @@ from trl.algorithms import pairs
 from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
 from trl.algorithms.pairs import Side
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
-from trl.errors import ConfigError, DataError, unknown
+from trl.algorithms.signals import required
+from trl.errors import ConfigError, unknown
 from trl.ops.shapes import shapes
 from trl.option_bounds import check_bounds
 from trl.option_types import check_choices
@@ -331,12 +332,8 @@ class DPO(DPOOptions):
 
     def sides(self, scores: Scores, batch: Batch) -> tuple[Side, Side]:
         """The chosen and rejected completions as the losses see them."""
-        reference = batch.signals.get("ref_logprobs") if self.needs_reference else None
-        if self.needs_reference and reference is None:
-            raise DataError(
-                f"loss_types={self.loss_types} compare with a reference, but the batch has no signal "
-                f"'ref_logprobs' (it has {sorted(batch.signals)}). Score the batch with the reference policy first."
-            )
+        named = f"loss_types={self.loss_types}"
+        reference = required(batch, "ref_logprobs", by=named) if self.needs_reference else None
         weight = None if self.ld_alpha is None else pairs.ld_dpo_weights(batch.mask, self.ld_alpha)
         divergence = _bind(F_DIVERGENCES[self.f_divergence_type], self)
         return pairs.sides(scores.logprobs, reference, batch.mask, weight=weight, divergence=divergence)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl.algorithms.signals import required
 from trl.errors import DataError
 from trl.ops.reduce import at_last
 from trl.ops.shapes import shapes
@@ -120,11 +121,9 @@ class ILQL(ILQLOptions):
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """Loss `[N,C]` of every action, to be averaged over the mask, and metrics `[N,C]`."""
         assert scores.value is not None, "score the batch with the heads of a model that has them"
-        if "reward" not in batch.signals:
-            raise DataError(f"The batch has no signal 'reward' (it has {sorted(batch.signals)}): give every row one.")
         mask, value, found = batch.mask, scores.value, scores.extras
         qs = [found[f"q_{i}"] for i in range(self.heads)]
-        rewards = place_rewards(batch.signals["reward"], mask)
+        rewards = place_rewards(required(batch, "reward", by="ILQL"), mask)
         target = rewards + self.gamma * next_values(value, mask)
         weights = awac_weights(found["target_q"], value, beta=self.beta)
         terms = {

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.algorithms.pairs import by_preference
+from trl.algorithms.signals import required
 from trl.errors import ConfigError, DataError
 from trl.ops.shapes import shapes
 from trl.option_bounds import check_bounds
@@ -166,12 +167,7 @@ class KTO(KTOOptions):
         return weight * loss, metrics
 
     def _signal(self, batch: Batch, name: str) -> Tensor:
-        if name not in batch.signals:
-            raise DataError(
-                f"loss_type {self.loss_type!r} needs the signal {name!r} on every completion; "
-                f"the batch has {sorted(batch.signals)}."
-            )
-        return batch.signals[name]
+        return required(batch, name, by=f"loss_type={self.loss_type!r}")
 
 
 @shapes(rewards="N", logprob="N", desirable="N")

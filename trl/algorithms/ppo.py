@@ -21,7 +21,7 @@ from trl.algorithms.gae import gae
 from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
-from trl.errors import DataError
+from trl.algorithms.signals import required
 from trl.ops.reduce import at_last, masked_mean, masked_whiten
 from trl.ops.shapes import shapes
 from trl.option_types import check_choices
@@ -169,13 +169,7 @@ class PPO(PPOOptions, Algorithm):
     def kl(self, experience: Experience) -> Tensor:
         """KL of every token `[N,C]`, as `kl_penalty` measures it."""
         names, penalty = PENALTIES[self.kl_penalty]
-        for name in names:
-            if name not in experience.signals:
-                raise DataError(
-                    f"kl_penalty={self.kl_penalty!r} needs the signal {name!r}, but the experience has "
-                    f"{sorted(experience.signals)}: score it with the reference policy first."
-                )
-        return penalty(*(experience.signals[name] for name in names))
+        return penalty(*(required(experience, name, by=f"kl_penalty={self.kl_penalty!r}") for name in names))
 
     # ---- loss ----
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.algorithms.pairs import split_pairs
-from trl.errors import DataError
+from trl.algorithms.signals import required
 from trl.ops.shapes import shapes
 from trl.option_bounds import check_bounds
 from trl.types import Batch, Metrics
@@ -79,7 +79,7 @@ class ScoreRegression:
 
     def loss(self, rewards: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss of every completion `[N]` of `rewards [N]`; metrics `[N]`."""
-        loss = regression(rewards, _signal(batch, "score"))
+        loss = regression(rewards, required(batch, "score", by="Regression of scores"))
         error = {"absolute_error": loss.detach().sqrt()}
         return loss, error | reward_metrics(rewards)
 
@@ -90,7 +90,7 @@ class StepReward:
 
     def loss(self, rewards: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """Loss of every step end `[N,C]` of logits `rewards [N,C]` (to be averaged over the mask); metrics `[N,C]`."""
-        label = _signal(batch, "step_label").to(rewards.dtype)
+        label = required(batch, "step_label", by="Process supervision").to(rewards.dtype)
         agreement = ((rewards.detach() > 0) == (label > 0.5)).to(rewards.dtype)
         return step_binary(rewards, label) * batch.mask, {"accuracy": agreement, "mean_reward": rewards.detach()}
 
@@ -100,9 +100,3 @@ def reward_metrics(rewards: Tensor) -> Metrics:
     """Rewards `[N]` under three names: to be averaged, and reduced to the smallest and the largest."""
     rewards = rewards.detach()
     return {"mean_reward": rewards, "min_reward": rewards, "max_reward": rewards}
-
-
-def _signal(batch: Batch, name: str) -> Tensor:
-    if name not in batch.signals:
-        raise DataError(f"The batch has no signal {name!r} (it has {sorted(batch.signals)}): give every row one.")
-    return batch.signals[name]
