@@ -7,7 +7,7 @@ import torch
 
 from trl.algorithms.diffusion_dpo import diffusion_dpo, squared_error
 from trl.algorithms.diffusion_nft import diffusion_nft, optimality
-from trl.errors import ConfigError
+from trl.errors import ConfigError, ShapeError
 
 
 def test_dpo_by_hand():
@@ -29,9 +29,9 @@ def test_dpo_at_the_reference_is_ln_2():
 def test_errors_are_means_over_dimensions():
     output, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 0.0]]])
     assert squared_error(output, target).tolist() == [5]
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ShapeError, match="squared_error: target"):
         squared_error(output, target[0])
-    with pytest.raises(ValueError, match=r"\[P\]"):
+    with pytest.raises(ShapeError, match=r"\[P\]"):
         diffusion_dpo(*[torch.zeros(2, 1)] * 4, beta=1.0)
 
 
@@ -79,5 +79,5 @@ def test_optimality():
 
 
 def test_nft_shapes_have_to_agree():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ShapeError, match="diffusion_nft: target"):
         diffusion_nft(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2), torch.ones(2), beta=1.0)

@@ -8,7 +8,7 @@ import torch
 
 from trl.diffusion.schedulers import add_ddim_noise, add_flow_noise, as_ddim, check_flow, ddim_schedule, flow_schedule
 from trl.diffusion.solvers import flow_cps, flow_sde, within
-from trl.errors import ConfigError
+from trl.errors import ConfigError, ShapeError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 ROUNDING = 2e-5
@@ -167,5 +167,5 @@ def test_noise_that_a_model_of_noise_cannot_begin_with():
 
 def test_shapes_have_to_agree():
     schedule = ddim_schedule(diffusers.DDIMScheduler(**SD), 5, eta=1.0)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ShapeError, match="transition: output"):
         schedule.transition(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))

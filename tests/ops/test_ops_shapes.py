@@ -37,6 +37,18 @@ def test_a_size_may_be_one_where_that_is_declared():
         clipped_surrogate(ones(2, 3), ones(2), low=0.2, high=0.2)
 
 
+def test_further_dimensions_are_the_same_for_all():
+    @shapes(latents="M ...", noise="M ...", level="M")
+    def noised(latents, noise, level):
+        return latents
+
+    assert noised(ones(2, 3, 4), ones(2, 3, 4), ones(2)).shape == (2, 3, 4)
+    assert noised(ones(2), ones(2), ones(2)).shape == (2,)
+    for wrong in (ones(2, 3), ones(2, 3, 5), ones(3, 3, 4), ones(())):
+        with pytest.raises(ShapeError, match=r"noised: noise has shape .* and \[M \.\.\.\] is expected"):
+            noised(ones(2, 3, 4), wrong, ones(2))
+
+
 def test_numbers_and_nothing_are_passed_over():
     @shapes(x="N", y="N")
     def add(x, y=None):

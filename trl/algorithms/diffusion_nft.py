@@ -11,7 +11,6 @@ all noise levels count alike.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
@@ -27,18 +26,14 @@ def optimality(advantages: Tensor, *, bound: float) -> Tensor:
     return 0.5 + advantages.clamp(-bound, bound) / (2 * bound)
 
 
+@shapes(output="M ...", old_output="M ...", target="M ...", optimality="M", noise_level="M")
 def diffusion_nft(
     output: Tensor, old_output: Tensor, target: Tensor, optimality: Tensor, noise_level: Tensor, *, beta: float
 ) -> Tensor:
     """L `[M]` of outputs and targets `[M,…]`, r `[M]`, and σ `[M]`, the share of noise: an error of v is σ times less in x₀.
 
-    `beta` in (0, 1] is how far v⁺ and v⁻ are from v_old. Raises ValueError where shapes differ.
+    `beta` in (0, 1] is how far v⁺ and v⁻ are from v_old.
     """
-    if not output.shape == old_output.shape == target.shape or optimality.shape != output.shape[:1]:
-        raise ValueError(
-            f"output {tuple(output.shape)}, old_output {tuple(old_output.shape)} and target {tuple(target.shape)} have to be "
-            f"of one shape [M,…], and optimality {tuple(optimality.shape)} of shape [M]."
-        )
     moved, old = output.float() - old_output.float(), old_output.float() - target.float()
     positive = _error(old + beta * moved, noise_level)
     negative = _error(old - beta * moved, noise_level)
@@ -49,10 +44,3 @@ def _error(difference: Tensor, noise_level: Tensor) -> Tensor:
     """‖σ d‖² / mean |σ d|, a mean over dimensions, of differences `[M,…]`."""
     in_clean = difference.flatten(1) * noise_level[:, None]
     return in_clean.square().mean(1) / in_clean.detach().abs().mean(1).clamp(min=SMALLEST_ERROR)
-
-
-@shapes(old="...", new="...")
-@torch.no_grad()
-def follow(old: Tensor, new: Tensor, *, decay: float) -> None:
-    """θ_old ← η θ_old + (1 − η) θ, in place; parameters of any shape, `[…]` each."""
-    old.lerp_(new, 1 - decay)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trl.algorithms import pairs
-from trl.algorithms.f_dpo import F_DIVERGENCES, MAX_EXPONENT
+from trl.algorithms.f_dpo import F_DIVERGENCES
 from trl.algorithms.pairs import Side
+from trl.algorithms.policy_gradient import MAX_EXPONENT
 from trl.algorithms.reference_free import alphapo, cpo, logistic, orpo, sft, simpo
 from trl.algorithms.signals import required
 from trl.errors import ConfigError, unknown
@@ -318,14 +319,16 @@ class DPO(DPOOptions):
         return frozenset({"collision"}) if self.use_weighting else frozenset()
 
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss of every pair `[P]`, and metrics `[P]`."""
+        """Loss of every pair `[P]`, and metrics `[P]`; `logps/*` are log π(y)."""
         chosen, rejected = self.sides(scores, batch)
         losses = [LOSSES[name](chosen, rejected, self) for name, _ in self.terms]
         total = sum(weight * loss for (_, weight), loss in zip(self.terms, losses, strict=True))
         if self.use_weighting:
             assert scores.collision is not None, "score the batch with the statistics that `wants` names"
             total = total * pairs.wpo_weights(scores.logprobs, scores.collision, batch.mask)
-        metrics = reward_metrics(chosen, rejected, LOSSES[self.loss_types[0]].reward, self.beta)
+        reward = LOSSES[self.loss_types[0]].reward
+        metrics = pairs.reward_metrics(self.beta * reward(chosen), self.beta * reward(rejected))
+        metrics |= {"logps/chosen": chosen.logprob.detach(), "logps/rejected": rejected.logprob.detach()}
         if len(losses) > 1:
             metrics |= {f"loss/{name}": loss.detach() for (name, _), loss in zip(self.terms, losses, strict=True)}
         return total, metrics
@@ -337,19 +340,6 @@ class DPO(DPOOptions):
         weight = None if self.ld_alpha is None else pairs.ld_dpo_weights(batch.mask, self.ld_alpha)
         divergence = _bind(F_DIVERGENCES[self.f_divergence_type], self)
         return pairs.sides(scores.logprobs, reference, batch.mask, weight=weight, divergence=divergence)
-
-
-def reward_metrics(chosen: Side, rejected: Side, reward: Callable[[Side], Tensor], beta: float) -> Metrics:
-    """What the policy's implicit rewards say of the pairs, each `[P]`; `logps/*` are log π(y)."""
-    reward_w, reward_l = beta * reward(chosen).detach(), beta * reward(rejected).detach()
-    return {
-        "rewards/chosen": reward_w,
-        "rewards/rejected": reward_l,
-        "rewards/accuracies": (reward_w > reward_l).to(reward_w.dtype),
-        "rewards/margins": reward_w - reward_l,
-        "logps/chosen": chosen.logprob.detach(),
-        "logps/rejected": rejected.logprob.detach(),
-    }
 
 
 def _check_names(o: DPO) -> None:

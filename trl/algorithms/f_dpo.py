@@ -18,12 +18,11 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_EXPONENT = 80.0
-"""exp stays finite in float32; beyond it the score is constant."""
+from trl.algorithms.policy_gradient import MAX_EXPONENT
 
 
 def power(logratio: Tensor, exponent: float) -> Tensor:
-    """(u^p − 1) / p of u = exp(logratio), `[N]`; log u in the limit p → 0."""
+    """(u^p − 1) / p of u = exp(logratio), `[N]`; log u in the limit p → 0. Constant where u^p is above e^80."""
     if exponent == 0:
         return logratio
     return (logratio * exponent).clamp(max=MAX_EXPONENT).expm1() / exponent

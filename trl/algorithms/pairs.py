@@ -118,6 +118,18 @@ def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
     return chosen * rejected
 
 
+@shapes(chosen="P", rejected="P")
+def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
+    """What the implicit rewards of a policy say of pairs, each `[P]`."""
+    chosen, rejected = chosen.detach(), rejected.detach()
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+    }
+
+
 @shapes(chosen="N")
 def by_preference(name: str, values: Tensor, chosen: Tensor) -> Metrics:
     """`name/chosen` and `name/rejected`: the values `[N]` or `[N,C]` of chosen completions, and of the others; NaN elsewhere."""

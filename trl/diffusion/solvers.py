@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError
+from trl.ops.shapes import shapes
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -36,13 +37,13 @@ SMALLEST_SD = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The T steps of a solver, as numbers; float64 on the host.
+    """The C steps of a solver, as numbers; float64 on the host.
 
-    timesteps   [T] what the denoiser is told of the noise of a latent
-    clean       [T,2] x̂₀ = clean₀ · x + clean₁ · output
-    noise       [T,2] ε̂ = noise₀ · x + noise₁ · output
-    mean        [T,2] μ = mean₀ · x̂₀ + mean₁ · ε̂
-    sd          [T] standard deviation of a step; 0 where it is deterministic
+    timesteps   [C] what the denoiser is told of the noise of a latent
+    clean       [C,2] x̂₀ = clean₀ · x + clean₁ · output
+    noise       [C,2] ε̂ = noise₀ · x + noise₁ · output
+    mean        [C,2] μ = mean₀ · x̂₀ + mean₁ · ε̂
+    sd          [C] standard deviation of a step; 0 where it is deterministic
     clip        bound of x̂₀, where the scheduler clips it
     """
 
@@ -58,19 +59,12 @@ class Schedule:
 
     @property
     def is_stochastic(self) -> Tensor:
-        """[T] bool: which steps are draws, so that they have a log-density."""
+        """[C] bool: which steps are draws, so that they have a log-density."""
         return self.sd > SMALLEST_SD
 
+    @shapes(latents="M ...", output="M ...", step="M")
     def transition(self, latents: Tensor, output: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """μ `[M,…]` and s `[M]`, float32, of steps `[M]` (numbers below T) from `latents` and the denoiser's `output` `[M,…]`.
-
-        Raises ValueError where the shapes of the latents and outputs differ.
-        """
-        if latents.shape != output.shape or step.shape != latents.shape[:1]:
-            raise ValueError(
-                f"latents {tuple(latents.shape)} and output {tuple(output.shape)} have to be of one shape [M,…], and step "
-                f"{tuple(step.shape)} of shape [M]."
-            )
+        """μ `[M,…]` and s `[M]`, float32, of steps `[M]` (numbers below C) from `latents` and the denoiser's `output` `[M,…]`."""
         step = step.cpu()
         latents, output = latents.float(), output.float()
         clean, noise, mean = self.clean[step], self.noise[step], self.mean[step]
@@ -136,8 +130,8 @@ def ddim(
 ) -> Schedule:
     """DDIM with noise η: 0 deterministic, 1 that of DDPM. arXiv:2010.02502, Eqs. 12 and 16.
 
-    alphas_cumprod   [T] ᾱ = α² of each step's latent
-    previous         [T] ᾱ of the latent it leads to
+    alphas_cumprod   [C] ᾱ = α² of each step's latent
+    previous         [C] ᾱ of the latent it leads to
     """
     now, then = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas_cumprod, previous))
     sd = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
@@ -148,7 +142,7 @@ def ddim(
 def flow_sde(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
     """Flow matching as a stochastic equation with the same marginals. Flow-GRPO, arXiv:2505.05470, its a is η.
 
-    `sigmas [T+1]` from 1 down to 0. g is infinite at σ = 1: there the next σ stands in it, as in the authors' code.
+    `sigmas [C+1]` from 1 down to 0. g is infinite at σ = 1: there the next σ stands in it, as in the authors' code.
     """
     now, then = _pairs(sigmas)
     inside = torch.where(now == 1, then, now)
@@ -177,7 +171,7 @@ FLOW_SOLVERS: dict[FlowSolver, Callable[..., Schedule]] = {"sde": flow_sde, "cps
 
 
 def within(noisy: Schedule, quiet: Schedule, steps: Tensor) -> Schedule:
-    """`noisy` in `steps` (`[T]` bool), and its deterministic twin `quiet` in the others: a window of noise.
+    """`noisy` in `steps` (`[C]` bool), and its deterministic twin `quiet` in the others: a window of noise.
 
     MixGRPO, arXiv:2507.21802.
     """

@@ -14,19 +14,21 @@ import math
 
 from torch import Tensor
 
+from trl.ops.shapes import shapes
+
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 
+@shapes(sample="M ...", mean="M ...", sd="M")
 def gaussian_logprob(sample: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
     """Mean over dimensions of log N(sample; mean, sd²), `[M]` float32, of `sample` and `mean` `[M,…]` and `sd` `[M]` > 0."""
-    _check(sample, mean, sd)
     z = (sample.float() - mean.float()) / _as_column(sd.float(), mean)
     return -0.5 * z.square().flatten(1).mean(1) - sd.float().log() - HALF_LOG_2_PI
 
 
+@shapes(mean="M ...", other_mean="M ...", sd="M")
 def gaussian_kl(mean: Tensor, other_mean: Tensor, sd: Tensor) -> Tensor:
     """Mean over dimensions of KL(N(mean, sd²) ‖ N(other_mean, sd²)), `[M]` float32; exact, not an estimate."""
-    _check(mean, other_mean, sd)
     z = (mean.float() - other_mean.float()) / _as_column(sd.float(), mean)
     return 0.5 * z.square().flatten(1).mean(1)
 
@@ -39,10 +41,3 @@ def gaussian_entropy(sd: Tensor) -> Tensor:
 def _as_column(sd: Tensor, latents: Tensor) -> Tensor:
     """`sd [M]`, to be broadcast over `latents [M,…]`."""
     return sd.view(-1, *[1] * (latents.dim() - 1))
-
-
-def _check(first: Tensor, second: Tensor, sd: Tensor) -> None:
-    if first.shape != second.shape:
-        raise ValueError(f"latents have shapes {tuple(first.shape)} and {tuple(second.shape)}: they have to be equal.")
-    if sd.shape != first.shape[:1]:
-        raise ValueError(f"sd has shape {tuple(sd.shape)}: give one number per latent, [{len(first)}].")

@@ -3,9 +3,9 @@
     @shapes(rewards="N F", weights="F", group="N")
     def combine_rewards(rewards, weights, group, *, aggregation): ...
 
-A letter is a dimension; the same letter is the same size everywhere. "..." is any shape, the same for all arguments that
-have it. With a question mark a size may be 1 as well. Broadcasting would take `[N]` for `[N,1]` in silence, and give
-`[N,N]`.
+A letter is a dimension; the same letter is the same size everywhere. "..." is any shape, or any further dimensions ("M ..."),
+the same for all arguments that have it. With a question mark a size may be 1 as well. Broadcasting would take `[N]` for
+`[N,1]` in silence, and give `[N,N]`.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _fits(value: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
     """Whether a tensor has these dimensions; sizes that were not known before are taken from it."""
-    if letters[0].startswith("..."):
-        optional = letters[0].removeprefix("...")
-        letters = [f"dim {i}{optional}" for i in range(sizes.setdefault("...", value.dim()))]
+    *first, last = letters
+    if last.startswith("..."):
+        further = sizes.setdefault("...", value.dim() - len(first))
+        letters = [*first, *(f"dim {i}{last.removeprefix('...')}" for i in range(further))]
     if value.dim() != len(letters):
         return False
     return all(
