@@ -30,7 +30,7 @@ BATCH_EPSILON, PROMPT_EPSILON = 1e-8, 1e-6
 class DDPO(Algorithm):
     """The algorithm as an object.
 
-    Signals it reads: `old_logprobs` `[N,T]`; `prompt_mean` and `prompt_std` `[N]` where rewards are compared with those of
+    Signals it reads: `old_logprobs` `[N,C]`; `prompt_mean` and `prompt_std` `[N]` where rewards are compared with those of
     the same prompt (see `PromptStatistics`). It adds `advantages` `[N]`.
     """
 
@@ -52,7 +52,7 @@ class DDPO(Algorithm):
         return experience.with_signals(advantages=found.clamp(-self.advantage_clip, self.advantage_clip))
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """Loss `[N,T]`, and metrics: the share of clipped steps, and ½ (log ρ)², an estimate of KL(π_old ‖ π)."""
+        """Loss `[N,C]`, and metrics: the share of clipped steps, and ½ (log ρ)², an estimate of KL(π_old ‖ π)."""
         ratios = log_ratio(scores.logprobs, batch.signals["old_logprobs"])
         advantages = batch.signals["advantages"][:, None]
         bounds = {"low": self.clip_range, "high": self.clip_range}

@@ -20,7 +20,7 @@ from trl.types import Experience, Learnable, Metrics, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionGRPO(GRPO):
-    """The algorithm as an object. `scores.extras` hold `kl` `[N,T]`, the exact KL of each step, where `beta` is not 0."""
+    """The algorithm as an object. `scores.extras` hold `kl` `[N,C]`, the exact KL of each step, where `beta` is not 0."""
 
     surrogate: Surrogate = field(default_factory=lambda: Clip(1e-4, 1e-4))
     """How ratios are kept in bounds."""
@@ -34,7 +34,7 @@ class DiffusionGRPO(GRPO):
         return experience.with_signals(advantages=found)
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """Loss `[N,T]`, and metrics."""
+        """Loss `[N,C]`, and metrics."""
         loss, metrics = GRPO.loss(replace(self, beta=0.0), scores, batch)
         if not self.beta:
             return loss, metrics

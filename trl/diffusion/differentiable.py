@@ -30,7 +30,7 @@ def sample_with_gradient(
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     recompute: bool = True,
 ) -> list[Tensor]:
-    """The latents of all steps, T+1 of `[N,…]`, from `latents` on; gradients go through steps from number `first` on.
+    """The latents of all steps, C+1 of `[N,…]`, from `latents` on; gradients go through steps from number `first` on.
 
     noise       makes the noise of a step, in the shape of its argument
     recompute   keep no activations of a step, but compute them again in backward

@@ -25,11 +25,11 @@ from trl.types import Scores
 
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """N trajectories of T steps, on the host.
+    """N trajectories of C steps, on the host.
 
-    latents     [N,T+1,…] from pure noise to the clean latent
-    logprobs    [N,T] log-density of each step under the policy that took it; 0 where it is deterministic
-    mask        [N,T] 1 where a step was a draw
+    latents     [N,C+1,…] from pure noise to the clean latent
+    logprobs    [N,C] log-density of each step under the policy that took it; 0 where it is deterministic
+    mask        [N,C] 1 where a step was a draw
     """
 
     latents: Tensor
@@ -62,7 +62,7 @@ class Transition:
 def transitions_of(
     trajectories: Trajectories, prompts: Sequence[str], keep: Tensor, signals: Mapping[str, Tensor]
 ) -> list[list[Transition]]:
-    """The steps of each trajectory where `keep` `[N,T]` is set, with their `signals` `[N]` or `[N,T]`."""
+    """The steps of each trajectory where `keep` `[N,C]` is set, with their `signals` `[N]` or `[N,C]`."""
     found: list[list[Transition]] = [[] for _ in prompts]
     for n, t in keep.nonzero().tolist():
         numbers = {name: float(v[n] if v.dim() == 1 else v[n, t]) for name, v in signals.items()}

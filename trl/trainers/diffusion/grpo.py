@@ -138,7 +138,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
         return self.algorithm.advantages(experience)
 
     def kept(self, batch: PictureBatch) -> Tensor:
-        """`[N,T]` bool: which steps are learned from; of the share that is asked for, at least one."""
+        """`[N,C]` bool: which steps are learned from; of the share that is asked for, at least one."""
         steps = batch.trajectories.mask.shape[1]
         first = torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
         return first & batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
