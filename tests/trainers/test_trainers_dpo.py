@@ -136,10 +136,11 @@ HALF = {"bf16": True, "use_cpu": not torch.cuda.is_available()}
 
 @pytest.mark.parametrize("case", ["never saved", "precomputed", "precomputed, adapter"])
 def test_the_first_loss_in_half_precision(make_model, tmp_path, case):
+    """Off by 5e-4 without autocast on one side; by some 1e-6 where rounding depends on the shape of a batch."""
     make, given, _ = GIVEN[case]
     trainer = make_trainer(make(make_model, tmp_path), tmp_path, max_steps=1, **given, **HALF)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=5e-5)
 
 
 @pytest.mark.parametrize("precision", [{}, HALF])
