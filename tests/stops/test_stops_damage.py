@@ -267,18 +267,6 @@ def test_fingerprints_read_every_number(place, dtype):
     assert before != fingerprint([("x", tensor)])
 
 
-def test_fingerprints_read_order_names_and_shapes():
-    tensor = torch.arange(6.0)
-    found = [
-        [("x", tensor)],
-        [("y", tensor)],
-        [("x", tensor.view(2, 3))],
-        [("x", tensor.flip(0))],
-        [("x", tensor.half())],
-    ]
-    assert len({fingerprint(each) for each in found}) == 5
-
-
 def test_a_reference_that_differs_in_one_number(tmp_path):
     options = {"beta": 0.1, "max_steps": 2}
     RUNS["dpo"](tmp_path, [StopAt(1)], **options).train()

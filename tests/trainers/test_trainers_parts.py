@@ -14,26 +14,20 @@ NUMBERS = torch.arange(6.0)
 
 
 def test_fingerprints_are_of_names_shapes_and_numbers():
-    alike = [("a", NUMBERS.clone().requires_grad_()), ("b", torch.ones(2))]
+    part_of_another = torch.arange(-1.0, 6.0)[1:]
+    alike = [("a", part_of_another.requires_grad_()), ("b", torch.ones(2))]
     expected = fingerprint([("a", NUMBERS), ("b", torch.ones(2))])
     assert fingerprint(alike) == expected
     others = [
         [("c", NUMBERS), ("b", torch.ones(2))],
         [("a", NUMBERS.view(2, 3)), ("b", torch.ones(2))],
+        [("a", NUMBERS.flip(0)), ("b", torch.ones(2))],
+        [("a", NUMBERS.half()), ("b", torch.ones(2))],
         [("a", NUMBERS), ("b", torch.tensor([1.0, 1.001]))],
         [("b", torch.ones(2)), ("a", NUMBERS)],
         [("a", NUMBERS)],
     ]
-    assert len({expected, *map(fingerprint, others)}) == 6
-
-
-def test_every_number_of_a_large_tensor_is_looked_at():
-    large = torch.zeros(10, 1000)
-    expected = fingerprint([("a", large)])
-    for place in range(0, large.numel(), 97):
-        changed = large.clone()
-        changed.view(-1)[place] = 1
-        assert fingerprint([("a", changed)]) != expected
+    assert len({expected, *map(fingerprint, others)}) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,12 +1,11 @@
 """The reference's log-probabilities of a dataset, computed once and kept on disk.
 
 They become a column `ref_logprobs` of the encoded rows, one number per token of each completion. The cache's key covers
-what they depend on: the reference's weights (their bytes, not a name), the encoded rows, and the precision.
+what they depend on: the reference's weights (their numbers, not a name), the encoded rows, and the precision.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
-import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from trl.models.patching import evaluating
 from trl.models.reference import AdapterOff, FrozenModel, Reference
 from trl.models.score import unwrap
 from trl.training.collectives import all_gather_object
+from trl.training.state import fingerprint
 from trl.training.window import plan_micro_batches
 from trl.types import Example
 
@@ -112,7 +111,7 @@ def cache_key(trainer: BaseTrainer, reference: Reference, rows: Dataset) -> str:
     }
     precision = (trainer.args.bf16, trainer.args.fp16)
     adapter_is_off = isinstance(reference, AdapterOff)
-    weights = hash_weights((n, t) for n, t in _tensors(model) if not (adapter_is_off and t.requires_grad))
+    weights = fingerprint((n, t) for n, t in _tensors(model) if not (adapter_is_off and t.requires_grad))
     named = (trainer.args.ref_adapter_name, type(reference).__name__)
     return Hasher.hash((_FORMAT, rows._fingerprint, precision, config, named, weights))
 
@@ -120,15 +119,6 @@ def cache_key(trainer: BaseTrainer, reference: Reference, rows: Dataset) -> str:
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from sorted(model.named_parameters())
     yield from sorted(model.named_buffers())
-
-
-def hash_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of the names, types and bytes of tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def compute(trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: str, batch_size: int) -> list[Logprobs]:

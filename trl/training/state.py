@@ -104,7 +104,9 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sums(tensor: Tensor) -> list[int]:
-    flat = tensor.contiguous().flatten().view(torch.uint8)
+    flat = tensor.contiguous().flatten()
+    # Words begin at multiples of eight bytes; a tensor that is a part of another may begin anywhere.
+    flat = (flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat).view(torch.uint8)
     words = flat[: len(flat) // 8 * 8].view(torch.int64)
     rest = flat[len(words) * 8 :].tolist()
     totals = torch.zeros(2, dtype=torch.int64, device=tensor.device)
