@@ -1,6 +1,7 @@
 """DiffusionNFT's and Diffusion-DPO's trainers: identities, splits, resuming, bad input."""
 
 import math
+from io import BytesIO
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from trl.errors import ConfigError, DataError
 from trl.trainers.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer, as_tensor
 from trl.trainers.diffusion.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from trl.training.nonfinite import NonFiniteError
+from trl.vision.images import ORIENTATION
 
 
 def nft(folder, name="sd3", **options):
@@ -172,11 +174,27 @@ def test_pictures_as_they_come():
 def test_pictures_in_files(tmp_path):
     blue = Image.new("RGB", (16, 16), (0, 0, 255))
     blue.save(tmp_path / "blue.png")
-    assert torch.equal(as_tensor(str(tmp_path / "blue.png"), (16, 16), "here"), as_tensor(blue, (16, 16), "here"))
+    expected = as_tensor(blue, (16, 16), "here")
+    stored = (tmp_path / "blue.png").read_bytes()
+    for given in (str(tmp_path / "blue.png"), stored, {"bytes": stored, "path": None}):
+        assert torch.equal(as_tensor(given, (16, 16), "here"), expected)
+    assert torch.equal(as_tensor("blue.png", (16, 16), "here", str(tmp_path)), expected)
     (tmp_path / "no.png").write_text("nothing")
     for name in ("no.png", "missing.png"):
-        with pytest.raises(DataError, match=f"Row 3, chosen is the file .*{name}"):
+        with pytest.raises(DataError, match=f"Row 3, chosen: .*{name}"):
             as_tensor(str(tmp_path / name), (16, 16), "Row 3, chosen")
+
+
+def test_a_picture_stands_upright():
+    lying = Image.new("RGB", (16, 16), (0, 0, 255))
+    lying.paste((255, 255, 0), (0, 0, 8, 16))
+    exif = lying.getexif()
+    exif[ORIENTATION] = 6
+    file = BytesIO()
+    lying.save(file, format="PNG", exif=exif)
+    found = as_tensor(file.getvalue(), (16, 16), "here")
+    assert found[0, :8].min() == 1, "its left half is above"
+    assert found[0, 8:].max() == 0
 
 
 def test_dpo_rows_without_pictures(tmp_path):
@@ -184,3 +202,9 @@ def test_dpo_rows_without_pictures(tmp_path):
         dpo(tmp_path, rows=Dataset.from_dict({"prompt": ["a"], "chosen": [[[[0.0]]]]}))
     with pytest.raises(ConfigError, match="beta=0"):
         dpo(tmp_path, beta=0)
+
+
+@pytest.mark.parametrize("options", [{"layout": "packed"}, {"image_folder": "images"}, {"cuda_graphs": True}])
+def test_options_of_language_models_are_refused(tmp_path, options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* has no effect on a diffusion model"):
+        DiffusionNFTConfig(output_dir=str(tmp_path), **options)

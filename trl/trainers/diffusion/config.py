@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from trl.diffusion.solvers import FlowSolver
 from trl.errors import ConfigError
@@ -17,13 +18,26 @@ OF_LANGUAGE = (
     "max_tokens_per_micro_batch",
     "trust_remote_code",
     "disable_dropout",
+    "layout",
+    "pad_to_multiple_of",
+    "max_pixels",
+    "min_pixels",
+    "image_folder",
+    "image_features_mb",
+    "adapted_part",
+    "activation_offloading",
+    "cuda_graphs",
+    "router_aux_loss_coef",
 )
-"""Options of `TrainerConfig` that are about tokens or text models, and say nothing of a diffusion model."""
+"""Options of `TrainerConfig` that are about tokens or language models, and say nothing of a diffusion model."""
 
 
 @dataclass
 class DiffusionConfig(TrainerConfig):
     """Options of a diffusion model's trainer. Batch sizes count pictures (or pairs of them)."""
+
+    READS_PICTURES: ClassVar[bool] = False
+    """Whether rows hold pictures."""
 
     learning_rate: float = 3e-4
 
@@ -69,7 +83,8 @@ class DiffusionConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in OF_LANGUAGE:
-            if getattr(self, name):
+            is_read = name == "image_folder" and self.READS_PICTURES
+            if not is_read and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise ConfigError(f"{name}={getattr(self, name)!r} has no effect on a diffusion model: leave it out.")
 
     @property

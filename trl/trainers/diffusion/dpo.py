@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from trl.algorithms.diffusion_dpo import diffusion_dpo, squared_error
 from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, noised_batch
 from trl.diffusion.rollouts import IN_EVALUATION, IN_TRAINING, seed_of
 from trl.errors import ConfigError, DataError
-from trl.imports import require
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.types import Metrics
+from trl.vision.images import PixelLimits, read_image
 
 SIDES = ("chosen", "rejected")
 NUMBER = "row_number"
@@ -34,6 +33,8 @@ NUMBER = "row_number"
 @dataclass
 class DiffusionDPOConfig(DiffusionConfig):
     """Options of `DiffusionDPOTrainer`. Batch sizes count pairs."""
+
+    READS_PICTURES = True
 
     learning_rate: float = 1e-5
 
@@ -52,8 +53,8 @@ class DiffusionDPOConfig(DiffusionConfig):
 class DiffusionDPOTrainer(DiffusionTrainer):
     """Train on rows of `prompt`, `chosen` and `rejected`: a text, and two pictures of which the first is preferred.
 
-    Pictures are those of Pillow, tensors `[3,H,W]` in [0, 1], or names of files; others than the model's size are scaled to
-    it. Arguments: see `DiffusionTrainer`.
+    Pictures are those of Pillow, tensors `[3,H,W]` in [0, 1], bytes, or names of files (relative ones start from
+    `image_folder`); others than the model's size are scaled to it. Arguments: see `DiffusionTrainer`.
     """
 
     config_class = DiffusionDPOConfig
@@ -89,8 +90,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         """Clean latents of the chosen and of the rejected picture of each row."""
         for row in rows:
             check_prompt(row["prompt"], f"Row {row[NUMBER] + 1}")
-        size = (self.denoiser.height, self.denoiser.width)
-        images = [as_tensor(row[side], size, f"Row {row[NUMBER] + 1}, {side}") for side in SIDES for row in rows]
+        size, root = (self.denoiser.height, self.denoiser.width), self.args.image_folder
+        images = [as_tensor(row[side], size, f"Row {row[NUMBER] + 1}, {side}", root) for side in SIDES for row in rows]
         stacked = torch.stack(images).to(self.args.device)
         latents = self.denoiser.encode_images(stacked, at_once=self.args.vae_batch_size).cpu()
         return [*zip(latents[: len(rows)], latents[len(rows) :], strict=True)]
@@ -132,32 +133,25 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
     return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
 
 
-def opened(path: Path, where: str) -> Any:
-    """The picture in a file. Raises DataError where there is none, or no picture in it."""
-    require("PIL", to="A picture in a file")
-    from PIL import Image
+def as_tensor(picture: Any, size: tuple[int, int], where: str, root: str | None = None) -> Tensor:
+    """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels.
 
+    `root` is the folder that relative paths start from.
+    """
     try:
-        return Image.open(path.expanduser())
-    except OSError as error:
-        raise DataError(f"{where} is the file {str(path)!r}, which holds no picture: {error}") from error
-
-
-def as_tensor(picture: Any, size: tuple[int, int], where: str) -> Tensor:
-    """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels."""
-    if isinstance(picture, str | Path):
-        picture = opened(Path(picture), where)
-    if hasattr(picture, "convert"):  # of Pillow
-        values = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-    else:
-        try:
+        if isinstance(picture, Tensor | np.ndarray | list):
             values = torch.as_tensor(picture).float()
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where} is a {type(picture).__name__}, and no picture.") from error
+        else:
+            image = read_image(picture, PixelLimits(root=root))
+            values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} is a {type(picture).__name__}, and no picture.") from error
     if values.dim() != 3 or values.shape[0] != 3 or not 0 <= values.min() <= values.max() <= 1:
         raise DataError(
             f"{where} has the shape {tuple(values.shape)} and values from {values.min():.3g} to {values.max():.3g}: give a "
-            "picture of Pillow, a tensor [3,H,W] in [0, 1], or the name of a file."
+            "picture of Pillow, a tensor [3,H,W] in [0, 1], bytes, or the name of a file."
         )
     if tuple(values.shape[1:]) == size:
         return values
