@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trlx
 from tests.conftest import MODELS, make_tokenizer
+from trl.algorithms.ppo import PPO
 from trl.errors import ConfigError, DataError
 from trl.models.value_heads.ilql import AutoModelForCausalLMWithILQLHeads
 from trl.rewards.call import RewardError
 from trl.types import Experience
 from trlx.data.configs import TRLConfig
 from trlx.data.default_configs import default_ilql_config, default_ppo_config, default_sft_config
-from trlx.trainer.accelerate_ppo_trainer import ScaledPPO
+from trlx.models.modeling_ppo import PPOConfig
+from trlx.trainer.accelerate_ppo_trainer import ScaledPPO, scaled
 from trlx.trainer.accelerate_rft_trainer import RFTConfig
 
 
@@ -182,6 +184,15 @@ def test_a_standard_deviation_that_is_given():
     assert algorithm.with_scores(experience).signals["scores"].tolist() == [0.5, 1.5]
     dense = experience.with_signals(dense_rewards=torch.tensor([[2.0], [6.0]]))
     assert algorithm.with_scores(dense).signals["dense_rewards"].tolist() == [[0.5], [1.5]]
+
+
+def test_moments_that_nothing_reads_are_said(caplog):
+    trlx.logging.set_verbosity(trlx.logging.WARNING)
+    assert scaled(PPO(), PPOConfig(scale_reward="ref", ref_std=4.0)).ref_std == 4.0
+    assert not caplog.text
+    scaled(PPO(), PPOConfig(scale_reward="running", ref_mean=1.0, ref_std=4.0))
+    assert "method.ref_mean=1.0 has no effect" in caplog.text
+    assert "method.ref_std=4.0 has no effect with scale_reward='running'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,10 @@ class PPOConfig(MethodConfig):
     """Divide scores by their "running" standard deviation, by that of the first rollouts ("ref"), or not ("ignored")."""
 
     ref_mean: float | None = None
-    """Mean of the scores before training; None measures the first rollouts."""
+    """Has no effect, which is said if it is given: scores are divided by a standard deviation, and not shifted."""
 
     ref_std: float | None = None
-    """Standard deviation of the scores before training; None measures the first rollouts."""
+    """Standard deviation that `scale_reward="ref"` divides scores by; None measures that of the first rollouts."""
 
     cliprange_reward: float | None = 10
     """Clip scores to ± this, before they are scaled."""

@@ -22,6 +22,9 @@ from trlx.trainer.options import adapter_config, sampling_options, steps_of_epoc
 from trlx.trainer.prompted import Prompted, PromptedSampler
 from trlx.trainer.schedules import Scheduled
 from trlx.trainer.scoring import ScriptReward
+from trlx.utils import logging
+
+logger = logging.get_logger(__name__)
 
 __all__ = ["AcceleratePPOTrainer", "PPOConfig"]
 
@@ -92,6 +95,11 @@ def scaled(algorithm: PPO, method: PPOConfig) -> ScaledPPO:
         raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
     options = {each.name: getattr(algorithm, each.name) for each in fields(algorithm)}
     scaling = None if method.scale_reward == "ignored" else method.scale_reward
+    for name, is_read in (("ref_mean", False), ("ref_std", scaling == "ref")):
+        if getattr(method, name) is not None and not is_read:
+            logger.warning(
+                f"method.{name}={getattr(method, name)} has no effect with scale_reward={method.scale_reward!r}."
+            )
     return ScaledPPO(**options, scaling=scaling, ref_std=method.ref_std if scaling == "ref" else None)
 
 
