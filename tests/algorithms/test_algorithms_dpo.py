@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from tests.algorithms.support import make_batch
 from trl.algorithms import dpo
 from trl.algorithms.dpo import DPO, LOSSES
 from trl.algorithms.pairs import VIEWS
 from trl.errors import ConfigError, DataError
-from trl.types import Batch, Scores
+from trl.types import Scores
 
 LN2 = math.log(2)
 
@@ -31,18 +32,7 @@ def make(rows, ref_rows, *, collision=None, dtype=torch.float32):
         return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in ragged], dtype=dtype)
 
     mask = pad([[1.0] * len(row) for row in rows])
-    index = torch.zeros(mask.shape, dtype=torch.long)
-    batch = Batch(
-        inputs={},
-        predictor=index,
-        position=index,
-        target=index,
-        mask=mask,
-        scored=mask.flatten().nonzero().squeeze(-1),
-        last=index[:, 0],
-        example=torch.arange(len(rows)) // 2,
-        signals={} if ref_rows is None else {"ref_logprobs": pad(ref_rows)},
-    )
+    batch = make_batch(mask, **({} if ref_rows is None else {"ref_logprobs": pad(ref_rows)}))
     return Scores(pad(rows), collision=None if collision is None else pad(collision)), batch
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.algorithms.support import make_batch
 from trl.algorithms.advantages import advantages, combine_rewards, has_no_variance
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.grpo import GRPO, quantile
@@ -15,20 +16,11 @@ from trl.algorithms.importance import Correction, mismatch
 from trl.algorithms.rloo import RLOO, Reinforce, ReinforcePlusPlus
 from trl.algorithms.surrogates import CISPO, GMPO, SAPO, VESPO, Clip
 from trl.errors import ConfigError
-from trl.types import Batch, Experience, Scores
+from trl.types import Experience, Scores
 
 NAN = float("nan")
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 6.0])
 GROUP = torch.tensor([0, 0, 0, 7, 7, 7])
-
-
-def make_batch(mask, **signals):
-    """A batch with nothing but what losses read."""
-    mask = torch.tensor(mask)
-    nothing = torch.zeros(0, dtype=torch.long)
-    none = torch.zeros(mask.shape, dtype=torch.long)
-    signals = {name: torch.as_tensor(value) for name, value in signals.items()}
-    return Batch({}, none, none, none, mask, nothing, nothing, nothing, signals)
 
 
 def scores_of(logprobs, entropy=0.0):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.algorithms.support import make_batch
 from trl.algorithms import sft
 from trl.algorithms.ilql import (
     ILQL,
@@ -19,7 +20,7 @@ from trl.algorithms.ilql import (
     q_loss,
 )
 from trl.errors import ConfigError, DataError
-from trl.types import Batch, Scores
+from trl.types import Scores
 
 MASK = torch.tensor([[1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
 """The first completion has an action, another one, a token of somebody else's, and a last action."""
@@ -43,22 +44,7 @@ def scored(**changes) -> Scores:
     return Scores(LOGPROBS, value=VALUES, extras=extras)
 
 
-def batch_of(reward: torch.Tensor) -> Batch:
-    index = torch.zeros(2, 4, dtype=torch.long)
-    return Batch(
-        inputs={},
-        predictor=index,
-        position=index,
-        target=index,
-        mask=MASK,
-        scored=torch.tensor([0, 1, 3, 5]),
-        last=index[:, 0],
-        example=torch.arange(2),
-        signals={"reward": reward},
-    )
-
-
-BATCH = batch_of(torch.tensor([2.0, -1.0]))
+BATCH = make_batch(MASK, reward=torch.tensor([2.0, -1.0]))
 
 
 def test_the_reward_lies_on_the_last_action():
@@ -142,7 +128,9 @@ def test_two_equal_qs_are_one_twice():
 
 def test_a_reward_per_completion_is_one_per_token_on_the_last_action():
     per_token = place_rewards(BATCH.signals["reward"], MASK)
-    torch.testing.assert_close(ILQL().loss(scored(), BATCH)[0], ILQL().loss(scored(), batch_of(per_token))[0])
+    torch.testing.assert_close(
+        ILQL().loss(scored(), BATCH)[0], ILQL().loss(scored(), make_batch(MASK, reward=per_token))[0]
+    )
 
 
 def test_without_discount_and_later_values_q_is_the_reward():

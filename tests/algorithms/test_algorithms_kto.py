@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.algorithms.support import make_batch
 from trl.algorithms import dpo
 from trl.algorithms.kto import (
     KTO,
@@ -18,7 +19,7 @@ from trl.algorithms.kto import (
     with_margin,
 )
 from trl.errors import ConfigError, DataError
-from trl.types import Batch, Scores
+from trl.types import Scores
 
 H = torch.tensor([0.6, -0.3, 1.0, -2.0], dtype=torch.float64)
 GOOD = torch.tensor([True, False, False, True])
@@ -117,24 +118,12 @@ def test_reward_shift_leaves_the_old_state_alone():
 def make(**signals):
     """A desirable completion of two tokens with h = 0.6, an undesirable one of one token with h = −0.3."""
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    index = torch.zeros(2, 2, dtype=torch.long)
     signals = {
         "ref_logprobs": torch.tensor([[-0.8, -1.2], [-0.4, 9.0]]),
         "label": torch.tensor([1.0, 0.0]),
         **{k: torch.full((2,), v) for k, v in signals.items()},
     }
-    batch = Batch(
-        inputs={},
-        predictor=index,
-        position=index,
-        target=index,
-        mask=mask,
-        scored=torch.tensor([0, 1, 2]),
-        last=index[:, 0],
-        example=torch.arange(2),
-        signals=signals,
-    )
-    return Scores(torch.tensor([[-0.4, -1.0], [-0.7, 0.0]])), batch
+    return Scores(torch.tensor([[-0.4, -1.0], [-0.7, 0.0]])), make_batch(mask, **signals)
 
 
 def test_policy_at_the_reference_costs_half_of_the_weights():

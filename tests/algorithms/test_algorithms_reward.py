@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.algorithms.support import make_batch
 from trl.algorithms.reward import (
     PairwiseReward,
     ScoreRegression,
@@ -12,7 +13,6 @@ from trl.algorithms.reward import (
     bradley_terry,
 )
 from trl.errors import ConfigError, DataError
-from trl.types import Batch
 
 
 def softplus(x):
@@ -20,19 +20,7 @@ def softplus(x):
 
 
 def make(count, *, mask=None, **signals):
-    mask = torch.ones(count, 1) if mask is None else mask
-    index = torch.zeros(mask.shape, dtype=torch.long)
-    return Batch(
-        inputs={},
-        predictor=index,
-        position=index,
-        target=index,
-        mask=mask,
-        scored=mask.flatten().nonzero().squeeze(-1),
-        last=index[:, 0],
-        example=index[:, 0],
-        signals=signals,
-    )
+    return make_batch(torch.ones(count, 1) if mask is None else mask, **signals)
 
 
 REWARDS = torch.tensor([1.5, -0.5, 0.2, 0.7])
