@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from trl.algorithms.advantages import group_std, has_no_variance
+from trl.data.messages import under_roles
 from trl.printable import printable
 from trl.rollouts.experience import Group
 from trl.training.beside import not_fatal
@@ -103,8 +104,8 @@ def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[st
     advantages = iter((found if found.dim() == 1 else found.mean(-1)).tolist())
     return [
         {
-            "prompt": as_text(group.row["prompt"]),
-            "completion": as_text(completion),
+            "prompt": under_roles(group.row["prompt"]),
+            "completion": under_roles(completion),
             **dict(zip(names, group.rewards[i].tolist(), strict=True)),
             **{name: column[i] for name, column in group.extra.items()},
             "advantage": next(advantages),
@@ -179,10 +180,3 @@ def print_completions(rows: Sequence[Mapping[str, Any]], step: int, console: Con
     for row in rows:
         table.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else printable(str(v))) for v in row.values()))
     console.print(table)
-
-
-def as_text(value: Any) -> str:
-    """A prompt or completion as text: a conversation's turns under their roles."""
-    if isinstance(value, str):
-        return value
-    return "\n".join(f"{message['role']}: {message['content']}" for message in value)

@@ -198,3 +198,10 @@ def is_trained(message: Message) -> bool:
         if not value:
             return False
     return True
+
+
+def under_roles(content: str | Sequence[Message]) -> str:
+    """A text as it is, or a conversation as text: each message under its role."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message['role']}: {message['content']}" for message in content)

@@ -32,6 +32,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from trl.data.messages import under_roles
 from trl.errors import ConfigError, DataError, unknown
 from trl.label.live import LiveLabels
 from trl.label.settings import ServerSettings
@@ -251,7 +252,7 @@ class HumanPreference(_Asking):
             (members[first], members[second])
             for members in _groups(prompts)
             for first, second in pairs_in_rings(len(members), self.comparisons)
-            if _plain(completions[members[first]]) != _plain(completions[members[second]])
+            if under_roles(completions[members[first]]) != under_roles(completions[members[second]])
         ]
 
     def _told(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
@@ -264,7 +265,7 @@ class HumanPreference(_Asking):
 
 def _groups(prompts: Sequence[Content]) -> list[list[int]]:
     """Places of the completions of each prompt. Raises ConfigError where one has nothing to be compared with."""
-    groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: _plain(prompts[i]))]
+    groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: under_roles(prompts[i]))]
     if any(len(members) == 1 for members in groups):
         raise ConfigError(
             "human_preference compares completions of a prompt, and this prompt has one: set num_generations to 2 or more, "
@@ -316,23 +317,16 @@ def _row(line: str, where: str, columns: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _plain(content: Content) -> str:
-    """A text, or the messages of a conversation under their roles."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
-
-
 def _key(*contents: Content) -> tuple[str, ...]:
-    return tuple(map(_plain, contents))
+    return tuple(map(under_roles, contents))
 
 
 def _table(title: str, prompt: Content, completions: Mapping[str, Content]) -> Table:
     """The prompt over its completions, side by side."""
     table = Table(
-        *completions, title=Text(f"{title}\n{_plain(prompt)}", style="bold"), title_justify="left", expand=True
+        *completions, title=Text(f"{title}\n{under_roles(prompt)}", style="bold"), title_justify="left", expand=True
     )
-    table.add_row(*(Text(_plain(completion)) for completion in completions.values()))
+    table.add_row(*(Text(under_roles(completion)) for completion in completions.values()))
     return table
 
 
