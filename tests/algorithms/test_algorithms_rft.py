@@ -30,7 +30,7 @@ def test_the_percentile_rises_from_start_to_end_and_begins_again():
 
 
 def test_bars_are_quantiles_of_each_prompt():
-    """Five samples: the quantile 0.75 is the fourth. Of two prompts one has the lowest bar, the other the highest."""
+    """Five samples: the quantile 0.75 is the fourth. Of two prompts one has the lowest threshold, the other the highest."""
     bars = thresholds(REWARDS, GROUP, 0.75)
     assert bars.tolist() == pytest.approx([3.0 + 1e-3, 30.0 - 1e-3])
     middle = thresholds(
@@ -55,7 +55,7 @@ def test_equal_samples_of_a_prompt_are_kept_once():
 
 
 def test_prompts_that_are_all_bad_give_nothing_and_those_that_are_all_good_give_all():
-    """Rewards of two values: the bar of the bad prompt is above its samples, that of the good one below them."""
+    """Rewards of two values: the threshold of the bad prompt is above its samples, that of the good one below them."""
     rewards, group = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
     assert selected(rewards, group, list("abcd"), 0.9).tolist() == [False, False, True, True]
 
@@ -86,7 +86,7 @@ def test_a_higher_percentile_keeps_a_part_of_what_a_lower_one_keeps():
     ("options", "words"),
     [
         ({"start_percentile": 70}, "start_percentile=70"),
-        ({"start_percentile": 0.9, "end_percentile": 0.5}, "the bar rises"),
+        ({"start_percentile": 0.9, "end_percentile": 0.5}, "the threshold rises"),
         ({"n_improve_steps": 0}, "n_improve_steps=0"),
     ],
 )
@@ -99,7 +99,7 @@ def test_the_algorithm_selects_at_the_percentile_of_its_step():
     mask = torch.ones(len(REWARDS), 2)
     algorithm = RFT(start_percentile=0.0, end_percentile=1.0, n_improve_steps=2)
     every, best = (replace(algorithm, step=k).advantages(Experience(REWARDS, GROUP, mask)) for k in (0, 1))
-    assert every.signals["reached"].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]  # the lowest bar is raised by ε
+    assert every.signals["reached"].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]  # the lowest threshold is raised by ε
     assert best.signals["reached"].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 

@@ -2,18 +2,19 @@
 
     A_i = (r_i − b_i) / s_i
 
-baseline b     "group"           mean of the group                          GRPO, arXiv:2402.03300, section 4.1.2
-               "leave_one_out"   mean of the other samples of the group     RLOO, arXiv:2402.14740, Eq. 8
-               "batch"           mean of the rollout batch                          REINFORCE
-               "none"            0
-scale s        "group"           standard deviation of the group + ε        GRPO
-               "batch"           standard deviation of the rollout batch + ε        arXiv:2508.08221; REINFORCE++, arXiv:2501.03262
-               "mean"            mean of the group, rewards ≥ 0             MaxRL, arXiv:2602.02710
-               "none"            1                                          Dr. GRPO, arXiv:2503.20783
+baseline b    "group"           mean of the group                         GRPO, arXiv:2402.03300, section 4.1.2
+              "leave_one_out"   mean of the other samples of the group    RLOO, arXiv:2402.14740, Eq. 8
+              "batch"           mean of the rollout batch                 REINFORCE
+              "none"            0
+scale s       "group"           standard deviation of the group + ε       GRPO
+              "batch"           that of the rollout batch + ε             REINFORCE++, arXiv:2501.03262; arXiv:2508.08221
+              "mean"            mean of the group, rewards ≥ 0            MaxRL, arXiv:2602.02710
+              "none"            1                                         Dr. GRPO, arXiv:2503.20783
 
 A group is all samples of one prompt. Standard deviations have Bessel's correction. Rewards that are NaN (no function
 applied) take no part, and their advantage is 0. A group whose rewards are all equal has no advantages under "group" and
-"leave_one_out": nothing is learned from it. For that, advantages are computed in float64, where a sum of equal float32 numbers is exact.
+"leave_one_out": nothing is learned from it. For that, advantages are computed in float64, where a sum of equal float32
+numbers is exact.
 """
 
 from __future__ import annotations

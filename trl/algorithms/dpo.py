@@ -3,7 +3,7 @@
     h(y) = log π(y|x) − log π_ref(y|x),       DPO: −log σ(β [h(y_w) − h(y_l)])
 
 β h is the reward that π maximises under a KL penalty towards π_ref (arXiv:2305.18290, Eq. 5), so a preference model of
-rewards is a loss of log-ratios. Its relatives change the preference model, or hold h(y_w) and h(y_l) each to its place.
+rewards is a loss of log-ratios. Its relatives change the preference model, or bound h(y_w) and h(y_l) one by one.
 
 `chosen`, `rejected` are h (or a score in its place) of y_w and y_l, `[P]`; every loss is `[P]`.
 """
@@ -153,7 +153,7 @@ def aot(margin: Tensor, ref_margin: Tensor, *, beta: float, label_smoothing: flo
 
 @shapes(chosen="P", rejected="P")
 def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), the log-ratios of either side sorted over the batch. Couples its pairs, as `aot`."""
+    """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), the log-ratios of either side sorted over the batch, whose pairs it couples as `aot` does."""
     return sigmoid(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)
 
 
@@ -241,7 +241,7 @@ class DPOOptions:
     """What the losses are tuned by. A trainer's configuration has these options too."""
 
     beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward. IPO's τ, ORPO's λ."""
+    """β: strength of the KL regularisation towards the reference policy. IPO's τ, ORPO's λ."""
 
     loss_weights: list[float] | None = None
     """Weight of each of several losses in the sum. None: 1 each."""

@@ -2,8 +2,8 @@
 
     δ_t = r_t + γ V(s_{t+1}) − V(s_t),      A_t = Σ_k (γλ)^k δ_{t+k},      R_t = A_t + V(s_t)
 
-λ trades bias for variance: λ = 0 trusts the value function, A_t = δ_t; λ = 1 trusts the rewards, A_t = Σ_k γ^k r_{t+k} − V(s_t).
-Schulman et al. 2016, arXiv:1506.02438, Eq. 16 and Sec. 3.
+λ trades bias for variance: λ = 0 trusts the value function, A_t = δ_t; λ = 1 trusts the rewards,
+A_t = Σ_k γ^k r_{t+k} − V(s_t). Schulman et al. 2016, arXiv:1506.02438, Eq. 16 and Sec. 3.
 """
 
 from __future__ import annotations

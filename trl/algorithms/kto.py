@@ -120,7 +120,7 @@ class KTOOptions:
     """What the losses are tuned by. A trainer's configuration has these options too."""
 
     beta: float = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward."""
+    """β: strength of the KL regularisation towards the reference policy."""
 
     loss_type: Literal["kto", "apo_zero_unpaired", "bco"] = "kto"
     """"kto" (arXiv:2402.01306), "apo_zero_unpaired" (arXiv:2408.06266) or "bco" (arXiv:2404.04656)."""

@@ -1,9 +1,10 @@
-"""Rejection-sampling fine-tuning with a rising bar: learn to imitate the best of one's own samples.
+"""Rejection-sampling fine-tuning with a rising threshold: learn to imitate the best of one's own samples.
 
-    p_k        = p_start + (p_end − p_start) · k / (n − 1),                     k = 0 … n − 1 improvement steps
-    bar_x      = clip(quantile_{p_k}{r(x, y)}, min_x bar + ε, max_x bar − ε)     of every prompt x; ε = 10⁻³
-    kept       = {(x, y) : r(x, y) ≥ bar_x}, each text once
-    loss       = −log π(y | x)                                                 see `trl.algorithms.sft`
+    p_k    = p_start + (p_end − p_start) · k / (n − 1)         in improvement step k = 0 … n − 1
+    q_x    = quantile_{p_k} {r(x, y)}                          of every prompt x
+    t_x    = clip(q_x, min_x q_x + ε, max_x q_x − ε)           its threshold; ε = 10⁻³
+    kept   = {(x, y) : r(x, y) ≥ t_x}, each text once
+    loss   = −log π(y | x)                                     see `trl.algorithms.sft`
 
 Sampling is done once for n improvement steps (grow and improve: ReST, Gulcehre et al. 2023, arXiv:2308.08998); best-of-n
 fine-tuning as in RAFT (Dong et al. 2023, arXiv:2304.06767). The clip leaves out the prompts that are all bad where rewards
@@ -26,27 +27,27 @@ from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 MARGIN = 1e-3
-"""ε: how far the bars of prompts stay from the lowest and the highest of them."""
+"""ε: how far the thresholds of prompts stay from the lowest and the highest of their quantiles."""
 
 
 @shapes(rewards="N", group="N")
 def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
-    """The bar `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
+    """The threshold `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
 
-    A NaN is no reward and is left out; a prompt without any reward has the bar +∞.
+    A NaN is no reward and is left out; a prompt without any reward has the threshold +∞.
     """
     count = int(group.max()) + 1 if len(group) else 0
     members = [rewards[(group == g) & ~rewards.isnan()].double() for g in range(count)]
-    bars = torch.stack([each.quantile(p) if len(each) else each.new_tensor(torch.inf) for each in members])
-    there = bars[bars.isfinite()]
-    if not len(there):
-        return bars
-    return torch.where(bars.isfinite(), bars.clamp(there.min() + MARGIN, there.max() - MARGIN), bars)
+    quantiles = torch.stack([each.quantile(p) if len(each) else each.new_tensor(torch.inf) for each in members])
+    known = quantiles[quantiles.isfinite()]
+    if not len(known):
+        return quantiles
+    return torch.where(quantiles.isfinite(), quantiles.clamp(known.min() + MARGIN, known.max() - MARGIN), quantiles)
 
 
 @shapes(rewards="N", group="N")
 def reached(rewards: Tensor, group: Tensor, p: float) -> Tensor:
-    """Which samples `[N]` bool are at the bar of their prompt at percentile `p`, or above."""
+    """Which samples `[N]` bool are at the threshold of their prompt at percentile `p`, or above."""
     return rewards.double() >= thresholds(rewards, group, p)[group]
 
 
@@ -68,7 +69,7 @@ class RFTOptions:
     """Percentile of a prompt's rewards that its samples have to reach in the first improvement step, 0 to 1."""
 
     end_percentile: float = 0.95
-    """… and in the last one, before new samples are drawn."""
+    """The same percentile in the last improvement step, before new samples are drawn."""
 
     n_improve_steps: int = 4
     """Improvement steps for which the same samples are selected from."""
@@ -78,7 +79,7 @@ class RFTOptions:
         check_bounds(self)
         if self.start_percentile > self.end_percentile:
             raise ConfigError(
-                f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: the bar rises."
+                f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: the threshold rises."
             )
 
     def percentile(self, step: int) -> float:

@@ -1,9 +1,9 @@
 """REINFORCE with a baseline, and its leave-one-out and globally normalised forms.
 
-    RLOO          A_i = r_i − mean of the others' r_j                        Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8
+    RLOO          A_i = r_i − mean of the others' r_j                     Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8
                       = G/(G−1) (r_i − mean r)
-    REINFORCE++   A_i = (r_i − mean) / std over the whole rollout batch              Hu et al. 2025, arXiv:2501.03262
-    REINFORCE     A_i = r_i − mean over the whole rollout batch                      Williams 1992
+    REINFORCE++   A_i = (r_i − mean) / std over the whole rollout batch   Hu et al. 2025, arXiv:2501.03262
+    REINFORCE     A_i = r_i − mean over the whole rollout batch           Williams 1992
 
 RLOO treats a completion as one action: its ratio is that of the whole completion, and the KL from the reference is part of
 its reward. On the samples of the current policy the gradient is A ∇log π(y), clipping plays no role.

@@ -4,7 +4,7 @@
                                                                    arXiv:2503.14476, Eq. 10; δ: arXiv:2505.07291, Eq. 1
     CISPO    sg[min(ρ, ε_max)] A log π                             arXiv:2506.13585, Eq. 4; arXiv:2510.13786
     SAPO     (4/τ) σ(τ (ρ − 1)) A,   τ by the sign of A            arXiv:2511.20347
-    VESPO    sg[φ(W)] A log π,   φ(w) = w^k e^{λ (1 − w)}          W the ratio of the whole completion
+    VESPO    sg[φ(W)] A log π,   φ(w) = w^k e^{λ (1 − w)}          arXiv:2602.10693; W the ratio of the whole completion
     GMPO     A (Π_t ρ̃_t)^{1/C}, log ρ̃ clipped as in PPO            arXiv:2507.20673, Eq. 5
 
 ρ = π/π_old, of a token or of a completion. sg: no gradient. At ρ = 1 the gradient of each is A ∇log π, that of REINFORCE.
@@ -27,11 +27,11 @@ from trl.types import Metrics
 class Terms:
     """What a surrogate is made of.
 
-    logprobs    [N,C] log π
-    log_ratio_token       [N,C] log ρ of tokens
-    log_ratio   [N,C] or [N,1] log ρ at the level asked for
-    advantages  [N,C] or [N,1]
-    mask        [N,C]
+    logprobs          [N,C] log π
+    log_ratio_token   [N,C] log ρ of tokens
+    log_ratio         [N,C] or [N,1] log ρ at the level asked for
+    advantages        [N,C] or [N,1]
+    mask              [N,C]
     """
 
     logprobs: Tensor

@@ -6,8 +6,9 @@
 
 The first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (what clusters send before they take a machine away), SIGHUP (a terminal that
 closed), SIGXCPU (a limit on CPU time) or SIGQUIT lets the optimizer step finish, writes a checkpoint and ends training; the
-second ends it at once. The program then leaves with status 128 + the signal's number, 130 or 143, and says how to go on: by the same command, since "last" is the newest good checkpoint, or the beginning
-if there is none. With `stop_on_signal` the program goes on after the block, and decides for itself.
+second ends it at once. The program then leaves with status 128 + the signal's number, 130 or 143, and says how to resume: by
+the same command, since "last" is the newest good checkpoint, or the beginning if there is none. With `stop_on_signal` the
+program continues after the block, and decides for itself.
 """
 
 from __future__ import annotations

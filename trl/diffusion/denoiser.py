@@ -1,8 +1,8 @@
 """A diffusion model as what a policy is made of: text in, a denoiser's output, latents out to pictures.
 
 A `Denoiser` wraps a pipeline of `diffusers` and writes nothing of it again: prompts are encoded by the pipeline's own
-`encode_prompt`, latents are decoded by its VAE, steps come from its scheduler. What differs between families (`trl.diffusion.families`) is in
-the methods of a class:
+`encode_prompt`, latents are decoded by its VAE, steps come from its scheduler. What differs between families
+(`trl.diffusion.families`) is in the methods of a class:
 
     schedule(steps, eta)                             the steps of a solver, see `trl.diffusion.solvers`
     encode(prompts)                                  what the text encoders say of each prompt

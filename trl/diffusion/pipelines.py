@@ -94,7 +94,8 @@ def add_adapter(module: nn.Module, config: PeftConfig | None, part: str) -> bool
     """Put a LoRA adapter into the denoiser, the only part of it to train; without one, all of it trains.
 
     An adapter that names no `target_modules` goes into the projections of attention, those of texts included where the
-    denoiser has its own. `part` is the denoiser's name in the pipeline. Returns whether there is an adapter: a new one, or one that the pipeline was given before.
+    denoiser has its own. `part` is the denoiser's name in the pipeline. Returns whether there is an adapter: a new one, or
+    one that the pipeline was given before.
     """
     if config is not None:
         if module_has_adapter(module):

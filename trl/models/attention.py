@@ -4,8 +4,8 @@ Position i sees position j iff   j ≤ i,   sequence[i] = sequence[j],   and   b
 or both are of one block,
 and in a layer with a window W   offset[i] − offset[j] < W.
 
-Blocks are what models see ahead in: an image, or a whole prompt. Branch 0 is the prompt. Padding is a sequence of its own. A model that has layers of several kinds is given a mask for each,
-by the names that its configuration has for them.
+Blocks are what models see ahead in: an image, or a whole prompt. Branch 0 is the prompt. Padding is a sequence of its own.
+A model that has layers of several kinds is given a mask for each, by the names that its configuration has for them.
 """
 
 from __future__ import annotations

@@ -60,9 +60,8 @@ def load_model(
     `trainable` says whether it trains on. `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
 
     Without `auto_class`, an encoder-decoder, a model that reads images or a causal language model, as its configuration
-    says. Weights are
-    float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports it, and
-    optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
+    says. Weights are float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports
+    it, and optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
     """
     check_attention(kwargs.get("attn_implementation"))
     hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}

@@ -5,12 +5,12 @@
 A reference starts as *the model that was given*, whatever was done to its weights in memory; it is never read again
 from the name that the model once had. What stands behind it:
 
-    FrozenModel      a copy of its own, or another model
-    SharedTrunk      a copy of the upper layers alone, on what the policy's lower layers give
-    AdapterOff       the model in training, without its new adapter
+    FrozenModel         a copy of its own, or another model
+    SharedTrunk         a copy of the upper layers alone, on what the policy's lower layers give
+    AdapterOff          the model in training, without its new adapter
     SnapshotReference   the model in training, its trained parameters put back for the moment to what they were
-    NamedAdapter     the model in training, with another of its adapters
-    Precomputed      numbers computed beforehand
+    NamedAdapter        the model in training, with another of its adapters
+    Precomputed         numbers computed beforehand
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class FrozenModel(_Scored):
 
 @dataclass(frozen=True)
 class SharedTrunk(FrozenModel):
-    """A model that is not trained, whose layers below number `start` are the policy's own: see `observe`."""
+    """A model that is not trained, whose layers below number `start` are the policy's own: see `score_with_reference`."""
 
     start: int
 

@@ -44,7 +44,7 @@ def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) ->
 
 
 def prepare_rewards(model: PreTrainedModel) -> None:
-    """Teach the forward of a classifier the keyword `reward_at`. Does nothing the second time.
+    """Give the forward of a classifier the keyword `reward_at`. Does nothing the second time.
 
     Raises ModelError for a model with other than one label.
     """

@@ -1,8 +1,9 @@
 """Answers in texts, and whether they agree with a solution.
 
-The answer is what stands in the last \\boxed{…}, else after the last ####; of a line that has no words it is the line, of any
-other text the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics: (x − 1)(x + 1) = x² − 1. Without it they are
-compared as numbers where both are numbers (0.5 = 1/2), else as text without spaces and dollars.
+The answer is what stands in the last \\boxed{…}, else after the last ####; of a line that has no words it is the line, of
+any other text the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics:
+(x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are numbers (0.5 = 1/2), else as text without
+spaces and dollars.
 """
 
 from __future__ import annotations

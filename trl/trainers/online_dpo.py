@@ -49,8 +49,8 @@ class OnlineDPOConfig(OnlineConfig):
     temperature: float = 0.9
 
     beta: float | list[float] = 0.1
-    """How strongly the reference holds: the inverse temperature of the reward. Several: one for each epoch, the last for
-    those that follow."""
+    """β: strength of the KL regularisation towards the reference policy. Several: one for each epoch, the last for those
+    that follow."""
 
     loss_type: DPOLoss = "sigmoid"
     """The loss of a pair, as in `DPOConfig`; not one that compares the pairs of a batch ("aot", "aot_unpaired")."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.counts import counted
 from trl.errors import ConfigError, suggest
 from trl.imports import is_available
-
-logger = logging.getLogger(__name__)
 
 INTERVALS = ("logging", "save", "eval")
 

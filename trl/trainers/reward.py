@@ -8,7 +8,6 @@ RewardTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,8 +33,6 @@ from trl.trainers.arguments import Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.reward_predictions import PredictsRewards
 from trl.types import Batch, Example, Metrics
-
-logger = logging.getLogger(__name__)
 
 PAIRED = ("tokenized_preference", "preference")
 SCORED = ("prompt_completion", "language_modeling")

@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning: imitate the best of one's own samples, by a bar that rises.
+"""Rejection-sampling fine-tuning: imitate the best of one's own samples, by a threshold that rises.
 
     sample n per prompt ──▶ keep those at the percentile ──▶ fine-tune ──▶ raise the percentile, keep, fine-tune ──▶ … ──▶ sample
 
@@ -132,7 +132,7 @@ class RFTTrainer(OnlineTrainer):
         self._count("kept_share", sum(keep), len(keep))
         self._count("percentile", self.algorithm.percentile(step))
         if not any(keep):
-            logger.warning(f"Nothing reaches the bar of improvement step {step + 1}: nothing is learned in it.")
+            logger.warning(f"Nothing reaches the threshold of improvement step {step + 1}: nothing is learned in it.")
         count = self.args.minibatches_per_rollout_batch
         return split_into_minibatches(self.drawn.examples, keep, count, self.micro_batch_budget())
 
@@ -151,7 +151,7 @@ class RFTTrainer(OnlineTrainer):
         return self._selected(Drawn(examples, experience, super().kept(groups, experience)), experience)
 
     def _selected(self, drawn: Drawn, experience: Experience) -> list[bool]:
-        """Completions at the bar or above, each once per prompt."""
+        """Completions at the threshold of their prompt or above, each text once."""
         reached = experience.signals["reached"].bool().tolist()
         candidates = [a and b for a, b in zip(reached, drawn.usable, strict=True)]
         return first_of_each(prompts_and_texts(drawn.examples, self.tokenizer), candidates)

@@ -33,7 +33,7 @@ class RFTConfig(MethodConfig):
     """Percentile of a prompt's rewards that its samples have to reach at first."""
 
     end_percentile: float = 0.95
-    """… and at last, before new samples are drawn."""
+    """The same percentile in the last epoch before new samples are drawn."""
 
     n_improve_steps: int = 4
     """Epochs for which the same samples are selected from."""
