@@ -66,7 +66,7 @@ _NAMES = {
         per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count ref_model_sync_steps
         steps_for_target_q_sync eval_samples_max_new_tokens num_epochs save_freq num_checkpoint_limit log_image_freq
         max_workers sample_num_steps sample_num_batches_per_epoch train_batch_size train_num_inner_epochs
-        train_gradient_accumulation_steps
+        train_gradient_accumulation_steps num_processes
     """,
     NOT_NEGATIVE: """
         num_train_epochs weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay save_total_limit

@@ -21,6 +21,7 @@ from types import FrameType
 from trl.callbacks.signals import handled, handling
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError, suggest
+from trl.option_bounds import check_bounds
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
 
@@ -44,18 +45,17 @@ class LaunchArguments:
     """Check rows, plan and memory, as `trl check` does, and train nothing."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         self.accelerate_config = OLDER_NAMES.get(self.accelerate_config, self.accelerate_config)
 
 
 def needs_launcher(given: ParsedOptions) -> bool:
     """Whether processes have to be started: several, or as a configuration describes them.
 
-    Raises ConfigError for a number that no configuration can start.
+    Raises ConfigError for a number that the configuration does not start.
     """
     arguments = given.arguments_for(LaunchArguments)
     count, config = arguments.num_processes or 1, arguments.accelerate_config
-    if count < 1 or arguments.num_processes == 0:
-        raise ConfigError(f"num_processes={arguments.num_processes}: give 1 or more.")
     if config == "single" and count > 1:
         raise ConfigError(
             f"accelerate_config='single' is one process, and num_processes={count}: leave one of them out."
