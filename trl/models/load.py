@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,7 @@ def load_model(
     elif adapter is not None:
         hub = {}
     check_shards(name)
-    kwargs = {"dtype": "float32", **kwargs}
-    if "torch_dtype" in kwargs:
-        kwargs["dtype"] = kwargs.pop("torch_dtype")
-    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = _dtype(kwargs["dtype"])
-    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if kwargs.pop(name, False)}
-    if bits:
-        require("bitsandbytes", to=next(iter(bits)))
-        quantization_config = BitsAndBytesConfig(**bits)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
+    kwargs = _with_precision(kwargs, quantization_config)
     if auto_class in (None, AutoModelForCausalLM):
         config = load_config(name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
         found = language_model_class(config)
@@ -92,11 +82,24 @@ def load_model(
         with loaded_whole():
             model, found = auto_class.from_pretrained(name, **loading)
         # An adapter may bring layers; quantised ones have other names.
-        if quantization_config is None and adapter is None:
+        if "quantization_config" not in kwargs and adapter is None:
             check_layers(model, name, **found)
     keep_unpacked(model)
     mend_generation_config(model)
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dict[str, Any]:
+    """The options of `from_pretrained` with the type of the weights, and how they are quantised, as `transformers` says it."""
+    options = {"dtype": "float32", **options}
+    options["dtype"] = options.pop("torch_dtype", options["dtype"])
+    if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+        options["dtype"] = _dtype(options["dtype"])
+    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if options.pop(name, False)}
+    if bits:
+        require("bitsandbytes", to=next(iter(bits)))
+        quantization_config = BitsAndBytesConfig(**bits)
+    return options if quantization_config is None else {**options, "quantization_config": quantization_config}
 
 
 def check_layers(
