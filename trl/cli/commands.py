@@ -203,7 +203,7 @@ METHODS = (
     Method(
         "rft",
         "trl.trainers.rft:RFTTrainer",
-        "Imitate the best of the model's own answers, by a bar that rises (arXiv:2308.08998, 2304.06767).",
+        "Imitate the best of the model's own answers, by a threshold that rises (arXiv:2308.08998, 2304.06767).",
         f"{_REWARDED} --output_dir qwen-rft",
         extra=REQUIRED_REWARDS,
     ),
