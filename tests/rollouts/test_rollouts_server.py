@@ -355,6 +355,16 @@ def test_what_is_refused_before_anything_is_sent(model, engine):
         engine.generate([PROMPTS[0], Prompt([5] * 128)], PARAMS, 1)
     with pytest.raises(DataError, match=r"prompts\[0\] has inputs"):
         engine.generate([Prompt([5], {"pixel_values": 1})], PARAMS, 1)
+    with pytest.raises(DataError, match=r"prompts\[0\] has max_new_tokens=0: give at least 1, or None"):
+        engine.generate([Prompt([5], max_new_tokens=0)], PARAMS, 1)
+
+
+def test_a_prompts_own_limit_is_a_limit_of_min_new_tokens_too(model, engine):
+    engine.sync(model, 0)
+    prompts = [replace(PROMPTS[0], max_new_tokens=2), PROMPTS[1]]
+    found = engine.generate(prompts, replace(PARAMS, min_new_tokens=4), 1)
+    assert len(found[0][0]) == 2
+    assert len(found[1][0]) >= 4
     with pytest.raises(ConfigError, match="beta and logit_mask"):
         engine.generate(PROMPTS, SamplingParams(beta=1.0), 1)
     with pytest.raises(ConfigError, match="rollout_sync_dir"):

@@ -180,6 +180,8 @@ def test_what_goes_wrong(model, tmp_path):
         engine.generate([PROMPTS[0], Prompt([5] * 200)], PARAMS, 1)
     with pytest.raises(DataError, match=r"prompts\[0\] has inputs"):
         engine.generate([Prompt([5], {"pixel_values": 1})], PARAMS, 1)
+    with pytest.raises(DataError, match=r"prompts\[0\] has max_new_tokens=0: give at least 1, or None"):
+        engine.generate([Prompt([5], max_new_tokens=0)], PARAMS, 1)
     llm.reason = "error"
     with pytest.raises(EngineError, match="vLLM ended a completion by 'error'"):
         engine.generate(PROMPTS, PARAMS, 1)

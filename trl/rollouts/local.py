@@ -50,7 +50,7 @@ from trl.rollouts.loop import Round, StaticRound, Steps
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
+from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_seed, with_stop_tokens
 from trl.rollouts.stopping import Stopper
 from trl.types import Example
 from trl.vision.families import image_token_ids
@@ -259,13 +259,7 @@ def paged_decoder(policy: Policy, rows: Sequence[Sample], n: int, budget: int) -
 
 def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:
     """Tokens that may be sampled after this prompt: what was asked for, or what the model's context leaves."""
-    if not len(prompt):
-        raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
-    limit = (
-        params.max_new_tokens if prompt.max_new_tokens is None else min(prompt.max_new_tokens, params.max_new_tokens)
-    )
-    if limit < 1:
-        raise DataError(f"prompts[{index}] has max_new_tokens={prompt.max_new_tokens}: give at least 1, or None.")
+    limit = asked_limit(params, prompt, index)
     if inner.config.is_encoder_decoder and prompt.inputs:
         raise DataError(
             f"prompts[{index}] has inputs {sorted(prompt.inputs)}: an encoder-decoder is given tokens alone."

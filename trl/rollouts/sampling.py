@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.option_bounds import check_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from trl.rollouts.connection import SentPrompt
+    from trl.rollouts.engine import Prompt
 
 BLOCK = 256
 """Tokens whose probabilities are summed before a block is searched for the sampled one."""
@@ -157,6 +160,25 @@ def _check_mask(mask: Tensor | None) -> None:
         raise ConfigError(
             f"logit_mask forbids every token after token {int(dead[0])}: allow one, the end of the text, say."
         )
+
+
+def asked_limit(params: SamplingParams, prompt: Prompt | SentPrompt, index: int) -> int:
+    """Tokens that are asked for after `prompts[index]`: the lower of the prompt's own limit and that of `params`.
+
+    Raises DataError for a prompt without tokens, and for a limit below 1.
+    """
+    if not prompt.ids:
+        raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
+    if prompt.max_new_tokens is None:
+        return params.max_new_tokens
+    if prompt.max_new_tokens < 1:
+        raise DataError(f"prompts[{index}] has max_new_tokens={prompt.max_new_tokens}: give at least 1, or None.")
+    return min(prompt.max_new_tokens, params.max_new_tokens)
+
+
+def with_limit(params: SamplingParams, limit: int) -> SamplingParams:
+    """The same parameters for at most `limit` tokens, at least 1."""
+    return replace(params, max_new_tokens=limit, min_new_tokens=min(params.min_new_tokens, limit))
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:

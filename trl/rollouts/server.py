@@ -34,7 +34,7 @@ from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.nccl_transfer import NCCLTransfer
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
+from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_limit, with_seed, with_stop_tokens
 from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.waits import SAY_EVERY, spoken_of
@@ -271,20 +271,18 @@ class ServerEngine(RolloutEngine):
         size = -(-len(prompts) // len(self.servers)) if together else 1
         chunks = []
         for start in range(0, len(prompts), size):
-            own = replace(params, max_new_tokens=limits[start], seed=_seed(params.seed, start))
+            own = replace(with_limit(params, limits[start]), seed=_seed(params.seed, start))
             chunks.append(Chunk(prompts[start : start + size], own, n))
         return chunks
 
     def _limit(self, index: int, prompt: SentPrompt, params: SamplingParams) -> int:
-        ids, own = prompt.ids, prompt.max_new_tokens
+        ids = prompt.ids
         if prompt.has_inputs:
             raise DataError(
                 f"prompts[{index}] has inputs beside its tokens, which are not sent to servers: they take tokens and images "
                 "(`Prompt.unexpanded`), which trainers give them of rows with a column of images."
             )
-        if not ids:
-            raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
-        limit = params.max_new_tokens if own is None else min(own, params.max_new_tokens)
+        limit = asked_limit(params, prompt, index)
         contexts = [info.context for info in self.infos.values() if info.context is not None]
         if not contexts:
             return limit

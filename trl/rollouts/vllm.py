@@ -29,7 +29,7 @@ from trl.rollouts.connection import BANNED, other_tokens, sampling_body
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.engine_counts import EngineCounts
 from trl.rollouts.logprob_modes import tells_policy
-from trl.rollouts.sampling import SamplingParams, with_banned, with_seed, with_stop_tokens
+from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_limit, with_seed, with_stop_tokens
 from trl.rollouts.server import check_parameters
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
 from trl.rollouts.weight_folders import WeightFolders, default_root
@@ -207,17 +207,12 @@ class VLLMEngine(RolloutEngine):
                 f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM: it takes tokens and images "
                 "(`Prompt.unexpanded`), which trainers give it of rows with a column of images."
             )
-        if not 0 < len(prompt) < self._context:
+        limit = min(asked_limit(params, prompt, index), self._context - len(prompt))
+        if limit < 1:
             raise DataError(
                 f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
             )
-        limit = min(params.max_new_tokens, prompt.max_new_tokens or params.max_new_tokens, self._context - len(prompt))
-        own = replace(
-            params,
-            max_new_tokens=limit,
-            min_new_tokens=min(params.min_new_tokens, limit),
-            seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**62,
-        )
+        own = replace(with_limit(params, limit), seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**62)
         bias = dict.fromkeys(params.banned_tokens, BANNED) or None
         options = {**sampling_body(own, n), "logit_bias": bias, "logprobs": 0, "detokenize": bool(params.stop)}
         return self.vllm.SamplingParams(**options)
