@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -44,12 +45,12 @@ def test_rows_that_cannot_be_asked_about(task, rows, message):
 def test_files(tmp_path, name):
     from datasets import Dataset
 
-    rows = [{"prompt": "p", "completion": "a, b"}, {"prompt": "q", "completion": "c"}]
+    rows = [{"prompt": "p", "completion": "a, b"}, {"prompt": "q", "completion": "c\u2028d"}]
     data = Dataset.from_list(rows)
     if name.endswith("json"):
         (tmp_path / name).write_text(json.dumps(rows))
     else:
-        writers = {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}
+        writers = {"jsonl": partial(data.to_json, force_ascii=False), "csv": data.to_csv, "parquet": data.to_parquet}
         writers[name.rpartition(".")[2]](str(tmp_path / name))
     assert read_rows(tmp_path / name) == rows
 

@@ -182,6 +182,16 @@ def test_answers_and_undos_survive(start):
     assert session.undo("ada") == (ITEMS[1], 4)
 
 
+def test_a_text_with_ends_of_lines_of_unicode_is_one_line(start):
+    said = "one\u2028two\u2029three\x85"
+    session = start("correct")
+    session.answer("ada", ITEMS[0].key, said)
+    (row,) = start("correct").rows()
+    assert row["chosen"] == said
+    start("correct").journal.path.unlink()
+    assert start("correct").rows() == [row]
+
+
 def test_a_line_cut_off_by_a_kill_is_dropped(start):
     session = start()
     session.answer("ada", ITEMS[0].key, 4)

@@ -131,13 +131,13 @@ def test_samples_of_tables_and_lines(tmp_path):
     folder.mkdir()
     rows = [{"step": 5, "prompt": "Hi", "completion": f"answer {i}", "correct": i / 9, "why": "so"} for i in range(10)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "completions_00005.parquet")
-    chat = {"prompt": [{"role": "user", "content": "Ho"}], "completion": "done", "reward": None}
-    (folder / "completions_00012.jsonl").write_text(json.dumps(chat))
+    chat = {"prompt": [{"role": "user", "content": "Ho"}], "completion": "do\u2028ne", "reward": None}
+    (folder / "completions_00012.jsonl").write_text(json.dumps(chat, ensure_ascii=False))
     samples = read_run(tmp_path).samples
     assert list(samples) == [5, 12]
     assert [sample.completion for sample in samples[5]] == ["answer 0", "answer 3", "answer 6", "answer 9"]
     assert samples[5][-1].numbers == {"correct": 1.0}
-    assert (samples[12][0].prompt, samples[12][0].numbers) == ("Ho", {})
+    assert (samples[12][0].prompt, samples[12][0].completion, samples[12][0].numbers) == ("Ho", "do\u2028ne", {})
 
 
 # ---- the page ----

@@ -161,6 +161,8 @@ def test_marks_are_kept_and_not_asked_again(tmp_path):
     assert json.loads(file.read_text()) == {"prompt": "p", "completion": "a", "score": 1.0}
     assert rating("2", file=file)(["p", "q"], ["a", "b"]) == [1.0, -0.5]
     assert rating(file=file)(["p", "q"], ["a", "b"]) == [1.0, -0.5]
+    assert rating("2", file=file)(["p"], ["one line\u2028another\x85"]) == [-0.5]
+    assert rating(file=file)(["p"], ["one line\u2028another\x85"]) == [-0.5]
 
 
 def test_preferences_are_kept_and_not_asked_again(tmp_path):

@@ -42,11 +42,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".json":
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as file:
+            return json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error}.") from None
 

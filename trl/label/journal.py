@@ -51,8 +51,8 @@ class Journal:
 
     def read(self) -> list[Event]:
         """All events, oldest first. Raises DataError, with the line, for what is none."""
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [self._event(line, number) for number, line in enumerate(lines, start=1)]
+        with self.path.open(encoding="utf-8") as lines:
+            return [self._event(line, number) for number, line in enumerate(lines, start=1)]
 
     def _event(self, line: str, number: int) -> Event:
         try:

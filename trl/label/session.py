@@ -289,12 +289,13 @@ def _earlier_rows(output: Path, task: str, *, has_journal: bool) -> list[tuple[I
     if not output.is_file():
         return []
     found = []
-    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines(), start=1):
-        answered = answer_in(task, line)
-        if answered is not None:
-            found.append(answered)
-        elif not has_journal:
-            raise ConfigError(
-                f"{output}, line {number} is no row that the task {task!r} writes: keep answers in another file."
-            )
+    with output.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            answered = answer_in(task, line)
+            if answered is not None:
+                found.append(answered)
+            elif not has_journal:
+                raise ConfigError(
+                    f"{output}, line {number} is no row that the task {task!r} writes: keep answers in another file."
+                )
     return found

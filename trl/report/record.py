@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Reader:
     def lines(self, file: Path) -> list[Row]:
         """Rows of a JSON-lines file; lines that are none are left out."""
         rows = []
-        for line in self.text(file).splitlines():
+        for line in StringIO(self.text(file)):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

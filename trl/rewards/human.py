@@ -196,8 +196,8 @@ class _Asking:
         """What was said before. Raises DataError for a line without the columns of the task."""
         if self.file is None or not self.file.is_file():
             return []
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        return [_row(line, f"{self.file}, line {number}", self.columns) for number, line in enumerate(lines, start=1)]
+        with self.file.open(encoding="utf-8") as lines:
+            return [_row(line, f"{self.file}, line {n}", self.columns) for n, line in enumerate(lines, start=1)]
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         if self.file is not None:
