@@ -167,7 +167,7 @@ def asked_limit(params: SamplingParams, prompt: Prompt | SentPrompt, index: int)
 
     Raises DataError for a prompt without tokens, and for a limit below 1.
     """
-    if not prompt.ids:
+    if not len(prompt.ids):  # a tensor of one id would be asked for its value
         raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
     if prompt.max_new_tokens is None:
         return params.max_new_tokens
