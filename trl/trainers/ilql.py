@@ -37,7 +37,7 @@ from trl.trainers.base import EvalRows, Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.collectives import all_gather_object
-from trl.types import Batch, Metrics
+from trl.types import Batch, Metrics, Scores
 
 REWARD = "reward"
 
@@ -201,6 +201,9 @@ class ILQLTrainer(ValueHeadTrainer):
         return super().encode(rows, split, name)
 
     # ---- loss ----
+
+    def forward_pass(self, model: nn.Module, batch: Batch) -> Scores:
+        return score(model, batch, want={"value", "q"})
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         scores = score(model, batch, want={"value", "q", "entropy"})

@@ -58,7 +58,7 @@ from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
 from trl.training.state import StateFunctions
-from trl.types import Algorithm, Batch, Example, Experience, Metrics
+from trl.types import Algorithm, Batch, Example, Experience, Metrics, Scores
 
 RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 """`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
@@ -405,6 +405,9 @@ class OnlineTrainer(BaseTrainer):
         return keep.tolist()
 
     # ---- loss ----
+
+    def forward_pass(self, model: nn.Module, batch: Batch) -> Scores:
+        return score(model, batch, want={"value"} if self.algorithm.needs_values else ())
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         want = {"entropy", "value"} if self.algorithm.needs_values else {"entropy"}
