@@ -259,7 +259,7 @@ def paged_decoder(policy: Policy, rows: Sequence[Sample], n: int, budget: int) -
 
 def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:
     """Tokens that may be sampled after this prompt: what was asked for, or what the model's context leaves."""
-    limit = asked_limit(params, prompt, index)
+    limit = asked_limit(params, prompt.ids, prompt.max_new_tokens, index)
     if inner.config.is_encoder_decoder and prompt.inputs:
         raise DataError(
             f"prompts[{index}] has inputs {sorted(prompt.inputs)}: an encoder-decoder is given tokens alone."

@@ -16,7 +16,7 @@ does not depend on what else is in the batch. Equal logits are told apart by tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,6 @@ from trl.option_bounds import check_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-    from trl.rollouts.connection import SentPrompt
-    from trl.rollouts.engine import Prompt
 
 BLOCK = 256
 """Tokens whose probabilities are summed before a block is searched for the sampled one."""
@@ -162,18 +159,16 @@ def _check_mask(mask: Tensor | None) -> None:
         )
 
 
-def asked_limit(params: SamplingParams, prompt: Prompt | SentPrompt, index: int) -> int:
-    """Tokens that are asked for after `prompts[index]`: the lower of the prompt's own limit and that of `params`.
+def asked_limit(params: SamplingParams, ids: Sequence[int], own: int | None, index: int) -> int:
+    """Tokens that are asked for after the `ids` of `prompts[index]`: the lower of its own limit and that of `params`.
 
     Raises DataError for a prompt without tokens, and for a limit below 1.
     """
-    if not len(prompt.ids):  # a tensor of one id would be asked for its value
+    if not len(ids):  # a tensor of one id would be asked for its value
         raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
-    if prompt.max_new_tokens is None:
-        return params.max_new_tokens
-    if prompt.max_new_tokens < 1:
-        raise DataError(f"prompts[{index}] has max_new_tokens={prompt.max_new_tokens}: give at least 1, or None.")
-    return min(prompt.max_new_tokens, params.max_new_tokens)
+    if own is not None and own < 1:
+        raise DataError(f"prompts[{index}] has max_new_tokens={own}: give at least 1, or None.")
+    return params.max_new_tokens if own is None else min(own, params.max_new_tokens)
 
 
 def with_limit(params: SamplingParams, limit: int) -> SamplingParams:

@@ -282,7 +282,7 @@ class ServerEngine(RolloutEngine):
                 f"prompts[{index}] has inputs beside its tokens, which are not sent to servers: they take tokens and images "
                 "(`Prompt.unexpanded`), which trainers give them of rows with a column of images."
             )
-        limit = asked_limit(params, prompt, index)
+        limit = asked_limit(params, prompt.ids, prompt.max_new_tokens, index)
         contexts = [info.context for info in self.infos.values() if info.context is not None]
         if not contexts:
             return limit

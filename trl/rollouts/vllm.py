@@ -207,7 +207,7 @@ class VLLMEngine(RolloutEngine):
                 f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM: it takes tokens and images "
                 "(`Prompt.unexpanded`), which trainers give it of rows with a column of images."
             )
-        limit = min(asked_limit(params, prompt, index), self._context - len(prompt))
+        limit = min(asked_limit(params, prompt.ids, prompt.max_new_tokens, index), self._context - len(prompt))
         if limit < 1:
             raise DataError(
                 f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
