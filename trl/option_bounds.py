@@ -96,7 +96,9 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
     "data_seed": Bound(0, 2**32 - 1),
     "max_steps": Bound(-1),
     "delta": Bound(1, above=True, words="more than 1: at 1, positive advantages would have no gradient"),
-    "label_smoothing": Bound(0, 0.5, words="a probability of wrong labels, 0 to 0.5"),
+    "label_smoothing": Bound(
+        0, 0.5, below=True, words="a probability of wrong labels below 0.5: at 0.5 they say nothing, and nothing is trained"
+    ),
     "noise_level": Bound(0, above=True, words="more than 0: steps without noise have no likelihood to train on"),
     "vllm_server_port": Bound(1, 65535),
     "temperature": Bound(0, words="0 (the most likely token) or a positive number"),
@@ -110,11 +112,19 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
 """By the name of an option. Where a method draws a line of its own, its configuration says so itself."""
 
 
+WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesirable_weight"))
+"""Options that weigh what is trained on: where all of them are 0, the loss is constant."""
+
+
 def check_bounds(config: Any) -> None:
     """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take."""
     for field in dataclasses.fields(config):
         for value in numbers_in(getattr(config, field.name, None)):
             check_number(field.name, value)
+    for names in WEIGHTS:
+        weights = [*numbers_in([getattr(config, name, None) for name in names])]
+        if weights and not any(weights):
+            raise ConfigError(f"{' and '.join(names)}: every weight is 0, so nothing is trained. Set one above 0.")
 
 
 def numbers_in(value: Any) -> Iterator[float]:

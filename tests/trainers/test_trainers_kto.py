@@ -233,3 +233,5 @@ def test_wrong_options():
         KTOConfig(loss_type="ktoo")
     with pytest.raises(ConfigError, match="desirable_weight=-1"):
         KTOConfig(desirable_weight=-1)
+    with pytest.raises(ConfigError, match="desirable_weight and undesirable_weight: every weight is 0"):
+        KTOConfig(desirable_weight=0.0, undesirable_weight=0.0)

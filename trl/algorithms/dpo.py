@@ -247,7 +247,7 @@ class DPOOptions:
     """Weight of each of several losses in the sum. None: 1 each."""
 
     label_smoothing: float = 0.0
-    """Probability that a label is wrong, in [0, 0.5], for the losses that model it."""
+    """Probability that a label is wrong, in [0, 0.5), for the losses that model it."""
 
     reference_free: bool = False
     """Compare with a uniform distribution in place of the reference: h is the log-probability."""
@@ -360,8 +360,6 @@ def _check_ranges(o: DPO) -> None:
     if not o.beta > 0:
         raise ConfigError(f"beta must be positive, got {o.beta}.")
     check_bounds(o)
-    if "robust" in o.loss_types and o.label_smoothing == 0.5:
-        raise ConfigError("loss_type 'robust' divides by 1 − 2·label_smoothing: set label_smoothing below 0.5.")
     if "exo_pair" in o.loss_types and o.label_smoothing == 0:
         raise ConfigError("loss_type 'exo_pair' needs label_smoothing > 0; its paper recommends 1e-3.")
 
