@@ -53,6 +53,15 @@ def test_rows_plan_and_memory(words, folder, capsys):
     assert not (folder / "out").exists()
 
 
+def test_rows_beyond_the_context_of_the_model_are_counted(folder, capsys):
+    from tests.conftest import MODELS
+
+    MODELS["llama"](max_position_embeddings=64).save_pretrained(folder / "tiny")
+    more = ["--max_length", "null"]
+    assert main(["check", "sft", *words_for("rows.jsonl", *more)]) == 0
+    assert "1 longer than the model's context of 64 tokens" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("words", [["check", "sft"], ["sft"], ["preview"]])
 def test_a_row_is_named_by_its_line(words, folder, capsys):
     rows = ['{"text": "one"}', "", '{"text": "two"}', '{"text": null}']

@@ -305,7 +305,7 @@ def test_rows_left_without_a_trained_token_are_dropped_counted_and_said(plain, c
     rows = [{"input_ids": [4, 5, 6], "labels": [-100, -100, 6]}, {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
     with caplog.at_level(logging.INFO):
         result = encoded([*rows, {"input_ids": [7], "labels": [7]}], plain, max_length=2)
-    expected = EncodingReport(rows_in=3, rows=1, truncated=1, unscored=2, tokens=2, trained=1)
+    expected = EncodingReport(rows_in=3, rows=1, truncated=1, unscored=2, tokens=2, trained=1, longest=2)
     assert result.report == expected
     assert result.dataset[:] == {"prompt_ids": [[]], "completion_ids": [[[4, 5]]], "completion_mask": [[[True, True]]]}
     message = "train: 1 row, 2 tokens, 1 trained (50%), 1 truncated, 2 dropped (no token left to train on)."
@@ -418,8 +418,30 @@ def test_the_second_encoding_comes_from_the_cache(plain, tmp_path, make):
 
 
 def test_reports_add_up():
-    a = EncodingReport("eval", rows_in=2, rows=1, truncated=1, unscored=1, tokens=5, trained=2)
-    assert a + a == EncodingReport("eval", rows_in=4, rows=2, truncated=2, unscored=2, tokens=10, trained=4)
+    counts = {"tokens": 5, "trained": 2, "long": 1}
+    a = EncodingReport("eval", rows_in=2, rows=1, truncated=1, unscored=1, **counts, longest=5, pretrained_length=4)
+    b = EncodingReport("eval", **counts, longest=7, pretrained_length=4)
+    twice = {name: 2 * count for name, count in counts.items()}
+    assert a + b == EncodingReport(
+        "eval", rows_in=2, rows=1, truncated=1, unscored=1, **twice, longest=7, pretrained_length=4
+    )
+
+
+@pytest.mark.parametrize("kind", [Dataset, IterableDataset])
+def test_rows_longer_than_the_model_is_made_for_are_counted_and_said_once(plain, caplog, kind):
+    """Of a pair, the prompt with the longer completion counts: 4 + 3, and 4 + 5."""
+    pairs = [(6, 4), (6, 3), (2, 8)] if kind is Dataset else [(2, 8), (2, 8), (2, 2)]
+    rows = kind.from_generator(
+        lambda: (
+            {"prompt_ids": [7], "chosen_ids": [8] * chosen, "rejected_ids": [9] * rejected}
+            for chosen, rejected in pairs
+        )
+    )
+    made = encode_dataset(rows, plain, settings=EncodeSettings(pretrained_length=7))
+    list(made.dataset)
+    assert (made.report.long, made.report.longest) == ((1, 9) if kind is Dataset else (2, 9))
+    (said,) = [r.getMessage() for r in caplog.records if "context of 7 tokens" in r.getMessage()]
+    assert "the longest has 9: max_length=7" in said
 
 
 # Bad input

@@ -70,6 +70,11 @@ class EncodingReport:
     overlong: int = 0
     tokens: int = 0
     trained: int = 0
+    long: int = 0
+    """Rows that are longer than `pretrained_length`, the longest sequence that the model is made for."""
+    longest: int = 0
+    """Tokens of the longest sequence."""
+    pretrained_length: int | None = None
     unread: tuple[str, ...] = ()
     """Columns that nothing reads."""
 
@@ -79,7 +84,7 @@ class EncodingReport:
         return self.unscored + self.identical + self.overlong
 
     @classmethod
-    def of(cls, counts: pa.Table, name: str) -> EncodingReport:
+    def of(cls, counts: pa.Table, name: str, pretrained_length: int | None = None) -> EncodingReport:
         """The report of encoded rows, from their counts."""
         column = {name: counts[name].to_numpy() for name in COUNTS}
         status, kept = column["status"], column["status"] == KEPT
@@ -93,12 +98,15 @@ class EncodingReport:
             overlong=int((status == OVERLONG).sum()),
             tokens=int(column["tokens"][kept].sum()),
             trained=int(column["trained"][kept].sum()),
+            long=0 if pretrained_length is None else int((column["longest"][kept] > pretrained_length).sum()),
+            longest=int(column["longest"][kept].max(initial=0)),
+            pretrained_length=pretrained_length,
         )
 
     def __add__(self, other: EncodingReport) -> EncodingReport:
-        words = ("name", "unread")
-        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in words}
-        return replace(self, **counts)
+        same = ("name", "unread", "pretrained_length", "longest")
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in same}
+        return replace(self, **counts, longest=max(self.longest, other.longest))
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')}"]
@@ -108,12 +116,18 @@ class EncodingReport:
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
         parts += [f"{self.identical:,} dropped (chosen equals rejected)"] if self.identical else []
         parts += [f"{self.overlong:,} dropped (images do not fit into max_length)"] if self.overlong else []
+        if self.long:
+            parts += [
+                f"{self.long:,} longer than the model's context of {self.pretrained_length:,} tokens (the longest has "
+                f"{self.longest:,}: max_length={self.pretrained_length} cuts such rows, rope_scaling extends the context)"
+            ]
         unread = f" Not read: {', '.join(self.unread)}." if self.unread else ""
         return ", ".join(parts) + "." + unread
 
     def log(self) -> None:
-        """Log once: a warning when rows were dropped or truncated."""
-        logger.log(logging.WARNING if self.dropped or self.truncated else logging.INFO, "%s", self)
+        """Log once: a warning when rows were dropped or truncated, or are longer than the model is made for."""
+        is_worth_a_warning = self.dropped or self.truncated or self.long
+        logger.log(logging.WARNING if is_worth_a_warning else logging.INFO, "%s", self)
 
 
 @dataclass
@@ -206,7 +220,8 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
     encoded, counts = _mapped(dataset, encoder, name)
-    report = replace(EncodingReport.of(counts, name), unread=encoder.unread)
+    report = EncodingReport.of(counts, name, encoder.settings.pretrained_length)
+    report = replace(report, unread=encoder.unread)
     if not report.rows:
         raise DataError(nothing_left(counts, encoder.settings, report))
     if report.overlong:
@@ -247,11 +262,15 @@ def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, 
 
 
 def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[str], name: str) -> Encoded:
-    encoded = Encoded(dataset, encoder.kind, EncodingReport(name, unread=encoder.unread))
+    most = encoder.settings.pretrained_length
+    encoded = Encoded(dataset, encoder.kind, EncodingReport(name, pretrained_length=most, unread=encoder.unread))
 
     def encode(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
         table = encoder(batch, rows)
-        encoded.report += EncodingReport.of(table, name)
+        before = encoded.report.long
+        encoded.report += EncodingReport.of(table, name, most)
+        if encoded.report.long and not before:
+            logger.warning("Of what has been read of a stream: %s", encoded.report)
         kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
         return kept.drop_columns(list(COUNTS)).to_pydict()
 

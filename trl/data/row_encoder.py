@@ -32,13 +32,13 @@ from trl.data.trees import (
 )
 from trl.errors import DataError, RowError
 
-FORMAT = 3
+FORMAT = 4
 """Number of the encoding, part of the cache key: raise it when encoded rows change."""
 
 COUNTS = {
     "status": Value("uint8"),
     "truncated": Value("bool"),
-    **dict.fromkeys(("tokens", "trained", "source_tokens"), Value("int32")),
+    **dict.fromkeys(("tokens", "longest", "trained", "source_tokens"), Value("int32")),
 }
 """Columns that the report is made of; they are taken off afterwards."""
 
@@ -126,9 +126,7 @@ class RowEncoder:
     ) -> None:
         """Raises DataError for a row with a token or a position that the model has no embedding for."""
         s = self.settings
-        for k, tree in enumerate(trees):
-            sides = (len(tree.prompt), tree.longest)
-            size = max(documents[k]) if documents else max(sides) if s.encoder_decoder else sum(sides)
+        for k, (tree, size) in enumerate(zip(trees, self._longest(trees, documents), strict=True)):
             if s.positions is not None and size > s.positions:
                 raise RowError(
                     columns.rows[k],
@@ -150,6 +148,13 @@ class RowEncoder:
                     "resize it (model.resize_token_embeddings(len(tokenizer)) and save the model); else the tokenizer is another "
                     "model's.",
                 )
+
+    def _longest(self, trees: Sequence[Tree], documents: Sequence[Sequence[int]] | None) -> list[int]:
+        """Tokens of the longest sequence of each row: of a prompt and a completion, or of a packed document."""
+        if documents is not None:
+            return [max(lengths, default=0) for lengths in documents]
+        whole = max if self.settings.encoder_decoder else sum
+        return [whole((len(tree.prompt), tree.longest)) for tree in trees]
 
     def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
         """Tokens of prompt and first completion that are not to be cut: those up to the end of the last image."""
@@ -199,6 +204,7 @@ class RowEncoder:
             "status": statuses,
             "truncated": np.not_equal(tokens, source_tokens),
             "tokens": tokens,
+            "longest": self._longest(trees, documents),
             "trained": list(map(sum, trained)),
             "source_tokens": source_tokens,
         }

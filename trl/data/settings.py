@@ -62,6 +62,8 @@ class EncodeSettings:
     """The same for the tokens of texts, which a tokenizer may have more of than the model. None: not known."""
     positions: int | None = None
     """Positions that the model has embeddings for: no sequence may be longer. None: no such limit."""
+    pretrained_length: int | None = None
+    """Tokens of the longest sequence that a model with computed positions is made for: longer rows are counted and said."""
     context: int | None = None
     """Tokens of prompt and completion that the sampler reads: prompts have to be shorter. None: no such limit."""
 

@@ -1,4 +1,4 @@
-"""How long a sequence a model can read: the rows of its table of learned positions, where it has one."""
+"""How long a sequence a model can read: the rows of its table of learned positions, or what it was made for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ def learned_positions(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and _NAMES.search(name)
     ]
     return min(tables, default=None)
+
+
+def pretrained_length(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence that a model with computed positions is made for; None if its configuration says none.
+
+    Scaled rotary embeddings read `factor` times as many as before. None for tables of learned positions as well.
+    """
+    if not isinstance(model, PreTrainedModel) or learned_positions(model) is not None:
+        return None
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None:
+        return None
+    rope = vars(config).get("rope_parameters") or {}
+    scaled = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("factor")]
+    return max([most, *(int(r.get("original_max_position_embeddings", most) * r["factor"]) for r in scaled)])
 
 
 def _offset(table: nn.Embedding) -> int:

@@ -64,7 +64,7 @@ from trl.models.load import (
     tokenizer_of,
 )
 from trl.models.patching import evaluating
-from trl.models.positions import learned_positions
+from trl.models.positions import learned_positions, pretrained_length
 from trl.models.rotary import length_dependent
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
@@ -342,14 +342,15 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         """Rows as the collator reads them. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
             rows_known = self._rows_of_embedding()
-            limits = {"vocabulary": rows_known, "embedded": rows_known, "positions": self._positions(split)}
+            limits = {"vocabulary": rows_known, "embedded": rows_known, **self._lengths(split)}
             settings = dataclasses.replace(self.encode_settings(split), **limits)
             self.encoded[name] = encode_dataset(rows, self.tokenizer, settings=settings, name=name, images=self.images)
         return self.encoded[name].dataset
 
-    def _positions(self, split: str) -> int | None:
-        """Tokens that a row may have, by the model's table of positions; None where nothing has to be checked."""
-        return learned_positions(unwrap(self.model))
+    def _lengths(self, split: str) -> dict[str, int | None]:
+        """Tokens that a row may have by the model's table of positions, and should have where positions are computed."""
+        model = unwrap(self.model)
+        return {"positions": learned_positions(model), "pretrained_length": pretrained_length(model)}
 
     def _rows_of_embedding(self) -> int | None:
         """How many token ids the model knows; None where a processor makes ids of its own."""

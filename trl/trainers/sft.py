@@ -181,10 +181,11 @@ class SFTTrainer(BaseTrainer):
     def _cut_by_packing(self, split: str) -> bool:
         return self._packs(split) and self.args.packing_strategy != "bfd"
 
-    def _positions(self, split: str) -> int | None:
-        positions = super()._positions(split)
-        fits = positions is None or self.args.max_length is None or self.args.max_length <= positions
-        return None if fits and self._cut_by_packing(split) else positions
+    def _lengths(self, split: str) -> dict[str, int | None]:
+        lengths = super()._lengths(split)
+        if not self._cut_by_packing(split):
+            return lengths
+        return {name: most for name, most in lengths.items() if most is not None and self.args.max_length > most}
 
     def _packs(self, split: str) -> bool:
         evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
