@@ -97,7 +97,10 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
     "max_steps": Bound(-1),
     "delta": Bound(1, above=True, words="more than 1: at 1, positive advantages would have no gradient"),
     "label_smoothing": Bound(
-        0, 0.5, below=True, words="a probability of wrong labels below 0.5: at 0.5 they say nothing, and nothing is trained"
+        0,
+        0.5,
+        below=True,
+        words="a probability of wrong labels below 0.5: at 0.5 they say nothing, and nothing is trained",
     ),
     "noise_level": Bound(0, above=True, words="more than 0: steps without noise have no likelihood to train on"),
     "vllm_server_port": Bound(1, 65535),

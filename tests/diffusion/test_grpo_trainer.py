@@ -286,7 +286,7 @@ def test_rewards_of_texts_are_none_of_pictures(tmp_path):
 def test_prompts_that_are_no_texts(tmp_path):
     args = DiffusionGRPOConfig(output_dir=str(tmp_path), **ROLLOUTS)
     rows = Dataset.from_dict({"prompt": [["a"], ["b"]]})
-    with pytest.raises(DataError, match=r"train_dataset\[0\]: prompt is a list"):
+    with pytest.raises(DataError, match="Row 1, column 'prompt': a list"):
         DiffusionGRPOTrainer(model=PIPELINES["sd"](), reward_funcs=brightness_reward, args=args, train_dataset=rows)
     rows = Dataset.from_dict({"text": ["a"]})
     with pytest.raises(DataError, match="no column 'prompt'. It has text"):

@@ -2,15 +2,17 @@
 
 import math
 from io import BytesIO
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 
 from tests.diffusion.support import LORA, OPTIONS, ROLLOUTS, Poison, online, options_for, pairs, pipeline_of, weights_of
-from trl.errors import ConfigError, DataError
-from trl.trainers.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer, as_tensor
+from trl.errors import ConfigError, DataError, RowError
+from trl.trainers.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer, as_tensor, check_pictures
 from trl.trainers.diffusion.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from trl.training.nonfinite import NonFiniteError
 from trl.vision.images import ORIENTATION
@@ -157,32 +159,46 @@ def test_dpo_prefers_what_is_preferred(tmp_path):
 
 def test_pictures_as_they_come():
     red = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
-    found = as_tensor(red, (16, 16), "here")
+    found = as_tensor(red, (16, 16))
     assert found.shape == (3, 16, 16)
     assert found[0].min() > 0.999
     assert found[1:].max() < 0.001
     same = torch.rand(3, 16, 16)
-    assert torch.equal(as_tensor(same, (16, 16), "here"), same)
-    with pytest.raises(DataError, match=r"Row 3, chosen has the shape \(16, 16\)"):
-        as_tensor(torch.zeros(16, 16), (16, 16), "Row 3, chosen")
+    assert torch.equal(as_tensor(same, (16, 16)), same)
+    with pytest.raises(DataError, match=r"has the shape \(16, 16\)"):
+        as_tensor(torch.zeros(16, 16), (16, 16))
     with pytest.raises(DataError, match="values from 0 to 255"):
-        as_tensor(torch.tensor([0.0, 255.0]).expand(3, 2, 2), (2, 2), "here")
+        as_tensor(torch.tensor([0.0, 255.0]).expand(3, 2, 2), (2, 2))
     with pytest.raises(DataError, match="is a list, and no picture"):
-        as_tensor(["a"], (16, 16), "here")
+        as_tensor(["a"], (16, 16))
 
 
 def test_pictures_in_files(tmp_path):
     blue = Image.new("RGB", (16, 16), (0, 0, 255))
     blue.save(tmp_path / "blue.png")
-    expected = as_tensor(blue, (16, 16), "here")
-    stored = (tmp_path / "blue.png").read_bytes()
-    for given in (str(tmp_path / "blue.png"), stored, {"bytes": stored, "path": None}):
-        assert torch.equal(as_tensor(given, (16, 16), "here"), expected)
-    assert torch.equal(as_tensor("blue.png", (16, 16), "here", str(tmp_path)), expected)
-    (tmp_path / "no.png").write_text("nothing")
-    for name in ("no.png", "missing.png"):
-        with pytest.raises(DataError, match=f"Row 3, chosen: .*{name}"):
-            as_tensor(str(tmp_path / name), (16, 16), "Row 3, chosen")
+    file = tmp_path / "blue.png"
+    for stored in (str(file), file, file.read_bytes(), {"bytes": file.read_bytes(), "path": None}):
+        assert torch.equal(as_tensor(stored, (16, 16)), as_tensor(blue, (16, 16)))
+    assert torch.equal(as_tensor("blue.png", (16, 16), str(tmp_path)), as_tensor(blue, (16, 16)))
+
+
+@pytest.mark.parametrize("picture", [None, "missing.png", "no.png", "cut.png"])
+@pytest.mark.parametrize("kind", ["paths", "images"])
+def test_dpo_finds_a_picture_that_is_none_before_training(tmp_path, monkeypatch, picture, kind):
+    """What is cut off behind the head of its file is found in training alone."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), (0, 0, 255)).save("blue.png")
+    Path("no.png").write_text("nothing")
+    Path("cut.png").write_bytes(Path("blue.png").read_bytes()[:40])
+    rows = Dataset.from_dict(
+        {"prompt": ["a"] * 3, "chosen": ["blue.png"] * 3, "rejected": ["blue.png"] * 2 + [picture]}
+    )
+    rows = rows if kind == "paths" else rows.cast_column("rejected", datasets.Image())
+    with pytest.raises(RowError, match="^Row 3, column 'rejected': "):
+        dpo(tmp_path, rows=rows, shuffle_dataset=False, per_device_train_batch_size=3).train()
+    if picture != "cut.png":
+        with pytest.raises(RowError, match="^Row 3, column 'rejected': "):
+            check_pictures(rows, "train")
 
 
 def test_a_picture_stands_upright():
@@ -192,7 +208,7 @@ def test_a_picture_stands_upright():
     exif[ORIENTATION] = 6
     file = BytesIO()
     lying.save(file, format="PNG", exif=exif)
-    found = as_tensor(file.getvalue(), (16, 16), "here")
+    found = as_tensor(file.getvalue(), (16, 16))
     assert found[0, :8].min() == 1, "its left half is above"
     assert found[0, 8:].max() == 0
 

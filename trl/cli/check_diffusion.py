@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trl.cli.check import ask_rewards, print_table, print_verdict
+from trl.cli.commands import load
 from trl.cli.train import Run, datasets_of, own_keywords
 from trl.counts import size_of
+from trl.data.places import naming_lines
 from trl.diffusion.denoiser import Denoiser
 from trl.diffusion.families import denoiser_for
 from trl.diffusion.pipelines import add_adapter, trained
@@ -33,6 +35,8 @@ def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
 
     out = console()
     dataset, _ = datasets_of(run)
+    with naming_lines(run.script, run.mixture):
+        load(run.method.trainer).check_rows(dataset, "train", run.training)
     denoiser = denoiser_without_weights(run)
     print_table(out, "Rows", rows_of(dataset, rows))
     print_table(out, "Plan", plan_of(run, denoiser, dataset))

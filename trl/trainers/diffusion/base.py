@@ -41,7 +41,7 @@ from trl.diffusion.rollouts import IN_EVALUATION, Row, items_from, seed_of, stat
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.texts import PromptEmbeddings
 from trl.diffusion.trajectories import Trajectories, sample
-from trl.errors import ConfigError, DataError
+from trl.errors import ConfigError, DataError, RowError
 from trl.models.load import disable_dropout
 from trl.models.sharding import prepare_frozen
 from trl.rollouts.buffer import RolloutBuffer
@@ -85,9 +85,9 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
                 "quantization_config is of language models: load the pipeline quantised, and give it as the model."
             )
         self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__, model=model)
-        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        for name, rows in (("train", train_dataset), ("eval", eval_dataset)):
             if rows is not None:
-                check_prompts(rows, name)
+                self.check_rows(rows, name, self.args)
         self.pipeline = load_pipeline(model, **(self.args.model_init_kwargs or {}))
         self.denoiser = self.make_denoiser()
         self.part = self.denoiser.part
@@ -115,6 +115,11 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         if self.ema is not None:
             self.states.register("ema", self.ema)
         self._frozen: nn.Module | None = None
+
+    @staticmethod
+    def check_rows(rows: Rows, name: str, args: DiffusionConfig) -> None:
+        """Raises DataError for rows that cannot be trained on, before anything is loaded."""
+        check_prompts(rows, name)
 
     # ---- the model ----
 
@@ -308,14 +313,19 @@ def check_prompts(rows: Rows, name: str) -> None:
     """Raises DataError for rows without prompts, or with prompts that are no texts, with the first row that has one."""
     columns = rows.column_names or list(next(iter(rows), {}))
     if "prompt" not in columns:
-        raise DataError(f"{name} has no column 'prompt'. It has {', '.join(columns) or 'none'}.")
+        raise DataError(f"{name}_dataset has no column 'prompt'. It has {', '.join(columns) or 'none'}.")
     if isinstance(rows, Dataset):
         for number, prompt in enumerate(rows["prompt"]):
-            check_prompt(prompt, f"{name}[{number}]")
+            if not isinstance(prompt, str):
+                raise RowError(number, f", column 'prompt': {no_text(prompt)}", name)
 
 
 def check_prompt(prompt: Any, where: str) -> str:
     """The prompt. Raises DataError if it is no text."""
     if not isinstance(prompt, str):
-        raise DataError(f"{where}: prompt is a {type(prompt).__name__} ({prompt!r:.60}), and has to be a text.")
+        raise DataError(f"{where}: prompt is {no_text(prompt)}")
     return prompt
+
+
+def no_text(prompt: Any) -> str:
+    return f"a {type(prompt).__name__} ({prompt!r:.60}), and has to be a text."

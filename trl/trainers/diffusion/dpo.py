@@ -7,7 +7,8 @@ DiffusionDPOTrainer(model="stable-diffusion-v1-5/stable-diffusion-v1-5", train_d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,14 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from trl.algorithms.diffusion_dpo import diffusion_dpo, squared_error
+from trl.data.multimodal import undecoded
 from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, noised_batch
 from trl.diffusion.rollouts import IN_EVALUATION, IN_TRAINING, seed_of
-from trl.errors import ConfigError, DataError
-from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
+from trl.errors import ConfigError, DataError, RowError
+from trl.trainers.diffusion.base import DiffusionTrainer, Rows, check_prompt, check_prompts
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.types import Metrics
-from trl.vision.images import PixelLimits, read_image
+from trl.vision.images import PixelLimits, image_size, read_image
 
 SIDES = ("chosen", "rejected")
 NUMBER = "row_number"
@@ -54,7 +56,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     """Train on rows of `prompt`, `chosen` and `rejected`: a text, and two pictures of which the first is preferred.
 
     Pictures are those of Pillow, tensors `[3,H,W]` in [0, 1], bytes, or names of files (relative ones start from
-    `image_folder`); others than the model's size are scaled to it. Arguments: see `DiffusionTrainer`.
+    `image_folder`); others than the model's size are scaled to it. What is no picture is found before training, in a dataset.
+    Arguments: see `DiffusionTrainer`.
     """
 
     config_class = DiffusionDPOConfig
@@ -65,6 +68,12 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         train, evaluation = (numbered(*each) for each in ((train_dataset, "train"), (eval_dataset, "eval")))
         super().__init__(model, args, train, evaluation, **keywords)
         self.keep_reference_model()
+
+    @staticmethod
+    def check_rows(rows: Rows, name: str, args: DiffusionConfig) -> None:
+        check_prompts(rows, name)
+        if isinstance(rows, Dataset):
+            check_pictures(rows, name, args.image_folder)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.shuffle_dataset:
@@ -90,11 +99,13 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         """Clean latents of the chosen and of the rejected picture of each row."""
         for row in rows:
             check_prompt(row["prompt"], f"Row {row[NUMBER] + 1}")
-        size, root = (self.denoiser.height, self.denoiser.width), self.args.image_folder
-        images = [as_tensor(row[side], size, f"Row {row[NUMBER] + 1}, {side}", root) for side in SIDES for row in rows]
-        stacked = torch.stack(images).to(self.args.device)
+        stacked = torch.stack([self._picture(row, side) for side in SIDES for row in rows]).to(self.args.device)
         latents = self.denoiser.encode_images(stacked, at_once=self.args.vae_batch_size).cpu()
         return [*zip(latents[: len(rows)], latents[len(rows) :], strict=True)]
+
+    def _picture(self, row: Mapping[str, Any], side: str) -> Tensor:
+        with naming_picture(row[NUMBER], side):
+            return as_tensor(row[side], (self.denoiser.height, self.denoiser.width), self.args.image_folder)
 
     def collate(self, items: Sequence[NoisedPicture]) -> NoisedBatch:
         return noised_batch(items, self.texts([item.prompt for item in items]))
@@ -118,9 +129,13 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
 
 def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | IterableDataset | None:
-    """The rows with their numbers, from which their noise is drawn. Raises DataError for a column that is missing."""
+    """The rows with their numbers, from which their noise is drawn, and pictures as they are stored.
+
+    Raises DataError for a column that is missing.
+    """
     if rows is None:
         return None
+    rows = undecoded(rows)
     columns = rows.column_names or list(next(iter(rows), {}))
     for column in ("prompt", *SIDES):
         if column not in columns:
@@ -133,26 +148,62 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
     return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
 
 
-def as_tensor(picture: Any, size: tuple[int, int], where: str, root: str | None = None) -> Tensor:
+def check_pictures(rows: Dataset, name: str, root: str | None = None) -> None:
+    """Raises RowError for the first picture that is not there or cannot be opened, by the head of its file."""
+
+    def check(batch: Mapping[str, list[Any]], numbers: list[int]) -> None:
+        for side in SIDES:
+            for number, picture in zip(numbers, batch[side], strict=True):
+                with naming_picture(number, side, name):
+                    check_picture(picture, root)
+
+    undecoded(rows.select_columns([*SIDES])).map(
+        check, batched=True, with_indices=True, desc=f"Looking at pictures of {name}"
+    )
+
+
+@contextmanager
+def naming_picture(number: int, side: str, name: str = "") -> Iterator[None]:
+    """Errors about a picture meanwhile are about that of the row."""
+    try:
+        yield
+    except DataError as error:
+        raise RowError(number, f", column {side!r}: {error}", name) from error
+
+
+def check_picture(picture: Any, root: str | None) -> None:
+    """Raises DataError for what is no picture, as far as that shows without decoding it."""
+    if isinstance(picture, list | Tensor | np.ndarray):
+        pixels(picture)
+    else:
+        image_size(picture, PixelLimits(root=root))
+
+
+def as_tensor(picture: Any, size: tuple[int, int], root: str | None = None) -> Tensor:
     """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels.
 
     `root` is the folder that relative paths start from.
     """
-    try:
-        if isinstance(picture, Tensor | np.ndarray | list):
-            values = torch.as_tensor(picture).float()
-        else:
-            image = read_image(picture, PixelLimits(root=root))
-            values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where} is a {type(picture).__name__}, and no picture.") from error
-    if values.dim() != 3 or values.shape[0] != 3 or not 0 <= values.min() <= values.max() <= 1:
-        raise DataError(
-            f"{where} has the shape {tuple(values.shape)} and values from {values.min():.3g} to {values.max():.3g}: give a "
-            "picture of Pillow, a tensor [3,H,W] in [0, 1], bytes, or the name of a file."
-        )
+    if isinstance(picture, list | Tensor | np.ndarray):
+        values = pixels(picture)
+    else:
+        image = read_image(picture, PixelLimits(root=root))
+        values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     if tuple(values.shape[1:]) == size:
         return values
     return F.interpolate(values[None], size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def pixels(picture: Any) -> Tensor:
+    """Numbers as `[3,H,W]`. Raises DataError for those of no picture."""
+    try:
+        values = torch.as_tensor(picture).float()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"it is a {type(picture).__name__}, and no picture.") from error
+    if values.dim() != 3 or values.shape[0] != 3 or not values.numel() or not 0 <= values.min() <= values.max() <= 1:
+        found = f" and values from {values.min():.3g} to {values.max():.3g}" if values.numel() else ""
+        raise DataError(
+            f"it has the shape {tuple(values.shape)}{found}: give a picture of Pillow, a tensor [3,H,W] in [0, 1], bytes, or "
+            "the name of a file."
+        )
+    return values
