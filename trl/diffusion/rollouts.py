@@ -20,7 +20,7 @@ IN_TRAINING, IN_EVALUATION, IN_ORDER = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class PictureBatch:
+class PictureRollouts:
     """N pictures on the host, K of each row, one row after the other.
 
     rows          what they were sampled for, one for each picture

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from trl.errors import ModelError
 from trl.models.patching import configs_of
+from trl.ops.launch import has_values
 from trl.types import Spans
 
 try:
@@ -127,7 +127,7 @@ def by_runs(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, scale: float | None, window: int | None
 ) -> Tensor:
     """As `by_kernel`, run by run: for precisions and devices that the kernel does not have. Waits for the device."""
-    if isinstance(query, FakeTensor):  # of the estimate of memory, in which nobody knows where runs begin
+    if not has_values(query):  # nobody knows where runs begin
         return query.clone()
     parts = []
     queries, keys = spans.query_starts.tolist(), spans.key_starts.tolist()

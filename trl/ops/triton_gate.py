@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+
+from trl.ops.launch import launch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
 """What the kernels know, by their constant."""
@@ -69,9 +70,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(g) ⊙ u `[…,F]` of two tensors of that shape."""
     gate, up = gate.contiguous(), up.contiguous()
     out, count = torch.empty_like(gate), gate.numel()
-    if not isinstance(gate, FakeTensor):
-        with torch.cuda.device_of(gate):
-            _gate_kernel[(triton.cdiv(count, BLOCK),)](gate, up, out, count, ACTIVATION=activation, BLOCK=BLOCK)
+    launch(_gate_kernel, (triton.cdiv(count, BLOCK),), gate, up, out, count, ACTIVATION=activation, BLOCK=BLOCK)
     return out
 
 
@@ -82,12 +81,11 @@ def gated_backward(
     gate, up, grad = (x.contiguous() for x in (gate, up, grad))
     of_gate, of_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     made = torch.empty_like(gate) if product else None
-    if not isinstance(gate, FakeTensor):
-        with torch.cuda.device_of(gate):
-            _gate_backward_kernel[(triton.cdiv(count, BLOCK),)](
-                gate, up, grad, of_gate, of_up, of_up if made is None else made, count,
-                ACTIVATION=activation, PRODUCT=product, BLOCK=BLOCK,
-            )  # fmt: skip
+    launch(
+        _gate_backward_kernel, (triton.cdiv(count, BLOCK),),
+        gate, up, grad, of_gate, of_up, of_up if made is None else made, count,
+        ACTIVATION=activation, PRODUCT=product, BLOCK=BLOCK,
+    )  # fmt: skip
     return of_gate, of_up, made
 
 

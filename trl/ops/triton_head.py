@@ -31,8 +31,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from trl.ops.launch import launch
 from trl.ops.logits import DETACHED, STATISTICS, LogitTransform
 from trl.ops.products import add_product, product
 
@@ -165,13 +165,6 @@ def _gradient_kernel(
     tl.store(out + offset, d.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *tensors: Tensor | int | float, **flags) -> None:
-    """Run a kernel; nothing where tensors have shapes alone, for the estimate of memory."""
-    if not isinstance(tensors[0], FakeTensor):
-        with torch.cuda.device_of(tensors[0]):
-            kernel[grid](*tensors, **flags, num_warps=8)
-
-
 # ── tiles ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -211,7 +204,9 @@ class _Tiles:
         """Take a tile into the state `[6,M]`."""
         logits = self.logits(rows, weight)
         tensors = logits, self.bias, target[rows], state[:, rows]
-        _launch(_accumulate_kernel, (len(logits),), *tensors, *self._numbers(part), **self.flags, BLOCK=BLOCK)
+        launch(
+            _accumulate_kernel, (len(logits),), *tensors, *self._numbers(part), **self.flags, BLOCK=BLOCK, num_warps=8
+        )
 
     def gradient(
         self, rows: slice, part: slice, weight: Tensor, target: Tensor, factors: Tensor, *, entropy: bool
@@ -221,7 +216,16 @@ class _Tiles:
         out = self.gradients[: logits.numel()].view_as(logits)
         grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
         tensors = logits, self.bias, target[rows], factors[:, rows], out
-        _launch(_gradient_kernel, grid, *tensors, *self._numbers(part), **self.flags, ENTROPY=entropy, BLOCK=BLOCK)
+        launch(
+            _gradient_kernel,
+            grid,
+            *tensors,
+            *self._numbers(part),
+            **self.flags,
+            ENTROPY=entropy,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
         return out
 
     @cached_property

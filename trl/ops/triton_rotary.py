@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from trl.ops.launch import launch
 
 
 @triton.jit
@@ -64,16 +65,15 @@ def rotate(
     (rows, query_heads, length, size), key_heads = query.shape, key.shape[1]
     dtype = dtype or torch.promote_types(query.dtype, cos.dtype)
     out = [torch.empty(rows, length, h, size, dtype=dtype, device=query.device) for h in (query_heads, key_heads)]
-    if not isinstance(query, FakeTensor):
-        query, key = (x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (query, key))
-        query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
-        cos, sin = cos.contiguous(), sin.contiguous()
-        with torch.cuda.device_of(query):
-            _rotate_kernel[(rows * length, query_heads + key_heads)](
-                query, key, cos, sin, *out, query.stride(0), key.stride(0), cos.numel() // size,
-                QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HALF=size // 2,
-                WIDTH=triton.next_power_of_2(size // 2), BACKWARD=backward,
-            )  # fmt: skip
+    query, key = (x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (query, key))
+    query, key = (x if x.stride(1) == 1 else x.contiguous() for x in (query, key))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    launch(
+        _rotate_kernel, (rows * length, query_heads + key_heads),
+        query, key, cos, sin, *out, query.stride(0), key.stride(0), cos.numel() // size,
+        QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HALF=size // 2,
+        WIDTH=triton.next_power_of_2(size // 2), BACKWARD=backward,
+    )  # fmt: skip
     turned_query, turned_key = (x.transpose(1, 2) for x in out)
     return turned_query, turned_key
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl.algorithms.ddpo import DDPO, PromptStatistics
-from trl.diffusion.rollouts import PictureBatch
+from trl.diffusion.rollouts import PictureRollouts
 from trl.trainers.diffusion.grpo import StepPolicyConfig, StepPolicyTrainer
 from trl.training.collectives import all_gather_object
 from trl.types import Experience
@@ -76,14 +76,14 @@ class DiffusionDDPOTrainer(StepPolicyTrainer):
         if self.statistics_of_prompts is not None:
             self.states.register("prompt_statistics", self.statistics_of_prompts)
 
-    def experience(self, batch: PictureBatch) -> Experience:
+    def experience(self, batch: PictureRollouts) -> Experience:
         found = super().experience(batch)
         if self.statistics_of_prompts is None:
             return found
         return found.with_signals(**prompt_moments(self.statistics_of_prompts, batch, self.accelerator))
 
 
-def prompt_moments(statistics: PromptStatistics, batch: PictureBatch, accelerator: Accelerator) -> dict[str, Tensor]:
+def prompt_moments(statistics: PromptStatistics, batch: PictureRollouts, accelerator: Accelerator) -> dict[str, Tensor]:
     """The signals `prompt_mean` and `prompt_std` `[N]` of this process, from what all processes sampled."""
     everywhere = all_gather_object((batch.prompts, batch.rewards), accelerator)
     prompts = [prompt for part, _ in everywhere for prompt in part]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
-from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of, split_pictures
+from trl.diffusion.rollouts import IN_ORDER, PictureRollouts, seed_of, split_pictures
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
@@ -254,13 +254,13 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         self.rollouts += 1
         return minibatches
 
-    def kept(self, batch: PictureBatch) -> Tensor:
+    def kept(self, batch: PictureRollouts) -> Tensor:
         """A random part of each picture's steps."""
         keep = super().kept(batch)
         order = torch.rand(keep.shape, generator=self._subset).argsort(1)
         return keep & (order < self.num_train_timesteps)
 
-    def sample_epoch(self) -> PictureBatch:
+    def sample_epoch(self) -> PictureRollouts:
         """The pictures of an epoch, with their rewards.
 
         They are sampled as many at once as share a forward pass, and rewarded in batches of sample_batch_size.
@@ -276,7 +276,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         rewards, self._samples = self.compute_rewards(batches)
         rows = [{"prompt": prompt, "metadata": each} for prompt, each in zip(prompts, metadata, strict=True)]
         group = torch.arange(len(rows))
-        return PictureBatch(rows, group, trajectories, images.cpu(), rewards[:, None], rewards)
+        return PictureRollouts(rows, group, trajectories, images.cpu(), rewards[:, None], rewards)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[list[Any]]) -> tuple[Tensor, list[list[Any]]]:
         """Rewards `[N]` of all batches, and the batches with rewards and their metadata, as `image_samples_hook` gets them."""
@@ -290,7 +290,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
             number += len(prompts)
         return torch.cat(rewards), found
 
-    def log_epoch(self, batch: PictureBatch) -> None:
+    def log_epoch(self, batch: PictureRollouts) -> None:
         """The rewards of an epoch into the tracker, and its pictures to the hook."""
         if self.image_samples_callback is not None:
             self.image_samples_callback(self._samples, self.state.global_step, self.tracker)

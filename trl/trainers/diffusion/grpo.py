@@ -19,7 +19,7 @@ from trl.algorithms.advantages import NORMALIZE_THEN_SUM, Scale, has_no_variance
 from trl.algorithms.diffusion_grpo import DiffusionGRPO
 from trl.algorithms.surrogates import CISPO, SAPO, Clip, Surrogate
 from trl.diffusion.denoiser import Text
-from trl.diffusion.rollouts import PictureBatch
+from trl.diffusion.rollouts import PictureRollouts
 from trl.diffusion.solvers import Schedule, within
 from trl.diffusion.trajectories import (
     Draws,
@@ -137,13 +137,13 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
     def advantages(self, experience: Experience) -> Experience:
         return self.algorithm.advantages(experience)
 
-    def kept(self, batch: PictureBatch) -> Tensor:
+    def kept(self, batch: PictureRollouts) -> Tensor:
         """`[N,C]` bool: which steps are learned from; of the share that is asked for, at least one."""
         steps = batch.trajectories.mask.shape[1]
         first = torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
         return first & batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
 
-    def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Transition]]:
+    def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[Transition]]:
         signals = {name: experience.signals[name] for name in ("advantages", "old_logprobs")}
         return transitions_of(batch.trajectories, batch.prompts, self.kept(batch), signals)
 
@@ -197,7 +197,7 @@ class DiffusionGRPOTrainer(StepPolicyTrainer):
         inside[begin : begin + args.sde_window_size] = True
         return within(self.schedule, self.denoiser.schedule(steps, eta=0.0), inside)
 
-    def kept(self, batch: PictureBatch) -> Tensor:
+    def kept(self, batch: PictureRollouts) -> Tensor:
         keep = super().kept(batch)
         if self.args.zero_variance == "drop":
             keep &= ~has_no_variance(batch.rewards, batch.group)[:, None]

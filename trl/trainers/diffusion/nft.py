@@ -20,7 +20,7 @@ from trl.algorithms.diffusion_dpo import squared_error
 from trl.algorithms.diffusion_nft import diffusion_nft, optimality
 from trl.diffusion.forward_process import Noised, NoisedBatch, NoisedPicture, levels, noised_batch
 from trl.diffusion.pipelines import SwappedWeights
-from trl.diffusion.rollouts import IN_ORDER, PictureBatch, seed_of
+from trl.diffusion.rollouts import IN_ORDER, PictureRollouts, seed_of
 from trl.diffusion.solvers import Schedule
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
 from trl.trainers.diffusion.rollouts import DiffusionRolloutTrainer
@@ -83,7 +83,7 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
         self.old.follow(self.module, decay=decay)
         return self.old.in_place(self.module)
 
-    def experience(self, batch: PictureBatch) -> Experience:
+    def experience(self, batch: PictureRollouts) -> Experience:
         return Experience(batch.rewards, batch.group, torch.ones(len(batch.rewards), 1))
 
     def advantages(self, experience: Experience) -> Experience:
@@ -92,7 +92,7 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
         found = found.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return experience.with_signals(advantages=found, optimality=optimality(found, bound=self.args.advantage_clip))
 
-    def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[NoisedPicture]]:
+    def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[NoisedPicture]]:
         found = []
         for n, prompt in enumerate(batch.prompts):
             if batch.rewards[n].isnan():

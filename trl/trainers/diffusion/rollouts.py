@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from trl.algorithms.advantages import combine_rewards, group_std
 from trl.data.examples import columns_of
-from trl.diffusion.rollouts import IN_TRAINING, PictureBatch, Row, seed_of, split_pictures
+from trl.diffusion.rollouts import IN_TRAINING, PictureRollouts, Row, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition
 from trl.errors import ConfigError
@@ -107,11 +107,11 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         """The experience with signals that say how good each picture was."""
         raise NotImplementedError
 
-    def items_of_pictures(self, batch: PictureBatch, experience: Experience) -> list[list[Any]]:
+    def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[Any]]:
         """What is learned from, for each picture."""
         raise NotImplementedError
 
-    def experience(self, batch: PictureBatch) -> Experience:
+    def experience(self, batch: PictureRollouts) -> Experience:
         """The rollout batch of this process, as algorithms see it."""
         trajectories = batch.trajectories
         return Experience(
@@ -124,7 +124,9 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         """The model with the weights that sample pictures of training, meanwhile."""
         return nullcontext()
 
-    def sample_pictures(self, rows: Sequence[Row], each: int, seeds: Sequence[int], schedule: Schedule) -> PictureBatch:
+    def sample_pictures(
+        self, rows: Sequence[Row], each: int, seeds: Sequence[int], schedule: Schedule
+    ) -> PictureRollouts:
         """`each` pictures of every row, with their rewards."""
         repeated = [row for row in rows for _ in range(each)]
         prompts = [check_prompt(row["prompt"], "A row") for row in repeated]
@@ -132,7 +134,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         first_noise = [seeds[i - i % each] for i in range(len(seeds))] if self.args.same_initial_noise else None
         trajectories, images = self.draw(prompts, seeds, schedule, first_noise)
         values = self.reward(repeated, images)
-        return PictureBatch(repeated, group, trajectories, images.cpu(), values, self.combined(values, group))
+        return PictureRollouts(repeated, group, trajectories, images.cpu(), values, self.combined(values, group))
 
     def combined(self, values: Tensor, group: Tensor) -> Tensor:
         """One reward `[N]` of those of all functions `[N,F]`."""
@@ -149,7 +151,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     # ---- what is reported ----
 
-    def _log_rollouts(self, batch: PictureBatch, experience: Experience, mode: str) -> None:
+    def _log_rollouts(self, batch: PictureRollouts, experience: Experience, mode: str) -> None:
         names = [reward.name for reward in self.rewards]
         everywhere, _ = gather_rows(torch.cat([batch.rewards[:, None], batch.values], 1), self.accelerator)
         found = {f"rewards/{name}/mean": everywhere[:, 1 + i] for i, name in enumerate(names)}
