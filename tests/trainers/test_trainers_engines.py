@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +13,7 @@ from accelerate import Accelerator
 from trl.errors import ConfigError
 from trl.models.value_heads.storage import without_copies
 from trl.trainers.sft import SFTConfig, SFTTrainer
-from trl.training.parallel import accumulating, check_parallelism, check_processes, explain_waits
+from trl.training.parallel import accumulating, check_parallelism, check_processes, explain_waits, processes_on_cpu
 
 
 @pytest.fixture
@@ -31,6 +35,26 @@ def test_processes_that_would_train_alone(args, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were started, and this one would train in 1"):
         check_processes(args)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerators talk otherwise")
+def test_processes_on_cpus_wait_as_long_as_is_said_and_end_after_their_threads(args, monkeypatch):
+    """The interpreter aborts where a thread of gloo lets go of a tensor while it ends: there is a pause before."""
+    place = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    at_exit, slept = [], []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    try:
+        with processes_on_cpu(args):
+            group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+    finally:
+        torch.distributed.destroy_process_group()
+    for function in at_exit:
+        function()
+    assert slept
 
 
 def test_gradients_are_exchanged_again_after_accumulating():
