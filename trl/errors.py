@@ -41,6 +41,10 @@ class ConfigError(TrlError):
     """An option that is unknown, of the wrong type, or at odds with another."""
 
 
+class ModelNotFoundError(ConfigError, OSError):
+    """A name that no model stands for, here or on the hub: an OSError too, which is what `transformers` raises."""
+
+
 class ModelError(TrlError):
     """A model that cannot do what was asked of it."""
 

@@ -14,9 +14,18 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from tests.conftest import WIDTHS, make_tokenizer
-from trl import SFTConfig, SFTTrainer
-from trl.errors import ConfigError, ModelError
+from tests.conftest import MODELS, WIDTHS, make_tokenizer
+from trl import (
+    AutoModelForCausalLMWithValueHead,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.errors import ConfigError, ModelError, ModelNotFoundError
 from trl.models import attention_packages
 from trl.models.config import ModelConfig
 from trl.models.load import load_model, mend_generation_config
@@ -141,3 +150,69 @@ def test_attention_that_nobody_knows_or_that_needs_a_gpu_is_refused(monkeypatch)
         load_model("./no-such-model", attn_implementation="spda")
     with pytest.raises(ConfigError, match="'flash_attention_2' computes on GPUs"):
         load_model("./no-such-model", attn_implementation="flash_attention_2")
+
+
+# ---- names that nothing stands for ----
+
+
+def sft(name, model, tokenizer, folder):
+    SFTTrainer(name, args=SFTConfig(output_dir=folder), train_dataset=Dataset.from_dict({"text": ["a"]}))
+
+
+def reward(name, model, tokenizer, folder):
+    RewardTrainer(name, train_dataset=Dataset.from_dict({"chosen": ["a"], "rejected": ["b"]}))
+
+
+def reference(name, model, tokenizer, folder):
+    rows = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    DPOTrainer(model, ref_model=name, args=DPOConfig(output_dir=folder), train_dataset=rows, processing_class=tokenizer)
+
+
+def reward_function(name, model, tokenizer, folder):
+    args = GRPOConfig(output_dir=folder, num_generations=2, per_device_train_batch_size=2)
+    GRPOTrainer(model, name, args, Dataset.from_dict({"prompt": ["a"]}), processing_class=tokenizer)
+
+
+def value_head(name, model, tokenizer, folder):
+    AutoModelForCausalLMWithValueHead.from_pretrained(name)
+
+
+def adapter(name, model, tokenizer, folder):
+    model.save_pretrained(folder)
+    load_model(folder, adapter=name)
+
+
+@pytest.mark.parametrize("name", ["org/none", "./none", "empty"])
+@pytest.mark.parametrize(
+    ("load", "argument"),
+    [
+        (sft, "model"),
+        (reward, "model"),
+        (reference, "ref_model"),
+        (reward_function, "reward_funcs|model"),
+        (value_head, "model"),
+        (adapter, "adapter"),
+    ],
+)
+def test_a_name_that_nothing_stands_for_is_an_error_that_says_so(
+    load, argument, name, make_model, tokenizer, tmp_path, monkeypatch
+):
+    """It is an OSError too, which scripts catch that loaded models by `transformers`."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = {"org/none": "is no folder here.*offline mode", "./none": "no such folder", "empty": "holds no model"}
+    with pytest.raises(OSError, match=rf"^({argument})='{name}'.*{said[name]}") as raised:
+        load(name, make_model("llama"), tokenizer, str(tmp_path / "out"))
+    assert isinstance(raised.value, ModelNotFoundError)
+
+
+def test_a_folder_without_a_tokenizer_or_weights(tmp_path):
+    MODELS["llama"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"holds no tokenizer.*processing_class=tokenizer"):
+        sft(str(tmp_path), None, None, str(tmp_path / "out"))
+    with pytest.raises(ModelNotFoundError, match="is a model, and holds no adapter"):
+        load_model(str(tmp_path), adapter=str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFoundError, match="holds no weights"):
+        load_model(str(tmp_path))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.errors import ConfigError
+from trl.models.names import explain_missing, refusal
 
 if TYPE_CHECKING:
     from trl.trainers.config import TrainerConfig
@@ -28,7 +29,7 @@ def check_model_on_hub(name: str, revision: str) -> None:
 
     if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
         return
-    with _explained(f"model_name_or_path={name!r} is no folder here and not in the cache"):
+    with explain_missing(name, f"model_name_or_path={name!r}"):
         HfApi().model_info(name, revision=revision, timeout=PATIENCE)
 
 
@@ -56,20 +57,9 @@ def _explained(what: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     transport: Any = errors.InferenceTimeoutError.__bases__[0]
-    reasons = {
-        errors.OfflineModeIsEnabled: "the hub is not asked in offline mode (HF_HUB_OFFLINE).",
-        errors.GatedRepoError: "on the hub its terms have to be accepted first; then `hf auth login`.",
-        errors.RevisionNotFoundError: "the hub does not have that model_revision.",
-        errors.RepositoryNotFoundError: "the hub has nothing of that name, or it is private (`hf auth login`).",
-        errors.HFValidationError: "the hub has nothing of that name, or it is private (`hf auth login`).",
-        errors.LocalTokenNotFoundError: "nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN.",
-        errors.HfHubHTTPError: "the hub refuses: {told}",
-        transport: "the hub cannot be reached ({kind}).",
-        OSError: "the hub cannot be reached ({kind}).",
-    }
     try:
         yield
-    except tuple(reasons) as error:
-        reason = next(words for kind, words in reasons.items() if isinstance(error, kind))
-        told = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{what}, and {reason.format(told=told, kind=type(error).__name__)}") from error
+    except (OSError, ValueError, transport) as error:
+        if (reason := refusal(error)) is None:
+            raise
+        raise ConfigError(f"{what}, and {reason}") from error

@@ -20,9 +20,9 @@ from trl.cli.rewards import RewardArguments, check_reward_weights
 from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.places import naming_lines
 from trl.data.sources import ScriptArguments, check_place, load_dataset_argument
-from trl.errors import ConfigError, DataError, TrlError, suggest, suggest_beside
+from trl.errors import ConfigError, DataError, TrlError, suggest
+from trl.models import names
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
-from trl.models.files import WEIGHTS, is_cut_short
 from trl.printable import printable
 from trl.trainers.sampler_options import SamplerOptions
 
@@ -114,35 +114,13 @@ def check_model(name: str | None) -> str:
     """
     if name is None:
         raise ConfigError("--model_name_or_path is missing: the hub name or folder of a model.")
-    folder = Path(name).expanduser()
-    if not folder.exists() and not name.startswith(("/", "./", "../", "~")):
-        return name
-    if folder.is_file():
-        raise ConfigError(f"model_name_or_path={name!r} is a file: give the folder of a model, or its hub name.")
-    if not folder.is_dir():
-        raise ConfigError(f"model_name_or_path={name!r}: there is no such folder.{suggest_beside(folder)}")
-    inside = sorted(each.name for each in folder.iterdir())
-    if not {"config.json", "adapter_config.json", "model_index.json"} & set(inside):
-        checkpoints = [each for each in inside if each.startswith("checkpoint-")]
-        instead = f" Did you mean '{Path(name, checkpoints[-1])}'?" if checkpoints else ""
-        raise ConfigError(f"model_name_or_path={name!r} holds no model: config.json is missing.{instead}")
-    return os.path.expanduser(name)
+    return names.check_folder(name, f"model_name_or_path={name!r}")
 
 
 def check_weights(name: str | None) -> None:
     """Raises ConfigError if `name` is that of a model's folder without whole weights. Names on a hub are not looked up."""
-    folder = None if name is None else Path(name).expanduser()
-    if folder is None or not (folder / "config.json").is_file():
-        return
-    files = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)]
-    if not files:
-        raise ConfigError(
-            f"model_name_or_path={name!r}: the folder holds no weights (no model*.safetensors or pytorch_model*.bin). Copy "
-            "them there, or name another."
-        )
-    for file in files:
-        if file.suffix == ".safetensors" and is_cut_short(file):
-            raise ConfigError(f"model_name_or_path={name!r}: {file.name} is cut short. Copy it there again.")
+    if name is not None:
+        names.check_weights(name, f"model_name_or_path={name!r}")
 
 
 def model_to_load(given: ParsedOptions, name: str | None = None) -> ModelConfig:

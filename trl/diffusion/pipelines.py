@@ -17,8 +17,9 @@ from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trl.errors import ConfigError, ModelError
+from trl.errors import ConfigError, ModelError, ModelNotFoundError
 from trl.imports import require
+from trl.models.names import explain_missing
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ def load_pipeline(model: Any, **options: Any) -> Any:
     diffusers = require("diffusers", to="Training a diffusion model")
     if isinstance(model, str | Path):
         try:
-            return diffusers.DiffusionPipeline.from_pretrained(str(model), **loading_options(options))
+            with explain_missing(str(model)):
+                return diffusers.DiffusionPipeline.from_pretrained(str(model), **loading_options(options))
+        except ModelNotFoundError:
+            raise
         except OSError as error:
             raise ConfigError(
                 f"model={str(model)!r} holds no pipeline that diffusers can load (model_index.json and what it names): {error}"

@@ -33,7 +33,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
 from trl.data.chat_formats import FILLER
-from trl.errors import ConfigError, ModelError, suggest
+from trl.errors import ConfigError, ModelError, ModelNotFoundError, suggest
+from trl.models.names import explain_missing
 from trl.noise import without_warnings
 from trl.vision.families import family_of
 
@@ -136,7 +137,13 @@ def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) ->
 
     Raises ModelError for a reward model's adapter on a language model.
     """
-    config = PeftConfig.from_pretrained(adapter, **hub)
+    folder = Path(adapter, hub.get("subfolder") or "")
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise ModelNotFoundError(
+            f"adapter={adapter!r} is a model, and holds no adapter: adapter_config.json is missing."
+        )
+    with explain_missing(adapter, f"adapter={adapter!r}", hub.get("subfolder")):
+        config = PeftConfig.from_pretrained(adapter, **hub)
     if _is_classifier(model):
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type == TaskType.SEQ_CLS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from trl.errors import ConfigError, ModelError, suggest
+from trl.errors import ConfigError, ModelError, ModelNotFoundError, TrlError, suggest
 from trl.imports import require
 from trl.models.adapters import HEADS, HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
 from trl.models.attention_packages import check_attention
+from trl.models.names import explain_missing
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 from trl.noise import unless_said, without_noise
@@ -52,6 +54,7 @@ def load_model(
     trust_remote_code: bool = False,
     adapter: str | None = None,
     trainable: bool = True,
+    subject: str = "",
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
     """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
@@ -62,18 +65,39 @@ def load_model(
     Without `auto_class`, an encoder-decoder, a model that reads images or a causal language model, as its configuration
     says. Weights are float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports
     it, and optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
+
+    Raises ModelNotFoundError where the name stands for nothing; `subject` is what its message begins with.
     """
     check_attention(kwargs.get("attn_implementation"))
     hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-    if adapter is None and is_adapter(name, **hub):
+    if adapter is None and _names_adapter(name, subject, hub):
         name, adapter = base_of(name, **hub), name
+        subject = f"{name!r}, the model of the adapter {adapter!r},"
         kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     elif adapter is not None:
         hub = {}
+    with explain_missing(name, subject, kwargs.get("subfolder")):
+        kwargs |= {"trust_remote_code": trust_remote_code, "subject": subject}
+        model = _load_whole(name, auto_class, quantization_config, has_adapter=adapter is not None, **kwargs)
+    return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+
+
+def _load_whole(
+    name: str,
+    auto_class: Any,
+    quantization_config: Any,
+    *,
+    has_adapter: bool,
+    trust_remote_code: bool,
+    subject: str,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model without an adapter; what it lacks is no error where an adapter is to bring it."""
     check_shards(name)
     kwargs = _with_precision(kwargs, quantization_config)
     if auto_class in (None, AutoModelForCausalLM):
-        config = load_config(name, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
+        options = {"trust_remote_code": trust_remote_code, "revision": kwargs.get("revision"), "subject": subject}
+        config = load_config(name, **options)
         found = language_model_class(config)
         auto_class = found if auto_class is None or found is AutoModelForImageTextToText else auto_class
     loading = {**kwargs, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -82,11 +106,11 @@ def load_model(
         with loaded_whole():
             model, found = auto_class.from_pretrained(name, **loading)
         # An adapter may bring layers; quantised ones have other names.
-        if "quantization_config" not in kwargs and adapter is None:
+        if "quantization_config" not in kwargs and not has_adapter:
             check_layers(model, name, **found)
     keep_unpacked(model)
     mend_generation_config(model)
-    return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
+    return model
 
 
 def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dict[str, Any]:
@@ -172,12 +196,20 @@ def language_model_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
-def load_config(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+def load_config(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, subject: str = ""
+) -> PreTrainedConfig:
     """The configuration of a model by hub name or folder; of an adapter's, that of its base model."""
     hub = {} if revision is None else {"revision": revision}
-    if is_adapter(name, **hub):
-        name, hub = base_of(name, **hub), {}
-    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    if _names_adapter(name, subject, hub):
+        name, hub, subject = base_of(name, **hub), {}, ""
+    with explain_missing(name, subject):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+
+
+def _names_adapter(name: str, subject: str, hub: Mapping[str, Any]) -> bool:
+    with explain_missing(name, subject):
+        return is_adapter(name, **hub)
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
@@ -224,7 +256,23 @@ def load_processor(
             "cannot be found by name. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
         )
     auto = AutoProcessor if name == base or has_file(name, PROCESSOR, **hub) else AutoTokenizer
-    return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    with explain_missing_tokenizer(name):
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+
+
+@contextmanager
+def explain_missing_tokenizer(name: str) -> Iterator[None]:
+    """`explain_missing`, and a ModelNotFoundError for the folder of a model without a tokenizer."""
+    try:
+        with explain_missing(name):
+            yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, TrlError) or not Path(name).is_dir() or Path(name, TOKENIZER).exists():
+            raise
+        raise ModelNotFoundError(
+            f"{name!r} holds no tokenizer ({TOKENIZER} is missing): save one there (tokenizer.save_pretrained), or give "
+            "processing_class=tokenizer."
+        ) from error
 
 
 def has_file(name: str, file: str, **hub: Any) -> bool:

@@ -35,6 +35,7 @@ from transformers import PreTrainedConfig
 
 from trl.counts import counted
 from trl.errors import ConfigError, TrlError, unknown
+from trl.models.names import explain_missing
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
 from trl.rewards.signature import check_arguments, fitting, say_hidden
@@ -190,9 +191,11 @@ def _one_each(argument: str, values: Any, functions: Sequence[Any]) -> list[Any]
 
 
 def _function(given: Any, tokenizer: Any) -> RewardFunction:
-    if isinstance(given, str) and len(PreTrainedConfig.get_config_dict(given)[0].get("id2label", ())) > 1:
-        return ClassifierReward(given, tokenizer)
-    if isinstance(given, str | nn.Module):
+    if isinstance(given, str):
+        with explain_missing(given, f"reward_funcs={given!r}"):
+            labels = PreTrainedConfig.get_config_dict(given)[0].get("id2label", ())
+            return ClassifierReward(given, tokenizer) if len(labels) > 1 else RewardModel(given, tokenizer)
+    if isinstance(given, nn.Module):
         return RewardModel(given, tokenizer)
     if not callable(given):
         raise ConfigError(f"reward_funcs holds a {type(given).__name__}: give a function, a reward model or its name.")

@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from trl.errors import ConfigError, ModelError, unknown
+from trl.models.load import explain_missing_tokenizer
+from trl.models.names import explain_missing
 from trl.rewards.signature import check_pairs
 
 NO_LIMIT = 10**9
@@ -62,7 +64,7 @@ class ClassifierReward:
         self.places_itself = isinstance(model, str)
         self.model = (load_classifier(model) if isinstance(model, str) else model).eval()
         config = self.model.config
-        self.tokenizer = AutoTokenizer.from_pretrained(config._name_or_path) if tokenizer is None else tokenizer
+        self.tokenizer = _tokenizer_of(config._name_or_path) if tokenizer is None else tokenizer
         self.tokenizer.truncation_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -107,13 +109,19 @@ def log_odds(logits: Tensor, label: int) -> Tensor:
 
 def load_classifier(name: str) -> PreTrainedModel:
     """A sequence classifier by hub name or folder. Raises ModelError for a model that has no trained head."""
-    model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+    with explain_missing(name):
+        model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{name!r} is no classifier: it has no {missing[0]}, so its judgements would be random. Name a model that was "
             "trained to classify texts."
         )
     return model
+
+
+def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    with explain_missing_tokenizer(name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def find_label(labels: Mapping[int, str], wanted: str | int | None = None) -> int:

@@ -34,7 +34,7 @@ from trl.data.tokenization import Tokenization
 from trl.data.trees import Tree, keep_end, keep_whole
 from trl.errors import DataError, ModelError
 from trl.models.layouts import choose_layout
-from trl.models.load import load_model, tokenizer_of
+from trl.models.load import explain_missing_tokenizer, load_model, tokenizer_of
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import unwrap
 from trl.rewards.signature import check_pairs
@@ -180,7 +180,9 @@ def tokenization_of(tokenizer: PreTrainedTokenizerBase, images: ImageProcessing 
 def _processor_of(model: PreTrainedModel) -> Any:
     """The tokenizer of a model that was loaded by name, or its processor if it reads images."""
     auto_class = AutoTokenizer if family_of(model.config) is None else AutoProcessor
-    return auto_class.from_pretrained(model.config._name_or_path)
+    name = model.config._name_or_path
+    with explain_missing_tokenizer(name):
+        return auto_class.from_pretrained(name)
 
 
 def is_ids(value: Text) -> bool:

@@ -61,7 +61,9 @@ def reference_for(
     if given is None:
         model = copy(policy)
     else:
-        model = load_model(given, **(loading or config.loading())) if isinstance(given, str) else given
+        subject = f"ref_model={given!r}"
+        loading = loading or config.loading()
+        model = load_model(given, subject=subject, **loading) if isinstance(given, str) else given
         warn_of_fewer_tokens(model, policy)
         model.requires_grad_(False).eval()
     if "hf_device_map" not in vars(unwrap(model)) and len({p.device for p in model.parameters()}) > 1:

@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -28,7 +27,7 @@ from transformers import (
 
 from trl.errors import ConfigError, unknown
 from trl.models.layer_sharing import depth, layers_of
-from trl.models.load import load_model
+from trl.models.load import explain_missing_tokenizer, load_config, load_model
 from trl.rewards.call import Reward
 from trl.rollouts.engine import Prompt
 from trl.rollouts.evaluation import SampledEvaluation, SampledMetrics, swept
@@ -263,7 +262,8 @@ def _in_script_words(name: str) -> str:
 def load_tokenizer(config: TRLConfig) -> PreTrainedTokenizerBase:
     """The configuration's tokenizer, which pads with EOS where it has no token for that."""
     section = config.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(section.tokenizer_path, **section.tokenizer_extra_configs)
+    with explain_missing_tokenizer(str(section.tokenizer_path)):
+        tokenizer = AutoTokenizer.from_pretrained(section.tokenizer_path, **section.tokenizer_extra_configs)
     tokenizer.padding_side, tokenizer.truncation_side = section.padding_side, section.truncation_side
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -278,9 +278,8 @@ def load_given_model(section: ModelConfig) -> str | PreTrainedModel:
     if isinstance(section.model_path, PreTrainedConfig):
         model = auto_class.from_config(section.model_path)
     else:
-        config = AutoConfig.from_pretrained(
-            section.model_path, trust_remote_code=section.model_extra_configs.get("trust_remote_code", False)
-        )
+        trust = section.model_extra_configs.get("trust_remote_code", False)
+        config = load_config(str(section.model_path), trust_remote_code=trust)
         if config.is_encoder_decoder != (section.model_arch_type == "seq2seq"):
             kind = "seq2seq" if config.is_encoder_decoder else "causal"
             raise ConfigError(
