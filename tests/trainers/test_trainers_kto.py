@@ -206,6 +206,10 @@ BAD_ROWS = {
         r"Row 2, column 'label': expected true \(desirable\) or false, found NoneType",
     ),
     "no prompt": ({"completion": ["b"], "label": [True]}, r"unpaired_preference: prompt, completion, label"),
+    "conversations": (
+        {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], "label": [True]},
+        r"'messages' has to be split: the last message is the completion.*'kto_tag'",
+    ),
     "empty prompt": (
         {"prompt": ["a", ""], "completion": ["b", "c"], "label": [True, False]},
         "Row 2 has no prompt",

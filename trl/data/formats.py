@@ -108,6 +108,12 @@ def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...],
     known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
     needs += "\nA text may stand in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
     hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
+    chat = next((name for name in ("messages", "conversations") if name in present), None)
+    if chat is not None and "unpaired_preference" in kinds and "label" in present:
+        hints += (
+            f" {chat!r} has to be split: the last message is the completion, and those before it are the prompt. Renamed to "
+            f"'kto_tag', 'label' has that done (--dataset_rename label=kto_tag)."
+        )
     elsewhere = "" if other is None else f" They are those of {other}, which {_commands(TAKEN_BY[other])}."
     return (
         f"The dataset's columns {present} are not those of a row kind that is used here.{elsewhere} Rename columns "
