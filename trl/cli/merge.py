@@ -55,6 +55,7 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
     from transformers import logging
 
     from trl.models.adapters import merged
+    from trl.models.files import follow_umask
     from trl.models.load import load_processor
     from trl.models.value_heads.auto_models import WithValueHead
 
@@ -68,6 +69,7 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
     if has_head:
         loaded.pretrained_model, whole = whole, loaded
     whole.save_pretrained(arguments.output_dir)
+    follow_umask(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
     print(f"The merged model is in {arguments.output_dir}.", file=sys.stderr)
     if arguments.push_to_hub:

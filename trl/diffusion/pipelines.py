@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trl.errors import ConfigError, ModelError, ModelNotFoundError
 from trl.imports import require
+from trl.models.files import follow_umask
 from trl.models.names import explain_missing
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ def load_pipeline(model: Any, **options: Any) -> Any:
         try:
             with explain_missing(str(model)):
                 return diffusers.DiffusionPipeline.from_pretrained(str(model), **loading_options(options))
-        except ModelNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, ModelNotFoundError) and not Path(model).is_dir():
+                raise
             raise ConfigError(
                 f"model={str(model)!r} holds no pipeline that diffusers can load (model_index.json and what it names): {error}"
             ) from error
@@ -184,28 +185,36 @@ def save_trained(pipeline: Any, part: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not module_has_adapter(module):
         module.save_pretrained(folder / part)
+        follow_umask(folder / part)
         return
     state = {name: p.contiguous() for name, p in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()}
     described = module.peft_config[ADAPTER].to_dict()
     weights = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": described}
     pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **weights)
+    follow_umask(folder)
 
 
 def save_whole(pipeline: Any, part: str, folder: Path) -> None:
     """The whole pipeline; of a denoiser with an adapter the weights below it, and beside them the adapter."""
     module = getattr(pipeline, part)
     if not module_has_adapter(module):
-        pipeline.save_pretrained(folder)
+        _save_parts(pipeline, folder)
         return
     below = {name.replace(".base_layer.", "."): p for name, p in module.state_dict().items() if ".lora_" not in name}
     plain = type(module).from_config(module.config).to(module.dtype)
     plain.load_state_dict(below)
     pipeline.register_modules(**{part: plain})
     try:
-        pipeline.save_pretrained(folder)
+        _save_parts(pipeline, folder)
     finally:
         pipeline.register_modules(**{part: module})
     save_trained(pipeline, part, folder)
+
+
+def _save_parts(pipeline: Any, folder: Path) -> None:
+    pipeline.save_pretrained(folder)
+    for part in pipeline.components:
+        follow_umask(folder / part)
 
 
 def load_trained(module: nn.Module, part: str, folder: Path) -> None:

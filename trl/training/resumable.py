@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl.data.examples import Endless
+from trl.models.files import follow_umask
 from trl.models.reference import Reference
 from trl.models.score import unwrap
 from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
@@ -225,6 +226,8 @@ class ResumableTrainer(Trainer):
         if self.args.should_save and not _internal_call and output_dir in (None, self.args.output_dir):
             claim(self.args.output_dir, describe_run(self))
         super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            follow_umask(output_dir or self.args.output_dir)
 
     def check_finite(self, what: str) -> None:
         """Raise NonFiniteError, on all processes, where weights are not finite that are to be saved as `what`."""

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from trl.errors import ConfigError, unknown
+from trl.models.files import follow_umask
 from trl.models.layer_sharing import depth, layers_of
 from trl.models.load import explain_missing_tokenizer, load_config, load_model
 from trl.rewards.call import Reward
@@ -238,6 +239,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
             self.trainer.save_pretrained(folder, **kwargs)
         else:
             self.accelerator.unwrap_model(self.trainer.model).save_pretrained(folder, **kwargs)
+            follow_umask(folder)
             self.tokenizer.save_pretrained(folder)
 
     def save(self, directory: str | Path | None = None, **kwargs: Any) -> None:

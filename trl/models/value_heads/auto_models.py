@@ -26,6 +26,7 @@ from transformers.utils import PushToHubMixin
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
 from trl.models.checkpointing import checkpoint_activations
+from trl.models.files import follow_umask
 from trl.models.layer_sharing import last_states
 from trl.models.load import load_model
 from trl.models.patching import evaluating
@@ -230,6 +231,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
         if kwargs.get("is_main_process", True):
             tensors = {f"v_head.{name}": value.contiguous().cpu() for name, value in head.items()}
             save_file(tensors, Path(save_directory) / HEAD_FILE, metadata={"format": "pt"})
+            follow_umask(save_directory)
 
 
 class AutoModelForCausalLMWithValueHead(WithValueHead):

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from trl.errors import ConfigError, ModelError, unknown
 from trl.models.adapters import wrapped_layer
 from trl.models.checkpointing import checkpoint_activations
+from trl.models.files import follow_umask
 from trl.models.layer_sharing import last_states, layers_of, recording, resuming
 from trl.models.patching import configs_of
 from trl.models.value_heads.storage import VALUE_MODEL
@@ -182,6 +183,7 @@ class ValueModel(ValueHead):
     def save(self, folder: Path, state: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
         weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         self.model.save_pretrained(folder / VALUE_MODEL, state_dict=weights, **options)
+        follow_umask(folder / VALUE_MODEL)
         return {name: value for name, value in state.items() if name.startswith("summary.")}
 
 

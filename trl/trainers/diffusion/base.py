@@ -34,6 +34,7 @@ from trl.diffusion.pipelines import (
     module_has_adapter,
     prepare_pipeline,
     save_trained,
+    save_whole,
     trained,
     without_adapter,
 )
@@ -290,10 +291,8 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             with self.averaged():
-                if self.has_adapter:
-                    save_trained(self.pipeline, self.part, folder)
-                else:
-                    self.pipeline.save_pretrained(folder)
+                save = save_trained if self.has_adapter else save_whole
+                save(self.pipeline, self.part, folder)
 
     def describe_model(self) -> tuple[Trained, list[str]]:
         base = self.pipeline.config.get("_name_or_path") or None
