@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -437,6 +438,17 @@ def test_raw_rows_for_a_collator(make_model, tokenizer, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(ConfigError, match="nothing makes token ids of them: give a data_collator"):
         SFTTrainer(make_model("llama"), args, None, rows(), tokenizer=tokenizer)
+
+
+def test_a_preview_of_packed_rows_says_which_documents_they_hold(make_model, tokenizer, tmp_path, capsys):
+    """Documents stand in another order than rows: their numbers are not those of the dataset."""
+    texts = Dataset.from_dict({"text": ["a" * 5, "b" * 9, "c" * 6]})
+    args = config(tmp_path, packing=True, max_length=16)
+    SFTTrainer(make_model("llama"), args, None, texts, processing_class=tokenizer).preview(3)
+    shown = capsys.readouterr().out
+    numbers = re.findall(r"^packed row (\d), document (\d): (\d+) tokens", shown, re.MULTILINE)
+    assert numbers == [("1", "1", "10"), ("1", "2", "6"), ("2", "1", "7")]
+    assert "3 documents, 23 tokens" in shown
 
 
 @pytest.mark.parametrize(

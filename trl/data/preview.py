@@ -29,24 +29,28 @@ def preview_examples(
     *,
     console: Console | None = None,
     image_token: int | None = None,
+    packed: Sequence[int] = (),
 ) -> None:
     """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧.
 
-    Of images, whose tokens are `image_token`, the number of tokens is shown in their place.
+    Of images, whose tokens are `image_token`, the number of tokens is shown in their place. `packed` are how many examples
+    each packed row holds, where rows of the dataset were packed.
     """
     console = console or Console()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     console.print(_legend(coloured))
     tokens = trained = count = 0
+    places = [f"packed row {row}, document {i + 1}" for row, size in enumerate(packed, start=1) for i in range(size)]
     for count, example in enumerate(examples, start=1):
-        heading = Text(f"row {count}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
+        place = places[count - 1] if packed else f"row {count}"
+        heading = Text(f"{place}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
         console.print(Rule(heading, style="dim", align="left"))
         for block in _blocks(example, tokenizer, image_token, coloured):
             console.print(block)
         tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
     console.print(
-        f"{counted(count, 'row')}, {counted(tokens, 'token')}, {trained:,} trained ({percent(trained, tokens)})",
+        f"{counted(count, 'document' if packed else 'row')}, {counted(tokens, 'token')}, {trained:,} trained ({percent(trained, tokens)})",
         highlight=False,
     )
 

@@ -358,9 +358,10 @@ class BaseTrainer(WritesModelCard, RunsLayers):
 
     def preview(self, n: int = 3) -> None:
         """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
-        examples = self.to_examples(list(first_rows(self.train_dataset, n)))[:n]
+        rows = list(first_rows(self.train_dataset, n))
+        packed = [len(row["seq_lengths"]) for row in rows if "seq_lengths" in row]
         image_token = None if self.images is None else self.images.token_id
-        preview_examples(examples, self.tokenizer, image_token=image_token)
+        preview_examples(self.to_examples(rows)[:n], self.tokenizer, image_token=image_token, packed=packed)
         for encoded in self.encoded.values():
             print(encoded.report)
 
