@@ -116,6 +116,23 @@ def test_a_row_without_its_image_is_a_conversation_as_the_others_are(tiny):
     ]
 
 
+@pytest.mark.parametrize(
+    ("column", "none"), [("image", None), ("images", None), ("images", []), ("images", [None])], ids=str
+)
+def test_what_a_row_without_images_has_in_their_column(tiny, column, none):
+    one = as_bytes(picture(1))
+    columns = {"prompt": ["a?", "b?"], "completion": ["c", "d"], column: [one if column == "image" else [one], none]}
+    if none == [None]:
+        with pytest.raises(DataError, match=r"^Row 2: column 'images' has None among its images"):
+            encoded(tiny, columns, kind="prompt_completion")
+        return
+    made, collate = encoded(tiny, columns, kind="prompt_completion")
+    first, second = collate(list(made.dataset))
+    assert text_of(tiny, second) == "user: b?</s>\nassistant: d</s>\n"
+    assert "pixel_values" in first.inputs
+    assert "pixel_values" not in second.inputs
+
+
 def test_what_the_assistant_said_is_found_behind_images(tiny):
     columns = {"messages": [[*ASKED, *SAID]], "images": [[as_bytes(picture(1))]]}
     made, collate = encoded(tiny, columns, kind="language_modeling", assistant_only_loss=True)

@@ -115,12 +115,15 @@ def _placed(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row's columns `images` or `image`."""
+    """The images of a row's columns `images` or `image`; none of a row that has [] or None there."""
     images, image = row.get("images"), row.get("image")
     if images and image is not None:
         raise DataError("it has images in both columns 'images' and 'image': keep one.")
     if images is not None:
-        return list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        several = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
+        if None in several:
+            raise DataError("column 'images' has None among its images: a row without images has [] there, or None.")
+        return several
     return [] if image is None else [image]
 
 
