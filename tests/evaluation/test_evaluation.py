@@ -217,7 +217,16 @@ def test_the_perplexity_of_a_model_that_knows_nothing(home):
     model.save_pretrained(home / "ours")
     words = ["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl", "--perplexity", "--dtype", "float32"]
     assert main(["eval", *words]) == 0
-    assert json.loads((home / "evaluation" / "eval.json").read_text())["perplexity"] == pytest.approx(99, rel=1e-4)
+    told = json.loads((home / "evaluation" / "eval.json").read_text())
+    assert told["perplexity"] == pytest.approx(99, rel=1e-4)
+    texts = [json.loads(line)["text"] for line in (home / "texts.jsonl").read_text().splitlines()]
+    assert told["tokens"] == sum(map(len, texts))  # letters but the first, and what ends a text
+
+
+def test_its_own_options_stand_first_in_its_help(capsys):
+    assert main(["eval", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("--perplexity  ") < shown.index("--load_in_8bit") < shown.index("--output_dir")
 
 
 @pytest.mark.parametrize(

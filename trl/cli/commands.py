@@ -292,7 +292,7 @@ TOOLS = (
     Tool(
         "eval",
         "trl.cli.evaluation.command:run",
-        "Samples, rewards, perplexity and benchmarks; how often a model wins against another.",
+        "Measure a model: rewards of its answers, perplexity, benchmarks, or how often it wins against another model.",
         options=("trl.cli.evaluation.arguments:EvalArguments", MODEL),
         examples=(
             "--model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short",

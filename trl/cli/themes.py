@@ -95,7 +95,7 @@ _UNLISTED = 1000
 
 
 def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
-    """The options under their headings, both in the order they are shown; first those that training needs most.
+    """The options under their headings, both in the order they are shown; first a command's own, or what training needs most.
 
     An option that no theme lists stands under "Other" if `transformers` declares it, under "Method" if a trainer does,
     and under the name of its class otherwise.
@@ -105,7 +105,8 @@ def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
     first = [name for name in _FIRST.split() if name in names][:FIRST] if training else []
     top = {name: (MOST_USED, i) for i, name in enumerate(first)}
     places = {o.name: top.get(o.name) or _PLACE.get(o.name, (_home(o), _UNLISTED)) for o in options}
-    titles = dict.fromkeys([MOST_USED, *THEMES, *(title for title, _ in places.values())])
+    own = [title for title, _ in places.values() if title not in THEMES]
+    titles = dict.fromkeys([MOST_USED, *THEMES, *own] if training else [*own, *THEMES])
     grouped = {
         title: sorted((o for o in options if places[o.name][0] == title), key=lambda o: places[o.name][1])
         for title in titles

@@ -17,16 +17,17 @@ class EvalArguments:
     `trl sft` takes."""
 
     dataset_split: str = "test"
-    """Split of the rows; where a dataset has "train" alone, that one is taken, and said."""
+    """Split of the dataset; where it has "train" alone, that one is taken, with a message."""
 
     limit: int | None = None
-    """Take so many rows at most, the first ones."""
+    """Take at most this many rows, the first ones. None: all."""
 
     perplexity: bool = False
-    """Measure the perplexity of the rows' texts, or of their completions."""
+    """Measure the perplexity of the rows' texts, or of their completions: exp of the mean loss of a token, the lower the
+    better."""
 
     assistant_only_loss: bool = False
-    """Perplexity of the assistant's turns alone."""
+    """With `perplexity`, of the assistant's turns alone."""
 
     benchmarks: list[str] | None = None
     """Names of tasks of lm-evaluation-harness, such as gsm8k ifeval: `pip install "trl[benchmarks]"`. They need no dataset_name;

@@ -70,7 +70,7 @@ def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
     if rows is None:
         return results
     if arguments.perplexity:
-        return {**results, "perplexity": perplexity(model, processor, rows, arguments)}
+        return results | perplexity(model, processor, rows, arguments)
     return {**results, **compare_samples(arguments, given, rows, model, processor)}
 
 
@@ -89,8 +89,8 @@ def read_rows(arguments: EvalArguments) -> Any:
     return rows if arguments.limit is None else rows.select(range(min(arguments.limit, len(rows))))
 
 
-def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> float:
-    """exp of the mean loss of the tokens that SFT would train on."""
+def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> dict[str, Any]:
+    """exp of the mean loss of the tokens that SFT would train on, and how many these are."""
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,
@@ -103,7 +103,8 @@ def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) 
             max_pixels=arguments.max_pixels,
         )
         trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
-        return math.exp(trainer.evaluate()["eval_loss"])
+        value = math.exp(trainer.evaluate()["eval_loss"])
+        return {"perplexity": value, "tokens": trainer.encoded["eval"].report.trained}
 
 
 def compare_samples(
