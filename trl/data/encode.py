@@ -119,7 +119,7 @@ class EncodingReport:
         if self.long:
             parts += [
                 f"{self.long:,} longer than the model's context of {self.pretrained_length:,} tokens (the longest has "
-                f"{self.longest:,}: max_length={self.pretrained_length} cuts such rows, rope_scaling extends the context)"
+                f"{self.longest:,}: max_length={self.pretrained_length} cuts such rows, rope_parameters scale the context)"
             ]
         unread = f" Not read: {', '.join(self.unread)}." if self.unread else ""
         return ", ".join(parts) + "." + unread
