@@ -100,7 +100,7 @@ def test_a_reward_that_fails_is_named(folder, capsys):
     assert main(["check", "grpo", *words_for("prompts.jsonl", *more)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "short -18" in shown
-    assert "completions per round 8 = 2 prompts × 4 samples × 1 process" in shown
+    assert "completions per rollout batch 8 = 2 prompts × 4 samples × 1 process" in shown
     assert "30 = 3 epochs of 10" in shown
     assert main(["check", "grpo", *words_for("prompts.jsonl", *more, "rewards.py:words")]) == 1
     shown = " ".join(capsys.readouterr().out.split())
@@ -134,9 +134,14 @@ ROUND = ["--reward_funcs", "rewards.py:short", "--max_completion_length", "8", "
             ["--gradient_accumulation_steps", "2"],
             "rows per step 16 = 8 per micro-batch × 2 accumulated",
         ),
-        ("ppo", {"prompt": "Why?"}, [*ROUND, "--batch_size", "4", "--mini_batch_size", "2"], "steps per round 8"),
-        ("rloo", {"prompt": "Why?"}, ROUND, "completions per round 8 = 4 prompts × 2 samples"),
-        ("online-dpo", {"prompt": "Why?"}, ROUND, "completions per round 16 = 8 prompts × 2 samples"),
+        (
+            "ppo",
+            {"prompt": "Why?"},
+            [*ROUND, "--batch_size", "4", "--mini_batch_size", "2"],
+            "optimizer steps per rollout batch 8",
+        ),
+        ("rloo", {"prompt": "Why?"}, ROUND, "completions per rollout batch 8 = 4 prompts × 2 samples"),
+        ("online-dpo", {"prompt": "Why?"}, ROUND, "completions per rollout batch 16 = 8 prompts × 2 samples"),
     ],
 )
 def test_every_method_has_a_plan_and_an_estimate(method, row, more, plan, folder, capsys):

@@ -117,7 +117,7 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
     ]  # one where rows are packed
     is_whole = isinstance(rows, Dataset) and len(rows) == len(sample)
     if is_online(args):
-        plan, per_step = _rounds(args, sizes, processes)
+        plan, per_step = _rollouts(args, sizes, processes)
     else:
         plan, per_step = _windows(args, sizes, processes, most=len(sizes) if is_whole else None)
     if budget := trainer.micro_batch_budget():
@@ -142,16 +142,16 @@ def _windows(args: Any, sizes: Sequence[int], processes: int, *, most: int | Non
     }, per_step
 
 
-def _rounds(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
-    """What a round samples after prompts of so many tokens, and how many prompts an optimizer step stands for."""
+def _rollouts(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
+    """What a rollout batch samples after prompts of so many tokens, and how many prompts an optimizer step stands for."""
     prompts, samples = args.prompts_per_rollout_batch * processes, args.num_generations
     steps = args.minibatches_per_rollout_batch * args.num_iterations / args.gradient_accumulation_steps
     sampled = args.max_completion_length or 0
     return {
-        "completions per round": f"{prompts * samples:,} = {counted(args.prompts_per_rollout_batch, 'prompt')} × "
+        "completions per rollout batch": f"{prompts * samples:,} = {counted(args.prompts_per_rollout_batch, 'prompt')} × "
         f"{counted(samples, 'sample')} × {counted(processes, 'process')}",
-        "steps per round": f"{steps:g}",
-        "tokens per round": f"{prompts * samples * (max(sizes) + sampled):,} at most",
+        "optimizer steps per rollout batch": f"{steps:g}",
+        "tokens per rollout batch": f"{prompts * samples * (max(sizes) + sampled):,} at most",
     }, prompts / steps
 
 

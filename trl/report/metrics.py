@@ -63,7 +63,7 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"^reward$|rewards?/.*mean$|mean_scores", "Should rise. Read samples, too: a reward can be gamed."),
     (r"reward_std|std_scores", "Should not reach 0: equal rewards teach nothing."),
     (r"frac_reward_zero_std", "Should stay below one half: groups with equal rewards teach nothing."),
-    (r"approxkl|policykl", "How far one round moved the policy. Should stay small."),
+    (r"approxkl|policykl", "How far one rollout batch moved the policy. Should stay small."),
     (r"(^|/)kl$", "Distance from the reference, in nats. Should not rise without end."),
     (r"kl_coef", "β, as it is adapted."),
     (r"entropy", "Should fall slowly. Near 0 all completions are alike."),
