@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from trl.demo.pipelines import word_tokenizer
-from trl.errors import ConfigError
+from trl.errors import ConfigError, ModelNotFoundError
 from trl.rewards import (
     brightness_reward,
     get_aesthetic_reward,
@@ -86,6 +86,12 @@ def test_a_picture_fits_its_prompt_by_clip():
     assert found.abs().max() <= model.logit_scale.exp()
     found.sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [get_clip_reward, get_aesthetic_reward])
+def test_a_model_of_a_reward_that_is_nowhere(make):
+    with pytest.raises(ModelNotFoundError, match=r"^model='\./no': there is no such folder"):
+        make("./no")
 
 
 def test_an_aesthetic_predictor(tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
+from trl.models.names import explain_missing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -45,6 +46,11 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
     return (images - mean) / deviation
 
 
+def _loaded(kind: Any, name: str) -> Any:
+    with explain_missing(name):
+        return kind.from_pretrained(name)
+
+
 class ClipReward:
     """How well a picture fits its prompt, by a CLIP model: the logit s · cos, whose scale s was learned with it.
 
@@ -58,8 +64,8 @@ class ClipReward:
         if not isinstance(model, str) and tokenizer is None:
             raise ConfigError("The model is an object: give its tokenizer too, get_clip_reward(model, tokenizer).")
         name = model if isinstance(model, str) else model.config._name_or_path
-        self.tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
-        self.model = CLIPModel.from_pretrained(model) if isinstance(model, str) else model
+        self.model = _loaded(CLIPModel, model) if isinstance(model, str) else model
+        self.tokenizer = _loaded(AutoTokenizer, name) if tokenizer is None else tokenizer
         self.model.requires_grad_(False).eval()
         self.__name__ = "pickscore" if name == PICKSCORE else "clip_reward"
 
@@ -86,7 +92,7 @@ class AestheticReward:
     def __init__(self, model: str | nn.Module = AESTHETIC, head: str | nn.Module | None = None) -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        self.model = CLIPVisionModelWithProjection.from_pretrained(model) if isinstance(model, str) else model
+        self.model = _loaded(CLIPVisionModelWithProjection, model) if isinstance(model, str) else model
         self.head = head if isinstance(head, nn.Module) else load_aesthetic_head(head)
         for part in (self.model, self.head):
             part.requires_grad_(False).eval()
