@@ -37,7 +37,7 @@ from trl.trainers.arguments import Rows
 from trl.trainers.preference import PreferenceConfig, PreferenceTrainer
 from trl.training.state import StateFunctions
 from trl.training.window import plan_micro_batches
-from trl.types import Batch, Example, Metrics
+from trl.types import Batch, Completion, Example, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,12 @@ def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = Non
     if len(circle) < 2:
         return []
     places = {key: i for i, (key, _) in enumerate(circle)}
-    return [replace(_other_prompt(circle, places[digest(e)]), completions=e.completions) for e in examples]
+    return [replace(_other_prompt(circle, places[digest(e)]), completions=_bare(e.completions)) for e in examples]
+
+
+def _bare(completions: Sequence[Completion]) -> tuple[Completion, ...]:
+    """Completions without signals, which are of the prompt that they stood under."""
+    return tuple(replace(completion, signals={}) for completion in completions)
 
 
 def _other_prompt(circle: Sequence[Keyed], i: int) -> Example:
