@@ -378,11 +378,28 @@ class StepTrainer(ResumableTrainer):
         """Count loss and metrics of `items`, a part of an evaluation batch with these `statistics`."""
         (batch,) = with_statistics([self.collate(items)], statistics)
         batch = batch.to(self.args.device)
+        weights = self.weights(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, metrics = self.loss(model, batch)
-        self.meters["eval"].add_weighted("loss", loss, self.weights(batch))
+            if type(self).compute_loss is StepTrainer.compute_loss:
+                loss, metrics = self.loss(model, batch)
+            else:
+                loss, metrics = self._computed_loss(model, batch, weights)
+                weights = weights.sum()
+        self.meters["eval"].add_weighted("loss", loss, weights)
         self.meters["eval"].add(metrics, batch)
         return metrics
+
+    def _computed_loss(self, model: nn.Module, batch: Any, weights: Tensor) -> tuple[Tensor, Metrics]:
+        """The mean loss of a batch as a subclass's `compute_loss` gives it, and metrics; nothing counts as training."""
+        processes = self.accelerator.num_processes
+        batch = replace(batch, weight=weights / (weights.sum() * processes).clamp(min=torch.finfo(weights.dtype).tiny))
+        mark, term = self.meters["train"].mark(), self.term
+        self.term = None
+        try:
+            return self.compute_loss(model, batch, return_outputs=True)
+        finally:
+            self.meters["train"].go_back(mark)
+            self.term = term
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
