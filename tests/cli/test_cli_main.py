@@ -75,7 +75,10 @@ def test_help_imports_nothing_heavy(words):
         (["sft", "--max_steps", "few"], "--max_steps was given 'few', but takes an int."),
         (["sft", "--eval_strategy", "epochs"], "takes one of 'no', 'steps', 'epoch'. Did you mean 'epoch'"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: there is no such file."),
-        (["sft", "--loss_type", "nlll"], "--loss_type was given 'nlll', but takes one of 'nll', 'dft'. Did you mean"),
+        (
+            ["sft", "--loss_type", "nlll"],
+            "--loss_type was given 'nlll', but takes one of 'nll', 'chunked_nll', 'dft'. Did you mean",
+        ),
         (["dpo", "--loss_type", "sigmod"], "but takes one or several of 'sigmoid', 'sigmoid_norm', "),
         (["dpo", "--loss_type", "ipo", "sigmod"], "Did you mean 'sigmoid'"),
         (["grpo", "--scale_rewards", "grup"], "or true or false. Did you mean 'group'?"),

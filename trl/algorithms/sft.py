@@ -28,7 +28,7 @@ def dft(scores: Scores) -> Tensor:
     return -scores.logprobs.detach().exp() * scores.logprobs
 
 
-LOSSES: dict[str, Callable[[Scores], Tensor]] = {"nll": nll, "dft": dft}
+LOSSES: dict[str, Callable[[Scores], Tensor]] = {"nll": nll, "chunked_nll": nll, "dft": dft}
 
 
 @shapes(loss="N C")

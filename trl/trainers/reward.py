@@ -158,7 +158,9 @@ class RewardTrainer(PredictsRewards):
 
     # ---- evaluation ----
 
-    def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
+        if self.kind == "stepwise" and self.compute_metrics is None:
+            return None
         if self.kind == "stepwise":
             raise ConfigError(
                 "compute_metrics is given rewards of whole completions, and these rows have labels of steps."

@@ -1,4 +1,4 @@
-"""Metrics of a user's own, over the rewards that an evaluation gives: implicit ones of a policy, or those of a reward model.
+"""Rewards of rows, for `predict` and for metrics of a user's own: implicit ones of a policy, or those of a reward model.
 
 pairs             predictions [P,2]: rewards of chosen and rejected          label_ids [P]: 0, the chosen one's place
 single ones       predictions [N]                                            label_ids [N]: their label or score
@@ -22,7 +22,7 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 class PredictsRewards(BaseTrainer):
-    """A trainer whose evaluation gives rewards to `compute_metrics`."""
+    """A trainer whose evaluation gives rewards to `compute_metrics`, and whose `predict` gives them, in one process."""
 
     def __init__(
         self,
@@ -36,31 +36,45 @@ class PredictsRewards(BaseTrainer):
         compute_metrics: ComputeMetrics | None = None,
         **keywords: Unpack[TrainerKeywords],
     ) -> None:
-        self._predicted: list[tuple[Tensor, Tensor]] = []
+        self._predicted: list[tuple[Example, Tensor, Tensor]] = []
+        self._keeps_rewards = False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
         if compute_metrics is not None and self.accelerator.num_processes > 1:
             raise ConfigError("compute_metrics works in one process: evaluate apart from training, or leave it out.")
         self.compute_metrics = compute_metrics
 
-    def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Predictions and labels of the items of a batch, from its metrics."""
+    def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
+        """Predictions and labels of the items of a batch, from its metrics; None where rows have no rewards."""
         chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
         if not chosen.isnan().any() and not rejected.isnan().any():
             return torch.stack([chosen, rejected], 1), torch.zeros_like(chosen)
         return torch.where(chosen.isnan(), rejected, chosen), (~chosen.isnan()).float()
 
+    def evaluate_items(
+        self,
+        model: nn.Module,
+        items: Sequence[Example],
+        statistics: Mapping[str, Tensor],
+        *,
+        filling: Sequence[Example],
+    ) -> None:
+        """As ever; what is kept of the items' forward passes is put in the order of the items."""
+        super().evaluate_items(model, items, statistics, filling=filling)
+        places = {id(item): place for place, item in enumerate(items)}
+        self._predicted.sort(key=lambda row: places[id(row[0])])
+
     def evaluate_batch(self, model: nn.Module, items: Sequence[Example], statistics: Mapping[str, Tensor]) -> Metrics:
         metrics = super().evaluate_batch(model, items, statistics)
-        if self.compute_metrics is not None:
-            self._predicted.append(self.predicted(metrics, items))
+        found = self.predicted(metrics, items) if self._keeps_rewards else None
+        self._predicted += [] if found is None else zip(items, *found, strict=True)
         return metrics
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool | None = None, *_: Any, **__: Any
     ) -> tuple[None, Tensor | None, Tensor | None]:
-        self._predicted = []
+        self._predicted, self._keeps_rewards = [], not prediction_loss_only and self.accelerator.num_processes == 1
         super().prediction_step(model, inputs)
-        if not self._predicted or prediction_loss_only:
+        if not self._predicted:
             return None, None, None
-        predictions, labels = (torch.cat(parts) for parts in zip(*self._predicted, strict=True))
-        return None, predictions, labels
+        _, predictions, labels = zip(*self._predicted, strict=True)
+        return None, torch.stack(predictions), torch.stack(labels)

@@ -60,8 +60,9 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
     assistant_only_loss: bool = False
     """Train on the assistant's turns only; works with every chat template whose turns can be told apart."""
 
-    loss_type: Literal["nll", "dft"] = "nll"
-    """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability."""
+    loss_type: Literal["nll", "chunked_nll", "dft"] = "nll"
+    """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability. "chunked_nll" is "nll", which is
+    computed in chunks here."""
 
     packing: bool = False
     """Put several short rows into one of up to `max_length` tokens; none of them sees another."""
@@ -212,7 +213,7 @@ class SFTTrainer(BaseTrainer):
         self, model: nn.Module, inputs: list[Example], prediction_loss_only: bool | None = None, *_: Any, **__: Any
     ) -> tuple[None, Tensor | None, Tensor | None]:
         super().prediction_step(model, inputs)
-        if self.compute_metrics is None or prediction_loss_only:
+        if prediction_loss_only:
             return None, None, None
         rows = examples_of(inputs, source="get_eval_dataloader")
         config = unwrap(model).config
