@@ -21,20 +21,32 @@ PATHS = (
     "trl.chat_template_utils",
     "trl.commands",
     "trl.data_utils",
+    "trl.distributed",
     "trl.env_utils",
     "trl.environment",
+    "trl.environment.base_environment",
     "trl.experimental",
     "trl.extras",
+    "trl.extras.best_of_n_sampler",
+    "trl.extras.dataset_formatting",
     "trl.generation",
     "trl.import_utils",
+    "trl.kernels",
+    "trl.mergekit_utils",
+    "trl.models.activation_offloading",
+    "trl.models.auxiliary_modules",
     "trl.models.modeling_base",
+    "trl.models.modeling_sd_base",
     "trl.models.modeling_value_head",
+    "trl.models.sd_utils",
+    "trl.models.selective_activation_checkpointing",
     "trl.models.utils",
     "trl.rewards.accuracy_rewards",
     "trl.rewards.format_rewards",
     "trl.rewards.other_rewards",
     "trl.scripts",
     "trl.trainer",
+    "trl.utils",
 )
 """Packages of other releases. A name imported from one of them, or from below, is that name of `trl`."""
 
@@ -49,6 +61,7 @@ PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
 REPORT = "completions go to `log_completions`, and every run writes a report with samples: see `trl report`."
 BY_REWARD = "`OnlineDPOTrainer` chooses pairs by reward functions; a judge is one that returns 1 and 0."
 LOSS = "Override `loss(model, batch) -> (loss, metrics)`."
+METRICS = "Return them from `loss`, or override `log(logs, start_time)`."
 ROWS = "Change the rows of the dataset, or override `encode(rows, split, name)`."
 SAMPLES = "Give an `engine`: see `trl.rollouts.engine`."
 SCORES = "Log-probabilities come from `score(model, batch)`: override `loss(model, batch) -> (loss, metrics)`."
@@ -59,16 +72,28 @@ TOOLS = "tools are not called yet; an `engine` of your own can be given to every
 
 _TOGETHER = {
     OBJECTIVE: (
-        "A2POTrainer AsyncDistillationTrainer DistillationTrainer GFPOTrainer GKDTrainer GOLDTrainer IWOPDTrainer "
-        "MiniLLMTrainer PAPOTrainer SDFTTrainer SDPOTrainer ServerDistillationTrainer TPOTrainer"
+        "A2POTrainer AsyncDistillationTrainer DPPOTrainer DistillationTrainer GFPOTrainer GKDTrainer GOLDTrainer "
+        "GRPOWithReplayBufferTrainer IWOPDTrainer MiniLLMTrainer PAPOTrainer SDFTTrainer SDPOTrainer SSDTrainer "
+        "ServerDistillationTrainer TPOTrainer"
     ),
     BY_REWARD: (
         "AllTrueJudge BaseJudge BasePairwiseJudge BaseRankJudge HfPairwiseJudge OpenAIPairwiseJudge PairRMJudge "
         "RandomPairwiseJudge RandomRankJudge"
     ),
     SIX_LINES: "BEMACallback MergeModelCallback",
+    "look for the package itself: `importlib.util.find_spec`.": (
+        "is_bitsandbytes_available is_deepspeed_available is_diffusers_available is_liger_kernel_available "
+        "is_mergekit_available is_peft_available is_rich_available is_unsloth_available is_vllm_available is_wandb_available"
+    ),
+    "`setup_chat_format` gives a tokenizer a chat template, and `chat_template_path` takes one from a file.": (
+        "SIMPLE_CHAT_TEMPLATE SIMPLE_SFT_CHAT_TEMPLATE"
+    ),
+    "give a `rollout_func`: see docs/scaling.md.": "generate_rollout_completions get_nemo_gym_rollout_func",
     PADDING: "DPODataCollatorWithPadding DataCollatorForPreference RewardDataCollatorWithPadding",
-    "use `ScriptArguments`.": "DPOScriptArguments KTOScriptArguments RewardScriptArguments SFTScriptArguments",
+    "use `ScriptArguments`.": (
+        "DPOScriptArguments GRPOScriptArguments KTOScriptArguments RLOOScriptArguments RewardScriptArguments "
+        "SFTScriptArguments"
+    ),
     REPORT: "LogCompletionsCallback WeaveCallback WinRateCallback",
     "use `OnlineDPOTrainer`.": "NashMDTrainer XPOTrainer",
     "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.": (
@@ -94,6 +119,7 @@ REMOVED |= {
     "VLLMClient": "set `use_vllm=True` of the configuration: see docs/scaling.md.",
     "compute_accuracy": "`RewardTrainer` logs `accuracy` by itself.",
     "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
+    "generate_model_card": "every trainer writes one: `trainer.create_model_card()`.",
     "get_training_chat_template": "`assistant_only_loss=True` works with any template: none has to be patched.",
     "init_zero_verbose": "set the level of Python's `logging`.",
     "is_npu_available": "import it from `transformers.utils`.",
@@ -139,10 +165,18 @@ OPTIONS = {
 """Options of configurations elsewhere, and what to do without each."""
 
 _HOOKS = {
-    LOSS: "_compute_loss bco_loss cpo_loss dpo_loss get_batch_loss_metrics kto_loss odds_ratio_loss",
-    SAMPLES: "_generate _generate_single_turn",
-    SCORES: "_get_per_token_logps _get_per_token_logps_and_entropies concatenated_forward get_batch_logps",
-    ROWS: "_prepare_dataset concatenated_inputs process_row tokenize_row",
+    LOSS: (
+        "_compute_loss _compute_loss_liger bco_loss compute_liger_loss cpo_loss dpo_loss get_batch_loss_metrics "
+        "get_high_entropy_mask get_off_policy_mask kto_loss odds_ratio_loss train_minibatch"
+    ),
+    METRICS: "_log_completion_extra _log_metric record_step_stats store_metrics",
+    f"{OBJECTIVE[0].upper()}{OBJECTIVE[1:]}": "_kl_penalty compute_rewards",
+    SAMPLES: "_generate _generate_single_turn _tool_call_loop generate_from_model",
+    SCORES: (
+        "_compute_kl_logps _get_per_token_logps _get_per_token_logps_and_entropies batched_forward_pass "
+        "compute_ref_log_probs compute_reference_log_probs concatenated_forward get_batch_logps"
+    ),
+    ROWS: "_prepare_dataset _tokenize_prompts build_tokenized_answer concatenated_inputs process_row tokenize_row",
 }
 HOOKS = {name: advice for advice, names in _HOOKS.items() for name in names.split()}
 HOOKS |= {
@@ -150,6 +184,11 @@ HOOKS |= {
     "_generate_and_score_completions": f"{SAMPLES} Advantages are computed by an algorithm: see examples/own_algorithm.py.",
 }
 """Methods of trainers that other releases call and this one does not, and what to override or give instead."""
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether an option or argument elsewhere was given the value that leaves it off."""
+    return name in ARGUMENTS | OPTIONS and (value is None or (isinstance(value, int) and not value))
 
 
 def remedy(name: str, known: Iterable[str]) -> str:

@@ -103,6 +103,8 @@ def _kind_of_subscript(head: str, inside: ast.expr, resolve: Callable[[str], Opt
     if head in ("Optional", "Union"):
         kinds = [kind_of_annotation(part, resolve) for part in parts]
         return _union([*kinds, OptionType(("none",))] if head == "Optional" else kinds)
+    if head == "InitVar":
+        return kind_of_annotation(parts[0], resolve)
     if head in _LISTS:
         return OptionType(item=kind_of_annotation(parts[0], resolve))
     return _kind_of_name(head, resolve)
@@ -154,7 +156,7 @@ def _union(kinds: Sequence[OptionType]) -> OptionType:
 @cache
 def kinds_of(cls: type) -> dict[str, OptionType]:
     """What each field of a dataclass admits. A name that its hints mean, but its module has not, stands for a dict."""
-    return {field.name: _kind_of_field(cls, field) for field in dataclasses.fields(cls)}
+    return {field.name: _kind_of_field(cls, field) for field in settable(cls)}
 
 
 def _kind_of_field(cls: type, field: dataclasses.Field) -> OptionType:
@@ -209,10 +211,21 @@ def documentation_of(cls: type) -> dict[str, str]:
     return found
 
 
+def settable(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass, and what its constructor takes besides: those of its `InitVar`s that are documented.
+
+    `HfArgumentParser` makes no option of an `InitVar`, so that two classes with an option of one name can be read by it.
+    """
+    fields, parameters = dataclasses.fields(cls), inspect.signature(cls.__init__).parameters
+    others = (cls.__dataclass_fields__.keys() & parameters.keys()) - {field.name for field in fields}
+    others &= documentation_of(cls).keys() if others else set()
+    return [field for name, field in cls.__dataclass_fields__.items() if field in fields or name in others]
+
+
 @cache
 def describe_fields(cls: type) -> str:
     """Every field of a dataclass with its type, default and documentation; those of the class itself first."""
-    texts, fields = documentation_of(cls), {field.name: field for field in dataclasses.fields(cls) if field.init}
+    texts, fields = documentation_of(cls), {field.name: field for field in settable(cls) if field.init}
     lines = []
     for base in cls.__mro__:
         for name in inspect.get_annotations(base):

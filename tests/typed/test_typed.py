@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import trl
+from trl.option_types import settable
 from trl.trainers import arguments
 
 CONFIGS = [name for name in trl.__all__ if name.endswith("Config") and name.replace("Config", "Trainer") in trl.__all__]
@@ -24,7 +25,7 @@ TRAINERS = [name.replace("Config", "Trainer") for name in CONFIGS]
 def test_the_signature_of_a_configuration_is_its_fields(name):
     config = getattr(trl, name)
     parameters = inspect.signature(config).parameters
-    assert set(parameters) == {field.name for field in dataclasses.fields(config) if field.init}
+    assert set(parameters) == {field.name for field in settable(config) if field.init}
     assert parameters["learning_rate"].default == config.learning_rate
 
 
@@ -32,7 +33,7 @@ def test_the_signature_of_a_configuration_is_its_fields(name):
 def test_the_documentation_of_a_configuration_lists_its_fields(name):
     config = getattr(trl, name)
     lines = config.__doc__.splitlines()
-    for field in dataclasses.fields(config):
+    for field in settable(config):
         assert not field.init or any(line.startswith(f"{field.name}: ") for line in lines)
     assert inspect.getdoc(config) == inspect.cleandoc(config.__doc__)
 

@@ -28,6 +28,7 @@ from trl.option_types import (
     kind_of_annotation,
     kinds_of,
     last_name,
+    settable,
 )
 
 REQUIRED = object()
@@ -90,7 +91,7 @@ def _options_in_body(module: Module, cls: ast.ClassDef, inherited: Mapping[str, 
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=value):
                 option = _option(module, name, annotation, value)
-                if option is None:
+                if option is None or (_head(annotation) == "InitVar" and not documentation):
                     continue
                 before = inherited.get(name)
                 text = documentation or option.help or (before.help if before else "")
@@ -100,7 +101,7 @@ def _options_in_body(module: Module, cls: ast.ClassDef, inherited: Mapping[str, 
 
 
 def _option(module: Module, name: str, annotation: ast.expr, value: ast.expr | None) -> Option | None:
-    if name.startswith("_") or _head(annotation) in ("ClassVar", "InitVar"):
+    if name.startswith("_") or _head(annotation) == "ClassVar":
         return None
     kind = kind_of_annotation(annotation, partial(_kind_in_source, module))
     if value is None:
@@ -170,7 +171,7 @@ def options_of(cls: type) -> list[Option]:
             joined(field.metadata.get("help") or documentation.get(field.name, "")),
             cls.__name__,
         )
-        for field in dataclasses.fields(cls)
+        for field in settable(cls)
         if field.init and not field.name.startswith("_")
     ]
 

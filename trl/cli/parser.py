@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from trl.cli.fields import REQUIRED, Option, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
+from trl.option_types import settable
 
 HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
 NEGATION = "no_"
@@ -45,7 +46,7 @@ class ParsedOptions:
 
     def arguments_for(self, cls: type) -> Any:
         """The dataclass `cls`, made from the values that are its own."""
-        names = [f.name for f in fields(cls) if f.init and f.name in self.values]
+        names = [f.name for f in settable(cls) if f.init and f.name in self.values]
         return cls(**{name: self.values[name] for name in names})
 
 

@@ -43,7 +43,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     """"sdpa", "eager", "flex_attention", "flash_attention_2", …. None: the model's own choice."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: InitVar[bool] = False
     """Allow code that comes with a model or tokenizer to run."""
 
     use_peft: bool = False
@@ -94,7 +94,8 @@ class ModelConfig:
 
     torch_dtype: InitVar[str | None] = None
 
-    def __post_init__(self, torch_dtype: str | None) -> None:
+    def __post_init__(self, trust_remote_code: bool, torch_dtype: str | None) -> None:
+        self.trust_remote_code = trust_remote_code
         if torch_dtype is not None:
             self.dtype = torch_dtype
         if isinstance(self.dtype, str):

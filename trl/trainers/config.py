@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import os
@@ -15,10 +14,10 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from trl.compat import remedy
+from trl.compat import asks_for_nothing, remedy
 from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
-from trl.option_types import check_choices, describe_fields
+from trl.option_types import check_choices, describe_fields, settable
 from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
 from trl.trainers.option_effects import warn_of_options_in_vain
 from trl.training.parallel import check_processes, processes_on_cpu
@@ -85,13 +84,15 @@ class _ConfigMeta(type):
 
     def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`kwargs` under today's names. Raises ConfigError for a name that no field has."""
-        fields = {field.name for field in dataclasses.fields(cls) if field.init}
+        fields = {field.name for field in settable(cls) if field.init}
         known: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         for name, value in kwargs.items():
             refuse_outdated(name, value)
             today = name if name in fields else cls.ALIASES.get(name, name)
             if today and today not in fields:
+                if asks_for_nothing(name, value):
+                    continue
                 raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
             if today in spelled:
                 both = f"{spelled[today]!r} and {name!r}"

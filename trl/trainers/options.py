@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from trl.compat import ARGUMENTS, remedy
+from trl.compat import asks_for_nothing, remedy
 from trl.errors import ConfigError
+from trl.option_types import settable
 from trl.trainers.config import TrainerConfig
 
 
@@ -32,7 +33,7 @@ def resolve_args(
         return config_class(**{**_folder_of(model, trainer), **options})
     _check_class(config_class, args, trainer)
     if not isinstance(args, config_class):
-        fields = {f.name for f in dataclasses.fields(config_class) if f.init}
+        fields = {f.name for f in settable(config_class) if f.init}
         shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
         return config_class(**{**shared, **options})
     args = copy.copy(args)
@@ -65,8 +66,8 @@ def _folder_of(model: Any, trainer: str) -> dict[str, str]:
 
 def resolve_options(config_class: type[TrainerConfig], given: Mapping[str, Any], *, trainer: str) -> dict[str, Any]:
     """Options of the configuration, by their names today, that were given as keywords of the trainer."""
-    options = {name: value for name, value in given.items() if value is not None or name not in ARGUMENTS}
-    known = [*(f.name for f in dataclasses.fields(config_class)), *config_class.ALIASES]
+    known = [*(f.name for f in settable(config_class)), *config_class.ALIASES]
+    options = {name: value for name, value in given.items() if name in known or not asks_for_nothing(name, value)}
     for name in options:
         if name not in known:
             arguments = [*known, *Trainer.__init__.__annotations__, "tokenizer", "peft_config"]

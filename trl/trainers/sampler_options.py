@@ -60,7 +60,7 @@ class SamplerOptions:
     """"server": servers of their own, `trl vllm-serve` or `trl serve`, in any environment and on any machine. "colocate": vLLM in
     the trainer's own processes, on the same devices."""
 
-    vllm_server_base_url: str | list[str] | None = None
+    vllm_server_base_url: list[str] | str | None = None
     """URL of the server, or of several that share the prompts. None: as vllm_server_host and vllm_server_port say."""
 
     vllm_server_host: str = "0.0.0.0"

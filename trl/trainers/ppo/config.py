@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,6 +138,9 @@ class PPOConfig(PPOOptions, OnlineConfig):
     disable_dropout: bool = True
     """Set every dropout probability of the model to zero, so that ratios come from training alone."""
 
+    trust_remote_code: InitVar[bool] = False
+    """Allow code that comes with a model or tokenizer to run."""
+
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *OnlineConfig._VALID_DICT_FIELDS,
         "tracker_kwargs",
@@ -146,7 +149,8 @@ class PPOConfig(PPOOptions, OnlineConfig):
         "push_to_hub_if_best_kwargs",
     ]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, trust_remote_code: bool) -> None:
+        self.trust_remote_code = trust_remote_code
         self._read_accelerator_kwargs()
         self._size_batches()
         super().__post_init__()
