@@ -14,6 +14,7 @@ sampled, so no second pass is needed; in a rollout batch that is trained on once
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, EngineError
-from trl.models.reference import Reference
+from trl.models.reference import FrozenModel, Reference
 from trl.models.score import score, unwrap
 from trl.rewards.call import Reward, check_weights
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
@@ -81,10 +82,19 @@ class OnlineTrainer(BaseTrainer):
 
     config_class = OnlineConfig
     args: OnlineConfig
+    ref_model: Any = None
     prompts_only = True
     multiple_completions = True
     captures_unasked = False  # graphs would hold memory that samples need
     sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls._get_train_sampler is not BaseTrainer._get_train_sampler:
+            raise ConfigError(
+                f"{cls.__name__}._get_train_sampler would never be called: prompts are taken in a random order, or as they come "
+                "with shuffle_dataset=False. Order the rows of the dataset."
+            )
 
     def __init__(
         self,
@@ -199,6 +209,7 @@ class OnlineTrainer(BaseTrainer):
             )
         if self.algorithm.needs_reference:
             self.reference = self._make_reference()
+            self.ref_model = self.reference.model if isinstance(self.reference, FrozenModel) else None
             for callback in sync_callbacks(self.reference, self.args):
                 self.add_callback(callback)
         elif self._given_reference is not None:
@@ -376,7 +387,7 @@ class OnlineTrainer(BaseTrainer):
     def _wanted(self, mode: str) -> set[str]:
         """Signals of a rollout batch that have to be measured, besides the sampler's log-probabilities."""
         args, algorithm = self.args, self.algorithm
-        given = self.engine.exact_logprobs(args.sampling_params(max_new_tokens=1, seed=0))
+        given = self.engine.exact_logprobs(args.sampling_params(max_new_tokens=sys.maxsize, seed=0))
         doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs or not given
         needed = {
             "ref_logprobs": self.reference is not None,
