@@ -41,6 +41,12 @@ class Columns:
         """The rows as dicts."""
         return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
 
+    def at(self, places: Sequence[int]) -> Columns:
+        """The rows at these places."""
+        values = {name: [column[k] for k in places] for name, column in self.values.items()}
+        images = None if self.images is None else [self.images[k] for k in places]
+        return replace(self, values=values, rows=[self.rows[k] for k in places], images=images)
+
     def error(self, k: int, name: str, message: str) -> RowError:
         return RowError(self.rows[k], f", column {name!r}: {message}")
 

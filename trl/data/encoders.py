@@ -149,13 +149,39 @@ def unpaired_preference(columns: Columns, tokenization: Tokenization) -> list[Tr
 def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt with the chosen and the rejected completion.
 
-    A text pair without a prompt is tokenised as it stands, and its common beginning, in tokens, is the prompt.
+    A pair without a prompt, or of conversations without a message in common, is tokenised as it stands, and its common beginning,
+    in tokens, is the prompt.
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
         texts = [expanded(columns, tokenization.images, columns.texts(name)) for name in ("chosen", "rejected")]
         sides = [tokenization.text.prompts(side, add_special_tokens=True) for side in texts]
         return [fork(*pair) for pair in zip(*map(tokenization.append_eos, sides), strict=True)]
-    return _answers(_with_prompt(columns), tokenization, ("chosen", "rejected"))
+    columns = _with_prompt(columns)
+    places = range(len(columns.rows))
+    apart = [k for k in places if columns["prompt"][k] == []]
+    if apart and tokenization.settings.needs_prompt:
+        raise columns.error(
+            apart[0],
+            "chosen",
+            (
+                "there is no prompt: it has no message in common with 'rejected'. Give every row a prompt, or leave such rows out."
+            ),
+        )
+    shared = [k for k in places if k not in set(apart)]
+    trees = _answers(columns.at(shared), tokenization, ("chosen", "rejected")) if shared else []
+    found = dict(zip([*shared, *apart], [*trees, *_apart(columns.at(apart), tokenization)], strict=True))
+    return [found[k] for k in places]
+
+
+def _apart(columns: Columns, tokenization: Tokenization) -> list[Tree]:
+    """Pairs of conversations without a message in common."""
+    if not columns.rows:
+        return []
+    sides = []
+    for chats in map(columns.chats, ("chosen", "rejected")):
+        texts = columns.each(lambda k, row, chats=chats: tokenization.chat.whole(chats[k], row))
+        sides.append(tokenization.text.ids(expanded(columns, tokenization.images, texts)))
+    return [fork(*pair) for pair in zip(*sides, strict=True)]
 
 
 def _with_prompt(columns: Columns) -> Columns:

@@ -199,7 +199,7 @@ class RowEncoder:
         tokens, source_tokens = [tree.tokens for tree in trees], [tree.tokens for tree in sources]
         statuses = [*map(self._status, trees, trained, overlong or [False] * len(trees))]
         if self.settings.needs_prompt:
-            check_prompts(trees, statuses, columns)
+            check_prompts(sources, statuses, columns)
         values = {
             "status": statuses,
             "truncated": np.not_equal(tokens, source_tokens),
@@ -261,7 +261,7 @@ class RowEncoder:
 
 
 def check_prompts(trees: Sequence[Tree], statuses: Sequence[int], columns: Columns) -> None:
-    """Raises DataError for a row that is kept and has no prompt."""
+    """Raises DataError for a row that is kept and came without a prompt; `trees` are rows before they were cut."""
     for k, (tree, status) in enumerate(zip(trees, statuses, strict=True)):
         if status == KEPT and not tree.prompt:
             pair = ", or there is none and chosen and rejected have no beginning in common" if tree.completions else ""

@@ -116,9 +116,11 @@ class SyncRefModelCallback(TrainerCallback):
     """Moves the reference towards the policy, π_ref ← α π + (1 − α) π_ref, every so many steps.
 
     TR-DPO, arXiv:2404.09656, Eq. 4; α and the steps are `ref_model_mixup_alpha` and `ref_model_sync_steps`.
+
+    accelerator   not needed: each process moves the shards that it holds
     """
 
-    def __init__(self, ref_model: nn.Module) -> None:
+    def __init__(self, ref_model: nn.Module, accelerator: Accelerator | None = None) -> None:
         self.ref_model = ref_model
 
     def on_step_end(

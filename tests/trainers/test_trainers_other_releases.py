@@ -1,0 +1,224 @@
+"""What scripts for other releases of TRL give to trainers and ask of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
+
+from tests.conftest import WIDTHS, make_tokenizer
+from tests.trainers.online_support import letters, prompts
+from trl import (
+    CPOConfig,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ModelConfig,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    SyncRefModelCallback,
+    TrlParser,
+)
+from trl.errors import ConfigError, DataError
+from trl.trainers.kto import mismatched
+
+TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far.", "No.", "It is late now."] * 2})
+PAIRS = Dataset.from_dict({"prompt": ["Why", "How"] * 4, "chosen": [" so", " it is"] * 4, "rejected": [" no"] * 8})
+LABELLED = Dataset.from_dict(
+    {
+        "prompt": [f"Why {i} " * (i % 3 + 1) for i in range(8)],
+        "completion": [f"so {i * 7}" for i in range(8)],
+        "label": [True, False] * 4,
+    }
+)
+
+
+def made(trainer, model, rows, folder, *, given=None, **options):
+    fixed = {"save_strategy": "no", "disable_tqdm": True, "html_report": False, "report_to": [], "bf16": False}
+    sizes = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    args = trainer.config_class(output_dir=str(folder), **{**fixed, **sizes, **options})
+    return trainer(model, args=args, train_dataset=rows, processing_class=make_tokenizer(), **(given or {}))
+
+
+def classifier():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(**WIDTHS, num_labels=1)).eval()
+
+
+# ---- evaluation ----
+
+
+class TwicePlusOne(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return (2 * found[0] + 1, found[1]) if return_outputs else 2 * found + 1
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_evaluation_asks_a_compute_loss_of_ones_own(make_model, tmp_path, size):
+    found = {}
+    for trainer in (SFTTrainer, TwicePlusOne):
+        options = {"per_device_eval_batch_size": size}
+        run = made(trainer, make_model("llama"), TEXTS, tmp_path, given={"eval_dataset": TEXTS}, **options)
+        found[trainer] = run.evaluate()
+        assert not run.meters["train"].read(lambda row: row, torch.device("cpu"))
+    plain, own = found[SFTTrainer], found[TwicePlusOne]
+    assert own["eval_loss"] == pytest.approx(2 * plain["eval_loss"] + 1, rel=1e-6)
+    assert own["eval_entropy"] == pytest.approx(plain["eval_entropy"])
+
+
+def test_predictions_come_in_the_order_of_the_rows(tmp_path):
+    rows = Dataset.from_dict(
+        {"prompt": ["Why"] * 6, "chosen": [" so" * 9 ** (i % 4) for i in range(6)], "rejected": [" no"] * 6}
+    )
+    runs = [
+        made(RewardTrainer, classifier(), rows, tmp_path, per_device_eval_batch_size=size, max_length=None)
+        for size in (1, 6)
+    ]
+    one, all_at_once = (run.predict(run.train_dataset).predictions for run in runs)
+    assert one.shape == (6, 2)
+    assert len(np.unique(one[:, 0])) == 4
+    assert all_at_once == pytest.approx(one, abs=1e-5)
+
+
+def test_predict_gives_logits_of_a_language_model(make_model, tmp_path):
+    run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path)
+    found = run.predict(run.train_dataset)
+    assert found.predictions.shape[:2] == found.label_ids.shape
+    assert run.evaluate(run.train_dataset)["eval_loss"] == pytest.approx(found.metrics["test_loss"])
+
+
+# ---- rows ----
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_conversations_without_a_message_in_common_are_a_pair_of_a_reward_model(make_model, tmp_path):
+    asked = [{"role": "user", "content": "Hi"}]
+    rows = Dataset.from_list(
+        [
+            {"chosen": [answer("good")], "rejected": [answer("bad")]},
+            {"chosen": [*asked, answer("good")], "rejected": [*asked, answer("bad")]},
+        ]
+    )
+    run = made(RewardTrainer, classifier(), rows, tmp_path)
+    tokenizer = run.processing_class
+    for row, given in zip(run.train_dataset, rows, strict=True):
+        for name, ids in zip(("chosen", "rejected"), row["completion_ids"], strict=True):
+            whole = tokenizer.apply_chat_template(given[name], return_dict=False)
+            assert row["prompt_ids"] + ids == whole
+    with pytest.raises(DataError, match=r"Row 1, column 'chosen': there is no prompt"):
+        made(DPOTrainer, make_model("llama"), rows, tmp_path)
+
+
+def test_a_pair_whose_prompt_was_cut_is_learned_from(make_model, tmp_path):
+    run = made(DPOTrainer, make_model("llama"), PAIRS, tmp_path, max_length=4, truncation_mode="keep_end")
+    assert [] in run.train_dataset["prompt_ids"][:]
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+# ---- trainers ----
+
+
+def test_a_completion_under_another_prompt_has_no_number_of_its_own(make_model, tmp_path):
+    """Before the first step policy is reference, so h = 0 under every prompt."""
+    run = made(KTOTrainer, make_model("llama"), LABELLED, tmp_path, precompute_ref_log_probs=True)
+    examples = mismatched(run.to_examples(list(run.train_dataset)))
+    found = run._logratio(run.collate(examples).to(run.args.device))
+    assert found.tolist() == pytest.approx([0.0] * 8, abs=1e-5)
+
+
+def test_a_callback_that_moves_the_reference_takes_an_accelerator(make_model, tmp_path):
+    run = made(DPOTrainer, make_model("llama"), PAIRS, tmp_path, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    before = [parameter.clone() for parameter in run.ref_model.parameters()]
+    run.add_callback(SyncRefModelCallback(ref_model=run.ref_model, accelerator=run.accelerator))
+    run.train()
+    assert any(not torch.equal(*pair) for pair in zip(before, run.ref_model.parameters(), strict=True))
+
+
+def grpo(model, folder, **options):
+    sizes = {"num_generations": 2, "max_completion_length": 4, **options}
+    return made(GRPOTrainer, model, prompts(), folder, given={"reward_funcs": letters}, **sizes)
+
+
+def test_completions_of_a_least_length(make_model, tmp_path):
+    run = grpo(make_model("llama"), tmp_path, generation_kwargs={"min_new_tokens": 3})
+    run.train()
+    assert run.state.log_history[0]["completions/min_length"] >= 3
+
+
+def test_an_online_trainer_has_its_reference(make_model, tmp_path):
+    assert grpo(make_model("llama"), tmp_path).ref_model is None
+    run = grpo(make_model("llama"), tmp_path, beta=0.1)
+    assert run.ref_model is run.reference.model
+
+
+@pytest.mark.parametrize(
+    ("trainer", "name"),
+    [(GRPOTrainer, "_get_train_sampler"), (GRPOTrainer, "_log_metric"), (PPOTrainer, "compute_rewards")],
+)
+def test_methods_that_nothing_calls_are_refused(trainer, name):
+    with pytest.raises(ConfigError, match=rf"Mine\.{name} would never be called"):
+        type("Mine", (trainer,), {name: lambda self, *_: None})
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize("config", [SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, PPOConfig, CPOConfig])
+def test_a_parser_of_transformers_reads_a_script_and_its_model(tmp_path, config):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--dataset_name", "imdb", "--lora_r", "3"]
+    parser = HfArgumentParser((ScriptArguments, config, ModelConfig))
+    script, training, model = parser.parse_args_into_dataclasses(words)
+    assert (script.dataset_name, training.output_dir, model.lora_r) == ("imdb", str(tmp_path), 3)
+
+
+def test_a_script_for_ppo_has_options_of_its_own(tmp_path):
+    """As classic scripts had them, whose configuration had none of this name."""
+    script = dataclasses.make_dataclass("Script", [("trust_remote_code", bool, False), ("use_peft", bool, False)])
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--trust_remote_code", "--batch_size", "4"]
+    own, training = HfArgumentParser((script, PPOConfig)).parse_args_into_dataclasses(words)
+    assert (own.trust_remote_code, training.trust_remote_code, training.batch_size) == (True, False, 4)
+    given = PPOConfig(output_dir=str(tmp_path), report_to=[], trust_remote_code=True)
+    assert dataclasses.replace(given, seed=1).trust_remote_code
+
+
+def test_an_option_of_two_classes_reaches_both(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--trust_remote_code"]
+    found = TrlParser((SFTConfig, ModelConfig)).parse_args_and_config(words)
+    assert [one.trust_remote_code for one in found] == [True, True]
+    assert TrlParser(ModelConfig).parse_args_and_config(["--trust_remote_code"])[0].trust_remote_code
+    assert not ModelConfig().trust_remote_code
+
+
+def test_options_elsewhere_may_be_off(tmp_path):
+    given = {"output_dir": str(tmp_path), "report_to": []}
+    assert not hasattr(
+        CPOConfig(**given, max_completion_length=None, generate_during_eval=False), "max_completion_length"
+    )
+    with pytest.raises(ConfigError, match=r"CPOConfig has no option 'generate_during_eval'\. Completions go to"):
+        CPOConfig(**given, generate_during_eval=True)
+
+
+def test_the_loss_in_chunks_is_the_loss(make_model, tmp_path):
+    found = [
+        made(SFTTrainer, make_model("llama"), TEXTS, tmp_path, loss_type=name, given={"eval_dataset": TEXTS}).evaluate()
+        for name in ("nll", "chunked_nll")
+    ]
+    assert found[0]["eval_loss"] == found[1]["eval_loss"]
