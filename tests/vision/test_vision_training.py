@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Gemma3ForSequenceClassification
 
-from tests.vision.support import Tiny, gemma3, llava, picture, qwen2_5_vl, seeded
+from tests.vision.support import FAMILIES, Tiny, gemma3, llava, picture, qwen2_5_vl, seeded
 from trl.errors import ConfigError
 from trl.rewards.model import RewardModel
 from trl.trainers.cpo import CPOConfig, CPOTrainer
@@ -26,6 +26,7 @@ from trl.trainers.sft import SFTConfig, SFTTrainer
 LAYOUTS = ("padded", "packed", "shared")
 QUESTIONS = ["what is this?", "see", "describe it", "how many boxes?"]
 MODELS = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}
+COLLATED = ("llava", "qwen2_5_vl", "gemma3", "idefics3")
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +169,38 @@ def test_rows_packed_beforehand_keep_their_images(tmp_path):
     assert sorted(n for counts in trainer.train_dataset["image_counts"] for n in counts) == [0, 1, 1, 2]
     assert len(trainer.train_dataset) < 4
     assert history(trainer) == pytest.approx(apart, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", COLLATED)
+def test_a_collator_of_ones_own_brings_images(name, tmp_path):
+    """As scripts have it that call the processor themselves: the loss of rows that the trainer encodes."""
+    tiny, data = FAMILIES[name](), rows("chat")
+    image = {"type": "image"}
+
+    def turns(row):
+        first, *others = row["messages"]
+        parts = [*[image] * len(row["images"]), {"type": "text", "text": first["content"]}]
+        return [{**first, "content": parts}, *others]
+
+    def collate(batch):
+        texts = [tiny.processor.apply_chat_template(turns(row), tokenize=False) for row in batch]
+        images = [row["images"] for row in batch if row["images"]] or None
+        made = tiny.processor(text=texts, images=images, return_tensors="pt", padding=True)
+        return {**made, "labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
+
+    losses = []
+    for own in ({}, {"data_collator": collate}):
+        skipped = {"dataset_kwargs": {"skip_prepare_dataset": True}} if own else {}
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_length=None, report_to=[], use_cpu=True, disable_tqdm=True, **skipped
+        )
+        trainer = SFTTrainer(tiny.model, args, eval_dataset=data, processing_class=tiny.processor, **own)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    words = tiny.processor.tokenizer
+    blind = SFTTrainer(tiny.model, args, eval_dataset=data.select([0]), processing_class=words, **own)
+    with pytest.raises(ConfigError, match="processing_class reads no images"):
+        blind.evaluate()
 
 
 def test_packing_never_cuts_an_image(tmp_path):

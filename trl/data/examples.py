@@ -55,6 +55,9 @@ def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[Example]]
 
+PLAIN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids"}
+"""What collators give of tokens; types and positions are computed again."""
+
 
 class ImageCollator:
     """From encoded rows to examples with what the model reads of their images; runs in the loader's workers."""
@@ -81,15 +84,38 @@ class ImageCollator:
         return found
 
 
-def examples_from(data_collator: Callable) -> Callable[[Sequence[Mapping[str, Any]]], list[Example]]:
-    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, or raw rows."""
+def examples_from(data_collator: Callable, images: ImageProcessing | None = None) -> Collate:
+    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, or raw rows: with
+    a processor, one at a time, so that what its batch has of images belongs to that row."""
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         if ENCODED & rows[0].keys():
             rows = [{"input_ids": _flat(example)} for example in collate_examples(rows)]
-        return examples_of(data_collator(rows), source="data_collator")
+        elif images is not None:
+            return [example for row in rows for example in _with_inputs(data_collator([row]), images)]
+        batch = data_collator(rows)
+        if images is None and isinstance(batch, Mapping) and "pixel_values" in batch:
+            raise ConfigError(
+                "The batch of data_collator has pixel_values, and processing_class reads no images: give the processor, not "
+                "its tokenizer."
+            )
+        return examples_of(batch, source="data_collator")
 
     return collate
+
+
+def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
+    """The examples of a collator's batch of one row, with what the batch has of its images."""
+    examples = examples_of(batch, source="data_collator")
+    if not isinstance(batch, Mapping):
+        return examples
+    given = {name: value for name, value in batch.items() if name in images.family.joins}
+    unread = sorted(batch.keys() - images.family.joins.keys() - PLAIN)
+    if unread:
+        raise DataError(
+            f"The batch of data_collator has {', '.join(unread)}, which models of this kind do not read: leave it out."
+        )
+    return [images.placed(example, given) for example in examples]
 
 
 def _flat(example: Example) -> list[int]:

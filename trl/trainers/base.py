@@ -147,7 +147,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
         self._prepare_images()
         collate = collate_examples if self.images is None else ImageCollator(self.images)
-        self.to_examples = collate if data_collator is None else examples_from(data_collator)
+        self.to_examples = collate if data_collator is None else examples_from(data_collator, self.images)
         self.encoded: dict[str, Encoded] = {}
         if train_dataset is not None:
             self._foresee_folder()

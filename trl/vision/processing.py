@@ -221,11 +221,14 @@ class ImageProcessing:
                 f"{found} tokens stand for images, but its {len(images)} images have {wanted} features: the images, or the "
                 "limits on their pixels, are not those that the row was encoded with."
             )
-        inputs = {name: _tensor(value) for name, value in values.items() if name in self.family.joins}
-        return self._placed(example, ids, inputs)
+        return self.placed(example, values)
 
-    def _placed(self, example: Example, ids: Sequence[int], inputs: dict[str, Tensor]) -> Example:
-        """The example with inputs per token, and positions."""
+    def placed(self, example: Example, values: Mapping[str, Any]) -> Example:
+        """The example with what the model reads of `values`, with inputs per token, and positions; without images, as it is."""
+        ids = [*example.prompt, *(example.completions[0].ids if len(example.completions) == 1 else ())]
+        if self.token_id not in ids:
+            return example
+        inputs = {name: _tensor(value) for name, value in values.items() if name in self.family.joins}
         types = np.asarray(ids) == self.token_id
         if self.family.token_types is not None:
             inputs[self.family.token_types] = torch.from_numpy(types.astype(np.int64))
