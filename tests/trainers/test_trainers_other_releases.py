@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from tests.conftest import WIDTHS, make_tokenizer
 from tests.trainers.online_support import letters, prompts
@@ -131,6 +137,20 @@ def test_a_pair_whose_prompt_was_cut_is_learned_from(make_model, tmp_path):
     assert [] in run.train_dataset["prompt_ids"][:]
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def labelled_collator():
+    return DataCollatorForSeq2Seq(make_tokenizer())
+
+
+@pytest.mark.parametrize("collator", [labelled_collator, DataCollatorWithFlattening])
+@pytest.mark.parametrize("rows", [TEXTS, PAIRS.rename_columns({"chosen": "completion"}).remove_columns("rejected")])
+def test_collators_are_told_what_is_trained_on(make_model, tmp_path, rows, collator):
+    found = [
+        made(SFTTrainer, make_model("llama"), rows, tmp_path, given=given).evaluate(rows)["eval_loss"]
+        for given in ({}, {"data_collator": collator()})
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 # ---- trainers ----

@@ -10,6 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers import DataCollatorForSeq2Seq
 
 from trl.data.encode import decode
 from trl.data.multimodal import IMAGES
@@ -85,12 +86,15 @@ class ImageCollator:
 
 
 def examples_from(data_collator: Callable, images: ImageProcessing | None = None) -> Collate:
-    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, or raw rows: with
-    a processor, one at a time, so that what its batch has of images belongs to that row."""
+    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, with `labels` where not
+    all of them are trained on, or raw rows: with a processor, one at a time, so that what its batch has of images belongs to that
+    row."""
+
+    pads_labels = isinstance(data_collator, DataCollatorForSeq2Seq)
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         if ENCODED & rows[0].keys():
-            rows = [{"input_ids": _flat(example)} for example in collate_examples(rows)]
+            rows = [_labelled(example, always=pads_labels) for example in collate_examples(rows)]
         elif images is not None:
             return [example for row in rows for example in _with_inputs(data_collator([row]), images)]
         batch = data_collator(rows)
@@ -118,6 +122,16 @@ def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
     return [images.placed(example, given) for example in examples]
 
 
+def _labelled(example: Example, *, always: bool) -> dict[str, list[int]]:
+    """An example of one completion as collators know it: with labels where not all is trained on, or `always`."""
+    ids, (completion,) = _flat(example), example.completions
+    if not always and not example.prompt and completion.mask is None:
+        return {"input_ids": ids}
+    mask = [1] * len(completion) if completion.mask is None else completion.mask
+    trained = [0] * len(example.prompt) + list(mask)
+    return {"input_ids": ids, "labels": [i if kept else IGNORE for i, kept in zip(ids, trained, strict=True)]}
+
+
 def _flat(example: Example) -> list[int]:
     return [*example.prompt, *(example.completions[0].ids if example.completions else ())]
 
@@ -132,7 +146,7 @@ def examples_of(batch: Sequence[Example] | Mapping[str, Any], *, source: str) ->
     """
     if not isinstance(batch, Mapping):
         return list(batch)
-    if missing := {"input_ids", "labels"} - batch.keys():
+    if missing := {name for name in ("input_ids", "labels") if batch.get(name) is None}:
         raise DataError(
             f"The batch of {source} has no {' and no '.join(sorted(missing))}, but {sorted(batch)}: give input_ids, "
             "attention_mask and labels [B,T], where labels of −100 are not trained on."
