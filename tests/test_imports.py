@@ -197,6 +197,8 @@ PROBES = [
     ("trl.core", "PPODecorators"),
     ("trl.models", "PreTrainedModelWrapper"),
     ("trl.data_utils", "anything"),
+    ("trl.mergekit_utils", "MergeConfig"),
+    ("trl.models.modeling_sd_base", "anything"),
     ("trl.trainer", "utilities"),
     ("trl.trainer.utils", "_ChunkedLogProbFunction"),
     ("trl.trainer.sft_trainer", "unwrap_model_for_generation"),

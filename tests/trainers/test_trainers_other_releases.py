@@ -86,6 +86,15 @@ def test_an_evaluation_asks_a_compute_loss_of_ones_own(make_model, tmp_path, siz
     assert own["eval_entropy"] == pytest.approx(plain["eval_entropy"])
 
 
+def test_a_compute_loss_that_gives_no_metrics_is_named(make_model, tmp_path):
+    class Alone(SFTTrainer):
+        def compute_loss(self, model, inputs, **_):
+            return super().compute_loss(model, inputs)
+
+    with pytest.raises(ConfigError, match=r"Alone\.compute_loss was called with return_outputs=True"):
+        made(Alone, make_model("llama"), TEXTS, tmp_path).evaluate(TEXTS)
+
+
 def test_predictions_come_in_the_order_of_the_rows(tmp_path):
     rows = Dataset.from_dict(
         {"prompt": ["Why"] * 6, "chosen": [" so" * 9 ** (i % 4) for i in range(6)], "rejected": [" no"] * 6}

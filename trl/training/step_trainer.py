@@ -396,10 +396,16 @@ class StepTrainer(ResumableTrainer):
         mark, term = self.meters["train"].mark(), self.term
         self.term = None
         try:
-            return self.compute_loss(model, batch, return_outputs=True)
+            found = self.compute_loss(model, batch, return_outputs=True)
         finally:
             self.meters["train"].go_back(mark)
             self.term = term
+        if isinstance(found, tuple):
+            return found
+        raise ConfigError(
+            f"{type(self).__name__}.compute_loss was called with return_outputs=True, and gave a {type(found).__name__}: give the loss "
+            "and the metrics, as super().compute_loss(model, inputs, return_outputs=True) does."
+        )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
