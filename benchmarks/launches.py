@@ -161,7 +161,7 @@ def on_shapes(counts: list[Counts]) -> Iterator[None]:
     kernels += [(fused, "_norm_kernel")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     patched = {(place, name): function for place, name, function in FUNCTIONS} | {
-        (triton_head, "_launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
+        (triton_head, "launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
         (triton_rotary, "rotate"): counted(triton_rotary.rotate, counts),
         (fusions, "rotate"): counted(triton_rotary.rotate, counts),
         (triton_gate, "gated"): counted(triton_gate.gated, counts),

@@ -14,7 +14,7 @@ import argparse
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,7 +107,7 @@ def on_meta(trainer: Any) -> Iterator[None]:
     known = {"cpu", "cuda"}
     patches = [
         patch.object(TrainingArguments, "device", PropertyMock(return_value=META)),
-        patch.object(triton_head, "_launch", lambda *_, **__: None),
+        patch.object(triton_head, "launch", lambda *_, **__: None),
         patch.object(logprobs, "_implementation", lambda *_: triton_head.TritonLogprobs),
         patch.object(varlen, "_has_kernel", lambda *_: True),
         patch.object(varlen, "varlen_attn", lambda q, k, v, *_, **__: _Attention.apply(q, k, v)),
@@ -115,19 +115,16 @@ def on_meta(trainer: Any) -> Iterator[None]:
         patch("torch.is_autocast_enabled", lambda d="cpu": enabled(d) if d in known else False),
         patch("torch.get_autocast_dtype", lambda d: half(d) if d in known else torch.bfloat16),
     ]
-    for each in patches:
-        each.start()
-    try:
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
+        stack.callback(setattr, trainer.accelerator.state, "device", torch.device("cpu"))
         trainer.accelerator.state.device = META
         for held in (trainer.model, getattr(getattr(trainer, "reference", None), "model", None)):
             if held is not None:
                 varlen.switch(held.to(META), varlen.VARLEN)
         trainer._tr_loss = torch.zeros((), device=META)
         yield
-    finally:
-        trainer.accelerator.state.device = torch.device("cpu")
-        for each in patches:
-            each.stop()
 
 
 def count(method: str, folder: str) -> tuple[Counter[str], Counter[str], int]:
