@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 
 import datasets
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from tests.vision.support import FAMILIES, gemma3, llava, picture, qwen2_5_vl
+from tests.vision.support import FAMILIES, Tiny, gemma3, llava, picture, qwen2_5_vl
 from trl.data.encode import EncodeSettings, encode_dataset
 from trl.data.examples import ImageCollator
 from trl.data.multimodal import split_parts
@@ -49,9 +50,9 @@ def text_of(tiny, example) -> str:
     return tiny.processor.tokenizer.decode(ids)
 
 
-def as_bytes(image) -> bytes:
+def as_bytes(image, format: str = "PNG", **options) -> bytes:
     whole = io.BytesIO()
-    image.save(whole, format="PNG")
+    image.save(whole, format=format, **options)
     return whole.getvalue()
 
 
@@ -235,6 +236,12 @@ def test_cutting_never_cuts_an_image(tiny, caplog):
         assert "first of them: [2]" in caplog.text
 
 
+def test_no_row_fits_with_its_image(tiny):
+    columns = {"prompt": [ASKED], "completion": [SAID], "image": [as_bytes(picture(1))]}
+    with pytest.raises(DataError, match="an image is never cut.*max_prompt_length=3.*max_pixels"):
+        encoded(tiny, columns, max_prompt_length=3)
+
+
 def test_an_image_late_in_a_chat_is_not_cut(tiny):
     asked = [{"type": "text", "text": "look " * 8}, {"type": "image", "text": None}]
     said = [{"type": "text", "text": "a box"}]
@@ -242,7 +249,7 @@ def test_an_image_late_in_a_chat_is_not_cut(tiny):
     columns = {"messages": [later], "images": [[as_bytes(picture(1))]]}
     made, _ = encoded(tiny, columns, max_length=60)
     assert made.dataset[0]["completion_ids"][0].count(tiny.processor.image_token_id) == 4
-    with pytest.raises(DataError, match="No row of 'train' has a token left"):
+    with pytest.raises(DataError, match="No row of 'train' fits: an image is never cut"):
         encoded(tiny, columns, max_length=47)
 
 
@@ -313,6 +320,53 @@ def test_columns_of_images_that_nobody_reads(tiny):
     assert made.dataset[0]["rejected_image"].size == picture(1).size
 
 
+@pytest.mark.parametrize("value", ["a/b.PNG", ["one.jpg"], b"...", "data:image/png;base64,AA=="])
+def test_names_of_images_in_a_column_that_nobody_reads(tiny, caplog, value):
+    """A model that is shown none learns to answer without; where rewards are given the column, it is said."""
+    columns = {"prompt": [ASKED], "completion": [SAID], "picture": [value]}
+    with pytest.raises(DataError, match=r"\['picture'\] hold images, and are not read"):
+        encoded(tiny, columns)
+    encoded(tiny, columns, keep_columns=("picture",))
+    assert "['picture'] hold images, and the model is not shown them" in caplog.text
+    shown = {**columns, "image": [as_bytes(picture(1))]}
+    assert len(encoded(tiny, shown)[0].dataset) == 1  # beside the image, where it comes from
+
+
+def test_sound_and_video_are_not_learned_from(tiny):
+    with pytest.raises(DataError, match=r"video are not read.*\['videos'\]"):
+        encoded(tiny, {"prompt": [ASKED], "completion": [SAID], "videos": [["a.mp4"]]})
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "video", "video": "a.mp4"}, "part 1 is neither text nor an image.*'video'"),
+        ({"type": "text", "caption": "a"}, "part 1 of type text holds none.*'caption'"),
+    ],
+)
+def test_parts_that_are_neither_text_nor_images(tiny, part, message):
+    with pytest.raises(DataError, match=f"Row 1: message 1: {message}"):
+        encoded(tiny, {"prompt": [[{"role": "user", "content": [part]}]], "completion": [SAID]})
+
+
+def test_texts_of_parts_under_other_names(tiny):
+    asked = [{"role": "user", "content": [{"type": "text", "value": "what is it?"}]}]
+    made, collate = encoded(tiny, {"prompt": [asked], "completion": [SAID]})
+    assert "what is it?" in text_of(tiny, collate(list(made.dataset))[0])
+
+
+def test_a_template_that_shows_the_first_part_alone(tiny):
+    template = (
+        "{% for m in messages %}{% for p in m['content'][:1] %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": text} for text in ("what", "is it?")]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    other = copy.copy(tiny.processor)
+    other.chat_template = template
+    with pytest.raises(DataError, match="message 1.*does not show its content, 'is it\\?'"):
+        encoded(Tiny(tiny.model, other), {"messages": [messages]})
+
+
 def test_tokens_of_images_are_counted_before_a_forward():
     """A model that is given them without pixels computes something, and something else than it is asked."""
     tokens, answer = [70, 71], Completion([5, 6])
@@ -355,6 +409,8 @@ def test_tokens_of_images_without_images(tiny):
         ("/nowhere/a.png", "There is no file '/nowhere/a.png'"),
         (b"no image", "is not an image in a format that Pillow knows"),
         ("https://example.org/a.png", "is an address: load images beforehand"),
+        ("", "is an empty text"),
+        (as_bytes(Image.new("F", (2, 2)), "TIFF"), "floating-point pixels"),
     ],
 )
 def test_images_that_are_none(tiny, image, message):
@@ -384,32 +440,26 @@ def test_trials_have_no_image_token_among_words_and_a_size_that_the_model_reads(
     assert not {5, processing.token_id} & {token for completion in completions for token in completion.ids}
 
 
-def as_png(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    whole = io.BytesIO()
-    image.save(whole, format=format, **options)
-    return whole.getvalue()
-
-
 def test_images_are_read_as_a_person_sees_them():
     """16 bits of grey are not cut off at 255, and what is transparent is white and not the colour behind it."""
     grey = Image.fromarray(np.array([[0, 16448], [32896, 65535]], np.uint16))
-    assert [read_image(as_png(grey), PixelLimits()).getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [
+    assert [read_image(as_bytes(grey), PixelLimits()).getpixel((x, y))[0] for y in (0, 1) for x in (0, 1)] == [
         0,
         64,
         128,
         255,
     ]
-    assert read_image(as_png(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), PixelLimits()).getpixel((0, 0)) == (255,) * 3
+    assert read_image(as_bytes(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), PixelLimits()).getpixel((0, 0)) == (255,) * 3
     ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red, green, blue = read_image(as_png(ink, "JPEG"), PixelLimits()).getpixel((4, 4))
+    red, green, blue = read_image(as_bytes(ink, "JPEG"), PixelLimits()).getpixel((4, 4))
     assert (red > 250, green < 5, blue < 5) == (True, True, True)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (as_png(Image.new("RGB", (4, 4)))[:20], "20 bytes cannot be opened as an image"),
-        (as_png(Image.new("1", (20_000, 20_000))), "exceeds limit of .* PIL.Image.MAX_IMAGE_PIXELS"),
+        (as_bytes(Image.new("RGB", (4, 4)))[:20], "20 bytes cannot be opened as an image"),
+        (as_bytes(Image.new("1", (20_000, 20_000))), "exceeds limit of .* PIL.Image.MAX_IMAGE_PIXELS"),
         (Image.new("F", (2, 2)), "floating-point pixels"),
         ("data:image/png;base64,%%%", "base64 cannot be read .* it begins with '%%%'"),
     ],
@@ -420,7 +470,7 @@ def test_what_is_no_image(value, message):
 
 
 def test_images_in_base64():
-    whole = as_png(picture(1))
+    whole = as_bytes(picture(1))
     text = base64.b64encode(whole).decode()
     assert read_image(f"data:image/png;base64,{text}", PixelLimits()).size == picture(1).size
     for part in (

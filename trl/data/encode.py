@@ -163,8 +163,6 @@ def encode_dataset(
     dataset = without_format(dataset, name)
     dataset = dataset if images is None else undecoded(dataset)
     columns = _columns(dataset, name)
-    if images is not None:
-        check_image_columns(dataset, settings.keep_columns)
     reads = images is not None
     kind = detect_kind(columns, allowed=settings.kinds, text_field=settings.text_field, reads_images=reads)
     has_inputs = INPUTS in columns and isinstance(next(iter(dataset))[INPUTS], Mapping)
@@ -174,6 +172,8 @@ def encode_dataset(
     if kind == "tokenized_preference":
         refuse_packed(columns, kind)
     encoder = RowEncoder(tokenization, kind, tuple(columns), has_inputs=has_inputs, is_packed=is_packed)
+    if images is not None:
+        check_image_columns(dataset, encoder.unread, encoder.kept)
     _say_unread(columns, encoder, name)
     if isinstance(dataset, IterableDataset):
         return _encode_stream(dataset, encoder, columns, name)
@@ -283,11 +283,17 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
     """Why no row of a dataset can be trained on."""
     if report.identical == report.rows_in:
         return f"Of {counted(report.rows_in, 'row')} of {report.name!r}, all have chosen equal to rejected: nothing can be learned."
+    limits = f"max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}"
     shortest = int(counts["source_tokens"].to_numpy().min())
+    if report.overlong == report.rows_in:
+        return (
+            f"No row of {report.name!r} fits: an image is never cut, nor what stands before it, and with it the shortest row has "
+            f"{shortest:,} tokens. {limits}. Raise them, or bound the size of images by max_pixels."
+        )
     return (
         f"No row of {report.name!r} has a token left to train on: {report.dropped:,} of {counted(report.rows_in, 'row')} were "
-        f"dropped. max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}, and the shortest "
-        f"row has {shortest:,} tokens. Raise max_length, choose truncation_mode='keep_end', or check the masks."
+        f"dropped. {limits}, and the shortest row has {shortest:,} tokens. Raise max_length, choose "
+        "truncation_mode='keep_end', or check the masks."
     )
 
 

@@ -144,12 +144,16 @@ def _with_text(message: Any) -> Any:
         raise DataError(f"content has to be text, found {parts!r}.")
     if any(not isinstance(part, Mapping) or part.get("type", "text") != "text" for part in parts):
         return message
-    texts = [next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None) for part in parts]
-    if None in texts:
-        missing = texts.index(None)
-        found = dict(parts[missing])
-        raise DataError(f"part {missing + 1} of type text holds none: {found!r}. Give it as 'text'.")
+    texts = [text_of_part(part, number) for number, part in enumerate(parts, 1)]
     return {**message, "content": "".join(texts)}
+
+
+def text_of_part(part: Mapping[str, Any], number: int) -> str:
+    """What a part of type text says. Raises DataError, naming the part by its number, where it holds no text."""
+    text = next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None)
+    if text is None:
+        raise DataError(f"part {number} of type text holds none: {dict(part)!r}. Give it as 'text'.")
+    return text
 
 
 def check_contents(messages: Sequence[Message], source: str = "") -> None:

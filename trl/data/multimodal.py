@@ -10,9 +10,11 @@ user turn. Prompt, chosen and rejected share the images.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,11 +25,13 @@ from PIL import Image
 from trl.counts import counted
 from trl.data.columns import CHATS, Columns
 from trl.data.formats import PICTURES
-from trl.data.messages import check_contents, tidy_messages
+from trl.data.messages import check_contents, text_of_part, tidy_messages
 from trl.data.tokens import Span
 from trl.errors import DataError
 from trl.vision.images import from_base64
 from trl.vision.processing import ImageProcessing
+
+logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 """Column of encoded rows: a list of `{"bytes", "path"}`."""
@@ -38,6 +42,11 @@ TAG = "<image>"
 HELD_IN = ("image", "image_url", "url", "path", "base64")
 """Keys of a part under which it holds the image itself."""
 
+PARTS = 'Parts are {"type": "text", "text": …} and {"type": "image"}; sound and video are not read.'
+
+NOT_READ = {"video", "videos", "audio", "audios"}
+"""Columns of what no model is shown here."""
+
 FEATURE = datasets.List(datasets.Image(decode=False))
 STORED = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 
@@ -46,14 +55,38 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
 
 
-def check_image_columns(rows: Dataset | IterableDataset, kept: Collection[str]) -> None:
-    """Raises DataError for columns of images that nobody would read."""
+def check_image_columns(rows: Dataset | IterableDataset, unread: Collection[str], kept: Collection[str]) -> None:
+    """Raises DataError for columns of images that nobody would read, and for such of sound or video.
+
+    Warns of columns of images that are `kept` for rewards or losses where the model is shown none.
+    """
     features = rows.features or {}
-    if unread := sorted(n for n in {*features} - PICTURES - {*kept} if _holds_images(features[n])):
+    first = next(iter(rows))
+    in_parts = "'image" in str([first.get(name) for name in CHATS])  # parts of a column have the keys of all
+    has_images = in_parts or not PICTURES.isdisjoint(first)
+
+    def is_image(name: str) -> bool:
+        return _holds_images(features.get(name)) or (not has_images and _looks_like_image(first.get(name)))
+
+    if lost := sorted(filter(is_image, unread)):
         raise DataError(
-            f"The columns {unread} hold images, and are not read: images stand in 'images' (a list) or 'image', and an answer "
-            f"has none of its own. Rename them, or leave them out: dataset.remove_columns({unread})."
+            f"The columns {lost} hold images, and are not read: images stand in 'images' (a list) or 'image', and an answer "
+            f"has none of its own. Rename them, or leave them out: dataset.remove_columns({lost})."
         )
+    if lost := sorted(NOT_READ.intersection(unread)):
+        raise DataError(f"Sound and video are not read. To train without: dataset.remove_columns({lost}).")
+    if not has_images and (shown := sorted(filter(is_image, kept))):
+        logger.warning(
+            f"The columns {shown} hold images, and the model is not shown them: it reads 'images' (a list) or 'image'."
+        )
+
+
+def _looks_like_image(value: Any) -> bool:
+    """Whether a value, or the first of a list, is the name of an image's file, or holds an image."""
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, str):
+        return value.startswith("data:image") or Path(value).suffix.lower() in Image.registered_extensions()
+    return isinstance(value, bytes | Image.Image) or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"})
 
 
 def decoded(feature: Any) -> Any:
@@ -172,13 +205,19 @@ def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages whose contents are lists of parts, and the images that parts held themselves."""
+    """Messages whose contents are lists of parts, and the images that parts held themselves.
+
+    Raises DataError, naming message and part by their numbers, for a part that is neither text nor an image.
+    """
     made, held = [], []
-    for message in map(dict, tidy_messages(messages, source, joins_texts=False)):
+    for number, message in enumerate(map(dict, tidy_messages(messages, source, joins_texts=False)), 1):
         content = message.get("content")
         parts = _tagged(content) if isinstance(content, str) else content
-        if isinstance(parts, list):
-            message["content"] = [_bare(part, held) for part in parts]
+        try:
+            if isinstance(parts, list):
+                message["content"] = [_bare(part, k, held) for k, part in enumerate(parts, 1)]
+        except DataError as error:
+            raise DataError(f"message {number}: {error}") from error
         made.append(message)
     return made, held
 
@@ -195,10 +234,13 @@ def _tagged(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _bare(part: Any, held: list[Any]) -> Any:
-    """The part without the image that it holds, which goes to `held`."""
-    if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
-        return part
+def _bare(part: Any, number: int, held: list[Any]) -> dict[str, Any]:
+    """The part as templates read it: its text, or a place for the image that it holds, which goes to `held`."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return {"type": "text", "text": text_of_part(part, number)}
+    if kind not in ("image", "image_url"):
+        raise DataError(f"part {number} is neither text nor an image: {str(part)[:60]}. {PARTS}")
     name = next((key for key in HELD_IN if part.get(key) is not None), None)
     if name is not None:
         image = part[name]
@@ -219,7 +261,7 @@ def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, An
         )
     asked = next((i for i, message in enumerate(messages) if message.get("role") in ("user", "human")), None)
     if asked is None:
-        raise DataError(f"there are {count} images, and no user turn to put them before.")
+        raise DataError(f"{counted(count, 'image')}, and no user turn to put them before.")
     check_contents(messages[asked : asked + 1])
     first = {**messages[asked], "content": [{"type": "image"}] * count + list(messages[asked]["content"])}
     return [*messages[:asked], first, *messages[asked + 1 :]]

@@ -50,8 +50,8 @@ class ShownCheck:
 
     name: str
     source: str
-    known_roles: set[Any] = field(default_factory=set)
-    """Roles whose contents the template has been seen to show."""
+    known_places: set[tuple[Any, int]] = field(default_factory=set)
+    """Roles, and places of texts in contents, that the template has been seen to show."""
     shows_tools: bool = False
     """Whether the template has been seen to show tools."""
     said: set[str] = field(default_factory=set)
@@ -63,8 +63,8 @@ class ShownCheck:
         `render` makes such a text of changed messages.
         """
         for i, message in enumerate(messages):
-            if self._loses_content(messages, i, text, render):
-                raise self._error(i, message, "content", message["content"])
+            if (said := self._lost_text(messages, i, text, render)) is not None:
+                raise self._error(i, message, "content", said)
             if (lost := self._lost_call(messages, i, text, render)) is not None:
                 raise self._error(i, message, "tool_calls", lost)
 
@@ -86,20 +86,23 @@ class ShownCheck:
             f"{str(value)[:60]!r}. {remedy or 'Take a template that does, write the message otherwise, or leave it out.'}"
         )
 
-    def _loses_content(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> bool:
-        """Whether the rendering is the same whatever the content of message i is."""
-        message = messages[i]
-        value, role = message.get("content"), message.get("role")
-        bare = value.strip() if isinstance(value, str) else ""
-        if not bare:
-            return False
-        repeats = sum(bare in m["content"] for m in messages if isinstance(m.get("content"), str))
-        if text.count(bare) >= repeats and (len(bare) >= LONG or role in self.known_roles):
-            return False
-        other = render([*messages[:i], {**message, "content": f"{value}{CHANGE}"}, *messages[i + 1 :]])
-        if other != text:
-            self.known_roles.add(role)
-        return other == text
+    def _lost_text(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> str | None:
+        """The first text of message i whatever which the rendering is the same; None if there is none."""
+        role = messages[i].get("role")
+        for place, (said, changed) in enumerate(_texts(messages[i].get("content"))):
+            if self._is_seen(said.strip(), (role, place), messages, text):
+                continue
+            if render([*messages[:i], {**messages[i], "content": changed}, *messages[i + 1 :]]) == text:
+                return said
+            self.known_places.add((role, place))
+        return None
+
+    def _is_seen(self, said: str, place: tuple[Any, int], messages: Messages, text: str) -> bool:
+        """Whether the rendering holds a text of that place at least as often as the messages do, and not by chance."""
+        if not said:
+            return True
+        repeats = sum(said in other for message in messages for other, _ in _texts(message.get("content")))
+        return text.count(said) >= repeats and (len(said) >= LONG or place in self.known_places)
 
     def _lost_call(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> Any:
         """The first call of message i, or its arguments, without which the rendering is the same; None if there is none."""
@@ -188,6 +191,15 @@ def meant_key(key: str) -> str | None:
     known = [name for name in READ if len(name) >= SHORTEST]
     near = difflib.get_close_matches(bare, known, n=1, cutoff=ALIKE) if len(bare) >= SHORTEST else []
     return near[0] if near else None
+
+
+def _texts(content: Any) -> list[tuple[str, Any]]:
+    """Each text of a content, and the content with that text changed; a content of parts may have several."""
+    if isinstance(content, str):
+        return [(content, content + CHANGE)]
+    parts = content if isinstance(content, list) else []
+    texts = [(k, part["text"]) for k, part in enumerate(parts) if part.get("type") == "text"]
+    return [(said, [*parts[:k], {**parts[k], "text": said + CHANGE}, *parts[k + 1 :]]) for k, said in texts]
 
 
 def _without_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

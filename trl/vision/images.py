@@ -67,6 +67,8 @@ def open_image(value: Any, root: str | None = None) -> Image.Image:
         value = from_base64(value.partition(",")[2])
     if isinstance(value, bytes):
         return _opened(BytesIO(value), f"{len(value):,} bytes")
+    if value == "":
+        raise DataError("An image is an empty text: give a path, or None where a row has no image.")
     if isinstance(value, str | Path):
         path = Path(root, value) if root is not None else Path(value)
         if str(value).startswith(("http://", "https://")):
@@ -106,8 +108,9 @@ def data_url(image: Image.Image) -> str:
 
 
 def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
-    """(height, width) of an image as `read_image` gives it, from the head of its file."""
+    """(height, width) of an image as `read_image` gives it, from the head of its file. Raises DataError as that does."""
     image = open_image(value, limits.root)
+    _check_mode(image)
     width, height = image.size
     if Image.Image.getexif(image).get(ORIENTATION, 1) >= 5:  # that of PNG files decodes them
         width, height = height, width
@@ -139,13 +142,15 @@ def _name_of(value: Any) -> str:
     return f"of {value.width:,} × {value.height:,} pixels" if isinstance(value, Image.Image) else repr(str(value)[:200])
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image as a person sees it: what is transparent on white, and 16 bits of grey as 8.
-
-    Raises DataError for pixels of floating-point numbers, of which nothing says what is white.
-    """
+def _check_mode(image: Image.Image) -> None:
+    """Raises DataError for pixels of floating-point numbers, of which nothing says what is white."""
     if image.mode == "F":
         raise DataError("An image has floating-point pixels: save it with 8 or 16 bits per channel.")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The image as a person sees it: what is transparent on white, and 16 bits of grey as 8."""
+    _check_mode(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
         return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from trl.counts import counted
 from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example, PerToken
 from trl.vision.families import Family, family_of
@@ -105,7 +106,7 @@ class ImageProcessing:
         found = list(re.finditer(re.escape(self.place), text))
         if len(found) != len(images):
             raise DataError(
-                f"there are {len(images)} images, and {len(found)} places for them ({self.place!r}) in the text. Give one "
+                f"{counted(len(images), 'image')} and {counted(len(found), 'place')} for them ({self.place!r}) in the text. Give one "
                 'part {"type": "image"} for each, or none: images then stand before the text of the first user turn.'
             )
         if self.token != self.place and self.token in text:
