@@ -142,6 +142,15 @@ def test_adapters_are_on_the_part_that_was_asked_for(tmp_path, part):
     assert any("language_model" in name for name in moved)
 
 
+@pytest.mark.parametrize("named", [["q_proj", "linear_1"], r".*vision_tower.*q_proj"])
+def test_layers_that_are_named_and_kept_off(tmp_path, named):
+    options = {"peft_config": LoraConfig(target_modules=named)}
+    with pytest.raises(ConfigError, match="target_modules=.*adapted_part='language'"):
+        trainer_of("dpo", tmp_path, llava(), rows("pairs"), **options)
+    trainer = trainer_of("dpo", tmp_path, llava(), rows("pairs"), **options, adapted_part="everything")
+    assert trainer.model.peft_config["default"].exclude_modules is None
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_the_sampler_finds_what_training_finds(name, tmp_path):
     """Of a model with M-RoPE: positions go on from the largest, not from the number of tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -220,13 +221,33 @@ def _no_such_layer(config: PeftConfig, model: nn.Module) -> str:
 
 
 def _leave_out(config: PeftConfig, part: AdaptedPart, model: PreTrainedModel) -> None:
-    """Have an adapter's configuration exclude what is not in that part of a model that reads images."""
+    """Have an adapter's configuration exclude what is not in that part of a model that reads images.
+
+    Raises ConfigError for a layer that the configuration names, and that is nowhere but there.
+    """
     left_out = modules_outside(model, part)
     if left_out and not config.to_dict().get("exclude_modules"):
+        _check_part(config, part, left_out, model)
         config.exclude_modules = left_out
         logger.info(
             f"Adapters: on the {part.replace('_', ' ')} of {type(model).__name__}; its image encoder stays frozen."
         )
+
+
+def _check_part(config: PeftConfig, part: AdaptedPart, left_out: Collection[str], model: nn.Module) -> None:
+    """Raises ConfigError for a name or pattern of layers that fits such alone as are `left_out`."""
+    named = config.to_dict().get("target_modules") or ()
+    patterns = [named] if isinstance(named, str) and named != "all-linear" else []
+    patterns += [rf"(.*\.)?{re.escape(name)}" for name in named] if not isinstance(named, str) else []
+    inside = [name for name, module in model.named_modules() if not any(module.children()) and name not in left_out]
+    for pattern in patterns:
+        there, here = (any(re.fullmatch(pattern, name) for name in names) for names in (left_out, inside))
+        if there and not here:
+            raise ConfigError(
+                f"target_modules={sorted(named) if not isinstance(named, str) else named!r} names layers outside the "
+                f"{part.replace('_', ' ')} of {type(model).__name__}, and adapted_part={part!r} keeps adapters off them. Set "
+                "adapted_part='everything', or leave those layers out."
+            )
 
 
 def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
