@@ -16,6 +16,7 @@ from trl.rewards.call import RewardError
 from trl.rewards.images import brightness_reward
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOTrainer
 from trl.trainers.diffusion.grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl.trainers.diffusion.nft import DiffusionNFTTrainer
 from trl.training.nonfinite import NonFiniteError
 
 
@@ -260,6 +261,25 @@ def test_evaluation_samples_the_same_pictures_each_time(tmp_path):
 # ---- bad input ----
 
 
+@pytest.mark.parametrize("make", [DiffusionGRPOTrainer, DiffusionNFTTrainer])
+def test_a_rollout_batch_without_rewards_is_a_step_that_learns_nothing(tmp_path, make, caplog):
+    """A run that ended there, or a process that left a step to the others, would be the worse."""
+    batches = iter([[None] * 4, [1.0, 2.0, 3.0, 4.0]])
+    run = online(make, tmp_path, reward=lambda prompts: next(batches))
+    run.train()
+    empty, learned = run.state.log_history[:2]
+    assert (empty["loss"], empty["grad_norm"], "reward" in empty) == (0, 0, False)
+    assert (learned["grad_norm"] > 0, learned["reward"]) == (True, 2.5)
+    assert caplog.text.count("4 of 4 samples got no reward") == 1
+
+
+def test_groups_that_are_all_dropped(tmp_path):
+    run = trainer(tmp_path, reward=lambda prompts: [1.0] * len(prompts), zero_variance="drop")
+    run.train()
+    assert run.state.global_step == 2
+    assert [row["loss"] for row in run.state.log_history[:2]] == [0, 0]
+
+
 def test_rewards_of_the_wrong_count(tmp_path):
     with pytest.raises(RewardError, match="'short' gave 1 reward for 4 samples"):
         trainer(tmp_path, reward=named("short", lambda images: [1.0])).train()
@@ -268,6 +288,8 @@ def test_rewards_of_the_wrong_count(tmp_path):
 def test_rewards_that_are_not_numbers_name_the_picture(tmp_path):
     function = named("odd", lambda images: [1.0, 1.0, math.nan, 1.0])
     with pytest.raises(RewardError, match=r"'odd' gave nan .*Sample 3 of 4.*picture 3, 16 × 16 pixels"):
+        trainer(tmp_path, reward=function).train()
+    with pytest.raises(RewardError, match=r"Mend the function\.$"):  # on_reward_error is no option here
         trainer(tmp_path, reward=function).train()
 
 
@@ -303,6 +325,8 @@ def test_prompts_that_are_no_texts(tmp_path):
         ({"num_generations": 1}, "at least 2 pictures"),
         ({"sde_window_size": 9}, "sde_window_size=9"),
         ({"sde_window_range": [0, 2]}, "without sde_window_size"),
+        ({"sde_window_size": 1, "timestep_fraction": 0.5}, r"timestep_fraction=0.5 .* sde_window_range=\[0, 1\]"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt="),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
         ({"pad_token": "x"}, "pad_token='x' has no effect"),
         ({"flow_solver": "ode"}, "flow_solver"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -47,6 +47,12 @@ class PictureBatch:
     def to(self, device: Any) -> Self:
         names = [field.name for field in fields(self) if field.name not in self.ON_HOST]
         return replace(self, **{name: _moved(getattr(self, name), device) for name in names})
+
+
+def learned_of(items: Sequence[Any]) -> dict[str, Any]:
+    """`mask` and `tokens` of a batch of items that say whether they are learned from (`is_learned`)."""
+    mask = torch.tensor([[float(item.is_learned)] for item in items])
+    return {"mask": mask, "tokens": int(mask.sum())}
 
 
 def _moved(value: Any, device: Any) -> Any:

@@ -13,20 +13,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trl.diffusion.batches import PictureBatch
+from trl.diffusion.batches import PictureBatch, learned_of
 from trl.diffusion.denoiser import Denoiser, Text
 from trl.diffusion.trajectories import draw, generators_for
 
 
 @dataclass(frozen=True, slots=True)
 class NoisedPicture:
-    """A clean latent (or the two of a pair), to be noised to `level` in [0, 1) with noise from `seed`; on the host."""
+    """A clean latent (or the two of a pair), to be noised to `level` in [0, 1) with noise from `seed`; on the host.
+
+    `is_learned`: whether it is learned from, or takes part in a pass alone.
+    """
 
     latents: tuple[Tensor, ...]
     prompt: str
     level: float
     seed: int
     signals: Mapping[str, float] = field(default_factory=dict)
+    is_learned: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +73,8 @@ def noised_batch(items: Sequence[NoisedPicture], texts: Text) -> NoisedBatch:
         noise=draw(shape, generators_for([item.seed for item in items]), "cpu"),
         level=torch.tensor([item.level for item in items]),
         texts=texts,
-        mask=torch.ones(len(items), 1),
         signals={name: torch.tensor([item.signals[name] for item in items]) for name in items[0].signals},
-        tokens=len(items),
+        **learned_of(items),
     )
 
 

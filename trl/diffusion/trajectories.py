@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl.diffusion.batches import PictureBatch
+from trl.diffusion.batches import PictureBatch, learned_of
 from trl.diffusion.denoiser import Denoiser, Text
 from trl.diffusion.solvers import Schedule
 from trl.ops.gaussian import gaussian_entropy, gaussian_logprob
@@ -50,6 +50,7 @@ class Transition:
     step                 which step of the schedule
     prompt               what it was conditioned on
     signals              named numbers of the step: advantages, old_logprobs, …
+    is_learned           whether it is learned from, or takes part in a pass alone
     """
 
     latents: Tensor
@@ -57,6 +58,7 @@ class Transition:
     step: int
     prompt: str
     signals: Mapping[str, float] = field(default_factory=dict)
+    is_learned: bool = True
 
 
 def transitions_of(
@@ -189,9 +191,8 @@ def batch_of(transitions: Sequence[Transition], texts: Mapping[str, Tensor]) -> 
         following=torch.stack([each.following for each in transitions]),
         step=torch.tensor([each.step for each in transitions]),
         texts=texts,
-        mask=torch.ones(len(transitions), 1),
         signals=signals,
-        tokens=len(transitions),
+        **learned_of(transitions),
     )
 
 

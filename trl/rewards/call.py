@@ -143,6 +143,18 @@ class Rewarded:
     failed: Tensor
 
 
+def warn_of_none(rewards: Sequence[Reward], found: Rewarded, has_said: bool) -> bool:
+    """Warn, once in a run, of samples for which every function gave None. Returns whether that has been said."""
+    none = int((found.values.isnan().all(1) & ~found.failed.any(1)).sum())
+    if none and not has_said:
+        names = ", ".join(reward.name for reward in rewards)
+        logger.warning(
+            f"{none} of {len(found.values)} samples got no reward: {names} gave None for them, so nothing is learned from "
+            "them. A function gives None where it does not apply; one of them should. This is said once."
+        )
+    return has_said or none > 0
+
+
 def make_rewards(
     reward_funcs: Any, *, weights: Sequence[float] | None = None, processing_classes: Any = None
 ) -> list[Reward]:
@@ -211,13 +223,13 @@ def _names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def call_rewards(
-    rewards: Sequence[Reward], samples: Samples, *, timeout: float | None = None, on_error: str = "stop"
+    rewards: Sequence[Reward], samples: Samples, *, timeout: float | None = None, on_error: str | None = None
 ) -> Rewarded:
     """Rewards of `samples` by every function. `timeout` is in seconds, per call.
 
-    Raises RewardError, with function and sample, unless `on_error` is "drop".
+    Raises RewardError, with function and sample, unless `on_error` is "drop"; None: the caller can only stop.
     """
-    if on_error not in ON_ERROR:
+    if on_error is not None and on_error not in ON_ERROR:
         raise ConfigError(unknown("on_reward_error", on_error, ON_ERROR))
     outcomes = _outcomes(rewards, samples, timeout)
     columns = [_column(r, o, samples, timeout, on_error) for r, o in zip(rewards, outcomes, strict=True)]
@@ -332,21 +344,20 @@ class Failure:
 
 
 def _column(
-    reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str
+    reward: Reward, outcome: Outcome, samples: Samples, timeout: float | None, on_error: str | None
 ) -> tuple[list[float | None], list[bool]]:
     """The rewards of one function, and which samples failed."""
     if isinstance(outcome, BaseException):
-        judged = _one_by_one(reward, outcome, samples, timeout, stops=on_error == "stop")
+        judged = _one_by_one(reward, outcome, samples, timeout, stops=on_error != "drop")
     else:
         judged = _judged(outcome, len(samples))
     failures = {i: each for i, each in enumerate(judged) if isinstance(each, Failure)}
     if failures:
         i, failure = next(iter(failures.items()))
         what = _message(reward, samples, i, failure.reason, len(failures))
-        if on_error == "stop":
-            raise RewardError(
-                f"{what} Mend the function, or set on_reward_error='drop' to learn from the other samples."
-            ) from failure.cause
+        if on_error != "drop":
+            others = ", or set on_reward_error='drop' to learn from the other samples" if on_error == "stop" else ""
+            raise RewardError(f"{what} Mend the function{others}.") from failure.cause
         reward.say_dropped(what)
     values = [None if i in failures else each for i, each in enumerate(judged)]
     return values, [i in failures for i in range(len(samples))]

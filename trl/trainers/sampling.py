@@ -8,7 +8,6 @@ and rewards all of their completions.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -22,7 +21,7 @@ from trl.algorithms.advantages import RewardAggregation, combine_rewards, has_no
 from trl.callbacks.completions import LoggedMetrics
 from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError
-from trl.rewards.call import Reward, Rewarded, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.call import Reward, Rewarded, Samples, call_rewards, check_columns, make_rewards, warn_of_none
 from trl.rewards.model import RewardModel
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine, Unexpanded
 from trl.rollouts.experience import Group, example_of, finished
@@ -32,8 +31,6 @@ from trl.trainers.online_config import OnlineConfig
 from trl.types import Example
 from trl.vision.places import collapsed_ids
 from trl.vision.processing import ImageProcessing
-
-logger = logging.getLogger(__name__)
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
 """Columns that reward functions are not given under their name."""
@@ -163,13 +160,7 @@ class GroupSampler:
         samples = Samples([row["prompt"] for row in repeated], list(chain(*shown)), columns, extras)
         args = self.args
         found = call_rewards(self.rewards, samples, timeout=args.reward_timeout, on_error=args.on_reward_error)
-        if (none := int((found.values.isnan().all(1) & ~found.failed.any(1)).sum())) and not self._said_none:
-            self._said_none = True
-            names = ", ".join(reward.name for reward in self.rewards)
-            logger.warning(
-                f"{none} of {len(samples)} completions got no reward: {names} gave None for them, so nothing is learned from "
-                "them. A function gives None where it does not apply; one of them should. This is said once."
-            )
+        self._said_none = warn_of_none(self.rewards, found, self._said_none)
         return found
 
     def combined(self, groups: Sequence[Group], aggregation: RewardAggregation | None = None) -> Tensor:

@@ -82,6 +82,8 @@ class DiffusionConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.negative_prompt, str | None):
+            raise ConfigError(f"negative_prompt={self.negative_prompt!r}: give one text, which goes with every prompt.")
         for name in OF_LANGUAGE:
             is_read = name == "image_folder" and self.READS_PICTURES
             if not is_read and getattr(self, name) != self.__dataclass_fields__[name].default:

@@ -98,6 +98,12 @@ class DiffusionGRPOConfig(StepPolicyConfig):
             raise ConfigError(
                 f"sde_window_size={size} does not lie in steps {first} to {end} of num_inference_steps={steps}."
             )
+        trained = trained_steps(steps, self.timestep_fraction)
+        if size and end - size >= trained:
+            raise ConfigError(
+                f"sde_window_size={size} may lie in steps {end - size} to {end}, and timestep_fraction={self.timestep_fraction} "
+                f"trains on the first {trained}: nothing would be learned. Set sde_window_range=[{first}, {trained}], or raise it."
+            )
         if self.sde_window_range and not size:
             raise ConfigError("sde_window_range has no effect without sde_window_size.")
 
@@ -117,6 +123,11 @@ class DiffusionGRPOConfig(StepPolicyConfig):
         if self.loss_type == "cispo":
             return CISPO() if high is None else CISPO(high)
         return SAPO()
+
+
+def trained_steps(steps: int, share: float) -> int:
+    """How many of the steps of denoising are trained on, at least one."""
+    return max(1, int(steps * share))
 
 
 class StepPolicyTrainer(DiffusionRolloutTrainer):
@@ -140,12 +151,20 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
     def kept(self, batch: PictureRollouts) -> Tensor:
         """`[N,C]` bool: which steps are learned from; of the share that is asked for, at least one."""
         steps = batch.trajectories.mask.shape[1]
-        first = torch.arange(steps) < max(1, int(steps * self.args.timestep_fraction))
+        first = torch.arange(steps) < trained_steps(steps, self.args.timestep_fraction)
         return first & batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
 
     def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[Transition]]:
         signals = {name: experience.signals[name] for name in ("advantages", "old_logprobs")}
         return transitions_of(batch.trajectories, batch.prompts, self.kept(batch), signals)
+
+    def idle_item(self, batch: PictureRollouts) -> Transition:
+        trajectories = batch.trajectories
+        first_draw = int(trajectories.mask[0].argmax())
+        one = torch.zeros_like(trajectories.mask[:1])
+        one[0, first_draw] = 1
+        signals = {"advantages": torch.zeros(1), "old_logprobs": trajectories.logprobs[:1]}
+        return replace(transitions_of(trajectories, batch.prompts[:1], one, signals)[0][0], is_learned=False)
 
     def training_negative(self) -> Text | None:
         """What guidance leads away from in training; None where there is none."""

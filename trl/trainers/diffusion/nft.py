@@ -105,6 +105,10 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
             found.append([NoisedPicture(latents, prompt, level, seed + k, signals) for k, level in enumerate(drawn)])
         return found
 
+    def idle_item(self, batch: PictureRollouts) -> NoisedPicture:
+        clean = (batch.trajectories.clean[0],)
+        return NoisedPicture(clean, batch.prompts[0], 0.5, 0, {"optimality": 0.5}, is_learned=False)
+
     def _generator(self, number: int) -> torch.Generator:
         """Of what is drawn for picture `number` of this process and rollout batch."""
         place = (self.rollouts * self.args.world_size + self.args.process_index) * 2**20 + number

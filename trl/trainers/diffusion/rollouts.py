@@ -22,7 +22,7 @@ from trl.diffusion.rollouts import IN_TRAINING, PictureRollouts, Row, seed_of, s
 from trl.diffusion.solvers import Schedule
 from trl.diffusion.trajectories import Transition
 from trl.errors import ConfigError
-from trl.rewards.call import call_rewards
+from trl.rewards.call import call_rewards, warn_of_none
 from trl.rewards.pictures import PictureSamples, make_picture_rewards
 from trl.rollouts.prompts import Prompts
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
@@ -51,6 +51,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         self.rewards = make_picture_rewards(reward_funcs, weights=self.args.reward_weights, columns=columns)
         self.prompts: Prompts | None = None
         self.rollouts = 0
+        self.said_none = False
         self.states.register("rollouts", self, per_rank=True)
         self.prepare()
 
@@ -97,7 +98,8 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
             seed=args.seed + self.rollouts,
         )
         self.rollouts += 1
-        return items
+        # Every process takes every step: one whose pictures say nothing would be waited for by the others.
+        return [each or [self.idle_item(batch)] for each in items]
 
     def training_schedule(self) -> Schedule:
         """The steps that pictures of training are sampled in."""
@@ -109,6 +111,10 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[Any]]:
         """What is learned from, for each picture."""
+        raise NotImplementedError
+
+    def idle_item(self, batch: PictureRollouts) -> Any:
+        """An item that is not learned from, for a minibatch in which nothing is."""
         raise NotImplementedError
 
     def experience(self, batch: PictureRollouts) -> Experience:
@@ -147,7 +153,9 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         samples = PictureSamples.of(
             [row["prompt"] for row in rows], images, self.rewards, columns, {"trainer_state": self.state}
         )
-        return call_rewards(self.rewards, samples, timeout=self.args.reward_timeout).values
+        found = call_rewards(self.rewards, samples, timeout=self.args.reward_timeout)
+        self.said_none = warn_of_none(self.rewards, found, self.said_none)
+        return found.values
 
     # ---- what is reported ----
 
