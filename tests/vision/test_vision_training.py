@@ -212,6 +212,19 @@ def test_a_collator_of_ones_own_brings_images(name, tmp_path):
         blind.evaluate()
 
 
+def test_options_of_images_without_a_processor(tmp_path, caplog):
+    tiny = llava()
+    options = {"max_pixels": 64, "image_folder": "images"}
+    words = Tiny(tiny.model, tiny.processor)
+    words.processor = tiny.processor.tokenizer
+    texts = Dataset.from_dict({"text": ["a box"]})
+    trainer_of("sft", tmp_path, words, texts, **options)
+    assert all(f"{name}={value!r} has no effect with a tokenizer" in caplog.text for name, value in options.items())
+    caplog.clear()
+    trainer_of("sft", tmp_path, tiny, rows("completion"), max_pixels=64)
+    assert "has no effect" not in caplog.text
+
+
 def test_packing_never_cuts_an_image(tmp_path):
     with pytest.raises(ConfigError, match="packing_strategy='wrapped' cuts documents anywhere"):
         trainer_of("sft", tmp_path, llava(), rows("completion"), packing=True, packing_strategy="wrapped")

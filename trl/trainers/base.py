@@ -75,6 +75,7 @@ from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.layers import RunsLayers
 from trl.trainers.option_checks import check_full_batch
+from trl.trainers.option_effects import warn_of_image_options
 from trl.trainers.options import resolve_args
 from trl.trainers.out_of_memory import remedies
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
@@ -293,6 +294,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         args, inner = self.args, unwrap(self.model)
         limits = PixelLimits(args.max_pixels, args.min_pixels, args.image_folder)
         self.images = ImageProcessing.of(self.processing_class, inner.config, limits)
+        if self.images is None:
+            warn_of_image_options(args)
         room = args.image_features_mb * MIB if self.images is not None else 0
         self.image_features = ImageFeatures(inner, room, self._also_reading) if room else None
         if self.images is not None and any(p.requires_grad for p in encoder_parameters(inner).values()):

@@ -51,7 +51,7 @@ _CONDITIONS: list[tuple[str, Condition, str]] = [
         (option, _loss_is(*losses), "loss_type=" + " or ".join(map(repr, losses)))
         for option, losses in _OF_LOSSES.items()
     ),
-    (" ".join(USED["server"] | USED["colocate"]), lambda c: c.use_vllm, "use_vllm=True"),
+    (" ".join(USED["server"] | USED["colocate"] | {"vllm_mode"}), lambda c: c.use_vllm, "use_vllm=True"),
     ("max_resampling", lambda c: c.zero_variance == "resample", "zero_variance='resample'"),
     ("num_completions_to_print log_unique_prompts", lambda c: c.log_completions, "log_completions=True"),
     ("epsilon", _loss_is(*_CLIPPED, "gmpo"), "a loss_type that clips ratios"),
@@ -77,6 +77,21 @@ _CONDITIONS: list[tuple[str, Condition, str]] = [
 ]
 CONDITIONS = {name: (condition, words) for names, condition, words in _CONDITIONS for name in names.split()}
 """By the name of an option: when it has an effect, and what to set for that."""
+
+
+OF_IMAGES = ("max_pixels", "min_pixels", "image_folder", "image_features_mb", "adapted_part")
+"""Options that have an effect with a processor that reads images alone."""
+
+
+def warn_of_image_options(config: Any) -> None:
+    """Say which options of images are set, where a tokenizer reads texts alone."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in OF_IMAGES:
+        if (value := getattr(config, name)) != defaults[name]:
+            logger.warning(
+                f"{name}={value!r} has no effect with a tokenizer, which reads no images: leave it out, or give the model's "
+                "processor as processing_class."
+            )
 
 
 def set_in_vain(config: Any) -> list[str]:
