@@ -33,6 +33,12 @@ def test_rings_of_two_are_one_pair():
     [
         ("rate", [{"prompt": "p", "text": "a"}], "x, row 1 has no completion: it has .'prompt', 'text'."),
         ("rate", [{"prompt": "p", "completion": 5}], "row 1: expected a text or a list of messages"),
+        ("rate", [{"prompt": "p", "completion": "a", "images": ["a.png"]}], "x, row 1 has images"),
+        (
+            "rate",
+            [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "a"}],
+            "row 1 has images",
+        ),
         ("compare", [{"prompt": "p", "completion": "a"}], "no prompt with two different completions"),
     ],
 )

@@ -66,6 +66,12 @@ def test_marks_are_centred_and_skipped_ones_are_none():
     assert reward(["p"] * 6, list("abcdef")) == [-1.0, -0.5, 0.0, 0.5, 1.0, None]
 
 
+def test_people_are_shown_no_images():
+    assert rating("5")(["p"], ["a"], images=[[]]) == [1.0]
+    with pytest.raises(DataError, match="Sample 2 has images"):
+        rating()(["p", "p"], ["a", "b"], images=[[], ["an image"]])
+
+
 def test_a_win_share_by_hand():
     # a beats b, b beats c, a beats c: 2 wins of 2, 1 of 2, 0 of 2
     reward = preference("1", "1", "2")

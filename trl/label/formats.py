@@ -16,7 +16,7 @@ from typing import Any
 
 from trl.errors import DataError, suggest_beside
 from trl.label.session import Session
-from trl.label.tasks import TIE, Answer, Content, Item, pairs_in_rings
+from trl.label.tasks import TIE, Answer, Content, Item, check_no_images, pairs_in_rings
 
 Row = Mapping[str, Any]
 FIELDS = {
@@ -93,6 +93,7 @@ def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
             f"{where} has no completion: it has {sorted(row)}. A row is prompt with completion, completions (a list), or "
             "chosen and rejected."
         )
+    check_no_images(row, where)
     contents = [row.get("prompt") or "", *values]
     for content in contents:
         if not _is_content(content):

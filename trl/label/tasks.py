@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl.data.formats import PICTURES
 from trl.errors import DataError, unknown
 
 Content = str | Sequence[Mapping[str, Any]]
@@ -56,6 +57,19 @@ class Item:
 def check_task(task: str) -> None:
     if task not in TASKS:
         raise DataError(unknown("task", task, TASKS))
+
+
+def check_no_images(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for a row with images, which people are not shown: they would judge what they do not see."""
+    in_parts = (
+        part.get("type") in ("image", "image_url")
+        for value in row.values()
+        for message in (value if isinstance(value, list) else ())
+        if isinstance(message, Mapping)
+        for part in (message.get("content") if isinstance(message.get("content"), list) else ())
+    )
+    if any(in_parts) or any(row.get(name) for name in sorted(PICTURES)):
+        raise DataError(f"{where} has images, and people are shown texts alone. Take rows without images.")
 
 
 def check_answer(task: str, item: Item, answer: Any) -> Answer:

@@ -36,7 +36,7 @@ from trl.data.messages import under_roles
 from trl.errors import ConfigError, DataError, unknown
 from trl.label.live import LiveLabels
 from trl.label.settings import ServerSettings
-from trl.label.tasks import MARKS, ROWS, TIE, Answer, Content, Item, pairs_in_rings, score_of, to_rows
+from trl.label.tasks import MARKS, ROWS, TIE, Answer, Content, Item, check_no_images, pairs_in_rings, score_of, to_rows
 from trl.rewards.signature import check_pairs
 
 SKIP, QUIT = "s", "q"
@@ -154,6 +154,8 @@ class _Asking:
         """A reward for every completion, None where nothing was said."""
         check_pairs(prompts, completions)
         self.person.check(in_terminal=self.ui == "terminal")
+        for number, images in enumerate(columns.get("images", ()), start=1):
+            check_no_images({"images": images}, f"Sample {number}")
         asked = self._asked(prompts, completions)
         items = [Item(prompts[places[0]], tuple(completions[i] for i in places)) for places in asked]
         said: list[list[float]] = [[] for _ in items]
