@@ -41,3 +41,12 @@ def test_rows_of_rlaif_v(home, capsys):
     assert "user: [4 image tokens]what is it?" in shown
     assert "What the image encoder keeps of images comes on top" in shown
     assert "Ready to train" in shown
+
+
+def test_an_image_that_breaks_off_is_found_before_training(home, capsys):
+    whole = (home / "pictures" / "1.png").read_bytes()
+    (home / "pictures" / "2.png").write_bytes(whole[: len(whole) // 2])
+    row = {"prompt": "what is it?", "completion": "a box", "image": "pictures/2.png"}
+    (home / "rows.jsonl").write_text(json.dumps(row))
+    assert main(["check", "sft", "--model_name_or_path", "reader", "--dataset_name", "rows.jsonl", "--rows", "0"]) == 1
+    assert "2.png' cannot be decoded" in " ".join(capsys.readouterr().out.split())

@@ -24,7 +24,7 @@ from trl.cli.train import (
     read_run,
 )
 from trl.counts import counted, size_of
-from trl.errors import ConfigError, TrlError
+from trl.errors import ConfigError, DataError, TrlError
 from trl.printable import printable
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from trl.rewards.call import Reward, Samples
     from trl.trainers.base import BaseTrainer
 
+IMAGES_OF_ROWS = 100
+"""Rows whose images are decoded."""
 ROWS_READ = 1000
 """So many rows are encoded: lengths and counts are theirs."""
 
@@ -78,6 +80,7 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     if reads_images:
         out.print("  What the image encoder keeps of images comes on top.")
     problems = [*weights_problems(run), *memory_problems(estimate, run)]
+    problems += image_problems(trainer) if reads_images else []
     if is_online(trainer.args):
         found, wrong = try_rewards(trainer, sample)
         print_table(out, "Rewards of a trial", found)
@@ -100,6 +103,19 @@ def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
     bits = 4 if run.model.load_in_4bit else 8 if run.model.load_in_8bit else None
     processes = run.launch.num_processes or trainer.args.world_size
     return estimate_memory(trainer, sharding=run.launch.accelerate_config, processes=processes, quantised_bits=bits)
+
+
+def image_problems(trainer: BaseTrainer) -> list[str]:
+    """The first of the images that cannot be decoded, which the head of a file does not tell."""
+    from trl.data.encode import first_rows
+    from trl.data.multimodal import IMAGES
+
+    try:
+        for row in first_rows(trainer.train_dataset, IMAGES_OF_ROWS):
+            trainer.images.read(row.get(IMAGES) or ())
+    except DataError as error:
+        return [f"Images: {error}"]
+    return []
 
 
 # ---- the plan ----

@@ -79,18 +79,18 @@ CONDITIONS = {name: (condition, words) for names, condition, words in _CONDITION
 """By the name of an option: when it has an effect, and what to set for that."""
 
 
-OF_IMAGES = ("max_pixels", "min_pixels", "image_folder", "image_features_mb", "adapted_part")
+OF_IMAGES = {"max_pixels", "min_pixels", "image_folder", "image_features_mb", "adapted_part"}
 """Options that have an effect with a processor that reads images alone."""
 
 
 def warn_of_image_options(config: Any) -> None:
     """Say which options of images are set, where a tokenizer reads texts alone."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in OF_IMAGES:
+    for name in sorted(defaults.keys() & OF_IMAGES):
         if (value := getattr(config, name)) != defaults[name]:
             logger.warning(
-                f"{name}={value!r} has no effect with a tokenizer, which reads no images: leave it out, or give the model's "
-                "processor as processing_class."
+                f"{name}={value!r} has no effect with a tokenizer, which reads no images: leave it out, or give a model's "
+                "processor."
             )
 
 

@@ -32,6 +32,7 @@ from trl.evaluation.judges import RewardJudge, ServerJudge, plain
 from trl.evaluation.samples import sample
 from trl.evaluation.statistics import estimate
 from trl.models.load import tokenizer_of
+from trl.trainers.option_effects import warn_of_image_options
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.vision.images import PixelLimits
 from trl.vision.processing import ImageProcessing
@@ -149,6 +150,8 @@ def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> 
     limits = PixelLimits(arguments.max_pixels, root=arguments.image_folder)
     images = ImageProcessing.of(processor, model.config, limits)
     detect_kind(rows.column_names, allowed=["prompt_only"], reads_images=images is not None)
+    if images is None:
+        warn_of_image_options(arguments)
     return images
 
 
