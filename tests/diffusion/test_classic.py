@@ -274,6 +274,9 @@ def test_rewards_that_nothing_can_be_learned_from(tmp_path, reward, words):
 def test_prompts_that_are_no_texts(tmp_path):
     with pytest.raises(DataError, match="prompt_function: prompt is a int"):
         ddpo(tmp_path, prompts=lambda: (3, {})).train()
+    for make in (ddpo, alignprop):  # a text of two letters is no prompt with its metadata
+        with pytest.raises(DataError, match="prompt_function gave 'ab': .*two values"):
+            make(tmp_path / make.__name__, prompts=lambda: "ab").train()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,8 @@ def test_prompts_that_are_no_texts(tmp_path):
     [
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
         ({"train_num_inner_epochs": 0}, "train_num_inner_epochs=0"),
+        ({"sample_eta": 0.0}, "sample_eta=0.0"),
+        ({"train_batch_size": 8}, "multiple of train_batch_size=8"),
         ({"sample_guidance_scale": 0}, "guidance_scale=0"),
         ({"sample_batch_size": 3}, "sample_batch_size=3 has to be a multiple of train_batch_size=2"),
         ({"train_gradient_accumulation_steps": 3}, "4 pictures on each of 1 processes"),
@@ -308,14 +313,14 @@ def test_arguments_of_the_wrong_kind(tmp_path):
 # ---- AlignProp ----
 
 
-def alignprop(folder, *, reward=brightness, hook=None, **options):
+def alignprop(folder, *, reward=brightness, prompts=prompt_function, hook=None, **options):
     torch.manual_seed(0)
     random.seed(0)
     short = {"num_epochs": 2, "sample_num_steps": 3, "sample_guidance_scale": 1.0, "train_batch_size": 2}
     short |= {"train_learning_rate": 1e-2}
     short |= {"mixed_precision": "no", "truncated_rand_backprop_minmax": (0, 3), "logdir": str(folder)}
     config = AlignPropConfig(**{**short, **options})
-    return AlignPropTrainer(config, reward, prompt_function, pipeline_of(), image_samples_hook=hook)
+    return AlignPropTrainer(config, reward, prompts, pipeline_of(), image_samples_hook=hook)
 
 
 def test_alignprop_raises_its_reward(tmp_path):

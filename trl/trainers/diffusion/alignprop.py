@@ -21,9 +21,8 @@ from trl.diffusion.differentiable import first_step, sample_with_gradient
 from trl.diffusion.trajectories import draw, generators_for
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
-from trl.trainers.diffusion.base import check_prompt
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
-from trl.trainers.diffusion.ddpo import ClassicTrainer, two_values
+from trl.trainers.diffusion.ddpo import ClassicTrainer, asked_prompt, two_values
 from trl.trainers.diffusion.ddpo_config import AlignPropConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker
@@ -96,14 +95,9 @@ class AlignPropTrainer(ClassicTrainer):
         """The pictures of an epoch, as batches."""
         found = []
         for _ in range(self.config.train_gradient_accumulation_steps):
-            pairs = [self.prompt_fn() for _ in range(self.config.train_batch_size)]
+            pairs = [asked_prompt(self.prompt_fn()) for _ in range(self.config.train_batch_size)]
             seeds = torch.randint(2**62, (len(pairs),)).tolist()
-            found.append(
-                [
-                    Asked(check_prompt(prompt, "prompt_function"), seed, metadata)
-                    for (prompt, metadata), seed in zip(pairs, seeds, strict=True)
-                ]
-            )
+            found.append([Asked(prompt, seed, metadata) for (prompt, metadata), seed in zip(pairs, seeds, strict=True)])
         return found
 
     # ---- steps ----

@@ -31,7 +31,7 @@ from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
 from trl.diffusion.rollouts import IN_ORDER, PictureRollouts, seed_of, split_pictures
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.rewards.call import RewardError
 from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOConfig, DiffusionDDPOTrainer
@@ -252,7 +252,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
             self._subset = torch.Generator().manual_seed(seed + 1)
             minibatches += split_pictures(self.items_of_pictures(batch, experience), count, seed=seed)
         self.rollouts += 1
-        return minibatches
+        return [each or [self.idle_item(batch)] for each in minibatches]
 
     def kept(self, batch: PictureRollouts) -> Tensor:
         """A random part of each picture's steps."""
@@ -266,9 +266,8 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         They are sampled as many at once as share a forward pass, and rewarded in batches of sample_batch_size.
         """
         size, count = self.config.sample_batch_size, self.config.sample_num_batches_per_epoch
-        asked = [self.prompt_fn() for _ in range(size * count)]
-        prompts = [check_prompt(prompt, "prompt_function") for prompt, _ in asked]
-        metadata = [each for _, each in asked]
+        asked = [asked_prompt(self.prompt_fn()) for _ in range(size * count)]
+        prompts, metadata = [prompt for prompt, _ in asked], [each for _, each in asked]
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
         trajectories, images = self.draw(prompts, seeds, self.schedule)
         parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
@@ -326,7 +325,16 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         return loss.mean(), metrics["approx_kl"].mean(), metrics["clipfrac"].mean()
 
 
-# ---- what reward functions give ----
+# ---- what functions give ----
+
+
+def asked_prompt(given: Any) -> tuple[str, Any]:
+    """A prompt and its metadata. Raises DataError for what is not both."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise DataError(
+            f"prompt_function gave {given!r:.60}: it has to give two values, a prompt and its metadata, as in `return prompt, {{}}`."
+        )
+    return check_prompt(given[0], "prompt_function"), given[1]
 
 
 def two_values(given: Any) -> tuple[Any, Any]:

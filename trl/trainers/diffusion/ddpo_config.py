@@ -197,14 +197,19 @@ class DDPOConfig(ClassicConfig):
     negative_prompts: str = ""
     """What guidance leads away from."""
 
-    def check_batches(self, processes: int) -> None:
-        """Raises ConfigError where batches do not add up to the pictures of an epoch."""
-        pictures = self.sample_batch_size * self.sample_num_batches_per_epoch
-        step = self.train_batch_size * self.train_gradient_accumulation_steps
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sample_eta > 0:
+            raise ConfigError(f"sample_eta={self.sample_eta}: steps without noise have no likelihood to train on.")
         if self.sample_batch_size < self.train_batch_size or self.sample_batch_size % self.train_batch_size:
             raise ConfigError(
                 f"sample_batch_size={self.sample_batch_size} has to be a multiple of train_batch_size={self.train_batch_size}."
             )
+
+    def check_batches(self, processes: int) -> None:
+        """Raises ConfigError where batches do not add up to the pictures of an epoch."""
+        pictures = self.sample_batch_size * self.sample_num_batches_per_epoch
+        step = self.train_batch_size * self.train_gradient_accumulation_steps
         if pictures % step:
             raise ConfigError(
                 f"An epoch has {pictures} pictures on each of {processes} processes (sample_batch_size × "
