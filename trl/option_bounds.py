@@ -120,9 +120,13 @@ WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesir
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take."""
+    """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take, and for text where one belongs."""
     for field in dataclasses.fields(config):
-        for value in numbers_in(getattr(config, field.name, None)):
+        given = getattr(config, field.name, None)
+        takes_text = any(word in str(field.type) for word in ("str", "Literal"))
+        if isinstance(given, str) and field.name in BOUNDS and not takes_text:
+            raise ConfigError(f"{field.name}={given!r} is text: give a number.")
+        for value in numbers_in(given):
             check_number(field.name, value)
     for names in WEIGHTS:
         weights = [*numbers_in([getattr(config, name, None) for name in names])]

@@ -48,6 +48,8 @@ def test_fifteen_options_come_first(command, own, capsys):
         ({"save_steps": 0}, "save_steps=0"),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps=0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: give a finite number"),
+        ({"learning_rate": "1e-4"}, "learning_rate='1e-4' is text"),
+        ({"max_length": "512"}, "max_length='512' is text"),
         ({"learning_rate": float("inf")}, "learning_rate=inf"),
         ({"weight_decay": float("nan")}, "weight_decay=nan: give a finite number"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
