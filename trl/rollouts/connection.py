@@ -224,7 +224,7 @@ def _cause(error: BaseException) -> str:
     """The innermost reason of what requests raises, which wraps several layers of errors."""
     text = str(error)
     if isinstance(error, requests.ConnectionError) and "refused" in text:
-        return "the connection was refused; is the server running?"
+        return "the connection was refused, as by a port where no server runs"
     return f"{type(error).__name__}: {text[:SHOWN]}"
 
 
