@@ -88,3 +88,9 @@ def test_check_shows_plan_memory_and_rewards(home, capsys):
 def test_what_cannot_be_is_said(home, capsys, words, said):
     assert trl(words) != 0
     assert said in capsys.readouterr().err
+
+
+def test_check_names_a_column_of_pairs_that_is_missing(home, capsys):
+    size = "--height 16 --width 16 --output_dir out"
+    assert trl(f"check diffusion-dpo --model_name_or_path ./sd --dataset_name prompts.jsonl {size}") == 2
+    assert "no column 'chosen'" in capsys.readouterr().err

@@ -71,6 +71,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
 
     @staticmethod
     def check_rows(rows: Rows, name: str, args: DiffusionConfig) -> None:
+        check_columns(rows, name)
         check_prompts(rows, name)
         if isinstance(rows, Dataset):
             check_pictures(rows, name, args.image_folder)
@@ -135,7 +136,15 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
     """
     if rows is None:
         return None
+    check_columns(rows, name)
     rows = undecoded(rows)
+    if isinstance(rows, Dataset):
+        return rows.add_column(NUMBER, list(range(len(rows))))
+    return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
+
+
+def check_columns(rows: Dataset | IterableDataset, name: str) -> None:
+    """Raises DataError for a column of pairs that is missing."""
     columns = rows.column_names or list(next(iter(rows), {}))
     for column in ("prompt", *SIDES):
         if column not in columns:
@@ -143,9 +152,6 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
                 f"{name}_dataset has no column {column!r}: rows are `prompt`, and the pictures `chosen` and `rejected`. It "
                 f"has {', '.join(columns)}."
             )
-    if isinstance(rows, Dataset):
-        return rows.add_column(NUMBER, list(range(len(rows))))
-    return rows.map(lambda row, number: {**row, NUMBER: number}, with_indices=True)
 
 
 def check_pictures(rows: Dataset, name: str, root: str | None = None) -> None:
