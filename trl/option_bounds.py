@@ -7,15 +7,12 @@ bound is an error; one outside of what is usual is a warning that says what is.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from trl.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 2**63 - 1
 """Integers above this fit no counter."""
@@ -144,18 +141,24 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raise ConfigError for a number that the option `name` cannot take; warn of one that nobody takes."""
+    """Raise ConfigError for a number that the option `name` cannot take."""
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in UNBOUNDED):
         raise ConfigError(f"{name}={value}: give a finite number.")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ConfigError(f"{name} is an integer of {value.bit_length()} bits: give one below 2^63.")
     bound = BOUNDS.get(name)
-    if bound is None:
-        return
-    if not bound.admits(value):
+    if bound is not None and not bound.admits(value):
         raise ConfigError(f"{name}={value}: give {bound}.")
-    if bound.usual and value and not bound.usual[0] <= value <= bound.usual[1]:
-        low, high = bound.usual
-        logger.warning(
-            f"{name}={value:g} is far from what is usual, {low:g} to {high:g}: is a sign of its exponent missing?"
-        )
+
+
+def unusual(config: Any) -> list[str]:
+    """A sentence for every number of `config`, a dataclass, that nobody takes."""
+    said = []
+    for name, bound in BOUNDS.items():
+        for value in numbers_in(getattr(config, name, None) if bound.usual else None):
+            low, high = bound.usual
+            if value and not low <= value <= high:
+                said.append(
+                    f"{name}={value:g} is far from what is usual, {low:g} to {high:g}: is a sign of its exponent missing?"
+                )
+    return said

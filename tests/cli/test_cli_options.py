@@ -18,6 +18,7 @@ from trl.data.formats import TAKEN_BY
 from trl.errors import ConfigError
 from trl.trainers.option_checks import check_full_batch
 from trl.trainers.option_effects import CONDITIONS
+from trl.trainers.options import resolve_args
 from trl.training.checkpoint import remove_checkpoints
 from trl.training.nonfinite import SkippedSteps
 
@@ -200,3 +201,12 @@ def test_check_shows_as_many_rows_as_asked_for(count, tmp_path, monkeypatch, cap
     words = ["--model_name_or_path", "tiny", "--dataset_name", "rows.txt", "--use_cpu", "--report_to", "none"]
     assert main(["check", *words, "--rows", str(count)]) == 0
     assert len(re.findall(r"^row \d+:", capsys.readouterr().out, flags=re.MULTILINE)) == count
+
+
+def test_what_has_no_effect_is_said_once_for_a_configuration_and_its_copies(tmp_path, caplog):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, packing_strategy="wrapped", learning_rate=5.0)
+    resolve_args(SFTConfig, args, {}, trainer="SFTTrainer")
+    assert [record.message.split()[0] for record in caplog.records] == ["learning_rate=5", "packing_strategy='wrapped'"]
+    args.packing_strategy = "bfd_split"
+    resolve_args(SFTConfig, args, {}, trainer="SFTTrainer")
+    assert "packing_strategy='bfd_split'" in caplog.records[2].message, "what is new is said"

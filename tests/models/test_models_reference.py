@@ -172,7 +172,9 @@ def test_shared_layers_of_a_model_scored_before(make_model):
 
 @pytest.mark.parametrize("options", [{"pattern": "blocks.{layer}"}, {"num_shared_layers": 2}, {"num_shared_layers": 0}])
 def test_unmatched_layers(make_model, options):
-    with pytest.raises(ModelError, match=r"has no parameters named .* it has 2 layers, of which 1 to 1 can be shared"):
+    with pytest.raises(
+        ModelError, match=r"has no parameters named .* it has 2 layers, of which at least one has to be its own"
+    ):
         create_reference_model(make_model("gpt2"), **{"num_shared_layers": 1, **options})
 
 

@@ -381,6 +381,13 @@ def test_refused(words, message, capsys, tmp_path, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_report_of_nothing_is_refused(tmp_path, capsys):
+    write(tmp_path / "run.json", {"log_history": []})
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no log and no samples" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_the_command_imports_nothing_heavy(tmp_path):
     write(tmp_path / "run.json", {"log_history": log(2.0, 1.0)})
     heavy = "{'torch', 'transformers', 'datasets', 'peft', 'numpy', 'accelerate'}"

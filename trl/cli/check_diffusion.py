@@ -34,9 +34,11 @@ def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
     from trl.cli.help import console
 
     out = console()
-    dataset, _ = datasets_of(run)
+    dataset, evaluated = datasets_of(run)
     with naming_lines(run.script, run.mixture):
-        load(run.method.trainer).check_rows(dataset, "train", run.training)
+        for name, split in {"train": dataset, "eval": evaluated}.items():
+            if split is not None:
+                load(run.method.trainer).check_rows(split, name, run.training)
     denoiser = denoiser_without_weights(run)
     print_table(out, "Rows", rows_of(dataset, rows))
     print_table(out, "Plan", plan_of(run, denoiser, dataset))

@@ -38,9 +38,13 @@ def run(arguments: ReportArguments, given: ParsedOptions) -> int:
         raise ConfigError(
             "trl report takes the folder of a run, or of several: trl report RUN [RUN …] [--output FILE]."
         )
+    bare = [folder for folder in folders if _is_bare(folder)]
+    said = [f"{folder} holds no log and no samples of a run: give the output_dir of one." for folder in bare]
+    if len(bare) == len(folders) and not arguments.watch:
+        raise ConfigError(" ".join(said))
     print(f"The report is in {write(folders, arguments)}.", flush=True)
-    for folder in filter(_is_bare, folders):
-        print(f"{folder} holds no log and no samples of a run: give the output_dir of one.", file=sys.stderr)
+    for sentence in said:
+        print(sentence, file=sys.stderr)
     if arguments.watch:
         _watch(folders, arguments)
     return 0

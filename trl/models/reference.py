@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from trl.counts import counted
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, ModelError
 from trl.models.fused import fuse_as
@@ -312,6 +313,6 @@ def _lower_parameters(model: PreTrainedModel, layers: int, pattern: str | None) 
         raise ModelError(
             f"num_shared_layers={layers} and pattern={pattern!r}: {type(model).__name__} has no parameters named "
             f"{above}…, the first layer that would not be shared. Its parameters are named {names[len(names) // 2]!r} "
-            f"and so on, and it has {depth(model)} layers, of which 1 to {depth(model) - 1} can be shared."
+            f"and so on, and it has {counted(depth(model), 'layer')}, of which at least one has to be its own."
         )
     return [model.get_parameter(name) for name in names[:border]]

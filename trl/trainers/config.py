@@ -19,7 +19,7 @@ from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
 from trl.option_types import check_choices, describe_fields, settable
 from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
-from trl.trainers.option_effects import warn_of_options_in_vain
+from trl.trainers.option_effects import warn_of_options
 from trl.training.parallel import check_processes, processes_on_cpu
 
 ALIASES = {
@@ -271,7 +271,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         check_intervals(self)
         check_best(self)
         check_bounds(self)
-        warn_of_options_in_vain(self)
+        warn_of_options(self)
         template = self.chat_template_path or ""
         if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
             raise ConfigError(f"chat_template_path={template!r}: there is no such file.")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trl.algorithms.dpo import LOSSES
+from trl.option_bounds import unusual
 from trl.trainers.sampler_options import USED
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ def set_in_vain(config: Any) -> list[str]:
     return said
 
 
-def warn_of_options_in_vain(config: Any) -> None:
-    """Say which options of `config` have no effect."""
-    for sentence in set_in_vain(config):
-        logger.warning(sentence)
+def warn_of_options(config: Any) -> None:
+    """Say which options of `config` have no effect, or a number that nobody takes: once for it and its copies."""
+    said: set[str] = vars(config).setdefault("_said", set())
+    for sentence in (*unusual(config), *set_in_vain(config)):
+        if sentence not in said:
+            said.add(sentence)
+            logger.warning(sentence)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from trl.algorithms.kl_control import AdaptiveKL, FixedKL
 from trl.algorithms.ppo import PPO, PPOOptions
 from trl.errors import ConfigError, unknown
+from trl.option_bounds import check_bounds
 from trl.trainers.online_config import OnlineConfig
 
 ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
@@ -172,14 +173,12 @@ class PPOConfig(PPOOptions, OnlineConfig):
 
     def _size_batches(self) -> None:
         """Settle batch, mini-batch and epochs, whichever of their names were given."""
+        check_bounds(self)
         self.mini_batch_size = self.forward_batch_size or self.per_device_train_batch_size or self.mini_batch_size
         self.ppo_epochs = self.num_iterations or self.ppo_epochs
         self.batch_size = (
             self.mini_batch_size * self.steps_per_generation if self.steps_per_generation else self.batch_size
         )
-        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.mini_batch_size > self.batch_size:
             self.mini_batch_size = max(1, self.batch_size // self.gradient_accumulation_steps)
         if self.batch_size % self.backward_batch_size:
