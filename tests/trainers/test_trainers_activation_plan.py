@@ -1,6 +1,7 @@
 """Layers are checkpointed as the memory that is free asks for: decided before the first step, said, and without another number."""
 
 import logging
+import math
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,16 @@ from trl import (
     SFTTrainer,
 )
 from trl.models.checkpointing import checkpoint_activations, checkpointable_layers, kept_for_backward
-from trl.trainers.activation_plan import HOLES, ActivationPlan, activation_bytes, heaviest_micro_batch
+from trl.models.score import unwrap
+from trl.trainers.activation_plan import (
+    HOLES,
+    TILES,
+    ActivationPlan,
+    activation_bytes,
+    heaviest_micro_batch,
+    plan_activations,
+    trained_bytes,
+)
 from trl.trainers.heaviest import row_tokens, shortened
 from trl.trainers.out_of_memory import remedies
 from trl.types import Completion, Example
@@ -87,20 +97,53 @@ def test_fewer_layers_run_twice_where_more_is_free_and_numbers_stay(make_model, 
     assert losses[0] == losses[1] == losses[2]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_what_a_pass_keeps_is_foretold_from_shorter_ones(make_model, tokenizer, tmp_path, attention):
-    """Of eager attention the larger part are numbers for pairs of tokens, here of rows of 512."""
+def kept(trainer) -> list[int]:
+    """Bytes that the heaviest micro-batch keeps as a whole, in each layer and in all else."""
+    model, batch = trainer.model.train(), trainer.collate(heaviest_micro_batch(trainer))
+    there = [*model.parameters(), *model.buffers()]
+    layers = checkpointable_layers(unwrap(model))
+    return kept_for_backward(lambda: trainer.forward_pass(model, batch), there, layers)
+
+
+@pytest.mark.parametrize(("attention", "window"), [("sdpa", None), ("eager", None), ("sdpa", 200)])
+def test_what_a_pass_keeps_is_foretold_from_shorter_ones(make_model, tokenizer, tmp_path, attention, window):
+    """Of eager attention the larger part are numbers for pairs of tokens, here of rows of 512; masks are for those of windows."""
     rows = Dataset.from_list([{"input_ids": [6] * 512}] * 4)
-    model = make_model("llama", max_position_embeddings=512)
+    model = make_model("gemma3" if window else "llama", max_position_embeddings=512, sliding_window=window)
     model.set_attn_implementation(attention)
     options = {"config": SFTConfig, "per_device_train_batch_size": 2, "max_length": None, "layout": "padded"}
     trainer = planned(SFTTrainer, 0, model, tokenizer, tmp_path, rows, **options)
     examples = heaviest_micro_batch(trainer)
     positions = trainer.collate(examples).positions
-    batch = trainer.collate(examples)
-    kept = kept_for_backward(lambda: trainer.forward_pass(model.train(), batch), model.parameters())
     assert positions == 1024
-    assert activation_bytes(trainer, examples, positions) == pytest.approx(kept, rel=0.02)
+    assert activation_bytes(trainer, examples, positions) == pytest.approx(kept(trainer), rel=0.02)
+    assert model.config.sliding_window == window
+
+
+@pytest.mark.parametrize("frozen", [0, 3])
+def test_a_plan_counts_what_its_layers_keep(make_model, tokenizer, tmp_path, frozen):
+    """Frozen layers keep nothing until they are checkpointed, when embeddings require gradients."""
+
+    def make():
+        model = make_model("llama", num_hidden_layers=4)
+        model.model.embed_tokens.requires_grad_(not frozen)
+        model.model.layers[:frozen].requires_grad_(False)
+        rows = Dataset.from_list([{"input_ids": [6] * 128}] * 4)
+        options = {"config": SFTConfig, "per_device_train_batch_size": 2, "max_length": None}
+        return planned(SFTTrainer, 0, model, tokenizer, tmp_path, rows, **options)
+
+    trainer, measured = make(), make()
+    needed = [sum(kept(measured))]
+    checkpoint_activations(measured.model, {"use_reentrant": False})
+    for count in range(1, 5):
+        for i, layer in enumerate(checkpointable_layers(measured.model)):
+            layer.gradient_checkpointing = i < count
+        needed.append(sum(kept(measured)))
+    saving = [k for k in range(5) if needed[k] == min(needed[: k + 1])]
+    assert saving == ([0, 4] if frozen else [0, 1, 2, 3, 4])
+    for k in saving:
+        free = HOLES * (trained_bytes(trainer) + TILES + needed[k] + 1000)
+        assert plan_activations(trainer, math.ceil(free)).recomputed == k
 
 
 def test_what_was_asked_for_is_not_planned(make_model, tokenizer, tmp_path):
@@ -172,10 +215,12 @@ def test_every_method_finds_its_plan(tokenizer, tmp_path, trainer_class, config,
 
 
 def test_a_plan_in_words():
-    assert ActivationPlan.of(4, kept=100, recomputed=20, free=1000).what == "kept by all 4 layers"
+    assert ActivationPlan.of(kept=100, saved=[20] * 4, free=1000).what == "kept by all 4 layers"
     # 1.2 · 100 = 120 of 100; a layer saves 24.
-    assert ActivationPlan.of(4, kept=100, recomputed=20, free=100).what.endswith("by 1 of 4 layers")
-    assert ActivationPlan.of(4, kept=100, recomputed=20, free=20).what.endswith("all 4 layers")
+    assert ActivationPlan.of(kept=100, saved=[20] * 4, free=100).what.endswith("by 1 of 4 layers")
+    assert ActivationPlan.of(kept=100, saved=[20] * 4, free=20).what.endswith("all 4 layers")
+    # The lowest two layers would take 4 more each: the third saves enough.
+    assert ActivationPlan.of(kept=100, saved=[-4, -4, 40, 40], free=100).recomputed == 3
 
 
 def test_tokens_of_rows():

@@ -119,9 +119,8 @@ def planned(
     second.args.recompute(activations=True)
     kept, recomputed = estimate(trainer), estimate(second)
     there = sum(kept.parts[part] for part in (WEIGHTS, REFERENCE, LIBRARIES))
-    plan = ActivationPlan.of(
-        layers, kept=kept.total - there, recomputed=recomputed.total - there, free=(kept.available or 0) - there
-    )
+    saved = [(kept.total - recomputed.total) / layers] * layers
+    plan = ActivationPlan.of(kept=kept.total - there, saved=saved, free=(kept.available or 0) - there)
     share = plan.recomputed / plan.layers
     names = {**kept.parts, **recomputed.parts}
     sizes = ((name, kept.parts.get(name, 0), recomputed.parts.get(name, 0)) for name in names)

@@ -1,10 +1,9 @@
 """Activations that backward needs: kept by some layers, computed again by the others.
 
-A layer keeps `a` bytes of each position for its backward pass; checkpointed (Chen et al. 2016, arXiv:1604.06174) it keeps
-the `h` bytes of its input, and runs forward a second time. With S positions in a forward pass, k of L layers checkpointed
-and `r` bytes of all else, a step holds
+Layer i keeps aᵢ bytes for its backward pass; checkpointed (Chen et al. 2016, arXiv:1604.06174) it keeps the h bytes of its
+input, and runs forward a second time. With k of L layers checkpointed and r bytes of all else, a step holds
 
-    bytes(k) = r + S · (a · (L − k) + h · k)
+    bytes(k) = r + k h + Σ aᵢ   over i > k
 
 and is fastest with the smallest k whose bytes are free. The first k layers are checkpointed: when they run again, what the
 others kept is gone.
@@ -12,8 +11,9 @@ others kept is gone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,34 +41,59 @@ def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def layers_to_recompute(*, kept: float, recomputed: float, free: float, layers: int) -> int:
-    """k: how many of `layers` have to be checkpointed, so that a step fits into `free` bytes.
+def layers_to_recompute(*, kept: float, saved: Sequence[float], free: float) -> int:
+    """k: how many layers have to be checkpointed, so that a step fits into `free` bytes.
 
-    It takes `kept` bytes where none is checkpointed, `recomputed` where all are, and between them in proportion; all are
-    where even that is not enough.
+    It takes `kept` bytes where none is checkpointed, and `saved[i]` less for layer i; all are where even that is not enough.
     """
-    if kept <= free:
-        return 0
-    if recomputed >= free:
-        return layers
-    return math.ceil(layers * (kept - free) / (kept - recomputed))
+    for count, less in enumerate(accumulate(saved, initial=0.0)):
+        if kept - less <= free:
+            return count
+    return len(saved)
 
 
-def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor]) -> int:
-    """Bytes that `run` keeps for a backward pass, without those of tensors that are `there` anyway."""
+def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor], layers: Sequence[nn.Module] = ()) -> list[int]:
+    """Bytes that `run` keeps for a backward pass: those of each of `layers` alone, and last all others, such as masks.
+
+    Tensors that are `there` anyway do not count.
+    """
     places = {tensor.untyped_storage().data_ptr() for tensor in there}
-    kept: dict[int, int] = {}
+    kept: dict[int, tuple[int, int]] = {}
+    running = [len(layers)]
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in places:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if (place := storage.data_ptr()) not in places:
+            owner, size = kept.get(place, (running[-1], 0))
+            kept[place] = owner if owner == running[-1] else len(layers), max(size, storage.nbytes())
         return tensor.detach()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _telling(layers, running), torch.enable_grad(), hooks:
         result = run()
     del result  # until here what was kept is alive, so that no two tensors had one place
-    return sum(kept.values())
+    found = [0] * (len(layers) + 1)
+    for layer, size in kept.values():
+        found[layer] += size
+    return found
+
+
+def _leave(running: list[int]) -> None:
+    running.pop()
+
+
+@contextmanager
+def _telling(layers: Sequence[nn.Module], running: list[int]) -> Iterator[None]:
+    """Within it, the number of the layer that runs is the last of `running`."""
+    hooks = []
+    for i, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(lambda *_, i=i: running.append(i)))
+        hooks.append(layer.register_forward_hook(lambda *_: _leave(running), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class ChecksFirstLayers(TrainerCallback):

@@ -11,15 +11,17 @@ and a share of it for holes between blocks of memory. See `trl.models.checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from math import ceil
+from math import ceil, floor
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from trl.counts import counted, size_of
 from trl.models.checkpointing import checkpointable_layers, kept_for_backward, layers_to_recompute
@@ -38,6 +40,8 @@ TILES = 192 * 2**20
 """Logits of a tile of the head in float32, and their gradient in half precision."""
 WIDEST = 4
 """Bytes of a number of the residual stream, at most."""
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Options of models whose attention does not look further back."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class ActivationPlan:
     free: int
 
     @classmethod
-    def of(cls, layers: int, *, kept: int, recomputed: int, free: int) -> ActivationPlan:
-        """The plan where a step takes `kept` bytes besides what is there with all activations, `recomputed` with none."""
-        count = layers_to_recompute(kept=HOLES * kept, recomputed=HOLES * recomputed, free=free, layers=layers)
-        return cls(layers, count, ceil(HOLES * kept), free)
+    def of(cls, *, kept: int, saved: Sequence[float], free: int) -> ActivationPlan:
+        """The plan where a step takes `kept` bytes besides what is there, and `saved[i]` less with layer i checkpointed."""
+        count = layers_to_recompute(kept=kept, saved=saved, free=free / HOLES)
+        return cls(len(saved), count, ceil(HOLES * kept), free)
 
     @classmethod
     def of_all(cls, model: nn.Module) -> ActivationPlan:
@@ -90,13 +94,12 @@ class PlansActivations(LearnsFromRows, Protocol):
 
 def plan_activations(trainer: PlansActivations, free: int) -> ActivationPlan:
     """The plan of a trainer that is about to train, with `free` bytes of its device."""
-    inner = unwrap(trainer.model)
-    layers, examples = len(checkpointable_layers(inner)), heaviest_micro_batch(trainer)
+    examples = heaviest_micro_batch(trainer)
     positions = trainer.collate(examples).positions
-    rest = trained_bytes(trainer) + TILES
-    kept = rest + activation_bytes(trainer, examples, positions)
-    recomputed = rest + layers * positions * inner.config.get_text_config().hidden_size * WIDEST
-    return ActivationPlan.of(layers, kept=kept, recomputed=recomputed, free=free)
+    activations = activation_bytes(trainer, examples, positions)
+    kept = trained_bytes(trainer) + TILES + sum(activations)
+    start = positions * unwrap(trainer.model).config.get_text_config().hidden_size * WIDEST
+    return ActivationPlan.of(kept=kept, saved=[layer - start for layer in activations[:-1]], free=free)
 
 
 def heaviest_micro_batch(trainer: PlansActivations) -> list[Example]:
@@ -115,27 +118,51 @@ def trained_bytes(trainer: PlansActivations) -> int:
     return gradients + sum(size for p in trained for size in sizes(p)) + sizes.scratch(trainer.model)
 
 
-def activation_bytes(trainer: PlansActivations, examples: list[Example], positions: int) -> int:
-    """What a forward pass over `examples`, `positions` of them, keeps: carried on from what shorter passes keep.
+def activation_bytes(trainer: PlansActivations, examples: list[Example], positions: int) -> list[int]:
+    """What a forward pass over `examples`, `positions` of them, keeps in each layer, and last in all else.
 
-    By a line, or by a parabola where that is more: attention with masks keeps numbers for pairs of tokens.
+    It is carried on from what shorter passes keep by a line, or by a parabola where that is more: attention with masks keeps
+    numbers for pairs of tokens.
     """
-    points = dict(_measured(trainer, [shortened(example, share) for example in examples]) for share in SHARES)
-    found = [max(points.values())]
+    points = dict(_measured(trainer, examples, share) for share in SHARES)
+    found = [np.max([*points.values()], axis=0)]
     for degree in range(1, len(points)):
         some = sorted(points)[-degree - 1 :]
-        found.append(np.polyval(np.polyfit(some, [points[x] for x in some], degree), positions))
-    return ceil(max(found))
+        curves = np.polyfit(some, [points[x] for x in some], degree)
+        found.append(np.vander([positions], degree + 1)[0] @ curves)
+    return [ceil(size) for size in max(found, key=np.sum)]
 
 
-def _measured(trainer: PlansActivations, examples: list[Example]) -> tuple[int, int]:
-    """Positions of a micro-batch, and bytes that its forward pass keeps."""
+def _measured(trainer: PlansActivations, examples: list[Example], share: float) -> tuple[int, list[int]]:
+    """Positions of a micro-batch of shortened examples, and bytes that its forward pass keeps."""
     model, device = trainer.model, trainer.args.device
-    batch = trainer.collate(examples).to(device)
+    inner = unwrap(model)
+    batch = trainer.collate([shortened(example, share) for example in examples]).to(device)
     weights = chain(model.parameters(), model.buffers())
     undrawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with undrawn, training(model), without_graphs(unwrap(model)), trainer.accelerator.autocast():
-        return batch.positions, kept_for_backward(lambda: trainer.forward_pass(model, batch), weights)
+    with (
+        undrawn,
+        training(model),
+        without_graphs(inner),
+        _narrowed(inner.config, share),
+        trainer.accelerator.autocast(),
+    ):
+        kept = kept_for_backward(lambda: trainer.forward_pass(model, batch), weights, checkpointable_layers(inner))
+    return batch.positions, kept
+
+
+@contextmanager
+def _narrowed(config: PreTrainedConfig, share: float) -> Iterator[None]:
+    """Within it, windows of attention are `share` as wide: rows that are longer than one need a mask, shortened as well."""
+    text = config.get_text_config()
+    windows = {name: vars(text)[name] for name in WINDOWS if vars(text).get(name)}
+    try:
+        for name, width in windows.items():
+            setattr(text, name, max(1, floor(width * share)))
+        yield
+    finally:
+        for name, width in windows.items():
+            setattr(text, name, width)
 
 
 def free_bytes(device: torch.device) -> int:
