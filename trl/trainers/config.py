@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,8 +40,12 @@ ALIASES = {
 """Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
 
 
-NEW_NAME = "activation_checkpointing"
+OLD_NAME, NEW_NAME = "gradient_checkpointing", "activation_checkpointing"
 RENAMED_CHECKPOINTING = NEW_NAME in TrainingArguments.__dataclass_fields__
+OTHER_NAMES = {
+    f"{old}{end}": f"{new}{end}" for old, new in permutations((OLD_NAME, NEW_NAME)) for end in ("", "_kwargs")
+}
+"""The other name of each option of checkpointing."""
 """Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 
 
@@ -246,8 +251,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             self.offload_activations(accelerated=accelerated)
         if self.bf16 is None:
             self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        given = (self.gradient_checkpointing, self.gradient_checkpointing_kwargs, getattr(self, NEW_NAME, None))
-        self.plans_checkpointing = accelerated and torch.cuda.is_available() and all(value is None for value in given)
+        is_open = all(getattr(self, name, None) is None for name in OTHER_NAMES)
+        plans = accelerated and torch.cuda.is_available() and is_open
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = accelerated
         if RENAMED_CHECKPOINTING and self.activation_checkpointing is None:
@@ -261,6 +266,15 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         with processes_on_cpu(self):
             super().__post_init__()
             check_processes(self)
+        self.plans_checkpointing = plans
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options of checkpointing that are set later are set under both of their names, and nothing is planned then."""
+        super().__setattr__(name, value)
+        if name in OTHER_NAMES and "plans_checkpointing" in vars(self):
+            self.plans_checkpointing = False
+            if OTHER_NAMES[name] in self.__dataclass_fields__:
+                super().__setattr__(OTHER_NAMES[name], value)
 
     def check_values(self) -> None:
         """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there.
@@ -310,16 +324,17 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
 
     def recompute(self, *, activations: bool) -> None:
-        """Settle `gradient_checkpointing`, under both of its names."""
+        """Settle `gradient_checkpointing`, as a plan has it."""
+        plans = self.plans_checkpointing
         self.gradient_checkpointing = activations
-        if RENAMED_CHECKPOINTING:
-            self.activation_checkpointing = activations
+        self.plans_checkpointing = plans
 
     def set_checkpointing(self, **options: Any) -> None:
         """Options of `torch.utils.checkpoint`, where none was given by these names."""
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if hasattr(self, name):
-                setattr(self, name, {**options, **(getattr(self, name) or {})})
+        plans = self.plans_checkpointing
+        given = getattr(self, f"{NEW_NAME}_kwargs", None) or self.gradient_checkpointing_kwargs or {}
+        self.gradient_checkpointing_kwargs = {**options, **given}
+        self.plans_checkpointing = plans
 
     @property
     def width_multiple(self) -> int:
