@@ -160,6 +160,47 @@ def test_what_was_asked_for_is_not_planned(make_model, tokenizer, tmp_path):
     assert not trainer.plans_activations()
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_what_is_asked_for_later_is_done(make_model, tokenizer, tmp_path, name):
+    """Beside a configuration, or put into it."""
+    common = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1}
+    args = SFTConfig(output_dir=str(tmp_path), **common)
+    if not hasattr(args, name):
+        pytest.skip(f"this release of transformers has no {name}")
+    args.plans_checkpointing = True
+    model, data = make_model("llama"), {"train_dataset": ROWS, "processing_class": tokenizer}
+    beside = SFTTrainer(model, args, **data, **{name: True}).args
+    setattr(args, name, True)
+    within = SFTTrainer(model, args, **data)
+    for found in (beside, within.args):
+        assert found.gradient_checkpointing
+        assert getattr(found, "activation_checkpointing", True)
+        assert not found.plans_checkpointing
+    within.train()
+    assert within.activation_plan is None
+    assert all(layer.gradient_checkpointing for layer in checkpointable_layers(model))
+
+
+def test_a_second_trainer_of_a_model_makes_a_plan_of_its_own(make_model, tokenizer, tmp_path):
+    model, found = make_model("llama"), []
+    for free in (0, 2**40):
+        trainer = planned(SFTTrainer, free, model, tokenizer, tmp_path, ROWS, config=SFTConfig, max_steps=1)
+        trainer.train()
+        found.append(trainer.activation_plan.recomputed)
+        assert not any(layer.gradient_checkpointing for layer in checkpointable_layers(model))
+    assert found == [2, 0]
+
+
+def test_what_a_collator_of_ones_own_gives_is_not_planned(make_model, tokenizer, tmp_path):
+    def collate(rows):
+        ids = torch.full((len(rows), 64), 6)
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    more = {"data_collator": collate}
+    trainer = planned(SFTTrainer, 0, make_model("llama"), tokenizer, tmp_path, ROWS, config=SFTConfig, more=more)
+    assert not trainer.plans_activations()
+
+
 def test_where_nothing_can_be_measured_all_layers_are_checkpointed(
     make_model, tokenizer, tmp_path, monkeypatch, caplog
 ):

@@ -148,6 +148,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
         self._prepare_images()
         collate = collate_examples if self.images is None else ImageCollator(self.images)
+        self.has_own_collator = data_collator is not None
         self.to_examples = collate if data_collator is None else examples_from(data_collator, self.images)
         self.encoded: dict[str, Encoded] = {}
         if train_dataset is not None:
@@ -166,7 +167,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         )
         self._gave_optimizer = optimizers[0] is not None
         is_table = isinstance(train_dataset, Dataset) and self.images is None and not self.prompts_only
-        self.lays_out_ahead = is_table and data_collator is None and self.args.device.type != "cpu"
+        self.lays_out_ahead = is_table and not self.has_own_collator and self.args.device.type != "cpu"
         self._add_reports()
         inner.add_model_tags(["trl", type(self).__name__.removesuffix("Trainer").lower()])
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
@@ -192,6 +193,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         finally:
             for model in (unwrap(self.model), *self._also_reading()):
                 release(model, for_good=False)
+            self._leave_layers_open()
 
     # ---- what a trainer adds ----
 

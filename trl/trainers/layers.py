@@ -38,6 +38,8 @@ class RunsLayers(StepTrainer):
     images: Any
     captures_unasked: ClassVar[bool] = True
     """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
+    has_own_collator: bool = False
+    """Whether a `data_collator` was given, which may make anything of rows."""
     activation_plan: ActivationPlan | None = None
     """Which layers are checkpointed, once that was planned."""
 
@@ -97,6 +99,7 @@ class RunsLayers(StepTrainer):
         return (
             self.args.plans_checkpointing
             and isinstance(self.train_dataset, Dataset)
+            and not self.has_own_collator
             and not self.is_sharded
             and not self.args.torch_compile
             and self.images is None
@@ -119,6 +122,12 @@ class RunsLayers(StepTrainer):
         if 0 < plan.recomputed < plan.layers:
             self.add_callback(ChecksFirstLayers(plan.recomputed))
         self._capture_layers(unwrap(self.model))
+
+    def _leave_layers_open(self) -> None:
+        """After training with a plan: no layer is checkpointed, so that a further trainer of this model makes a plan too."""
+        if self.activation_plan is not None:
+            for layer in checkpointable_layers(self.model):
+                layer.gradient_checkpointing = False
 
     def _free_bytes(self) -> int:
         return free_bytes(self.args.device)
