@@ -40,7 +40,7 @@ from trl.trainers.activation_plan import (
     plan_activations,
     trained_bytes,
 )
-from trl.trainers.heaviest import row_tokens, shortened
+from trl.trainers.heaviest import row_positions, shortened
 from trl.trainers.out_of_memory import remedies
 from trl.types import Completion, Example
 
@@ -264,14 +264,30 @@ def test_a_plan_in_words():
     assert ActivationPlan.of(kept=100, saved=[-4, -4, 40, 40], free=100).recomputed == 3
 
 
-def test_tokens_of_rows():
+def test_positions_of_rows():
     trees = {"prompt_ids": [[1, 2], [], [3]], "completion_ids": [[[1], [2, 3]], [[]], []]}
-    assert row_tokens(Dataset.from_dict(trees)).tolist() == [5, 0, 1]
-    assert row_tokens(Dataset.from_dict(trees).select([2, 0])).tolist() == [1, 5]
+    assert row_positions(Dataset.from_dict(trees)).tolist() == [5, 0, 1]
+    assert row_positions(Dataset.from_dict(trees).select([2, 0])).tolist() == [1, 5]
+    # A prompt before each completion; and all completions as long as the longest.
+    for rows in (Dataset.from_dict(trees), Dataset.from_dict(trees).to_list()):
+        assert row_positions(rows, "packed").tolist() == [7, 0, 1]
+        assert row_positions(rows, "padded").tolist() == [8, 0, 1]
     packed = {"input_ids": [[1, 2, 3], [4]], "mask": [[True] * 3, [True]], "seq_lengths": [[1, 2], [1]]}
-    assert row_tokens(Dataset.from_dict(packed)).tolist() == [3, 1]
-    assert row_tokens([{"prompt_ids": [1], "completion_ids": [[2, 3]]}]).tolist() == [3]
-    assert isinstance(row_tokens(Dataset.from_dict({"prompt_ids": [[1]] * 3})), np.ndarray)
+    assert row_positions(Dataset.from_dict(packed)).tolist() == [3, 1]
+    assert row_positions([{"prompt_ids": [1], "completion_ids": [[2, 3]]}]).tolist() == [3]
+    assert isinstance(row_positions(Dataset.from_dict({"prompt_ids": [[1]] * 3})), np.ndarray)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded", "shared"])
+def test_the_heaviest_rows_are_those_of_the_layout(make_model, tokenizer, tmp_path, layout):
+    """A long prompt is read twice, but where its completions share it."""
+    twice = {"prompt": "cat sat on mat " * 12, "chosen": "sat", "rejected": "mat"}
+    once = {"prompt": "cat", "chosen": "sat on mat " * 10, "rejected": "mat on sat " * 10}
+    rows, model = Dataset.from_list([twice, once] * 2), make_model("llama")
+    options = {"layout": layout, "max_length": None, "per_device_train_batch_size": 1, "shuffle_dataset": False}
+    trainer = planned(DPOTrainer, 0, model, tokenizer, tmp_path, rows, config=DPOConfig, **options)
+    each = [trainer.collate(trainer.to_examples([row])).positions for row in trainer.train_dataset]
+    assert trainer.collate(heaviest_micro_batch(trainer)).positions == max(each)
 
 
 def test_a_shorter_example_keeps_its_shape():

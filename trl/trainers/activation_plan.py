@@ -86,7 +86,6 @@ class PlansActivations(LearnsFromRows, Protocol):
     model: Any
     accelerator: Any
 
-    def size(self, item: Example) -> int: ...
     def plan(self, items: Sequence[Example], count: int) -> list[list[int]]: ...
     def collate(self, items: Sequence[Example]) -> Batch: ...
     def forward_pass(self, model: Any, batch: Batch) -> Any: ...
@@ -106,8 +105,8 @@ def heaviest_micro_batch(trainer: PlansActivations) -> list[Example]:
     """The examples of the largest micro-batch of the heaviest window."""
     window = heaviest_window(trainer)
     groups = trainer.plan(window, trainer.args.gradient_accumulation_steps)
-    heaviest = max(groups, key=lambda group: sum(trainer.size(window[i]) for i in group))
-    return [window[i] for i in heaviest]
+    examples = ([window[i] for i in group] for group in groups)
+    return max(examples, key=lambda some: trainer.collate(some).positions)
 
 
 def trained_bytes(trainer: PlansActivations) -> int:

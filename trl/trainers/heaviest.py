@@ -21,18 +21,19 @@ PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "retu
 
 
 class LearnsFromRows(Protocol):
-    """What is asked of a trainer; `algorithm` only where rows are prompts."""
+    """What is asked of a trainer; `algorithm` only where rows are prompts, `layout` of all but encoder-decoders."""
 
     args: Any
     train_dataset: Any
 
 
 def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
-    """As many of the longest rows as a step sees in one process; prompts with completions as long as they may become."""
+    """As many of the largest rows as a step sees in one process; prompts with completions as long as they may become."""
     args, rows = trainer.args, trainer.train_dataset
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = rows if isinstance(rows, Dataset) else list(rows)
-    longest = np.resize(np.argsort(-row_tokens(rows), kind="stable")[:count], count)
+    sizes = row_positions(rows, vars(trainer).get("layout", "shared"))  # encoder-decoders read a prompt once
+    longest = np.resize(np.argsort(-sizes, kind="stable")[:count], count)
     examples = [_blank(example) for i in longest.tolist() for example in decode(rows[i])]
     if examples[0].completions and max(map(len, examples[0].completions)):
         return list(map(_with_reference, examples))
@@ -43,22 +44,42 @@ def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
     return [replace(example, completions=(answer,) * min(group, count)) for example in prompts]
 
 
-def row_tokens(rows: Dataset | Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Tokens of every encoded row, all its completions or documents included."""
+def row_positions(rows: Dataset | Sequence[Mapping[str, Any]], layout: str = "shared") -> np.ndarray:
+    """Positions of every encoded row in a layout, all its completions or documents included."""
     if not isinstance(rows, Dataset):
-        return np.array([sum(example.tokens for example in decode(row)) for row in rows])
+        return np.array([sum(_example_positions(example, layout) for example in decode(row)) for row in rows])
     columns = [name for name in ("prompt_ids", "completion_ids") if name in rows.column_names] or ["input_ids"]
     tables = rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
-    return np.concatenate([sum(_tokens(table[name].combine_chunks()) for name in columns) for table in tables])
+    return np.concatenate([_table_positions(table, layout) for table in tables])
 
 
-def _tokens(lists: pa.ListArray) -> np.ndarray:
-    """How many token ids are in every list, or list of lists."""
-    if not pa.types.is_nested(lists.type.value_type):
-        return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    inner = pc.list_value_length(pc.list_flatten(lists)).to_numpy(zero_copy_only=False)
+def _example_positions(example: Example, layout: str) -> int:
+    sizes = [len(completion) for completion in example.completions] or [0]
+    return int(_positions(layout, len(example.prompt), len(sizes), sum(sizes), max(sizes)))
+
+
+def _table_positions(table: pa.Table, layout: str) -> np.ndarray:
+    """Positions of the rows of a table with prompts, and completions; or with the documents of packed rows."""
+    first, *others = (column.combine_chunks() for column in table.columns)
+    lengths = pc.fill_null(pc.list_value_length(first), 0).to_numpy(zero_copy_only=False)
+    return _positions(layout, lengths, *(_completions(others[0]) if others else (1, 0, 0)))
+
+
+def _completions(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every row: how many completions it has (at least 1), their tokens, and those of the longest."""
+    sizes = pc.list_value_length(pc.list_flatten(lists)).to_numpy(zero_copy_only=False)
     parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-    return np.bincount(parents, weights=inner, minlength=len(lists)).astype(int)
+    total, longest = np.zeros((2, len(lists)), dtype=int)
+    np.add.at(total, parents, sizes)
+    np.maximum.at(longest, parents, sizes)
+    return np.maximum(np.bincount(parents, minlength=len(lists)), 1), total, longest
+
+
+def _positions(layout: str, prompt: Any, count: Any, total: Any, longest: Any) -> Any:
+    """Positions of `count` completions with `total` tokens, of which the longest has `longest`, and of their prompt."""
+    if layout == "padded":
+        return count * (prompt + longest)
+    return (count if layout == "packed" else 1) * prompt + total
 
 
 def shortened(example: Example, share: float) -> Example:
