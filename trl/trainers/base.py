@@ -187,8 +187,9 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             with without_noise("transformers.trainer_utils"):
                 return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            is_adapter = isinstance(self._adapted(), PeftModel)
-            error.add_note(remedies(self.args, positions=self.largest_pass, is_adapter=is_adapter))
+            is_adapter, keeps = isinstance(self._adapted(), PeftModel), self.keeps_activations()
+            note = remedies(self.args, positions=self.largest_pass, is_adapter=is_adapter, keeps_activations=keeps)
+            error.add_note(note)
             raise
         finally:
             for model in (unwrap(self.model), *self._also_reading()):

@@ -123,6 +123,10 @@ class RunsLayers(StepTrainer):
             self.add_callback(ChecksFirstLayers(plan.recomputed))
         self._capture_layers(unwrap(self.model))
 
+    def keeps_activations(self) -> bool:
+        """Whether there are layers that are not checkpointed, and can be."""
+        return not all(layer.gradient_checkpointing for layer in checkpointable_layers(self.model))
+
     def _leave_layers_open(self) -> None:
         """After training with a plan: no layer is checkpointed, so that a further trainer of this model makes a plan too."""
         if self.activation_plan is not None:
