@@ -42,11 +42,11 @@ ALIASES = {
 
 OLD_NAME, NEW_NAME = "gradient_checkpointing", "activation_checkpointing"
 RENAMED_CHECKPOINTING = NEW_NAME in TrainingArguments.__dataclass_fields__
+"""Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 OTHER_NAMES = {
     f"{old}{end}": f"{new}{end}" for old, new in permutations((OLD_NAME, NEW_NAME)) for end in ("", "_kwargs")
 }
 """The other name of each option of checkpointing."""
-"""Recent `transformers` call gradient checkpointing activation checkpointing, and warn about the old name."""
 
 
 TEMPLATES = (".jinja", ".j2")
