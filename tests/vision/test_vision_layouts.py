@@ -156,7 +156,7 @@ def test_features_kept_of_images_stand_for_their_pixels(tiny_of, name):
     for layout in tiny.layouts:
         with torch.no_grad():
             read, stood_in = (score(tiny.model, lay_out(own, layout, joins=joins)).logprobs for own in (rows, kept))
-        torch.testing.assert_close(stood_in, read, rtol=0, atol=1e-6)
+        torch.testing.assert_close(stood_in, read, rtol=1e-5, atol=1e-5)
 
 
 def with_features(model, rows: list[Example]) -> list[Example]:
