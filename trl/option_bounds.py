@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl.errors import ConfigError
+from trl.option_types import declared
 
 LARGEST = 2**63 - 1
 """Integers above this fit no counter."""
@@ -120,8 +121,7 @@ def check_bounds(config: Any) -> None:
     """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take, and for text where one belongs."""
     for field in dataclasses.fields(config):
         given = getattr(config, field.name, None)
-        takes_text = any(word in str(field.type) for word in ("str", "Literal"))
-        if isinstance(given, str) and field.name in BOUNDS and not takes_text:
+        if isinstance(given, str) and field.name in BOUNDS and not _takes_text(type(config), field.name):
             raise ConfigError(f"{field.name}={given!r} is text: give a number.")
         for value in numbers_in(given):
             check_number(field.name, value)
@@ -129,6 +129,11 @@ def check_bounds(config: Any) -> None:
         weights = [*numbers_in([getattr(config, name, None) for name in names])]
         if weights and not any(weights):
             raise ConfigError(f"{' and '.join(names)}: every weight is 0, so nothing is trained. Set one above 0.")
+
+
+def _takes_text(cls: type, name: str) -> bool:
+    _, annotation = declared(cls, name)
+    return any(word in str(annotation) for word in ("str", "Literal"))
 
 
 def numbers_in(value: Any) -> Iterator[float]:

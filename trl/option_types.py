@@ -159,10 +159,14 @@ def kinds_of(cls: type) -> dict[str, OptionType]:
     return {field.name: _kind_of_field(cls, field) for field in settable(cls)}
 
 
+def declared(cls: type, name: str) -> tuple[type, Any]:
+    """The class that declares a field, and its annotation there: parsers of `transformers` write other types into `field.type`."""
+    home = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+    return home, inspect.get_annotations(home)[name]
+
+
 def _kind_of_field(cls: type, field: dataclasses.Field) -> OptionType:
-    """From the class that declares it: parsers of `transformers` write other types into `field.type`."""
-    home = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
-    annotation = inspect.get_annotations(home)[field.name]
+    home, annotation = declared(cls, field.name)
     if not isinstance(annotation, str):
         return kind_of_type(annotation)
     names = vars(sys.modules[home.__module__])
@@ -231,7 +235,8 @@ def describe_fields(cls: type) -> str:
         for name in inspect.get_annotations(base):
             if (field := fields.pop(name, None)) is not None:
                 default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
-                hint = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+                _, hint = declared(cls, name)
+                hint = hint if isinstance(hint, str) else inspect.formatannotation(hint)
                 text = joined(field.metadata.get("help") or texts.get(name, ""))
                 lines += [
                     f"{name}: {hint}{default}",

@@ -7,9 +7,10 @@ import inspect
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 import trl
-from trl.option_types import settable
+from trl.option_types import describe_fields, settable
 from trl.trainers import arguments
 
 CONFIGS = [name for name in trl.__all__ if name.endswith("Config") and name.replace("Config", "Trainer") in trl.__all__]
@@ -39,6 +40,8 @@ def test_the_documentation_of_a_configuration_lists_its_fields(name):
 
 
 def test_a_field_is_documented_by_what_stands_under_it():
+    HfArgumentParser(trl.SFTConfig)  # writes other types into the fields
+    describe_fields.cache_clear()
     lines = trl.SFTConfig.__doc__.splitlines()
     at = lines.index("max_length: int | None = 1024")
     assert (
