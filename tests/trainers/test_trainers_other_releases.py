@@ -38,6 +38,7 @@ from trl import (
     SyncRefModelCallback,
     TrlParser,
 )
+from trl.data.examples import examples_from
 from trl.errors import ConfigError, DataError
 from trl.trainers.kto import mismatched
 
@@ -150,6 +151,17 @@ def test_a_pair_whose_prompt_was_cut_is_learned_from(make_model, tmp_path):
 
 def labelled_collator():
     return DataCollatorForSeq2Seq(make_tokenizer())
+
+
+def test_what_a_collator_gives_besides_tokens_is_said_once(caplog):
+    def collate(rows):
+        return {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]]), "weight": torch.ones(1)}
+
+    to_examples = examples_from(collate)
+    for _ in range(2):
+        assert [example.completions[0].ids for example in to_examples([{"input_ids": [5, 6]}])] == [[5, 6]]
+    (record,) = caplog.records
+    assert "weight" in record.message
 
 
 @pytest.mark.parametrize("collator", [labelled_collator, DataCollatorWithFlattening])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
@@ -17,6 +18,8 @@ from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError, DataError
 from trl.types import Completion, Example
 from trl.vision.processing import ImageProcessing
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
 SHOWN = 40
@@ -56,8 +59,9 @@ def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[Example]]
 
-PLAIN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids"}
-"""What collators give of tokens; types and positions are computed again."""
+PLAIN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids", "seq_idx"}
+PLAIN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""What collators give of tokens; types, positions and where sequences begin are computed again."""
 
 
 class ImageCollator:
@@ -90,7 +94,7 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
     all of them are trained on, or raw rows: with a processor, one at a time, so that what its batch has of images belongs to that
     row."""
 
-    pads_labels = isinstance(data_collator, DataCollatorForSeq2Seq)
+    pads_labels, said = isinstance(data_collator, DataCollatorForSeq2Seq), set[str]()
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         if ENCODED & rows[0].keys():
@@ -103,9 +107,20 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
                 "The batch of data_collator has pixel_values, and processing_class reads no images: give the processor, not "
                 "its tokenizer."
             )
+        _say_unread(batch, said)
         return examples_of(batch, source="data_collator")
 
     return collate
+
+
+def _say_unread(batch: Any, said: set[str]) -> None:
+    """Warn once of what a collator's batch has besides tokens."""
+    unread = sorted(set(batch) - PLAIN - said) if isinstance(batch, Mapping) else []
+    if unread:
+        said.update(unread)
+        logger.warning(
+            f"The batch of data_collator has {', '.join(unread)}, which no model is given here: leave it out."
+        )
 
 
 def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
