@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from trl.models.checkpointing import (
-    ChecksFirstLayers,
     checkpoint_activations,
     checkpointable_layers,
     kept_for_backward,
     layers_to_recompute,
 )
+from trl.trainers.activation_plan import CheckpointFirstLayers
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_layers_that_save_nothing_come_before_some_that_do():
 def test_the_layers_after_the_first_are_not_checkpointed(make_model):
     model = make_model("llama", num_hidden_layers=3)
     checkpoint_activations(model)
-    ChecksFirstLayers(2).on_train_begin(None, None, None, model=model)
+    CheckpointFirstLayers(2).on_train_begin(None, None, None, model=model)
     assert [layer.gradient_checkpointing for layer in checkpointable_layers(model)] == [True, True, False]
     assert checkpointable_layers(model) == list(model.model.layers)

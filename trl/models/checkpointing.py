@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -79,6 +78,7 @@ def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor], layers: S
 
 
 def _leave(running: list[int]) -> None:
+    """Gives nothing, as what a hook gives would take the place of the layer's output."""
     running.pop()
 
 
@@ -94,14 +94,3 @@ def _telling(layers: Sequence[nn.Module], running: list[int]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class ChecksFirstLayers(TrainerCallback):
-    """Leaves the first `count` layers checkpointed, of all that `transformers` has before training begins."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        for layer in checkpointable_layers(model)[self.count :]:
-            layer.gradient_checkpointing = False

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainerCallback
 
 from trl.counts import counted, size_of
 from trl.models.checkpointing import checkpointable_layers, kept_for_backward, layers_to_recompute
@@ -78,6 +78,17 @@ class ActivationPlan:
             f"Activations are {self.what} (gradient_checkpointing): with all of them a step takes {size_of(self.needed)} "
             f"besides the weights, and {size_of(self.free)} are free."
         )
+
+
+class CheckpointFirstLayers(TrainerCallback):
+    """Leaves the first `count` layers checkpointed, of all that `transformers` has before training begins."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        for layer in checkpointable_layers(model)[self.count :]:
+            layer.gradient_checkpointing = False
 
 
 class PlansActivations(LearnsFromRows, Protocol):

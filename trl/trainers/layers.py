@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from trl.errors import ConfigError
-from trl.models.checkpointing import ChecksFirstLayers, checkpointable_layers
+from trl.models.checkpointing import checkpointable_layers
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.fused_adapters import fuse_adapters
@@ -22,7 +22,7 @@ from trl.models.score import score, unwrap, without_wrapper
 from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.varlen import VARLEN
 from trl.ops.logprobs import has_triton
-from trl.trainers.activation_plan import ActivationPlan, free_bytes, plan_activations
+from trl.trainers.activation_plan import ActivationPlan, CheckpointFirstLayers, free_bytes, plan_activations
 from trl.trainers.config import TrainerConfig
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch
@@ -120,7 +120,7 @@ class RunsLayers(StepTrainer):
         self.activation_plan = plan
         self.args.recompute(activations=plan.recomputed > 0)
         if 0 < plan.recomputed < plan.layers:
-            self.add_callback(ChecksFirstLayers(plan.recomputed))
+            self.add_callback(CheckpointFirstLayers(plan.recomputed))
         self._capture_layers(unwrap(self.model))
 
     def keeps_activations(self) -> bool:
