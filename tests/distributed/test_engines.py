@@ -25,13 +25,13 @@ LORA = tuple(f"{name}+lora" for name in FULL)
 OTHERS = ("early", "shared", "uneven", "few", "rloo", "reinforce", "online_dpo", "critic")
 """A reference computed beforehand, or that shares layers, or moves; too few rows, or prompts; value models, and epochs cut short."""
 CASES = {
-    "ddp": (*FULL, "grpo+lora", "uneven", "bf16"),
+    "ddp": (*FULL, "grpo+lora", "uneven", "bf16", "graphs"),
     "fsdp2": ("sft", "grpo", "step", "dpo+lora", "few"),
     "zero3": ("sft", "grpo", "ppo", "dpo+lora", "uneven"),
 }
 if os.environ.get("TRL_TEST_LONG"):
     CASES = {
-        "ddp": (*FULL, *LORA, "bco", "early", "shared", "uneven", "t5", "bf16"),
+        "ddp": (*FULL, *LORA, "bco", "early", "shared", "uneven", "t5", "bf16", "graphs"),
         "fsdp2": (*FULL, *LORA, *OTHERS, "t5"),
         "zero1": ("sft", "grpo", "step"),
         "zero2": (*FULL, "step+lora", "shared", "critic"),

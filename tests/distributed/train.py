@@ -9,8 +9,10 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -19,6 +21,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.conftest import MODELS, WIDTHS, make_tokenizer
+from tests.models.test_models_graphs import Recorder
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.algorithms.rloo import ReinforcePlusPlus
 from trl.models.value_heads.auto_models import with_value_head
@@ -127,6 +130,12 @@ CASES: dict[str, tuple] = {
     ),
     "grpo": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1}),
     "bf16": (GRPOTrainer, language_model, ONLINE, {**PAIRS, "beta": 0.1, "bf16": True, "use_cpu": True}),
+    "graphs": (
+        SFTTrainer,
+        tied,
+        {"train_dataset": Dataset.from_dict({"text": TEXTS})},
+        {"gradient_accumulation_steps": BATCH // WORLD, "bf16": True, "use_cpu": True},
+    ),
     "few": (  # prompts: the second process evaluates two and then none, after one step
         GRPOTrainer,
         language_model,
@@ -179,14 +188,30 @@ def adapter(lora: bool) -> dict:
     return {"peft_config": LoraConfig(r=4, lora_dropout=0.0)} if lora else {}
 
 
+@contextmanager
+def replaying() -> Iterator[None]:
+    """Within it, layers of several processes are replayed on CPUs as they would be on CUDA; those of one process run."""
+    recorder = Recorder()
+    instead = {"_is_on_cuda": lambda self: True, "_fuses": lambda self: False, "captures_unasked": WORLD > 1}
+    with (
+        patch.multiple(BaseTrainer, **instead),
+        patch("trl.models.layouts.has_varlen", lambda model: True),
+        patch("torch.cuda.is_bf16_supported", lambda: True),
+        patch("trl.models.graphs.cuda_graph", recorder),
+    ):
+        yield
+    assert (recorder.replays > STEPS) == (WORLD > 1)
+
+
 def trained(folder: Path, name: str, lora: bool) -> dict:
     """Losses, metrics and samples of a case, and its model saved."""
     trainer_class, make_model, arguments, extra = CASES[name]
     model = make_model()
     args = trainer_class.config_class(**options(folder, extra))
     given = {**arguments, "eval_dataset": arguments["train_dataset"], **adapter(lora)}
-    trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
-    trainer.train()
+    with replaying() if name == "graphs" else nullcontext():
+        trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
+        trainer.train()
     trainer.save_model(str(folder / "model"))
     trainer.evaluate()
     return logged(trainer) | ({"sampled": sampled(trainer)} if isinstance(trainer, OnlineTrainer) else {})

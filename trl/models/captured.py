@@ -84,7 +84,7 @@ class Captured:
             self.replay_forward()
             return self.hidden.clone()
         self.gradients.attach(self.learned)
-        return Replayed.apply(self, self.anchor)
+        return Replayed.apply(self, self.anchor, *(self.learned if torch.distributed.is_initialized() else ()))
 
     @property
     def is_busy(self) -> bool:
@@ -134,16 +134,21 @@ class Pending:
 
 
 class Replayed(torch.autograd.Function):
-    """Hidden states `[B,T,H]` of a replay; backward replays too, and adds to the gradients of weights by itself."""
+    """Hidden states `[B,T,H]` of a replay; backward replays too, and adds to the gradients of weights by itself.
+
+    Among several processes the weights are arguments, whose gradients from here are None: autograd comes by their places
+    once the replay has run, and DDP, which waits there, exchanges what was added. (In one process a tied head's gradient
+    is added at once, and not kept until then.)
+    """
 
     @staticmethod
-    def forward(ctx: Any, captured: Captured, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, captured: Captured, anchor: Tensor, *weights: Tensor) -> Tensor:
         ctx.captured, ctx.pending = captured, captured.pending()
         captured.replay_forward()
         return captured.hidden.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         captured: Captured = ctx.captured
         if ctx.pending is None:
             raise RuntimeError(
@@ -154,7 +159,7 @@ class Replayed(torch.autograd.Function):
         captured.grad.copy_(grad)
         captured.replay_backward()
         ctx.pending = None
-        return None, None
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class Gradients:

@@ -69,7 +69,7 @@ class RunsLayers(StepTrainer):
         recomputes = args.gradient_checkpointing and (self.activation_plan is not None or not self.plans_activations())
         reasons = {
             "a device other than CUDA": not self._is_on_cuda(),
-            "several processes": self.accelerator.num_processes > 1 or self.is_sharded,
+            "FSDP and DeepSpeed": self.is_sharded,
             "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
             "the load-balancing loss of experts": self.term is not None,
