@@ -122,3 +122,34 @@ def test_one_mask_for_each_kind_of_layer():
     assert other_layers(Qwen3Config(**WIDTHS, layer_types=["linear_attention", "full_attention"])) == [
         "linear_attention"
     ]
+
+
+# ---- blocks of flex attention ----
+
+
+@pytest.mark.parametrize("window", [None, 1, 130, 400])
+def test_blocks_of_flex_attention_are_those_of_the_mask(window):
+    """One row of prompts with no, one and several completions; blocks of 128 that are seen in part, and wholly."""
+    trees = ((0, [140]), (300, [5, 290, 150]), (1, [1]), (128, [128, 256]), (513, [60]))
+    examples = [Example([1] * prompt, tuple(Completion([2] * n) for n in answers)) for prompt, answers in trees]
+    segments = lay_out(examples, "shared", capacity=10_000).segments
+    mask = segment_mask(segments, window)
+    found = attention.SEGMENT_ATTENTION["flex_attention"](segments, window, None, torch.float32)
+    length = mask.shape[-1]
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    assert torch.equal(found.mask_mod(torch.tensor(0), torch.tensor(0), i, j), mask[0, 0])
+    blocks = torch.nn.functional.pad(mask[0, 0], (0, -length % 128) * 2).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    some, whole = blocks.any(3).any(1), blocks.all(3).all(1)
+    assert whole.any() == (window in (None, 400))
+    assert not some.all()
+    assert torch.equal(listed(found.kv_num_blocks, found.kv_indices), some & ~whole)
+    assert torch.equal(listed(found.full_kv_num_blocks, found.full_kv_indices), whole)
+    assert torch.equal(listed(found.q_num_blocks, found.q_indices).T, some & ~whole)
+
+
+def listed(counts, indices):
+    """`[Q,K]`: which blocks are among the first `counts` of `indices`."""
+    found = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for row, (count, order) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)):
+        found[row, order[:count]] = True
+    return found

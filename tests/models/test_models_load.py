@@ -148,8 +148,9 @@ def test_attention_that_nobody_knows_or_that_needs_a_gpu_is_refused(monkeypatch)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"'spda' is unknown. Did you mean 'sdpa'"):
         load_model("./no-such-model", attn_implementation="spda")
-    with pytest.raises(ConfigError, match="'flash_attention_2' computes on GPUs"):
-        load_model("./no-such-model", attn_implementation="flash_attention_2")
+    for name in ("flash_attention_2", "flex_attention"):
+        with pytest.raises(ConfigError, match=f"{name!r} needs a GPU"):
+            load_model("./no-such-model", attn_implementation=name)
 
 
 # ---- names that nothing stands for ----

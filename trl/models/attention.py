@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import and_masks, create_block_mask, or_masks
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, or_masks
 from transformers import PreTrainedConfig
 
+from trl.models.block_masks import block_mask
 from trl.types import PerToken, Segments
 from trl.vision.families import family_of
 
@@ -50,7 +51,7 @@ def _eager(segments: Segments, window: int | None, blocks: Tensor | None, dtype:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _flex(segments: Segments, window: int | None, blocks: Tensor | None, dtype: torch.dtype):
+def _flex(segments: Segments, window: int | None, blocks: Tensor | None, dtype: torch.dtype) -> BlockMask:
     sequence, branch, offset = segments.sequence, segments.branch, segments.offset
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -65,6 +66,8 @@ def _flex(segments: Segments, window: int | None, blocks: Tensor | None, dtype: 
 
     function = sees if blocks is None else or_masks(sees, in_block)
     function = function if window is None else and_masks(function, near)
+    if blocks is None:
+        return block_mask(segments, window, function)
     rows, length = sequence.shape
     return create_block_mask(function, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=sequence.device)
 

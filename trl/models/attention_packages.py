@@ -18,6 +18,8 @@ INSTALL = {
 }
 """The package of each, and how to get it."""
 
+ON_GPUS = frozenset({*INSTALL, "flex_attention"})
+"""What has no backward pass elsewhere."""
 KERNELS = "kernels"
 ELSEWHERE = ("torch-npu", KERNELS)
 """Packages with which `transformers` has flash attention without a package of its own."""
@@ -54,10 +56,10 @@ def check_attention(asked: str | Mapping[str, str] | None) -> None:
             raise ConfigError(
                 f"attn_implementation={name!r} is unknown.{suggest(name, known)} Known: {', '.join(plain)}."
             )
-        if name in INSTALL and not torch.accelerator.is_available():
+        if name in ON_GPUS and not torch.accelerator.is_available():
             raise ConfigError(
-                f"attn_implementation={name!r} computes on GPUs, and there is none here: leave attn_implementation out, for "
-                "torch's own attention (sdpa)."
+                f"attn_implementation={name!r} needs a GPU, and there is none here: leave attn_implementation out, for torch's "
+                "own attention (sdpa)."
             )
 
 
