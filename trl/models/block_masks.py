@@ -61,7 +61,8 @@ def visible_runs(segments: Segments, window: int | None) -> list[tuple[Tensor, T
     prompt_end = text + torch.where(in_branch, segments.offset - (here - branch), 0)
     if window is None:
         return [(text, prompt_end), (branch, here + 1)]
-    earliest = text + segments.offset - window + 1  # in the prompt: its positions are counted from where the text begins
+    # In the prompt, whose positions are counted from where the text begins.
+    earliest = text + segments.offset - window + 1
     return [(torch.maximum(text, earliest), prompt_end), (torch.maximum(branch, here - window + 1), here + 1)]
 
 
