@@ -4,6 +4,8 @@
     python benchmarks/head.py --device cpu --tokens 512 --vocabulary 32000 --width 256 --dtype float32
 
 ours        `trl.ops.logprobs.logprobs_from_linear`: on CUDA its kernels
+ours-2^P    the same kernels with tiles of 2^P logits, for each P of `--tiles`: small ones stay in the device's cache, and
+            are more launches
 ours-torch  the same without kernels
 plain       all logits at once, by autograd
 products    the three matrix products that no way can do without: the floor
@@ -42,6 +44,17 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
     found = logprobs_from_linear(hidden, weight, None, target, want=frozenset({"entropy"}))
     return found["logprobs"], found["entropy"]
+
+
+def ours_in_tiles(power: int) -> Way:
+    """Ours on CUDA with tiles of 2^power logits, in backward too."""
+    from trl.ops import triton_head
+
+    def way(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        triton_head.TILE_ELEMENTS = 2**power
+        return ours(hidden, weight, target)
+
+    return way
 
 
 def ours_torch(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,12 +138,12 @@ class Problem:
         return (logprobs[:CHECKED].double() - exact).abs().max().item()
 
 
-def measure(problem: Problem, ways: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(problem: Problem, ways: dict[str, Way], rounds: int) -> dict[str, dict[str, Any]]:
     """Milliseconds, memory and error by way; the first call of each, which compiles, is not counted."""
     result: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {"products": problem.products}
-    for name in ways:
-        calls[name] = lambda way=WAYS[name]: problem.call(way)
+    for name, way in ways.items():
+        calls[name] = lambda way=way: problem.call(way)
         try:
             error = problem.error(calls[name]())
             result[name] = {"error": error, "peak_mib": problem.peak_mib(calls[name])}
@@ -154,10 +167,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--ways", default="ours,ours-torch,plain")
+    parser.add_argument("--tiles", default="", help="logarithms of sizes of tiles to try besides: 22,23,24,26")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL; without it TRL is left out")
     parser.add_argument("--out", type=Path, default=Path("head.json"))
     return parser.parse_args()
+
+
+def asked(arguments: argparse.Namespace) -> dict[str, Way]:
+    """The ways to measure. Those of several sizes of tiles each set their own, which stays: ours goes by the default's."""
+    ways = {name: WAYS[name] for name in arguments.ways.split(",")}
+    if not arguments.tiles:
+        return ways
+    from trl.ops import triton_head
+
+    default = triton_head.TILE_ELEMENTS.bit_length() - 1
+    powers = {f"ours-2^{power}": int(power) for power in arguments.tiles.split(",")}
+    return {**ways, "ours": ours_in_tiles(default), **{name: ours_in_tiles(power) for name, power in powers.items()}}
 
 
 def by_trl(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, Any]]:
@@ -178,10 +204,11 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     settings = {name: getattr(arguments, name) for name in ("vocabulary", "width", "dtype", "rounds")}
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "settings": settings, "tokens": {}}
+    ways = asked(arguments)
     for tokens in map(int, arguments.tokens.split(",")):
         dtype = getattr(torch, arguments.dtype)
         problem = Problem(tokens, arguments.vocabulary, arguments.width, dtype, device)
-        found = measure(problem, arguments.ways.split(","), arguments.rounds)
+        found = measure(problem, ways, arguments.rounds)
         del problem
         if arguments.trl_python:
             found |= by_trl(arguments, tokens)
