@@ -43,6 +43,9 @@ def annotated(text: str) -> OptionType:
         ("Pace", Pace, PACE),
         ("Pace | str", Pace | str, PACE),
         ("list", list, OptionType(item=OptionType(("any",)))),
+        ("Pace | list[str] | str", Pace | list[str] | str, OptionType(choices=("slow", "fast"), item=PACE)),
+        ("float | list[float] | str", float | list[float] | str, OptionType(("float",), item=OptionType(("float",)))),
+        ("str | list[str] | None", str | list[str] | None, OptionType(("str", "none"), item=OptionType(("str",)))),
     ],
 )
 def test_annotation_and_live_type_mean_the_same(text, live, kind):

@@ -6,14 +6,13 @@ bound is an error; one outside of what is usual is a warning that says what is.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from trl.errors import ConfigError
-from trl.option_types import declared
+from trl.option_types import kinds_of
 
 LARGEST = 2**63 - 1
 """Integers above this fit no counter."""
@@ -119,21 +118,17 @@ WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesir
 
 def check_bounds(config: Any) -> None:
     """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take, and for text where one belongs."""
-    for field in dataclasses.fields(config):
-        given = getattr(config, field.name, None)
-        if isinstance(given, str) and field.name in BOUNDS and not _takes_text(type(config), field.name):
-            raise ConfigError(f"{field.name}={given!r} is text: give a number.")
+    for name, kind in kinds_of(type(config)).items():
+        given = getattr(config, name, None)
+        numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
+        if numeric and not kind.choices and any(isinstance(misfit, str) for misfit in kind.invalid_items(given)):
+            raise ConfigError(f"{name}={given!r} is text: give {kind}.")
         for value in numbers_in(given):
-            check_number(field.name, value)
+            check_number(name, value)
     for names in WEIGHTS:
         weights = [*numbers_in([getattr(config, name, None) for name in names])]
         if weights and not any(weights):
             raise ConfigError(f"{' and '.join(names)}: every weight is 0, so nothing is trained. Set one above 0.")
-
-
-def _takes_text(cls: type, name: str) -> bool:
-    _, annotation = declared(cls, name)
-    return any(word in str(annotation) for word in ("str", "Literal"))
 
 
 def numbers_in(value: Any) -> Iterator[float]:

@@ -141,11 +141,17 @@ def kind_of_type(annotation: Any) -> OptionType:
 
 
 def _union(kinds: Sequence[OptionType]) -> OptionType:
-    """Any of `kinds`. `SomeEnum | str` means the texts of the enumeration, and not any text."""
+    """Any of `kinds`. A `str` beside the texts of an enumeration, or beside numbers and lists of them, is no text of its own:
+    `HfArgumentParser` takes no union of other types without one, and reads lists of any `str`."""
     merged = kinds[0]
     for kind in kinds[1:]:
         merged = merged | kind
-    if any(isinstance(choice, str) for choice in merged.choices):
+    item = merged.item
+    texts = any(isinstance(choice, str) for choice in merged.choices)
+    if texts and item == OptionType(("str",)):
+        merged = replace(merged, item=OptionType(choices=merged.choices))
+    numbers = item is not None and item.scalars and "str" not in item.scalars and {*item.scalars} <= {*merged.scalars}
+    if texts or numbers:
         merged = replace(merged, scalars=tuple(name for name in merged.scalars if name != "str"))
     return merged
 

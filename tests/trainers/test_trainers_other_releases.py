@@ -15,22 +15,22 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForSequenceClassification,
+    TrainingArguments,
 )
 
+import trl
 from tests.conftest import WIDTHS, make_tokenizer
 from tests.trainers.online_support import letters, prompts
 from trl import (
     CPOConfig,
     DPOConfig,
     DPOTrainer,
-    GRPOConfig,
     GRPOTrainer,
-    KTOConfig,
     KTOTrainer,
     ModelConfig,
+    OnlineDPOConfig,
     PPOConfig,
     PPOTrainer,
-    RewardConfig,
     RewardTrainer,
     ScriptArguments,
     SFTConfig,
@@ -38,6 +38,8 @@ from trl import (
     SyncRefModelCallback,
     TrlParser,
 )
+from trl.cli.fields import options_in_source
+from trl.cli.parser import OptionParser
 from trl.data.examples import examples_from
 from trl.errors import ConfigError, DataError
 from trl.trainers.kto import mismatched
@@ -222,12 +224,49 @@ def test_methods_that_nothing_calls_are_refused(trainer, name):
 # ---- options ----
 
 
-@pytest.mark.parametrize("config", [SFTConfig, DPOConfig, KTOConfig, RewardConfig, GRPOConfig, PPOConfig, CPOConfig])
+CONFIGS = [getattr(trl, name) for name in trl.__all__ if name.endswith(("Config", "Arguments"))]
+
+
+@pytest.mark.parametrize(
+    "config", [each for each in CONFIGS if each is not trl.DatasetConfig]
+)  # one entry of a mixture
+def test_three_parsers_read_a_configuration_alike(tmp_path, config):
+    words = ["--seed", "7"] if "seed" in config.__dataclass_fields__ else []
+    if issubclass(config, TrainingArguments):
+        words += ["--output_dir", str(tmp_path), "--report_to", "none", "--learning_rate", "1e-5"]
+    (made,) = HfArgumentParser(config).parse_args_into_dataclasses(words)
+    assert made == TrlParser(config).parse_args_and_config(words)[0]
+    assert made == OptionParser(options_in_source(f"{config.__module__}:{config.__name__}")).parse(words).arguments_for(
+        config
+    )
+
+
+@pytest.mark.parametrize("config", [each for each in CONFIGS if issubclass(each, TrainingArguments)])
 def test_a_parser_of_transformers_reads_a_script_and_its_model(tmp_path, config):
     words = ["--output_dir", str(tmp_path), "--report_to", "none", "--dataset_name", "imdb", "--lora_r", "3"]
     parser = HfArgumentParser((ScriptArguments, config, ModelConfig))
     script, training, model = parser.parse_args_into_dataclasses(words)
     assert (script.dataset_name, training.output_dir, model.lora_r) == ("imdb", str(tmp_path), 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "words", "values"),
+    [
+        (OnlineDPOConfig, "beta", ["0.2", "0.1"], [0.2, 0.1]),
+        (OnlineDPOConfig, "beta", ["0.2"], [0.2]),
+        (DPOConfig, "loss_type", ["ipo", "sft"], ["ipo", "sft"]),
+    ],
+)
+def test_a_parser_of_transformers_reads_one_or_several(tmp_path, config, option, words, values):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", f"--{option}", *words]
+    (made,) = HfArgumentParser(config).parse_args_into_dataclasses(words)
+    assert getattr(made, option) == values
+
+
+@pytest.mark.parametrize("beta", ["0.1", [0.1, "0.2"], []])
+def test_a_beta_is_a_number_or_several(tmp_path, beta):
+    with pytest.raises(ConfigError, match=r"beta.*is (text|an empty list): give a"):
+        OnlineDPOConfig(output_dir=str(tmp_path), report_to=[], beta=beta)
 
 
 def test_a_script_for_ppo_has_options_of_its_own(tmp_path):

@@ -78,7 +78,7 @@ def test_older_and_standard_names():
         ({"batch_size": 8, "mini_batch_size": 3}, "batch_size=8 must be a multiple of .* = 3 × 1 = 3"),
         ({"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 4}, "4 × 4 = 16"),
         ({"batch_size": 0}, "batch_size=0: give 1 or more"),
-        ({"batch_size": "4"}, "batch_size='4' is text: give a number"),
+        ({"batch_size": "4"}, "batch_size='4' is text: give an int"),
         ({"kl_penalty": "ful"}, "Unknown kl_penalty 'ful'. Did you mean 'full'"),
         ({"use_score_norm": True}, "set use_score_scaling=True as well"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, 'needs a "repo_id"'),

@@ -8,7 +8,7 @@ DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from trl.types import Batch, Metrics, Scores
 class DPOConfig(DPOOptions, PreferenceConfig):
     """Options of `DPOTrainer`."""
 
-    loss_type: list[DPOLoss] | DPOLoss | str = "sigmoid"  # str is there for HfArgumentParser, which wants it
+    loss_type: DPOLoss | list[str] | str = field(default_factory=lambda: "sigmoid")  # as HfArgumentParser reads several
     """One loss or several, which are summed: "sigmoid" is that of the paper; see `trl.algorithms.dpo` for the others."""
 
     def __post_init__(self) -> None:

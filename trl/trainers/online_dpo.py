@@ -8,7 +8,7 @@ OnlineDPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=short, train_d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -48,7 +48,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     temperature: float = 0.9
 
-    beta: float | list[float] = 0.1
+    beta: float | list[float] | str = field(default_factory=lambda: 0.1)  # as HfArgumentParser reads several
     """β: strength of the KL regularisation towards the reference policy. Several: one for each epoch, the last for those
     that follow."""
 
@@ -67,6 +67,8 @@ class OnlineDPOConfig(OnlineConfig):
         super().__post_init__()
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a pair needs at least 2 completions.")
+        if self.beta == []:
+            raise ConfigError("beta is an empty list: give a number, or one for each epoch.")
         self.make_algorithm()
 
     def make_algorithm(self) -> OnlineDPO:
