@@ -4,12 +4,13 @@ from trl.trainer.utils import DataCollatorForCompletionOnlyLM       # found: the
 from trl.experimental.cpo import CPOTrainer                         # found
 from trl import BestOfNSampler                                      # ImportError: … what to do
 class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigError: never called; what to do
+class Mine(DPOTrainer): def _get_num_items_in_batch(…)              # ConfigError, too: a method of `transformers.Trainer`
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -182,8 +183,21 @@ HOOKS = {name: advice for advice, names in _HOOKS.items() for name in names.spli
 HOOKS |= {
     "_calculate_rewards": "Give `reward_funcs`.",
     "_generate_and_score_completions": f"{SAMPLES} Advantages are computed by an algorithm: see examples/own_algorithm.py.",
+    "_get_num_items_in_batch": "What a loss weighs comes from `weights(batch)`: override that.",
+    "_prepare_input": "What a batch holds is made by `collate(items)`: override that.",
+    "_set_signature_columns_if_needed": ROWS,
+    "_tune_save_checkpoint": f"{SWEEP[0].upper()}{SWEEP[1:]}",
+    "call_model_init": f"{SWEEP[0].upper()}{SWEEP[1:]}",
+    "create_optimizer_and_scheduler": "Override `create_optimizer` or `create_scheduler`, or give `optimizers`.",
 }
-"""Methods of trainers that other releases call and this one does not, and what to override or give instead."""
+"""Methods that trainers of other releases, or `transformers.Trainer`, call and those of this one do not, and what to override or
+give instead. What a trainer leaves out besides is in its `uncalled`."""
+SAMPLER = {
+    "_get_train_sampler": (
+        "Prompts are taken in a random order, or as they come with shuffle_dataset=False: order the rows of the dataset."
+    )
+}
+"""As `HOOKS`, of trainers that sample what they learn from."""
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
@@ -198,12 +212,12 @@ def remedy(name: str, known: Iterable[str]) -> str:
     return f" {remedies[name][0].upper()}{remedies[name][1:]}"
 
 
-def reject_unused_overrides(cls: type) -> None:
-    """Raises ConfigError for a trainer with a method that nothing would call."""
-    for name in sorted(HOOKS.keys() & set(dir(cls))):
-        raise ConfigError(
-            f"{cls.__name__}.{name} would never be called: it is of another release of TRL. {HOOKS[name]}"
-        )
+def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
+    """Raises ConfigError for a trainer with a method of its own that nothing would call: one of `HOOKS` or `hooks`."""
+    for name, advice in sorted((HOOKS | {**hooks}).items()):
+        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+        if owner is not None and not owner.__module__.startswith(("transformers.", "trl.")):
+            raise ConfigError(f"{cls.__name__}.{name} would never be called by this release of TRL. {advice}")
 
 
 class LegacyImportFinder(MetaPathFinder, Loader):

@@ -33,7 +33,6 @@ from transformers.utils import is_in_notebook
 
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.report import ReportCallback
-from trl.compat import reject_unused_overrides
 from trl.data.conventions import in_known_columns
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows, without_format
 from trl.data.examples import (
@@ -115,10 +114,6 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        reject_unused_overrides(cls)
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
+from trl.compat import SAMPLER
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, EngineError
 from trl.models.reference import FrozenModel, Reference
@@ -87,14 +88,7 @@ class OnlineTrainer(BaseTrainer):
     multiple_completions = True
     captures_unasked = False  # graphs would hold memory that samples need
     sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls._get_train_sampler is not BaseTrainer._get_train_sampler:
-            raise ConfigError(
-                f"{cls.__name__}._get_train_sampler would never be called: prompts are taken in a random order, or as they come "
-                "with shuffle_dataset=False. Order the rows of the dataset."
-            )
+    uncalled = SAMPLER
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import IterableDataset
 from peft import PeftModel
@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl.compat import reject_unused_overrides
 from trl.data.examples import Endless
 from trl.models.files import follow_umask
 from trl.models.reference import Reference
@@ -54,6 +55,13 @@ from trl.training.streams import steady_streams
 
 class ResumableTrainer(Trainer):
     """Writes complete checkpoints, and restores all that is in them."""
+
+    uncalled: ClassVar[Mapping[str, str]] = {}
+    """Methods of `transformers.Trainer` that trainers of this class do not call, and what to do instead of overriding them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        reject_unused_overrides(cls, cls.uncalled)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -67,6 +67,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     item_class: ClassVar[type]
     """What is learned from, where it is sampled: a step of denoising, a picture."""
     buffer: RolloutBuffer | None = None
+    uncalled: ClassVar[dict[str, str]] = {"_issue_warnings_after_load": "Override `_load_from_checkpoint`."}
 
     def __init__(
         self,

@@ -85,6 +85,8 @@ class DDPOArguments(DiffusionDDPOConfig):
 class ClassicTrainer(DiffusionTrainer):
     """What the trainers of the classic interface share: their arguments, `train`, the tracker, and how they save."""
 
+    uncalled = DiffusionTrainer.uncalled | {"_get_train_sampler": "Prompts come from `prompt_function`."}
+
     def take_arguments(
         self,
         config: ClassicConfig,

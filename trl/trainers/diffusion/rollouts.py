@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.algorithms.advantages import combine_rewards, group_std
+from trl.compat import SAMPLER
 from trl.data.examples import columns_of
 from trl.diffusion.rollouts import IN_TRAINING, PictureRollouts, Row, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
@@ -41,6 +42,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     config_class = DiffusionRolloutConfig
     item_class = Transition
+    uncalled = DiffusionTrainer.uncalled | SAMPLER
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
