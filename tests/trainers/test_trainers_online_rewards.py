@@ -107,6 +107,7 @@ def test_reward_models_by_name_and_as_objects(make_model, tmp_path, classifier):
         engine=Table(),
     )
     trainer.train()
+    assert trainer.reward_funcs[1] is model
     log = trainer.state.log_history[0]
     assert log["rewards/judge/mean"] == pytest.approx(log["rewards/judge_2/mean"])
     assert log["rewards/judge/std"] > 0

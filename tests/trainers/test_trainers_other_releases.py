@@ -211,6 +211,18 @@ def test_an_online_trainer_has_its_reference(make_model, tmp_path):
     assert run.ref_model is run.reference.model
 
 
+def test_options_and_rewards_are_read_from_an_online_trainer(make_model, tmp_path):
+    run = grpo(make_model("llama"), tmp_path, beta=0.1, temperature=0.7)
+    assert (run.beta, run.temperature, run.num_generations, run.num_generations_eval) == (0.1, 0.7, 2, 2)
+    assert (run.reward_funcs, run.reward_func_names) == ([letters], ["letters"])
+    assert run.reward_weights.tolist() == [1.0]
+    with pytest.raises(ConfigError, match=r"GRPOTrainer\.beta cannot be set.* Give beta=0\.2 to GRPOConfig"):
+        run.beta = 0.2
+    assert not hasattr(
+        made(trl.PPOTrainer, make_model("llama"), prompts(), tmp_path, given={"reward_funcs": letters}), "beta"
+    )
+
+
 # ---- options ----
 
 

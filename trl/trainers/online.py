@@ -50,6 +50,7 @@ from trl.rollouts.experience import (
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.prompts import Prompts
 from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
+from trl.trainers.attributes import OnlineAttributes
 from trl.trainers.base import BaseTrainer
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
@@ -66,7 +67,7 @@ RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 """`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
 
 
-class OnlineTrainer(BaseTrainer):
+class OnlineTrainer(OnlineAttributes, BaseTrainer):
     """Sample, reward, learn.
 
     reward_funcs                one or several of: a function `(prompts, completions, **columns) -> rewards`, async or
@@ -459,7 +460,7 @@ class OnlineTrainer(BaseTrainer):
     ) -> tuple[None, None, None]:
         """Sample completions of a batch of prompts, and count their rewards and loss."""
         rows = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
-        n = self.args.num_generations_eval or self.args.num_generations
+        n = self.num_generations_eval
         self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sampler.groups(rows, n, "eval") or [self._empty_group(inputs[0], n)]
         examples, experience = self.compute_advantages(groups, "eval")

@@ -141,10 +141,14 @@ class OnlineDPOTrainer(OnlineTrainer):
     def _given_rewards(self, reward_funcs: Any) -> Any:
         return self.args.reward_model_path if reward_funcs is None else reward_funcs
 
+    @property
+    def beta(self) -> float:
+        """β of the current epoch."""
+        return self.args.beta_in(self.state.epoch or 0)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
         if isinstance(self.args.beta, list):
-            beta = self.args.beta_in(self.state.epoch or 0)
-            self.algorithm = replace(self.algorithm, dpo=replace(self.algorithm.dpo, beta=beta))
+            self.algorithm = replace(self.algorithm, dpo=replace(self.algorithm.dpo, beta=self.beta))
         return super().get_batch_samples(*args, **kwargs)
 
     def minibatches(
