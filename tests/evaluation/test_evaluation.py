@@ -96,6 +96,20 @@ def test_a_server_judges_texts_and_not_places(server):
     assert ServerJudge(server(lambda question: "A"), "m")(["p"], ["x"], ["y"]) == [0.5]
 
 
+def test_a_server_reads_who_said_what(server):
+    asked = []
+    judge = ServerJudge(server(lambda question: asked.append(question) or "A"), "m")
+    call = {"function": {"name": "look", "arguments": {"at": "sky"}}}
+    prompt = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]},
+        {"role": "assistant", "tool_calls": [call]},
+    ]
+    judge([prompt], [[{"role": "assistant", "content": "So."}]], ["No."])
+    request = 'system: Be kind.\nuser: [image]Why?\nassistant: {"tool_calls": [' + json.dumps(call) + "]}"
+    assert f"[Request]\n{request}\n\n[Answer A]\nSo.\n\n[Answer B]\nNo." in asked[0]
+
+
 def test_a_server_that_does_not_judge(server):
     with pytest.raises(ConfigError, match="answered 'Both are fine' and not A or B"):
         ServerJudge(server(lambda question: "Both are fine"), "m")(["p"], ["x"], ["y"])

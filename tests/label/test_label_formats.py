@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -40,6 +41,10 @@ def test_rings_of_two_are_one_pair():
             "row 1 has images",
         ),
         ("compare", [{"prompt": "p", "completion": "a"}], "no prompt with two different completions"),
+        ("rate", [{"prompt": "p", "completions": "ab"}], "row 1: completions='ab': give a list"),
+        ("rate", [{"prompt": "p", "completions": []}], "row 1: completions=..: give a list"),
+        ("rate", [{"prompt": [{"content": "p"}], "completion": "a"}], "row 1: expected a text or a list of messages"),
+        ("rate", [{"prompt": [{"role": "user"}], "completion": "a"}], "row 1: expected a text or a list of messages"),
     ],
 )
 def test_rows_that_cannot_be_asked_about(task, rows, message):
@@ -69,6 +74,53 @@ def test_a_file_that_is_not_there(tmp_path):
         read_rows(tmp_path / "ratings.jsonl")
 
 
+ROW = {"prompt": "p", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", json.dumps(ROW), r"a\.json holds .*give a list of rows"),
+        ("a.json", json.dumps({"data": [ROW]}), r"a\.json holds .*give a list of rows"),
+        ("a.json", "5", r"a\.json holds 5: give a list of rows"),
+        ("a.json", json.dumps([ROW, 3]), r"a\.json, row 2: expected an object .*found 3"),
+        ("a.json", '[{"prompt": "p", "completion": "\\ud83d"}]', r"a\.json holds half of a character"),
+        ("a.jsonl", '["a"]', r"a\.jsonl, row 1: expected an object"),
+        ("a.jsonl", '{"prompt": "p"', r"a\.jsonl, line 1, column 15"),
+        ("a.jsonl", b'{"prompt": "\xe9"}', r"a\.jsonl, line 1, column 13: the byte 0xe9 is not UTF-8"),
+        ("a.csv", "prompt;completion\na;b\n", r"a\.csv, line 1: its columns are separated by ';'"),
+        ("a.parquet", "no table", r"a\.parquet' cannot be read as rows"),
+    ],
+)
+def test_files_that_hold_no_rows(tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("rate", {"fields": ROW, "responses": [{"user_id": "u", "value": 4}]}, "row 2: these are no answers"),
+        ("rate", {"fields": ROW, "responses": {"rate": [{"value": 4}]}}, "row 2: these are no answers.*user_id"),
+        ("rate", {"fields": ROW, "responses": {"rate": [{"user_id": "u", "value": 9}]}}, "row 2: 9 is no answer"),
+        ("rate", {"data": ROW, "annotations": [{"result": [{}]}]}, "row 2: these are no answers"),
+        (
+            "rate",
+            {
+                "fields": {"prompt": "p", "completions": ["a", "b"]},
+                "responses": {"rate": [{"user_id": "u", "value": 4}]},
+            },
+            "row 2 has answers, and 2 questions",
+        ),
+    ],
+)
+def test_answers_of_another_form(tmp_path, capsys, task, row, message):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps(row)}\n")
+    assert main(["label", str(tmp_path / "a.jsonl"), "--task", task, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("tool", ["argilla", "label_studio"])
 @pytest.mark.parametrize("task", ["rate", "approve", "compare", "correct"])
 def test_there_and_back(tmp_path, task, tool):
@@ -80,12 +132,12 @@ def test_there_and_back(tmp_path, task, tool):
     session.close()
     assert items_of(task, [record], "x") == [item]
     rater = user_id("ada@example.org") if tool == "argilla" else "ada@example.org"
-    assert answers_in(task, json.loads(json.dumps(record))) == [(rater, ANSWERS[task])]
+    assert answers_in(task, json.loads(json.dumps(record)), "x") == [(rater, ANSWERS[task])]
 
 
 def test_what_a_pairwise_tag_of_label_studio_says():
     said = [{"result": [{"value": {"selected": "right"}}], "completed_by": 7}, {"result": [], "was_cancelled": True}]
-    assert answers_in("compare", {"data": {}, "annotations": said}) == [("7", 1)]
+    assert answers_in("compare", {"data": {}, "annotations": said}, "x") == [("7", 1)]
 
 
 def test_export_on_the_command_line(tmp_path, monkeypatch, capsys):

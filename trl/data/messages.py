@@ -13,6 +13,7 @@ turns are trained on: see `is_trained`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -208,4 +209,18 @@ def under_roles(content: str | Sequence[Message]) -> str:
     """A text as it is, or a conversation as text: each message under its role."""
     if isinstance(content, str):
         return content
-    return "\n".join(f"{message['role']}: {message['content']}" for message in content)
+    return "\n".join(f"{message['role']}: {said(message)}" for message in content)
+
+
+def said(message: Message) -> str:
+    """What a message says, as text: a part that is none by its type, `[image]`; calls of tools and reasoning as JSON."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else [_part_as_text(part) for part in content]
+    others = {key: message[key] for key in ("tool_calls", *REASONING) if message.get(key)}
+    return "".join(parts) + (json.dumps(others, ensure_ascii=False, default=str) if others else "")
+
+
+def _part_as_text(part: Any) -> str:
+    if not isinstance(part, Mapping):
+        return str(part)
+    return str(next((part[key] for key in TEXT_KEYS if part.get(key)), f"[{part.get('type')}]"))

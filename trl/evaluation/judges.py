@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trl.data.messages import said, under_roles
 from trl.errors import ConfigError
 from trl.evaluation.statistics import outcome
 from trl.hub import outside_the_hub
@@ -81,5 +82,5 @@ class ServerJudge:
 
 
 def plain(content: Content) -> str:
-    """A text, or what the messages say."""
-    return content if isinstance(content, str) else "\n".join(str(message["content"]) for message in content)
+    """A text, or what a message says; of several messages each under its role."""
+    return said(content[0]) if not isinstance(content, str) and len(content) == 1 else under_roles(content)

@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from trl.data.file_checks import check_letters, where_json_breaks
+from trl.data.sources import load_rows
 from trl.errors import DataError, suggest_beside
 from trl.label.session import Session
 from trl.label.tasks import TIE, Answer, Content, Item, check_no_images, pairs_in_rings
@@ -36,26 +38,37 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise DataError(f"There is no file {str(path)!r}.{suggest_beside(path)}")
     rows = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_table(path)
-    if not rows:
+    if rows == []:
         raise DataError(f"{path} has no rows.")
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds {rows!r:.60}: give a list of rows, or a row a line (.jsonl).")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{path}, row {number}: expected an object with the columns of a row, found {row!r:.60}.")
     return rows
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Any:
+    check_letters(str(path))
+    if (broken := where_json_breaks(str(path))) is not None:
+        raise DataError(broken)
     try:
-        with path.open(encoding="utf-8") as file:
-            return json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+        with path.open(encoding="utf-8-sig") as file:
+            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+        json.dumps(rows, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error}.") from None
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path} holds half of a character, {error.object[error.start]!a}: write the whole one."
+        ) from None
+    return rows
 
 
 def _read_table(path: Path) -> list[Row]:
-    from datasets import Dataset
-
-    readers = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}
-    if path.suffix not in readers:
-        raise DataError(f"{path}: give .jsonl, .json, .csv or .parquet.")
-    return list(readers[path.suffix](str(path)))
+    if path.suffix not in (".csv", ".tsv", ".parquet"):
+        raise DataError(f"{path}: give .jsonl, .json, .csv, .tsv or .parquet.")
+    return list(load_rows(str(path)))
 
 
 def items_of(task: str, rows: Iterable[Row], where: str) -> list[Item]:
@@ -87,6 +100,8 @@ def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
     for names in (("completions",), ("chosen", "rejected"), ("first", "second"), ("completion",)):
         if all(name in row for name in names):
             values = row["completions"] if names == ("completions",) else [row[name] for name in names]
+            if not isinstance(values, list) or not values:
+                raise DataError(f"{where}: completions={values!r:.60}: give a list of one or more.")
             break
     else:
         raise DataError(
@@ -102,13 +117,13 @@ def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
 
 
 def _is_content(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    return (
-        isinstance(value, list)
-        and all(isinstance(each, Mapping) and "content" in each for each in value)
-        and bool(value)
-    )
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(_is_message, value)))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str | list) or bool(value.get("tool_calls"))
 
 
 def _plain(row: Row) -> Row:
@@ -122,15 +137,29 @@ def _plain(row: Row) -> Row:
 # ---- answers ----
 
 
-def answers_in(task: str, row: Row) -> list[tuple[str, Answer]]:
-    """What people said in an Argilla record or a Label Studio task, by rater; nothing in any other row."""
-    if "responses" in row:
-        said = row["responses"].get(task) or []
-        return [(str(each["user_id"]), _from_argilla(task, each["value"])) for each in said]
-    annotations = row.get("annotations") or []
+def answers_in(task: str, row: Row, where: str) -> list[tuple[str, Answer]]:
+    """What people said in an Argilla record or a Label Studio task, by rater; nothing in any other row.
+
+    Raises DataError for answers of another form, and for words that are none.
+    """
+    try:
+        return _from_argilla_record(task, row) if "responses" in row else _from_label_studio_task(task, row)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{where}: these are no answers to the task {task!r} as Argilla or Label Studio write them "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _from_argilla_record(task: str, row: Row) -> list[tuple[str, Answer]]:
+    said = (row["responses"] or {}).get(task) or []
+    return [(str(each["user_id"]), _from_argilla(task, each["value"])) for each in said]
+
+
+def _from_label_studio_task(task: str, row: Row) -> list[tuple[str, Answer]]:
     return [
         (_rater(each.get("completed_by")), value)
-        for each in annotations
+        for each in row.get("annotations") or []
         if not each.get("was_cancelled")
         for result in each["result"]
         if (value := _from_label_studio(task, result["value"])) is not None

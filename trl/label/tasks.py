@@ -72,8 +72,8 @@ def check_no_images(row: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where} has images, and people are shown texts alone. Take rows without images.")
 
 
-def check_answer(task: str, item: Item, answer: Any) -> Answer:
-    """The answer, as it is kept. Raises DataError for one that the task does not take."""
+def check_answer(task: str, item: Item, answer: Any, where: str = "") -> Answer:
+    """The answer, as it is kept. Raises DataError, which begins with `where`, for one that the task does not take."""
     if task == "rate" and type(answer) is int and answer in MARKS:
         return answer
     if task == "approve" and type(answer) is bool:
@@ -82,7 +82,7 @@ def check_answer(task: str, item: Item, answer: Any) -> Answer:
         return answer
     if task == "correct" and type(answer) is str and answer.strip() and len(answer) <= LONGEST:
         return answer
-    raise DataError(f"{answer!r:.60} is no answer to the task {task!r}: it takes {_TAKES[task]}.")
+    raise DataError(f"{where}{answer!r:.60} is no answer to the task {task!r}: it takes {_TAKES[task]}.")
 
 
 _TAKES = {

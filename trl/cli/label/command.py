@@ -14,11 +14,12 @@ from pathlib import Path
 
 from trl.cli.label.arguments import LabelArguments
 from trl.cli.parser import ParsedOptions
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.imports import require
-from trl.label.formats import answers_in, export, items_of, read_rows, write_records
+from trl.label.formats import Row, answers_in, export, items_of, read_rows, write_records
 from trl.label.session import Session
 from trl.label.settings import ServerSettings
+from trl.label.tasks import check_answer
 
 
 def run(arguments: LabelArguments, given: ParsedOptions) -> int:
@@ -48,17 +49,25 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, given:
         rows, where = sample_rows(arguments, given), "samples"
     else:
         rows, where = read_rows(file), str(file)
-    said = [(row, answers) for row in rows if (answers := answers_in(arguments.task, row))]
-    for row, answers in said:
-        (item,) = items_of(arguments.task, [row], where)
-        (key,) = session.add([item])
-        for rater, value in answers:
-            if rater not in session.answers.get(key, {}):
-                session.answer(rater, key, value)
     items = items_of(arguments.task, rows, where)
+    for number, row in enumerate(rows, start=1):
+        _keep_answers(session, row, f"{where}, row {number}")
     if arguments.shuffle:
         random.Random(arguments.seed).shuffle(items)
     session.add(items[: arguments.limit])
+
+
+def _keep_answers(session: Session, row: Row, where: str) -> None:
+    """Keep what people said of a row in another tool. Raises DataError, with the row, for what is no answer to its question."""
+    if not (said := answers_in(session.task, row, where)):
+        return
+    keys = session.add(items_of(session.task, [row], where))
+    if len(keys) > 1:
+        raise DataError(f"{where} has answers, and {len(keys)} questions: an answer is to one.")
+    for rater, value in said:
+        if rater not in session.answers.get(keys[0], {}):
+            check_answer(session.task, session.items[keys[0]], value, f"{where}: ")
+            session.answer(rater, keys[0], value)
 
 
 def _serve(session: Session, arguments: LabelArguments) -> int:
