@@ -267,6 +267,8 @@ def test_positions_of_rows():
     trees = {"prompt_ids": [[1, 2], [], [3]], "completion_ids": [[[1], [2, 3]], [[]], []]}
     assert row_positions(Dataset.from_dict(trees)).tolist() == [5, 0, 1]
     assert row_positions(Dataset.from_dict(trees).select([2, 0])).tolist() == [1, 5]
+    many = {name: column * 100 for name, column in trees.items()}
+    assert row_positions(Dataset.from_dict(many).select([200, 99])).tolist() == [1, 5]
     # A prompt before each completion; and all completions as long as the longest.
     for rows in (Dataset.from_dict(trees), Dataset.from_dict(trees).to_list()):
         assert row_positions(rows, "packed").tolist() == [7, 0, 1]

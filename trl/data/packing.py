@@ -188,11 +188,6 @@ class PackingReport:
     capacity: int
 
     @property
-    def filled(self) -> float:
-        """Share of the packed rows' places that hold tokens."""
-        return self.tokens / (self.rows * self.capacity)
-
-    @property
     def lost(self) -> int:
         """Tokens that were cut off or belong to documents with nothing to train on."""
         return self.tokens_in - self.tokens

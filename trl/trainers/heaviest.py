@@ -16,6 +16,9 @@ from trl.data.encode import decode
 from trl.types import Completion, Example
 
 ROWS_AT_ONCE = 10_000
+DEARER = 50
+"""How many rows can be read in their order while one is taken from its place: a dataset that was shuffled is its table, and an
+order of its rows."""
 PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 """Signals that online methods learn from."""
 
@@ -49,8 +52,12 @@ def row_positions(rows: Dataset | Sequence[Mapping[str, Any]], layout: str = "sh
     if not isinstance(rows, Dataset):
         return np.array([sum(_example_positions(example, layout) for example in decode(row)) for row in rows])
     columns = [name for name in ("prompt_ids", "completion_ids") if name in rows.column_names] or ["input_ids"]
-    tables = rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
-    return np.concatenate([_table_positions(table, layout) for table in tables])
+    if rows._indices is None or len(rows) * DEARER < len(rows.data):
+        tables = rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
+        return np.concatenate([_table_positions(table, layout) for table in tables])
+    batches = rows.data.table.select(columns).to_batches(max_chunksize=ROWS_AT_ONCE)
+    positions = np.concatenate([_table_positions(pa.Table.from_batches([batch]), layout) for batch in batches])
+    return positions[rows._indices.column(0).to_numpy()]
 
 
 def _example_positions(example: Example, layout: str) -> int:
