@@ -17,7 +17,18 @@ from trl.compat import REMOVED
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [
-    {"errors", "types", "imports", "lazy", "compat", "transfer", "option_types", "option_bounds", "hub"},
+    {
+        "errors",
+        "types",
+        "imports",
+        "lazy",
+        "compat",
+        "transfer",
+        "option_types",
+        "option_bounds",
+        "option_names",
+        "hub",
+    },
     {"ops"},
     {"algorithms"},
     {"vision", "label"},

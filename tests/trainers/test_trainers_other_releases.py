@@ -286,6 +286,19 @@ def test_an_option_of_two_classes_reaches_both(tmp_path):
     assert not ModelConfig().trust_remote_code
 
 
+def test_older_names_of_what_is_no_trainer():
+    assert ScriptArguments(ignore_bias_buffers=True) == ScriptArguments()
+    assert ModelConfig(torch_dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="this is attn_implementation='flash_attention_2' today"):
+        ModelConfig(use_flash_attention_2=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_names_that_no_configuration_has(config):
+    with pytest.raises(ConfigError, match=rf"{config.__name__} has no option 'sede'"):
+        config(sede=1)
+
+
 def test_options_elsewhere_may_be_off(tmp_path):
     given = {"output_dir": str(tmp_path), "report_to": []}
     assert not hasattr(

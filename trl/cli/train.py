@@ -55,7 +55,7 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
     """The arguments of a run. What can be refused without importing anything heavy is refused first."""
     os.environ.update(given.environment)
     for name, value in given.outdated.items():
-        load("trl.trainers.config:refuse_outdated")(name, value)
+        load("trl.option_names:refuse_outdated")(name, value)
         print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from trl.data.renaming import names_of, pairs_of
 from trl.data.sources import check_place, load_rows
 from trl.errors import ConfigError, DataError, suggest, unknown
+from trl.option_names import OptionNames
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +26,7 @@ Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_re
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(metaclass=OptionNames):
     """One dataset of a mixture."""
 
     path: str
@@ -66,7 +67,7 @@ class DatasetConfig:
 
 
 @dataclass
-class DatasetMixtureConfig:
+class DatasetMixtureConfig(metaclass=OptionNames):
     """Several datasets, one after the other or interleaved."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl.counts import counted
 from trl.data.file_checks import check_letters, check_table, where_json_breaks
 from trl.data.renaming import pairs_of, renamed
 from trl.errors import ConfigError, DataError, suggest
+from trl.option_names import OptionNames
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -47,8 +48,10 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(metaclass=OptionNames):
     """The dataset of a run."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"ignore_bias_buffers": ""}
 
     dataset_name: list[str] | str | None = None
     """Hub name, folder (of data files, or made by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from trl.errors import ConfigError, unknown
 from trl.imports import require
 from trl.models.attention_packages import check_attention_packages
+from trl.option_names import OptionNames
 from trl.option_types import check_choices
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_AN
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(metaclass=OptionNames):
     """The model, its precision, adapters and quantisation."""
 
     ALIASES: ClassVar[dict[str, str]] = {"torch_dtype": "dtype", "use_flash_attention_2": ""}
@@ -92,12 +93,8 @@ class ModelConfig:
     bnb_4bit_quant_storage: str | None = None
     """Type in which 4-bit weights are kept, such as "bfloat16", which sharding needs. None: "uint8"."""
 
-    torch_dtype: InitVar[str | None] = None
-
-    def __post_init__(self, trust_remote_code: bool, torch_dtype: str | None) -> None:
+    def __post_init__(self, trust_remote_code: bool) -> None:
         self.trust_remote_code = trust_remote_code
-        if torch_dtype is not None:
-            self.dtype = torch_dtype
         if isinstance(self.dtype, str):
             self.dtype = self.dtype.removeprefix("torch.")
             if self.dtype not in DTYPES:

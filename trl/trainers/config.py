@@ -15,10 +15,10 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from trl.compat import asks_for_nothing, remedy
 from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
-from trl.option_types import check_choices, describe_fields, settable
+from trl.option_names import OptionNames
+from trl.option_types import check_choices, describe_fields
 from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
 from trl.trainers.option_effects import warn_of_options
 from trl.training.parallel import check_processes, processes_on_cpu
@@ -52,33 +52,11 @@ OTHER_NAMES = {
 TEMPLATES = (".jinja", ".j2")
 """Endings of files with a chat template."""
 
-REFUSED: dict[str, tuple[bool, str]] = {
-    "group_by_length": (True, "this is train_sampling_strategy='group_by_length' today"),
-    "save_safetensors": (False, "weights are always saved as safetensors, so leave it out"),
-}
-"""Names of `ALIASES` that ask for nothing, the value of each that cannot be had, and what to do."""
 
+class _ConfigMeta(OptionNames):
+    """The names of options, and documentation made of what stands under them."""
 
-def refuse_outdated(name: str, value: Any) -> None:
-    """Raises ConfigError for an older option with a value that nothing does any more."""
-    refused, reason = REFUSED.get(name, (None, ""))
-    if refused is not None and value is refused:
-        raise ConfigError(f"{name}={value}: {reason}.")
-
-
-class _ConfigMeta(type):
-    """Checks the keywords of a configuration before its dataclass sees them: old names work, others get an error."""
-
-    if not TYPE_CHECKING:  # type checkers read the fields, and know today's names alone
-
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            return super().__call__(*args, **cls.translated(kwargs))
-
-        @property
-        def __signature__(cls) -> inspect.Signature:
-            """The fields, for `inspect.signature` and interactive shells."""
-            whole = inspect.signature(cls.__init__)
-            return whole.replace(parameters=list(whole.parameters.values())[1:])
+    if not TYPE_CHECKING:
 
         @property
         def __doc__(cls) -> str:
@@ -86,25 +64,6 @@ class _ConfigMeta(type):
             words = cls.__dict__.get("__doc__") or ""
             # `dataclass` asks while it makes the class: nothing is read from source then.
             return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
-
-    def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`kwargs` under today's names. Raises ConfigError for a name that no field has."""
-        fields = {field.name for field in settable(cls) if field.init}
-        known: dict[str, Any] = {}
-        spelled: dict[str, str] = {}
-        for name, value in kwargs.items():
-            refuse_outdated(name, value)
-            today = name if name in fields else cls.ALIASES.get(name, name)
-            if today and today not in fields:
-                if asks_for_nothing(name, value):
-                    continue
-                raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
-            if today in spelled:
-                both = f"{spelled[today]!r} and {name!r}"
-                raise ConfigError(f"{cls.__name__} was given {both}, two names of the option {today!r}: keep one.")
-            if today:
-                known[today], spelled[today] = value, name
-        return known
 
 
 def liger_layers(given: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import torch
 from trl.errors import ConfigError
 from trl.imports import require
 from trl.option_bounds import check_bounds
+from trl.option_names import OptionNames
 
 SCRIPT = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
 
 
 @dataclass
-class ClassicConfig:
+class ClassicConfig(metaclass=OptionNames):
     """What `DDPOConfig` and `AlignPropConfig` share."""
 
     exp_name: str = SCRIPT
