@@ -36,7 +36,7 @@ KTO_WEIGHT_RATIO = (1.0, 4.0 / 3.0)
 
 @shapes(logratio="N", desirable="N")
 def kto(logratio: Tensor, desirable: Tensor, kl: Tensor, *, beta: float) -> Tensor:
-    """1 − σ(β s [h − z₀]) with `kl` for z₀ (a scalar, or `[N]`). KTO, arXiv:2402.01306, Eq. 7, for λ = 1."""
+    """1 − σ(β s [h − z₀]) with `kl` for z₀ (a scalar, or `[N]`). KTO, arXiv:2402.01306, for λ = 1."""
     return torch.sigmoid(-beta * _sign(desirable, logratio) * (logratio - kl))
 
 

@@ -5,7 +5,7 @@
     CISPO    sg[min(ρ, ε_max)] A log π                             arXiv:2506.13585, Eq. 4; arXiv:2510.13786
     SAPO     (4/τ) σ(τ (ρ − 1)) A,   τ by the sign of A            arXiv:2511.20347
     VESPO    sg[φ(W)] A log π,   φ(w) = w^k e^{λ (1 − w)}          arXiv:2602.10693; W the ratio of the whole completion
-    GMPO     A (Π_t ρ̃_t)^{1/C}, log ρ̃ clipped as in PPO            arXiv:2507.20673, Eq. 5
+    GMPO     A (Π_t ρ̃_t)^{1/C}, log ρ̃ clipped as in PPO            arXiv:2507.20673
 
 ρ = π/π_old, of a token or of a completion. sg: no gradient. At ρ = 1 the gradient of each is A ∇log π, that of REINFORCE.
 """
