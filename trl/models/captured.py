@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -67,13 +67,10 @@ class Captured:
 
     def _backward(self) -> None:
         # Each gradient is added when it comes, so that none has to be kept.
-        hooks = [p.register_hook(self.gradients.buffers[p].add_) for p in self.learned]
-        try:
-            with torch.autocast(self.grad.device.type, enabled=False):
-                torch.autograd.grad(self.hidden, self.learned, self.grad)
-        finally:  # one that stayed would add to every later gradient
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, torch.autocast(self.grad.device.type, enabled=False):
+            for p in self.learned:
+                hooks.enter_context(p.register_hook(self.gradients.buffers[p].add_))
+            torch.autograd.grad(self.hidden, self.learned, self.grad)
 
     # ---- replay ----
 

@@ -12,7 +12,7 @@ others kept is gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -85,12 +85,8 @@ def _leave(running: list[int]) -> None:
 @contextmanager
 def _telling(layers: Sequence[nn.Module], running: list[int]) -> Iterator[None]:
     """Within it, the number of the layer that runs is the last of `running`."""
-    hooks = []
-    for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(lambda *_, i=i: running.append(i)))
-        hooks.append(layer.register_forward_hook(lambda *_: _leave(running), always_call=True))
-    try:
+    with ExitStack() as hooks:
+        for i, layer in enumerate(layers):
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, i=i: running.append(i)))
+            hooks.enter_context(layer.register_forward_hook(lambda *_: _leave(running), always_call=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -10,7 +10,7 @@ masks, positions and what else an architecture hands to its layers are its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,15 +50,12 @@ def recording(model: PreTrainedModel, start: int) -> Iterator[list[Any]]:
     """Collect what is given meanwhile to layer `start` and those above: by the layer below, and by the encoder before it."""
     modules = [*_encoder(model), layers_of(model)[start - 1]]
     given: list[Any] = [None] * len(modules)
-    hooks = [
-        module.register_forward_hook(lambda module, args, output, i=i: given.__setitem__(i, output))
-        for i, module in enumerate(modules)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for i, module in enumerate(modules):
+            hooks.enter_context(
+                module.register_forward_hook(lambda module, args, output, i=i: given.__setitem__(i, output))
+            )
         yield given
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

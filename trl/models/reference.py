@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -257,12 +257,10 @@ def _apart_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> 
     theirs, called = dict(unwrap(shared.model).named_parameters()), []
     apart = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p is not theirs[name]}
     modules = {**{name: policy.get_submodule(name) for name in apart}, "": layers_of(policy)[shared.start - 1]}
-    hooks = [m.register_forward_hook(lambda module, args, out, name=n: called.append(name)) for n, m in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for n, m in modules.items():
+            hooks.enter_context(m.register_forward_hook(lambda module, args, out, name=n: called.append(name)))
         score(policy, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return called[: called.index("")]
 
 

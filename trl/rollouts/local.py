@@ -192,11 +192,8 @@ def autocast_dtype(policy: Policy) -> torch.dtype | None:
         if torch.is_autocast_enabled(device.type):
             found.append(torch.get_autocast_dtype(device.type))
 
-    handle = policy.inner.get_input_embeddings().register_forward_pre_hook(look)
-    try:
+    with policy.inner.get_input_embeddings().register_forward_pre_hook(look):
         policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        handle.remove()
     return found[0] if found else None
 
 

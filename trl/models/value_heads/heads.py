@@ -208,8 +208,5 @@ def _read(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def reading(head: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the hidden states that the language-model head is given meanwhile."""
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         yield seen
-    finally:
-        hook.remove()
