@@ -1,4 +1,7 @@
-"""Tables of options, made from the source: a line `[[options module:Class]]` becomes the table of that configuration."""
+"""Tables of options, made from the source: a line `[[options module:Class]]` becomes the table of that configuration.
+
+Options in sentences (`--packing`) stay on one line.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from trl.cli.source import COMPUTED
 
 _LINE = re.compile(r"^\[\[options ([\w.]+:\w+)\]\]$", re.MULTILINE)
 _ALL = "[[options of every command]]"
+_OPTION = re.compile(r"--\w[\w-]*")
+_CODE = re.compile(r"(?<!<pre>)(?<!</span>)<code>[^<\n]*--[^<\n]*</code>")
 BASES = ("TrainingArguments",)
 """Classes whose options are documented elsewhere."""
 
@@ -20,6 +25,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     if _ALL in markdown:
         markdown = markdown.replace(_ALL, "\n\n".join(map(_section, _classes())))
     return _LINE.sub(lambda match: table(match[1]), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by mkdocs for every page once it is HTML."""
+    return _CODE.sub(lambda code: _OPTION.sub(lambda name: f'<span class="option">{name[0]}</span>', code[0]), html)
 
 
 def _classes() -> list[str]:

@@ -94,8 +94,8 @@ class Person:
 
 
 @dataclass(eq=False, repr=False)
-class _Asking:
-    """What rating and preference have in common: whom they ask, and a file of what was said.
+class HumanReward:
+    """A person who rewards: base of `HumanRating` and `HumanPreference`. Answers are kept in a file.
 
     file              keeps the answers, a JSON line each. None: nothing is kept in the terminal, NAME.jsonl on the web
     ui                "terminal": a table and a question; "web": the page of `trl label`, for one person or several
@@ -103,8 +103,8 @@ class _Asking:
     console           where tables are shown. None: the terminal
     port, share_on_lan, token, guidelines, raters_per_item    of the page, as options of `trl label`
 
-    What differs is which completions a question is about (`_asked`), and what an answer is worth to the first of them, by a
-    row of the file (`_told`) and on the page (`_worth`); to the second it is worth the opposite.
+    A subclass says which completions a question is about (`_asked`), and what an answer is worth to the first of them: in a
+    row of the file (`_told`) and on the page (`_worth`). To the second it is worth the opposite.
     """
 
     task: ClassVar[str]
@@ -208,10 +208,10 @@ class _Asking:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-class HumanRating(_Asking):
+class HumanRating(HumanReward):
     """A person who gives every completion a mark from 1 (bad) to 5 (good).
 
-    The file holds `prompt`, `completion`, `score`. Of several people's marks the mean counts. Arguments: see `_Asking`.
+    The file holds `prompt`, `completion`, `score`. Of several people's marks the mean counts. Arguments: see `HumanReward`.
     """
 
     __name__ = "human_rating"
@@ -229,13 +229,13 @@ class HumanRating(_Asking):
 
 
 @dataclass(eq=False, repr=False)
-class HumanPreference(_Asking):
+class HumanPreference(HumanReward):
     """A person who says which of two completions of a prompt is the better one.
 
     comparisons    questions about each prompt at most. None: every completion is compared with every other
 
     The file holds `prompt`, `chosen`, `rejected`. Of K completions, K comparisons let each meet two others, see
-    `pairs_in_rings`. Further arguments: see `_Asking`.
+    `pairs_in_rings`. Further arguments: see `HumanReward`.
     """
 
     __name__ = "human_preference"

@@ -98,13 +98,13 @@ WIDTH = 60
 
 
 class BaseTrainer(WritesModelCard, RunsLayers):
-    """Base of the trainers. See the top of the file for what a trainer adds; its arguments are those of every trainer.
+    """Base of the trainers: loads model and tokenizer, encodes rows, lays them out. Every trainer has these arguments.
 
     model               a name or folder, a model, or a model with adapters
     args                the trainer's configuration; plain `TrainingArguments` are accepted
     train_dataset       rows of any kind that the trainer takes, or rows encoded before
     processing_class    tokenizer or processor; loaded by the model's name if left out. Older name: `tokenizer`
-    peft_config         train a new adapter
+    peft_config         the adapter to train, as `LoraConfig()`; all weights are trained if left out
     classic             options of the configuration given as keywords: `max_seq_length=512`
     """
 

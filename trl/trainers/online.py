@@ -68,7 +68,7 @@ RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 
 
 class OnlineTrainer(OnlineAttributes, BaseTrainer):
-    """Sample, reward, learn.
+    """Base of the online trainers: sample completions of prompts, reward them, learn from them.
 
     reward_funcs                one or several of: a function `(prompts, completions, **columns) -> rewards`, async or
                                 not; a reward model, or the name of one
