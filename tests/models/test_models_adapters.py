@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_tokens_of_a_resize_are_new(base):
     tokenizer.add_tokens([f"<{i}>" for i in range(first - len(tokenizer) + 2)])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     assert new_tokens(model, tokenizer) == [first, first + 1]
+
+
+def test_tokens_of_a_resize_are_new_in_a_model_of_the_hub(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "models--org--model/snapshots/0")
+    (tmp_path / "models--org--model/refs").mkdir()
+    (tmp_path / "models--org--model/refs/main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = load_model("org/model"), make_tokenizer()
+    first = model.config.vocab_size
+    tokenizer.add_tokens([f"<{i}>" for i in range(first - len(tokenizer) + 1)])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    assert new_tokens(model, tokenizer) == [first]
 
 
 def test_other_adapters_say_that_new_tokens_do_not_train(base, chat_tokenizer, tmp_path, caplog):

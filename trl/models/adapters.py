@@ -374,14 +374,21 @@ def wrapped_layer(module: nn.Module) -> nn.Module:
 
 def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = ()) -> list[int]:
     """Ids of tokens that the model was not trained with: `added` ones, and rows that it has not where it was loaded from."""
-    first = len(tokenizer)
-    name = model.config._name_or_path
-    if name and (Path(name) / "config.json").is_file():
-        first = PreTrainedConfig.get_config_dict(name)[0].get("vocab_size") or first
+    first = _stored_vocabulary(model.config._name_or_path) or len(tokenizer)
     rows = len(wrapped_layer(model.get_input_embeddings()).weight)
     ids = range(first, min(len(tokenizer), rows))
     known = [i for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if FILLER not in token]
     return sorted({*added, *known})
+
+
+def _stored_vocabulary(name: str) -> int | None:
+    """Rows of the embeddings where a model was loaded from, a folder or the hub's cache; None for one that was not loaded."""
+    if not name:
+        return None
+    try:
+        return PreTrainedConfig.get_config_dict(name, local_files_only=True)[0].get("vocab_size")
+    except OSError:  # a name that a configuration was given by hand
+        return None
 
 
 def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
