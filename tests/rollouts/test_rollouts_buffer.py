@@ -63,7 +63,7 @@ def test_a_bonus_is_a_mean_over_its_tokens(weights, acting):
     without = (policy_loss * weight).sum().item()
     assert total.item() == pytest.approx(without - 0.1 * mean)
     assert sorted(entropy.grad.flatten().tolist()) == pytest.approx([-0.1 / count] * count + [0] * (4 - count))
-    assert steps.end_step(lambda sums: sums) == pytest.approx(without)
+    assert steps.end_step(lambda sums: sums) == pytest.approx({"policy_loss": without, "entropy_coef": 0.11})
     assert (steps.bonus.entropy, steps.bonus.coefficient) == pytest.approx((mean, 0.11))
     again = BonusOfSteps(EntropyBonus(0.1, target=5.0, step=0.01))
     again.load_state_dict(steps.state_dict())

@@ -52,13 +52,16 @@ class BonusOfSteps:
         whole = batch.signals["bonus_tokens"].clamp(min=1)[:, None] * batch.weight
         return loss - self.bonus.applied * acts * scores.entropy / whole.masked_fill(~counts, 1)
 
-    def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> float:
-        """Update the bonus by the entropies of a step; a NaN changes nothing. Returns the step's loss without the bonus."""
+    def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Update the bonus by the entropies of a step; a NaN changes nothing. Returns what is logged of the step."""
+        if self.sums is None:
+            return {}
         policy_loss, total, count = sum_over_processes(self.sums).tolist()
         self.sums = None
         if math.isfinite(total):
             self.bonus = self.bonus.updated(total / max(count, 1.0))
-        return policy_loss
+        found = {"policy_loss": policy_loss, "entropy_coef": self.bonus.coefficient}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def state_dict(self) -> dict[str, float]:
         return {"coefficient": self.bonus.coefficient, "entropy": self.bonus.entropy}

@@ -5,37 +5,30 @@
     trainer = OnlineTrainer(model, reward_funcs=short, args=OnlineConfig(...), train_dataset=prompts, algorithm=Mine())
 
 An algorithm is a class with two methods, `advantages` and `loss`: see `trl.types.Algorithm`. The named trainers (GRPO,
-RLOO, …) are this one with a configuration that makes theirs.
+RLOO, …) are this one with a configuration that makes theirs. What is around it, from rows to checkpoints, is in
+`trl.trainers.rollout_trainer`.
 
-A rollout batch comes when its first micro-batch is asked for. The sampler's log-probabilities stand for the policy that
-sampled, so no second pass is needed; in a rollout batch that is trained on once, in one step, the ratio is exactly 1.
+The sampler's log-probabilities stand for the policy that sampled, so no second pass is needed; in a rollout batch that is
+trained on once, in one step, the ratio is exactly 1.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, Unpack
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
-from trl.compat import SAMPLER
-from trl.data.encode import EncodeSettings
-from trl.errors import ConfigError, EngineError
+from trl.errors import ConfigError
 from trl.models.reference import FrozenModel, Reference
-from trl.models.score import score, unwrap
-from trl.rewards.call import Reward, check_weights
-from trl.rollouts.buffer import Minibatch, RolloutBuffer
+from trl.models.score import score
+from trl.rollouts.buffer import Minibatch
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import (
     Group,
@@ -47,27 +40,19 @@ from trl.rollouts.experience import (
     with_signals,
     without_signals,
 )
-from trl.rollouts.local import LocalEngine
-from trl.rollouts.prompts import Prompts
 from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.attributes import OnlineAttributes
-from trl.trainers.base import BaseTrainer
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.prompt_room import warn_of_short_room
 from trl.trainers.reference import reference_for, reference_models, score_signals, sync_callbacks
-from trl.trainers.rollout_log import RolloutLog
-from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
+from trl.trainers.rollout_trainer import RolloutFunction, RolloutTrainer
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
 from trl.training.state import StateFunctions
 from trl.types import Algorithm, Batch, Example, Experience, Metrics, Scores
 
-RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
-"""`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
 
-
-class OnlineTrainer(OnlineAttributes, BaseTrainer):
+class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     """Base of the online trainers: sample completions of prompts, reward them, learn from them.
 
     reward_funcs                one or several of: a function `(prompts, completions, **columns) -> rewards`, async or
@@ -82,14 +67,7 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
     The other arguments are those of `BaseTrainer`.
     """
 
-    config_class = OnlineConfig
-    args: OnlineConfig
     ref_model: Any = None
-    prompts_only = True
-    multiple_completions = True
-    captures_unasked = False  # graphs would hold memory that samples need
-    sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
-    uncalled = SAMPLER
 
     def __init__(
         self,
@@ -111,15 +89,11 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
         rollout_func: RolloutFunction | None = None,
         **keywords: Unpack[OnlineKeywords],
     ) -> None:
-        self.algorithm, self.engine = algorithm, engine
+        self.algorithm = algorithm
         self.reference: Reference | None = None
         self._given_reference = reference
-        self.buffer: RolloutBuffer | None = None
+        self._has_new_adapter = peft_config is not None
         self.entropy_bonus: BonusOfSteps | None = None
-        self._is_new_batch = True
-        self._columns: dict[str, list[str]] = {}
-        self._reward_funcs = reward_funcs
-        self._reads_prompts = rollout_func is None
         super().__init__(
             model,
             args,
@@ -127,184 +101,21 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
             train_dataset,
             eval_dataset,
             processing_class,
+            reward_funcs=reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            engine=engine,
+            rollout_func=rollout_func,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
             **keywords,
         )
-        self._prepare_sampling(reward_processing_classes, rollout_func)
-        self.data_collator = list
-
-    @property
-    def rewards(self) -> Sequence[Reward]:
-        """The reward functions."""
-        return self.sampler.rewards
-
-    @property
-    def averaging(self) -> str:
-        return AVERAGING[self.args.loss_aggregation]
-
-    # ---- model and data ----
-
-    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
-        self.args.check_batches()
-        check_weights(self._given_rewards(self._reward_funcs), self.args.reward_weights)
-        if self.engine is None:
-            self.args.check_installed()
-        self._has_new_adapter = peft_config is not None
-        return super()._resolve_model(model, quantization_config, peft_config)
-
-    def _given_rewards(self, reward_funcs: Any) -> Any:
-        """The reward functions that were given, by whichever argument or option."""
-        return reward_funcs
-
-    def prepare_model(self) -> None:
-        super().prepare_model()
-        shown = self.is_local_process_zero() and not self.args.disable_tqdm
-        self.engine = engine_for(self.args, self.engine, self.model, self.processing_class, progress=shown)
-        if isinstance(self.engine, LocalEngine):
-            self.engine.image_features = self.image_features
-        self._prepare_algorithm()
-        self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
-        self.states.register("algorithm", StateFunctions(self._algorithm_state, self._load_algorithm), optional=True)
-        if self.entropy_bonus is not None:
-            self.states.register("entropy", self.entropy_bonus)
-        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
-
-    def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
-        """Make rewards and sampler, and what their numbers are reported by."""
-        columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
-        given = self._given_rewards(self._reward_funcs)
-        rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
-        self.sampler = self.sampler_class(
-            self.args,
-            unwrap(self.model),
-            self.tokenizer,
-            self.images,
-            self.to_examples,
-            lambda: self.engine,
-            rewards,
-            state=lambda: self.state,
-            rollout_func=None if rollout_func is None else lambda prompts: rollout_func(prompts, self),
-        )
-        self.rollout_logs = {
-            mode: RolloutLog(self.sampler, mode, meter, self.accelerator) for mode, meter in self.meters.items()
-        }
-        self.states.register("completions", self.rollout_logs["train"].completions, per_rank=True, optional=True)
-        self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
-
-    def _prepare_algorithm(self) -> None:
-        if self.algorithm is None:
-            self.algorithm = self.args.make_algorithm()
-        if not isinstance(self.algorithm, Algorithm):
-            raise ConfigError(
-                f"algorithm is a {type(self.algorithm).__name__}, which does not say all that a trainer asks of it: derive "
-                "the class from trl.types.Algorithm, and give it the methods advantages and loss."
-            )
-        if self.algorithm.needs_reference:
-            self.reference = self._make_reference()
-            self.ref_model = self.reference.model if isinstance(self.reference, FrozenModel) else None
-            for callback in sync_callbacks(self.reference, self.args):
-                self.add_callback(callback)
-        elif self._given_reference is not None:
-            raise ConfigError(
-                f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
-            )
-        if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
-            self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
-
-    def _also_reading(self) -> list[PreTrainedModel]:
-        return [*super()._also_reading(), *reference_models(self.reference)]
-
-    def _make_reference(self) -> Reference:
-        new = self._has_new_adapter
-        return reference_for(self.model, self._given_reference, self.args, self.accelerator, has_new_adapter=new)
-
-    # ---- prompts ----
-
-    def encode_settings(self, split: str) -> EncodeSettings:
-        return EncodeSettings(
-            kind="prompt_only",
-            max_prompt_length=self.args.max_prompt_length,
-            chat_template_kwargs=self.args.chat_template_kwargs,
-            keep_columns=tuple(self._columns[split]),
-            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
-            num_proc=self.args.dataset_num_proc,
-            needs_prompt=self._reads_prompts,
-            context=self._context(),
-        )
-
-    def _context(self) -> int | None:
-        """Tokens of a prompt with its completion, at most; None where the model does not say, or does not sample."""
-        config = unwrap(self.model).config
-        samples = self._reads_prompts and self.engine is None and not config.is_encoder_decoder
-        return getattr(config.get_text_config(), "max_position_embeddings", None) if samples else None
-
-    def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
-        if "input_ids" not in columns or "prompt" in columns:
-            encoded = super().encode(rows, split, name)
-            warn_of_short_room(encoded, name, self._context(), self.args.max_completion_length)
-            return encoded
-        self._columns[split] = [*columns, "prompt"]
-        rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
-        limit = self.args.max_prompt_length or 0
-        return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})
-
-    def _shuffled(self, rows: Rows) -> Rows:
-        """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
-        return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
-
-    def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
-        """No rows: the report shows prompts beside the completions that were sampled."""
-        return []
-
-    def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        shuffle = {"seed": args.seed, "shuffle": args.shuffle_dataset}
-        self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
-        self.sampler.samplings["train"] = 0
-        self.buffer = RolloutBuffer(
-            self.roll_out,
-            minibatches=args.minibatches_per_rollout_batch,
-            iterations=args.num_iterations,
-            per_epoch=self.prompts.batches_per_epoch(args.prompts_per_rollout_batch),
-        )
-        return self.buffer.loader()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        self.restore_rng_state()  # before a rollout batch is sampled
-        self._is_new_batch = self.buffer.is_new
-        before = self._position()
-        try:
-            return super().get_batch_samples(*args, **kwargs)
-        except EngineError as error:
-            raise self._with_checkpoint(error, before) from error
-
-    def _position(self) -> tuple[dict[str, Any], int, int]:
-        return dict(vars(self.buffer)), self.prompts.cursor, self.sampler.samplings["train"]
-
-    def _with_checkpoint(self, error: EngineError, before: tuple[dict[str, Any], int, int]) -> EngineError:
-        """Write a checkpoint of the last step, as it was before the engine failed; the error, which says so."""
-        step = self.state.global_step
-        if step == 0:
-            return error
-        buffer, self.prompts.cursor, self.sampler.samplings["train"] = before
-        vars(self.buffer).update(buffer)
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if not folder.exists():
-            self._save_checkpoint(self.model, None)
-        return EngineError(
-            f"{error}\nTraining ends after step {step}, with a checkpoint in {folder}. To resume, once the engine is back: "
-            'trainer.train(resume_from_checkpoint="last"), or the same command with --resume.'
-        )
 
     # ---- a rollout batch ----
 
     def roll_out(self) -> list[Minibatch]:
         """The minibatches of a new rollout batch: sampled, rewarded, with advantages."""
-        self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sample_rollout_batch()
         examples, experience = self.compute_advantages(groups, "train")
         self._log_rollouts(groups, experience, "train")
@@ -315,6 +126,7 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
     def sample_rollout_batch(self) -> list[Group]:
         """As many groups as a rollout batch has; those without variance replaced by fresh prompts where that is asked for."""
         args, sampler = self.args, self.sampler
+        self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = sampler.groups(self.prompts.take(args.prompts_per_rollout_batch), args.num_generations, "train")
         if args.zero_variance != "resample":
             return groups
@@ -447,10 +259,9 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
         return {"bonus_tokens": self._sum_over_processes(count_tokens(completions_of(examples))).float()}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.entropy_bonus is not None and self.entropy_bonus.sums is not None:
-            if math.isfinite(policy_loss := self.entropy_bonus.end_step(self._sum_over_processes)):
-                self._count("policy_loss", policy_loss)
-            self._count("entropy_coef", self.entropy_bonus.bonus.coefficient)
+        if self.entropy_bonus is not None:
+            for name, value in self.entropy_bonus.end_step(self._sum_over_processes).items():
+                self._count(name, value)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- evaluation ----
@@ -476,51 +287,47 @@ class OnlineTrainer(OnlineAttributes, BaseTrainer):
     def _empty_group(self, row: Mapping[str, Any], n: int) -> Group:
         return empty_group(row, *self.to_examples([row]), n, functions=len(self.rewards))
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        self.sampler.samplings["eval"] = 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        log = self.rollout_logs["eval"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
-        log.write(self.state.global_step, metric_key_prefix)
-        return output
+    # ---- algorithm and reference ----
 
-    # ---- what is reported ----
+    @property
+    def averaging(self) -> str:
+        return AVERAGING[self.args.loss_aggregation]
 
-    def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
-        self.meters[mode].count(name, float(amount), per=float(per))
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        self._prepare_algorithm()
+        state = StateFunctions(lambda: self.algorithm.state_dict(), lambda found: self.algorithm.load_state_dict(found))
+        self.states.register("algorithm", state, optional=True)
+        if self.entropy_bonus is not None:
+            self.states.register("entropy", self.entropy_bonus)
+        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
 
-    def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
-        self.rollout_logs[mode].add(groups, experience)
+    def _prepare_algorithm(self) -> None:
+        if self.algorithm is None:
+            self.algorithm = self.args.make_algorithm()
+        if not isinstance(self.algorithm, Algorithm):
+            raise ConfigError(
+                f"algorithm is a {type(self.algorithm).__name__}, which does not say all that a trainer asks of it: derive "
+                "the class from trl.types.Algorithm, and give it the methods advantages and loss."
+            )
+        if self.algorithm.needs_reference:
+            self.reference = self._make_reference()
+            self.ref_model = self.reference.model if isinstance(self.reference, FrozenModel) else None
+            for callback in sync_callbacks(self.reference, self.args):
+                self.add_callback(callback)
+        elif self._given_reference is not None:
+            raise ConfigError(
+                f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
+            )
+        if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
+            self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
 
-    def _train_metrics(self) -> dict[str, float]:
-        logged = self.rollout_logs["train"].take_logged()
-        return {**super()._train_metrics(), **logged, **self.engine.take_metrics()}
+    def _also_reading(self) -> list[PreTrainedModel]:
+        return [*super()._also_reading(), *reference_models(self.reference)]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if "loss" in logs:
-            self.rollout_logs["train"].write(self.state.global_step)
-
-    # ---- checkpoints ----
-
-    def _algorithm_state(self) -> dict[str, Any]:
-        return self.algorithm.state_dict()
-
-    def _load_algorithm(self, state: Mapping[str, Any]) -> None:
-        self.algorithm.load_state_dict(state)
-
-    def _buffer_state(self) -> dict[str, Any]:
-        """Where sampling and training stand, and the samples that are still to be learned from."""
-        return {
-            "buffer": self.buffer.state(),
-            "cursor": self.prompts.cursor,
-            "samplings": self.sampler.samplings["train"],
-        }
-
-    def _load_buffer(self, state: Mapping[str, Any]) -> None:
-        self.prompts.cursor, self.sampler.samplings["train"] = state["cursor"], state["samplings"]
-        if not self.args.ignore_data_skip:
-            self.buffer.load_state(state["buffer"])
+    def _make_reference(self) -> Reference:
+        new = self._has_new_adapter
+        return reference_for(self.model, self._given_reference, self.args, self.accelerator, has_new_adapter=new)
 
 
 def of_scored(metrics: Metrics, batch: Batch) -> Metrics:

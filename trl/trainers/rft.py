@@ -138,7 +138,6 @@ class RFTTrainer(OnlineTrainer):
 
     def _draw(self) -> list[Group]:
         """Sample and reward, and remember what was drawn."""
-        self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = self.sample_rollout_batch()
         examples = [group.example for group in groups]
         local = experience_of(examples, self.sampler.combined(groups))

@@ -1,0 +1,251 @@
+"""Trainers whose rows are prompts, and whose minibatches are sampled from them: everything around the algorithm.
+
+    rows ──encode──▶ prompts ──roll_out──▶ minibatches of a rollout batch ──▶ optimizer steps
+
+A subclass says in `roll_out` how a rollout batch is made: see `trl.trainers.online`. Here are its parts, the rows, in which order they
+are taken and where that stands (in every checkpoint, and in the one that is written when the engine fails), and what is reported.
+
+A rollout batch comes when its first micro-batch is asked for, so that samples come from the weights of that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from trl.compat import SAMPLER
+from trl.data.encode import EncodeSettings
+from trl.errors import EngineError
+from trl.models.score import unwrap
+from trl.rewards.call import Reward, check_weights
+from trl.rollouts.buffer import Minibatch, RolloutBuffer
+from trl.rollouts.engine import RolloutEngine
+from trl.rollouts.experience import Group
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.prompts import Prompts
+from trl.trainers.arguments import Rows
+from trl.trainers.base import BaseTrainer
+from trl.trainers.online_config import OnlineConfig
+from trl.trainers.prompt_room import warn_of_short_room
+from trl.trainers.rollout_log import RolloutLog
+from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
+from trl.training.state import StateFunctions
+from trl.types import Batch, Experience
+
+RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
+"""`rollout_func(prompts, trainer)`: see `trl.rollouts.function`."""
+
+
+class RolloutTrainer(BaseTrainer):
+    """Base of the trainers that sample completions of prompts. Its arguments beside those of `BaseTrainer` are by keyword.
+
+    engine         samples
+    sampler        has the engine sample, and reward functions rate
+    prompts        rows in the order in which they are taken
+    buffer         the minibatches of the rollout batch that is learned from
+    rollout_logs   what is reported of rollouts, in "train" and "eval"
+    """
+
+    config_class = OnlineConfig
+    args: OnlineConfig
+    prompts_only = True
+    multiple_completions = True
+    captures_unasked = False  # graphs would hold memory that samples need
+    sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
+    uncalled = SAMPLER
+
+    def __init__(
+        self,
+        *arguments: Any,
+        reward_funcs: Any,
+        reward_processing_classes: Any,
+        engine: RolloutEngine | None,
+        rollout_func: RolloutFunction | None,
+        **keywords: Any,
+    ) -> None:
+        self.engine = engine
+        self.buffer: RolloutBuffer | None = None
+        self._is_new_batch = True
+        self._columns: dict[str, list[str]] = {}
+        self._reward_funcs = reward_funcs
+        self._reads_prompts = rollout_func is None
+        super().__init__(*arguments, **keywords)
+        self._prepare_sampling(reward_processing_classes, rollout_func)
+        self.data_collator = list
+
+    def roll_out(self) -> list[Minibatch]:
+        """The minibatches of a new rollout batch."""
+        raise NotImplementedError
+
+    # ---- parts ----
+
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        """The reward functions."""
+        return self.sampler.rewards
+
+    def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
+        self.args.check_batches()
+        check_weights(self._given_rewards(self._reward_funcs), self.args.reward_weights)
+        if self.engine is None:
+            self.args.check_installed()
+        return super()._resolve_model(model, quantization_config, peft_config)
+
+    def _given_rewards(self, reward_funcs: Any) -> Any:
+        """The reward functions that were given, by whichever argument or option."""
+        return reward_funcs
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        shown = self.is_local_process_zero() and not self.args.disable_tqdm
+        self.engine = engine_for(self.args, self.engine, self.model, self.processing_class, progress=shown)
+        if isinstance(self.engine, LocalEngine):
+            self.engine.image_features = self.image_features
+        self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
+
+    def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
+        """Make rewards and sampler, and what their numbers are reported by."""
+        columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
+        given = self._given_rewards(self._reward_funcs)
+        rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
+        self.sampler = self.sampler_class(
+            self.args,
+            unwrap(self.model),
+            self.tokenizer,
+            self.images,
+            self.to_examples,
+            lambda: self.engine,
+            rewards,
+            state=lambda: self.state,
+            rollout_func=None if rollout_func is None else lambda prompts: rollout_func(prompts, self),
+        )
+        self.rollout_logs = {
+            mode: RolloutLog(self.sampler, mode, meter, self.accelerator) for mode, meter in self.meters.items()
+        }
+        self.states.register("completions", self.rollout_logs["train"].completions, per_rank=True, optional=True)
+        self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
+
+    # ---- prompts ----
+
+    def encode_settings(self, split: str) -> EncodeSettings:
+        return EncodeSettings(
+            kind="prompt_only",
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            keep_columns=tuple(self._columns[split]),
+            encoder_decoder=unwrap(self.model).config.is_encoder_decoder,
+            num_proc=self.args.dataset_num_proc,
+            needs_prompt=self._reads_prompts,
+            context=self._context(),
+        )
+
+    def _context(self) -> int | None:
+        """Tokens of a prompt with its completion, at most; None where the model does not say, or does not sample."""
+        config = unwrap(self.model).config
+        samples = self._reads_prompts and self.engine is None and not config.is_encoder_decoder
+        return getattr(config.get_text_config(), "max_position_embeddings", None) if samples else None
+
+    def encode(self, rows: Rows, split: str, name: str) -> Rows:
+        columns = self._columns[split] = rows.column_names or list(next(iter(rows)))
+        if "input_ids" not in columns or "prompt" in columns:
+            encoded = super().encode(rows, split, name)
+            warn_of_short_room(encoded, name, self._context(), self.args.max_completion_length)
+            return encoded
+        self._columns[split] = [*columns, "prompt"]
+        rows = rows.map(lambda row: {"prompt": self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)})
+        limit = self.args.max_prompt_length or 0
+        return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})
+
+    def _shuffled(self, rows: Rows) -> Rows:
+        """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
+        return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
+
+    def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
+        """No rows: the report shows prompts beside the completions that were sampled."""
+        return []
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        shuffle = {"seed": args.seed, "shuffle": args.shuffle_dataset}
+        self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
+        self.sampler.samplings["train"] = 0
+        self.buffer = RolloutBuffer(
+            self.roll_out,
+            minibatches=args.minibatches_per_rollout_batch,
+            iterations=args.num_iterations,
+            per_epoch=self.prompts.batches_per_epoch(args.prompts_per_rollout_batch),
+        )
+        return self.buffer.loader()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
+        self.restore_rng_state()  # before a rollout batch is sampled
+        self._is_new_batch = self.buffer.is_new
+        before = self._position()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except EngineError as error:
+            raise self._with_checkpoint(error, before) from error
+
+    def _position(self) -> tuple[dict[str, Any], int, int]:
+        return dict(vars(self.buffer)), self.prompts.cursor, self.sampler.samplings["train"]
+
+    def _with_checkpoint(self, error: EngineError, before: tuple[dict[str, Any], int, int]) -> EngineError:
+        """Write a checkpoint of the last step, as it was before the engine failed; the error, which says so."""
+        step = self.state.global_step
+        if step == 0:
+            return error
+        buffer, self.prompts.cursor, self.sampler.samplings["train"] = before
+        vars(self.buffer).update(buffer)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if not folder.exists():
+            self._save_checkpoint(self.model, None)
+        return EngineError(
+            f"{error}\nTraining ends after step {step}, with a checkpoint in {folder}. To resume, once the engine is back: "
+            'trainer.train(resume_from_checkpoint="last"), or the same command with --resume.'
+        )
+
+    # ---- checkpoints ----
+
+    def _buffer_state(self) -> dict[str, Any]:
+        """Where sampling and training stand, and the samples that are still to be learned from."""
+        return {
+            "buffer": self.buffer.state(),
+            "cursor": self.prompts.cursor,
+            "samplings": self.sampler.samplings["train"],
+        }
+
+    def _load_buffer(self, state: Mapping[str, Any]) -> None:
+        self.prompts.cursor, self.sampler.samplings["train"] = state["cursor"], state["samplings"]
+        if not self.args.ignore_data_skip:
+            self.buffer.load_state(state["buffer"])
+
+    # ---- what is reported ----
+
+    def _count(self, name: str, amount: float, per: float = 1.0, mode: str = "train") -> None:
+        self.meters[mode].count(name, float(amount), per=float(per))
+
+    def _log_rollouts(self, groups: Sequence[Group], experience: Experience, mode: str) -> None:
+        self.rollout_logs[mode].add(groups, experience)
+
+    def _train_metrics(self) -> dict[str, float]:
+        logged = self.rollout_logs["train"].take_logged()
+        return {**super()._train_metrics(), **logged, **self.engine.take_metrics()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self.rollout_logs["train"].write(self.state.global_step)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self.sampler.samplings["eval"] = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        log = self.rollout_logs["eval"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
+        log.write(self.state.global_step, metric_key_prefix)
+        return output
