@@ -21,8 +21,8 @@ from trl.diffusion.differentiable import first_step, sample_with_gradient
 from trl.diffusion.trajectories import draw, generators_for
 from trl.errors import ConfigError
 from trl.rewards.call import RewardError
+from trl.trainers.diffusion.classic import ClassicTrainer, asked_prompt, two_values
 from trl.trainers.diffusion.config import DiffusionRolloutConfig
-from trl.trainers.diffusion.ddpo import ClassicTrainer, asked_prompt, two_values
 from trl.trainers.diffusion.ddpo_config import AlignPropConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker

@@ -14,31 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from huggingface_hub import HfApi
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from trl.callbacks.model_card import Trained
 from trl.diffusion.denoiser import Text
 from trl.diffusion.pipelines import save_trained
 from trl.diffusion.rollouts import IN_ORDER, PictureRollouts, seed_of, split_pictures
 from trl.diffusion.trajectories import Transition, TransitionBatch, score_steps
-from trl.errors import ConfigError, DataError
 from trl.rewards.call import RewardError
-from trl.trainers.diffusion.base import DiffusionTrainer, check_prompt
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOConfig, DiffusionDDPOTrainer
-from trl.trainers.diffusion.ddpo_config import ClassicConfig, DDPOConfig
+from trl.trainers.diffusion.classic import ClassicTrainer, asked_prompt, two_values
+from trl.trainers.diffusion.ddpo_config import DDPOConfig
 from trl.trainers.diffusion.pipeline import DefaultDDPOStableDiffusionPipeline
 from trl.trainers.tracking import start_tracker
-from trl.training.checkpoint import checkpoints
 from trl.training.collectives import advantages_over_ranks, all_gather_object
 
 Hook = Callable[[list[list[Any]], int, Any], Any]
@@ -80,99 +73,6 @@ class DDPOArguments(DiffusionDDPOConfig):
             per_prompt_stat_tracking_buffer_size=config.per_prompt_stat_tracking_buffer_size,
             per_prompt_stat_tracking_min_count=config.per_prompt_stat_tracking_min_count,
         )
-
-
-class ClassicTrainer(DiffusionTrainer):
-    """What the trainers of the classic interface share: their arguments, `train`, the tracker, and how they save."""
-
-    uncalled = DiffusionTrainer.uncalled | {"_get_train_sampler": "Prompts come from `prompt_function`."}
-
-    def take_arguments(
-        self,
-        config: ClassicConfig,
-        kind: type[ClassicConfig],
-        reward_function: Callable,
-        prompt_function: Callable[[], tuple[str, Any]],
-        sd_pipeline: DefaultDDPOStableDiffusionPipeline,
-        image_samples_hook: Callable | None,
-    ) -> None:
-        """Keep the arguments. Raises ConfigError for another `kind` of configuration, or for what is no classic pipeline."""
-        if not isinstance(config, kind):
-            raise ConfigError(f"config is a {type(config).__name__}: give a {kind.__name__}.")
-        for name in ("sd_pipeline", "get_trainable_layers", "save_pretrained"):
-            if not hasattr(sd_pipeline, name):
-                raise ConfigError(
-                    f"sd_pipeline is a {type(sd_pipeline).__name__} without {name}: give a "
-                    "DefaultDDPOStableDiffusionPipeline, which takes the name of a pipeline, or a StableDiffusionPipeline."
-                )
-        self.config, self.sd_pipeline = config, sd_pipeline
-        self.reward_fn, self.prompt_fn, self.image_samples_callback = (
-            reward_function,
-            prompt_function,
-            image_samples_hook,
-        )
-        sd_pipeline.get_trainable_layers()
-
-    def train(self, epochs: int | None = None, **options: Any) -> Any:
-        """Train for `epochs`, by default config.num_epochs; from `resume_from` on, where the configuration names it."""
-        if epochs is not None:
-            self.args.num_train_epochs = epochs
-        found = options.pop("resume_from_checkpoint", None) or checkpoint_in(self.config.resume_from)
-        return super().train(found, **options)
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self.loader_of_minibatches(per_epoch=1)
-
-    def _train_metrics(self) -> dict[str, float]:
-        """Those of the steps since the last log, which the tracker gets too."""
-        found = super()._train_metrics()
-        self.accelerator.log(found, step=self.state.global_step)
-        return found
-
-    # ---- files ----
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """The pipeline, and its adapter where there is one."""
-        self._save_pretrained(save_directory)
-
-    def _save_pretrained(self, save_directory: str | Path) -> None:
-        if self.is_world_process_zero():
-            self.sd_pipeline.save_pretrained(save_directory)
-            self.create_model_card(save_directory)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-        else:
-            self._save_pretrained(output_dir or self.args.output_dir)
-
-    def create_model_card(
-        self,
-        path: str | Path | None = None,
-        model_name: str | None = None,
-        hub_model_id: str | None = None,
-        **_: Any,
-    ) -> None:
-        """Write README.md into the folder `path`, by default the one of checkpoints. The model is loaded in it by its hub id,
-        or by the folder's name."""
-        args = copy(self.args)
-        args.output_dir = str(path or self.args.output_dir)
-        args.hub_model_id = hub_model_id or args.hub_model_id
-        method = type(self).__name__.removesuffix("Trainer")
-        self._write_card(args, model_name=model_name or f"TRL {method} Model")
-
-    def describe_model(self) -> tuple[Trained, list[str]]:
-        given = self.sd_pipeline.pretrained_model
-        return Trained(given if isinstance(given, str) else None, "pictures", is_adapter=self.has_adapter), []
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload the pipeline to `repo_id`."""
-        api = HfApi(token=options.pop("token", None))
-        api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            self.create_model_card(folder, hub_model_id=repo_id)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
@@ -327,28 +227,6 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         return loss.mean(), metrics["approx_kl"].mean(), metrics["clipfrac"].mean()
 
 
-# ---- what functions give ----
-
-
-def asked_prompt(given: Any) -> tuple[str, Any]:
-    """A prompt and its metadata. Raises DataError for what is not both."""
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise DataError(
-            f"prompt_function gave {given!r:.60}: it has to give two values, a prompt and its metadata, as in `return prompt, {{}}`."
-        )
-    return check_prompt(given[0], "prompt_function"), given[1]
-
-
-def two_values(given: Any) -> tuple[Any, Any]:
-    """Rewards and their metadata. Raises RewardError for what is not both."""
-    if not isinstance(given, tuple | list) or len(given) != 2 or isinstance(given[0], int | float):
-        raise RewardError(
-            f"The reward function gave a {type(given).__name__}: it has to give two values, rewards and metadata, as in "
-            "`return rewards, {}`."
-        )
-    return given[0], given[1]
-
-
 def checked_rewards(values: Any, count: int, *, first: int) -> Tensor:
     """Rewards `[count]` on the host. Raises RewardError for another number of them, or one that is not finite.
 
@@ -363,17 +241,6 @@ def checked_rewards(values: Any, count: int, *, first: int) -> Tensor:
         i = int((~found.isfinite()).nonzero()[0, 0])
         raise RewardError(f"The reward function gave {found[i].item()} for picture {first + i + 1} of the epoch.")
     return found
-
-
-# ---- arguments ----
-
-
-def checkpoint_in(folder: str) -> str | None:
-    """The checkpoint that `resume_from` means: it, or the newest one in it; None where it is empty."""
-    if not folder:
-        return None
-    found = checkpoints(Path(folder).expanduser())
-    return str(found[0]) if found else folder
 
 
 def _named_as(function: Callable) -> Callable:
