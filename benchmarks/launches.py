@@ -62,12 +62,13 @@ from trl.models.score import score
 from trl.models.score import unwrap as language_model
 from trl.ops import triton_gate, triton_head, triton_rotary
 from trl.rollouts import fused, fused_layers, fusions, triton_decode
-from trl.rollouts.decoders import Sample, attention_windows
+from trl.rollouts.decoders import Sample
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import unwrap
 from trl.rollouts.loop import Steps
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.shared_decoder import attention_windows
 from trl.types import Completion, Example
 
 HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14} | {

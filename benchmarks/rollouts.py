@@ -23,11 +23,11 @@ import gpu_workloads
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from trl.rollouts.decoders import SharedDecoder
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampler import Sampler
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.shared_decoder import SharedDecoder
 
 VOCABULARY, SHORTEST = 32_000, 8
 

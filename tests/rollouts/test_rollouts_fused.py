@@ -10,11 +10,11 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from trl.models.half_weights import linears_of, rounded
 from trl.rollouts import fused_layers, triton_decode
-from trl.rollouts.decoders import attention_windows, proves_sharing
 from trl.rollouts.fused import NORM_KINDS, norm, norm_kind
 from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
 from trl.rollouts.paged_decoder import PagedDecoder
+from trl.rollouts.shared_decoder import attention_windows, proves_sharing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -11,10 +11,12 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.checkpointing import checkpoint_activations
 from trl.models.score import score
-from trl.rollouts.decoders import RepeatedDecoder, Sample, SharedDecoder, fill_holes, like_lengths
+from trl.rollouts.decoders import Sample, fill_holes, like_lengths
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine, fastest_way, unwrap
+from trl.rollouts.repeated_decoder import RepeatedDecoder
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.shared_decoder import SharedDecoder
 from trl.rollouts.stopping import Stopper
 from trl.types import Completion, Example
 

@@ -35,22 +35,16 @@ from trl.models.sharding import whole_weights
 from trl.models.value_heads.ilql import WithILQLHeads
 from trl.ops.logprobs import has_triton
 from trl.ops.products import exact_products
-from trl.rollouts.decoders import (
-    Policy,
-    RepeatedDecoder,
-    Sample,
-    SharedDecoder,
-    attention_windows,
-    ends_in_text,
-    proves_sharing,
-)
+from trl.rollouts.decoders import Policy, Sample
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.generate import generate_rollouts
 from trl.rollouts.loop import Round, StaticRound, Steps
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
+from trl.rollouts.repeated_decoder import RepeatedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_seed, with_stop_tokens
+from trl.rollouts.shared_decoder import SharedDecoder, attention_windows, ends_in_text, proves_sharing
 from trl.rollouts.stopping import Stopper
 from trl.types import Example
 from trl.vision.families import image_token_ids
