@@ -25,8 +25,9 @@ from trl import (
 )
 from trl.cli.main import main
 from trl.errors import ConfigError, ModelError
-from trl.models.adapters import as_peft_model, is_adapter, new_tokens
+from trl.models.adapters import as_peft_model, new_tokens
 from trl.models.load import load_model, load_processor
+from trl.models.saved_adapters import is_adapter
 
 IDS = torch.tensor([[5, 9, 12, 7]])
 PAIRS = Dataset.from_list([{"prompt": "Hi", "chosen": " a", "rejected": " b"}] * 4)

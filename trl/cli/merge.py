@@ -84,8 +84,8 @@ def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     from trl.cli.preview import dtype_of
-    from trl.models.adapters import is_adapter
     from trl.models.load import load_config, load_model
+    from trl.models.saved_adapters import is_adapter
     from trl.models.value_heads.auto_models import value_head_class
     from trl.models.value_heads.storage import stored_head
 

@@ -65,9 +65,9 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
     """The model of a run, with its adapter if it names one, on the device "meta"."""
     import torch
 
-    from trl.models.adapters import is_adapter, with_shape_of
     from trl.models.attention_packages import check_attention
     from trl.models.load import language_model_class, load_config
+    from trl.models.saved_adapters import is_adapter, with_shape_of
 
     name, hub, trust = run.model.model_name_or_path, run.model.hub, run.training.trust_remote_code
     config = load_config(name, trust_remote_code=trust, **hub)

@@ -217,7 +217,7 @@ def train(run: Run) -> int:
 
 def check_trains(run: Run) -> None:
     """Raises ConfigError for quantised weights without an adapter, which cannot be trained."""
-    from trl.models.adapters import is_adapter
+    from trl.models.saved_adapters import is_adapter
 
     model = run.model
     bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
@@ -232,7 +232,7 @@ def _check_output_folder(run: Run) -> None:
 
     The trainer looks again once it knows its rows and parameters.
     """
-    from trl.models.adapters import is_adapter
+    from trl.models.saved_adapters import is_adapter
     from trl.training.output_folder import check_folder
     from trl.training.run_settings import describe_options
 

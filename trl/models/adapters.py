@@ -1,8 +1,8 @@
-"""Adapters: new ones, those of a folder, and what becomes of a model that is given with them.
+"""Adapters in memory: new ones, their layers and tokens, and what becomes of a model that is given with them.
 
     y = W x + (α/r) B A x        LoRA (arXiv:2106.09685); W stays as it is
 
-A folder that an adapter was saved to stands for its base model with the adapter on it, wherever a model is named.
+Those that were saved are read in `trl.models.saved_adapters`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -26,16 +25,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 from trl.data.chat_formats import FILLER
-from trl.errors import ConfigError, ModelError, ModelNotFoundError, suggest
-from trl.models.names import explain_missing
+from trl.errors import ConfigError, ModelError, suggest
 from trl.noise import without_warnings
 from trl.vision.families import family_of
 
@@ -44,31 +41,6 @@ logger = logging.getLogger(__name__)
 HEADS = ("score", "classifier", "classification_head")
 """What classifiers call the layer that gives the reward; an adapter may name all of them."""
 
-HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
-
-
-def is_adapter(name: str, **hub: Any) -> bool:
-    """Whether a folder, or a repository of the hub, holds an adapter. `hub` are options of its download."""
-    return (
-        find_adapter_config_file(name, **{key: value for key, value in hub.items() if key != "subfolder"}) is not None
-    )
-
-
-def base_of(adapter: str, **hub: Any) -> str:
-    """The model that an adapter was trained on. Raises ModelError where it does not say, or names a folder that is gone."""
-    base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
-    if not base:
-        raise ModelError(
-            f"{adapter!r} is an adapter that does not say of which model: give it as adapter_name_or_path, and the model "
-            "as model_name_or_path."
-        )
-    if base.startswith(("/", "./", "../", "~")) and not Path(base).expanduser().is_dir():
-        raise ModelError(
-            f"{adapter!r} is an adapter of the model {base!r}, and there is no such folder. Give the model as model_name_or_path, "
-            "and the adapter as adapter_name_or_path; or mend base_model_name_or_path in its adapter_config.json."
-        )
-    return base
-
 
 def put_on(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
     """`model` with a new adapter."""
@@ -76,96 +48,8 @@ def put_on(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
         return get_peft_model(model, config, **options)
 
 
-def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = True, **hub: Any) -> PeftModel:
-    """`model` with the adapter that a folder or repository holds; its vocabulary grows to that of the adapter.
-
-    With `trainable`, the adapter trains on, and a quantised base is prepared for that. Raises ModelError where the
-    adapter is not of this model.
-    """
-    config, state = _config_for(model, adapter, hub), load_peft_weights(adapter, device="cpu", **hub)
-    config.inference_mode = not trainable
-    if trainable:
-        model = _prepared(model)
-    _grow_vocabulary(model, config, state)
-    tied = _tied_tables(model)
-    try:
-        adapted = put_on(model, config)
-        # The head of a reward model on a language model's adapter is new, as it is on a language model.
-        heads = get_peft_model_state_dict(adapted, save_embedding_layers=False) if _is_classifier(model) else {}
-        found = set_peft_model_state_dict(adapted, {**heads, **state})
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _unfit(adapter, model, str(error)) from error
-    known = ("prompt_embeddings",) if config.is_prompt_learning else ()
-    if unknown := [key for key in found.unexpected_keys if key not in known and not _is_copy(key, state, tied)]:
-        raise _unfit(adapter, model, f"it has no {unknown[0]}")
-    adapted._trl_source = adapter
-    return adapted if trainable else adapted.requires_grad_(False)
-
-
-def _tied_tables(model: PreTrainedModel) -> tuple[str, str] | None:
-    """Names of the head and the embeddings, where they are one table."""
-    head = model.get_output_embeddings()
-    if head is None or not model.config.get_text_config().tie_word_embeddings:
-        return None
-    return _name_of(model, head), _name_of(model, model.get_input_embeddings())
-
-
-def _is_copy(key: str, state: Mapping[str, Tensor], tied: tuple[str, str] | None) -> bool:
-    """Whether a tensor of the head was saved for the embeddings too, which a model with `tied` ones has once."""
-    if tied is None:
-        return False
-    end = key.partition(f".{tied[0]}.")[2]
-    twins = (name for name in state if name != key and f".{tied[1]}." in name and name.endswith(end))
-    return any(torch.equal(state[twin], state[key]) for twin in twins)
-
-
-def _unfit(adapter: str, model: PreTrainedModel, why: str) -> ModelError:
-    return ModelError(
-        f"The adapter {adapter!r} does not fit {type(model).__name__} {model.config._name_or_path!r}: {why}"
-    )
-
-
-def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel:
-    """`model`, on the device "meta", with an adapter of that shape, which trains."""
-    config = _config_for(model, adapter, hub)
-    config.inference_mode = False
-    _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
-    return put_on(model, config)
-
-
-def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) -> PeftConfig:
-    """The configuration of an adapter, for a reward model with a head that trains and is saved with it.
-
-    Raises ModelError for a reward model's adapter on a language model.
-    """
-    folder = Path(adapter, hub.get("subfolder") or "")
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise ModelNotFoundError(
-            f"adapter={adapter!r} is a model, and holds no adapter: adapter_config.json is missing."
-        )
-    with explain_missing(adapter, f"adapter={adapter!r}", hub.get("subfolder")):
-        config = PeftConfig.from_pretrained(adapter, **hub)
-    if _is_classifier(model):
-        config.task_type = TaskType.SEQ_CLS
-    elif config.task_type == TaskType.SEQ_CLS:
-        raise ModelError(f"{adapter!r} is the adapter of a reward model: it gives scores, and writes no text.")
-    return config
-
-
-def _is_classifier(model: nn.Module) -> bool:
+def is_classifier(model: nn.Module) -> bool:
     return "ForSequenceClassification" in type(model).__name__
-
-
-def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
-    """Give `model` as many tokens as the embeddings that were saved with an adapter have, or the tokens that it trains."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [_name_of(model, table) for table in tables if table is not None]
-    whole = tuple(f".{name}.{inside}weight" for name in names for inside in ("", "token_adapter.base_layer."))
-    sizes = [len(value) for key, value in state.items() if key.endswith(whole)]
-    trained = config.to_dict().get("trainable_token_indices") or {}
-    sizes += [1 + max(ids) for ids in (trained.values() if isinstance(trained, dict) else [trained])]
-    if max(sizes, default=0) > tables[0].num_embeddings:
-        model.resize_token_embeddings(max(sizes), mean_resizing=False)
 
 
 AdaptedPart = Literal["language", "language_and_projector", "everything"]
@@ -203,7 +87,7 @@ def with_adapters(
     _take_packed_layers(config, model)
     _leave_out(config, part, model)
     try:
-        return put_on(_prepared(model), config)
+        return put_on(prepared(model), config)
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
@@ -270,7 +154,7 @@ def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
     return [name for name in leaves if is_left_out(name)]
 
 
-def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
     """A quantised model as adapters train on it; others as they are."""
     if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -279,7 +163,7 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
 
 def _say_task(config: PeftConfig, model: PreTrainedModel) -> None:
     """Have an adapter's configuration name the task that the architecture says, where it names none."""
-    if config.task_type is None and _is_classifier(model):
+    if config.task_type is None and is_classifier(model):
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type is None and model.can_generate():
         config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
@@ -337,7 +221,7 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     config = copy.copy(config)
     config.inference_mode = False
     _say_task(config, model)
-    adapted = put_on(_prepared(model), config, adapter_name=name)
+    adapted = put_on(prepared(model), config, adapter_name=name)
     set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted
 
@@ -419,17 +303,17 @@ def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
 def _tables(model: PeftModel, config: LoraConfig, ids: Collection[int]) -> dict[str, list[int]] | None:
     """By the names of the embeddings and the head: `ids`, and those that train already. None where whole tables train."""
     base = model.get_base_model()
-    embeddings = _name_of(base, base.get_input_embeddings())
+    embeddings = name_of(base, base.get_input_embeddings())
     tables = {embeddings}
     if not base.config.get_text_config().tie_word_embeddings:
-        tables.add(_name_of(base, base.get_output_embeddings()))
+        tables.add(name_of(base, base.get_output_embeddings()))
     tables -= set(config.modules_to_save or ())
     given = config.trainable_token_indices or {}
     given = given if isinstance(given, dict) else {embeddings: given}
     return {table: sorted({*given.get(table, ()), *ids}) for table in sorted(tables)} or None
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
+def name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, each in model.named_modules() if each is module).rpartition(".")[2]
 
 

@@ -30,9 +30,10 @@ from transformers.utils import cached_file
 
 from trl.errors import ConfigError, ModelError, ModelNotFoundError, TrlError, suggest
 from trl.imports import require
-from trl.models.adapters import HEADS, HUB_OPTIONS, base_of, is_adapter, thaw, trains, with_adapter_of
+from trl.models.adapters import HEADS, thaw, trains
 from trl.models.attention_packages import check_attention
 from trl.models.names import explain_missing
+from trl.models.saved_adapters import HUB_OPTIONS, base_of, is_adapter, with_adapter_of
 from trl.models.sharding import loaded_whole
 from trl.models.shards import check_shards
 from trl.noise import unless_said, without_noise
