@@ -24,8 +24,9 @@ from trl.errors import ConfigError, DataError
 from trl.printable import printable
 from trl.report.page import write_report
 from trl.rewards import accuracy_reward, answers, get_json_reward
-from trl.rewards.call import RewardError, Samples, call_rewards, make_rewards
+from trl.rewards.call import RewardError, call_rewards
 from trl.rewards.code import code_of
+from trl.rewards.reward import Samples, make_rewards
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 fuzz = settings(

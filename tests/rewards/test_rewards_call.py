@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from trl.errors import ConfigError
-from trl.rewards.call import RewardError, Samples, call_rewards, check_columns, make_rewards
+from trl.rewards.call import RewardError, call_rewards
 from trl.rewards.pictures import PictureSamples
+from trl.rewards.reward import Samples, check_columns, make_rewards
 
 SAMPLES = Samples(["p", "q", "r"], ["aa", "b", "ccc"], {"answer": [1, 2, 3]}, {"step": 7})
 

@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from tests.conftest import GPT2, MODELS, make_tokenizer
 from trl.errors import ConfigError, DataError, ModelError
-from trl.rewards.call import make_rewards
 from trl.rewards.classifier import ClassifierReward, find_label, log_odds
+from trl.rewards.reward import make_rewards
 
 
 def bert(labels, **config):

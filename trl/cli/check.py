@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from trl.cli.estimate import MemoryEstimate
-    from trl.rewards.call import Reward, Samples
+    from trl.rewards.reward import Reward, Samples
     from trl.trainers.base import BaseTrainer
 
 IMAGES_OF_ROWS = 100
@@ -252,7 +252,7 @@ def weights_problems(run: Run) -> list[str]:
 def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:
     """The reward of a made-up answer to the first prompt from every function, and what went wrong."""
     from trl.data.multimodal import images_of
-    from trl.rewards.call import Samples
+    from trl.rewards.reward import Samples
 
     row = next(iter(sample))
     answer = (

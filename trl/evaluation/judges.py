@@ -15,7 +15,8 @@ from trl.data.messages import said, under_roles
 from trl.errors import ConfigError
 from trl.evaluation.statistics import outcome
 from trl.hub import outside_the_hub
-from trl.rewards.call import Samples, call_rewards, make_rewards
+from trl.rewards.call import call_rewards
+from trl.rewards.reward import Samples, make_rewards
 
 Content = Any
 Judge = Callable[[Sequence[Content], Sequence[Content], Sequence[Content]], list[float]]

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
-from trl.rewards.call import Reward, Samples, make_rewards
 from trl.rewards.images import to_pil
+from trl.rewards.reward import Reward, Samples, make_rewards
 from trl.rewards.signature import PICTURES, asks_for, check_arguments, say_hidden
 
 

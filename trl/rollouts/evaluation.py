@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from trl.errors import DataError
-from trl.rewards.call import Reward, Samples, call_rewards
+from trl.rewards.call import call_rewards
+from trl.rewards.reward import Reward, Samples
 from trl.rewards.signature import fitting
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.sampling import SamplingParams

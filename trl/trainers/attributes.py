@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
-from trl.rewards.call import Reward
 from trl.rewards.model import RewardModel
+from trl.rewards.reward import Reward
 
 
 class Option:

@@ -28,7 +28,7 @@ from trl.data.examples import columns_of
 from trl.errors import ConfigError, DataError, RowError
 from trl.models.score import score, unwrap
 from trl.models.value_heads.ilql import WithILQLHeads, load_with_ilql_heads, with_ilql_heads
-from trl.rewards.call import make_rewards
+from trl.rewards.reward import make_rewards
 from trl.rollouts.evaluation import SampledEvaluation
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams

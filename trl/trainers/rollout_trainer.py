@@ -23,7 +23,7 @@ from trl.compat import SAMPLER
 from trl.data.encode import EncodeSettings
 from trl.errors import EngineError
 from trl.models.score import unwrap
-from trl.rewards.call import Reward, check_weights
+from trl.rewards.reward import Reward, check_weights
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
 from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import Group

@@ -21,8 +21,9 @@ from trl.algorithms.advantages import RewardAggregation, combine_rewards, has_no
 from trl.callbacks.completions import LoggedMetrics
 from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError
-from trl.rewards.call import Reward, Rewarded, Samples, call_rewards, check_columns, make_rewards, warn_of_none
+from trl.rewards.call import Rewarded, call_rewards, warn_of_none
 from trl.rewards.model import RewardModel
+from trl.rewards.reward import Reward, Samples, check_columns, make_rewards
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine, Unexpanded
 from trl.rollouts.experience import Group, example_of, finished
 from trl.rollouts.function import rollouts_of

@@ -29,7 +29,7 @@ from trl.errors import ConfigError, unknown
 from trl.models.files import follow_umask
 from trl.models.layer_sharing import depth, layers_of
 from trl.models.load import explain_missing_tokenizer, load_config, load_model
-from trl.rewards.call import Reward
+from trl.rewards.reward import Reward
 from trl.rollouts.engine import Prompt
 from trl.rollouts.evaluation import SampledEvaluation, SampledMetrics, swept
 from trl.rollouts.local import LocalEngine
