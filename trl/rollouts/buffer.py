@@ -2,7 +2,8 @@
 
 A rollout batch is sampled when its first minibatch is asked for, with the weights of that moment, and gone through for
 `iterations` epochs, or fewer where the remaining ones are skipped: the next batch then comes sooner. The position in the
-batch, and what is left of it, are part of a checkpoint.
+batch, and what is left of it, are part of a checkpoint; so is what a step was served that could not be completed, since
+its next rollout batch could not be sampled.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class RolloutBuffer(IterableDataset):
         self.batch: list[Minibatch] = []
         self.position = 0
         self.served = 0
+        self.of_step: list[Minibatch] = []
+        self.taken_back: list[Minibatch] = []
+        self.step_begins_batch = True
 
     def __len__(self) -> int:
         if self.per_epoch is None:
@@ -58,17 +62,33 @@ class RolloutBuffer(IterableDataset):
         for i in count() if self.per_epoch is None else range(len(self)):
             yield [] if i < done else self.next_minibatch()
 
+    def begin_step(self) -> None:
+        """What is served from now on is of one optimizer step."""
+        self.of_step = []
+        if not self.taken_back:
+            self.step_begins_batch = self.is_new
+
+    def take_back(self) -> None:
+        """Serve what this step was given once more, before anything new."""
+        self.served -= len(self.of_step)
+        self.taken_back, self.of_step = [*self.of_step, *self.taken_back], []
+
     def next_minibatch(self) -> Minibatch:
+        minibatch = self.taken_back.pop(0) if self.taken_back else self._following()
+        self.served += 1
+        self.of_step.append(minibatch)
+        return minibatch
+
+    def _following(self) -> Minibatch:
         update = self.position % self.updates_per_batch
         if update == 0:
             self.batch = self.roll_out()
         self.position += 1
-        self.served += 1
         return self.batch[update % self.minibatches]
 
     @property
     def is_new(self) -> bool:
-        """Whether the next minibatch begins a new rollout batch."""
+        """Whether the next minibatch that is not served once more begins a new rollout batch."""
         return self.position % self.updates_per_batch == 0
 
     @property
@@ -82,10 +102,15 @@ class RolloutBuffer(IterableDataset):
 
     def state(self) -> dict[str, Any]:
         batch = [] if self.is_new else self.state_of(self.batch)
-        return {"position": self.position, "served": self.served, "batch": batch}
+        found = {"position": self.position, "served": self.served, "batch": batch}
+        if self.taken_back:
+            found |= {"taken_back": self.state_of(self.taken_back), "step_begins_batch": self.step_begins_batch}
+        return found
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.position, self.served, self.batch = state["position"], state["served"], self.batch_from(state["batch"])
+        self.taken_back = self.batch_from(state.get("taken_back", []))
+        self.step_begins_batch = state.get("step_begins_batch", True)
 
     def loader(self) -> DataLoader:
         """Minibatches one at a time. It reads nothing ahead: samples have to come from the weights of their moment.

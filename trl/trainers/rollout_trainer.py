@@ -71,7 +71,6 @@ class RolloutTrainer(BaseTrainer):
     ) -> None:
         self.engine = engine
         self.buffer: RolloutBuffer | None = None
-        self._is_new_batch = True
         self._columns: dict[str, list[str]] = {}
         self._reward_funcs = reward_funcs
         self._reads_prompts = rollout_func is None
@@ -176,7 +175,7 @@ class RolloutTrainer(BaseTrainer):
         self.prompts = Prompts(self.train_dataset, **shuffle, rank=args.process_index, world=args.world_size)
         self.sampler.samplings["train"] = 0
         self.buffer = RolloutBuffer(
-            self.roll_out,
+            self._next_rollout_batch,
             minibatches=args.minibatches_per_rollout_batch,
             iterations=args.num_iterations,
             per_epoch=self.prompts.batches_per_epoch(args.prompts_per_rollout_batch),
@@ -185,23 +184,27 @@ class RolloutTrainer(BaseTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
         self.restore_rng_state()  # before a rollout batch is sampled
-        self._is_new_batch = self.buffer.is_new
-        before = self._position()
+        self.buffer.begin_step()
         try:
             return super().get_batch_samples(*args, **kwargs)
         except EngineError as error:
-            raise self._with_checkpoint(error, before) from error
+            raise self._with_checkpoint(error) from error
 
-    def _position(self) -> tuple[dict[str, Any], int, int]:
-        return dict(vars(self.buffer)), self.prompts.cursor, self.sampler.samplings["train"]
+    def _next_rollout_batch(self) -> list[Minibatch]:
+        """That of `roll_out`; where the engine fails, its prompts and seeds are those of the next one that is tried."""
+        before = self.prompts.cursor, self.sampler.samplings["train"]
+        try:
+            return self.roll_out()
+        except EngineError:
+            self.prompts.cursor, self.sampler.samplings["train"] = before
+            raise
 
-    def _with_checkpoint(self, error: EngineError, before: tuple[dict[str, Any], int, int]) -> EngineError:
-        """Write a checkpoint of the last step, as it was before the engine failed; the error, which says so."""
+    def _with_checkpoint(self, error: EngineError) -> EngineError:
+        """Write a checkpoint of the last step, with what the next one has sampled so far; the error, which says so."""
         step = self.state.global_step
         if step == 0:
             return error
-        buffer, self.prompts.cursor, self.sampler.samplings["train"] = before
-        vars(self.buffer).update(buffer)
+        self.buffer.take_back()
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if not folder.exists():
             self._save_checkpoint(self.model, None)

@@ -222,6 +222,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self.buffer is not None:
             self.restore_rng_state()  # before a rollout batch is sampled
+            self.buffer.begin_step()
         return super().get_batch_samples(*args, **kwargs)
 
     # ---- pictures ----
