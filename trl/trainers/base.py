@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -45,12 +44,12 @@ from trl.data.examples import (
     examples_of,
     row_numbers,
 )
-from trl.data.layout import lay_out, lay_out_encoder_decoder
+from trl.data.layout import lay_out_encoder_decoder
 from trl.data.places import naming_rows, renumbering_rows
 from trl.data.preview import as_text, preview_examples
 from trl.errors import ConfigError
 from trl.models.adapters import new_tokens, prompt_adapter, with_adapters, with_trained_tokens
-from trl.models.graphs import captures, release, without_graphs
+from trl.models.graphs import release, without_graphs
 from trl.models.image_features import MIB, ImageFeatures, encoder_parameters
 from trl.models.layouts import choose_layout
 from trl.models.load import (
@@ -64,11 +63,9 @@ from trl.models.load import (
 )
 from trl.models.patching import evaluating
 from trl.models.positions import learned_positions, pretrained_length
-from trl.models.rotary import length_dependent
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
-from trl.models.varlen import VARLEN
 from trl.noise import without_noise, without_warnings
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TrainerConfig
@@ -79,12 +76,10 @@ from trl.trainers.options import resolve_args
 from trl.trainers.out_of_memory import remedies
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
 from trl.trainers.router import RouterTerm, router_loss
+from trl.trainers.rows import RowsOfModel
 from trl.training.nonfinite import SHOWN
 from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
 from trl.types import Batch, Example
-from trl.vision.blank import blank_image, runs_together
-from trl.vision.encoder_outputs import FEATURES
-from trl.vision.families import check_image_tokens, image_token_ids, joins_of
 from trl.vision.images import PixelLimits
 from trl.vision.processing import ImageProcessing
 
@@ -422,34 +417,12 @@ class BaseTrainer(WritesModelCard, RunsLayers):
 
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
         """Prompts and completions in one grid, as decoders and classifiers read them."""
-        check_image_tokens(examples, image_token_ids(unwrap(self.model).config))
-        if self.image_features is not None:
-            examples = self.image_features.of(examples)
-        batch = lay_out(examples, self.layout, **self._row_options, counts_copies=self.term is not None)
-        has_images = {"pixel_values", FEATURES} & batch.inputs.keys()
-        if self.images is None or has_images or not runs_together():
-            return batch
-        return replace(batch, inputs={**batch.inputs, **blank_image(self.images)})
+        return self._rows_of_model(examples, self.layout, counts_copies=self.term is not None)
 
     @cached_property
-    def _row_options(self) -> dict[str, Any]:
-        """How rows are laid out for this model: arguments of `lay_out`."""
-        config = unwrap(self.model).config
-        text = config.get_text_config()
-        spans = config._attn_implementation == VARLEN
-        return {
-            # Any token will do; models warn about their padding token where there is nothing to mask.
-            "pad_token_id": 1 if vars(text).get("pad_token_id") == 0 else 0,
-            # Flash attention skips pairs that are masked: one long row is best.
-            "capacity": 2**62 if spans or "flash" in config._attn_implementation else None,
-            "hidden_size": text.hidden_size,
-            "device": self.args.device.type,
-            "multiple_of": self.args.width_multiple,
-            "joins": joins_of(config),
-            "spans": spans,
-            "in_few_shapes": partial(captures, unwrap(self.model)),
-            "restarts": bool(length_dependent(config)),
-        }
+    def _rows_of_model(self) -> RowsOfModel:
+        args = self.args
+        return RowsOfModel(unwrap(self.model), self.images, self.image_features, args.device.type, args.width_multiple)
 
     # ---- evaluation ----
 
