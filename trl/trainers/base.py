@@ -63,6 +63,7 @@ from trl.models.load import (
 )
 from trl.models.patching import evaluating
 from trl.models.positions import learned_positions, pretrained_length
+from trl.models.reference import FrozenModel, Reference
 from trl.models.score import prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
@@ -75,6 +76,7 @@ from trl.trainers.option_effects import warn_of_image_options
 from trl.trainers.options import resolve_args
 from trl.trainers.out_of_memory import remedies
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
+from trl.trainers.reference import reference_models, sync_callbacks
 from trl.trainers.router import RouterTerm, router_loss
 from trl.trainers.rows import RowsOfModel
 from trl.training.nonfinite import SHOWN
@@ -109,6 +111,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
+    reference: Reference | None = None
+    """What the policy is compared with, where it is."""
 
     def __init__(
         self,
@@ -413,7 +417,16 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     def _also_reading(self) -> list[PreTrainedModel]:
         """Models that are given the policy's batches: a reference, a value network."""
         own = set(unwrap(self.model).modules())
-        return [module for module in self.model.modules() if isinstance(module, PreTrainedModel) and module not in own]
+        beside = [each for each in self.model.modules() if isinstance(each, PreTrainedModel) and each not in own]
+        return [*beside, *reference_models(self.reference)]
+
+    def _compare_with(self, reference: Reference) -> None:
+        """Take `reference` for what the policy is compared with: it moves as the options say, and is in checkpoints."""
+        self.reference = reference
+        self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
+        for callback in sync_callbacks(reference, self.args):
+            self.add_callback(callback)
+        self.keep_reference(reference, moves=self.args.sync_ref_model)
 
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
         """Prompts and completions in one grid, as decoders and classifiers read them."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
-from trl.models.reference import FrozenModel, Reference
+from trl.models.reference import Reference
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
 from trl.rollouts.engine import RolloutEngine
@@ -44,7 +44,7 @@ from trl.trainers.arguments import EvalRows, OnlineKeywords, Rows
 from trl.trainers.attributes import OnlineAttributes
 from trl.trainers.entropy_bonus import BonusOfSteps, HasEntropyBonus, count_tokens
 from trl.trainers.online_config import AVERAGING, OnlineConfig
-from trl.trainers.reference import reference_for, reference_models, score_signals, sync_callbacks
+from trl.trainers.reference import reference_for, score_signals
 from trl.trainers.rollout_trainer import RolloutFunction, RolloutTrainer
 from trl.training.collectives import advantages_over_ranks
 from trl.training.parallel import unduplicated_rows
@@ -90,7 +90,6 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         **keywords: Unpack[OnlineKeywords],
     ) -> None:
         self.algorithm = algorithm
-        self.reference: Reference | None = None
         self._given_reference = reference
         self._has_new_adapter = peft_config is not None
         self.entropy_bonus: BonusOfSteps | None = None
@@ -295,12 +294,9 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
-        self._prepare_algorithm()
         state = StateFunctions(lambda: self.algorithm.state_dict(), lambda found: self.algorithm.load_state_dict(found))
         self.states.register("algorithm", state, optional=True)
-        if self.entropy_bonus is not None:
-            self.states.register("entropy", self.entropy_bonus)
-        self.keep_reference(self.reference, moves=self.args.sync_ref_model)
+        self._prepare_algorithm()
 
     def _prepare_algorithm(self) -> None:
         if self.algorithm is None:
@@ -311,19 +307,14 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
                 "the class from trl.types.Algorithm, and give it the methods advantages and loss."
             )
         if self.algorithm.needs_reference:
-            self.reference = self._make_reference()
-            self.ref_model = self.reference.model if isinstance(self.reference, FrozenModel) else None
-            for callback in sync_callbacks(self.reference, self.args):
-                self.add_callback(callback)
+            self._compare_with(self._make_reference())
         elif self._given_reference is not None:
             raise ConfigError(
                 f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
             )
         if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
-
-    def _also_reading(self) -> list[PreTrainedModel]:
-        return [*super()._also_reading(), *reference_models(self.reference)]
+            self.states.register("entropy", self.entropy_bonus)
 
     def _make_reference(self) -> Reference:
         new = self._has_new_adapter

@@ -21,7 +21,7 @@ from trl.trainers.arguments import EvalRows, PreferenceKeywords, Rows
 from trl.trainers.config import ReferenceConfig
 from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.precompute import with_reference_logprobs
-from trl.trainers.reference import reference_for, reference_models, sync_callbacks
+from trl.trainers.reference import reference_for
 from trl.trainers.reward_predictions import PredictsRewards
 from trl.types import Batch
 
@@ -101,7 +101,6 @@ class PreferenceTrainer(PredictsRewards):
         **keywords: Unpack[PreferenceKeywords],
     ) -> None:
         self.ref_model = ref_model
-        self.reference: Reference | None = None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
         add_eval_samples(self)
 
@@ -184,15 +183,9 @@ class PreferenceTrainer(PredictsRewards):
                 "precompute_ref_log_probs."
             )
         if self.needs_reference:
-            self.reference = self._make_reference()
-            for callback in sync_callbacks(self.reference, self.args):
-                self.add_callback(callback)
-            self.keep_reference(self.reference, moves=self.args.sync_ref_model)
+            self._compare_with(self._make_reference())
             if self.args.precompute_ref_log_probs:
                 self._precompute()
-
-    def _also_reading(self) -> list[PreTrainedModel]:
-        return [*super()._also_reading(), *reference_models(self.reference)]
 
     def _make_reference(self) -> Reference:
         args = self.args
@@ -203,9 +196,7 @@ class PreferenceTrainer(PredictsRewards):
             return FrozenModel(self.model)
         loading = args.loading(args.ref_model_init_kwargs)
         given, new = self.ref_model, self._has_new_adapter
-        reference = reference_for(self.model, given, args, self.accelerator, has_new_adapter=new, loading=loading)
-        self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
-        return reference
+        return reference_for(self.model, given, args, self.accelerator, has_new_adapter=new, loading=loading)
 
     def with_reference(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with the signal `ref_logprobs [N,C]`."""

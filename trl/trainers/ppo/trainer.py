@@ -31,7 +31,7 @@ from trl.algorithms.ppo import PPO, full_kl
 from trl.errors import ConfigError
 from trl.models.checkpointing import checkpoint_activations
 from trl.models.load import load_config
-from trl.models.reference import FrozenModel, Reference, SnapshotReference, create_reference_model
+from trl.models.reference import Reference, SnapshotReference, create_reference_model
 from trl.models.score import score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
 from trl.models.value_heads.heads import ValueBranch, ValueModel
@@ -198,10 +198,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
             )
         copy = partial(create_reference_model, num_shared_layers=self.num_shared_layers)
         reference = reference_for(inner, self.ref_model, self.args, self.accelerator, has_new_adapter=new, copy=copy)
-        if isinstance(reference, SnapshotReference):
-            return SnapshotReference.of(self.model)
-        self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
-        return reference
+        return SnapshotReference.of(self.model) if isinstance(reference, SnapshotReference) else reference
 
     @property
     def current_device(self) -> torch.device:
