@@ -7,7 +7,6 @@ sample is an error that names function and sample, or, with on_error="drop", a s
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from trl.errors import ConfigError, TrlError, unknown
 from trl.rewards.reward import Reward, Samples
 from trl.rewards.running import Outcome, outcomes_of
 from trl.rewards.worker import ProcessEnded
-
-logger = logging.getLogger(__name__)
 
 ON_ERROR = ("stop", "drop")
 MOST_COSTLY = 3
@@ -41,16 +38,15 @@ class Rewarded:
     failed: Tensor
 
 
-def warn_of_none(rewards: Sequence[Reward], found: Rewarded, has_said: bool) -> bool:
-    """Warn, once in a run, of samples for which every function gave None. Returns whether that has been said."""
-    none = int((found.values.isnan().all(1) & ~found.failed.any(1)).sum())
-    if none and not has_said:
+def warn_of_none(rewards: Sequence[Reward], found: Rewarded) -> None:
+    """Warn, once in a run, of samples for which every function gave None."""
+    if none := int((found.values.isnan().all(1) & ~found.failed.any(1)).sum()):
         names = ", ".join(reward.name for reward in rewards)
-        logger.warning(
+        rewards[0].warn_once(
+            "none",
             f"{none} of {len(found.values)} samples got no reward: {names} gave None for them, so nothing is learned from "
-            "them. A function gives None where it does not apply; one of them should. This is said once."
+            "them. A function gives None where it does not apply; one of them should.",
         )
-    return has_said or none > 0
 
 
 def call_rewards(
@@ -92,7 +88,7 @@ def _column(
         if on_error != "drop":
             others = ", or set on_reward_error='drop' to learn from the other samples" if on_error == "stop" else ""
             raise RewardError(f"{what} Mend the function{others}.") from failure.cause
-        reward.say_dropped(what)
+        reward.warn_once("failures", f"{what} Such samples are not learned from, and counted in failed_rewards.")
     values = [None if i in failures else each for i, each in enumerate(judged)]
     return values, [i in failures for i in range(len(samples))]
 

@@ -37,8 +37,8 @@ class Reward:
     name: str
     function: RewardFunction
     weight: float = 1.0
-    dropped: list[str] = field(default_factory=list, compare=False, repr=False)
-    """The failure that was logged, where failures are dropped."""
+    said: set[str] = field(default_factory=set, compare=False, repr=False)
+    """What was warned of, which is said once."""
 
     @property
     def is_async(self) -> bool:
@@ -67,13 +67,11 @@ class Reward:
             f"never yields: {error}. A function of a module that can be imported runs in one of its own."
         )
 
-    def say_dropped(self, failure: str) -> None:
-        """Log the first failure whose samples are dropped."""
-        if not self.dropped:
-            self.dropped.append(failure)
-            logger.warning(
-                f"{failure} Such samples are not learned from, and counted in failed_rewards. This is said once."
-            )
+    def warn_once(self, subject: str, message: str) -> None:
+        """Warn of a `subject`, the first time that it comes up."""
+        if subject not in self.said:
+            self.said.add(subject)
+            logger.warning(f"{message} This is said once.")
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ class OnlineDPOTrainer(OnlineTrainer):
             **keywords,
         )
 
-    def _given_rewards(self, reward_funcs: Any) -> Any:
-        return self.args.reward_model_path if reward_funcs is None else reward_funcs
+    def _given_rewards(self) -> Any:
+        return self.args.reward_model_path if self._reward_funcs is None else self._reward_funcs
 
     @property
     def beta(self) -> float:

@@ -91,14 +91,14 @@ class RolloutTrainer(BaseTrainer):
 
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         self.args.check_batches()
-        check_weights(self._given_rewards(self._reward_funcs), self.args.reward_weights)
+        check_weights(self._given_rewards(), self.args.reward_weights)
         if self.engine is None:
             self.args.check_installed()
         return super()._resolve_model(model, quantization_config, peft_config)
 
-    def _given_rewards(self, reward_funcs: Any) -> Any:
+    def _given_rewards(self) -> Any:
         """The reward functions that were given, by whichever argument or option."""
-        return reward_funcs
+        return self._reward_funcs
 
     def prepare_model(self) -> None:
         super().prepare_model()
@@ -111,8 +111,7 @@ class RolloutTrainer(BaseTrainer):
     def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
         """Make rewards and sampler, and what their numbers are reported by."""
         columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
-        given = self._given_rewards(self._reward_funcs)
-        rewards = rewards_for(self.args, given, columns, processing_classes=reward_processing_classes)
+        rewards = rewards_for(self.args, self._given_rewards(), columns, processing_classes=reward_processing_classes)
         self.sampler = self.sampler_class(
             self.args,
             unwrap(self.model),

@@ -65,7 +65,6 @@ class GroupSampler:
     """Numbers that reward functions log by name."""
     samplings: dict[str, int] = field(default_factory=lambda: {"train": 0, "eval": 0})
     """How often was sampled so far: every time has a seed of its own."""
-    _said_none: bool = False
 
     def groups(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
         """n completions of each row's prompt, rewarded. `mode` is "train" or "eval"."""
@@ -161,7 +160,7 @@ class GroupSampler:
         samples = Samples([row["prompt"] for row in repeated], list(chain(*shown)), columns, extras)
         args = self.args
         found = call_rewards(self.rewards, samples, timeout=args.reward_timeout, on_error=args.on_reward_error)
-        self._said_none = warn_of_none(self.rewards, found, self._said_none)
+        warn_of_none(self.rewards, found)
         return found
 
     def combined(self, groups: Sequence[Group], aggregation: RewardAggregation | None = None) -> Tensor:

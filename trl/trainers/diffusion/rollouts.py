@@ -53,7 +53,6 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         self.rewards = make_picture_rewards(reward_funcs, weights=self.args.reward_weights, columns=columns)
         self.prompts: Prompts | None = None
         self.rollouts = 0
-        self.said_none = False
         self.states.register("rollouts", self, per_rank=True)
         self.prepare()
 
@@ -156,7 +155,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
             [row["prompt"] for row in rows], images, self.rewards, columns, {"trainer_state": self.state}
         )
         found = call_rewards(self.rewards, samples, timeout=self.args.reward_timeout)
-        self.said_none = warn_of_none(self.rewards, found, self.said_none)
+        warn_of_none(self.rewards, found)
         return found.values
 
     # ---- what is reported ----
