@@ -233,7 +233,8 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         if on_policy:
             batch = replace(batch, signals={**batch.signals, "old_logprobs": scores.logprobs.detach()})
         loss, metrics = self.algorithm.loss(scores, batch)
-        if "sampler_logprobs" in batch.signals and (on_policy or self.buffer.step_begins_batch):
+        is_new = on_policy or self.buffer is None or self.buffer.step_begins_batch
+        if is_new and "sampler_logprobs" in batch.signals:
             sampler_logprobs = batch.signals["sampler_logprobs"]
             metrics = mismatch(scores.logprobs.detach(), sampler_logprobs, batch.mask, Correction()) | metrics
         loss = loss[:, None].expand_as(batch.mask) if loss.dim() == 1 else loss
