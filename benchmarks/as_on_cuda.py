@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from trl.cli import estimate
 from trl.models import fused, kept_activations, layouts, varlen
 from trl.ops import logprobs, triton_head
+from trl.trainers import sampling_memory
 from trl.trainers.base import BaseTrainer
 
 
@@ -78,7 +78,7 @@ OF_TRAINERS: tuple[tuple[Any, str, Any], ...] = (
     (BaseTrainer, "_is_on_cuda", lambda self: True),
     (BaseTrainer, "_fuses", lambda self: not self.args.torch_compile),
     (BaseTrainer, "micro_batch_budget", lambda self: self.args.max_tokens_per_micro_batch),
-    (estimate, "_samples_rounded", lambda args: args.bf16 or args.fp16),
+    (sampling_memory, "rounds_weights", lambda args: args.bf16 or args.fp16),
 )
 """What trainers decide by the device, and products of the head, which are counted elsewhere."""
 

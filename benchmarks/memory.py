@@ -112,11 +112,12 @@ def _in_process(what: str, words: list[str], folder: Path) -> dict[str, int]:
 
 def estimate(words: list[str]) -> dict[str, int]:
     from trl.cli.check import estimate_of, trainer_of
-    from trl.cli.estimate import LIBRARIES
+    from trl.cli.estimate import LIBRARIES, with_sampling
     from trl.cli.train import datasets_of
 
     run = _run(words)
-    found = estimate_of(run, trainer_of(run, datasets_of(run)[0]))
+    trainer = trainer_of(run, datasets_of(run)[0])
+    found = with_sampling(estimate_of(run, trainer), trainer)
     return {"peak": found.total, "after": found.total - found.parts[LIBRARIES]}
 
 

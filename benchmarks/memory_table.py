@@ -36,7 +36,7 @@ from worker import plain_layers
 from workloads import COMMON, WARMUP, remainder
 
 import trl
-from trl.cli.estimate import LIBRARIES, estimate_memory, quantised
+from trl.cli.estimate import LIBRARIES, estimate_memory, quantised, with_sampling
 from trl.cli.preview import without_weights
 from trl.data.encode import decode
 
@@ -126,7 +126,7 @@ def traced(
         )
         if steps:
             made.train_dataset = heaviest_rows(made, steps)
-        parts = estimate_memory(made).parts
+        parts = with_sampling(estimate_memory(made), made).parts
     return made, {name: size for name, size in parts.items() if name != LIBRARIES}
 
 

@@ -192,7 +192,11 @@ def adapter(lora: bool) -> dict:
 def replaying() -> Iterator[None]:
     """Within it, layers of several processes are replayed on CPUs as they would be on CUDA; those of one process run."""
     recorder = Recorder()
-    instead = {"_is_on_cuda": lambda self: True, "_fuses": lambda self: False, "captures_unasked": WORLD > 1}
+    instead = {
+        "_is_on_cuda": lambda self: True,
+        "_fuses": lambda self: False,
+        "captures_unasked": lambda self: WORLD > 1,
+    }
     with (
         patch.multiple(BaseTrainer, **instead),
         patch("trl.models.layouts.has_varlen", lambda model: True),

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from math import ceil, floor
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_u
 
 from tests.conftest import WIDTHS
 from tests.models.test_models_graphs import Recorder
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
 from trl.models.graphs import Graphs
+from trl.trainers.activation_plan import HOLES
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import liger_layers
+from trl.trainers.sampling_memory import sampling_bytes
 
 
 def common_options(**more):
@@ -223,3 +226,42 @@ def test_a_trainer_without_graphs_takes_those_of_one_before_it_away(make_model, 
         options = common_options(bf16=True, use_cpu=True, cuda_graphs=asked)
         SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), **options), **data)
         assert ("_trl_graphs" in vars(model)) == (asked is None)
+
+
+def test_layers_of_a_trainer_that_samples_are_replayed_where_both_have_room(
+    make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda
+):
+    """What graphs hold, they hold while a rollout batch is sampled; the reference is replayed where the policy is."""
+    rows = Dataset.from_dict({"prompt": ["cat sat", "on a mat", "cat", "mat"] * 3})
+    options = {"use_cpu": True, "bf16": True, "num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+    options |= common_options(max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, html_report=False)
+    recorder, found = Recorder(), []
+    monkeypatch.setattr("trl.models.graphs.cuda_graph", recorder)
+
+    def run(free):
+        monkeypatch.setattr(GRPOTrainer, "_free_bytes", lambda self: free)
+        args = GRPOConfig(output_dir=str(tmp_path), **options)
+        args.plans_checkpointing = True
+        trainer = GRPOTrainer(make_model("llama"), by_length, args, rows, processing_class=tokenizer)
+        before = recorder.replays
+        trainer.train()
+        found.append([[e.get(k, 0) for k in ("loss", "grad_norm", "kl")] for e in trainer.state.log_history])
+        return trainer, recorder.replays - before
+
+    trainer, replays = run(2**40)
+    assert replays >= 3 * 2  # policy forward and backward, after the steps in which it is tried and captured
+    assert "_trl_graphs" in vars(trainer.reference.model)
+    needed = trainer.activation_plan.needed
+    both = needed + HOLES * sampling_bytes(trainer.args, trainer.model, trainer.train_dataset)
+    assert run(ceil(both))[1] == replays
+    for free in (floor(both) - 1, needed):
+        trainer, replays = run(free)
+        assert trainer.activation_plan.recomputed == replays == 0
+    monkeypatch.setattr(Graphs, "_capture", lambda *_: None)  # batches of the same sizes, and no replay
+    assert run(2**40)[1] == 0
+    for ours, plain in zip(found[0], found[-1], strict=True):
+        assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def by_length(completions, **_):
+    return [-len(completion) / 10 for completion in completions]

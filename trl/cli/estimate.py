@@ -12,7 +12,6 @@ import psutil
 import torch
 from torch import nn
 
-from trl.data.encode import decode
 from trl.models.checkpointing import checkpoint_activations, checkpointable_layers
 from trl.models.fused import for_the_moment
 from trl.models.graphs import captures, without_graphs
@@ -23,7 +22,6 @@ from trl.models.memory import (
     OPTIMIZER,
     REFERENCE,
     WEIGHTS,
-    cache_bytes,
     peak_parts,
     take_shape,
     trace_step,
@@ -34,6 +32,7 @@ from trl.trainers.activation_plan import ActivationPlan
 from trl.trainers.base import BaseTrainer
 from trl.trainers.heaviest import heaviest_window
 from trl.trainers.online_config import OnlineConfig
+from trl.trainers.sampling_memory import sampling_bytes
 from trl.training.optimizers import StateSizes
 from trl.types import Batch, Example
 
@@ -42,9 +41,6 @@ MIB = 2**20
 FIRST_USE = {"cpu": 20 * MIB, "cuda": 685 * MIB}
 """What torch and its kernels take on their first use, whatever the model. `benchmarks/memory.py` holds the first against
 measured runs; the second is a CUDA context with cuBLAS as it was measured on an H200."""
-
-DRAWN_FROM = 3
-"""Numbers for each token of the vocabulary from which a row draws: logits, probabilities, their sums."""
 
 SHARDED = {"zero1": (OPTIMIZER,), "zero2": (OPTIMIZER, GRADIENTS), "zero3": (OPTIMIZER, GRADIENTS, WEIGHTS)}
 SHARDED["fsdp2"] = SHARDED["zero3"]
@@ -72,7 +68,7 @@ class MemoryEstimate:
 def estimate_memory(
     trainer: BaseTrainer, *, sharding: str | None = None, processes: int = 1, quantised_bits: int | None = None
 ) -> MemoryEstimate:
-    """Memory of `trainer`, made without weights, in its heaviest step.
+    """Memory of `trainer`, made without weights, in its heaviest optimizer step; for what samples there, see `with_sampling`.
 
     `sharding` names a shipped configuration of accelerate; `quantised_bits` are those of each weight that no adapter
     trains. Images are taken for as many tokens of text: how an encoder goes through them hangs on their values.
@@ -101,19 +97,18 @@ def estimate_memory(
     if quantised_bits is not None:
         parts = quantised(parts, trainer.model, quantised_bits)
     estimate = MemoryEstimate(parts, device.type, available=available_bytes(device))
-    estimate = _divided(estimate, sharding, processes, trainer.model)
-    return _while_sampling(estimate, trainer)
+    return _divided(estimate, sharding, processes, trainer.model)
 
 
 def planned(
     trainer: BaseTrainer, another: Callable[[], BaseTrainer], estimate: Callable[[BaseTrainer], MemoryEstimate]
 ) -> tuple[MemoryEstimate, ActivationPlan | None]:
-    """The `estimate` of a run, and where it leaves open which layers are checkpointed, the plan that training will make.
+    """The `estimate` of a run, sampling included, and the plan of activations that training will make, if it makes one.
 
     `another()` makes the trainer once more: the first estimate takes the weights of the one that is there.
     """
     if not trainer.plans_activations():
-        return estimate(trainer), None
+        return with_sampling(estimate(trainer), trainer), None
     layers, second = len(checkpointable_layers(trainer.model)), another()
     trainer.args.recompute(activations=False)
     second.args.recompute(activations=True)
@@ -125,7 +120,9 @@ def planned(
     names = {**kept.parts, **recomputed.parts}
     sizes = ((name, kept.parts.get(name, 0), recomputed.parts.get(name, 0)) for name in names)
     parts = {name: round(all_kept + share * (none - all_kept)) for name, all_kept, none in sizes}
-    return replace(kept, parts=parts), plan
+    trainer.activation_plan = plan
+    trainer._capture_layers(unwrap(trainer.model))  # trainers that sample have to see whether there is room for graphs
+    return with_sampling(replace(kept, parts=parts), trainer), plan
 
 
 class _Step:
@@ -208,29 +205,17 @@ def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, mod
     return replace(estimate, parts=parts, processes=processes)
 
 
-def _while_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
-    """The estimate while sampling, if keys and values take more than a training step does."""
-    args, model = trainer.args, unwrap(trainer.model)
-    if not isinstance(args, OnlineConfig):
+def with_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
+    """The estimate of a trainer that samples: beside a training step where graphs keep its memory, else in turn with one."""
+    if not isinstance(trainer.args, OnlineConfig):
         return estimate
-    prompts = max(len(example.prompt) for row in trainer.train_dataset for example in decode(row))
-    tokens = prompts + (args.max_completion_length or 512)
-    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    width = next(model.parameters()).element_size()
-    half = _samples_rounded(args) and width > 2
-    cache = cache_bytes(model.config, sequences=count, tokens=tokens, bytes_per_number=2 if half else width)
-    if half:  # linear layers are held in half precision as well while they sample: see `trl.models.half_weights`
-        cache += sum(2 * p.numel() for p in model.parameters() if p.dim() > 1)
-    cache += DRAWN_FROM * 4 * count * model.config.get_text_config(decoder=True).vocab_size
-    training = estimate.parts.get(ACTIVATIONS, 0) + estimate.parts[GRADIENTS]
-    if cache <= training:
-        return estimate
-    return replace(estimate, parts={**estimate.parts, ACTIVATIONS: 0, GRADIENTS: 0, CACHE: cache})
-
-
-def _samples_rounded(args: OnlineConfig) -> bool:
-    """Whether float32 weights are rounded for a round of sampling."""
-    return args.device.type == "cuda" and (args.bf16 or args.fp16)
+    parts, inner = estimate.parts, unwrap(trainer.model)
+    cache = sampling_bytes(trainer.args, inner, trainer.train_dataset)
+    if not captures(inner, 0):
+        if cache <= parts.get(ACTIVATIONS, 0) + parts[GRADIENTS]:
+            return estimate
+        parts = {**parts, ACTIVATIONS: 0, GRADIENTS: 0}
+    return replace(estimate, parts={**parts, CACHE: cache})
 
 
 def libraries_bytes(device: torch.device) -> int:

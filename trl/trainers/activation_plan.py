@@ -65,6 +65,10 @@ class ActivationPlan:
         layers = len(checkpointable_layers(model))
         return cls(layers, layers, 0, 0)
 
+    def leaves(self, size: int) -> bool:
+        """Whether `size` bytes more are free beside a step that keeps all activations."""
+        return not self.recomputed and self.needed + HOLES * size <= self.free
+
     @property
     def what(self) -> str:
         """What becomes of activations."""

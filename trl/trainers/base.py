@@ -111,8 +111,6 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     """Whether rows are prompts, whose other columns belong to rewards."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
-    reference: Reference | None = None
-    """What the policy is compared with, where it is."""
 
     def __init__(
         self,

@@ -180,7 +180,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
 
     cuda_graphs: bool | None = None
     """Launch forward and backward of the layers as CUDA graphs, where micro-batches are so small that the device waits for
-    the host. Gradients keep their memory between steps. None: on CUDA, in one process, for trainers that do not sample."""
+    the host. Gradients keep their memory between steps. None: on CUDA; in trainers that sample, where memory for both is free."""
 
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of a mixture of experts. None: as the model's configuration says, which asks for

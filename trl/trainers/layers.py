@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -13,10 +13,11 @@ from trl.models.checkpointing import checkpointable_layers
 from trl.models.compiled import compile_layers
 from trl.models.fused import fuse
 from trl.models.fused_adapters import fuse_adapters
-from trl.models.graphs import capture_layers, release
+from trl.models.graphs import capture_as, capture_layers, release
 from trl.models.half_weights import round_together
 from trl.models.kept_activations import keep_less
 from trl.models.load import has_dropout
+from trl.models.reference import Reference
 from trl.models.rotary import length_dependent
 from trl.models.score import score, unwrap, without_wrapper
 from trl.models.value_heads.auto_models import WithValueHead
@@ -24,6 +25,7 @@ from trl.models.varlen import VARLEN
 from trl.ops.logprobs import has_triton
 from trl.trainers.activation_plan import ActivationPlan, CheckpointFirstLayers, free_bytes, plan_activations
 from trl.trainers.config import TrainerConfig
+from trl.trainers.reference import reference_models
 from trl.training.step_trainer import StepTrainer
 from trl.types import Batch
 
@@ -36,8 +38,8 @@ class RunsLayers(StepTrainer):
     args: TrainerConfig
     layout: str
     images: Any
-    captures_unasked: ClassVar[bool] = True
-    """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
+    reference: Reference | None = None
+    """What the policy is compared with, where it is."""
     has_own_collator: bool = False
     """Whether a `data_collator` was given, which may make anything of rows."""
     activation_plan: ActivationPlan | None = None
@@ -86,10 +88,16 @@ class RunsLayers(StepTrainer):
         reason = next((words for words, holds in reasons.items() if holds), None)
         if args.cuda_graphs and reason is not None:
             raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
-        if reason is None and (self.captures_unasked if args.cuda_graphs is None else args.cuda_graphs):
+        if reason is None and (self.captures_unasked() if args.cuda_graphs is None else args.cuda_graphs):
             if recomputes:  # nothing is drawn, and a random generator cannot be read in a capture
                 args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
             capture_layers(inner)
+            for reference in reference_models(self.reference):
+                capture_as(reference, inner)
+
+    def captures_unasked(self) -> bool:
+        """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
+        return True
 
     # ---- activations ----
 

@@ -35,6 +35,7 @@ from trl.trainers.online_config import OnlineConfig
 from trl.trainers.prompt_room import warn_of_short_room
 from trl.trainers.rollout_log import RolloutLog
 from trl.trainers.sampling import GroupSampler, engine_for, rewards_for
+from trl.trainers.sampling_memory import sampling_bytes
 from trl.training.state import StateFunctions
 from trl.types import Batch, Experience
 
@@ -56,7 +57,6 @@ class RolloutTrainer(BaseTrainer):
     args: OnlineConfig
     prompts_only = True
     multiple_completions = True
-    captures_unasked = False  # graphs would hold memory that samples need
     sampler_class: ClassVar[type[GroupSampler]] = GroupSampler
     uncalled = SAMPLER
 
@@ -128,6 +128,14 @@ class RolloutTrainer(BaseTrainer):
         }
         self.states.register("completions", self.rollout_logs["train"].completions, per_rank=True, optional=True)
         self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
+
+    def captures_unasked(self) -> bool:
+        """Whether memory is free for sampling beside what graphs hold, gradients and activations, which they do not give back."""
+        if self.activation_plan is None:
+            return False
+        samples = isinstance(self.engine, LocalEngine)
+        sampling = sampling_bytes(self.args, unwrap(self.model), self.train_dataset) if samples else 0
+        return self.activation_plan.leaves(sampling)
 
     # ---- prompts ----
 
