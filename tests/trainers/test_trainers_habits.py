@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from torch.optim import SGD
 from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
@@ -319,6 +320,23 @@ class Broken(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.layer(*args, **kwargs).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, RewardTrainer])
+def test_what_begins_at_random_is_a_function_of_the_seed(make_model, tmp_path, trainer):
+    """An adapter, a head: whatever was drawn before, so that runs repeat, and processes begin alike."""
+    make_model("llama").save_pretrained(tmp_path)
+    adapter = {"peft_config": LoraConfig(r=2)} if trainer is SFTTrainer else {}
+    rows = TEXTS if trainer is SFTTrainer else PAIRS
+    made = []
+    for seed, before in ((7, 1), (7, 2), (8, 2)):
+        torch.manual_seed(before)
+        config = trainer.config_class(str(tmp_path / "run"), seed=seed, report_to="none")
+        model = trainer(str(tmp_path), config, train_dataset=rows, tokenizer=make_tokenizer(), **adapter).model
+        made.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    one, same, other = made
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_parameter_without_a_gradient_is_named(make_model, tmp_path, caplog):

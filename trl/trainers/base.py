@@ -26,7 +26,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
@@ -130,6 +130,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         **classic: Unpack[ClassicOptions],
     ) -> None:
         self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__, model=model)
+        set_seed(self.args.seed)  # heads, adapters and new tokens begin the same in every run, and on every process
         source = processor_source(self.args, model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
         inner = unwrap(self.model)

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.pictures import PictureLog
@@ -87,6 +87,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
                 "quantization_config is of language models: load the pipeline quantised, and give it as the model."
             )
         self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__, model=model)
+        set_seed(self.args.seed)  # for adapters: the same in every run, and on every process
         for name, rows in (("train", train_dataset), ("eval", eval_dataset)):
             if rows is not None:
                 self.check_rows(rows, name, self.args)
