@@ -48,6 +48,7 @@ PROMPTS = [" ".join(WORDS[i % 7 : 3 + i % 7 + i % 3]) for i in range(12)]
 GOOD = [f" {WORDS[i]} {i}" * (1 + i % 3) for i in range(12)]
 BAD = [f" {WORDS[-i - 1]}" * (1 + i % 4) for i in range(12)]
 TEXTS = [" ".join(WORDS[i % 5 : 5 + i]) for i in range(12)]
+STREAM = Dataset.from_dict({"text": TEXTS[:7]}).to_iterable_dataset()
 SMALL = {"hidden_size": 16, "intermediate_size": 24}
 
 
@@ -114,12 +115,17 @@ CASES: dict[str, tuple] = {
     "sft": (
         SFTTrainer,
         tied,
-        {"train_dataset": Dataset.from_dict({"text": TEXTS})},
+        {"train_dataset": Dataset.from_dict({"text": TEXTS}), "eval_dataset": STREAM},
         {"max_tokens_per_micro_batch": 60},
     ),
     "reward": (RewardTrainer, classifier, {"train_dataset": pairs()}, {}),
     "dpo": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"gradient_accumulation_steps": 2}),
-    "kto": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"max_tokens_per_micro_batch": 100}),
+    "kto": (
+        KTOTrainer,
+        language_model,
+        {"train_dataset": labelled(), "eval_dataset": labelled().select(range(8))},  # the last two are of one process
+        {"max_tokens_per_micro_batch": 100},
+    ),
     "bco": (KTOTrainer, language_model, {"train_dataset": labelled()}, {"loss_type": "bco"}),
     "early": (DPOTrainer, language_model, {"train_dataset": pairs()}, {"precompute_ref_log_probs": True}),
     "uneven": (
@@ -212,7 +218,7 @@ def trained(folder: Path, name: str, lora: bool) -> dict:
     trainer_class, make_model, arguments, extra = CASES[name]
     model = make_model()
     args = trainer_class.config_class(**options(folder, extra))
-    given = {**arguments, "eval_dataset": arguments["train_dataset"], **adapter(lora)}
+    given = {"eval_dataset": arguments["train_dataset"], **arguments, **adapter(lora)}
     with replaying() if name == "graphs" else nullcontext():
         trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
         trainer.train()

@@ -48,7 +48,7 @@ class KTOConfig(KTOOptions, PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.make_algorithm().needs_signal == "kl" and rows < 2:
             raise ConfigError(
                 "loss_type='kto' estimates a divergence from prompts with the completions of other rows, and a step of "
@@ -133,14 +133,19 @@ class KTOTrainer(PreferenceTrainer):
             circle = keyed(examples)
             if self.accelerator.num_processes > 1:
                 circle = gather_object(circle)
-            return {"kl": self._divergence(mismatched(examples, circle))}
+            return {
+                "kl": self._divergence(mismatched(examples, circle), filling=[with_nothing(p) for _, p in circle[:1]])
+            }
         if self.algorithm.needs_signal == "delta":
             return {"delta": self._shift().delta.float()}
         return {}
 
     @torch.no_grad()
-    def _divergence(self, examples: Sequence[Example]) -> Tensor:
-        """z₀ from completions under prompts that are not theirs. A sum and a count cross processes."""
+    def _divergence(self, examples: Sequence[Example], *, filling: Sequence[Example]) -> Tensor:
+        """z₀ from completions under prompts that are not theirs. A sum and a count cross processes.
+
+        `filling` is run, and not counted, where another process has more forward passes.
+        """
         args = self.args
         count = max(1, len(examples) // args.per_device_train_batch_size)
         sizes = [example.tokens for example in examples]
@@ -148,8 +153,8 @@ class KTOTrainer(PreferenceTrainer):
         groups = plan_micro_batches(sizes, count=count, token_budget=self.micro_batch_budget())
         with evaluating(self.model_wrapped), self.compute_loss_context_manager():
             for k in range(self._most(len(groups))):
-                group = groups[min(k, len(groups) - 1)]
-                logratio = self._logratio(self.collate([examples[i] for i in group]).to(args.device))
+                items = [examples[i] for i in groups[k]] if k < len(groups) else filling
+                logratio = self._logratio(self.collate(items).to(args.device))
                 if k < len(groups):
                     total += torch.stack([logratio.sum(), logratio.new_tensor(len(logratio))])
         summed, number = self._gather(total[None]).sum(0)
@@ -244,6 +249,11 @@ def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = Non
         return []
     places = {key: i for i, (key, _) in enumerate(circle)}
     return [replace(_other_prompt(circle, places[digest(e)]), completions=_bare(e.completions)) for e in examples]
+
+
+def with_nothing(prompt: Example) -> Example:
+    """A prompt with a completion that counts for nothing."""
+    return replace(prompt, completions=(Completion([0], mask=[0]),))
 
 
 def _bare(completions: Sequence[Completion]) -> tuple[Completion, ...]:

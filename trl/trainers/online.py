@@ -47,7 +47,6 @@ from trl.trainers.online_config import AVERAGING, OnlineConfig
 from trl.trainers.reference import reference_for, score_signals
 from trl.trainers.rollout_trainer import RolloutFunction, RolloutTrainer
 from trl.training.collectives import advantages_over_ranks
-from trl.training.parallel import unduplicated_rows
 from trl.training.state import StateFunctions
 from trl.types import Algorithm, Batch, Example, Experience, Metrics, Scores
 
@@ -266,14 +265,12 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
 
     # ---- evaluation ----
 
-    def prediction_step(
-        self, model: nn.Module, inputs: list[Mapping[str, Any]], *_: Any, **__: Any
-    ) -> tuple[None, None, None]:
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
         """Sample completions of a batch of prompts, and count their rewards and loss."""
-        rows = inputs[: unduplicated_rows(self.args, self.accelerator, len(inputs))]
+        rows, batch = self.evaluated(inputs)
         n = self.num_generations_eval
         self.engine.sync(self.model_wrapped, self.state.global_step)
-        groups = self.sampler.groups(rows, n, "eval") or [self._empty_group(inputs[0], n)]
+        groups = self.sampler.groups(rows, n, "eval") or [self._empty_group(batch[0], n)]
         examples, experience = self.compute_advantages(groups, "eval")
         if rows:
             self._log_rollouts(groups, experience, "eval")

@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
-from trl.data.examples import collate_examples, columns_of, examples_of
+from trl.data.examples import collate_examples, columns_of
 from trl.data.layout import lay_out
 from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError, unknown
@@ -28,7 +28,7 @@ from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.predictions import predictions
-from trl.types import Batch, Example, Metrics
+from trl.types import Batch, Metrics
 from trl.vision.families import joins_of
 
 DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
@@ -210,12 +210,12 @@ class SFTTrainer(BaseTrainer):
         )
 
     def prediction_step(
-        self, model: nn.Module, inputs: list[Example], prediction_loss_only: bool | None = None, *_: Any, **__: Any
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool | None = None, *_: Any, **__: Any
     ) -> tuple[None, Tensor | None, Tensor | None]:
         super().prediction_step(model, inputs)
         if prediction_loss_only:
             return None, None, None
-        rows = examples_of(inputs, source="get_eval_dataloader")
+        _, rows = self.evaluated(inputs)
         config = unwrap(model).config
         batch = self.collate(rows) if config.is_encoder_decoder else lay_out(rows, "padded", joins=joins_of(config))
         with self.compute_loss_context_manager():

@@ -21,17 +21,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import inf
 from typing import Any, NoReturn
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.compat import SWEEP
 from trl.errors import ConfigError
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object
+from trl.training.evaluated_rows import ByRow, Filled, RowItems
 from trl.training.gradients import GradientCheck
 from trl.training.metrics import Meter
 from trl.training.nonfinite import (
@@ -63,6 +67,8 @@ from trl.training.window import (
     with_statistics,
 )
 from trl.types import Metrics
+
+EVAL = "get_eval_dataloader"
 
 
 class StepTrainer(ResumableTrainer):
@@ -119,7 +125,7 @@ class StepTrainer(ResumableTrainer):
     def statistics(self, items: Sequence[Any]) -> dict[str, Tensor]:
         """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`.
 
-        Asked for once per window, before it is trained on, and once per evaluation batch.
+        Asked for once per window, before it is trained on, and once per evaluation batch, of which a process may have no items.
         """
         return {}
 
@@ -353,10 +359,33 @@ class StepTrainer(ResumableTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
         """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
-        items = self.items(inputs, source="get_eval_dataloader")
-        counted = items[: unduplicated_rows(self.args, self.accelerator, len(items))]
-        self.evaluate_items(model, counted, self.statistics(items), filling=items[:1])
+        counted, items = self.evaluated(inputs)
+        self.evaluate_items(model, counted, self.statistics(counted), filling=items[:1])
         return None, None, None
+
+    def evaluated(self, inputs: Any) -> tuple[list[Any], list[Any]]:
+        """The items of an evaluation batch that count, and all: see `trl.training.evaluated_rows`."""
+        if isinstance(inputs, RowItems):
+            rows, most = [self.items(row, source=EVAL) for row in inputs.rows], inputs.counted
+        else:  # from a loader of the user's own
+            rows = [[item] for item in self.items(inputs, source=EVAL)]
+            most = len(rows)
+        counted = rows[: unduplicated_rows(self.args, self.accelerator, most)]
+        return list(chain(*counted)), list(chain(*rows))
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        """As in `transformers`; batches to evaluate say which of their rows count."""
+        given = self.data_collator
+        if not is_training:
+            self.data_collator = ByRow(given)
+            if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+                dataset = Filled(dataset, batch_size * self.accelerator.num_processes)
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = given
 
     def evaluate_items(
         self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor], *, filling: Sequence[Any]

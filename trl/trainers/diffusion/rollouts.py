@@ -171,11 +171,13 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     # ---- evaluation and pictures ----
 
-    def prediction_step(self, model: nn.Module, inputs: list[Row], *_: Any, **__: Any) -> tuple[None, None, None]:
+    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
         """Sample pictures of a batch of prompts, and count their rewards."""
-        each = self.args.num_generations_eval
+        each, (rows, _) = self.args.num_generations_eval, self.evaluated(inputs)
+        if not rows:  # others have some: whole models sample, each by itself
+            return None, None, None
         with self.averaged():
-            batch = self.sample_pictures(inputs, each, self.fixed_seeds(inputs, each), self.evaluation_schedule())
+            batch = self.sample_pictures(rows, each, self.fixed_seeds(rows, each), self.evaluation_schedule())
         rewards = {f"rewards/{reward.name}/mean": batch.values[:, i] for i, reward in enumerate(self.rewards)}
         self.meters["eval"].add({"reward": batch.rewards, **rewards})
         return None, None, None

@@ -1,0 +1,72 @@
+"""Rows that fill up the last batches of several processes are run, and not counted."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+
+from tests.conftest import make_tokenizer
+from tests.diffusion.support import online
+from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainers.diffusion.grpo import DiffusionGRPOTrainer
+from trl.trainers.kto import with_nothing
+from trl.training.evaluated_rows import ByRow, Filled, Repeated, RowItems
+from trl.types import Example
+
+LABELLED = Dataset.from_dict(
+    {"prompt": ["a", "b", "c", "d"], "completion": [" w", " x", " y", " zz"], "label": [True, False, True, False]}
+)
+TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs.", "Far, far away.", "A dog."]})
+
+
+def options(folder, **more):
+    return {"output_dir": str(folder), "report_to": "none", "use_cpu": True, "html_report": False, **more}
+
+
+def test_a_stream_is_filled_up_to_whole_batches():
+    rows = Dataset.from_dict({"n": [1, 2, 3, 4, 5]}).to_iterable_dataset()
+    found = list(Filled(rows, 4))
+    assert [row["n"] for row in found] == [1, 2, 3, 4, 5, 1, 1, 1]
+    assert [isinstance(row, Repeated) for row in found] == [False] * 5 + [True] * 3
+    assert len(list(Filled(rows, 5))) == 5
+
+
+def test_a_batch_says_which_items_are_of_which_row():
+    per_row = {"packed": lambda rows: [item for row in rows for item in row["items"]], "plain": list}
+    rows = [{"items": "ab"}, Repeated(items="c")]
+    assert ByRow(per_row["packed"])([{"items": "ab"}, {"items": "c"}]) == RowItems([["a", "b"], ["c"]], counted=2)
+    assert ByRow(per_row["plain"])(rows) == RowItems([[rows[0]], [rows[1]]], counted=1)
+    assert ByRow(lambda rows: {"input_ids": rows})(rows) == {"input_ids": rows}
+
+
+def packed(folder, model):
+    args = SFTConfig(**options(folder, packing=True, max_length=16))
+    return SFTTrainer(model, args, train_dataset=TEXTS, eval_dataset=TEXTS, tokenizer=make_tokenizer())
+
+
+def labelled(folder, model):
+    args = KTOConfig(**options(folder))
+    return KTOTrainer(model, args=args, train_dataset=LABELLED, eval_dataset=LABELLED, tokenizer=make_tokenizer())
+
+
+def pictures(folder, model):
+    return online(DiffusionGRPOTrainer, folder, per_device_eval_batch_size=4)
+
+
+@pytest.mark.parametrize("make", [packed, labelled, pictures])
+def test_a_row_that_is_there_again_changes_no_metric(make, make_model, tmp_path):
+    trainer = make(tmp_path, make_model("llama"))
+    rows = trainer.train_dataset if make is pictures else trainer.eval_dataset
+    (batch,) = trainer.get_eval_dataloader(rows)
+    found = []
+    for few in (batch.rows[:2], batch.rows):
+        trainer.prediction_step(trainer.model, RowItems(few, counted=2), prediction_loss_only=True)
+        found.append(trainer.meters["eval"].read(trainer._gather, trainer.args.device))
+    assert len(batch.rows) > 2
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_kto_goes_along_with_other_processes_without_a_row_of_its_own(make_model, tmp_path):
+    trainer = labelled(tmp_path, make_model("llama"))
+    trainer._most = lambda count: 1
+    assert trainer._divergence([], filling=[with_nothing(Example([5, 6], ()))]).item() == 0
