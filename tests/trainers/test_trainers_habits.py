@@ -306,6 +306,8 @@ def test_rows_of_like_length_are_batched_together_where_that_is_asked_for(make_m
     assert isinstance(sampler, LengthGroupedSampler)
     assert sampler.lengths == [7, 13] * 4
     assert len(list(trainer.get_train_dataloader())) == 4
+    assert list(sampler) == list(trainer._get_train_sampler())  # on every process, whatever else was drawn
+    assert "eval_loss" in trainer.evaluate(TEXTS)
 
 
 # ---- gradients ----

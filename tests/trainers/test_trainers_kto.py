@@ -233,15 +233,15 @@ def test_emptied_by_truncation(make_model, tmp_path):
 def test_wrong_options():
     with pytest.raises(ConfigError, match=r"a step of one row has no other"):
         KTOConfig(per_device_train_batch_size=1)
-
-
-def test_a_row_of_each_of_two_processes_is_a_step_of_two(monkeypatch):
-    monkeypatch.setattr(KTOConfig, "world_size", 2)
-    monkeypatch.setattr("trl.trainers.config.check_processes", lambda args: None)
-    KTOConfig(per_device_train_batch_size=1)
     with pytest.raises(ConfigError, match=r"Unknown loss_type 'ktoo'. Did you mean 'kto'"):
         KTOConfig(loss_type="ktoo")
     with pytest.raises(ConfigError, match="desirable_weight=-1"):
         KTOConfig(desirable_weight=-1)
     with pytest.raises(ConfigError, match="desirable_weight and undesirable_weight: every weight is 0"):
         KTOConfig(desirable_weight=0.0, undesirable_weight=0.0)
+
+
+def test_a_row_of_each_of_two_processes_is_a_step_of_two(monkeypatch):
+    monkeypatch.setattr(KTOConfig, "world_size", 2)
+    monkeypatch.setattr("trl.trainers.config.check_processes", lambda args: None)
+    KTOConfig(per_device_train_batch_size=1)

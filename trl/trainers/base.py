@@ -376,7 +376,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
             return super()._get_train_sampler(rows)
         lengths = [len(prompt) + sum(map(len, ids)) for prompt, ids in zip(*map(rows.__getitem__, IDS), strict=True)]
-        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, rows, lengths)
+        size, order = self.args.train_batch_size * self.args.gradient_accumulation_steps, torch.Generator()
+        return LengthGroupedSampler(size, rows, lengths, generator=order.manual_seed(self.args.seed))
 
     # ---- what the step machine asks ----
 

@@ -130,7 +130,8 @@ def compute(trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: 
     count = -(-len(mine) // batch_size)
     groups = plan_micro_batches(sizes, count=count, token_budget=trainer.micro_batch_budget())
     found: dict[int, Logprobs] = {}
-    progress = tqdm(total=len(mine), desc=f"Reference of {name}", unit="row", disable=trainer.args.disable_tqdm)
+    hidden = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    progress = tqdm(total=len(mine), desc=f"Reference of {name}", unit="row", disable=hidden)
     with progress, evaluating(trainer.model):
         for group in groups:
             chosen = [mine[k] for k in group]

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import torch
 from datasets import IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.compat import SWEEP
@@ -362,6 +362,10 @@ class StepTrainer(ResumableTrainer):
         counted, items = self.evaluated(inputs)
         self.evaluate_items(model, counted, self.statistics(counted), filling=items[:1])
         return None, None, None
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        """The rows in their order: micro-batches are planned by length anyway."""
+        return SequentialSampler(eval_dataset)
 
     def evaluated(self, inputs: Any) -> tuple[list[Any], list[Any]]:
         """The items of an evaluation batch that count, and all: see `trl.training.evaluated_rows`."""
