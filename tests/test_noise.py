@@ -17,7 +17,7 @@ from trl.data.chat_formats import setup_chat_format
 from trl.errors import ModelError
 from trl.models.adapters import put_on
 from trl.models.load import load_model
-from trl.noise import LOGGED, without_noise
+from trl.noise import LOGGED, OWN, say_once, without_noise
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
 
@@ -85,3 +85,23 @@ def test_an_adapter_is_no_news(make_model):
         warnings.simplefilter("always")
         put_on(model, LoraConfig(target_modules=["q_proj"]))
     assert said == []
+
+
+@pytest.fixture
+def plain_levels():
+    """Loggers of the package without levels, as they are before anything was made."""
+    before = {name: logging.getLogger(name).level for name in ("trl", *OWN)}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize(("rank", "heard"), [("0", True), ("1", False)])
+def test_what_all_processes_would_say_is_said_by_the_first(monkeypatch, plain_levels, rank, heard):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    say_once()
+    assert logging.getLogger("trl.data.encode").isEnabledFor(logging.WARNING) is heard
+    assert logging.getLogger("trl.data.encode").isEnabledFor(logging.ERROR)
+    assert logging.getLogger("trl.rewards.call").isEnabledFor(logging.WARNING)

@@ -6,6 +6,7 @@ Each is known by its words, so that anything else that they say is heard.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,23 @@ WARNED = (
     "`is_gradient_checkpointing` is deprecated",  # peft reads a property that transformers renamed
 )
 """Beginnings of warnings."""
+
+
+OWN = ("trl.rewards", "trl.rollouts")
+"""Loggers of what a process says of its own samples."""
+
+
+def say_once() -> None:
+    """Of the processes of a node let the first say what all would: warnings about options, rows and models.
+
+    Errors, and what is about a process's own samples, are heard from all; so is a logger whose level was set.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    for name, level in {"trl": logging.ERROR, **dict.fromkeys(OWN, logging.WARNING)}.items():
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(level)
 
 
 def _without(noise: str) -> Callable[[logging.LogRecord], bool]:

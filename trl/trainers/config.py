@@ -16,6 +16,7 @@ import transformers
 from transformers import TrainingArguments
 
 from trl.errors import ConfigError
+from trl.noise import say_once
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames
 from trl.option_types import check_choices, describe_fields
@@ -189,6 +190,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        say_once()
         self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
         self.check_values()
         check_precision(self)
