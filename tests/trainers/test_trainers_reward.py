@@ -248,6 +248,17 @@ def test_table_of_mistakes(tmp_path, capsys):
     assert "yes" in text
 
 
+def test_table_is_of_the_rows_of_all_processes(tmp_path, capsys, monkeypatch):
+    tokenizer = make_tokenizer()
+    elsewhere = Example(
+        tokenizer.encode("why"), (Completion(tokenizer.encode("good")), Completion(tokenizer.encode("bad")))
+    )
+    monkeypatch.setattr("trl.trainers.reward.gather_on_main", lambda own: [own, ([-99.0], [elsewhere])])
+    trainer = make_trainer(tmp_path, pairs(), evaluation=pairs(), mistakes_shown=1)
+    trainer.evaluate()
+    assert "-99.00" in capsys.readouterr().out
+
+
 def test_table_shows_the_end_of_prompts():
     tokenizer, console = make_tokenizer(), Console(width=200, record=True)
     prompt, chosen, rejected = (tokenizer.encode(text) for text in ("a" * 200 + " why", "good", "bad"))

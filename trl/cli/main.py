@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bars() -> dict[str, str]:
-    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where nothing can draw them."""
-    drawn = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where nothing can draw them,
+    nor in any but the first of a node's processes."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    drawn = is_first and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if drawn else {"TQDM_DISABLE": "1"}
 
 

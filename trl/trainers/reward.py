@@ -32,6 +32,7 @@ from trl.models.score import unwrap
 from trl.trainers.arguments import Rows
 from trl.trainers.config import TrainerConfig
 from trl.trainers.reward_predictions import PredictsRewards
+from trl.training.collectives import gather_on_main
 from trl.types import Batch, Example, Metrics
 
 PAIRED = ("tokenized_preference", "preference")
@@ -179,8 +180,10 @@ class RewardTrainer(PredictsRewards):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._judged: list[tuple[Tensor, Sequence[Example]]] = []
         output = super().evaluation_loop(*args, **kwargs)
-        if self._judged and self.is_world_process_zero():
-            print_mistakes(*worst(self._judged, self.args.mistakes_shown), self.tokenizer)
+        if self.kind in PAIRED and self.args.mistakes_shown:
+            own = worst(self._judged, self.args.mistakes_shown)
+            everywhere = [(torch.tensor(margins), examples) for margins, examples in gather_on_main(own)]
+            print_mistakes(*worst(everywhere, self.args.mistakes_shown), self.tokenizer)
         return output
 
 
@@ -217,7 +220,7 @@ def check_numbers(rows: Rows, column: str, name: str) -> None:
 
 def worst(judged: Sequence[tuple[Tensor, Sequence[Example]]], count: int) -> tuple[list[float], list[Example]]:
     """The pairs whose rejected completion was preferred most: margins, smallest first, and the pairs."""
-    margins = torch.cat([margin for margin, _ in judged]).float().cpu()
+    margins = torch.cat([torch.zeros(0), *(margin.float().cpu() for margin, _ in judged)])
     examples = [example for _, examples in judged for example in examples]
     lowest, places = margins.topk(min(count, len(margins)), largest=False)
     wrong = [(m, i) for m, i in zip(lowest.tolist(), places.tolist(), strict=True) if m < 0]
