@@ -31,7 +31,7 @@ from trl.training import streams
 from trl.training.checkpoint import MANIFEST, checkpoints, newest_checkpoint, publish, rotate, why_not_resumable
 from trl.training.lock import LOCK_FILE, acquire, check_free, release
 from trl.training.nonfinite import NonFiniteError, last_sound_step
-from trl.training.run_settings import SETTINGS_FILE
+from trl.training.run_settings import SETTINGS_FILE, check_rows_alike, describe_rows
 from trl.training.state import fingerprint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -220,6 +220,16 @@ def test_settings_that_differ_are_named(run, logged):
 def test_nothing_is_said_where_nothing_differs(run, logged):
     RUNS["sft"](run, **SAVING).train(resume_from_checkpoint=True)
     assert "Resuming from" not in logged.text
+
+
+def test_other_rows_in_another_process_are_an_error():
+    rows = Dataset.from_dict({"text": ["a", "b", "c"]})
+    described = [describe_rows(each) for each in (rows, rows.select([2, 1, 0]), rows.select([0]))]
+    check_rows_alike([described[0], described[0]])
+    check_rows_alike([{}, {}])
+    for other in described[1:]:
+        with pytest.raises(ConfigError, match="train_dataset is not the same in all processes.* process 1"):
+            check_rows_alike([described[0], other])
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,10 @@ from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import (
     SETTINGS_FILE,
     check_adapter,
+    check_rows_alike,
     check_settings,
     describe_options,
+    describe_rows,
     describe_run,
     name_of,
 )
@@ -90,6 +92,7 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
         with only_run_in(self.args.output_dir), steady_streams():
+            check_rows_alike(all_gather_object(describe_rows(self.train_dataset), self.accelerator))
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
             self._check_folder(checkpoint)
             if checkpoint is None and self.is_world_process_zero():

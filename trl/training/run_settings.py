@@ -120,6 +120,20 @@ def describe_rows(rows: Any) -> dict[str, Any]:
     return {"count": count, "hash": digest.hexdigest()}
 
 
+def check_rows_alike(described: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError where processes were given other rows than the first: some would be learned from twice, some never.
+
+    `described` is what `describe_rows` says in each process.
+    """
+    rank = next((rank for rank, rows in enumerate(described) if rows != described[0]), None)
+    if rank is not None:
+        there, here = (rows.get("count", "a stream of") for rows in (described[0], described[rank]))
+        raise ConfigError(
+            f"train_dataset is not the same in all processes ({there} rows in process 0, {here} in process {rank}, or others): give "
+            "every process all rows, in one order (shuffle with a seed); each takes its share of them."
+        )
+
+
 def check_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
     """Compare a run with the one that wrote a checkpoint.
 
