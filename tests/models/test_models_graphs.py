@@ -13,7 +13,7 @@ from transformers import LlamaForSequenceClassification
 
 from trl.data.layout import few_sizes, lay_out
 from trl.models.checkpointing import checkpoint_activations
-from trl.models.graphs import WORTHWHILE, Graphs, capture_as, capture_layers, captures, without_graphs
+from trl.models.graphs import LAUNCH_BOUND_FLOPS, Graphs, capture_as, capture_layers, captures, without_graphs
 from trl.models.layer_sharing import recording, resuming
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import prepare_scoring, score, unwrap
@@ -566,6 +566,6 @@ def test_replays_with_other_numbers_are_not_used(captured, caplog, wrong, word):
 def test_only_what_the_host_cannot_keep_up_with_is_worthwhile(captured):
     model, plain, _ = captured()
     weights = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert captures(model, int(0.99 * WORTHWHILE / 6 / weights))
-    assert not captures(model, int(1.01 * WORTHWHILE / 6 / weights))
+    assert captures(model, int(0.99 * LAUNCH_BOUND_FLOPS / 6 / weights))
+    assert not captures(model, int(1.01 * LAUNCH_BOUND_FLOPS / 6 / weights))
     assert not captures(plain, 1)

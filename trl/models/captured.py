@@ -1,6 +1,6 @@
-"""One graph of a model's layers: what was captured, its replay in both directions, and the gradients that it adds to.
+"""One graph of a model's layers: its capture, its replay forward and backward, and the gradients that it accumulates.
 
-See `trl.models.graphs` for when one is captured, and how it is found.
+`trl.models.graphs` says when layers are captured, and finds the graph of a batch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from trl.models.fused import close
 from trl.types import Spans
 
 Run = Callable[..., Tensor]
-"""Hidden states `[B,T,H]` from a forward's arguments."""
+"""The model's forward: returns hidden states `[B,T,H]`."""
 Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
-"""Runs a function so that it can be replayed, in a pool of memory or a new one; gives what replays it, and the pool."""
+"""Captures a function in a memory pool (None: a new one); returns the function that replays it, and the pool."""
 
 
 class Captured:
-    """Forward, and with `gradients` backward, of a model on inputs of one size."""
+    """The captured forward of a model, and with `gradients` its backward, on inputs of one shape."""
 
     def __init__(self, run: Run, inputs: Mapping[str, Any], gradients: Gradients | None) -> None:
         self.run, self.gradients = run, gradients
@@ -33,40 +33,40 @@ class Captured:
         self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
         self._pending: weakref.ref[Pending] | None = None
         self.room = 0
-        """Bytes that forward keeps, once it was tried; what is asked for at first where a pool is new."""
+        """Bytes of activations that forward keeps, as `run_eagerly` measures; `record` reserves so many in a new pool."""
 
     @property
     def size(self) -> int:
-        """Positions of its inputs."""
+        """Number of positions (B · T) of the inputs."""
         return self.inputs["input_ids"].numel()
 
     def record(self, record: Record, pool: Any, *, room: int = 0) -> Any:
-        """Capture both directions; the pool of memory that they share with others of their kind.
+        """Capture forward and backward in the memory pool `pool`, or in a new one; return the pool.
 
-        A new pool begins with `room` bytes in one piece: pieces of their own would have holes between them.
+        A new pool starts with one block of `room` bytes, since many small blocks would be fragmented.
         """
         self.room = room if pool is None else 0
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(False)  # what is rounded in a graph is rounded anew by each replay
+        torch.set_autocast_cache_enabled(False)  # each replay has to cast the weights again
         try:
             self.replay_forward, pool = record(self._forward, pool)
             if self.gradients is not None:
                 self.learned = self.gradients.of(self.hidden)
                 self.grad = torch.empty_like(self.hidden, requires_grad=False)
                 self.replay_backward, pool = record(self._backward, pool)
-            self.hidden = self.hidden.detach()  # what autograd keeps for it would stay
+            self.hidden = self.hidden.detach()  # frees the autograd graph of the capture
         finally:
             torch.set_autocast_cache_enabled(cached)
         return pool
 
     def _forward(self) -> None:
-        torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # given back at once
+        torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # freed at once: the pool keeps the block
         with torch.set_grad_enabled(self.gradients is not None):
             self.hidden = self.run(**self.inputs)
 
     def _backward(self) -> None:
-        # Each gradient is added when it comes, so that none has to be kept.
+        # A hook adds each gradient to its buffer as soon as it is computed, so that none is held until the end.
         with ExitStack() as hooks, torch.autocast(self.grad.device.type, enabled=False):
             for p in self.learned:
                 hooks.enter_context(p.register_hook(self.gradients.buffers[p].add_))
@@ -85,7 +85,7 @@ class Captured:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a backward pass is still to come."""
+        """Whether the backward pass of the last replay is still pending, and needs the activations of this graph."""
         return self._pending is not None and self._pending() is not None
 
     def pending(self) -> Pending:
@@ -93,13 +93,13 @@ class Captured:
         self._pending = weakref.ref(pending)
         return pending
 
-    # ---- trial ----
+    # ---- check against the eager layers ----
 
-    def tried(self) -> tuple[Tensor, Tensor]:
-        """Hidden states, and norms of gradients, without a graph; random numbers are drawn as if nothing had been tried."""
+    def run_eagerly(self) -> tuple[Tensor, Tensor]:
+        """Hidden states `[B,T,H]` and the norm of each weight's gradient, without a graph. The RNG state is restored."""
         ids = self.inputs["input_ids"]
         device, before = ids.device, _allocated(ids.device)
-        with _undrawn(device):
+        with _preserved_rng(device):
             hidden = self.run(**self.inputs)
             self.room = _allocated(device) - before
             if self.gradients is None:
@@ -109,33 +109,34 @@ class Captured:
                 found = torch.autograd.grad(hidden, learned, hidden.detach())
         return hidden.detach().clone(), torch.stack(torch._foreach_norm(found)).float()
 
-    def differs(self, expected: tuple[Tensor, Tensor]) -> str:
-        """In what a replay differs from these; nothing if it does not."""
+    def difference_from(self, expected: tuple[Tensor, Tensor]) -> str:
+        """Replay the graph, and say in what it differs from the results of `run_eagerly`; empty if in nothing."""
         hidden, norms = expected
-        with _undrawn(hidden.device):
+        with _preserved_rng(hidden.device):
             self.replay_forward()
             half = torch.bfloat16 if hidden.is_cuda else None
             if not close(self.hidden.detach(), hidden, factors=half):
-                return "their hidden states are others"
+                return "the hidden states of a replay differ from those of the layers"
             if self.gradients is None:
                 return ""
             buffers = [self.gradients.buffers[p].zero_() for p in self.learned]
             self.grad.copy_(hidden)
             self.replay_backward()
             found = torch.stack(torch._foreach_norm(buffers)).float()
-        return "" if close(found / norms.max(), norms / norms.max(), factors=half) else "their gradients are others"
+        same = close(found / norms.max(), norms / norms.max(), factors=half)
+        return "" if same else "the gradients of a replay differ from those of the layers"
 
 
 class Pending:
-    """Lives until the backward pass of a replay has run, or can no longer run."""
+    """Token of a replay whose backward pass is pending: autograd holds it until that has run, or no longer can."""
 
 
 class Replayed(torch.autograd.Function):
-    """Hidden states `[B,T,H]` of a replay; backward replays too, and adds to the gradients of weights by itself.
+    """Hidden states `[B,T,H]` of a replay; its backward replays as well, and adds to the weights' gradients itself.
 
-    Among several processes the weights are arguments, whose gradients from here are None: autograd comes by their places
-    once the replay has run, and DDP, which waits there, exchanges what was added. (In one process a tied head's gradient
-    is added at once, and not kept until then.)
+    In several processes the weights are arguments whose gradients are returned as None. Autograd then visits their
+    gradient accumulators once the replay has run, and the hooks that DDP has there reduce what was added. (In one process
+    the weights are no arguments, so that the gradient of a tied head is accumulated at once and not held until then.)
     """
 
     @staticmethod
@@ -149,10 +150,11 @@ class Replayed(torch.autograd.Function):
         captured: Captured = ctx.captured
         if ctx.pending is None:
             raise RuntimeError(
-                "backward runs a second time through layers that were replayed, and what they kept is gone, whatever "
-                "retain_graph says: add the losses up and call backward once, or set cuda_graphs=False."
+                "backward was called a second time through layers that run as CUDA graphs. Their activations are freed by "
+                "the first call, even with retain_graph=True: add the losses up and call backward once, or set "
+                "cuda_graphs=False."
             )
-        captured.gradients.attach(captured.learned)  # again: they may have been dropped since forward
+        captured.gradients.attach(captured.learned)  # again: zero_grad may have run since forward
         captured.grad.copy_(grad)
         captured.replay_backward()
         ctx.pending = None
@@ -160,13 +162,13 @@ class Replayed(torch.autograd.Function):
 
 
 class Gradients:
-    """Where graphs add the gradients of weights: a buffer for each that learns."""
+    """Static buffers, one for each trained weight, to which graphs add gradients."""
 
     def __init__(self) -> None:
         self.buffers: dict[nn.Parameter, Tensor] = {}
 
     def of(self, hidden: Tensor) -> list[nn.Parameter]:
-        """The weights that `hidden` has gradients of, each with a buffer."""
+        """Find the weights that backward from `hidden` reaches, and make a buffer for each."""
         found, nodes, seen = [], [hidden.grad_fn], set()
         while nodes:
             node = nodes.pop()
@@ -175,7 +177,7 @@ class Gradients:
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
             variable = getattr(node, "variable", None)
-            if isinstance(variable, nn.Parameter):  # and no embeddings, which hooks let have gradients
+            if isinstance(variable, nn.Parameter):  # not the output of embeddings, which a hook may make a leaf
                 found.append(variable)
         for parameter in found:
             if parameter not in self.buffers:
@@ -183,12 +185,12 @@ class Gradients:
         return found
 
     def fit(self) -> bool:
-        """Whether buffers are still like their weights, which may be given another size or precision in place."""
+        """Whether buffers still match their weights, whose shape, dtype or device may be changed in place."""
         kinds = ((x.shape, x.dtype, x.device) for pair in self.buffers.items() for x in pair)
         return all(weight == buffer for weight, buffer in zip(kinds, kinds, strict=True))
 
     def attach(self, learned: Sequence[nn.Parameter]) -> None:
-        """Let buffers be the gradients of their weights, with what these have, or zero."""
+        """Make each buffer the `grad` of its weight, holding the present gradient, or zero where there is none."""
         empty = []
         for parameter in learned:
             buffer = self.buffers[parameter]
@@ -206,7 +208,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _tensors_of(inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among a forward's arguments, those of spans included."""
+    """The tensors among the arguments of forward, including those of the spans."""
     found: list[Tensor] = []
     for value in inputs.values():
         if isinstance(value, Tensor):
@@ -221,8 +223,8 @@ def _allocated(device: torch.device) -> int:
 
 
 @contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Random numbers that are drawn within it are drawn again after it."""
+def _preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restore the state of the random number generators after the context."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
