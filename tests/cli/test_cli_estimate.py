@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.cli.estimate import LIBRARIES, MemoryEstimate, estimate_memory, planned
 from trl.cli.preview import without_weights
 from trl.data.layout import lay_out
-from trl.models.fused import for_the_moment, fuse
+from trl.models.fused import fuse, restoring_rotations
 from trl.models.half_weights import round_together
 from trl.models.memory import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, take_shape, tracing
 from trl.models.score import prepare_scoring, score
@@ -84,7 +84,7 @@ def activations(layers: int, tokens: int) -> int:
     with as_on_cuda(), torch.device("meta"):
         model = MODELS["llama"](num_hidden_layers=layers)
     batch = lay_out([Example([5] * (tokens - 4), (Completion([6] * 4),))], "packed", capacity=tokens, spans=True)
-    with as_on_cuda(), for_the_moment(model), tracing(99) as trace:
+    with as_on_cuda(), restoring_rotations(model), tracing(99) as trace:
         take_shape(model, torch.device("cpu"))
         trace.mark(model.parameters(), WEIGHTS)
         fuse(model)

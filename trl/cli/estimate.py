@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trl.models.checkpointing import checkpoint_activations, checkpointable_layers
-from trl.models.fused import for_the_moment
+from trl.models.fused import restoring_rotations
 from trl.models.graphs import captures, without_graphs
 from trl.models.memory import (
     ACTIVATIONS,
@@ -80,7 +80,7 @@ def estimate_memory(
     if quantised_bits is not None:
         trainer.args.cuda_graphs = False  # as of weights that are quantised when they are loaded
         _round_as_factors(trainer)
-    with for_the_moment(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
+    with restoring_rotations(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
         trace.mark(trainer.model.parameters(), WEIGHTS)
         trace.mark(trainer.model.buffers(), WEIGHTS)

@@ -1,12 +1,12 @@
-"""Norms and rotations of training in one kernel each, where an architecture's do what these do.
+"""RMS norms and rotary embeddings as one kernel each, in place of an architecture's own that compute the same.
 
     norm       y = x / √(mean x² + ε) · (w + offset)            Zhang and Sennrich 2019, equation 4; offset 1 in Gemma
     rotation   `trl.ops.triton_rotary`
 
 Small models are bound by how fast the host launches kernels. Written with PyTorch's operations, norms and rotations are more
-than a third of what a step launches. An architecture's own code decides: its norm, and its function that rotates, are run
-on random numbers next to these, backward too, and are replaced where the results are the same. Layers that `torch_compile`
-compiles need none of it.
+than a third of the launches of a step. Whether an architecture's norm or rotation can be replaced is tested, not listed: both
+versions run on random numbers, forward and backward, and the results must agree. Layers compiled with `torch_compile` need none
+of this, since the compiler fuses them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 ROTATION = "apply_rotary_pos_emb"
-"""What models of `transformers` call the function that rotates queries and keys, each in its own file."""
+"""Name of the function that rotates queries and keys; each modeling file of `transformers` has its own."""
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]
-Way = TypeVar("Way")
+Replacement = TypeVar("Replacement")
 
 
 def fuse(model: nn.Module) -> tuple[int, int]:
-    """Replace norms of `model`, and the rotations of its files, by single kernels; how many norms and files.
+    """Replace the norms of `model`, and the rotations in its modeling files, by fused kernels; return how many of each.
 
-    A file's function rotates as before what is not on CUDA, or not of the usual shape.
+    Tensors that are not on CUDA, or not of the usual shape, are still rotated by the file's own function.
     """
     rotating = [file for file in files_of(model) if fuse_rotation(file, next(model.parameters()).device)]
     found = norms_of(
@@ -47,16 +47,16 @@ def fuse(model: nn.Module) -> tuple[int, int]:
 
 
 def files_of(model: nn.Module) -> set[Any]:
-    """The files in which the classes of `model` are written."""
+    """The Python modules that define the classes of `model` and of its submodules."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return {sys.modules[type(module).__module__] for each in models for module in each.modules()}
 
 
 @contextmanager
-def for_the_moment(model: nn.Module) -> Iterator[None]:
-    """Within it, `fuse` may replace rotations, which it does for all models of a file; afterwards they are as before.
+def restoring_rotations(model: nn.Module) -> Iterator[None]:
+    """Undo after the context what `fuse` did to rotations, which it replaces for all models of a file.
 
-    Without values every trial succeeds.
+    For estimates on fake tensors: these have no values to compare, so that `fuse` takes every rotation for the same.
     """
     before = [(file, vars(file)[ROTATION]) for file in files_of(model) if ROTATION in vars(file)]
     try:
@@ -67,7 +67,7 @@ def for_the_moment(model: nn.Module) -> Iterator[None]:
 
 
 def fuse_as(model: nn.Module, policy: nn.Module) -> None:
-    """Fuse a model that reads the policy's batches, where the policy is."""
+    """Fuse the norms and rotations of `model`, which reads the policy's batches, if those of the policy are fused."""
     if any(map(is_fused, policy.modules())):
         fuse(model)
 
@@ -81,36 +81,40 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The norm of the last dimension, in the wider of the types of the input and of the weight."""
+    """RMS norm over the last dimension, in the wider dtype of input and weight."""
     weight = self._parameters["weight"]
     dtype = torch.promote_types(hidden_states.dtype, weight.dtype)
     return F.rms_norm(hidden_states.to(dtype), weight.shape, weight.to(dtype), epsilon_of(self))
 
 
 def offset_rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    """With a weight that is added to one, in the type of the input."""
+    """RMS norm that multiplies by 1 + weight, computed in float32 and returned in the dtype of the input."""
     weight = 1.0 + self._parameters["weight"].float()
     return F.rms_norm(hidden_states.float(), weight.shape, weight, epsilon_of(self)).type_as(hidden_states)
 
 
-rms_norm.__name__ = offset_rms_norm.__name__ = "forward"  # a pickle names a method, and finds that of the class
+# A bound method is pickled by its name, and read back as the class's own method of that name.
+rms_norm.__name__ = offset_rms_norm.__name__ = "forward"
 NORMS = (rms_norm, offset_rms_norm)
 
 
 def norms_of(
-    model: nn.Module, way_of: Callable[[nn.Module], Way | None], *, may_change: Callable[[nn.Module], bool]
-) -> list[tuple[nn.Module, Way]]:
-    """Norms whose forward `may_change`, with the way to do without it; it is looked for once for each class."""
-    ways: dict[type, Way | None] = {}
+    model: nn.Module,
+    replacement_of: Callable[[nn.Module], Replacement | None],
+    *,
+    may_change: Callable[[nn.Module], bool],
+) -> list[tuple[nn.Module, Replacement]]:
+    """RMS norms of `model` that `may_change`, each with the replacement that `replacement_of` finds, once per class."""
+    replacements: dict[type, Replacement | None] = {}
     found = []
     for module in model.modules():
         kind = type(module)
         if not kind.__name__.endswith("RMSNorm") or not may_change(module):
             continue
-        if kind not in ways:
-            ways[kind] = way_of(module)
-        if (way := ways[kind]) is not None:
-            found.append((module, way))
+        if kind not in replacements:
+            replacements[kind] = replacement_of(module)
+        if (replacement := replacements[kind]) is not None:
+            found.append((module, replacement))
     return found
 
 
@@ -120,7 +124,7 @@ def epsilon_of(module: nn.Module) -> float | None:
 
 
 def computes(module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor], *, backward: bool = True) -> bool:
-    """Whether the module's forward (and `backward`) is that of `norm`, by its results on random numbers."""
+    """Whether the module and `norm` give the same outputs (and with `backward`, gradients) for random numbers."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or epsilon_of(module) is None:
         return False
@@ -131,7 +135,7 @@ def computes(module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor], *, 
 
 
 def gradients_of(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
-    """The results of a function, and the gradients of the sum of their sines with respect to its inputs."""
+    """The outputs of a function, and the gradients of Σ sin(output) with respect to its inputs."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
         found = function(*leaves)
@@ -141,12 +145,15 @@ def gradients_of(function: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
 
 
 def alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether tensors are of the same types, and as close as these allow."""
+    """Whether tensors have the same dtypes, and values that are `close`."""
     return all(a.dtype == b.dtype and close(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def close(found: Tensor, expected: Tensor, *, factors: torch.dtype | None = None) -> bool:
-    """Whether results of one type are the same but for rounding, of products of `factors` or of that type."""
+    """Whether two tensors are equal up to rounding errors in `factors`, by default the dtype of `expected`.
+
+    `factors` is the dtype in which matrix products were computed, if that is not the dtype of the results.
+    """
     rtol, atol = (1e-5, 1e-6) if (factors or expected.dtype) == torch.float32 else (2e-2, 1e-2)
     return torch.allclose(found.float(), expected.float(), rtol=rtol, atol=atol)
 
@@ -155,7 +162,7 @@ def close(found: Tensor, expected: Tensor, *, factors: torch.dtype | None = None
 
 
 def fuse_rotation(file: Any, device: torch.device) -> bool:
-    """Let a file of `transformers` rotate by one kernel on CUDA, if it rotates halves; whether it does."""
+    """Make a modeling file of `transformers` rotate by one kernel on CUDA, if it rotates halves; return whether it does."""
     function = getattr(file, ROTATION, None)
     if function is None:
         return False
@@ -165,7 +172,7 @@ def fuse_rotation(file: Any, device: torch.device) -> bool:
 
 
 def on_cuda(plain: Rotation) -> Rotation:
-    """`plain`, with a kernel in its place for tensors on CUDA that are rotated whole."""
+    """Wrap the rotation `plain`: tensors on CUDA whose whole head dimension is rotated go to the kernel."""
     from trl.ops.triton_rotary import Rotated
 
     @wraps(plain)
@@ -187,7 +194,7 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def fits(query: Tensor, key: Tensor, cos: Tensor) -> bool:
-    """Whether queries and keys `[B,heads,T,D]` are rotated whole by cos `[B or 1,T,D]`."""
+    """Whether cos `[B or 1,T,D]` rotates the whole head dimension D of queries and keys `[B,heads,T,D]`."""
     if not query.dim() == key.dim() == 4 or cos.dim() != 3:
         return False
     rows, _, length, size = query.shape
@@ -203,7 +210,7 @@ def rotates_halves(function: Rotation, device: torch.device) -> bool:
     query, key, cos, sin = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
     try:
         expected = gradients_of(lambda q, k: function(q, k, cos, sin), query, key)
-    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it is another function
+    except (TypeError, ValueError, RuntimeError):  # it takes other arguments, so it computes something else
         return False
     found = gradients_of(lambda q, k: Rotated.apply(q, k, cos, sin, None), query, key)
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))

@@ -1,13 +1,13 @@
-"""LoRA in few kernels, which keep little for backward.
+"""LoRA layers with few kernels and few saved activations.
 
     y = W x + s B A d(x)        d: dropout, s = α / r        Hu et al. 2021 (arXiv:2106.09685), equation 3
 
-`peft` rounds B A d(x), its multiple by s, and the sum, in a kernel each. Here s B A d(x) is added to W x before it is rounded, once,
-by the product that makes it; gradients are multiplied by s in the same way. Backward is given x, which all products of one
-input share, and which of its elements were dropped, in place of a d(x) for each product. The input of a gated network's
-last product is made again from its factors, which are kept anyway: see `trl.models.kept_activations`.
+`peft` computes B A d(x), its multiple by s, and the sum in a kernel each, and rounds every result. Here one matrix product scales
+by s, adds to W x and rounds once; gradients are scaled by s in the same way. For backward, `peft` saves d(x) for each linear
+layer; here x is saved, which linear layers with the same input share, and the dropout mask. The input of the down projection of
+a gated MLP is recomputed from its two factors, which are saved anyway: see `trl.models.kept_activations`.
 
-Small models are bound by how fast the host launches kernels, and an adapter on every product of a layer more than doubles them.
+Small models are bound by how fast the host launches kernels, and adapters on all linear layers more than double the launches.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from trl.models.kept_activations import Activation, gated_product, is_plain
 
 KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
-"""Classes of `peft` whose forward is the formula, around a product with a frozen weight."""
+"""LoRA layers of `peft` that compute this formula, around a linear layer with a frozen weight."""
 
 
 class LowRank(torch.autograd.Function):
-    """y + s B A d(x) `[N,O]` from y `[N,O]`, x `[N,I]`, A `[r,I]` and B `[O,r]` of one type, s, and how likely d drops.
+    """y + s B A d(x) `[N,O]` of y `[N,O]`, x `[N,I]`, A `[r,I]` and B `[O,r]` of one dtype, s, and the dropout probability.
 
-    With `factors`, an activation and the g and u `[…,I]` of x = act(g) ⊙ u, these are kept in place of x.
+    If x = act(g) ⊙ u, `factors` are act, g and u `[…,I]`: g and u are then saved for backward in place of x.
     """
 
     @staticmethod
@@ -55,23 +55,23 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, inner, a, b, *source = ctx.saved_tensors
 
-        def thinned(values: Tensor) -> Tensor:
-            """What dropout makes of values; and of their gradients."""
+        def with_dropout(values: Tensor) -> Tensor:
+            """Apply the dropout mask of forward to values, or to gradients."""
             return values if mask is None else torch.ops.aten.native_dropout_backward(values, mask, ctx.kept)
 
         of_inner = torch.addmm(inner, grad, b, beta=0, alpha=ctx.scaling)
-        of_x = thinned(of_inner @ a) if ctx.needs_input_grad[1] else None
+        of_x = with_dropout(of_inner @ a) if ctx.needs_input_grad[1] else None
         of_a = of_b = None
         if ctx.needs_input_grad[2]:
             x = source[0] if ctx.activation is None else gated_product(ctx.activation, *source).flatten(0, -2)
-            of_a = of_inner.T @ thinned(x)
+            of_a = of_inner.T @ with_dropout(x)
         if ctx.needs_input_grad[3]:
             of_b = torch.addmm(b, grad.T, inner, beta=0, alpha=ctx.scaling)
         return grad, of_x, of_a, of_b, None, None, None
 
 
 def fuse_adapters(model: nn.Module) -> int:
-    """Let the LoRA layers of `model` run as stands at the top of this file, where they are plain ones; how many do."""
+    """Replace the forward of plain LoRA layers in `model` by the fused one of this file; return how many there are."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_known(module)]
     for layer in layers:
         layer.forward = MethodType(forward, layer)
@@ -86,7 +86,7 @@ def _is_known(layer: nn.Module) -> bool:
 def forward(
     self: Any, x: Tensor, *args: Any, factors: tuple[Activation, Tensor, Tensor] | None = None, **kwargs: Any
 ) -> Tensor:
-    """Of a LoRA layer: by `LowRank` where its one plain adapter is on, and as `peft` does otherwise."""
+    """Forward of a LoRA layer: `LowRank` if exactly one plain adapter is active, else the forward of `peft`."""
     if args or kwargs or not _is_plain(self):
         return type(self).forward(self, x, *args, **kwargs)
     (name,) = self.active_adapters
@@ -104,11 +104,11 @@ def forward(
     return added.view_as(y)
 
 
-forward.takes_factors = True  # which a gated network looks for in its last product
+forward.takes_factors = True  # a gated MLP looks for this on its down projection
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether one adapter is on, and is no more than A, B and dropout; others have a formula of their own."""
+    """Whether exactly one adapter is active, and has only A, B and dropout: variants such as DoRA have another formula."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]

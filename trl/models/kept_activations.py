@@ -1,11 +1,12 @@
-"""What decoder layers keep for their backward pass: everything once, and nothing that two cheap operations make again.
+"""Fewer activations saved for backward in decoder layers: no tensor twice, and none that is cheap to recompute.
 
-    gated network   y = W_d (act(g) ⊙ u),  g = W_g x,  u = W_u x      Shazeer 2020 (arXiv:2002.05202), equation 6
-                    PyTorch keeps g, act(g), u and act(g) ⊙ u, the widest tensors of a layer; here g and u are kept
-    products        under autocast, each of W_q x, W_k x, W_v x (and W_g x, W_u x) keeps a rounded copy of x; here all keep one
+    gated MLP       y = W_d (act(g) ⊙ u),  g = W_g x,  u = W_u x      Shazeer 2020 (arXiv:2002.05202), equation 6
+                    PyTorch saves g, act(g), u and act(g) ⊙ u, the widest tensors of a layer; here g and u are saved
+    projections     under autocast, each of W_q x, W_k x, W_v x (and W_g x, W_u x) saves its own cast of x; here they share one
 
-At 0.5 billion parameters that is two fifths of what a layer keeps per token, for two elementwise operations more, which a kernel
-hides (`trl.ops.triton_gate`), and some casts less. Without the kernel, outputs and gradients are the same to the bit.
+At 0.5 billion parameters this saves two fifths of a layer's activations per token. It costs two more elementwise operations,
+which a fused kernel hides (`trl.ops.triton_gate`), and saves some casts. Without that kernel, outputs and gradients are the
+same to the bit.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from trl.models.patching import evaluating
 logger = logging.getLogger(__name__)
 
 NETWORK = ("gate_proj", "up_proj", "down_proj")
-"""What decoders call W_g, W_u and W_d; their activation is `act_fn`."""
+"""Names of W_g, W_u and W_d in decoders; their activation is `act_fn`."""
 ATTENTION = ("q_proj", "k_proj", "v_proj")
-"""What they call W_q, W_k and W_v, which read x in this order."""
+"""Names of W_q, W_k and W_v, in the order in which they are called with x."""
 KERNEL = "_trl_gate_kernel"
-"""Attribute of a gated network: the name of its activation in `trl.ops.triton_gate`."""
+"""Attribute of a gated MLP: the name of its activation in `trl.ops.triton_gate`."""
 
 
 def keep_less(model: nn.Module) -> tuple[int, int]:
-    """Let the layers of `model` keep what stands at the top of this file; how many gated networks and attentions do."""
+    """Patch gated MLPs and attention projections of `model` to save fewer activations; return how many of each."""
     networks = [module for module in model.modules() if _is_gated(module) and _replaced(module)]
-    attentions = [linears for module in model.modules() if (linears := _plain_products(module))]
+    attentions = [linears for module in model.modules() if (linears := _plain_projections(module))]
     for linears in attentions:
         for place, linear in enumerate(linears):
-            linear.forward = MethodType(_first_product if place == 0 else _next_product, linear)
+            linear.forward = MethodType(_query_projection if place == 0 else _next_projection, linear)
     return len(networks), len(attentions)
 
 
-# ── gated networks ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── gated MLPs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 Activation = Callable[[Tensor], Tensor] | str
-"""A function, or the name of one that the kernels of `trl.ops.triton_gate` know."""
+"""A function, or the name of an activation that the kernels of `trl.ops.triton_gate` have."""
 
 
 class Gated(torch.autograd.Function):
-    """act(g) ⊙ u `[…,F]`; or, given the weight `[H,F]` and the bias (`[H]` or None) of W_d, y `[…,H]`."""
+    """act(g) ⊙ u `[…,F]`; or y `[…,H]` if the weight `[H,F]` and bias (`[H]` or None) of W_d are given."""
 
     @staticmethod
     def forward(
@@ -88,7 +89,7 @@ def gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
 def _gradients(
     activation: Activation, gate: Tensor, up: Tensor, grad: Tensor, *, product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of g and u from that of act(g) ⊙ u; and this again, with `product`."""
+    """Gradients of g and u, given that of act(g) ⊙ u; with `product`, also the recomputed act(g) ⊙ u, else None."""
     if isinstance(activation, str):
         from trl.ops.triton_gate import gated_backward
 
@@ -105,13 +106,13 @@ def _gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     both_plain = is_plain(self.gate_proj) and is_plain(self.up_proj)
-    first, second = rounded_once(x, 2) if both_plain else (x, x)
+    first, second = cast_once(x, 2) if both_plain else (x, x)
     gate, up, down = self.gate_proj(first), self.up_proj(second), self.down_proj
     activation = vars(self).get(KERNEL, self.act_fn) if _has_kernel(gate) else self.act_fn
     if is_plain(down) and "forward" in vars(down):
         return down(gate, up, activation)
     product = Gated.apply(activation, gate, up, None, None)
-    if hasattr(down.forward, "takes_factors"):  # an adapter keeps these in place of their product
+    if hasattr(down.forward, "takes_factors"):  # a fused adapter saves the factors and not their product
         return down(product, factors=(activation, gate, up))
     return down(product)
 
@@ -120,15 +121,17 @@ def _has_kernel(gate: Tensor) -> bool:
     return gate.is_cuda
 
 
-def _last_product(self: nn.Linear, x: Tensor, up: Tensor | None = None, activation: Activation | None = None) -> Tensor:
-    """W_d x; or, given the factors that x is made of, from these."""
+def _down_projection(
+    self: nn.Linear, x: Tensor, up: Tensor | None = None, activation: Activation | None = None
+) -> Tensor:
+    """W_d x; or, given `up` and `activation`, W_d (act(x) ⊙ up)."""
     if up is None:
         return F.linear(x, self.weight, self.bias)
     return Gated.apply(activation, x, up, self.weight, self.bias)
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the module has the parts of a gated network, and an activation without weights."""
+    """Whether the module has the submodules of a gated MLP, and an activation without weights."""
     activation = getattr(module, "act_fn", None)
     if "forward" in vars(module) or not callable(activation):
         return False
@@ -137,10 +140,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def _replaced(module: nn.Module) -> bool:
-    """Give a gated network the forward of this file; whether its outputs and gradients on random numbers are as before.
-
-    Otherwise it stays as it is.
-    """
+    """Replace the forward of a gated MLP if outputs and gradients for random numbers stay the same; return whether."""
     weight, size = next(module.gate_proj.parameters(), None), getattr(module.gate_proj, "in_features", None)
     if weight is None or size is None:
         return False
@@ -150,24 +150,24 @@ def _replaced(module: nn.Module) -> bool:
     with evaluating(module):
         try:
             expected = gradients_of(module, x)
-        except (TypeError, ValueError, RuntimeError):  # it asks for more than hidden states
+        except (TypeError, ValueError, RuntimeError):  # its forward needs more than hidden states
             return False
         new = [(module, _gated_forward)]
         if is_plain(module.down_proj):
-            new.append((module.down_proj, _last_product))
+            new.append((module.down_proj, _down_projection))
         for part, forward in new:
             part.forward = MethodType(forward, part)
         if _has_kernel(x):
-            _take_kernel(module, x, expected)
+            _use_kernel(module, x, expected)
         if alike(gradients_of(module, x), expected):
             return True
-    for part, _ in new:  # and no other's: accelerate puts forwards on modules too
+    for part, _ in new:  # only what was set above: accelerate sets forwards on modules too
         del part.forward
     return False
 
 
-def _take_kernel(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> None:
-    """Let a gated network use a kernel for its activation, where one gives what is expected."""
+def _use_kernel(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> None:
+    """Select the fused kernel of a gated MLP's activation, if there is one and its results are as expected."""
     from trl.ops.triton_gate import name_of
 
     if (name := name_of(module.act_fn)) is None:
@@ -175,18 +175,18 @@ def _take_kernel(module: nn.Module, x: Tensor, expected: Sequence[Tensor]) -> No
     setattr(module, KERNEL, name)
     try:
         same = alike(gradients_of(module, x), expected)
-    except Exception as error:  # whatever a compiler says
-        logger.warning(f"Activations are computed without a kernel: {error}")
+    except Exception as error:  # Triton's compiler raises errors of many classes
+        logger.warning(f"The fused kernel for {name!r} activations failed, so PyTorch computes them: {error}")
         same = False
     if not same:
         delattr(module, KERNEL)
 
 
-# ── products of one input ───────────────────────────────────────────────────────────────────────────────────────
+# ── linear layers that share an input ───────────────────────────────────────────────────────────────────────────
 
 
-class RoundedOnce(torch.autograd.Function):
-    """x in another type, `count` times the same memory; gradients are added in the type of x."""
+class CastOnce(torch.autograd.Function):
+    """`count` views of one cast of x to `dtype`; their gradients are added in the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
@@ -198,51 +198,52 @@ class RoundedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         found: Tensor | None = None
-        for grad in reversed(grads):  # as autograd adds them: the product that was made last comes first
+        for grad in reversed(grads):  # the order in which autograd adds them: the last linear layer comes first
             if grad is not None:
                 found = grad.to(ctx.dtype) if found is None else found + grad
         return found, None, None
 
 
-def rounded_once(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    """x for each of `count` products, which read it as autocast has it rounded."""
+def cast_once(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """x for each of `count` linear layers: under autocast, views of one cast; else x itself."""
     device = x.device.type
     if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return (x,) * count
-    return RoundedOnce.apply(x, torch.get_autocast_dtype(device), count)
+    return CastOnce.apply(x, torch.get_autocast_dtype(device), count)
 
 
-class _Reading(threading.local):
-    """An attention's input, and the copies of it that are left for the products that have not read it yet."""
+class _SharedInput(threading.local):
+    """The input of the attention that runs, and the views of its cast that are left for the next projections."""
 
     x: Tensor | None = None
     copies: tuple[Tensor, ...] = ()
 
 
-_reading = _Reading()
+_shared = _SharedInput()
 
 
-def _first_product(self: nn.Linear, x: Tensor) -> Tensor:
+def _query_projection(self: nn.Linear, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
-        _reading.x, _reading.copies = x, rounded_once(x, len(ATTENTION))
-    return _next_product(self, x)
+        _shared.x, _shared.copies = x, cast_once(x, len(ATTENTION))
+    return _next_projection(self, x)
 
 
-def _next_product(self: nn.Linear, x: Tensor) -> Tensor:
-    if x is _reading.x:
-        x, *others = _reading.copies
-        _reading.x, _reading.copies = (_reading.x if others else None), tuple(others)
+def _next_projection(self: nn.Linear, x: Tensor) -> Tensor:
+    if x is _shared.x:
+        x, *others = _shared.copies
+        _shared.x, _shared.copies = (_shared.x if others else None), tuple(others)
     return F.linear(x, self.weight, self.bias)
 
 
-FORWARDS = (_gated_forward, _last_product, _first_product, _next_product)
+FORWARDS = (_gated_forward, _down_projection, _query_projection, _next_projection)
 for _function in FORWARDS:
-    _function.__name__ = "forward"  # a pickle names a method, and finds that of the class
+    # A bound method is pickled by its name, and read back as the class's own method of that name.
+    _function.__name__ = "forward"
 
 
 def is_plain(linear: object) -> bool:
-    """Whether a product with its weight is all that it does: no adapter, no quantised weight, no hook but those
-    whose `only_watches` is true."""
+    """Whether a module is an `nn.Linear` and no more: without adapter, quantised weight, or hooks other than those
+    with a true `only_watches`."""
     if type(linear) is not nn.Linear or not all(getattr(hook, "only_watches", False) for hook in _hooks(linear)):
         return False
     own = vars(linear).get("forward")
@@ -253,7 +254,7 @@ def _hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
     return chain(module._forward_pre_hooks.values(), module._forward_hooks.values())
 
 
-def _plain_products(module: nn.Module) -> list[nn.Linear]:
-    """The products of an attention's input; none where one of them is more than a product."""
+def _plain_projections(module: nn.Module) -> list[nn.Linear]:
+    """The q, k and v projections of an attention module; empty if one of them is not plain."""
     linears = [module._modules.get(name) for name in ATTENTION]
     return linears if all(map(is_plain, linears)) else []
