@@ -59,7 +59,7 @@ def test_magnitudes_that_transformers_left_out_are_missed(base):
     if torch.allclose(logits(loaded), logits(model), atol=1e-5):
         assert as_peft_model(loaded)
     else:
-        with pytest.raises(ModelError, match="transformers loaded it without its magnitudes"):
+        with pytest.raises(ModelError, match="transformers loaded this DoRA adapter without its magnitudes"):
             as_peft_model(loaded)
 
 
@@ -85,16 +85,16 @@ def test_learned_prompts_do_not_stand_before_packed_rows(base, tmp_path, asked):
 def test_an_adapter_whose_base_is_gone_says_what_to_do(base):
     _, folder = saved(base, DORA)
     shutil.rmtree(base)
-    with pytest.raises(ModelError, match="there is no such folder. Give the model as model_name_or_path"):
+    with pytest.raises(ModelError, match="does not exist. Give the base model as model_name_or_path"):
         load_model(folder)
     settings = Path(folder, "adapter_config.json")
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(ModelError, match="does not say of which model"):
+    with pytest.raises(ModelError, match="does not name its base model"):
         load_model(folder)
 
 
 def test_what_is_no_configuration_of_an_adapter_is_named(base, tmp_path):
-    with pytest.raises(ConfigError, match="one of peft, as LoraConfig.*, got a dict"):
+    with pytest.raises(ConfigError, match="peft_config must be .*LoraConfig.*, not a dict"):
         SFTTrainer(base, args=SFTConfig(**options(tmp_path)), train_dataset=PAIRS, peft_config={"r": 2})
 
 

@@ -98,5 +98,5 @@ def test_an_architecture_without_layers_is_an_error(make_model, monkeypatch):
     model = make_model("llama")
     monkeypatch.setattr(type(model), "_no_split_modules", None)
     monkeypatch.setattr(model, "_no_split_modules", None, raising=False)
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does not say what its layers are"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not declare its layers"):
         compile_layers(model)

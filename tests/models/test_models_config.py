@@ -85,14 +85,14 @@ def test_options_of_four_bits_without_them_are_said(caplog):
 
 def test_all_linear_takes_layers_that_are_packed():
     """Those of GPTQ and AWQ hold whole numbers in place of a weight."""
-    from trl.models.adapters import _take_packed_layers
+    from trl.models.adapters import _target_packed_layers
 
     packed, config = torch.nn.Module(), get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
     packed.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
     model = torch.nn.ModuleDict({"up": packed, "norm": torch.nn.LayerNorm(2), "head": torch.nn.Linear(2, 2)})
-    _take_packed_layers(config, torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)}))
+    _target_packed_layers(config, torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)}))
     assert config.target_modules == "all-linear"
-    _take_packed_layers(config, model)
+    _target_packed_layers(config, model)
     assert config.target_modules == {"up"}
 
 
@@ -134,7 +134,7 @@ def test_quantisation():
         ({"bnb_4bit_quant_type": "nf5"}, "Unknown bnb_4bit_quant_type 'nf5'. Did you mean 'nf4'"),
         ({"lora_task_type": "CAUSAL"}, "Unknown lora_task_type 'CAUSAL'. Did you mean 'CAUSAL_LM'"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0 is not a probability"),
-        ({"lora_r": 0}, "lora_r=0 leaves no adapter"),
+        ({"lora_r": 0}, "lora_r=0 is not a rank"),
     ],
 )
 def test_refused_options(options, message):

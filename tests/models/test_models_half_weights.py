@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl.models.checkpointing import checkpoint_activations
 from trl.models.compiled import compile_layers
-from trl.models.half_weights import Rounded, round_together
+from trl.models.half_weights import CastTogether, round_together
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -77,12 +77,12 @@ def test_one_kernel_each_way(make_model):
     model = make_model("llama", num_hidden_layers=1)
     round_together(model)
     calls = []
-    original = Rounded.apply
+    original = CastTogether.apply
     try:
-        Rounded.apply = lambda dtype, *tensors: calls.append(len(tensors)) or original(dtype, *tensors)
+        CastTogether.apply = lambda dtype, *tensors: calls.append(len(tensors)) or original(dtype, *tensors)
         learned(model)
     finally:
-        del Rounded.apply
+        del CastTogether.apply
     assert calls == [7, 7]  # four products of attention and three of the network behind it, in each of two passes
 
 

@@ -118,7 +118,7 @@ def test_the_head_of_a_classifier_may_be_new(make_model, tmp_path):
 def test_a_reward_model_is_no_language_model(tmp_path, tied):
     config = LlamaConfig(**WIDTHS, num_labels=1, tie_word_embeddings=tied)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"holds a reward model .*score.weight.*writes no text"):
+    with pytest.raises(ModelError, match=r"holds a reward model .*score.weight.*cannot generate text"):
         load_model(str(tmp_path))
 
 
@@ -212,7 +212,7 @@ def test_a_folder_without_a_tokenizer_or_weights(tmp_path):
     MODELS["llama"]().save_pretrained(tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"holds no tokenizer.*processing_class=tokenizer"):
         sft(str(tmp_path), None, None, str(tmp_path / "out"))
-    with pytest.raises(ModelNotFoundError, match="is a model, and holds no adapter"):
+    with pytest.raises(ModelNotFoundError, match="is the folder of a whole model, not of an adapter"):
         load_model(str(tmp_path), adapter=str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match="holds no weights"):

@@ -173,7 +173,7 @@ def test_shared_layers_of_a_model_scored_before(make_model):
 @pytest.mark.parametrize("options", [{"pattern": "blocks.{layer}"}, {"num_shared_layers": 2}, {"num_shared_layers": 0}])
 def test_unmatched_layers(make_model, options):
     with pytest.raises(
-        ModelError, match=r"has no parameters named .* it has 2 layers, of which at least one has to be its own"
+        ModelError, match=r"has no parameters named .* it has 2 layers, of which at least one cannot be shared"
     ):
         create_reference_model(make_model("gpt2"), **{"num_shared_layers": 1, **options})
 
@@ -266,7 +266,7 @@ def test_a_reference_runs_whole_where_its_upper_layers_do_not_run_alone(make_mod
     )
     reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
     assert type(reference) is FrozenModel
-    assert "the reference runs them by itself: its upper layers do not run alone (KeyError" in caplog.text
+    assert "the reference has to compute them again: its upper layers cannot run alone (KeyError" in caplog.text
     scores, found = score_with_reference(policy, reference, lay_out(EXAMPLES))
     torch.testing.assert_close(found, scores.logprobs)
 
@@ -276,7 +276,7 @@ def test_a_reference_runs_whole_where_something_below_is_not_in_common(make_mode
     policy = make_model("bart")
     reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
     assert type(reference) is FrozenModel
-    assert "'model.decoder.layernorm_embedding' is not among them and runs before they end" in caplog.text
+    assert "'model.decoder.layernorm_embedding' is not shared, and runs before the last of them" in caplog.text
 
 
 def test_references_that_share_nothing_run_whole(make_model):

@@ -104,7 +104,7 @@ def test_networks_that_cannot_be(make_model, tokenizer):
     judge = classifier()
     with pytest.raises(ConfigError, match="value_model and reward_model are the same object"):
         PPOTrainer(PPOConfig(), model, None, tokenizer, reward_model=judge, value_model=judge)
-    with pytest.raises(ConfigError, match="layout='shared' does not work with this value_model: its numbers differ"):
+    with pytest.raises(ConfigError, match="layout='shared' does not work with this value_model: its results differ"):
         PPOTrainer(PPOConfig(layout="shared", bf16=False), model, None, tokenizer, value_model=make_model("gemma3"))
 
 

@@ -1,8 +1,8 @@
-"""Adapters in memory: new ones, their layers and tokens, and what becomes of a model that is given with them.
+"""Add adapters to a model, choose their layers and new tokens, train those that a model already has, and merge them.
 
-    y = W x + (α/r) B A x        LoRA (arXiv:2106.09685); W stays as it is
+    y = W x + (α/r) B A x        LoRA (arXiv:2106.09685); W is frozen
 
-Those that were saved are read in `trl.models.saved_adapters`.
+`trl.models.saved_adapters` loads saved adapters.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trl.vision.families import family_of
 logger = logging.getLogger(__name__)
 
 HEADS = ("score", "classifier", "classification_head")
-"""What classifiers call the layer that gives the reward; an adapter may name all of them."""
+"""Names of the head in sequence classifiers, which gives the reward. `modules_to_save` of an adapter may list all of them."""
 
 
 def put_on(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
@@ -53,18 +53,18 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 AdaptedPart = Literal["language", "language_and_projector", "everything"]
-"""Which parts of a model that reads images get adapters."""
+"""The parts of a vision-language model that get adapters."""
 
 
 def with_adapters(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, part: AdaptedPart = "language"
 ) -> PreTrainedModel | PeftModel:
-    """`model` with a new adapter, or as it is. A quantised base is prepared for training.
+    """`model` with a new adapter, or unchanged if `peft_config` is None. A quantised base is prepared for training.
 
-    Of a model that reads images, `part` gets adapters, unless the configuration excludes modules itself.
+    In a vision-language model, only `part` gets adapters, unless the configuration has `exclude_modules`.
 
-    A model on which `transformers` itself loaded an adapter becomes a `PeftModel`. Raises ConfigError if the model
-    carries adapters already and another is asked for, or has none of the layers that the configuration names.
+    A model on which `transformers` itself loaded an adapter becomes a `PeftModel`. Raises ConfigError if `peft_config` is
+    given for a model that has adapters already, or names layers that the model does not have.
     """
     if isinstance(model, PreTrainedModel) and model.__dict__.get("_hf_peft_config_loaded"):
         model = as_peft_model(model)
@@ -72,7 +72,7 @@ def with_adapters(
         return model
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(
-            f"peft_config has to be one of peft, as LoraConfig(r=16), got a {type(peft_config).__name__}."
+            f"peft_config must be a configuration of peft, such as LoraConfig(r=16), not a {type(peft_config).__name__}."
         )
     if isinstance(model, PeftModel):
         raise ConfigError(
@@ -81,11 +81,11 @@ def with_adapters(
             "model.merge_and_unload()."
         )
     config = copy.copy(peft_config)
-    _say_task(config, model)
-    _choose_layers(config, model)
-    _check_whole_layers(config, model)
-    _take_packed_layers(config, model)
-    _leave_out(config, part, model)
+    _set_task_type(config, model)
+    _default_target_modules(config, model)
+    _check_modules_to_save(config, model)
+    _target_packed_layers(config, model)
+    _exclude_other_parts(config, part, model)
     try:
         return put_on(prepared(model), config)
     except ValueError as error:
@@ -96,46 +96,48 @@ def with_adapters(
 
 def _no_such_layer(config: PeftConfig, model: nn.Module) -> str:
     kinds = (nn.Linear, nn.Embedding, Conv1D)
-    there = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, kinds)})
+    existing = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, kinds)})
     asked = config.target_modules
     return (
         f"target_modules={sorted(asked) if isinstance(asked, set) else asked!r}: {type(model).__name__} has no such layer. "
-        f"Its layers are {', '.join(there)}; 'all-linear' takes all but the head."
+        f"Its layers are {', '.join(existing)}; 'all-linear' adapts all linear layers but the head."
     )
 
 
-def _leave_out(config: PeftConfig, part: AdaptedPart, model: PreTrainedModel) -> None:
-    """Have an adapter's configuration exclude what is not in that part of a model that reads images.
+def _exclude_other_parts(config: PeftConfig, part: AdaptedPart, model: PreTrainedModel) -> None:
+    """Set `exclude_modules` to all modules of a vision-language model outside `part`.
 
-    Raises ConfigError for a layer that the configuration names, and that is nowhere but there.
+    Raises ConfigError if the configuration names layers that exist only outside `part`.
     """
-    left_out = modules_outside(model, part)
-    if left_out and not config.to_dict().get("exclude_modules"):
-        _check_part(config, part, left_out, model)
-        config.exclude_modules = left_out
+    excluded = modules_outside(model, part)
+    if excluded and not config.to_dict().get("exclude_modules"):
+        _check_part(config, part, excluded, model)
+        config.exclude_modules = excluded
         logger.info(
             f"Adapters: on the {part.replace('_', ' ')} of {type(model).__name__}; its image encoder stays frozen."
         )
 
 
-def _check_part(config: PeftConfig, part: AdaptedPart, left_out: Collection[str], model: nn.Module) -> None:
-    """Raises ConfigError for a name or pattern of layers that fits such alone as are `left_out`."""
+def _check_part(config: PeftConfig, part: AdaptedPart, excluded: Collection[str], model: nn.Module) -> None:
+    """Raises ConfigError if a name or pattern in `target_modules` matches only modules in `excluded`."""
     named = config.to_dict().get("target_modules") or ()
     patterns = [named] if isinstance(named, str) and named != "all-linear" else []
     patterns += [rf"(.*\.)?{re.escape(name)}" for name in named] if not isinstance(named, str) else []
-    inside = [name for name, module in model.named_modules() if not any(module.children()) and name not in left_out]
+    inside = [name for name, module in model.named_modules() if not any(module.children()) and name not in excluded]
     for pattern in patterns:
-        there, here = (any(re.fullmatch(pattern, name) for name in names) for names in (left_out, inside))
-        if there and not here:
+        matches_excluded, matches_inside = (
+            any(re.fullmatch(pattern, name) for name in names) for names in (excluded, inside)
+        )
+        if matches_excluded and not matches_inside:
             raise ConfigError(
                 f"target_modules={sorted(named) if not isinstance(named, str) else named!r} names layers outside the "
-                f"{part.replace('_', ' ')} of {type(model).__name__}, and adapted_part={part!r} keeps adapters off them. Set "
-                "adapted_part='everything', or leave those layers out."
+                f"{part.replace('_', ' ')} of {type(model).__name__}, which adapted_part={part!r} excludes. Set "
+                "adapted_part='everything', or remove those layers from target_modules."
             )
 
 
 def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
-    """Names of the modules of a model that reads images which are not in that part; none for other models."""
+    """Names of the leaf modules of a vision-language model outside `part`; empty for other models."""
     if part == "everything" or family_of(model.config) is None:
         return []
     encoder = model.get_encoder(modality="image")
@@ -155,22 +157,22 @@ def modules_outside(model: PreTrainedModel, part: AdaptedPart) -> list[str]:
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """A quantised model as adapters train on it; others as they are."""
+    """Prepare a quantised model for training adapters; return others unchanged."""
     if model.__dict__.get("is_loaded_in_4bit") or model.__dict__.get("is_loaded_in_8bit"):
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
-def _say_task(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Have an adapter's configuration name the task that the architecture says, where it names none."""
+def _set_task_type(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Set `task_type` by the model's architecture if the configuration has none."""
     if config.task_type is None and is_classifier(model):
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type is None and model.can_generate():
         config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
-def _check_whole_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Raises ConfigError for a layer to be trained whole that the model does not have, which peft passes over."""
+def _check_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
+    """Raises ConfigError if `modules_to_save` names a layer that the model does not have, which peft ignores silently."""
     heads = HEADS if config.task_type == TaskType.SEQ_CLS else ()
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     for name in config.to_dict().get("modules_to_save") or ():
@@ -180,35 +182,35 @@ def _check_whole_layers(config: PeftConfig, model: nn.Module) -> None:
             )
 
 
-def _choose_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Have LoRA take all linear layers where no layers are named and peft knows none of the architecture."""
+def _default_target_modules(config: PeftConfig, model: nn.Module) -> None:
+    """Set `target_modules` of LoRA to all linear layers if none are named and peft has no default for the architecture."""
     named = not isinstance(config, LoraConfig) or config.target_modules or config.target_parameters
     architecture = model.config.model_type
     if not named and architecture not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         config.target_modules = "all-linear"
-        logger.info(f"Adapters: on all linear layers, since peft knows no usual ones of {architecture!r}.")
+        logger.info(f"Adapters: on all linear layers, since peft has no default target_modules for {architecture!r}.")
 
 
-def _take_packed_layers(config: PeftConfig, model: nn.Module) -> None:
-    """Have "all-linear" take the layers of GPTQ and AWQ, which are no `nn.Linear`."""
+def _target_packed_layers(config: PeftConfig, model: nn.Module) -> None:
+    """Make "all-linear" include the quantised layers of GPTQ and AWQ, which are not `nn.Linear`."""
     packed = {name for name, module in model.named_modules() if "qweight" in dict(module.named_buffers(recurse=False))}
     if packed and vars(config).get("target_modules") == "all-linear":
         config.target_modules = packed
 
 
 def as_peft_model(model: PreTrainedModel) -> PeftModel:
-    """A model with an adapter inside, as `AutoModel.from_pretrained` makes it of an adapter's folder, as a `PeftModel`.
+    """Convert a model with an adapter that `AutoModel.from_pretrained` loaded from an adapter's folder to a `PeftModel`.
 
-    The active adapter trains. Raises ConfigError where several adapters are on it.
+    The adapter is trainable. Raises ConfigError if the model has several adapters.
     """
     if len(model.peft_config) > 1:
         raise ConfigError(
-            f"This {type(model).__name__} carries the adapters {sorted(model.peft_config)} that transformers loaded: load "
-            "it with peft.PeftModel.from_pretrained, and say which one trains with set_adapter."
+            f"This {type(model).__name__} has several adapters, {sorted(model.peft_config)}, loaded by transformers: load the "
+            "model with peft.PeftModel.from_pretrained, and select the one to train with set_adapter."
         )
     ((name, config),) = model.peft_config.items()
     _check_magnitudes(model, config)
-    # By peft itself: the method that transformers has for it asks for releases of peft that are still to come.
+    # The method that transformers has for this needs a release of peft that is not out yet.
     found = get_peft_model_state_dict(model, adapter_name=name)
     state = {f"base_model.model.{key}": value for key, value in found.items()}
     for path, module in list(model.named_modules()):
@@ -220,16 +222,16 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     model._hf_peft_config_loaded = False
     config = copy.copy(config)
     config.inference_mode = False
-    _say_task(config, model)
+    _set_task_type(config, model)
     adapted = put_on(prepared(model), config, adapter_name=name)
     set_peft_model_state_dict(adapted, state, adapter_name=name)
     return adapted
 
 
 def _check_magnitudes(model: nn.Module, config: PeftConfig) -> None:
-    """Raises ModelError where `transformers` left the magnitudes of DoRA out, which it does in some releases.
+    """Raises ModelError if `transformers` did not load the magnitudes of a DoRA adapter, as in some releases.
 
-    They are then as they are made, the norms of the base's weights, although the adapter has learned.
+    The magnitudes then still have their initial values, the norms of the base weights, although B is not zero any more.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if config.to_dict().get("use_dora") else []
     for layer in layers:
@@ -237,27 +239,27 @@ def _check_magnitudes(model: nn.Module, config: PeftConfig) -> None:
             weight = layer.get_base_layer().weight
             if layer.lora_B[name].weight.any() and torch.allclose(magnitude.weight, weight.norm(dim=1)):
                 raise ModelError(
-                    "The adapter is one of DoRA, and transformers loaded it without its magnitudes: give its folder's name in place "
-                    "of the model, or load it with peft.PeftModel.from_pretrained."
+                    "transformers loaded this DoRA adapter without its magnitudes: pass the name of the adapter's folder in "
+                    "place of the model, or load the model with peft.PeftModel.from_pretrained."
                 )
 
 
 def prompt_adapter(model: nn.Module) -> str | None:
-    """What kind of prompt the active adapter of a model learns, as PROMPT_TUNING; None where it changes weights."""
+    """The kind of the active adapter, such as PROMPT_TUNING, if it learns a prompt; None if it changes weights."""
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     return config.peft_type.value if config is not None and config.is_prompt_learning else None
 
 
 def wrapped_layer(module: nn.Module) -> nn.Module:
-    """The layer that an adapter stands in the place of; `module` itself, if it is none."""
+    """The original layer inside a peft wrapper, or `module` itself if it is not wrapped."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
-# ---- tokens that are new ----
+# ---- new tokens ----
 
 
 def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = ()) -> list[int]:
-    """Ids of tokens that the model was not trained with: `added` ones, and rows that it has not where it was loaded from."""
+    """Ids of tokens that the model was not trained with: `added`, and those beyond the vocabulary of the saved model."""
     first = _stored_vocabulary(model.config._name_or_path) or len(tokenizer)
     rows = len(wrapped_layer(model.get_input_embeddings()).weight)
     ids = range(first, min(len(tokenizer), rows))
@@ -266,20 +268,20 @@ def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = 
 
 
 def _stored_vocabulary(name: str) -> int | None:
-    """Rows of the embeddings where a model was loaded from, a folder or the hub's cache; None for one that was not loaded."""
+    """Vocabulary size in the configuration that a model was loaded with (folder or hub cache); None if it was not loaded."""
     if not name:
         return None
     try:
         return PreTrainedConfig.get_config_dict(name, local_files_only=True)[0].get("vocab_size")
-    except OSError:  # a name that a configuration was given by hand
+    except OSError:  # a configuration whose name was set by hand
         return None
 
 
 def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
-    """`model` with its adapter, which is new, put on again so that the embeddings and logits of the tokens `ids` train as well.
+    """Recreate the new adapter of `model` so that it trains the embeddings and logits of the tokens `ids` as well.
 
-    Without that, what a chat template brings stays as it was made, and the end of a turn is never learned. Adapters of
-    a kind that cannot do it stay as they are, with a warning.
+    Without that, tokens that a chat template adds keep their random initial embeddings, and the model never learns to end
+    a turn. Only LoRA supports it: other adapters are returned unchanged, with a warning.
     """
     name = model.active_adapter
     config = copy.copy(model.peft_config[name])
@@ -287,8 +289,8 @@ def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
         return model
     if not isinstance(config, LoraConfig):
         logger.warning(
-            f"{len(ids)} tokens are new ({list(ids)[:5]}, …), and an adapter of the kind {config.peft_type.value} does not "
-            "train them: use LoRA, or a model that knows them."
+            f"{len(ids)} tokens are new to the model ({list(ids)[:5]}, …), and a {config.peft_type.value} adapter does not train "
+            "their embeddings: use LoRA, or a model that was trained with these tokens."
         )
         return model
     logger.info(f"{len(ids)} tokens are new: their embeddings and logits train with the adapter.")
@@ -301,7 +303,10 @@ def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:
 
 
 def _tables(model: PeftModel, config: LoraConfig, ids: Collection[int]) -> dict[str, list[int]] | None:
-    """By the names of the embeddings and the head: `ids`, and those that train already. None where whole tables train."""
+    """`trainable_token_indices`: `ids` and those already given, by name of the embeddings and of an untied head.
+
+    None if `modules_to_save` trains these layers in full.
+    """
     base = model.get_base_model()
     embeddings = name_of(base, base.get_input_embeddings())
     tables = {embeddings}
@@ -323,18 +328,18 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 def merged(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter added to its weights: W + (α/r) B A.
 
-    Raises ModelError for a quantised base, whose weights could not take the sum exactly, and for adapters that are no
-    part of the weights (prompts).
+    Raises ModelError for a quantised base, whose weights would round the sum, and for adapters that learn a prompt.
     """
     base = model.get_base_model()
     if base.__dict__.get("is_loaded_in_4bit") or base.__dict__.get("is_loaded_in_8bit"):
         raise ModelError(
-            "Merging into quantised weights loses what was learned: load the model without load_in_4bit/8bit."
+            "Merging into quantised weights would round away what the adapter learned: load the model without "
+            "load_in_4bit/8bit."
         )
     kind = model.peft_config[model.active_adapter]
     if kind.is_prompt_learning:
         raise ModelError(
-            f"An adapter of the kind {kind.peft_type.value} is no part of the weights: it cannot be merged."
+            f"A {kind.peft_type.value} adapter learns a prompt and changes no weights: it cannot be merged."
         )
     return model.merge_and_unload(safe_merge=True)
 
@@ -345,9 +350,9 @@ def trains(model: nn.Module) -> bool:
 
 
 def thaw(model: PeftModel) -> None:
-    """Let the active adapter of a model that was loaded for inference train. Raises ModelError where nothing does then."""
+    """Make the active adapter of a model that was loaded for inference trainable. Raises ModelError if that has no effect."""
     adapter = model.active_adapter
-    logger.warning(f"Adapter {adapter!r} was loaded frozen (is_trainable=False): it is trained here.")
+    logger.warning(f"Adapter {adapter!r} was loaded frozen (is_trainable=False): it is unfrozen for training.")
     for name, parameter in model.named_parameters():
         if f".{adapter}." in name or f".{adapter}" == name[-len(adapter) - 1 :]:
             parameter.requires_grad_(True)

@@ -1,11 +1,12 @@
-"""Attention of the shared layout: a token sees its prompt, and its own branch up to itself.
+"""Attention masks of the shared layout: a token attends to its prompt, and to its own completion up to itself.
 
-Position i sees position j iff   j ≤ i,   sequence[i] = sequence[j],   and   branch[j] ∈ {0, branch[i]},
-or both are of one block,
-and in a layer with a window W   offset[i] − offset[j] < W.
+Position i attends to position j iff   j ≤ i,   sequence[i] = sequence[j],   and   branch[j] ∈ {0, branch[i]},
+or both are in one bidirectional block,
+and in a layer with a sliding window W   offset[i] − offset[j] < W.
 
-Blocks are what models see ahead in: an image, or a whole prompt. Branch 0 is the prompt. Padding is a sequence of its own.
-A model that has layers of several kinds is given a mask for each, by the names that its configuration has for them.
+Branch 0 is the prompt, branch k its k-th completion. Padding is a sequence of its own. Some models attend bidirectionally
+within blocks: an image, or the whole prompt. A model with several kinds of layers gets a dict of masks, one for each kind,
+by the names of its configuration.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from trl.types import PerToken, Segments
 from trl.vision.families import family_of
 
 FULL = ("full_attention", "global")
-"""What configurations call layers that see everything before them."""
+"""Names of layers with full causal attention in configurations."""
 
 
 def segment_mask(segments: Segments, window: int | None = None, blocks: Tensor | None = None) -> Tensor:
-    """Boolean `[B,1,T,T]`: which position sees which, in layers with that window (None: full attention).
+    """Boolean mask `[B,1,T,T]`: True where a query (row) attends to a key. `window` is the sliding window, None for full attention.
 
-    `blocks` `[B,T]` are numbers of blocks whose positions all see each other, −1 for those of none.
+    `blocks [B,T]` numbers the blocks within which attention is bidirectional; −1 outside of them.
     """
     sequence, branch, offset = segments.sequence, segments.branch, segments.offset
     same = sequence[:, :, None] == sequence[:, None, :]
@@ -73,13 +74,13 @@ def _flex(segments: Segments, window: int | None, blocks: Tensor | None, dtype: 
 
 
 SEGMENT_ATTENTION: dict[str, Callable] = {"sdpa": _sdpa, "varlen": _sdpa, "eager": _eager, "flex_attention": _flex}
-"""`(segments, window, blocks, dtype) -> attention_mask`, by the model's attention implementation."""
+"""Attention implementation → function `(segments, window, blocks, dtype) -> attention_mask`."""
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """Kinds of layers, as the configuration names them, and the window of each; None where all before is seen.
+    """Kinds of layers by their names in the configuration, with the sliding window of each (None: full attention).
 
-    Kinds that are neither full nor sliding attention are not among them: see `other_layers`.
+    Kinds with other than full or sliding attention are left out: see `other_layers`.
     """
     text = vars(config.get_text_config())
     window = text.get("sliding_window")
@@ -91,7 +92,7 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
 
 
 def other_layers(config: PreTrainedConfig) -> list[str]:
-    """Kinds of layers, as the configuration names them, that are neither full nor sliding attention."""
+    """Names of the kinds of layers whose attention is neither full nor sliding (linear attention, state space, …)."""
     return sorted(set(_kinds(config.get_text_config().to_dict())) - {*FULL, "sliding_attention"})
 
 
@@ -102,9 +103,9 @@ def _kinds(text: dict[str, Any]) -> list[str]:
 def layer_masks(
     config: PreTrainedConfig, segments: Segments, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None = None
 ) -> Any:
-    """The attention mask of the shared layout as a model of this configuration takes it: one, or one by kind of layer.
+    """The attention mask of the shared layout in the form that the model takes: one mask, or a dict by kind of layer.
 
-    `inputs` are those of the forward pass, where blocks of tokens see each other that they tell.
+    `inputs` are those of the forward pass; in some vision-language models they tell which tokens form bidirectional blocks.
     """
     make, blocks = SEGMENT_ATTENTION[attention_of(config)], _blocks(config, segments, inputs or {})
     within = family_of(config).in_layers if blocks is not None else ()
@@ -121,7 +122,7 @@ def attention_of(config: PreTrainedConfig) -> str:
 
 
 def _blocks(config: PreTrainedConfig, segments: Segments, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """`[B,T]` numbers of the blocks in which tokens see each other, −1 outside of them; None where there are none."""
+    """Numbers `[B,T]` of the blocks with bidirectional attention, −1 outside of them; None if the model has no such blocks."""
     family = family_of(config)
     if family is None or not family.look_ahead(config):
         return None

@@ -1,6 +1,6 @@
-"""Implementations of attention that are packages of their own, and what to say where they are missing.
+"""Check that the package behind an `attn_implementation` is installed, before a model is loaded.
 
-`transformers` takes one from the package itself, or from `kernels`, which downloads a build.
+`transformers` uses the package itself, or a build that the package `kernels` downloads.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ INSTALL = {
     "flash_attention_3": ("flash-attn-3", "build it from the folder hopper of github.com/Dao-AILab/flash-attention"),
     "flash_attention_4": ("flash-attn-4", "pip install flash-attn-4"),
 }
-"""The package of each, and how to get it."""
+"""Attention implementation → its package, and how to install it."""
 
 ON_GPUS = frozenset({*INSTALL, "flex_attention"})
-"""What has no backward pass elsewhere."""
+"""Implementations whose backward pass needs a GPU."""
 KERNELS = "kernels"
 ELSEWHERE = ("torch-npu", KERNELS)
-"""Packages with which `transformers` has flash attention without a package of its own."""
+"""Packages that bring flash attention themselves, in place of those in `INSTALL`."""
 
 
 def check_attention_packages(asked: str | Mapping[str, str] | None) -> None:
@@ -42,7 +42,7 @@ def check_attention_packages(asked: str | Mapping[str, str] | None) -> None:
 
 
 def check_attention(asked: str | Mapping[str, str] | None) -> None:
-    """As `check_attention_packages`, and raises ConfigError for a name that nothing is registered under, or one that needs a GPU."""
+    """As `check_attention_packages`; raises ConfigError also for an unknown name, or one that needs a GPU where there is none."""
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -58,12 +58,12 @@ def check_attention(asked: str | Mapping[str, str] | None) -> None:
             )
         if name in ON_GPUS and not torch.accelerator.is_available():
             raise ConfigError(
-                f"attn_implementation={name!r} needs a GPU, and there is none here: leave attn_implementation out, for torch's "
-                "own attention (sdpa)."
+                f"attn_implementation={name!r} needs a GPU, and this machine has none: leave attn_implementation out, for "
+                "torch's own attention (sdpa)."
             )
 
 
 def _names(asked: Any) -> list[str]:
-    """The implementations asked for: one, or one for each part of a model."""
+    """The names in an `attn_implementation`, which is one name, or a mapping with one for each part of a model."""
     given = asked.values() if isinstance(asked, Mapping) else [asked]
     return [name.removeprefix("paged|") for name in given if isinstance(name, str)]

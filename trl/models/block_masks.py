@@ -1,12 +1,12 @@
-"""Block masks of flex attention for rows in which completions share their prompt, found without a mask of all pairs.
+"""Block masks of flex attention (arXiv:2412.05496) for the shared layout, computed without a dense `[B,T,T]` mask.
 
-A position sees two runs of positions: of its prompt, and of its own branch up to itself. How many positions of a block of
-128 it sees is the overlap of that block with both:
+A query attends to two runs of keys: its prompt, and its own completion (branch) up to itself. The number of keys that query
+i attends to in a block J of 128 keys is the overlap of that block with both runs:
 
     seen[i, J] = |prompt(i) ∩ J| + |branch(i) ∩ J|
 
-So a block of queries skips the blocks of which none of them sees anything, and asks for pairs only in those that are seen in
-part: `[B, T, T / 128]` numbers, where the mask itself has `[B, T, T]`. Flex attention: arXiv:2412.05496.
+From these `[B, T, T / 128]` numbers follows which key blocks a block of queries skips, which it reads without a mask, and for
+which the mask of each pair has to be evaluated.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from trl.types import Segments
 
 BLOCK = 128
-"""Positions of a block, of queries and of keys."""
+"""Positions in a block of queries or keys."""
 
 
 def block_mask(segments: Segments, window: int | None, sees: Callable[..., Tensor]) -> BlockMask:
-    """What every block of queries sees of every block of keys, in layers with that window (None: full attention).
+    """The block mask of the shared layout. `window` is the sliding window, None for full attention.
 
-    `sees(b, h, i, j)` decides where a block is seen in part.
+    `sees(b, h, i, j)` says whether query i attends to key j, for blocks that are visible in part.
     """
     length = segments.sequence.shape[1]
     seen = F.pad(seen_of_blocks(segments, window), (0, 0, 0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
@@ -39,7 +39,7 @@ def block_mask(segments: Segments, window: int | None, sees: Callable[..., Tenso
 
 
 def seen_of_blocks(segments: Segments, window: int | None) -> Tensor:
-    """`[B,T,K]`: how many positions of each of K blocks a position sees."""
+    """Number of keys in each of K blocks that a query attends to, `[B,T,K]`."""
     length = segments.sequence.shape[1]
     first = torch.arange(0, length, BLOCK, device=segments.sequence.device)
     overlaps = (
@@ -50,9 +50,9 @@ def seen_of_blocks(segments: Segments, window: int | None) -> Tensor:
 
 
 def visible_runs(segments: Segments, window: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Where the two runs that a position sees begin and end, `[B,T]` each: of its prompt, and of its branch up to itself.
+    """Begin and end, `[B,T]` each, of the two runs that a query attends to: its prompt, and its branch up to itself.
 
-    The prompt's own positions see the prompt up to themselves, which is their branch.
+    For a query in the prompt the first run is empty: the second is the prompt up to itself.
     """
     here = torch.arange(segments.sequence.shape[1], device=segments.sequence.device).expand_as(segments.sequence)
     text = _start_of_run(here, segments.sequence)
@@ -61,13 +61,13 @@ def visible_runs(segments: Segments, window: int | None) -> list[tuple[Tensor, T
     prompt_end = text + torch.where(in_branch, segments.offset - (here - branch), 0)
     if window is None:
         return [(text, prompt_end), (branch, here + 1)]
-    # In the prompt, whose positions are counted from where the text begins.
+    # The first position within the window, if it lies in the prompt: offsets count from the start of the text.
     earliest = text + segments.offset - window + 1
     return [(torch.maximum(text, earliest), prompt_end), (torch.maximum(branch, here - window + 1), here + 1)]
 
 
 def _start_of_run(here: Tensor, *values: Tensor) -> Tensor:
-    """The position at which a run of equal values begins, for every position `[B,T]`."""
+    """For every position, the index `[B,T]` at which its run of equal values begins."""
     changes = torch.zeros_like(here, dtype=torch.bool)
     for value in values:
         changes[:, 1:] |= value[:, 1:] != value[:, :-1]
@@ -75,6 +75,6 @@ def _start_of_run(here: Tensor, *values: Tensor) -> Tensor:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys there are for each block of queries, and which, those first: `[B,1,Q]`, `[B,1,Q,K]` int32."""
+    """Per block of queries, the number of selected key blocks `[B,1,Q]`, and all key blocks with these first `[B,1,Q,K]`; int32."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]

@@ -1,12 +1,12 @@
-"""Activations that backward needs: kept by some layers, computed again by the others.
+"""Selective activation checkpointing: some layers save their activations, the others recompute them in backward.
 
-Layer i keeps aᵢ bytes for its backward pass; checkpointed (Chen et al. 2016, arXiv:1604.06174) it keeps the h bytes of its
-input, and runs forward a second time. With k of L layers checkpointed and r bytes of all else, a step holds
+Layer i saves aᵢ bytes for its backward pass; checkpointed (Chen et al. 2016, arXiv:1604.06174) it saves only its input of h
+bytes, and runs forward a second time. With the first k of L layers checkpointed and r bytes for all else, a step needs
 
     bytes(k) = r + k h + Σ aᵢ   over i > k
 
-and is fastest with the smallest k whose bytes are free. The first k layers are checkpointed: when they run again, what the
-others kept is gone.
+The fastest choice is the smallest k that fits into free memory. The first layers are the ones to checkpoint: when backward
+recomputes them, the activations of the upper layers are already freed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def checkpoint_activations(model: nn.Module, options: Mapping[str, Any] | None = None, **more: Any) -> None:
-    """Compute a model's activations again in backward, by the method that its release of `transformers` has for it.
+    """Enable activation checkpointing of `model`, by the method that the installed release of `transformers` has.
 
-    `options` are those of `torch.utils.checkpoint`, and may say `every_n_layers` and `offload` too, as configurations do.
+    `options` are keyword arguments of `torch.utils.checkpoint`, and may contain `every_n_layers` and `offload` as well.
     """
     options = dict(options or {})
     more = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options} | more
@@ -41,9 +41,9 @@ def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def layers_to_recompute(*, kept: float, saved: Sequence[float], free: float) -> int:
-    """k: how many layers have to be checkpointed, so that a step fits into `free` bytes.
+    """The smallest number k of checkpointed layers with which a step fits into `free` bytes; all layers if none does.
 
-    It takes `kept` bytes where none is checkpointed, and `saved[i]` less for layer i; all are where even that is not enough.
+    A step takes `kept` bytes without checkpointing, and `saved[i]` bytes less if layer i is checkpointed.
     """
     for count, less in enumerate(accumulate(saved, initial=0.0)):
         if kept - less <= free:
@@ -51,12 +51,14 @@ def layers_to_recompute(*, kept: float, saved: Sequence[float], free: float) -> 
     return len(saved)
 
 
-def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor], layers: Sequence[nn.Module] = ()) -> list[int]:
-    """Bytes that `run` keeps for a backward pass: those of each of `layers` alone, and last all others, such as masks.
+def kept_for_backward(
+    run: Callable[[], Any], existing: Iterable[Tensor], layers: Sequence[nn.Module] = ()
+) -> list[int]:
+    """Bytes that `run` saves for backward: by each of `layers` alone, and last all others, such as masks that layers share.
 
-    Tensors that are `there` anyway do not count.
+    Tensors in `existing` (weights, inputs) do not count.
     """
-    places = {tensor.untyped_storage().data_ptr() for tensor in there}
+    places = {tensor.untyped_storage().data_ptr() for tensor in existing}
     kept: dict[int, tuple[int, int]] = {}
     running = [len(layers)]
 
@@ -68,9 +70,9 @@ def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor], layers: S
         return tensor.detach()
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with _telling(layers, running), torch.enable_grad(), hooks:
+    with _tracking(layers, running), torch.enable_grad(), hooks:
         result = run()
-    del result  # until here what was kept is alive, so that no two tensors had one place
+    del result  # keeps all saved tensors alive until here, so that no two of them had the same address
     found = [0] * (len(layers) + 1)
     for layer, size in kept.values():
         found[layer] += size
@@ -78,13 +80,13 @@ def kept_for_backward(run: Callable[[], Any], there: Iterable[Tensor], layers: S
 
 
 def _leave(running: list[int]) -> None:
-    """Gives nothing, as what a hook gives would take the place of the layer's output."""
+    """Return None: what a forward hook returns would replace the layer's output."""
     running.pop()
 
 
 @contextmanager
-def _telling(layers: Sequence[nn.Module], running: list[int]) -> Iterator[None]:
-    """Within it, the number of the layer that runs is the last of `running`."""
+def _tracking(layers: Sequence[nn.Module], running: list[int]) -> Iterator[None]:
+    """Keep the index of the layer that is running as the last item of `running`, by hooks."""
     with ExitStack() as hooks:
         for i, layer in enumerate(layers):
             hooks.enter_context(layer.register_forward_pre_hook(lambda *_, i=i: running.append(i)))

@@ -1,4 +1,4 @@
-"""Which model to train and how it is loaded: options of the command line, and what `from_pretrained` and peft make of them."""
+"""Options of the command line for the model, and their translation to arguments of `from_pretrained` and peft."""
 
 from __future__ import annotations
 
@@ -36,62 +36,62 @@ class ModelConfig(metaclass=OptionNames):
     """Branch, tag or commit of the model."""
 
     adapter_name_or_path: str | None = None
-    """Adapter to put on the model. A `model_name_or_path` that is itself an adapter brings its model along."""
+    """Adapter to load on the model. Not needed if `model_name_or_path` is an adapter: its base model is then loaded, too."""
 
     dtype: str | None = "float32"
-    """Precision of the weights: "float32", "bfloat16", "float16", or "auto", as they were saved."""
+    """Precision of the weights: "float32", "bfloat16", "float16", or "auto" for that in which they were saved."""
 
     attn_implementation: str | None = None
-    """"sdpa", "eager", "flex_attention", "flash_attention_2", …. None: the model's own choice."""
+    """Attention implementation: "sdpa", "eager", "flex_attention", "flash_attention_2", …. None: the model's default."""
 
     trust_remote_code: InitVar[bool] = False
-    """Allow code that comes with a model or tokenizer to run."""
+    """Run Python code from the repository of the model or tokenizer."""
 
     use_peft: bool = False
-    """Train a LoRA adapter (arXiv:2106.09685) and leave the model's weights as they are."""
+    """Train a LoRA adapter (arXiv:2106.09685) and freeze the model's weights."""
 
     lora_r: int = 16
     """Rank r of the adapter."""
 
     lora_alpha: int = 32
-    """What the adapter adds is scaled by lora_alpha / lora_r (by lora_alpha / √lora_r with `use_rslora`)."""
+    """α: the adapter's output is scaled by lora_alpha / lora_r (by lora_alpha / √lora_r with `use_rslora`)."""
 
     lora_dropout: float = 0.05
-    """Dropout before the adapter."""
+    """Dropout probability of the adapter's input."""
 
     lora_target_modules: list[str] | None = None
-    """Names of the layers to adapt; "all-linear" is all but the head. None: the usual ones of the architecture,
-    or all-linear where peft knows none."""
+    """Names of the layers to adapt; "all-linear" for all linear layers but the head. None: peft's default for the
+    architecture, or all-linear if it has none."""
 
     lora_target_parameters: list[str] | None = None
-    """Names of parameters to adapt, for weights that are no layer of their own (experts of a mixture)."""
+    """Names of parameters to adapt, for weights that are not in an `nn.Linear` (the experts of a mixture)."""
 
     lora_modules_to_save: list[str] | None = None
     """Layers to train in full and save with the adapter."""
 
     lora_task_type: Task | None = None
-    """What the adapted model is for. None: as its architecture says."""
+    """Task type of the adapter in peft. None: by the model's architecture."""
 
     use_rslora: bool = False
     """Scale by 1/√r in place of 1/r (arXiv:2312.03732)."""
 
     use_dora: bool = False
-    """Train the magnitude of the weights apart from their direction (arXiv:2402.09353)."""
+    """Use DoRA: train magnitude and direction of the weights separately (arXiv:2402.09353)."""
 
     load_in_8bit: bool = False
-    """Load the weights in 8 bits; needs `use_peft` to train."""
+    """Quantise the weights to 8 bits; training then needs `use_peft`."""
 
     load_in_4bit: bool = False
-    """Load the weights in 4 bits; needs `use_peft` to train (QLoRA, arXiv:2305.14314)."""
+    """Quantise the weights to 4 bits; training then needs `use_peft` (QLoRA, arXiv:2305.14314)."""
 
     bnb_4bit_quant_type: QuantType = "nf4"
-    """"nf4" or "fp4"."""
+    """Number format of 4-bit weights: "nf4" or "fp4"."""
 
     use_bnb_nested_quant: bool = False
-    """Quantise the scales of 4-bit weights, too."""
+    """Quantise the scales of 4-bit weights as well (double quantisation)."""
 
     bnb_4bit_quant_storage: str | None = None
-    """Type in which 4-bit weights are kept, such as "bfloat16", which sharding needs. None: "uint8"."""
+    """Dtype of the tensors that store 4-bit weights, for example "bfloat16", which FSDP needs. None: "uint8"."""
 
     def __post_init__(self, trust_remote_code: bool) -> None:
         self.trust_remote_code = trust_remote_code
@@ -103,25 +103,27 @@ class ModelConfig(metaclass=OptionNames):
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
         if not self.load_in_4bit:
-            self._say_without_effect("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+            self._warn_without_effect("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         check_attention_packages(self.attn_implementation)
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability: give 0 ≤ lora_dropout < 1.")
         if self.lora_r < 1:
-            raise ConfigError(f"lora_r={self.lora_r} leaves no adapter: give a rank of 1 or more.")
+            raise ConfigError(f"lora_r={self.lora_r} is not a rank: give 1 or more.")
 
-    def _say_without_effect(self, *names: str) -> None:
+    def _warn_without_effect(self, *names: str) -> None:
         for name in names:
             if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
-                logger.warning(f"{name}={value!r} has no effect without load_in_4bit: leave it out, or set that.")
+                logger.warning(
+                    f"{name}={value!r} has no effect without load_in_4bit: leave it out, or set load_in_4bit."
+                )
 
     @property
     def hub(self) -> dict[str, str]:
-        """The revision, as keyword argument of what reads a model's files: empty for the newest."""
+        """`model_revision` as keyword argument of `from_pretrained`: empty for the default branch."""
         return {} if self.model_revision == "main" else {"revision": self.model_revision}
 
     def init_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`: what differs from its own defaults, and the precision."""
+        """Keyword arguments of `load_model`: those that are set, and the revision if it is not the default branch."""
         kwargs = {
             "dtype": self.dtype,
             "attn_implementation": self.attn_implementation,
@@ -131,7 +133,7 @@ class ModelConfig(metaclass=OptionNames):
 
 
 def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
-    """The adapter that `model_args` ask for; None without `use_peft`."""
+    """The LoRA configuration of `model_args`; None without `use_peft`."""
     if not model_args.use_peft:
         return None
     from peft import LoraConfig
@@ -150,12 +152,12 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
 
 
 def _target_modules(names: list[str] | str | None) -> list[str] | str | None:
-    """peft reads a lone text as "all-linear" or a regular expression, and a list as names."""
+    """`["all-linear"]` as a string: peft takes a string for "all-linear" or a regular expression, a list for names."""
     return names[0] if names is not None and list(names) == ["all-linear"] else names
 
 
 def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """How to quantise weights while loading; None without `load_in_8bit` or `load_in_4bit`.
+    """The quantisation configuration of `model_args`; None without `load_in_8bit` or `load_in_4bit`.
 
     Raises ImportError without bitsandbytes.
     """

@@ -1,4 +1,4 @@
-"""Files that hold a model's weights, as far as they can be known without importing anything that reads or writes them."""
+"""Names and checks of weight files, without importing a library that reads or writes them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tempfile import TemporaryDirectory
 WEIGHTS = re.compile(
     r"(adapter_|(diffusion_)?pytorch_)?model.*\.(safetensors|bin)|pytorch_lora_weights\.safetensors|.+\.gguf"
 )
-"""Whole, or cut in files that can be read one by one; those of `diffusers` among them."""
+"""Names of weight files, in one file or several, of `transformers`, peft and `diffusers`."""
 
 SHARDS = re.compile(r".*_fsdp_\d+|global_step\d+")
-"""Folders of what several processes keep of one model: FSDP's and ZeRO's."""
+"""Names of folders with sharded checkpoints of FSDP and ZeRO."""
 
 NUMBER = 8
-"""Bytes of the number that a safetensors file begins with: the length of its header, which says where each tensor ends."""
+"""Bytes of the integer at the start of a safetensors file: the length of its header, which has the offsets of all tensors."""
 
 
 def is_cut_short(file: Path) -> bool:
-    """Whether a safetensors file is shorter, or longer, than its header says."""
+    """Whether the size of a safetensors file differs from that in its header, as after an interrupted copy."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(NUMBER), "little")
@@ -33,11 +33,11 @@ def is_cut_short(file: Path) -> bool:
 
 
 def follow_umask(folder: str | Path) -> None:
-    """Give safetensors files in a folder, which their library writes for the owner alone, the mode of other new files."""
+    """Set the file mode of safetensors files in a folder by the umask: the library makes them readable by the owner only."""
     files = [path for path in Path(folder).glob("*.safetensors") if path.is_file()]
     if not files:
         return
-    with TemporaryDirectory(dir=folder) as beside:  # os.umask is read by changing it, for all threads
+    with TemporaryDirectory(dir=folder) as beside:  # os.umask can only be read by setting it, for all threads
         probe = Path(beside, "probe")
         probe.touch()
         mode = probe.stat().st_mode & 0o777

@@ -1,10 +1,10 @@
-"""The weights of a policy as its checkpoint has them, layer by layer, whatever engine holds them: what samplers are sent.
+"""Gather a policy's full weights layer by layer, with adapters merged, to send them to an inference server.
 
-    for name, weight in gathered_parameters(model): ...      W₀ + ΔW where an adapter stands on a layer
+    for name, weight in gathered_parameters(model): ...      W₀ + ΔW if a layer has an adapter
 
-Every process walks through all layers, since all give their shards; one of them keeps what it is given. At any time a process
-holds one whole layer beyond what it held before. Value heads are left out, and so are second names of a shared weight, which
-whoever reads the weights ties again.
+It works with DDP, FSDP2 and ZeRO. All processes iterate over all layers, since each contributes its shards; at any time a process
+holds one gathered layer in addition to its own weights. Names are those of a checkpoint. Value heads are left out, and a tied
+weight comes once, since the receiver ties it again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trl.models.value_heads.auto_models import WithValueHead
 
 
 def policy_of(model: nn.Module) -> PreTrainedModel | PeftModel:
-    """The language model, with its adapters, inside the wrappers of parallelism and a value head's model."""
+    """The language model with its adapters, without the wrappers of DDP, FSDP2, ZeRO and value heads."""
     inner = without_wrapper(model)
     return inner.pretrained_model if isinstance(inner, WithValueHead) else inner
 
@@ -39,10 +39,10 @@ def base_of(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of every weight and persistent buffer of the policy in `model`, adapters merged.
+    """(name, full tensor) of every weight and persistent buffer of the policy in `model`, with adapters merged.
 
-    Names are those of the model without adapters. A tensor is good until the next one is asked for. All processes have to walk
-    through to the end. Raises ModelError for quantised weights, which an adapter cannot be merged into without loss.
+    Names are those of the model without adapters. A tensor is valid until the next one is requested. All processes have to
+    iterate to the end. Raises ModelError for quantised weights, into which an adapter cannot be merged without loss.
     """
     policy = policy_of(model)
     _reshard(model)
@@ -58,11 +58,11 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if owner not in seen:
                 seen.add(owner)
                 yield f"{prefix}{name}", tensor
-            del tensor  # before the next weight is made whole
+            del tensor  # before the next weight is gathered
 
 
 def gathered_adapter(policy: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """The whole tensors of an adapter by their names in the model, on the CPU. All processes take part."""
+    """The full tensors of an adapter on the CPU, by their names in the model. All processes must call it."""
     _reshard(policy)
     state = policy.state_dict(keep_vars=True)
     found = {}
@@ -75,7 +75,7 @@ def gathered_adapter(policy: PeftModel, adapter: str) -> dict[str, Tensor]:
 
 @contextmanager
 def whole(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """All of each tensor, on each process; all processes enter and leave together."""
+    """Gather the full tensors on each process. All processes must enter and leave the context together."""
     sharded = [tensor for tensor in tensors if "ds_id" in tensor.__dict__]
     context: Any = nullcontext()
     if sharded:
@@ -87,7 +87,7 @@ def whole(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _leaves(base: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in order with the prefix of their weights' names; what adapters wrap is one module."""
+    """All modules with the prefix of their weights' names; a layer with adapters is one module, whose parts are skipped."""
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules(remove_duplicate=False):
         if inside and f"{name}.".startswith(inside):
@@ -97,11 +97,11 @@ def _leaves(base: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 State = Iterator[tuple[str, int, Tensor]]
-"""Weights by name: the `id` of the tensor that each is of, and the whole of it."""
+"""(name, `id` of the parameter, full tensor) of weights."""
 
 
 def _whole_state(module: nn.Module) -> State:
-    """The weights that stand in this module itself, or in the module that adapters have wrapped."""
+    """The weights that belong to this module directly, or to the layer that its adapters wrap."""
     if isinstance(module, BaseTunerLayer):
         yield from _merged(module)
         return
@@ -125,13 +125,13 @@ def _own(module: nn.Module) -> State:
 
 
 def _merged(layer: BaseTunerLayer) -> State:
-    """The weights of the layer below, with those of its adapters added: a whole copy of the layer is merged, and dropped."""
+    """The weights of the base layer with adapters merged, from a temporary copy of the layer with full weights."""
     owned = list(layer.parameters())
     with whole(owned) as tensors:
         replaced = {id(o): nn.Parameter(t, requires_grad=False) for o, t in zip(owned, tensors, strict=True)}
         base = layer.get_base_layer()
         below = dict(base.named_parameters(recurse=False))
-        for own in below.values():  # merging changes these
+        for own in below.values():  # merging changes these in place
             replaced[id(own)] = nn.Parameter(replaced[id(own)].detach().clone(), requires_grad=False)
         twin = _copied(layer, replaced)
         twin.merge(safe_merge=False)
@@ -140,7 +140,7 @@ def _merged(layer: BaseTunerLayer) -> State:
 
 
 def _copied(layer: BaseTunerLayer, replaced: Mapping[int, nn.Parameter]) -> BaseTunerLayer:
-    """A copy of the layer over other parameters, without the hooks of DeepSpeed or FSDP."""
+    """A copy of the layer with the parameters in `replaced`, without the hooks of DeepSpeed or FSDP."""
     hooks = [(module, dict(module.__dict__)) for module in layer.modules()]
     try:
         for module, _ in hooks:
@@ -153,7 +153,7 @@ def _copied(layer: BaseTunerLayer, replaced: Mapping[int, nn.Parameter]) -> Base
 
 
 def _reshard(model: nn.Module) -> None:
-    """Give up what a forward pass left gathered, so that a module's weights are its shards."""
+    """Free weights that a forward pass of FSDP2 left gathered, so that all parameters are shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,8 +1,8 @@
-"""Weights of linear layers under autocast, rounded by one kernel per decoder layer and not one by one.
+"""Cast the linear weights of a decoder layer to half precision by one kernel, where autocast casts them one by one.
 
-Autocast rounds every float32 weight when it is used, and gives every gradient back in a kernel of its own: ten small
-kernels in each layer, forward and backward. Here a layer's linear weights and biases are rounded together before it is
-called, and their gradients are widened together. The numbers are the same to the bit.
+Autocast casts every float32 weight when it is used, and every gradient back: some ten small kernels in each layer, forward
+and backward. Here all weights and biases of a layer's linear modules are cast together before the layer runs, and their
+gradients are cast back together. The results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from trl.models.compiled import repeated_layers
 
 
-class Rounded(torch.autograd.Function):
-    """Tensors in another type, by one kernel; so their gradients on the way back."""
+class CastTogether(torch.autograd.Function):
+    """Cast float32 tensors to `dtype` by one kernel, and in backward their gradients to float32 by another."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -34,7 +34,7 @@ class Rounded(torch.autograd.Function):
 
 
 def cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in `dtype`, by one kernel where the device has it."""
+    """Cast the tensors to `dtype`, by one multi-tensor kernel on devices that have one."""
     found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if found:
         torch._foreach_copy_(found, list(tensors))
@@ -42,17 +42,17 @@ def cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def round_together(model: PreTrainedModel) -> int:
-    """Let every repeated layer of `model` round its weights together when it runs under autocast; how many do.
+    """Make every repeated layer of `model` cast its weights together under autocast; return how many layers do.
 
-    Call it after layers are compiled, where they are: what is compiled then reads weights that are rounded.
+    If layers are compiled, call this afterwards: the compiled code then reads weights that are already cast.
     """
     rounding = 0
     for layer in repeated_layers(model):
         linears = linears_of(layer)
         if any(_weights(linears)):
             compiled = layer._compiled_call_impl
-            call = compiled or _rounding_again(layer, linears)
-            # The one place around hooks and compiled code that modules leave out of their copies and pickles.
+            call = compiled or _casting_in_recomputation(layer, linears)
+            # This attribute wraps both hooks and compiled code, and is left out of copies and pickles of a module.
             layer._compiled_call_impl = _with_rounded_weights(linears, call)
             rounding += 1
     return rounding
@@ -69,11 +69,11 @@ def _with_rounded_weights(linears: Sequence[nn.Module], call: Callable[..., Any]
     return run
 
 
-def _rounding_again(layer: nn.Module, linears: Sequence[nn.Module]) -> Callable[..., Any]:
-    """The layer's call; what it computes again in backward, inside itself, reads weights that are rounded as well.
+def _casting_in_recomputation(layer: nn.Module, linears: Sequence[nn.Module]) -> Callable[..., Any]:
+    """The layer's call, with weights cast when a checkpointed layer is recomputed in backward as well.
 
-    Recent releases of transformers compute the layer's forward again, and not its call. A layer whose weights are
-    rounded already finds nothing to round.
+    Recent releases of transformers recompute the layer's forward and not its call, so that its checkpoint function is
+    wrapped. Where the weights are cast already, there is nothing left to cast.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def _rounding_again(layer: nn.Module, linears: Sequence[nn.Module]) -> Callable[
 
 
 def _weights(linears: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """What autocast would round: weights and biases of linear layers."""
+    """The tensors that autocast would cast: float32 weights and biases of linear modules, with module and name."""
     for module in linears:
         for name in ("weight", "bias"):
             parameter = module._parameters.get(name)
@@ -107,10 +107,13 @@ def linears_of(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def rounded(linears: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Within it, linear layers in float32 hold their weights and biases in `dtype`; gradients flow to those that learn."""
+    """Replace float32 weights and biases of `linears` by casts to `dtype` within the context.
+
+    Gradients flow back to the parameters that are trained.
+    """
     held = list(_weights(linears))
     learn = [p for _, _, p in held if p.requires_grad and torch.is_grad_enabled()]
-    halves = dict(zip(map(id, learn), Rounded.apply(dtype, *learn), strict=True)) if learn else {}
+    halves = dict(zip(map(id, learn), CastTogether.apply(dtype, *learn), strict=True)) if learn else {}
     fixed = [p for _, _, p in held if id(p) not in halves]
     halves |= dict(zip(map(id, fixed), cast([p.detach() for p in fixed], dtype), strict=True))
     try:

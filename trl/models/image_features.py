@@ -1,9 +1,10 @@
-"""Features of images, computed once while the image encoder is frozen.
+"""Cache image features while the image encoder is frozen, so that each image is encoded once.
 
     pixel values of a prompt ──encoder──▶ features [T,H] of its T image tokens ──▶ policy, reference, sampler, every epoch
 
-In the place of pixel values, an example then has the input `FEATURES`, which lies in grids as pixels do: in the order of
-prompts, once per occurrence. `with_encoder_outputs` makes of it what forwards of `transformers` call `mm_encoder_outputs`.
+An example then has the input `FEATURES` in place of pixel values. In a batch, features are concatenated as pixel values are: in
+the order of prompts, once per occurrence. `with_encoder_outputs` turns them into the argument `mm_encoder_outputs` of
+`transformers`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ MIB = 2**20
 
 
 class ImageFeatures:
-    """A model's features of images, those asked for last kept in main memory up to `limit` bytes.
+    """A least-recently-used cache of a model's image features in CPU memory, of at most `limit` bytes.
 
-    others    models that read the same batches: called once, when features are first asked for
-    encoded   counts the prompts whose images were encoded
+    others    returns further models that read the same batches; called once, when features are first needed
+    encoded   number of prompts whose images were encoded
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class ImageFeatures:
 
     @cached_property
     def why_not(self) -> str:
-        """Why these models have to read pixels; empty where they need not."""
+        """Why these models have to be given pixel values; empty if they accept features."""
         return why_encoded_anew(self.model, self._others())
 
     def of(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples, with features in the place of what the image encoder reads, or as they are while it is trained or sharded."""
+        """The examples with features in place of the image encoder's inputs; unchanged if the encoder is trained or sharded."""
         if not any("pixel_values" in example.inputs for example in examples) or self.why_not:
             return list(examples)
         encoder = encoder_parameters(self.model).values()
@@ -74,13 +75,13 @@ class ImageFeatures:
         ]
 
     def _pixels(self, example: Example) -> dict[str, Tensor]:
-        """What the encoder reads: all inputs of images but those with a value per token."""
+        """The inputs of the image encoder: all inputs of images except those with one value per token."""
         if "pixel_values" not in example.inputs:
             return {}
         return {n: v for n, v in example.inputs.items() if isinstance(self._joins.get(n), Concatenated)}
 
     def _encode(self, examples: Sequence[Example], pixels: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Features of each example's images, all encoded in one pass."""
+        """Encode the images of all examples in one pass; return the features of each example."""
         if not examples:
             return []
         self.encoded += len(examples)
@@ -94,7 +95,7 @@ class ImageFeatures:
         return [{name: values[i] for name, values in parts.items()} for i in range(len(examples))]
 
     def _keep(self, keys: Sequence[Hashable], fresh: Mapping[Hashable, dict[str, Tensor]]) -> None:
-        """Keep what is new, and forget what was asked for longest ago where there is no room."""
+        """Add new features to the cache, and evict the least recently used ones above the limit."""
         for key in filter(None, keys):
             if key in fresh and key not in self._kept:
                 self._kept[key] = {name: values.clone() for name, values in fresh[key].items()}
@@ -114,7 +115,7 @@ def _size(features: Mapping[str, Tensor]) -> int:
 
 @torch.no_grad()
 def _features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the image encoder and the projector make of images, by the names of inputs."""
+    """Run the image encoder and the projector; return the features, and those of deepstack layers, by input name."""
     encode = model.base_model.get_image_features
     known = inspect.signature(encode).parameters
     with evaluating(model):
@@ -132,16 +133,16 @@ def _in_one(features: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def why_encoded_anew(model: PreTrainedModel, others: Sequence[PreTrainedModel] = ()) -> str:
-    """Why features of images cannot be kept for this model and `others` that read the same batches; empty if they can."""
+    """Why image features cannot be cached for this model and `others` that read the same batches; empty if they can."""
     body = model.base_model
     if (
         not hasattr(body, "get_image_features")
         or "mm_encoder_outputs" not in inspect.signature(body.forward).parameters
     ):
-        return f"{type(model).__name__} takes no features in this release of transformers"
+        return f"{type(model).__name__} does not accept image features in this release of transformers"
     own = encoder_parameters(model)
     if any("lora_" in name for name in own):
-        return "adapters stand on the image encoder"
+        return "the image encoder has adapters"
     if not all(is_whole(other) and _equal(own, encoder_parameters(other)) for other in others):
         return "the reference has an image encoder of its own"
     return ""
@@ -156,7 +157,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def encoder_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters of a model that reads images that are not the language model's."""
+    """Parameters of a vision-language model outside of its language model: image encoder and projector."""
     parts = filter(None, (model.get_decoder(), model.get_output_embeddings()))
     language = {id(p) for part in parts for p in part.parameters()}
     return {name: p for name, p in model.base_model.named_parameters() if id(p) not in language}

@@ -1,10 +1,10 @@
-"""Lower layers run once, upper layers run as often as there are sets of them.
+"""Run lower layers that several models share once, and the upper layers of each model on their output.
 
     h_s = lower(x),     h = upper(h_s),     h' = upper'(h_s)
 
-The policy, a reference with which it shares its lower layers, and a value branch differ in their upper layers alone. What
-the lower ones gave in the policy's forward is recorded, and the same forward is run again with that in their place, so that
-masks, positions and what else an architecture hands to its layers are its own.
+The policy, a reference that shares its lower layers, and a value branch differ only in their upper layers. The output of the
+lower layers is recorded in the policy's forward. The second model then runs its whole forward, in which the lower layers return
+the recorded output at once. So masks, position embeddings and other arguments of the layers come from the architecture's own code.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ def depth(model: PreTrainedModel) -> int:
 
 
 def layer_pattern(model: PreTrainedModel) -> str:
-    """How the model's layers are named, as in "model.layers.{layer}"; those of the decoder if there are two stacks."""
+    """Pattern of the names of the model's layers, such as "model.layers.{layer}"; of the decoder if there are two stacks."""
     stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth(model)]
     if not stacks:
         raise ModelError(
-            f"The layers of this {type(model).__name__} were not found: name them, as in pattern='model.layers.{{layer}}'."
+            f"The layers of this {type(model).__name__} were not found: give the pattern of their names, for example "
+            "pattern='model.layers.{layer}'."
         )
     shallowest = min(name.count(".") for name in stacks)
     return [name for name in stacks if name.count(".") == shallowest][-1] + ".{layer}"
 
 
 def layers_of(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """The model's layers, from the lowest; the decoder's if there are two stacks."""
+    """The model's layers from bottom to top; those of the decoder if there are two stacks."""
     return model.get_submodule(layer_pattern(model).removesuffix(".{layer}"))
 
 
@@ -47,7 +48,7 @@ def _encoder(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def recording(model: PreTrainedModel, start: int) -> Iterator[list[Any]]:
-    """Collect what is given meanwhile to layer `start` and those above: by the layer below, and by the encoder before it."""
+    """Record the inputs of layer `start` in the next forward: the output of the layer below, after that of an encoder if any."""
     modules = [*_encoder(model), layers_of(model)[start - 1]]
     given: list[Any] = [None] * len(modules)
     with ExitStack() as hooks:
@@ -62,18 +63,20 @@ def recording(model: PreTrainedModel, start: int) -> Iterator[list[Any]]:
 def resuming(
     model: PreTrainedModel, start: int, given: Sequence[Any], upper: Sequence[nn.Module] | None = None
 ) -> Iterator[None]:
-    """Meanwhile, forwards of `model` begin at layer `start`: what is below gives what was recorded. `upper` are other
-    layers to run in place of its own."""
+    """Make forwards of `model` start at layer `start` within the context: modules below return their output in `given`.
+
+    `upper` are layers to run in place of the model's own upper layers.
+    """
     layers = layers_of(model)
-    instead: dict[nn.Module, Callable] = {layer: _giving(given[-1]) for layer in layers[:start]}
-    instead |= {encoder: _giving(given[0]) for encoder in _encoder(model)}
+    forwards: dict[nn.Module, Callable] = {layer: _returning(given[-1]) for layer in layers[:start]}
+    forwards |= {encoder: _returning(given[0]) for encoder in _encoder(model)}
     if upper is not None:
-        instead |= {layer: other.__call__ for layer, other in zip(layers[start:], upper, strict=True)}
-    with without_graphs(model), replaced_forwards(instead):
+        forwards |= {layer: other.__call__ for layer, other in zip(layers[start:], upper, strict=True)}
+    with without_graphs(model), replaced_forwards(forwards):
         yield
 
 
-def _giving(output: Any) -> Callable:
+def _returning(output: Any) -> Callable:
     return lambda *args, **kwargs: output
 
 
@@ -87,7 +90,7 @@ def last_states(
     example: Tensor | None = None,
     **positions: Any,
 ) -> Tensor:
-    """Last hidden states `[B,T,H]`, without a head; of the decoder in an encoder-decoder, with `example` as in `encoded`."""
+    """Last hidden states `[B,T,H]` without the head; of the decoder in an encoder-decoder (for `example` see `encoded`)."""
     if not model.config.is_encoder_decoder:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **positions}
         return model.base_model(**inputs, use_cache=False).last_hidden_state
@@ -104,7 +107,7 @@ def last_states(
 def encoded(
     model: PreTrainedModel, example: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """States and mask of the encoder, which reads each prompt once; repeated by `example` `[N]`, if that is given."""
+    """Hidden states and mask of the encoder. With `example [N]`, each prompt is encoded once and repeated by these indices."""
     hidden = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     if example is None:
         return hidden, attention_mask

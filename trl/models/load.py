@@ -1,4 +1,4 @@
-"""Models and tokenizers, by name or as objects, with adapters and quantisation."""
+"""Load models, tokenizers and processors by name or folder, with adapters and quantisation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOKENIZER = "tokenizer_config.json"
 PROCESSOR = "processor_config.json"
 
 NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
-"""A parameter of a numbered layer."""
+"""Matches the number of the layer in a parameter's name."""
 
 
 def load_model(
@@ -58,22 +58,22 @@ def load_model(
     subject: str = "",
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """A model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
+    """Load a model by hub name or folder; `kwargs` go to `from_pretrained` (dtype, device_map, attn_implementation, …).
 
-    The name may be that of an adapter, which brings its base model along, or `adapter` names one to put on the model;
-    `trainable` says whether it trains on. `load_in_8bit` and `load_in_4bit` are older ways to say `quantization_config`.
+    If `name` is an adapter, its base model is loaded as well; or `adapter` names one to add to the model. `trainable` says
+    whether the adapter can be trained further. `load_in_8bit` and `load_in_4bit` are shorthands for `quantization_config`.
 
-    Without `auto_class`, an encoder-decoder, a model that reads images or a causal language model, as its configuration
-    says. Weights are float32 unless `dtype` says otherwise: mixed precision computes in bfloat16 where the device supports
-    it, and optimizer steps are not rounded away. Code from the model's folder runs only with `trust_remote_code`.
+    Without `auto_class`, the configuration decides between encoder-decoder, vision-language and causal language model.
+    Weights are float32 unless `dtype` is given: mixed precision then computes in bfloat16 where the device supports it,
+    and small optimizer steps are not lost in rounding. Code from the model's folder runs only with `trust_remote_code`.
 
-    Raises ModelNotFoundError where the name stands for nothing; `subject` is what its message begins with.
+    Raises ModelNotFoundError if there is no such model; its message begins with `subject`.
     """
     check_attention(kwargs.get("attn_implementation"))
     hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
     if adapter is None and _names_adapter(name, subject, hub):
         name, adapter = base_of(name, **hub), name
-        subject = f"{name!r}, the model of the adapter {adapter!r},"
+        subject = f"{name!r}, the base model of the adapter {adapter!r},"
         kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     elif adapter is not None:
         hub = {}
@@ -93,7 +93,7 @@ def _load_whole(
     subject: str,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A model without an adapter; what it lacks is no error where an adapter is to bring it."""
+    """Load a model without adapters. With `has_adapter`, missing layers are no error, as the adapter may contain them."""
     check_shards(name)
     kwargs = _with_precision(kwargs, quantization_config)
     if auto_class in (None, AutoModelForCausalLM):
@@ -106,7 +106,7 @@ def _load_whole(
     with without_noise(reporting), unless_said(reporting, "LOAD REPORT", ModelError):
         with loaded_whole():
             model, found = auto_class.from_pretrained(name, **loading)
-        # An adapter may bring layers; quantised ones have other names.
+        # An adapter may contain missing layers, and quantised layers have other names.
         if "quantization_config" not in kwargs and not has_adapter:
             check_layers(model, name, **found)
     keep_unpacked(model)
@@ -115,7 +115,7 @@ def _load_whole(
 
 
 def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dict[str, Any]:
-    """The options of `from_pretrained` with the type of the weights, and how they are quantised, as `transformers` says it."""
+    """The options of `from_pretrained` with `dtype` (default: float32) and `quantization_config` in the present spelling."""
     options = {"dtype": "float32", **options}
     options["dtype"] = options.pop("torch_dtype", options["dtype"])
     if isinstance(options["dtype"], str) and options["dtype"] != "auto":
@@ -130,23 +130,22 @@ def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dic
 def check_layers(
     model: PreTrainedModel, name: str, *, missing_keys: Collection[str], unexpected_keys: Collection[str], **_: Any
 ) -> None:
-    """Raises ModelError where weights and configuration of a model do not belong together.
+    """Raises ModelError if the saved weights of a model do not match its configuration.
 
-    Layers that the weights lack would be random, and those that are left over would be dropped. The head of a classifier
-    may be new.
+    Missing layers would be initialised randomly, and unexpected ones would be dropped. A classifier may have a new head.
     """
     is_classifier = type(model).__name__.endswith("Classification")
     missing = [key for key in missing_keys if not is_classifier or NUMBERED.search(key)]
     heads = [key for key in unexpected_keys if key.partition(".")[0] in HEADS]
     if heads and not is_classifier:
         raise ModelError(
-            f"{name!r} holds a reward model or classifier ({heads[0]}), and is loaded as {type(model).__name__}: it gives scores, "
-            "and writes no text. Name a language model; a reward model goes to reward_funcs (--reward_funcs)."
+            f"{name!r} holds a reward model or classifier ({heads[0]}), but is loaded as {type(model).__name__}: it gives scores "
+            "and cannot generate text. Name a language model; reward models are given as reward_funcs (--reward_funcs)."
         )
     if missing:
         raise ModelError(
             f"The weights of {name!r} lack {len(missing)} parameters of {type(model).__name__} ({_some(missing)}), which would be "
-            "random. They do not belong to this config.json, or were saved without a head: name another model."
+            "initialised randomly. The weights do not match config.json, or were saved without a head: name another model."
         )
     text = model.config.get_text_config()
     known = None if vars(text).get("num_nextn_predict_layers") else vars(text).get("num_hidden_layers")
@@ -154,7 +153,7 @@ def check_layers(
     if extra:
         raise ModelError(
             f"The weights of {name!r} hold layers that its config.json does not have (num_hidden_layers={known}): "
-            f"{_some(extra)}. They would be dropped: mend the configuration, or name another model."
+            f"{_some(extra)}. They would be dropped: correct config.json, or name another model."
         )
 
 
@@ -163,10 +162,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def mend_generation_config(model: torch.nn.Module) -> None:
-    """Make a generation config valid that `transformers` would refuse to save, at the first checkpoint of a run.
+    """Correct a generation config that `transformers` would refuse to save, which would fail at the first checkpoint.
 
-    Some published ones give a temperature or top_p and do not say that they sample: they do so now, with a warning. Raises
-    ModelError for one that is invalid in another way.
+    Some published models set temperature or top_p without do_sample: it is set to True, with a warning. Raises ModelError
+    for a generation config that is invalid in another way.
     """
     config = model.__dict__.get("generation_config")
     if config is None or not (problem := _why_not_saved(config)):
@@ -178,7 +177,9 @@ def mend_generation_config(model: torch.nn.Module) -> None:
             f"The generation config of {model.config._name_or_path or type(model).__name__!r} cannot be saved, so no checkpoint "
             f"could be written: {remaining} Change model.generation_config, or generation_config.json in its folder."
         )
-    logger.warning(f"generation_config: do_sample=True from now on, since it could not be saved as it was: {problem}")
+    logger.warning(
+        f"Setting generation_config.do_sample=True, since the generation config cannot be saved without: {problem}"
+    )
 
 
 def _why_not_saved(config: GenerationConfig) -> str:
@@ -190,7 +191,7 @@ def _why_not_saved(config: GenerationConfig) -> str:
 
 
 def language_model_class(config: PreTrainedConfig) -> Any:
-    """The Auto class of a language model: of an encoder-decoder, one that reads images, or a causal one."""
+    """The Auto class for this configuration: that of encoder-decoders, of vision-language or of causal language models."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -200,7 +201,7 @@ def language_model_class(config: PreTrainedConfig) -> Any:
 def load_config(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None, subject: str = ""
 ) -> PreTrainedConfig:
-    """The configuration of a model by hub name or folder; of an adapter's, that of its base model."""
+    """Load the configuration of a model by hub name or folder; for an adapter, that of its base model."""
     hub = {} if revision is None else {"revision": revision}
     if _names_adapter(name, subject, hub):
         name, hub, subject = base_of(name, **hub), {}, ""
@@ -214,15 +215,15 @@ def _names_adapter(name: str, subject: str, hub: Mapping[str, Any]) -> bool:
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """`device_map` of quantised weights: all on this process's accelerator; None where there is none."""
+    """`device_map` for quantised weights: everything on this process's accelerator; None without an accelerator."""
     return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
 
 
 def keep_unpacked(model: torch.nn.Module) -> None:
-    """Leave 4-bit weights as they are in memory.
+    """Keep bitsandbytes from repacking 4-bit weights.
 
-    On processors with AVX512-BF16, bitsandbytes packs them anew in the first forward pass that trains nothing; no gradient
-    passes through weights packed so, and some shapes cannot be.
+    On CPUs with AVX512-BF16 it repacks them in the first forward pass in evaluation mode. No gradient flows through repacked
+    weights, and some shapes cannot be repacked.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -230,7 +231,7 @@ def keep_unpacked(model: torch.nn.Module) -> None:
 
 
 def keep_own_loss(model: torch.nn.Module) -> None:
-    """Let trainers compute the loss of a model that unsloth loaded on a CPU: its own SFT loss asks for rows as dicts of tensors."""
+    """Disable the loss that unsloth adds to models loaded on a CPU, which needs rows as dicts of tensors: trainers have their own."""
     for module in model.modules():
         if "_unsloth_cpu_chunked_ce" in vars(module):
             module._unsloth_cpu_chunked_ce = False
@@ -246,15 +247,18 @@ def _dtype(name: str) -> torch.dtype:
 def load_processor(
     model: PreTrainedModel, name: str | None = None, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """The tokenizer or processor of a model that was loaded by `name`: that of an adapter's folder, if it holds one."""
+    """Load the tokenizer or processor of a model that was loaded by `name`.
+
+    If `name` is an adapter's folder with a tokenizer, that one is used, else the base model's.
+    """
     hub = {} if revision is None else {"revision": revision}
     base = model.config._name_or_path
     if name is None or not has_file(name, TOKENIZER, **hub):
         name, hub = base, hub if name == base else {}
     if not name:
         raise ConfigError(
-            f"processing_class is missing: this {type(model).__name__} was made from a configuration, so its tokenizer "
-            "cannot be found by name. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
+            f"processing_class is missing: this {type(model).__name__} was created from a configuration and has no name by which "
+            "to find its tokenizer. Pass processing_class=tokenizer (or tokenizer=tokenizer)."
         )
     auto = AutoProcessor if name == base or has_file(name, PROCESSOR, **hub) else AutoTokenizer
     with explain_missing_tokenizer(name):
@@ -263,7 +267,7 @@ def load_processor(
 
 @contextmanager
 def explain_missing_tokenizer(name: str) -> Iterator[None]:
-    """`explain_missing`, and a ModelNotFoundError for the folder of a model without a tokenizer."""
+    """As `explain_missing`; raises ModelNotFoundError also for a model's folder without a tokenizer."""
     try:
         with explain_missing(name):
             yield
@@ -271,18 +275,18 @@ def explain_missing_tokenizer(name: str) -> Iterator[None]:
         if isinstance(error, TrlError) or not Path(name).is_dir() or Path(name, TOKENIZER).exists():
             raise
         raise ModelNotFoundError(
-            f"{name!r} holds no tokenizer ({TOKENIZER} is missing): save one there (tokenizer.save_pretrained), or give "
-            "processing_class=tokenizer."
+            f"{name!r} holds no tokenizer ({TOKENIZER} is missing): save one there (tokenizer.save_pretrained), or "
+            "pass processing_class=tokenizer."
         ) from error
 
 
 def has_file(name: str, file: str, **hub: Any) -> bool:
-    """Whether a folder, or a repository of the hub, holds a file."""
+    """Whether a folder or hub repository has a file."""
     return find_file(name, file, **hub) is not None
 
 
 def find_file(name: str, file: str, **hub: Any) -> Path | None:
-    """A file of a folder, or of a repository of the hub; None where it is not there, or the hub cannot be reached."""
+    """Path of a file in a folder or hub repository; None if it does not exist or the hub cannot be reached."""
     kinds = ("missing_entries", "connection_errors", "gated_repo")
     found = cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds}, **hub)
     return None if found is None else Path(found)
@@ -291,16 +295,19 @@ def find_file(name: str, file: str, **hub: Any) -> Path | None:
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or the one inside a processor."""
     if isinstance(processing_class, str):
-        raise ConfigError(f"processing_class is a tokenizer: AutoTokenizer.from_pretrained({processing_class!r}).")
+        raise ConfigError(
+            f"processing_class={processing_class!r} is a name: pass the tokenizer itself, "
+            f"AutoTokenizer.from_pretrained({processing_class!r})."
+        )
     if isinstance(processing_class, PreTrainedTokenizerBase):
         return processing_class
     return processing_class.tokenizer
 
 
 def make_trainable(model: torch.nn.Module) -> None:
-    """Check that something trains, and thaw the adapters of a model that was loaded for inference.
+    """Check that some parameter is trainable; unfreeze the adapter of a model that was loaded for inference.
 
-    `PeftModel.from_pretrained` loads adapters frozen: trained as they are, nothing would change.
+    `PeftModel.from_pretrained` loads adapters frozen by default, so that training would change nothing.
     """
     if trains(model):
         return
@@ -313,16 +320,16 @@ def make_trainable(model: torch.nn.Module) -> None:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trained, all) numbers of parameters."""
+    """Number of trainable parameters, and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
 
 
 DROPOUT = re.compile(r"(dropout|pdrop|layerdrop)(_p|_prob|_rate)?$")
-"""Names under which modules hold a probability of dropping something."""
+"""Names of module attributes that are dropout probabilities."""
 
 SCALES = ("moe_token_dropout",)
-"""Probabilities that also scale what is computed in evaluation, so that they are part of the model."""
+"""Probabilities that also scale activations in evaluation mode, so that they are part of the model."""
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -347,7 +354,7 @@ def _dropouts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
 
 
 def set_token(tokenizer: PreTrainedTokenizerBase, kind: str, token: str) -> None:
-    """Make a token of the vocabulary the tokenizer's `pad_token` or `eos_token`."""
+    """Set the tokenizer's `pad_token` or `eos_token` to a token of its vocabulary. Raises ConfigError for another."""
     if token not in tokenizer.get_vocab():
         raise ConfigError(
             f"{kind}={token!r} is not in the tokenizer's vocabulary.{suggest(token, tokenizer.get_vocab())}"

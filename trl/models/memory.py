@@ -1,26 +1,26 @@
-"""How much memory a training step takes, found out without weights and without computing anything.
+"""Estimate the memory of a training step without weights and without computing anything.
 
-A step is run on *fake* tensors, which have shapes and no data. Every tensor that an operation makes, and the moment at
-which it is let go, is written down, so the peak is that of the real step: of this architecture, layout, loss, adapter
-and checkpointing. What it comes to, for a decoder in b bytes per number (B·T = S positions, H hidden, I inner width of
-the MLP, A·D = H heads by their width, K·D width of keys and of values, L layers, V vocabulary, M scored tokens):
+A step is run on *fake* tensors, which have shapes and no data. Every allocation by an operation, and the moment at which it
+is freed, is recorded, so the peak is that of the real step: of this architecture, layout, loss, adapter and checkpointing.
+The parts, for a decoder in b bytes per number (B·T = S positions, H hidden, I inner width of the MLP, A·D = H heads by
+their width, K·D width of keys and of values, L layers, V vocabulary, M scored tokens):
 
     weights        b · P                                      P parameters
     gradients      b · P_trained
     optimizer      2 · b · P_trained                          Adam's two moments
     activations    b · S · Σ_layers (saved for backward), per layer of a Llama:
                    4H      two norms: their input in float32, and the normalised input
-                   + 2H    what q, k, v and the MLP's first matrices read
+                   + 2H    inputs of q, k, v and of the MLP's first matrices
                    + H + 2KD + …   rotated q, k; v
-                   + H     output of attention, which its projection reads
+                   + H     output of attention, the input of its projection
                    + 4I    gate, its SiLU, up, their product
                    with checkpointing: H per layer, and one layer's worth of the above
                    under autocast to half precision on CUDA, in bytes for a position: 8H, the norms' inputs + 10H, each
                    rounded input of q, k, v, gate and up + 4H + 4KD + 4A for attention + 8I; and once 2 for each weight
     logits         4 · min(M·V, kept) + chunks of the head    see `trl.ops.logprobs`; on CUDA, a tile of them
-    cache          2 · b · L · K·D · N · T                    keys and values of N sequences while sampling
+    cache          2 · b · L · K·D · N · T                    KV cache of N sequences while sampling
 
-On a CPU the process may hold up to twice this: the C library's allocator keeps holes between blocks.
+On a CPU the process may use up to twice this, since the allocator of the C library fragments memory.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ PARTS = (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS)
 
 @dataclass(frozen=True)
 class Event:
-    """A block of memory that is asked for (`size` > 0), or given back (`size` < 0). `number` identifies the block."""
+    """A block of memory is allocated (`size` > 0) or freed (`size` < 0). `number` identifies the block."""
 
     number: int
     size: int
 
 
 class Trace(TorchDispatchMode):
-    """Writes down which memory operations ask for and give back, and what it is for.
+    """Records all allocations and frees of operations on tensors, and what each block is used for.
 
-    Values are never looked at: what code asks of fake tensors is answered with zero, and comparisons succeed.
+    Fake tensors have no values: code that reads a number from one gets zero, and `allclose` is true.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -68,7 +68,7 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.prim.device.default:  # asked for more often than all else
+        if function is torch.ops.prim.device.default:  # the most frequent call
             return args[0].fake_device
         if function is torch.ops.aten.allclose.default:
             return True
@@ -81,7 +81,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, part: str | None = None) -> None:
-        """Count the memory of a tensor, if it is new; with `part`, say what it is for."""
+        """Record the allocation of a tensor if its storage is new; with `part`, set what it is used for."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._number:
@@ -89,15 +89,15 @@ class Trace(TorchDispatchMode):
             logits = tensor.dim() == 2 and tensor.shape[-1] == self.vocabulary
             self.part[number] = LOGITS if logits else ACTIVATIONS
             self.events.append(Event(number, storage.nbytes()))
-            weakref.finalize(storage, self._let_go, key, storage.nbytes())
+            weakref.finalize(storage, self._free, key, storage.nbytes())
         if part is not None:
             self.part[self._number[key]] = part
 
-    def _let_go(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self.events.append(Event(self._number.pop(key), -size))
 
     def alive(self, number: int) -> bool:
-        """Whether a block has not been given back."""
+        """Whether a block is not freed yet."""
         return number in self._number.values()
 
     def mark(self, tensors: Iterator[Tensor], part: str) -> None:
@@ -107,18 +107,18 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def tracing(vocabulary: int) -> Iterator[Trace]:
-    """Operations on tensors compute nothing, and their memory is written down."""
+    """Within the context, tensors are fake: operations compute nothing, and the trace records their memory."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # copies of a model
-        # torch looks at gradients of all that it makes fake, and keeps this from being shown, not from being an error.
+        # torch reads `.grad` of every tensor that it makes fake. It hides the warning, which may still be turned into an error.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Trace(vocabulary))
 
 
 def take_shape(model: nn.Module, device: torch.device) -> None:
-    """Put fake tensors on `device` in the place of a model's weights, in place; tied weights stay tied."""
+    """Replace a model's weights, in place, by fake tensors on `device`; tied weights stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -140,10 +140,10 @@ def trace_step(
     state_sizes: Callable[[Tensor], Sequence[int]],
     scratch: int = 0,
 ) -> None:
-    """Run an optimizer step that is not the first on fake weights: `step()` leaves gradients behind.
+    """Trace an optimizer step other than the first, so that the optimizer's states exist. `step()` computes the gradients.
 
-    `state_sizes(parameter)` are the bytes of each state that the optimizer keeps of a parameter, and `scratch` bytes are
-    what it asks for while it updates them.
+    `state_sizes(parameter)` are the bytes of each optimizer state of a parameter; `scratch` are the bytes that the optimizer
+    allocates temporarily during the update.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     device, sizes = trained[0].device, [size for p in trained for size in state_sizes(p)]
@@ -154,11 +154,11 @@ def trace_step(
     trace.mark(iter([torch.empty(scratch, dtype=torch.uint8, device=device)]), OPTIMIZER)
 
 
-# ---- what the events come to ----
+# ---- the peak ----
 
 
 def peak_parts(events: Sequence[Event], part: Mapping[int, str]) -> dict[str, int]:
-    """Bytes alive at the moment when most are, by what they are for."""
+    """Allocated bytes at the peak, by what they are used for."""
     now = peak = at = 0
     for i, event in enumerate(events):
         now += event.size
@@ -171,7 +171,7 @@ def peak_parts(events: Sequence[Event], part: Mapping[int, str]) -> dict[str, in
 
 
 def cache_bytes(config: PreTrainedConfig, *, sequences: int, tokens: int, bytes_per_number: int) -> int:
-    """Keys and values of `sequences` of `tokens` each, while a decoder samples."""
+    """Bytes of a decoder's KV cache for `sequences` sequences of `tokens` tokens each."""
     text = config.get_text_config(decoder=True)
     names = text.to_dict()
     heads = text.num_attention_heads

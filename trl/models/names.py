@@ -1,4 +1,4 @@
-"""Names of models that stand for nothing: what is wrong with a folder, or what the hub says, with what to do about it."""
+"""Explain why a model cannot be found by its name: what is wrong with the folder, or what the hub answered."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trl.errors import ModelNotFoundError, TrlError, suggest, suggest_beside
 from trl.models.files import WEIGHTS, is_cut_short
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
-"""What a model, an adapter and a pipeline of `diffusers` are known by."""
+"""Files that mark the folder of a model, of an adapter, and of a `diffusers` pipeline."""
 
 
 @contextmanager
 def explain_missing(name: str, subject: str = "", subfolder: str | None = None) -> Iterator[None]:
-    """Raises ModelNotFoundError where a library cannot load what `name` stands for, and it is the name's fault.
+    """Turn errors of loading `name` into a ModelNotFoundError if there is no such model. Other errors pass.
 
-    The message begins with `subject`, `model='name'` if left out. `subfolder` is where in the folder the model is.
+    The message begins with `subject`, by default "model='name'". `subfolder` is the place of the model within `name`.
     """
     subject = subject or f"model={name!r}"
     try:
@@ -38,7 +38,7 @@ def explain_missing(name: str, subject: str = "", subfolder: str | None = None) 
 
 
 def check_folder(name: str, subject: str) -> str:
-    """The name, with `~` written out. Raises ModelNotFoundError for a folder that is not there or holds no model."""
+    """`name` with `~` expanded. Raises ModelNotFoundError for a folder that does not exist or has no model."""
     folder = Path(name).expanduser()
     if not folder.exists() and not name.startswith(("/", "./", "../", "~")):
         return name
@@ -55,7 +55,7 @@ def check_folder(name: str, subject: str) -> str:
 
 
 def check_weights(name: str, subject: str) -> None:
-    """Raises ModelNotFoundError for a model's folder without whole weights. Names on a hub are not looked up."""
+    """Raises ModelNotFoundError for a model's folder without weights, or with truncated ones. Hub names are not checked."""
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         return
@@ -71,21 +71,21 @@ def check_weights(name: str, subject: str) -> None:
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """What the hub refuses, by an error or those that it came from; None where it has nothing to do with that."""
+    """Explain an error of the hub, found in `error` or its causes; None if the hub has nothing to do with it."""
     from huggingface_hub import constants, errors
 
     transport: Any = errors.InferenceTimeoutError.__bases__[0]
-    offline = "the hub is not asked in offline mode (HF_HUB_OFFLINE)."
+    offline = "the hub is not queried in offline mode (HF_HUB_OFFLINE)."
     unreachable = "the hub cannot be reached ({kind})."
     nothing = "the hub has nothing of that name, or it is private (`hf auth login`)."
     reasons = {
         errors.OfflineModeIsEnabled: offline,
         errors.LocalEntryNotFoundError: offline if constants.HF_HUB_OFFLINE else unreachable,
-        errors.GatedRepoError: "on the hub its terms have to be accepted first; then `hf auth login`.",
+        errors.GatedRepoError: "you have to accept its terms on the hub first, then run `hf auth login`.",
         errors.RevisionNotFoundError: "the hub does not have that model_revision.",
         errors.RepositoryNotFoundError: nothing,
         errors.HFValidationError: nothing,
-        errors.LocalTokenNotFoundError: "nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN.",
+        errors.LocalTokenNotFoundError: "you are not logged in to the hub: run `hf auth login`, or set HF_TOKEN.",
         errors.HfHubHTTPError: "the hub refuses: {told}",
         transport: unreachable,
         ConnectionError: unreachable,

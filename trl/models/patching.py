@@ -1,4 +1,4 @@
-"""Changes to a loaded model in place: a forward that takes one more keyword, and other forwards or evaluation mode for a while."""
+"""Change a loaded model in place: patch a forward permanently, or replace forwards or the training mode within a context."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig
 
 
 def patch_forward(module: nn.Module, forward: Callable) -> None:
-    """Put `forward(self, …)` in the place of the module's own, which is `self._trl_plain_forward` from now on.
+    """Replace the forward of a module by `forward(self, …)`; the original is kept as `self._trl_plain_forward`.
 
-    A copy of the module is patched as well. A pickle of it, read again, has its own forward and can be patched anew.
+    A copy of the module is patched as well. An unpickled module has its original forward, and can be patched again.
     """
     module._trl_plain_forward = module.forward
-    forward.__name__ = "forward"  # a pickle names a method, and finds that of the class
+    # A bound method is pickled by its name, and read back as the class's own method of that name.
+    forward.__name__ = "forward"
     module.forward = MethodType(forward, module)
 
 
@@ -35,14 +36,14 @@ def with_self(forward: Callable, plain: Callable) -> Callable:
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every configuration that a part of `model` reads, once."""
+    """The distinct configurations of `model` and its submodules."""
     held = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Within it, modules have these forwards in the place of theirs."""
+    """Replace the forwards of these modules within the context."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -58,7 +59,7 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """`model` in training mode, for the moment."""
+    """Put `model` in training mode within the context; afterwards each module has its former mode."""
     evaluated = [module for module in model.modules() if not module.training]
     model.train()
     try:
@@ -70,7 +71,7 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, without dropout, for the moment."""
+    """Put `model` in evaluation mode (no dropout) within the context; afterwards each module has its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""How long a sequence a model can read: the rows of its table of learned positions, or what it was made for."""
+"""The longest sequence that a model can read: by its learned position embeddings, or by its configuration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAMES = re.compile(r"(^|[._])(wpe|position_embeddings?|embed_positions|pos_embe
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """Positions that a model has embeddings for; None where positions are computed (rotary, ALiBi, relative).
+    """Number of positions with learned embeddings; None if positions are computed (rotary, ALiBi, relative).
 
-    Some tables begin with rows that no token has: OPT's and BART's with an offset, RoBERTa's with padding. Tables of an image
-    encoder are of the places in an image.
+    Some tables start with rows that no token uses (an offset in OPT and BART, padding in RoBERTa), which do not count. The
+    position embeddings of an image encoder are ignored.
     """
     reads_images = isinstance(model, PreTrainedModel) and image_token_ids(model.config)
     tables = [
@@ -28,9 +28,10 @@ def learned_positions(model: nn.Module) -> int | None:
 
 
 def pretrained_length(model: nn.Module) -> int | None:
-    """Tokens of the longest sequence that a model with computed positions is made for; None if its configuration says none.
+    """The longest sequence, in tokens, for which a model with computed positions was trained or scaled.
 
-    Scaled rotary embeddings read `factor` times as many as before. None for tables of learned positions as well.
+    Scaled rotary embeddings multiply the original length by `factor`. None if the configuration has no length, or if the model
+    has learned position embeddings.
     """
     if not isinstance(model, PreTrainedModel) or learned_positions(model) is not None:
         return None

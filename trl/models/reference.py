@@ -1,16 +1,16 @@
-"""Reference policies: what the model found likely before it was trained.
+"""Reference policies: log-probabilities under the model as it was before training.
 
     log π_ref(y_t | x, y_<t)   [N,C],   without gradient
 
-A reference starts as *the model that was given*, whatever was done to its weights in memory; it is never read again
-from the name that the model once had. What stands behind it:
+The reference is *the model object that was passed*, including any change to its weights in memory; it is never loaded
+again from the model's name. There are these kinds:
 
-    FrozenModel         a copy of its own, or another model
-    SharedTrunk         a copy of the upper layers alone, on what the policy's lower layers give
-    AdapterOff          the model in training, without its new adapter
-    SnapshotReference   the model in training, its trained parameters put back for the moment to what they were
-    NamedAdapter        the model in training, with another of its adapters
-    Precomputed         numbers computed beforehand
+    FrozenModel         a frozen copy, or another model
+    SharedTrunk         a frozen copy of the upper layers, which reads the hidden states of the policy's lower layers
+    AdapterOff          the policy with its new adapter disabled
+    SnapshotReference   the policy with its trained parameters set back temporarily to their initial values
+    NamedAdapter        the policy with another of its adapters active
+    Precomputed         log-probabilities computed before training
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from trl.types import Batch, Scores
 logger = logging.getLogger(__name__)
 
 NEUTRAL_STARTS = (True, False, "gaussian", "eva")
-"""`init_lora_weights` that leave the base model's weights as they are. PiSSA, OLoRA, … move a part into the adapter."""
+"""Values of `init_lora_weights` that do not change the base weights; PiSSA, OLoRA, … move a part of them to the adapter."""
 
 
 class Reference(Protocol):
-    """What a trainer needs of a reference policy."""
+    """The interface of reference policies."""
 
     def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
-        """log π_ref `[N,C]` of the batch's completions, without gradient; zero where they are not scored.
+        """log π_ref `[N,C]` of the batch's completions, without gradient; zero for tokens that are not scored.
 
-        `policy` is the model in training, as it is wrapped.
+        `policy` is the model in training, with its wrapper (DDP, FSDP2, …).
         """
         ...
 
     def as_model(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The model that behaves as the reference meanwhile, to sample from or to ask for whole distributions.
+        """A model that is the reference within the context, to sample from or to compute whole distributions.
 
-        Raises ModelError where the reference is numbers.
+        Raises ModelError for precomputed log-probabilities.
         """
         ...
 
 
 class _Scored:
-    """A reference whose log-probabilities are those of the model that stands in for it."""
+    """A reference that scores with the model that `as_model` gives."""
 
     @torch.no_grad()
     def logprobs(self, policy: nn.Module, batch: Batch, *, temperature: float = 1.0) -> Tensor:
@@ -88,14 +88,14 @@ class FrozenModel(_Scored):
 
 @dataclass(frozen=True)
 class SharedTrunk(FrozenModel):
-    """A model that is not trained, whose layers below number `start` are the policy's own: see `score_with_reference`."""
+    """A frozen model that shares all layers below index `start` with the policy: see `score_with_reference`."""
 
     start: int
 
 
 @dataclass(frozen=True)
 class AdapterOff(_Scored):
-    """The model in training with its adapter switched off."""
+    """The policy with its adapter disabled."""
 
     @contextmanager
     def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -105,7 +105,7 @@ class AdapterOff(_Scored):
 
 @dataclass(frozen=True)
 class NamedAdapter(_Scored):
-    """The model in training with the adapter `reference` in place of `trained`."""
+    """The policy with the adapter `reference` active in place of `trained`."""
 
     trained: str
     reference: str
@@ -123,9 +123,9 @@ class NamedAdapter(_Scored):
 
 @dataclass(frozen=True)
 class SnapshotReference(_Scored):
-    """The model in training, with the parameters that are trained put back to `weights` for the moment.
+    """The policy with its trained parameters set to `weights` temporarily.
 
-    For an adapter that was trained before: memory for the adapter's weights, not the model's.
+    For an adapter that was trained before: the copy takes the memory of the adapter, not of the model.
     """
 
     weights: Mapping[str, Tensor]
@@ -139,8 +139,9 @@ class SnapshotReference(_Scored):
     def as_model(self, policy: nn.Module) -> Iterator[nn.Module]:
         if not is_whole(without_wrapper(policy)):
             raise ModelError(
-                "The reference is this model as it was given, with the adapter that it had, and FSDP2 and ZeRO-3 keep shards "
-                "of that: use DDP or ZeRO-2, or load the adapter twice and name the second one in ref_adapter_name."
+                "The reference is this model with its adapter as it was before training, which cannot be restored from the "
+                "shards of FSDP2 or ZeRO-3: use DDP or ZeRO-2, or load the adapter twice and name the second one in "
+                "ref_adapter_name."
             )
         parameters = dict(without_wrapper(policy).named_parameters())
         trained = [parameters[name] for name in self.weights]
@@ -157,7 +158,7 @@ class SnapshotReference(_Scored):
 
 @dataclass(frozen=True)
 class Precomputed:
-    """The signal `ref_logprobs` that rows carry with them; `other` is asked about batches without it."""
+    """Reads `ref_logprobs` from the batch's signals; batches without it are scored by `other`."""
 
     other: Reference | None = None
 
@@ -166,20 +167,23 @@ class Precomputed:
             return batch.signals["ref_logprobs"]
         if self.other is None:
             raise ConfigError(
-                "These rows were encoded without reference log-probabilities, and the reference is gone. Give "
-                "eval_dataset to the trainer when it is made, or set precompute_ref_log_probs=False."
+                "These rows have no precomputed reference log-probabilities, and the reference model is no longer in memory. "
+                "Pass eval_dataset when you create the trainer, or set precompute_ref_log_probs=False."
             )
         return self.other.logprobs(policy, batch, temperature=temperature)
 
     def as_model(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        raise ModelError("A reference that was computed beforehand is numbers, not a model: it cannot be sampled from.")
+        raise ModelError(
+            "With precomputed reference log-probabilities there is no reference model to sample from: set "
+            "precompute_ref_log_probs=False."
+        )
 
 
 @torch.no_grad()
 def score_with_reference(
     policy: nn.Module, reference: Reference, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()
 ) -> tuple[Scores, Tensor]:
-    """Scores of the policy and log π_ref `[N,C]`, without gradient; layers that both have in common run once."""
+    """Scores of the policy, and log π_ref `[N,C]`, both without gradient; layers that they share run once."""
     if not isinstance(reference, SharedTrunk):
         found = score(policy, batch, temperature=temperature, want=want)
         return found, reference.logprobs(policy, batch, temperature=temperature)
@@ -195,10 +199,10 @@ def frozen_reference(
     model: nn.Module,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> FrozenModel:
-    """`model` as the reference of `policy`. Lower layers that are the same parameters run once for both.
+    """Make `model` the reference of `policy`. Lower layers whose parameters they share run once for both.
 
-    That is tried on a few tokens first, in the precision of training, which `autocast` switches on: where an architecture
-    does not allow it, the reference runs whole, and a warning says why.
+    Sharing is checked on a few tokens first, in the precision of training, which `autocast` enables. If the results differ,
+    the whole reference runs, and a warning says why.
     """
     prepare_scoring(unwrap(model))
     attend_as(unwrap(model), policy)
@@ -212,26 +216,26 @@ def frozen_reference(
         reason = _why_not_resumed(policy, shared, whole)
     if reason:
         logger.warning(
-            f"Policy and reference have {start} layers in common, but the reference runs them by itself: {reason}."
+            f"Policy and reference share {start} layers, but the reference has to compute them again: {reason}."
         )
         return whole
     return shared
 
 
 def _shared_layers(policy: PreTrainedModel, model: PreTrainedModel) -> int:
-    """The number of lower layers that are, with all before them, the same parameters in both."""
+    """The number of lower layers whose parameters, and those of all modules before them, are the same objects in both."""
     if type(policy) is not type(model) or depth(policy) != depth(model):
         return 0
     own = dict(policy.named_parameters())
     stack = layer_pattern(model)
-    border = next((name for name, p in model.named_parameters() if p is not own.get(name)), None)
-    if border is None:
+    first_different = next((name for name, p in model.named_parameters() if p is not own.get(name)), None)
+    if first_different is None:
         return 0
-    return next((n for n in range(1, depth(model)) if stack.format(layer=n) + "." in border), 0)
+    return next((n for n in range(1, depth(model)) if stack.format(layer=n) + "." in first_different), 0)
 
 
 def _why_not_resumed(policy: PreTrainedModel, shared: SharedTrunk, whole: FrozenModel) -> str:
-    """Why the upper layers cannot run alone; empty if they can."""
+    """Why the reference's upper layers cannot run on the policy's hidden states; empty if they can."""
     if policy.config.is_encoder_decoder:
         start = policy.config.decoder_start_token_id
         batch = lay_out_encoder_decoder(TRIAL[:1], pad_token_id=0, decoder_start_token_id=start)
@@ -239,24 +243,24 @@ def _why_not_resumed(policy: PreTrainedModel, shared: SharedTrunk, whole: Frozen
         batch = lay_out(TRIAL)
     batch = batch.to(policy.device)
     expected = whole.logprobs(policy, batch)
-    if apart := _apart_below(policy, shared, batch):
-        return f"{apart[0]!r} is not among them and runs before they end"
+    if not_shared := _not_shared_below(policy, shared, batch):
+        return f"{not_shared[0]!r} is not shared, and runs before the last of them"
     try:
         _, found = score_with_reference(policy, shared, batch)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        return f"its upper layers do not run alone ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"its upper layers cannot run alone ({type(error).__name__}: {str(error).splitlines()[0]})"
     worst = (found - expected).abs().max().item()
     exact = policy.dtype == torch.float32 and not torch.is_autocast_enabled(policy.device.type)
     tolerance = 1e-4 if exact else 5e-2
-    return "" if worst < tolerance else f"its upper layers alone give numbers that differ by {worst:.2g}"
+    return "" if worst < tolerance else f"with its upper layers alone, log-probabilities differ by {worst:.2g}"
 
 
 @torch.no_grad()
-def _apart_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> list[str]:
-    """Modules that policy and reference have one each of, and that run before the layers in common have."""
+def _not_shared_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> list[str]:
+    """Names of modules that policy and reference do not share, but that run before the last shared layer."""
     theirs, called = dict(unwrap(shared.model).named_parameters()), []
-    apart = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p is not theirs[name]}
-    modules = {**{name: policy.get_submodule(name) for name in apart}, "": layers_of(policy)[shared.start - 1]}
+    different = {name.rpartition(".")[0] for name, p in policy.named_parameters() if p is not theirs[name]}
+    modules = {**{name: policy.get_submodule(name) for name in different}, "": layers_of(policy)[shared.start - 1]}
     with ExitStack() as hooks:
         for n, m in modules.items():
             hooks.enter_context(m.register_forward_hook(lambda module, args, out, name=n: called.append(name)))
@@ -265,9 +269,9 @@ def _apart_below(policy: PreTrainedModel, shared: SharedTrunk, batch: Batch) -> 
 
 
 def make_reference(policy: nn.Module, *, has_new_adapter: bool = False) -> Reference:
-    """A reference that is `policy` as it is now, with as little memory as that takes.
+    """Make the present state of `policy` the reference, with as little memory as possible.
 
-    `has_new_adapter` says that the adapter was put on just now, so that without it the model is the one that was given.
+    `has_new_adapter` says that the adapter was just added, so that the reference is the model without it.
     """
     if not isinstance(policy, PeftModel):
         return FrozenModel(create_reference_model(policy))
@@ -277,7 +281,7 @@ def make_reference(policy: nn.Module, *, has_new_adapter: bool = False) -> Refer
 
 
 def _leaves_base_alone(model: PeftModel) -> bool:
-    """Whether training the active adapter leaves the model without it as it was given."""
+    """Whether neither the initialisation nor the training of the active adapter changes the base model."""
     options = model.peft_config[model.active_adapter].to_dict()
     return options.get("bias", "none") == "none" and options.get("init_lora_weights", True) in NEUTRAL_STARTS
 
@@ -287,11 +291,11 @@ def create_reference_model(
 ) -> PreTrainedModel:
     """A frozen copy of `model`, in evaluation mode.
 
-    With `num_shared_layers`, the embeddings and the first so many layers are not copied: both models use the same
-    parameters, and they are frozen in both. `pattern` says how the parameters of a layer are named, as in
-    "transformer.h.{layer}"; it is found by itself for the models of `transformers`.
+    With `num_shared_layers`, the embeddings and that many lower layers are not copied: both models use the same
+    parameters, frozen in both. `pattern` says how the parameters of a layer are named, for example
+    "transformer.h.{layer}"; for models of `transformers` it is found automatically.
 
-    Raises ModelError if no parameter is named so.
+    Raises ModelError if no parameter matches the pattern.
     """
     shared = [] if num_shared_layers is None else _lower_parameters(unwrap(model), num_shared_layers, pattern)
     reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
@@ -302,15 +306,15 @@ def create_reference_model(
 
 
 def _lower_parameters(model: PreTrainedModel, layers: int, pattern: str | None) -> list[nn.Parameter]:
-    """What the model registers before layer number `layers`: its embeddings, and the layers below."""
+    """The parameters that the model registers before layer `layers`: those of the embeddings and of the layers below."""
     pattern = pattern or layer_pattern(model)
     above = pattern.format(layer=layers) + "."
     names = [name for name, _ in model.named_parameters()]
-    border = next((i for i, name in enumerate(names) if above in name), None)
-    if layers < 1 or border is None:
+    end = next((i for i, name in enumerate(names) if above in name), None)
+    if layers < 1 or end is None:
         raise ModelError(
             f"num_shared_layers={layers} and pattern={pattern!r}: {type(model).__name__} has no parameters named "
-            f"{above}…, the first layer that would not be shared. Its parameters are named {names[len(names) // 2]!r} "
-            f"and so on, and it has {counted(depth(model), 'layer')}, of which at least one has to be its own."
+            f"{above}…, the first layer that would not be shared. Its parameters have names such as "
+            f"{names[len(names) // 2]!r}, and it has {counted(depth(model), 'layer')}, of which at least one cannot be shared."
         )
-    return [model.get_parameter(name) for name in names[:border]]
+    return [model.get_parameter(name) for name in names[:end]]

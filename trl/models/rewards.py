@@ -1,11 +1,11 @@
-"""Rewards: what a sequence classifier with one label makes of completions.
+"""Rewards of completions, from a sequence classifier with one label.
 
     r[n]   = head(hidden state of completion n's last token)
     r[n,t] = head(hidden state of token t)                     (process rewards)
 
 The classifiers of `transformers` find a row's last token by its padding, and refuse batches without a pad token. Here
-the position is known, so neither padding nor its token plays a role, and completions of one prompt can share it. As in
-`trl.models.score`, the head runs inside the model's forward, on the hidden states that are asked for.
+the position is known, so padding and pad token do not matter, and completions of one prompt can share it in one row. As in
+`trl.models.score`, the head runs inside the model's forward, on the selected hidden states only.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from trl.vision.encoder_outputs import with_encoder_outputs
 
 
 def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) -> Tensor:
-    """Rewards float32 of the batch's completions: `[N]`, or with `per_token` `[N,C]` (zero where not scored).
+    """Rewards of the batch's completions in float32: `[N]`, or with `per_token` `[N,C]` (zero for tokens not scored).
 
-    model is an `AutoModelForSequenceClassification` with one label, wrapped or not.
+    `model` is an `AutoModelForSequenceClassification` with one label, wrapped (DDP, FSDP2, …) or not.
     """
     inner = unwrap(model)
     prepare_rewards(inner)
@@ -44,20 +44,20 @@ def score_rewards(model: nn.Module, batch: Batch, *, per_token: bool = False) ->
 
 
 def prepare_rewards(model: PreTrainedModel) -> None:
-    """Give the forward of a classifier the keyword `reward_at`. Does nothing the second time.
+    """Patch the forward of a classifier to take the keyword `reward_at`. A second call has no effect.
 
-    Raises ModelError for a model with other than one label.
+    Raises ModelError unless the model has exactly one label.
     """
     kinds = model.config.architectures or ()
     if model.config.num_labels != 1 and any("CausalLM" in kind for kind in kinds):
         raise ModelError(
             f"{model.config._name_or_path!r} is a language model ({kinds[0]}) and gives no rewards: name a reward model, such as "
-            "`trl reward` trains. To train one of it, give RewardTrainer its name, or "
+            "`trl reward` trains. To train a reward model from it, give RewardTrainer its name, or "
             "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
     if model.config.num_labels != 1:
         raise ModelError(
-            f"A reward model has one label, this {type(model).__name__} has {model.config.num_labels}: load it with "
+            f"A reward model has one label, but this {type(model).__name__} has {model.config.num_labels}: load it with "
             "AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
         )
     rotate_by_own_length(model)
@@ -66,7 +66,7 @@ def prepare_rewards(model: PreTrainedModel) -> None:
 
 
 def _reads_positions(model: PreTrainedModel) -> bool:
-    """Whether rewards can be asked for at any position: the model reads left to right and its head is a linear `score`."""
+    """Whether the model can give rewards at any position: it is a decoder with a linear head named `score`."""
     return "score" in dict(model.named_children()) and not model.config.is_encoder_decoder
 
 
@@ -83,13 +83,15 @@ def _accepting_positions(plain: Callable) -> Callable:
 
 
 def _hidden_states(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
-    """Hidden states `[B,T,H]` that the head reads."""
+    """Hidden states `[B,T,H]`, the head's input."""
     return model.base_model(*args, **kwargs, use_cache=False).last_hidden_state
 
 
 def _of_whole_rows(model: nn.Module, batch: Batch, per_token: bool) -> Tensor:
-    """Rewards of an encoder's classifier, which reads a padded row as a whole."""
+    """Rewards `[N]` of a classifier that pools whole rows (an encoder or encoder-decoder), from padded rows."""
     if per_token or batch.segments is not None or len(batch.inputs["input_ids"]) != len(batch.mask):
-        raise ModelError(f"{type(unwrap(model)).__name__} reads a row as a whole: it gives one reward per padded row.")
+        raise ModelError(
+            f"{type(unwrap(model)).__name__} gives one reward per row: it needs layout='padded', and has no rewards per token."
+        )
     inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
     return model(**with_encoder_outputs(inputs)).logits.squeeze(-1).float()

@@ -1,11 +1,11 @@
-"""Rotary embeddings whose frequencies depend on how long a sequence is, for each sequence by itself.
+"""Length-dependent rotary embeddings, computed for each sequence of a batch separately.
 
-    LongRoPE (arXiv:2402.13753)    factors for long sequences where there are more tokens than the model was first trained on
-    dynamic NTK                    a base that grows with the tokens beyond those
+    LongRoPE (arXiv:2402.13753)    other factors for sequences longer than the original training length
+    dynamic NTK                    a base that grows with the number of tokens beyond that length
 
-`transformers` asks for the highest position of a forward pass, so a sequence is given the frequencies of the longest one
-beside it (of dynamic NTK: of the longest one before it, too), and its numbers depend on the batch. Here a sequence, which
-is a run of rising positions, is given its own.
+`transformers` uses the highest position of the whole forward pass, so every sequence gets the frequencies of the longest one
+in its batch (with dynamic NTK, also of the longest one so far), and results depend on the batch. Here each sequence, which is
+a run of increasing positions, gets the frequencies for its own length.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ BY_LENGTH = ("longrope", "dynamic")
 
 
 def length_dependent(config: PreTrainedConfig) -> str:
-    """The kind of rotary embedding whose frequencies depend on a sequence's length; empty if the model has none."""
+    """The `rope_type` of the model if its frequencies depend on the sequence length, else empty."""
     return next((each["rope_type"] for each in _parameters(config)), "")
 
 
 def first_length(config: PreTrainedConfig) -> int:
-    """Tokens up to which all frequencies are those of short sequences."""
+    """Sequence length in tokens up to which frequencies do not depend on the length."""
     return min(_first_length(config, each) for each in _parameters(config))
 
 
 def _parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """What the configuration says of rotary embeddings that depend on the length: of all layers, or by their type."""
+    """The length-dependent entries of `rope_parameters`, which is one for all layers, or one for each type of layer."""
     given = vars(config.get_text_config()).get("rope_parameters") or {}
     return [each for each in (given, *given.values()) if isinstance(each, dict) and each.get("rope_type") in BY_LENGTH]
 
@@ -46,7 +46,7 @@ def _first_length(config: PreTrainedConfig, parameters: dict[str, Any]) -> int:
 
 
 def rotate_by_own_length(model: PreTrainedModel) -> None:
-    """Have the model's rotary embeddings go by the length of each sequence. Does nothing the second time."""
+    """Patch the model's rotary embeddings to use the length of each sequence. A second call has no effect."""
     if not length_dependent(model.config):
         return
     for module in model.modules():
@@ -65,7 +65,7 @@ def _by_own_length() -> Callable:
         given = self.config.rope_parameters
         first = _first_length(self.config, given if layer_type is None else given[layer_type])
         lengths = lengths_of(position_ids).clamp(min=first)
-        if kind == "longrope":  # all long ones have the same frequencies
+        if kind == "longrope":  # all sequences above the original length have the same frequencies
             lengths = lengths.clamp(max=first + 1)
         found = None
         different = lengths.unique().tolist()
@@ -82,9 +82,9 @@ def _by_own_length() -> Callable:
 
 
 def lengths_of(position_ids: Tensor) -> Tensor:
-    """`[B,T]`: how long the sequence of each position is: one more than the highest position of its run.
+    """For each position `[B,T]`, the length of its sequence: one more than the highest position of its run.
 
-    A run ends where positions do not rise.
+    A run ends where positions do not increase.
     """
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
@@ -94,7 +94,7 @@ def lengths_of(position_ids: Tensor) -> Tensor:
 
 
 def _forget(module: nn.Module, layer_type: str | None, device: torch.device) -> None:
-    """Have dynamic NTK begin anew: it keeps the frequencies of the longest sequence that it has seen."""
+    """Reset the cache of dynamic NTK, which keeps the frequencies of the longest sequence so far."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
     original = getattr(module, f"{prefix}original_inv_freq").to(device)
@@ -102,8 +102,8 @@ def _forget(module: nn.Module, layer_type: str | None, device: torch.device) -> 
 
 
 def _of_length(module: nn.Module, x: Tensor, position_ids: Tensor, length: int, **layer: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, as in a sequence of so many tokens."""
-    # The last position of such a sequence stands behind the others, and is taken off again.
+    """Cosines and sines of the positions, with the frequencies for a sequence of `length` tokens."""
+    # The last position of such a sequence is appended, since the module takes the length from the highest position.
     last = position_ids.new_full((len(position_ids), 1), length - 1)
     cos, sin = module._trl_plain_forward(x, torch.cat([position_ids, last], 1), **layer)
     return cos[:, :-1], sin[:, :-1]

@@ -3,11 +3,11 @@
     L = c · E Σ_e f_e P_e        f_e = Σ_t w_t [e is among the top k of t] / W        P_e = Σ_t w_t p_te / W
 
 Switch Transformers (arXiv:2101.03961, equations 4 to 6), as `transformers` computes it: t runs over the tokens of all
-layers with experts, padding left out, and W = Σ w_t. A position that stands for several rows of the padded layout (a
-prompt that completions share) weighs w_t of them.
+layers with experts, without padding, and W = Σ w_t. The weight w_t is the number of rows of the padded layout that a
+position stands for: 1, or the number of completions for a token of a shared prompt.
 
-f has no gradient, and L is linear in P. So with f of the whole step, the micro-batches' parts of L add up to what one pass
-over all of its rows gives.
+f has no gradient, and L is linear in P. So if f is that of the whole step, the sum of L over micro-batches equals L of one
+pass over all rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trl.errors import ConfigError
 from trl.types import Batch
 
 FUNCTION = "load_balancing_loss_func"
-"""What `transformers` computes the loss with, in the module of a model that has it."""
+"""Name of the function in a modeling file of `transformers` that computes the load-balancing loss."""
 
 OPTION = "router_aux_loss_coef"
 
 
 @dataclass(frozen=True)
 class Load:
-    """How the tokens of a step were routed: `counts [E]` = Σ w_t [e is among the top k], and W. Sums over layers."""
+    """How many tokens each expert received: `counts [E]` = Σ w_t [e is among the top k], and W; both summed over layers."""
 
     counts: Tensor
     weight: Tensor
@@ -44,7 +44,7 @@ class Load:
 
 
 class RouterLoss:
-    """Records what the routers of `model` give, and makes the loss of it, weighted by `coefficient`."""
+    """Records router logits of `model` by forward hooks, and computes the loss; `coefficient` is its weight c."""
 
     def __init__(self, model: PreTrainedModel, coefficient: float) -> None:
         router, self._index = _recorder(model)
@@ -60,14 +60,17 @@ class RouterLoss:
             layer.register_forward_hook(self._record)
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A reference that is this model with its adapter off, say, runs without gradient meanwhile.
+        # Ignores passes of another kind: a reference that is this model without its adapter runs without gradient.
         if self._seen is not None and torch.is_grad_enabled() == self._keeps_gradient:
             logits = output[self._index] if isinstance(output, tuple) else output
             self._seen.append(logits)
 
     @contextmanager
     def recording(self, *, keeps_gradient: bool = True) -> Iterator[list[Tensor]]:
-        """Logits `[B·T,E]` of each layer's router, from passes with gradient, or from those without."""
+        """Collect the logits `[B·T,E]` of each layer's router within the context.
+
+        Only forward passes with gradient are recorded if `keeps_gradient`, else only those without.
+        """
         self._seen, self._keeps_gradient = [], keeps_gradient
         try:
             yield self._seen
@@ -75,7 +78,7 @@ class RouterLoss:
             self._seen = None
 
     def load(self, logits: Sequence[Tensor], batch: Batch) -> Load:
-        """How the tokens of `batch` were routed in all layers."""
+        """The `Load` of the tokens of `batch`, over all layers."""
         weights = _weights(batch)
         counts = torch.zeros(logits[0].shape[-1], device=weights.device)
         for layer in logits:
@@ -84,17 +87,17 @@ class RouterLoss:
         return Load(counts, weights.sum() * len(logits))
 
     def loss(self, logits: Sequence[Tensor], batch: Batch, load: Load) -> Tensor:
-        """E Σ_e f_e P_e of the tokens of `batch`, which are a part of the step that `load` is of. Without the weight c."""
+        """The part of E Σ_e f_e P_e from the tokens of `batch`, where `load` is that of the whole step. Without the weight c."""
         weights = _weights(batch)
         chances = torch.stack([weights @ layer.flatten(0, -2).float().softmax(-1) for layer in logits]).sum(0)
         return len(chances) * (load.f * chances).sum() / load.weight.clamp(min=1)
 
 
 def router_loss_of(model: PreTrainedModel, coefficient: float | None) -> RouterLoss | None:
-    """The loss that is asked for: by `coefficient`, or where that is None by `output_router_logits` of the configuration.
+    """The load-balancing loss with weight `coefficient`, or if that is None, as the model's configuration says.
 
-    None where neither asks for it, or its weight is 0. Raises ConfigError, with the reason, for a model whose loss is not
-    known here.
+    None if the weight is 0, or `coefficient` is None and `output_router_logits` is not set. Raises ConfigError with the
+    reason if the model has no routers, or computes another loss.
     """
     config = model.config.get_text_config().to_dict()
     if coefficient is None:
@@ -104,16 +107,16 @@ def router_loss_of(model: PreTrainedModel, coefficient: float | None) -> RouterL
 
 
 def _recorder(model: PreTrainedModel) -> tuple[type[nn.Module], int]:
-    """The class of the model's routers, and at which place of their output the logits are."""
+    """The class of the model's routers, and the index of the logits in their output."""
     known = (module._can_record_outputs for module in model.modules() if isinstance(module, PreTrainedModel))
     found = next((each["router_logits"] for each in known if each and "router_logits" in each), None)
     if found is None or isinstance(found, (list, type)):
-        raise ConfigError(_refusal(model, None, "it is no mixture of experts whose routers are known"))
+        raise ConfigError(_refusal(model, None, "it is not a mixture of experts, or its routers cannot be found"))
     return found.target_class, found.index
 
 
 def _check_formula(model: PreTrainedModel, top_k: int) -> None:
-    """Raises ConfigError where the loss of the model's own module is another than that of this file."""
+    """Raises ConfigError if the loss in the model's modeling file gives other numbers than that of this file."""
     function = vars(sys.modules[type(model).__module__]).get(FUNCTION)
     logits = torch.linspace(-2, 2, 6 * max(4, 2 * top_k)).sin().view(6, -1)
     if function is None:
@@ -132,11 +135,11 @@ def _check_formula(model: PreTrainedModel, top_k: int) -> None:
 def _refusal(model: PreTrainedModel, coefficient: float | None, why: str) -> str:
     given = OPTION if coefficient is None else f"{OPTION}={coefficient}"
     return (
-        f"{given} asks for a load-balancing loss of {type(model).__name__}, which is not available: {why}. Leave it out, or set "
+        f"{given}: the load-balancing loss of {type(model).__name__} is not available, since {why}. Leave {OPTION} out, or set "
         "output_router_logits=False in the model's configuration (model_init_kwargs)."
     )
 
 
 def _weights(batch: Batch) -> Tensor:
-    """w `[B·T]`: how many rows of the padded layout each position stands for; 0 everywhere in a batch of filling."""
+    """w `[B·T]`: how many rows of the padded layout each position stands for; all 0 in a dummy batch without tokens."""
     return batch.copies.flatten().float() * bool(batch.tokens)

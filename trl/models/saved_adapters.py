@@ -1,4 +1,4 @@
-"""Adapters that were saved: a folder, or a repository, that holds one stands for its base model with the adapter on it."""
+"""Load saved adapters. Wherever a model is named, the folder of an adapter stands for its base model with that adapter."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
 
 
 def is_adapter(name: str, **hub: Any) -> bool:
-    """Whether a folder, or a repository of the hub, holds an adapter. `hub` are options of its download."""
+    """Whether a folder or a hub repository holds an adapter. `hub` are options of the download."""
     return (
         find_adapter_config_file(name, **{key: value for key, value in hub.items() if key != "subfolder"}) is not None
     )
 
 
 def base_of(adapter: str, **hub: Any) -> str:
-    """The model that an adapter was trained on. Raises ModelError where it does not say, or names a folder that is gone."""
+    """Name of an adapter's base model. Raises ModelError if the adapter names none, or a folder that does not exist."""
     base = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
     if not base:
         raise ModelError(
-            f"{adapter!r} is an adapter that does not say of which model: give it as adapter_name_or_path, and the model "
-            "as model_name_or_path."
+            f"The adapter {adapter!r} does not name its base model: give the adapter as adapter_name_or_path, and its base "
+            "model as model_name_or_path."
         )
     if base.startswith(("/", "./", "../", "~")) and not Path(base).expanduser().is_dir():
         raise ModelError(
-            f"{adapter!r} is an adapter of the model {base!r}, and there is no such folder. Give the model as model_name_or_path, "
-            "and the adapter as adapter_name_or_path; or mend base_model_name_or_path in its adapter_config.json."
+            f"The base model of the adapter {adapter!r} is the folder {base!r}, which does not exist. Give the base model as "
+            "model_name_or_path and the adapter as adapter_name_or_path; or correct base_model_name_or_path in its "
+            "adapter_config.json."
         )
     return base
 
 
 def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = True, **hub: Any) -> PeftModel:
-    """`model` with the adapter that a folder or repository holds; its vocabulary grows to that of the adapter.
+    """`model` with the adapter of a folder or hub repository. Embeddings are enlarged if the adapter has more tokens.
 
-    With `trainable`, the adapter trains on, and a quantised base is prepared for that. Raises ModelError where the
-    adapter is not of this model.
+    With `trainable`, the adapter can be trained further, and a quantised base is prepared for training; else all is frozen.
+    Raises ModelError if the adapter does not fit this model.
     """
     config, state = _config_for(model, adapter, hub), load_peft_weights(adapter, device="cpu", **hub)
     config.inference_mode = not trainable
@@ -57,20 +58,20 @@ def with_adapter_of(model: PreTrainedModel, adapter: str, *, trainable: bool = T
     tied = _tied_tables(model)
     try:
         adapted = put_on(model, config)
-        # The head of a reward model on a language model's adapter is new, as it is on a language model.
+        # A reward model on a language model's adapter gets a new head, as it does on the language model itself.
         heads = get_peft_model_state_dict(adapted, save_embedding_layers=False) if is_classifier(model) else {}
         found = set_peft_model_state_dict(adapted, {**heads, **state})
     except (RuntimeError, ValueError, KeyError) as error:
         raise _unfit(adapter, model, str(error)) from error
     known = ("prompt_embeddings",) if config.is_prompt_learning else ()
     if unknown := [key for key in found.unexpected_keys if key not in known and not _is_copy(key, state, tied)]:
-        raise _unfit(adapter, model, f"it has no {unknown[0]}")
+        raise _unfit(adapter, model, f"the model has no {unknown[0]}")
     adapted._trl_source = adapter
     return adapted if trainable else adapted.requires_grad_(False)
 
 
 def _tied_tables(model: PreTrainedModel) -> tuple[str, str] | None:
-    """Names of the head and the embeddings, where they are one table."""
+    """Names of the language-model head and the input embeddings if they share one weight, else None."""
     head = model.get_output_embeddings()
     if head is None or not model.config.get_text_config().tie_word_embeddings:
         return None
@@ -78,7 +79,7 @@ def _tied_tables(model: PreTrainedModel) -> tuple[str, str] | None:
 
 
 def _is_copy(key: str, state: Mapping[str, Tensor], tied: tuple[str, str] | None) -> bool:
-    """Whether a tensor of the head was saved for the embeddings too, which a model with `tied` ones has once."""
+    """Whether the tensor `key` of a tied head was saved a second time under the name of the embeddings."""
     if tied is None:
         return False
     end = key.partition(f".{tied[0]}.")[2]
@@ -93,7 +94,7 @@ def _unfit(adapter: str, model: PreTrainedModel, why: str) -> ModelError:
 
 
 def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel:
-    """`model`, on the device "meta", with an adapter of that shape, which trains."""
+    """`model`, on the device "meta", with a trainable adapter of the same shape as the saved one."""
     config = _config_for(model, adapter, hub)
     config.inference_mode = False
     _grow_vocabulary(model, config, load_peft_weights(adapter, device="cpu", **hub))
@@ -101,26 +102,26 @@ def with_shape_of(model: PreTrainedModel, adapter: str, **hub: Any) -> PeftModel
 
 
 def _config_for(model: PreTrainedModel, adapter: str, hub: Mapping[str, Any]) -> PeftConfig:
-    """The configuration of an adapter, for a reward model with a head that trains and is saved with it.
+    """Read the configuration of an adapter. On a reward model, the head becomes part of what is trained and saved.
 
-    Raises ModelError for a reward model's adapter on a language model.
+    Raises ModelError for a reward model's adapter on a language model, ModelNotFoundError if there is no adapter.
     """
     folder = Path(adapter, hub.get("subfolder") or "")
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise ModelNotFoundError(
-            f"adapter={adapter!r} is a model, and holds no adapter: adapter_config.json is missing."
+            f"adapter={adapter!r} is the folder of a whole model, not of an adapter: it has no adapter_config.json."
         )
     with explain_missing(adapter, f"adapter={adapter!r}", hub.get("subfolder")):
         config = PeftConfig.from_pretrained(adapter, **hub)
     if is_classifier(model):
         config.task_type = TaskType.SEQ_CLS
     elif config.task_type == TaskType.SEQ_CLS:
-        raise ModelError(f"{adapter!r} is the adapter of a reward model: it gives scores, and writes no text.")
+        raise ModelError(f"{adapter!r} is the adapter of a reward model: it gives scores and cannot generate text.")
     return config
 
 
 def _grow_vocabulary(model: PreTrainedModel, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
-    """Give `model` as many tokens as the embeddings that were saved with an adapter have, or the tokens that it trains."""
+    """Enlarge the embeddings of `model` to the vocabulary that an adapter's saved embeddings or trained tokens need."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name_of(model, table) for table in tables if table is not None]
     whole = tuple(f".{name}.{inside}weight" for name in names for inside in ("", "token_adapter.base_layer."))

@@ -1,6 +1,6 @@
-"""`score`: how likely a model finds the completions of a batch.
+"""`score`: log-probabilities of the completions of a batch under a model.
 
-    logprobs[n,t] = log π(target[n,t] | what comes before it)
+    logprobs[n,t] = log π(target[n,t] | prompt, target[n,<t])
 
 Only hidden states that predict a scored token reach the language-model head, and they reach it in chunks, so `[B,T,V]`
 logits never exist. Everything runs inside the model's own forward and the head's own forward, where DDP, FSDP2 and
@@ -10,9 +10,9 @@ ZeRO-3 gather weights as usual:
       └ the architecture's forward, whose head only records the hidden states it is given
       └ head(None, request with hidden[request.index])   → log-probabilities
 
-What the architecture does to logits after the head (soft-capping, scaling) is read from its configuration and verified
-once per model by sending known values through it; a model that does something else is scored from plain logits,
-correct and slower, with one warning.
+What the architecture does to logits after the head (soft-capping, scaling) is read from its configuration, and verified
+once per model by passing known values through it. A model that does something else is scored from its full logits, which
+is correct but slower, with one warning.
 """
 
 from __future__ import annotations
@@ -55,31 +55,32 @@ from trl.vision.encoder_outputs import with_encoder_outputs
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """What to score, inside a forward pass: index and target `[M]`, and which statistics."""
+    """What a forward pass has to score: M positions of the grid (`index`), their tokens (`target`), and statistics (`want`)."""
 
     index: Tensor
     target: Tensor
     want: frozenset[str]
     temperature: float
     positions: int
-    """T of the grid. Virtual tokens that an adapter puts before it are not part of it."""
+    """T of the grid, without virtual tokens that a prompt adapter prepends."""
     example: Tensor | None = None
-    """`[N]`, encoder-decoders only: the prompt of each completion."""
+    """`[N]`, encoder-decoders only: the index of each completion's prompt."""
     hidden: Callable[[], Tensor] | None = None
-    """Gives `[M,H]`, what the head is to score. A tensor would be found by FSDP2, which takes the gradient of an argument
-    for the end of the backward pass of all that is gathered with the head, the norm before it included."""
+    """Returns the hidden states `[M,H]` for the head to score. It is a function because FSDP2 searches arguments for tensors:
+    it would take the gradient of this one as the end of backward for the whole group of weights that is gathered with the head,
+    although the norm before the head still needs them."""
 
     def at(self, grid: Tensor) -> Tensor:
-        """Rows `[M,…]` of a grid `[B,T,…]` at the positions that are scored."""
+        """Entries `[M,…]` of a grid `[B,T,…]` at the scored positions."""
         return grid[:, -self.positions :].flatten(0, 1).index_select(0, self.index)
 
 
 def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Collection[str] = ()) -> Scores:
     """Log-probabilities `[N,C]` float32 of the batch's completions, and the statistics named in `want`.
 
-    model is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters, a value head).
-    `want` is any of "entropy", "mean_logprob", "mean_logit", "collision", "greedy", "value": see `Scores`. Gradients flow
-    as autograd is told. Raises ModelError where the value is wanted of a model without a value head.
+    `model` is a causal or encoder-decoder language model, wrapped or not (DDP, FSDP2, ZeRO, adapters, a value head).
+    `want` contains any of "entropy", "mean_logprob", "mean_logit", "collision", "greedy", "value": see `Scores`. Gradients
+    flow if autograd is enabled. Raises ModelError for "value" without a value head.
     """
     found = _score(model, batch, temperature=temperature, want=want)
     tables = {name: _scatter(values, batch) for name, values in found.items()}
@@ -88,7 +89,7 @@ def score(model: nn.Module, batch: Batch, *, temperature: float = 1.0, want: Col
 
 
 def score_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits `[M,V]` float32 of the distributions that predict the scored tokens, for what needs all of them."""
+    """Logits `[M,V]` float32 that predict the scored tokens, for losses that need whole distributions."""
     return _score(model, batch, temperature=1.0, want=("logits",))["logits"]
 
 
@@ -96,7 +97,7 @@ def _score(model: nn.Module, batch: Batch, *, temperature: float, want: Collecti
     inner = unwrap(model)
     if "value" in want and not isinstance(without_wrapper(model), WithValueHead):
         raise ModelError(
-            f"This {type(inner).__name__} has no value head: see trl.models.value_heads.auto_models.with_value_head."
+            f"This {type(inner).__name__} has no value head: add one with trl.models.value_heads.auto_models.with_value_head."
         )
     prepare_scoring(inner)
     request = ScoreRequest(
@@ -120,7 +121,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def without_wrapper(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of DDP, DeepSpeed or `torch.compile`.
 
-    accelerate is asked about wrappers that are not known here alone, since it looks each time for what is installed.
+    DDP is unwrapped here, and accelerate is called for other wrappers only: it checks on each call which packages are installed.
     """
     while isinstance(model, DistributedDataParallel):
         model = model.module
@@ -130,9 +131,9 @@ def without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def prepare_scoring(model: PreTrainedModel) -> None:
-    """Patch the forward of `model` so that it takes the keyword `score`. Does nothing the second time.
+    """Patch the forward of `model` to take the keyword `score`. A second call has no effect.
 
-    Call it once adapters are in place and before the model is wrapped for distributed training.
+    Call it after adapters are added and before the model is wrapped for distributed training.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -146,18 +147,18 @@ def prepare_scoring(model: PreTrainedModel) -> None:
     head._trl_transform = None
     patch_forward(head, _head_forward)
     transform = _configured_transform(model)
-    if not is_whole(model) or _does_to_logits(model, head, transform):
+    if not is_whole(model) or _transforms_logits_by(model, head, transform):
         head._trl_transform = transform
     else:
         warnings.warn(
-            f"{type(model).__name__} changes its logits after the head in a way that is not known here: "
-            "it is scored from plain logits, which is slower and takes more memory.",
+            f"{type(model).__name__} changes its logits after the head by more than the scaling and soft-capping in its "
+            "configuration: it is scored from its full logits, which is slower and takes more memory.",
             stacklevel=3,
         )
 
 
 def _accepting_score(plain: Callable) -> Callable:
-    """The forward of a model, as a function of `self`, with the signature of `plain` for those who inspect it."""
+    """A forward with the keyword `score`, and otherwise the signature of `plain`, which `transformers` inspects."""
 
     def forward(self: PreTrainedModel, *args: Any, score: ScoreRequest | None = None, **kwargs: Any) -> Any:
         if score is None:
@@ -177,7 +178,7 @@ def _accepting_score(plain: Callable) -> Callable:
 
 
 def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | None = None) -> Any:
-    """The head's forward: logits as always; or nothing, while hidden states are recorded; or the scores asked for."""
+    """The head's forward: with `score` its statistics; else logits, or empty logits while hidden states are recorded."""
     if score is not None:
         return _head_statistics(self, score)
     if self._trl_recorded is None:
@@ -187,7 +188,7 @@ def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | 
 
 
 def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Hidden states `[B,T,H]` that the architecture gives its head."""
+    """Hidden states `[B,T,H]`, the input of the language-model head."""
     return replayed(model, functools.partial(_recorded, model, head, *args), kwargs)
 
 
@@ -217,7 +218,7 @@ def _head_statistics(head: nn.Module, request: ScoreRequest) -> dict[str, Tensor
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head is a matrix product; FSDP2 makes its class one of its own, and the estimate of memory its weight."""
+    """Whether the head is an `nn.Linear`, also as a subclass that FSDP2 makes, or with a fake weight of the memory estimate."""
     linear = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     return linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
 
@@ -232,13 +233,13 @@ def _from_plain_logits(logits: Tensor, request: ScoreRequest) -> dict[str, Tenso
 def _encoded(
     model: PreTrainedModel, example: Tensor, *, input_ids: Tensor, attention_mask: Tensor, **decoder: Any
 ) -> dict[str, Any]:
-    """Arguments of an encoder-decoder's forward after its encoder has read each prompt once."""
+    """Run the encoder once per prompt; return the arguments of the encoder-decoder's forward with its output."""
     hidden, mask = encoded(model, example, input_ids, attention_mask)
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask, **decoder}
 
 
 def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What tells the model's attention who sees whom: spans, or the mask of the shared layout; else nothing."""
+    """Keyword arguments that restrict attention: the spans, or the mask of the shared layout; empty for other batches."""
     if batch.spans is not None and model.config._attn_implementation == VARLEN:
         return {"attention_mask": no_mask(batch.mask.device), "spans": batch.spans}
     if batch.segments is None:
@@ -247,13 +248,13 @@ def segment_attention(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 
 
 def _scatter(values: Tensor, batch: Batch) -> Tensor:
-    """`[M]` values of scored tokens into `[N,C]`, zero elsewhere."""
+    """Put the values `[M]` of scored tokens into a table `[N,C]`, zero elsewhere."""
     table = values.new_zeros(batch.mask.numel())
     return table.index_copy(0, batch.scored, values).view_as(batch.mask)
 
 
 def _configured_transform(model: PreTrainedModel) -> LogitTransform:
-    """What the configuration says is done to logits: `final_logit_softcapping`, `logit_scale`, `logits_scaling`, …"""
+    """The transform of logits in the configuration: `final_logit_softcapping`, `logit_scale`, `logits_scaling`, …"""
     config = model.config.get_text_config().to_dict()
     scale = config.get("logit_scale") or config.get("lm_head_multiplier") or 1.0
     scale /= config.get("logits_scaling") or 1.0
@@ -261,10 +262,10 @@ def _configured_transform(model: PreTrainedModel) -> LogitTransform:
 
 
 @torch.no_grad()
-def _does_to_logits(model: PreTrainedModel, head: nn.Module, transform: LogitTransform) -> bool:
-    """Whether `transform` is what `model` does to its head's output: known values are sent through it.
+def _transforms_logits_by(model: PreTrainedModel, head: nn.Module, transform: LogitTransform) -> bool:
+    """Whether `model` applies exactly `transform` to the output of its head.
 
-    The head is made to return a ramp from −50 to 50 in place of logits, for two tokens.
+    For the test the head returns a ramp from −50 to 50 in place of logits, for two tokens.
     """
     vocabulary = wrapped_layer(head).out_features
     weight = next(p for p in head.parameters())

@@ -1,13 +1,13 @@
-"""Weights that FSDP2 or ZeRO-3 have cut into shards: made whole for a while, and models beside the one in training.
+"""Models whose weights are sharded by FSDP2 or ZeRO-3: gather them for sampling, shard frozen models, read local shards.
 
-FSDP2 and ZeRO-3 keep a share of every weight on each process, and gather a layer's weights whenever it runs. For a
-forward and a backward that is little; for sampling, which runs every layer once per token, it is all that happens. So
-the weights are gathered once around a rollout batch:
+FSDP2 and ZeRO-3 keep one shard of every weight on each process, and gather a layer's weights whenever it runs. For a
+forward and backward pass that costs little; in sampling, which runs every layer once per token, it dominates. So the weights
+are gathered once around a rollout batch:
 
     with whole_weights(model):
-        engine.generate(...)        # any number of forward passes, on each process as many as it needs
+        engine.generate(...)        # any number of forward passes, which may differ between processes
 
-Weights that are changed by themselves, number by number, need not be gathered: `shards` is what a process holds of them.
+Elementwise updates need no gathering: `shards` are the local shards of each process.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from transformers.integrations import deepspeed
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether each process holds all weights of `model`."""
+    """Whether no weight of `model` is sharded."""
     return are_whole(model.parameters())
 
 
 def are_whole(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether each process holds all of each parameter."""
+    """Whether no parameter is sharded."""
     return not any(isinstance(p, DTensor) or "ds_id" in p.__dict__ for p in parameters)
 
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """`model`, wrapped for its parallelism or not, with all weights on each process; all processes enter and leave together.
+    """Gather all weights of `model`, wrapped or not, on each process. All processes must enter and leave the context together.
 
-    Within, forward passes communicate nothing, so their number may differ between processes. Not for training.
+    Forward passes within do not communicate, so their number may differ between processes. Not for training.
     """
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     if is_whole(inner):
@@ -54,7 +54,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def shards(model: nn.Module) -> dict[str, Tensor]:
-    """What this process holds of the parameters of `model`, by name: all of each, or a share. They may be changed in place."""
+    """The local shard of each parameter of `model`, by name (the parameter itself if not sharded), for changes in place."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -68,7 +68,7 @@ def _shard(parameter: Tensor) -> Tensor:
 
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """`model`, which is not trained, on the devices: sharded where the model in training is."""
+    """Prepare a frozen model for its device, sharded in the same way as the model in training."""
     if accelerator.is_fsdp2:
         ready_for_fsdp2(model)
         return fsdp2_prepare_model(accelerator, model)
@@ -78,18 +78,20 @@ def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def ready_for_fsdp2(model: nn.Module) -> None:
-    """Make what FSDP2 and accelerate take for granted true of `model`: one module for a weight, and layers that are there."""
+    """Adapt `model` to assumptions of FSDP2 and accelerate: a weight has one module, and `_no_split_modules` exist."""
     share_modules(model)
     present = {type(module).__name__ for module in model.modules()}
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):  # image encoders name layers of texts that they were trained with
+        if isinstance(
+            module, PreTrainedModel
+        ):  # image encoders also list layers of the text encoder of their pretraining
             module._no_split_modules = present & set(module._no_split_modules or ())
 
 
 def share_modules(model: nn.Module) -> None:
-    """Make one module of those that are the same and have the same weights, as the embeddings of encoder and decoder.
+    """Replace modules of the same class, weights and options by one, such as the embeddings of encoder and decoder.
 
-    FSDP2 takes a weight for that of one module, but for the input and output embeddings, which accelerate looks after.
+    FSDP2 assumes that a weight belongs to one module; only tied input and output embeddings are handled by accelerate.
     """
     seen: dict[tuple, nn.Module] = {}
     for name, module in list(model.named_modules()):
@@ -103,7 +105,7 @@ def _sharded_by_zero3(options: Mapping[str, Any], model: nn.Module) -> nn.Module
     from deepspeed import initialize
 
     precision = {name: options[name] for name in ("bf16", "fp16") if name in options}
-    # No weight is kept whole between two forward passes: what changes a shard changes the model.
+    # A threshold of 0 keeps no weight gathered between forward passes, so that changes to shards take effect.
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision}
     engine, *_ = initialize(model=model, config=config)
@@ -113,9 +115,9 @@ def _sharded_by_zero3(options: Mapping[str, Any], model: nn.Module) -> nn.Module
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Models that are read meanwhile come whole under ZeRO-3 as well, and are sharded when training begins.
+    """Load models without sharding within the context, even under ZeRO-3, which then shards them when training begins.
 
-    Their weights are looked at before: to try layouts, to copy references, to put adapters on.
+    Before that, full weights are needed to check layouts, to copy references and to add adapters.
     """
     held = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
@@ -130,7 +132,7 @@ def _whole_fsdp(model: FSDPModule) -> Iterator[None]:
     model._get_fsdp_state()._lazy_init()
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for part in parts if (group := part._get_fsdp_state()._fsdp_param_group) is not None]
-    # What says whether a layer gives its weights up after forward; there is no public way to read it.
+    # This attribute says whether a layer frees gathered weights after forward; there is no public API to read it.
     before = [group.post_forward_mesh_info for group in groups]
     model.set_reshard_after_forward(False)
     for part in parts:
@@ -152,7 +154,7 @@ def _whole_zero3(engine: nn.Module) -> Iterator[None]:
     optimizer = engine.optimizer
     offload = optimizer if isinstance(optimizer, DeepSpeedZeRoOffload) else optimizer.parameter_offload
     with unwrap_model_for_generation(engine):
-        # What DeepSpeed leaves on the model compares the first forward passes of all processes, and waits for them.
+        # This hook of DeepSpeed compares the first forward passes of all processes, and so would wait for all of them.
         hooks, number = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
         compare = hooks.pop(number)
         try:

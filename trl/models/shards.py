@@ -1,4 +1,4 @@
-"""Where the index of sharded weights says that they are: in its own folder, or it is refused."""
+"""Refuse an index of weight files that names files outside of the model's own folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from trl.errors import ModelError
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file named so in a folder is in it."""
+    """Whether a relative file name stays within its folder."""
     return not os.path.isabs(name) and not os.path.normpath(name).startswith(os.pardir)
 
 
 def check_shards(folder: str | Path) -> None:
-    """Raise ModelError for a folder whose index of weights names files elsewhere; names on the hub are not looked at."""
+    """Raise ModelError if the weight index of a folder names files outside of it. Hub names are not checked."""
     for index in Path(folder).glob("*.index.json") if os.path.isdir(folder) else ():
         for shard in set(json.loads(index.read_text())["weight_map"].values()):
             if not is_inside(shard):

@@ -1,12 +1,12 @@
-"""Attention of packed and shared rows as one call of variable length, without masks.
+"""Attention over packed and shared rows by one variable-length kernel call, without masks.
 
-Sequences of a packed row are runs of queries over their own keys. A prompt and the completions that branch off it are such
-runs too: a branch's queries attend to gathered keys [prompt, own], causally aligned at the end, which is what flash
-attention does where there are more keys than queries. So nothing is computed that a mask would hide, the linear layers
-still see a prompt once, and the backward of the gather adds up what its branches ask of a prompt.
+Each sequence of a packed row is a run of queries with its own keys. So are a prompt and the completions that branch off
+it: the queries of a completion attend to the gathered keys [prompt, own], causally aligned at the end, as flash attention
+aligns them when there are more keys than queries. So no masked pair is computed, the linear layers still process a prompt
+once, and the backward of the gather sums the gradients that all completions send to the prompt's keys.
 
-A model that is switched over attends this way where a batch has `Spans`, and as PyTorch's `sdpa` where it has none. The
-spans travel as a keyword of the model's forward down to its attention, so that checkpointing finds them again in backward.
+A model that is switched to this implementation uses it for batches with `Spans`, and PyTorch's `sdpa` for others. The spans
+are passed as a keyword of the model's forward down to its attention, so that activation checkpointing has them in backward.
 """
 
 from __future__ import annotations
@@ -31,33 +31,36 @@ except ImportError:  # torch < 2.10
     varlen_attn = None
 
 TAKES = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
-"""What the kernel's function takes in this release: before 2.11 no scale and no window, and it shares key heads unasked until
-2.12, which wants to be told."""
+"""Parameters of the kernel's function in this release of torch: scale and window since 2.11, and since 2.12 `enable_gqa`, without
+which heads could share keys before."""
 
 VARLEN = "varlen"
-"""The name of the attention implementation."""
+"""Name under which this attention implementation is registered in `transformers`."""
 
 
 def has_varlen(model: PreTrainedModel) -> bool:
-    """Whether `model` may be switched over: PyTorch ≥ 2.11 has the kernel, the model is on CUDA and attends by `sdpa`."""
+    """Whether `model` can be switched to `varlen`: it needs PyTorch ≥ 2.11, a model on CUDA, and `sdpa` attention."""
     is_sdpa = model.config._attn_implementation in ("sdpa", VARLEN) and model._supports_attention_backend
     return "window_size" in TAKES and model.device.type == "cuda" and is_sdpa
 
 
 def switch(model: PreTrainedModel, implementation: str) -> None:
-    """Let every part of `model` attend by `implementation`; configurations that are saved do not name it."""
+    """Set the attention implementation of every part of `model`; saved configurations do not contain it."""
     for config in configs_of(model):
         config._attn_implementation_internal = implementation
 
 
 def attend_as(model: PreTrainedModel, policy: PreTrainedModel) -> None:
-    """Let a model that reads the policy's batches attend as it does, where both are of one class: that one was tried."""
+    """Switch `model`, which reads the policy's batches, to `varlen` if the policy uses it and is of the same class.
+
+    The class was checked when the policy's layout was chosen.
+    """
     if policy.config._attn_implementation == VARLEN and type(model) is type(policy) and has_varlen(model):
         switch(model, VARLEN)
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask of four dimensions, which models pass on as it is: none is made, and attention reads the spans."""
+    """A dummy mask `[1,1,1,1]`: models pass a 4D mask on unchanged, and so build none; attention reads the spans."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
@@ -78,12 +81,16 @@ def attend(
     """Attention `[B,T,hg,D]` of queries `[B,hg,T,D]` to keys `[B,h,T,D]`, by the spans of the batch if it has any."""
     if spans is None:
         if query.shape[2] > 1 and attention_mask is not None and attention_mask.shape == (1, 1, 1, 1):
-            raise ModelError(f"{type(module).__name__} was not given the spans of its batch: its model drops keywords.")
+            raise ModelError(
+                f"{type(module).__name__} did not get the keyword spans: its model does not pass keyword arguments of forward "
+                "on to its attention. Set attn_implementation='eager'."
+            )
         given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "dropout": dropout}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given, **kwargs)
     if softcap is not None or dropout:
         raise ModelError(
-            f"{type(module).__name__} has a soft-cap or dropout in its attention: set attn_implementation."
+            f"{type(module).__name__} has soft-capping or dropout in its attention, which variable-length attention does "
+            "not support: set attn_implementation, for example to 'eager'."
         )
     rows, _, length, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
@@ -99,7 +106,7 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def _half(query: Tensor, value: Tensor) -> torch.dtype | None:
-    """The half precision that factors are rounded to: autocast's, or their own."""
+    """The half precision in which attention is computed: that of autocast, or of `value`; None in full precision."""
     device = query.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -109,7 +116,7 @@ def _half(query: Tensor, value: Tensor) -> torch.dtype | None:
 def by_kernel(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention `[B·T,hg,D]` of queries `[B·T,hg,D]` to keys `[K,h,D]`, by one call of PyTorch's kernel."""
+    """Attention `[B·T,hg,D]` of queries `[B·T,hg,D]` to keys `[K,h,D]` (K keys, after the gather), by PyTorch's kernel."""
     half = _half(query, value) or value.dtype
     return varlen_attn(
         *(x.to(half) for x in (query, key, value)),
@@ -126,8 +133,8 @@ def by_kernel(
 def by_runs(
     query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, scale: float | None, window: int | None
 ) -> Tensor:
-    """As `by_kernel`, run by run: for precisions and devices that the kernel does not have. Waits for the device."""
-    if not has_values(query):  # nobody knows where runs begin
+    """As `by_kernel`, one call per run, for dtypes and devices without the kernel. Synchronises with the device."""
+    if not has_values(query):  # fake tensors: the start of runs is unknown
         return query.clone()
     parts = []
     queries, keys = spans.query_starts.tolist(), spans.key_starts.tolist()
