@@ -117,10 +117,10 @@ def test_adapters_are_saved_with_the_heads(make_model, tmp_path):
 
 def test_the_head_of_another_method_is_not_taken(make_model, tmp_path):
     with_value_head(make_model("gpt2")).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="saved with a value head and no Q heads"):
+    with pytest.raises(ModelError, match="saved with a value head but without Q heads"):
         AutoModelForCausalLMWithILQLHeads.from_pretrained(tmp_path)
 
 
 def test_the_heads_have_no_layers_of_their_own(make_model):
-    with pytest.raises(ConfigError, match="num_value_layers=1: the heads of ILQL have no layers of their own"):
+    with pytest.raises(ConfigError, match="num_value_layers=1: ILQL does not support separate value layers"):
         with_ilql_heads(make_model("gpt2")).branch(1)

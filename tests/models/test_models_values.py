@@ -112,7 +112,7 @@ def test_checkpointed_activations_change_no_gradient_of_a_branch(make_model):
 
 @pytest.mark.parametrize("layers", [2, 5, -1])
 def test_branches_that_cannot_be(make_model, layers):
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM has 2 layers, of which the value can have 1 to 1"):
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM has 2 layers, so give 1 to 1"):
         CAUSAL.from_pretrained(make_model("llama"), num_value_layers=layers)
 
 
@@ -164,7 +164,7 @@ def test_an_encoder_decoder_has_an_encoder_decoder(make_model):
 
 
 def test_networks_that_cannot_be(make_model):
-    with pytest.raises(ModelError, match=r"value_model gives one number per token, this GPT2ForSequence.* has 3"):
+    with pytest.raises(ModelError, match=r"value_model must have one label, but this GPT2ForSequence.* has 3"):
         ValueModel.of(classifier(labels=3))
     with pytest.raises(ConfigError, match="value_model carries adapters.*merge_and_unload"):
         ValueModel.of(get_peft_model(make_model("llama"), LoraConfig(r=2)))

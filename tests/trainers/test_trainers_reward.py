@@ -272,7 +272,9 @@ def test_table_shows_the_end_of_prompts():
 
 
 def test_two_labels(tmp_path):
-    with pytest.raises(ModelError, match=r"A reward model has one label, but this LlamaForSequenceClassification has 2"):
+    with pytest.raises(
+        ModelError, match=r"A reward model has one label, but this LlamaForSequenceClassification has 2"
+    ):
         make_trainer(tmp_path, pairs(), make(num_labels=2))
     make(num_labels=2).save_pretrained(tmp_path / "two")
     with pytest.raises(ModelError, match=r"is a classifier with 2 labels: a reward model has one, num_labels=1"):

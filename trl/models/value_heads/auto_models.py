@@ -1,12 +1,12 @@
-"""Language models with a value head: one more scalar per token.
+"""Language models with a value head, which gives a scalar per token.
 
     V(s_t) = w · dropout(h_t) + b
 
-What h_t is tells the heads of `trl.models.value_heads.heads` apart: the hidden state that the language-model head reads, or that of
-upper layers, or of a whole model, of the value's own. `AutoModelForCausalLMWithValueHead` and its encoder-decoder twin
-wrap a model of `transformers`, with or without adapters: `.pretrained_model` is the model, `.v_head` the head, and
-everything else is the model's. On disk the model is saved as ever, and the head beside it, so that any loader reads the
-folder and only this one reads the head.
+`trl.models.value_heads.heads` has three kinds of heads: h_t is the input of the language-model head, or comes from separate
+upper layers, or from a separate network. `AutoModelForCausalLMWithValueHead` and `AutoModelForSeq2SeqLMWithValueHead` wrap a
+model of `transformers`, with or without adapters: `.pretrained_model` is the model, `.v_head` the head, and all other attributes
+are those of the model. The model is saved in the usual format, with the head in a file beside it, so that any library can load
+the model from the folder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, Va
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Options of `from_pretrained` that say where files are found."""
+"""Options of `from_pretrained` for the location and download of files."""
 
 
 class WithValueHead(nn.Module, PushToHubMixin):
-    """A language model, in `pretrained_model`, and a `ValueHead`, in `v_head`. What it lacks is the model's."""
+    """A language model (`pretrained_model`) with a `ValueHead` (`v_head`). Other attributes are those of the model."""
 
     auto_class: ClassVar[Any] = None
 
@@ -55,7 +55,9 @@ class WithValueHead(nn.Module, PushToHubMixin):
         super().__init__()
         head = pretrained_model.get_output_embeddings()
         if head is None:
-            raise ModelError(f"{type(pretrained_model).__name__} has no language-model head, so it samples nothing.")
+            raise ModelError(
+                f"{type(pretrained_model).__name__} has no language-model head: a value head needs a model that generates."
+            )
         self.pretrained_model = pretrained_model
         self.head_options = HeadOptions(summary_dropout_prob, v_head_init_strategy, v_head_initializer_range)
         self.v_head = self._new_head(num_value_layers) if v_head is None else v_head
@@ -72,11 +74,11 @@ class WithValueHead(nn.Module, PushToHubMixin):
 
     @property
     def is_peft_model(self) -> bool:
-        """Whether the model carries adapters."""
+        """Whether the model has adapters."""
         return isinstance(self.pretrained_model, PeftModel)
 
     def branch(self, layers: int) -> None:
-        """Give the value a copy of its own of so many upper layers. Its linear map stays what it is."""
+        """Replace the value head by a `ValueBranch` with `layers` own upper layers. Its linear layer is kept."""
         made = self._new_head(layers)
         made.summary = self.v_head.summary
         self.v_head = made
@@ -96,9 +98,9 @@ class WithValueHead(nn.Module, PushToHubMixin):
         return_past_key_values: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """`(logits [B,T,V] float32, loss or None, values [B,T])`, and with `return_past_key_values` the cache.
+        """`(logits [B,T,V] float32, loss or None, values [B,T])`, and with `return_past_key_values` the KV cache.
 
-        Arguments are those of the wrapped model. `score` is what `trl.models.score` sends.
+        Arguments are those of the wrapped model. `score` is a `ScoreRequest` of `trl.models.score`.
         """
         kwargs["input_ids"] = input_ids
         if score is not None:
@@ -108,7 +110,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
             found = (output.logits.float(), output.loss, self.v_head(states()))
         if not return_past_key_values:
             return found
-        return (*found, output["cache" if "cache" in output else "past_key_values"])  # by the release of transformers
+        return (*found, output["cache" if "cache" in output else "past_key_values"])  # the name depends on the release
 
     def _scored(self, score: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if "value" not in score.want:
@@ -120,7 +122,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **more: Any
     ) -> None:
-        """Compute activations again in backward: see `transformers.PreTrainedModel`."""
+        """Recompute activations in backward: see `transformers.PreTrainedModel`."""
         checkpoint_activations(self.pretrained_model, activation_checkpointing_kwargs, **more)
         self.v_head.checkpoint_activations(activation_checkpointing_kwargs, **more)
 
@@ -166,13 +168,13 @@ class WithValueHead(nn.Module, PushToHubMixin):
         num_value_layers: int = 0,
         **kwargs: Any,
     ) -> WithValueHead:
-        """A model with a value head, from a name or folder, or from a model, with or without adapters.
+        """Make a model with a value head from a name or folder, or from a model object with or without adapters.
 
-        A folder that was saved with a head gives it back; otherwise the head is new. `peft_config` puts a new adapter
-        on; `is_trainable` says whether the adapter that a folder holds trains on. `reward_adapter` is a second one, with
-        the head of a reward model, for `compute_reward_score`. With `num_value_layers`, the value has a copy of its own of
-        the upper layers. Other `kwargs` go to the model's `from_pretrained`; without `dtype` the model is loaded in float32,
-        as by every trainer. The head is as precise as the model, and at least float32.
+        A head that was saved in the folder is loaded, else the head is new. `peft_config` adds a new adapter;
+        `is_trainable` says whether an adapter saved in the folder is trained further. `reward_adapter` loads a second adapter
+        with the head of a reward model, for `compute_reward_score`. With `num_value_layers`, the value head has a copy of that
+        many upper layers. Other `kwargs` go to the model's `from_pretrained`; without `dtype` the model is loaded in float32,
+        as by every trainer. The head has the dtype of the model, and at least float32.
         """
         given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         model, head = cls._load(given, is_trainable, kwargs, hub)
@@ -195,16 +197,18 @@ class WithValueHead(nn.Module, PushToHubMixin):
     def _load(
         cls, given: Any, is_trainable: bool, options: Mapping[str, Any], hub: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Tensor] | None]:
-        """The model, from a name or folder or as it was given, and the state of the head that was saved with it."""
+        """Load the model and the state of the head that was saved with it (None without one); a model object is returned."""
         if isinstance(given, str | Path):
             model = load_model(str(given), auto_class=cls.auto_class, trainable=is_trainable, **options)
             return model, stored_head(str(given), hub)
         if options:
-            raise ConfigError(f"{sorted(options)} are options of loading, but the model is an object: leave them out.")
+            raise ConfigError(
+                f"{sorted(options)} are options for loading, but the model is already loaded: leave them out."
+            )
         return given, None
 
     def _take_head(self, name: str, head: dict[str, Tensor], hub: dict[str, Any]) -> None:
-        """The value head that was saved with the model `name`, of the kind that it was."""
+        """Load the value head that was saved with the model `name`, as a head of the same kind."""
         if layers := {key.split(".")[1] for key in head if key.startswith("layers.")}:
             self.v_head = self._new_head(len(layers))
         elif has_value_model(name, hub):
@@ -214,9 +218,9 @@ class WithValueHead(nn.Module, PushToHubMixin):
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Save the wrapped model (or its adapters) as ever, and the head beside it.
+        """Save the wrapped model (or its adapters) in the usual format, and the head in a file beside it.
 
-        `state_dict` is this module's, where weights were gathered beforehand; `kwargs` go to the model's
+        `state_dict` is that of this module, if weights were gathered beforehand; `kwargs` go to the model's
         `save_pretrained` (`max_shard_size`, …).
         """
         head = self.v_head.state_dict()
@@ -247,7 +251,7 @@ class AutoModelForSeq2SeqLMWithValueHead(WithValueHead):
 
 
 def value_head_class(config: PreTrainedConfig) -> type[WithValueHead]:
-    """The class of a model with a value head, causal or encoder-decoder as its configuration says."""
+    """The class with a value head for this configuration: that for encoder-decoders or for causal models."""
     return AutoModelForSeq2SeqLMWithValueHead if config.is_encoder_decoder else AutoModelForCausalLMWithValueHead
 
 
@@ -258,7 +262,7 @@ def with_value_head(model: PreTrainedModel | PeftModel, **options: Any) -> WithV
 
 @contextmanager
 def _adapter(model: PeftModel, name: str) -> Iterator[None]:
-    """`model` with another of its adapters, in evaluation mode; what trains, trains again afterwards."""
+    """Activate another adapter of `model`, in evaluation mode, within the context; `requires_grad` is restored afterwards."""
     active = model.active_adapter
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.set_adapter(name)

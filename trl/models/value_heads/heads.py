@@ -1,12 +1,12 @@
-"""Where values come from: a linear head, and the hidden states that it reads.
+"""Value heads: a linear head, on one of three kinds of hidden states.
 
     V(s_t) = w · dropout(h_t) + b
 
-    ValueHead      h_t is what the policy's language-model head reads
-    ValueBranch    upper layers of its own, on what the policy's lower layers give (trlX's value branch)
-    ValueModel     a network of its own, of any architecture that reads the same tokens
+    ValueHead      h_t is the input of the policy's language-model head
+    ValueBranch    h_t comes from own upper layers on the policy's lower layers (trlX's value branch)
+    ValueModel     h_t comes from a separate network, of any architecture with the same tokens
 
-All are the one module `v_head` of a model with a value head, so they are trained, wrapped and saved with it.
+Each is the single module `v_head` of a model with a value head, so it is trained, wrapped and saved with that model.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from trl.models.patching import configs_of
 from trl.models.value_heads.storage import VALUE_MODEL
 
 NOT_READ = ("score", "labels", "past_key_values", "use_cache", "return_dict", "logits_to_keep", "output_hidden_states")
-"""Arguments of a policy's forward that are about its head or its cache: other networks are not given them."""
+"""Arguments of a policy's forward that concern its head or KV cache, and are not passed to other networks."""
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Probability of dropout before the linear map, how that starts ("normal", or as `nn.Linear` does), and the spread of a
-    normal start."""
+    """Dropout probability, initialisation of the linear head ("normal", or None for that of `nn.Linear`), and the standard
+    deviation of "normal"."""
 
     dropout: float = 0.1
     init_strategy: str | None = None
@@ -49,7 +49,7 @@ class HeadOptions:
             raise ConfigError(unknown("v_head_init_strategy", str(self.init_strategy), ["None", "normal"]))
 
     def linear(self, hidden_size: int, dtype: torch.dtype) -> nn.Linear:
-        """A new map from a hidden state to one number, for a model of that type: in float32 where that is less precise."""
+        """A new linear layer from a hidden state to one number, in the dtype of the model, and at least float32."""
         made = nn.Linear(hidden_size, 1, dtype=torch.promote_types(dtype, torch.float32))
         if self.init_strategy == "normal":
             nn.init.normal_(made.weight, mean=0.0, std=self.initializer_range)
@@ -58,7 +58,7 @@ class HeadOptions:
 
 
 class ValueHead(nn.Module):
-    """Dropout and a linear map to one number: `[…,H] -> […]`, in the precision of its own weights."""
+    """Dropout and a linear layer with one output: `[…,H] -> […]`, computed in the dtype of its own weights."""
 
     def __init__(self, summary: nn.Linear, *, dropout: float = 0.1) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ValueHead(nn.Module):
 
     @classmethod
     def on(cls, model: PreTrainedModel | PeftModel, options: HeadOptions) -> ValueHead:
-        """A new head for the states that the language-model head of `model` reads."""
+        """A new head that reads the same hidden states as the language-model head of `model`."""
         return cls(_summary(model, options), dropout=options.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -79,44 +79,45 @@ class ValueHead(nn.Module):
     def states(
         self, policy: PreTrainedModel | PeftModel, inputs: Mapping[str, Any], example: Tensor | None = None
     ) -> Iterator[Callable[[], Tensor]]:
-        """A function that gives the states `[B,T,H]` to read, once `policy(**inputs)` has run meanwhile.
+        """Yield a function that returns the hidden states `[B,T,H]`, to be called after `policy(**inputs)` within the context.
 
-        example   `[N]`, where an encoder-decoder is given each prompt once: which one a completion hangs from
+        example   `[N]`, if an encoder-decoder reads each prompt once: the index of each completion's prompt
         """
         with reading(policy.get_output_embeddings()) as seen:
             yield lambda: seen[0]
 
     def checkpoint_activations(self, options: Mapping[str, Any] | None = None, **more: Any) -> None:
-        """A linear map keeps nothing that could be computed again."""
+        """Do nothing: a linear layer has no activations that could be recomputed."""
 
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `save` gave."""
+        """Load a state that `save` returned."""
         self.load_state_dict(state)
 
     def save(self, folder: Path, state: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-        """The part of `state` that goes into the head's own file, after writing the rest of it below `folder`."""
+        """Return the part of `state` for the head's own file; write the rest, if any, to `folder`."""
         return state
 
 
 class ValueBranch(ValueHead):
-    """A head on a copy of the policy's upper layers. They run on what the policy's lower layers give, to which gradients
-    flow, and through its final norm."""
+    """A head on a copy of the policy's upper layers, which read the output of the policy's lower layers. The policy's final
+    norm follows. Gradients flow into the lower layers."""
 
     def __init__(self, policy: PreTrainedModel, layers: int, options: HeadOptions) -> None:
         if isinstance(policy, PeftModel):
             raise ConfigError(
-                f"num_value_layers={layers} copies layers to train them whole, but this model trains adapters: leave it "
-                "out, or give a value_model."
+                f"num_value_layers={layers} copies layers and trains all of their weights, but this model trains adapters: "
+                "leave num_value_layers out, or give a value_model."
             )
         stack = layers_of(policy)
         if not 1 <= layers < len(stack):
             raise ConfigError(
-                f"num_value_layers={layers}: {type(policy).__name__} has {len(stack)} layers, of which the value can have "
-                f"1 to {len(stack) - 1} of its own. For all of them, give a value_model."
+                f"num_value_layers={layers}: {type(policy).__name__} has {len(stack)} layers, so give 1 to {len(stack) - 1}. "
+                "For a separate network, give a value_model."
             )
         super().__init__(_summary(policy, options), dropout=options.dropout)
         self.start = len(stack) - layers
-        kept = {id(config): config for config in configs_of(policy)}  # how layers attend is said in the policy's
+        # Copies share the policy's configurations, which set the attention implementation.
+        kept = {id(config): config for config in configs_of(policy)}
         self.layers = copy.deepcopy(stack[self.start :], kept)
 
     @contextmanager
@@ -131,13 +132,13 @@ class ValueBranch(ValueHead):
             yield upper
 
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Load what a branch saved, or a head alone."""
+        """Load the state of a branch, or that of a plain head, which leaves the layers unchanged."""
         branched = any(name.startswith("layers.") for name in state)
         self.load_state_dict({**({} if branched else self.state_dict()), **state})
 
 
 class ValueModel(ValueHead):
-    """A head on a model without one, whose inputs are the policy's."""
+    """A head on a separate network, which gets the same inputs as the policy."""
 
     def __init__(self, model: PreTrainedModel, options: HeadOptions, summary: nn.Linear | None = None) -> None:
         if summary is None:
@@ -147,19 +148,19 @@ class ValueModel(ValueHead):
 
     @classmethod
     def of(cls, model: PreTrainedModel | PeftModel, options: HeadOptions | None = None) -> ValueModel:
-        """From a sequence classifier with one label, whose head it keeps, or from a language model.
+        """Make a value model from a sequence classifier with one label, keeping its head, or from a language model.
 
         Raises ModelError for another number of labels, ConfigError for a model with adapters.
         """
         options = options or HeadOptions()
         if isinstance(model, PeftModel):
             raise ConfigError(
-                "value_model carries adapters, but it is trained whole: merge them first, value_model.merge_and_unload()."
+                "value_model has adapters, but all of its weights are trained: merge them first, value_model.merge_and_unload()."
             )
         summary = dict(model.named_children()).get("score")
         if summary is not None and model.config.num_labels != 1:
             raise ModelError(
-                f"value_model gives one number per token, this {type(model).__name__} has {model.config.num_labels}: load "
+                f"value_model must have one label, but this {type(model).__name__} has {model.config.num_labels}: load "
                 "it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)."
             )
         if model.config.is_encoder_decoder:
@@ -188,12 +189,12 @@ class ValueModel(ValueHead):
 
 
 def _summary(policy: PreTrainedModel | PeftModel, options: HeadOptions) -> nn.Linear:
-    """A new map from the states that the language-model head of `policy` reads."""
+    """A new linear layer for the inputs of the language-model head of `policy`."""
     return options.linear(wrapped_layer(policy.get_output_embeddings()).in_features, policy.dtype)
 
 
 def _with_idle_head(model: PreTrainedModel) -> PreTrainedModel:
-    """An encoder-decoder, whose language-model head stays in place and does nothing (its base model may be itself)."""
+    """Freeze the unused language-model head of an encoder-decoder. It cannot be dropped: the base model may be the model itself."""
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
@@ -206,7 +207,7 @@ def _read(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def reading(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that the language-model head is given meanwhile."""
+    """Record the inputs of the language-model head within the context."""
     seen: list[Tensor] = []
     with head.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         yield seen

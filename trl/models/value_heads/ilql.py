@@ -1,10 +1,10 @@
-"""Language models with the heads of ILQL: a value, and Q-values of the whole vocabulary, of every state.
+"""Language models with the heads of ILQL: for every state a value, and Q-values for the whole vocabulary.
 
     V(s_t)      = W₂ ReLU(W₁ h_t + b₁) + b₂                     one number
-    Q_i(s_t, ·) = the same, for every token of the vocabulary;   i = 1, 2, each with a target copy Q'_i
+    Q_i(s_t, ·) = the same with V outputs, one per token;        i = 1, 2, each with a target network Q'_i
 
-h_t is what the language-model head reads. Of Q only the taken action's value and its log-softmax are needed in training, so
-`[M,V]` Q-values never exist there; sampling asks for them one position at a time. See `trl.algorithms.ilql`.
+h_t is the input of the language-model head. Training needs only Q of the action taken, and its log-softmax, so `[M,V]` Q-values
+are never stored; sampling computes all Q-values, for one position at a time. See `trl.algorithms.ilql`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trl.ops.logprobs import logprobs_from_linear
 
 
 class ActionValues(nn.Linear):
-    """A linear map to one value per action, `[…,H] -> […,V]`; or, told the actions taken, to theirs alone."""
+    """A linear layer with one value per action, `[…,H] -> […,V]`, which can be computed for the actions taken only."""
 
     def forward(self, hidden: Tensor, action: Tensor | None = None, *, normalized: bool = False) -> Any:
         """Q `[M,V]`; with `action [M]` the pair of Q(a) `[M]` and, if `normalized`, log softmax(Q)[a] `[M]` (else None)."""
@@ -43,7 +43,7 @@ class ActionValues(nn.Linear):
 
 
 class QHead(nn.Module):
-    """Q of one hidden layer of twice the width."""
+    """A Q head with one hidden layer of width 2H."""
 
     def __init__(self, hidden_size: int, vocabulary: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class QHead(nn.Module):
 
 
 class ILQLHeads(ValueHead):
-    """V, the Q heads and their target copies, in float32. As a `ValueHead` it gives V."""
+    """V, the Q heads and their target networks, in float32. Its forward is that of a `ValueHead`, and returns V."""
 
     def __init__(self, hidden_size: int, vocabulary: int, *, two_qs: bool = True) -> None:
         summary = nn.Linear(2 * hidden_size, 1)
@@ -66,7 +66,7 @@ class ILQLHeads(ValueHead):
 
     @classmethod
     def on(cls, model: PreTrainedModel | PeftModel, *, two_qs: bool = True) -> ILQLHeads:
-        """New heads for the states that the language-model head of `model` reads."""
+        """New heads that read the same hidden states as the language-model head of `model`."""
         head = model.get_output_embeddings()
         made = cls(head.in_features, head.out_features, two_qs=two_qs)
         return made.to(next(head.parameters()).device)
@@ -78,7 +78,7 @@ class ILQLHeads(ValueHead):
             return self.summary(self.inner(hidden).relu()).squeeze(-1)
 
     def taken(self, hidden: Tensor, action: Tensor) -> dict[str, Tensor]:
-        """Of the actions `[M]` in states `[M,H]`: `q_i` and `q_logprobs_i` of every Q, and `target_q`, the least Q'; `[M]`."""
+        """For actions `[M]` in states `[M,H]`: `q_i` and `q_logprobs_i` of each Q head, and `target_q` = min_i Q'_i; `[M]` each."""
         hidden, found = self._read(hidden), {}
         with torch.autocast(hidden.device.type, enabled=False):
             for i, q in enumerate(self.qs):
@@ -99,7 +99,7 @@ class ILQLHeads(ValueHead):
 
 
 class WithILQLHeads(WithValueHead):
-    """A language model, in `pretrained_model`, and `ILQLHeads`, in `v_head`. What it lacks is the model's."""
+    """A language model (`pretrained_model`) with `ILQLHeads` (`v_head`). Other attributes are those of the model."""
 
     v_head: ILQLHeads
 
@@ -107,7 +107,7 @@ class WithILQLHeads(WithValueHead):
         super().__init__(pretrained_model, v_head=ILQLHeads.on(pretrained_model, two_qs=two_qs))
 
     def sync_targets(self, alpha: float) -> None:
-        """θ' ← α θ + (1 − α) θ'; of weights that are sharded, each process its share."""
+        """θ' ← α θ + (1 − α) θ' for the target networks; each process updates its own shards."""
         held = shards(self)
         target, source = (
             [tensor for name, tensor in held.items() if name.startswith(f"v_head.{part}.")]
@@ -116,8 +116,8 @@ class WithILQLHeads(WithValueHead):
         polyak_update(target, source, alpha=alpha)
 
     def branch(self, layers: int) -> None:
-        """Raises ConfigError: these heads read what the language-model head reads."""
-        raise ConfigError(f"num_value_layers={layers}: the heads of ILQL have no layers of their own.")
+        """Raises ConfigError: these heads read the inputs of the language-model head."""
+        raise ConfigError(f"num_value_layers={layers}: ILQL does not support separate value layers, leave it out.")
 
     def _scored(self, score: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if "q" not in score.want:
@@ -137,11 +137,11 @@ class WithILQLHeads(WithValueHead):
         two_qs: bool = True,
         **kwargs: Any,
     ) -> WithILQLHeads:
-        """A model with heads, from a name or folder, or from a model, with or without adapters.
+        """Make a model with ILQL heads from a name or folder, or from a model object with or without adapters.
 
-        A folder that was saved with heads gives them back; otherwise they are new. `peft_config` puts a new adapter on;
-        `is_trainable` says whether the adapter that a folder holds trains on. Other `kwargs` go to the model's
-        `from_pretrained`. Raises ModelError for a folder whose head is that of another method.
+        Heads that were saved in the folder are loaded, else they are new. `peft_config` adds a new adapter; `is_trainable`
+        says whether an adapter saved in the folder is trained further. Other `kwargs` go to the model's `from_pretrained`.
+        Raises ModelError for a folder with the value head of another method.
         """
         given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         model, state = cls._load(given, is_trainable, kwargs, hub)
@@ -157,7 +157,8 @@ def _number_of_qs(state: Mapping[str, Tensor], name: str) -> int:
     qs = {key.split(".")[1] for key in state if key.startswith("qs.")}
     if not qs:
         raise ModelError(
-            f"{name!r} was saved with a value head and no Q heads, by another method than ILQL: give the language model alone."
+            f"{name!r} was saved with a value head but without Q heads, by another method than ILQL: give the folder of a "
+            "language model without a value head."
         )
     return len(qs)
 
@@ -175,16 +176,16 @@ class AutoModelForSeq2SeqLMWithILQLHeads(WithILQLHeads):
 
 
 KINDS = {False: AutoModelForCausalLMWithILQLHeads, True: AutoModelForSeq2SeqLMWithILQLHeads}
-"""By whether the model is an encoder-decoder."""
+"""Whether the model is an encoder-decoder → class."""
 
 
 def with_ilql_heads(model: PreTrainedModel | PeftModel, **options: Any) -> WithILQLHeads:
-    """`model` with new heads, causal or encoder-decoder as it is; `options` as in `from_pretrained`."""
+    """`model` with new ILQL heads; `options` as in `from_pretrained`."""
     return KINDS[model.config.is_encoder_decoder].from_pretrained(model, **options)
 
 
 def load_with_ilql_heads(name: str, **options: Any) -> WithILQLHeads:
-    """The model `name` with heads, those that it was saved with or new ones; `options` as in `from_pretrained`."""
+    """Load the model `name` with its saved ILQL heads, or with new ones; `options` as in `from_pretrained`."""
     config = load_config(
         name, trust_remote_code=options.get("trust_remote_code", False), revision=options.get("revision")
     )

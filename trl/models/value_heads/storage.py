@@ -1,4 +1,4 @@
-"""Heads on disk: where a value head or the head of a reward model is found, in today's files and in older ones."""
+"""Load value heads and reward heads from disk, in the present and in older file formats."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from trl.models.load import find_file, has_file
 from trl.models.shards import check_shards
 
 HEAD_FILE = "value_head.safetensors"
-"""Where `save_pretrained` puts the value head. Older checkpoints keep it among the model's weights."""
+"""File of the value head. Older checkpoints have it among the model's weights."""
 
 VALUE_MODEL = "value_model"
-"""Folder beside it, of the network that the value head reads, where it has one of its own."""
+"""Folder beside it with the separate network of a `ValueModel`."""
 
 PREFIX = "v_head."
 
 
 def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
-    """State of the value head that was saved with the model `name` (a folder, or on the hub); None without one."""
+    """State of the value head that was saved with the model `name` (folder or hub name); None without one."""
     if (path := find_file(name, HEAD_FILE, **hub)) is not None:
         return _read(path)
     for index, whole in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
@@ -45,24 +45,24 @@ def stored_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def has_value_model(name: str, hub: dict[str, Any]) -> bool:
-    """Whether a network of the value's own was saved with the model `name`."""
+    """Whether a separate value network was saved with the model `name`."""
     return has_file(name, f"{VALUE_MODEL}/{CONFIG_NAME}", **hub)
 
 
 def load_value_model(name: str, hub: dict[str, Any]) -> PreTrainedModel:
-    """The network that was saved beside the model `name` for its values."""
+    """Load the separate value network that was saved with the model `name`."""
     subfolder = "/".join(filter(None, (hub.get("subfolder"), VALUE_MODEL)))
     return AutoModel.from_pretrained(name, dtype="auto", **{**hub, "subfolder": subfolder})
 
 
 def without_copies(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state`, of `model` or of what wraps it, without tied weights: gathering shards makes copies of them."""
+    """`state` (of `model` or its wrapper) without tied weights, of which gathering shards made separate copies."""
     tied = tuple(model.all_tied_weights_keys)
     return {name: tensor for name, tensor in state.items() if not name.endswith(tied)}
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of the value head in one file, by their names within it."""
+    """The tensors of the value head in one file, by their names in the head."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as stored:
             return {key.removeprefix(PREFIX): stored.get_tensor(key) for key in stored.keys() if key.startswith(PREFIX)}  # noqa: SIM118
@@ -71,20 +71,20 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def add_reward_adapter(model: PeftModel, adapter: str, name: str) -> nn.Linear:
-    """Load a reward model's adapter beside those of `model`, frozen, under `name`; gives the reward head.
+    """Load a reward model's adapter into `model` under `name`, frozen; return the reward head.
 
     Raises ModelError for a model without adapters, and for an adapter that was saved without a reward head.
     """
     if not isinstance(model, PeftModel):
         raise ModelError(
-            "reward_adapter needs a policy that is an adapter as well, so that both share one base model: pass "
+            "reward_adapter needs a policy with an adapter, so that both share one base model: pass "
             "peft_config=LoraConfig(...), or a PeftModel."
         )
     state = load_peft_weights(adapter, device="cpu")
     heads = {key: value for key, value in state.items() if key.endswith((".score.weight", ".score.bias"))}
     if not heads:
         raise ModelError(
-            f"reward_adapter={adapter!r} holds no 'score' head (it holds {sorted(state)[:3]}, …): train it with "
+            f"reward_adapter={adapter!r} has no 'score' head (it has {sorted(state)[:3]}, …): train it with "
             "RewardTrainer and peft_config=LoraConfig(task_type='SEQ_CLS', ...)."
         )
     config = PeftConfig.from_pretrained(adapter)
@@ -95,7 +95,7 @@ def add_reward_adapter(model: PeftModel, adapter: str, name: str) -> nn.Linear:
 
 
 def _linear(state: dict[str, Tensor]) -> nn.Linear:
-    """The frozen linear layer whose weight, and perhaps bias, `state` holds."""
+    """A frozen linear layer with the weight, and the bias if any, in `state`."""
     parts = {key.rpartition(".")[2]: value for key, value in state.items()}
     labels, hidden = parts["weight"].shape
     head = nn.Linear(hidden, labels, bias="bias" in parts, dtype=parts["weight"].dtype)
