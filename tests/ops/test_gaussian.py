@@ -43,7 +43,7 @@ def test_kl_is_what_samples_say():
 
 
 def test_one_deviation_per_latent():
-    with pytest.raises(ShapeError, match=r"gaussian_kl: sd has shape \(2, 1\), and \[M\] is expected"):
+    with pytest.raises(ShapeError, match=r"gaussian_kl: sd has shape \(2, 1\), but \[M\] is expected"):
         gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
     with pytest.raises(ShapeError, match="gaussian_logprob: mean has shape"):
         gaussian_logprob(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2))

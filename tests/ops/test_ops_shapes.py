@@ -18,15 +18,15 @@ def ones(*shape):
 
 
 def test_a_vector_is_not_taken_for_a_column():
-    with pytest.raises(ShapeError, match=r"sigmoid: rejected has shape \(3, 1\), and \[P\] is expected with P=3"):
+    with pytest.raises(ShapeError, match=r"sigmoid: rejected has shape \(3, 1\), but \[P\] is expected with P=3"):
         sigmoid(ones(3), ones(3, 1), beta=0.1)
-    with pytest.raises(ShapeError, match=r"token_rewards: scores has shape \(2, 1\), and \[N\] is expected"):
+    with pytest.raises(ShapeError, match=r"token_rewards: scores has shape \(2, 1\), but \[N\] is expected"):
         token_rewards(ones(2, 1), ones(2, 3), ones(2, 3), coefficient=0.1)
 
 
 def test_sizes_are_the_same_by_letter():
     with pytest.raises(
-        ShapeError, match=r"combine_rewards: weights has shape \(3,\), and \[F\] is expected with N=4, F=2"
+        ShapeError, match=r"combine_rewards: weights has shape \(3,\), but \[F\] is expected with N=4, F=2"
     ):
         combine_rewards(ones(4, 2), ones(3), torch.zeros(4, dtype=torch.long), aggregation="sum_then_normalize")
 

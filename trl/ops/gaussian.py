@@ -1,11 +1,11 @@
-"""Gaussian densities of whole latents, as means over their dimensions.
+"""Gaussian log-probability, KL and entropy of latents, averaged over their dimensions.
 
     log N(x; μ, σ²)          = −(x − μ)² / 2σ² − log σ − ½ log 2π
     KL(N(μ, σ²) ‖ N(μ', σ²)) = (μ − μ')² / 2σ²
     H(N(μ, σ²))              = log σ + ½ log 2πe
 
-A step of denoising draws x' ~ N(μ, σ² I). The mean over the D dimensions of the latent, in place of their sum, is what
-DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470) train with: clip ranges and KL coefficients are tuned to it.
+A denoising step samples x' ~ N(μ, σ² I). Like DDPO (arXiv:2305.13301) and Flow-GRPO (arXiv:2505.05470), all three are means over
+the D dimensions of the latent, not sums: clip ranges and KL coefficients are tuned for that.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def gaussian_entropy(sd: Tensor) -> Tensor:
 
 
 def _as_column(sd: Tensor, latents: Tensor) -> Tensor:
-    """`sd [M]`, to be broadcast over `latents [M,…]`."""
+    """View `sd [M]` as `[M,1,…]`, so that it broadcasts over `latents [M,…]`."""
     return sd.view(-1, *[1] * (latents.dim() - 1))

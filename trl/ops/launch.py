@@ -1,4 +1,4 @@
-"""Starting a kernel of Triton: on the device of its tensors, and not at all where these have shapes alone."""
+"""Launch Triton kernels on the device of their tensors; skip the launch for fake tensors, which have no data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """False for a tensor of the estimate of memory, which has a shape alone."""
+    """False for a fake tensor, as the memory estimate uses: it has a shape and no data."""
     return not isinstance(tensor, FakeTensor)
 
 
 def launch(
     kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments: Tensor | int | float, **flags: object
 ) -> None:
-    """Run a kernel, whose first argument is a tensor; nothing where that has no values."""
+    """Launch a kernel whose first argument is a tensor. Do nothing if that is a fake tensor."""
     if has_values(arguments[0]):
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **flags)

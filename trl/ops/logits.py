@@ -1,8 +1,8 @@
-"""What is asked of a distribution over the vocabulary, and what is done to logits before it.
+"""The names of statistics of a distribution over the vocabulary, and the transform of logits that precedes it.
 
     z = softcap · tanh(scale · raw / softcap) / temperature        (both transforms optional)
 
-Gemma 2 has the soft-cap (arXiv:2408.00118, section 2), Cohere and Granite a scale.
+Gemma 2 has soft-capping (arXiv:2408.00118, section 2), Cohere and Granite a scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATISTICS = DIFFERENTIABLE + DETACHED
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What an architecture does to the head's output, and the temperature: see the top of the file."""
+    """Scaling, soft-capping and temperature of the head's output: the formula at the top of the file."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -32,7 +32,7 @@ class LogitTransform:
         return z / self.temperature if self.temperature != 1.0 else z
 
     def derivative(self, z: Tensor) -> Tensor | float:
-        """∂z/∂raw `[…,V]` from z `[…,V]`; a number where it is the same everywhere."""
+        """∂z/∂raw `[…,V]` from z `[…,V]`; a float if it is constant."""
         if self.softcap is None:
             return self.scale / self.temperature
         capped = z * (self.temperature / self.softcap)

@@ -1,12 +1,12 @@
-"""Log-probabilities of tokens from hidden states, without the `[M,V]` logits that lie between.
+"""Log-probabilities of tokens from hidden states, without storing the `[M,V]` logits.
 
     z = softcap · tanh(scale · (W h + b) / softcap) / temperature        (both transforms optional)
     log p(token) = z_token − log Σ_v exp z_v
 
 A row of logits is as large as the vocabulary and is needed twice: to normalise, and for its gradient
-∂ log p(token) / ∂z = onehot(token) − p. So tokens go through the head in chunks. While the probabilities of all chunks
-fit `KEPT_ELEMENTS`, backward reuses them; beyond that it computes the chunk's logits again. On CUDA the same is done by
-the kernels of `triton_head.py`. Factors of a half-precision head are rounded, its logits are not (`products.py`).
+∂ log p(token) / ∂z = onehot(token) − p. So tokens go through the head in chunks. As long as the probabilities of all chunks fit
+into `KEPT_ELEMENTS`, backward reuses them; for further chunks it recomputes the logits. On CUDA, the kernels of
+`triton_head.py` do the same. In half precision, hidden states and weights are rounded, logits are float32 (`products.py`).
 
 M scored tokens, H hidden size, V vocabulary.
 """
@@ -34,7 +34,8 @@ KEPT_ELEMENTS = 2**26
 def logprobs_from_logits(
     logits: Tensor, target: Tensor, *, want: frozenset[str] = frozenset(), transform: LogitTransform | None = None
 ) -> dict[str, Tensor]:
-    """Statistics `[M]` float32 of logits `[M,V]`, by autograd: for heads that are not understood, and small ones."""
+    """Statistics `[M]` float32 of logits `[M,V]`, with gradients by autograd: for models that transform their logits in another
+    way than `LogitTransform`, and for chunks."""
     z = (transform or LogitTransform())(wide(logits))
     logp = torch.log_softmax(z, dim=-1)
     chosen = logp.gather(-1, target[:, None]).squeeze(-1)
@@ -63,9 +64,9 @@ def logprobs_from_module(
     want: frozenset[str] = frozenset(),
     transform: LogitTransform | None = None,
 ) -> dict[str, Tensor]:
-    """As `logprobs_from_linear`, for any `head: [m,H] -> [m,V]` (adapters on it, quantised weights).
+    """As `logprobs_from_linear`, for any `head: [m,H] -> [m,V]` (with adapters or quantised weights).
 
-    Each chunk is computed again in backward, so that one chunk of logits is alive at a time.
+    Backward recomputes each chunk, so that only one chunk of logits exists at a time.
     """
     want = frozenset(want)
 
@@ -89,9 +90,9 @@ def logprobs_from_linear(
     want: frozenset[str] = frozenset(),
     transform: LogitTransform | None = None,
 ) -> dict[str, Tensor]:
-    """Log-probabilities of `target [M]` under a linear head, and what else is wanted of the distributions.
+    """Log-probabilities of `target [M]` under a linear head, and further statistics of the distributions.
 
-    hidden [M,H], weight [V,H], bias [V] or None. Gives `[M]` float32 tensors by name: "logprobs", and of `want`
+    hidden [M,H], weight [V,H], bias [V] or None. Returns `[M]` float32 tensors by name: "logprobs", and those named in `want`:
     "entropy" −Σ p log p, "mean_logprob" Σ_v log p_v / V (these three carry gradients), "mean_logit" Σ_v z_v / V,
     "collision" Σ p², "greedy" (1 where the target is a most likely token).
     """
@@ -104,7 +105,7 @@ def logprobs_from_linear(
 
 
 def _implementation(device: torch.device, dtype: torch.dtype) -> type[torch.autograd.Function]:
-    """Triton's kernels where they run and the factors are not float64, else plain torch."""
+    """The Triton implementation on CUDA, except for float64; else the one in plain PyTorch."""
     if device.type == "cuda" and dtype != torch.float64 and has_triton():
         from trl.ops.triton_head import TritonLogprobs
 
@@ -119,7 +120,7 @@ def has_triton() -> bool:
 
 
 def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows with at most `CHUNK_ELEMENTS` logits each. At least one, so that empty input has its shape."""
+    """Slices of rows with at most `CHUNK_ELEMENTS` logits each. Yields one slice for empty input, so that outputs have a shape."""
     rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ACCELERATOR) // vocabulary)
     for start in range(0, max(count, 1), rows):
         yield slice(start, start + rows)
@@ -178,7 +179,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     product(d, head[0], out=d_hidden[rows])
                 if d_weight is not None:
                     add_product(d_weight, d.T, hidden[rows])
-        return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to their inputs' types
+        return d_hidden, d_weight, d_bias, None, None, None, None  # autograd casts them to the dtypes of the inputs
 
 
 def _head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -186,13 +187,13 @@ def _head(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tens
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """z `[m,V]` in float32 (float64 stays), in memory of its own."""
+    """z `[m,V]` in float32 (or float64), as a new tensor that the caller may overwrite."""
     raw = product(hidden, weight.T)
     return transform(raw if bias is None else raw.add_(bias))
 
 
 def _statistics(z: Tensor, target: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """The statistics of a chunk and its probabilities; `z` is overwritten."""
+    """The statistics of a chunk, and its probabilities; overwrites `z`."""
     mean = z.mean(-1) if want & {"mean_logprob", "mean_logit"} else None
     top = z.amax(-1, keepdim=True)
     chosen = z.gather(-1, target[:, None]) - top

@@ -1,10 +1,10 @@
-"""Matrix products whose results are float32, whatever precision their factors have.
+"""Matrix products with half-precision inputs and float32 output.
 
     c[i,j] = Σ_k a[i,k] · b[k,j],      a, b rounded to bfloat16 or float16,  every sum and c in float32
 
-Tensor cores add in float32 anyway; what is lost is lost when the result is rounded. Of logits with a standard
-deviation of 3, rounding to bfloat16 moves log-probabilities by 3e-3 on average; without it they are within 1e-5 of
-float64. CUDA has products of this kind. Elsewhere factors are widened first, which gives the same numbers.
+Tensor cores accumulate in float32 anyway; precision is lost only when the output is rounded. For logits with a standard
+deviation of 3, rounding to bfloat16 changes log-probabilities by 3e-3 on average; without it they are within 1e-5 of
+float64. CUDA has kernels for such products. On other devices the inputs are cast to float32 first, with the same results.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x [I,J]` in float32; float64 stays."""
+    """`x [I,J]` cast to float32; float64 is kept."""
     return x.to(wide_dtype(x.dtype))
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products of float32 on CUDA without TF32, which keeps ten bits of each factor: for comparisons of small numbers."""
+    """Disable TF32 on CUDA within the context: it keeps ten bits of each float32 input, too few to compare results."""
     settings = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
     before = getattr(settings, name)
@@ -40,13 +40,13 @@ def exact_products() -> Iterator[None]:
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x [I,J]` rounded to `dtype`, detached, in the type that `product` reads as it is on the device of `x`."""
+    """`x [I,J]` rounded to `dtype` and detached; except on CUDA, stored as float32 for `product`."""
     rounded = x.detach().to(dtype)
     return rounded if x.is_cuda else wide(rounded)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b in float32 (float64 of float64), from matrices `[I,K]` and `[K,J]` of one type, into `out` if given."""
+    """a @ b in float32 (float64 for float64 inputs), of matrices `[I,K]` and `[K,J]` of one dtype, into `out` if given."""
     dtype = wide_dtype(a.dtype)
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
@@ -56,7 +56,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, for a float32 (float64) `total [I,J]`, added before anything is rounded."""
+    """total += a @ b for a float32 (or float64) `total [I,J]`, without rounding the product first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

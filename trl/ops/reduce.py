@@ -1,8 +1,8 @@
-"""Averages over masks, and the weights that make a loss independent of how its batch was split.
+"""Masked averages, and the token weights that make a loss independent of how its batch was split.
 
     loss = Σ_n Σ_t weight[n,t] · loss[n,t],      Σ weight = 1 over the accumulation window and all processes
 
-"token", "sequence" and "constant" averaging are three ways to fill the weights.
+"token", "sequence" and "constant" averaging differ in the weights: see `WEIGHTS`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor
 
 @shapes(values="N", mask="N C")
 def at_last(values: Tensor, mask: Tensor) -> Tensor:
-    """`values [N]` at the last place of each row where `mask [N,C]` is 1, zero elsewhere: `[N,C]`."""
+    """`[N,C]` with `values [N]` at the last position of each row where `mask [N,C]` is 1, zero elsewhere."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
     return torch.zeros_like(mask).scatter(1, last, values[:, None].to(mask.dtype)) * mask
 
@@ -54,7 +54,7 @@ def _sequence(mask: Tensor) -> Tensor:
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"token": _token, "sequence": _sequence, "constant": _token}
 """Unnormalised weights `[N,C]` from a mask `[N,C]`.
 
-"token": every scored token of the window counts the same. "sequence": every completion counts the same, its tokens
-equally. "constant": every token counts the same, and the sum is divided by a number given beforehand instead of the
-count of tokens (Dr. GRPO, arXiv:2503.20783, Eq. 3).
+"token": the mean over all scored tokens of the window. "sequence": the mean over completions of the mean over their tokens.
+"constant": the sum over tokens, divided by a fixed number in place of the number of tokens (Dr. GRPO, arXiv:2503.20783,
+Eq. 3).
 """

@@ -1,11 +1,11 @@
-"""Shapes that a function of tensors is declared to take, checked at every call.
+"""A decorator that declares the shapes of a function's tensor arguments, and checks them at every call.
 
     @shapes(rewards="N F", weights="F", group="N")
     def combine_rewards(rewards, weights, group, *, aggregation): ...
 
-A letter is a dimension; the same letter is the same size everywhere. "..." is any shape, or any further dimensions ("M ..."),
-the same for all arguments that have it. With a question mark a size may be 1 as well. Broadcasting would take `[N]` for
-`[N,1]` in silence, and give `[N,N]`.
+A letter is a dimension, which has the same size in all arguments. "..." stands for any shape, or any further dimensions
+("M ..."), the same in all arguments. A dimension with a question mark may have size 1 as well. Without the check, broadcasting
+`[N]` where `[N,1]` is meant would silently give `[N,N]`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ R = TypeVar("R")
 
 
 def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator that checks the shapes of arguments, by name; numbers and None in place of tensors are not checked.
+    """Decorate a function to check the shapes of its arguments, given by name. Arguments that are not tensors are not checked.
 
-    The shapes are added to the function's docstring, so that `help` shows them. Raises ShapeError, naming the function, the
-    argument, and the shapes expected and found.
+    The shapes are added to the function's docstring, so that `help` shows them. Calls raise ShapeError with the function, the
+    argument, and the expected and actual shapes.
     """
     dimensions = {name: each.split() for name, each in expected.items()}
 
@@ -42,7 +42,7 @@ def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 if name in dimensions and isinstance(value, Tensor) and not _fits(value, dimensions[name], sizes):
                     known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
                     raise ShapeError(
-                        f"{function.__name__}: {name} has shape {tuple(value.shape)}, and [{expected[name]}] is expected"
+                        f"{function.__name__}: {name} has shape {tuple(value.shape)}, but [{expected[name]}] is expected"
                         f"{f' with {known}' if known else ''}."
                     )
             return function(*args, **kwargs)
@@ -55,7 +55,7 @@ def shapes(**expected: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _fits(value: Tensor, letters: list[str], sizes: dict[str, int]) -> bool:
-    """Whether a tensor has these dimensions; sizes that were not known before are taken from it."""
+    """Whether a tensor has these dimensions. Sizes of new letters are recorded in `sizes`."""
     *first, last = letters
     if last.startswith("..."):
         further = sizes.setdefault("...", value.dim() - len(first))

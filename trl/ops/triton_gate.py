@@ -1,10 +1,10 @@
-"""A gated network's product, in one kernel, and so in backward.
+"""The activation and product of a gated MLP as one kernel, forward and backward.
 
     p = act(g) ⊙ u          act(x) = x σ(z):  z = x (SiLU),  or z = 2 √(2/π) (x + 0.044715 x³) (GELU by tanh)
     act′(x) = σ(z) + x σ(z) (1 − σ(z)) z′
 
-Written with PyTorch's operations this is two kernels forward and three backward; two more, where act(g) and p are not kept. What
-they would round is rounded here too: act(g), p, and the gradient of act(g). All else is float32.
+With PyTorch's operations this takes two kernels forward and three backward, and two more if act(g) and p are recomputed. The kernel
+rounds to the input's dtype where PyTorch does: act(g), p, and the gradient of act(g). All else is computed in float32.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from trl.ops.launch import launch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "tanh": lambda x: F.gelu(x, approximate="tanh")}
-"""What the kernels know, by their constant."""
+"""Value of the kernels' constant `ACTIVATION` → the function in PyTorch."""
 
 BLOCK = 1024
-"""Numbers that a program computes."""
+"""Elements per program."""
 
 
 @triton.jit
 def _sigma(x, ACTIVATION: tl.constexpr):
-    """σ(z), and z′."""
+    """σ(z) and z′."""
     if ACTIVATION == "tanh":  # σ(2y) = (1 + tanh y) / 2
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
@@ -39,7 +39,7 @@ def _sigma(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _gate_kernel(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """p, of `BLOCK` numbers."""
+    """Compute `BLOCK` elements of p."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _gate_kernel(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def _gate_backward_kernel(gate, up, grad, gate_out, up_out, product_out, count,
                           ACTIVATION: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Gradients of g and u, and p again where it is asked for, of `BLOCK` numbers."""
+    """Compute `BLOCK` elements of the gradients of g and u, and with `PRODUCT` of p."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -67,7 +67,7 @@ def _gate_backward_kernel(gate, up, grad, gate_out, up_out, product_out, count,
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(g) ⊙ u `[…,F]` of two tensors of that shape."""
+    """act(g) ⊙ u `[…,F]`, of g and u `[…,F]`."""
     gate, up = gate.contiguous(), up.contiguous()
     out, count = torch.empty_like(gate), gate.numel()
     launch(_gate_kernel, (triton.cdiv(count, BLOCK),), gate, up, out, count, ACTIVATION=activation, BLOCK=BLOCK)
@@ -77,7 +77,7 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_backward(
     gate: Tensor, up: Tensor, grad: Tensor, activation: str, *, product: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients `[…,F]` of g and u, from that of p; and p `[…,F]`, with `product`."""
+    """Gradients `[…,F]` of g and u, given that of p; with `product`, also the recomputed p `[…,F]`, else None."""
     gate, up, grad = (x.contiguous() for x in (gate, up, grad))
     of_gate, of_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     made = torch.empty_like(gate) if product else None
@@ -90,7 +90,7 @@ def gated_backward(
 
 
 def name_of(function: object) -> str | None:
-    """What the kernels call an activation; None for one that they do not know. It is tried on numbers `[65]`."""
+    """The key in `ACTIVATIONS` of a function, found by its results on 65 numbers; None if the kernels do not have it."""
     if not callable(function):
         return None
     x = torch.linspace(-4, 4, 65)

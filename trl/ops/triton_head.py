@@ -1,23 +1,23 @@
-"""The statistics of `logprobs.py` on GPUs: one pass over tiles of logits, with an online logsumexp.
+"""The statistics of `logprobs.py` on GPUs, in one pass over tiles of logits with an online logsumexp.
 
-With z a tile's logits, and for each token the running maximum m and sums over the vocabulary seen so far,
+For each token, with z its logits over the part of the vocabulary processed so far, the running maximum m and these sums are kept:
 
     s = Σ e^(z−m)     t = Σ e^(z−m) (z−m)     c = Σ e^(2(z−m))     a = Σ z
 
-a larger maximum m′ takes s to s e^δ, t to e^δ (t + δ s), c to c e^(2δ) with δ = m − m′ (Milakov and Gimelshein 2018,
-"Online normalizer calculation for softmax", algorithm 3; t and c follow from the same substitution). At the end
+When the maximum grows to m′, with δ = m − m′, s becomes s e^δ, t becomes e^δ (t + δ s), and c becomes c e^(2δ) (Milakov and
+Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; t and c follow from the same substitution). At the end
 
     log p(token) = z_token − m − log s      entropy = log s − t/s      Σ_v log p_v / V = a/V − m − log s
     Σ_v z_v / V = a/V                       Σ p² = c/s²
 
-The product that gives a tile is torch's, into float32. Backward makes each tile again, turns it into the gradient of the
-logits in one kernel, and multiplies that with the weights and the hidden states; both sums are kept in float32. Tiles
-are taken along the vocabulary first, so that the gradient of a tile of weights is complete, and rounded once, before the
-next begins. Memory beside inputs and gradients: one tile.
+The matrix product for a tile is PyTorch's, with float32 output. Backward recomputes each tile, turns it into the gradient of the
+logits in one kernel, and multiplies that with the weights and the hidden states, accumulating both products in float32. The
+outer loop runs over the vocabulary, the inner one over tokens, so that the gradient of a part of the weights is complete, and
+rounded once, before the next part begins. Memory besides inputs and gradients: one tile.
 
-The gradient of a tile of logits is a factor of both sums. bfloat16 would round it to 8 bits, and that error, 2e-3, would be the
-largest of the head's. It is rounded to float16, with 11 bits, at the same speed: gradient, weights and hidden states are scaled
-by powers of two, which are exact, into its range.
+Both products need the gradient of the logits in half precision. bfloat16 would round it to 8 bits, and that error, 2e-3, would
+be the largest of the head's. float16 has 11 bits at the same speed; to fit its range, gradient, weights and hidden states are
+scaled by powers of two, which is exact.
 
 M tokens, H hidden size, V vocabulary; m and v a tile's.
 """
@@ -37,19 +37,19 @@ from trl.ops.logits import DETACHED, STATISTICS, LogitTransform
 from trl.ops.products import add_product, product
 
 TILE_ELEMENTS = 2**25
-"""Logits of a tile. Smaller tiles cost launches (four per tile in backward), larger ones memory."""
+"""Logits per tile. Smaller tiles need more launches (four per tile in backward), larger ones more memory."""
 
 TILE_ROWS = 4096
-"""Tokens of a tile at most."""
+"""Maximal number of tokens per tile."""
 
 BLOCK = 4096
-"""Logits that a program holds at once."""
+"""Logits that a program processes at once."""
 
 LOWEST = tl.constexpr(-3.0e38)
-"""The running maximum before the first tile: finite, so that differences of maxima stay numbers."""
+"""Initial running maximum: finite, so that differences of maxima are not NaN."""
 
 TOP, TOTAL, WEIGHTED, SQUARED, SUM, CHOSEN = range(6)
-"""Rows of the running state `[6,M]`: m, s, t, c, a of the top of the file, and z at the target."""
+"""Rows of the running state `[6,M]`: m, s, t, c, a as at the top of the file, and z of the target token."""
 
 
 # ── kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,7 +80,7 @@ def _accumulate_kernel(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Take a tile `[m,v]` of raw logits, of vocabulary from `first` on, into the state. One program per token."""
+    """Update the running state with a tile `[m,v]` of raw logits, whose first column is token `first`. One program per token."""
     row = tl.program_id(0)
     line = logits + row.to(tl.int64) * columns
     state += row
@@ -169,7 +169,7 @@ def _gradient_kernel(
 
 
 class _Tiles:
-    """The tiles of a head's logits, made one after the other in the same memory."""
+    """Computes the logits of a head tile by tile, in one reused buffer."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype
@@ -185,7 +185,7 @@ class _Tiles:
         self.flags = {"HAS_BIAS": bias is not None, "CAPPED": transform.softcap is not None}
 
     def columns_in_turn(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary, and their rows of the weights `[v,H]` in the type of the product's factors."""
+        """Slices of the vocabulary, each with its weights `[v,H]` cast to the dtype of the matrix product."""
         for first in range(0, self.vocabulary, self.columns):
             part = slice(first, min(first + self.columns, self.vocabulary))
             yield part, self.weight[part].to(self.dtype)
@@ -195,13 +195,13 @@ class _Tiles:
             yield slice(first, min(first + self.rows, self.tokens))
 
     def logits(self, rows: slice, weight: Tensor) -> Tensor:
-        """Raw logits `[m,v]` float32 of some tokens under some rows of the weights, without the bias."""
+        """Raw logits `[m,v]` float32 of the tokens `rows` for a part of the weights, without the bias."""
         count = rows.stop - rows.start
         out = self.memory[: count * len(weight)].view(count, len(weight))
         return product(self.hidden[rows], weight.T, out=out)
 
     def accumulate(self, rows: slice, part: slice, weight: Tensor, target: Tensor, state: Tensor) -> None:
-        """Take a tile into the state `[6,M]`."""
+        """Compute a tile and update the running state `[6,M]`."""
         logits = self.logits(rows, weight)
         tensors = logits, self.bias, target[rows], state[:, rows]
         launch(
@@ -211,7 +211,7 @@ class _Tiles:
     def gradient(
         self, rows: slice, part: slice, weight: Tensor, target: Tensor, factors: Tensor, *, entropy: bool
     ) -> Tensor:
-        """The gradient `[m,v]` of the loss with respect to a tile of raw logits; `factors [6,M]`: see `_factors`."""
+        """The gradient `[m,v]` of the loss with respect to a tile of raw logits, given `factors [6,M]` of `_factors`."""
         logits = self.logits(rows, weight)
         out = self.gradients[: logits.numel()].view_as(logits)
         grid = (len(logits), triton.cdiv(logits.shape[1], BLOCK))
@@ -230,17 +230,17 @@ class _Tiles:
 
     @cached_property
     def gradients(self) -> Tensor:
-        """Memory of a gradient in the type that it is rounded to; that of the logits where the type is the same."""
+        """Buffer for the gradient of a tile, in its own dtype; the buffer of the logits if that is float32, too."""
         dtype = _rounding(self.dtype)
         return self.memory if dtype == torch.float32 else torch.empty_like(self.memory, dtype=dtype)
 
     def _numbers(self, part: slice) -> tuple[int | float, ...]:
-        """What kernels are told of a tile after its tensors."""
+        """The numeric arguments of kernels for a tile, which follow the tensors."""
         return self.tokens, part.start, part.stop - part.start, *self.constants
 
 
 def _statistics(state: Tensor, vocabulary: int, want: frozenset[str]) -> dict[str, Tensor]:
-    """Statistics `[M]` by name from the state after the last tile: see the top of the file."""
+    """Statistics `[M]` by name, from the running state after the last tile (formulas at the top of the file)."""
     log_total = state[TOTAL].log()
     normalizer = state[TOP] + log_total
     result = {"logprobs": (state[CHOSEN] - state[TOP]) - log_total}
@@ -265,7 +265,8 @@ def _factors(
     d_mean: Tensor | None,
     entropy: Tensor | None,
 ) -> Tensor:
-    """`[6,M]`: logsumexp, g of the log-probability, g/V of the mean, g of the mean, g of the entropy, g · entropy."""
+    """What the gradient kernel needs per token, `[6,M]`: logsumexp, and with g the incoming gradients: g of the log-probability,
+    g/V and g of the mean, g and g · entropy of the entropy."""
     factors = normalizer.new_zeros(6, len(normalizer))
     factors[0] = normalizer
     if d_logprobs is not None:
@@ -278,17 +279,17 @@ def _factors(
 
 
 def _rounding(dtype: torch.dtype) -> torch.dtype:
-    """The type that gradients of logits are rounded to, where the head's own factors are of `dtype`."""
+    """The dtype of the gradient of logits, if hidden states and weights are of `dtype`."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 def _scales(largest: Tensor) -> Tensor:
-    """Powers of two `[K]` that take numbers up to `largest [K]` to at most 2¹⁴, in float16's range. The host waits for nothing."""
+    """Powers of two `[K]` that scale numbers up to `largest [K]` to at most 2¹⁴, within float16's range. Does not synchronise."""
     return torch.exp2((14.0 - torch.frexp(largest).exponent).clamp(max=60.0))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """`x` in float16, times `scale`; as it is without one."""
+    """`x` times `scale` in float16; `x` itself if `scale` is None."""
     return x if scale is None else torch.mul(x, scale, out=torch.empty_like(x, dtype=torch.float16))
 
 
@@ -331,7 +332,7 @@ class TritonLogprobs(torch.autograd.Function):
             tiles = _Tiles(hidden, weight, bias, ctx.transform, ctx.dtype)
             states = _scaled(hidden, of_hidden)
             for part, vectors in tiles.columns_in_turn():
-                total = d_weight[part].float() if needs_weight else None  # d_weight itself where that is float32
+                total = d_weight[part].float() if needs_weight else None  # a view of d_weight if that is float32
                 scaled = _scaled(vectors, of_weight)
                 for rows in tiles.rows_in_turn():
                     d = tiles.gradient(rows, part, vectors, target, factors, entropy=d_entropy is not None)

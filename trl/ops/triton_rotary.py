@@ -1,8 +1,8 @@
-"""Queries and keys turned by their positions, in one kernel, and so in backward.
+"""Rotary position embedding of queries and keys as one kernel, forward and backward.
 
-    x′ = x · cos + [−x₂, x₁] · sin,   x = [x₁, x₂]          Su et al. 2021, equation 34, halves side by side
+    x′ = x · cos + [−x₂, x₁] · sin,   x = [x₁, x₂]          Su et al. 2021, equation 34, on the two halves of a head
 
-Written with PyTorch's operations, this is ten kernels forward and fourteen backward in every layer. Sums are float32.
+With PyTorch's operations, this takes ten kernels forward and fourteen backward in every layer. It computes in float32.
 
 B rows, h heads, T tokens, D head size.
 """
@@ -23,7 +23,7 @@ from trl.ops.launch import launch
 def _rotate_kernel(query, key, cos, sin, query_out, key_out, query_stride, key_stride, positions,
                    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
                    WIDTH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """One head of a token per program: query heads first, then key heads. `positions` rows of cos and sin take turns."""
+    """Rotate one head of one token per program: query heads first, then key heads. Token i uses row i mod `positions` of cos and sin."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lane = tl.arange(0, WIDTH)
@@ -41,7 +41,7 @@ def _rotate_kernel(query, key, cos, sin, query_out, key_out, query_stride, key_s
     cos_two = tl.load(cos + angle + HALF, mask=inside, other=0.0).to(tl.float32)
     sin_one = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
     sin_two = tl.load(sin + angle + HALF, mask=inside, other=0.0).to(tl.float32)
-    if BACKWARD:  # by the transposed matrix
+    if BACKWARD:  # the transposed rotation
         sin_one, sin_two = -sin_two, -sin_one
     one = first * cos_one - second * sin_one
     two = second * cos_two + first * sin_two
@@ -58,9 +58,10 @@ def rotate(
     dtype: torch.dtype | None = None,
     backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Queries `[B,H,T,D]` and keys `[B,K,T,D]` turned by cos and sin `[B,T,D]` or `[1,T,D]`, in `dtype`, or the wider of both.
+    """Rotate queries `[B,H,T,D]` and keys `[B,K,T,D]` by cos and sin `[B,T,D]` or `[1,T,D]`.
 
-    With `backward`, turned by the transposed matrix: gradients of what went in from those of what came out.
+    The output has `dtype`, by default the wider one of `query` and `cos`. With `backward`, the transposed rotation is applied,
+    which maps gradients of outputs to gradients of inputs.
     """
     (rows, query_heads, length, size), key_heads = query.shape, key.shape[1]
     dtype = dtype or torch.promote_types(query.dtype, cos.dtype)
@@ -74,18 +75,18 @@ def rotate(
         QUERY_HEADS=query_heads, KEY_HEADS=key_heads, HALF=size // 2,
         WIDTH=triton.next_power_of_2(size // 2), BACKWARD=backward,
     )  # fmt: skip
-    turned_query, turned_key = (x.transpose(1, 2) for x in out)
-    return turned_query, turned_key
+    rotated_query, rotated_key = (x.transpose(1, 2) for x in out)
+    return rotated_query, rotated_key
 
 
 class Rotated(torch.autograd.Function):
-    """`rotate` with gradients of queries and keys, which have the types that these have."""
+    """`rotate` as an autograd function. Gradients of queries and keys have the dtype of the queries."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """Queries `[B,H,T,D]` and keys `[B,K,T,D]`, turned."""
+        """Rotated queries `[B,H,T,D]` and keys `[B,K,T,D]`."""
         ctx.save_for_backward(cos, sin)
         ctx.dtype = query.dtype
         return rotate(query, key, cos, sin, dtype=dtype)
