@@ -168,7 +168,7 @@ DATA = ["--dataset_name", "imdb", "--model_name_or_path", "gpt2"]
         ([*DATA, "--learning_rate", "-1"], "learning_rate=-1.0: give 0 or more."),
         ([*DATA, "--chat_template_path", "no.jinja"], "chat_template_path='no.jinja': there is no such file."),
         ([*DATA, "--fp16", "--bf16"], "bf16 and fp16 are both set"),
-        ([*DATA, "--output_dir", "text.yaml"], "output_dir='text.yaml' cannot be made (File exists)."),
+        ([*DATA, "--output_dir", "text.yaml"], "output_dir='text.yaml' cannot be created (File exists)."),
     ],
 )
 def test_files_and_values_that_nothing_can_be_done_with(words, message, capsys, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_a_signal_writes_a_checkpoint_from_which_training_goes_on(folder, number
     process = start(folder, f"--output_dir {output} {more} --resume")
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
-    assert f"Going on from {output}/checkpoint-{stopped}." in stderr
+    assert f"Resuming from {output}/checkpoint-{stopped}." in stderr
     assert len(written_losses(folder / output / f"checkpoint-{stopped + 2}")) == stopped + 2
 
 
@@ -193,6 +193,6 @@ def test_a_full_disk_is_a_message_and_earlier_checkpoints_stay(folder):
     assert (
         "trl: error: No space left on the disk of 'disk/out' while checkpoint-2 was written: that needs about" in stderr
     )
-    assert "disk/out/checkpoint-1 is whole: make room, then go on with --resume" in stderr
+    assert "disk/out/checkpoint-1 is complete: make room, then resume with --resume" in stderr
     assert "Traceback" not in stderr
     assert "trainer_state.json" in stdout.split("checkpoint-2")[0]

@@ -48,5 +48,5 @@ def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
 
 
 def test_a_wait_has_a_limit(tmp_path):
-    words = "Process 0 of 2 waited for the others in step 3: one of them did not come within ddp_timeout=12 s."
+    words = "Process 0 of 2 waited for the others in step 3: one of them did not arrive within ddp_timeout=12 s."
     assert words in ends("sleep", tmp_path)

@@ -45,7 +45,7 @@ def test_further_dimensions_are_the_same_for_all():
     assert noised(ones(2, 3, 4), ones(2, 3, 4), ones(2)).shape == (2, 3, 4)
     assert noised(ones(2), ones(2), ones(2)).shape == (2,)
     for wrong in (ones(2, 3), ones(2, 3, 5), ones(3, 3, 4), ones(())):
-        with pytest.raises(ShapeError, match=r"noised: noise has shape .* and \[M \.\.\.\] is expected"):
+        with pytest.raises(ShapeError, match=r"noised: noise has shape .* but \[M \.\.\.\] is expected"):
             noised(ones(2, 3, 4), wrong, ones(2))
 
 

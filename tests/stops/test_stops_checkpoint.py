@@ -121,11 +121,11 @@ def cut(path: Path) -> None:
         (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
         (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
         (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt has "),
-        (lambda folder: cut(folder / "model.safetensors"), "bytes, and was written with "),
+        (lambda folder: cut(folder / "model.safetensors"), "bytes, but was written with "),
         (lambda folder: cut(folder / MANIFEST), "manifest.json is incomplete"),
         (
             lambda folder: _edit(folder / MANIFEST, {"../../elsewhere": {"bytes": 1, "hash": ""}}),
-            "'../../elsewhere', which is not in its folder",
+            "'../../elsewhere', which is outside of its folder",
         ),
     ],
 )
@@ -176,11 +176,11 @@ def test_a_run_that_resumes_logs_and_saves_as_it_is_told(run, caplog, monkeypatc
 
 def test_what_to_go_on_from(run, tmp_path):
     trainer = RUNS["sft"](tmp_path / "empty", **SAVING)
-    with pytest.raises(ConfigError, match="there is no good checkpoint in .*empty'. Start from the beginning"):
+    with pytest.raises(ConfigError, match="there is no complete checkpoint in .*empty'. Start from the beginning"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="checkpoint-4': there is no such folder. Did you mean .*checkpoint-3"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
-    with pytest.raises(ConfigError, match="run' is a run's folder. Did you mean .*checkpoint-3'"):
+    with pytest.raises(ConfigError, match="run' is the output folder of a run. Did you mean .*checkpoint-3'"):
         trainer.train(resume_from_checkpoint=str(run))
     cut(run / "checkpoint-3" / "optimizer.pt")
     with pytest.raises(ConfigError, match="checkpoint-3' cannot be resumed: optimizer.pt has "):
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, size):
     assert words.startswith(
         f"No space left on the disk of '{tmp_path}' while checkpoint-2 was written: that needs about 0."
     )
-    assert f"MB are free. {tmp_path}/checkpoint-1 is whole: make room, then go on with --resume." in words
+    assert f"MB are free. {tmp_path}/checkpoint-1 is complete: make room, then resume with --resume." in words
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-1"]
     again = RUNS["sft"](tmp_path, **SAVING)
     again.train(resume_from_checkpoint=True)

@@ -122,7 +122,7 @@ def test_what_only_has_the_name_of_a_checkpoint(run, logged):
     (run / "checkpoint-٣").mkdir()
     assert newest_checkpoint(run) == run / "checkpoint-2"
     assert [p.name for p in checkpoints(run)][:4] == [f"checkpoint-{n}" for n in (10, 9, 8, 7)]
-    for reason in ("it is no folder", "it is a link to nothing", "trainer_state.json is missing"):
+    for reason in ("it is not a folder", "it is a broken link", "trainer_state.json is missing"):
         assert reason in logged.text
     trainer = RUNS["sft"](run, **{**SAVING, "max_steps": 3})
     trainer.train(resume_from_checkpoint=True)
@@ -200,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_weights_are_blamed_where_they_are_to_blame(tmp_path):
     trainer = RUNS["sft"](tmp_path, [Break()], max_steps=4, max_skipped_steps=1)
     with pytest.raises(
-        NonFiniteError, match=r"Weights of the model are not finite themselves \(transformer.wte.weight\)"
+        NonFiniteError, match=r"Weights of the model are not finite \(transformer.wte.weight\)"
     ):
         trainer.train()
 
@@ -254,7 +254,7 @@ def adapted(folder: Path, **options):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"r": 4}, "of another shape: .*lora_A"), ({"target_modules": ["c_proj"]}, "trained then and not now: .*c_attn")],
+    [({"r": 4}, "of another shape: .*lora_A"), ({"target_modules": ["c_proj"]}, "only in the checkpoint: .*c_attn")],
 )
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_another_adapter_is_an_error(tmp_path, options, words, is_ours):
@@ -307,15 +307,15 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path, holder, logged):
     process, number = holder
     trainer = RUNS["sft"](tmp_path / "run", max_steps=1)
-    with pytest.raises(ConfigError, match=rf"belongs to a run that has not ended \(process {number} on "):
+    with pytest.raises(ConfigError, match=rf"is used by another run \(process {number} on "):
         trainer.train()
-    with pytest.raises(ConfigError, match="has not ended"):
+    with pytest.raises(ConfigError, match="is used by another run"):
         check_free(tmp_path / "run")
     os.kill(number, signal.SIGKILL)
     process.wait()
     assert (tmp_path / "run" / LOCK_FILE).exists(), "left over by a run that was killed"
     trainer.train()
-    assert f"ended without a word (process {number} on " in logged.text
+    assert f"was killed or crashed (process {number} on " in logged.text
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 

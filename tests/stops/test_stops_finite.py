@@ -134,7 +134,7 @@ def test_several_in_a_row_end_the_run_and_leave_the_checkpoint(tmp_path):
     trainer = make(tmp_path, 1, 3, 4, **options)
     words = (
         r"not finite in 2 steps in a row, the last of them step 5; max_skipped_steps=2 ends the run here\. Rows of the "
-        r"last of them whose loss is not finite: train_dataset\[4\] 'row 4 Z</s>'\. Nothing was learned"
+        r"last step whose loss is not finite: train_dataset\[4\] 'row 4 Z</s>'\. These steps did not change"
     )
     with pytest.raises(NonFiniteError, match=words):
         trainer.train()
@@ -196,7 +196,7 @@ def test_a_model_that_is_broken_blames_no_single_row_for_long(tmp_path, size, wo
         model.lm_head.weight[0] = math.nan
     trainer = make(tmp_path, model=model, max_skipped_steps=1, per_device_train_batch_size=size)
     with pytest.raises(
-        NonFiniteError, match=rf"in 1 step in a row.*train_dataset\[0\] .*{words}\. Nothing was learned"
+        NonFiniteError, match=rf"in 1 step in a row.*train_dataset\[0\] .*{words}\. These steps did not change"
     ):
         trainer.train()
 
@@ -292,5 +292,5 @@ def test_a_run_in_which_every_step_was_skipped_is_an_error(tmp_path):
 
 
 def test_a_loss_that_is_averaged_already_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"Averaged\.loss gave a loss of shape \[\].*\[1, \d+\]"):
+    with pytest.raises(ConfigError, match=r"Averaged\.loss returned a loss of shape \[\].*\[1, \d+\]"):
         make(tmp_path, cls=Averaged, model=sane_model(), max_steps=1).train()

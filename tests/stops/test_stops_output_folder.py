@@ -43,7 +43,7 @@ def used(make_model, tmp_path):
 def test_the_same_run_may_be_made_again(make_model, used, caplog):
     sft(make_model("llama"), used, save_strategy="steps", save_steps=1, logging_steps=3).train()
     assert "refused" not in caplog.text
-    assert "holds checkpoint-1 of this run, and training begins anew: to go on from it" in caplog.text
+    assert "holds checkpoint-1 of this run, but training starts from the beginning: to resume" in caplog.text
 
 
 OTHERS = {
@@ -63,7 +63,7 @@ NAMED = {"method": "SFTTrainer.*DPOTrainer", "adapter": "adapter", "rows": "rows
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_run_is_refused_before_its_first_step(make_model, used, other, caplog):
     trainer = OTHERS[other](make_model, used)
-    said = "train() will be refused, unless it resumes a run: output_dir="
+    said = "train() will fail, unless it resumes a run: output_dir="
     assert (said in caplog.text) == (other in ("method", "option"))  # what is known before rows are encoded
     before = sorted(path.name for path in used.iterdir())
     with pytest.raises(ConfigError, match=f"(?s)holds another run.*{NAMED[other]}.*overwrite_output_dir.*--resume"):
@@ -84,7 +84,7 @@ def test_one_that_overwrites_leaves_nothing_of_the_other(make_model, used):
 def test_the_model_that_is_trained_is_not_replaced(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     trainer = sft(str(tmp_path), tmp_path, overwrite_output_dir=True)
-    with pytest.raises(ConfigError, match="folder of the model that is trained"):
+    with pytest.raises(ConfigError, match="folder of the model to train"):
         trainer.train()
     assert (tmp_path / "model.safetensors").exists()
 
@@ -95,7 +95,7 @@ def test_the_adapter_that_is_trained_on_is_not_replaced(make_model, tmp_path):
     first.train()
     first.save_model()
     trainer = sft(str(tmp_path / "adapter"), tmp_path / "adapter", overwrite_output_dir=True)
-    with pytest.raises(ConfigError, match="folder of the model that is trained"):
+    with pytest.raises(ConfigError, match="folder of the model to train"):
         trainer.train()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
@@ -131,11 +131,11 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_mo
     trainer = sft(make_model("llama"), tmp_path, save_strategy="steps", save_steps=1)
     whole = sum(p.numel() for p in trainer.model.parameters())
     assert checkpoint_bytes(trainer.model, has_optimizer=True, only_trained=False) == 3 * 4 * whole
-    with pytest.raises(ConfigError, match="a checkpoint takes about .* are free.*save_only_model"):
+    with pytest.raises(ConfigError, match="a checkpoint takes about .* but only .* are free.*save_only_model"):
         trainer.train()
     sft(make_model("llama"), tmp_path).train()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000))
-    with pytest.raises(ConfigError, match="the model takes about .* are free. Make room, or name a folder"):
+    with pytest.raises(ConfigError, match="the model takes about .* but only .* are free. Make room, or name a folder"):
         trainer.check_space(has_checkpoints=False)
 
 
@@ -143,5 +143,5 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_mo
 def test_a_folder_that_cannot_be_made_is_named_before_rows_are_encoded(make_model, tmp_path, inside):
     file = tmp_path / "notes.txt"
     file.write_text("Hi")
-    with pytest.raises(ConfigError, match=r"output_dir='.*notes.txt.*' cannot be made"):
+    with pytest.raises(ConfigError, match=r"output_dir='.*notes.txt.*' cannot be created"):
         sft(make_model("llama"), file / inside, rows={"text": [1, 2]})

@@ -33,7 +33,7 @@ def test_processes_that_would_train_alone(args, monkeypatch):
     check_processes(args)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes were started, and this one would train in 1"):
+    with pytest.raises(ConfigError, match="2 processes were started, but this one would train in a group of 1"):
         check_processes(args)
 
 

@@ -379,7 +379,7 @@ def test_an_optimizer_of_another_model_is_refused(caplog):
         check_optimizer(SGD(other.parameters(), lr=0.1), model)
     check_optimizer(SGD([model.bias], lr=0.1), model)
     assert (
-        "1 of 2 trained parameters are not in the optimizer that was given, so they never change: weight" in caplog.text
+        "1 of 2 trained parameters are not in the optimizer that was passed, so they never change: weight" in caplog.text
     )
     caplog.clear()
     model.weight.requires_grad_(False)
@@ -391,7 +391,7 @@ def test_weights_that_round_small_steps_away_are_said(caplog):
     warn_of_rounded_steps(nn.Linear(2, 3), 1e-6)
     assert caplog.text == ""
     warn_of_rounded_steps(nn.Linear(2, 3).bfloat16(), 1e-6)
-    assert "9 of the parameters that train are in bfloat16: steps below a part in 256" in caplog.text
+    assert "9 trained parameters are in bfloat16: updates smaller than 1/256" in caplog.text
 
 
 # ---- what is given in the wrong place ----

@@ -145,7 +145,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         self.to_examples = collate if data_collator is None else examples_from(data_collator, self.images)
         self.encoded: dict[str, Encoded] = {}
         if train_dataset is not None:
-            self._foresee_folder()
+            self._check_folder_early()
         train_dataset, eval_dataset = self._encode_all(train_dataset, eval_dataset)
         super().__init__(
             model=self.model,

@@ -1,4 +1,4 @@
-"""Files that are written beside a run (a page, a card, a log): an error in one of them is a warning, and no end of the run."""
+"""Auxiliary files of a run (report, model card, log): an error in writing one is a warning and does not end the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def not_fatal(what: str) -> Iterator[None]:
-    """Turn any error of the block into a warning that `what` could not be written, and why."""
+    """Turn any error within the context into a warning that `what` could not be written, with the reason."""
     try:
         yield
-    except Exception as error:  # whatever fails here is worth less than the run
-        logger.warning(f"{what} could not be written: {type(error).__name__}: {error}. The run goes on.")
+    except Exception as error:  # no auxiliary file is worth losing the run
+        logger.warning(f"{what} could not be written: {type(error).__name__}: {error}. The run continues.")

@@ -1,15 +1,15 @@
-"""Checkpoints: written beside, and given their name when everything is on disk.
+"""Checkpoints: written to a temporary folder, which is renamed when all files are on disk.
 
     partial-checkpoint-8/ ──all processes have written, every file is synced──▶ checkpoint-8/
 
-So whenever a run is killed, a folder named `checkpoint-N` was written whole. What is in it: the model, optimizer, scheduler
-and random states of every process (as `transformers` writes them), and
+So a folder named `checkpoint-N` is always complete, whenever a run is killed. It contains model, optimizer, scheduler and
+the random states of every process (as `transformers` writes them), and
 
-    manifest.json           length and hash of every file, so that one which changed later is known too
-    trl_state.pt            parts of the trainer that are the same on all processes
-    trl_state_R.pt          parts of process R
+    manifest.json           size and hash of every file, to detect files that changed later
+    trl_state.pt            states of the trainer that are the same on all processes
+    trl_state_R.pt          states of the process with rank R
 
-For parts see `trl.training.state`.
+For these states see `trl.training.state`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ STATE = "trainer_state.json"
 OPTIMIZER = re.compile(r"optimizer(_\d+)?(\.pt|\.bin)?|global_step\d+")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HASHERS = 4
-"""Files that are hashed at a time."""
+"""Number of files that are hashed in parallel."""
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be written. Earlier ones are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""
 
 
 # ---- writing ----
@@ -58,9 +58,9 @@ class CheckpointError(OSError):
 def write_checkpoint(
     folder: Path, write: Callable[[Path], None], accelerator: Accelerator, *, names_it: bool = True
 ) -> None:
-    """Have all processes `write(beside)`, and then name the result `folder`, where `names_it`.
+    """Call `write` on all processes with a temporary folder; the process with `names_it` then renames it to `folder`.
 
-    Raises CheckpointError on all processes if one could not write; what was written is removed.
+    If one process fails, all raise CheckpointError, and the temporary folder is removed.
     """
     beside = folder.with_name(PARTIAL + folder.name)
     if accelerator.is_local_main_process:
@@ -73,7 +73,7 @@ def write_checkpoint(
                 lambda: publish(beside, folder, accelerator.num_processes) if names_it else None, folder, accelerator
             )
     except Exception:
-        accelerator.wait_for_everyone()  # all fail together, and some still look at what was written
+        accelerator.wait_for_everyone()  # all processes fail together, and some still read the folder
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
@@ -84,11 +84,11 @@ def _write(beside: Path, write: Callable[[Path], None]) -> None:
 
 
 def _together(action: Callable[[], None], folder: Path, accelerator: Accelerator) -> None:
-    """Act on every process; where one fails, all do. Nobody goes on before everybody is done."""
+    """Run `action` on every process and wait for all; if it fails on one, raise an error on all."""
     failure: Exception | None = None
     try:
         action()
-    except Exception as error:  # the others wait to hear of it
+    except Exception as error:  # raised below, after the other processes have been told
         failure = error
     failed = sum(all_gather_object(failure is not None, accelerator))
     if failure is not None:
@@ -98,7 +98,7 @@ def _together(action: Callable[[], None], folder: Path, accelerator: Accelerator
 
 
 def publish(beside: Path, folder: Path, processes: int = 1) -> None:
-    """Put everything in `beside` on disk, and name it `folder`, in place of what has that name."""
+    """Write the manifest of `beside`, sync all files to disk, and rename it to `folder`, replacing a folder of that name."""
     paths = [path for path in sorted(beside.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(HASHERS) as pool:
         hashes = pool.map(hash_of, paths)
@@ -119,7 +119,7 @@ def publish(beside: Path, folder: Path, processes: int = 1) -> None:
 
 
 def hash_of(file: Path) -> str:
-    """A hash of a file's content (XXH3, which tells accidents; it is no defence against forgery)."""
+    """A hash of a file's content (XXH3, which detects accidental changes but not forgery)."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
@@ -134,7 +134,7 @@ def remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt":  # has no such call for folders
+    if os.name == "nt":  # Windows cannot sync folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -144,7 +144,7 @@ def _sync(path: Path) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Remove what writing left behind when it was interrupted: partial checkpoints, and replaced ones."""
+    """Remove the remains of interrupted writing: partial checkpoints, and those that were replaced."""
     if not run.is_dir():
         return
     for path in run.iterdir():
@@ -155,8 +155,8 @@ def sweep(run: Path) -> None:
 
 
 def rotate(newest: Path, limit: int | None, best: str | None, sound: int | None = None) -> None:
-    """Remove the oldest checkpoints of a run beyond `limit`: never the `newest`, the `best`, or, where training has
-    diverged since, the last one up to the step `sound`."""
+    """Remove the oldest checkpoints of a run, keeping `limit` of them. The `newest` and the `best` are always kept, and if
+    training has diverged, also the last one up to `sound`, the last step before that."""
     if not limit:
         return
     found = [path for path in checkpoints(newest.parent) if path.is_dir() and not path.is_symlink()]
@@ -185,7 +185,7 @@ def remove_checkpoints(run: str | Path) -> None:
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """All checkpoints in a folder, good or not, newest first."""
+    """All checkpoints in a folder, complete or not, newest first."""
     if not Path(folder).is_dir():
         return []
     named = [(found, path) for path in Path(folder).iterdir() if (found := CHECKPOINT.fullmatch(path.name))]
@@ -193,9 +193,9 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest good checkpoint in the output folder of a run; None if there is none.
+    """The newest checkpoint in the output folder of a run that can be resumed; None if there is none.
 
-    Those that are skipped are logged with the reason.
+    Skipped checkpoints are logged with the reason.
     """
     for checkpoint in checkpoints(folder):
         if not (reason := why_not_resumable(checkpoint)):
@@ -205,9 +205,9 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def sibling(checkpoint: Path, other: str) -> str | None:
-    """The checkpoint beside this one that has the name of `other`; None if there is none.
+    """The checkpoint in the same run that has the name of `other`; None if there is none.
 
-    Paths in a checkpoint are names in the run's folder: it may have been moved, and may not lead elsewhere.
+    Of a path stored in a checkpoint only the name counts: the run may have been moved, and a path must not lead out of it.
     """
     found = checkpoint.parent / Path(other).name
     return str(found) if CHECKPOINT.fullmatch(found.name) and found.is_dir() else None
@@ -216,11 +216,11 @@ def sibling(checkpoint: Path, other: str) -> str | None:
 def why_not_resumable(checkpoint: Path) -> str:
     """Why a checkpoint cannot be resumed; empty if it can.
 
-    A good one has all files of its manifest, as they were written, and among them the trainer's state, weights, and the
-    optimizer's state. One without a manifest, from elsewhere, is judged by the names and lengths of its files.
+    All files of its manifest must be present and unchanged, and include the trainer's state, weights and the optimizer's
+    state. A checkpoint without a manifest, from another library, is checked by the names and sizes of its files.
     """
     if not checkpoint.is_dir():
-        return "it is a link to nothing" if checkpoint.is_symlink() else "it is no folder"
+        return "it is a broken link" if checkpoint.is_symlink() else "it is not a folder"
     try:
         return _changed_file(checkpoint) or _missing_part(checkpoint)
     except ModelError as error:
@@ -230,7 +230,7 @@ def why_not_resumable(checkpoint: Path) -> str:
 
 
 def _changed_file(checkpoint: Path) -> str:
-    """What is not as the manifest says."""
+    """How the files differ from the manifest; empty if they do not."""
     try:
         files = read_manifest(checkpoint).get("files", {})
     except ValueError:
@@ -238,11 +238,11 @@ def _changed_file(checkpoint: Path) -> str:
     for name, written in files.items():
         path = checkpoint / name
         if not is_inside(name):
-            return f"{MANIFEST} names {name!r}, which is not in its folder"
+            return f"{MANIFEST} names {name!r}, which is outside of its folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != written["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, and was written with {written['bytes']:,}"
+            return f"{name} has {path.stat().st_size:,} bytes, but was written with {written['bytes']:,}"
     for name, written in files.items():
         if hash_of(checkpoint / name) != written["hash"]:
             return f"{name} has changed since it was written"
@@ -250,7 +250,7 @@ def _changed_file(checkpoint: Path) -> str:
 
 
 def _missing_part(checkpoint: Path) -> str:
-    """What a checkpoint needs and this one has not."""
+    """What is missing for resuming from a checkpoint; empty if nothing is."""
     check_shards(checkpoint)
     paths = list(checkpoint.rglob("*"))
     names = [path.name for path in paths]
@@ -270,20 +270,20 @@ def _missing_part(checkpoint: Path) -> str:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What `publish` wrote of a checkpoint; empty for one from elsewhere. Raises ValueError for one that is damaged."""
+    """Read the manifest that `publish` wrote; empty if there is none. Raises ValueError for a damaged manifest."""
     file = checkpoint / MANIFEST
     found = json.loads(file.read_text()) if file.exists() else {}
     files = found.get("files", {}) if isinstance(found, dict) else None
     if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
-        raise ValueError(f"{MANIFEST} is no table of files")
+        raise ValueError(f"{MANIFEST} has no table of files")
     return found
 
 
 def resolve_checkpoint(asked: str | Path | bool | None, run: str) -> str | None:
-    """The folder that `resume_from_checkpoint` means; None to start at the beginning.
+    """The folder that `resume_from_checkpoint` refers to; None to start from the beginning.
 
-    True is the newest good checkpoint in `run`, "last" as well, or the beginning if there is none. All processes go by
-    what the main one finds. Raises ConfigError for one that is not there, or not whole.
+    True is the newest complete checkpoint in `run`; so is "last", which starts from the beginning if there is none. All
+    processes use what the main process finds. Raises ConfigError for a checkpoint that does not exist or is incomplete.
     """
     return None if asked in (None, False) else run_on_main(lambda: _find(asked, run))
 
@@ -293,25 +293,25 @@ def _find(asked: str | Path | bool, run: str) -> str | None:
         return check_checkpoint(asked)
     newest = newest_checkpoint(run)
     if newest is not None:
-        logger.info(f"Going on from {newest}.")
+        logger.info(f"Resuming from {newest}.")
         return str(newest)
     if asked == "last":
-        logger.info(f"There is no checkpoint to resume in {run!r}: starting at the beginning.")
+        logger.info(f"There is no checkpoint to resume in {run!r}: starting from the beginning.")
         return None
     raise ConfigError(
-        f"resume_from_checkpoint=True: there is no good checkpoint in {run!r}. Start from the beginning "
-        "(resume_from_checkpoint=None), or say 'last' to do that where there is none."
+        f"resume_from_checkpoint=True: there is no complete checkpoint in {run!r}. Start from the beginning "
+        "(resume_from_checkpoint=None), or give 'last', which does so if there is no checkpoint."
     )
 
 
 def check_checkpoint(folder: str | Path) -> str:
-    """The name of a checkpoint. Raises ConfigError if it is not there, or not whole."""
+    """The path of a checkpoint. Raises ConfigError if it does not exist or is incomplete."""
     path, given = Path(folder).expanduser(), f"resume_from_checkpoint={str(folder)!r}"
     if not path.is_dir():
         beside = [str(each) for each in checkpoints(path.parent)]
         raise ConfigError(f"{given}: there is no such folder.{suggest(str(path), beside)}")
     if inside := checkpoints(path):
-        raise ConfigError(f"{given} is a run's folder. Did you mean {str(inside[0])!r}?")
+        raise ConfigError(f"{given} is the output folder of a run. Did you mean {str(inside[0])!r}?")
     if not any(path.iterdir()):
         raise ConfigError(f"{given} is an empty folder: name a checkpoint-… folder of a run.")
     if reason := why_not_resumable(path):
@@ -324,9 +324,9 @@ def check_checkpoint(folder: str | Path) -> str:
 
 @contextmanager
 def explain_full_disk(run: str | Path, name: str, beside: Path | None = None) -> Iterator[None]:
-    """Turn what a full disk makes writers raise into one CheckpointError: where, how much, and what remains.
+    """Turn the various errors of a full disk into a CheckpointError, which says where, how much is needed, and what remains.
 
-    `name` is what is written to the folder `run`, by way of `beside`.
+    `name` is written to the folder `run`, first as the temporary folder `beside`.
     """
     try:
         yield
@@ -344,7 +344,11 @@ def _no_space(run: Path, name: str, beside: Path | None) -> str:
         f"about {_size(good) / 1e6:,.1f} MB" if good and _size(good) > written else f"more than {written / 1e6:,.1f} MB"
     )
     needed = f"that needs {about}, and " if written or good else ""
-    remains = "No checkpoint is whole." if good is None else f"{good} is whole: make room, then go on with --resume."
+    remains = (
+        "There is no complete checkpoint."
+        if good is None
+        else f"{good} is complete: make room, then resume with --resume."
+    )
     return (
         f"No space left on the disk of {str(run)!r} while {name} was written: {needed}{free / 1e6:,.1f} MB "
         f"are free. {remains} save_total_limit=N keeps only the newest N checkpoints, save_only_model=true leaves out "
@@ -358,9 +362,9 @@ def _size(folder: Path) -> int:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that a disk, a quota or a limit is full.
+    """Whether an error, or one of its causes, comes from a full disk, a quota or a limit of file sizes.
 
-    safetensors says so in words only, and torch's writer of archives says no more than that it could not write.
+    safetensors has the error number only in its message, and torch's archive writer only says that writing failed.
     """
     chain: list[BaseException] = []
     while error is not None:

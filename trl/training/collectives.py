@@ -1,9 +1,9 @@
-"""What several processes do together: advantages over all of their rollouts, and gathering of rows and objects.
+"""Collective operations: advantages over the rollouts of all processes, and gathering of tensors and objects.
 
     experience of this process ──gather──▶ of all ──algorithm.advantages──▶ signals ──▶ this process's part
 
-So what an algorithm measures over a rollout batch (normalised advantages, a quantile of entropies) does not depend on how
-many processes sampled it.
+So statistics of a rollout batch (normalised advantages, a quantile of entropies) do not depend on the number of processes that
+sampled it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl.types import Experience
 def advantages_over_ranks(
     local: Experience, advantages: Callable[[Experience], Experience], accelerator: Accelerator
 ) -> tuple[Experience, Experience]:
-    """The experience of this process, and that of all processes, with the signals that `advantages` adds to the latter."""
+    """Call `advantages` on the experience of all processes; return this process's part of the result, and the whole."""
     if accelerator.num_processes == 1:
         found = advantages(local)
         return found, found
@@ -35,7 +35,7 @@ def advantages_over_ranks(
 
 
 def gather_experience(local: Experience, accelerator: Accelerator) -> tuple[Experience, int]:
-    """The experience of all processes in their order, and where this one's begins."""
+    """The experience of all processes in rank order, and the index of this process's first row."""
     group = local.group * accelerator.num_processes + accelerator.process_index
     vectors = {"rewards": local.rewards, "group": group}
     vectors |= {name: v for name, v in sorted(local.signals.items()) if v.dim() == 1}
@@ -48,9 +48,9 @@ def gather_experience(local: Experience, accelerator: Accelerator) -> tuple[Expe
 
 
 def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
-    """`rows [N,…]` of all processes in their order, and where this one's begin.
+    """`rows [N,…]` of all processes in rank order, and the index of this process's first row.
 
-    Processes may have different numbers of rows; where other dimensions differ, zeros fill up to the longest.
+    Processes may have different numbers of rows; other dimensions are padded with zeros to the largest size.
     """
     if accelerator.num_processes == 1:
         return rows, 0
@@ -64,17 +64,17 @@ def gather_rows(rows: Tensor, accelerator: Accelerator) -> tuple[Tensor, int]:
 
 
 def all_gather_object(value: Any, accelerator: Accelerator) -> list[Any]:
-    """`value` of every process: anything that can be pickled."""
+    """The values of all processes, on every process. A value is anything that can be pickled."""
     return [value] if accelerator.num_processes == 1 else gather_object([value])
 
 
 def is_main() -> bool:
-    """Whether this is the process that acts for all."""
+    """Whether this is the main process (rank 0, or the only one)."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def run_on_main(function: Callable[[], Any]) -> Any:
-    """What `function` gives, called by the main process alone; on every process, and its error too."""
+    """Call `function` on the main process only, and return its result (or raise its error) on every process."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return function()
     outcome: list[Any] = [None, None]
@@ -90,7 +90,7 @@ def run_on_main(function: Callable[[], Any]) -> Any:
 
 
 def gather_on_main(value: Any) -> list[Any]:
-    """`value` of every process, in their order, on the main one; an empty list on the others."""
+    """The values of all processes in rank order on the main process; an empty list on the others."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [value]
     found: list[Any] = [None] * distributed.get_world_size() if is_main() else []

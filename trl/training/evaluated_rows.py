@@ -1,8 +1,8 @@
-"""Which rows of an evaluation batch count, where several processes share a set of rows.
+"""Which rows of an evaluation batch count, when several processes share a dataset.
 
-Every process runs as many batches, so the last ones are filled up with rows that were there before: by accelerate where
-the set is a table, whose length it knows, and here where it is a stream. Such rows are run, and not counted. A packed row
-holds several items, so a batch keeps its items row by row.
+All processes run the same number of batches, so the last batches are filled up with repeated rows: by accelerate for a dataset
+of known length, and here for a streamed one. Repeated rows run through the model but do not count. A packed row consists of
+several items, so a batch keeps its items by row.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils.data import IterableDataset
 
 
 class Repeated(dict):
-    """A row that was there before."""
+    """A row that repeats an earlier one to fill up a batch."""
 
 
 class Filled(IterableDataset):
-    """A stream of rows, and its first row again until their number is a multiple of `size`."""
+    """A streamed dataset, followed by repetitions of its first row until the number of rows is a multiple of `size`."""
 
     def __init__(self, rows: datasets.IterableDataset, size: int) -> None:
         self.rows, self.size = rows, size
@@ -35,7 +35,7 @@ class Filled(IterableDataset):
 
 @dataclass(frozen=True)
 class RowItems:
-    """The items of a batch, row by row; the first `counted` rows are there for the first time."""
+    """The items of a batch by row. Only the first `counted` rows count; the others are repetitions."""
 
     rows: list[list[Any]]
     counted: int
@@ -43,7 +43,7 @@ class RowItems:
 
 @dataclass(frozen=True)
 class ByRow:
-    """A collator of lists whose batches say which items belong to which row; other batches stay as they are."""
+    """A collator that groups items by row if `collate` returns a list of items; other batches are returned unchanged."""
 
     collate: Callable[[Sequence[Any]], Any]
 

@@ -1,8 +1,8 @@
-"""After the first backward pass, every parameter that is trained and took part has a gradient.
+"""Check after the first backward pass that every trained parameter that was used has a gradient.
 
-Kernels of quantised layers without a backward pass, packed weights and detached outputs lose gradients in silence: the
-layers above learn, and those below stay as they are. A module that nothing has called (experts that no token went to, an
-image encoder beside texts) has no gradient to get.
+Quantised layers whose kernel has no backward pass, packed weights and detached outputs lose gradients silently: the layers
+above learn, and those below never change. Modules that were not called (experts without tokens, an image encoder in a batch
+of texts) are not checked, as they get no gradient.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 4
 ADAPTERS = ("lora_", "trainable_tokens_delta", ".ia3_", ".oft_", ".vera_")
-"""Parts of names of an adapter's parameters, all of which take part."""
+"""Parts of the names of adapter parameters, all of which must get gradients."""
 
 
 class GradientCheck:
-    """Watches which modules are called with gradient, until `finish`."""
+    """Records by hooks which modules are called with gradients enabled, until `finish`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._called: set[nn.Module] = set()
@@ -34,10 +34,10 @@ class GradientCheck:
         if torch.is_grad_enabled():
             self._called.add(module)
 
-    _record.only_watches = True  # so that layers compute as they do without it
+    _record.only_watches = True  # lets fused layers ignore this hook: see `trl.models.kept_activations.is_plain`
 
     def finish(self, model: nn.Module) -> None:
-        """Say which parameters were used and have no gradient. Raises ModelError where those of an adapter have none."""
+        """Warn of parameters that were used but got no gradient. Raises ModelError if they belong to an adapter."""
         for hook in self._hooks:
             hook.remove()
         without = []
@@ -52,7 +52,7 @@ class GradientCheck:
         said = f"{len(without)} trained parameters got no gradient in the first backward pass, so they would never change: {some}."
         if any(part in name for name in without for part in ADAPTERS):
             raise ModelError(
-                f"{said} A layer above them passes none on: a quantised one whose kernel has no backward pass, for example. Load "
-                "the model in another precision, or quantise it in another way."
+                f"{said} A layer above them does not pass gradients on, for example a quantised layer whose kernel has no backward "
+                "pass. Load the model in another precision, or with another quantisation."
             )
         logger.warning(said)

@@ -1,8 +1,9 @@
-"""One run per output folder: two would remove each other's checkpoints.
+"""A lock that allows one run per output folder: two runs would remove each other's checkpoints.
 
-    output_dir/.run.lock        {"pid": 4711, "host": "node-3"}, locked by the kernel while the run lasts
+    output_dir/.run.lock        {"pid": 4711, "host": "node-3"}, locked by the operating system while the run lasts
 
-The kernel's lock goes with its process, however that ends, so a file that nobody holds is left over and is taken.
+The operating system frees the lock when its process ends in any way, so a file that is not locked is left over from an earlier
+run and is reused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HELD = (errno.EACCES, errno.EAGAIN)
 
 @contextmanager
 def only_run_in(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of an output folder. Raises ConfigError on all processes where another run holds it."""
+    """Hold the lock of an output folder within the context. Raises ConfigError on all processes if another run holds it."""
     lock, holds_it = run_on_main(lambda: acquire(Path(folder))), is_main()
     try:
         yield
@@ -42,15 +43,15 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raises ConfigError where another run holds the lock of a folder: before a model is loaded, on the first process."""
+    """Raises ConfigError on the first process if another run holds the lock of a folder; to be called before loading a model."""
     if int(os.environ.get("RANK", 0)) == 0 and (lock := acquire(Path(folder))) is not None:
         release(Path(folder), lock)
 
 
 def acquire(folder: Path) -> int | None:
-    """The descriptor of a lock that is held from now on; None where the file system has no locks, which is said.
+    """Lock a folder and return the file descriptor of the lock; None, with a warning, if the file system has no locks.
 
-    Raises ConfigError, with process and host, where another process holds it.
+    Raises ConfigError with process and host if another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -69,7 +70,7 @@ def acquire(folder: Path) -> int | None:
             raise ConfigError(_refusal(folder, holder)) from error
         if _is_still(file, lock):
             break
-        os.close(lock)  # another run has ended between opening and locking, and removed the file
+        os.close(lock)  # another run ended between our opening and locking the file, and removed it
     _take_over(file, lock)
     return lock
 
@@ -83,15 +84,15 @@ def _is_still(file: Path, lock: int) -> bool:
 def _take_over(file: Path, lock: int) -> None:
     before = os.read(lock, 1000)
     if before:
-        logger.info(f"An earlier run in {str(file.parent)!r} ended without a word ({_named(before.decode())}).")
+        logger.info(f"An earlier run in {str(file.parent)!r} was killed or crashed ({_named(before.decode())}).")
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
 
 def _refusal(folder: Path, holder: str) -> str:
     return (
-        f"output_dir={str(folder)!r} belongs to a run that has not ended ({_named(holder)}): the two would remove each "
-        "other's checkpoints. Wait for it, end it, or name another folder."
+        f"output_dir={str(folder)!r} is used by another run ({_named(holder)}): the two would remove each other's checkpoints. "
+        "Wait for that run, end it, or name another folder."
     )
 
 
@@ -100,11 +101,11 @@ def _named(content: str) -> str:
         found = json.loads(content)
         return f"process {found['pid']} on {found['host']}"
     except (ValueError, TypeError, KeyError):
-        return "of an unknown process"
+        return "an unknown process"
 
 
 def release(folder: Path, lock: int) -> None:
-    """Remove the file while it is locked, then let go."""
+    """Remove the file while it is locked, then release the lock."""
     with suppress(OSError):
         os.remove(folder / LOCK_FILE)
     os.close(lock)

@@ -1,4 +1,4 @@
-"""Metrics: summed on the device; reduced over processes and read by the host once per log."""
+"""Metrics, summed on the device; reduced over processes and copied to the host once per log."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sampling/importance_sampling_ratio/max": torch.amax,
     "sampling/sampling_logp_difference/max": torch.amax,
 }
-"""Metrics of which the smallest or largest value is reported, not the mean."""
+"""Metrics that report the smallest or largest value in place of the mean."""
 
 
 NOTHING = {torch.amin: torch.tensor(torch.inf).double(), torch.amax: torch.tensor(-torch.inf).double()}
-"""The extreme of no values."""
+"""Minimum and maximum of no values."""
 
 Mark = tuple[dict[str, Tensor], dict[str, Tensor]]
-"""What a meter held at a moment."""
+"""A snapshot of a meter's sums and extremes."""
 
 
 class Meter:
@@ -56,7 +56,7 @@ class Meter:
                 self.add_weighted(name, values.nan_to_num(), present * batch.mask if values.dim() == 2 else present)
 
     def add_weighted(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Count `values` into the mean of `name` with `weights` of the same shape."""
+        """Add `values` to the mean of `name`, with `weights` of the same shape."""
         weights = weights.double()
         pair = torch.stack([(values.detach().double() * weights).sum(), weights.sum()])
         self._sum(name, pair)
@@ -68,16 +68,16 @@ class Meter:
         self._extremes[name] = extreme(torch.stack([extreme(values.flatten(), 0), *kept]), 0)
 
     def count(self, name: str, amount: float, *, per: float = 1.0) -> None:
-        """Count host numbers into the ratio Σ amount / Σ per."""
+        """Add host numbers to the metric `name`, which is the ratio Σ amount / Σ per."""
         self._sum(name, torch.tensor([amount, per], dtype=torch.float64))
 
     def _sum(self, name: str, pair: Tensor) -> None:
         self._sums[name] = self._sums[name].to(pair.device) + pair if name in self._sums else pair
 
     def read(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """Means and extremes of everything added since the last reading, on all processes; forgets what it has read.
+        """Means and extremes of everything added on all processes since the last call, and reset the meter.
 
-        `gather` stacks a tensor `[1,…]` of every process. Names without a single entry are left out.
+        `gather` stacks a tensor `[1,…]` of every process. Metrics without any value are left out.
         """
         self._agree_on_names()
         if not self._sums and not self._extremes:
@@ -94,7 +94,7 @@ class Meter:
         return found
 
     def _agree_on_names(self) -> None:
-        """Hold the names that any process holds, in one order: rewards may have logged some on one process only."""
+        """Add the names that other processes have, in one order: reward functions may log some on one process only."""
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
         held: list[Any] = [None] * distributed.get_world_size()
@@ -104,11 +104,11 @@ class Meter:
         self._extremes = {name: self._extremes.get(name, NOTHING[EXTREMES[name]]) for name in extremes}
 
     def mark(self) -> Mark:
-        """What is held now, for `go_back`; costs nothing, since additions leave tensors as they are."""
+        """A snapshot for `go_back`. It needs no copies, since additions create new tensors."""
         return dict(self._sums), dict(self._extremes)
 
     def go_back(self, mark: Mark) -> None:
-        """Forget what was added since."""
+        """Restore a snapshot: discard what was added since."""
         self._sums, self._extremes = mark
 
     def state_dict(self) -> dict[str, Any]:

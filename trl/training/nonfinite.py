@@ -1,10 +1,10 @@
-"""Steps whose loss or gradient is not finite: skipped and counted; several in a row end the run, with the rows named.
+"""Skip and count steps whose loss or gradient is not finite; several in a row end the run with an error that names the rows.
 
     norm of the gradient, over all processes:   finite ──▶ the step is taken
                                                 else   ──▶ gradients are dropped, so that the optimizer changes nothing
 
-The norm is computed anyway, and is the same on all processes, so that they decide alike. A loss that is not finite is sent
-into the gradient by `propagate_nonfinite`. So a step costs the reading of one number.
+The norm is computed anyway, and is the same on all processes, so that all decide alike. `propagate_nonfinite` makes the gradient
+non-finite if the loss is. So the check costs one number copied to the host per step.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from trl.training.metrics import Mark
 from trl.types import StepBatch
 
 SHOWN = 5
-"""Rows that an error names."""
+"""Number of rows that an error names."""
 
 
 class NonFiniteError(TrlError):
-    """Losses or gradients that are not finite, step after step."""
+    """Losses, gradients or weights are not finite."""
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """The same loss, with a gradient that is not finite where the loss is not: NaN from a constant would get lost."""
+    """The same loss, whose gradient is non-finite if the loss is. Otherwise a NaN from a constant would not reach the gradient."""
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a step is taken on, and what to go back to if it is skipped.
+    """The micro-batches of a step, and what to restore if it is skipped.
 
     groups   the items of each micro-batch
-    loss     the loss logged so far
-    mark     the metrics so far
+    loss     the accumulated loss before the step
+    mark     the metrics before the step
     """
 
     groups: Sequence[Sequence[Any]]
@@ -52,7 +52,7 @@ class Window:
 
 @dataclass
 class SkippedSteps:
-    """Steps that were skipped: in all, in a row, and of those since the last log."""
+    """Counts of skipped steps: in total, in a row, and since the last log."""
 
     skipped: int = 0
     in_a_row: int = 0
@@ -66,7 +66,7 @@ class SkippedSteps:
         self.skipped_since_log += skipped
 
     def corrected(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """Logs whose loss is the mean over the steps that were taken, NaN without one; counts from here on."""
+        """Correct the loss in `logs` to the mean over steps that were not skipped (NaN if all were); reset counts since the log."""
         taken, steps = self.since_log - self.skipped_since_log, self.since_log
         self.since_log = self.skipped_since_log = 0
         found = {**logs, "skipped_steps": self.skipped} if self.skipped else dict(logs)
@@ -75,7 +75,7 @@ class SkippedSteps:
         return {**found, "loss": logs["loss"] * steps / taken if taken else math.nan}
 
     def corrected_mean(self, loss: float, steps: int) -> float:
-        """The mean loss of the steps taken, from that of `steps` in which a skipped one counts 0; NaN without one."""
+        """The mean loss over steps that were not skipped, from a mean over all `steps` in which skipped ones count as 0."""
         taken = steps - self.skipped
         return loss * steps / taken if taken > 0 else math.nan
 
@@ -87,7 +87,7 @@ class SkippedSteps:
 
 
 def is_finite(norm: Tensor | float | None) -> bool:
-    """Whether a gradient's norm is; DeepSpeed writes −1 for one that is not, and None before there is one."""
+    """Whether a gradient norm is finite. DeepSpeed gives −1 for a non-finite norm, and None before the first."""
     return norm is None or 0 <= float(norm) < math.inf
 
 
@@ -95,9 +95,9 @@ def is_finite(norm: Tensor | float | None) -> bool:
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold NaN or an infinity, in what this process has of them.
+    """Names of the parameters whose local shard contains NaN or infinity.
 
-    Tensors of classes of their own are quantised weights, which training leaves as they are.
+    Tensors of other classes are quantised weights, which training does not change, and are not checked.
     """
     held = shards(model).items()
     checked = ((n, v) for n, v in held if v.is_floating_point() and not v.is_meta and type(v.detach()) is Tensor)
@@ -105,17 +105,17 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
 
 
 def nonfinite_weights_error(names: Sequence[str], what: str) -> NonFiniteError:
-    """The error for weights that are not to be saved as `what`."""
+    """The error raised in place of saving non-finite weights as `what`."""
     return NonFiniteError(
-        f"{what} is not saved: its weights are not finite ({listed(names, SHOWN)}). What was saved before is as it was: go on from "
-        "a checkpoint written before that, with a lower learning_rate."
+        f"{what} is not saved: its weights are not finite ({listed(names, SHOWN)}). Earlier checkpoints are unchanged: resume from "
+        "one written before that, with a lower learning_rate."
     )
 
 
 def last_sound_step(log: Sequence[Mapping[str, Any]]) -> int | None:
-    """The last step that was logged before the loss diverged for good; None if it has not.
+    """The last logged step before the loss diverged for good; None if it has not diverged.
 
-    It has where all losses up to the newest are not finite, or above 2 |L| + 1, where L is the lowest before.
+    It has diverged since a step if all later losses are non-finite or above 2 |L| + 1, where L is the lowest loss before.
     """
     lowest, sound, diverged = math.inf, 0, False
     for row in log:
@@ -128,12 +128,12 @@ def last_sound_step(log: Sequence[Mapping[str, Any]]) -> int | None:
     return sound if diverged else None
 
 
-# ---- the items behind it ----
+# ---- the items that cause it ----
 
 
 @torch.no_grad()
 def items_with_bad_losses(window: Window, losses: Callable[[StepBatch], Tensor]) -> list[Any]:
-    """Items whose loss is not finite; `losses(batch)` on the host. Every process does as many forward passes."""
+    """Items whose loss is not finite. `losses(batch)` returns losses on the host. All processes do the same number of passes."""
     bad: list[Any] = []
     for k, batch in enumerate(window.batches):
         loss = losses(batch)
@@ -147,7 +147,7 @@ def items_with_bad_losses(window: Window, losses: Callable[[StepBatch], Tensor])
 def items_with_bad_gradients(
     window: Window, loss: Callable[[Any, StepBatch], Tensor], trained: Sequence[nn.Parameter]
 ) -> list[Any]:
-    """Items whose gradient alone is not finite: that of `loss(item, its batch)` by the parameters `trained`."""
+    """Items whose own gradient is not finite: that of `loss(item, its batch)` with respect to the parameters `trained`."""
     if not trained:
         return []
     return [
@@ -164,28 +164,28 @@ def items_with_bad_gradients(
 def nonfinite_error(
     rows: Sequence[str], what: str, *, in_a_row: int, step: int, limit: int | None, weights: Sequence[str] = ()
 ) -> NonFiniteError:
-    """The error that ends a run in `step`, after so many steps `in_a_row` whose `what` (loss or gradient) is not finite.
+    """The error that ends a run in `step`, after `in_a_row` steps whose `what` (loss or gradient) was not finite.
 
-    rows      the items of the last of them that are to blame, in words
+    rows      descriptions of the items that caused it in the last of these steps
     limit     the option max_skipped_steps
-    weights   names of parameters that are not finite themselves, so that no row is to blame
+    weights   names of parameters that are not finite themselves, so that no row is the cause
     """
     named = (
-        f"Rows of the last of them whose {what} is not finite: {listed(rows, SHOWN, '; ')}."
+        f"Rows of the last step whose {what} is not finite: {listed(rows, SHOWN, '; ')}."
         if rows
-        else "No single row of the last of them is to blame: its rows are finite one by one."
+        else "No single row of the last step is to blame: each row by itself is finite."
     )
     return NonFiniteError(
         f"The loss or its gradient was not finite in {in_a_row} step{'s' * (in_a_row > 1)} in a row, the last of them step "
         f"{step}; max_skipped_steps={limit} ends the run here. {named} "
-        f"Nothing was learned from these steps, and the last checkpoint is as it was. {_advice(weights)}"
+        f"These steps did not change the model, and the last checkpoint is unchanged. {_advice(weights)}"
     )
 
 
 def _advice(weights: Sequence[str]) -> str:
     if not weights:
-        return "Look at the rows, or lower learning_rate or max_grad_norm, and go on from there."
+        return "Look at the rows, or lower learning_rate or max_grad_norm, and resume from that checkpoint."
     return (
-        f"Weights of the model are not finite themselves ({listed(weights, SHOWN)}), which no row is to blame for: begin with other "
-        "weights, or go on from a checkpoint in which they are finite, with a lower learning_rate."
+        f"Weights of the model are not finite ({listed(weights, SHOWN)}), which no row is to blame for: start with other weights, "
+        "or resume from a checkpoint in which they are finite, with a lower learning_rate."
     )

@@ -1,4 +1,4 @@
-"""What an optimizer keeps of a model, and steps that would change nothing: of another model's parameters, or rounded away."""
+"""Memory of optimizer states, and warnings of optimizers or precisions with which training would change nothing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 4
 STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "lion": 1, "sgd": 0}
-"""Numbers that an optimizer keeps of each parameter, in the parameter's precision."""
+"""Optimizer → number of states per parameter, each of the parameter's shape and dtype."""
 
 
 class StateSizes:
-    """Bytes of the states that an optimizer keeps of a parameter."""
+    """Called with a parameter, returns the bytes of each of its optimizer states."""
 
     def __init__(self, args: TrainingArguments) -> None:
         self.name, self.device = str(getattr(args.optim, "value", args.optim)), args.device.type
@@ -32,32 +32,32 @@ class StateSizes:
         return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
 
     def scratch(self, model: nn.Module) -> int:
-        """Bytes that an update takes: torch's AdamW, where it is not fused, makes the roots of all second moments at once."""
+        """Bytes of temporary memory of an update: torch's AdamW, if not fused, computes the roots of all second moments at once."""
         if self.device == "cpu" or self.name not in ("adamw", "adamw_torch"):
             return 0
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Say which trained parameters an optimizer that was given does not hold. Raises ConfigError where it holds none."""
+    """Warn of trained parameters that the user's optimizer does not have. Raises ConfigError if it has none of them."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing = [name for name, parameter in trained if id(parameter) not in held]
     if len(missing) == len(trained):
         raise ConfigError(
-            f"The optimizer that was given holds none of the {len(trained)} parameters that train: it was made of another "
-            "model, or before peft_config put the adapter on. Make it of the model that is given (with its adapter), or leave "
-            "optimizers out; optimizer_cls_and_kwargs=(class, {…}) has one made here."
+            f"The optimizer in optimizers has none of the {len(trained)} trained parameters: it was created for another model, or "
+            "before peft_config added the adapter. Create it for the model that is passed (with its adapter), or leave "
+            "optimizers out; optimizer_cls_and_kwargs=(class, {…}) lets the trainer create it."
         )
     if missing:
         logger.warning(
-            f"{len(missing)} of {len(trained)} trained parameters are not in the optimizer that was given, so they never "
+            f"{len(missing)} of {len(trained)} trained parameters are not in the optimizer that was passed, so they never "
             f"change: {listed(missing, SHOWN)}."
         )
 
 
 def warn_of_rounded_steps(model: nn.Module, learning_rate: float) -> None:
-    """Say that weights in half precision do not take small steps."""
+    """Warn if trained weights are in half precision, which rounds small updates away."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     half = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
     if not half:
@@ -65,7 +65,7 @@ def warn_of_rounded_steps(model: nn.Module, learning_rate: float) -> None:
     count, dtype = sum(parameter.numel() for parameter in half), half[0].dtype
     part = round(2 / torch.finfo(dtype).eps)
     logger.warning(
-        f"{count:,} of the parameters that train are in {str(dtype).removeprefix('torch.')}: steps below a part in {part:,} of a "
-        f"weight are rounded away, and Adam's are about learning_rate={learning_rate:g}. Load the model in float32 "
+        f"{count:,} trained parameters are in {str(dtype).removeprefix('torch.')}: updates smaller than 1/{part:,} of a weight "
+        f"are rounded away, and those of Adam are about learning_rate={learning_rate:g}. Load the model in float32 "
         "(dtype='float32'; bf16=True still computes in bfloat16), or train an adapter."
     )

@@ -1,12 +1,11 @@
-"""How several processes train together: DDP, FSDP2 or DeepSpeed ZeRO, and what CPUs have to be told about it.
+"""Set up and check parallelism: DDP, FSDP2 or DeepSpeed ZeRO, also for processes on CPUs.
 
-A launcher names the kind of parallelism by environment variables: `trl … --accelerate_config`, `accelerate launch`, or torchrun with
-the variables of accelerate. accelerate reads them only where there is an accelerator. On CPUs an FSDP configuration would
-silently run DDP, and under DeepSpeed, or without `use_cpu`, every process would take itself for the only one. So here,
-and nowhere else:
+A launcher (`trl … --accelerate_config`, `accelerate launch`, or torchrun with the variables of accelerate) sets the kind of
+parallelism in environment variables. accelerate reads them only if there is an accelerator. On CPUs, an FSDP configuration
+would silently run DDP, and with DeepSpeed, or without `use_cpu`, every process would train alone. This file ensures that
 
-    processes on CPUs talk over gloo, no wait is longer than `ddp_timeout`, and they exit without an abort
-    the parallelism that was asked for is the one that runs, with all processes that were started, or there is an error
+    processes on CPUs communicate over gloo, wait at most `ddp_timeout`, and exit without an abort
+    the requested parallelism runs with all processes that were started, or there is an error
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ SHARDING = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
 }
-"""Environment variable of a launcher → the parallelism that it asks for."""
+"""Environment variable of a launcher → the parallelism that it requests."""
 
 LOST = {
-    "timed out": "one of them did not come within ddp_timeout={limit} s. It hangs, or has more to do than this one",
-    "by peer": "one of them has ended. Its own error says why",
+    "timed out": "one of them did not arrive within ddp_timeout={limit} s. It hangs, or has more work than this one",
+    "by peer": "one of them has exited. Its own error says why",
 }
-"""Words in what gloo and NCCL raise → what happened."""
+"""Words in error messages of gloo and NCCL → what happened."""
 
 
 def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
-    """The parallelism that shards, by the launcher or the arguments `fsdp` and `deepspeed`; None for one process or DDP."""
+    """The sharding that the launcher, or the arguments `fsdp` and `deepspeed`, request; None for one process or DDP."""
     if args.deepspeed:
         return DistributedType.DEEPSPEED
     if args.fsdp:
@@ -52,17 +51,17 @@ def sharding_asked_for(args: TrainingArguments) -> DistributedType | None:
 
 @contextmanager
 def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
-    """Let the processes of a launch find each other, and their parallelism, where there is no accelerator.
+    """Connect the processes of a launch over gloo, and enable the requested sharding, if there is no accelerator.
 
-    Options are read within. Nothing changes for a single process, or where there are accelerators.
+    `TrainingArguments` must be set up within the context. A single process, or one with an accelerator, is not affected.
     """
     if "LOCAL_RANK" not in os.environ or "MASTER_ADDR" not in os.environ or torch.accelerator.is_available():
         yield
         return
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=args.ddp_timeout))
-    atexit.unregister(_let_go)
-    atexit.register(_let_go)
+    atexit.unregister(_wait_for_gloo)
+    atexit.register(_wait_for_gloo)
     args.use_cpu = sharding_asked_for(args) is None
     if args.use_cpu:
         yield
@@ -70,9 +69,9 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     if sharding_asked_for(args) == DistributedType.DEEPSPEED:
-        _spare_compiling()
+        _disable_compiled_communication()
     plain = PartialState._prepare_backend
-    # What accelerate takes for accelerators that talk is what it lets shard.
+    # accelerate allows sharding only for processes that it takes for several GPUs.
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     try:
         yield
@@ -80,57 +79,58 @@ def processes_on_cpu(args: TrainingArguments) -> Iterator[None]:
         PartialState._prepare_backend = plain
 
 
-def _let_go() -> None:
-    """Give threads of gloo the moment they need to let go of the tensors they exchanged last.
+def _wait_for_gloo() -> None:
+    """Wait briefly until threads of gloo have released the tensors that they exchanged last.
 
-    One that does so while the interpreter takes itself apart aborts the process ("terminate called without an active
-    exception"). `destroy_process_group` does not wait for them as long as anything, a sharded model say, knows the group.
+    A thread that does so while the interpreter shuts down aborts the process ("terminate called without an active
+    exception"). `destroy_process_group` does not wait as long as something, such as a sharded model, refers to the group.
     """
     time.sleep(0.1)
 
 
-def _spare_compiling() -> None:
-    """Let DeepSpeed use gloo between processes of one machine, in place of an operation that it compiles for minutes."""
+def _disable_compiled_communication() -> None:
+    """Make DeepSpeed use gloo within one machine, in place of an extension that it would compile for minutes."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Raise ConfigError where processes that were started together would each train on their own."""
+    """Raise ConfigError if processes that were started together would each train alone."""
     started = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if args.world_size != started:
         raise ConfigError(
-            f"{started} processes were started, and this one would train in {args.world_size}: accelerate found no "
-            f"device to train on together (use_cpu={args.use_cpu}, device {args.device}). Start as many processes as "
-            "there are devices; on CPUs, hide the others (CUDA_VISIBLE_DEVICES=)."
+            f"{started} processes were started, but this one would train in a group of {args.world_size}: accelerate found no "
+            f"devices for all of them (use_cpu={args.use_cpu}, device {args.device}). Start as many processes as there are "
+            "devices; to train on CPUs, hide the GPUs (CUDA_VISIBLE_DEVICES=)."
         )
 
 
 def check_parallelism(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raise ConfigError where another parallelism runs than was asked for, or FSDP 1."""
+    """Raise ConfigError if another parallelism runs than was requested, or FSDP 1."""
     asked, runs = sharding_asked_for(args), accelerator.distributed_type
     if asked is not None and runs != asked:
         raise ConfigError(
-            f"The launcher asks for {asked.value}, and {runs.value} would run, with whole weights on every device. Start "
-            "with `accelerate launch` or `trl … --accelerate_config`, without use_cpu where there are accelerators."
+            f"The launcher requests {asked.value}, but {runs.value} would run, with all weights on every device. Start "
+            "with `accelerate launch` or `trl … --accelerate_config`, without use_cpu if there are accelerators."
         )
     if runs == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
 
 
 def use_one_device(args: TrainingArguments) -> None:
-    """Keep `transformers` from spreading one process over several devices; says how to use them all."""
+    """Keep `transformers` from using several devices in one process; warn how to use them all."""
     if args.n_gpu > 1:
         logger.warning(
-            f"{args.n_gpu} devices are visible, but one process was started: one of them is used. Start one process per "
-            "device to use all: accelerate launch, torchrun, or trl with --num_processes."
+            f"{args.n_gpu} devices are visible, but one process was started, which uses one device. To use all, start one process "
+            "per device: accelerate launch, torchrun, or trl with --num_processes."
         )
         args._n_gpu = 1
 
 
 def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: int) -> int:
-    """How many of a process's `rows` of an evaluation batch count: the last batch repeats some, so that all have as many."""
+    """How many of a process's `rows` of an evaluation batch count. The last batch repeats rows, so that all processes have the
+    same number; repeated ones do not count."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return rows
@@ -139,7 +139,7 @@ def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: i
 
 @contextmanager
 def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator[None]:
-    """Where a wait for other processes fails, raise an error that says which process waited, in which step, and why."""
+    """If waiting for other processes fails, raise an error that says which process waited, in which step, and why."""
     try:
         yield
     except RuntimeError as error:
@@ -153,16 +153,16 @@ def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:
-    """Gradients of `loss` as it is; DeepSpeed would divide it by the number of accumulated losses."""
+    """Backward pass of `loss` without scaling: DeepSpeed would divide it by the number of accumulation steps."""
     options = {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
     accelerator.backward(loss, **options)
 
 
 @contextmanager
 def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Backward passes within add up gradients: nothing is exchanged, and DeepSpeed does not step."""
+    """Accumulate gradients within the context: they are not reduced over processes, and DeepSpeed does not step."""
     state = accelerator.gradient_state
-    if not state.sync_gradients:  # already so, outside
+    if not state.sync_gradients:  # an outer context accumulates already
         yield
         return
     state._set_sync_gradients(False)

@@ -1,8 +1,8 @@
 """A `transformers.Trainer` whose runs resume exactly where they were stopped.
 
-Whatever changes while training is in its checkpoints: what `transformers` keeps (model, optimizer, scheduler, random
-states, history), the loss since the last log, and the parts that a trainer registers once with `self.states.register(name,
-part)`. How a checkpoint is written, and found again, is in `trl.training.checkpoint`.
+Its checkpoints contain all state that changes during training: what `transformers` saves (model, optimizer, scheduler, random
+states, history), the loss since the last log, and the parts that a trainer registers with `self.states.register(name, part)`.
+`trl.training.checkpoint` writes and finds checkpoints.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from trl.training.output_folder import (
     check_writable,
     checkpoint_bytes,
     claim,
-    foresee,
-    say_beginning_anew,
+    warn_of_refusal,
+    warn_of_restart,
 )
 from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import (
@@ -56,7 +56,7 @@ from trl.training.streams import steady_streams
 
 
 class ResumableTrainer(Trainer):
-    """Writes complete checkpoints, and restores all that is in them."""
+    """Writes complete checkpoints, and restores all of their state."""
 
     uncalled: ClassVar[Mapping[str, str]] = {}
     """Methods of `transformers.Trainer` that trainers of this class do not call, and what to do instead of overriding them."""
@@ -77,11 +77,11 @@ class ResumableTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every process holds a part of the weights."""
+        """Whether the weights are sharded over processes."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def keep_reference(self, reference: Reference | None, *, moves: bool = False) -> None:
-        """Save and restore what a checkpoint has to hold of a reference policy; of one that `moves`, all of it."""
+        """Register the state of a reference policy for checkpoints: all weights if it `moves` (changes during training)."""
         part = reference_part(reference, self.model, moves=moves)
         if part is not None:
             optional = isinstance(part, Unchanged)
@@ -90,13 +90,13 @@ class ResumableTrainer(Trainer):
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`. True resumes from the newest complete checkpoint; "last" too, or starts anew without one."""
+        """As in `transformers`. True resumes from the newest complete checkpoint; so does "last", or starts if there is none."""
         with only_run_in(self.args.output_dir), steady_streams():
             check_rows_alike(all_gather_object(describe_rows(self.train_dataset), self.accelerator))
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
             self._check_folder(checkpoint)
             if checkpoint is None and self.is_world_process_zero():
-                say_beginning_anew(self.args.output_dir)
+                warn_of_restart(self.args.output_dir)
             elif checkpoint is not None:
                 check_settings(Path(checkpoint), describe_run(self))
                 check_adapter(Path(checkpoint), self.model)
@@ -106,26 +106,26 @@ class ResumableTrainer(Trainer):
             return super().train(checkpoint, *args, **kwargs)
 
     def _check_folder(self, checkpoint: str | None) -> None:
-        """Raise ConfigError, on all processes, where the output folder holds another run than the one that is resumed."""
+        """Raise ConfigError on all processes if the output folder has results of a run other than the resumed one."""
         folder = Path(self.args.output_dir)
         if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
             return
         overwrite = vars(self.args).get("overwrite_output_dir", False)
         run_on_main(partial(check_folder, folder, describe_run(self), overwrite=overwrite))
 
-    def _foresee_folder(self) -> None:
-        """Say before rows are encoded that the output folder holds another run, as far as options tell.
+    def _check_folder_early(self) -> None:
+        """Warn before rows are encoded if the output folder has results of another run, as far as options show.
 
-        Raises ConfigError where it cannot be written to.
+        Raises ConfigError if it cannot be written to.
         """
         args = self.args
         if args.process_index == 0:
             check_writable(args.output_dir)
         if args.process_index == 0 and not (args.resume_from_checkpoint or vars(args).get("overwrite_output_dir")):
-            foresee(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
+            warn_of_refusal(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
 
     def check_space(self, *, has_checkpoints: bool) -> None:
-        """Raise ConfigError, on all processes, where no checkpoint, or not even the model, fits on the disk."""
+        """Raise ConfigError on all processes if a checkpoint (or without them, the model) does not fit on the disk."""
         if self.is_sharded:
             return
         is_adapter = any(isinstance(module, PeftModel) for module in self.model.modules())
@@ -140,25 +140,25 @@ class ResumableTrainer(Trainer):
         return self._get_dataloader(rows, description="Training", batch_size=size, is_training=True)
 
     def restore_rng_state(self) -> None:
-        """Restore a checkpoint's random states, and the loss since its last log, before the first step after it.
+        """Restore the random states of the resumed checkpoint, and the loss since its last log, before the first step.
 
-        Loaders draw random numbers when they start, so this is called once the first rows have been read.
+        Data loaders draw random numbers when they start, so this is called after the first rows have been read.
         """
         self._load_rng_state(self._resumed_from)
         if self._resumed_loss is not None:
             self._tr_loss += self._resumed_loss["sum"].to(self._tr_loss.device)
-            self._total_loss_scalar -= self._tr_loss.item()  # `train_loss` is that of the steps of this call
+            self._total_loss_scalar -= self._tr_loss.item()  # `train_loss` covers only the steps of this call
             self._globalstep_last_logged = self._resumed_loss["logged"]
             self._resumed_loss = None
 
     def is_finished(self) -> bool:
-        """Whether no step is left, as in a run that resumes from its last checkpoint; the training loop is then told to stop."""
+        """Whether no steps are left, as when a run resumes from its last checkpoint; if so, stop the training loop."""
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         return self.control.should_training_stop
 
     @property
     def steps_since_log(self) -> int:
-        """Steps whose loss was not logged yet, those before a checkpoint that the run resumed from included."""
+        """Number of steps whose loss is not logged yet, including those before the resumed checkpoint."""
         resumed = self._resumed_loss
         return self.state.global_step - (self._globalstep_last_logged if resumed is None else resumed["logged"])
 
@@ -169,13 +169,13 @@ class ResumableTrainer(Trainer):
         self._resumed_loss = state
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Random states are restored once: before the first step, or before an epoch where one begins with that step."""
+        """Restore random states only once: before the first step, or before an epoch that begins with that step."""
         if checkpoint is not None and checkpoint == self._resumed_from:
             super()._load_rng_state(checkpoint)
             self._resumed_from = None
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        """As in `transformers`, which would log, evaluate and save as often as the checkpoint's run, whatever is asked for."""
+        """As in `transformers`, but with this run's logging_steps, eval_steps and save_steps in place of the checkpoint's."""
         begun = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         return begun
@@ -196,7 +196,7 @@ class ResumableTrainer(Trainer):
         return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A table that is tied to another is not in the checkpoint, and not missing."""
+        """As in `transformers`, without warnings of tied weights, which a checkpoint contains only once."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
@@ -214,7 +214,7 @@ class ResumableTrainer(Trainer):
     # ---- stopping ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, completely or not at all. Raises NonFiniteError where weights are not finite."""
+        """Write a checkpoint, completely or not at all. Raises NonFiniteError if weights are not finite."""
         self.check_finite(f"checkpoint-{self.state.global_step}")
         self.store_flos()
         state = self.state
@@ -232,7 +232,7 @@ class ResumableTrainer(Trainer):
             rotate(folder, self.args.save_total_limit, state.best_model_checkpoint, sound)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers`; raises NonFiniteError instead of writing weights that are not finite over others."""
+        """As in `transformers`, but raises NonFiniteError in place of overwriting a model by weights that are not finite."""
         self.check_finite("The model")
         if self.args.should_save and not _internal_call and output_dir in (None, self.args.output_dir):
             claim(self.args.output_dir, describe_run(self))
@@ -241,7 +241,7 @@ class ResumableTrainer(Trainer):
             follow_umask(output_dir or self.args.output_dir)
 
     def check_finite(self, what: str) -> None:
-        """Raise NonFiniteError, on all processes, where weights are not finite that are to be saved as `what`."""
+        """Raise NonFiniteError on all processes if weights to be saved as `what` became non-finite during training."""
         if names := [name for name in self.nonfinite_weights() if name not in self._nonfinite_at_first]:
             raise nonfinite_weights_error(names, what)
 
@@ -264,7 +264,7 @@ class ResumableTrainer(Trainer):
             (folder / SETTINGS_FILE).write_text(json.dumps(describe_run(self), indent=1), encoding="utf-8")
 
     def _callback_states(self) -> dict[str, Any]:
-        """States of callbacks by the name of their class; a list of states where a class has several callbacks."""
+        """States of callbacks by class name; a list of states if a class has several callbacks."""
         found: dict[str, list] = {}
         for each in (*self.callback_handler.callbacks, self.control):
             if isinstance(each, ExportableState):

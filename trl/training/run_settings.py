@@ -1,7 +1,8 @@
-"""How a run was set up, kept in its checkpoints, and compared where it is resumed.
+"""The settings of a run, saved in its checkpoints, and compared when it is resumed.
 
-What would make the resumed run wrong is an error: another trainer, another optimizer, other trained parameters. What is
-a choice is a warning that names it: other rows, other options. Options that a checkpoint overrules are named as such.
+Differences that would make the resumed run wrong are errors: another trainer, another optimizer, other trained parameters.
+Differences that may be intended are warnings: other rows, other options. A warning also names changed options that have no effect,
+because the checkpoint's optimizer state contains them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "trl_run.json"
 ROWS = 64
-"""Rows of a dataset that its hash is taken from, spread over it."""
+"""Number of rows, evenly spread over a dataset, from which its hash is computed."""
 SHOWN = 4
 
 WRONG = ("trainer", "optim")
-"""Where these differ, the optimizer's state or that of the trainer would be read as something else."""
+"""Settings that must not change: the state of another trainer or optimizer would be misread."""
 OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-"""Options that the optimizer's state brings along."""
+"""Options that are restored with the optimizer's state, so that a changed value has no effect."""
 BESIDE = (
     *(
         "output_dir",
@@ -60,11 +61,11 @@ BESIDE = (
     *("gradient_checkpointing", "activation_"),
     *("restore_callback", "overwrite", "debug", "num_completions_to_print", "max_skipped_steps", "ignore_data_skip"),
 )
-"""Beginnings of names of options that change nothing of what is learned."""
+"""Prefixes of the names of options that do not change what is learned."""
 
 
 def describe_run(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of the settings of a run."""
+    """The settings of a run, as saved in its checkpoints."""
     return {
         "trainer": type(trainer).__name__,
         "model": name_of(unwrap(trainer.model)),
@@ -77,13 +78,13 @@ def describe_run(trainer: Any) -> dict[str, Any]:
 
 
 CHANGED_LATER = ("model_init_kwargs", "max_grad_norm")
-"""Options that trainers change while they are made."""
+"""Options that trainers change in their constructor."""
 
 
 def describe_options(trainer: str, model: str, args: Any) -> dict[str, Any]:
-    """What is known of a run before its model and rows are read: a part of what `describe_run` says.
+    """The part of `describe_run` that is known before model and rows are loaded.
 
-    `trainer` is the name of its class, `model` that of a whole model; empty where it is that of an adapter.
+    `trainer` is the name of its class, `model` that of a full model; empty if the name is that of an adapter.
     """
     options = {name: value for name, value in _options(args.to_dict()) if name not in CHANGED_LATER}
     optim = str(getattr(args.optim, "value", args.optim))
@@ -91,7 +92,7 @@ def describe_options(trainer: str, model: str, args: Any) -> dict[str, Any]:
 
 
 def name_of(model: nn.Module) -> str:
-    """The name or folder that a model was loaded from; empty for one that was made in memory."""
+    """The name or folder that a model was loaded from; empty for one that was created from a configuration."""
     config = vars(model).get("config") or vars(model).get("_internal_dict") or {}
     return dict(config if isinstance(config, Mapping) else vars(config)).get("_name_or_path") or ""
 
@@ -109,7 +110,7 @@ def trained_parameters(model: nn.Module) -> dict[str, list[int]]:
 
 
 def describe_rows(rows: Any) -> dict[str, Any]:
-    """How many rows there are, and a hash of some; empty for a stream, which cannot be looked at beforehand."""
+    """The number of rows, and a hash of some of them; empty for a streamed dataset, which cannot be read in advance."""
     if not isinstance(rows, Dataset):
         return {}
     count = len(rows)
@@ -121,9 +122,9 @@ def describe_rows(rows: Any) -> dict[str, Any]:
 
 
 def check_rows_alike(described: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ConfigError where processes were given other rows than the first: some would be learned from twice, some never.
+    """Raise ConfigError if processes have different rows: some would be trained on twice, others never.
 
-    `described` is what `describe_rows` says in each process.
+    `described` are the results of `describe_rows` on all processes.
     """
     rank = next((rank for rank, rows in enumerate(described) if rows != described[0]), None)
     if rank is not None:
@@ -135,19 +136,19 @@ def check_rows_alike(described: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
-    """Compare a run with the one that wrote a checkpoint.
+    """Compare the settings of a run with those of a checkpoint.
 
-    Raises ConfigError where resuming would give a wrong result; what else differs is logged.
+    Raises ConfigError if resuming would give a wrong result; other differences are logged as warnings.
     """
     file = checkpoint / SETTINGS_FILE
-    if not file.exists():  # from elsewhere
+    if not file.exists():  # a checkpoint of another library
         return
     then = json.loads(file.read_text(encoding="utf-8"))
     for name in WRONG:
         if then[name] != now[name]:
             raise ConfigError(
                 f"Training cannot be resumed from {str(checkpoint)!r}: {name} was {then[name]!r}, and is {now[name]!r} now. "
-                "Give what was given then, or begin anew with its weights: give the folder as the model."
+                "Use the former setting, or start a new run from its weights: give the folder as the model."
             )
     check_parameters(checkpoint, then["parameters"], now["parameters"])
     for warning in differences(then, now):
@@ -155,44 +156,50 @@ def check_settings(checkpoint: Path, now: Mapping[str, Any]) -> None:
 
 
 def check_parameters(checkpoint: Path, then: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> None:
-    """Raise ConfigError where other parameters are trained, or some of another shape (the rank of an adapter)."""
+    """Raise ConfigError if other parameters are trained, or some have another shape (such as the rank of an adapter)."""
     missing, added = [n for n in then if n not in now], [n for n in now if n not in then]
     reshaped = [f"{n} ({list(then[n])} → {list(now[n])})" for n in then if n in now and list(then[n]) != list(now[n])]
     said = [
         f"{what}: {listed(names, SHOWN)}"
-        for what, names in (("trained then and not now", missing), ("not in it", added), ("of another shape", reshaped))
+        for what, names in (
+            ("only in the checkpoint", missing),
+            ("not in the checkpoint", added),
+            ("of another shape", reshaped),
+        )
         if names
     ]
     if said:
         raise ConfigError(
-            f"Training cannot be resumed from {str(checkpoint)!r}: other parameters are trained ({'; '.join(said)}). Give the "
-            "model, the adapter's target_modules and its rank as they were."
+            f"Training cannot be resumed from {str(checkpoint)!r}: other parameters are trained ({'; '.join(said)}). Use the "
+            "same model, target_modules and rank of the adapter as in that run."
         )
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is a choice, and what cannot take effect, in words."""
+    """Warnings of changed rows and options, and of options whose change has no effect."""
     before, after = then["options"], now["options"]
     changed = [name for name in after if name in before and before[name] != after[name]]
     said = []
     if then["rows"] and now["rows"] and then["rows"] != now["rows"]:
         count = f"{then['rows']['count']:,} rows then, {now['rows']['count']:,} now"
         said.append(
-            f"train_dataset is not the one that the run began with ({count}): it is read from the same place on."
+            f"train_dataset is not the one that the run started with ({count}): it is read from the same position on."
         )
     for name in changed:
         was = f"{name} was {before[name]!r}, and is {after[name]!r} now"
         if name in OVERRULED:
-            said.append(f"{was}, which has no effect: the optimizer goes on as it was. Begin anew for another.")
+            said.append(
+                f"{was}, which has no effect: the optimizer keeps the former value. Start a new run to change it."
+            )
         else:
             said.append(f"{was}.")
     return said
 
 
 def check_adapter(checkpoint: Path, model: nn.Module) -> None:
-    """Raise ConfigError for an adapter in a checkpoint whose weights are not those of the adapter in training.
+    """Raise ConfigError if the names or shapes of a checkpoint's adapter differ from those of the adapter in training.
 
-    Weights that are missing would be trained from nothing, and those that are left over dropped, both in silence.
+    Missing weights would silently keep their initial values, and additional ones would silently be dropped.
     """
     files = list(checkpoint.glob("adapter_model.safetensors"))
     inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)

@@ -1,10 +1,9 @@
-"""The parts of a trainer that have a state: what a checkpoint holds of them, and how they get it back.
+"""A registry for the parts of a trainer whose state is saved in checkpoints and restored from them.
 
     self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
 
-A part is anything with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name, and
-`trl.training.checkpoint` does the rest: parts that are the same on all processes are in `trl_state.pt`, those of process R
-in `trl_state_R.pt`.
+A part is any object with `state_dict()` and `load_state_dict(state)`. A trainer registers it once, by name. In a checkpoint,
+states that are the same on all processes are in `trl_state.pt`, those of the process with rank R in `trl_state_R.pt`.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from trl.models.sharding import shards
 logger = logging.getLogger(__name__)
 
 WORDS = {"cpu": 2**16}
-"""Words of 64 bits that are hashed at a time: what fits a processor's cache, and MANY_WORDS elsewhere."""
+"""Device → number of 64-bit words that are hashed at a time: what fits into a CPU's cache; `MANY_WORDS` on other devices."""
 MANY_WORDS = 2**24
 MIX = 0x2545F4914F6CDD1D
-"""An odd number without a pattern."""
+"""An odd constant with an irregular bit pattern."""
 
 
 class Stateful(Protocol):
     """A part of a trainer whose state belongs in a checkpoint.
 
-    States are dicts of tensors, numbers, texts, lists and dicts: they are read without running code that a file brings.
+    States are dicts of tensors, numbers, strings, lists and dicts, so that they are loaded without running code from the file.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -46,7 +45,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class StateFunctions:
-    """A part made of two functions."""
+    """A `Stateful` part that consists of two functions."""
 
     state_dict: Callable[[], dict[str, Any]]
     load_state_dict: Callable[[Mapping[str, Any]], Any]
@@ -54,7 +53,7 @@ class StateFunctions:
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of a model that is not trained by the optimizer, but changes; of a sharded one, this process's."""
+    """The parameters (or local shards) of a model that changes without being trained by the optimizer."""
 
     model: nn.Module
 
@@ -69,9 +68,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Unchanged:
-    """Weights that stay as they are: a checkpoint holds their fingerprint, and the run that goes on has to have them.
+    """Weights that do not change: a checkpoint holds only their fingerprint, which a resumed run has to match.
 
-    `what` they are is said where they differ.
+    `what` names them in the error if it does not.
     """
 
     what: str
@@ -81,19 +80,19 @@ class Unchanged:
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ConfigError where the weights are others."""
+        """Raises ConfigError if the weights differ from those in the checkpoint."""
         if state["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                f"Training cannot go on: {self.what} is not the one that this run began with. Give the model, and the "
-                "ref_model if there was one, that were given then: the checkpoint brings what was learned since."
+                f"Training cannot be resumed: {self.what} is not the one with which this run started. Give the same model (and "
+                "ref_model, if any) as then; the trained weights are loaded from the checkpoint."
             )
 
 
 @torch.no_grad()
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of the names, shapes and types of all tensors, and of every number in them.
+    """A hash of the names, shapes, dtypes and values of all tensors.
 
-    The numbers are read where they are: with the bytes of a tensor as 64-bit words x_i and odd weights w_i,
+    Values are hashed on their own device: with the bytes of a tensor as 64-bit words x_i and odd weights w_i,
     Σ x_i w_i mod 2⁶⁴ changes with any single word.
     """
     digest = hashlib.blake2b(digest_size=16)
@@ -105,7 +104,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def _sums(tensor: Tensor) -> list[int]:
     flat = tensor.contiguous().flatten()
-    # Words begin at multiples of eight bytes; a tensor that is a part of another may begin anywhere.
+    # 64-bit words need an alignment of eight bytes, which a view into another tensor may not have.
     flat = (flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat).view(torch.uint8)
     words = flat[: len(flat) // 8 * 8].view(torch.int64)
     rest = flat[len(words) * 8 :].tolist()
@@ -119,7 +118,7 @@ def _sums(tensor: Tensor) -> list[int]:
 
 
 def reference_part(reference: Reference | None, policy: nn.Module, *, moves: bool) -> Stateful | None:
-    """What a checkpoint holds of a reference: weights that change or are nowhere else, a fingerprint of others."""
+    """The state of a reference for checkpoints: weights if they change (`moves`) or exist nowhere else, else a fingerprint."""
     if isinstance(reference, FrozenModel):
         model = unwrap(reference.model)
         return Weights(model) if moves else Unchanged("the reference policy", fingerprint(shards(model).items()))
@@ -139,14 +138,14 @@ def _copy(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
 
 @dataclass
 class StateRegistry:
-    """The parts of a trainer, by name; `own` ones differ from process to process."""
+    """The parts of a trainer by name: `shared` ones are the same on all processes, `own` ones differ."""
 
     shared: dict[str, Stateful] = field(default_factory=dict)
     own: dict[str, Stateful] = field(default_factory=dict)
     optional: set[str] = field(default_factory=set)
 
     def register(self, name: str, part: Stateful, *, per_rank: bool = False, optional: bool = False) -> None:
-        """Save and restore `part` with every checkpoint.
+        """Save and restore `part` with every checkpoint; with `per_rank`, separately for each process.
 
         A checkpoint without it cannot be resumed, unless it is `optional`.
         """
@@ -155,17 +154,17 @@ class StateRegistry:
             self.optional.add(name)
 
     def save(self, folder: Path, *, rank: int, is_main: bool) -> None:
-        """Write the states of all parts. Every process takes part, since a state may be gathered."""
+        """Write the states of all parts. All processes must call it, since states may be gathered."""
         shared = {name: part.state_dict() for name, part in self.shared.items()}
         torch.save({name: part.state_dict() for name, part in self.own.items()}, folder / f"trl_state_{rank}.pt")
         if is_main and shared:
             torch.save(shared, folder / "trl_state.pt")
 
     def load(self, folder: Path, *, rank: int, processes: int, written_by: int) -> None:
-        """Give every part its state back, from a checkpoint that so many processes have written.
+        """Restore the states of all parts from a checkpoint that was written by `written_by` processes.
 
-        Raises ConfigError for a checkpoint that holds no state of a part, or that was written by another number of
-        processes where parts cannot be dealt out anew.
+        Raises ConfigError if the state of a part is missing, which is also the case for those of single processes if the number
+        of processes has changed.
         """
         own = _read_state(folder / f"trl_state_{rank}.pt") if written_by == processes else {}
         found = {**_read_state(folder / "trl_state.pt"), **own}
@@ -173,14 +172,15 @@ class StateRegistry:
         if lost := sorted(parts.keys() - found.keys() - self.optional):
             why = f"it was written by {written_by} processes, and here are {processes}"
             raise ConfigError(
-                f"{str(folder)!r} cannot be resumed: it does not hold {', '.join(lost)} for this process "
+                f"{str(folder)!r} cannot be resumed: it does not hold the state of {', '.join(lost)} for this process "
                 f"({why if written_by != processes else 'it was written by another trainer, or by an earlier version'}). "
-                "Resume it with what wrote it, or begin anew with its weights: give the folder as the model."
+                "Resume it with the same trainer, version and number of processes, or start a new run from its weights: give "
+                "the folder as the model."
             )
         if written_by != processes:
             logger.warning(
-                f"{folder} was written by {written_by} processes, and here are {processes}: random states and metrics "
-                "since the last log start anew, so that results differ from those of a run that was never stopped."
+                f"{folder} was written by {written_by} processes, and here are {processes}: random states and metrics since "
+                "the last log cannot be restored, so that results differ from those of a run that was never stopped."
             )
         for name, part in parts.items():
             if name in found:

@@ -1,17 +1,17 @@
-"""How an optimizer step is run: one window of items, split into micro-batches, whose weights sum to 1.
+"""Run optimizer steps: the items of a step (its window) are split into micro-batches, whose loss weights sum to 1.
 
     items of a window ──plan──▶ micro-batches ──collate──▶ batches ──normalize weights──▶ Σ weight · loss ──▶ one step
 
-Nothing here knows what an item is: a text, a pair of answers, a denoising trajectory. A trainer says that in few places:
+An item can be anything: a text, a pair of answers, a denoising trajectory. A subclass defines it by these methods:
 
-    size(item)                what an item costs in a forward pass
-    collate(items)            items as one batch: see `StepBatch` in `trl.training.window`
+    size(item)                cost of an item in a forward pass, in tokens or denoising steps
+    collate(items)            items as one batch: a `StepBatch` of `trl.types`
     loss(model, batch)        the losses of a batch, in the shape of its weights, and metrics
-    weights(batch)            what each loss weighs before normalisation
-    describe(items)           items in words, for the error that names them
+    weights(batch)            weights of the losses before normalisation
+    describe(items)           descriptions of items for error messages
 
-`transformers.Trainer` owns the loop over epochs; `get_batch_samples` hands it the micro-batches of a window. A loop of
-one's own calls `optimizer_step(items)`, which goes through the same micro-batches, skipping and counting.
+`transformers.Trainer` runs the loop over epochs; `get_batch_samples` gives it the micro-batches of a window. A custom loop calls
+`optimizer_step(items)`, with the same micro-batches, and the same skipping and counting of steps.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ EVAL = "get_eval_dataloader"
 
 
 class StepTrainer(ResumableTrainer):
-    """Runs optimizer steps, and evaluates, on items of any kind. See the top of the file for what a trainer adds."""
+    """Runs optimizer steps, and evaluates, on items of any kind. Subclasses define the methods at the top of the file."""
 
     lays_out_ahead: bool = False
-    """Whether the next window is planned and laid out while the device works on this one: where rows do not depend on the step
-    between, nor laying them out on a random generator."""
+    """Whether the next window is planned and collated while the device works on the present one. Only possible if its rows do not
+    depend on the step in between, and collating draws no random numbers."""
     term: LossTerm | None = None
-    """What is added to the losses of items."""
+    """A loss of the whole step that is added to the losses of items."""
     averaging: str = "token"
-    """What counts the same: a name in `trl.ops.reduce.WEIGHTS`."""
+    """How losses are averaged: a name in `trl.ops.reduce.WEIGHTS`."""
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,14 +100,14 @@ class StepTrainer(ResumableTrainer):
         self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
 
-    # ---- what a trainer adds ----
+    # ---- methods for subclasses ----
 
     def items(self, rows: Any, *, source: str) -> list[Any]:
-        """The items of what a loader hands over; `source` names the loader in errors."""
+        """Convert a batch of a data loader to items; `source` names the loader in errors."""
         return list(rows)
 
     def size(self, item: Any) -> int:
-        """What an item costs in a forward pass: tokens, or denoising steps."""
+        """Cost of an item in a forward pass: tokens, or denoising steps."""
         raise NotImplementedError
 
     def collate(self, items: Sequence[Any]) -> Any:
@@ -115,7 +115,7 @@ class StepTrainer(ResumableTrainer):
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
-        """Loss of `batch`, in the shape of `weights(batch)`, and metrics."""
+        """Losses of `batch`, in the shape of `weights(batch)`, and metrics."""
         raise NotImplementedError
 
     def weights(self, batch: Any) -> Tensor:
@@ -123,24 +123,24 @@ class StepTrainer(ResumableTrainer):
         return WEIGHTS[self.averaging](batch.mask)
 
     def statistics(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Numbers of a whole window, over all processes, that its losses need as signals: `{name: scalar}`.
+        """Statistics of a whole window over all processes that its losses need as signals: `{name: scalar}`.
 
-        Asked for once per window, before it is trained on, and once per evaluation batch, of which a process may have no items.
+        Called once per window, before training on it, and once per evaluation batch, of which a process may have no items.
         """
         return {}
 
     def micro_batch_budget(self) -> int | None:
-        """The sum of sizes that a forward pass should stay under. None: as few micro-batches as are counted."""
+        """Maximal size of a micro-batch, in the unit of `size`. None: no more micro-batches than accumulation steps."""
         return None
 
     def describe(self, items: Sequence[Any]) -> list[str]:
-        """Each item in a few words."""
+        """A short description of each item."""
         return [f"an item of size {self.size(item)}" for item in items]
 
     # ---- the window ----
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """All columns: `items` looks at what there is."""
+        """Keep all columns: `items` reads them."""
         return dataset
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
@@ -149,7 +149,7 @@ class StepTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[list[Any]], int]:
-        """The items of one optimizer step as micro-batches with weights: a list of them per counted step."""
+        """The micro-batches of one optimizer step, with weights: a list of them per accumulation step of `transformers`."""
         if self.is_finished():
             return [], 1
         self._window_started = time.perf_counter()
@@ -162,14 +162,14 @@ class StepTrainer(ResumableTrainer):
         return (self.micro_batches(items, slots=slots) if items else []), 1
 
     def _pull(self, iterator: Iterator[Any], count: int) -> tuple[list[Any], int]:
-        """The items of `count` batches of a loader, and how many batches there were."""
+        """The items of the next `count` batches of a loader, and how many batches it still had."""
         parts = [
             self.items(rows, source="get_train_dataloader") for _, rows in zip(range(count), iterator, strict=False)
         ]
         return [item for part in parts for item in part], len(parts)
 
     def _lay_out_next(self) -> None:
-        """Plan and lay out the next window of this epoch, before the device is waited for."""
+        """Plan and collate the next window of this epoch while the device is still busy with this one."""
         if not self.lays_out_ahead or self._source is None:
             return
         items, slots = self._pull(*self._source)
@@ -177,7 +177,7 @@ class StepTrainer(ResumableTrainer):
             self._next = NextWindow(self._source[0], items, slots, *self._laid_out(items, slots))
 
     def _laid_out(self, items: Sequence[Any], slots: int) -> tuple[list[list[int]], list[Any]]:
-        """Which items share a micro-batch, and the micro-batches."""
+        """The indices of items in each micro-batch, and the collated micro-batches."""
         following, self._next = self._next, None
         if following is not None and following.items is items:
             return following.groups, following.batches
@@ -185,7 +185,10 @@ class StepTrainer(ResumableTrainer):
         return groups, [self.collate([items[i] for i in group]) for group in groups]
 
     def micro_batches(self, items: Sequence[Any], *, slots: int = 1) -> list[list[Any]]:
-        """The batches of a window, for each of `slots` counted steps; every process gets as many."""
+        """The micro-batches of a window, with normalised weights, for each of `slots` accumulation steps.
+
+        Dummy batches are added so that all processes have the same number.
+        """
         groups, batches = self._laid_out(items, slots)
         batches = with_statistics(batches, self.statistics(items))
         batches, tokens = normalize_weights(batches, self.weights, self._sum_over_processes)
@@ -200,28 +203,28 @@ class StepTrainer(ResumableTrainer):
 
     @property
     def largest_pass(self) -> int:
-        """Positions of the largest forward pass of this step; 0 before the first step."""
+        """Number of positions in the largest micro-batch of this step; 0 before the first step."""
         window: Window | None = vars(self).get("_window")
         return 0 if window is None else max(batch.positions for batch in window.batches)
 
     def plan(self, items: Sequence[Any], count: int) -> list[list[int]]:
-        """Which items share a forward pass, in at least `count` of them."""
+        """Split items into at least `count` micro-batches; return the indices in each."""
         sizes = [self.size(item) for item in items]
         return plan_micro_batches(sizes, count=count, token_budget=self.micro_batch_budget())
 
     # ---- the step ----
 
     def training_step(self, model: nn.Module, inputs: list[Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of the micro-batches that stand for one counted step."""
+        """Forward and backward of the micro-batches of one accumulation step."""
         plain = super().training_step
         return self._accumulate(model, inputs, lambda batch: plain(model, batch, num_items_in_batch))
 
     def optimizer_step(self, items: Sequence[Any], *, count: int = 1) -> None:
-        """One optimizer step on `items`, in at least `count` micro-batches, outside the loop of `train`.
+        """Take one optimizer step on `items`, in at least `count` micro-batches, outside of `train`.
 
-        The model stays in the mode that it is in (training, or evaluation).
+        The model keeps its mode (training or evaluation).
 
-        Raises NonFiniteError where so many steps in a row were not finite that nothing else is to be expected.
+        Raises NonFiniteError after max_skipped_steps non-finite steps in a row.
         """
         model = self.model_wrapped
         batches = [batch for slot in self.micro_batches(items, slots=count) for batch in slot]
@@ -232,7 +235,7 @@ class StepTrainer(ResumableTrainer):
         self.optimizer.zero_grad()
 
     def _accumulate(self, model: nn.Module, batches: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
-        """The losses that `run` gives of the batches, added up; gradients are exchanged with the last of them."""
+        """Call `run` on all batches and sum the losses; gradients are reduced over processes with the last batch."""
         check = self._gradient_check()
         *before, last = batches
         loss = torch.zeros((), device=self.args.device)
@@ -245,7 +248,7 @@ class StepTrainer(ResumableTrainer):
         return loss
 
     def _gradient_check(self) -> GradientCheck | None:
-        """What looks at the first backward pass; None later, and where parameters are sharded, or hooks would be compiled."""
+        """A check of the first backward pass; None later, and if parameters are sharded, or `torch_compile` would compile hooks."""
         if self._has_checked_gradients or self.is_sharded or self.args.torch_compile:
             return None
         self._has_checked_gradients = True
@@ -263,7 +266,8 @@ class StepTrainer(ResumableTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Metrics]:
-        """Σ weight · loss, times the processes, over which gradients are averaged; as asked for, with the metrics."""
+        """Σ weight · loss, times the number of processes, since gradients are averaged over them. With `return_outputs`, also
+        the metrics."""
         with nullcontext() if self.term is None else self.term.recording() as recorded:
             loss, metrics = self.loss(model, inputs)
         self._check_shape(loss, inputs.weight)
@@ -276,15 +280,15 @@ class StepTrainer(ResumableTrainer):
         return (total, metrics) if return_outputs else total
 
     def _check_shape(self, loss: Tensor, weight: Tensor) -> None:
-        """Raises ConfigError for a loss that is summed or averaged already, or that weights would be repeated over."""
+        """Raises ConfigError for a loss that is already reduced, or whose shape would broadcast with the weights."""
         if loss.shape != weight.shape:
             raise ConfigError(
-                f"{type(self).__name__}.loss gave a loss of shape {list(loss.shape)}, and the weights of its batch have the shape "
+                f"{type(self).__name__}.loss returned a loss of shape {list(loss.shape)}, but the weights of its batch have the shape "
                 f"{list(weight.shape)}: return one loss for each weight, not averaged; the weights of a step sum to 1."
             )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        with explain_waits(self.args, lambda: self.state.global_step):  # the loop begins with a state of its own
+        with explain_waits(self.args, lambda: self.state.global_step):  # a function, as the loop replaces the state
             output = super()._inner_training_loop(*args, **kwargs)
         if self._took_no_step():
             raise self.nonfinite_error()
@@ -293,7 +297,7 @@ class StepTrainer(ResumableTrainer):
     # ---- steps that are not finite ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that is logged; None if the step is skipped, since it is not finite: see `trl.training.nonfinite`."""
+        """The gradient norm for the log; None if the step is skipped because it is not finite: see `trl.training.nonfinite`."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._lay_out_next()
         return norm if self.accept_step(model, norm) else None
@@ -301,7 +305,7 @@ class StepTrainer(ResumableTrainer):
     def accept_step(self, model: nn.Module, norm: Tensor | float | None) -> bool:
         """Count the step; drop its gradients if their norm is not finite, so that the optimizer changes nothing.
 
-        Raises NonFiniteError where so many steps in a row were skipped that nothing else is to be expected.
+        Raises NonFiniteError after max_skipped_steps skipped steps in a row.
         """
         finite = is_finite(norm)
         self.steps.add(skipped=not finite)
@@ -310,29 +314,31 @@ class StepTrainer(ResumableTrainer):
         self.rollback_metrics()
         if self._skipped_too_many():
             raise self.nonfinite_error()
-        if self.accelerator.scaler is None:  # the scaler of float16 skips by itself, and learns from it
+        if (
+            self.accelerator.scaler is None
+        ):  # the gradient scaler of float16 skips the step itself, and lowers its scale
             model.zero_grad(set_to_none=True)
         return False
 
     def rollback_metrics(self) -> None:
-        """Go back to what was counted before this step."""
+        """Restore metrics and loss to their values before this step."""
         self.meters["train"].go_back(self._window.mark)
         self._tr_loss.copy_(self._window.loss)
 
     def _skipped_too_many(self) -> bool:
-        if self.is_deepspeed_enabled and not self.args.fp16:  # has taken the step by now
+        if self.is_deepspeed_enabled and not self.args.fp16:  # DeepSpeed has already taken the step
             return True
         scaler, most = self.accelerator.scaler, self.args.max_skipped_steps
         still_looking = scaler is not None and scaler.get_scale() > 1
         return most is not None and self.steps.in_a_row >= most and not still_looking
 
     def _took_no_step(self) -> bool:
-        """Whether a run has ended in which every step was skipped, too short for as many as end one."""
+        """Whether all steps of a finished run were skipped, although they were fewer than max_skipped_steps."""
         may_go_on = self.args.max_skipped_steps is None or self.accelerator.scaler is not None
         return not may_go_on and 0 < self.state.global_step == self.steps.skipped
 
     def nonfinite_error(self) -> NonFiniteError:
-        """The error that ends a run; every process takes part, and names its items."""
+        """The error that ends a run, with the items of all processes that caused it. All processes must call it."""
         bad, what = items_with_bad_losses(self._window, self._losses_now), "loss"
         if not any(all_gather_object(bool(bad), self.accelerator)):
             trained = [] if self.is_sharded else [p for p in self.model.parameters() if p.requires_grad]
@@ -347,7 +353,7 @@ class StepTrainer(ResumableTrainer):
             return self.loss(self.model_wrapped, batch.to(self.args.device))[0].cpu()
 
     def _loss_alone(self, item: Any, batch: Any) -> Tensor:
-        """The loss of one item of a window, with the window's statistics as they are in its `batch`."""
+        """The loss of a single item of a window, with the statistics of the window from its `batch`."""
         alone = self.collate([item])
         statistics = {k: v[:1].expand(len(alone.mask)) for k, v in batch.signals.items() if k not in alone.signals}
         alone = replace(alone, signals={**alone.signals, **statistics}).to(self.args.device)
@@ -358,20 +364,20 @@ class StepTrainer(ResumableTrainer):
     # ---- evaluation ----
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Count a batch into the evaluation's metrics; nothing is kept or gathered per batch."""
+        """Add a batch to the evaluation metrics; no predictions are stored or gathered."""
         counted, items = self.evaluated(inputs)
         self.evaluate_items(model, counted, self.statistics(counted), filling=items[:1])
         return None, None, None
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        """The rows in their order: micro-batches are planned by length anyway."""
+        """Keep the order of rows: micro-batches are planned by length anyway."""
         return SequentialSampler(eval_dataset)
 
     def evaluated(self, inputs: Any) -> tuple[list[Any], list[Any]]:
-        """The items of an evaluation batch that count, and all: see `trl.training.evaluated_rows`."""
+        """The items of an evaluation batch that count, and all of its items: see `trl.training.evaluated_rows`."""
         if isinstance(inputs, RowItems):
             rows, most = [self.items(row, source=EVAL) for row in inputs.rows], inputs.counted
-        else:  # from a loader of the user's own
+        else:  # a batch of the user's own data loader
             rows = [[item] for item in self.items(inputs, source=EVAL)]
             most = len(rows)
         counted = rows[: unduplicated_rows(self.args, self.accelerator, most)]
@@ -380,7 +386,7 @@ class StepTrainer(ResumableTrainer):
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
-        """As in `transformers`; batches to evaluate say which of their rows count."""
+        """As in `transformers`, but evaluation batches tell which of their rows count."""
         given = self.data_collator
         if not is_training:
             self.data_collator = ByRow(given)
@@ -394,9 +400,9 @@ class StepTrainer(ResumableTrainer):
     def evaluate_items(
         self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor], *, filling: Sequence[Any]
     ) -> None:
-        """Count `items` into the evaluation's metrics, in as many forward passes as every other process.
+        """Add `items` to the evaluation metrics, with the same number of forward passes on every process.
 
-        `filling` is run, and not counted, where another process has more.
+        `filling` are items for dummy passes, which do not count, if another process has more micro-batches.
         """
         groups = [[items[i] for i in group] for group in self.plan(items, 1)]
         missing = self._most(len(groups)) - len(groups)
@@ -408,7 +414,7 @@ class StepTrainer(ResumableTrainer):
                 self.loss(model, dummy_batch(replace(batch, weight=batch.mask)).to(self.args.device))
 
     def evaluate_batch(self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor]) -> Metrics:
-        """Count loss and metrics of `items`, a part of an evaluation batch with these `statistics`."""
+        """Add loss and metrics of `items`, a micro-batch of an evaluation batch with these `statistics`."""
         (batch,) = with_statistics([self.collate(items)], statistics)
         batch = batch.to(self.args.device)
         weights = self.weights(batch)
@@ -423,7 +429,7 @@ class StepTrainer(ResumableTrainer):
         return metrics
 
     def _computed_loss(self, model: nn.Module, batch: Any, weights: Tensor) -> tuple[Tensor, Metrics]:
-        """The mean loss of a batch as a subclass's `compute_loss` gives it, and metrics; nothing counts as training."""
+        """The mean loss and metrics of a batch from a subclass's `compute_loss`, without adding them to training metrics."""
         processes = self.accelerator.num_processes
         batch = replace(batch, weight=weights / (weights.sum() * processes).clamp(min=torch.finfo(weights.dtype).tiny))
         mark, term = self.meters["train"].mark(), self.term
@@ -436,12 +442,12 @@ class StepTrainer(ResumableTrainer):
         if isinstance(found, tuple):
             return found
         raise ConfigError(
-            f"{type(self).__name__}.compute_loss was called with return_outputs=True, and gave a {type(found).__name__}: give the loss "
-            "and the metrics, as super().compute_loss(model, inputs, return_outputs=True) does."
+            f"{type(self).__name__}.compute_loss was called with return_outputs=True, but returned a {type(found).__name__}: return "
+            "the loss and the metrics, as super().compute_loss(model, inputs, return_outputs=True) does."
         )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers`, with metrics that are means over the whole set and not means of batch means."""
+        """As in `transformers`, but metrics are means over the whole dataset and not means of batch means."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self.meters["eval"].read(self._gather, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
@@ -460,7 +466,7 @@ class StepTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _train_metrics(self) -> dict[str, float]:
-        """Metrics since the last log; tokens per second of training alone, over all processes."""
+        """Metrics since the last log, and tokens per second of training (without evaluation and saving) over all processes."""
         metrics = self.meters["train"].read(self._gather, self.args.device)
         tokens, seconds = self._throughput
         steps, self._throughput, self._timed_steps = self._timed_steps, (0, 0.0), 0
@@ -476,9 +482,9 @@ class StepTrainer(ResumableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
-        """Tokens are counted with the window."""
+        """Do nothing: `micro_batches` counts tokens."""
 
-    # ---- what transformers has, and is not here ----
+    # ---- methods of transformers that are not supported ----
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> NoReturn:
         raise ConfigError(f"{type(self).__name__}.hyperparameter_search is not available. {SWEEP}")
@@ -489,7 +495,7 @@ class StepTrainer(ResumableTrainer):
     # ---- over processes ----
 
     def _most(self, count: int) -> int:
-        """The largest `count` of any process: all have to take part in as many forward passes."""
+        """The maximum of `count` over processes: all have to do the same number of forward passes."""
         if self.accelerator.num_processes == 1:
             return count
         return int(self._gather(torch.tensor([count], device=self.args.device)).max())

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot be written to (closed, full, ASCII alone): a run loses lines of output, no more."""
+"""Survive a standard output or error that cannot be written to (closed, full disk, ASCII only): a run only loses output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("stdout", "stderr")
 
 
 class SteadyStream:
-    """A text stream that goes on when nobody can be written to any more: what comes then is lost."""
+    """A text stream that discards its output, without an error, once it cannot be written to any more."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -21,8 +21,8 @@ class SteadyStream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except (OSError, ValueError):  # a reader that has left, a full disk, a stream that was closed
-            self._give_up()
+        except (OSError, ValueError):  # a broken pipe, a full disk, a closed stream
+            self._discard_output()
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -33,14 +33,14 @@ class SteadyStream:
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            self._give_up()
+            self._discard_output()
 
-    def _give_up(self) -> None:
-        """Let what is buffered, and all that comes, go nowhere: Python would try again when it ends, and fail."""
+    def _discard_output(self) -> None:
+        """Redirect the stream, with its buffer, to the null device: Python would write the buffer again at exit, and fail."""
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -48,7 +48,7 @@ class SteadyStream:
 
 @contextmanager
 def steady_streams() -> Iterator[None]:
-    """Standard output and error as `SteadyStream`s meanwhile."""
+    """Replace standard output and error by `SteadyStream`s within the context."""
     prepare_streams()
     before = {name: getattr(sys, name) for name in NAMES}
     for name, stream in before.items():
@@ -62,11 +62,11 @@ def steady_streams() -> Iterator[None]:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams fit to be written to: what is closed leads nowhere, what cannot be encoded is escaped."""
+    """Make writing to the standard streams safe: open closed ones on the null device, and escape what cannot be encoded."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by `>&-`: the next file that is opened would be taken for it
+        except OSError:  # closed by `>&-`: the next file that is opened would get this descriptor
             os.open(os.devnull, os.O_RDWR)
     for name in NAMES:
         stream = getattr(sys, name)

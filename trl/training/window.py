@@ -1,6 +1,6 @@
-"""The accumulation window: which sequences share a micro-batch, and what each token weighs.
+"""The accumulation window: how sequences are split into micro-batches, and the weight of each token.
 
-An optimizer step sees the sequences of all its micro-batches, on all processes: the window. Its loss is
+The window is all sequences of an optimizer step, over all micro-batches and processes. Its loss is
 
     loss = Σ weight · loss,       Σ weight = 1 over the window
 
@@ -24,7 +24,7 @@ from trl.types import StepBatch
 
 @dataclass(frozen=True)
 class NextWindow:
-    """What the loader `source` gave beforehand, and how it is laid out."""
+    """Items that were read in advance from the loader `source`, and their micro-batches."""
 
     source: Iterator[Any]
     items: list[Any]
@@ -34,26 +34,26 @@ class NextWindow:
 
 
 class LossTerm(ABC):
-    """A loss of whole steps that is added to those of their items: each micro-batch adds its part."""
+    """A loss of a whole step that is added to the losses of its items; each micro-batch contributes a part."""
 
     @abstractmethod
     def begin_step(self, batches: Sequence[Any]) -> None:
-        """Take note of the micro-batches of a step, on the host, before any of them is trained on."""
+        """Called with the micro-batches of a step, on the host, before training on them."""
 
     @abstractmethod
     def recording(self) -> AbstractContextManager[Any]:
-        """What the loss of items is computed in; gives what `loss` reads."""
+        """A context around the forward pass of the items' loss; yields what `loss` gets as `recorded`."""
 
     @abstractmethod
     def loss(self, recorded: Any, batch: Any) -> Tensor:
-        """The part of `batch`, a scalar, times the processes, over which gradients are averaged."""
+        """The part of `batch`, a scalar, times the number of processes, since gradients are averaged over them."""
 
 
 def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | None = None) -> list[list[int]]:
-    """Split the sequences of a window, `sizes` tokens each, into at least `count` micro-batches of like lengths.
+    """Split the sequences of a window, `sizes` tokens each, into at least `count` micro-batches of similar lengths.
 
-    With a budget, micro-batches are opened as needed so that none holds more than `token_budget` tokens when padded to
-    its longest sequence (a longer sequence is alone in its own). Longest first: running out of memory happens early.
+    With a budget, there are as many micro-batches as needed so that none has more than `token_budget` tokens when padded to
+    its longest sequence (a longer sequence gets its own). The longest come first, so that running out of memory happens early.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if token_budget is None:
@@ -67,19 +67,19 @@ def plan_micro_batches(sizes: Sequence[int], *, count: int, token_budget: int | 
 
 
 def _even(order: list[int], count: int) -> list[list[int]]:
-    """Consecutive parts whose numbers of sequences differ by at most one, none empty."""
+    """Split into `count` consecutive parts, none empty, whose sizes differ by at most one."""
     count = min(count, len(order))
     bounds = [len(order) * k // max(count, 1) for k in range(count + 1)]
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
 def split_into_slots(batches: Sequence[StepBatch], slots: int) -> list[list[StepBatch]]:
-    """Deal micro-batches to the `slots` that the training loop counts, in order; each has at least one."""
+    """Distribute micro-batches, in order, over the `slots` accumulation steps of the training loop; each gets at least one."""
     return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
 
 
 def with_statistics(batches: Sequence[StepBatch], statistics: Mapping[str, Tensor]) -> list[StepBatch]:
-    """The batches with scalars of the whole window as signals `[N]`."""
+    """Add scalars of the whole window to the batches, as signals `[N]`."""
     if not statistics:
         return list(batches)
     return [
@@ -89,7 +89,7 @@ def with_statistics(batches: Sequence[StepBatch], statistics: Mapping[str, Tenso
 
 
 def dummy_batch(batch: StepBatch) -> StepBatch:
-    """A batch that takes part in forward and backward and changes nothing: every process has to take part equally."""
+    """A batch with weight 0: it runs forward and backward, which all processes must do equally often, but changes nothing."""
     return replace(batch.masked_out(), weight=batch.weight * 0, tokens=0)
 
 
@@ -98,9 +98,9 @@ def normalize_weights(
     weights: Callable[[StepBatch], Tensor],
     sum_over_processes: Callable[[Tensor], Tensor],
 ) -> tuple[list[StepBatch], int]:
-    """The batches with `weight` filled in so that the weights of the window sum to 1, and the window's tokens.
+    """Set `weight` of the batches such that the weights of the window sum to 1; return them and the window's number of tokens.
 
-    `weights(batch)` are unnormalised. `sum_over_processes` is called once, with a vector.
+    `weights(batch)` gives unnormalised weights. `sum_over_processes` is called once, with a vector.
     """
     raw = [weights(batch) for batch in batches]
     local = torch.tensor([sum(w.sum().item() for w in raw), sum(b.tokens for b in batches)], dtype=torch.float64)
