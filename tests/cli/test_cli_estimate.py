@@ -23,7 +23,7 @@ from trl.models.half_weights import round_together
 from trl.models.memory import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, take_shape, tracing
 from trl.models.score import prepare_scoring, score
 from trl.models.varlen import VARLEN, switch
-from trl.trainers.activation_plan import HOLES
+from trl.trainers.activation_plan import FRAGMENTATION
 from trl.types import Completion, Example
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -132,7 +132,7 @@ def test_the_check_plans_which_layers_are_checkpointed_as_training_will(tmp_path
     assert plan.recomputed == 4
     assert none_kept.parts[ACTIVATIONS] < all_kept.parts[ACTIVATIONS]
     most, least = all_kept.total - there, none_kept.total - there
-    between, plan = with_free(there + ceil(HOLES * (most + least) / 2))
+    between, plan = with_free(there + ceil(FRAGMENTATION * (most + least) / 2))
     assert plan.recomputed == 2
     assert between.parts[ACTIVATIONS] == pytest.approx(
         (all_kept.parts[ACTIVATIONS] + none_kept.parts[ACTIVATIONS]) / 2, abs=1

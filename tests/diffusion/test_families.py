@@ -105,7 +105,7 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from():
 def test_pipelines_of_other_kinds():
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
     ddpm = diffusers.DDPMPipeline(diffusers.UNet2DModel(**blocks), diffusers.DDPMScheduler())
-    with pytest.raises(ModelError, match="DDPMPipeline cannot be trained here: give one of StableDiffusionPipeline"):
+    with pytest.raises(ModelError, match="DDPMPipeline is not supported: give one of StableDiffusionPipeline"):
         denoiser_for(ddpm)
 
 
@@ -124,7 +124,7 @@ def test_guidance_that_leaves_the_prompt_out(scale):
 
 @pytest.mark.parametrize(("make", "pixels", "step"), [(stable_diffusion, 17, 2), (flux, 18, 4), (qwen_image, 2, 4)])
 def test_sizes_that_no_latent_has(make, pixels, step):
-    with pytest.raises(ConfigError, match=f"{pixels} pixels: this model's are multiples of {step}"):
+    with pytest.raises(ConfigError, match=f"{pixels} pixels: this model needs a height and width that are multiples of {step}"):
         denoiser_for(make(), height=pixels, width=16)
 
 

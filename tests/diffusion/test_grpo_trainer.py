@@ -357,5 +357,5 @@ def test_a_safety_checker_is_taken_off_and_that_is_said(tmp_path, caplog):
     pipeline = PIPELINES["sd"]()
     pipeline.safety_checker = lambda *_: None
     trainer(tmp_path, "sd", pipeline=pipeline)
-    assert "safety checker is taken off" in caplog.text
+    assert "Removing the pipeline's safety checker" in caplog.text
     assert pipeline.safety_checker is None

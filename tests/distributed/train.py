@@ -201,7 +201,7 @@ def replaying() -> Iterator[None]:
     instead = {
         "_is_on_cuda": lambda self: True,
         "_fuses": lambda self: False,
-        "captures_unasked": lambda self: WORLD > 1,
+        "captures_by_default": lambda self: WORLD > 1,
     }
     with (
         patch.multiple(BaseTrainer, **instead),

@@ -166,7 +166,7 @@ def test_an_encoder_decoder_has_an_encoder_decoder(make_model):
 def test_networks_that_cannot_be(make_model):
     with pytest.raises(ModelError, match=r"value_model must have one label, but this GPT2ForSequence.* has 3"):
         ValueModel.of(classifier(labels=3))
-    with pytest.raises(ConfigError, match="value_model carries adapters.*merge_and_unload"):
+    with pytest.raises(ConfigError, match="value_model has adapters.*merge_and_unload"):
         ValueModel.of(get_peft_model(make_model("llama"), LoraConfig(r=2)))
 
 

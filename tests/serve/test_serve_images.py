@@ -59,7 +59,7 @@ def test_places_and_tokens_of_images_are_each_others_inverse(name):
     unknown = words.unk_token_id
     odd = [unknown, *ids]
     assert collapsed_ids(processing, expanded_ids(processing, odd, images), images) == odd
-    with pytest.raises(DataError, match="1 images came, and 2 places for them"):
+    with pytest.raises(DataError, match="1 images were given, but the tokens have 2 placeholders"):
         expanded_ids(processing, ids, images[:1])
     with pytest.raises(DataError, match="tokens of an image are not in its prompt"):
         collapsed_ids(processing, ids[:3], images)
@@ -155,7 +155,7 @@ def as_url(data):
         ("/etc/passwd", "reads no files"),
         ("data:text/plain;base64,YWJj", "as a data URL"),
         ("data:image/png;base64,***", "in base64 cannot be read"),
-        (as_url(b"no image"), "not an image in a format that Pillow knows"),
+        (as_url(b"no image"), "does not contain an image in a format that Pillow can read"),
         (as_url(base64.b64decode(URL.partition(",")[2])[:-60]), "cannot be decoded"),
         (as_url(png(200, 200)), "40,000 pixels, and this server's max_request_pixels is 10,000"),
     ],
@@ -172,14 +172,14 @@ def test_bad_images_are_refused_in_words(tiny, served, url, words):
 def test_places_and_images_have_to_agree(tiny, served):
     place, image = tiny.processor.tokenizer.image_token_id, {"type": "image_url", "url": URL}
     for token_ids, parts, words in (
-        ([7, 8], [image], "1 images came, and 0 places"),
-        ([7, place, place], [image], "1 images came, and 2 places"),
-        ([7, place], [], "1 tokens stand for images"),
+        ([7, 8], [image], "1 images were given, but the tokens have 0 placeholders"),
+        ([7, place, place], [image], "1 images were given, but the tokens have 2 placeholders"),
+        ([7, place], [], "1 image tokens"),
         ([7, place], [{"type": "video_url", "url": URL}], "video_url"),
     ):
         body = {"token_ids": token_ids, "content_parts": parts}
         assert words in post(served, "/inference/v1/generate", body, 400)["error"]["message"]
-    assert "stand for images" in post(served, "/v1/completions", {"prompt": [7, place]}, 400)["error"]["message"]
+    assert "image tokens" in post(served, "/v1/completions", {"prompt": [7, place]}, 400)["error"]["message"]
 
 
 def test_a_model_of_texts_is_given_no_images():

@@ -199,9 +199,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 def test_weights_are_blamed_where_they_are_to_blame(tmp_path):
     trainer = RUNS["sft"](tmp_path, [Break()], max_steps=4, max_skipped_steps=1)
-    with pytest.raises(
-        NonFiniteError, match=r"Weights of the model are not finite \(transformer.wte.weight\)"
-    ):
+    with pytest.raises(NonFiniteError, match=r"Weights of the model are not finite \(transformer.wte.weight\)"):
         trainer.train()
 
 

@@ -32,7 +32,7 @@ from trl import (
 from trl.models.checkpointing import checkpoint_activations, checkpointable_layers, kept_for_backward
 from trl.models.score import unwrap
 from trl.trainers.activation_plan import (
-    HOLES,
+    FRAGMENTATION,
     TILES,
     ActivationPlan,
     activation_bytes,
@@ -141,7 +141,7 @@ def test_a_plan_counts_what_its_layers_keep(make_model, tokenizer, tmp_path, fro
     saving = [k for k in range(5) if needed[k] == min(needed[: k + 1])]
     assert saving == ([0, 4] if frozen else [0, 1, 2, 3, 4])
     for k in saving:
-        free = HOLES * (trained_bytes(trainer) + TILES + needed[k] + 1000)
+        free = FRAGMENTATION * (trained_bytes(trainer) + TILES + needed[k] + 1000)
         assert plan_activations(trainer, math.ceil(free)).recomputed == k
 
 
@@ -250,7 +250,7 @@ def test_every_method_finds_its_plan(tokenizer, tmp_path, trainer_class, config,
     plan = trainer.activation_plan
     trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     assert (plan.layers, plan.recomputed) == (len(checkpointable_layers(trainer.model)), 0)
-    assert plan.needed > HOLES * 3 * trained
+    assert plan.needed > FRAGMENTATION * 3 * trained
     assert len(heaviest_micro_batch(trainer)) > 0
 
 

@@ -379,7 +379,8 @@ def test_an_optimizer_of_another_model_is_refused(caplog):
         check_optimizer(SGD(other.parameters(), lr=0.1), model)
     check_optimizer(SGD([model.bias], lr=0.1), model)
     assert (
-        "1 of 2 trained parameters are not in the optimizer that was passed, so they never change: weight" in caplog.text
+        "1 of 2 trained parameters are not in the optimizer that was passed, so they never change: weight"
+        in caplog.text
     )
     caplog.clear()
     model.weight.requires_grad_(False)

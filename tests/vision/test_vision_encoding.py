@@ -376,10 +376,10 @@ def test_tokens_of_images_are_counted_before_a_forward():
     )
     check_image_tokens([Example([5, 70], (answer,))], [])
     for example in (Example([5], (answer, Completion([6, 71]))), Example([5, 70], (answer, Completion([71])), pixels)):
-        with pytest.raises(DataError, match="An answer has token 71, which stands for an image"):
+        with pytest.raises(DataError, match="An answer contains token 71, which is a placeholder for an image"):
             check_image_tokens([example], tokens)
     for example in (Example([5, 70], (answer,)), Example([], (Completion([5, 70]),))):
-        with pytest.raises(DataError, match="Tokens of a row stand for images, and it has none"):
+        with pytest.raises(DataError, match="A row contains placeholder tokens for images but no images"):
             check_image_tokens([example], tokens)
 
 
@@ -397,9 +397,9 @@ def test_an_image_that_breaks_off_is_named_with_its_row(tiny, tmp_path):
 def test_tokens_of_images_without_images(tiny):
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
     example = Example([processing.token_id, 5], (Completion([6]),))
-    with pytest.raises(DataError, match="1 tokens stand for images .*, but there is no image"):
+    with pytest.raises(DataError, match="There are 1 image tokens .*, but no image"):
         processing.with_images(example, [])
-    with pytest.raises(DataError, match="1 tokens stand for images, but its 1 images have 4 features"):
+    with pytest.raises(DataError, match="1 image tokens, but its 1 images have 4 features"):
         processing.with_images(example, [picture(1)])
 
 
@@ -407,9 +407,9 @@ def test_tokens_of_images_without_images(tiny):
     ("image", "message"),
     [
         ("/nowhere/a.png", "There is no file '/nowhere/a.png'"),
-        (b"no image", "is not an image in a format that Pillow knows"),
-        ("https://example.org/a.png", "is an address: load images beforehand"),
-        ("", "is an empty text"),
+        (b"no image", "does not contain an image in a format that Pillow can read"),
+        ("https://example.org/a.png", "is a URL: download images beforehand"),
+        ("", "is an empty string"),
         (as_bytes(Image.new("F", (2, 2)), "TIFF"), "floating-point pixels"),
     ],
 )
@@ -484,7 +484,7 @@ def test_images_in_base64():
 def test_a_size_that_the_processor_refuses_is_named():
     tiny = qwen2_5_vl()
     processing = ImageProcessing.of(tiny.processor, tiny.model.config)
-    with pytest.raises(DataError, match="does not take an image of 3,000 × 3 pixels: .*aspect ratio"):
+    with pytest.raises(DataError, match="cannot process an image of 3,000 × 3 pixels: .*aspect ratio"):
         processing.expand(processing.place, [Image.new("RGB", (3000, 3))])
 
 

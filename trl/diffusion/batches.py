@@ -1,4 +1,4 @@
-"""What batches of pictures have in common, whichever method learns from them."""
+"""The common base of batches of all diffusion methods."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from trl.diffusion.denoiser import Text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureBatch:
-    """M pictures, pairs or steps, as one forward pass takes them: a `StepBatch`, in which each is a completion of one token.
+    """M pictures, pairs or denoising steps for one forward pass: a `StepBatch` in which each is like a completion of one token.
 
-    texts     what the text encoders say of each one's prompt, [M,…]
-    mask      [M,1] 1 where it is learned from
+    texts     [M,…] outputs of the text encoders for each one's prompt
+    mask      [M,1] 1 if it is trained on
     signals   [M] or [M,1]
     weight    [M,1] or None: weights that sum to 1 over the accumulation window and all processes
-    tokens    how many are learned from, on the host
+    tokens    number of those that are trained on, on the host
     """
 
     ON_HOST: ClassVar[tuple[str, ...]] = ()
-    """Fields that stay there: they are indices of what lies there."""
+    """Fields that stay on the host: they are indices into tensors there."""
 
     texts: Text
     mask: Tensor
@@ -41,7 +41,7 @@ class PictureBatch:
         return len(self.mask)
 
     def masked_out(self) -> Self:
-        """The batch with nothing that is learned from."""
+        """The batch with a mask of zeros, so that nothing is trained on."""
         return replace(self, mask=self.mask * 0)
 
     def to(self, device: Any) -> Self:
@@ -50,7 +50,7 @@ class PictureBatch:
 
 
 def learned_of(items: Sequence[Any]) -> dict[str, Any]:
-    """`mask` and `tokens` of a batch of items that say whether they are learned from (`is_learned`)."""
+    """The fields `mask` and `tokens` of a batch of these items, by their attribute `is_learned`."""
     mask = torch.tensor([[float(item.is_learned)] for item in items])
     return {"mask": mask, "tokens": int(mask.sum())}
 

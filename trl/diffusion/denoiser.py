@@ -1,15 +1,14 @@
-"""A diffusion model as what a policy is made of: text in, a denoiser's output, latents out to pictures.
+"""The interface of a diffusion model as a policy: encode prompts, run the denoiser, decode latents.
 
-A `Denoiser` wraps a pipeline of `diffusers` and writes nothing of it again: prompts are encoded by the pipeline's own
-`encode_prompt`, latents are decoded by its VAE, steps come from its scheduler. What differs between families
-(`trl.diffusion.families`) is in the methods of a class:
+A `Denoiser` wraps a pipeline of `diffusers` and uses its parts: `encode_prompt` for prompts, the VAE for latents, the scheduler
+for the steps. The differences between model families (`trl.diffusion.families`) are in these methods:
 
     schedule(steps, eta)                             the steps of a solver, see `trl.diffusion.solvers`
-    encode(prompts)                                  what the text encoders say of each prompt
-    forward(module, latents, timesteps, texts)       the denoiser, on any mixture of samples and steps
-    unpack(latents), pack(latents)                   latents as the VAE reads them, and back
+    encode(prompts)                                  outputs of the text encoders for each prompt
+    forward(module, latents, timesteps, texts)       the denoiser's output, for any mixture of samples and steps
+    unpack(latents), pack(latents)                   convert latents from the denoiser's layout to the VAE's, and back
 
-The denoiser itself (`unet` or `transformer`) is an argument, since what is trained may be wrapped.
+The denoiser module itself (`unet` or `transformer`) is an argument, since it may be wrapped for training.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from trl.diffusion.solvers import FlowSolver, Schedule
 from trl.errors import ConfigError
 
 Text = Mapping[str, Tensor]
-"""What the text encoders say of one prompt, without a batch dimension; of several, with one."""
+"""Outputs of the text encoders by name: for one prompt without a batch dimension, for a batch with one."""
 
 
 class Denoiser(ABC):
-    """A pipeline's model, at one size of pictures and one strength of guidance.
+    """A pipeline's model, at one picture size and one guidance scale.
 
-    pipeline          a pipeline of `diffusers`, whose scheduler is replaced by one that can be trained with
-    height, width     pixels; None: as the pipeline's model was trained
-    guidance_scale    classifier-free guidance (arXiv:2207.12598); 1 is none. Models distilled with it are told the number
-    negative_prompt   what guidance leads away from; None: what the pipeline takes where none is given
+    pipeline          a pipeline of `diffusers`, whose scheduler is replaced by one that training supports
+    height, width     in pixels; None: the size that the model was trained with
+    guidance_scale    of classifier-free guidance (arXiv:2207.12598), 1 disables it. Guidance-distilled models get it as input
+    negative_prompt   prompt that guidance leads away from; None: the pipeline's default
     flow_solver       the stochastic solver of flow matching, a name in `FLOW_SOLVERS`
-    max_sequence_length  tokens of a prompt for T5 and Qwen; None: as many as the pipeline takes
+    max_sequence_length  tokens of a prompt for T5 and Qwen; None: the pipeline's default
     """
 
     part: ClassVar[str]
-    """Attribute of the pipeline that is trained."""
+    """Attribute of the pipeline with the module to train."""
     parts: ClassVar[tuple[str, ...]]
-    """Attributes that the pipeline has to have."""
+    """Attributes that the pipeline must have."""
 
     def __init__(
         self,
@@ -58,8 +57,8 @@ class Denoiser(ABC):
     ) -> None:
         if not guidance_scale >= 1:
             raise ConfigError(
-                f"guidance_scale={guidance_scale}: 1 follows the prompt without guidance, and more leads further; below 1 the "
-                "prompt is left out in part, at 0 wholly."
+                f"guidance_scale={guidance_scale} is below 1, which would weaken the prompt (0 ignores it): give 1 for no "
+                "guidance, or more."
             )
         self.pipeline = pipeline
         self.guidance_scale = guidance_scale
@@ -81,20 +80,22 @@ class Denoiser(ABC):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the denoiser runs twice, with the prompt and with the negative one."""
+        """Whether classifier-free guidance is used, so that the denoiser runs on both the prompt and the negative prompt."""
         return self.guidance_scale > 1
 
     def _size(self, pixels: int | None) -> int:
-        """Raises ConfigError for a size that no latent has."""
+        """The height or width in pixels, by default the model's. Raises ConfigError if it is no multiple of a latent's patch."""
         step = self.pipeline.vae_scale_factor * self.patch
         pixels = self.default_size if pixels is None else pixels
         if pixels < step or pixels % step:
-            raise ConfigError(f"Pictures of {pixels} pixels: this model's are multiples of {step} high and wide.")
+            raise ConfigError(
+                f"Pictures of {pixels} pixels: this model needs a height and width that are multiples of {step}."
+            )
         return pixels
 
     @property
     def patch(self) -> int:
-        """Latent pixels that the model takes as one, high and wide."""
+        """Side length of a patch, in latent pixels."""
         return 1
 
     @property
@@ -103,24 +104,24 @@ class Denoiser(ABC):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Latent pixels high and wide."""
+        """Height and width in latent pixels."""
         scale = self.pipeline.vae_scale_factor
         return self.height // scale, self.width // scale
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent, as the denoiser reads it."""
+        """Shape of one latent in the denoiser's layout."""
         return self.config.in_channels, *self.grid
 
     @abstractmethod
     def check(self) -> None:
-        """Make the scheduler one that can be trained with. Raises ModelError or ConfigError for a pipeline that cannot be trained as it is."""
+        """Replace the scheduler by one that training supports. Raises ModelError or ConfigError for an unsupported pipeline."""
 
     # ---- steps ----
 
     @abstractmethod
     def schedule(self, steps: int, *, eta: float) -> Schedule:
-        """The `steps` steps of this family's solver, noisy by η."""
+        """The schedule of this family's solver with `steps` steps and noise strength η."""
 
     @abstractmethod
     def add_noise(self, clean: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,24 +129,24 @@ class Denoiser(ABC):
 
     @abstractmethod
     def noise_share(self, level: Tensor) -> Tensor:
-        """σ `[M]` of x_t = α x₀ + σ ε at noise levels `[M]`: by it an error of the output becomes one of α x̂₀."""
+        """σ `[M]` of x_t = α x₀ + σ ε at noise levels `[M]`, the factor from errors of the output to errors of α x̂₀."""
 
     # ---- text ----
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> list[Text]:
-        """What the text encoders say of each of `prompts`."""
+        """Run the text encoders; return their outputs for each of `prompts`."""
 
     @abstractmethod
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the texts of one prompt, for an estimate."""
+        """Shapes of the text encoders' outputs for one prompt, to estimate memory."""
 
     def encode_negative(self) -> Text:
-        """What guidance leads away from."""
+        """The encoded negative prompt of guidance."""
         return self.encode([self.negative_prompt or ""])[0]
 
     def collate(self, texts: Sequence[Text], device: Any = None) -> dict[str, Tensor]:
-        """Texts of several prompts as a batch `[M,…]`, on `device`; None: where they are."""
+        """Batch the texts of several prompts, `[M,…]`, on `device` (None: their own)."""
         return {name: self._stack([text[name] for text in texts]).to(device) for name in texts[0]}
 
     def _stack(self, values: list[Tensor]) -> Tensor:
@@ -156,7 +157,7 @@ class Denoiser(ABC):
     def output(
         self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text, negative: Text | None = None
     ) -> Tensor:
-        """The denoiser's output `[M,…]`, guided where there is a `negative` text.
+        """The denoiser's output `[M,…]`, with classifier-free guidance if `negative` is given.
 
         latents `[M,…]`, timesteps `[M]` and texts `[M,…]` may mix samples and steps: one forward pass serves them all.
         """
@@ -169,7 +170,7 @@ class Denoiser(ABC):
 
     @staticmethod
     def _repeated(negative: Tensor, texts: Tensor) -> Tensor:
-        """`negative` `[…]` for every row of `texts [M,L,…]`, filled up with zeros to its length."""
+        """Pad `negative` with zeros to the length of `texts [M,L,…]`, and repeat it for each row."""
         if negative.dim() and negative.shape[0] < texts.shape[1]:
             negative = F.pad(negative, [0, 0] * (negative.dim() - 1) + [0, texts.shape[1] - negative.shape[0]])
         return negative.to(texts).expand(len(texts), *negative.shape)
@@ -180,24 +181,24 @@ class Denoiser(ABC):
 
     @abstractmethod
     def forward(self, module: nn.Module, latents: Tensor, timesteps: Tensor, texts: Text) -> Tensor:
-        """The output `[M,…]` without guidance."""
+        """The denoiser's output `[M,…]` without guidance."""
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        """As the denoiser's weights are."""
+        """Cast to the dtype of the denoiser's weights."""
         return tensor.to(self.module.dtype)
 
     # ---- pictures ----
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE `[M,c,h,w]` as the denoiser reads them."""
+        """Convert latents of the VAE `[M,c,h,w]` to the denoiser's layout."""
         return latents
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents as the VAE's."""
+        """Convert latents in the denoiser's layout to that of the VAE."""
         return latents
 
     def decode(self, latents: Tensor, *, at_once: int = 8) -> Tensor:
-        """Pictures `[M,3,H,W]` in [0, 1] of clean latents `[M,…]`, so many `at_once`. Gradients reach the latents."""
+        """Decode clean latents `[M,…]` to pictures `[M,3,H,W]` in [0, 1], `at_once` at a time. Gradients flow to the latents."""
         parts = [self._decode(part) for part in latents.split(at_once)]
         return torch.cat(parts)
 
@@ -207,7 +208,7 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, *, at_once: int = 8) -> Tensor:
-        """Clean latents of pictures `[M,3,H,W]` in [0, 1]: the mode of the VAE's posterior."""
+        """Encode pictures `[M,3,H,W]` in [0, 1] to clean latents, the mode of the VAE's posterior."""
         raw = [self._encode(part) for part in images.split(at_once)]
         return self.pack(self._to_unit(torch.cat(raw)))
 
@@ -215,7 +216,7 @@ class Denoiser(ABC):
         return self.vae.encode(self._unsqueeze(images.to(self.vae.dtype) * 2 - 1)).latent_dist.mode().float()
 
     def _from_unit(self, latents: Tensor) -> Tensor:
-        """From latents of about unit variance to those of the VAE."""
+        """Undo the normalisation of latents to about unit variance."""
         mean, scale = self._moments(latents)
         return latents / scale + mean
 
@@ -224,7 +225,7 @@ class Denoiser(ABC):
         return (latents - mean) * scale
 
     def _moments(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Mean, and one over the standard deviation, of the VAE's latents."""
+        """Mean, and reciprocal of the standard deviation, of the VAE's latents."""
         config = self.vae.config
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         if mean is None or deviation is None:

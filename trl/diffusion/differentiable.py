@@ -1,9 +1,9 @@
-"""Sampling that gradients go through, from the pictures to the weights of the denoiser.
+"""Differentiable sampling: gradients flow from pictures through the last denoising steps to the denoiser's weights.
 
-    x_{t+1} = μ_θ(x_t, t) + s_t ε_t,     ∂ picture / ∂ θ through the last steps alone
+    x_{t+1} = μ_θ(x_t, t) + s_t ε_t,     ∂ picture / ∂ θ through the steps from `first` on
 
-Of the steps before `first` nothing is kept; activations of the others are computed again in backward. AlignProp,
-arXiv:2310.03739; DRaFT, arXiv:2309.17400.
+Earlier steps run without gradient; activations of the last steps are recomputed in backward. AlignProp, arXiv:2310.03739;
+DRaFT, arXiv:2309.17400.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def sample_with_gradient(
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     recompute: bool = True,
 ) -> list[Tensor]:
-    """The latents of all steps, C+1 of `[N,…]`, from `latents` on; gradients go through steps from number `first` on.
+    """Sample from the initial `latents`; return those of all C+1 states, `[N,…]` each. Steps from `first` on have gradients.
 
-    noise       makes the noise of a step, in the shape of its argument
-    recompute   keep no activations of a step, but compute them again in backward
+    noise       returns the noise of a step, in the shape of its argument
+    recompute   save no activations of a step, and recompute them in backward
     """
     states = [latents]
     for t in range(len(schedule)):
@@ -52,7 +52,7 @@ def sample_with_gradient(
 
 
 def first_step(steps: int, *, fixed: int, drawn_between: tuple[int, int] | None) -> int:
-    """The first of `steps` steps that gradients go through: drawn, or a `fixed` one; the last at the latest."""
+    """Index of the first of `steps` steps with gradient: drawn from a range, or `fixed`; at most the last step."""
     if drawn_between is None:
         return min(fixed, steps - 1)
     low, high = drawn_between

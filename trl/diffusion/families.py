@@ -1,4 +1,7 @@
-"""Families of diffusion models: Stable Diffusion with a UNet, and transformers of flow matching. See `trl.diffusion.denoiser`."""
+"""The supported families of diffusion models: UNets of Stable Diffusion, and transformers trained by flow matching.
+
+Each is a subclass of `trl.diffusion.denoiser.Denoiser`.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,13 @@ class StableDiffusion(Denoiser):
             )
         if self.config.in_channels != self.vae.config.latent_channels:
             raise ModelError(
-                f"The UNet reads {self.config.in_channels} channels, and the VAE's latents have {self.vae.config.latent_channels}: "
-                "a model for inpainting or editing needs more than a prompt, and cannot be trained here."
+                f"The UNet has {self.config.in_channels} input channels, but the VAE's latents have {self.vae.config.latent_channels}: "
+                "models for inpainting or editing need an image besides the prompt, and are not supported."
             )
         if self.config.time_cond_proj_dim is not None:
             raise ModelError(
-                "The UNet was distilled to be told its guidance (time_cond_proj_dim): train the model that it was made of."
+                "The UNet is guidance-distilled (time_cond_proj_dim), which is not supported: train the model that it was distilled "
+                "from."
             )
         self.pipeline.scheduler = as_ddim(self.pipeline.scheduler)
 
@@ -115,14 +119,14 @@ class FlowDenoiser(Denoiser):
 
     part = "transformer"
     spaced: ClassVar[bool] = False
-    """Whether σ is spaced evenly before it is shifted."""
+    """Whether the values of σ are evenly spaced before they are shifted; else the scheduler spaces them."""
 
     def check(self) -> None:
         check_flow(self.pipeline.scheduler)
 
     @property
     def length(self) -> int:
-        """Positions that the transformer sees of a latent."""
+        """Number of patches of a latent, the transformer's sequence length for it."""
         height, width = self.grid
         return height * width // self.patch**2
 
@@ -139,7 +143,7 @@ class FlowDenoiser(Denoiser):
 
 
 class StableDiffusion3(FlowDenoiser):
-    """Stable Diffusion 3 and 3.5: a transformer on text and latents together, three text encoders of which T5 may be missing."""
+    """Stable Diffusion 3 and 3.5: a transformer on text and latents jointly, with three text encoders (T5 is optional)."""
 
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
@@ -174,7 +178,7 @@ class StableDiffusion3(FlowDenoiser):
 
 
 class PackedDenoiser(FlowDenoiser):
-    """A transformer that reads latents as rows of 2 × 2 patches: Flux and its kin."""
+    """A transformer that reads latents as sequences of 2 × 2 patches, such as Flux."""
 
     spaced = True
 
@@ -195,7 +199,7 @@ class PackedDenoiser(FlowDenoiser):
         return self.guidance_scale > 1 and not self.config.guidance_embeds
 
     def told_guidance(self, latents: Tensor) -> Tensor | None:
-        """The guidance scale for a model that was distilled to be told it."""
+        """The guidance scale as input of a guidance-distilled model; None for other models."""
         if not self.config.guidance_embeds:
             return None
         return torch.full(latents.shape[:1], self.guidance_scale, device=latents.device, dtype=torch.float32)
@@ -208,7 +212,7 @@ class PackedDenoiser(FlowDenoiser):
 
 
 class Flux(PackedDenoiser):
-    """Flux: latents packed into rows, guidance told to the model where it was distilled with it."""
+    """Flux: packed latents; guidance-distilled variants get the guidance scale as input."""
 
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
@@ -237,11 +241,11 @@ class Flux(PackedDenoiser):
 
 
 USUAL_PROMPT = 128
-"""Tokens of a prompt, where a family takes any number of them."""
+"""Assumed length of a prompt in tokens, for families without a fixed length."""
 
 
 class QwenImage(PackedDenoiser):
-    """Qwen-Image: prompts of any length from a language model, a VAE of videos, guidance that keeps the output's norm."""
+    """Qwen-Image: prompts of any length, encoded by a language model; a video VAE; guidance that preserves the output's norm."""
 
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -252,7 +256,7 @@ class QwenImage(PackedDenoiser):
         return [{"embeds": e[:n], "mask": e.new_ones(n, 1)} for e, n in zip(embeds, lengths, strict=True)]
 
     def _stack(self, values: list[Tensor]) -> Tensor:
-        """Filled up with zeros to the longest; `mask` `[M,L,1]` is 1 where there is text."""
+        """Pad with zeros to the longest prompt; `mask` `[M,L,1]` is 1 for text and 0 for padding."""
         return nn.utils.rnn.pad_sequence(values, batch_first=True)
 
     def output(
@@ -297,20 +301,20 @@ FAMILIES: dict[str, type[Denoiser]] = {
     "FluxPipeline": Flux,
     "QwenImagePipeline": QwenImage,
 }
-"""Classes of pipelines, by name, and their families."""
+"""Name of the pipeline's class → family."""
 
 
 def denoiser_for(pipeline: Any, **options: Any) -> Denoiser:
-    """The denoiser of a pipeline; options as of `Denoiser`.
+    """Make the `Denoiser` of a pipeline, with `options` as there.
 
-    Raises ModelError for a pipeline of another kind, or one that lacks a part it cannot be trained without.
+    Raises ModelError for a pipeline of another class, or one without a required part.
     """
     names = [each.__name__ for each in type(pipeline).__mro__]
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise ModelError(
-            f"A {type(pipeline).__name__} cannot be trained here: give one of {', '.join(FAMILIES)}, or the name of a model "
-            "that diffusers loads as one."
+            f"A {type(pipeline).__name__} is not supported: give one of {', '.join(FAMILIES)}, or the name of a model "
+            "that diffusers loads as one of them."
         )
     if missing := [part for part in family.parts if getattr(pipeline, part, None) is None]:
         raise ModelError(f"The {type(pipeline).__name__} has no {', '.join(missing)}: load it with all of its parts.")

@@ -1,8 +1,8 @@
-"""Pictures that are noised to be trained on: items and batches of the methods that need no likelihood of a step.
+"""Clean pictures that are noised for training: items and batches of the methods without log-probabilities of steps.
 
-    x_t = α x₀ + σ ε,     the model says what its target is at x_t
+    x_t = α x₀ + σ ε,     the model predicts its target (noise, velocity or clean latent) at x_t
 
-Every item has a seed of its own for its noise, so that a step does not depend on how its items were split.
+Every item has its own seed for the noise, so that an optimizer step does not depend on how its items are split.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trl.diffusion.trajectories import draw, generators_for
 class NoisedPicture:
     """A clean latent (or the two of a pair), to be noised to `level` in [0, 1) with noise from `seed`; on the host.
 
-    `is_learned`: whether it is learned from, or takes part in a pass alone.
+    An item with `is_learned=False` only runs through the model, as a dummy.
     """
 
     latents: tuple[Tensor, ...]
@@ -35,9 +35,9 @@ class NoisedPicture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoisedBatch(PictureBatch):
-    """M pictures (or pairs) that are noised.
+    """M pictures (or pairs) and their noise.
 
-    clean     [M,…] each, of the one picture or the two of a pair, which share noise and level
+    clean     [M,…] each, of the single pictures, or of the first and second ones of pairs, which share noise and level
     noise     [M,…]
     level     [M]
     """
@@ -47,7 +47,7 @@ class NoisedBatch(PictureBatch):
     level: Tensor
 
     def noised(self, denoiser: Denoiser) -> Noised:
-        """Everything that the denoiser is told, and what it is to say; a pair's first pictures before its second."""
+        """The denoiser's inputs and target; of pairs, all first pictures come before all second ones."""
         copies = len(self.clean)
         clean, noise = torch.cat(self.clean), torch.cat([self.noise] * copies)
         latents, timesteps, target = denoiser.add_noise(clean, noise, torch.cat([self.level] * copies))
@@ -66,7 +66,7 @@ class Noised:
 
 
 def noised_batch(items: Sequence[NoisedPicture], texts: Text) -> NoisedBatch:
-    """The items as a batch, with `texts` of their prompts, in their order."""
+    """Collate the items to a batch. `texts` are those of their prompts, in the same order."""
     shape = items[0].latents[0].shape
     return NoisedBatch(
         clean=tuple(torch.stack(each) for each in zip(*(item.latents for item in items), strict=True)),
@@ -79,6 +79,6 @@ def noised_batch(items: Sequence[NoisedPicture], texts: Text) -> NoisedBatch:
 
 
 def levels(count: int, seed: int) -> list[float]:
-    """`count` noise levels in [0, 1), one in each of as many equal parts of it."""
+    """`count` noise levels in [0, 1), stratified: one drawn from each of `count` equal parts."""
     places = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     return [(k + place) / count for k, place in enumerate(places.tolist())]

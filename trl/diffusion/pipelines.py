@@ -1,6 +1,6 @@
-"""Pipelines of `diffusers` as they are trained: loaded, frozen but for one part, and saved.
+"""Load, freeze, adapt and save pipelines of `diffusers`.
 
-What is trained is the pipeline's denoiser, whole or by an adapter (LoRA). Text encoders and the VAE stay as they are.
+Only the pipeline's denoiser is trained, in full or with a LoRA adapter. Text encoders and the VAE are frozen.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
-"""Layers that LoRA goes into by default: the projections of attention, as UNets and transformers call them."""
+"""Default target modules of LoRA: the attention projections of UNets and transformers."""
 JOINT_ATTENTION = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
-"""Those of the text, where a transformer attends to text and picture together."""
+"""The projections of the text in transformers with joint attention on text and picture."""
 
 
 def load_pipeline(model: Any, **options: Any) -> Any:
-    """The pipeline of a name or folder, with `options` of its `from_pretrained`, or one that is loaded already.
+    """Load a pipeline by name or folder, with `options` of its `from_pretrained`; or return a pipeline object.
 
-    Raises ConfigError for options to a pipeline that is loaded, and for a name that diffusers finds nothing under.
+    Raises ConfigError for options with a pipeline object, and for a name or folder that diffusers cannot load.
     """
     diffusers = require("diffusers", to="Training a diffusion model")
     if isinstance(model, str | Path):
@@ -46,27 +46,28 @@ def load_pipeline(model: Any, **options: Any) -> Any:
             if isinstance(error, ModelNotFoundError) and not Path(model).is_dir():
                 raise
             raise ConfigError(
-                f"model={str(model)!r} holds no pipeline that diffusers can load (model_index.json and what it names): {error}"
+                f"model={str(model)!r} holds no pipeline that diffusers can load (model_index.json and the parts that it "
+                f"names): {error}"
             ) from error
     if options:
-        raise ConfigError(f"{', '.join(options)} given, but the pipeline is loaded already: leave them out.")
+        raise ConfigError(f"{', '.join(options)} given, but the pipeline is already loaded: leave them out.")
     if not isinstance(model, diffusers.DiffusionPipeline):
         raise ModelError(
-            f"A {type(model).__name__} is no pipeline of diffusers: give a pipeline, or its name or folder."
+            f"A {type(model).__name__} is not a pipeline of diffusers: give a pipeline, or its name or folder."
         )
     return model
 
 
 def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `from_pretrained` of a model of `transformers`, as pipelines take them.
+    """Convert options for `from_pretrained` of language models to those of pipelines.
 
-    Raises ConfigError for options that a pipeline has no use for.
+    Raises ConfigError for options that have no effect on a pipeline.
     """
     options = dict(given)
     for name in ("attn_implementation", "adapter"):
         if options.pop(name, None) is not None:
             raise ConfigError(
-                f"{name} is of language models, and has no effect on a pipeline of diffusers: leave it out."
+                f"{name} is an option of language models, and has no effect on a pipeline of diffusers: leave it out."
             )
     dtype = options.pop("dtype", None)
     if dtype not in (None, "auto"):
@@ -75,14 +76,14 @@ def loading_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_pipeline(pipeline: Any, part: str) -> nn.Module:
-    """Freeze everything but `part`, which is returned; take off what would change pictures unseen.
+    """Freeze everything except `part`, and return that module.
 
-    A safety checker blackens pictures, and rewards would be those of black ones: it is not run, and that is said.
+    A safety checker is removed with a warning: it replaces some pictures by black ones, which would then be rewarded.
     """
     if getattr(pipeline, "safety_checker", None) is not None:
         logger.warning(
-            "The pipeline's safety checker is taken off while it is trained: it blackens pictures, and rewards would be "
-            "those of black ones. Put it back before pictures are shown to others."
+            "Removing the pipeline's safety checker for training: it replaces some pictures by black ones, and the black ones "
+            "would be rewarded. Put it back before you show pictures to others."
         )
         pipeline.safety_checker = None
         pipeline.register_to_config(requires_safety_checker=False)
@@ -91,20 +92,22 @@ def prepare_pipeline(pipeline: Any, part: str) -> nn.Module:
             component.requires_grad_(False).eval()
     vae = pipeline.vae
     if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
-        vae.to(torch.float32)  # it overflows in half precision, and says so in its configuration
+        vae.to(torch.float32)  # force_upcast: this VAE overflows in half precision
     return getattr(pipeline, part)
 
 
 def add_adapter(module: nn.Module, config: PeftConfig | None, part: str) -> bool:
-    """Put a LoRA adapter into the denoiser, the only part of it to train; without one, all of it trains.
+    """Add a LoRA adapter to the denoiser and train only that; if `config` is None, train an existing adapter, else all weights.
 
-    An adapter that names no `target_modules` goes into the projections of attention, those of texts included where the
-    denoiser has its own. `part` is the denoiser's name in the pipeline. Returns whether there is an adapter: a new one, or
-    one that the pipeline was given before.
+    Without `target_modules`, the adapter is added to the attention projections, including separate ones for text. `part` is
+    the denoiser's name in the pipeline. Returns whether the denoiser has an adapter.
     """
     if config is not None:
         if module_has_adapter(module):
-            raise ConfigError("peft_config is a new adapter, but the model has one already: leave out one of them.")
+            raise ConfigError(
+                "peft_config would add an adapter, but the model already has one: leave peft_config out, or give a model "
+                "without adapter."
+            )
         module.requires_grad_(False)
         if config.target_modules is None:
             config = copy(config)
@@ -117,7 +120,7 @@ def add_adapter(module: nn.Module, config: PeftConfig | None, part: str) -> bool
         module.requires_grad_(True)
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32 and module_has_adapter(module):
-            parameter.data = parameter.data.float()  # small steps of an adapter are lost in half precision
+            parameter.data = parameter.data.float()  # half precision would round small updates of an adapter away
     return module_has_adapter(module)
 
 
@@ -127,7 +130,7 @@ def module_has_adapter(module: nn.Module) -> bool:
 
 @contextmanager
 def without_adapter(module: nn.Module) -> Iterator[None]:
-    """The model below its adapter, meanwhile."""
+    """Disable the adapter within the context."""
     module.disable_adapters()
     try:
         yield
@@ -136,14 +139,14 @@ def without_adapter(module: nn.Module) -> Iterator[None]:
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class SwappedWeights:
-    """A second set of the trained weights: an average, or those of an earlier policy.
+    """A second copy of the trained weights, such as a moving average or an earlier policy, to swap in temporarily.
 
-    Only the trained parameters are kept twice: with an adapter, little.
+    Only trained parameters are copied, which is little memory for an adapter.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -157,7 +160,7 @@ class SwappedWeights:
 
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:
-        """The module with these weights, meanwhile."""
+        """Use these weights in the module within the context."""
         own = trained(module)
         before = {name: p.data for name, p in own.items()}
         for name, parameter in own.items():
@@ -180,7 +183,7 @@ class SwappedWeights:
 
 
 def save_trained(pipeline: Any, part: str, folder: Path) -> None:
-    """What was trained: the adapter as one file that pipelines load, or the denoiser in a folder of its name."""
+    """Save the trained part: the adapter as one file that pipelines can load, or the denoiser in a folder of its name."""
     module = getattr(pipeline, part)
     folder.mkdir(parents=True, exist_ok=True)
     if not module_has_adapter(module):
@@ -195,7 +198,7 @@ def save_trained(pipeline: Any, part: str, folder: Path) -> None:
 
 
 def save_whole(pipeline: Any, part: str, folder: Path) -> None:
-    """The whole pipeline; of a denoiser with an adapter the weights below it, and beside them the adapter."""
+    """Save the whole pipeline; if the denoiser has an adapter, its base weights, and the adapter in a file beside them."""
     module = getattr(pipeline, part)
     if not module_has_adapter(module):
         _save_parts(pipeline, folder)
@@ -218,7 +221,7 @@ def _save_parts(pipeline: Any, folder: Path) -> None:
 
 
 def load_trained(module: nn.Module, part: str, folder: Path) -> None:
-    """Give `module` what `save_trained` wrote. Raises ConfigError where the folder holds something else."""
+    """Load into `module` what `save_trained` wrote. Raises ConfigError if the folder does not have it."""
     if module_has_adapter(module):
         file = folder / LORA_FILE
         state = load_file(file) if file.is_file() else {}
@@ -230,5 +233,6 @@ def load_trained(module: nn.Module, part: str, folder: Path) -> None:
             module.load_state_dict(type(module).from_pretrained(file).state_dict())
     if not found:
         raise ConfigError(
-            f"{str(folder)!r} does not hold what is trained here ({file.name}): give the folder of such a run."
+            f"{str(folder)!r} does not hold the trained weights of this model ({file.name}): give the folder of a run that trained "
+            "the same part."
         )

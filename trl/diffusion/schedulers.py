@@ -1,7 +1,7 @@
-"""From a scheduler of `diffusers` to the numbers of its steps, and to the noise that it was trained with.
+"""Convert schedulers of `diffusers` to a `Schedule` of steps for sampling, and add noise as in their training.
 
-UNets of Stable Diffusion are sampled with DDIM over the betas of whatever scheduler their pipeline came with; transformers
-that were trained by flow matching with the σ of `FlowMatchEulerDiscreteScheduler`.
+UNets of Stable Diffusion are sampled by DDIM with the betas of their pipeline's scheduler; transformers trained by flow
+matching with the σ of `FlowMatchEulerDiscreteScheduler`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def as_ddim(scheduler: Any) -> Any:
-    """A `DDIMScheduler` with the betas, and the prediction type, of `scheduler`.
+    """A `DDIMScheduler` with the betas and the prediction type of `scheduler`.
 
     Raises ConfigError for a scheduler whose noise is not described by betas (flow matching, EDM, consistency models).
     """
@@ -28,25 +28,25 @@ def as_ddim(scheduler: Any) -> Any:
     name, known = type(scheduler).__name__, [each.name for each in diffusers.schedulers.KarrasDiffusionSchedulers]
     if name not in known:
         raise ConfigError(
-            f"The pipeline's scheduler is a {name}, whose noise DDIM cannot follow. Give it one of those of Stable Diffusion: "
+            f"The pipeline's scheduler is a {name}, which has no betas for DDIM. Give it a scheduler of Stable Diffusion: "
             f"{', '.join(known)}."
         )
     is_ddim = type(scheduler) is diffusers.DDIMScheduler
     found = scheduler if is_ddim else diffusers.DDIMScheduler.from_config(scheduler.config)
     if found.config.thresholding:
         raise ConfigError(
-            "The scheduler has thresholding=True, which bounds x̂₀ by its own quantiles, so that a step is no Gaussian draw "
-            "around a mean that is linear in it: set thresholding=False."
+            "The scheduler has thresholding=True, which clips x̂₀ at its own quantiles, so that the mean of a step is not linear "
+            "in x̂₀: set thresholding=False."
         )
     return found
 
 
 def check_flow(scheduler: Any) -> Any:
-    """The scheduler, if it is that of flow matching. Raises ConfigError for others, and for σ that run upwards."""
+    """Return the scheduler if it is that of flow matching. Raises ConfigError for others, and for inverted σ."""
     if type(scheduler).__name__ != FLOW_SCHEDULER:
         raise ConfigError(
-            f"The pipeline's scheduler is a {type(scheduler).__name__}; a model of flow matching is trained with the steps of "
-            f"{FLOW_SCHEDULER}: give the pipeline that one."
+            f"The pipeline's scheduler is a {type(scheduler).__name__}, but a flow matching model needs a {FLOW_SCHEDULER}: set "
+            "pipeline.scheduler to one."
         )
     if scheduler.config.invert_sigmas:
         raise ConfigError("The scheduler has invert_sigmas=True: σ has to fall from 1 to 0. Set invert_sigmas=False.")
@@ -54,14 +54,14 @@ def check_flow(scheduler: Any) -> Any:
 
 
 def ddim_schedule(scheduler: Any, steps: int, *, eta: float) -> Schedule:
-    """The `steps` steps of a `DDIMScheduler`, noisy by η."""
+    """The schedule of a `DDIMScheduler` with `steps` steps and noise strength η."""
     check_steps(steps, at_most=scheduler.config.num_train_timesteps)
     config = scheduler.config
     scheduler.set_timesteps(steps)
     now, table = (
         scheduler.timesteps.cpu(),
         scheduler.alphas_cumprod.double().cpu(),
-    )  # add_noise moves it to its pictures
+    )  # add_noise moves alphas_cumprod to the device of the pictures
     then = now - config.num_train_timesteps // steps
     previous = torch.where(then >= 0, table[then.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     clip = config.clip_sample_range if config.clip_sample else None
@@ -69,10 +69,10 @@ def ddim_schedule(scheduler: Any, steps: int, *, eta: float) -> Schedule:
 
 
 def flow_schedule(scheduler: Any, steps: int, *, eta: float, solver: FlowSolver, length: int, spaced: bool) -> Schedule:
-    """The `steps` steps of flow matching, noisy by η.
+    """The schedule of flow matching with `steps` steps and noise strength η.
 
-    length   positions of the latent, by which schedulers with dynamic shifting move their σ
-    spaced   whether σ is spaced evenly before it is shifted, as Flux and Qwen-Image do; else as the scheduler says
+    length   sequence length of the latent, by which schedulers with dynamic shifting shift σ
+    spaced   whether σ is evenly spaced before it is shifted, as in Flux and Qwen-Image; else the scheduler spaces it
     """
     check_steps(steps, at_most=scheduler.config.num_train_timesteps)
     options = {"mu": shift_of(scheduler.config, length)} if scheduler.config.use_dynamic_shifting else {}
@@ -83,23 +83,23 @@ def flow_schedule(scheduler: Any, steps: int, *, eta: float, solver: FlowSolver,
 
 
 def shift_of(config: Any, length: int) -> float:
-    """The shift μ for a latent of `length` positions, on the line through the two that the scheduler's configuration names."""
+    """The shift μ for a latent of `length` positions, interpolated linearly between the two in the scheduler's configuration."""
     short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (length - short) / (long - short)
 
 
 def check_steps(steps: int, *, at_most: int) -> None:
-    """Raises ConfigError for a number of steps that no schedule has."""
+    """Raises ConfigError for less than one step, or more than the scheduler has."""
     if not 1 <= steps <= at_most:
-        raise ConfigError(f"{steps} steps of denoising: give at least 1, and at most the {at_most} of the scheduler.")
+        raise ConfigError(f"{steps} denoising steps: give at least 1, and at most the {at_most} of the scheduler.")
 
 
 # ---- noise of training ----
 
 
 def add_ddim_noise(scheduler: Any, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t `[M,…]` of `clean` latents and `noise`, and what the model is to say there, at `timesteps` `[M]` of the betas."""
+    """x_t `[M,…]` of `clean` latents and `noise`, and the model's target for it, at `timesteps` `[M]` of the scheduler."""
     kind = scheduler.config.prediction_type
     noisy = scheduler.add_noise(clean, noise, timesteps)
     if kind == "v_prediction":

@@ -1,7 +1,7 @@
-"""Solvers whose steps are draws from a Gaussian: what a policy's "token" is when the policy is a diffusion model.
+"""Stochastic solvers, whose steps sample from a Gaussian. A step of a diffusion model is what a token is to a language model.
 
-A denoiser's output at a noisy latent x gives an estimate x̂₀ of the clean latent and ε̂ of the noise in it. Every solver
-here draws the next latent from
+A denoiser's output at a noisy latent x gives an estimate x̂₀ of the clean latent, and ε̂ of the noise in x. Every solver here
+samples the next latent from
 
     x' ~ N(μ, s² I),     μ = a x̂₀ + b ε̂
 
@@ -11,9 +11,9 @@ for a schedule with x = α x₀ + σ ε, and next α', σ':
     flow_sde   a = α',  b = σ' − s²/2σ,      s = g √(σ − σ'),  g = η √(σ / (1 − σ))      Flow-GRPO, arXiv:2505.05470
     flow_cps   a = α',  b = √(σ'² − s²),     s = σ' sin(η π/2)                           Flow-CPS, arXiv:2509.05952
 
-`ddim` is for α² + σ² = 1, the other two are for α + σ = 1 (flow matching). The b of `flow_sde` is that of the others for
-small steps, to first order in s². At η = 0 they are the deterministic solvers: DDIM, and Euler's method. So any subset of
-the steps can be stochastic, and the rest of them not (MixGRPO, arXiv:2507.21802).
+`ddim` is for α² + σ² = 1, the other two are for α + σ = 1 (flow matching). The b of `flow_sde` equals that of the others to
+first order in s². At η = 0 they are deterministic: DDIM, and Euler's method. So any subset of the steps can be stochastic and
+the others deterministic (MixGRPO, arXiv:2507.21802).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from trl.ops.shapes import shapes
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 SMALLEST_SD = 1e-6
-"""A step whose noise is less counts as deterministic: its log-density is not defined."""
+"""A step with a smaller standard deviation counts as deterministic, without a log-density."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The C steps of a solver, as numbers; float64 on the host.
+    """The coefficients of a solver's C steps, in float64 on the host.
 
-    timesteps   [C] what the denoiser is told of the noise of a latent
+    timesteps   [C] the denoiser's timestep input
     clean       [C,2] x̂₀ = clean₀ · x + clean₁ · output
     noise       [C,2] ε̂ = noise₀ · x + noise₁ · output
     mean        [C,2] μ = mean₀ · x̂₀ + mean₁ · ε̂
-    sd          [C] standard deviation of a step; 0 where it is deterministic
-    clip        bound of x̂₀, where the scheduler clips it
+    sd          [C] standard deviation of a step; 0 if it is deterministic
+    clip        bound of |x̂₀| if the scheduler clips it, else None
     """
 
     timesteps: Tensor
@@ -59,17 +59,17 @@ class Schedule:
 
     @property
     def is_stochastic(self) -> Tensor:
-        """[C] bool: which steps are draws, so that they have a log-density."""
+        """[C] bool: which steps sample from a Gaussian, and so have a log-density."""
         return self.sd > SMALLEST_SD
 
     @shapes(latents="M ...", output="M ...", step="M")
     def transition(self, latents: Tensor, output: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """μ `[M,…]` and s `[M]`, float32, of steps `[M]` (numbers below C) from `latents` and the denoiser's `output` `[M,…]`."""
+        """μ `[M,…]` and s `[M]` in float32, of the steps with indices `step [M]`, for `latents` and the denoiser's `output` `[M,…]`."""
         step = step.cpu()
         latents, output = latents.float(), output.float()
         clean, noise, mean = self.clean[step], self.noise[step], self.mean[step]
         if self.clip is None:
-            # Both estimates folded into one pair of factors, in float64: near pure noise x̂₀ alone is ill conditioned.
+            # Combine the factors of both estimates in float64 first: near pure noise, x̂₀ alone is ill-conditioned.
             factors = mean[:, :1] * clean + mean[:, 1:] * noise
             found = _combine(factors, latents, output)
         else:
@@ -84,7 +84,7 @@ def _combine(factors: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return a * first + b * second
 
 
-# ---- what an output says ----
+# ---- estimates from the denoiser's output ----
 
 ESTIMATES: dict[Prediction, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]] = {
     "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha, torch.zeros_like(alpha), torch.ones_like(alpha)),
@@ -92,7 +92,7 @@ ESTIMATES: dict[Prediction, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Ten
     "sample": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha), 1 / sigma, -alpha / sigma),
     "flow": lambda alpha, sigma: (torch.ones_like(alpha), -sigma, torch.ones_like(alpha), alpha),
 }
-"""What the output is → the factors of x̂₀ and then of ε̂, for x = α x₀ + σ ε.
+"""Prediction type → the factors of x and output in x̂₀, then in ε̂, for x = α x₀ + σ ε.
 
 "v_prediction" is α ε − σ x₀ (arXiv:2202.00512), for α² + σ² = 1; "flow" is ε − x₀, for α + σ = 1.
 """
@@ -110,8 +110,8 @@ def _schedule(
     factors = torch.stack(ESTIMATES[prediction](alpha, sigma), -1)
     if not factors.isfinite().all():
         raise ConfigError(
-            f"prediction_type={prediction!r} says nothing of the clean picture where there is nothing but noise (or none), "
-            "which is where this scheduler begins: a model of zero terminal SNR has to predict v."
+            f"prediction_type={prediction!r} does not determine the clean picture at pure noise (or at no noise), where this "
+            "scheduler has a step: with zero terminal SNR, a model has to predict v (prediction_type='v_prediction')."
         )
     return Schedule(timesteps.double().cpu(), factors[:, :2], factors[:, 2:], mean, sd, clip)
 
@@ -128,10 +128,10 @@ def ddim(
     prediction: Prediction = "epsilon",
     clip: float | None = None,
 ) -> Schedule:
-    """DDIM with noise η: 0 deterministic, 1 that of DDPM. arXiv:2010.02502, Eqs. 12 and 16.
+    """DDIM with noise strength η: 0 is deterministic, 1 is DDPM. arXiv:2010.02502, Eqs. 12 and 16.
 
-    alphas_cumprod   [C] ᾱ = α² of each step's latent
-    previous         [C] ᾱ of the latent it leads to
+    alphas_cumprod   [C] ᾱ = α² of the latent before each step
+    previous         [C] ᾱ of the latent after it
     """
     now, then = (torch.as_tensor(values, dtype=torch.float64) for values in (alphas_cumprod, previous))
     sd = eta * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
@@ -140,9 +140,9 @@ def ddim(
 
 
 def flow_sde(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
-    """Flow matching as a stochastic equation with the same marginals. Flow-GRPO, arXiv:2505.05470, its a is η.
+    """Flow matching as an SDE with the same marginals. Flow-GRPO, arXiv:2505.05470, where η is called a.
 
-    `sigmas [C+1]` from 1 down to 0. g is infinite at σ = 1: there the next σ stands in it, as in the authors' code.
+    `sigmas [C+1]` fall from 1 to 0. g is infinite at σ = 1, so that the next σ is used in it, as in the authors' code.
     """
     now, then = _pairs(sigmas)
     inside = torch.where(now == 1, then, now)
@@ -152,7 +152,7 @@ def flow_sde(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
 
 
 def flow_cps(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
-    """Flow matching with noise that takes the place of predicted noise, so that σ' is kept. Flow-CPS, arXiv:2509.05952."""
+    """Flow matching where new noise replaces a part of the predicted noise, so that σ' is kept. Flow-CPS, arXiv:2509.05952."""
     now, then = _pairs(sigmas)
     sd = then * math.sin(eta * math.pi / 2)
     mean = torch.stack([1 - then, (then.square() - sd.square()).clamp(min=0).sqrt()], -1)
@@ -160,7 +160,7 @@ def flow_cps(sigmas: Tensor, timesteps: Tensor, *, eta: float) -> Schedule:
 
 
 def _pairs(sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """σ of each step's latent, and of the latent that it leads to."""
+    """σ of the latents before and after each step."""
     sigmas = sigmas.double().cpu()
     return sigmas[:-1], sigmas[1:]
 
@@ -171,7 +171,7 @@ FLOW_SOLVERS: dict[FlowSolver, Callable[..., Schedule]] = {"sde": flow_sde, "cps
 
 
 def within(noisy: Schedule, quiet: Schedule, steps: Tensor) -> Schedule:
-    """`noisy` in `steps` (`[C]` bool), and its deterministic twin `quiet` in the others: a window of noise.
+    """The stochastic schedule `noisy` in `steps` (`[C]` bool), and its deterministic version `quiet` in the others.
 
     MixGRPO, arXiv:2507.21802.
     """

@@ -1,4 +1,4 @@
-"""What text encoders say of prompts, computed once per prompt."""
+"""A cache of the text encoders' outputs for prompts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from trl.diffusion.denoiser import Denoiser, Text
 
 KEPT_BYTES = 2**31
-"""Of texts that are remembered: 1.3 MB is one of SDXL in single precision, 8 MB one of Flux."""
+"""Maximal size of the cache. A prompt takes 1.3 MB for SDXL in float32, and 8 MB for Flux."""
 
 
 class PromptEmbeddings:
-    """Texts of prompts, on the host; those that were asked for last are remembered.
+    """Encodes prompts, with a least-recently-used cache on the host.
 
-    Each is encoded alone, so that its last bits do not depend on the prompts beside it: a run that is resumed meets
-    prompts in other company.
+    Each prompt is encoded alone, so that its result does not depend in the last bits on other prompts: a resumed run may encode
+    prompts in other batches.
     """
 
     def __init__(self, denoiser: Denoiser, *, kept_bytes: int = KEPT_BYTES) -> None:
@@ -25,7 +25,7 @@ class PromptEmbeddings:
         self._negative: Text | None = None
 
     def __call__(self, prompts: Sequence[str]) -> list[Text]:
-        """The texts of `prompts`; those that are not known are encoded."""
+        """The encoded `prompts`, from the cache if possible."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self.texts:
                 (text,) = self.denoiser.encode([prompt])
@@ -39,12 +39,12 @@ class PromptEmbeddings:
         return found
 
     def negative(self) -> Text | None:
-        """The text that guidance leads away from, on the device of the model; None without guidance."""
+        """The encoded negative prompt of guidance, on the device of the model; None without guidance."""
         if self._negative is None and self.denoiser.is_guided:
             self._negative = self.denoiser.encode_negative()
         return self._negative
 
 
 def size_of(text: Text) -> int:
-    """Bytes."""
+    """Bytes of a text's tensors."""
     return sum(value.numel() * value.element_size() for value in text.values())

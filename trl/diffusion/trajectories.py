@@ -1,9 +1,9 @@
-"""Denoising trajectories: sampled step by step, and scored all steps at once.
+"""Sample denoising trajectories step by step, and score their steps in one forward pass.
 
-    x_T ~ N(0, I),     x_{t+1} ~ N(μ_θ(x_t, t), s_t² I),     log π(x_{t+1} | x_t) its density, a mean over dimensions
+    x_T ~ N(0, I),     x_{t+1} ~ N(μ_θ(x_t, t), s_t² I),     log π(x_{t+1} | x_t) its log-density, averaged over dimensions
 
-A trajectory is to a diffusion model what a completion is to a language model, and a step of it what a token is: its state
-is known (the noisy latent is stored), so that any steps of any trajectories are scored in one forward pass.
+A trajectory is to a diffusion model what a completion is to a language model, and a step is what a token is. Since the noisy
+latents are stored, any steps of any trajectories can be scored in one forward pass.
 DDPO, arXiv:2305.13301; Flow-GRPO, arXiv:2505.05470.
 """
 
@@ -28,8 +28,8 @@ class Trajectories:
     """N trajectories of C steps, on the host.
 
     latents     [N,C+1,…] from pure noise to the clean latent
-    logprobs    [N,C] log-density of each step under the policy that took it; 0 where it is deterministic
-    mask        [N,C] 1 where a step was a draw
+    logprobs    [N,C] log-density of each step under the policy that sampled it; 0 for deterministic steps
+    mask        [N,C] 1 for stochastic steps
     """
 
     latents: Tensor
@@ -38,19 +38,19 @@ class Trajectories:
 
     @property
     def clean(self) -> Tensor:
-        """[N,…] the latents that pictures are decoded from."""
+        """The clean latents [N,…], from which pictures are decoded."""
         return self.latents[:, -1]
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One step of a trajectory, on the host: what an optimizer step is made of.
+    """One step of a trajectory, on the host: an item of an optimizer step.
 
-    latents, following   the noisy latent before the step and after it
-    step                 which step of the schedule
-    prompt               what it was conditioned on
+    latents, following   the noisy latents before and after the step
+    step                 index of the step in the schedule
+    prompt               the prompt of the picture
     signals              named numbers of the step: advantages, old_logprobs, …
-    is_learned           whether it is learned from, or takes part in a pass alone
+    is_learned           whether it is trained on; if not, it only runs through the model, as a dummy
     """
 
     latents: Tensor
@@ -64,7 +64,7 @@ class Transition:
 def transitions_of(
     trajectories: Trajectories, prompts: Sequence[str], keep: Tensor, signals: Mapping[str, Tensor]
 ) -> list[list[Transition]]:
-    """The steps of each trajectory where `keep` `[N,C]` is set, with their `signals` `[N]` or `[N,C]`."""
+    """The steps of each trajectory that are selected by `keep` `[N,C]`, with their `signals` `[N]` or `[N,C]`."""
     found: list[list[Transition]] = [[] for _ in prompts]
     for n, t in keep.nonzero().tolist():
         numbers = {name: float(v[n] if v.dim() == 1 else v[n, t]) for name, v in signals.items()}
@@ -77,7 +77,7 @@ def transitions_of(
 
 
 def draw(shape: Sequence[int], generators: Sequence[torch.Generator], device: Any) -> Tensor:
-    """Noise `[N,…]`, each row from a generator of its own: a picture does not depend on those sampled beside it."""
+    """Noise `[N,…]` with one generator for each row, so that a picture does not depend on others in its batch."""
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)
 
 
@@ -101,10 +101,10 @@ def sample(
     first_latents: Tensor | None = None,
     at_once: int = 8,
 ) -> Trajectories:
-    """A trajectory for each of `texts` and `seeds`, so many `at_once`.
+    """Sample a trajectory for each of `texts` and `seeds`, `at_once` at a time.
 
-    `first_noise` are seeds of x_T, where it is not to come from `seeds`: samples of a group may begin alike.
-    `first_latents` `[N,…]` are x_T themselves.
+    `first_noise` are separate seeds for x_T, so that samples of a group can start from the same noise. `first_latents` `[N,…]`
+    gives x_T itself.
     """
     parts = []
     for start in range(0, len(texts), at_once):
@@ -156,7 +156,8 @@ def step_of(
     schedule: Schedule,
     negative: Text | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """μ `[M,…]` and s `[M]` of steps `[M]` from latents `[M,…]`, in one forward pass (two rows a step with guidance)."""
+    """μ `[M,…]` and s `[M]` of the steps with indices `step [M]` from `latents [M,…]`, in one forward pass (of 2M rows with
+    guidance)."""
     timesteps = schedule.timesteps[step.cpu()].to(latents)
     output = denoiser.output(module, latents, timesteps, texts, negative)
     return schedule.transition(latents, output, step)
@@ -166,8 +167,8 @@ def step_of(
 class TransitionBatch(PictureBatch):
     """M steps of any trajectories.
 
-    latents, following   [M,…]
-    step                 [M] which step of the schedule, on the host
+    latents, following   [M,…] before and after the step
+    step                 [M] index of the step in the schedule, on the host
     """
 
     ON_HOST = ("step",)
@@ -178,9 +179,9 @@ class TransitionBatch(PictureBatch):
 
 
 def batch_of(transitions: Sequence[Transition], texts: Mapping[str, Tensor]) -> TransitionBatch:
-    """The steps as a batch, with `texts` of their prompts, in their order.
+    """Collate the steps to a batch. `texts` are those of their prompts, in the same order.
 
-    Of the signals `old_logprobs` is `[M,1]`, as algorithms expect of numbers of tokens; others are `[M]`.
+    The signal `old_logprobs` is `[M,1]`, since algorithms expect a number per token; others are `[M]`.
     """
     names = transitions[0].signals
     signals = {name: torch.tensor([each.signals[name] for each in transitions]) for name in names}
@@ -198,7 +199,7 @@ def batch_of(transitions: Sequence[Transition], texts: Mapping[str, Tensor]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The Gaussians that steps are draws from: means `[M,…]` and standard deviations `[M]`."""
+    """The Gaussians of the steps: means `[M,…]` and standard deviations `[M]`."""
 
     mean: Tensor
     sd: Tensor
@@ -211,9 +212,9 @@ def score_steps(
     schedule: Schedule,
     negative: Text | None = None,
 ) -> tuple[Scores, Draws]:
-    """What the policy makes of a batch's steps, with gradient: log-densities `[M,1]`, and the entropy per dimension `[M,1]`.
+    """Score a batch's steps under the policy, with gradient: log-densities `[M,1]`, and the entropy per dimension `[M,1]`.
 
-    The entropy depends on the schedule alone.
+    The entropy depends on the schedule only.
     """
     mean, sd = step_of(denoiser, module, batch.latents, batch.step, batch.texts, schedule, negative)
     logprobs = gaussian_logprob(batch.following, mean, sd)

@@ -1,12 +1,12 @@
-"""Which layers are checkpointed where the options leave it open: as few as the heaviest step needs.
+"""Choose how many layers to checkpoint: as few as the largest step of the run allows in free memory.
 
-What a step takes besides weights is counted before the first one:
+The memory of a step besides the weights is estimated before the first one:
 
-    gradients and the states of the optimizer      from the shapes of what is trained
-    activations                                    what layers keep for backward, measured on a shorter micro-batch
-    head                                           its two tiles of logits
+    gradients and optimizer states      from the shapes of trained parameters
+    activations                         saved tensors of each layer, measured on shorter micro-batches and extrapolated
+    head                                its two tiles of logits
 
-and a share of it for holes between blocks of memory. See `trl.models.checkpointing` for what follows from it.
+plus a share for fragmentation. `trl.models.checkpointing` computes the number of layers from it.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ from trl.trainers.heaviest import LearnsFromRows, heaviest_window, shortened
 from trl.training.optimizers import StateSizes
 from trl.types import Batch, Example
 
-HOLES = 1.2
-"""Memory that a step takes for each byte that it uses: blocks do not fit into every hole that others leave."""
+FRAGMENTATION = 1.2
+"""Bytes that the allocator takes for each byte in use, since memory is fragmented."""
 SHARES = (1 / 16, 1 / 8, 1 / 4)
-"""Of the tokens of the heaviest micro-batch, those on which activations are measured."""
+"""Fractions of the largest micro-batch's tokens on which activations are measured."""
 TILES = 192 * 2**20
-"""Logits of a tile of the head in float32, and their gradient in half precision."""
+"""Bytes of a tile of the head's logits in float32, and of their gradient in half precision."""
 WIDEST = 4
-"""Bytes of a number of the residual stream, at most."""
+"""Bytes per number of the residual stream, at most."""
 WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Options of models whose attention does not look further back."""
+"""Configuration options that limit how far attention looks back."""
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """`recomputed` of `layers` are checkpointed: keeping all takes `needed` bytes besides what is there, of `free` ones."""
+    """`recomputed` of `layers` are checkpointed. Without checkpointing, a step needs `needed` bytes besides the weights; `free`
+    bytes are available."""
 
     layers: int
     recomputed: int
@@ -55,13 +56,13 @@ class ActivationPlan:
 
     @classmethod
     def of(cls, *, kept: int, saved: Sequence[float], free: int) -> ActivationPlan:
-        """The plan where a step takes `kept` bytes besides what is there, and `saved[i]` less with layer i checkpointed."""
-        count = layers_to_recompute(kept=kept, saved=saved, free=free / HOLES)
-        return cls(len(saved), count, ceil(HOLES * kept), free)
+        """The plan for a step that uses `kept` bytes besides the weights, and `saved[i]` less if layer i is checkpointed."""
+        count = layers_to_recompute(kept=kept, saved=saved, free=free / FRAGMENTATION)
+        return cls(len(saved), count, ceil(FRAGMENTATION * kept), free)
 
     @classmethod
     def of_all(cls, model: nn.Module) -> ActivationPlan:
-        """The plan that takes least memory."""
+        """The plan with the least memory: checkpoint all layers."""
         layers = len(checkpointable_layers(model))
         return cls(layers, layers, 0, 0)
 
@@ -71,21 +72,21 @@ class ActivationPlan:
 
     @property
     def what(self) -> str:
-        """What becomes of activations."""
+        """Which layers save activations and which recompute them, as the predicate of a sentence."""
         if not self.recomputed:
             return f"kept by all {counted(self.layers, 'layer')}"
         which = "all" if self.recomputed == self.layers else f"{self.recomputed} of"
-        return f"computed again in backward by {which} {counted(self.layers, 'layer')}"
+        return f"recomputed in backward by {which} {counted(self.layers, 'layer')}"
 
     def __str__(self) -> str:
         return (
-            f"Activations are {self.what} (gradient_checkpointing): with all of them a step takes {size_of(self.needed)} "
+            f"Activations are {self.what} (gradient_checkpointing): keeping all, a step would need {size_of(self.needed)} "
             f"besides the weights, and {size_of(self.free)} are free."
         )
 
 
 class CheckpointFirstLayers(TrainerCallback):
-    """Leaves the first `count` layers checkpointed, of all that `transformers` has before training begins."""
+    """Keeps checkpointing only in the first `count` layers: `transformers` enables it in all before training begins."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -96,7 +97,7 @@ class CheckpointFirstLayers(TrainerCallback):
 
 
 class PlansActivations(LearnsFromRows, Protocol):
-    """What is asked of a trainer."""
+    """The part of a trainer's interface that planning needs."""
 
     model: Any
     accelerator: Any
@@ -107,7 +108,7 @@ class PlansActivations(LearnsFromRows, Protocol):
 
 
 def plan_activations(trainer: PlansActivations, free: int) -> ActivationPlan:
-    """The plan of a trainer that is about to train, with `free` bytes of its device."""
+    """Plan activations for a trainer that is about to train, with `free` bytes on its device."""
     examples = heaviest_micro_batch(trainer)
     positions = trainer.collate(examples).positions
     activations = activation_bytes(trainer, examples, positions)
@@ -117,7 +118,7 @@ def plan_activations(trainer: PlansActivations, free: int) -> ActivationPlan:
 
 
 def heaviest_micro_batch(trainer: PlansActivations) -> list[Example]:
-    """The examples of the largest micro-batch of the heaviest window."""
+    """The examples of the largest micro-batch in the largest step."""
     window = heaviest_window(trainer)
     groups = trainer.plan(window, trainer.args.gradient_accumulation_steps)
     examples = ([window[i] for i in group] for group in groups)
@@ -125,7 +126,7 @@ def heaviest_micro_batch(trainer: PlansActivations) -> list[Example]:
 
 
 def trained_bytes(trainer: PlansActivations) -> int:
-    """Gradients, states of the optimizer, and with several processes the buffers in which gradients are exchanged."""
+    """Bytes of gradients, optimizer states, and with several processes of the buffers in which gradients are reduced."""
     sizes = StateSizes(trainer.args)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained) * (2 if trainer.accelerator.num_processes > 1 else 1)
@@ -133,10 +134,10 @@ def trained_bytes(trainer: PlansActivations) -> int:
 
 
 def activation_bytes(trainer: PlansActivations, examples: list[Example], positions: int) -> list[int]:
-    """What a forward pass over `examples`, `positions` of them, keeps in each layer, and last in all else.
+    """Bytes that a forward pass over `examples` (in total `positions`) saves in each layer, and last everywhere else.
 
-    It is carried on from what shorter passes keep by a line, or by a parabola where that is more: attention with masks keeps
-    numbers for pairs of tokens.
+    They are extrapolated from shorter passes, linearly, or by a parabola if that gives more: attention with masks saves
+    tensors of pairs of tokens.
     """
     points = dict(_measured(trainer, examples, share) for share in SHARES)
     found = [np.max([*points.values()], axis=0)]
@@ -148,14 +149,14 @@ def activation_bytes(trainer: PlansActivations, examples: list[Example], positio
 
 
 def _measured(trainer: PlansActivations, examples: list[Example], share: float) -> tuple[int, list[int]]:
-    """Positions of a micro-batch of shortened examples, and bytes that its forward pass keeps."""
+    """Number of positions of a micro-batch of shortened examples, and the bytes that its forward pass saves."""
     model, device = trainer.model, trainer.args.device
     inner = unwrap(model)
     batch = trainer.collate([shortened(example, share) for example in examples]).to(device)
     weights = chain(model.parameters(), model.buffers())
-    undrawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    preserved_rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with (
-        undrawn,
+        preserved_rng,
         training(model),
         without_graphs(inner),
         _narrowed(inner.config, share),
@@ -167,7 +168,7 @@ def _measured(trainer: PlansActivations, examples: list[Example], share: float) 
 
 @contextmanager
 def _narrowed(config: PreTrainedConfig, share: float) -> Iterator[None]:
-    """Within it, windows of attention are `share` as wide: rows that are longer than one need a mask, shortened as well."""
+    """Scale attention windows by `share` within the context: rows longer than the window need a mask, shortened rows as well."""
     text = config.get_text_config()
     windows = {name: vars(text)[name] for name in WINDOWS if vars(text).get(name)}
     try:
@@ -180,6 +181,6 @@ def _narrowed(config: PreTrainedConfig, share: float) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device that are free, those included that torch holds and does not use."""
+    """Free bytes of a CUDA device, including those that torch's allocator has cached."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

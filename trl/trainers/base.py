@@ -187,7 +187,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         finally:
             for model in (unwrap(self.model), *self._also_reading()):
                 release(model, for_good=False)
-            self._leave_layers_open()
+            self._undo_activation_plan()
 
     # ---- what a trainer adds ----
 
@@ -204,7 +204,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             ready_for_fsdp2(self.model)
         if not inner.config.is_encoder_decoder:
             self.layout = self._choose_layout(inner)
-        self._spare_launches(inner)
+        self._optimize_layers(inner)
         self._capture_layers(inner)
 
     def _add_router_loss(self, inner: PreTrainedModel) -> None:

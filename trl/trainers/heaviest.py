@@ -1,4 +1,4 @@
-"""The heaviest optimizer step of a run: what decides how much memory it takes."""
+"""The optimizer step of a run with the most tokens, which determines how much memory the run needs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DEARER = 50
 """How many rows can be read in their order while one is taken from its place: a dataset that was shuffled is its table, and an
 order of its rows."""
 PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
-"""Signals that online methods learn from."""
+"""Per-token signals of online methods."""
 
 
 class LearnsFromRows(Protocol):
-    """What is asked of a trainer; `algorithm` only where rows are prompts, `layout` of all but encoder-decoders."""
+    """The part of a trainer's interface that is used here; also `algorithm` for prompts, and `layout` except for encoder-decoders."""
 
     args: Any
     train_dataset: Any
 
 
 def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
-    """As many of the largest rows as a step sees in one process; prompts with completions as long as they may become."""
+    """The largest rows of the dataset, as many as a step has per process. Prompts get completions of the maximal length."""
     args, rows = trainer.args, trainer.train_dataset
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = rows if isinstance(rows, Dataset) else list(rows)
@@ -48,7 +48,7 @@ def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
 
 
 def row_positions(rows: Dataset | Sequence[Mapping[str, Any]], layout: str = "shared") -> np.ndarray:
-    """Positions of every encoded row in a layout, all its completions or documents included."""
+    """Number of positions of every encoded row in a layout, with all of its completions or documents."""
     if not isinstance(rows, Dataset):
         return np.array([sum(_example_positions(example, layout) for example in decode(row)) for row in rows])
     columns = [name for name in ("prompt_ids", "completion_ids") if name in rows.column_names] or ["input_ids"]
@@ -66,14 +66,14 @@ def _example_positions(example: Example, layout: str) -> int:
 
 
 def _table_positions(table: pa.Table, layout: str) -> np.ndarray:
-    """Positions of the rows of a table with prompts, and completions; or with the documents of packed rows."""
+    """Number of positions of each row of a table: with a column of prompts and maybe completions, or of packed documents."""
     first, *others = (column.combine_chunks() for column in table.columns)
     lengths = pc.fill_null(pc.list_value_length(first), 0).to_numpy(zero_copy_only=False)
     return _positions(layout, lengths, *(_completions(others[0]) if others else (1, 0, 0)))
 
 
 def _completions(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every row: how many completions it has (at least 1), their tokens, and those of the longest."""
+    """For every row: the number of completions (at least 1), of their tokens, and of the tokens of the longest."""
     sizes = pc.list_value_length(pc.list_flatten(lists)).to_numpy(zero_copy_only=False)
     parents = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
     total, longest = np.zeros((2, len(lists)), dtype=int)
@@ -83,14 +83,14 @@ def _completions(lists: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _positions(layout: str, prompt: Any, count: Any, total: Any, longest: Any) -> Any:
-    """Positions of `count` completions with `total` tokens, of which the longest has `longest`, and of their prompt."""
+    """Number of positions of a prompt and its `count` completions, with `total` tokens in all and `longest` in the longest."""
     if layout == "padded":
         return count * (prompt + longest)
     return (count if layout == "packed" else 1) * prompt + total
 
 
 def shortened(example: Example, share: float) -> Example:
-    """The example with the beginning of its prompt and of each completion, `share` of them, and at least one token."""
+    """Truncate the prompt and each completion of an example to the fraction `share`, and at least one token."""
     prompt = example.prompt[: ceil(len(example.prompt) * share)]
     return replace(example, prompt=prompt, completions=tuple(_cut(c, share) for c in example.completions))
 
@@ -103,12 +103,12 @@ def _cut(completion: Completion, share: float) -> Completion:
 
 
 def _blank(example: Example) -> Example:
-    """The example with a token of text in every place."""
+    """Replace all tokens of the example by token 0, which stands for no image."""
     completions = (replace(completion, ids=[0] * len(completion)) for completion in example.completions)
     return replace(example, prompt=[0] * len(example.prompt), completions=tuple(completions))
 
 
 def _with_reference(example: Example) -> Example:
-    """The example with log-probabilities of a reference, as if they had been computed beforehand."""
+    """Add precomputed reference log-probabilities (zeros) to the example."""
     completions = (replace(c, signals={**c.signals, "ref_logprobs": [0.0] * len(c)}) for c in example.completions)
     return replace(example, completions=tuple(completions))

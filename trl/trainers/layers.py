@@ -1,4 +1,4 @@
-"""How the layers of a language model are run: in few kernels, compiled, as CUDA graphs, and with which activations kept."""
+"""Optimise how the layers of a language model run: fused kernels, `torch.compile`, CUDA graphs, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ logger = logging.getLogger(__name__)
 
 
 class RunsLayers(StepTrainer):
-    """Prepares the layers of a model, once it is where it is trained."""
+    """A trainer that optimises the layers of its model, once that is on its device."""
 
     args: TrainerConfig
     layout: str
     images: Any
     reference: Reference | None = None
-    """What the policy is compared with, where it is."""
+    """The reference policy, if there is one."""
     has_own_collator: bool = False
-    """Whether a `data_collator` was given, which may make anything of rows."""
+    """Whether the user gave a `data_collator`, so that the size of batches cannot be foreseen."""
     activation_plan: ActivationPlan | None = None
-    """Which layers are checkpointed, once that was planned."""
+    """Which layers are checkpointed; None before that is planned."""
 
     def forward_pass(self, model: Any, batch: Batch) -> Any:
-        """What the losses of a batch are made of: log-probabilities, or rewards."""
+        """The forward pass on which losses are computed: log-probabilities, or rewards."""
         return score(model, batch)
 
-    def _spare_launches(self, inner: PreTrainedModel) -> None:
-        """Do with few kernels, and keep little for backward, what the model's layers would launch and keep much for."""
+    def _optimize_layers(self, inner: PreTrainedModel) -> None:
+        """Make the model's layers launch fewer kernels and save fewer activations, as the options allow."""
         if self._fuses():
             fuse(self.model)
             fuse_adapters(self.model)
@@ -61,48 +61,48 @@ class RunsLayers(StepTrainer):
             round_together(inner)
 
     def _fuses(self) -> bool:
-        """Whether norms and rotations are to be single kernels, which compiled layers and Liger's have already."""
+        """Whether to fuse norms, rotations, LoRA and gated MLPs: on CUDA, unless `torch_compile` or Liger does so already."""
         has_them = self.args.torch_compile or self.args.use_liger_kernel
         return self._is_on_cuda() and has_triton() and not has_them and not self.is_sharded
 
     def _capture_layers(self, inner: PreTrainedModel) -> None:
-        """Let forward and backward be CUDA graphs. Raises ConfigError where that is asked for, and cannot be."""
+        """Capture layers as CUDA graphs if possible. Raises ConfigError if `cuda_graphs=True` and it is not possible."""
         args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
         recomputes = args.gradient_checkpointing and (self.activation_plan is not None or not self.plans_activations())
         reasons = {
             "a device other than CUDA": not self._is_on_cuda(),
             "FSDP and DeepSpeed": self.is_sharded,
-            "attention that needs masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
+            "attention with masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
             "the load-balancing loss of experts": self.term is not None,
-            "a value head, which looks at layers": isinstance(without_wrapper(self.model), WithValueHead),
+            "a value head": isinstance(without_wrapper(self.model), WithValueHead),  # which reads layers by hooks
             "images": self.images is not None,
             "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
             "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "activation_offloading": args.activation_offloading,
-            "use_liger_kernel": args.use_liger_kernel,  # replays of its layers have other numbers, as was seen on an H200
+            "use_liger_kernel": args.use_liger_kernel,  # replays of its layers give different results, as seen on an H200
             "dropout in checkpointed layers": recomputes and has_dropout(inner),
             "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
-        release(inner, for_good=True)  # of a trainer before this one, with other options
+        release(inner, for_good=True)  # graphs of an earlier trainer of this model, with other options
         reason = next((words for words, holds in reasons.items() if holds), None)
         if args.cuda_graphs and reason is not None:
-            raise ConfigError(f"cuda_graphs=True does not go with {reason}: leave one of them out.")
-        if reason is None and (self.captures_unasked() if args.cuda_graphs is None else args.cuda_graphs):
-            if recomputes:  # nothing is drawn, and a random generator cannot be read in a capture
+            raise ConfigError(f"cuda_graphs=True cannot be combined with {reason}: leave one of them out.")
+        if reason is None and (self.captures_by_default() if args.cuda_graphs is None else args.cuda_graphs):
+            if recomputes:  # without dropout no random state is needed, and it cannot be read during capture
                 args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
             capture_layers(inner)
             for reference in reference_models(self.reference):
                 capture_as(reference, inner)
 
-    def captures_unasked(self) -> bool:
-        """Whether layers are CUDA graphs where `cuda_graphs` does not say."""
+    def captures_by_default(self) -> bool:
+        """Whether layers are captured as CUDA graphs if `cuda_graphs` is None."""
         return True
 
     # ---- activations ----
 
     def plans_activations(self) -> bool:
-        """Whether layers are to be checkpointed as memory asks for: where nobody said, and what they keep is known beforehand."""
+        """Whether to choose checkpointed layers by free memory: if options leave it open, and activations can be estimated."""
         layers = checkpointable_layers(unwrap(self.model))
         return (
             self.args.plans_checkpointing
@@ -116,15 +116,15 @@ class RunsLayers(StepTrainer):
         )
 
     def _plan_activations(self) -> None:
-        """Before the first step, when all else is in memory: say which layers are checkpointed, and see to it."""
+        """Choose and apply the checkpointed layers, before the first step, when everything else is in memory."""
         if self.activation_plan is not None or not self.plans_activations():
             return
         try:
             plan = plan_activations(self, self._free_bytes())
             logger.info("%s", plan)
-        except RuntimeError as error:  # such as no memory for a part of a step
+        except RuntimeError as error:  # such as running out of memory while measuring
             plan = ActivationPlan.of_all(unwrap(self.model))
-            logger.warning(f"Activations are {plan.what}: what they take was not found ({error}).")
+            logger.warning(f"Activations are {plan.what}, since their size could not be measured ({error}).")
         self.activation_plan = plan
         self.args.recompute(activations=plan.recomputed > 0)
         if 0 < plan.recomputed < plan.layers:
@@ -132,11 +132,11 @@ class RunsLayers(StepTrainer):
         self._capture_layers(unwrap(self.model))
 
     def keeps_activations(self) -> bool:
-        """Whether there are layers that are not checkpointed, and can be."""
+        """Whether some layers that can be checkpointed are not."""
         return not all(layer.gradient_checkpointing for layer in checkpointable_layers(self.model))
 
-    def _leave_layers_open(self) -> None:
-        """After training with a plan: no layer is checkpointed, so that a further trainer of this model makes a plan too."""
+    def _undo_activation_plan(self) -> None:
+        """Disable checkpointing that the plan enabled, after training, so that a further trainer of this model can plan again."""
         if self.activation_plan is not None:
             for layer in checkpointable_layers(self.model):
                 layer.gradient_checkpointing = False

@@ -101,7 +101,7 @@ class RewardTrainer(PredictsRewards):
         inner = unwrap(self.model)
         self._add_router_loss(inner)
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
-        self._spare_launches(inner)
+        self._optimize_layers(inner)
         self._capture_layers(inner)
 
     # ---- data ----

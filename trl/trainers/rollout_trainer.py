@@ -129,7 +129,7 @@ class RolloutTrainer(BaseTrainer):
         self.states.register("completions", self.rollout_logs["train"].completions, per_rank=True, optional=True)
         self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
 
-    def captures_unasked(self) -> bool:
+    def captures_by_default(self) -> bool:
         """Whether memory is free for sampling beside what graphs hold, gradients and activations, which they do not give back."""
         if self.activation_plan is None:
             return False

@@ -1,9 +1,10 @@
-"""A blank image for batches without one, where processes have to run the image encoder together.
+"""A blank image for batches without images, since all processes have to run the image encoder equally often.
 
     states + 0 · Σ encoder(blank image)
 
-FSDP2 and ZeRO-3 gather an encoder's weights as it runs, and DDP waits for all its gradients: a process that skips it, since
-its texts have no images, leaves the others waiting. The image is an input of the batch, so policy and reference both read it.
+FSDP2 and ZeRO-3 gather the encoder's weights when it runs, and DDP waits for its gradients: a process that skips the encoder,
+because its batch has no images, would make the others hang. The blank image is an input of the batch, so that policy and
+reference both encode it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from trl.types import Concatenated
 from trl.vision.processing import ImageProcessing
 
 PREFIX = "blank_"
-"""Begins the names of the inputs that are a blank image's."""
+"""Prefix of the names of a blank image's inputs."""
 
 
 def blank_image(processing: ImageProcessing) -> dict[str, Tensor]:
-    """What an image encoder reads of a small white image, as inputs of a batch."""
+    """The inputs of the image encoder for a small white image, for a batch."""
     values, _ = processing.processed([Image.new("RGB", processing.trial_size(), "white")])
     joins = processing.family.joins
     own = {name: torch.as_tensor(v) for name, v in values.items() if isinstance(joins.get(name), Concatenated)}
@@ -33,14 +34,15 @@ def blank_image(processing: ImageProcessing) -> dict[str, Tensor]:
 
 
 def runs_together() -> bool:
-    """Whether there are other processes."""
+    """Whether there are several processes."""
     return distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def read_blank(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], Tensor | float]]:
-    """The other inputs of a forward; and, to be asked for after it, 0 times what the encoder makes of a blank image, if there is one.
+    """Split off the blank image's inputs. Return the other inputs, and a function for 0 · Σ encoder(blank image).
 
-    The encoder runs when tokens have been embedded, as it does for images: processes gather weights in one order.
+    Call the function after the forward pass; it gives 0 if there is no blank image. The encoder runs after the token embeddings,
+    as it does for real images, so that all processes gather weights in the same order.
     """
     own = {name.removeprefix(PREFIX): value for name, value in inputs.items() if name.startswith(PREFIX)}
     if not own:

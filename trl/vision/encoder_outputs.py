@@ -1,4 +1,4 @@
-"""Features of images as an input of batches, and as what forwards of `transformers` take in the place of pixels."""
+"""Image features as inputs of a batch, and their conversion to the argument that `transformers` takes in place of pixels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 FEATURES = "image_features"
-"""Input of an example: `[T,H]` for models that keep a list of each image's features, `[T,1,H]` for those of one tensor."""
+"""Name of the input: `[T,H]` for models whose encoder returns a list with the features of each image, `[T,1,H]` for others."""
 
 DEEPSTACK = "image_features_of_layer_{}"
-"""Inputs `[T,H]`: features that are added to the states of the first layers (arXiv:2406.04334)."""
+"""Names of the inputs `[T,H]` that are added to the hidden states of the first layers (arXiv:2406.04334)."""
 
 
 def with_encoder_outputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a forward, with features as what the image encoder would have given."""
+    """Arguments of a model's forward, in which image features take the form of the image encoder's output."""
     if FEATURES not in inputs:
         return dict(inputs)
     own = {name: value for name, value in inputs.items() if name.startswith(FEATURES)}

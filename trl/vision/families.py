@@ -1,10 +1,10 @@
-"""What multimodal architectures read beside tokens, as data: one entry per architecture.
+"""The inputs of multimodal architectures besides tokens: a table with one entry per architecture.
 
-A model whose forward has arguments of its own is made known by an entry for its `model_type`:
+To support a model whose forward has further arguments, add an entry for its `model_type`:
 
     FAMILIES["my_model"] = Family(joins={"token_bias": PerToken()})
 
-and rows then bring the values along in a column `inputs`.
+Rows then contain the values in a column `inputs`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ EVERY_LAYER = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of an architecture read beside tokens.
+    """The inputs of an architecture besides tokens, and its attention.
 
-    joins         how each input of several prompts is joined, by the name of the forward's argument
-    token_types   the per-token input that is 1 at the tokens of images, if there is one
+    joins         how to batch each input, by the name of the forward's argument
+    token_types   name of the per-token input that is 1 for image tokens, if there is one
     positions     "text": 0, 1, 2, …; "mrope": time, height and width, where an image advances them by its longer side
                   (arXiv:2409.12191, Section 2.1)
-    sees_ahead    which tokens see those behind them: none ("causal"), those of an "image" within it, those of a "prompt"
-    in_layers     kinds of layers in which they do
-    only_if       an attribute of the text configuration, and the value at which they do
-    prompt        how a text prompt and the places of its images make a whole, where templates do not say so
+    sees_ahead    which tokens attend bidirectionally: none ("causal"), those of an "image" within it, or those of the "prompt"
+    in_layers     kinds of layers with this bidirectional attention
+    only_if       (attribute, value) of the text configuration that enables it; None: always
+    prompt        format of a prompt with images, for models without a chat template
     """
 
     joins: Mapping[str, Join] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Family:
     prompt: str = "{images}{text}"
 
     def look_ahead(self, config: PreTrainedConfig) -> bool:
-        """Whether tokens of a model with this configuration see tokens behind them."""
+        """Whether some tokens of a model with this configuration attend to later ones."""
         if self.only_if is None:
             return self.sees_ahead != "causal"
         name, value = self.only_if
@@ -94,42 +94,42 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS3),
     "paligemma": PALIGEMMA,
 }
-"""Families by the `model_type` of the configuration."""
+"""`model_type` of the configuration → family."""
 
 _NOTHING: Mapping[str, Join] = MappingProxyType({})
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
-    """What is known of the models of this configuration; None where nothing is."""
+    """The family of a model's configuration; None for text models and unknown architectures."""
     return FAMILIES.get(config.model_type)
 
 
 def joins_of(config: PreTrainedConfig) -> Mapping[str, Join]:
-    """How inputs are joined for models of this configuration; empty where nothing is known of them."""
+    """How to batch the further inputs of a model with this configuration; empty for other architectures."""
     family = family_of(config)
     return _NOTHING if family is None else family.joins
 
 
 def image_token_ids(config: PreTrainedConfig) -> list[int]:
-    """Ids of the tokens that stand for images and videos: they are never sampled, and never learned."""
+    """Ids of the placeholder tokens of images and videos, which are never sampled and never trained on."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     given = (config.__dict__.get(name) for name in names)
     return sorted({token for token in given if isinstance(token, int)})
 
 
 def check_image_tokens(examples: Sequence[Example], tokens: Collection[int]) -> None:
-    """Raises DataError for `tokens` that stand for images in an answer, or in a row without images: forwards would fail, or
-    compute wrong numbers."""
+    """Raises DataError for image `tokens` in a completion, or in a row without images: the forward pass would fail, or be
+    wrong."""
     stands = frozenset(tokens)
     for example in examples if stands else ():
         answers = [completion.ids for completion in example.completions]
         if example.prompt and not all(map(stands.isdisjoint, answers)):
             found = next(token for ids in answers for token in ids if token in stands)
             raise DataError(
-                f"An answer has token {found}, which stands for an image: images stand in prompts, and samplers ban such tokens "
-                "(SamplingParams.banned_tokens)."
+                f"An answer contains token {found}, which is a placeholder for an image: images belong in prompts, and samplers "
+                "must not generate such tokens (SamplingParams.banned_tokens)."
             )
         if not example.inputs and not all(map(stands.isdisjoint, (example.prompt, *answers))):
             raise DataError(
-                "Tokens of a row stand for images, and it has none: give it images, or take the tokens out."
+                "A row contains placeholder tokens for images but no images: add the images, or remove the tokens."
             )

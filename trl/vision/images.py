@@ -1,7 +1,7 @@
-"""Images of rows: paths, bytes, PIL images and what columns of `datasets` hold; their sizes without decoding them.
+"""Read the images of rows, given as paths, bytes, PIL images or values of a `datasets` column, or only their sizes.
 
-read_image({"bytes": …, "path": None})   an RGB image, as large as `max_pixels` allows
-image_size(…)                            (height, width) of that, from the head of the file
+read_image({"bytes": …, "path": None})   an RGB image, resized to at most `max_pixels`
+image_size(…)                            its (height, width), from the header of the file without decoding it
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from trl.errors import ConfigError, DataError
 from trl.option_bounds import check_bounds
 
 ORIENTATION = 0x0112
-"""Exif tag; values of 5 and more stand for images that lie on their side."""
+"""Exif tag of the orientation; from 5 on, width and height are exchanged."""
 
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """Bounds on width · height of an image; beyond them it is resized, its sides in the same proportion.
+    """Limits on width · height of an image; an image beyond them is resized with its aspect ratio kept.
 
-    `root` is the folder that relative paths start from.
+    `root` is the folder to which relative paths refer.
     """
 
     max_pixels: int | None = None
@@ -53,11 +53,9 @@ class PixelLimits:
 
 
 def open_image(value: Any, root: str | None = None) -> Image.Image:
-    """The image that a value of a row stands for, not decoded yet: a path, bytes, `{"bytes", "path"}` or a PIL image.
+    """Open the image of a row without decoding it: a path, data URL, bytes, `{"bytes", "path"}` or a PIL image.
 
-    A text may be a data URL as well.
-
-    Raises DataError for anything else, for a file that is not there, and for one that is no image.
+    Raises DataError for anything else, for a file that does not exist, and for one that is not an image.
     """
     if isinstance(value, Image.Image):
         return value
@@ -68,13 +66,13 @@ def open_image(value: Any, root: str | None = None) -> Image.Image:
     if isinstance(value, bytes):
         return _opened(BytesIO(value), f"{len(value):,} bytes")
     if value == "":
-        raise DataError("An image is an empty text: give a path, or None where a row has no image.")
+        raise DataError("An image is an empty string: give a path, or None for a row without an image.")
     if isinstance(value, str | Path):
         path = Path(root, value) if root is not None else Path(value)
         if str(value).startswith(("http://", "https://")):
-            raise DataError(f"{str(value)!r} is an address: load images beforehand, and give paths or bytes.")
+            raise DataError(f"{str(value)!r} is a URL: download images beforehand, and give paths or bytes.")
         if not path.expanduser().is_file():
-            raise DataError(f"There is no file {str(path)!r}. Relative paths start from image_folder.")
+            raise DataError(f"There is no file {str(path)!r}. Relative paths refer to image_folder.")
         return _opened(path.expanduser(), repr(str(path)))
     raise DataError(f"Expected an image (a path, bytes or a PIL image), found {type(value).__name__}.")
 
@@ -83,17 +81,17 @@ def _opened(source: Any, name: str) -> Image.Image:
     try:
         return Image.open(source)
     except UnidentifiedImageError as error:
-        raise DataError(f"What {name} holds is not an image in a format that Pillow knows.") from error
+        raise DataError(f"{name} does not contain an image in a format that Pillow can read.") from error
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{name}: {error} Make the file smaller, or raise PIL.Image.MAX_IMAGE_PIXELS where images are trusted."
+            f"{name}: {error} Make the image smaller, or increase PIL.Image.MAX_IMAGE_PIXELS if you trust your images."
         ) from error
     except (OSError, SyntaxError) as error:
         raise DataError(f"{name} cannot be opened as an image: {error}.") from error
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes that a text in base64 stands for. Raises DataError where it is none."""
+    """Decode base64. Raises DataError if the text is invalid."""
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
@@ -101,18 +99,18 @@ def from_base64(text: str) -> bytes:
 
 
 def data_url(image: Image.Image) -> str:
-    """The image as a PNG in a text, as servers take it."""
+    """The image as a data URL with a PNG, for requests to servers."""
     whole = BytesIO()
     image.save(whole, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(whole.getvalue()).decode()}"
 
 
 def image_size(value: Any, limits: PixelLimits) -> tuple[int, int]:
-    """(height, width) of an image as `read_image` gives it, from the head of its file. Raises DataError as that does."""
+    """(height, width) of the image that `read_image` returns, from the header of its file. Raises DataError as that does."""
     image = open_image(value, limits.root)
     _check_mode(image)
     width, height = image.size
-    if Image.Image.getexif(image).get(ORIENTATION, 1) >= 5:  # that of PNG files decodes them
+    if Image.Image.getexif(image).get(ORIENTATION, 1) >= 5:  # PngImageFile's own getexif would decode the image
         width, height = height, width
     if image is not value:
         image.close()
@@ -134,7 +132,7 @@ def read_image(value: Any, limits: PixelLimits) -> Image.Image:
 
 
 def _name_of(value: Any) -> str:
-    """What tells an image from others in an error: its path, or how large it is."""
+    """Description of an image for an error: its path, or its size."""
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("bytes")
     if isinstance(value, bytes):
@@ -143,13 +141,13 @@ def _name_of(value: Any) -> str:
 
 
 def _check_mode(image: Image.Image) -> None:
-    """Raises DataError for pixels of floating-point numbers, of which nothing says what is white."""
+    """Raises DataError for floating-point pixels, whose range of values is unknown."""
     if image.mode == "F":
         raise DataError("An image has floating-point pixels: save it with 8 or 16 bits per channel.")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image as a person sees it: what is transparent on white, and 16 bits of grey as 8."""
+    """Convert to RGB: transparency on a white background, 16-bit grey to 8 bits."""
     _check_mode(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)

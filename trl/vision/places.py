@@ -1,10 +1,10 @@
-"""Token ids with one place for each image, and with all tokens of each: what samplers of their own are sent, and what they read.
+"""Convert prompts between one placeholder token per image, as inference servers expect, and all tokens of each image.
 
     a <image> b, [48 × 32]   ──expanded_ids──▶   a <image><image><image><image> b
                              ◀──collapsed_ids──
 
-Where ids are those that the tokenizer makes of their text, both go by the text, since a template's tokens may merge with those
-around an image (line breaks, say). Where they are not, as after sampled turns, tokens are exchanged in place.
+If tokenizing the decoded text gives the same ids, the text is converted and tokenized again, since tokens around an image may
+merge with its own (line breaks, for example). If not, as after sampled turns, the token ids are replaced in place.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from trl.vision.processing import ImageProcessing
 
 
 def expanded_ids(processing: ImageProcessing, ids: Sequence[int], images: Sequence[Any]) -> list[int]:
-    """The ids with all tokens of every image. Raises DataError where there are not as many places as images."""
+    """Replace each placeholder by all tokens of its image. Raises DataError if their numbers differ."""
     (place,) = _tokens(processing, processing.place)
     if (found := list(ids).count(place)) != len(images):
         raise DataError(
-            f"{len(images)} images came, and {found} places for them ({processing.place!r}) among the tokens: token ids are "
-            "to be those from before expansion, with one place for each image."
+            f"{len(images)} images were given, but the tokens have {found} placeholders ({processing.place!r}): give token ids "
+            "before expansion, with one placeholder for each image."
         )
     text = _text_of(processing, ids)
     if text is not None:
@@ -32,7 +32,7 @@ def expanded_ids(processing: ImageProcessing, ids: Sequence[int], images: Sequen
 
 
 def collapsed_ids(processing: ImageProcessing, ids: Sequence[int], images: Sequence[Any]) -> list[int]:
-    """The ids with one place for each image. Raises DataError where the tokens of an image are not among them."""
+    """Replace all tokens of each image by one placeholder. Raises DataError if the tokens of an image are not found."""
     expansions, place, text = processing.expansions(images), processing.place, _text_of(processing, ids)
     in_text = None if text is None else _exchanged(text, expansions, place)
     if in_text is not None:
@@ -41,8 +41,7 @@ def collapsed_ids(processing: ImageProcessing, ids: Sequence[int], images: Seque
     found = _exchanged(list(ids), tokens, _tokens(processing, place))
     if found is None:
         raise DataError(
-            "The tokens of an image are not in its prompt: the image, or the limits on its pixels, are not those that the prompt "
-            "was encoded with."
+            "The tokens of an image are not in its prompt: the prompt was encoded with another image, or with other pixel limits."
         )
     return found
 
@@ -51,7 +50,7 @@ Whole = TypeVar("Whole", str, list[int])
 
 
 def _exchanged(whole: Whole, parts: Sequence[Whole], place: Whole) -> Whole | None:
-    """What has `place` where one part after the other is found; None where one is not."""
+    """Replace the `parts`, which follow each other in `whole`, by `place`; None if one is not found."""
     made = whole[:0]
     for part in parts:
         starts = range(len(whole) - len(part) + 1)
@@ -64,7 +63,7 @@ def _exchanged(whole: Whole, parts: Sequence[Whole], place: Whole) -> Whole | No
 
 
 def _text_of(processing: ImageProcessing, ids: Sequence[int]) -> str | None:
-    """The text that the tokenizer makes exactly these ids of; None where it makes others."""
+    """Decode the ids; None if tokenizing the text does not give the same ids."""
     text = processing.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text if _tokens(processing, text) == list(ids) else None
 

@@ -1,7 +1,7 @@
-"""A processor of `transformers` in its two uses: how many tokens an image takes, and what the model reads of it.
+"""The two uses of a processor of `transformers`: expand image placeholders in texts, and compute the model's image inputs.
 
-text with a place for each image ──expand──▶ text with a place for each of an image's tokens     no pixel is decoded
-ids, images ──example_inputs──▶ pixel values, token types, positions                            in the loader
+text with a placeholder per image ──expand──▶ text with a placeholder per image token     while encoding; decodes no pixels
+ids, images ──with_images──▶ pixel values, token types, positions                         in the data loader
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Span = tuple[int, int]
 
 @dataclass
 class ImageProcessing:
-    """A processor, what its model reads beside tokens, and the limits on images."""
+    """A processor, the family of its model, and limits on the size of images."""
 
     processor: ProcessorMixin
     family: Family
@@ -42,25 +42,25 @@ class ImageProcessing:
 
     @classmethod
     def of(cls, processor: Any, config: PreTrainedConfig, limits: PixelLimits | None = None) -> ImageProcessing | None:
-        """For a processor that reads images; None for a tokenizer. Raises ConfigError for a model that is not known."""
+        """Make one for a processor of images; None for a tokenizer. Raises ConfigError for an unsupported model."""
         if not isinstance(processor, ProcessorMixin) or "image_processor" not in processor.get_attributes():
             return None
         family = family_of(config)
         if family is None:
             raise ConfigError(
-                f"Nothing is known of how models of type {config.model_type!r} read images: add an entry to "
-                "trl.vision.families.FAMILIES that says how their inputs are joined, or give the tokenizer alone, "
+                f"Images are not supported for models of type {config.model_type!r}: add an entry to "
+                "trl.vision.families.FAMILIES that says how to batch their inputs, or give only the tokenizer, "
                 "processing_class=processor.tokenizer, to train on texts."
             )
         if type(processor).replace_image_token is ProcessorMixin.replace_image_token:
             raise ConfigError(
-                f"{type(processor).__name__} of transformers {transformers.__version__} does not say which tokens stand for an "
-                "image: install 5.15 or later, or give the tokenizer alone, processing_class=processor.tokenizer, to train on texts."
+                f"{type(processor).__name__} of transformers {transformers.__version__} does not tell the tokens of an image: "
+                "install 5.15 or later, or give only the tokenizer, processing_class=processor.tokenizer, to train on texts."
             )
         return cls(processor, family, limits or PixelLimits())
 
     def settings(self) -> dict[str, Any]:
-        """All that the places of images depend on, as plain values."""
+        """All settings that the expansion of placeholders depends on, as plain values (for a cache key)."""
         images = self.processor.image_processor
         return {
             "processor": type(self.processor).__name__,
@@ -70,7 +70,7 @@ class ImageProcessing:
         }
 
     def trial(self) -> list[Example]:
-        """Two examples to try a layout with: an image with two answers, and a text."""
+        """Two examples to check a layout with: an image with two answers, and a text."""
         image = Image.linear_gradient("L").convert("RGB").resize(self.trial_size())
         text, _ = self.expand(self.family.prompt.format(images=self.place, text="a b", bos=""), [image])
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -80,37 +80,37 @@ class ImageProcessing:
         return [self.with_images(Example(ids, answers), [image]), Example([], (text,))]
 
     def trial_size(self) -> tuple[int, int]:
-        """Width and height of an image to try; that of the crop where the processor leaves sizes as they are."""
+        """Width and height of the test image; that of the crop if the processor does not resize images."""
         images = self.processor.image_processor.to_dict()
         crop = images.get("crop_size") or images.get("size") or {}
         keeps = images.get("do_resize") is False and {"height", "width"} <= set(crop)
         return (crop["width"], crop["height"]) if keeps else (48, 32)
 
     def _words(self, count: int) -> list[int]:
-        """The smallest ids of tokens that stand for no image."""
+        """The `count` smallest ids of ordinary tokens, which are neither special nor image placeholders."""
         special = {*self.processor.tokenizer.all_special_ids, *self.processor.image_token_ids}
         return list(islice((token for token in itertools.count() if token not in special), count))
 
-    # ---- places of images in texts ----
+    # ---- image placeholders in texts ----
 
     @property
     def place(self) -> str:
-        """What stands for an image in a text."""
+        """The placeholder of an image in a text."""
         return self.processor.image_token
 
     def expand(self, text: str, images: Sequence[Any]) -> tuple[str, list[tuple[Span, int]]]:
-        """The text with every place of an image replaced by those of its tokens; and each place with its new length.
+        """Replace the placeholder of each image by those of all its tokens; also return each placeholder's span and new length.
 
-        Raises DataError where there are not as many places as images.
+        Raises DataError if the numbers of placeholders and images differ.
         """
         found = list(re.finditer(re.escape(self.place), text))
         if len(found) != len(images):
             raise DataError(
-                f"{counted(len(images), 'image')} and {counted(len(found), 'place')} for them ({self.place!r}) in the text. Give one "
-                'part {"type": "image"} for each, or none: images then stand before the text of the first user turn.'
+                f"{counted(len(images), 'image')} but {counted(len(found), 'placeholder')} ({self.place!r}) in the text. Give one "
+                'part {"type": "image"} for each image, or none: images are then put before the text of the first user turn.'
             )
         if self.token != self.place and self.token in text:
-            raise DataError(f"the text has {self.token!r}, which stands in prompts for what has been made of an image.")
+            raise DataError(f"the text contains {self.token!r}, which is reserved for the tokens of expanded images.")
         parts, moved, last = [], [], 0
         for match, replacement in zip(found, self.expansions(images), strict=True):
             parts += [text[last : match.start()], replacement]
@@ -119,23 +119,23 @@ class ImageProcessing:
         return "".join([*parts, text[last:]]), moved
 
     def expansions(self, images: Sequence[Any]) -> list[str]:
-        """What takes the places of the images of one prompt."""
+        """The texts that replace the placeholders of the images of one prompt."""
         return [self.expansion(image_size(image, self.limits), several=len(images) > 1) for image in images]
 
     def expansion(self, size: tuple[int, int], *, several: bool = False) -> str:
-        """What takes the place of an image of (height, width), alone in its prompt or one of `several`."""
+        """The text that replaces the placeholder of an image of (height, width), alone in its prompt or one of `several`."""
         key = (*size, several)
         if key not in self._expansions:
             self._expansions[key] = self._counted(size, several) or self._rendered(size, several)
         return self._expansions[key]
 
     def _rendered(self, size: tuple[int, int], several: bool) -> str:
-        """The expansion of a black image of that size, as the processor makes it."""
+        """The expansion of a black image of that size, by running the processor on it."""
         blank = Image.new("RGB", (size[1], size[0]))
         return self.processed([blank] * (2 if several else 1))[1][0]
 
     def _counted(self, size: tuple[int, int], several: bool) -> str | None:
-        """The expansion from the number of its tokens alone, where expansions differ in nothing else."""
+        """The expansion computed from the number of tokens only; None if expansions may differ in more."""
         if self._affixes is None or several:
             return None
         before, after = self._affixes
@@ -143,7 +143,7 @@ class ImageProcessing:
 
     @cached_property
     def _affixes(self) -> tuple[str, str] | None:
-        """What stands around the tokens of every image; None where images are laid out in rows, or counts are not known."""
+        """The text before and after the tokens of every image; None if images have rows of tokens, or no count is available."""
         if not hasattr(self.processor, "_get_num_multimodal_tokens"):
             return None
         shapes = [(64, 96), (480, 640), (900, 300)]
@@ -161,20 +161,20 @@ class ImageProcessing:
 
     @contextmanager
     def _refusals(self, *sizes: tuple[int, int]) -> Iterator[None]:
-        """What the processor refuses, with the sizes of the images."""
+        """Turn the processor's errors into a DataError with the sizes of the images."""
         try:
             yield
         except (ValueError, ZeroDivisionError) as error:
             shown = ", ".join(f"{width:,} × {height:,}" for height, width in sizes)
             raise DataError(
-                f"{type(self.processor).__name__} does not take an image of {shown} pixels: {error}."
+                f"{type(self.processor).__name__} cannot process an image of {shown} pixels: {error}."
             ) from error
 
     # ---- tokens of images ----
 
     @property
     def token(self) -> str:
-        """The token that the model puts an image's features in the place of."""
+        """The token whose embeddings the model replaces by an image's features."""
         return self.processor.tokenizer.convert_ids_to_tokens(self.token_id)
 
     @property
@@ -183,18 +183,18 @@ class ImageProcessing:
         return self.processor.image_token_ids[0]
 
     def image_end(self, ids: Sequence[int]) -> int:
-        """How many tokens from the beginning have to stay for no image to be cut."""
+        """Number of tokens up to the end of the last image: truncating to fewer would cut an image."""
         places = np.flatnonzero(np.asarray(ids) == self.token_id)
         return int(places[-1]) + 1 if len(places) else 0
 
-    # ---- what the model reads ----
+    # ---- inputs of the model ----
 
     def read(self, images: Sequence[Any]) -> list[Image.Image]:
-        """Images of a row, decoded, in RGB and within the limits."""
+        """Decode the images of a row, in RGB and resized to the limits."""
         return [read_image(image, self.limits) for image in images]
 
     def processed(self, images: Sequence[Image.Image]) -> tuple[Mapping[str, Any], list[str]]:
-        """Everything that the processor makes of the images of one prompt, and what takes their places."""
+        """The processor's outputs for the images of one prompt, and the texts that replace their placeholders."""
         options = self.processor._merge_kwargs(
             self.processor.valid_processor_kwargs,
             tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs,
@@ -205,27 +205,27 @@ class ImageProcessing:
             return self.processor._process_images(fetched, **options)
 
     def with_images(self, example: Example, images: Sequence[Any]) -> Example:
-        """The example with what the model reads of its images, and the positions of its tokens.
+        """Add the inputs for its images, and positions, to the example.
 
-        Raises DataError where the tokens of its images are not as many as the model makes features.
+        Raises DataError if the number of image tokens differs from the number of image features.
         """
         ids = [*example.prompt, *(example.completions[0].ids if len(example.completions) == 1 else ())]
         found = ids.count(self.token_id)
         if not images:
             if found:
-                raise DataError(f"{found} tokens stand for images ({self.token!r}), but there is no image.")
+                raise DataError(f"There are {found} image tokens ({self.token!r}), but no image.")
             return example
         values, replacements = self.processed(self.read(images))
         wanted = sum(text.count(self.token) for text in replacements)
         if found != wanted:
             raise DataError(
-                f"{found} tokens stand for images, but its {len(images)} images have {wanted} features: the images, or the "
-                "limits on their pixels, are not those that the row was encoded with."
+                f"There are {found} image tokens, but its {len(images)} images have {wanted} features: the row was encoded with "
+                "other images, or with other pixel limits."
             )
         return self.placed(example, values)
 
     def placed(self, example: Example, values: Mapping[str, Any]) -> Example:
-        """The example with what the model reads of `values`, with inputs per token, and positions; without images, as it is."""
+        """Add the model's inputs from `values`, the per-token inputs and positions to the example; unchanged without images."""
         ids = [*example.prompt, *(example.completions[0].ids if len(example.completions) == 1 else ())]
         if self.token_id not in ids:
             return example
@@ -253,8 +253,8 @@ def mrope_positions(is_image: np.ndarray, grids: np.ndarray, merge: int) -> tupl
         text      t = h = w = one more than the largest so far
         image     t = s,  h = s + row,  w = s + column,   s one more than the largest so far
 
-    is_image   [L] bool, which tokens stand for images
-    grids      [E,3] time, rows and columns of each image's patches; `merge`² of them make a token
+    is_image   [L] bool, which tokens are image tokens
+    grids      [E,3] time, rows and columns of each image's patches; `merge`² patches make a token
     """
     positions = np.zeros((3, len(is_image)), dtype=np.int64)
     at = following = 0
