@@ -124,7 +124,9 @@ def test_guidance_that_leaves_the_prompt_out(scale):
 
 @pytest.mark.parametrize(("make", "pixels", "step"), [(stable_diffusion, 17, 2), (flux, 18, 4), (qwen_image, 2, 4)])
 def test_sizes_that_no_latent_has(make, pixels, step):
-    with pytest.raises(ConfigError, match=f"{pixels} pixels: this model needs a height and width that are multiples of {step}"):
+    with pytest.raises(
+        ConfigError, match=f"{pixels} pixels: this model needs a height and width that are multiples of {step}"
+    ):
         denoiser_for(make(), height=pixels, width=16)
 
 

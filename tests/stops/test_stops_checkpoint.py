@@ -219,11 +219,11 @@ def test_parts_that_a_checkpoint_does_not_hold(tmp_path, caplog):
     assert "was written by 2 processes, and here are 1: random states and metrics" in caplog.text
     registry.register("rounds", nothing, per_rank=True)
     with pytest.raises(
-        ConfigError, match=r"does not hold rounds for this process \(it was written by 2 processes, and"
+        ConfigError, match=r"does not hold the state of rounds for this process \(it was written by 2 processes, and"
     ):
         registry.load(tmp_path, rank=0, processes=1, written_by=2)
     with pytest.raises(
-        ConfigError, match="does not hold rounds .*written by another trainer, or by an earlier version"
+        ConfigError, match="does not hold the state of rounds .*written by another trainer, or by an earlier version"
     ):
         registry.load(tmp_path, rank=0, processes=2, written_by=2)
 
@@ -234,7 +234,7 @@ def test_the_reference_is_the_one_that_the_run_began_with(tmp_path, name):
     RUNS[name](tmp_path, [StopAt(1)], **options).train()
     again = RUNS[name](tmp_path, shift=1e-3, **options)
     with pytest.raises(
-        ConfigError, match="cannot go on: the .* is not the one that this run began with. Give the model"
+        ConfigError, match="cannot be resumed: the .* is not the one with which this run started. Give the same model"
     ):
         again.train(resume_from_checkpoint=True)
 

@@ -25,7 +25,7 @@ def test_an_engine_that_does_not_run(args, monkeypatch):
     accelerator = Accelerator(cpu=True)
     check_parallelism(args, accelerator)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="asks for FSDP, and NO would run, with whole weights on every device"):
+    with pytest.raises(ConfigError, match="requests FSDP, but NO would run, with all weights on every device"):
         check_parallelism(args, accelerator)
 
 

@@ -375,7 +375,7 @@ def test_a_run_without_options_has_a_folder_of_its_own(make_model, tokenizer, na
 
 def test_an_optimizer_of_another_model_is_refused(caplog):
     model, other = nn.Linear(2, 3), nn.Linear(2, 3)
-    with pytest.raises(ConfigError, match="holds none of the 2 parameters that train"):
+    with pytest.raises(ConfigError, match="has none of the 2 trained parameters"):
         check_optimizer(SGD(other.parameters(), lr=0.1), model)
     check_optimizer(SGD([model.bias], lr=0.1), model)
     assert (

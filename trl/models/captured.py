@@ -33,7 +33,7 @@ class Captured:
         self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
         self._pending: weakref.ref[Pending] | None = None
         self.room = 0
-        """Bytes of activations that forward keeps, as `run_eagerly` measures; `record` reserves so many in a new pool."""
+        """Bytes of activations that forward keeps, as `run_eagerly` measures; `record` reserves that many in a new pool."""
 
     @property
     def size(self) -> int:

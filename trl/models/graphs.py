@@ -46,7 +46,7 @@ REQUIRES_GRAD = "make_inputs_require_grads"
 
 
 def captures(model: PreTrainedModel, positions: int) -> bool:
-    """Whether batches of so many positions run as graphs, since launching a layer takes longer than computing it."""
+    """Whether batches with this number of positions run as graphs, since launching a layer takes longer than computing it."""
     graphs: Graphs | None = vars(model).get("_trl_graphs")
     return graphs is not None and positions < graphs.max_positions
 

@@ -48,7 +48,7 @@ class ImageFeatures:
     @cached_property
     def why_not(self) -> str:
         """Why these models have to be given pixel values; empty if they accept features."""
-        return why_encoded_anew(self.model, self._others())
+        return why_not_cached(self.model, self._others())
 
     def of(self, examples: Sequence[Example]) -> list[Example]:
         """The examples with features in place of the image encoder's inputs; unchanged if the encoder is trained or sharded."""
@@ -132,7 +132,7 @@ def _in_one(features: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat([own.reshape(-1, own.shape[-1]) for own in features])
 
 
-def why_encoded_anew(model: PreTrainedModel, others: Sequence[PreTrainedModel] = ()) -> str:
+def why_not_cached(model: PreTrainedModel, others: Sequence[PreTrainedModel] = ()) -> str:
     """Why image features cannot be cached for this model and `others` that read the same batches; empty if they can."""
     body = model.base_model
     if (
