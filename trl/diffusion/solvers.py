@@ -64,7 +64,7 @@ class Schedule:
 
     @shapes(latents="M ...", output="M ...", step="M")
     def transition(self, latents: Tensor, output: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """μ `[M,…]` and s `[M]` in float32, of the steps with indices `step [M]`, for `latents` and the denoiser's `output` `[M,…]`."""
+        """μ `[M,…]` and s `[M]` in float32 of the steps with indices `step [M]`, from `latents` and `output` `[M,…]`."""
         step = step.cpu()
         latents, output = latents.float(), output.float()
         clean, noise, mean = self.clean[step], self.noise[step], self.mean[step]

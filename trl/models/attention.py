@@ -28,7 +28,7 @@ FULL = ("full_attention", "global")
 
 
 def segment_mask(segments: Segments, window: int | None = None, blocks: Tensor | None = None) -> Tensor:
-    """Boolean mask `[B,1,T,T]`: True where a query (row) attends to a key. `window` is the sliding window, None for full attention.
+    """Boolean mask `[B,1,T,T]`, True where a query (row) attends to a key. `window`: sliding window, None for full attention.
 
     `blocks [B,T]` numbers the blocks within which attention is bidirectional; −1 outside of them.
     """

@@ -23,7 +23,7 @@ from trl.ops.launch import launch
 def _rotate_kernel(query, key, cos, sin, query_out, key_out, query_stride, key_stride, positions,
                    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
                    WIDTH: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """Rotate one head of one token per program: query heads first, then key heads. Token i uses row i mod `positions` of cos and sin."""
+    """Rotate one head of one token per program, query heads before key heads. Token i uses row i mod `positions` of cos, sin."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     lane = tl.arange(0, WIDTH)

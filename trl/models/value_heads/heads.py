@@ -194,7 +194,7 @@ def _summary(policy: PreTrainedModel | PeftModel, options: HeadOptions) -> nn.Li
 
 
 def _with_idle_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze the unused language-model head of an encoder-decoder. It cannot be dropped: the base model may be the model itself."""
+    """Freeze the unused head of an encoder-decoder. It cannot be dropped: the base model may be the model itself."""
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         head.requires_grad_(False)
