@@ -134,7 +134,7 @@ def test_models_for_inpainting():
     pipeline = stable_diffusion()
     config = {**pipeline.unet.config, "in_channels": 9}
     pipeline.unet = diffusers.UNet2DConditionModel.from_config(config)
-    with pytest.raises(ModelError, match="9 channels"):
+    with pytest.raises(ModelError, match="9 input channels"):
         denoiser_for(pipeline)
 
 

@@ -340,7 +340,7 @@ def test_options_that_cannot_be(tmp_path, options, words):
 
 def test_models_that_are_no_pipelines(tmp_path):
     args = DiffusionGRPOConfig(output_dir=str(tmp_path), **ROLLOUTS)
-    with pytest.raises(ModelError, match="A Linear is no pipeline"):
+    with pytest.raises(ModelError, match="A Linear is not a pipeline"):
         DiffusionGRPOTrainer(torch.nn.Linear(1, 1), brightness_reward, args, PROMPTS)
     with pytest.raises(ConfigError, match="holds no pipeline"):
         DiffusionGRPOTrainer(str(tmp_path), brightness_reward, args, PROMPTS)

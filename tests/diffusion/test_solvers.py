@@ -141,7 +141,7 @@ def test_schedulers_that_cannot_be_followed():
     assert isinstance(as_ddim(euler), diffusers.DDIMScheduler)
     with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler, which has no betas for DDIM"):
         as_ddim(flow)
-    with pytest.raises(ConfigError, match="EulerDiscreteScheduler; a model of flow matching"):
+    with pytest.raises(ConfigError, match="EulerDiscreteScheduler, but a flow matching model"):
         check_flow(euler)
     with pytest.raises(ConfigError, match="invert_sigmas"):
         check_flow(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
@@ -151,7 +151,7 @@ def test_schedulers_that_cannot_be_followed():
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_numbers_of_steps_that_no_schedule_has(steps):
-    with pytest.raises(ConfigError, match=f"{steps} steps of denoising"):
+    with pytest.raises(ConfigError, match=f"{steps} denoising steps"):
         ddim_schedule(diffusers.DDIMScheduler(**SD), steps, eta=1.0)
 
 

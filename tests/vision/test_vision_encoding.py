@@ -422,7 +422,10 @@ def test_an_unknown_family_is_told_what_is_missing():
     tiny = gemma3()
     tiny.model.config.__class__.model_type, before = "unheard_of", tiny.model.config.__class__.model_type
     try:
-        with pytest.raises(ConfigError, match="not supported for models of type 'unheard_of': add an entry to trl.vision.families.FAMILIES"):
+        with pytest.raises(
+            ConfigError,
+            match="not supported for models of type 'unheard_of': add an entry to trl.vision.families.FAMILIES",
+        ):
             ImageProcessing.of(tiny.processor, tiny.model.config)
     finally:
         tiny.model.config.__class__.model_type = before
