@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, Re
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
 from trl.models.graphs import Graphs
-from trl.trainers.activation_plan import HOLES
+from trl.trainers.activation_plan import FRAGMENTATION
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import liger_layers
 from trl.trainers.sampling_memory import sampling_bytes
@@ -252,7 +252,7 @@ def test_layers_of_a_trainer_that_samples_are_replayed_where_both_have_room(
     assert replays >= 3 * 2  # policy forward and backward, after the steps in which it is tried and captured
     assert "_trl_graphs" in vars(trainer.reference.model)
     needed = trainer.activation_plan.needed
-    both = needed + HOLES * sampling_bytes(trainer.args, trainer.model, trainer.train_dataset)
+    both = needed + FRAGMENTATION * sampling_bytes(trainer.args, trainer.model, trainer.train_dataset)
     assert run(ceil(both))[1] == replays
     for free in (floor(both) - 1, needed):
         trainer, replays = run(free)

@@ -67,8 +67,8 @@ class ActivationPlan:
         return cls(layers, layers, 0, 0)
 
     def leaves(self, size: int) -> bool:
-        """Whether `size` bytes more are free beside a step that keeps all activations."""
-        return not self.recomputed and self.needed + HOLES * size <= self.free
+        """Whether a step without checkpointing leaves `size` more bytes free."""
+        return not self.recomputed and self.needed + FRAGMENTATION * size <= self.free
 
     @property
     def what(self) -> str:
