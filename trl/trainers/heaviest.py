@@ -17,8 +17,8 @@ from trl.types import Completion, Example
 
 ROWS_AT_ONCE = 10_000
 DEARER = 50
-"""How many rows can be read in their order while one is taken from its place: a dataset that was shuffled is its table, and an
-order of its rows."""
+"""How many rows can be read sequentially in the time of one random access. A shuffled dataset is a table with an index of its
+rows: reading the whole table in order, and indexing the result, is often faster."""
 PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "returns")
 """Per-token signals of online methods."""
 
