@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from trl.algorithms.entropy_control import EntropyBonus
 from trl.callbacks.completions import LoggedMetrics, means_of, spread, write_completions
+from trl.errors import DataError
 from trl.rollouts.prompts import Prompts
 from trl.trainers.entropy_bonus import BonusOfSteps, count_tokens
 from trl.types import Batch, Completion, Scores
@@ -28,6 +29,12 @@ def test_prompts_are_dealt_in_turn():
     assert [letters(p.deal([0, 1])) for p in processes] == ["", "a"]
     assert [p.cursor for p in processes] == [9, 9]
     assert letters(Prompts(ROWS.to_iterable_dataset(), rank=1, world=2).take(3)) == "bdf"
+    assert letters(Prompts(ROWS.to_iterable_dataset()).take(10)) == "abcdefghab"
+
+
+def test_a_stream_without_rows_is_an_error_and_no_endless_wait():
+    with pytest.raises(DataError, match="stream of prompts is empty"):
+        Prompts(ROWS.to_iterable_dataset().filter(lambda row: False)).take(1)
 
 
 HIGH = {"high_entropy": [1.0, 0.0, 1.0, 0.0]}

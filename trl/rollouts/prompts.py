@@ -7,11 +7,13 @@ more prompts than planned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice, repeat
+from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+
+from trl.errors import DataError
 
 Row = Mapping[str, Any]
 
@@ -37,12 +39,22 @@ class StreamRows:
     """Rows of a stream, from its beginning again when it ends. Positions have to rise."""
 
     def __init__(self, rows: IterableDataset) -> None:
-        self._rows: Iterator[Row] = chain.from_iterable(repeat(rows))
+        self._rows = _repeated(rows)
         self._next = 0
 
     def __getitem__(self, position: int) -> Row:
         skipped, self._next = position - self._next, position + 1
         return next(islice(self._rows, skipped, None))
+
+
+def _repeated(rows: IterableDataset) -> Iterator[Row]:
+    """The rows of a stream, endlessly. Raises DataError for a stream without rows, of which none would ever come."""
+    while True:
+        row = None
+        for row in rows:
+            yield row
+        if row is None:
+            raise DataError("The stream of prompts is empty: it has no rows, or all of them were dropped.")
 
 
 class Prompts:
