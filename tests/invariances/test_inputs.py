@@ -217,7 +217,9 @@ def test_values_per_token_have_to_be_one_per_token():
     short = Example([5, 6, 8], (Completion([4]), Completion([9])), {"token_bias": bias(2)})
     long = Example([5, 6, 8], (Completion([4]), Completion([9])), {"token_bias": bias(4)})
     for example in (short, long):
-        with pytest.raises(DataError, match=r"'token_bias' has one value per token: its shape is .* has 3 tokens"):
+        with pytest.raises(
+            DataError, match=r"'token_bias' needs one value per token, but its shape is .* has 3 tokens"
+        ):
             lay_out([example], joins=joins)
 
 
@@ -288,7 +290,7 @@ def test_samples_have_the_log_probabilities_of_plain_forwards(way):
     engine = LocalEngine(model, progress=False)
     engine._ways[model] = way
     if way == "generate":
-        engine._said.add("ReaderLM is sampled by model.generate")
+        engine._said.add("The engine does not support ReaderLM")
     params = SamplingParams(max_new_tokens=4, seed=1, ignore_eos=True, generation_config=NO_PLACE)
     found = engine.generate([Prompt.of(e) for e in examples()[:3]], params, 2)
     for example, samples in zip(examples(), found, strict=False):

@@ -14,7 +14,7 @@ from trl.rollouts.fused import NORM_KINDS, norm, norm_kind
 from trl.rollouts.fusions import Fusions
 from trl.rollouts.local import unwrap
 from trl.rollouts.paged_decoder import PagedDecoder
-from trl.rollouts.shared_decoder import attention_windows, proves_sharing
+from trl.rollouts.shared_decoder import attention_windows, matches_plain_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -104,6 +104,6 @@ def test_a_model_runs_on_kernels_and_is_left_as_it_was(make_model, monkeypatch):
         return PagedDecoder(policy, windows, len(rows), rows, budget=2**10, page=16, kernels=True)
 
     with torch.no_grad():
-        assert proves_sharing(policy, make)
+        assert matches_plain_forward(policy, make)
     assert modeling_qwen3.apply_rotary_pos_emb is function
     assert not any("forward" in vars(module) for module in model.modules())

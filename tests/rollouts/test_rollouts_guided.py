@@ -105,8 +105,8 @@ def test_guidance_needs_q_heads(make_model):
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        (torch.zeros(3, 4, dtype=torch.bool), r"logit_mask is \[V,V\] of bool, .* got \(3, 4\)"),
-        (torch.zeros(3, 3), "got .* of torch.float32"),
+        (torch.zeros(3, 4, dtype=torch.bool), r"logit_mask has shape \(3, 4\) .* give \[V,V\] of bool"),
+        (torch.zeros(3, 3), "dtype torch.float32"),
         (torch.tensor([[False, True], [True, True]]), "forbids every token after token 1"),
     ],
 )
@@ -128,6 +128,6 @@ def test_beams_are_not_guided(make_model):
     wrapped = make_guided(make_model, "gpt2")
     with (
         pytest.warns(UserWarning, match="num_beams"),
-        pytest.raises(ConfigError, match="beta works in the engine's own"),
+        pytest.raises(ConfigError, match="beta works only in the engine's own"),
     ):
         LocalEngine(wrapped, progress=False).generate(PROMPTS, params)

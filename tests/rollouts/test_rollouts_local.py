@@ -11,7 +11,7 @@ from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError, DataError, ModelError
 from trl.models.checkpointing import checkpoint_activations
 from trl.models.score import score
-from trl.rollouts.decoders import Sample, fill_holes, like_lengths
+from trl.rollouts.decoders import Sample, batches_by_length, fill_holes
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine, fastest_way, unwrap
 from trl.rollouts.repeated_decoder import RepeatedDecoder
@@ -379,7 +379,9 @@ def test_beam_search_is_left_to_generate_said_once(make, name):
     model, prompts = make(name), ragged()
     config = GenerationConfig(num_beams=3, max_new_tokens=8, eos_token_id=list(STOPS))
     engine, params = LocalEngine(model), SamplingParams.from_generation_config(config)
-    with pytest.warns(UserWarning, match=r"num_beams of the generation config is left to model.generate") as said:
+    with pytest.warns(
+        UserWarning, match=r"does not support num_beams of the generation config: model.generate"
+    ) as said:
         rollouts = engine.generate(prompts, params, 2)
     assert len(said) == 1
     engine.generate(prompts[:1], params, 1)  # a second warning would be an error
@@ -406,14 +408,14 @@ def test_rows_that_leave_are_replaced_by_the_last():
 
 
 def test_prompts_are_prefilled_with_their_like():
-    assert list(like_lengths({0: 10, 1: 100, 2: 80, 3: 9, 4: 74})) == [[1, 2], [4], [0, 3]]
-    assert [len(batch) for batch in like_lengths(dict.fromkeys(range(5), 8192))] == [2, 2, 1]
+    assert list(batches_by_length({0: 10, 1: 100, 2: 80, 3: 9, 4: 74})) == [[1, 2], [4], [0, 3]]
+    assert [len(batch) for batch in batches_by_length(dict.fromkeys(range(5), 8192))] == [2, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("prompts", "params", "n", "error", "words"),
     [
-        ([Prompt([5])], {}, 0, ConfigError, "n=0: give the number of samples per prompt, at least 1"),
+        ([Prompt([5])], {}, 0, ConfigError, "n=0 is the number of samples per prompt: give at least 1"),
         ([Prompt([5]), Prompt([])], {}, 1, DataError, r"prompts\[1\] is empty: give at least one token"),
         (
             [Prompt([5], max_new_tokens=0)],
@@ -423,7 +425,7 @@ def test_prompts_are_prefilled_with_their_like():
             r"prompts\[0\] has max_new_tokens=0: give at least 1, or None",
         ),
         ([Prompt([5] * 300)], {}, 1, DataError, r"prompts\[0\] has 300 tokens, the model's context is 256: shorten"),
-        ([Prompt([5])], {"stop": "x"}, 1, ConfigError, r"stop=\('x',\) needs a tokenizer: give the engine one"),
+        ([Prompt([5])], {"stop": "x"}, 1, ConfigError, r"stop=\('x',\) needs a tokenizer: pass one to the engine"),
     ],
 )
 def test_bad_input(make, prompts, params, n, error, words):

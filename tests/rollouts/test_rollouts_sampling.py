@@ -170,7 +170,7 @@ def test_generation_config_becomes_parameters():
         ({"temperature": -1}, "temperature=-1: give 0"),
         ({"top_p": 0}, "top_p=0: give a probability above 0 and up to 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: give 1 or more"),
-        ({"stop": ("a", "")}, "stop holds an empty string"),
+        ({"stop": ("a", "")}, "stop contains an empty string"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 is above max_new_tokens=8: lower the first"),
         (
             {"generation_config": GenerationConfig(top_k=3)},

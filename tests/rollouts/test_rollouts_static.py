@@ -254,7 +254,7 @@ def test_top_p_sorted_at_once_draws_the_same_tokens():
     logits = torch.randn(50, 2_000, generator=generator) * 3
     u = torch.rand(50, generator=generator, dtype=torch.double)
     params = SamplingParams(top_p=0.7)
-    assert torch.equal(draw(logits, params, u), draw(logits, params, u, may_wait=False))
+    assert torch.equal(draw(logits, params, u), draw(logits, params, u, may_sync=False))
 
 
 # ── weights under autocast ──────────────────────────────────────────────────────────────────────────────────────

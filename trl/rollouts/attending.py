@@ -1,4 +1,4 @@
-"""Caches that attend themselves: in decoding, a layer's attention reads the cache where it lies instead of a copy of its keys."""
+"""KV caches that compute the attention of a decode step themselves, so that the keys need not be copied for the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl.rollouts.decode_attention import Form
 
 
 class AttendingLayer(CacheLayerMixin):
-    """What models ask a layer's cache in decoding; no mask is made from the answers."""
+    """One layer of an `AttendingCache`: the methods that `transformers` calls. No attention mask is built from the answers."""
 
     is_sliding = False
 
@@ -29,7 +29,7 @@ class AttendingLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Never called: the cache writes."""
+        """Never called: `AttendingCache.update` writes keys and values."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -42,11 +42,11 @@ class AttendingLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
-    """Its name in earlier releases of `transformers`."""
+    """The name of `get_max_length` in earlier releases of `transformers`."""
 
 
 class AttendingCache(Cache):
-    """A `transformers` cache that models attend through within `decoding(configs)`, one token `[B,1]` per row."""
+    """A `transformers` cache that replaces the model's attention within `decoding(configs)`, for one token per row `[B,1]`."""
 
     def __init__(self, layers: Sequence[AttendingLayer]) -> None:
         super().__init__(layers=[*layers])
@@ -64,13 +64,13 @@ class AttendingCache(Cache):
 
     @abstractmethod
     def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values `[B,h,T,D]` of the current layer; what the model attends to."""
+        """Store new keys and values `[B,h,T,D]` of the current layer, and return those that the model attends to."""
 
     @abstractmethod
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        """Attention `[B,hg,D]` of queries `[B,hg,D]` of the current layer to all keys of each row.
+        """Attention output `[B,hg,D]` of the current layer for queries `[B,hg,D]`, each over all keys of its row.
 
-        `key` and `value` are what `update` handed out.
+        `key` and `value` are what `update` returned.
         """
 
     def attend(
@@ -85,10 +85,10 @@ class AttendingCache(Cache):
         s_aux: Tensor | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Attention `[B,1,hg,D]` of queries `[B,hg,1,D]`, as modules call it; `s_aux [hg]` are logits of attention sinks.
+        """Attention function in the signature of `transformers`: queries `[B,hg,1,D]` to outputs `[B,1,hg,D]`.
 
-        All NaN where the module does not attend to what the cache handed out (latent attention expands it first), so
-        that a comparison with a plain forward fails.
+        `s_aux [hg]` are the logits of attention sinks. If the module passes other keys or values than `update` returned
+        (latent attention expands them first), the output is NaN, so that a comparison with a plain forward fails.
         """
         if key is not self.handed_out[0] or value is not self.handed_out[1]:
             return value.new_full((query.shape[0], 1, query.shape[1], value.shape[-1]), torch.nan), None
@@ -98,7 +98,10 @@ class AttendingCache(Cache):
 
     @contextmanager
     def decoding(self, configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-        """Models of these configs attend through this cache, under a name for which no mask is made."""
+        """Within it, models with these configs use this cache's attention.
+
+        It is registered under a name of its own, for which `transformers` builds no attention mask.
+        """
         name, before = f"decoding_{id(self)}", [config._attn_implementation for config in configs]
         AttentionInterface.register(name, self.attend)
         for config in configs:

@@ -1,9 +1,9 @@
 """The rollout batches of a run, one minibatch after the other.
 
-A rollout batch is sampled when its first minibatch is asked for, with the weights of that moment, and gone through for
-`iterations` epochs, or fewer where the remaining ones are skipped: the next batch then comes sooner. The position in the
-batch, and what is left of it, are part of a checkpoint; so is what a step was served that could not be completed, since
-its next rollout batch could not be sampled.
+A rollout batch is sampled, with the current weights, when its first minibatch is requested. It is trained on for
+`iterations` epochs, or fewer if the remaining ones are skipped. Checkpoints contain the position in the rollout batch and,
+unless the batch is finished, its minibatches. If an optimizer step could not be completed, because the next rollout batch
+failed to be sampled, its minibatches are taken back, are part of the checkpoint, and are served again.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class RolloutBuffer(IterableDataset):
             yield [] if i < done else self.next_minibatch()
 
     def begin_step(self) -> None:
-        """What is served from now on is of one optimizer step."""
+        """Begin an optimizer step: minibatches served from now on belong to it."""
         self.of_step = []
         if not self.taken_back:
             self.step_begins_batch = self.is_new
 
     def take_back(self) -> None:
-        """Serve what this step was given once more, before anything new."""
+        """Take back the minibatches of the current optimizer step, to serve them again before any new ones."""
         self.served -= len(self.of_step)
         self.taken_back, self.of_step = [*self.of_step, *self.taken_back], []
 
@@ -88,7 +88,7 @@ class RolloutBuffer(IterableDataset):
 
     @property
     def is_new(self) -> bool:
-        """Whether the next minibatch that is not served once more begins a new rollout batch."""
+        """True if the next minibatch, apart from those served again, begins a new rollout batch."""
         return self.position % self.updates_per_batch == 0
 
     @property

@@ -1,17 +1,17 @@
-"""Keys and values of a batch of samples, with each prompt's held once.
+"""A KV cache for a batch of samples that holds each prompt once.
 
-A row (one sample) at position t attends to its prompt's keys K_p, which all samples of the prompt read from one copy,
-and to its own keys K_o. The two softmaxes are computed apart and merged by their normalisers:
+A row (one sample) attends to the keys K_p of its prompt, stored once for all samples of the prompt, and to its own keys
+K_o, those from the prompt's last token on. The two softmaxes are computed separately and merged by their normalisers:
 
     o_p, ℓ_p = softmax(q K_pᵀ) V_p, logsumexp(q K_pᵀ)       o_o, ℓ_o likewise
     o = o_o + σ(ℓ_p − ℓ_o) · (o_p − o_o)
 
-which is the softmax over both (Juravsky et al. 2024, "Hydragen", equation 5). The M rows of a prompt stand side by
-side as one block of queries, so that K_p is read once a step, not once a row. Keys are written in place into buffers
-that grow by blocks; a row that leaves is overwritten by the last one.
+which is the softmax over both (Juravsky et al. 2024, "Hydragen", equation 5). The M rows of a prompt form one block of
+queries, so that K_p is read once per step, not once per row. Keys are written in place into buffers that grow by blocks;
+when a row leaves, the last row takes its place.
 
-Shapes: B rows, P prompts, M the most rows of one prompt, S longest prompt, L own tokens, h key heads, g query heads
-per key head, D head size.
+Shapes: B rows, P prompts, M most rows of one prompt, S tokens of the longest prompt, L own tokens, h key heads, g query
+heads per key head, D head size.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from trl.rollouts.attending import AttendingCache, AttendingLayer
 from trl.rollouts.decode_attention import Form
 
 BLOCK = 64
-"""Own tokens by which the buffers grow."""
+"""The buffers of rows grow by this many tokens."""
 
 
 @dataclass(slots=True)
 class Plan:
-    """Who reads what in the next step.
+    """Which keys each row attends to in the next decode step.
 
-    members  [P,M] rows of each prompt, filled up with row 0
-    place    [B] where a row stands among the P·M
-    prefix   [P] prompt tokens in the cache; `longest_prefix` is their maximum S
-    written  [B] own tokens before this step; `longest` is their maximum
-    shift    [P] what is added to a token's number to get its position; 0 where positions are 0, 1, 2, …
-    level    whether all rows have written the same count
+    members       [P,M] rows of each prompt, padded with row 0
+    place         [B] index of each row in the flattened `members`, P·M
+    prefix        [P] prompt tokens in the cache; `longest_prefix` is their maximum S
+    written       [B] own tokens in the cache before this step; `longest` is their maximum
+    shift         [P] what is added to the index of a token to get its position id; 0 where these are 0, 1, 2, …
+    level         whether `written` is the same for all rows
+    full_prompts  whether `prefix` is the same for all prompts
     """
 
     members: Tensor
@@ -57,12 +58,12 @@ class Plan:
 
     @property
     def number(self) -> Tensor:
-        """Number [B], in prompt and completion, of the token that each row reads in this step."""
+        """Index [B], in prompt and completion, of the token that each row is fed in this step."""
         return self.prefix[self.place // self.members.shape[1]] + self.written
 
     @property
     def position(self) -> Tensor:
-        """Position [B] of that token."""
+        """Position id [B] of that token."""
         return self.number + self.shift[self.place // self.members.shape[1]]
 
     def advance(self) -> None:
@@ -70,7 +71,7 @@ class Plan:
         self.longest += 1
 
     def own_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Bias [B,1,1,L] of own keys, L with this step's; None where every row sees them all."""
+        """Attention bias [B,1,1,L] over own keys, this step's included; None if every row sees all of them."""
         if self.level and (window is None or self.longest < window):
             return None
         back = self.written[:, None] - torch.arange(self.longest + 1, device=self.written.device)
@@ -78,7 +79,10 @@ class Plan:
         return _bias(seen, dtype)[:, None, None]
 
     def prompt_bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Bias [P,1,M,1,S] of prompt keys; M is 1 where a prompt's rows see the same. None where all is seen."""
+        """Attention bias [P,1,M,1,S] over prompt keys; None if all are seen.
+
+        M is 1 where all rows of a prompt see the same keys.
+        """
         windowed = window is not None and self.longest_prefix + self.longest >= window
         if self.full_prompts and not windowed:
             return None
@@ -90,12 +94,12 @@ class Plan:
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where seen, the lowest finite number elsewhere (finite, so that a row that sees nothing stays a number)."""
+    """0 where `seen`, else the lowest finite number: −∞ would give NaN in a row that sees no key."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _room(buffer: Tensor | None, like: Tensor, rows: int, tokens: int) -> Tensor:
-    """A buffer [≥rows, h, ≥tokens, D] that holds what `buffer` held. `like` [·,h,·,D] gives heads, size and type."""
+def _grown(buffer: Tensor | None, like: Tensor, rows: int, tokens: int) -> Tensor:
+    """`buffer`, or where it is too small a copy of it grown to [≥rows, h, ≥tokens, D]; h, D and dtype are those of `like`."""
     if buffer is not None and buffer.shape[0] >= rows and buffer.shape[2] >= tokens:
         return buffer
     old = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
@@ -108,7 +112,7 @@ def _room(buffer: Tensor | None, like: Tensor, rows: int, tokens: int) -> Tensor
 def _partial(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention [·,h,Q,D] of queries [·,h,Q,D] to keys [·,h,K,D], and the logsumexp [·,h,Q,1] of its logits."""
+    """Attention output [·,h,Q,D] of queries [·,h,Q,D] over keys [·,h,K,D], and the logsumexp [·,h,Q,1] of its logits."""
     logits = torch.matmul(query * scale, key.transpose(-1, -2)).float()
     if softcap is not None:
         logits = (logits / softcap).tanh_().mul_(softcap)
@@ -121,28 +125,28 @@ def _partial(
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention and its logsumexp with one more key, of logit `sink` and value 0."""
+    """Add an attention sink, a key with logit `sink` and value 0, to an attention output and its logsumexp."""
     return out * torch.sigmoid(lse - sink).to(out.dtype), torch.logaddexp(lse, sink.expand_as(lse))
 
 
 class SharedPromptLayer(AttendingLayer):
-    """One layer's keys and values: of prompts [P,h,S,D] and of rows [B,h,L,D]; `window` of a sliding layer."""
+    """Keys and values of one layer: prompts [P,h,S,D] and rows [B,h,L,D]. `window` is its sliding window, or None."""
 
     prompt_keys: Tensor | None = None
     prompt_values: Tensor | None = None
 
     def write_prompts(self, key: Tensor, value: Tensor, slots: slice) -> None:
-        """Keep the prefilled keys [·,h,T,D] of the prompts in `slots`."""
+        """Store the prefilled keys and values [·,h,T,D] of the prompts in `slots`."""
         size = (slots.stop, key.shape[2])
-        self.prompt_keys = _room(self.prompt_keys, key, *size)
-        self.prompt_values = _room(self.prompt_values, value, *size)
+        self.prompt_keys = _grown(self.prompt_keys, key, *size)
+        self.prompt_values = _grown(self.prompt_values, value, *size)
         self.prompt_keys[slots, :, : key.shape[2]] = key
         self.prompt_values[slots, :, : key.shape[2]] = value
 
     def write_rows(self, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Write this step's keys [B,h,1,D] behind each row's own, and return all of them [B,h,L,D]."""
+        """Append this step's keys and values [B,h,1,D] to each row's own, and return all of those [B,h,L,D]."""
         size = (plan.rows, -(-(plan.longest + 1) // BLOCK) * BLOCK)
-        self.keys, self.values = _room(self.keys, key, *size), _room(self.values, value, *size)
+        self.keys, self.values = _grown(self.keys, key, *size), _grown(self.values, value, *size)
         if plan.level:
             self.keys[: plan.rows, :, plan.longest] = key[:, :, 0]
             self.values[: plan.rows, :, plan.longest] = value[:, :, 0]
@@ -162,18 +166,18 @@ class SharedPromptLayer(AttendingLayer):
             self.prompt_values[target] = self.prompt_values[source]
 
     def reserve_prompts(self, prompts: int) -> None:
-        """Slots for so many prompts, also for those that have nothing to prefill."""
+        """Grow the buffers to `prompts` slots: prompts of one token are not prefilled, but need a slot too."""
         if self.prompt_keys is not None:
             keys, values = self.prompt_keys, self.prompt_values
-            self.prompt_keys = _room(keys, keys, prompts, keys.shape[2])
-            self.prompt_values = _room(values, values, prompts, values.shape[2])
+            self.prompt_keys = _grown(keys, keys, prompts, keys.shape[2])
+            self.prompt_values = _grown(values, values, prompts, values.shape[2])
 
 
 class SharedPromptCache(AttendingCache):
-    """A cache with two modes. Prefill: `plan` is None, keys go to prompts `slots`. Decode: by `plan`.
+    """A KV cache with two modes: prefill (`plan` is None) fills the prompt `slots`; decode appends and attends by `plan`.
 
-    In prefill the model runs its usual attention on right-padded prompts. In decode it attends through
-    the cache, at positions `plan.position`.
+    In prefill the model runs its own attention on right-padded prompts; in decode this cache computes the attention, at
+    position ids `plan.position`.
     """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
@@ -183,11 +187,11 @@ class SharedPromptCache(AttendingCache):
         self._biases: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
     def prefill(self, slots: slice) -> None:
-        """The next forward's rows are the prompts of `slots`."""
+        """Prepare for a forward whose rows are the prompts of `slots`."""
         self.plan, self.slots = None, slots
 
     def decode(self, plan: Plan) -> None:
-        """The next forward is one step of `plan`."""
+        """Prepare for a forward that is one decode step by `plan`."""
         self.plan = plan
         self._biases = {
             window: (plan.own_bias(window, torch.float32), plan.prompt_bias(window, torch.float32))
@@ -204,7 +208,7 @@ class SharedPromptCache(AttendingCache):
         return key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        """To own keys `[B,h,L,D]`, and to the prompts' in the cache."""
+        """Attention over own keys `[B,h,L,D]`, given, and over the prompts' keys, read from the cache."""
         own_bias, prompt_bias = self._biases[form.window]
         rows, heads, size = query.shape
         query = query.reshape(rows, key.shape[1], -1, size)
@@ -219,7 +223,7 @@ class SharedPromptCache(AttendingCache):
     def _attend_prompts(
         self, query: Tensor, bias: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Attention [B,h,g,D] of queries [B,h,g,D] to their prompts' keys, and its logsumexp [B,h,g,1]."""
+        """Attention output [B,h,g,D] of queries [B,h,g,D] over their prompts' keys, and its logsumexp [B,h,g,1]."""
         plan, layer = self.plan, self.current
         (prompts, most), (heads, group, size) = plan.members.shape, query.shape[1:]
         query = query.index_select(0, plan.members.flatten()).view(prompts, most, heads, group, size)

@@ -1,10 +1,11 @@
-"""Attention of one new token per row to keys that lie in pages, prompts' keys held once for all rows of the prompt.
+"""Attention of a decode step over a paged KV cache, where all rows of a prompt read the same prompt pages.
 
-A row's keys are its prompt's, then its own. Both lie in one pool of pages; tables on the device say which, so that a
-step stays the same, to the address, while rows grow, leave and enter. Here in plain torch, by a copy of every row's
-keys; `triton_decode.py` has kernels that copy nothing.
+A row attends to the keys of its prompt, then to its own keys (from the prompt's last token on). Both are in one pool of
+pages, and tables on the device say in which, so that shapes and addresses of a step stay the same while rows grow, leave
+and enter. This file is the plain PyTorch version, which gathers a copy of every row's keys; the kernels of
+`triton_decode.py` copy nothing.
 
-B rows (with those that fill a bucket up), h key heads, g query heads per key head, D head size, N pages of `page` tokens.
+B rows (padded to the bucket), h key heads, g query heads per key head, D head size, N pages of `page` tokens.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import torch
 from torch import Tensor
 
 TILE = 8
-"""Rows of a prompt in a tile of `Tables`."""
+"""Most rows in a tile, a group of rows of one prompt whose queries one kernel program handles together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Which keys a row sees, all on the device.
+    """Which keys each row attends to. The tensors are on the device.
 
-    pages   [B, prompt pages + own pages] int64: where a row's keys lie; its own begin at column `prompt_pages`
-    prefix  [B] int64: prompt tokens in the pool, 0 for rows that fill up
-    own     [B] int64: own tokens in the pool before this step's
-    tiles   [B,TILE] int64: rows of one prompt, −1 for none; the tiles behind the last are empty
-    span    keys of the row with most, this step's included, on the host; only `attend_by_gather` reads it
+    pages   [B, prompt pages + own pages] int64: page table of each row; its own pages begin at column `prompt_pages`
+    prefix  [B] int64: prompt tokens in the pool, 0 for padding rows
+    own     [B] int64: own tokens in the pool before this step
+    tiles   [B,TILE] int64: rows of one prompt each, padded with −1; tiles that are not needed are all −1
+    span    keys of the longest row, this step's included, on the host; only `attend_by_gather` reads it
     """
 
     pages: Tensor
@@ -39,7 +40,7 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an attention layer does to its logits: scale, soft-cap, sliding window, and logits of sinks `[hg]`."""
+    """What an attention layer does to its logits: scale, soft-cap, sliding window, and the logits `[hg]` of its sinks."""
 
     scale: float
     softcap: float | None = None
@@ -48,20 +49,20 @@ class Form:
 
 
 def own_places(tables: Tables, page: int) -> Tensor:
-    """Where `[B]` in the pool's tokens each row's new key goes."""
+    """Token index `[B]` in the pool at which each row's new key is stored."""
     column = tables.prompt_pages + tables.own // page
     return tables.pages.gather(1, column[:, None])[:, 0] * page + tables.own % page
 
 
 def write_by_index(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, tables: Tables) -> None:
-    """Write new keys and values `[B,h,D]` into the pools `[N,page,h,D]`."""
+    """Write the new keys and values `[B,h,D]` into the pools `[N,page,h,D]`."""
     places = own_places(tables, keys.shape[1])
     keys.flatten(0, 1).index_copy_(0, places, key)
     values.flatten(0, 1).index_copy_(0, places, value)
 
 
 def attend_by_gather(query: Tensor, keys: Tensor, values: Tensor, tables: Tables, form: Form) -> Tensor:
-    """Attention `[B,hg,D]` of queries `[B,hg,D]` over pools `[N,page,h,D]`, by a copy of every row's keys."""
+    """Attention output `[B,hg,D]` of queries `[B,hg,D]` over the pools `[N,page,h,D]`; gathers a copy of every row's keys."""
     (rows, _, size), (page, heads) = query.shape, keys.shape[1:3]
     prefix, position = tables.prefix[:, None], (tables.prefix + tables.own)[:, None]
     at = torch.arange(tables.span, device=query.device)

@@ -1,10 +1,10 @@
-"""Norms of a decoding step in one kernel each, where an architecture's do what this does.
+"""RMSNorm in one Triton kernel, for decode steps.
 
     y = x / √(mean x² + ε) · (w + offset)            Zhang and Sennrich 2019, equation 4; offset 1 in Gemma
 
-With one token per row a kernel does next to nothing, so that a step takes as long as it has kernels; written with PyTorch's
-operations a norm has eight. An architecture's own code decides: its norm is run on random numbers next to the kernel, and is
-replaced while decoding if the results are the same. Rotations are those of training: see `trl.models.fused`.
+With one token per row each kernel has little work, so that the time of a step grows with the number of kernels; a norm in
+PyTorch operations launches eight. A norm module is replaced while decoding only if it gives the same results as this kernel
+on random numbers. Rotary embeddings use the kernel of training: see `trl.models.fused`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl.models.fused import computes, epsilon_of, is_fused
 @triton.jit
 def _norm_kernel(x, weight, out, epsilon, size,
                  OFFSET: tl.constexpr, ROUNDS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """One row `[size]` per program; with ROUNDS, rounded to the input's type before the weight is multiplied."""
+    """One row `[size]` per program; with ROUNDS, x is rounded to its dtype before it is multiplied by the weight."""
     row = tl.program_id(0).to(tl.int64) * size
     lane = tl.arange(0, WIDTH)
     inside = lane < size
@@ -38,7 +38,7 @@ def _norm_kernel(x, weight, out, epsilon, size,
 
 @dataclass(frozen=True, slots=True)
 class NormKind:
-    """Ways to write the norm: what is added to the weight, and whether the result has the type of x (else of x · w)."""
+    """A variant of RMSNorm: `offset` is added to the weight; the output has the dtype of x if `keeps_type`, else of x · w."""
 
     offset: float
     keeps_type: bool
@@ -48,7 +48,7 @@ NORM_KINDS = (NormKind(0.0, False), NormKind(1.0, True))
 
 
 def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind, dtype: torch.dtype | None = None) -> Tensor:
-    """The norm of the last dimension of x, in one kernel; in `dtype`, or that which the architecture gives."""
+    """RMSNorm over the last dimension of x, in one kernel; the output has `dtype`, by default the one that `kind` says."""
     if dtype is None:
         dtype = x.dtype if kind.keeps_type else torch.promote_types(x.dtype, weight.dtype)
     x = x.contiguous()
@@ -63,7 +63,7 @@ def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind, dtype: to
 
 
 def norm_kind(module: nn.Module) -> NormKind | None:
-    """The kind of norm that `module` is, by its results on random numbers; None if it is another."""
+    """The variant of RMSNorm that `module` computes, found by its results on random numbers; None if it is another norm."""
     return next((kind for kind in NORM_KINDS if computes(module, partial(norm_of, kind=kind), backward=False)), None)
 
 
@@ -73,5 +73,5 @@ def norm_of(module: nn.Module, x: Tensor, *, kind: NormKind, dtype: torch.dtype 
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the module's forward is that of its class, or the one that training put there in its place."""
+    """True if the module's forward is that of its class, or the fused one that training put in its place."""
     return "forward" not in vars(module) or is_fused(module)

@@ -1,10 +1,10 @@
-"""Decoder layers of a decoding step with fewer kernels, where an architecture's layer computes what this one does.
+"""A decoder layer with fewer kernels, for decode steps of architectures whose layer computes
 
     h ← h + W_o attention(norm₁(h))
     h ← h + W_d (act(W_g x) ⊙ W_u x),   x = norm₂(h)
 
-One product makes queries, keys and values; what is added to h is added by the product that makes it; activation and gate
-are one kernel. A layer is replaced while decoding if it gives the same as this one on random numbers.
+One matrix product computes queries, keys and values; each residual is added by the matrix product that computes it (addmm);
+activation and gate are one kernel. A layer is replaced while decoding only if it gives the same results on random numbers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from trl.ops.triton_gate import gated, name_of
 from trl.rollouts.fused import NormKind, norm_of
 
 MERGED_BYTES = 2**29
-"""Weights that products of one input are made from in one are copies; no more than so many bytes of them are made."""
+"""Most bytes for concatenated weights: merging the query, key and value projections needs a copy of their weights."""
 
 
 class MergedProducts:
-    """Products of one input with the weights of several linear layers, made in one when the first is asked for."""
+    """Several linear layers that read the same input, computed as one matrix product with their concatenated weights.
+
+    Calling layer 0 computes the outputs of all; the others then return their part, if their input is the same tensor.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.sizes = [linear.out_features for linear in linears]
@@ -37,21 +40,21 @@ class MergedProducts:
         biases = [linear._parameters.get("bias") for linear in linears]
         self.bias = torch.cat(biases) if biases[0] is not None else None
         self.linears = linears
-        self.of: Tensor | None = None
-        self.found: tuple[Tensor, ...] = ()
+        self.input: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
 
     def product(self, number: int, x: Tensor) -> Tensor:
-        """What linear layer `number` makes of x."""
+        """The output of linear layer `number` for x."""
         if number == 0:
-            self.of, self.found = x, F.linear(x, self.weight, self.bias).split(self.sizes, -1)
-        elif x is not self.of:
+            self.input, self.outputs = x, F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+        elif x is not self.input:
             return F.linear(x, _weight(self.linears[number]), self.linears[number]._parameters.get("bias"))
-        return self.found[number]
+        return self.outputs[number]
 
 
 @dataclass(frozen=True, slots=True)
 class GatedLayer:
-    """The parts of a layer that computes what stands at the top of this file, and the kinds of its norms."""
+    """The modules of a layer that computes the equations at the top of this file, and the variants of its two norms."""
 
     before: nn.Module
     attention: nn.Module
@@ -64,7 +67,7 @@ class GatedLayer:
     activation: str
 
     def step(self, hidden_states: Tensor, **options: Any) -> Tensor:
-        """The layer's output `[B,1,H]`, written over its input. The attention's last product is left to this one."""
+        """The layer's output `[B,1,H]`, written over its input. The attention's output projection is done here, not in it."""
         h = hidden_states.view(-1, hidden_states.shape[-1])
         attended, *_ = self.attention(hidden_states=self._norm(self.before, 0, hidden_states), **options)
         add_product(h, attended, self.out)
@@ -74,13 +77,13 @@ class GatedLayer:
         return hidden_states
 
     def _norm(self, module: nn.Module, place: int, x: Tensor) -> Tensor:
-        """Rounded to the type of the weights that it is multiplied with next, as autocast does."""
+        """The norm of x, rounded to the dtype of the weights that multiply it next, as autocast does."""
         kind, dtype = self.kinds[place], _weight(self.gate).dtype
         return norm_of(module, x, kind=kind, dtype=dtype)
 
 
 def add_product(h: Tensor, x: Tensor, linear: nn.Linear) -> None:
-    """h `[B,H]` += W x, in one kernel where the types are one."""
+    """h `[B,H]` += W x, in one kernel where all dtypes are equal and there is no bias."""
     weight, bias, x = _weight(linear), linear._parameters.get("bias"), x.reshape(-1, linear.in_features)
     if bias is None and h.dtype == x.dtype == weight.dtype:
         h.addmm_(x, weight.t())
@@ -92,7 +95,7 @@ def add_product(h: Tensor, x: Tensor, linear: nn.Linear) -> None:
 
 
 def merged_products(model: nn.Module) -> list[MergedProducts]:
-    """For each attention with three linear layers of one input; none, if their weights are large."""
+    """Merged query, key and value projections of every attention module; none if their weights exceed `MERGED_BYTES`."""
     found = []
     for module in model.modules():
         linears = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
@@ -108,7 +111,10 @@ def merged_products(model: nn.Module) -> list[MergedProducts]:
 
 
 def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLayer | None:
-    """The parts of `layer`, if it has those of a `GatedLayer` and nothing was put on them; kinds are of known norms."""
+    """The modules of `layer` if it is built like a `GatedLayer`, without adapters or hooks on them; else None.
+
+    `kinds` holds the variants of the model's RMSNorms.
+    """
     parts = layer._modules
     before, between = parts.get("input_layernorm"), parts.get("post_attention_layernorm")
     attention, mlp = parts.get("self_attn"), parts.get("mlp")
@@ -125,9 +131,9 @@ def gated_layer(layer: nn.Module, kinds: dict[nn.Module, NormKind]) -> GatedLaye
 
 
 def computes(layer: nn.Module, parts: GatedLayer) -> bool:
-    """Whether the layer gives what `parts.step` does, with an attention that only multiplies.
+    """True if the layer gives the results of `parts.step` on random numbers, with attention reduced to its output projection.
 
-    Its input is small beside its branches, so that these are what is compared.
+    The input is small compared to the branches added to it, so that the comparison is about the branches.
     """
     device, dtype, factors = _weight(parts.before).device, _weight(parts.before).dtype, _weight(parts.gate).dtype
     size, wide = len(_weight(parts.before)), parts.out.in_features
@@ -143,14 +149,14 @@ def computes(layer: nn.Module, parts: GatedLayer) -> bool:
             expected = layer(x.clone())
         with mixed, replaced_forwards({parts.attention: lambda **given: (widened(**given), None)}):
             found = parts.step(x.clone())
-    except (TypeError, ValueError, AttributeError, RuntimeError):  # it asks for more than hidden states
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # the layer needs more than hidden states
         return False
     same_type = isinstance(expected, Tensor) and expected.dtype == found.dtype
     return same_type and close(found, expected, factors=factors)
 
 
 def layers_of(model: nn.Module, kinds: dict[nn.Module, NormKind]) -> list[tuple[nn.Module, GatedLayer]]:
-    """Layers that are replaced while decoding. One of each form is tried."""
+    """The layers to replace while decoding. Of layers with the same class, norms, activation and size, one is tried."""
     tried: dict[tuple[object, ...], bool] = {}
     found = []
     for layer in model.modules():

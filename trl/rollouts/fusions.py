@@ -1,4 +1,4 @@
-"""What of a model's decoding step is done by kernels of Triton: found by trial, and put in place while it decodes."""
+"""Replace parts of a model by fused Triton kernels while it decodes; which parts can be replaced is found by trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from trl.rollouts.fused_layers import layers_of, merged_products
 
 
 class Fusions:
-    """What of a model can be replaced by kernels while it decodes. Weights are read as they are when this is made."""
+    """The parts of a model that fused kernels replace while it decodes.
+
+    Merged weights are copied when this object is made: make a new one when the weights have changed.
+    """
 
     @exact_products()
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -32,7 +35,7 @@ class Fusions:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within it, what was found is done by kernels, for one token per row."""
+        """Within it, fused kernels replace the parts found, for decode steps of one token per row."""
         rotations = [(file, getattr(file, ROTATION)) for file in self.files]
         for file, function in rotations:
             setattr(file, ROTATION, partial(self._rotate_one_token, function))
@@ -51,7 +54,7 @@ class Fusions:
                 yield linear, partial(products.product, number)
         for layer, parts in self.layers:
             yield layer, parts.step
-            yield parts.out, lambda x: x  # the step makes this product itself
+            yield parts.out, lambda x: x  # `step` does the output projection
 
     def _rotate_one_token(
         self,
@@ -63,9 +66,9 @@ class Fusions:
         *rest: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """`rotate` for queries and keys `[B,heads,1,D]` that are rotated whole, else the architecture's function.
+        """`rotate` for queries and keys `[B,heads,1,D]` whose every dimension is rotated, else the architecture's function.
 
-        They are rounded to the type of the weights, which the cache keeps and attention multiplies.
+        The results are rounded to the dtype of the weights, in which the cache stores keys and attention multiplies.
         """
         if rest or options or query.shape[2] != 1 or not fits(query, key, cos):
             return plain(query, key, cos, sin, *rest, **options)
@@ -73,6 +76,6 @@ class Fusions:
 
 
 def files_that_rotate(model: nn.Module, device: torch.device) -> list[Any]:
-    """Files of `transformers` whose function rotates as `rotate` does."""
+    """Modeling files of `transformers` whose rotary embedding computes what `rotate` does."""
     files = files_of(model)
     return [file for file in files if hasattr(file, ROTATION) and rotates_halves(getattr(file, ROTATION), device)]

@@ -1,7 +1,8 @@
-"""Sampling by `model.generate`, for what the engine's own loop does not do.
+"""Sampling by `model.generate`, for models and options that the engine's own loop does not support.
 
-One prompt at a time, seeded by (seed, prompt), so that nothing depends on what else is sampled; log-probabilities come
-from a forward over prompt and completion. Random numbers are torch's, so samples differ from the loop's at the same seed.
+Prompts are sampled one at a time, each seeded by (seed, index of the prompt), so that samples do not depend on the other
+prompts. Log-probabilities come from a forward pass over prompt and completion. The random numbers are torch's, so that
+samples differ from those of the engine's loop at the same seed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def generate_rollouts(
 def _generate(
     policy: Policy, prompt: Prompt, limit: int, params: SamplingParams, n: int, stopper: Stopper
 ) -> list[list[int]]:
-    """Token ids of n completions, with whatever `generate` appends to the shorter ones."""
+    """Token ids of n completions, with the padding that `generate` appends to the shorter ones."""
     ids = torch.tensor([list(prompt.ids)], device=policy.device)
     before = 1 if policy.inner.config.is_encoder_decoder else ids.shape[1]
     config = full_config(params, sorted(stopper.tokens), before, limit)
@@ -56,13 +57,13 @@ def _generate(
     config.num_return_sequences = n // copies
     config.stop_strings = list(params.stop) or None
     if length_dependent(policy.inner.config):
-        config.use_cache = False  # keys of a sequence that grows long are other ones from there on
+        config.use_cache = False  # the rotary frequencies, and so all cached keys, change when the sequence grows long
     out = policy.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         tokenizer=stopper.tokenizer,
-        **policy.beside([prompt], [len(prompt)]),
+        **policy.prompt_inputs([prompt], [len(prompt)]),
     )
     return out[:, before:].tolist() * copies
 
@@ -70,7 +71,7 @@ def _generate(
 def _rollout(
     policy: Policy, prompt: Prompt, ids: list[int], limit: int, params: SamplingParams, stopper: Stopper
 ) -> Rollout:
-    """The completion up to its end, by the same rules as everywhere, with its log-probabilities."""
+    """The completion up to its end, which `stopper` finds, with its log-probabilities."""
     length, reason = _end(ids, limit, stopper)
     ids = ids[:length]
     logprobs = logprobs_of(policy.model, prompt, ids, params.temperature or 1.0)
@@ -85,7 +86,7 @@ def _end(ids: list[int], limit: int, stopper: Stopper) -> tuple[int, FinishReaso
 
 
 def logprobs_of(model: nn.Module, prompt: Prompt, ids: Sequence[int], temperature: float) -> Tensor:
-    """log π [C] of a completion's tokens under the unmodified policy."""
+    """Log-probabilities [C] of a completion's tokens under the unmodified policy, at `temperature`."""
     inner = unwrap(model)
     example = Example(prompt.ids, (Completion(ids),), prompt.inputs, prompt.positions, prompt.next_position)
     if inner.config.is_encoder_decoder:

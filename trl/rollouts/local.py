@@ -1,12 +1,12 @@
-"""The rollout engine that samples in process, from the very model that is trained.
+"""The rollout engine that samples in process, directly from the model in training.
 
-Every prompt is prefilled once, and its samples read one copy of its keys. There are three ways (`loop.py` has the loops):
+Each prompt is prefilled once for all its samples. There are three ways to decode (the loops are in `loop.py`):
 
-    paged      keys in pages, static shapes, drawing on the device, a CUDA graph per bucket of rows     `paged_decoder.py`
-    shared     keys in buffers that grow: what is fastest on a CPU, and the reference for the first     `decoders.py`
-    repeated   a copy of the model's own cache for each sample: recurrent layers, encoder-decoders      `decoders.py`
+    paged      paged KV cache, static shapes, tokens drawn on the device, CUDA graphs                    `paged_decoder.py`
+    shared     one growing KV cache per prompt, shared by its samples: fastest on CPUs                   `decoders.py`
+    repeated   a copy of the model's own cache for each sample: recurrent layers, encoder-decoders       `decoders.py`
 
-What they cannot do (beam search, …) is left to `model.generate`, with one warning.
+What they do not support (beam search, …) is sampled by `model.generate`, with one warning.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from trl.ops.products import exact_products
 from trl.rollouts.decoders import Policy, Sample
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine
 from trl.rollouts.generate import generate_rollouts
-from trl.rollouts.loop import Round, StaticRound, Steps
+from trl.rollouts.loop import SamplingLoop, StaticSamplingLoop, Steps
 from trl.rollouts.paged_cache import PAGE
 from trl.rollouts.paged_decoder import PagedDecoder
 from trl.rollouts.repeated_decoder import RepeatedDecoder
 from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, Sampler, options_set
 from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_seed, with_stop_tokens
-from trl.rollouts.shared_decoder import SharedDecoder, attention_windows, ends_in_text, proves_sharing
+from trl.rollouts.shared_decoder import SharedDecoder, attention_windows, last_token_is_text, matches_plain_forward
 from trl.rollouts.stopping import Stopper
 from trl.types import Example
 from trl.vision.families import image_token_ids
@@ -58,14 +58,14 @@ Way = Literal["paged", "shared", "repeated", "generate"]
 
 
 class LocalEngine(RolloutEngine):
-    """Samples from `model` as it is at the call, adapters included: a `RolloutEngine`.
+    """A `RolloutEngine` that samples from `model` with its current weights, adapters included.
 
-    Weights that an engine has sharded are gathered once per call, so all processes make as many calls.
+    Sharded weights are gathered once per call, so all processes have to make the same number of calls.
 
-    `max_tokens_alive` limits the tokens that prompts and samples under way may come to hold (a shared prompt counts
-    once, a sample for its `max_new_tokens`); samples beyond wait. One sample is always admitted. The tokenizer is
-    needed for stop strings, and names an end-of-sequence token besides the model's own. `static` says whether keys are
-    kept in pages and steps run without waiting for the host; None does so on CUDA, where it pays.
+    `max_tokens_alive` limits the tokens in the KV cache: a shared prompt counts once, an unfinished sample with its
+    `max_new_tokens`; further samples wait, but one is always admitted. The tokenizer is needed for stop strings; its
+    end-of-sequence token ends completions as the model's do. `static` chooses the paged KV cache with steps that do not wait
+    for the host; None: only on CUDA, where it is faster.
     """
 
     is_policy = True
@@ -88,17 +88,17 @@ class LocalEngine(RolloutEngine):
         self.image_features: ImageFeatures | None = None
 
     def sync(self, model: nn.Module, step: int) -> None:
-        """Sample from `model` from now on. Its weights are read in place, so nothing is copied."""
+        """Sample from `model` from now on. Its weights are used in place; nothing is copied."""
         self.model = model
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
         """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`.
 
-        Raises ConfigError (n, stop strings without a tokenizer), DataError (a prompt that is empty or leaves no room
-        in the model's context, by its index) and ModelError (a model that does not generate).
+        Raises ConfigError (n below 1, stop strings without a tokenizer), DataError with the index of a prompt that is empty
+        or fills the model's context, and ModelError for a model that cannot generate.
         """
         if n < 1:
-            raise ConfigError(f"n={n}: give the number of samples per prompt, at least 1.")
+            raise ConfigError(f"n={n} is the number of samples per prompt: give at least 1.")
         policy = guided(unwrap(self.model), self.model, params)
         rotate_by_own_length(policy.inner)
         params = with_banned(with_seed(params), image_token_ids(policy.inner.config))
@@ -107,7 +107,7 @@ class LocalEngine(RolloutEngine):
         limits = [new_token_limit(policy.inner, prompt, params, index) for index, prompt in enumerate(prompts)]
         progress = {"disable": None if self.progress else True, "delay": 2, "leave": False}
         bar = tqdm(total=len(prompts) * n, desc="Sampling", unit="sample", **progress)
-        plain = torch.compiler.set_stance("force_eager")  # compiled layers are for training's shapes
+        plain = torch.compiler.set_stance("force_eager")  # layers were compiled for the shapes of training
         with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
             way = self._way(policy, prompts, limits, params)
             if way == "generate":
@@ -117,54 +117,59 @@ class LocalEngine(RolloutEngine):
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
             half = autocast_dtype(policy) if way == "paged" else None
             with nullcontext() if half is None else rounded(linears_of(policy.model), half):
-                return self._round(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
+                return self._sampling_loop(policy, way, params, stopper, rows, n, bar).run(rows, len(prompts))
 
     def _with_features(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """The prompts with features in the place of pixels, where a trainer keeps such."""
+        """The prompts with image features in place of pixel values, if the trainer caches such features."""
         if self.image_features is None:
             return prompts
         found = self.image_features.of([Example(prompt.ids, (), prompt.inputs) for prompt in prompts])
         return [replace(prompt, inputs=own.inputs) for prompt, own in zip(prompts, found, strict=True)]
 
-    def _round(
+    def _sampling_loop(
         self, policy: Policy, way: Way, params: SamplingParams, stopper: Stopper, rows: list[Sample], n: int, bar: tqdm
-    ) -> Round:
+    ) -> SamplingLoop:
         if way == "paged":
             decoder = paged_decoder(policy, rows, n, self.max_tokens_alive)
             captures = policy.device.type == "cuda"
             steps = Steps(policy, decoder, params, sorted(stopper.tokens), captures=captures)
-            return StaticRound(policy, decoder, steps, stopper, self.max_tokens_alive, bar)
+            return StaticSamplingLoop(policy, decoder, steps, stopper, self.max_tokens_alive, bar)
         windows = attention_windows(policy.inner) if way == "shared" else None
         decoder = RepeatedDecoder(policy) if windows is None else SharedDecoder(policy, windows, n)
         sampler = Sampler(params, policy.inner, sorted(stopper.tokens), policy.device)
-        return Round(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
+        return SamplingLoop(policy, decoder, sampler, stopper, self.max_tokens_alive, bar)
 
     def _way(self, policy: Policy, prompts: Sequence[Prompt], limits: Sequence[int], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):
-            return self._resign(f"{options[0]} of the generation config is left to model.generate")
+            return self._fall_back(f"The engine does not support {options[0]} of the generation config")
         kind = length_dependent(policy.inner.config)
         if kind and any(may_outgrow(policy, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)):
-            return self._resign(f"A rotary embedding ({kind}) whose frequencies change where a sequence grows long")
+            return self._fall_back(
+                f"The frequencies of the rotary embedding ({kind}) change with the length of a sequence"
+            )
         if policy.model not in self._ways:
             static = policy.device.type == "cuda" if self.static is None else self.static
             self._ways[policy.model] = fastest_way(replace(policy, action_values=None), static=static and not kind)
         way = self._ways[policy.model]
         if way == "generate":
-            return self._resign(f"{type(policy.inner).__name__} is sampled by model.generate")
-        if not all(ends_in_text(policy, prompt) for prompt in prompts):
+            return self._fall_back(f"The engine does not support {type(policy.inner).__name__}")
+        if not all(last_token_is_text(policy, prompt) for prompt in prompts):
             return "repeated"
         grows = options_set(params, PROCESSED) or any(prompt.inputs for prompt in prompts)
         return "shared" if way == "paged" and grows else way
 
-    def _resign(self, reason: str) -> Way:
+    def _fall_back(self, reason: str) -> Way:
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"{reason}: same distribution, one prompt at a time, and slower.", stacklevel=4)
+            warnings.warn(
+                f"{reason}: model.generate samples one prompt at a time, from the same distribution, but slower.",
+                stacklevel=4,
+            )
         return "generate"
 
 
 def unwrap(model: nn.Module) -> Policy:
-    """The policy without its engine's wrapper and value head. Raises ModelError for what does not generate."""
+    """The policy without the wrapper of DDP or FSDP and without value head. Raises ModelError if it cannot generate."""
     model = policy_of(model)
     inner = base_of(model)
     if not isinstance(inner, PreTrainedModel) or not isinstance(inner, GenerationMixin):
@@ -175,9 +180,10 @@ def unwrap(model: nn.Module) -> Policy:
 
 
 def autocast_dtype(policy: Policy) -> torch.dtype | None:
-    """The type to which the policy's forward casts factors of products, or None; by a forward of one token.
+    """The dtype of the autocast within the policy's forward, or None; found by a forward of one token.
 
-    A step of decoding reads each weight once, so that rounding them in every step costs more than the step.
+    The engine casts weights to it once per call: autocast would cast them in every decode step, which reads each weight once,
+    and so would cost more than the step itself.
     """
     found: list[torch.dtype] = []
     device = policy.device
@@ -192,9 +198,9 @@ def autocast_dtype(policy: Policy) -> torch.dtype | None:
 
 
 def guided(policy: Policy, model: nn.Module, params: SamplingParams) -> Policy:
-    """The policy with the Q-values that guide its samples, where `params.beta` asks for that.
+    """The policy with the action values that value guidance needs, if `params.beta` is not 0.
 
-    Raises ModelError for a model without them, ConfigError for a mask of another vocabulary.
+    Raises ModelError for a model without Q heads, and ConfigError for a `logit_mask` that does not fit the vocabulary.
     """
     head = policy.inner.get_output_embeddings()
     if params.logit_mask is not None and len(params.logit_mask) != (vocabulary := head.out_features):
@@ -217,19 +223,19 @@ def _check_unguided(params: SamplingParams, policy: Policy) -> None:
     if params.beta or params.logit_mask is not None:
         name = "beta" if params.beta else "logit_mask"
         raise ConfigError(
-            f"{name} works in the engine's own loop, and this {type(policy.inner).__name__} is sampled by model.generate here: "
-            "leave out beams and other options of generate, or guidance."
+            f"{name} works only in the engine's own sampling loop, but this {type(policy.inner).__name__} is sampled by "
+            f"model.generate here: leave out beams and other options of generate, or {name}."
         )
 
 
 def may_outgrow(policy: Policy, prompt: Prompt, limit: int) -> bool:
-    """Whether a short sequence may become a long one while it is sampled, so that all that was computed of it changes."""
+    """True if the sequence may grow past the length from which the rotary frequencies change, as cached keys then would."""
     return len(prompt) <= first_length(policy.inner.config) < len(prompt) + limit
 
 
 @exact_products()
 def fastest_way(policy: Policy, *, static: bool = False) -> Way:
-    """The fastest way to sample that the model allows; with `static`, the paged one before the shared one."""
+    """The fastest way to sample that the model supports; "paged" is considered only with `static`."""
     if isinstance(policy.model, PeftModel) and policy.model.active_peft_config.is_prompt_learning:
         return "generate"
     if policy.cache_name is None or not policy.inner._supports_default_dynamic_cache():
@@ -237,23 +243,27 @@ def fastest_way(policy: Policy, *, static: bool = False) -> Way:
     windows = attention_windows(policy.inner) if "position_ids" in policy.arguments else None
     if windows is None:
         return "repeated"
-    if static and proves_sharing(policy, lambda rows: paged_decoder(policy, rows, len(rows), budget=2**20)):
+    if static and matches_plain_forward(policy, lambda rows: paged_decoder(policy, rows, len(rows), budget=2**20)):
         return "paged"
-    return "shared" if proves_sharing(policy, lambda rows: SharedDecoder(policy, windows, len(rows))) else "repeated"
+    return (
+        "shared"
+        if matches_plain_forward(policy, lambda rows: SharedDecoder(policy, windows, len(rows)))
+        else "repeated"
+    )
 
 
 def paged_decoder(policy: Policy, rows: Sequence[Sample], n: int, budget: int) -> PagedDecoder:
-    """A decoder with room for `rows`, as many at a time as `budget` tokens allow, and one at least."""
+    """A paged decoder with pages for all `rows`, or for as many at a time as fit into `budget` tokens, at least one."""
     kernels = policy.device.type == "cuda" and has_triton()
     return PagedDecoder(policy, attention_windows(policy.inner), n, rows, budget=budget, page=PAGE, kernels=kernels)
 
 
 def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:
-    """Tokens that may be sampled after this prompt: what was asked for, or what the model's context leaves."""
+    """Most new tokens after this prompt: the requested limit, or what is left of the model's context if that is less."""
     limit = asked_limit(params, prompt.ids, prompt.max_new_tokens, index)
     if inner.config.is_encoder_decoder and prompt.inputs:
         raise DataError(
-            f"prompts[{index}] has inputs {sorted(prompt.inputs)}: an encoder-decoder is given tokens alone."
+            f"prompts[{index}] has inputs {sorted(prompt.inputs)}, but encoder-decoders take token ids only: remove them."
         )
     longest = params.generation_config.max_length if params.generation_config is not None else None
     if inner.config.is_encoder_decoder:

@@ -1,13 +1,13 @@
-"""Which log-probabilities of a server are the policy's own: log-softmax(logits / τ), before truncation, penalty and ban.
+"""When the log-probabilities of a server are those of the policy: log-softmax(logits / τ) before truncation, penalty and ban.
 
-    mode                  what the server tells                                        the policy's own where
+    mode                  what the server returns                                      equal to the policy's if
     policy_logprobs       log-softmax(logits/τ)                                        always
-    raw_logprobs          log-softmax(logits)                                          τ is 1, or 0 (greedy samples count at 1)
-    processed_logprobs    log-softmax after τ, penalties, bans, and over what          nothing is truncated, penalised or banned
-                          top-k, top-p and min-p keep
-    raw_logits, …         numbers that are not normalised                              never
+    raw_logprobs          log-softmax(logits)                                          τ is 1, or 0 (reported at τ = 1)
+    processed_logprobs    log-softmax after τ, penalties and bans, over the tokens     nothing is truncated, penalised or banned
+                          that top-k, top-p and min-p keep
+    raw_logits, …         unnormalised logits                                          never
 
-The modes but for the first, that of `trl serve`, are those of `vllm serve --logprobs-mode`.
+`policy_logprobs` is the mode of `trl serve`; the others are values of `vllm serve --logprobs-mode`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trl.rollouts.sampling import SamplingParams
 
 
 def is_unmodified(params: SamplingParams) -> bool:
-    """Whether samples come from the whole distribution, as the model gives it at this temperature."""
+    """True if `params` samples from the model's whole distribution, changed by the temperature alone."""
     kept = params.top_k == 0 and params.top_p == 1 and params.min_p == 0
     return kept and params.repetition_penalty == 1 and params.min_new_tokens == 0 and not params.banned_tokens
 
@@ -33,5 +33,5 @@ MODES: dict[str, Callable[[SamplingParams], bool]] = {
 
 
 def tells_policy(mode: str, params: SamplingParams) -> bool:
-    """Whether a server in this mode tells the policy's own log-probabilities of samples with these parameters."""
+    """True if a server in this mode returns the policy's log-probabilities for samples with these parameters."""
     return MODES.get(mode, MODES["raw_logits"])(params)

@@ -1,12 +1,12 @@
-"""The loops that sample: rows come and go until every sample has ended.
+"""The sampling loops, with continuous batching: rows enter and leave until every sample is finished.
 
-    admit waiting samples while the tokens alive stay under the limit ─▶ one step for all rows ─▶ draw, append
+    admit waiting samples while they fit into the token budget ─▶ one decode step for all rows ─▶ draw and append tokens
       ▲                                                                                             │
-      └──────────────────────────── finished rows leave, their room is free ◀───────────────────────┘
+      └──────────────────────────── finished rows leave and free their tokens ◀─────────────────────┘
 
-`Round` looks at every token as it is drawn. `StaticRound` draws on the device and looks at the samples every few steps,
-so that the device never waits for the host; what a sample drew beyond its end is cut. Both give the same samples: a
-token depends on its own sequence and on a random number of its own.
+`SamplingLoop` reads every token on the host as it is drawn. `StaticSamplingLoop` draws on the device and reads the tokens
+every few steps, so that the device does not wait for the host in between; tokens drawn after the end of a sample are
+discarded. Both give the same samples, since a token depends only on its own sequence and its own random number.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from trl.rollouts.sampling import SamplingParams, chosen_logprobs, stream
 from trl.rollouts.stopping import Stopper
 
 LOOK_EVERY = 8
-"""Steps after which `StaticRound` reads what was drawn."""
+"""Number of decode steps after which `StaticSamplingLoop` reads the drawn tokens."""
 
 SHRINK = 4
-"""Fewer rows are computed once they fit this part of the bucket: a smaller step saves little, and is captured anew."""
+"""The bucket shrinks once the rows need at most 1/SHRINK of it: a smaller step saves little, and may need a new CUDA graph."""
 
 
-class Round:
-    """One call of `generate`: the loop, and the rows under way in the order of the decoder's."""
+class SamplingLoop:
+    """The loop of one call of `generate`. `rows` are the unfinished samples, in the order of the decoder's rows."""
 
     def __init__(
         self, policy: Policy, decoder: Decoder, sampler: Sampler | Steps, stopper: Stopper, budget: int, bar: tqdm
@@ -47,7 +47,7 @@ class Round:
         self.vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
 
     def run(self, rows: list[Sample], prompts: int) -> list[list[Rollout]]:
-        """The rollouts of every prompt, in the order of their numbers."""
+        """The rollouts of each prompt, in the order of their sample numbers."""
         done: list[dict[int, Rollout]] = [{} for _ in range(prompts)]
         waiting = deque(sorted(rows, key=lambda row: -len(row.prompt)))
         while waiting or self.rows:
@@ -62,7 +62,7 @@ class Round:
         return [[samples[i] for i in sorted(samples)] for samples in done]
 
     def _admit(self, waiting: deque[Sample]) -> None:
-        """Take samples while they fit; not before an eighth of the room is free, so that prefills stay few."""
+        """Admit waiting samples while they fit, once an eighth of the token budget is free, so that prefills are few."""
         if not waiting or (self.rows and self.decoder.reserved > self.budget * 7 / 8):
             return
         room, new = self.budget - self.decoder.reserved, []
@@ -83,7 +83,7 @@ class Round:
         self.tokens = torch.cat([self.tokens, self.tokens.new_tensor([context[-1] for context in contexts])])
 
     def _step(self) -> list[FinishReason | None]:
-        """Draw for every row; why rows end that end with it."""
+        """Draw the next tokens of every row. Returns the finish reason of each row, None for those that continue."""
         logits = self.decoder.step(self.tokens)
         self.tokens, logprobs = self.sampler.sample(logits)
         drawn = zip(self.rows, self.tokens.tolist(), logprobs.tolist(), strict=True)
@@ -92,8 +92,8 @@ class Round:
     def _append(self, row: Sample, token: int, logprob: float) -> FinishReason | None:
         if math.isnan(logprob):
             raise ModelError(
-                f"The model's logits after prompts[{row.index}] and {len(row.ids)} sampled tokens are not finite. Its "
-                "weights hold NaN, or numbers overflow in their precision: look at the loss of the steps before, lower "
+                f"The model's logits after prompts[{row.index}] and {len(row.ids)} sampled tokens are not finite. Either its "
+                "weights contain NaN, or its activations overflow: look at the loss of the steps before, lower "
                 "learning_rate, or use bfloat16 or float32."
             )
         row.ids.append(token)
@@ -107,8 +107,8 @@ class Round:
         self.tokens = self.tokens[torch.tensor(kept, dtype=torch.long, device=self.tokens.device)]
 
 
-class StaticRound(Round):
-    """As `Round`, with a step that runs on the device alone, captured as one CUDA graph per bucket of rows."""
+class StaticSamplingLoop(SamplingLoop):
+    """A `SamplingLoop` whose steps run without the host; on CUDA they are captured, as one graph per bucket of rows."""
 
     decoder: PagedDecoder
     sampler: Steps
@@ -131,12 +131,12 @@ class StaticRound(Round):
         ]  # fmt: skip
 
     def _append_all(self, row: Sample, tokens: list[int], logprobs: list[float]) -> FinishReason | None:
-        """Take tokens up to the sample's end; what was drawn after it is nobody's."""
+        """Append tokens up to the sample's end; those drawn after it are discarded."""
         reasons = (self._append(row, *drawn) for drawn in zip(tokens, logprobs, strict=True))
         return next((reason for reason in reasons if reason), None)
 
     def _resize(self) -> None:
-        """Choose the bucket. It grows at once, and shrinks late."""
+        """Choose the bucket: it grows when the rows need it, and shrinks when they need 1/SHRINK of it."""
         wanted = bucket(len(self.rows))
         if wanted > self.size or wanted * SHRINK <= self.size:
             self.size, self.decoder.is_stale = wanted, True
@@ -149,10 +149,10 @@ class StaticRound(Round):
 
 
 class Steps:
-    """Steps of the first rows of a decoder's table, each drawing its tokens, and what they drew.
+    """Runs decode steps on the first rows of the decoder's table; each step also draws tokens and stores them on the device.
 
-    The first step in a bucket runs as it is, which compiles kernels; then it is captured. Captured or not, it is the same
-    code on the same memory.
+    The first step of a bucket runs eagerly, which compiles its kernels; the second is captured as a CUDA graph. Captured or
+    not, a step runs the same code on the same memory.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Steps:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def refresh(self, rows: int) -> None:
-        """Say anew which tokens the present rows hold, for the repetition penalty."""
+        """Rebuild, for the repetition penalty, the table of tokens that occur in the current rows."""
         if self.seen is not None:
             tokens = [[*row.prompt.ids, *row.ids] for row in self.decoder.rows]
             place = [(number, token) for number, ids in enumerate(tokens) for token in ids]
@@ -181,7 +181,7 @@ class Steps:
             self.seen[tuple(torch.tensor(place, device=self.seen.device).T)] = True
 
     def run(self, rows: int, steps: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and log-probabilities, by row, of so many steps. Waits for the device once, at the end."""
+        """Run `steps` steps, and return the tokens and log-probabilities by row. Waits for the device once, at the end."""
         span, count = self.decoder.advance(steps), len(self.decoder.rows)
         self.cursor.zero_()
         for _ in range(steps):
@@ -198,11 +198,11 @@ class Steps:
             self.known.add(rows)
 
     def _step(self, rows: int, span: int) -> None:
-        """One token for every row, into the table and the next line of what was drawn."""
+        """Draw one token for every row, and write it into the decoder's table and into line `cursor` of `ids`."""
         table = self.decoder.table[:, :rows]
         logits, guided = guide(self.decoder.logits(rows, span), table[TOKEN], self.params, self.mask)
         state = table[STREAM], table[WRITTEN], None if self.seen is None else self.seen[:rows]
-        tokens = choose(guided, *state, self.params, self.stops, may_wait=False)
+        tokens = choose(guided, *state, self.params, self.stops, may_sync=False)
         logprobs = chosen_logprobs(logits, tokens, self.params.temperature)
         self.ids[:, :rows].index_copy_(0, self.cursor, tokens[None])
         self.logprobs[:, :rows].index_copy_(0, self.cursor, logprobs[None])
@@ -216,7 +216,7 @@ class Steps:
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step(rows, span)
-        except RuntimeError as error:  # a model that asks the device for numbers in its forward
+        except RuntimeError as error:  # as where the model's forward synchronises with the device
             torch.cuda.set_stream(stream_before)
             self.captures = False
             warnings.warn(

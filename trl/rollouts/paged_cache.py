@@ -1,8 +1,8 @@
-"""Keys and values of prompts and samples in pages of one pool, which never moves while rows enter, grow and leave.
+"""A paged KV cache: one pool per layer, whose memory stays at the same address while rows enter, grow and leave.
 
-A page holds the keys of `page` tokens of one layer's every head. A prompt has pages of its own, read by all its samples,
-and so has a sample. Which pages a row reads stands in tables (`decode_attention.py`); who leaves gives its pages back.
-The last page is nobody's: rows that fill up a batch, and positions that fill up a prefill, write there.
+A page holds the keys of `page` tokens, for all heads of a layer. Each prompt has its own pages, which all its samples
+read, and each sample has pages for its completion; they are freed when it ends. Page tables say which pages a row reads
+(`decode_attention.py`). The last page belongs to nobody: padding rows and padding positions write there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from trl.rollouts.attending import AttendingCache, AttendingLayer
 from trl.rollouts.decode_attention import Form, Tables, attend_by_gather, write_by_index
 
 PAGE = 64
-"""Tokens of a page."""
+"""Tokens per page."""
 
 
 class Pages:
-    """Numbers of pages that are free, given out one by one."""
+    """The free list of page numbers 0 … count − 1."""
 
     def __init__(self, count: int) -> None:
         self.count, self._free = count, list(range(count - 1, -1, -1))
@@ -36,10 +36,10 @@ class Pages:
 
 
 class PagedLayer(AttendingLayer):
-    """One layer's pools `[N+1,page,h,D]`, made when the first keys come; `window` of a sliding layer.
+    """The pools `[N+1,page,h,D]` of one layer for keys and for values, allocated at the first write.
 
-    Both have the type of values. Under autocast, rotated keys and queries are float32, and rounded before they are
-    multiplied, as attention in training rounds them.
+    Both have the dtype of the values. Under autocast, keys and queries come out of the rotary embedding in float32; they
+    are rounded to that dtype before they are multiplied, as attention in training rounds them.
     """
 
     def __init__(self, window: int | None, pages: int, page: int) -> None:
@@ -53,15 +53,15 @@ class PagedLayer(AttendingLayer):
             setattr(self, name, torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     def write(self, key: Tensor, value: Tensor, places: Tensor) -> None:
-        """Keep prefilled keys `[P,h,S,D]` at `places [P·S]` of the pool's tokens."""
+        """Store prefilled keys and values `[P,h,S,D]` at the token indices `places [P·S]` of the pools."""
         for pool, states in ((self.keys, key), (self.values, value)):
             pool.flatten(0, 1).index_copy_(0, places, states.transpose(1, 2).flatten(0, 1).to(pool.dtype))
 
 
 class PagedCache(AttendingCache):
-    """A cache with two modes. Prefill: the keys of padded prompts go to `places`. Decode: by `tables`.
+    """A paged KV cache with two modes: prefill writes padded prompts to `places`; decode reads and writes by `tables`.
 
-    `kernels` says whether the new token's attention is that of Triton's kernels or of plain torch.
+    `kernels` chooses Triton kernels for the attention of a decode step; otherwise it runs in plain PyTorch.
     """
 
     def __init__(self, windows: Sequence[int | None], pages: int, *, page: int, kernels: bool) -> None:
@@ -72,7 +72,7 @@ class PagedCache(AttendingCache):
 
     @cached_property
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What writes new keys and what attends to all."""
+        """The functions that write the new keys and that compute the attention of a decode step."""
         if not self.kernels:
             return write_by_index, attend_by_gather
         from trl.rollouts.triton_decode import attend_by_kernels, write_by_kernel
@@ -80,11 +80,11 @@ class PagedCache(AttendingCache):
         return write_by_kernel, attend_by_kernels
 
     def prefill(self, places: Tensor) -> None:
-        """The next forward's tokens `[P·S]` go there."""
+        """Prepare for a forward whose tokens are stored at the token indices `places [P·S]` of the pools."""
         self.places, self.tables = places, None
 
     def decode(self, tables: Tables) -> None:
-        """The next forward is one step of the rows of `tables`."""
+        """Prepare for a forward that is one decode step of the rows of `tables`."""
         self.places, self.tables = None, tables
 
     def _write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +97,6 @@ class PagedCache(AttendingCache):
         return key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        """To the pages that `tables` name."""
+        """Attention over the pages that `tables` names; `key` and `value` are already in them."""
         layer = self.current
         return self.functions[1](query.to(layer.dtype), layer.keys, layer.values, self.tables, form)

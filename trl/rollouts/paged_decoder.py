@@ -1,7 +1,8 @@
-"""Rows in static buffers: a step whose shapes depend on a bucket of rows alone, and not on who they are.
+"""A decoder over the paged KV cache, with static shapes: a decode step can be replayed as a CUDA graph.
 
-`PagedDecoder` is a `Decoder` over `paged_cache.py`. What a step reads of its rows stands in one table on the device,
-written anew when rows enter or leave; a step itself changes the table's tokens and counts in place.
+The number of rows is padded to a bucket, and the shapes and addresses of a step depend on the bucket alone. All that a
+step reads of its rows is in tables on the device. The host rewrites them when rows enter or leave; a step updates the
+tokens and counts in them in place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from trl.models.patching import configs_of
 from trl.rollouts.decode_attention import TILE, Tables
-from trl.rollouts.decoders import Policy, Sample, fill_holes, like_lengths, pad
+from trl.rollouts.decoders import Policy, Sample, batches_by_length, fill_holes, pad
 from trl.rollouts.engine import Prompt
 from trl.rollouts.paged_cache import PagedCache, Pages
 
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from trl.rollouts.fusions import Fusions
 
 TOKEN, PREFIX, WRITTEN, LAST, STREAM = range(5)
-"""Rows of the table `[5,R]` int64: the token to read, prompt tokens in the cache, own tokens before this step, the largest
-such count that a row may reach, and the key of the row's random numbers."""
+"""Rows of the table `[5,R]` int64: the token to feed, prompt tokens in the cache, own tokens in the cache before this step,
+the largest value of that count, and the key of the row's random numbers."""
 
 
 def bucket(rows: int) -> int:
-    """Rows of the step that so many rows take part in: the next power of two from 8 on."""
+    """Rows of a decode step after padding: `rows` rounded up to a power of two, at least 8."""
     return max(8, 1 << (rows - 1).bit_length())
 
 
@@ -38,8 +39,8 @@ def pages_for(tokens: int, page: int) -> int:
 
 
 @dataclass(slots=True)
-class Held:
-    """A prompt whose keys are in the cache: its pages, and samples that have not ended."""
+class HeldPrompt:
+    """A prompt whose keys are in the cache: its pages, and how many of its samples are unfinished."""
 
     prompt: Prompt
     pages: list[int]
@@ -47,10 +48,10 @@ class Held:
 
 
 class PagedDecoder:
-    """Rows that read pages. All but a prompt's last token is prefilled; a row starts with it.
+    """A decoder whose rows read pages. Prefill stops before the last token of a prompt, which a decode step is fed first.
 
-    `expected` are all samples that will be admitted, `budget` the tokens that may be held at a time: more pages than
-    either needs are not made, and what one sample needs always is.
+    `expected` are all samples that will be admitted, and `budget` is the most tokens to hold at a time. The pool has as
+    many pages as the smaller of the two needs, but at least enough for one sample and its prompt.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class PagedDecoder:
         self.cache = PagedCache(windows, self.pages.count, page=page, kernels=kernels)
         self.configs = configs_of(policy.inner)
         self.fusions: Fusions | None = None
-        if kernels:  # of Triton, which is not everywhere
+        if kernels:  # Triton is not installed everywhere
             from trl.rollouts.fusions import Fusions
 
             self.fusions = Fusions(policy.inner, policy.device)
         self.rows: list[Sample] = []
         self.own: list[list[int]] = []
-        self.prompts: dict[int, Held] = {}
+        self.prompts: dict[int, HeldPrompt] = {}
         size, device = bucket(rows), policy.device
         self.table = torch.zeros(5, size, dtype=torch.long, device=device)
         self.page_table = torch.full((size, self.prompt_pages + max(own)), self.pages.count, device=device)
@@ -104,8 +105,8 @@ class PagedDecoder:
         new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
         for index, prompt in new.items():
             pages = self.pages.take(pages_for(len(prompt) - 1, self.page))
-            self.prompts[index] = Held(prompt, pages, self.n)
-        for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
+            self.prompts[index] = HeldPrompt(prompt, pages, self.n)
+        for batch in batches_by_length({index: len(prompt) - 1 for index, prompt in new.items()}):
             self._prefill(batch)
         self.own += [self.pages.take(pages_for(s.limit, self.page)) for s in samples]
         self.rows += samples
@@ -141,7 +142,7 @@ class PagedDecoder:
     # ---- a step ----
 
     def step(self, tokens: Tensor) -> Tensor:
-        """As `Decoder.step`: the tokens are written into the table, and the rows' counts go on by one."""
+        """`Decoder.step`: writes the tokens into the table and advances the rows' counts by one."""
         size = bucket(len(self.rows))
         self.refresh(size)
         self.table[TOKEN, : len(tokens)] = tokens
@@ -150,12 +151,12 @@ class PagedDecoder:
         return logits[: len(tokens)]
 
     def advance(self, steps: int) -> int:
-        """Count steps that are about to be run; the keys of the row with most after them."""
+        """Count `steps` decode steps that are about to run, and return how many keys the longest row has after them."""
         self.span += steps
         return self.span
 
     def logits(self, rows: int, span: int) -> Tensor:
-        """Logits `[rows,V]` float32 of one step of the first rows of the table. Nothing waits for the device."""
+        """Logits `[rows,V]` float32 of one decode step for the first `rows` of the table, without a device synchronisation."""
         table = self.table[:, :rows]
         own = torch.minimum(table[WRITTEN], table[LAST])
         pages, tiles = self.page_table[:rows], self.tiles[:rows]
@@ -169,7 +170,7 @@ class PagedDecoder:
             )
 
     def refresh(self, rows: int) -> None:
-        """Write the table anew for the present rows, if others were there before."""
+        """Rewrite the tables, padded to `rows`, if rows have entered or left since they were written."""
         if not self.is_stale:
             return
         fill = rows - len(self.rows)
@@ -187,7 +188,7 @@ class PagedDecoder:
         self.is_stale = False
 
     def _page_row(self, row: Sample | None = None, own: Sequence[int] = ()) -> list[int]:
-        """A row of the table of pages; columns without a page name the one that is nobody's."""
+        """A row of the page table; unused columns hold the number of the page that belongs to nobody."""
         nobody = self.pages.count
         prompt = self.prompts[row.index].pages if row is not None else []
         own_columns = self.page_table.shape[1] - self.prompt_pages
@@ -196,7 +197,7 @@ class PagedDecoder:
         ]  # fmt: skip
 
     def _tiles(self, rows: int) -> list[list[int]]:
-        """`[rows,TILE]`: rows of one prompt that has keys, −1 for none."""
+        """Tiles `[rows,TILE]`: each lists rows of one prompt that has keys in the cache, padded with −1."""
         members: dict[int, list[int]] = {}
         for number, row in enumerate(self.rows):
             if len(row.prompt) > 1:

@@ -1,6 +1,6 @@
-"""Samples with a copy each of their prompt's cache, whatever kind the model makes: recurrent layers, encoder-decoders.
+"""A decoder for all models, recurrent ones and encoder-decoders included: it copies the model's own cache to every sample.
 
-A prompt is prefilled, or encoded, once, and what came of it is repeated.
+Each prompt is prefilled (or encoded) once, and its cache and encoder states are repeated for its samples.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from trl.rollouts.engine import Prompt
 
 @dataclass
 class Cohort:
-    """Rows that were admitted together: their cache, mask [R,T], encoder states, logits [R,V] ([R,2,V]) not yet handed out, and
-    what is added to a token's number to get its position, [R]."""
+    """Rows that were admitted together and share a cache object.
+
+    mask     [R,T] attention mask
+    encoded  encoder hidden states, None for causal models
+    logits   [R,V] ([R,2,V] with value guidance) of the prefill, until the first `step` returns them
+    shift    [R] what is added to the index of a token to get its position id
+    """
 
     rows: list[Sample]
     cache: Cache
@@ -30,7 +35,7 @@ class Cohort:
     shift: Tensor | None = None
 
     def select(self, index: Tensor) -> None:
-        """Row i becomes what row `index[i]` was."""
+        """Reorder the rows: row i becomes the former row `index[i]`."""
         self.cache.reorder_cache(index)
         self.mask = self.mask[index]
         self.encoded = None if self.encoded is None else self.encoded[index]
@@ -39,7 +44,7 @@ class Cohort:
 
 
 class RepeatedDecoder:
-    """Rows with a copy each of their prompt's cache. Every wave of admissions is a cohort with a cache of its own."""
+    """A decoder in which each row has its own copy of the prompt's cache. Each call of `admit` makes one cohort."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -64,7 +69,7 @@ class RepeatedDecoder:
     def _prefill(self, prompts: list[Prompt]) -> Cohort:
         ids, mask = pad([prompt.ids for prompt in prompts], self.policy.device, left=True)
         cache, lengths = DynamicCache(config=self.policy.inner.config), [len(prompt) for prompt in prompts]
-        inputs = self.policy.beside(prompts, lengths, left=True)
+        inputs = self.policy.prompt_inputs(prompts, lengths, left=True)
         inputs["position_ids"] = self.policy.positions(prompts, lengths, left=True)
         logits = self.policy.forward(input_ids=ids, attention_mask=mask, cache=cache, **inputs)
         return Cohort([], cache, mask, None, logits, mask.new_tensor([prompt.shift for prompt in prompts]))

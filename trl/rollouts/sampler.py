@@ -1,4 +1,4 @@
-"""The next token of every row of a batch: `sampling.py` applied to rows that come and go."""
+"""Draw the next token of every row of a batch, by `sampling.py`; rows may enter and leave between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 GENERATE_ONLY = {"num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1, "token_healing": False, "use_mtp": False}
 GENERATE_ONLY |= dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens"))
 GENERATE_ONLY |= dict.fromkeys(("constraints", "force_words_ids", "max_time"))
-"""Options that change the decoding loop itself, and the value at which they do nothing: only `generate` has them."""
+"""Options that change the decoding loop itself, which only `model.generate` supports, with their neutral values."""
 
 PROCESSED = (
     {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "min_length": 0}
@@ -28,20 +28,20 @@ PROCESSED = (
     )
     | dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"))
 )
-"""Options that change logits, and the value at which they do nothing: the processors of `transformers`, row by row."""
+"""Options that change logits, with their neutral values: applied row by row by the logits processors of `transformers`."""
 
 
 def options_set(params: SamplingParams, neutral: dict[str, Any]) -> list[str]:
-    """Which of these options `params.generation_config` sets to something that has an effect."""
+    """Names of the options in `neutral` that `params.generation_config` sets to another value than the neutral one."""
     config = params.generation_config
     if config is None:
         return []
-    # Which of them there are depends on the release of transformers.
+    # Which of them exist depends on the release of transformers.
     return [name for name, nothing in neutral.items() if getattr(config, name, None) not in (None, nothing)]
 
 
 def full_config(params: SamplingParams, stops: Sequence[int], context: int, limit: int) -> GenerationConfig:
-    """All of `params` as `transformers` reads it, after `context` tokens and for `limit` new ones."""
+    """`params` as a `GenerationConfig`, for at most `limit` new tokens after `context` tokens."""
     rest = params.generation_config
     config = GenerationConfig() if rest is None else GenerationConfig.from_dict(rest.to_dict())
     drawn = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
@@ -58,10 +58,10 @@ def full_config(params: SamplingParams, stops: Sequence[int], context: int, limi
 
 
 class Sampler:
-    """Draws each row's next token. Rows stand in the order of the decoder's.
+    """Draws each row's next token. The rows are in the order of the decoder's rows.
 
-    keys, positions  [B] int64: a row's random stream, and how many tokens it has drawn
-    seen             [B,V] which tokens a row's prompt and completion hold; None without repetition penalty
+    keys, positions  [B] int64: key of each row's random numbers, and how many tokens it has drawn
+    seen             [B,V] bool: tokens that occur in a row's prompt or completion; None without repetition penalty
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Sampler:
         self.mask = None if params.logit_mask is None else params.logit_mask.to(device)
 
     def admit(self, samples: Sequence[Sample], contexts: Sequence[Sequence[int]], vocabulary: int) -> None:
-        """Add rows. A row's context is the tokens before its first, in the stream that it continues."""
+        """Add rows. The context of a row are the tokens before its first sampled one: the prompt, or of an encoder-decoder
+        the decoder's start token."""
         index = torch.tensor([s.index for s in samples], device=self.device)
         number = torch.tensor([s.number for s in samples], device=self.device)
         self.keys = torch.cat([self.keys, stream(self.params.seed, index, number)])
@@ -101,14 +102,14 @@ class Sampler:
     def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their log-probabilities [B] under the unmodified policy, from logits [B,V] float32.
 
-        With value guidance the logits are [B,2,V]: behind them the values of all actions.
+        With value guidance `logits` is [B,2,V]: the logits, then the action values.
         """
         logits, guided = self._guide(logits)
         if self.processed:
             tokens = self._draw_processed(guided, uniform(self.keys, self.positions))
         else:
             state = self.keys, self.positions, self.seen
-            tokens = choose(guided, *state, self.params, self.stops, may_wait=True)
+            tokens = choose(guided, *state, self.params, self.stops, may_sync=True)
         self.positions = self.positions + 1
         return tokens, chosen_logprobs(logits, tokens, self.params.temperature)
 
@@ -124,7 +125,7 @@ class Sampler:
         return scores.argmax(-1) if self.params.greedy else inverse_cdf(scores.softmax(-1), u)
 
     def _process(self, row: Sample, logits: Tensor) -> Tensor:
-        """Scores [1,V] after the processors that `generate` would run, on this row's own unpadded tokens."""
+        """Scores [1,V] after the logits processors that `generate` would run, for this row's own tokens without padding."""
         context = self.contexts[row.index]
         if row.index not in self.processors:
             self.processors[row.index] = self._processors(row, len(context))
@@ -141,9 +142,10 @@ class Sampler:
 
 
 def guide(logits: Tensor, last: Tensor | None, params: SamplingParams, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The policy's logits [B,V], and those that are drawn from, from what a step gives: [B,V], guided [B,2,V].
+    """Return the policy's logits [B,V], and the logits [B,V] to draw from: with value guidance, mask and bans applied.
 
-    `mask` [V,V] is what may not follow, by each row's last token [B]. V(s) is the same for all tokens: it would cancel.
+    The given logits are [B,V], or [B,2,V] with value guidance. `mask[u, v]` is true where token v may not follow token u;
+    `last` [B] is the last token of each row. The state value V(s) is left out of the guidance, since the softmax cancels it.
     """
     guided = logits
     if params.beta:
@@ -166,20 +168,20 @@ def choose(
     params: SamplingParams,
     stops: Tensor,
     *,
-    may_wait: bool,
+    may_sync: bool,
 ) -> Tensor:
     """Tokens [B] drawn from logits [B,V].
 
-    keys and positions [B] int64 give each row's random number. `seen` [B,V] is which tokens a row holds, or None where
-    nothing is penalised; what is drawn is added to it. `stops` [S] are not drawn before `min_new_tokens`. `may_wait` says
-    whether the host may wait for the device to find out what can be left out.
+    keys and positions [B] int64 give each row's random number. `seen` [B,V] marks the tokens of a row's prompt and
+    completion (None without repetition penalty); drawn tokens are added to it in place. Tokens `stops` [S] are not drawn
+    before `min_new_tokens`. With `may_sync` the host may wait for results of the device in order to skip needless work.
     """
     if seen is not None:
         logits = penalize(logits, seen, params.repetition_penalty)
     young = positions < params.min_new_tokens
-    if params.min_new_tokens and len(stops) and (not may_wait or bool(young.any())):
+    if params.min_new_tokens and len(stops) and (not may_sync or bool(young.any())):
         logits = ban(logits, stops, young)
-    tokens = draw(logits, params, uniform(keys, positions), may_wait=may_wait)
+    tokens = draw(logits, params, uniform(keys, positions), may_sync=may_sync)
     if seen is not None:
         seen.scatter_(1, tokens[:, None], True)
     return tokens

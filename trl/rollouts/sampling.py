@@ -1,8 +1,8 @@
-"""How the next token is chosen, and what the policy thought of it.
+"""How the next token is drawn, and which log-probability is reported for it.
 
 With logits z of one position and temperature τ:
 
-    log π(v) = z_v/τ − log Σ_u exp(z_u/τ)                      reported, whatever follows
+    log π(v) = z_v/τ − log Σ_u exp(z_u/τ)                      reported, before all modifications below
     z′       = z + β min_i Q′_i(s, ·)                          value guidance (Snell et al. 2022, ILQL); then
     z′       = penalty and bans applied to z′                  repetition penalty (Keskar et al. 2019, section 4.1)
     q(v)     ∝ exp(z′_v/τ) · [v among the top k] · [v in the nucleus of mass p] · [q_v ≥ min_p · max q]
@@ -10,8 +10,8 @@ With logits z of one position and temperature τ:
 
 Nucleus: Holtzman et al. 2020, section 3.1 (the smallest set of most likely tokens whose mass reaches top_p, taken
 after top-k). min-p: Nguyen et al. 2024, section 3. U is a hash of (seed, prompt, sample, position), so that a sample
-does not depend on what else is in the batch. Equal logits are told apart by token id. Logits themselves move by about
-1e-6 with the shape of a batch: where U falls that close to a boundary, or two greedy logits lie that close, the choice may differ.
+does not depend on the rest of the batch. Of equal logits, the lower token id comes first. Logits themselves change by about
+1e-6 with the batch shape: if U is that close to a boundary, or the two largest logits are that close, the token may differ.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 BLOCK = 256
-"""Tokens whose probabilities are summed before a block is searched for the sampled one."""
+"""Tokens per block: a token is drawn by finding its block from the blocks' sums, then searching within the block."""
 
 NUCLEUS = 512
-"""Most likely tokens that are sorted for top-p before the whole vocabulary is."""
+"""Top-p sorts this many most likely tokens first, and the whole vocabulary only if they do not reach `top_p`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """What to sample and when to stop. A `GenerationConfig` becomes one through `from_generation_config`."""
+    """How to sample and when to stop. `from_generation_config` makes one from a `GenerationConfig`."""
 
     temperature: float = 1.0
-    """Divides the logits. 0 takes the most likely token; log-probabilities are then those of temperature 1."""
+    """Divides the logits. 0 is greedy decoding; log-probabilities are then reported at temperature 1."""
 
     top_k: int = 0
     """Sample among this many most likely tokens; 0 for all."""
@@ -56,35 +56,35 @@ class SamplingParams:
     """Positive logits of tokens seen in prompt or completion are divided by it, negative ones multiplied."""
 
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; they stay in it."""
+    """Strings that end a completion; the string stays part of the completion."""
 
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, besides the model's end-of-sequence tokens."""
 
     ignore_eos: bool = False
-    """Sample on after an end-of-sequence token."""
+    """Do not stop at end-of-sequence tokens."""
 
     max_new_tokens: int = 256
-    """Tokens sampled at most."""
+    """Most tokens to sample."""
 
     min_new_tokens: int = 0
-    """Tokens sampled before anything may end a completion; stop tokens are not sampled until then."""
+    """Least tokens of a completion: until then no stop string ends it, and stop tokens are not sampled."""
 
     seed: int | None = None
-    """Same seed, same samples; prompts are told apart by their place in the call, so give every rollout batch and every
-    process a seed of its own. None takes one from torch's random state at every call."""
+    """The same seed gives the same samples. The random numbers depend on the seed and the index of a prompt in the call, so give
+    every rollout batch and every process a seed of its own. None draws one from torch's random state at every call."""
 
     banned_tokens: tuple[int, ...] = ()
-    """Tokens that are never sampled. Those that stand for images are not, whatever is given."""
+    """Tokens that are never sampled. Image tokens are never sampled either, and need not be listed."""
 
     beta: float = 0.0
-    """β of value guidance: adds β · min Q′ of every token to the logits. Needs a model with the heads of ILQL."""
+    """β of value guidance: adds β · min Q′ of every token to the logits. Needs a model with ILQL heads."""
 
     logit_mask: Tensor | None = field(default=None, compare=False)
-    """[V,V] bool: after token u, the tokens v where `logit_mask[u, v]` is true are never sampled."""
+    """[V,V] bool: where `logit_mask[u, v]` is true, token v is never sampled directly after token u."""
 
     generation_config: GenerationConfig | None = None
-    """Options of `transformers` that have no field here (bad words, n-gram bans, beams, …), applied by it."""
+    """Further options of `transformers`, which have no field here (bad words, n-gram bans, beams, …)."""
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "banned_tokens"):
@@ -93,7 +93,7 @@ class SamplingParams:
         for name in (*_SAME, "beta"):
             check_number(name, getattr(self, name))
         if "" in self.stop:
-            raise ConfigError("stop holds an empty string, which every text has: leave it out.")
+            raise ConfigError("stop contains an empty string, which occurs in every text: remove it.")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}: "
@@ -108,10 +108,10 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, config: GenerationConfig, **changes: Any) -> SamplingParams:
-        """The parameters that `config` describes; what has no field here stays in `generation_config`.
+        """The parameters that `config` describes; options without a field here are kept in `generation_config`.
 
-        `do_sample=False`, or unset, is temperature 0. Its end-of-sequence tokens replace the model's. An unset top_k
-        truncates nothing (`generate` would take 50). `changes` replace fields of the result.
+        `do_sample` false or unset gives temperature 0. The config's end-of-sequence tokens replace those of the model. Unlike
+        in `generate`, which defaults to 50, an unset top_k truncates nothing. `changes` override fields of the result.
         """
         given = {ours: getattr(config, theirs) for ours, theirs in _SHARED.items()}
         fields = {name: value for name, value in given.items() if value is not None}
@@ -134,7 +134,7 @@ _SHARED = {name: name for name in _SAME} | {"stop": "stop_strings"}
 
 
 def _check_agreement(params: SamplingParams) -> None:
-    """An option given both here and in the `GenerationConfig` must not be lost silently."""
+    """Raise ConfigError where an option is given here and in the `GenerationConfig` with two different values."""
     config = params.generation_config
     for ours, theirs in _SHARED.items() if config is not None else ():
         value = getattr(config, theirs)
@@ -151,20 +151,21 @@ def _check_mask(mask: Tensor | None) -> None:
         return
     if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != mask.shape[1]:
         raise ConfigError(
-            f"logit_mask is [V,V] of bool, true where a token may not follow another, got {tuple(mask.shape)} of {mask.dtype}."
+            f"logit_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: give [V,V] of bool, true where a token may not "
+            "follow another."
         )
     if (dead := mask.all(1).nonzero().flatten()).numel():
         raise ConfigError(
-            f"logit_mask forbids every token after token {int(dead[0])}: allow one, the end of the text, say."
+            f"logit_mask forbids every token after token {int(dead[0])}: allow at least one, such as the end-of-sequence token."
         )
 
 
 def asked_limit(params: SamplingParams, ids: Sequence[int], own: int | None, index: int) -> int:
-    """Tokens that are asked for after the `ids` of `prompts[index]`: the lower of its own limit and that of `params`.
+    """Most new tokens for `prompts[index]`, whose token ids are `ids`: the lower of its own limit and that of `params`.
 
     Raises DataError for a prompt without tokens, and for a limit below 1.
     """
-    if not len(ids):  # a tensor of one id would be asked for its value
+    if not len(ids):  # not `if not ids`: of a tensor with one element that would test the value
         raise DataError(f"prompts[{index}] is empty: give at least one token (a beginning-of-sequence token, say).")
     if own is not None and own < 1:
         raise DataError(f"prompts[{index}] has max_new_tokens={own}: give at least 1, or None.")
@@ -172,17 +173,17 @@ def asked_limit(params: SamplingParams, ids: Sequence[int], own: int | None, ind
 
 
 def with_limit(params: SamplingParams, limit: int) -> SamplingParams:
-    """The same parameters for at most `limit` tokens, at least 1."""
+    """The parameters with `max_new_tokens` set to `limit` (at least 1), and `min_new_tokens` lowered to it."""
     return replace(params, max_new_tokens=limit, min_new_tokens=min(params.min_new_tokens, limit))
 
 
 def with_seed(params: SamplingParams) -> SamplingParams:
-    """The parameters with a seed: the given one, or the next number of torch's random state."""
+    """The parameters with a seed: their own, or one drawn from torch's random state."""
     return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ()).item()))
 
 
 def with_stop_tokens(params: SamplingParams, base: Any, tokenizer: PreTrainedTokenizerBase | None) -> SamplingParams:
-    """The parameters with the end-of-sequence tokens of model and tokenizer said, where those end a completion."""
+    """The parameters with the end-of-sequence tokens of model and tokenizer added to `stop_token_ids`, unless `ignore_eos`."""
     if params.ignore_eos:
         return params
     eos = base.generation_config.eos_token_id
@@ -193,7 +194,7 @@ def with_stop_tokens(params: SamplingParams, base: Any, tokenizer: PreTrainedTok
 
 
 def with_banned(params: SamplingParams, tokens: Iterable[int]) -> SamplingParams:
-    """The parameters, in which `tokens` are banned as well."""
+    """The parameters with `tokens` added to `banned_tokens`."""
     banned = tuple(sorted({*params.banned_tokens, *tokens}))
     return params if banned == params.banned_tokens else replace(params, banned_tokens=banned)
 
@@ -202,7 +203,7 @@ def with_banned(params: SamplingParams, tokens: Iterable[int]) -> SamplingParams
 
 
 def _wrap(number: int) -> int:
-    """A 64-bit pattern as the signed integer that torch holds."""
+    """The signed int64 with the bit pattern of the unsigned 64-bit `number`."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -217,13 +218,13 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def stream(seed: int, prompt: Tensor, sample: Tensor) -> Tensor:
-    """Key [B] of each sequence's random numbers, from its prompt's and sample's indices [B] int64."""
+    """Keys [B] of the samples' random numbers, from the indices [B] int64 of their prompts and of the samples themselves."""
     root = _mix(torch.full_like(prompt, _wrap(seed % 2**64)) + _GOLDEN)
     return _mix(_mix(root + prompt * _GOLDEN) + sample * _GOLDEN)
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """U [B] float64 in [0, 1), 53 bits, of the stream `keys` [B] at token `positions` [B] int64."""
+    """Uniform random numbers U [B] float64 in [0, 1), 53 bits: number `positions` [B] int64 of the streams `keys` [B]."""
     bits = _mix(keys + (positions + 1) * _GOLDEN)
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
@@ -232,16 +233,16 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 def _search(weights: Tensor, u: Tensor) -> Tensor:
-    """First index whose cumulative weight exceeds u · total; weights [B,K] ≥ 0, u [B] float64 in [0, 1). [B,1]"""
+    """First index [B,1] at which the cumulative weight exceeds u · total; weights [B,K] ≥ 0, u [B] float64 in [0, 1)."""
     cumulative = weights.double().cumsum(-1)
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Token [B] ~ weights [B,V] ≥ 0 (unnormalised) by one uniform number u [B] float64 each.
+    """Draw tokens [B] ~ weights [B,V] ≥ 0 (unnormalised), by one uniform number u [B] float64 per row.
 
-    Sums of blocks of tokens find the block, the same number stretched over it finds the token: one vectorised pass
-    over V and no cumulative sum of it.
+    The sums of blocks of tokens give the block; u, rescaled to the block, gives the token in it. This takes one vectorised
+    pass over V, and no cumulative sum over V.
     """
     rows, vocabulary = weights.shape
     whole = vocabulary // BLOCK * BLOCK
@@ -254,28 +255,32 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     tokens = block * BLOCK + torch.arange(BLOCK, device=weights.device)
     candidates = weights.gather(1, tokens.clamp(max=vocabulary - 1)).masked_fill(tokens >= vocabulary, 0)
     token = block * BLOCK + _search(candidates, inside[:, 0].clamp(0, 1 - 2.0**-53))
-    return token.clamp(max=vocabulary - 1).squeeze(1)  # NaN is found nowhere
+    return token.clamp(max=vocabulary - 1).squeeze(1)  # weights of NaN give an index beyond the vocabulary
 
 
 def _draw_sorted(probabilities: Tensor, tokens: Tensor, params: SamplingParams, u: Tensor) -> Tensor:
-    """Token [B] from candidates in falling order [B,K]; a candidate is in the nucleus if those above it miss top_p."""
+    """Draw tokens [B] from candidates [B,K] in descending order, after top-p and min-p.
+
+    A candidate is in the nucleus if the probabilities of those before it sum to less than `top_p`.
+    """
     above = probabilities.double().cumsum(-1) - probabilities
     kept = (above < params.top_p) & (probabilities >= params.min_p * probabilities[:, :1])
     return tokens.gather(1, _search(probabilities * kept, u)).squeeze(1)
 
 
-def _falling(probabilities: Tensor, top_p: float, *, may_wait: bool) -> Any:
-    """Values and tokens `[B,K]` in falling order that hold the nucleus."""
-    best = probabilities.topk(min(NUCLEUS, probabilities.shape[1])) if may_wait else None
+def _nucleus_candidates(probabilities: Tensor, top_p: float, *, may_sync: bool) -> Any:
+    """Probabilities and tokens `[B,K]` in descending order that contain the nucleus of mass `top_p`."""
+    best = probabilities.topk(min(NUCLEUS, probabilities.shape[1])) if may_sync else None
     if best is None or bool((best.values.double().sum(-1) < top_p).any()):
         best = probabilities.sort(dim=-1, descending=True, stable=True)
     return best
 
 
-def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = True) -> Tensor:
-    """Token [B] from logits [B,V] by u [B] float64, at the temperature and truncations of `params`.
+def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_sync: bool = True) -> Tensor:
+    """Draw tokens [B] from logits [B,V] by uniform numbers u [B] float64, with temperature and truncation of `params`.
 
-    For top-p, with `may_wait` the host asks whether the `NUCLEUS` most likely tokens are enough; else all are sorted.
+    For top-p with `may_sync`, the host checks whether the `NUCLEUS` most likely tokens are enough, which waits for the device;
+    else the whole vocabulary is sorted.
     """
     if params.greedy:
         return logits.argmax(-1)
@@ -285,7 +290,7 @@ def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = 
         return _draw_sorted(best.values.softmax(-1), best.indices, params, u)
     probabilities = scaled.softmax(-1)
     if params.top_p < 1:
-        best = _falling(probabilities, params.top_p, may_wait=may_wait)
+        best = _nucleus_candidates(probabilities, params.top_p, may_sync=may_sync)
         return _draw_sorted(best.values, best.indices, params, u)
     if params.min_p:
         floor = params.min_p * probabilities.amax(-1, keepdim=True)
@@ -294,12 +299,12 @@ def draw(logits: Tensor, params: SamplingParams, u: Tensor, *, may_wait: bool = 
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [B,V] with those of `seen` [B,V] tokens divided (positive) or multiplied (negative) by the penalty."""
+    """Apply the repetition penalty: divide positive logits [B,V] of `seen` [B,V] tokens by it, multiply negative ones."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def ban(logits: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
-    """Logits [B,V] with `tokens` [S] at −∞ in the rows where `rows` [B] is true."""
+    """Logits [B,V] with those of `tokens` [S] set to −∞ in the rows where `rows` [B] is true."""
     return logits.index_copy(1, tokens, logits[:, tokens].masked_fill(rows[:, None], -torch.inf))
 
 

@@ -1,4 +1,4 @@
-"""Samples that read one copy of their prompt's keys (`cache.py`): of models with full or sliding attention in every layer."""
+"""A decoder with one KV cache per prompt (`cache.py`), for models with full or sliding-window attention in every layer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl.models.patching import configs_of
 from trl.rollouts.cache import Plan, SharedPromptCache
-from trl.rollouts.decoders import Decoder, Policy, Sample, fill_holes, like_lengths, pad
+from trl.rollouts.decoders import Decoder, Policy, Sample, batches_by_length, fill_holes, pad
 from trl.rollouts.engine import Prompt
 from trl.types import PerToken
 from trl.vision.families import image_token_ids, joins_of
 
 
 def attention_windows(inner: PreTrainedModel) -> list[int | None] | None:
-    """The sliding window of every layer (None: full attention), or None where some layer is neither."""
+    """The sliding window of each layer (None: full attention); None if any layer has another kind of attention."""
     config = inner.config.get_text_config(decoder=True)
     if inner.config.is_encoder_decoder or not inner._supports_attention_backend:
         return None
@@ -31,7 +31,10 @@ def attention_windows(inner: PreTrainedModel) -> list[int | None] | None:
 
 
 class SharedDecoder:
-    """Rows that read one copy of their prompt's keys. All but a prompt's last token is prefilled; a row starts with it."""
+    """A decoder whose rows share one KV cache per prompt.
+
+    Prefill stops before the last token of the prompt: that token is the first that each row is fed in a decode step.
+    """
 
     def __init__(self, policy: Policy, windows: Sequence[int | None], n: int) -> None:
         self.policy, self.n = policy, n
@@ -39,7 +42,7 @@ class SharedDecoder:
         self.configs = configs_of(policy.inner)
         self.rows: list[Sample] = []
         self.prompts: dict[int, Prompt] = {}
-        """In the order in which the cache holds them."""
+        """Prompts by index, in the order of their slots in the cache."""
         self.unfinished: dict[int, int] = {}
         self.plan: Plan | None = None
 
@@ -53,7 +56,7 @@ class SharedDecoder:
 
     def admit(self, samples: Sequence[Sample]) -> None:
         new = {s.index: s.prompt for s in samples if s.index not in self.prompts}
-        for batch in like_lengths({index: len(prompt) - 1 for index, prompt in new.items()}):
+        for batch in batches_by_length({index: len(prompt) - 1 for index, prompt in new.items()}):
             self._prefill([new[index] for index in batch])
             self.prompts |= {index: new[index] for index in batch}
         for layer in self.cache.layers:
@@ -72,8 +75,8 @@ class SharedDecoder:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         else:
             positions = self.policy.positions(prompts, lengths)
-        beside = self.policy.beside(prompts, lengths)
-        self.policy.forward(input_ids=ids, position_ids=positions, cache=self.cache, **beside)
+        extra = self.policy.prompt_inputs(prompts, lengths)
+        self.policy.forward(input_ids=ids, position_ids=positions, cache=self.cache, **extra)
 
     def step(self, tokens: Tensor) -> Tensor:
         self.cache.decode(self.plan)
@@ -135,8 +138,11 @@ class SharedDecoder:
         )
 
 
-def ends_in_text(policy: Policy, prompt: Prompt) -> bool:
-    """Whether nothing beside tokens is about the prompt's last one, which `SharedDecoder` reads without."""
+def last_token_is_text(policy: Policy, prompt: Prompt) -> bool:
+    """True if the prompt's last token is plain text: no image token, and no per-token input other than 0.
+
+    `SharedDecoder` feeds that token in a decode step, which passes token ids and positions alone.
+    """
     if prompt.ids[-1] in image_token_ids(policy.inner.config):
         return False
     joins = joins_of(policy.inner.config)
@@ -144,10 +150,10 @@ def ends_in_text(policy: Policy, prompt: Prompt) -> bool:
     return not any(values[len(prompt) - 1] for values in own)
 
 
-def proves_sharing(policy: Policy, make: Callable[[list[Sample]], Decoder]) -> bool:
-    """Whether the decoder that `make` gives has the logits of a plain forward, on two samples of five tokens.
+def matches_plain_forward(policy: Policy, make: Callable[[list[Sample]], Decoder]) -> bool:
+    """True if the decoder that `make` builds gives the logits of a plain forward, on two samples of five tokens.
 
-    Position schemes and attention variants are many; a model whose attention is not the one of `cache.py` shows here.
+    This trial, and not a list of architectures, finds models whose positions or attention differ from those of the decoder.
     """
     vocabulary = policy.inner.get_input_embeddings().weight.shape[0]
     *prompt, first, second = (token % vocabulary for token in (11, 7, 5, 3, 2, 13))
@@ -158,6 +164,6 @@ def proves_sharing(policy: Policy, make: Callable[[list[Sample]], Decoder]) -> b
     ours = decoder.step(torch.tensor([first, second], device=policy.device))
     whole = torch.tensor([[*prompt, first], [*prompt, second]], device=policy.device)
     plain = policy.model(input_ids=whole, use_cache=False, return_dict=True).logits[:, -1].float()
-    exact = decoder.cache.layers[0].dtype == torch.float32  # autocast may stand inside the forward
+    exact = decoder.cache.layers[0].dtype == torch.float32  # the model's forward may run under autocast
     tolerance = 1e-3 if exact else 5e-2
     return bool((ours - plain).abs().max() <= tolerance * (1 + plain.abs().max()))

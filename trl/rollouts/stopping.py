@@ -1,4 +1,4 @@
-"""When a completion ends: a stop token, a stop string (over any token boundary), or the limit."""
+"""When a completion ends: at a stop token, at a stop string (also across token boundaries), or at the token limit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARGIN = 4
-"""Tokens decoded before a stop string could begin, so that half characters and word starts come out whole."""
+"""Extra tokens decoded before the earliest start of a stop string: split characters and word starts then decode correctly."""
 
 
 class Stopper:
-    """`tokens` end a completion, and so do the stop strings of `params`; neither before `min_new_tokens`."""
+    """Says when a completion ends: at one of `tokens` or a stop string of `params`, not before `min_new_tokens`."""
 
     def __init__(
         self, params: SamplingParams, tokens: Collection[int], tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         if params.stop and tokenizer is None:
-            raise ConfigError(f"stop={params.stop!r} needs a tokenizer: give the engine one.")
+            raise ConfigError(f"stop={params.stop!r} needs a tokenizer: pass one to the engine.")
         self.tokens = frozenset(tokens)
         self.strings, self.least, self.tokenizer = params.stop, params.min_new_tokens, tokenizer
         self.tail = MARGIN + max((len(string.encode()) for string in params.stop), default=0)
@@ -35,7 +35,10 @@ class Stopper:
         return "length" if len(ids) >= limit else None
 
     def _ends_in_string(self, ids: Sequence[int]) -> bool:
-        """Every token is at least a byte of text, so a string that ends here begins within the tail."""
+        """True if the last token completes a stop string.
+
+        Each token is at least one byte of text, so that a string that ends here begins within the last `tail` tokens.
+        """
         text = self._text(ids[-self.tail :])
         found = [text[: text.rfind(string) + len(string)] for string in self.strings if string in text]
         return bool(found) and not self._text(ids[-self.tail : -1]).startswith(max(found, key=len))

@@ -1,12 +1,13 @@
-"""Kernels for the attention of `decode_attention.py`: prompts' keys are read once for all rows of the prompt.
+"""Triton kernels for the attention of `decode_attention.py`: the keys of a prompt are read once for a tile of its rows.
 
-The softmax over a row's keys is put together from parts, each over some of them, by their normalisers ("flash decoding",
-Dao et al. 2023; for shared prompts "Hydragen", Juravsky et al. 2024, equation 5):
+The keys of a row are split into parts. The softmax of each part is computed separately, and the parts are merged by their
+normalisers ("flash decoding", Dao et al. 2023; for shared prompts "Hydragen", Juravsky et al. 2024, equation 5):
 
     o_i, ℓ_i = softmax(q K_iᵀ) V_i, logsumexp(q K_iᵀ)        o = Σ_i e^(ℓ_i − ℓ) o_i,   ℓ = logsumexp(ℓ_i)
 
-Three kernels a layer: one writes the new keys, one makes the parts (a program holds the queries of a tile of rows of one
-prompt and reads that, or of one row and reads its own keys), one their sum. Lengths are read from tables on the device.
+Three kernels per layer: the first writes the new keys; the second computes the parts (a program takes the queries of a tile
+of rows and some of their prompt's keys, or the queries of one row and some of its own keys); the third merges the parts.
+Lengths are read from tables on the device.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor
 from trl.rollouts.decode_attention import TILE, Form, Tables
 
 PROMPT_PARTS = 8
-"""Parts that a prompt's keys are split into."""
+"""Number of parts into which the keys of a prompt are split."""
 
 PROGRAMS = 256
-"""Programs that are to be under way at least: keys of few rows are split between more of them."""
+"""Least number of kernel programs to launch: with few rows, the own keys of a row are split into more parts."""
 
 
 @triton.jit
 def _write_kernel(keys, values, key, value, pages, prefix, own, columns, prompt_pages, key_stride, value_stride,
                   HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
                   WIDTH: tl.constexpr):  # fmt: skip
-    """New keys and values `[B,h,D]` into the pools, one program per row and head."""
+    """Write the new keys and values `[B,h,D]` into the pools, one program per row and head."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     at = tl.load(own + row)
@@ -55,7 +56,8 @@ def _parts_kernel(query, keys, values, pages, prefix, own, tiles, out, normalize
                   SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
                   QUERIES: tl.constexpr, PAGE: tl.constexpr, PROMPT_PARTS: tl.constexpr, PARTS: tl.constexpr,
                   WINDOW: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One part of `PARTS`: of the attention of a tile of rows to their prompt's keys, or (the later ones) of a row to its own."""
+    """Compute one of `PARTS` parts of the attention: the first `PROMPT_PARTS` of a tile of rows over their prompt's keys, the
+    others of a row over its own keys."""
     item = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -128,7 +130,7 @@ def _merge_kernel(parts, normalizer, sinks, prefix, out, rows_in_all,
                   ALL_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_WIDTH: tl.constexpr,
                   PARTS: tl.constexpr, PARTS_WIDTH: tl.constexpr, PROMPT_PARTS: tl.constexpr,
                   SINK: tl.constexpr):  # fmt: skip
-    """The parts of a row's head put together. Parts of a prompt without keys were not written."""
+    """Merge the parts of one head of a row. For a prompt without keys, the prompt's parts were not written."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.arange(0, PARTS_WIDTH)
@@ -157,9 +159,9 @@ def _merge_kernel(parts, normalizer, sinks, prefix, out, rows_in_all,
 
 
 def write_by_kernel(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, tables: Tables) -> None:
-    """As `write_by_index`. Heads and sizes of `key` and `value` lie side by side."""
+    """As `write_by_index`, by a kernel. `key` and `value` should be contiguous in their last two dimensions."""
     rows, heads, size = key.shape
-    key, value = key.flatten(1), value.flatten(1)  # views, where heads lie side by side
+    key, value = key.flatten(1), value.flatten(1)  # views if heads are contiguous, else copies
     _write_kernel[(rows, heads)](
         keys, values, key, value, tables.pages, tables.prefix, tables.own,
         tables.pages.stride(0), tables.prompt_pages, key.stride(0), value.stride(0),
@@ -169,7 +171,7 @@ def write_by_kernel(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, ta
 
 
 def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, tables: Tables, form: Form) -> Tensor:
-    """As `attend_by_gather`, without copies of keys, and with every prompt's read once for `TILE` rows."""
+    """As `attend_by_gather`, without copying keys; the keys of a prompt are read once for up to `TILE` rows."""
     (rows, all_heads, size), (page, heads), value_size = query.shape, keys.shape[1:3], values.shape[-1]
     query, group = query.contiguous(), all_heads // heads
     parts = PROMPT_PARTS + max(1, min(8, PROGRAMS // (rows * heads)))
