@@ -13,7 +13,7 @@ from trl.models.value_heads.auto_models import with_value_head
 def test_lengths_exclude_the_maximum():
     sample = core.LengthSampler(3, 6)
     assert {sample() for _ in range(200)} == {3, 4, 5}
-    with pytest.raises(ConfigError, match=r"LengthSampler\(4, 4\): the maximum is exclusive"):
+    with pytest.raises(ConfigError, match=r"LengthSampler\(4, 4\): max_value is exclusive"):
         core.LengthSampler(4, 4)
 
 

@@ -73,19 +73,19 @@ BAD = {
         r"refused \(400\): too long for us",
     ),
     "half a body": (half, "IncompleteRead|ChunkedEncodingError|ConnectionError"),
-    "never": (never, "no whole answer within 0.4 seconds"),
+    "never": (never, "no complete answer within 0.4 seconds"),
     "garbage": (raw("<html>"), "the answer is not JSON: b'<html>'"),
-    "another shape": (raw('{"choices": 3}'), "not what was asked for"),
-    "too few": (answering(lambda p, n, c: choices(p, n - 1, c)), "1 samples came, and 2 were asked for"),
+    "another shape": (raw('{"choices": 3}'), "the answer is invalid"),
+    "too few": (answering(lambda p, n, c: choices(p, n - 1, c)), "1 samples, but 2 were requested"),
     "other prompt": (answering(lambda p, n, c: choices([1], n, c)), "other tokens than were sent"),
     "foreign tokens": (answering(lambda p, n, c: choices(p, n, c, token_ids=[99] * c)), "vocabulary of 99"),
-    "too many tokens": (answering(lambda p, n, c: choices(p, n, c + 1)), "7 tokens of at most 6"),
-    "no numbers": (answering(lambda p, n, c: choices(p, n, c, logprobs=None)), "not what was asked for"),
+    "too many tokens": (answering(lambda p, n, c: choices(p, n, c + 1)), r"7 tokens \(limit 6\)"),
+    "no numbers": (answering(lambda p, n, c: choices(p, n, c, logprobs=None)), "the answer is invalid"),
     "NaN": (
         raw(json.dumps(choices([7], 2, 6, prompt_token_ids=None, logprobs={"token_logprobs": [float("nan")] * 6}))),
-        "no numbers",
+        "not finite numbers",
     ),
-    "aborted": (answering(lambda p, n, c: choices(p, n, c, finish_reason="abort")), "ended by 'abort'"),
+    "aborted": (answering(lambda p, n, c: choices(p, n, c, finish_reason="abort")), "finish reason 'abort'"),
 }
 
 
@@ -127,17 +127,17 @@ def test_bad_servers(model, case, tmp_path):
 @pytest.mark.parametrize(
     ("at", "case", "words"),
     [
-        ("/health", "never", "GET {url}/health: no whole answer within 0.4 seconds.* To start one"),
+        ("/health", "never", "GET {url}/health: no complete answer within 0.4 seconds.* To start one"),
         ("/server_info", "garbage", "GET {url}/server_info: the answer is not JSON"),
         ("/v1/models", "500", "GET {url}/v1/models: the server failed"),
-        ("/pause", "never", "POST {url}/pause: no whole answer within 0.4 seconds"),
-        ("/collective_rpc", "500", "No server has taken the weights of step 0:.*POST {url}/collective_rpc: .* failed"),
+        ("/pause", "never", "POST {url}/pause: no complete answer within 0.4 seconds"),
+        ("/collective_rpc", "500", "No server has loaded the weights of step 0:.*POST {url}/collective_rpc: .* failed"),
         (
             "/collective_rpc",
             "refuses",
             "POST {url}/collective_rpc: .* too long for us.* Does the server see the folder",
         ),
-        ("/reset_prefix_cache", "another shape", "POST {url}/reset_prefix_cache: the server did not forget"),
+        ("/reset_prefix_cache", "another shape", "POST {url}/reset_prefix_cache: the server did not reset"),
         ("/update_weight_version", "half a body", "POST {url}/update_weight_version: .*(IncompleteRead|Connection)"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_long_wait_says_what_for(model, tmp_path, monkeypatch, caplog):
         engine = ServerEngine(bad.url, sync_dir=tmp_path, retries=Retries(most=0), timeout=0.6)
         with pytest.raises(EngineError):
             engine.sync(model, 0)
-    assert f"Waiting since 0 s for POST {bad.url}/collective_rpc (of 0.6 s at most)." in caplog.text
+    assert f"Waiting for POST {bad.url}/collective_rpc (0 s of at most 0.6 s)." in caplog.text
     assert not engine.servers[0].under_way
 
 

@@ -128,7 +128,9 @@ def test_adapters_travel_alone_or_merged(model, merged, served, tmp_path):
     policy = with_lora(model, **({"use_dora": True} if merged else {}))
     engine = ServerEngine(served.url, sync_dir=tmp_path, retries=QUICK)
     if merged:
-        with pytest.warns(UserWarning, match="merged into the weights that are sent, since it is a DoRA"):
+        with pytest.warns(
+            UserWarning, match="merged into the weights before they are sent to servers, since it is a DoRA"
+        ):
             engine.sync(policy, 0)
     else:
         engine.sync(policy, 0)
@@ -351,9 +353,9 @@ def test_what_is_refused_before_anything_is_sent(model, engine):
     with pytest.raises(EngineError, match="call sync"):
         engine.generate(PROMPTS, PARAMS, 1)
     engine.sync(model, 0)
-    with pytest.raises(DataError, match=r"prompts\[1\] has 128 tokens, the context of the servers is 128"):
+    with pytest.raises(DataError, match=r"prompts\[1\] has 128 tokens, but the context of the servers is 128"):
         engine.generate([PROMPTS[0], Prompt([5] * 128)], PARAMS, 1)
-    with pytest.raises(DataError, match=r"prompts\[0\] has inputs"):
+    with pytest.raises(DataError, match=r"prompts\[0\] has model inputs"):
         engine.generate([Prompt([5], {"pixel_values": 1})], PARAMS, 1)
     with pytest.raises(DataError, match=r"prompts\[0\] has max_new_tokens=0: give at least 1, or None"):
         engine.generate([Prompt([5], max_new_tokens=0)], PARAMS, 1)
@@ -371,7 +373,7 @@ def test_a_prompts_own_limit_is_a_limit_of_min_new_tokens_too(model, engine):
         ServerEngine("http://example.com:8000")
     with pytest.raises(ConfigError, match="not the URL"):
         ServerEngine("localhost:8000")
-    with pytest.raises(ConfigError, match="each of them once"):
+    with pytest.raises(ConfigError, match="none of them twice"):
         ServerEngine(["http://localhost:1", "http://localhost:1"])
 
 

@@ -163,9 +163,9 @@ def test_options_are_those_of_vllm(model, tmp_path):
     assert (options["gpu_memory_utilization"], options["model_impl"]) == (0.4, "transformers")
     assert (options["logprobs_mode"], options["generation_config"]) == ("processed_logprobs", "vllm")
     assert engine_of(tmp_path).mode == "raw_logprobs"
-    with pytest.warns(UserWarning, match="vLLM tells processed_logprobs"):
+    with pytest.warns(UserWarning, match="vLLM returns processed_logprobs"):
         assert not engine.exact_logprobs(SamplingParams(temperature=0.7, top_k=3))
-    with pytest.raises(ConfigError, match="vllm_tensor_parallel_size=2 does not divide the 1 processes"):
+    with pytest.raises(ConfigError, match="vllm_tensor_parallel_size=2 does not divide the number of processes, 1"):
         engine_of(tmp_path, tensor_parallel_size=2)
     engine.close()
 
@@ -176,17 +176,17 @@ def test_what_goes_wrong(model, tmp_path):
         engine.generate(PROMPTS, PARAMS, 1)
     engine.sync(model, 0)
     (llm,) = FakeLLM.made
-    with pytest.raises(DataError, match=r"prompts\[1\] has 200 tokens, vLLM's context is 200"):
+    with pytest.raises(DataError, match=r"prompts\[1\] has 200 tokens, but vLLM's context is 200"):
         engine.generate([PROMPTS[0], Prompt([5] * 200)], PARAMS, 1)
-    with pytest.raises(DataError, match=r"prompts\[0\] has inputs"):
+    with pytest.raises(DataError, match=r"prompts\[0\] has model inputs"):
         engine.generate([Prompt([5], {"pixel_values": 1})], PARAMS, 1)
     with pytest.raises(DataError, match=r"prompts\[0\] has max_new_tokens=0: give at least 1, or None"):
         engine.generate([Prompt([5], max_new_tokens=0)], PARAMS, 1)
     llm.reason = "error"
-    with pytest.raises(EngineError, match="vLLM ended a completion by 'error'"):
+    with pytest.raises(EngineError, match="finish reason 'error'"):
         engine.generate(PROMPTS, PARAMS, 1)
     llm.reason, llm.forgets = "length", False
-    with pytest.raises(EngineError, match="did not forget what it had cached"):
+    with pytest.raises(EngineError, match="did not reset its prefix cache"):
         engine.sync(model, 1)
     llm.forgets, llm.reads = True, False
     with torch.no_grad():

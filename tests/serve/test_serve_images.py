@@ -206,7 +206,7 @@ def test_an_adapter_on_what_reads_images_travels_merged(tiny):
         targets = rf".*{part}.*\.(q|v)_proj"
         policy = get_peft_model(copy.deepcopy(tiny.model), LoraConfig(r=2, target_modules=targets))
         reason = needs_merged_weights(policy, [replace(own, is_own=False)])
-        assert (reason == "it adapts what reads images, which vLLM's adapters do not") == merged
+        assert (reason == "it adapts the image encoder, which vLLM does not support") == merged
         assert needs_merged_weights(policy, [own]) is None
 
 
@@ -244,14 +244,14 @@ def test_what_a_server_is_asked_after_images():
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ({"choices": [choice(4, 5)]}, "does not say which tokens it made of the prompt.*--enable-scale-out"),
+        ({"choices": [choice(4, 5)]}, "does not return the token ids of the expanded prompt.*--enable-scale-out"),
         (
             {"prompt_token_ids": [7, 9, 8], "choices": [choice(4, 5)]},
-            "3 tokens there and 4 in the trainer.*number 2 on",
+            "3 tokens there and 4 in the trainer.*index 2 on",
         ),
-        ({"prompt_token_ids": PROMPT.ids, "choices": []}, "0 samples came, and 1 were asked for"),
-        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5) | {"token_ids": [4, 6]}]}, "other tokens than"),
-        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5, logprob=2.0)]}, "no numbers of at most 0"),
+        ({"prompt_token_ids": PROMPT.ids, "choices": []}, "0 samples, but 1 were requested"),
+        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5) | {"token_ids": [4, 6]}]}, "of other tokens than"),
+        ({"prompt_token_ids": PROMPT.ids, "choices": [choice(4, 5, logprob=2.0)]}, "not finite numbers of at most 0"),
     ],
 )
 def test_answers_that_are_not_the_trainers_prompt_are_refused(answer, words):
@@ -267,8 +267,8 @@ def test_a_server_that_sees_other_images_is_found_out(tiny, tmp_path):
     with serve(copy.deepcopy(tiny.model), other) as served:
         engine = ServerEngine(served.url, tiny.processor.tokenizer, sync_dir=tmp_path)
         engine.sync(tiny.model, 1)
-        with pytest.raises(EngineError, match="does not see images as the trainer does"):
+        with pytest.raises(EngineError, match="does not process images as the trainer does"):
             engine.generate([prompt], GREEDY)
-        with pytest.raises(DataError, match="inputs beside its tokens"):
+        with pytest.raises(DataError, match="model inputs besides its token ids"):
             engine.generate([replace(prompt, unexpanded=None)], GREEDY)
         engine.close()

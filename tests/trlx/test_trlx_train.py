@@ -345,7 +345,7 @@ def samples_and(**arguments):
             default_ppo_config,
             {"reward_fn": longer, "prompts": PROMPTS, "metric_fn": lambda samples, **kwargs: {"m": [1.0]}},
             DataError,
-            "metric_fn gave 1 values of 'metrics/m' for 4 samples",
+            "metric_fn returned 1 values of 'metrics/m' for 4 samples",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The rollout batches of a run, one minibatch after the other.
+"""The rollout buffer: an iterator over the minibatches of one rollout batch after the other.
 
 A rollout batch is sampled, with the current weights, when its first minibatch is requested. It is trained on for
 `iterations` epochs, or fewer if the remaining ones are skipped. Checkpoints contain the position in the rollout batch and,
@@ -22,13 +22,13 @@ Minibatch = list[Example]
 
 
 class RolloutBuffer(IterableDataset):
-    """Minibatches of rollout batches, one epoch over the prompts at a time.
+    """Iterates over the minibatches of one epoch over the prompts.
 
-    roll_out      samples a rollout batch and gives its minibatches
-    minibatches   number of minibatches of a rollout batch
+    roll_out      samples a rollout batch and returns its minibatches
+    minibatches   number of minibatches in a rollout batch
     iterations    epochs over each rollout batch
-    per_epoch     rollout batches of an epoch over the prompts; None for a stream, which has no end
-    state_of      gives minibatches as a checkpoint holds them, and `batch_from` reads what it gave
+    per_epoch     number of rollout batches in an epoch over the prompts; None for a stream without end
+    state_of      converts minibatches to the form in which checkpoints store them; `batch_from` is its inverse
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RolloutBuffer(IterableDataset):
         return self.per_epoch * self.updates_per_batch
 
     def __iter__(self) -> Iterator[Minibatch]:
-        """The minibatches of this epoch; empty ones for those that were trained on before a checkpoint, to be skipped."""
+        """Yield the minibatches of this epoch. Those trained on before a resumed checkpoint are empty, to be skipped."""
         done = self.served if self.per_epoch is None else self.served % len(self)
         for i in count() if self.per_epoch is None else range(len(self)):
             yield [] if i < done else self.next_minibatch()
@@ -93,11 +93,11 @@ class RolloutBuffer(IterableDataset):
 
     @property
     def is_between_epochs(self) -> bool:
-        """Whether an epoch over the rollout batch has ended and another one follows."""
+        """True if an epoch over the rollout batch has just ended and another epoch over it follows."""
         return not self.is_new and self.position % self.minibatches == 0
 
     def skip_remaining_epochs(self) -> None:
-        """The next minibatch is the first one of a new rollout batch."""
+        """Make the next minibatch the first one of a new rollout batch."""
         self.position += -self.position % self.updates_per_batch
 
     def state(self) -> dict[str, Any]:
@@ -113,9 +113,10 @@ class RolloutBuffer(IterableDataset):
         self.step_begins_batch = state.get("step_begins_batch", True)
 
     def loader(self) -> DataLoader:
-        """Minibatches one at a time. It reads nothing ahead: samples have to come from the weights of their moment.
+        """A data loader that yields one minibatch at a time.
 
-        A generator of its own keeps the loader from drawing on the random state that training goes by.
+        It does not prefetch, since a rollout batch has to be sampled with the weights of the step that trains on it. It has
+        its own random generator, so that it does not advance the random state of training.
         """
         return DataLoader(self, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator())
 

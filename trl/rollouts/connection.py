@@ -1,7 +1,7 @@
-"""One rollout server over HTTP: what is asked of it, within which time, and what its answers have to look like.
+"""An HTTP client for one rollout server: requests, timeouts, and validation of the answers.
 
-Every way in which a server can fail is an `EngineError` with its URL and what was asked: `Unreachable` where another server, or
-the same one later, may do better; `Refused` where the request itself was turned down, in the server's own words.
+Every failure of a server raises an `EngineError` that names its URL and the request: `Unreachable` where another server, or
+the same one later, may succeed; `Refused` where the server rejected the request itself, with the server's message.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from trl.rollouts.server_info import ServerInfo, read_info
 from trl.vision.images import data_url
 
 CONNECTIONS = 32
-"""Requests under way at a server of vLLM, which batches them itself; their connections stay open."""
+"""Most concurrent requests to a vLLM server, which batches them itself; connections are kept open."""
 
 CONNECT = 10.0
-"""Seconds in which a connection has to come about."""
+"""Timeout in seconds for opening a connection."""
 
 SHOWN = 400
-"""Characters of an answer in an error."""
+"""Most characters of an answer that an error message quotes."""
 
 ABSENT = (404, 405)
 TRY_LATER = (408, 425, 429)
 BANNED = -100.0
-"""Bias of a token that is not to be sampled."""
+"""Logit bias of a banned token."""
 
 GENERATE = "/inference/v1/generate"
 IMAGES_NEED = (
-    "Prompts with images go to a route that takes token ids and images: start the server with `trl vllm-serve` or `trl serve`; "
-    "it is vLLM 0.32 or later with --enable-scale-out."
+    "Prompts with images need a route that takes token ids and images: start the server with `trl vllm-serve` (vLLM 0.32 or "
+    "later with --enable-scale-out) or with `trl serve`."
 )
 FINAL_ONLY = 2
-"""How vLLM is told to answer once, with whole samples."""
+"""vLLM's `output_kind` for a single answer with complete samples."""
 
 REASONS = ("stop", "length")
-"""How a completion may have ended that is learned from; one that was aborted is sampled again."""
+"""Finish reasons of completions that are trained on; after any other, the request is repeated."""
 
 
 class Unreachable(EngineError):
-    """A server that is down, too slow, or answers what cannot be understood."""
+    """A server is down, too slow, or gives an answer that cannot be understood; a retry may succeed."""
 
 
 class Refused(EngineError):
-    """A request that a server turned down; asking again is no use."""
+    """A server rejected a request; a retry would fail again."""
 
 
 @dataclass(frozen=True)
 class SentPrompt:
-    """A prompt on its way to a server, from any process.
+    """A prompt in the form in which it is sent to the main process and to a server.
 
-    ids              with all tokens of its images
-    max_new_tokens   a limit of its own, or None
-    unexpanded       the ids with one place for each image, where it has some
-    images           those, as data URLs
-    has_inputs       whether it has inputs that are not sent
+    ids              token ids, with all tokens of its images
+    max_new_tokens   the prompt's own limit, or None
+    unexpanded       token ids with one placeholder per image, if it has images
+    images           its images, as data URLs
+    has_inputs       whether it has model inputs that cannot be sent
     """
 
     ids: Sequence[int]
@@ -84,20 +84,20 @@ class SentPrompt:
 
 
 class Server:
-    """The server at `url`. Answers have to come within `timeout` seconds. Any thread may ask."""
+    """The server at `url`. A request may take `timeout` seconds. Safe to use from several threads."""
 
     def __init__(self, url: str, *, timeout: float, api_key: str | None = None) -> None:
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.version: str | None = None
-        """The weights that it has; None if that is not known."""
+        """The version of its weights; None if unknown."""
         self.reads_images = False
-        """Whether its model does, so that it keeps what earlier weights made of them."""
+        """Whether its model takes images: it then has a cache of image features, to be reset with new weights."""
         self._session = requests.Session()
-        self._session.trust_env = False  # servers are reached directly, with no key but their own
+        self._session.trust_env = False  # no proxies and no .netrc: they are not for rollout servers
         self._session.mount(self.url, HTTPAdapter(pool_connections=1, pool_maxsize=CONNECTIONS))
         self.under_way: dict[int, tuple[str, float]] = {}
-        """What threads are asking it, and since when."""
+        """The requests in progress by thread: what is requested, and since when (monotonic seconds)."""
 
     def get(self, path: str, *, timeout: float | None = None, **params: Any) -> Any:
         return self._ask("GET", path, None, params, timeout or self.timeout)
@@ -115,7 +115,7 @@ class Server:
             del self.under_way[thread]
 
     def _ask(self, method: str, path: str, body: Any, params: Mapping[str, Any], timeout: float) -> Any:
-        """The answer: what its JSON says, or its text. Raises Unreachable or Refused."""
+        """Send a request, and return the answer's parsed JSON, or else its text. Raises Unreachable or Refused."""
         asked, end = f"{method} {self.url}{path}", time.monotonic() + timeout
         limits = (min(CONNECT, timeout), timeout)
         try:
@@ -127,7 +127,7 @@ class Server:
             ):
                 content = _read(response, end)
         except (requests.Timeout, TimeoutError) as error:
-            raise Unreachable(f"{asked}: no whole answer within {timeout:g} seconds.") from error
+            raise Unreachable(f"{asked}: no complete answer within {timeout:g} seconds.") from error
         except requests.RequestException as error:
             raise Unreachable(f"{asked}: {_cause(error)}.") from error
         if response.status_code >= 500 or response.status_code in TRY_LATER:
@@ -142,7 +142,7 @@ class Server:
             raise Unreachable(f"{asked}: the answer is not JSON: {content[:SHOWN]!r}.") from error
 
     def info(self, timeout: float) -> ServerInfo:
-        """What the server says of its model within `timeout` seconds. Raises Refused for one that does not say it."""
+        """The server's description of its model, within `timeout` seconds. Raises Refused if it has no such route."""
         try:
             found = self.get("/server_info", timeout=timeout, config_format="json")
         except Refused as error:
@@ -162,7 +162,7 @@ class Server:
     def complete(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str, vocabulary: int
     ) -> list[list[Rollout]]:
-        """n samples of each prompt, with every sampling parameter said. Raises Unreachable for an answer that is not that."""
+        """n samples of each prompt, with all sampling parameters sent explicitly. Raises Unreachable for an invalid answer."""
         answer = self.post("/v1/completions", completion_body(prompts, params, n, model))
         asked = f"POST {self.url}/v1/completions (n={n} of {len(prompts)} prompts)"
         with _answer_checked(asked, answer):
@@ -171,7 +171,8 @@ class Server:
     def complete_after_images(
         self, prompt: SentPrompt, params: SamplingParams, n: int, model: str, vocabulary: int
     ) -> list[Rollout]:
-        """n samples of a prompt with images. Raises Refused where the server expands it to other tokens than the trainer."""
+        """n samples of a prompt with images. Raises Refused if the server expands the images to other tokens than the
+        trainer."""
         asked = f"POST {self.url}{GENERATE} (n={n}, {len(prompt.images)} images)"
         try:
             answer = self.post(GENERATE, image_body(prompt, params, n, model))
@@ -179,7 +180,7 @@ class Server:
             raise Refused(f"{error} {IMAGES_NEED if _is_absent(error) else ''}".rstrip()) from error
         told = answer.get("prompt_token_ids") if isinstance(answer, Mapping) else None
         if not isinstance(told, list):
-            raise Refused(f"{asked}: the server does not say which tokens it made of the prompt. {IMAGES_NEED}")
+            raise Refused(f"{asked}: the server does not return the token ids of the expanded prompt. {IMAGES_NEED}")
         if told != list(prompt.ids):
             raise Refused(f"{asked}: {other_tokens(told, prompt.ids)}")
         with _answer_checked(asked, answer):
@@ -189,12 +190,12 @@ class Server:
 
 @contextmanager
 def _answer_checked(asked: str, answer: Any) -> Iterator[None]:
-    """Errors of reading an answer as one that is not what was asked for."""
+    """Within it, errors in reading an answer are raised as `Unreachable`, with the request and the answer."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
-        raise Unreachable(f"{asked}: the answer is not what was asked for: {reason}. {_shown(answer)}") from error
+        raise Unreachable(f"{asked}: the answer is invalid: {reason}. {_shown(answer)}") from error
 
 
 def _is_absent(error: Refused) -> bool:
@@ -202,12 +203,12 @@ def _is_absent(error: Refused) -> bool:
 
 
 def other_tokens(told: Sequence[int], wanted: Sequence[int]) -> str:
-    """How the tokens that a sampler made of a prompt with images differ from the trainer's."""
+    """An error message for a prompt with images that a sampler expands to other tokens than the trainer."""
     first = next((i for i, (a, b) in enumerate(zip(told, wanted, strict=False)) if a != b), min(len(told), len(wanted)))
     return (
-        f"the prompt with its images is {len(told)} tokens there and {len(wanted)} in the trainer, and they differ from number "
-        f"{first} on. Serve the model from a folder with the trainer's own processor (processor.save_pretrained), and give it "
-        "no --mm-processor-kwargs; families whose prompts vLLM builds in another order are sampled in process."
+        f"the prompt with its images has {len(told)} tokens there and {len(wanted)} in the trainer, and they differ from index "
+        f"{first} on. Serve the model from a folder with the trainer's own processor (processor.save_pretrained), and without "
+        "--mm-processor-kwargs; if vLLM builds prompts of this model family in another order, sample in process."
     )
 
 
@@ -221,15 +222,15 @@ def _read(response: requests.Response, end: float) -> bytes:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason of what requests raises, which wraps several layers of errors."""
+    """A short description of an error of `requests`, whose messages are long."""
     text = str(error)
     if isinstance(error, requests.ConnectionError) and "refused" in text:
-        return "the connection was refused, as by a port where no server runs"
+        return "the connection was refused (is a server running at this port?)"
     return f"{type(error).__name__}: {text[:SHOWN]}"
 
 
 def _words(content: bytes) -> str:
-    """The message in an error, of whichever shape."""
+    """The message in the body of an error response, for the various JSON layouts of servers."""
     text = content.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -241,11 +242,12 @@ def _words(content: bytes) -> str:
 
 
 def _shown(answer: Any) -> str:
-    return f"It says {repr(answer)[:SHOWN]}"
+    return f"The answer was {repr(answer)[:SHOWN]}"
 
 
 def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, model: str) -> dict[str, Any]:
-    """All of `params` said, so that no default of the server or of its model's generation config holds."""
+    """Body of a completion request. It gives all sampling parameters, so that no default of the server or of its model's
+    generation config applies."""
     return {
         "model": model,
         "prompt": [list(prompt) for prompt in prompts],
@@ -258,7 +260,7 @@ def completion_body(prompts: Sequence[Sequence[int]], params: SamplingParams, n:
 
 
 def image_body(prompt: SentPrompt, params: SamplingParams, n: int, model: str) -> dict[str, Any]:
-    """The same for a prompt with images: ids from before expansion, and the server says what it made of them."""
+    """Body of a request for a prompt with images: unexpanded token ids; the server returns the expanded ones."""
     return {
         "model": model,
         "token_ids": list(prompt.unexpanded),
@@ -293,10 +295,10 @@ def sampling_body(params: SamplingParams, n: int) -> dict[str, Any]:
 
 
 def _as_completion(choice: Mapping[str, Any]) -> dict[str, Any]:
-    """A choice of the route for tokens as one of the route for completions."""
+    """Convert a choice of the `GENERATE` route to the format of the completions route."""
     content = choice["logprobs"]["content"]
     if [each["token_id"] for each in content] != choice["token_ids"]:
-        raise ValueError("log-probabilities of other tokens than were sampled")
+        raise ValueError("its log-probabilities are of other tokens than the sampled ones")
     return {**choice, "logprobs": {"token_logprobs": [each["logprob"] for each in content]}}
 
 
@@ -308,15 +310,15 @@ def _rollouts(
     vocabulary: int,
     version: str | None,
 ) -> list[list[Rollout]]:
-    """The samples by prompt. Raises ValueError, KeyError or TypeError for anything but the samples asked for."""
+    """The n samples of each prompt. Raises ValueError, KeyError or TypeError for an answer that is not exactly that."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(n * len(prompts))):
-        raise ValueError(f"{len(choices)} samples came, and {n * len(prompts)} were asked for")
+        raise ValueError(f"it has {len(choices)} samples, but {n * len(prompts)} were requested")
     rollouts = []
     for choice in choices:
         prompt = list(prompts[choice["index"] // n])
         if choice.get("prompt_token_ids") not in (None, prompt):
-            raise ValueError("a prompt came back as other tokens than were sent")
+            raise ValueError("it returns a prompt with other tokens than were sent")
         rollouts.append(_rollout(choice, params.max_new_tokens, vocabulary, version))
     return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -325,12 +327,12 @@ def _rollout(choice: Mapping[str, Any], limit: int, vocabulary: int, version: st
     ids, reason = choice["token_ids"], choice["finish_reason"]
     logprobs = choice["logprobs"]["token_logprobs"]
     if len(logprobs) != len(ids):
-        raise ValueError(f"{len(logprobs)} log-probabilities of {len(ids)} tokens")
+        raise ValueError(f"it has {len(logprobs)} log-probabilities for {len(ids)} tokens")
     if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
-        raise ValueError(f"tokens that are not of the model's vocabulary of {vocabulary}")
+        raise ValueError(f"it has token ids outside the model's vocabulary of {vocabulary}")
     if not all(isinstance(value, int | float) and isfinite(value) and value <= 1e-3 for value in logprobs):
-        raise ValueError("log-probabilities that are no numbers of at most 0")
+        raise ValueError("it has log-probabilities that are not finite numbers of at most 0")
     if not 1 <= len(ids) <= limit or reason not in REASONS:
-        raise ValueError(f"{len(ids)} tokens of at most {limit}, ended by {reason!r}")
+        raise ValueError(f"a completion has {len(ids)} tokens (limit {limit}) and the finish reason {reason!r}")
     step = int(version) if version is not None and version.isdigit() else None
     return Rollout(tuple(ids), tuple(map(float, logprobs)), reason, version=step)

@@ -1,9 +1,9 @@
-"""Work shared out among servers: each takes the next request when it is free, and what one fails at goes to another.
+"""Distribute requests among servers: each server takes the next request when it is free; failed requests are retried.
 
-    requests ──queue──▶ server 1 ──fails──▶ back into the queue, and the server rests: 1 s, 2 s, 4 s, …
-                   └──▶ server 2 ──▶ answers, each counted once
+    requests ──queue──▶ server 1 ──fails──▶ back into the queue; the server waits 1 s, 2 s, 4 s, …
+                   └──▶ server 2 ──▶ answers, one per request
 
-A server that fails too often in a row gets nothing more; with the last one, the whole batch of requests has failed.
+A server that fails too often in a row gets no further requests; when none is left, the whole batch of requests fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retries:
-    """How often in a row a server may fail, and the seconds that it rests after the first failure; twice as long each time."""
+    """`most` is how often in a row a server may fail; `backoff` the seconds before the first retry, doubled for each further."""
 
     most: int = 5
     backoff: float = 1.0
@@ -34,7 +34,7 @@ T, A = TypeVar("T"), TypeVar("A")
 
 
 class Dispatch(Generic[T, A]):
-    """Has `ask(server, request)` answer every request, by `connections` threads for each server."""
+    """Answers every request by `ask(server, request)`, with up to `connections` threads per server."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Dispatch(Generic[T, A]):
         self._changed = threading.Condition()
 
     def run(self) -> list[A]:
-        """The answers, in the order of the requests. Raises EngineError where no server is left, or one refuses."""
+        """The answers, in the order of the requests. Raises EngineError if no server is left, or one refuses a request."""
         each = min(self.connections, -(-len(self.requests) // len(self.servers)))
         threads = [
             threading.Thread(target=self._serve, args=(server,), daemon=True)
@@ -70,7 +70,9 @@ class Dispatch(Generic[T, A]):
         if len(self._answers) < len(self.requests):
             reasons = "\n".join(map(str, self._failures.values()))
             missing = len(self.requests) - len(self._answers)
-            raise EngineError(f"No server is left for {missing} of {len(self.requests)} requests:\n{reasons}")
+            raise EngineError(
+                f"{missing} of {len(self.requests)} requests have no answer, and all servers have failed:\n{reasons}"
+            )
         return [self._answers[i] for i in range(len(self.requests))]
 
     def _wait(self, threads: Sequence[threading.Thread]) -> None:
@@ -82,7 +84,7 @@ class Dispatch(Generic[T, A]):
                 said = time.monotonic()
                 urls = ", ".join(server.url for server in self.servers)
                 done = f"{len(self._answers)} of {len(self.requests)} requests"
-                logger.warning(f"{said - start:.0f} s: {done} answered by {urls}")
+                logger.warning(f"After {said - start:.0f} s, {done} have been answered by {urls}.")
 
     def _is_over(self) -> bool:
         return self._error is not None or len(self._answers) == len(self.requests)
@@ -97,7 +99,7 @@ class Dispatch(Generic[T, A]):
                 with self._changed:
                     self._changed.wait_for(self._is_over, timeout=self.retries.backoff * 2**failed)
                 failed += 1
-            except BaseException as error:  # raised again by the thread that waits
+            except BaseException as error:  # re-raised by `run`
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
@@ -108,13 +110,13 @@ class Dispatch(Generic[T, A]):
                     self._changed.notify_all()
 
     def _next(self) -> int | None:
-        """The number of a request to send; None once there is nothing left to do."""
+        """The index of the next request to send; waits for one. None once the dispatch is over."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_over())
             return None if self._is_over() else self._waiting.pop()
 
     def _put_back(self, number: int, server: Server, error: Unreachable) -> None:
-        logger.warning("%s It is asked for again.", error)
+        logger.warning("%s The request will be retried.", error)
         with self._changed:
             self.retried += 1
             self._failures[server.url] = error

@@ -1,9 +1,9 @@
-"""What a rollout engine is: prompts in, samples with their log-probabilities out, tokens on both sides.
+"""The protocol of rollout engines: prompts in, samples with their log-probabilities out, both as token ids.
 
     prompt x ──engine.generate──▶ n samples y ~ π(· | x), each token with log π(y_t | x, y_<t)
 
-An online trainer sees engines through this protocol alone, so that sampling in process, on a server or from a
-fixed table are three objects and no branch.
+Online trainers use engines through this protocol alone: an engine may sample in process, on a server, or return
+completions from a fixed table.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Unexpanded:
-    """A prompt with images as samplers take it that process images themselves.
+    """A prompt with images before its image tokens are expanded, for samplers that process images themselves.
 
-    ids      with one place for each image, where `Prompt.ids` has all tokens of it
-    images   in RGB and within the trainer's limits, in the order of their places
+    ids      token ids with one placeholder per image, where `Prompt.ids` has all tokens of the image
+    images   in RGB and within the trainer's size limits, in the order of their placeholders
     """
 
     ids: Sequence[int]
@@ -38,11 +38,11 @@ class Unexpanded:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy continues: token ids (of the encoder, in an encoder-decoder), never padded.
+    """A prompt to sample completions for: unpadded token ids (those of the encoder, in an encoder-decoder).
 
-    `inputs`, `positions` and `next_position` are those of a `trl.types.Example`: what else the model reads with the prompt
-    (pixel values, …), and where its tokens stand. `max_new_tokens` is a limit of this prompt's own, below the one of the
-    sampling parameters. `unexpanded` is the same prompt for engines that make pixel values of images themselves.
+    `inputs`, `positions` and `next_position` are as in `trl.types.Example`: further model inputs (pixel values, …) and
+    position ids. `max_new_tokens` limits this prompt's completions further than the sampling parameters do. `unexpanded` is
+    the same prompt for engines that turn images into pixel values themselves.
     """
 
     ids: Sequence[int]
@@ -62,26 +62,26 @@ class Prompt:
 
     @property
     def key(self) -> Hashable:
-        """Identity of the prompt: equal where token ids and all other inputs are."""
+        """Identity of the prompt: equal for two prompts if their token ids and all other inputs are equal."""
         return prompt_key(self.ids, self.inputs)
 
     @property
     def shift(self) -> int:
-        """What is added to a token's number to get its position, from the first one after the prompt on."""
+        """What is added to the index of a token after the prompt to get its position id."""
         return 0 if self.next_position is None else self.next_position - len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A sampled continuation, on the host.
+    """A sampled completion, on the host.
 
-    ids            the sampled tokens, with the stop token (or the tokens of the stop string) where one was reached
+    ids            the sampled tokens, with the stop token (or the tokens of the stop string) that ended it, if any
     logprobs       one per token: log-softmax of logits / temperature, before any truncation, penalty or ban
     finish_reason  "stop": a stop token or stop string; "length": the limit on new tokens, or the model's context;
                    "abort": ended from outside; "error": the engine failed
-    mask           1 for the tokens that the policy sampled, 0 for those that an environment wrote; None: all are sampled
-    version        the optimizer step whose weights sampled; None: not known
-    info           what else the engine tells of this sample, for reward functions and metrics
+    mask           1 for tokens that the policy sampled, 0 for tokens that an environment wrote; None: all are sampled
+    version        the optimizer step whose weights were sampled from; None: unknown
+    info           further values of this sample, for reward functions and metrics
     """
 
     ids: tuple[int, ...]
@@ -97,10 +97,10 @@ class Rollout:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples completions. One's own derives from it, with `generate` and `sync`.
+    """Samples completions. To write an engine, derive from this class and define `generate` and `sync`.
 
-    is_policy   whether samples come from the model in training itself, in process: any model can then be sampled from,
-                and log-probabilities are the trainer's own
+    is_policy   True if the engine samples in process from the model in training itself: it then supports every model, and
+                its log-probabilities are the trainer's own
     """
 
     is_policy: bool = False
@@ -112,21 +112,22 @@ class RolloutEngine(Protocol):
 
     @abstractmethod
     def sync(self, model: nn.Module, step: int) -> None:
-        """Later samples come from the weights of `model` as they are at optimizer step `step`.
+        """Take over the weights that `model` has at optimizer step `step`, for all samples that follow.
 
-        Called before every rollout batch and every evaluation batch, on all processes: an engine that is sent weights
-        sends them once per step.
+        Called before every rollout batch and every evaluation batch, on all processes. An engine that has to transfer weights
+        does so once per step.
         """
         ...
 
     def exact_logprobs(self, params: SamplingParams) -> bool:
-        """Whether `Rollout.logprobs` are, for these parameters, what it says; else the trainer computes them again."""
+        """True if `Rollout.logprobs` are, with these parameters, those that `Rollout` defines; else the trainer recomputes
+        them."""
         return True
 
     def take_metrics(self) -> dict[str, float]:
-        """What the engine measured since the last call, by name, for the trainer's log."""
+        """The engine's metrics since the last call, by name, for the trainer's log."""
         return {}
 
     def close(self) -> None:
-        """Give back what the engine holds: connections, processes, memory."""
+        """Release connections, processes and memory of the engine."""
         return

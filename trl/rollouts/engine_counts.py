@@ -1,10 +1,10 @@
-"""What engines measure between two logs."""
+"""Metrics of an engine between two log entries."""
 
 from __future__ import annotations
 
 
 class EngineCounts:
-    """Sums and maxima since they were last taken."""
+    """Sums and maxima of an engine's metrics since the last call of `take`."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, float] = {}
@@ -16,7 +16,7 @@ class EngineCounts:
         self._numbers[name] = max(self._numbers.get(name, value), value)
 
     def take(self) -> dict[str, float]:
-        """`engine/…` of each; in place of `generated_tokens` their number per second of `generate_seconds`."""
+        """Return and reset all metrics, as `engine/…`; `tokens_per_second` takes the place of `generated_tokens`."""
         found, self._numbers = self._numbers, {}
         seconds, tokens = found.get("generate_seconds", 0.0), found.pop("generated_tokens", 0.0)
         if seconds:

@@ -1,10 +1,10 @@
-"""Samples of the same prompts under several sampling options, with their rewards and other metrics.
+"""Evaluate samples of the same prompts under several sets of sampling options, by rewards and other metrics.
 
     found = SampledEvaluation(rows, {"@beta=0": …, "@beta=1": …}, rewards, metric_fn)(engine, tokenizer)
     found.metrics                    {"reward@beta=0": 0.3, "reward@beta=1": 0.8, "optimality@beta=0": …}
     found.samples                    prompt, completion and scores of each
 
-Options that are given as lists are swept: `swept({"beta": [0, 1], "top_k": 20})` are two sets of them.
+Options given as lists are swept: `swept({"beta": [0, 1], "top_k": 20})` gives two sets of options.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MetricFunction = Callable[..., Mapping[str, Sequence[float]]]
 
 LISTS = frozenset(("begin_suppress_tokens", "constraints", "eos_token_id", "sequence_bias", "suppress_tokens"))
 LISTS |= {"bad_words_ids", "force_words_ids", "stop", "stop_strings", "stop_token_ids"}
-"""Options whose value is a list by itself."""
+"""Options whose single value is already a list: they are not swept."""
 
 NOT_COLUMNS = ("prompt", "prompt_ids")
-"""Columns that functions are not given under their name."""
+"""Columns that are not passed to functions under their own names."""
 
 
 def swept(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All combinations of the options that are lists, by a suffix that names them: `{"@beta=0": {"beta": 0, …}, …}`."""
+    """All combinations of the options given as lists, by a suffix that names the values: `{"@beta=0": {"beta": 0, …}, …}`."""
     varied = {name: value for name, value in options.items() if isinstance(value, list | tuple) and name not in LISTS}
     combinations = (dict(zip(varied, values, strict=True)) for values in product(*varied.values()))
     return {"".join(f"@{name}={value}" for name, value in each.items()): {**options, **each} for each in combinations}
@@ -46,7 +46,7 @@ def swept(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class JudgedSample:
-    """A prompt, what was sampled after it, and what functions made of it, by name and suffix."""
+    """A prompt, a completion sampled for it, and the scores that functions gave it, by name and suffix."""
 
     prompt: str
     completion: str
@@ -63,10 +63,10 @@ class SampledMetrics:
 
 @dataclass(frozen=True)
 class SampledEvaluation:
-    """What to sample, how, and by what to judge it.
+    """Prompts, sampling parameters and functions of an evaluation; calling it samples and scores.
 
-    rows        `prompt` and `prompt_ids`; other columns go to the functions, one value per sample
-    params      sampling options, by the suffix of their metrics
+    rows        with `prompt` and `prompt_ids`; other columns are passed to the functions, one value per sample
+    params      sampling parameters, by the suffix of their metrics
     rewards     reward functions; their weighted sum is the metric `reward`
     metric_fn   (prompts, completions, completion_ids, **columns) -> {name: one number per sample}
     n           completions of each prompt
@@ -87,7 +87,7 @@ class SampledEvaluation:
         world: int = 1,
         gather: Callable[[Any], list[Any]] = lambda own: [own],
     ) -> SampledMetrics:
-        """Sample and judge. Of several processes each takes its share of the rows, and `gather` gives what all have found."""
+        """Sample and score. Process `rank` of `world` takes its share of the rows; `gather` collects the results of all."""
         own = [self._sample(engine, tokenizer, suffix, rank, world) for suffix in self.params]
         everywhere = [each for part in gather([each for found in own for each in found]) for each in part]
         return SampledMetrics(_means(everywhere), everywhere)
@@ -128,7 +128,7 @@ def samples_of(
     sampled: Sequence[Sequence[Rollout]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Samples:
-    """The samples as functions see them: texts, token ids, and the rows' other columns repeated."""
+    """The samples as functions receive them: texts, token ids, and the other columns of the rows, one value per sample."""
     repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
     ids = [list(rollout.ids) for rollouts in sampled for rollout in rollouts]
     names = [name for name in (rows[0] if rows else ()) if name not in NOT_COLUMNS]
@@ -141,13 +141,13 @@ def _checked(name: str, values: Any, count: int) -> list[float]:
     values = values.tolist() if isinstance(values, Tensor) else list(values)
     if len(values) != count:
         raise DataError(
-            f"metric_fn gave {len(values)} values of {name!r} for {count} samples: it has to give one each."
+            f"metric_fn returned {len(values)} values of {name!r} for {count} samples: return one value per sample."
         )
     return [float(value) for value in values]
 
 
 def _means(samples: Sequence[JudgedSample]) -> dict[str, float]:
-    """The mean of every score over the samples that have it, in the order in which they were found; NaN is left out."""
+    """The mean of every score over the samples that have it, without NaN."""
     names = dict.fromkeys(name for sample in samples for name in sample.scores)
     columns = {name: torch.tensor([s.scores[name] for s in samples if name in s.scores]).double() for name in names}
     return {name: column.nanmean().item() for name, column in columns.items()}

@@ -1,9 +1,9 @@
-"""A rollout batch: from groups of samples to the examples that are trained on, and back from a checkpoint.
+"""Conversions of a rollout batch: groups of samples to an `Experience`, to examples to train on, and to and from checkpoints.
 
-    groups (G samples of a prompt, rewarded) ──▶ Experience [N,…] ──advantages──▶ examples with signals ──▶ minibatches
+    groups (G samples of a prompt, with rewards) ──▶ Experience [N,…] ──advantages──▶ examples with signals ──▶ minibatches
 
-Experience is tensors over the whole rollout batch, for algorithms; examples are ragged lists, one prompt with those of its samples
-that are learned from. A minibatch is what one counted step of the loop trains on.
+An `Experience` holds tensors over the whole rollout batch, for algorithms. Examples are ragged lists: a prompt with those of
+its samples that are trained on. A minibatch is what one iteration of the training loop is given.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trl.types import Completion, Example, Experience
 class Group:
     """All samples of one prompt, and their rewards.
 
-    row           the dataset's row
+    row           row of the dataset that the prompt comes from
     example       the prompt and its G completions, with the signal `sampler_logprobs`
-    finished      [G] whether a completion came to its end
-    completions   [G] as reward functions see them: texts or conversations
-    rewards       [G,F] of every function, NaN where it did not apply
-    failed        [G] whether a function failed
-    extra         what reward functions logged of each completion, by name
+    finished      [G] bool: the completion ended by itself, not at the token limit
+    completions   [G] as passed to reward functions: texts or conversations
+    rewards       [G,F] reward of each of F functions, NaN where a function did not apply
+    failed        [G] bool: a reward function failed
+    extra         values that reward functions logged, one per completion, by name
     """
 
     row: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Group:
 
 
 def empty_group(row: Mapping[str, Any], prompt: Example, n: int, *, functions: int) -> Group:
-    """A group of `n` for a process without a prompt of its own: nothing is rewarded, learned from or counted."""
+    """A group of `n` dummy completions, for a process without a prompt: not rewarded, not trained on, not counted."""
     completion = Completion([0], mask=[0], signals={"sampler_logprobs": [0.0]})
     yes = torch.ones(n, dtype=torch.bool)
     example = replace(prompt, completions=(completion,) * n)
@@ -58,12 +58,12 @@ def example_of(prompt: Example, rollouts: Sequence[Rollout]) -> Example:
 
 
 def finished(rollouts: Sequence[Rollout]) -> Tensor:
-    """`[G]` bool: whether completions came to their end, or were cut at the limit."""
+    """`[G]` bool: true where a completion ended by a stop token or stop string, false where it was cut at the limit."""
     return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
 
 
 def offsets(examples: Sequence[Example]) -> list[int]:
-    """The number of each example's first completion."""
+    """The index of each example's first completion among all completions."""
     return [0, *accumulate(len(example.completions) for example in examples)][:-1]
 
 
@@ -72,7 +72,7 @@ def completions_of(examples: Sequence[Example]) -> list[Completion]:
 
 
 def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
-    """The experience of a rollout batch: rewards `[N]` of its completions, and their signals as tensors."""
+    """The experience of a rollout batch, from the rewards `[N]` of its completions and their signals, padded to tensors."""
     completions = completions_of(examples)
     sizes = torch.tensor([len(example.completions) for example in examples])
     width = max(1, *map(len, completions))
@@ -83,7 +83,10 @@ def experience_of(examples: Sequence[Example], rewards: Tensor) -> Experience:
 def tables_of(
     examples: Sequence[Example], parts: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]]
 ) -> dict[str, Tensor]:
-    """Numbers `[N,C]` of all completions by name, from `[n,c]` of parts, each with the indices of its examples."""
+    """Combine values of parts of the examples to tables `[N,C]` over all completions, by name.
+
+    Each part is a sequence of indices into `examples`, and values `[n,c]` of their completions by name.
+    """
     first = offsets(examples)
     shape = (len(completions_of(examples)), max(1, *(len(c) for c in completions_of(examples))))
     tables: dict[str, Tensor] = {}
@@ -96,7 +99,7 @@ def tables_of(
 
 
 def with_signals(examples: Sequence[Example], signals: Mapping[str, Tensor]) -> list[Example]:
-    """The examples with signals `[N]` or `[N,C]` added to those of their completions."""
+    """The examples with `signals` `[N]` or `[N,C]` added to the signals of their completions."""
     rows = {name: values.tolist() for name, values in signals.items()}
     made, n = [], 0
     for example in examples:
@@ -110,7 +113,7 @@ def with_signals(examples: Sequence[Example], signals: Mapping[str, Tensor]) -> 
 
 
 def without_signals(examples: Sequence[Example], names: Sequence[str]) -> list[Example]:
-    """The examples less the named signals."""
+    """The examples without the signals called `names`."""
 
     def less(completion: Completion) -> Completion:
         return replace(completion, signals={k: v for k, v in completion.signals.items() if k not in names})
@@ -121,10 +124,10 @@ def without_signals(examples: Sequence[Example], names: Sequence[str]) -> list[E
 def split_into_minibatches(
     examples: Sequence[Example], keep: Sequence[bool], minibatches: int, budget: int | None
 ) -> list[list[Example]]:
-    """The completions to keep, in as many minibatches of like numbers of completions; groups stay together as far as they can.
+    """Split the completions to keep into `minibatches` parts with nearly equal numbers of completions.
 
-    A group is split where it crosses the end of a minibatch, or holds more than `budget` tokens with its prompt. Where there
-    are fewer completions than minibatches, one that nothing is learned from fills the rest.
+    A group is split only where it crosses the end of a minibatch, or has more than `budget` tokens together with its prompt. If
+    there are fewer completions than minibatches, the rest is filled with a masked-out completion.
     """
     wanted = iter(keep)
     flat = [(i, c) for i, example in enumerate(examples) for c in example.completions if next(wanted)]
@@ -134,19 +137,22 @@ def split_into_minibatches(
 
 
 def masked_out(example: Example) -> Example:
-    """The example, with nothing in it to learn from."""
+    """The example with no token scored, so that nothing is learned from it."""
     return replace(example, completions=tuple(replace(c, mask=[0] * len(c)) for c in example.completions))
 
 
 def deal_minibatches(examples: Sequence[Example], padding_example: Example, minibatches: int) -> list[list[Example]]:
-    """Examples that are to stay whole, in minibatches of like numbers; `padding_example`, masked_out, where there are too few."""
+    """Split examples, each kept whole, into `minibatches` parts of nearly equal numbers.
+
+    If there are fewer examples than minibatches, the rest is filled with `padding_example`, masked out.
+    """
     whole = [*examples, *[masked_out(padding_example)] * (minibatches - len(examples))]
     bounds = [len(whole) * k // minibatches for k in range(minibatches + 1)]
     return [whole[a:b] for a, b in pairwise(bounds)]
 
 
 def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]], budget: int | None) -> list[Example]:
-    """Neighbours with the same prompt as one example, of at most `budget` tokens."""
+    """Join neighbouring completions of the same prompt to one example of at most `budget` tokens."""
     pieces: list[tuple[int, list[Completion], int]] = []
     for i, completion in flat:
         prompt = len(examples[i].prompt)
@@ -159,7 +165,7 @@ def _grouped(examples: Sequence[Example], flat: Sequence[tuple[int, Completion]]
 
 
 def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, Any]]]:
-    """Minibatches as lists, dicts and numbers, for a checkpoint."""
+    """Minibatches as lists, dicts, numbers and tensors, as a checkpoint stores them."""
 
     def plain(c: Completion) -> dict[str, Any]:
         return {"ids": list(c.ids), "mask": None if c.mask is None else list(c.mask), "signals": dict(c.signals)}
@@ -173,7 +179,7 @@ def state_of(minibatches: Sequence[Sequence[Example]]) -> list[list[dict[str, An
 
 
 def minibatches_from(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Example]]:
-    """Minibatches from what `state_of` gave."""
+    """Minibatches from the result of `state_of`."""
     return [
         [Example(**{**e, "completions": tuple(Completion(**c) for c in e["completions"])}) for e in each]
         for each in state

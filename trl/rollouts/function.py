@@ -1,10 +1,10 @@
-"""Rollouts by a function of the user's, as TRL has it: whole episodes with tools or environments, in whatever way they are made.
+"""Rollouts from a function of the user, in the interface of TRL: it may run whole episodes with tools or environments.
 
     def rollout_func(prompts, trainer) -> dict:
         return {"prompt_ids": [...], "completion_ids": [...], "logprobs": [...], "env_mask": [...], "score": [...]}
 
-`prompts` are those of this process, each as often as it has completions; every list has one entry for each of them. `env_mask`
-(1: the policy wrote the token) may be left out. Further lists go to the reward functions under their names.
+`prompts` are the prompts of this process, each repeated once per completion; every list in the dict has one entry for each.
+`env_mask` (1: the policy sampled the token) is optional. Further lists are passed to the reward functions under their names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ KNOWN = (*NEEDED, "env_mask")
 def rollouts_of(
     found: Any, count: int, n: int, ends: Sequence[int], version: int
 ) -> tuple[list[list[int]], list[list[Rollout]]]:
-    """Token ids of `count` prompts, and n rollouts of each, from what the function gave.
+    """Token ids of `count` prompts, and n rollouts of each, from the result `found` of the function.
 
-    A completion that ends with one of the tokens `ends` has come to its end. Raises DataError, naming the key and the entry.
+    A completion has the finish reason "stop" if its last token is in `ends`, else "length". Raises DataError that names the
+    key and the entry of an invalid result.
     """
     _check_lists(found, count * n)
     further = [name for name in found if name not in KNOWN]
@@ -51,28 +52,28 @@ def rollouts_of(
 def _check_lists(found: Any, entries: int) -> None:
     if not isinstance(found, Mapping) or any(found.get(name) is None for name in NEEDED):
         given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
-        raise DataError(f"rollout_func gives a dict with {', '.join(NEEDED)}; it gave {given}.")
+        raise DataError(f"rollout_func returned {given}: return a dict with {', '.join(NEEDED)}.")
     for name, values in found.items():
         if values is not None and len(values) != entries:
             raise DataError(
-                f"rollout_func: {name} has {len(values)} entries for {entries} prompts: give one for each that it was given."
+                f"rollout_func: {name} has {len(values)} entries for {entries} prompts: return one entry for each prompt passed."
             )
 
 
 def _number(value: Any, index: int) -> float:
-    """A log-probability: a number, or a list that begins with that of the sampled token."""
+    """A log-probability from a number, or from a list whose first entry is the log-probability of the sampled token."""
     value = value[0] if isinstance(value, Sequence) and value else value
     if not isinstance(value, Real):
-        raise DataError(f"rollout_func: logprobs[{index}] holds {value!r}, which is no number.")
+        raise DataError(f"rollout_func: logprobs[{index}] contains {value!r}, which is not a number.")
     return float(value)
 
 
 def _of_groups(prompts: Sequence[list[int]], n: int) -> list[list[int]]:
-    """The prompt of each group. Raises DataError where completions of one prompt do not begin with the same tokens."""
+    """The prompt of each group of n. Raises DataError if the n prompts of a group are not equal."""
     for i, prompt in enumerate(prompts):
         if prompt != prompts[i - i % n]:
             raise DataError(
-                f"rollout_func: prompt_ids[{i}] are not those of prompt_ids[{i - i % n}], and both are of one prompt: what differs "
-                "belongs into completion_ids, with 0 in env_mask."
+                f"rollout_func: prompt_ids[{i}] and prompt_ids[{i - i % n}] belong to the same prompt, but differ: put the tokens "
+                "that differ into completion_ids, with 0 in env_mask."
             )
     return list(prompts[::n])

@@ -1,9 +1,9 @@
-"""Rank 0 of an NCCL group, by the library that PyTorch has loaded: no process group of `torch.distributed`, no vLLM.
+"""Rank 0 of an NCCL communicator, by calling PyTorch's NCCL library directly, without `torch.distributed` and without vLLM.
 
-    id = ncclGetUniqueId() ──base64, over HTTP──▶ the other ranks          everyone: ncclCommInitRank, one all-reduce of one number
+    id = ncclGetUniqueId() ──base64, over HTTP──▶ the other ranks          all ranks: ncclCommInitRank, one all-reduce of one number
     broadcast(tensor)                                                      bytes from rank 0 to all
 
-That one all-reduce is how vLLM's workers greet whoever joins them.
+vLLM's workers run that all-reduce when they join, so rank 0 has to take part in it.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from trl.errors import EngineError
 from trl.rollouts.connection import Unreachable
 
 UINT8, FLOAT32, SUM, ROOT = 1, 7, 0, 0
-"""Numbers of `nccl.h`."""
+"""Constants from `nccl.h`, and the rank that broadcasts."""
 
 ID_BYTES = 128
 WAIT = 0.002
-"""Seconds between two looks at what runs on the device."""
+"""Seconds between two polls in `wait_for`."""
 
 
 class Communicator(Protocol):
-    """What sends bytes to the workers of one server."""
+    """Broadcasts bytes to the workers of one server."""
 
     unique_id: str
-    """What the other ranks join by."""
+    """Id with which the other ranks join."""
 
     device: torch.device
-    """Where what is sent has to be."""
+    """Device on which tensors to be sent have to be."""
 
     def connect(self, world_size: int) -> None:
         """Join; returns once all ranks have."""
         ...
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Begin to send a contiguous tensor of bytes, which is not to change until `is_done`."""
+        """Start to send a contiguous tensor of bytes; it must not change until `is_done`."""
         ...
 
     def is_done(self) -> bool:
-        """Whether what was sent has arrived."""
+        """True once the last broadcast has finished."""
         ...
 
     def abort(self) -> None:
-        """Leave the group, whatever is under way."""
+        """Leave the group at once, even during a broadcast."""
         ...
 
 
@@ -59,13 +59,13 @@ class _UniqueId(ctypes.Structure):
 
 
 class NCCLCommunicator:
-    """A `Communicator` on the current CUDA device. Raises EngineError where NCCL is not there, or fails."""
+    """A `Communicator` on the current CUDA device. Raises EngineError if there is no CUDA device or NCCL, or NCCL fails."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise EngineError(
-                "Weights travel over NCCL between CUDA devices, and this process has none: leave out rollout_sync='nccl'; they "
-                "then travel through a folder."
+                "NCCL sends weights between CUDA devices, and this process has none: leave out rollout_sync='nccl' to send them "
+                "through a folder."
             )
         self._library = _load()
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -76,7 +76,7 @@ class NCCLCommunicator:
         self.unique_id = base64.b64encode(bytes(self._id)).decode()
 
     def connect(self, world_size: int) -> None:
-        with torch.cuda.device(self.device):  # a thread begins on the first device
+        with torch.cuda.device(self.device):  # in a new thread, the current device is 0
             self._call("ncclCommInitRank", ctypes.byref(self._group), world_size, self._id, ROOT)
             greeting = torch.zeros(1, device="cuda")
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -107,8 +107,8 @@ class NCCLCommunicator:
         if result:
             words = self._library.ncclGetErrorString(result).decode()
             raise Unreachable(
-                f"{name} of NCCL failed: {words}. Trainer and server need devices of their own, and a network between them "
-                "(NCCL_SOCKET_IFNAME); NCCL_DEBUG=INFO says more."
+                f"{name} of NCCL failed: {words}. Trainer and server have to use different devices, with a network between them "
+                "(NCCL_SOCKET_IFNAME); NCCL_DEBUG=INFO gives details."
             )
 
 
@@ -116,7 +116,7 @@ def _load() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libnccl.so.2")
     except OSError as error:
-        raise EngineError(f"NCCL is not there: {error}. Leave out rollout_sync='nccl'.") from error
+        raise EngineError(f"NCCL cannot be loaded: {error}. Leave out rollout_sync='nccl'.") from error
     pointer, whole, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
     for name, types in {
         "ncclGetUniqueId": [ctypes.POINTER(_UniqueId)],
@@ -132,7 +132,7 @@ def _load() -> ctypes.CDLL:
 
 
 def wait_for(is_done: Callable[[], bool], *, timeout: float, check: Callable[[], None]) -> bool:
-    """Whether `is_done` within so many seconds; `check` is called meanwhile, and raises where waiting is no use."""
+    """Wait until `is_done`; return False after `timeout` seconds. `check` is called meanwhile, and may raise to stop waiting."""
     end = time.monotonic() + timeout
     while not is_done():
         check()

@@ -1,13 +1,13 @@
-"""Weights that travel to vLLM over NCCL, from the trainer's main process to all workers of each server.
+"""Send weights to vLLM over NCCL, from the trainer's main process to all workers of each server.
 
     once      POST /init_weight_transfer_engine ∥ join the group       ranks: the trainer 0, workers 1 … world size of the server
     update    POST /pause ▶ POST /start_weight_update
               POST /update_weights (names, types, shapes) ∥ broadcast of packed bytes, layer after layer
               POST /finish_weight_update (version) ▶ POST /reset_prefix_cache ▶ POST /resume
 
-Each server has a group of its own, so that one that is lost takes no other with it. One that fails in the middle holds parts of
-two versions: it stays paused until it has taken the next one as a whole. Servers are those of vLLM 0.30 or later, started with
-`trl vllm-serve --nccl`.
+Each server has its own NCCL group, so that the failure of one does not affect the others. A server that fails during an
+update has weights of two versions: it stays paused until it has received a complete version. Needs vLLM 0.30 or later, started
+with `trl vllm-serve --nccl`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from trl.rollouts.connection import Refused, Server, Unreachable
 from trl.rollouts.nccl import Communicator, NCCLCommunicator, wait_for
 from trl.rollouts.packing import WeightMeta, packed, update_info, weights_meta
 from trl.rollouts.weight_sync import raise_everywhere
-from trl.rollouts.weight_transfer import check_some_left, forget_prompts, together
+from trl.rollouts.weight_transfer import check_failures, for_all, forget_prompts
 from trl.training.collectives import is_main
 
 BUFFER_BYTES = 256 * 2**20
-"""Bytes after which a buffer is sent."""
+"""Size in bytes from which a buffer is sent."""
 
 BUFFERS = 2
-"""Buffers alive at a time: one on its way while the next is filled."""
+"""Number of buffers in memory: one is sent while the next is filled."""
 
 
 class NCCLTransfer:
-    """A `WeightTransfer`. `timeout`: seconds for joining, for each buffer, and for each request."""
+    """A `WeightTransfer` over NCCL. `timeout` is in seconds: for joining the group, for each buffer, and for each request."""
 
     def __init__(
         self,
@@ -59,17 +59,17 @@ class NCCLTransfer:
                 self._send(servers, weights, str(step))
             except Exception as error:  # raised below, on all processes
                 failed = error
-        for _ in weights:  # the other processes wait for this one's part in every layer
+        for _ in weights:  # gathering is collective: on other processes, and after a failure, go through all weights
             pass
         raise_everywhere(failed)
 
     def _send(self, servers: Sequence[Server], weights: Iterable[tuple[str, Tensor]], version: str) -> None:
-        left = _Left(servers, self._drop)
+        left = _Remaining(servers, self._drop)
         fresh = [server for server in servers if server.url not in self.groups]
         self.groups |= {server.url: self.make_communicator() for server in fresh}
         left.each(self._join, fresh)
         left.each(self._begin)
-        sent = None  # holds a buffer until it has arrived
+        sent = None  # keeps the last buffer alive until it has arrived
         for buffer in self._buffers(left.servers, weights):
             left.one_by_one(self._wait)
             left.one_by_one(lambda server, buffer=buffer: self.groups[server.url].broadcast(buffer))
@@ -77,7 +77,7 @@ class NCCLTransfer:
         left.one_by_one(self._wait)
         del sent
         left.each(lambda server: self._finish(server, version))
-        check_some_left(left.failures, servers, version)
+        check_failures(left.failures, servers, version)
 
     def _buffers(self, servers: Sequence[Server], weights: Iterable[tuple[str, Tensor]]) -> Iterable[Tensor]:
         if not servers:
@@ -85,7 +85,7 @@ class NCCLTransfer:
         return packed(weights, self._metas, self.buffer_bytes, self.groups[servers[0].url].device)
 
     def _join(self, server: Server) -> None:
-        """Form the group of the trainer and this server's workers; both sides wait for each other."""
+        """Form the NCCL group of the trainer and this server's workers; the two sides wait for each other."""
         if server.url in self._lost:
             server.post("/shutdown_weight_transfer_engine")
             self._lost.discard(server.url)
@@ -102,11 +102,11 @@ class NCCLTransfer:
             )
             _raise_failed(both)
         except (Refused, Unreachable) as error:
-            raise type(error)(f"{error} Is the server started with `trl vllm-serve --nccl`?") from error
+            raise type(error)(f"{error} Was the server started with `trl vllm-serve --nccl`?") from error
         if not there:
             raise Unreachable(
-                f"POST {server.url}/init_weight_transfer_engine: trainer and server have not met over NCCL within "
-                f"{self.timeout:g} seconds. Do they see each other's network (NCCL_SOCKET_IFNAME)?"
+                f"POST {server.url}/init_weight_transfer_engine: trainer and server have not connected over NCCL within "
+                f"{self.timeout:g} seconds. Can they reach each other over the network (NCCL_SOCKET_IFNAME)?"
             )
 
     def _begin(self, server: Server) -> None:
@@ -117,7 +117,7 @@ class NCCLTransfer:
         self._updates[server.url] = _in_background(lambda: server.post("/update_weights", body))
 
     def _wait(self, server: Server) -> None:
-        """Until what was broadcast last has arrived."""
+        """Wait until the last broadcast has arrived. Raises Unreachable after `timeout` seconds."""
         update = self._updates[server.url]
         if not wait_for(self.groups[server.url].is_done, timeout=self.timeout, check=lambda: _raise_failed([update])):
             raise Unreachable(
@@ -149,7 +149,7 @@ class NCCLTransfer:
 
 
 def join_info(unique_id: str, world_size: int, buffer_bytes: int) -> dict[str, Any]:
-    """What vLLM's route `/init_weight_transfer_engine` is told."""
+    """The `init_info` for vLLM's route `/init_weight_transfer_engine`."""
     return {
         "nccl_unique_id_b64": unique_id,
         "rank_offset": 1,
@@ -160,19 +160,19 @@ def join_info(unique_id: str, world_size: int, buffer_bytes: int) -> dict[str, A
     }
 
 
-class _Left:
-    """The servers that have done every step so far, and why others have not."""
+class _Remaining:
+    """The servers on which every step of the transfer has succeeded so far, and the errors of the others."""
 
     def __init__(self, servers: Sequence[Server], drop: Callable[[Server], None]) -> None:
         self.servers, self.drop = list(servers), drop
         self.failures: list[BaseException] = []
 
     def each(self, act: Callable[[Server], Any], servers: Sequence[Server] | None = None) -> None:
-        """A step of all servers at the same time, or of some of them."""
-        self._judge(together(self.servers if servers is None else servers, act))
+        """Run `act` for all remaining servers (or for `servers`) concurrently; drop those where it fails."""
+        self._judge(for_all(self.servers if servers is None else servers, act))
 
     def one_by_one(self, act: Callable[[Server], Any]) -> None:
-        """A step that has to be done by this thread, whose device it is."""
+        """Run `act` for the remaining servers one after the other, in this thread, which uses the CUDA device."""
         errors: dict[str, BaseException] = {}
         for server in self.servers:
             try:
@@ -192,7 +192,7 @@ class _Left:
 
 
 def _in_background(act: Callable[[], Any]) -> Future[Any]:
-    """The result of `act()`, by a thread that nobody has to wait for."""
+    """Run `act()` in a daemon thread, which does not keep the interpreter from exiting, and return its future result."""
     future: Future[Any] = Future()
 
     def run() -> None:

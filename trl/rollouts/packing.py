@@ -1,8 +1,8 @@
-"""Weights as a row of large buffers of bytes, cut where vLLM cuts them.
+"""Pack weights into a sequence of large byte buffers, with the same boundaries as vLLM.
 
-    weight 1 │ weight 2 │ weight 3 ║ weight 4 │ …        a buffer ends with the weight that takes it beyond the limit
+    weight 1 │ weight 2 │ weight 3 ║ weight 4 │ …        a buffer ends after the weight that makes it exceed the limit
 
-Sender and receiver cut by sizes alone, which both know from names, types and shapes: nothing but bytes is sent.
+Sender and receiver compute the boundaries from the names, dtypes and shapes that both know, so that only bytes are sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl.models.gathering import base_of, gathered_parameters, policy_of
 
 @dataclass(frozen=True)
 class WeightMeta:
-    """What is known of a weight before it is sent."""
+    """Name, dtype and shape of a weight, which the receiver learns before the bytes arrive."""
 
     name: str
     dtype: torch.dtype
@@ -33,14 +33,15 @@ class WeightMeta:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def weights_meta(model: nn.Module) -> list[WeightMeta]:
-    """Of all weights of the policy, adapters merged, in the order of `gathered_parameters`. All processes take part.
+    """Metadata of all weights of the policy, with adapters merged, in the order of `gathered_parameters`; a collective call.
 
-    Raises ModelError for models whose checkpoints have other names or shapes: those are known once all weights are there.
+    Raises ModelError for models whose checkpoints have other weight names or shapes than the model in memory: servers expect
+    those of the checkpoint, which need all weights at once.
     """
     found = [WeightMeta.of(name, tensor) for name, tensor in gathered_parameters(model)]
     base = base_of(policy_of(model))
@@ -48,14 +49,14 @@ def weights_meta(model: nn.Module) -> list[WeightMeta]:
     saved = revert_weight_conversion(base, dict(empty))
     if {name: tensor.shape for name, tensor in saved.items()} != {name: tensor.shape for name, tensor in empty.items()}:
         raise ModelError(
-            f"Checkpoints of {type(base).__name__} hold its weights in other shapes or under other names, which servers read: "
-            "send them through a folder (leave out rollout_sync='nccl')."
+            f"Servers expect the weights of {type(base).__name__} with the names and shapes of its checkpoints, which differ from "
+            "those in memory: send the weights through a folder (leave out rollout_sync='nccl')."
         )
     return found
 
 
 def update_info(metas: Sequence[WeightMeta]) -> dict[str, list]:
-    """What vLLM's route `/update_weights` is told of the weights to come."""
+    """The metadata of the weights, in the form in which vLLM's route `/update_weights` takes them."""
     return {
         "names": [meta.name for meta in metas],
         "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in metas],
@@ -64,7 +65,7 @@ def update_info(metas: Sequence[WeightMeta]) -> dict[str, list]:
 
 
 def buffer_sizes(sizes: Sequence[int], limit: int) -> list[int]:
-    """Bytes of every buffer."""
+    """The size of every buffer in bytes, from the sizes of the weights and the limit of a buffer."""
     found, filled = [], 0
     for size in sizes:
         filled += size
@@ -77,13 +78,13 @@ def buffer_sizes(sizes: Sequence[int], limit: int) -> list[int]:
 def packed(
     weights: Iterable[tuple[str, Tensor]], metas: Sequence[WeightMeta], limit: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """The buffers on `device`, each [bytes], of weights that have to be those of `metas`. Raises ModelError where not."""
+    """Yield the buffers [bytes] uint8 on `device`. Raises ModelError if a weight differs from its metadata in `metas`."""
     sizes = iter(buffer_sizes([meta.size for meta in metas], limit))
     buffer, filled = torch.empty(0, dtype=torch.uint8), 0
     for (name, tensor), meta in zip(weights, metas, strict=True):
         if WeightMeta.of(name, tensor) != meta:
             raise ModelError(
-                f"The weight {name} is {tensor.dtype} {tuple(tensor.shape)} now, and {meta} was announced to the servers."
+                f"The weight {name} is now {tensor.dtype} {tuple(tensor.shape)}, but {meta} was announced to the servers."
             )
         if filled == buffer.numel():
             buffer, filled = torch.empty(next(sizes), dtype=torch.uint8, device=device), 0

@@ -1,7 +1,7 @@
-"""Prompts for rollout batches: an endless sequence of rows, of which every process takes its share.
+"""Prompts for rollout batches: an endless sequence of rows, of which each process takes its share.
 
-Row number p of the sequence is a function of p, so a run that is resumed goes on where it stopped, and a rollout batch may take
-more prompts than planned.
+The row at position p of the sequence depends on p alone, so that a resumed run continues where it stopped, and a rollout
+batch may take more prompts than planned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 class TableRows:
-    """Rows of a dataset, epoch after epoch, in an order of its own each if shuffled."""
+    """Rows of a dataset, epoch after epoch; if shuffled, each epoch has a different order."""
 
     def __init__(self, rows: Dataset, *, seed: int, shuffle: bool) -> None:
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
@@ -36,7 +36,7 @@ class TableRows:
 
 
 class StreamRows:
-    """Rows of a stream, from its beginning again when it ends. Positions have to rise."""
+    """Rows of a streamed dataset, which starts again from the beginning when it ends. Positions must increase."""
 
     def __init__(self, rows: IterableDataset) -> None:
         self._rows = _repeated(rows)
@@ -58,10 +58,10 @@ def _repeated(rows: IterableDataset) -> Iterator[Row]:
 
 
 class Prompts:
-    """Rows for this process; `cursor` is the number of rows that all processes have taken.
+    """The rows of this process. `cursor` is the number of rows that all processes together have taken.
 
-    Rows of a dataset are shuffled anew each epoch, where that is asked for; those of a stream come as they are. They are dealt
-    out in turn, one to each process, so that a part of a rollout batch holds the same prompts whatever the number of processes.
+    With `shuffle`, the rows of a dataset are reshuffled every epoch; a stream keeps its order. Rows are dealt out to the
+    processes in turn, so that a part of a rollout batch has the same prompts for any number of processes.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Prompts:
         self.cursor = 0
 
     def batches_per_epoch(self, count: int) -> int | None:
-        """Whole batches of `count` rows for each process in an epoch, at least one; None for a stream, which has no end."""
+        """Number of complete batches in an epoch, at `count` rows per process; at least 1. None for a stream without end."""
         return None if self.count is None else max(1, self.count // (count * self.world))
 
     def take(self, count: int) -> list[Row]:
-        """`count` rows; the other processes take as many."""
+        """The next `count` rows of this process; every other process takes the same number."""
         return self.deal([count] * self.world)
 
     def deal(self, counts: Sequence[int]) -> list[Row]:
-        """`counts[rank]` rows, where each process takes as many as `counts` says of it."""
+        """The next rows of this process, where the process of rank r takes `counts[r]` rows."""
         owners = [rank for turn in range(max(counts)) for rank, count in enumerate(counts) if turn < count]
         start, self.cursor = self.cursor, self.cursor + len(owners)
         return [self.rows[start + i] for i, owner in enumerate(owners) if owner == self.rank]

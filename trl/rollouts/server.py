@@ -1,13 +1,14 @@
-"""The rollout engine that has servers sample: any number of `vllm serve` or `trl serve`, tokens in and tokens out over HTTP.
+"""The rollout engine that samples on servers (`vllm serve` or `trl serve`, any number of them), with token ids over HTTP.
 
-    sync       the policy's weights ──▶ a folder that trainer and servers see ──▶ each server reads it, forgets its cache
+    sync       the policy's weights ──▶ a folder that trainer and servers see ──▶ each server reads it, resets its cache
     generate   prompts of all processes ──▶ main process ──▶ servers ──▶ samples back to the processes
 
     engine = ServerEngine(["http://localhost:8000"])
     GRPOTrainer(..., engine=engine)                      # or GRPOConfig(use_vllm=True, vllm_mode="server")
 
-No process group joins trainer and servers, unless weights travel over NCCL: they may be of other releases, on other machines, come
-later, and go. Every process calls, the main one talks, and an error is raised on all.
+Unless weights are sent over NCCL, trainer and servers form no process group: servers may run other releases, on other
+machines, start later, and fail. All processes call the engine; only the main process talks to servers, and its errors are
+raised on all processes.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from trl.rollouts.sampler import GENERATE_ONLY, PROCESSED, options_set
 from trl.rollouts.sampling import SamplingParams, asked_limit, with_banned, with_limit, with_seed, with_stop_tokens
 from trl.rollouts.server_info import ServerInfo
 from trl.rollouts.sync_check import PARAMS, check_images, check_weights, probe
-from trl.rollouts.waits import SAY_EVERY, spoken_of
+from trl.rollouts.waits import SAY_EVERY, logging_waits
 from trl.rollouts.weight_sync import needs_merged_weights
-from trl.rollouts.weight_transfer import ADAPTER, FolderTransfer, WeightTransfer, together
+from trl.rollouts.weight_transfer import ADAPTER, FolderTransfer, WeightTransfer, for_all
 from trl.training.collectives import gather_on_main, is_main, run_on_main
 from trl.vision.families import image_token_ids
 
@@ -55,7 +56,7 @@ START = "    trl vllm-serve --model {model} --port {port}        (vLLM)\n    trl
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one request asks for: n samples of each of these prompts."""
+    """One request: n samples of each of these prompts."""
 
     prompts: Sequence[SentPrompt]
     params: SamplingParams
@@ -63,15 +64,15 @@ class Chunk:
 
 
 class ServerEngine(RolloutEngine):
-    """Samples on the servers at `urls`: a `RolloutEngine`.
+    """A `RolloutEngine` that samples on the servers at `urls`.
 
-    tokenizer       names an end-of-sequence token besides the model's own
-    sync_by         "folder": servers read weights from a folder; "nccl": they are broadcast to vLLM's workers, adapters merged
-    sync_dir        folder for weights that this machine and all servers see. None: shared memory, for servers on this machine
-    timeout         seconds that a server may take for a request, and for reading weights
-    start_timeout   seconds that are waited for servers at the start
-    retries         how often in a row a server may fail
-    api_key         the servers' key; None: as the environment variable VLLM_API_KEY says
+    tokenizer       its end-of-sequence token ends completions, as those of the model do
+    sync_by         "folder": servers read weights from a folder; "nccl": weights, adapters merged, are broadcast to vLLM workers
+    sync_dir        folder for weights, which this machine and all servers see. None: shared memory, for servers on this machine
+    timeout         seconds that a server may take to answer a request or to read weights
+    start_timeout   seconds to wait for servers at the start
+    retries         how often in a row a server may fail, and the waits between retries
+    api_key         the servers' API key; None: the environment variable VLLM_API_KEY
     """
 
     def __init__(
@@ -92,15 +93,15 @@ class ServerEngine(RolloutEngine):
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"{url!r} is not the URL of a server: give one such as http://localhost:8000.")
         if not urls or len(set(urls)) < len(urls):
-            raise ConfigError(f"The servers are {urls}: give at least one URL, and each of them once.")
+            raise ConfigError(f"The server URLs are {urls}: give at least one, and none of them twice.")
         self.servers = [Server(url, timeout=timeout, api_key=key) for url in urls]
         self.tokenizer, self.retries, self.start_timeout = tokenizer, retries or Retries(), start_timeout
         self.sync_dir = None if sync_dir is None else Path(sync_dir)
         far = [url for url in urls if urlsplit(url).hostname not in LOCAL]
         if far and self.sync_dir is None and sync_by == "folder":
             raise ConfigError(
-                f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder of a file system "
-                "that this machine and the servers share. Weights travel through it. Or rollout_sync='nccl'."
+                f"{far[0]} is on another machine: give rollout_sync_dir (sync_dir of ServerEngine), a folder on a file system "
+                "that this machine and the servers share, through which weights are sent; or rollout_sync='nccl'."
             )
         self.folder = FolderTransfer(self.sync_dir, self.retries)
         self.transfer: WeightTransfer = self.folder if sync_by == "folder" else NCCLTransfer(timeout)
@@ -116,14 +117,14 @@ class ServerEngine(RolloutEngine):
     # ---- weights ----
 
     def sync(self, model: nn.Module, step: int) -> None:
-        """Send the policy's weights to all servers, once for every step.
+        """Send the policy's weights to all servers, once per step.
 
-        Raises EngineError for servers that are not there, do not fit, or do not take the weights.
+        Raises EngineError if servers cannot be reached, serve another model, or do not load the weights.
         """
         if self._synced is not None and self._synced[0] == step and self._synced[1]() is model:
             return
         start = time.monotonic()
-        with spoken_of(self.servers):
+        with logging_waits(self.servers):
             self._sync(model, step)
         self._synced = step, weakref.ref(model)
         self.counts.add("sync_seconds", time.monotonic() - start)
@@ -137,9 +138,9 @@ class ServerEngine(RolloutEngine):
             for server in self.servers:
                 server.reads_images = bool(self._image_tokens)
         over_nccl = isinstance(self.transfer, NCCLTransfer)
-        reason = "NCCL carries whole weights" if over_nccl else needs_merged_weights(policy, [*self.infos.values()])
+        reason = "NCCL sends whole weights" if over_nccl else needs_merged_weights(policy, [*self.infos.values()])
         if reason and policy is not base_of(policy):
-            self._say(f"The adapter is merged into the weights that are sent, since {reason}.")
+            self._say(f"The adapter is merged into the weights before they are sent to servers, since {reason}.")
         if reason:
             self.transfer.send(self.servers, model, step)
         else:
@@ -148,7 +149,7 @@ class ServerEngine(RolloutEngine):
         self._check(model)
 
     def _check(self, model: nn.Module) -> None:
-        """Compare log-probabilities of a server of each precision with the model's own."""
+        """Compare each server's log-probabilities with the model's own, if the server returns those of the policy."""
         vocabulary = base_of(policy_of(model)).get_input_embeddings().num_embeddings
         for url, info in self.infos.items():
             if not info.tells_policy(PARAMS):
@@ -160,7 +161,7 @@ class ServerEngine(RolloutEngine):
                 self.counts.largest("sync_logp_difference", difference)
 
     def _probe(self, url: str, prompt: Prompt) -> Rollout | None:
-        """A few sampled tokens; None of a server that is not there now."""
+        """A few tokens sampled after `prompt`; None for a server that does not have the current weights."""
         server = next(server for server in self.servers if server.url == url)
         if server.version is None:
             return None
@@ -169,9 +170,11 @@ class ServerEngine(RolloutEngine):
     # ---- the start ----
 
     def _connect(self, base: Any) -> dict[str, ServerInfo]:
-        """What every server says of itself. Raises EngineError for one that does not answer in time, or does not fit."""
+        """The description of every server. Raises EngineError for one that does not answer in time or serves another model."""
         if base.config.is_encoder_decoder:
-            raise ModelError(f"{type(base).__name__} is an encoder-decoder, which servers do not sample from.")
+            raise ModelError(
+                f"{type(base).__name__} is an encoder-decoder, which servers do not support: sample in process."
+            )
         self._wait_for_servers(base.config.name_or_path or "MODEL")
         infos = {server.url: server.info(self.start_timeout) for server in self.servers}
         for url, info in infos.items():
@@ -181,7 +184,7 @@ class ServerEngine(RolloutEngine):
     def _wait_for_servers(self, model: str) -> None:
         start = said = time.monotonic()
         limit = min(CONNECT, self.start_timeout)
-        while errors := [*together(self.servers, lambda server: server.get("/health", timeout=limit)).values()]:
+        while errors := [*for_all(self.servers, lambda server: server.get("/health", timeout=limit)).values()]:
             waited = time.monotonic() - start
             if waited > self.start_timeout or not all(isinstance(error, Unreachable) for error in errors):
                 port = urlsplit(self.servers[0].url).port or 8000
@@ -190,7 +193,7 @@ class ServerEngine(RolloutEngine):
                 ) from errors[0]
             if time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
-                logger.warning("Waiting for servers since %.0f s: %s", waited, errors[0])
+                logger.warning("Waiting for servers for %.0f s: %s", waited, errors[0])
             time.sleep(min(1.0, self.start_timeout / 10))
 
     def _check_fit(self, url: str, info: ServerInfo, base: Any) -> None:
@@ -209,13 +212,14 @@ class ServerEngine(RolloutEngine):
         own = str(base.dtype).removeprefix("torch.")
         if info.dtype not in (None, own):
             self._say(
-                f"{url} computes in {info.dtype}, the trainer's model is {own}: log-probabilities differ by rounding. "
-                "importance_sampling_correction weighs samples for that."
+                f"{url} computes in {info.dtype}, the trainer's model in {own}: log-probabilities differ by rounding. "
+                "importance_sampling_correction reweights samples for this."
             )
         context = getattr(config, "max_position_embeddings", None)
         if info.context is not None and context is not None and info.context < context:
             self._say(
-                f"{url} takes {info.context} tokens of prompt and completion, the model {context}: completions end there."
+                f"{url} takes {info.context} tokens of prompt and completion, the model {context}: completions are cut at "
+                f"{info.context}."
             )
 
     # ---- samples ----
@@ -223,12 +227,12 @@ class ServerEngine(RolloutEngine):
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1) -> list[list[Rollout]]:
         """n rollouts of each prompt: `result[p][i]` is sample i of `prompts[p]`.
 
-        Prompts with images are sent as they are before expansion, and the images with them; tokens that stand for images are
-        not sampled. Raises ConfigError for parameters that servers do not have, DataError for a prompt that leaves no room in
-        their context, and EngineError where servers fail, or expand a prompt to other tokens than the trainer.
+        Prompts with images are sent before image tokens are expanded, together with the images; image tokens are never
+        sampled. Raises ConfigError for parameters that servers do not support, DataError for a prompt that fills their
+        context, and EngineError if servers fail or expand the images of a prompt to other tokens than the trainer.
         """
         if self._synced is None:
-            raise EngineError("The servers have been sent no weights yet: call sync(model, step) first.")
+            raise EngineError("No weights have been sent to the servers yet: call sync(model, step) first.")
         check_parameters(params)
         start, params = time.monotonic(), with_seed(with_stop_tokens(params, self._stops_of, self.tokenizer))
         asked = (list(map(SentPrompt.of, prompts)), with_banned(params, self._image_tokens), n)
@@ -243,7 +247,7 @@ class ServerEngine(RolloutEngine):
         return found[place]
 
     def _sample(self, everywhere: Sequence[tuple]) -> list[list[list[Rollout]]]:
-        """The samples of all processes, by process and prompt."""
+        """Sample for all processes; the rollouts are indexed by process, prompt and sample."""
         plan = [self._chunks(*asked) for asked in everywhere]
         requests = [chunk for chunks in plan for chunk in chunks]
         servers = [server for server in self.servers if server.version == str(self._synced[0])]
@@ -260,15 +264,15 @@ class ServerEngine(RolloutEngine):
         return all(info.is_own for info in self.infos.values())
 
     def _chunks(self, prompts: Sequence[SentPrompt], params: SamplingParams, n: int) -> list[Chunk]:
-        """Requests for these prompts, the same whichever server will answer which.
+        """Split prompts into requests, independently of which server will answer which.
 
-        vLLM gets one prompt at a time, with a seed of its own, and so does every server where there are images. `trl serve`
-        gets as many parts of texts as there are servers: the first one's samples are those of the engine in process, and all
-        of them with one server.
+        For vLLM, and for prompts with images, each request has one prompt and its own seed. For `trl serve`, text prompts are
+        split into as many requests as there are servers: the first request has the samples of the engine in process, and with
+        a single server all have.
         """
         limits = [self._limit(i, prompt, params) for i, prompt in enumerate(prompts)]
-        together = self._is_own and len(set(limits)) == 1 and not any(prompt.images for prompt in prompts)
-        size = -(-len(prompts) // len(self.servers)) if together else 1
+        is_grouped = self._is_own and len(set(limits)) == 1 and not any(prompt.images for prompt in prompts)
+        size = -(-len(prompts) // len(self.servers)) if is_grouped else 1
         chunks = []
         for start in range(0, len(prompts), size):
             own = replace(with_limit(params, limits[start]), seed=_seed(params.seed, start))
@@ -279,8 +283,8 @@ class ServerEngine(RolloutEngine):
         ids = prompt.ids
         if prompt.has_inputs:
             raise DataError(
-                f"prompts[{index}] has inputs beside its tokens, which are not sent to servers: they take tokens and images "
-                "(`Prompt.unexpanded`), which trainers give them of rows with a column of images."
+                f"prompts[{index}] has model inputs besides its token ids, which cannot be sent to servers: they take token ids "
+                "and images (`Prompt.unexpanded`), which trainers fill in for rows with an image column."
             )
         limit = asked_limit(params, prompt.ids, prompt.max_new_tokens, index)
         contexts = [info.context for info in self.infos.values() if info.context is not None]
@@ -288,8 +292,8 @@ class ServerEngine(RolloutEngine):
             return limit
         if len(ids) >= min(contexts):
             raise DataError(
-                f"prompts[{index}] has {len(ids)} tokens, the context of the servers is {min(contexts)}: shorten the prompt, or "
-                "start them with a larger --max-model-len."
+                f"prompts[{index}] has {len(ids)} tokens, but the context of the servers is {min(contexts)}: shorten the prompt, "
+                "or start the servers with a larger --max-model-len."
             )
         return limit if self._is_own else min(limit, min(contexts) - len(ids))
 
@@ -301,21 +305,21 @@ class ServerEngine(RolloutEngine):
         return server.complete([prompt.ids for prompt in chunk.prompts], chunk.params, chunk.n, model, vocabulary)
 
     def exact_logprobs(self, params: SamplingParams) -> bool:
-        """Whether all servers tell the policy's own log-probabilities for these parameters; where not, that is said once."""
+        """True if all servers return the policy's log-probabilities with these parameters; if not, warns once."""
         params = with_banned(params, self._image_tokens)
         wrong = [url for url, info in self.infos.items() if not info.tells_policy(params)]
         if wrong:
             mode = self.infos[wrong[0]].logprobs_mode
             self._say(
-                f"{wrong[0]} tells {mode}, which are not the policy's log-probabilities with these sampling options: those of "
-                "the policy that sampled are computed again by the trainer."
+                f"{wrong[0]} returns {mode}, which are not the policy's log-probabilities with these sampling options: the "
+                "trainer recomputes them."
             )
         return not wrong
 
-    # ---- what is told of it ----
+    # ---- metrics and warnings ----
 
     def take_metrics(self) -> dict[str, float]:
-        """Seconds in sync and in sampling, tokens per second, requests asked for again; since the last call."""
+        """Seconds in sync and in sampling, tokens per second and retried requests, since the last call."""
         return self.counts.take()
 
     def _say(self, sentence: str) -> None:
@@ -324,7 +328,7 @@ class ServerEngine(RolloutEngine):
             warnings.warn(sentence, stacklevel=3)
 
     def close(self) -> None:
-        """Delete the folders of weights. The servers run on."""
+        """Delete the folders of weights. The servers keep running."""
         self.folder.close()
         self.transfer.close()
         self._synced = None
@@ -337,13 +341,15 @@ def _rank() -> int:
 
 
 def _seed(seed: int, start: int) -> int:
-    """A seed for the prompts from `start` on; the given one for the first."""
+    """The seed of the request that begins with prompt `start`; for the first request the given seed."""
     return seed if start == 0 else (seed * 0x9E3779B97F4A7C15 + start * 0xBF58476D1CE4E5B9) % 2**62
 
 
 def check_parameters(params: SamplingParams) -> None:
-    """Raises ConfigError for parameters that samplers beside the trainer do not have."""
+    """Raise ConfigError for parameters that vLLM and servers do not support."""
     if params.beta or params.logit_mask is not None:
         raise ConfigError("beta and logit_mask need the model's Q heads and logits: sample in process (LocalEngine).")
     if options := options_set(params, {**GENERATE_ONLY, **PROCESSED}):
-        raise ConfigError(f"{options[0]} of the generation config is not an option of servers: sample in process.")
+        raise ConfigError(
+            f"Servers do not support {options[0]} of the generation config: sample in process (LocalEngine)."
+        )

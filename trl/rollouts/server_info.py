@@ -1,4 +1,4 @@
-"""What a rollout server says of itself, at vLLM's route `/server_info`: its model, and what it takes and tells."""
+"""A rollout server's description of itself, from vLLM's route `/server_info`: its model, limits and log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from trl.rollouts.logprob_modes import tells_policy
 from trl.rollouts.sampling import SamplingParams
 
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-"""What two models of one vocabulary differ in."""
+"""Sizes in which two models with the same vocabulary usually differ."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself; None for what it does not say."""
+    """A server's description of itself; None for values that it does not give."""
 
     model: str
     logprobs_mode: str
@@ -26,17 +26,17 @@ class ServerInfo:
     max_lora_rank: int | None
     takes_adapters: bool
     is_own: bool
-    """Whether it is `trl serve`, whose samples of one request are those of the engine in process."""
+    """Whether it is `trl serve`, which gives the same samples for a request as the engine in process."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Those of `SIZES` that it says."""
+    """The values of `SIZES` that it gives."""
 
     def tells_policy(self, params: SamplingParams) -> bool:
         return tells_policy(self.logprobs_mode, params)
 
 
 def read_info(found: Mapping[str, Any], model: str) -> ServerInfo:
-    """`/server_info` as vLLM gives it. What it cannot put into JSON comes as text."""
+    """Parse the answer of `/server_info`. vLLM gives values that are not JSON as text."""
     config = found["vllm_config"]
     about, lora = config["model_config"], config.get("lora_config")
     rank = lora.get("max_lora_rank") if isinstance(lora, Mapping) else None
@@ -55,7 +55,7 @@ def read_info(found: Mapping[str, Any], model: str) -> ServerInfo:
 
 
 def _config(config: Any) -> Mapping[str, Any]:
-    """The text model's configuration, from a mapping or from "LlamaConfig {…}", where values that are a class's own are left out."""
+    """The text model's configuration, from a mapping, or from text "LlamaConfig {…}", which leaves out default values."""
     if isinstance(config, str):
         try:
             config = json.loads(config[config.index("{") :])

@@ -1,10 +1,10 @@
 """The rollout engine that runs vLLM in the trainer's own processes, on the same devices.
 
-    sync       the policy's weights ──▶ a folder ──▶ every process's vLLM reads it, forgets its cache, is checked
+    sync       the policy's weights ──▶ a folder ──▶ every process's vLLM reads it, resets its cache, is checked
     generate   prompts of a tensor-parallel group ──▶ its vLLM ──▶ each process's own samples
 
-vLLM and the trainer share one environment here, so their releases have to agree on torch and transformers; `ServerEngine` needs
-no such agreement. Written for vLLM 0.30 and later.
+vLLM and the trainer share one Python environment here, so that both have to work with the same torch and transformers; this
+does not hold for `ServerEngine`. Written for vLLM 0.30 and later.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 BATCHED_TOKENS = 4096
-"""Tokens that vLLM profiles its memory with: small, as in other trainers, since the policy lives on the same device."""
+"""vLLM's `max_num_batched_tokens`, with which it profiles its memory: small, since the policy is on the same device."""
 
 
 Request = tuple[int, Prompt, SamplingParams]
-"""The number of a prompt in its process, the prompt, and how it is sampled."""
+"""The index of a prompt in its process, the prompt, and its sampling parameters."""
 
 
 class VLLMEngine(RolloutEngine):
-    """Samples with vLLM in process: a `RolloutEngine`.
+    """A `RolloutEngine` that samples with vLLM in process.
 
-    tokenizer              the trainer's; of a model that reads images, its processor
-    temperature            that of the samples: at 1 (or 0) vLLM tells raw log-probabilities, which are the policy's whatever is
-                           truncated; at others those after temperature, which are the policy's where nothing is
-    tensor_parallel_size   processes that share one copy of the weights; neighbours by rank
-    enable_sleep_mode      give memory up while the policy learns: weights go to the host (level 1), the cache is dropped
+    tokenizer              the trainer's tokenizer, or the processor of a model that takes images
+    temperature            sampling temperature, which decides what vLLM returns: at 1 (or 0) raw log-probabilities, which are the
+                           policy's even with truncation; else processed ones, which are the policy's only without truncation
+    tensor_parallel_size   number of processes, with consecutive ranks, that share one copy of the weights
+    enable_sleep_mode      free vLLM's memory during training: weights move to the host (sleep level 1), the KV cache is dropped
     options                further options of `vllm.LLM`
     """
 
@@ -75,7 +75,8 @@ class VLLMEngine(RolloutEngine):
         self.world, self.rank = _place()
         if self.world % tensor_parallel_size:
             raise ConfigError(
-                f"vllm_tensor_parallel_size={tensor_parallel_size} does not divide the {self.world} processes: give a divisor."
+                f"vllm_tensor_parallel_size={tensor_parallel_size} does not divide the number of processes, {self.world}: give a "
+                "divisor of it."
             )
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         self.vllm = require("vllm", to='vllm_mode="colocate"')
@@ -108,14 +109,14 @@ class VLLMEngine(RolloutEngine):
     # ---- weights ----
 
     def sync(self, model: nn.Module, step: int) -> None:
-        """Have vLLM read the policy's weights, once for every step; it is started with them."""
+        """Have vLLM read the policy's weights, once per step. The first call starts vLLM with them."""
         if self._synced is not None and self._synced[0] == step and self._synced[1]() is model:
             return
         start = time.monotonic()
         self.folders = self.folders or WeightFolders(self.sync_dir) if self.rank == 0 else None
         folder = run_on_main(lambda: str(self.folders.folder / str(step)))
         publish(self.folders, model, step, write_weights)
-        if self.llm is None or self._image_tokens:  # vLLM looks for its processor where the last weights were
+        if self.llm is None or self._image_tokens:  # vLLM loads its processor from the folder of the last weights
             run_on_main(lambda: self.processor.save_pretrained(folder))
         if self.llm is None:
             self._start(model, folder)
@@ -141,7 +142,7 @@ class VLLMEngine(RolloutEngine):
     def _reload(self, folder: str) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder, "is_checkpoint_format": True})
         if self.llm.reset_prefix_cache() is False:
-            raise EngineError("vLLM did not forget what it had cached of prompts, which belongs to earlier weights.")
+            raise EngineError("vLLM did not reset its prefix cache, which belongs to earlier weights.")
         if self._image_tokens:
             self.llm.llm_engine.reset_encoder_cache()
 
@@ -183,7 +184,7 @@ class VLLMEngine(RolloutEngine):
         return found
 
     def _shared(self, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[list[Rollout]]:
-        """All prompts of the tensor-parallel group are sampled by all of it, together; every process takes its own part."""
+        """Sample the prompts of the whole tensor-parallel group together, and return those of this process."""
         group, place = self._groups[self.rank // self.group_size], self.rank % self.group_size
         everywhere: list[Any] = [None] * self.group_size
         given = [prompt if prompt.unexpanded is None else replace(prompt, inputs={}) for prompt in prompts]
@@ -204,13 +205,13 @@ class VLLMEngine(RolloutEngine):
     def _options(self, index: int, prompt: Prompt, params: SamplingParams, n: int) -> Any:
         if prompt.inputs and prompt.unexpanded is None:
             raise DataError(
-                f"prompts[{index}] has inputs beside its tokens, which are not given to vLLM: it takes tokens and images "
-                "(`Prompt.unexpanded`), which trainers give it of rows with a column of images."
+                f"prompts[{index}] has model inputs besides its token ids, which cannot be passed to vLLM: it takes token ids and "
+                "images (`Prompt.unexpanded`), which trainers fill in for rows with an image column."
             )
         limit = min(asked_limit(params, prompt.ids, prompt.max_new_tokens, index), self._context - len(prompt))
         if limit < 1:
             raise DataError(
-                f"prompts[{index}] has {len(prompt)} tokens, vLLM's context is {self._context}: shorten it."
+                f"prompts[{index}] has {len(prompt)} tokens, but vLLM's context is {self._context}: shorten the prompt."
             )
         own = replace(with_limit(params, limit), seed=(params.seed + index * 0x9E3779B97F4A7C15) % 2**62)
         bias = dict.fromkeys(params.banned_tokens, BANNED) or None
@@ -219,7 +220,7 @@ class VLLMEngine(RolloutEngine):
 
     def _rollout(self, completion: Any) -> Rollout:
         if completion.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a completion by {completion.finish_reason!r}.")
+            raise EngineError(f"vLLM returned a completion with the finish reason {completion.finish_reason!r}.")
         ids = tuple(completion.token_ids)
         logprobs = tuple(each[token].logprob for each, token in zip(completion.logprobs, ids, strict=True))
         return Rollout(ids, logprobs, completion.finish_reason, version=self._synced[0] if self._synced else None)
@@ -229,20 +230,20 @@ class VLLMEngine(RolloutEngine):
         if not exact and not self._said:
             self._said = True
             warnings.warn(
-                f"vLLM tells {self.mode}, which are not the policy's log-probabilities with these sampling options: those of the "
-                "policy that sampled are computed again by the trainer.",
+                f"vLLM returns {self.mode}, which are not the policy's log-probabilities with these sampling options: the trainer "
+                "recomputes them.",
                 stacklevel=2,
             )
         return exact
 
-    # ---- what is told of it ----
+    # ---- metrics ----
 
     def take_metrics(self) -> dict[str, float]:
-        """Seconds in sync and in sampling, and tokens per second of this process; since the last call."""
+        """Seconds in sync and in sampling, and tokens per second of this process, since the last call."""
         return self.counts.take()
 
     def close(self) -> None:
-        """Give vLLM's memory back, and delete the folders of weights."""
+        """Release vLLM's memory, and delete the folders of weights."""
         self.llm = self._synced = None
         if self.folders is not None:
             self.folders.close()
@@ -254,7 +255,7 @@ def _requests(prompts: Sequence[Prompt], params: SamplingParams) -> list[Request
 
 
 def _given(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as `vllm.LLM` takes it."""
+    """The prompt in the format of `vllm.LLM`."""
     if prompt.unexpanded is None:
         return {"prompt_token_ids": list(prompt.ids)}
     own = prompt.unexpanded
@@ -262,5 +263,5 @@ def _given(prompt: Prompt) -> dict[str, Any]:
 
 
 def _place() -> tuple[int, int]:
-    """Number of processes, and this one's."""
+    """World size and rank of this process."""
     return (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)

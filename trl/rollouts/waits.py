@@ -1,4 +1,4 @@
-"""Says what is waited for at servers, where it takes long."""
+"""Log which requests to servers the trainer is waiting for, when they take long."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trl.rollouts.connection import Server
 logger = logging.getLogger(__name__)
 
 SAY_EVERY = 30.0
-"""Seconds after which a wait is spoken of, and again."""
+"""Seconds between two log messages about a wait."""
 
 
 @contextmanager
-def spoken_of(servers: Sequence[Server]) -> Iterator[None]:
-    """Within it, requests that are under way for long are named every `SAY_EVERY` seconds."""
+def logging_waits(servers: Sequence[Server]) -> Iterator[None]:
+    """Within it, requests that take long are logged every `SAY_EVERY` seconds."""
     over = threading.Event()
     thread = threading.Thread(target=_speak, args=(servers, over), daemon=True)
     thread.start()
@@ -33,10 +33,10 @@ def _speak(servers: Sequence[Server], over: threading.Event) -> None:
     while not over.wait(SAY_EVERY):
         now = time.monotonic()
         waits = [
-            f"{now - since:.0f} s for {asked} (of {server.timeout:g} s at most)"
+            f"{asked} ({now - since:.0f} s of at most {server.timeout:g} s)"
             for server in servers
             for asked, since in list(server.under_way.values())
             if now - since >= SAY_EVERY / 2
         ]
         if waits:
-            logger.warning("Waiting since %s.", "; ".join(waits))
+            logger.warning("Waiting for %s.", "; ".join(waits))

@@ -1,9 +1,9 @@
-"""Folders in which weights travel to samplers: a new one for every version, there as a whole or not at all.
+"""Folders through which weights reach samplers: one per version, which appears only when it is complete.
 
     write to "7.partial" ──rename──▶ "7" ──every server has read it──▶ "6" is deleted
 
-On one machine they lie in shared memory, so that a version is a copy in memory; on several, in a folder of a file system that
-all share.
+On one machine they are in shared memory, so that a version is a copy in memory; for several machines, on a file system that
+all of them share.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NAME = re.compile(r"trl-weights-(?P<host>.+)-(?P<process>\d+)-[^-]+")
 
 
 def default_root() -> Path:
-    """Shared memory where there is any, else the folder for temporary files."""
+    """Shared memory (/dev/shm) if it exists and is writable, else the system's folder for temporary files."""
     return MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
 class WeightFolders:
-    """Versions of weights below `root`. Those of processes that were killed are deleted at the start."""
+    """Versions of weights in a new folder below `root`. Folders that killed processes left there are deleted first."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ class WeightFolders:
         atexit.register(self.close)
 
     def publish(self, version: str, write: Callable[[Path], None]) -> Path:
-        """The folder of a version, after `write(folder)` has written all of it."""
+        """Have `write(folder)` write a version, and return its folder once it is complete."""
         partial, final = self.folder / f"{version}.partial", self.folder / version
         for old in (partial, final):
             shutil.rmtree(old, ignore_errors=True)
@@ -55,7 +55,7 @@ class WeightFolders:
         return final
 
     def keep_only(self, folder: Path) -> None:
-        """Delete all versions but this one."""
+        """Delete all versions except the one in `folder`."""
         for each in self.folder.iterdir():
             if each != folder:
                 shutil.rmtree(each, ignore_errors=True)

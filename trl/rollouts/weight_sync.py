@@ -1,4 +1,4 @@
-"""What is sent to samplers of the policy: all of its weights, or its adapter alone, as files that `from_pretrained` reads."""
+"""Write the policy for samplers, as files that `from_pretrained` reads: all weights, or the adapter alone."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from trl.vision.families import image_token_ids
 
 
 def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[ServerInfo]) -> str | None:
-    """Why the policy's adapter cannot be sent alone; None where it can.
+    """The reason why the policy's adapter cannot be sent alone, and has to be merged into the weights; None if it can.
 
-    vLLM samples with one plain LoRA of one rank: see its page on LoRA adapters.
+    vLLM supports one plain LoRA adapter with a single rank: see its page on LoRA adapters.
     """
     if not isinstance(policy, PeftModel):
         return "the model has no adapter"
     config = policy.peft_config[policy.active_adapters[0]]
     if not isinstance(config, LoraConfig):
-        return f"its adapter is no LoRA but {config.peft_type.value}"
+        return f"its adapter is {config.peft_type.value}, not LoRA"
     reasons = {
         "several adapters are active": len(policy.active_adapters) > 1,
         "it is a DoRA": config.use_dora,
@@ -43,7 +43,7 @@ def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[
         "weights below the adapter are trained": any(
             p.requires_grad and "lora_" not in name for name, p in base_of(policy).named_parameters()
         ),
-        "it adapts what reads images, which vLLM's adapters do not": not all(server.is_own for server in servers)
+        "it adapts the image encoder, which vLLM does not support": not all(server.is_own for server in servers)
         and bool(image_token_ids(policy.config))
         and any("lora_" in name for name in encoder_parameters(base_of(policy))),
         "a server takes no adapters (--enable-lora)": not all(server.takes_adapters for server in servers),
@@ -55,19 +55,25 @@ def needs_merged_weights(policy: PreTrainedModel | PeftModel, servers: Sequence[
 
 
 def write_weights(model: nn.Module, folder: Path | None) -> None:
-    """All weights of the policy, adapters merged, as a checkpoint in `folder`. All processes take part; None writes nothing."""
+    """Save all weights of the policy, adapters merged, as a checkpoint in `folder`.
+
+    A collective call: processes with None for `folder` only take part in gathering.
+    """
     state = {}
     for name, tensor in gathered_parameters(model):
         if folder is not None:
             state[name] = tensor.cpu().contiguous()
-        del tensor  # before the next one is gathered
+        del tensor  # free it before the next one is gathered
     if folder is not None:
         with _quiet():
             base_of(policy_of(model)).save_pretrained(folder, state_dict=state)
 
 
 def write_adapter(model: nn.Module, folder: Path | None) -> None:
-    """The policy's adapter alone, as `peft` saves it. All processes take part; None writes nothing."""
+    """Save the policy's adapter alone, in the format of `peft`.
+
+    A collective call: processes with None for `folder` only take part in gathering.
+    """
     policy = policy_of(model)
     assert isinstance(policy, PeftModel)
     name = policy.active_adapters[0]
@@ -75,7 +81,7 @@ def write_adapter(model: nn.Module, folder: Path | None) -> None:
     if folder is None:
         return
     policy.save_pretrained(folder, selected_adapters=[name], state_dict=state, save_embedding_layers=False)
-    if name != "default":  # peft saves it in a folder of its name
+    if name != "default":  # peft saves it in a subfolder with the adapter's name
         inner = folder / name
         for file in inner.iterdir():
             file.rename(folder / file.name)
@@ -85,9 +91,10 @@ def write_adapter(model: nn.Module, folder: Path | None) -> None:
 def publish(
     folders: WeightFolders | None, model: nn.Module, step: int, write: Callable[[nn.Module, Path | None], None]
 ) -> Path | None:
-    """The folder with what `write` writes of the policy, on the main process, whose `folders` these are; None on the others.
+    """Write the policy with `write` as version `step`, and return its folder on the main process, None on the others.
 
-    All processes gather, and where the main one fails to write, all raise its EngineError.
+    `folders` is None except on the main process. All processes take part in gathering; if writing fails on the main process,
+    all of them raise its EngineError.
     """
     error, folder = None, None
     if folders is None:
@@ -103,7 +110,7 @@ def publish(
 
 
 def raise_everywhere(error: BaseException | None) -> None:
-    """Raise on all processes what has failed on the main one; all call."""
+    """Raise the main process's `error`, if any, on all processes; a collective call."""
 
     def tell() -> None:
         if error is not None:
@@ -114,7 +121,7 @@ def raise_everywhere(error: BaseException | None) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar for every step's weights."""
+    """Within it, saving shows no progress bar, which would appear again for every step's weights."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""How weights get to servers: through a folder that they read, or over NCCL (`trl.rollouts.nccl_transfer`).
+"""Send weights to servers through a folder that they read; `trl.rollouts.nccl_transfer` sends them over NCCL.
 
-    every server: pause ──▶ new weights ──▶ forget the cache of prompts ──▶ version ──▶ resume
+    every server: pause ──▶ load weights ──▶ reset the prefix cache ──▶ set the version ──▶ resume
 
-A server that cannot be reached is left out until the next weights; with the last one, the transfer has failed.
+A server that cannot be reached is left out until the next transfer; if none can be reached, the transfer fails.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from trl.training.collectives import is_main, run_on_main
 logger = logging.getLogger(__name__)
 
 ADAPTER = "trl-policy"
-"""Name under which servers keep the policy's adapter."""
+"""Name under which servers load the policy's adapter."""
 
 
 class WeightTransfer(Protocol):
     """Sends the policy's weights, adapters merged, to servers."""
 
     def send(self, servers: Sequence[Server], model: nn.Module, step: int) -> None:
-        """All processes call, and those servers that took the weights have `version` = `step` on the main one.
+        """Send the weights; a collective call. On the main process, servers that loaded them then have `version` = `step`.
 
-        Raises EngineError on all processes where no server took them, or one refused.
+        Raises EngineError on all processes if no server loaded them, or one refused.
         """
         ...
 
     def close(self) -> None:
-        """Give back what is held for the transfer."""
+        """Release folders and connections of the transfer."""
         ...
 
 
 class FolderTransfer:
-    """Weights, or an adapter alone, in a folder that this machine and all servers see: a `WeightTransfer`.
+    """A `WeightTransfer` of weights, or of an adapter alone, through a folder that this machine and all servers see.
 
-    root   where the folder is made. None: in shared memory
+    root   parent of that folder. None: shared memory
     """
 
     def __init__(self, root: Path | None, retries: Retries) -> None:
@@ -84,14 +84,14 @@ class FolderTransfer:
 
         failures: list[BaseException] = []
         for attempt in range(self.retries.most + 1):
-            failures = [*together([server for server in servers if server.version != version], exchange).values()]
+            failures = [*for_all([server for server in servers if server.version != version], exchange).values()]
             raise_unless_unreachable(failures)
             if len(failures) < len(servers) or attempt == self.retries.most:
                 break
             rest = self.retries.backoff * 2**attempt
-            logger.warning("No server has taken the weights yet; once more in %g s: %s", rest, failures[0])
+            logger.warning("No server has loaded the weights yet; retrying in %g s: %s", rest, failures[0])
             time.sleep(rest)
-        check_some_left(failures, servers, version)
+        check_failures(failures, servers, version)
         self.folders.keep_only(folder)
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ class FolderTransfer:
 
 @contextmanager
 def exchanging(server: Server, version: str) -> Iterator[None]:
-    """Within it the server samples nothing, and its weights are exchanged; afterwards it has this version."""
+    """Within it, sampling on the server is paused while its weights are replaced; afterwards it has version `version`."""
     server.version = None
     server.post("/pause", mode="keep")
     try:
@@ -124,48 +124,47 @@ def reload(server: Server, folder: Path) -> None:
 
 
 def load_adapter(server: Server, folder: Path) -> None:
-    """Have the server read the adapter in `folder`, in place of the one before."""
+    """Have the server read the adapter in `folder`, in place of the previous one."""
     body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
     try:
         server.post("/v1/load_lora_adapter", body)
     except Refused as error:
         raise EngineError(
-            f"{error} vLLM takes adapters while it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. Does the "
+            f"{error} vLLM loads adapters at run time only with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment. Does the "
             f"server see the folder {folder}?"
         ) from error
 
 
 def forget_prompts(server: Server) -> None:
-    """Have the server drop what earlier weights computed: keys and values, and features of images."""
+    """Have the server drop its prefix cache (keys and values) and its cached image features, which are of earlier weights."""
     answer = server.post("/reset_prefix_cache", reset_running_requests="true")
     done = answer.get("success") is True if isinstance(answer, Mapping) else answer == ""
     if not done:
         raise Unreachable(
-            f"POST {server.url}/reset_prefix_cache: the server did not forget what it had cached of prompts, which belongs to "
-            "earlier weights."
+            f"POST {server.url}/reset_prefix_cache: the server did not reset its prefix cache, which belongs to earlier weights."
         )
     if server.reads_images:
         server.post("/reset_encoder_cache")
 
 
 def raise_unless_unreachable(errors: Sequence[BaseException]) -> None:
-    """Raise the first error after which asking another server, or later, is no use."""
+    """Raise the first error, if any, for which a retry or another server cannot help."""
     for error in errors:
         if not isinstance(error, Unreachable):
             raise error
 
 
-def check_some_left(failures: Sequence[BaseException], servers: Sequence[Server], version: str) -> None:
-    """Say which servers failed. Raises EngineError where all did."""
+def check_failures(failures: Sequence[BaseException], servers: Sequence[Server], version: str) -> None:
+    """Log which servers failed. Raises EngineError if all did."""
     if len(failures) == len(servers):
         reasons = "\n".join(map(str, failures))
-        raise EngineError(f"No server has taken the weights of step {version}:\n{reasons}")
+        raise EngineError(f"No server has loaded the weights of step {version}:\n{reasons}")
     for error in failures:
-        logger.warning("%s The other servers go on without it.", error)
+        logger.warning("%s Sampling continues on the other servers.", error)
 
 
-def together(servers: Sequence[Server], act: Callable[[Server], Any]) -> dict[str, BaseException]:
-    """The errors of `act(server)`, done for all servers at the same time, by URL."""
+def for_all(servers: Sequence[Server], act: Callable[[Server], Any]) -> dict[str, BaseException]:
+    """Run `act(server)` for all servers concurrently, and return the errors by URL."""
     if not servers:
         return {}
     with ThreadPoolExecutor(len(servers)) as pool:
