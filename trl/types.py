@@ -1,4 +1,4 @@
-"""The nouns of the library: what travels from rows to loss.
+"""The data types of the library, from rows to loss.
 
     row ──encode──▶ Example ──lay out──▶ Batch ──score──▶ Scores ──algorithm──▶ loss per token
 
@@ -21,15 +21,15 @@ from trl.transfer import sent
 
 Signal = float | Sequence[float]
 Metrics = dict[str, Tensor]
-"""Named measurements of one batch, NaN left out. `[N,C]`: averaged over the mask. `[N]`: averaged over completions."""
+"""Metrics of one batch by name. `[N,C]` is averaged over the mask, `[N]` over completions; NaN is left out of the average."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A continuation of a prompt, on the host.
+    """A completion of a prompt, on the host.
 
-    `mask[t]` is 1 where token t is scored (tool output, user turns and cut-off tokens are not); None scores all.
-    `signals` are named numbers, per sequence or one per token (reward, advantages, sampler log-probabilities, …).
+    `mask[t]` is 1 where token t is scored (tool output, user turns and cut-off tokens are not); None scores all tokens.
+    `signals` are named numbers, one per completion or one per token (reward, advantages, sampler log-probabilities, …).
     """
 
     ids: Sequence[int]
@@ -42,8 +42,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Concatenated:
-    """How an input of several prompts is joined: along `dim`, in the order in which the prompts lie in the grid, once per
-    occurrence of a prompt. Other dimensions are filled up with `fill` to the largest."""
+    """A model input that is concatenated along `dim` over the prompts of a batch, in their order in the grid, and once for each
+    time that a prompt occurs in it. Other dimensions are padded with `fill` to the largest size."""
 
     dim: int = 0
     fill: int = 0
@@ -51,11 +51,12 @@ class Concatenated:
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """How an input with one value per token is joined: it lies in the grid as the tokens do, `[…,L] -> [B,T]`.
+    """A model input with one value per token, placed in the grid at the positions of the tokens, `[…,L] -> [B,T]`.
 
-    L is the prompt's length; of a prompt with one completion the values may reach into the completion. `completion` stands
-    at the tokens of completions that are not covered, `padding` elsewhere. `sees_ahead` says that the values tell tokens that
-    see others behind them, so that models have to be given masks for rows of several sequences.
+    L is the length of the prompt; if it has a single completion, the values may cover tokens of the completion too. The value
+    `completion` fills completion tokens that are not covered, and `padding` fills padding. `sees_ahead` is true if the values
+    mark tokens that attend to later tokens (as those of an image do): rows of several sequences then need explicit attention
+    masks.
     """
 
     completion: int = 0
@@ -68,15 +69,15 @@ Join = Concatenated | PerToken
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and the K ≥ 1 completions that hang from it.
+    """One prompt and its K ≥ 1 completions.
 
-    A text to model (plain or a whole chat) is one completion on an empty prompt.
+    A text for language modelling (plain, or a whole conversation) is one completion of an empty prompt.
 
-    inputs          what else the model reads with the prompt: tensors by the name of the forward's argument (pixel values,
-                    …). How those of several prompts are joined is said by the layout's `joins`.
-    positions       `[L]`, or `[3,L]` (time, height, width), of the first L tokens of the prompt, or with one completion of
-                    prompt and completion, where they are not 0, 1, 2, …
-    next_position   the position after those; the tokens that follow count on from it. None: L
+    inputs          further model inputs for the prompt (pixel values, …): tensors by the name of the forward's argument. The
+                    layout's `joins` say how those of several prompts are joined.
+    positions       position ids `[L]`, or `[3,L]` (time, height, width), of the first L tokens of the prompt (or of prompt and
+                    completion, if there is one completion); None if they are 0, 1, 2, …
+    next_position   position id of the next token; those of later tokens count on from it. None: L
     """
 
     prompt: Sequence[int]
@@ -87,22 +88,22 @@ class Example:
 
     @property
     def key(self) -> Hashable:
-        """Identity of the prompt: equal where token ids and all other inputs are."""
+        """Identity of the prompt: equal for two prompts if their token ids and all other inputs are equal."""
         return prompt_key(self.prompt, self.inputs)
 
     @property
     def tokens(self) -> int:
-        """Tokens with the prompt counted once."""
+        """Number of tokens, with the prompt counted once."""
         return len(self.prompt) + sum(map(len, self.completions))
 
     @property
     def length(self) -> int:
-        """Tokens of the longest prompt-and-completion."""
+        """Number of tokens of the prompt with its longest completion."""
         return len(self.prompt) + max(map(len, self.completions))
 
 
 def prompt_key(ids: Sequence[int], inputs: Mapping[str, Any]) -> Hashable:
-    """What two prompts have in common that the model cannot tell apart: token ids, and a digest of the other inputs."""
+    """A hashable key that is equal for prompts with the same model inputs: the token ids, and a digest of the other inputs."""
     if not inputs:
         return tuple(ids)
     digest = hashlib.blake2b(digest_size=16)
@@ -115,11 +116,11 @@ def prompt_key(ids: Sequence[int], inputs: Mapping[str, Any]) -> Hashable:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which sequence and which of its branches a position of the grid belongs to, `[B,T]` each. Attention is built from it.
+    """Which sequence, and which branch of it, each position of the grid belongs to; `[B,T]` each. Attention masks are made of it.
 
-    sequence   number of the example; −1 is padding
+    sequence   index of the example; −1 is padding
     branch     0 is the shared prompt, 1 … K are the completions
-    offset     number of tokens that come before in the same prompt and branch
+    offset     number of preceding tokens in the prompt and the position's own branch
     """
 
     sequence: Tensor
@@ -133,14 +134,14 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The grid as calls of variable-length attention see it: runs of queries, and the keys that each run attends to.
+    """Arguments of variable-length attention kernels for a grid: runs of queries, and the keys that each run attends to.
 
-    A run is a sequence, a prompt or a branch; query i of q sees the first k − q + i + 1 of its run's k keys. Positions of
-    the flattened grid `[B·T]` are the queries, run after run.
+    A run is a sequence, a prompt or a branch; query i of the q queries of a run attends to the first k − q + i + 1 of its k
+    keys. The queries are the positions of the flattened grid `[B·T]`, run after run.
 
-    query_starts, key_starts   [R+1] int32: where runs begin among queries and among keys
-    keys                       [K] int64: position in the grid of every key, or None where keys are the queries
-    longest_query, longest_key at least the most of a run, a power of two, on the host
+    query_starts, key_starts   [R+1] int32: first query and first key of every run (cumulative sequence lengths)
+    keys                       [K] int64: index into the flattened grid of every key; None if keys and queries are the same
+    longest_query, longest_key upper bounds of the number of queries and keys of a run, powers of two, on the host
     """
 
     query_starts: Tensor
@@ -157,22 +158,22 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass needs. Algorithms see no trace of how it was laid out.
+    """The tensors of one forward pass and its losses. Those that algorithms read do not depend on the layout.
 
     inputs      keyword arguments of the model's forward: `input_ids [B,T]`, `position_ids`, pixel values, …
     predictor   [N,C] flat index into the B·T grid of the position whose hidden state predicts token t
     position    [N,C] flat index of token t itself
     target      [N,C] token ids
     mask        [N,C] float, 1 where the token is scored
-    scored      [M] flat indices into N·C of the scored tokens (the ones of `mask`, known on the host)
+    scored      [M] flat indices into N·C of the scored tokens (where `mask` is 1, computed on the host)
     last        [N] flat index into the B·T grid of a completion's last token
-    example     [N] which example a completion hangs from
+    example     [N] index of the example that a completion belongs to
     signals     `[N]` or `[N,C]` float tensors
     weight      [N,C] or None: weights that sum to 1 over the accumulation window and all processes
-    segments    which sequence and branch a position belongs to, where attention is to be built from it; or None
-    spans       the same for attention of variable length, where the model has it; or None
-    copies      [B,T] how many rows of the padded layout a position stands for, 0 for padding; where it is asked for, or None
-    tokens      tokens that are neither padding nor repeated, on the host
+    segments    sequence and branch of each position, if attention masks are to be built from them; else None
+    spans       arguments for variable-length attention, if the model uses it; else None
+    copies      [B,T] how many rows of the padded layout each position stands for, 0 for padding; None unless requested
+    tokens      number of tokens without padding and repetitions, on the host
     """
 
     inputs: dict[str, Tensor]
@@ -204,7 +205,7 @@ class Batch:
         )
 
     def to(self, device: Any) -> Batch:
-        """The batch on `device`, by one copy that the host does not wait for."""
+        """The batch on `device`, by one asynchronous copy of all its tensors."""
         tensors: list[Tensor] = []
 
         def collect(tensor: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """Positions of the grid, padding included; encoder and decoder together."""
+        """Number of positions of the grid, padding included; for encoder-decoders, of encoder and decoder together."""
         return sum(self.inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in self.inputs)
 
     def masked_out(self) -> Batch:
@@ -225,11 +226,11 @@ class Batch:
         return replace(self, mask=self.mask * 0, scored=self.scored[:0])
 
     def __getitem__(self, *_: Any) -> NoReturn:
-        """Raises ConfigError: what a loss that was written for batches of `transformers` runs into."""
+        """Raise ConfigError, for losses that were written for the batches of `transformers`."""
         raise ConfigError(
-            "This is a `trl.Batch`, and not a dict of input_ids and labels: a row may hold several sequences. For a loss of "
-            "your own override `loss(model, batch) -> (loss, metrics)`: `score(model, batch)` gives log-probabilities [N,C], "
-            "and `batch.inputs` are the arguments of the model's forward."
+            "This is a `trl.Batch`, not a dict of input_ids and labels: a row may hold several sequences. For a loss of your own "
+            "override `loss(model, batch) -> (loss, metrics)`: `score(model, batch)` returns log-probabilities [N,C], and "
+            "`batch.inputs` are the arguments of the model's forward."
         )
 
     keys = get = pop = __getitem__
@@ -237,10 +238,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A rollout batch, before anything is learned from it: what an algorithm computes advantages from.
+    """A rollout batch as tensors, from which an algorithm computes advantages before training on it.
 
     rewards   [N] float32, NaN where no reward function applied
-    group     [N] which prompt a completion belongs to: its group is all samples of that prompt, whole on one process
+    group     [N] index of the prompt of each completion. A group is all samples of a prompt; it is never split over processes
     mask      [N,C] float, 1 for the tokens that were sampled
     signals   `[N]` or `[N,C]`: `old_logprobs` (of the sampler), `ref_logprobs`, `values`, …; an algorithm adds
               `advantages`, `returns`, …
@@ -256,9 +257,9 @@ class Experience:
 
 
 class Learnable(Protocol):
-    """What an algorithm reads of the batch that a loss is asked of: nothing of prompts, rows or padding.
+    """The part of a batch that an algorithm's loss reads: nothing of prompts, rows or padding.
 
-    C counts the actions of a completion: its tokens, or the steps by which a picture was denoised.
+    C counts the actions of a completion: its tokens, or the denoising steps of an image.
     """
 
     @property
@@ -268,17 +269,17 @@ class Learnable(Protocol):
 
     @property
     def signals(self) -> Mapping[str, Tensor]:
-        """Named numbers, `[N]` or `[N,C]`: what the experience had, and what `advantages` added."""
+        """Named numbers, `[N]` or `[N,C]`: the signals of the experience, with those that `advantages` added."""
         ...
 
 
 class StepBatch(Learnable, Protocol):
-    """What the step machine asks of a batch, which is a dataclass: see `trl.training.step_trainer`.
+    """The batch protocol of `trl.training.step_trainer`; the batch has to be a dataclass.
 
-    weight      in the shape of the losses, or None: sums to 1 over the window and all processes
-    example     [N] which item of the micro-batch a completion belongs to
-    tokens      what the batch counts for in throughput, on the host
-    positions   what its forward pass computes, padding included
+    weight      in the shape of the losses, or None: weights that sum to 1 over the accumulation window and all processes
+    example     [N] index of the item of the micro-batch that a completion belongs to
+    tokens      number of tokens that count for throughput, on the host
+    positions   number of positions that the forward pass computes, padding included
     """
 
     weight: Tensor | None
@@ -295,15 +296,16 @@ class StepBatch(Learnable, Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """An online algorithm: advantages from rewards, and a loss from advantages. One's own derives from it.
+    """An online algorithm: advantages from rewards, and a loss from advantages. Derive from it to write one.
 
-    Only `advantages` and `loss` have to be written. Neither changes the algorithm: `after_round` gives the one that goes
-    on, and `state_dict` what a checkpoint has to hold of it.
+    Only `advantages` and `loss` have to be defined. Neither may change the algorithm: `after_round` returns the algorithm to
+    continue with, and `state_dict` what a checkpoint stores of it.
 
-    needs_reference      whether the experience is to have `ref_logprobs` `[N,C]`, of the policy as it was given
-    needs_values         … `values` `[N,C]`, and scores their `value`
-    needs_entropy        … `entropy` `[N,C]`, of the policy that samples
-    needs_old_logprobs   … `old_logprobs` `[N,C]` that the policy in training gives, also where the sampler gave its own
+    needs_reference      the experience needs `ref_logprobs` `[N,C]`, of the reference policy
+    needs_values         the experience needs `values` `[N,C]`, and scores need `value`
+    needs_entropy        the experience needs `entropy` `[N,C]`, of the policy that samples
+    needs_old_logprobs   the experience needs `old_logprobs` `[N,C]` recomputed by the policy in training, instead of the
+                         sampler's
     """
 
     needs_reference: bool = False
@@ -312,23 +314,26 @@ class Algorithm(Protocol):
     needs_old_logprobs: bool = False
 
     def advantages(self, experience: Experience) -> Experience:
-        """The experience with signals that say how good each action, or completion, was."""
+        """The experience with added signals that say how good each action or completion was."""
         ...
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """Loss `[N,C]` (or `[N]`) and metrics; `batch.signals` are those of the experience."""
+        """Loss `[N,C]` (or `[N]`) and metrics; `batch.signals` are those of the experience with advantages."""
         ...
 
     def after_round(self, experience: Experience) -> Self:
-        """The algorithm once this rollout batch, of all processes, with its advantages, is to be learned from."""
+        """The algorithm to continue with, called once the advantages of a rollout batch are known.
+
+        `experience` is the rollout batch of all processes, with its advantages.
+        """
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes while training: tensors, numbers, texts, lists and dicts."""
+        """The state that changes during training: tensors, numbers, texts, lists and dicts."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state that `state_dict` gave."""
+        """Restore a state that `state_dict` returned."""
         return
 
 
@@ -337,16 +342,16 @@ _INDEX_FIELDS = ("predictor", "position", "target", "mask", "scored", "last", "e
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the model finds of a batch's completions; `[N,C]` float32, zero where the mask is.
+    """The model's log-probabilities and other statistics of a batch's completions; `[N,C]` float32, 0 where the mask is 0.
 
-    logprobs       log π(token t | everything before it), at the temperature asked for
+    logprobs       log π(token t | everything before it), at the requested temperature
     entropy        −Σ_v p_v log p_v of the distribution that predicts token t
     mean_logprob   Σ_v log p_v / V (label smoothing)
     mean_logit     Σ_v z_v / V of the logits z, without gradient
     collision      Σ_v p_v² (WPO), without gradient
     greedy         1 where the token is the most likely one, without gradient
     value          value of the state before token t
-    extras         what else a method asks for, by name (Q-values, …); `[N,C]` or `[N,C,V]`
+    extras         further statistics that a method requests, by name (Q-values, …); `[N,C]` or `[N,C,V]`
     """
 
     logprobs: Tensor
