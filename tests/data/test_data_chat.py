@@ -124,7 +124,7 @@ def test_a_conversation_without_an_assistant_has_nothing_to_train_on(make):
 
 
 def test_a_template_that_cannot_be_masked(make, dialogue):
-    with pytest.raises(DataError, match=r"does not show what the assistant wrote.*\{% generation %\}"):
+    with pytest.raises(DataError, match=r"does not show which text the assistant wrote.*\{% generation %\}"):
         render_chat(dialogue, make.tokenizer("rewrites"))
 
 
@@ -183,7 +183,7 @@ def test_maybe_apply_chat_template_leaves_text(make):
 
 
 def test_a_prompt_must_not_end_with_the_system(make):
-    with pytest.raises(DataError, match="here with 'system'"):
+    with pytest.raises(DataError, match="ends with a message of role 'system'"):
         apply_chat_template({"prompt": [{"role": "system", "content": "be"}]}, make.tokenizer("chatml"))
 
 

@@ -141,7 +141,10 @@ def test_columns_that_are_read_here_are_left_alone(row):
     ("row", "words"),
     [
         ({"question": "a", "answer": 4}, "Row 2, column 'answer': expected a string, found int 4"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "Row 2, column 'history': expected pairs"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c"]]},
+            "Row 2, column 'history': expected a list of .question, answer. pairs",
+        ),
         ({"instruction": "a", "output": "b", "kto_tag": "good"}, "Row 2, column 'kto_tag': expected true"),
         ({"chosen": "Human: a", "rejected": HH}, "Row 2, column 'chosen': a dialogue begins with 'Human:'"),
     ],
@@ -171,10 +174,10 @@ def test_calls_of_older_files_are_tool_calls():
 
 def test_an_error_says_which_command_takes_the_columns():
     with pytest.raises(
-        DataError, match=r"those of unpaired_preference, which trl kto takes\. Rename columns \(--dataset_rename"
+        DataError, match=r"fit the kind unpaired_preference, which trl kto takes\. Rename columns \(--dataset_rename"
     ):
         detect_kind(["prompt", "completion", "label"], allowed=("preference",))
-    with pytest.raises(DataError, match="those of prompt_completion, which trl sft takes"):
+    with pytest.raises(DataError, match="fit the kind prompt_completion, which trl sft takes"):
         detect_kind(["prompt", "completion"], allowed=("preference",))
 
 

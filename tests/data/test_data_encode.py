@@ -333,7 +333,7 @@ def test_equal_pairs_are_dropped(plain):
     report = encoded(rows, plain).report
     assert (report.rows, report.identical, report.dropped) == (1, 1, 1)
     assert "1 dropped (chosen equals rejected)" in str(report)
-    with pytest.raises(DataError, match="Of 1 row of 'train', all have chosen equal to rejected"):
+    with pytest.raises(DataError, match="Every row of 'train' has chosen equal to rejected"):
         encoded(rows[:1], plain)
 
 
@@ -466,13 +466,13 @@ def test_wrong_types_name_row_and_column(plain, chatml):
             {"prompt": "sky", "completions": ["a"], "labels": [True, False]}
         ],
         "Row 1, column 'labels': 1 values for the 2 tokens": [{"input_ids": [4, 5], "labels": [4]}],
-        "Row 1, column 'labels': a label is the token of 'input_ids' or -100": [
+        "Row 1, column 'labels': a label has to be the token id in 'input_ids' or -100": [
             {"input_ids": [4, 5], "labels": [5, 6]}
         ],
         "Row 1, column 'seq_lengths': every document has at least one token, found [2, 0]": [
             {"input_ids": [4, 5], "seq_lengths": [2, 0]}
         ],
-        "Row 1, column 'seq_lengths': they add up to 3, the row has 2 tokens": [
+        "Row 1, column 'seq_lengths': its documents have 3 tokens together, but the row has 2": [
             {"input_ids": [4, 5], "seq_lengths": [3]}
         ],
     }
@@ -497,7 +497,9 @@ def test_empty_dataset(plain):
 
 def test_answers_come_from_the_assistant(chatml):
     rows = [{"messages": ASK + BLUE}, {"messages": ASK + BLUE + ASK}, {"messages": ASK}]
-    with pytest.raises(DataError, match=r"Row 3, column 'messages': no turn is the assistant's.* Its roles: user"):
+    with pytest.raises(
+        DataError, match=r"Row 3, column 'messages': it has no message of the assistant.* Its roles: user"
+    ):
         encoded(rows, chatml, assistant_only_loss=True)
     assert len(examples(rows, chatml)) == 3
     first, second = examples(rows[:2], chatml, assistant_only_loss=True)
@@ -507,12 +509,12 @@ def test_answers_come_from_the_assistant(chatml):
 
 
 def test_a_template_that_cannot_be_masked_names_the_row(make):
-    with pytest.raises(DataError, match=r"Row 1: The chat template of .* does not show what the assistant wrote"):
+    with pytest.raises(DataError, match=r"Row 1: The chat template of .* does not show which text the assistant wrote"):
         encoded([{"messages": ASK + BLUE}], make.tokenizer("rewrites"), assistant_only_loss=True)
 
 
 def test_a_template_whose_prompt_is_not_kept(make):
-    with pytest.raises(DataError, match=r"Row 1: .* renders a prompt otherwise once an answer follows"):
+    with pytest.raises(DataError, match=r"Row 1: .* renders a prompt differently once an answer follows"):
         encoded([{"prompt": ASK, "completion": BLUE}], make.tokenizer("rewrites"))
 
 
@@ -546,8 +548,8 @@ def test_a_classifier_needs_no_end_of_text(make):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"positions": 9}, "Row 2: 4 tokens, and the model has 9 positions: set max_length=9, or less"),
-        ({"embedded": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding, the model's has 3 rows.*resize"),
+        ({"positions": 9}, "Row 2: 4 tokens, but the model has 9 positions: set max_length to at most 9"),
+        ({"embedded": 3}, r"Row 1: token '[^']+' \(\d+\) has no embedding; the model's embedding has 3 rows.*resize"),
     ],
 )
 def test_limits_of_the_model_are_those_of_rows(plain, settings, words):
@@ -599,7 +601,9 @@ def test_content_in_parts(chatml):
 
 def test_pictures_are_refused(chatml):
     picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}]}
-    with pytest.raises(DataError, match=r"[Rr]ow 1.* message 1: content has to be text, or parts of type text"):
+    with pytest.raises(
+        DataError, match=r"[Rr]ow 1.* message 1: content has to be text, or a list of parts of type text"
+    ):
         only([picture], chatml)
     with pytest.raises(
         DataError, match=r"columns \['images'\] hold images.*processing_class.*remove_columns\(\['images'\]\)"

@@ -173,9 +173,9 @@ def test_masks_of_tokens_are_those_of_the_text(family):
 @pytest.mark.parametrize(
     ("family", "turn", "words"),
     [
-        ("llama3", THOUGHT[1], "reasoning_content, 'Hm 1.'. Take a template that does"),
+        ("llama3", THOUGHT[1], "reasoning_content, 'Hm 1.'. Use a template that does"),
         ("llama3", THOUGHT[1] | {"thinking": "Hm 1."}, "reasoning_content, 'Hm 1.'"),
-        ("phi3", PLAIN[1] | {"thinking": "Hm."}, "thinking, 'Hm.'. Take a template"),
+        ("phi3", PLAIN[1] | {"thinking": "Hm."}, "thinking, 'Hm.'. Use a template"),
         ("deepseek_r1", PLAIN[1] | {"content": "<think>Hm, well.</think>Two hours."}, "reasoning, 'Hm, well.'"),
     ],
 )

@@ -48,17 +48,17 @@ def test_they_arrive(name, text, expected):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("long.csv", "prompt,completion\na,b,c\n", "the first row has 3 cells, and the header 2"),
-        ("ends.csv", "prompt,completion\na,b,\n", "no ',' at the end of a line"),
+        ("long.csv", "prompt,completion\na,b,c\n", "the first row has 3 cells, but the header 2"),
+        ("ends.csv", "prompt,completion\na,b,\n", "do not end lines with ','"),
         ("twice.csv", "prompt,prompt\na,b\n", "line 1: the column 'prompt' occurs twice"),
         ("commas.jsonl", LINES.replace("\n", ",\n"), "line 1, column 35: Extra data"),
         ("half.jsonl", LINES + '\n{"prompt": "\\ud83d"}', r"line \d: \\ud83d is half of a character"),
-        ("empty.jsonl", "", "there are no rows in it"),
-        ("blank.jsonl", "\n\n", "there are no rows in it"),
+        ("empty.jsonl", "", "it has no rows"),
+        ("blank.jsonl", "\n\n", "it has no rows"),
         (
             "inside.json",
             json.dumps({"version": 1, "data": ROWS}),
-            "one row, with a list of rows in 'data': write that list",
+            "a single row, with a list of rows in 'data': write only that list",
         ),
         ("plain.jsonl.gz", LINES, "Not a gzipped file"),
     ],
@@ -83,7 +83,7 @@ def test_files_of_another_kind_in_a_folder_are_said(caplog):
         Path("rows", name).write_text(text)
     with caplog.at_level(logging.WARNING, "trl"):
         assert len(load_rows("rows")) == 2
-    assert "files of the kind json are read, and not b.csv: give those by name" in caplog.text
+    assert "only the json files are read, but not b.csv" in caplog.text
 
 
 def test_columns_beside_images_are_read_and_not_missed(caplog):
@@ -97,7 +97,7 @@ def test_columns_beside_images_are_read_and_not_missed(caplog):
 
 @pytest.mark.parametrize("split", ["train[5:]", "train[:10%]", "train[:0]"])
 def test_slices_without_rows(split):
-    with pytest.raises(DataError, match=r"takes none of its 2 rows"):
+    with pytest.raises(DataError, match=r"selects none of its 2 rows"):
         take_split({"train": Dataset.from_list(ROWS)}, split, "rows.jsonl")
 
 

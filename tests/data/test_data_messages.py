@@ -59,14 +59,16 @@ def test_a_call_of_sharegpt_is_a_tool_call():
     )
     assert message["role"] == "assistant"
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
-    with pytest.raises(DataError, match="message 1: a function_call is JSON text, and 'weather' is none"):
+    with pytest.raises(DataError, match="message 1: a function_call has to be JSON text, but 'weather' is not"):
         tidy_messages([{"from": "function_call", "value": "weather"}])
 
 
 def test_arguments_as_json_text_are_decoded_once():
     (message,) = tidy_messages([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
     assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
-    with pytest.raises(DataError, match="message 1: tool_calls: arguments is JSON text, and 'city=Paris' is none"):
+    with pytest.raises(
+        DataError, match="message 1: tool_calls: arguments has to be JSON text, but 'city=Paris' is not"
+    ):
         tidy_messages([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "city=Paris"}}]}])
 
 
@@ -84,7 +86,7 @@ def test_parts_of_other_conventions_are_text(key):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(1, "content has to be text, found 1"), ([{"type": "text"}], "part 1 of type text holds none")],
+    [(1, "content has to be text, found 1"), ([{"type": "text"}], "part 1 of type text has no text")],
 )
 def test_content_that_is_no_text_is_named(content, words):
     with pytest.raises(DataError, match=f"message 2: {words}"):
@@ -133,7 +135,7 @@ STRICTER = CHATML.replace("m.content", "m['content'] + ''")
 @pytest.mark.parametrize("key", ["text", "value", "msg", "contnet"])
 def test_a_message_without_content_is_named_with_the_key_that_was_meant(source, key):
     messages = [*said(("user", "Is it far?")), {"role": "assistant", key: "Two hours."}]
-    words = rf"message 2 \(assistant\) has no 'content', its keys are \['role', '{key}'\]. .* under '{key}': rename"
+    words = rf"message 2 \(assistant\) has no 'content'; its keys are \['role', '{key}'\]. .* under '{key}': rename"
     for render in (ChatTemplate.whole, ChatTemplate.assistant_spans):
         with pytest.raises(DataError, match=words):
             render(template(source), messages)
@@ -161,7 +163,7 @@ def test_messages_are_left_out_as_they_say(key, off):
     messages[1][key] = off
     text, spans = template(CHATML).assistant_spans(messages)
     assert [text[start:end] for start, end in spans] == ["Good<|im_end|>"]
-    with pytest.raises(DataError, match="message 2 says that it is not learned from.*assistant_only_loss=True"):
+    with pytest.raises(DataError, match="message 2 is excluded from training.*assistant_only_loss=True"):
         template(CHATML).whole(messages)
 
 

@@ -168,17 +168,17 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": "./nowhere/rows"}, "there is no folder 'nowhere'"),
         (
             {"dataset_name": "notes.md"},
-            "dataset_name='notes.md' is no data file: known endings are .jsonl, .ndjson, .json, .csv",
+            "dataset_name='notes.md' is not a data file: known extensions are .jsonl, .ndjson, .json, .csv",
         ),
         ({"dataset_name": ["train.jsonl", "b.csv"]}, "files of different kinds"),
         ({"dataset_name": ["b.csv", "c.tsv"]}, "files of different kinds"),
         (
             {"dataset_name": "semicolons.csv"},
-            "line 1: its columns are separated by ';'.* a .csv file has ','. Write it with",
+            "line 1: its columns are separated by ';'.* a .csv file has to have ','. Write it with",
         ),
         ({"dataset_name": "tabs.csv"}, r"separated by '\\t'.* Name it .tsv"),
-        ({"dataset_name": "commas.tsv"}, r"separated by ','.* a .tsv file has '\\t'"),
-        ({"dataset_name": ["train.jsonl", "imdb"]}, "mix datasets with `datasets`"),
+        ({"dataset_name": "commas.tsv"}, r"separated by ','.* a .tsv file has to have '\\t'"),
+        ({"dataset_name": ["train.jsonl", "imdb"]}, "to mix datasets, use `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_name": "broken.jsonl"}, "Dataset 'broken.jsonl' cannot be read as rows: "),
         ({"dataset_train_split": "tran"}, r"has no split 'tran'. Did you mean 'train'\? Its splits: train."),
@@ -217,7 +217,7 @@ def test_refused_datasets(tmp_path, arguments, message):
         ({"datasets": [{"path": "imdb"}], "probabilities": [0.5, 0.5]}, "2 probabilities for 1 datasets"),
         ({"datasets": [{"path": "imdb"}], "probabilities": [-1]}, "none may be negative"),
         ({"stopping_strategy": "first_exausted"}, "Did you mean 'first_exhausted'"),
-        ({"streaming": True, "test_split_size": 0.1}, "rows are not counted beforehand"),
+        ({"streaming": True, "test_split_size": 0.1}, "number of rows is unknown"),
         ({"test_split_size": 1.5}, "test_split_size=1.5: give a share below 1, or a number of rows"),
         ({"test_split_size": 0}, "test_split_size=0: give a share below 1"),
     ],
@@ -254,7 +254,7 @@ def test_columns_that_one_dataset_lacks_are_named(tmp_path, caplog):
     scored = write(tmp_path / "scored.jsonl", [{"text": "b", "score": 1.0}])
     rows = get_dataset(DatasetMixtureConfig([{"path": bare}, {"path": scored}]))["train"]
     assert list(rows) == [{"text": "a", "score": None}, {"text": "b", "score": 1.0}]
-    assert caplog.messages == [f"Dataset {bare!r} of the mixture has no column 'score': None there."]
+    assert caplog.messages == [f"Dataset {bare!r} of the mixture has no column 'score': its rows have None there."]
 
 
 # ---- columns under other names ----
@@ -294,10 +294,10 @@ def test_columns_as_llama_factory_names_them(tmp_path, columns, names):
 @pytest.mark.parametrize(
     ("rename", "words"),
     [
-        (["question"], "'question' is no pair of names: write old=new"),
+        (["question"], "'question' is not a pair of names: write old=new"),
         (["question=prompt", "answer=prompt"], "'prompt' occurs twice"),
         (["qestion=prompt"], "no column 'qestion'. Did you mean 'question'"),
-        (["question=answer"], "has a column 'answer' already"),
+        (["question=answer"], "already has a column 'answer'"),
     ],
 )
 def test_renames_that_cannot_be(tmp_path, rename, words):
@@ -308,5 +308,5 @@ def test_renames_that_cannot_be(tmp_path, rename, words):
 
 def test_a_mapping_of_columns_that_is_not_understood_is_refused(tmp_path):
     path = jsonl(tmp_path, {"question": "a"})
-    with pytest.raises(ConfigError, match="columns: 'promt' is nothing that a column holds. Did you mean 'prompt'"):
+    with pytest.raises(ConfigError, match="columns: unknown role 'promt'. Did you mean 'prompt'"):
         DatasetMixtureConfig(datasets=[{"path": path, "columns": {"promt": "question"}}])

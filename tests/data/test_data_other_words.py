@@ -72,7 +72,7 @@ def test_conversations_that_are_text_are_those_of_lists(row, written):
 def test_text_that_is_no_conversation_stays_and_one_that_breaks_is_named():
     text = 'Say [{"role": "user"}].'
     assert shown([{"prompt": text, "completion": "Yes"}])[0][1].startswith("Yes")
-    with pytest.raises(DataError, match=r"Row 2, column 'messages': .* begins like a conversation, and is neither"):
+    with pytest.raises(DataError, match=r"Row 2, column 'messages': .* begins like a conversation, but is neither"):
         shown([{"messages": json.dumps([ASK, SAID])}, {"messages": '[{"role": "user", "content": }]'}])
 
 
@@ -125,13 +125,13 @@ def test_slips_of_keys(key, meant, caplog):
             template().whole(chat)
         assert f"does not read: {key!r}" in caplog.text
     else:
-        with pytest.raises(DataError, match=rf"message 2 \(assistant\): the key {key!r} is not read.*{meant!r}"):
+        with pytest.raises(DataError, match=rf"message 2 \(assistant\): the key {key!r} is not used.*{meant!r}"):
             template().whole(chat)
 
 
 @pytest.mark.parametrize("key", ["training", "mask", "train_detail", "loss"])
 def test_keys_that_say_otherwise_what_is_learned_are_refused(key):
-    with pytest.raises(DataError, match=rf"message 2 \(assistant\): {key!r} is not read\. Say by 'weight'"):
+    with pytest.raises(DataError, match=rf"message 2 \(assistant\): the key {key!r} is not supported\. Use 'weight'"):
         template().assistant_spans([ASK, {**SAID, key: False}])
 
 
@@ -149,7 +149,7 @@ def test_a_text_beside_an_empty_content_is_named():
     ],
 )
 def test_answers_that_are_not_to_be_learned_are_refused_where_they_would_be(row, kind):
-    with pytest.raises(DataError, match=f"Row 1, column '{kind}': message 1 says that it is not learned from"):
+    with pytest.raises(DataError, match=f"Row 1, column '{kind}': message 1 is excluded from training"):
         shown([row])
 
 
@@ -186,7 +186,7 @@ def test_calls_of_any_convention_are_those_of_the_usual_one(family, said):
 
 
 def test_a_call_without_a_name_is_named():
-    with pytest.raises(DataError, match='message 1: tool_calls: a call is JSON with a "name" and "arguments"'):
+    with pytest.raises(DataError, match='message 1: tool_calls: a call has to be JSON with "name" and "arguments"'):
         tidy_messages([{"role": "assistant", "tool_calls": [{"arguments": {}}]}])
 
 
@@ -219,7 +219,7 @@ def test_template_options_may_be_text_and_those_that_nothing_reads_are_said(capl
         assert made.whole([ASK, SAID], {"chat_template_kwargs": '{"brief": true}'}).startswith("!")
         assert not caplog.text
         made.whole([ASK, SAID], {"chat_template_kwargs": {"enable_thinkng": False}})
-    assert "reads no 'enable_thinkng'" in caplog.text
+    assert "does not use 'enable_thinkng'" in caplog.text
 
 
 # ---- columns ----
@@ -285,8 +285,8 @@ def test_columns_that_nothing_reads_are_said(caplog):
         encoded = encode_dataset(rows, tokenizer("qwen2"), settings=EncodeSettings(text_field="body"))
     assert encoded.report.unread == ("tool", "source")
     assert "Not read: tool, source." in caplog.text
-    assert "The column 'tool' of 'train' is not read. Did you mean 'tools'?" in caplog.text
-    assert "dataset_text_field='body' is no column of 'train': ['messages'] are read" in caplog.text
+    assert "The column 'tool' of 'train' is not used. Did you mean 'tools'?" in caplog.text
+    assert "dataset_text_field='body' is not a column of 'train': the columns ['messages'] are used" in caplog.text
 
 
 # ---- what stands twice, or otherwise ----
@@ -306,7 +306,7 @@ def test_texts_that_repeat_their_prompt_are_said(caplog):
         encode_dataset(Dataset.from_list([{**rows[0], "chosen": "No."}, *rows]), tokenizer("qwen2"))
         assert not caplog.text
         encode_dataset(Dataset.from_list(rows), tokenizer("qwen2"))
-    assert "Row 1 and those after it begin with their prompt a second time" in caplog.text
+    assert "In row 1 and the following rows, the answers repeat the prompt" in caplog.text
 
 
 def test_a_conversation_may_be_a_dict_of_lists():

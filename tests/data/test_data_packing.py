@@ -100,7 +100,7 @@ def test_unknown_strategy():
 
 
 def test_rows_that_hold_nothing():
-    with pytest.raises(ConfigError, match="Rows of 0 tokens cannot hold anything"):
+    with pytest.raises(ConfigError, match="seq_length=0 leaves no room"):
         pack_dataset(Dataset.from_dict(ROWS), 0)
     assert pack_dataset(Dataset.from_dict(ROWS), 1, "wrapped").num_rows == 11
 

@@ -52,15 +52,18 @@ def test_rows_of_one_document_are_cut_as_others():
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"position_ids": [0, 1, 2, 4, 5]}, "column 'position_ids': position 4 at place 4: positions count up"),
-        ({"position_ids": [3, 4, 0, 1, 2]}, "column 'position_ids': position 3 at place 1"),
-        ({"position_ids": [0, 1, 0]}, "column 'position_ids': they add up to 3, the row has 5 tokens"),
+        ({"position_ids": [0, 1, 2, 4, 5]}, "column 'position_ids': position id 4 of token 4: they have to count up"),
+        ({"position_ids": [3, 4, 0, 1, 2]}, "column 'position_ids': position id 3 of token 1"),
+        ({"position_ids": [0, 1, 0]}, "column 'position_ids': its documents have 3 tokens together, but the row has 5"),
         ({"document_ids": [1, 1, 2, 2, 1]}, "column 'document_ids': document 1 is interrupted"),
         (
             {"position_ids": [0, 1, 2, 0, 1], "seq_lengths": [2, 3]},
-            r"column 'position_ids': documents of \[3, 2\] tokens, and 'seq_lengths' has \[2, 3\]",
+            r"column 'position_ids': its documents have \[3, 2\] tokens, but those of 'seq_lengths' have \[2, 3\]",
         ),
-        ({"cu_seqlens": [0, 3, 5]}, "Column 'cu_seqlens' .* is not read: give their lengths as a column 'seq_lengths'"),
+        (
+            {"cu_seqlens": [0, 3, 5]},
+            "Column 'cu_seqlens' .* is not supported: give the lengths of the documents in a column 'seq_lengths'",
+        ),
         ({"attention_mask": [1, 1]}, "column 'attention_mask': 2 values for the 5 tokens"),
     ],
 )
@@ -72,20 +75,20 @@ def test_what_is_not_understood_is_refused_by_name(how, words):
 def test_numbers_of_documents_in_a_later_row_of_a_stream_are_not_lost():
     rows = [{"input_ids": IDS, "attention_mask": [1] * 5}, {"input_ids": IDS, "attention_mask": [1, 1, 2, 2, 2]}]
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(DataError, match="Row 2, column 'attention_mask': 2 numbers documents of a packed row"):
+    with pytest.raises(DataError, match="Row 2, column 'attention_mask': 2 numbers a document of a packed row"):
         list(encode_dataset(stream, TOKENIZER).dataset)
 
 
 def test_rows_that_are_one_example_are_refused_when_they_came_packed():
     packed = {"input_ids": IDS, "position_ids": [0, 1, 2, 0, 1], "reward": 1.0}
-    with pytest.raises(DataError, match="column 'reward' is of one example: give the documents as rows"):
+    with pytest.raises(DataError, match="column 'reward' is of one example: give each document as a row"):
         documents(packed, keep_columns=("reward",))
     with pytest.raises(DataError, match="encoder-decoders read one example"):
         documents(packed, encoder_decoder=True)
     pair = {"input_ids_chosen": IDS, "input_ids_rejected": IDS[::-1]}
     with pytest.raises(DataError, match="Column 'position_ids' .* kind tokenized_preference hold one example"):
         documents(pair | {"position_ids": [0, 1, 2, 0, 1]})
-    with pytest.raises(DataError, match="column 'attention_mask_chosen': 2 numbers documents of a packed row"):
+    with pytest.raises(DataError, match="column 'attention_mask_chosen': 2 numbers a document of a packed row"):
         documents(pair | {"attention_mask_chosen": [1, 1, 1, 2, 2], "attention_mask_rejected": [1] * 5})
 
 

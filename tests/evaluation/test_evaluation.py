@@ -324,7 +324,7 @@ def test_rewards_are_given_images_and_columns(home, reader):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_name_or_path", "ours"], "hold images, and a tokenizer reads none"),
+        (["--model_name_or_path", "ours"], "hold images, which a tokenizer cannot process"),
         (["--dataset_name", "prompts.jsonl", "--pope"], "--pope needs a column 'label'"),
         (["--chair", "absent.json"], "chair='absent.json' is no JSON file"),
         (["--chair", "1.png"], "chair='1.png' is no JSON file"),

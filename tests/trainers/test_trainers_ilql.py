@@ -89,14 +89,14 @@ def test_rewards_of_tokens_are_cut_with_them(make_model, tmp_path):
         ({"prompt": ["a"], "completion": ["b"]}, r"the columns \['prompt', 'completion'\] and no 'reward'"),
         (
             {"dialogue": [["a", "b", "c"]], "reward": [1.0]},
-            "Row 1, column 'dialogue': 3 turns: .* their number is even",
+            "Row 1, column 'dialogue': 3 turns: .* their number has to be even",
         ),
         ({"dialogue": [[]], "reward": [1.0]}, "Row 1, column 'dialogue': expected a list of texts"),
         ({"prompt": ["a"], "completion": ["b"], "reward": [float("nan")]}, "Row 1, .*expected a finite number"),
         ({"prompt": ["a"], "completion": ["b"], "reward": [None]}, "Row 1, .*expected a finite number"),
         (
             {"prompt": ["a"], "completion": ["bc"], "reward": [[1.0]]},
-            "Row 1, column 'reward': 1 numbers for 3 tokens that are trained on",
+            "Row 1, column 'reward': 1 numbers for 3 trained tokens",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_learned_from(make_model, tmp_path, columns, words):
 
 def test_an_encoder_decoder_has_one_prompt(make_model, tmp_path):
     rows = Dataset.from_dict({"dialogue": [["a", "b", "c", "d"]], "reward": [1.0]})
-    with pytest.raises(DataError, match="4 turns: an encoder-decoder reads one prompt and writes one output"):
+    with pytest.raises(DataError, match="4 turns: an encoder-decoder takes one prompt and one output"):
         make_trainer(make_model("t5"), tmp_path, rows)
 
 

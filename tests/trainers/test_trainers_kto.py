@@ -208,7 +208,7 @@ BAD_ROWS = {
     "no prompt": ({"completion": ["b"], "label": [True]}, r"unpaired_preference: prompt, completion, label"),
     "conversations": (
         {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], "label": [True]},
-        r"'messages' has to be split: the last message is the completion.*'kto_tag'",
+        r"'messages' has to be split into a prompt and the last message, the completion.*'kto_tag'",
     ),
     "empty prompt": (
         {"prompt": ["a", ""], "completion": ["b", "c"], "label": [True, False]},

@@ -299,7 +299,7 @@ BAD_ROWS = {
     "nothing to learn": ({"text": ["a"]}, r"neither pairs \(chosen, rejected\) nor steps .* no column 'score'"),
     "equal": (
         {"prompt": ["a"], "chosen": ["b"], "rejected": ["b"]},
-        r"Of 1 row of 'train', all have chosen equal to rejected",
+        r"Every row of 'train' has chosen equal to rejected",
     ),
     "steps without labels": (
         {"prompt": ["a"], "completions": [["b", "c"]], "labels": [[True]]},

@@ -454,8 +454,8 @@ def test_a_preview_of_packed_rows_says_which_documents_they_hold(make_model, tok
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (lambda b: {"input_ids": b["input_ids"]}, "of data_collator has no labels, but .'input_ids'.: give"),
-        (lambda b: {**b, "labels": b["labels"] + 1}, "labels of data_collator have to be input_ids, or -100"),
+        (lambda b: {"input_ids": b["input_ids"]}, "of data_collator has no labels, only .'input_ids'.: give"),
+        (lambda b: {**b, "labels": b["labels"] + 1}, "labels of data_collator have to equal input_ids, or be -100"),
         (lambda b: {**b, "labels": b["labels"][:, 1:]}, "For an encoder-decoder leave the collator out"),
     ],
 )
@@ -471,7 +471,7 @@ def test_a_collator_that_gives_something_else(make_model, tokenizer, tmp_path, m
         (
             DatasetDict({"train": rows()}),
             None,
-            r"train_dataset holds the splits \['train'\]: give .* dataset\['train'\]",
+            r"train_dataset has the splits \['train'\]: give .* dataset\['train'\]",
         ),
         ([{"text": "a"}], None, r"train_dataset has to be a Dataset .* got list: datasets.Dataset.from_list\(rows\)"),
         (rows(), {"a": [1]}, r"eval_dataset\['a'\] has to be a Dataset .* got list"),

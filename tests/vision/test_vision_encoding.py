@@ -124,7 +124,7 @@ def test_what_a_row_without_images_has_in_their_column(tiny, column, none):
     one = as_bytes(picture(1))
     columns = {"prompt": ["a?", "b?"], "completion": ["c", "d"], column: [one if column == "image" else [one], none]}
     if none == [None]:
-        with pytest.raises(DataError, match=r"^Row 2: column 'images' has None among its images"):
+        with pytest.raises(DataError, match=r"^Row 2: column 'images' has None in its list of images"):
             encoded(tiny, columns, kind="prompt_completion")
         return
     made, collate = encoded(tiny, columns, kind="prompt_completion")
@@ -233,12 +233,14 @@ def test_cutting_never_cuts_an_image(tiny, caplog):
         assert cut.length == 60
         assert text_of(tiny, cut).count("<image>") == text_of(tiny, whole).count("<image>") == 4
         assert "1 dropped (images do not fit into max_length)" in caplog.text
-        assert "first of them: [2]" in caplog.text
+        assert "first such rows: [2]" in caplog.text
 
 
 def test_no_row_fits_with_its_image(tiny):
     columns = {"prompt": [ASKED], "completion": [SAID], "image": [as_bytes(picture(1))]}
-    with pytest.raises(DataError, match="an image is never cut.*max_prompt_length=3.*max_pixels"):
+    with pytest.raises(
+        DataError, match="images, and the tokens before them, are never cut.*max_prompt_length=3.*max_pixels"
+    ):
         encoded(tiny, columns, max_prompt_length=3)
 
 
@@ -249,7 +251,7 @@ def test_an_image_late_in_a_chat_is_not_cut(tiny):
     columns = {"messages": [later], "images": [[as_bytes(picture(1))]]}
     made, _ = encoded(tiny, columns, max_length=60)
     assert made.dataset[0]["completion_ids"][0].count(tiny.processor.image_token_id) == 4
-    with pytest.raises(DataError, match="No row of 'train' fits: an image is never cut"):
+    with pytest.raises(DataError, match="No row of 'train' fits: images, and the tokens before them, are never cut"):
         encoded(tiny, columns, max_length=47)
 
 
@@ -258,13 +260,15 @@ def test_an_image_late_in_a_chat_is_not_cut(tiny):
 
 def test_a_tokenizer_reads_no_images(tiny):
     rows = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "images": [[b"x"]]})
-    with pytest.raises(DataError, match=r"\['images'\] hold images, and a tokenizer reads none.*processing_class"):
+    with pytest.raises(
+        DataError, match=r"\['images'\] hold images, which a tokenizer cannot process.*processing_class"
+    ):
         encode_dataset(rows, tiny.processor.tokenizer)
 
 
 def test_places_and_images_are_as_many(tiny):
     two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    with pytest.raises(DataError, match="Row 1: there are places for 2 images, and there are 1"):
+    with pytest.raises(DataError, match="Row 1: the messages have placeholders for 2 images, but the row has 1"):
         encoded(tiny, {"prompt": [two], "completion": [SAID], "images": [[as_bytes(picture(1))]]})
 
 
@@ -280,16 +284,16 @@ NO = {"type": "text", "text": "a dog"}
 @pytest.mark.parametrize(
     ("chosen", "rejected", "message"),
     [
-        (parts_of(NO), parts_of({"type": "image"}, NO), "'rejected' has a place for an image"),
-        (parts_of(NO), parts_of(HELD, NO), "'rejected' has a place for an image"),
-        (SAID, [{"role": "assistant", "content": "<image>a dog"}], "'rejected' has a place for an image"),
-        ([{"role": "assistant", "content": "<image>a box"}], SAID, "'chosen' has a place for an image"),
+        (parts_of(NO), parts_of({"type": "image"}, NO), "'rejected' has an image"),
+        (parts_of(NO), parts_of(HELD, NO), "'rejected' has an image"),
+        (SAID, [{"role": "assistant", "content": "<image>a dog"}], "'rejected' has an image"),
+        ([{"role": "assistant", "content": "<image>a box"}], SAID, "'chosen' has an image"),
     ],
 )
 def test_answers_have_no_images_of_their_own(tiny, chosen, rejected, message):
     columns = {"prompt": [ASKED], "chosen": [chosen], "rejected": [rejected]}
     for images in ({}, {"images": [[as_bytes(picture(1))]]}):
-        with pytest.raises(DataError, match=f"Row 1: {message}.*share the images, which stand in the prompt"):
+        with pytest.raises(DataError, match=f"Row 1: {message}.*share the images of the prompt"):
             encoded(tiny, {**columns, **images})
 
 
@@ -304,9 +308,9 @@ def test_both_sides_of_a_pair_show_the_images_of_its_prompt(tiny, tmp_path):
     made, collate = encoded(tiny, {"chosen": [chosen], "rejected": [rejected]}, kind="preference")
     (example,) = collate(list(made.dataset))
     assert tiny.processor.tokenizer.decode(example.prompt).count("<image>") == 4
-    with pytest.raises(DataError, match="Row 1: 'rejected' holds other images than 'chosen'"):
+    with pytest.raises(DataError, match="Row 1: 'rejected' has other images than 'chosen'"):
         encoded(tiny, {"chosen": [chosen], "rejected": [other]}, kind="preference")
-    with pytest.raises(DataError, match="Row 1: 'completion' has '<image>', which stands for an image"):
+    with pytest.raises(DataError, match="Row 1: 'completion' has '<image>', the placeholder of an image"):
         encoded(tiny, {"prompt": ["a"], "completion": ["<image>"]})
 
 
@@ -314,7 +318,7 @@ def test_columns_of_images_that_nobody_reads(tiny):
     image = as_bytes(picture(1))
     rows = Dataset.from_dict({"prompt": [ASKED], "completion": [SAID], "image": [image], "rejected_image": [image]})
     rows = rows.cast_column("rejected_image", datasets.Image())
-    with pytest.raises(DataError, match=r"\['rejected_image'\] hold images, and are not read"):
+    with pytest.raises(DataError, match=r"\['rejected_image'\] hold images, but are not used"):
         encoded(tiny, rows)
     made, _ = encoded(tiny, rows, keep_columns=("rejected_image",))
     assert made.dataset[0]["rejected_image"].size == picture(1).size
@@ -324,16 +328,16 @@ def test_columns_of_images_that_nobody_reads(tiny):
 def test_names_of_images_in_a_column_that_nobody_reads(tiny, caplog, value):
     """A model that is shown none learns to answer without; where rewards are given the column, it is said."""
     columns = {"prompt": [ASKED], "completion": [SAID], "picture": [value]}
-    with pytest.raises(DataError, match=r"\['picture'\] hold images, and are not read"):
+    with pytest.raises(DataError, match=r"\['picture'\] hold images, but are not used"):
         encoded(tiny, columns)
     encoded(tiny, columns, keep_columns=("picture",))
-    assert "['picture'] hold images, and the model is not shown them" in caplog.text
+    assert "['picture'] hold images, but the model is not given them" in caplog.text
     shown = {**columns, "image": [as_bytes(picture(1))]}
     assert len(encoded(tiny, shown)[0].dataset) == 1  # beside the image, where it comes from
 
 
 def test_sound_and_video_are_not_learned_from(tiny):
-    with pytest.raises(DataError, match=r"video are not read.*\['videos'\]"):
+    with pytest.raises(DataError, match=r"video are not supported.*\['videos'\]"):
         encoded(tiny, {"prompt": [ASKED], "completion": [SAID], "videos": [["a.mp4"]]})
 
 
@@ -341,7 +345,7 @@ def test_sound_and_video_are_not_learned_from(tiny):
     ("part", "message"),
     [
         ({"type": "video", "video": "a.mp4"}, "part 1 is neither text nor an image.*'video'"),
-        ({"type": "text", "caption": "a"}, "part 1 of type text holds none.*'caption'"),
+        ({"type": "text", "caption": "a"}, "part 1 of type text has no text.*'caption'"),
     ],
 )
 def test_parts_that_are_neither_text_nor_images(tiny, part, message):

@@ -208,7 +208,7 @@ def test_a_collator_of_ones_own_brings_images(name, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     words = tiny.processor.tokenizer
     blind = SFTTrainer(tiny.model, args, eval_dataset=data.select([0]), processing_class=words, **own)
-    with pytest.raises(ConfigError, match="processing_class reads no images"):
+    with pytest.raises(ConfigError, match="processing_class does not process images"):
         blind.evaluate()
 
 

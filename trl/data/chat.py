@@ -1,12 +1,12 @@
-"""From conversations to text, and to the characters that the assistant wrote in it.
+"""Render conversations to text with chat templates, and find the spans of characters that the assistant wrote.
 
 A chat template renders messages m₁ … m_n as a text R(m₁…m_n); R⁺ adds the generation prompt, the header after which
-the model writes. What the assistant wrote in turn i is found in one of two ways:
+the model writes. The assistant's turns are found in one of two ways:
 
-- the template marks it itself, by `{% generation %}` blocks;
-- turn by turn, by comparing what the template makes of the first messages and of all: see `trl.data.turns`.
+- the template marks them itself, by `{% generation %}` blocks;
+- turn by turn, by comparing the renderings of the first messages and of all messages: see `trl.data.turns`.
 
-A span holds the token that ends the turn, since a model that never learns it never stops, and not the generation
+A span includes the token that ends the turn, without which a model would not learn to stop, but not the generation
 prompt, which the model never writes.
 """
 
@@ -41,12 +41,12 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, ready to render conversations and to find the assistant's part in them.
+    """A tokenizer's chat template: renders conversations, and finds the assistant's turns in them.
 
-    `tools` and `template_kwargs` are given to every rendering; those of a single row take their place. `chat_template` takes
-    the place of the tokenizer's: a processor has its own.
+    `tools` and `template_kwargs` are passed to every rendering; a row may override them. `chat_template` replaces the
+    tokenizer's template, for processors with a template of their own.
 
-    Raises ConfigError when the tokenizer has no chat template.
+    Raises ConfigError if there is no chat template.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ChatTemplate:
     ) -> None:
         if not (chat_template or tokenizer.chat_template):
             raise ConfigError(
-                f"The rows are conversations, and the tokenizer {tokenizer.name_or_path!r} has no chat template. Give it one with "
+                f"The rows are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template. Give it one with "
                 "chat_template_path (--chat_template_path): the name of a chat model, or a .jinja file. Or start from a chat model."
             )
         self.tokenizer, self.chat_template = tokenizer, chat_template
@@ -75,12 +75,12 @@ class ChatTemplate:
 
     @property
     def is_marked(self) -> bool:
-        """Whether the template itself marks what the assistant writes."""
+        """True if the template marks the assistant's turns by `{% generation %}` blocks."""
         return _GENERATION_MARK.search(self.source(self.tools)) is not None
 
     @cached_property
     def reads_parts(self) -> bool:
-        """Whether the template shows contents only where they are lists of parts, as those of vision models do."""
+        """True if the template renders contents only if they are lists of parts, as some templates of vision models do."""
         message = {"role": "user", "content": MARK}
         shown = []
         for messages in ([message], contents_as_parts([message])):
@@ -104,23 +104,23 @@ class ChatTemplate:
         )
 
     def source(self, tools: Tools | None) -> str:
-        """The template's text; some tokenizers have one of their own for conversations with tools."""
+        """The template's source; some tokenizers have a separate template for conversations with tools."""
         return self.chat_template or self.tokenizer.get_chat_template(tools=tools)
 
     def render(
         self, messages: Messages, row: Row = _BARE, *, mark: bool = False, **options: Any
     ) -> tuple[str, list[Span]]:
-        """The text of a conversation, and with `mark` the spans that the template marks in it.
+        """Render a conversation to text; with `mark`, also return the spans that the template marks.
 
-        `row` may hold `tools` and `chat_template_kwargs` of its own. `options` go to the template
+        `row` may have its own `tools` and `chat_template_kwargs`. `options` are passed to the template
         (`add_generation_prompt`, `continue_final_message`).
 
-        Raises DataError when the template refuses the messages.
+        Raises DataError if the template cannot render the messages.
         """
         try:
             try:
                 return self._rendered(messages, row, mark=mark, **options)
-            except TypeError:  # some templates join arguments of tool calls to text
+            except TypeError:  # some templates expect the arguments of tool calls as text
                 if (written := arguments_as_text(messages)) == list(messages):
                     raise
                 return self._rendered(written, row, mark=mark, **options)
@@ -143,13 +143,13 @@ class ChatTemplate:
         return texts[0], spans[0] if mark else []
 
     def _say_unread(self, options: Mapping[str, Any]) -> None:
-        """Warn once of each option of `chat_template_kwargs` that the template does not name."""
+        """Warn once about each option of `chat_template_kwargs` whose name does not occur in the template."""
         source = self.source(self.tools)
         for name in options.keys() - self._unread:
             if re.search(rf"\b{re.escape(name)}\b", source) is None:
                 self._unread.add(name)
                 near = suggest(name, set(re.findall(r"[a-z]\w{4,}", source)))
-                logger.warning(f"chat_template_kwargs: the chat template of {self.name!r} reads no {name!r}.{near}")
+                logger.warning(f"chat_template_kwargs: the chat template of {self.name!r} does not use {name!r}.{near}")
 
     def _cannot_render(self, messages: Messages, error: Exception) -> DataError:
         check_contents(messages, self.source(self.tools))
@@ -157,12 +157,12 @@ class ChatTemplate:
         return DataError(f"The chat template of {self.name!r} cannot render messages of roles {roles}: {error}.")
 
     def whole(self, messages: Messages, row: Row = _BARE) -> str:
-        """The text of a conversation that is trained on as a whole. Raises DataError where a message is not to be."""
+        """The text of a conversation that is trained on as a whole. Raises DataError if a message is excluded from training."""
         left_out = next((i for i, message in enumerate(messages) if not is_trained(message)), None)
         if left_out is not None:
             raise DataError(
-                f"message {left_out + 1} says that it is not learned from, and here whole conversations are: set "
-                "assistant_only_loss=True, or leave the key out."
+                f"message {left_out + 1} is excluded from training by its weight, but here whole conversations are trained on: set "
+                "assistant_only_loss=True, or remove the key."
             )
         text = self._all_shown(messages, self.render(messages, row)[0], row)
         if messages[-1].get("role") == "assistant":
@@ -170,16 +170,16 @@ class ChatTemplate:
         return text
 
     def _check_closed(self, answer: str) -> None:
-        """Warn once of a template that does not end the assistant's turns."""
+        """Warn once if the template writes no token that ends the assistant's turns."""
         if not self._is_open and not answer.rstrip().endswith((*self.tokens, *filter(None, [self.eos]))):
             self._is_open = True
             logger.warning(
-                f"The chat template of {self.name!r} ends no turn: an answer ends with {answer[-20:]!r}, and no token that "
-                "closes it, so that the model will not learn to stop. Take a template that writes one."
+                f"The chat template of {self.name!r} writes no token that ends a turn: an answer ends with {answer[-20:]!r}, so "
+                "that the model will not learn to stop. Use a template that ends the assistant's turns with a token."
             )
 
     def _all_shown(self, messages: Messages, text: str, row: Row, **options: Any) -> str:
-        """`text`, the rendering of `messages`. Raises DataError where something that a message says is not in it."""
+        """Return `text`, the rendering of `messages`. Raises DataError if it does not show all contents of the messages."""
         check_contents(messages, self.source(self.tools))
         self._shown.check_keys(messages)
         self._shown.check(messages, text, lambda changed: self.render(changed, row, **options)[0])
@@ -190,7 +190,7 @@ class ChatTemplate:
         return text
 
     def prompt(self, messages: Messages, row: Row = _BARE) -> str:
-        """The text after which the model writes: with the generation prompt, or open after an unfinished answer."""
+        """The text of a prompt: it ends with the generation prompt, or with the assistant's unfinished last message."""
         if messages[-1]["role"] == "assistant":
             if before := messages[:-1]:
                 self._all_shown(before, self.render(before, row)[0], row)
@@ -199,12 +199,12 @@ class ChatTemplate:
         return self._all_shown(messages, text, row, add_generation_prompt=True)
 
     def answers(self, prompt: Messages, answers: Sequence[Messages], row: Row = _BARE) -> tuple[str, list[str]]:
-        """The text of a prompt, and those of the answers to it; together they are whole conversations' renderings.
+        """The text of a prompt, and the texts of its answers; prompt and answer together are the rendered conversation.
 
-        Where the template writes an answer's header otherwise once there is an answer (an empty reasoning block, say),
-        the prompt ends with what the headers share.
+        If the template renders the header of an answer differently once there is an answer (with an empty reasoning block,
+        say), the prompt ends where the headers begin to differ.
 
-        Raises DataError when the rendered prompt is not the beginning of the whole.
+        Raises DataError if the rendered prompt is not the beginning of the rendered conversation.
         """
         opened = self.render(prompt, row, add_generation_prompt=True)[0]
         finders = [self._finder([*prompt, *answer], row) for answer in answers]
@@ -213,8 +213,8 @@ class ChatTemplate:
         borders = [finder.start(prompt) for finder in finders]
         if None in borders:
             raise DataError(
-                f"The chat template of {self.name!r} renders a prompt otherwise once an answer follows, so that the "
-                "border between them is not known. Use a template that keeps what it has written."
+                f"The chat template of {self.name!r} renders a prompt differently once an answer follows, so that the "
+                "border between prompt and answer is unknown. Use a template that does not rewrite earlier messages."
             )
         self._check_closed(finders[0].text)
         end = min(here for here, _ in borders)
@@ -223,7 +223,7 @@ class ChatTemplate:
     def assistant_spans(self, messages: Messages, row: Row = _BARE) -> tuple[str, list[Span]]:
         """The text of a conversation, and the spans [start, end) of the characters that the assistant wrote.
 
-        Raises DataError when the template neither marks them nor shows where they begin and end.
+        Raises DataError if the template does not mark the spans, and they cannot be found by comparing renderings.
         """
         if self.is_marked:
             text, marked = self.render(messages, row, mark=True)
@@ -244,7 +244,7 @@ class ChatTemplate:
         return TurnFinder(messages, render, self.tokens, self.borders)
 
     def _trained(self, messages: Messages, text: str, spans: list[Span]) -> list[Span]:
-        """The spans of the assistant's turns that are learned from, as their keys say."""
+        """The spans of the assistant's turns, without those that a message's weight excludes from training."""
         for start, end in spans[-1:]:
             self._check_closed(text[start:end])
         trained = [is_trained(message) for message in messages if message["role"] == "assistant"]
@@ -252,8 +252,8 @@ class ChatTemplate:
             return spans
         if len(spans) != len(trained):
             raise DataError(
-                f"{len(trained)} turns of the assistant are {len(spans)} marked parts of the chat template of "
-                f"{self.name!r}, so that a turn cannot be left out by its weight: leave it out of the row."
+                f"the assistant has {len(trained)} turns, but the chat template of {self.name!r} marks {len(spans)} spans, so "
+                "that a turn cannot be excluded by its weight: remove it from the row."
             )
         return [span for span, learned in zip(spans, trained, strict=True) if learned]
 
@@ -261,15 +261,15 @@ class ChatTemplate:
         source = self.source(self.tools)
         head = source if len(source) <= 80 else f"{source[:80]}…"
         return (
-            f"The chat template of {self.name!r} ({head!r}) does not show what the assistant wrote: it has no "
-            "{% generation %} marks, and rewrites what stands before when later turns follow. Put {% generation %} … "
+            f"The chat template of {self.name!r} ({head!r}) does not show which text the assistant wrote: it has no "
+            "{% generation %} marks, and rewrites earlier turns when later ones follow. Put {% generation %} … "
             "{% endgeneration %} around the assistant's part of the template, write the rows as prompt and completion, "
             "or train on whole conversations with assistant_only_loss=False."
         )
 
 
 def _row_tools(row: Row) -> Tools | None:
-    """The tools of a row; `functions` are those of OpenAI's older files."""
+    """The tools of a row, from its column `tools`, or from `functions` as in OpenAI's older files."""
     tools = tools_of(row.get("tools"))
     if tools is None and isinstance(functions := row.get("functions"), list):
         tools = [{"type": "function", "function": function} for function in functions]
@@ -277,7 +277,7 @@ def _row_tools(row: Row) -> Tools | None:
 
 
 def _row_options(row: Row) -> dict[str, Any]:
-    """What a row gives to the template beside messages and tools: its `chat_template_kwargs`."""
+    """The row's own `chat_template_kwargs`."""
     options = without_none(decoded(row.get("chat_template_kwargs") or None, "column 'chat_template_kwargs': it"))
     if not isinstance(options or {}, Mapping):
         raise DataError(f"column 'chat_template_kwargs': expected a mapping, found a {type(options).__name__}.")
@@ -292,10 +292,10 @@ def apply_chat_template(
     processing_class: PreTrainedTokenizerBase | None = None,
     **template_kwargs: Any,
 ) -> dict[str, Any]:
-    """A conversational row as text: `messages` becomes `text`, other columns keep their names; a `label` is kept.
+    """Render a conversational row to text: `messages` becomes `text`, other columns keep their names; a `label` is kept.
 
-    A prompt ends with the generation prompt (or open, where its last message is the assistant's); what follows it holds
-    the rest of the whole conversation's rendering. `processing_class` is another name of `tokenizer`.
+    A prompt ends with the generation prompt, or with the assistant's unfinished message if that is its last one; a completion
+    is the rest of the rendered conversation. `processing_class` is an alias of `tokenizer`.
 
     Raises DataError for a row whose columns are not those of a conversation.
     """
@@ -311,7 +311,9 @@ def apply_chat_template(
         return {name: template.render(tidy_messages(answer), example)[0] for name, answer in answers.items()} | label
     prompt = tidy_messages(example["prompt"])
     if prompt[-1]["role"] not in ("user", "assistant", "tool"):
-        raise DataError(f"A prompt ends with the user, a tool or the assistant; here with {prompt[-1]['role']!r}.")
+        raise DataError(
+            f"The prompt ends with a message of role {prompt[-1]['role']!r}: it has to end with the user, a tool or the assistant."
+        )
     if not answers:
         return {"prompt": template.prompt(prompt, example)}
     text, texts = template.answers(prompt, [tidy_messages(answer) for answer in answers.values()], example)
@@ -324,5 +326,5 @@ def maybe_apply_chat_template(
     tools: Tools | None = None,
     **options: Any,
 ) -> Row:
-    """`apply_chat_template` for a conversational row; any other row as it is."""
+    """`apply_chat_template` for a conversational row; any other row is returned unchanged."""
     return apply_chat_template(example, tokenizer, tools, **options) if is_conversational(example) else example

@@ -1,4 +1,4 @@
-"""Giving a model a chat template, with the tokens that it needs: another tokenizer's, or ChatML."""
+"""Give a model a chat template and the tokens that it needs: that of another tokenizer, or ChatML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILLER = "<filler_"
-"""How tokens begin that stand for rows of embeddings which a multiple asked for."""
+"""Prefix of the filler tokens for embedding rows beyond the vocabulary, which rounding up to a multiple adds."""
 
 
 def clone_chat_template(
@@ -22,10 +22,10 @@ def clone_chat_template(
     source_tokenizer_path: str | PreTrainedTokenizerBase,
     resize_to_multiple_of: int | None = 64,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
-    """Give a model another tokenizer's chat template, with the tokens that it needs and its end of turn as EOS.
+    """Give a model the chat template of another tokenizer, with the tokens that it needs and its EOS token.
 
-    The embeddings grow to hold the new tokens, to a multiple of `resize_to_multiple_of` (None: exactly), and the tokenizer
-    with them, by tokens that stand for nothing.
+    The embeddings are resized for the new tokens, to a multiple of `resize_to_multiple_of` (None: no rounding); filler tokens
+    are added to the tokenizer for the surplus rows.
 
     Returns the model and tokenizer, changed in place, and the ids of the tokens that were added (train their
     embeddings: `LoraConfig(trainable_token_indices=…)`).
@@ -43,7 +43,7 @@ def clone_chat_template(
     before = model.get_input_embeddings().num_embeddings
     _fit_embeddings(model, tokenizer, resize_to_multiple_of)
     rows = model.get_input_embeddings().num_embeddings
-    if rows > before:  # every id that the model can sample is a token
+    if rows > before:  # so that every id that the model can sample is a token
         tokenizer.add_tokens([f"{FILLER}{i}>" for i in range(rows - len(tokenizer))])
     return model, tokenizer, tokenizer.convert_tokens_to_ids([token.content for token in new])
 
@@ -62,9 +62,9 @@ def setup_chat_format(
     format: Literal["chatml"] = "chatml",
     resize_to_multiple_of: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Give a base model the chat format ChatML, with its two tokens: `<|im_end|>` becomes EOS and padding.
+    """Give a base model the ChatML format with its two tokens; `<|im_end|>` becomes the EOS and padding token.
 
-    Both are changed in place. Raises DataError for a tokenizer that has a chat template already.
+    Model and tokenizer are changed in place. Raises DataError if the tokenizer already has a chat template.
     """
     if tokenizer.chat_template is not None:
         raise DataError(
@@ -83,7 +83,7 @@ def setup_chat_format(
 
 
 def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None) -> None:
-    """Rows for all tokens, and the tokenizer's EOS as the model's."""
+    """Resize the embeddings to have a row for every token, and set the model's EOS to that of the tokenizer."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         with without_noise("transformers.modeling_utils"):
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)

@@ -1,4 +1,4 @@
-"""A batch of rows as columns, and the checks of their values that name row and column."""
+"""A batch of rows as columns, with checks of their values whose errors name row and column."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ CHATS = ("prompt", "messages", "conversations", "completion", "chosen", "rejecte
 
 @dataclass(frozen=True)
 class Columns:
-    """A batch of rows as columns, with the rows' places in the dataset, which messages count from 1; and each row's images, where a
-    processor reads them: conversations are then lists of parts. Packed rows hold several documents. `source` is the text of the
-    chat template."""
+    """A batch of rows as columns.
+
+    rows        indices of the rows in the dataset; error messages count them from 1
+    images      images of each row, if there is a processor for them: contents of messages are then lists of parts
+    is_packed   whether a row has several documents
+    source      source of the chat template
+    """
 
     values: Mapping[str, Sequence[Any]]
     rows: Sequence[int]
@@ -42,7 +46,7 @@ class Columns:
         return ({name: self.values[name][k] for name in self.values} for k in range(len(self.rows)))
 
     def at(self, places: Sequence[int]) -> Columns:
-        """The rows at these places."""
+        """The rows at these indices of the batch."""
         values = {name: [column[k] for k in places] for name, column in self.values.items()}
         images = None if self.images is None else [self.images[k] for k in places]
         return replace(self, values=values, rows=[self.rows[k] for k in places], images=images)
@@ -51,20 +55,20 @@ class Columns:
         return RowError(self.rows[k], f", column {name!r}: {message}")
 
     def is_chat(self, name: str) -> bool:
-        """Whether the column holds conversations, judged by its first value that is there."""
+        """True if the column holds conversations, judged by its first value that is not None."""
         return isinstance(next((value for value in self.values[name] if value is not None), None), list)
 
     def texts(self, name: str) -> Sequence[str]:
-        """A column of strings."""
+        """The values of a column that has to hold strings."""
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, str):
                 raise self.error(k, name, f"expected a string, found {describe(value)}.{_remedy(value)}")
-            if wrong := half_character(value):
+            if wrong := lone_surrogate(value):
                 raise self.error(k, name, wrong)
         return self.values[name]
 
     def chats(self, name: str, *, answers: bool = False) -> list[list[dict[str, Any]]]:
-        """A column of conversations; with `answers` they end with one of the assistant's."""
+        """The values of a column that has to hold conversations; with `answers`, the last message is the assistant's."""
         chats = [self._chat(k, name, value) for k, value in enumerate(self.values[name])]
         for k, chat in enumerate(chats):
             if answers and chat[-1]["role"] != "assistant":
@@ -73,18 +77,20 @@ class Columns:
         return chats
 
     def spoken_chats(self, name: str) -> list[list[dict[str, Any]]]:
-        """A column of conversations in which the assistant says something."""
+        """The values of a column that has to hold conversations, each with a message of the assistant."""
         chats = self.chats(name)
         for k, chat in enumerate(chats):
             if all(message["role"] != "assistant" for message in chat):
                 roles = ", ".join(dict.fromkeys(message["role"] for message in chat))
                 raise self.error(
-                    k, name, f"no turn is the assistant's, so there is no answer to train on. Its roles: {roles}."
+                    k,
+                    name,
+                    f"it has no message of the assistant, so there is no answer to train on. Its roles: {roles}.",
                 )
         return chats
 
     def read(self) -> Columns:
-        """The columns with conversations as lists of messages, where they came as text or as a dict of lists."""
+        """The columns with conversations that are JSON text or a dict of lists converted to lists of messages."""
         chats = {name: self.values[name] for name in CHATS if name in self.values}
         read = {name: [self._read(k, name, v) for k, v in enumerate(column)] for name, column in chats.items()}
         return replace(self, values={**self.values, **read})
@@ -98,7 +104,7 @@ class Columns:
 
     def _chat(self, k: int, name: str, value: Any) -> list[dict[str, Any]]:
         if value == []:
-            raise self.error(k, name, "the conversation is empty. Give it a message, or leave such rows out.")
+            raise self.error(k, name, "the conversation is empty. Give it a message, or remove such rows.")
         if not isinstance(value, list):
             raise self.error(k, name, f"expected a list of messages, found {describe(value)}.{_remedy(value)}")
         try:
@@ -111,26 +117,26 @@ class Columns:
         return chat
 
     def _wrong(self, message: Any, given: Any) -> str:
-        """What is wrong with a message, which came as `given`; empty if nothing is."""
+        """What is wrong with a message, in words; empty if nothing is. `given` is the message as it is in the dataset."""
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return f'expected {{"role": …, "content": …}}, found {describe(given)}.'
         content = message.get("content")
         if isinstance(content, list) and self.images is None:
-            return f"content has to be text, or parts of type text; found {describe(content)}."
-        return half_character(content) if isinstance(content, str) else ""
+            return f"content has to be text, or a list of parts of type text; found {describe(content)}."
+        return lone_surrogate(content) if isinstance(content, str) else ""
 
     def numbers(self, name: str) -> Sequence[Sequence[int]]:
-        """A column of lists of integers."""
+        """The values of a column that has to hold lists of integers."""
         for k, value in enumerate(self.values[name]):
             if not isinstance(value, list):
                 raise self.error(k, name, f"expected a list of integers, found {describe(value)}.")
             if value and np.asarray(value, dtype=object if None in value else None).dtype.kind not in "bi":
                 i, wrong = next((i, v) for i, v in enumerate(value) if not isinstance(v, int) or abs(v) >= 2**63)
-                raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at place {i + 1}.")
+                raise self.error(k, name, f"expected a list of integers, found {describe(wrong)} at position {i + 1}.")
         return self.values[name]
 
     def ids(self, name: str, vocabulary: int | None) -> Sequence[Sequence[int]]:
-        """A column of token ids of a vocabulary of that size."""
+        """The values of a column that has to hold token ids below the size of the vocabulary."""
         limit = min(vocabulary or INT32, INT32)
         for k, value in enumerate(self.numbers(name)):
             if value and not 0 <= min(value) <= max(value) < limit:
@@ -138,19 +144,19 @@ class Columns:
                 raise self.error(
                     k,
                     name,
-                    f"{wrong} at place {i + 1} is no token: ids are 0 to {limit - 1:,}, the rows of the model's embedding. Is it "
-                    "another tokenizer's?",
+                    f"{wrong} at position {i + 1} is not a token id: they go from 0 to {limit - 1:,}, the last row of the model's "
+                    "embedding. Were the rows made with another tokenizer?",
                 )
         return self.values[name]
 
     def check_finite(self, name: str) -> None:
-        """Raise DataError for NaN or an infinity in a column of numbers, where it holds such."""
+        """Raise RowError if a column of numbers has a NaN or an infinity."""
         for k, value in enumerate(self.values[name]):
             if isinstance(value, float) and not math.isfinite(value):
                 raise self.error(k, name, f"expected a finite number, found {value}.")
 
     def each(self, function: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-        """`function(k, row)` of every row; an error from it says which row."""
+        """`function(k, row)` for every row; a DataError from it is raised again with the row's number."""
         results = []
         for k, row in enumerate(self):
             try:
@@ -160,25 +166,25 @@ class Columns:
         return results
 
 
-def half_character(text: str) -> str:
-    """What is wrong with a text that holds a lone surrogate; empty for any other."""
+def lone_surrogate(text: str) -> str:
+    """What is wrong with a text that has a lone surrogate, in words; empty for any other text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"{text[error.start]!r} at place {error.start + 1} is half a character, and no text."
+        return f"{text[error.start]!r} at position {error.start + 1} is half of a character (a lone surrogate)."
     return ""
 
 
 def _remedy(value: Any) -> str:
-    """What to do about a value that is not of its column's kind."""
+    """What to do about a value of the wrong type, in words."""
     if value is None:
-        return " Fill it, or leave such rows out; rows of another kind belong in a dataset of their own."
+        return " Fill it in, or remove such rows; put rows of another kind into a separate dataset."
     if isinstance(value, str | list):
-        return " A column holds texts or conversations: write all of its rows in one form."
+        return " A column holds either texts or conversations: write all of its rows in the same form."
     return ""
 
 
 def describe(value: Any) -> str:
-    """A value and its type in a few words."""
+    """The type of a value and its beginning, for error messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"

@@ -1,4 +1,4 @@
-"""The classic collator that trains on answers only, found by the text that introduces them."""
+"""The classic collator that trains on answers only, which it finds by the text that introduces them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from trl.errors import ConfigError, DataError
 
 
 class DataCollatorForCompletionOnlyLM:
-    """Pads rows of `input_ids`, and labels only the tokens that answer.
+    """Pads rows of `input_ids`, and sets labels for the tokens of answers only.
 
-    response_template: the text, or token ids, that introduces an answer; the tokens after the last one are trained on.
-    instruction_template: what introduces an instruction. With it every answer of a conversation is trained on, from a
-        response template to the next instruction template.
-    padding_free: rows are put one after the other in a single row, with positions that restart.
+    response_template: text or token ids that introduce an answer; the tokens after its last occurrence are trained on.
+    instruction_template: text or token ids that introduce an instruction. With it every answer of a conversation is trained
+        on, from a response template to the next instruction template.
+    padding_free: rows are concatenated to a single row, with positions that restart.
 
     EOS is trained on even when it is also the pad token.
 
@@ -37,7 +37,7 @@ class DataCollatorForCompletionOnlyLM:
         padding_free: bool = False,
     ) -> None:
         if mlm:
-            raise ConfigError("mlm=True masks words, but a completion is learned token by token. Leave mlm=False.")
+            raise ConfigError("mlm=True is masked language modelling, which is not supported here: set mlm=False.")
         self.tokenizer = tokenizer
         self.response = self._ids(response_template)
         self.instruction = None if instruction_template is None else self._ids(instruction_template)
@@ -50,7 +50,7 @@ class DataCollatorForCompletionOnlyLM:
         return list(template)
 
     def completion_mask(self, ids: Sequence[int], row: int) -> list[bool]:
-        """Which of a row's tokens are trained on: those after a response template. `row` is named in errors."""
+        """True for the tokens of a row that are trained on: those after a response template. Errors name `row`."""
         answers = [start + len(self.response) for start in occurrences(ids, self.response)]
         if not answers:
             raise self._not_found("response", self.response, ids, row)
@@ -69,8 +69,8 @@ class DataCollatorForCompletionOnlyLM:
         text = self.tokenizer.decode(list(ids))
         return DataError(
             f"Row {row + 1}: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
-            f"{text[:80] + '…' if len(text) > 80 else text!r}. A template may be tokenised otherwise inside a text than "
-            f"alone: give the ids that stand in the rows as {kind}_template."
+            f"{text[:80] + '…' if len(text) > 80 else text!r}. A template may be tokenised differently within a text than "
+            f"alone: give the token ids that occur in the rows as {kind}_template."
         )
 
     def __call__(self, examples: Sequence[Mapping[str, Any] | Sequence[int]]) -> dict[str, Tensor]:
@@ -100,6 +100,6 @@ class DataCollatorForCompletionOnlyLM:
 
 
 def occurrences(ids: Sequence[int], template: Sequence[int]) -> list[int]:
-    """Where a sequence occurs in another."""
+    """Start indices of all occurrences of `template` in `ids`."""
     ids, template = list(ids), list(template)
     return [i for i in range(len(ids) - len(template) + 1) if ids[i : i + len(template)] == template]

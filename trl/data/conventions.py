@@ -1,4 +1,4 @@
-"""Rows in the columns of other tools, written in those that are read here.
+"""Convert rows in the column conventions of other tools to the columns that are used here.
 
     instruction, input, output [, history, system]          prompt, completion          alpaca
     instruction, context, response                          prompt, completion          Dolly
@@ -8,10 +8,9 @@
     chosen, rejected = "\\n\\nHuman: … \\n\\nAssistant: …"      prompt, chosen, rejected    HH
     input {messages}, preferred_output, non_preferred_…     prompt, chosen, rejected    OpenAI
     instruction … | conversations, kto_tag                  prompt, completion, label   LLaMA-Factory
-    system | system_prompt, beside any of them              the first message, or the beginning of the prompt
+    system | system_prompt, with any of them                the first message, or the beginning of the prompt
 
-Questions and answers become conversations where the tokenizer has a chat template, and texts elsewhere. Columns that are
-not used stay.
+Questions and answers become conversations if the tokenizer has a chat template, else texts. Other columns are kept.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ Row = Mapping[str, Any]
 Rows = Dataset | IterableDataset
 
 ASKED = ("instruction", "question", "query", "prompt", "input")
-"""Columns of what is asked; the first that is there."""
+"""Columns that may hold the question; the first of them that exists is used."""
 ANSWERED = ("completion", "output", "answer", "response")
 CHATS = ("messages", "conversations", "conversation")
 PAIR = ("chosen", "rejected")
 KTO = "kto_tag"
 SYSTEMS = ("system", "system_prompt", "system_message")
 MORE = ("input", "context")
-"""Columns with more of a question than `prompt`, which is whole."""
-BESIDE = (*MORE, "history", *SYSTEMS)
-"""Columns that belong to what is asked."""
+"""Columns with a further part of the question, such as its context; a column `prompt` is already complete."""
+JOINED = (*MORE, "history", *SYSTEMS)
+"""Columns that are joined with the question to the prompt."""
 
 HUMAN = "\n\nHuman:"
 _SPEAKERS = re.compile(r"\n\n(Human|Assistant):")
 
 INSTRUCTED = "### Instruction:\n{asked}\n\n### Response:\n"
-"""What an instruction is written in, without a chat template: that of Stanford Alpaca."""
+"""Text format of an instruction if there is no chat template: that of Stanford Alpaca."""
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How rows of another tool are read: the columns that are used where they are there, and what is made of them."""
+    """A column convention of another tool: the columns that it may use, and the function that converts a row."""
 
     name: str
     uses: tuple[str, ...]
@@ -66,11 +65,11 @@ class Convention:
 def in_known_columns(
     rows: Rows, *, has_template: bool, prompts_only: bool = False, text_field: str | None = None
 ) -> Rows:
-    """The rows in columns that are read here; as they are where they have such.
+    """Convert the rows to columns that are used here; rows that have such columns are returned unchanged.
 
-    prompts_only: nothing but prompts is wanted, and columns of answers stay as they are.
+    With `prompts_only`, only prompts are converted, and columns with answers are kept.
 
-    Raises DataError, with row and column, for a value that is not what its column holds.
+    Raises DataError, with row and column, for a value that does not fit its column.
     """
     first = next(iter(rows), None)
     if first is None:
@@ -100,7 +99,7 @@ def recognise(
     prompts_only: bool = False,
     text_field: str | None = None,
 ) -> Convention | None:
-    """The convention of rows with these columns, by the first of them; None where they are read as they are."""
+    """The convention of rows with these columns, judged by the first row; None if they need no conversion."""
     present = set(columns)
     chat = next((name for name in CHATS if name in present), None)
     asked = next((name for name in ASKED if name in present), None)
@@ -129,14 +128,14 @@ def recognise(
     if has_pair:
         return _questions(asked, present, has_template, PAIR)
     if (asked, answer) == ("prompt", "completion"):
-        return _questions(asked, present, has_template, (answer,)) if _beside(asked, present) else None
+        return _questions(asked, present, has_template, (answer,)) if _columns_of_question(asked, present) else None
     if chat is not None:
         return _with_system(chat) if has_system or chat == "conversation" else None
     return None if asked is None or answer is None else _questions(asked, present, has_template, (answer,))
 
 
 def _is_text(present: Collection[str], text_field: str | None) -> bool:
-    """Whether rows are read as texts: by the column that was asked for, or by `text` where there is nothing else."""
+    """True if rows are used as texts: they have the column `text_field`, or `text` and no columns of another kind."""
     others = {"prompt", "completion"} <= set(present) or not set(CHATS).isdisjoint(present)
     return text_field in present and (text_field != TEXT or not others)
 
@@ -145,14 +144,14 @@ def _is_text(present: Collection[str], text_field: str | None) -> bool:
 
 
 def _questions(asked: str, present: Collection[str], has_template: bool, answers: tuple[str, ...]) -> Convention:
-    """A question with answers to it; with `kto_tag` after the answer its label."""
-    beside = _beside(asked, present)
+    """The convention of questions with one or two answers, or with an answer and its label (`kto_tag`)."""
+    beside = _columns_of_question(asked, present)
     is_chat = has_template and asked != "prompt"
     names = dict(zip(answers, ("completion", "label") if answers[1:] != PAIR[1:] else PAIR, strict=False))
 
     def convert(row: Row) -> dict[str, Any]:
         if _conversation(row[asked]) is not None:
-            made: dict[str, Any] = {"prompt": _opened(row, row[asked])}
+            made: dict[str, Any] = {"prompt": _with_system_prompt(row, row[asked])}
         else:
             made = {"prompt": _prompt(row, asked, beside, is_chat=is_chat)}
         for column, name in names.items():
@@ -169,10 +168,10 @@ def _questions(asked: str, present: Collection[str], has_template: bool, answers
     return Convention(f"{made}{shown}", (asked, *beside, *answers), convert)
 
 
-def _beside(asked: str, present: Collection[str]) -> tuple[str, ...]:
-    """The columns that belong to the question."""
+def _columns_of_question(asked: str, present: Collection[str]) -> tuple[str, ...]:
+    """The columns that are joined with the question to the prompt."""
     whole = MORE if asked == "prompt" else (asked,)
-    return tuple(name for name in BESIDE if name in present and name not in whole)
+    return tuple(name for name in JOINED if name in present and name not in whole)
 
 
 def _prompt(row: Row, asked: str, beside: tuple[str, ...], *, is_chat: bool) -> Any:
@@ -195,7 +194,7 @@ def _prompt(row: Row, asked: str, beside: tuple[str, ...], *, is_chat: bool) -> 
 
 
 def _written(question: str, asked: str) -> str:
-    """A question as text, so that an answer may follow it."""
+    """A question as text that an answer can follow."""
     if asked == "instruction":
         return INSTRUCTED.format(asked=question)
     return question if asked == "prompt" or question.endswith(("\n", " ")) else f"{question}\n"
@@ -207,7 +206,7 @@ def _history(value: Any) -> list[tuple[str, str]]:
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in pairs
     ):
-        raise DataError(f"column 'history': expected pairs of a question and an answer, found {str(value)[:60]!r}.")
+        raise DataError(f"column 'history': expected a list of [question, answer] pairs, found {str(value)[:60]!r}.")
     return [tuple(pair) for pair in pairs]
 
 
@@ -233,33 +232,33 @@ def _label(value: Any) -> bool:
 
 
 def _pairs_of_messages(source: str) -> Convention:
-    """What was said before, and two messages of which the first is the better."""
+    """The convention of a conversation (or question) in column `source`, with two final messages, chosen and rejected."""
 
     def convert(row: Row) -> dict[str, Any]:
         before = _conversation(row[source]) or [{"role": "user", "content": _text(row, source)}]
-        return {"prompt": _opened(row, before), **{name: tidy_messages([row[name]]) for name in PAIR}}
+        return {"prompt": _with_system_prompt(row, before), **{name: tidy_messages([row[name]]) for name in PAIR}}
 
     return Convention("preferences between messages (LLaMA-Factory, axolotl)", (source, *PAIR, *SYSTEMS), convert)
 
 
 def _pairs_with_system(present: Collection[str]) -> Convention:
-    """Pairs with their prompt in a column, or at the beginning of both, and a system prompt before it."""
+    """The convention of pairs with a system prompt; their prompt is a column, or the common beginning of both sides."""
     made = tuple(name for name in ("prompt", *PAIR) if name in present)
 
     def convert(row: Row) -> dict[str, Any]:
         given = {name: row[name] if (chat := _conversation(row[name])) is None else chat for name in made}
         if not isinstance(given["chosen"], list):
             opened = ("prompt",) if "prompt" in given else PAIR
-            return given | {name: _opened(row, given[name]) for name in opened}
+            return given | {name: _with_system_prompt(row, given[name]) for name in opened}
         pair = maybe_extract_prompt(given | {name: tidy_messages(given[name]) for name in PAIR})
-        return {**pair, "prompt": _opened(row, pair["prompt"])}
+        return {**pair, "prompt": _with_system_prompt(row, pair["prompt"])}
 
     return Convention("pairs with their system prompt", (*made, *SYSTEMS), convert)
 
 
 def _labelled(chat: str) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
-        messages = _conversation(_opened(row, row[chat]))
+        messages = _conversation(_with_system_prompt(row, row[chat]))
         return {"prompt": messages[:-1], "completion": messages[-1:], "label": _label(row[KTO])}
 
     return Convention("conversations with a label", (chat, KTO, *SYSTEMS), convert)
@@ -267,7 +266,7 @@ def _labelled(chat: str) -> Convention:
 
 def _with_system(chat: str) -> Convention:
     def convert(row: Row) -> dict[str, Any]:
-        return {"messages": _opened(row, row[chat])}
+        return {"messages": _with_system_prompt(row, row[chat])}
 
     return Convention("conversations with their system prompt", (chat, *SYSTEMS), convert)
 
@@ -277,14 +276,14 @@ def _system(row: Row) -> str:
 
 
 def _conversation(value: Any) -> list[Any] | None:
-    """The messages of a value that is a conversation, also as text; None for another."""
+    """The messages of a value that is a conversation, also if it is JSON text; None for any other value."""
     return conversation_in(value) if isinstance(value, str) else value if isinstance(value, list) else None
 
 
-def _opened(row: Row, value: Any) -> Any:
-    """A conversation, or a text, after the row's system prompt, if it has one and does not begin with one.
+def _with_system_prompt(row: Row, value: Any) -> Any:
+    """A conversation or text with the row's system prompt put before it, unless it begins with one already.
 
-    A conversation that came as text stays text: tables hold what differs from row to row as such.
+    A conversation that was JSON text is returned as JSON text, which tables use for values whose type differs between rows.
     """
     system, messages = _system(row), _conversation(value)
     if messages is None:
@@ -311,7 +310,7 @@ def _is_hh(text: Any) -> bool:
 
 
 def _turns(row: Row, column: str) -> list[dict[str, str]]:
-    """The messages of a text in which speakers are named."""
+    """The messages of a text whose turns begin with "Human:" or "Assistant:"."""
     text = _text(row, column)
     before, *pieces = _SPEAKERS.split(text)
     if before.strip() or not pieces:

@@ -1,16 +1,16 @@
-"""From dataset rows to token ids: every row kind becomes the same tree of one prompt and its completions.
+"""Encode dataset rows to token ids: every row kind becomes a tree of one prompt and its completions.
 
-An encoded row holds
+An encoded row has the columns
 
     prompt_ids       list[int32]         empty for a text or a whole conversation
     completion_ids   list[list[int32]]   K completions; chosen before rejected
-    completion_mask  list[list[bool]]    the tokens to train on; the column is absent where all are
+    completion_mask  list[list[bool]]    the tokens to train on; absent if all tokens are trained on
     step_label, …    list[list[float]]   numbers per token
-    inputs           {name: array}       what else the model reads with the prompt, as it was; where rows have it
-    keep_columns     as they were
+    inputs           {name: array}       further model inputs for the prompt, unchanged; only if rows have them
+    keep_columns     unchanged
 
-Where the border between prompt and completion lies in tokens: what a model continues is ids(prompt), so a prompt is
-tokenised alone and never shares a token with its completion. `decode` turns a row into Examples.
+A prompt is tokenised separately and never shares a token with its completion, since at generation time the model continues
+ids(prompt). `decode` turns an encoded row into Examples.
 """
 
 from __future__ import annotations
@@ -50,16 +50,19 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 FIRST_ROWS = 1000
-"""Rows that are looked at to see whether their attention masks number documents."""
+"""Number of rows that are inspected to see whether attention masks number the documents of packed rows."""
 ROWS_NAMED = 5
-"""Numbers of rows that a warning names."""
+"""Most row numbers that a warning lists."""
 
 _LAYOUT_COLUMNS = frozenset({"prompt_ids", "completion_ids", "completion_mask", INPUTS, "images", "image_counts"})
 
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What became of a dataset's rows and tokens. `tokens` counts prompts once; `trained` counts completion tokens."""
+    """Counts of a dataset's kept, truncated and dropped rows, and of its tokens.
+
+    `tokens` counts a prompt once; `trained` counts the tokens that are trained on.
+    """
 
     name: str = "train"
     rows_in: int = 0
@@ -71,21 +74,21 @@ class EncodingReport:
     tokens: int = 0
     trained: int = 0
     long: int = 0
-    """Rows that are longer than `pretrained_length`, the longest sequence that the model is made for."""
+    """Number of rows longer than `pretrained_length`, the longest sequence that the model supports."""
     longest: int = 0
-    """Tokens of the longest sequence."""
+    """Number of tokens of the longest sequence."""
     pretrained_length: int | None = None
     unread: tuple[str, ...] = ()
-    """Columns that nothing reads."""
+    """Columns that are not used."""
 
     @property
     def dropped(self) -> int:
-        """Rows left without a token to train on, with chosen equal to rejected, or with images that do not fit."""
+        """Number of rows dropped: with no token left to train on, chosen equal to rejected, or images that do not fit."""
         return self.unscored + self.identical + self.overlong
 
     @classmethod
     def of(cls, counts: pa.Table, name: str, pretrained_length: int | None = None) -> EncodingReport:
-        """The report of encoded rows, from their counts."""
+        """The report of encoded rows, from their `COUNTS` columns."""
         column = {name: counts[name].to_numpy() for name in COUNTS}
         status, kept = column["status"], column["status"] == KEPT
         return cls(
@@ -110,7 +113,7 @@ class EncodingReport:
 
     def __str__(self) -> str:
         parts = [f"{self.name}: {counted(self.rows, 'row')}, {counted(self.tokens, 'token')}"]
-        # Rows that are kept without a token to train on are prompts.
+        # Rows that consist of a prompt alone have no token to train on, and are kept.
         parts += [f"{self.trained:,} trained ({percent(self.trained, self.tokens)})"] if self.trained else []
         parts += [f"{self.truncated:,} truncated"] if self.truncated else []
         parts += [f"{self.unscored:,} dropped (no token left to train on)"] if self.unscored else []
@@ -119,23 +122,20 @@ class EncodingReport:
         if self.long:
             parts += [
                 f"{self.long:,} longer than the model's context of {self.pretrained_length:,} tokens (the longest has "
-                f"{self.longest:,}: max_length={self.pretrained_length} cuts such rows, rope_parameters scale the context)"
+                f"{self.longest:,}: max_length={self.pretrained_length} cuts such rows, rope_parameters extend the context)"
             ]
         unread = f" Not read: {', '.join(self.unread)}." if self.unread else ""
         return ", ".join(parts) + "." + unread
 
     def log(self) -> None:
-        """Log once: a warning when rows were dropped or truncated, or are longer than the model is made for."""
+        """Log the report: as a warning if rows were dropped, truncated, or are longer than the model's context."""
         is_worth_a_warning = self.dropped or self.truncated or self.long
         logger.log(logging.WARNING if is_worth_a_warning else logging.INFO, "%s", self)
 
 
 @dataclass
 class Encoded:
-    """An encoded dataset, and the report of it.
-
-    Of a stream the report counts what has been read so far in this process.
-    """
+    """An encoded dataset with its report. For a stream, the report counts the rows read so far in this process."""
 
     dataset: Dataset | IterableDataset
     kind: str
@@ -150,14 +150,14 @@ def encode_dataset(
     name: str = "train",
     images: ImageProcessing | None = None,
 ) -> Encoded:
-    """Tokenise, mask and cut every row; drop those that are left without a token to train on.
+    """Tokenise, mask and truncate every row, and drop rows with no token left to train on.
 
-    The result is cached with the dataset, by its rows, the settings and the tokenizer. A stream is encoded as it is
-    read. The report is logged once. `images` reads images: the places of their tokens are counted from their sizes, and
-    they stay in a column, undecoded.
+    The result is cached by the dataset's fingerprint, the settings and the tokenizer. A stream is encoded while it is read.
+    The report is logged once. With `images`, image tokens are counted from the sizes of images, which stay in a column,
+    undecoded.
 
-    Raises DataError when the dataset is empty or its columns are not those of a row kind, for values that are not what
-    the kind needs (with row and column), and when no row is left.
+    Raises DataError if the dataset is empty, if its columns do not fit any row kind, if a value is invalid for the kind (with
+    row and column), and if no row is left.
     """
     settings = settings or EncodeSettings()
     dataset = without_format(dataset, name)
@@ -181,33 +181,35 @@ def encode_dataset(
 
 
 def _say_unread(columns: Sequence[str], encoder: RowEncoder, name: str) -> None:
-    """Warn of a column for the text that is not there, and of columns whose names look like slips of those that are read."""
+    """Warn if the column `dataset_text_field` does not exist, and of unused columns whose names look like typing errors."""
     field = encoder.settings.text_field
     if field != TEXT and field not in columns and encoder.kind != "tokenized":
-        logger.warning(f"dataset_text_field={field!r} is no column of {name!r}: {list(encoder.columns)} are read.")
+        logger.warning(
+            f"dataset_text_field={field!r} is not a column of {name!r}: the columns {list(encoder.columns)} are used instead."
+        )
     read = {*COLUMNS_READ[encoder.kind], *encoder.settings.keep_columns}
     for column in encoder.unread:
         if near := difflib.get_close_matches(column.lower(), read - {*columns}, n=1, cutoff=ALIKE):
-            logger.warning(f"The column {column!r} of {name!r} is not read. Did you mean {near[0]!r}?")
+            logger.warning(f"The column {column!r} of {name!r} is not used. Did you mean {near[0]!r}?")
 
 
 def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """The rows as Python values. Raises DataError for rows that a function makes as they are read."""
+    """The dataset with rows as Python values. Raises DataError for a dataset with a transform."""
     if isinstance(dataset, IterableDataset):
         return dataset
     form = dataset.format
     if form["type"] == "custom":
         raise DataError(
-            f"The dataset {name!r} has a transform (with_transform, set_transform): what it makes as rows are read is not "
-            "known beforehand, and what is trained on is encoded once. Use dataset.map(function) in its place, and "
-            "dataset.with_format(None) to take the transform off."
+            f"The dataset {name!r} has a transform (with_transform, set_transform), which changes rows each time they are read, "
+            "but rows are encoded once, before training. Use dataset.map(function) instead, and dataset.with_format(None) to "
+            "remove the transform."
         )
     shown = dataset if set(form["columns"]) == set(dataset.column_names) else dataset.select_columns(form["columns"])
     return shown if form["type"] is None else shown.with_format(None)
 
 
 def first_rows(dataset: Dataset | IterableDataset, count: int) -> Dataset | IterableDataset:
-    """The first `count` rows, or all where there are fewer: before datasets 5, `Dataset.take` raises for those."""
+    """The first `count` rows, or all if there are fewer, for which `Dataset.take` raises before datasets 5."""
     return dataset.take(count if isinstance(dataset, IterableDataset) else min(count, len(dataset)))
 
 
@@ -226,7 +228,9 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
         raise DataError(nothing_left(counts, encoder.settings, report))
     if report.overlong:
         first = np.flatnonzero(counts["status"].to_numpy() == OVERLONG)[:ROWS_NAMED] + 1
-        logger.warning("Rows of %r whose images do not fit, the first of them: %s.", name, first.tolist())
+        logger.warning(
+            "The images of some rows of %r do not fit into the limits. The first such rows: %s.", name, first.tolist()
+        )
     if report.dropped:
         kept = np.flatnonzero(counts["status"].to_numpy() == KEPT)
         encoded = encoded.select(kept).flatten_indices()
@@ -235,7 +239,7 @@ def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
 
 
 def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, pa.Table]:
-    """The encoded rows and their counts, from the cache where it is whole; a damaged one is made again, which is said."""
+    """The encoded rows and their counts, from the cache if there is one; a damaged cache is rebuilt, with a warning."""
 
     def run(**more: Any) -> tuple[Dataset, pa.Table]:
         encoded = dataset.map(
@@ -257,7 +261,7 @@ def _mapped(dataset: Dataset, encoder: RowEncoder, name: str) -> tuple[Dataset, 
     except (pa.ArrowException, OSError, KeyError) as error:
         if not dataset.cache_files:
             raise
-        logger.warning(f"The cache of the encoded {name!r} is damaged ({error}): encoding anew.")
+        logger.warning(f"The cache of the encoded dataset {name!r} is damaged ({error}): encoding it again.")
         return run(load_from_cache_file=False)
 
 
@@ -270,7 +274,7 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
         before = encoded.report.long
         encoded.report += EncodingReport.of(table, name, most)
         if encoded.report.long and not before:
-            logger.warning("Of what has been read of a stream: %s", encoded.report)
+            logger.warning("Of the rows of the stream read so far: %s", encoded.report)
         kept = table.filter(pa.array(table["status"].to_numpy() == KEPT))
         return kept.drop_columns(list(COUNTS)).to_pydict()
 
@@ -280,15 +284,15 @@ def _encode_stream(dataset: IterableDataset, encoder: RowEncoder, columns: list[
 
 
 def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingReport) -> str:
-    """Why no row of a dataset can be trained on."""
+    """The error message for a dataset of which no row can be trained on."""
     if report.identical == report.rows_in:
-        return f"Of {counted(report.rows_in, 'row')} of {report.name!r}, all have chosen equal to rejected: nothing can be learned."
+        return f"Every row of {report.name!r} has chosen equal to rejected: nothing can be learned."
     limits = f"max_length={settings.max_length}, max_prompt_length={settings.max_prompt_length}"
     shortest = int(counts["source_tokens"].to_numpy().min())
     if report.overlong == report.rows_in:
         return (
-            f"No row of {report.name!r} fits: an image is never cut, nor what stands before it, and with it the shortest row has "
-            f"{shortest:,} tokens. {limits}. Raise them, or bound the size of images by max_pixels."
+            f"No row of {report.name!r} fits: images, and the tokens before them, are never cut, and the shortest row has "
+            f"{shortest:,} tokens with its images, but {limits}. Raise these limits, or bound the size of images by max_pixels."
         )
     return (
         f"No row of {report.name!r} has a token left to train on: {report.dropped:,} of {counted(report.rows_in, 'row')} were "
@@ -298,10 +302,10 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
 
 
 def decode(row: Mapping[str, Any]) -> list[Example]:
-    """An encoded row as Examples: one of a tree, one per document of a packed row.
+    """Convert an encoded row to Examples: one per row, or one per document of a packed row.
 
-    Further columns that hold numbers become signals: a number goes to every completion, a list gives one number to
-    each completion, a list of lists one to each token.
+    Further columns with numbers become signals: a number holds for every completion, a list has one number per completion,
+    and a list of lists has one number per token.
     """
     if "seq_lengths" in row:
         return _documents(row)
@@ -316,12 +320,12 @@ def decode(row: Mapping[str, Any]) -> list[Example]:
 
 
 def inputs_of(column: Sequence[Mapping[str, Any]] | None, count: int) -> list[dict[str, Tensor]]:
-    """The column `inputs` of `count` rows as tensors; nothing where rows have none."""
+    """The column `inputs` of `count` rows as dicts of tensors, empty for rows without inputs."""
     return [{}] * count if column is None else [_inputs(values) for values in column]
 
 
 def _inputs(values: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """Inputs of a row as tensors, those left out that it has not."""
+    """The inputs of a row as tensors, without those that are None."""
     return {name: torch.as_tensor(value) for name, value in (values or {}).items() if value is not None}
 
 

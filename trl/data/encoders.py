@@ -1,4 +1,4 @@
-"""One function per row kind, from columns to trees of token ids."""
+"""One encoding function per row kind: from columns to trees of token ids."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _refuse_assistant_only(settings: EncodeSettings, name: str) -> None:
 
 
 def _assistant_only(columns: Columns, chats: Sequence[list[dict[str, Any]]], tokenization: Tokenization) -> list[Tree]:
-    """Whole conversations, of which the assistant's turns are trained on."""
+    """Whole conversations of which only the assistant's turns are trained on."""
     spanned = columns.each(lambda k, row: tokenization.chat.assistant_spans(chats[k], row))
     texts, spans = expanded_spans(columns, tokenization.images, *zip(*spanned, strict=True))
     ids, masks = tokenization.text.masked(texts, spans)
@@ -68,7 +68,7 @@ def prompt_only(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 
 
 def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """A prompt and one completion; the prompt is trained on as well when completion_only_loss is False."""
+    """A prompt and one completion; with completion_only_loss=False the prompt is trained on as well."""
     if tokenization.settings.assistant_only_loss:
         return _spoken_completions(columns, tokenization)
     trees = _answers(columns, tokenization, ("completion",))
@@ -78,7 +78,7 @@ def prompt_completion(columns: Columns, tokenization: Tokenization) -> list[Tree
 
 
 def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """Prompts and completions of which only the assistant's turns are trained on, not a tool's or a user's."""
+    """Prompts and completions of which only the assistant's turns are trained on, not those of tools or users."""
     if not columns.is_chat("prompt"):
         _refuse_assistant_only(tokenization.settings, "prompt")
     prompts = columns.chats("prompt")
@@ -100,9 +100,10 @@ def _spoken_completions(columns: Columns, tokenization: Tokenization) -> list[Tr
 
 
 def dialogue(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """Prompts and outputs in turn, as texts; the outputs are trained on, and all with completion_only_loss=False.
+    """Alternating prompts and outputs, as texts; outputs are trained on, and with completion_only_loss=False everything.
 
-    An empty first prompt stands for the token that begins a text. An encoder reads the only prompt.
+    An empty first prompt is replaced by the token that begins a text. With an encoder-decoder there is one prompt and one
+    output.
     """
     for k, turns in enumerate(columns["dialogue"]):
         _check_turns(columns, k, turns, single=tokenization.settings.encoder_decoder)
@@ -118,7 +119,7 @@ def dialogue(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 
 
 def _turns(prompt: list[int], others: list[list[int]]) -> Tree:
-    """Outputs and prompts after the first prompt, as one completion of which the outputs are trained on."""
+    """A tree whose completion holds all outputs and later prompts, of which the outputs are trained on."""
     mask = [i % 2 == 0 for i, turn in enumerate(others) for _ in turn]
     return Tree(prompt, [[token for turn in others for token in turn]], [mask])
 
@@ -130,16 +131,14 @@ def _check_turns(columns: Columns, k: int, turns: Any, *, single: bool) -> None:
         raise columns.error(
             k,
             "dialogue",
-            f"{len(turns)} turns: prompts and outputs take turns, so their number is even. Found {describe(turns)}.",
+            f"{len(turns)} turns: prompts and outputs alternate, so that their number has to be even. Found {describe(turns)}.",
         )
     if single and len(turns) != 2:
-        raise columns.error(
-            k, "dialogue", f"{len(turns)} turns: an encoder-decoder reads one prompt and writes one output."
-        )
+        raise columns.error(k, "dialogue", f"{len(turns)} turns: an encoder-decoder takes one prompt and one output.")
 
 
 def unpaired_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """A prompt and one completion, with a label that says whether it is good."""
+    """A prompt and one completion, with a label that says whether it is desirable."""
     for k, label in enumerate(columns["label"]):
         if label not in (True, False):
             raise columns.error(k, "label", f"expected true (desirable) or false, found {describe(label)}.")
@@ -149,8 +148,8 @@ def unpaired_preference(columns: Columns, tokenization: Tokenization) -> list[Tr
 def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
     """A prompt with the chosen and the rejected completion.
 
-    A pair without a prompt, or of conversations without a message in common, is tokenised as it stands, and its common beginning,
-    in tokens, is the prompt.
+    If a pair has no prompt, or consists of conversations without a common message, both sides are tokenised whole, and the
+    tokens that they begin with in common are the prompt.
     """
     if "prompt" not in columns and not columns.is_chat("chosen"):
         texts = [expanded(columns, tokenization.images, columns.texts(name)) for name in ("chosen", "rejected")]
@@ -164,7 +163,7 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
             apart[0],
             "chosen",
             (
-                "there is no prompt: it has no message in common with 'rejected'. Give every row a prompt, or leave such rows out."
+                "there is no prompt: it has no message in common with 'rejected'. Give every row a prompt, or remove such rows."
             ),
         )
     shared = [k for k in places if k not in set(apart)]
@@ -174,7 +173,7 @@ def preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 
 
 def _apart(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """Pairs of conversations without a message in common."""
+    """Trees of pairs of conversations that have no message in common."""
     if not columns.rows:
         return []
     sides = []
@@ -218,7 +217,7 @@ def _chat_answers(columns: Columns, tokenization: Tokenization, names: tuple[str
 
 
 def without_prompts(prompts: Sequence[list[Any]], answers: Sequence[list[Any]]) -> list[list[Any]]:
-    """Answers without the prompt where they repeat it: whole conversations, that is."""
+    """The answers without their prompt, if they are whole conversations that repeat it."""
     return [
         answer[len(prompt) :] if len(answer) > len(prompt) and answer[: len(prompt)] == prompt else answer
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -226,18 +225,18 @@ def without_prompts(prompts: Sequence[list[Any]], answers: Sequence[list[Any]]) 
 
 
 def say_repeated(columns: Columns, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
-    """Warn where all answers of all rows begin with their prompt, which stands twice then."""
+    """Warn if the answers of all rows begin with their prompt, which would then be in the text twice."""
     if all(
         len(p) > 1 and all(text.startswith(p) for text in texts) for p, *texts in zip(prompts, *answers, strict=True)
     ):
         logger.warning(
-            f"Row {columns.rows[0] + 1} and those after it begin with their prompt a second time in the answers: leave the column "
-            "'prompt' out, or the prompt out of the answers."
+            f"In row {columns.rows[0] + 1} and the following rows, the answers repeat the prompt: remove the column 'prompt', or "
+            "remove the prompt from the answers."
         )
 
 
 def check_learned(columns: Columns, answers: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
-    """Raises DataError for a message of an answer that is not to be learned from, where answers are learned whole."""
+    """Raise RowError for a message that is excluded from training by its weight, where answers are trained on as a whole."""
     for name, chats in answers.items():
         for k, chat in enumerate(chats):
             left_out = next((i for i, message in enumerate(chat) if not is_trained(message)), None)
@@ -246,15 +245,15 @@ def check_learned(columns: Columns, answers: Mapping[str, Sequence[list[dict[str
                 raise columns.error(
                     k,
                     name,
-                    f"message {left_out + 1} says that it is not learned from, and answers are learned whole: {remedy}leave the key "
-                    "out, or the row.",
+                    f"message {left_out + 1} is excluded from training by its weight, but answers are trained on as a whole: "
+                    f"{remedy}remove the key or the row.",
                 )
 
 
 def stepwise(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """A prompt and one completion of steps, each closed by the separator.
+    """A prompt and one completion of several steps, each followed by the separator.
 
-    The mask marks the last token of each step, and the signal `step_label` holds its label there (0 elsewhere).
+    The mask marks the last token of each step; the signal `step_label` has the label of the step there, and 0 elsewhere.
     """
     prompts = tokenization.prompts(columns.texts("prompt"))
     separator = tokenization.text.ids([tokenization.settings.step_separator])[0]

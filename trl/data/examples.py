@@ -1,4 +1,4 @@
-"""From dataset rows to examples: what the loader hands to the accumulation window."""
+"""Collators that convert dataset rows to the examples of a training step."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 
 IGNORE = -100
 SHOWN = 40
-"""Tokens of a row in an error."""
+"""Most tokens of a row that an error message quotes."""
 
 ENCODED = {"prompt_ids", "completion_ids", "seq_lengths"}
-"""Columns that tell encoded rows."""
+"""Columns by which encoded rows are recognised."""
 
 
 def columns_of(rows: datasets.Dataset | datasets.IterableDataset) -> list[str]:
-    """The columns of rows; a stream may not know them before its first row."""
+    """The columns of a dataset; some streams know them only from their first row."""
     return rows.column_names or list(next(iter(rows)))
 
 
 def check_datasets(train: Any, evaluation: Any) -> None:
-    """Raises ConfigError for arguments of a trainer that are not datasets; several to evaluate on come by name."""
+    """Raise ConfigError for arguments of a trainer that are not datasets; `evaluation` may be a dict of datasets by name."""
     sets = {f"eval_dataset[{k!r}]": rows for k, rows in evaluation.items()} if isinstance(evaluation, Mapping) else {}
     for argument, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
         if rows is not None:
@@ -44,7 +44,7 @@ def check_datasets(train: Any, evaluation: Any) -> None:
 
 def _check_rows(rows: Any, argument: str) -> None:
     if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise ConfigError(f"{argument} holds the splits {list(rows)}: give one of them, dataset[{next(iter(rows))!r}].")
+        raise ConfigError(f"{argument} has the splits {list(rows)}: give one of them, dataset[{next(iter(rows))!r}].")
     if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
         raise ConfigError(
             f"{argument} has to be a Dataset or IterableDataset of the library datasets, got {type(rows).__name__}: "
@@ -53,7 +53,7 @@ def _check_rows(rows: Any, argument: str) -> None:
 
 
 def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-    """The examples of encoded rows; a packed row holds several."""
+    """The examples of encoded rows; a packed row has several."""
     return [example for row in rows for example in decode(row)]
 
 
@@ -61,11 +61,11 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], list[Example]]
 
 PLAIN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids", "seq_idx"}
 PLAIN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-"""What collators give of tokens; types, positions and where sequences begin are computed again."""
+"""Keys of a collator's batch that describe tokens; of these, token types, positions and sequence starts are recomputed."""
 
 
 class ImageCollator:
-    """From encoded rows to examples with what the model reads of their images; runs in the loader's workers."""
+    """Collates encoded rows to examples with the model inputs of their images; runs in the workers of the data loader."""
 
     def __init__(self, processing: ImageProcessing) -> None:
         self.processing = processing
@@ -74,7 +74,7 @@ class ImageCollator:
         return list(chain.from_iterable(map(self.examples, rows)))
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        """The examples of a row; a packed row's images are dealt out to its documents."""
+        """The examples of a row; the images of a packed row are distributed to its documents."""
         examples, images = decode(row), list(row.get(IMAGES) or ())
         counts = row.get("image_counts") or [len(images)]
         found, at = [], 0
@@ -84,15 +84,17 @@ class ImageCollator:
             except DataError as error:
                 tokens = [token for token in _flat(example) if token != self.processing.token_id][:SHOWN]
                 beginning = self.processing.processor.tokenizer.decode(tokens)
-                raise DataError(f"{error} It belongs to the row that begins with {beginning!r}.") from error
+                raise DataError(f"{error} It is in the row that begins with {beginning!r}.") from error
             at += own
         return found
 
 
 def examples_from(data_collator: Callable, images: ImageProcessing | None = None) -> Collate:
-    """A user's collator as a source of examples: see `examples_of`. It is given encoded rows' `input_ids`, with `labels` where not
-    all of them are trained on, or raw rows: with a processor, one at a time, so that what its batch has of images belongs to that
-    row."""
+    """Make a function from rows to examples out of a user's collator: see `examples_of`.
+
+    For encoded rows, the collator is passed `input_ids`, with `labels` if not all tokens are trained on. Else it is passed the
+    raw rows: with a processor one at a time, so that the image inputs in its batch belong to that row.
+    """
 
     pads_labels, said = isinstance(data_collator, DataCollatorForSeq2Seq), set[str]()
 
@@ -104,8 +106,8 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
         batch = data_collator(rows)
         if images is None and isinstance(batch, Mapping) and "pixel_values" in batch:
             raise ConfigError(
-                "The batch of data_collator has pixel_values, and processing_class reads no images: give the processor, not "
-                "its tokenizer."
+                "The batch of data_collator has pixel_values, but processing_class does not process images: give the processor, "
+                "not its tokenizer."
             )
         _say_unread(batch, said)
         return examples_of(batch, source="data_collator")
@@ -114,17 +116,17 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
 
 
 def _say_unread(batch: Any, said: set[str]) -> None:
-    """Warn once of what a collator's batch has besides tokens."""
+    """Warn once about keys of a collator's batch that are not used."""
     unread = sorted(set(batch) - PLAIN - said) if isinstance(batch, Mapping) else []
     if unread:
         said.update(unread)
         logger.warning(
-            f"The batch of data_collator has {', '.join(unread)}, which no model is given here: leave it out."
+            f"The batch of data_collator has {', '.join(unread)}, which is not passed to the model: remove it."
         )
 
 
 def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
-    """The examples of a collator's batch of one row, with what the batch has of its images."""
+    """The examples of a collator's batch of one row, with the image inputs in the batch."""
     examples = examples_of(batch, source="data_collator")
     if not isinstance(batch, Mapping):
         return examples
@@ -132,13 +134,13 @@ def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
     unread = sorted(batch.keys() - images.family.joins.keys() - PLAIN)
     if unread:
         raise DataError(
-            f"The batch of data_collator has {', '.join(unread)}, which models of this kind do not read: leave it out."
+            f"The batch of data_collator has {', '.join(unread)}, which models of this family do not take: remove it."
         )
     return [images.placed(example, given) for example in examples]
 
 
 def _labelled(example: Example, *, always: bool) -> dict[str, list[int]]:
-    """An example of one completion as collators know it: with labels where not all is trained on, or `always`."""
+    """An example with one completion in the form that collators take: with labels if not all tokens are trained on, or `always`."""
     ids, (completion,) = _flat(example), example.completions
     if not always and not example.prompt and completion.mask is None:
         return {"input_ids": ids}
@@ -152,25 +154,25 @@ def _flat(example: Example) -> list[int]:
 
 
 def examples_of(batch: Sequence[Example] | Mapping[str, Any], *, source: str) -> list[Example]:
-    """The examples of a batch: a list of them, or tensors as collators of `transformers` make them.
+    """The examples of a batch, which is a list of examples, or a dict of tensors as the collators of `transformers` return.
 
-    Those are padded `input_ids`, `attention_mask` and `labels` `[B,T]`, or without padding `input_ids`, `labels` and
-    `position_ids` that restart `[1,T]`. Tokens whose label is −100 are not trained on.
+    The tensors are padded `input_ids`, `attention_mask` and `labels` `[B,T]`, or without padding `input_ids`, `labels` and
+    `position_ids` that restart with each sequence `[1,T]`. Tokens with the label −100 are not trained on.
 
-    Raises DataError, naming the `source`, for anything else.
+    Raises DataError, which names the `source`, for anything else.
     """
     if not isinstance(batch, Mapping):
         return list(batch)
     if missing := {name for name in ("input_ids", "labels") if batch.get(name) is None}:
         raise DataError(
-            f"The batch of {source} has no {' and no '.join(sorted(missing))}, but {sorted(batch)}: give input_ids, "
-            "attention_mask and labels [B,T], where labels of −100 are not trained on."
+            f"The batch of {source} has no {' and no '.join(sorted(missing))}, only {sorted(batch)}: give input_ids, "
+            "attention_mask and labels [B,T], with the label −100 for tokens that are not trained on."
         )
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.shape != labels.shape or ((labels != ids) & (labels != IGNORE)).any():
         raise DataError(
-            f"The labels of {source} have to be input_ids, or {IGNORE} where nothing is trained on. For an "
-            "encoder-decoder leave the collator out: rows with input_ids and labels are taken as they are."
+            f"The labels of {source} have to equal input_ids, or be {IGNORE} for tokens that are not trained on. For an "
+            "encoder-decoder leave the collator out: rows with input_ids and labels need none."
         )
     return [
         Example([], (Completion(ids[row][here].tolist(), (labels[row][here] != IGNORE).long().tolist()),))
@@ -179,7 +181,7 @@ def examples_of(batch: Sequence[Example] | Mapping[str, Any], *, source: str) ->
 
 
 def _sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
-    """Row and places of every sequence in a batch."""
+    """Row and mask of positions of every sequence in a batch."""
     everything = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     present = batch.get("attention_mask", everything).bool()
     restarts = batch["position_ids"] == 0 if "position_ids" in batch and "attention_mask" not in batch else ~everything
@@ -189,9 +191,9 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
 
 
 def row_numbers(rows: Any, examples: Sequence[Example], collate: Collate = collate_examples) -> list[int | None]:
-    """Where examples are in the encoded rows; None for those that are not, as samples and rows of a stream.
+    """The row numbers of examples in the encoded dataset; None for examples that are not in it (samples, rows of a stream).
 
-    `collate` makes examples of rows: what else than token ids an example holds is compared as well.
+    `collate` makes examples of rows, so that further model inputs of an example are compared as well as its token ids.
     """
     if not isinstance(rows, datasets.Dataset) or not {"completion_ids", "seq_lengths"} & set(rows.column_names):
         return [None] * len(examples)
@@ -212,9 +214,9 @@ def _ids(example: Example) -> tuple:
 
 
 class Endless(IterableDataset):
-    """A stream of rows, from its beginning again when it ends: one epoch, in which every batch is full.
+    """A stream of rows that starts again when it ends: a single endless epoch, in which every batch is full.
 
-    Where training stands in it is then the number of batches alone. A shuffled stream has another order each time.
+    So the position of training in it is given by the number of batches alone. A shuffled stream has a new order each time.
     """
 
     def __init__(self, rows: datasets.IterableDataset) -> None:
@@ -228,4 +230,4 @@ class Endless(IterableDataset):
                 empty = False
                 yield row
             if empty:
-                raise DataError("The stream of training rows is empty: nothing is left of it, or it holds no row.")
+                raise DataError("The stream of training rows is empty: it has no rows, or all of them were dropped.")

@@ -1,4 +1,4 @@
-"""What keeps a file from being read as rows, found before a reader fails at it or takes one thing for another."""
+"""Check data files before they are read, so that errors name the file, line and remedy, and no column is misread."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from trl.errors import DataError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""What stands between the columns of a table, by the ending of its file."""
+"""Column separator of a table, by the file's extension."""
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-"""Endings of files with letters in UTF-8."""
+"""Extensions of text files, which have to be UTF-8."""
 
 
 def check_letters(path: str) -> None:
-    """Raises DataError for a text file that is not UTF-8: readers take its bytes, and fail at the first row that is looked at."""
+    """Raise DataError for a text file that is not UTF-8, with the place of the first wrong byte."""
     if not Path(path).is_file() or not path.endswith(TEXTS):
         return
     with open(path, "rb") as file:
@@ -32,7 +32,7 @@ def check_letters(path: str) -> None:
 
 
 def check_table(path: str) -> None:
-    """Raises DataError for a table whose columns are separated otherwise than its ending says, or do not fit its header."""
+    """Raise DataError for a table with another separator than its extension says, or with columns that do not fit its header."""
     ending = Path(path).suffix.lower()
     expected = SEPARATORS.get(ending)
     if expected is None or not Path(path).is_file():
@@ -46,20 +46,20 @@ def check_table(path: str) -> None:
     if expected not in line and found != expected:
         remedy = "Name it .tsv" if found == "\t" else f"Write it with {expected!r}"
         raise DataError(
-            f"{path}, line 1: its columns are separated by {found!r} ({line[:60]!r}), where a {ending} file has "
-            f'{expected!r}. {remedy}, or give rows that were read in Python: load_dataset("csv", data_files={path!r}, sep={found!r}).'
+            f"{path}, line 1: its columns are separated by {found!r} ({line[:60]!r}), but a {ending} file has to have "
+            f'{expected!r}. {remedy}, or load the rows in Python: load_dataset("csv", data_files={path!r}, sep={found!r}).'
         )
     if len(first) > len(header):
         raise DataError(
-            f"{path}: the first row has {len(first)} cells, and the header {len(header)}, so that columns would be read for one "
-            f"another. Write cells that hold {expected!r} in double quotes, and no {expected!r} at the end of a line."
+            f"{path}: the first row has {len(first)} cells, but the header {len(header)}, so that columns would be mixed up. "
+            f"Put cells that contain {expected!r} in double quotes, and do not end lines with {expected!r}."
         )
     if twice := [name for i, name in enumerate(header) if name in header[:i]]:
         raise DataError(f"{path}, line 1: the column {twice[0]!r} occurs twice. Give every column a name of its own.")
 
 
 def _next(rows: Iterator[list[str]]) -> list[str]:
-    """The next row of a table; an empty one at its end, and where a cell is longer than `csv` reads."""
+    """The next row of a table; empty at its end, and for a row with a cell longer than the limit of `csv`."""
     try:
         return next(rows, [])
     except csv.Error:
@@ -67,7 +67,8 @@ def _next(rows: Iterator[list[str]]) -> list[str]:
 
 
 def where_json_breaks(path: str) -> str | None:
-    """The first line of a `.jsonl` file that is not JSON, or not Unicode; None where there is none, or of other files."""
+    """Place and reason of the first line of a `.jsonl` file that is not valid JSON or Unicode; None if all lines are valid, and
+    for other files."""
     if not path.lower().endswith((".jsonl", ".ndjson")):
         return None
     with open(path, encoding="utf-8") as file:
@@ -76,7 +77,7 @@ def where_json_breaks(path: str) -> str | None:
                 json.dumps(json.loads(line.strip() or "null"), ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = ascii(error.object[error.start])[1:-1]
-                return f"{path}, line {number}: {half} is half of a character. Write the whole one, or leave it out."
+                return f"{path}, line {number}: {half} is half of a character (a lone surrogate). Write the whole character, or remove it."
             except json.JSONDecodeError as error:
                 return f"{path}, line {number}, column {error.colno}: {error.msg}"
     return None

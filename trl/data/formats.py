@@ -1,7 +1,7 @@
-"""What a dataset's columns say about its rows, and the conversions between the forms in which rows are written.
+"""Row kinds, recognised by a dataset's columns, and conversions between row formats.
 
-A row kind is recognised by the columns that it needs. Each text in it is either standard (a string) or conversational
-(a list of messages, `{"role": …, "content": …}` or, older, `{"from": …, "value": …}`).
+Each text of a row is either standard (a string) or conversational (a list of messages, `{"role": …, "content": …}` or, in
+the older form, `{"from": …, "value": …}`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "language_modeling": (("text",), ("messages",), ("conversations",)),
     "prompt_only": (("prompt",),),
 }
-"""Row kind → the sets of columns of which one must be there. The first kind that fits is taken, the most specific first."""
+"""Row kind → alternative sets of columns, of which a dataset needs one. The first kind that fits is used, so that more specific
+kinds come first."""
 
 TEXT = "text"
-"""The column of a text, where no other was asked for."""
+"""The default column for texts."""
 
 _CHAT_OPTIONS = ("tools", "functions", "chat_template_kwargs")
 _PAIR_OF_MASKS = ("attention_mask_chosen", "attention_mask_rejected")
@@ -49,7 +50,7 @@ COLUMNS_READ: dict[str, tuple[str, ...]] = {
     "language_modeling": ("text", "messages", "conversations", *_CHAT_OPTIONS),
     "prompt_only": ("prompt", *_CHAT_OPTIONS),
 }
-"""Row kind → all columns that its rows are read from, needed or not."""
+"""Row kind → all columns that are used for it, required or optional."""
 
 TAKEN_BY = {
     **dict.fromkeys(("tokenized", "dialogue", "prompt_completion", "language_modeling"), ("sft",)),
@@ -59,7 +60,7 @@ TAKEN_BY = {
     "preference": ("dpo", "cpo", "orpo", "kto", "reward"),
     "prompt_only": ("grpo", "rloo", "online-dpo", "ppo", "rft"),
 }
-"""Row kind → the commands that take it."""
+"""Row kind → the `trl` commands that accept it."""
 
 PICTURES = {"image", "images"}
 TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
@@ -73,17 +74,17 @@ def detect_kind(
     text_field: str = "text",
     reads_images: bool = False,
 ) -> str:
-    """The row kind that a dataset's columns stand for, among `allowed` (every kind when None).
+    """The row kind of a dataset with these columns, among the kinds `allowed` (None: all).
 
-    `text_field` is the column that holds the text of language modelling.
+    `text_field` is the column with the text for language modelling.
 
-    Raises DataError with the columns found and those that each kind needs, and for columns of images where nothing
-    `reads_images`.
+    Raises DataError, with the columns found and those that each kind needs, if no kind fits; also for columns with images
+    unless `reads_images`.
     """
     present = set(columns)
     if not reads_images and (pictures := sorted(present & PICTURES)):
         raise DataError(
-            f"The columns {pictures} hold images, and a tokenizer reads none: give the model's processor as "
+            f"The columns {pictures} hold images, which a tokenizer cannot process: pass the model's processor as "
             f"processing_class. To train on the texts alone: dataset.remove_columns({pictures})."
         )
     kinds = {kind: needs for kind, needs in KINDS.items() if allowed is None or kind in allowed}
@@ -99,41 +100,41 @@ def detect_kind(
 
 
 def chosen_fields(text_field: str) -> tuple[str, ...]:
-    """The column that was asked for as that of the text: it counts before all others; none where it is the usual one."""
+    """The text column if it is not the default one; it then has precedence over all other columns. Else empty."""
     return () if text_field == TEXT else (text_field,)
 
 
 def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]], other: str | None) -> str:
     needs = "\n".join(f"  {kind}: {' | '.join(', '.join(n) for n in needed)}" for kind, needed in kinds.items())
     known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
-    needs += "\nA text may stand in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
+    needs += "\nFor texts in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
     hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
     chat = next((name for name in ("messages", "conversations") if name in present), None)
     if chat is not None and "unpaired_preference" in kinds and "label" in present:
         hints += (
-            f" {chat!r} has to be split: the last message is the completion, and those before it are the prompt. Renamed to "
-            f"'kto_tag', 'label' has that done (--dataset_rename label=kto_tag)."
+            f" {chat!r} has to be split into a prompt and the last message, the completion; this is done if 'label' is called "
+            f"'kto_tag' (--dataset_rename label=kto_tag)."
         )
-    elsewhere = "" if other is None else f" They are those of {other}, which {_commands(TAKEN_BY[other])}."
+    elsewhere = "" if other is None else f" They fit the kind {other}, which {_commands(TAKEN_BY[other])}."
     return (
-        f"The dataset's columns {present} are not those of a row kind that is used here.{elsewhere} Rename columns "
-        f"(--dataset_rename old=new) or add some; a kind needs\n{needs}\n{hints}".rstrip()
+        f"The dataset's columns {present} do not fit any row kind that is accepted here.{elsewhere} Rename columns "
+        f"(--dataset_rename old=new) or add some; these kinds need\n{needs}\n{hints}".rstrip()
     )
 
 
 def _commands(names: Sequence[str]) -> str:
-    """`trl dpo, trl cpo and trl reward take`"""
+    """The commands with their verb, such as `trl dpo, trl cpo and trl reward take`."""
     *most, last = [f"trl {name}" for name in names]
     return f"{', '.join(most)} and {last} take" if most else f"{last} takes"
 
 
 def is_conversational(example: Row) -> bool:
-    """Whether a row's texts are lists of messages with a role (`{"role": "user", "content": …}`)."""
+    """True if the texts of a row are lists of messages with roles (`{"role": "user", "content": …}`)."""
     return any(_is_chat(example.get(column), "role") for column in TEXT_COLUMNS)
 
 
 def is_conversational_from_value(example: Row) -> bool:
-    """Whether a row holds `conversations` in the older form (`{"from": "user", "value": …}`)."""
+    """True if a row has `conversations` in the older form (`{"from": "user", "value": …}`)."""
     return _is_chat(example.get("conversations"), "from")
 
 
@@ -144,9 +145,9 @@ def _is_chat(value: Any, role_key: str) -> bool:
 
 
 def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
-    """The row with `from`/`value` messages written as `role`/`content`; `conversations` is renamed `messages`.
+    """Convert `from`/`value` messages of a row to `role`/`content`, and rename `conversations` to `messages`.
 
-    Everything else is left as it is.
+    Everything else is unchanged.
     """
     converted = dict(example)
     for column in _FROM_VALUE_COLUMNS:
@@ -158,10 +159,10 @@ def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def extract_prompt(example: Row) -> dict[str, Any]:
-    """Take the prompt that `chosen` and `rejected` share out of them.
+    """Split the prompt that `chosen` and `rejected` have in common off from both.
 
-    Conversations share their first messages; texts their first characters, where a space before the fork goes to the
-    completions, so that a word keeps the space that it is tokenised with.
+    The prompt of conversations are their common first messages, that of texts their common first characters. A space at the
+    end of the prompt is given to the completions, since tokenizers join a space with the word after it.
 
     Returns `{"prompt", "chosen", "rejected"}`.
     """
@@ -173,9 +174,9 @@ def extract_prompt(example: Row) -> dict[str, Any]:
 
 
 def maybe_extract_prompt(example: Row) -> Row:
-    """`extract_prompt` for a preference row whose prompt is implicit; any other row as it is.
+    """`extract_prompt` for a preference row whose prompt is implicit; any other row is returned unchanged.
 
-    A text prompt beside conversational completions is implicit when they repeat it, else it becomes a user's message.
+    A text prompt of conversational completions is implicit if they repeat it; else it becomes a user message.
     """
     if "chosen" not in example or "rejected" not in example:
         return example
@@ -190,9 +191,9 @@ def maybe_extract_prompt(example: Row) -> Row:
 
 
 def unpair_preference_dataset(dataset: AnyDataset, **map_kwargs: Any) -> AnyDataset:
-    """Write every pair as two rows with `completion` and `label`: chosen is True, rejected False.
+    """Split every pair into two rows with `completion` and `label`: True for chosen, False for rejected.
 
-    Other columns are repeated. `map_kwargs` go to the dataset's `map`.
+    Other columns are repeated. `map_kwargs` are passed to the dataset's `map`.
     """
     return dataset.map(_unpair, batched=True, remove_columns=["chosen", "rejected"], **map_kwargs)
 
@@ -207,7 +208,7 @@ def _unpair(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 def maybe_unpair_preference_dataset(
     dataset: AnyDataset, num_proc: int | None = None, desc: str | None = None
 ) -> AnyDataset:
-    """`unpair_preference_dataset` for a dataset with `chosen` and `rejected`; any other dataset as it is."""
+    """`unpair_preference_dataset` for a dataset with `chosen` and `rejected`; any other dataset is returned unchanged."""
     first = next(iter(dataset.values())) if isinstance(dataset, Mapping) else dataset
     columns = first.column_names if first.column_names is not None else list(next(iter(first)))
     if not {"chosen", "rejected"}.issubset(columns):

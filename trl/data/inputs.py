@@ -1,10 +1,10 @@
-"""What a model reads with a prompt beside its tokens, joined for a whole grid.
+"""Join the model inputs of prompts other than token ids (pixel values, token types, …) for a whole grid.
 
     pixel_values   of two prompts  [1,3,H,W], [2,3,H,W]   ─Concatenated()─▶  [3,3,H,W]
     token_type_ids of two prompts  [P₁], [P₂]             ─PerToken()─────▶  [B,T]
 
-Models that read images fill the places of image tokens in the order of the flattened grid, so inputs are concatenated in
-the order in which prompts are placed, once per occurrence of a prompt.
+Models replace image tokens by image features in the order of the flattened grid. So inputs are concatenated in the order in
+which prompts are placed, once for each time that a prompt occurs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from trl.errors import DataError
 from trl.types import Concatenated, Example, Join, PerToken
 
 BY_DEFAULT = Concatenated()
-"""How inputs are joined that no `joins` name."""
+"""How inputs without an entry in `joins` are joined."""
 
 
 def joined(
     examples: Sequence[Example], joins: Mapping[str, Join], starts: Sequence[int], shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """The inputs of all examples, by name; `starts` are the flat indices in a grid `[B,T]` where the examples begin."""
+    """The joined inputs of all examples, by name. `starts` are the flat indices at which examples begin in the grid `[B,T]`."""
     names = dict.fromkeys(name for example in examples for name in example.inputs)
     found = {}
     for name in names:
@@ -38,7 +38,7 @@ def joined(
 
 
 def concatenated(values: Sequence[Tensor], dim: int = 0, fill: int = 0) -> Tensor:
-    """Tensors one after the other along `dim`; in other dimensions `fill` makes them as large as the largest."""
+    """Concatenate tensors along `dim`, after padding their other dimensions with `fill` to the largest."""
     if len({v.shape[:dim] + v.shape[dim + 1 :] for v in values}) == 1:
         return torch.cat(list(values), dim)
     largest = [max(sizes) for sizes in zip(*(v.shape for v in values), strict=True)]
@@ -68,7 +68,7 @@ def _per_token(
 
 
 def check_inputs(examples: Sequence[Example], joins: Mapping[str, Join]) -> None:
-    """Raises DataError for per-token values that are not `[L]`: L is P, or at most P + C where there is one completion."""
+    """Raise DataError for per-token inputs that are not `[L]` with L = P, or P ≤ L ≤ P + C if there is one completion."""
     for example in examples:
         prompt = len(example.prompt)
         longest = example.tokens if len(example.completions) == 1 else prompt
@@ -76,17 +76,17 @@ def check_inputs(examples: Sequence[Example], joins: Mapping[str, Join]) -> None
             fits = not isinstance(joins.get(name), PerToken) or (values.dim() == 1 and prompt <= len(values) <= longest)
             if not fits:
                 raise DataError(
-                    f"The input {name!r} has one value per token: its shape is {tuple(values.shape)}, and the prompt has "
-                    f"{prompt} tokens. Give a tensor with as many values, and do not let prompts be cut."
+                    f"The input {name!r} needs one value per token, but its shape is {tuple(values.shape)} and the prompt has "
+                    f"{prompt} tokens. Give a tensor with as many values, and do not let prompts be truncated."
                 )
 
 
 def batched(
     rows: Sequence[Mapping[str, Any]], joins: Mapping[str, Join], lengths: Sequence[int], *, left: bool
 ) -> dict:
-    """The inputs of prompts that lie one in each row, of which the first `lengths` tokens are there, padded to the longest.
+    """The joined inputs of a batch of prompts, one per row, of each of which the first `lengths[i]` tokens are used.
 
-    `left`: padding comes first.
+    With `left`, padding comes before the tokens, else after them.
     """
     width = max(lengths)
     prompts = [

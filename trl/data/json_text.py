@@ -1,4 +1,4 @@
-"""Values that came as text: conversations, tools and arguments of calls, which CSV files and uniform tables hold as JSON."""
+"""Decode values stored as JSON text: conversations, tools and arguments of tool calls, as CSV files and tables hold them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from trl.errors import DataError
 
 SHOWN = 60
-"""Characters of a value in an error."""
+"""Most characters of a value that an error message quotes."""
 
 
 def decoded(value: Any, what: str) -> Any:
-    """The value that JSON text stands for, also where it was encoded twice; what is no text is left alone.
+    """The decoded value of JSON text, also if it was encoded twice; values that are not text are returned unchanged.
 
-    Raises DataError, naming `what` it is, for text that is no JSON.
+    Raises DataError for text that is not JSON; `what` names the value in the message.
     """
     if not isinstance(value, str):
         return value
     try:
         value = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is JSON text, and {value[:SHOWN]!r} is none ({error}).") from error
+        raise DataError(f"{what} has to be JSON text, but {value[:SHOWN]!r} is not ({error}).") from error
     while isinstance(value, str):
         try:
             value = json.loads(value)
@@ -33,9 +33,9 @@ def decoded(value: Any, what: str) -> Any:
 
 
 def conversation_in(text: str) -> list[Any] | None:
-    """The messages that a text is, as JSON or as Python writes lists; None for a text that is none.
+    """The messages of a conversation written as JSON or as a Python list; None for any other text.
 
-    Raises DataError for one that begins like a conversation and cannot be read.
+    Raises DataError for a text that begins like a conversation but cannot be parsed.
     """
     begins = "".join(text[:SHOWN].split()).replace("'", '"')
     if not begins.startswith(('[{"role":', '[{"from":', '[{"content":', '[{"value":')):
@@ -49,7 +49,7 @@ def conversation_in(text: str) -> list[Any] | None:
 
 
 def messages_of(value: Any) -> list[dict[str, Any]] | None:
-    """The messages of a conversation that came as a dict of lists, as older types of columns hold it; None of another value."""
+    """The messages of a conversation stored as a dict of lists, as older column types do; None for any other value."""
     if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
         return None
     if not all(isinstance(each, list) for each in value.values()) or len({*map(len, value.values())}) != 1:
@@ -62,6 +62,6 @@ def _python(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise DataError(
-            f"{text[:SHOWN]!r} begins like a conversation, and is neither JSON nor a Python list ({error}): write it with "
+            f"{text[:SHOWN]!r} begins like a conversation, but is neither JSON nor a Python list ({error}): write it with "
             "json.dumps."
         ) from error

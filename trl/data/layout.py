@@ -1,22 +1,22 @@
-"""Layouts: how the sequences of a micro-batch lie in the B·T grid of one forward pass.
+"""Layouts: how the sequences of a micro-batch are placed in the B·T grid of one forward pass.
 
-padded   one row per completion, its prompt repeated
-packed   several sequences in a row, positions restart, none sees another
-shared   each prompt once, its K completions branch off it: every completion sees the prompt and itself
+padded   one row per completion, with its prompt repeated
+packed   several sequences per row; positions restart, and no sequence attends to another
+shared   each prompt once, with its K completions as branches: a completion attends to the prompt and to itself
 
-All three give the same log-probabilities and gradients; they differ in work. All three are one construction: examples
-(a prompt and the completions that hang from it) are placed in rows. `padded` and `packed` cut every example into examples
-with one completion; `padded` gives each a row of its own.
+All three give the same log-probabilities and gradients, at different cost. They are built in the same way, by placing
+examples (a prompt and its completions) in rows: `padded` and `packed` first split each example into examples with one
+completion, and `padded` gives each of those its own row.
 
     2 completions            p0 p1 p2 | a0 a1 | b0 b1 b2      positions  0 1 2 | 3 4 | 3 4 5
     predictor of a           p2 a0                            predictor of b   p2 b0 b1
 
-The predictor of a completion's first token is the prompt's last token; a completion without a prompt has none, so its
-first token is not scored. In an encoder-decoder the prompt goes to the encoder, once per example, and the decoder's
-start token predicts the first token.
+The predictor of a completion's first token is the last token of the prompt; without a prompt there is none, and the first
+token is not scored. In an encoder-decoder the prompt goes to the encoder, once per example, and the decoder's start token
+predicts the first token.
 
-What the model reads beside tokens (pixels, token types, …) goes with the prompt, as `trl.data.inputs` joins it: once where
-the prompt is shared, repeated where the prompt is.
+Further model inputs of a prompt (pixel values, token types, …) are joined by `trl.data.inputs`: once if the prompt is
+shared, and as often as the prompt if it is repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trl.types import Batch, Completion, Example, Join, PerToken, Segments, Span
 
 PADDING = -1
 LONGEST = 1024
-"""Tokens that attention is told a run may have, at least, where shapes are to be few: more cost it nothing to speak of."""
+"""Least value of the longest-run arguments of variable-length attention where shapes are bucketed; it costs almost nothing."""
 
 
 def lay_out(
@@ -54,23 +54,24 @@ def lay_out(
     restarts: bool = False,
     in_few_shapes: Callable[[int], bool] | None = None,
 ) -> Batch:
-    """One micro-batch in the named layout ("padded", "packed", "shared").
+    """Lay out one micro-batch in the named layout ("padded", "packed", "shared").
 
-    `capacity` is the number of tokens that a row of the packed and shared layouts may hold, at least the longest example.
-    Without it, rows are as wide as is cheapest for a model of `hidden_size` on a `device`: see `cheapest_rows`. Completions are
-    numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`. `joins` says how the
-    examples' inputs are joined, by name: see `trl.data.inputs.joined`.
+    `capacity` is the number of tokens per row in the packed and shared layouts, raised to the longest example if that is longer.
+    Without it, the row width is the cheapest for a model of `hidden_size` on `device`: see `cheapest_rows`. Completions are
+    numbered in the order of `examples`. The width of the grid is a multiple of `multiple_of`. `joins` says, by name, how the
+    examples' inputs are joined: see `trl.data.inputs.joined`.
 
-    Positions are `[B,T]`; where an example has three-dimensional ones `[3,B,T]`, and in the packed layout `[4,B,T]`, those
-    of the text first, by which models recognise where a sequence ends.
+    Position ids are `[B,T]`. If an example has three-dimensional ones, they are `[3,B,T]`, and in the packed layout `[4,B,T]`:
+    the first of the four are plain text positions, by which models recognise where a sequence ends.
 
-    With `counts_copies`, batches say how many rows of the padded layout each position stands for. With `restarts`, positions
-    of padding begin anew even where nothing has to be masked, so that they tell how long a sequence is.
+    With `counts_copies`, `Batch.copies` is filled in. With `restarts`, the position ids of padding restart at 0 even where
+    nothing has to be masked, so that the length of a sequence can be read from them.
 
-    With `spans`, batches that are not padded say what attends to what for attention of variable length, unless tokens see
-    others behind them. Then `in_few_shapes(n)` may say whether a single row, n positions if it is, is to have one of few shapes.
+    With `spans`, packed and shared batches have arguments for variable-length attention (`Batch.spans`), unless some tokens
+    attend to later ones. If there is a single row, `in_few_shapes(n)` decides whether it is padded to n positions, one of few
+    sizes, so that CUDA graphs can be reused.
 
-    Raises ConfigError for a layout that there is not, DataError for per-token inputs that are not one value per token.
+    Raises ConfigError for an unknown layout, and DataError for per-token inputs with a wrong number of values.
     """
     if layout not in LAYOUTS:
         raise ConfigError(unknown("layout", layout, LAYOUTS))
@@ -81,7 +82,7 @@ def lay_out(
     ahead = any(_sees_ahead(example, joins or {}) for example in examples)
     has_spans = spans and layout != "padded" and not ahead
     width = max(sum(tokens[i] for i in row) for row in rows)
-    few = few_sizes(width + (layout == "shared"))  # there padding is what further keys are given to
+    few = few_sizes(width + (layout == "shared"))  # `shared` needs at least one position of padding for surplus keys
     few += -few % multiple_of
     is_few = in_few_shapes is not None and has_spans and len(rows) == 1 and in_few_shapes(few)
     grid = _Grid(placed, rows, pad_token_id, few if is_few else width + -width % multiple_of)
@@ -103,21 +104,24 @@ def lay_out(
 
 
 def _copies(grid: _Grid, placed: Sequence[Example]) -> np.ndarray:
-    """`[B,T]`: 0 for padding, 1 for a completion's token, and for a prompt's as many as it has completions."""
+    """How many rows of the padded layout a position stands for, `[B,T]`: 0 for padding, 1 for a token of a completion, the
+    number of completions for a token of a prompt."""
     shared = np.array([max(1, len(example.completions)) for example in placed])
     return np.where(grid.sequence == PADDING, 0, np.where(grid.branch == 0, shared[np.maximum(grid.sequence, 0)], 1))
 
 
 def few_sizes(size: int) -> int:
-    """The next size of few: 64, 128, …, and from 1,024 on eight to each power of two, so that an eighth is filled up at most."""
+    """`size` rounded up to one of few sizes: multiples of 64, and from 1,024 on eight sizes per power of two, so that at most
+    an eighth is padding."""
     step = max(64, 1 << max(0, (size - 1).bit_length() - 4))
     return -(-size // step) * step
 
 
 def spans_of(sequence: np.ndarray, branch: np.ndarray, is_few: bool = False) -> Spans:
-    """Runs of queries and their keys from sequence and branch `[B,T]`: a prompt and its branches are runs of their own.
+    """Runs of queries and their keys, from sequence and branch `[B,T]`: a prompt and each of its branches is one run.
 
-    If shapes are to be few (`is_few`), as many runs as a power of two, and keys in few sizes: the last run, padding, is cut.
+    With `is_few`, the number of runs is rounded up to a power of two and the number of keys to one of few sizes, by splitting
+    the last run, which is padding.
     """
     rows = np.repeat(np.arange(len(sequence)), sequence.shape[1])
     flat = np.stack([rows, sequence.ravel(), branch.ravel()])
@@ -139,17 +143,19 @@ def spans_of(sequence: np.ndarray, branch: np.ndarray, is_few: bool = False) -> 
         lengths, seen, keys = _filled_up(lengths, seen, keys, is_padded=sequence[-1, -1] == PADDING)
     query_starts, key_starts = (torch.from_numpy(np.r_[0, x.cumsum()].astype(np.int32)) for x in (lengths, seen))
     least = LONGEST if is_few else 1
-    longest = (max(least, 1 << int(n.max() - 1).bit_length()) for n in (lengths, seen))  # few values: graphs hold them
+    longest = (
+        max(least, 1 << int(n.max() - 1).bit_length()) for n in (lengths, seen)
+    )  # few values: constants of graphs
     return Spans(query_starts, key_starts, None if keys is None else torch.from_numpy(keys), *longest)
 
 
 def _filled_up(
     lengths: np.ndarray, seen: np.ndarray, keys: np.ndarray | None, *, is_padded: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Lengths of runs, keys that they see, and the keys, for as many runs as a power of two.
+    """Lengths of runs, numbers of keys per run, and keys, padded to a number of runs that is a power of two.
 
-    The last run, if it is padding, is cut into runs no longer than others; further ones are empty. Where there have to be more keys,
-    they are the last position.
+    The last run, if it is padding, is split into runs that are no longer than the others; further runs are empty. Surplus keys
+    all point to the last position.
     """
     own, others = (x[: len(x) - is_padded].tolist() for x in (lengths, seen))
     padding = int(lengths[-1]) if is_padded else 0
@@ -165,16 +171,16 @@ def _filled_up(
 
 
 def _sees_ahead(example: Example, joins: Mapping[str, Join]) -> bool:
-    """Whether tokens of the example see others behind them, so that models have to be given masks."""
+    """True if tokens of the example attend to later tokens, so that the model needs an explicit attention mask."""
     own = (joins.get(name) for name in example.inputs)
     return any(isinstance(join, PerToken) and join.sees_ahead for join in own)
 
 
 def _packed_positions(grid: _Grid, *, alone: bool) -> np.ndarray:
-    """Positions `[B,T]` or `[4,B,T]` of the packed layout.
+    """Position ids `[B,T]` or `[4,B,T]` of the packed layout.
 
-    Where every row holds one sequence `alone`, positions that never restart tell the model that nothing has to be masked:
-    padding comes last, and nobody sees it.
+    If every row has a single sequence (`alone`), text positions do not restart in the padding, which tells the model that no
+    mask is needed: padding comes last, and no token attends to it.
     """
     text = np.broadcast_to(np.arange(grid.ids.shape[1]), grid.ids.shape).copy() if alone else grid.positions
     if grid.axes is None:
@@ -183,18 +189,16 @@ def _packed_positions(grid: _Grid, *, alone: bool) -> np.ndarray:
 
 
 def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, decoder_start_token_id: int) -> Batch:
-    """One micro-batch of an encoder-decoder: `input_ids [E,P]` once per example, `decoder_input_ids [N,C]`.
+    """Lay out one micro-batch for an encoder-decoder: `input_ids [E,P]` once per example, `decoder_input_ids [N,C]`.
 
-    The encoder's output is repeated by `Batch.example` inside the forward pass. `position` is that of the
-    predictor, since the decoder reads a token one position later, and the last one never.
+    The encoder's output is repeated by `Batch.example` inside the forward pass. `position` equals `predictor`, since the
+    decoder inputs are shifted by one position and never include the last token.
 
-    Raises DataError for examples with inputs beside their tokens.
+    Raises DataError for examples with further model inputs.
     """
     if any(example.inputs for example in examples):
         names = sorted({name for example in examples for name in example.inputs})
-        raise DataError(
-            f"An encoder-decoder is given token ids alone, but these rows have inputs {names}: leave them out."
-        )
+        raise DataError(f"Encoder-decoders take token ids only, but these rows have inputs {names}: remove them.")
     prompts = _pad([example.prompt for example in examples], pad_token_id)
     completions = [completion for example in examples for completion in example.completions]
     decoder = _pad([[decoder_start_token_id, *completion.ids[:-1]] for completion in completions], pad_token_id)
@@ -210,7 +214,7 @@ def lay_out_encoder_decoder(examples: Sequence[Example], *, pad_token_id: int, d
 
 
 def _single(examples: Sequence[Example]) -> list[Example]:
-    """An example for every completion, the prompt repeated."""
+    """One example per completion, with the prompt repeated."""
     return [replace(example, completions=(completion,)) for example in examples for completion in example.completions]
 
 
@@ -219,14 +223,15 @@ LAYOUTS: dict[str, Callable[[Sequence[Example]], list[Example]]] = {
     "packed": _single,
     "shared": list,
 }
-"""What is placed in rows, completions in their order."""
+"""For each layout, a function from the examples of a micro-batch to those that are placed in rows."""
 
 
 class _Grid:
-    """Token ids, positions in the text, sequences and branches `[B,T]`, and where everything begins.
+    """Token ids, text positions, sequences and branches `[B,T]` of the placed examples, and their start indices.
 
-    `start[i]` is the flat index where example i begins; `before[n]` that of the token before completion n, −1 if there is
-    none; `first[n]` that of its first. `axes` are the positions that examples bring along, `[B,T]` or `[3,B,T]`, or None.
+    `start[i]` is the flat index at which example i begins, `before[n]` that of the token before completion n (−1 if there is
+    none), and `first[n]` that of its first token. `axes` are position ids `[B,T]` or `[3,B,T]` where examples have their own,
+    else None.
     """
 
     def __init__(self, examples: list[Example], rows: list[list[int]], pad_token_id: int, width: int) -> None:
@@ -266,7 +271,7 @@ class _Grid:
             at = end
 
     def _axes(self, examples: list[Example]) -> np.ndarray | None:
-        """The grid's positions where examples have their own: those, and what counts on from them."""
+        """Position ids of the grid if any example has its own: those are filled in, and later tokens count on from them."""
         own = {i: np.asarray(e.positions) for i, e in enumerate(examples) if e.positions is not None}
         if not own:
             return None
@@ -319,7 +324,7 @@ def _batch(
 
 
 def completion_masks(completions: Sequence[Completion], width: int) -> np.ndarray:
-    """`[N,width]` float32: 1 for the tokens of completions that are scored."""
+    """Masks `[N,width]` float32 of the completions: 1 for scored tokens."""
     mask = np.zeros((len(completions), width), dtype=np.float32)
     for row, completion in zip(mask, completions, strict=True):
         row[: len(completion)] = 1 if completion.mask is None else completion.mask
@@ -338,7 +343,7 @@ def _present(lengths: Sequence[int], width: int) -> Tensor:
 
 
 def completion_signals(completions: Sequence[Completion], width: int) -> dict[str, Tensor]:
-    """Signals by name: `[N]`, or `[N,C]` where given per token. A completion without the signal has NaN."""
+    """Signals by name: `[N]`, or `[N,C]` if given per token; NaN for completions without the signal."""
     names = dict.fromkeys(name for completion in completions for name in completion.signals)
     return {name: _signal([c.signals.get(name, float("nan")) for c in completions], width) for name in names}
 

@@ -1,13 +1,13 @@
-"""Messages of a conversation as chat templates read them, whichever convention they are written in.
+"""Convert messages of various conventions to the form that chat templates read.
 
     {"from": "human", "value": "Is it far?"}              {"role": "user", "content": "Is it far?"}
     {"from": "function_call", "value": "{\"name\": …}"}   {"role": "assistant", "tool_calls": [{"function": …}]}
     {"role": "Assistant", …}, {"role": "gpt", …}           {"role": "assistant", …}, unless the template knows such a role
     tool calls of other conventions                        see `trl.data.tool_calls`
     {"role": "assistant", "function_call": {…}}            a tool call; role "function" is "tool" (OpenAI's older files)
-    parts of type text, under "text", "value" or "content" one text
+    parts of type text, under "text", "value" or "content" joined to one text
 
-A key that says whether a message is learned from (`weight`, `loss_weight`, `train`) is honoured where only the assistant's
+A key that says whether a message is trained on (`weight`, `loss_weight`, `train`) has an effect if only the assistant's
 turns are trained on: see `is_trained`.
 """
 
@@ -29,22 +29,22 @@ ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "ai", "model"), "assistant"),
     **dict.fromkeys(("observation", "function_response", "tool_response", "function"), "tool"),
 }
-"""Who speaks, in files of other tools → the role that templates know. Other names stay as they are."""
+"""Names of speakers in files of other tools → the role that templates know. Other names are unchanged."""
 
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer", "ipython")
 """Roles that templates know."""
 
 CALLS = ("function_call", "tool_call")
-"""Who speaks, where the value is a call as JSON text."""
+"""Names of speakers whose value is a tool call as JSON text."""
 
 LOSS_KEYS = ("weight", "loss_weight", "train")
-"""Keys of a message that say whether it is learned from: OpenAI's, LLaMA-Factory's, axolotl's."""
+"""Keys of a message that say whether it is trained on: those of OpenAI, LLaMA-Factory and axolotl."""
 
 TEXT_KEYS = ("text", "value", "content")
-"""Where a part of type text holds it."""
+"""Keys under which a part of type text may have its text."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a message under which templates read what the assistant thought."""
+"""Keys of a message under which templates read the assistant's reasoning."""
 
 INSTEAD_OF_CONTENT = (
     "text",
@@ -58,23 +58,23 @@ INSTEAD_OF_CONTENT = (
     "answer",
     "output",
 )
-"""Keys under which other tools keep what a message says."""
+"""Keys under which other tools store the content of a message."""
 
 ABOUT_MESSAGE = ("role", "name", "id", "tool_call_id", *LOSS_KEYS)
-"""Keys of a message that say nothing by themselves."""
+"""Keys with metadata of a message, which are not content."""
 
 
 def without_none(value: Any) -> Any:
-    """The value without keys that hold None: Arrow gives every struct of a column the keys of all."""
+    """The value without keys whose value is None: Arrow gives every struct of a column the keys of all its structs."""
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     return [without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def to_chatml(message: Any, source: str = "") -> Any:
-    """One message with `from` and `value` as `role` and `content`; other keys stay, and other values are left alone.
+    """Convert a message with `from` and `value` to `role` and `content`; other keys and other messages are unchanged.
 
-    `source` is the text of the template, whose names of roles are kept.
+    `source` is the source of the chat template; role names that it uses are kept.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("from"), str):
         return message
@@ -86,7 +86,7 @@ def to_chatml(message: Any, source: str = "") -> Any:
 
 
 def role_of(name: str, source: str = "") -> str:
-    """The role that a name stands for; the name itself where the template, whose text is `source`, asks for it."""
+    """The standard role for a name of a speaker; the name itself if the template with this `source` uses it."""
     bare = name.strip().lower()
     role = bare if bare in KNOWN_ROLES else ROLES.get(bare, name)
     return name if role == name or asks_for_role(source, name) else role
@@ -94,21 +94,23 @@ def role_of(name: str, source: str = "") -> str:
 
 @lru_cache(maxsize=1024)
 def asks_for_role(source: str, name: str) -> bool:
-    """Whether a template compares roles with this name."""
+    """True if a template compares roles with this name."""
     return re.search(rf"role['\"\])\s]*(?:==|!=|\bin\b)[^{{}}%]*['\"]{re.escape(name)}['\"]", source) is not None
 
 
 @lru_cache(maxsize=1024)
 def reads_key(source: str, key: str) -> bool:
-    """Whether a template reads a key of its messages."""
+    """True if a template reads this key of messages."""
     return re.search(rf"[.'\"]{re.escape(key)}\b", source) is not None
 
 
 def tidy_messages(messages: Sequence[Message], source: str = "", *, joins_texts: bool = True) -> list[Any]:
-    """Messages as the template with the text `source` reads them: see the top of the file. What is no message is left for
-    checks to name; contents stay as they are unless parts of text are joined.
+    """Convert messages to the form that the template with this `source` reads: see the top of the file.
 
-    Raises DataError, naming the message by its number, for content that is no text.
+    Values that are not messages are unchanged, for later checks to report. With `joins_texts`, contents that are lists of text
+    parts become one text.
+
+    Raises DataError with the number of the message for content that is not text.
     """
     changed = []
     for i, message in enumerate(messages):
@@ -121,7 +123,7 @@ def tidy_messages(messages: Sequence[Message], source: str = "", *, joins_texts:
 
 
 def spoken(message: Any, source: str) -> Any:
-    """A message with the role and the calls of tools as the template reads them."""
+    """A message with its role and tool calls in the form that the template reads."""
     message = without_none(to_chatml(message, source))
     if not isinstance(message, dict):
         return message
@@ -137,7 +139,7 @@ def spoken(message: Any, source: str) -> Any:
 
 
 def _with_text(message: Any) -> Any:
-    """The message with parts of type text as one text; one with other parts as it is."""
+    """The message with text parts joined to one text; a message with other parts is unchanged."""
     if not isinstance(message, dict) or isinstance(message.get("content", ""), str):
         return message
     parts = message["content"]
@@ -150,17 +152,17 @@ def _with_text(message: Any) -> Any:
 
 
 def text_of_part(part: Mapping[str, Any], number: int) -> str:
-    """What a part of type text says. Raises DataError, naming the part by its number, where it holds no text."""
+    """The text of a part of type text. Raises DataError with the number of the part if it has no text."""
     text = next((part[key] for key in TEXT_KEYS if isinstance(part.get(key), str)), None)
     if text is None:
-        raise DataError(f"part {number} of type text holds none: {dict(part)!r}. Give it as 'text'.")
+        raise DataError(f"part {number} of type text has no text: {dict(part)!r}. Give it under the key 'text'.")
     return text
 
 
 def check_contents(messages: Sequence[Message], source: str = "") -> None:
-    """Raises DataError for a message that says nothing a template would read: no `content`, and no call or reasoning.
+    """Raise DataError for a message without `content`, tool calls and reasoning, of which a template would show nothing.
 
-    Other keys count where `source`, that of the template, names them.
+    Other keys count as content if the template's `source` reads them.
     """
     for i, message in enumerate(messages):
         if message.get("content") or any(message.get(key) for key in ("tool_calls", *REASONING)):
@@ -175,16 +177,18 @@ def check_contents(messages: Sequence[Message], source: str = "") -> None:
             others[0] if len(others) == 1 else ""
         )
         remedy = (
-            f"Its text seems to stand under {likely!r}: rename that key." if likely else "Give it one, or leave it out."
+            f"Its text seems to be under {likely!r}: rename that key."
+            if likely
+            else "Give it one, or remove the message."
         )
         raise DataError(
-            f"message {i + 1} ({message.get('role')}) has no {'text in ' if 'content' in message else ''}'content', its keys are "
+            f"message {i + 1} ({message.get('role')}) has no {'text in ' if 'content' in message else ''}'content'; its keys are "
             f"{list(message)}. {remedy}"
         )
 
 
 def contents_as_parts(messages: Sequence[Message]) -> list[Message]:
-    """The messages with contents that are text as lists of one part, for templates that read parts alone."""
+    """The messages with each text content as a list of one part, for templates that read only lists of parts."""
     return [
         {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
         for m in messages
@@ -192,28 +196,28 @@ def contents_as_parts(messages: Sequence[Message]) -> list[Message]:
 
 
 def is_trained(message: Message) -> bool:
-    """Whether a message is learned from, as its keys `weight`, `loss_weight` and `train` say; by default it is.
+    """True if a message is trained on, by its keys `weight`, `loss_weight` and `train`; the default is True.
 
     Raises DataError for a weight that is neither 0 nor 1.
     """
     for key in LOSS_KEYS:
         value = message.get(key, 1)
         if value not in (0, 1):
-            raise DataError(f"{key}={value!r} of a message: it is learned from (1) or not (0), and nothing between.")
+            raise DataError(f"{key}={value!r} of a message: give 1 to train on it, or 0 not to; nothing in between.")
         if not value:
             return False
     return True
 
 
 def under_roles(content: str | Sequence[Message]) -> str:
-    """A text as it is, or a conversation as text: each message under its role."""
+    """A conversation as text, each message after its role; a text is returned unchanged."""
     if isinstance(content, str):
         return content
     return "\n".join(f"{message['role']}: {said(message)}" for message in content)
 
 
 def said(message: Message) -> str:
-    """What a message says, as text: a part that is none by its type, `[image]`; calls of tools and reasoning as JSON."""
+    """The content of a message as text: parts that are not text as their type, `[image]`; tool calls and reasoning as JSON."""
     content = message.get("content") or ""
     parts = [content] if isinstance(content, str) else [_part_as_text(part) for part in content]
     others = {key: message[key] for key in ("tool_calls", *REASONING) if message.get(key)}

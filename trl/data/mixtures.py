@@ -1,6 +1,6 @@
-"""Several datasets as one: the list of `datasets` in a YAML file, one after the other or interleaved.
+"""Mixtures of datasets: the list `datasets` of a YAML file, concatenated or interleaved.
 
-Importing this file imports nothing heavy: the command line reads its dataclasses before anything is loaded.
+This file imports no heavy library at its top, since the command line reads its dataclasses at startup.
 """
 
 from __future__ import annotations
@@ -45,19 +45,21 @@ class DatasetConfig(metaclass=OptionNames):
     """Split to read; slices such as train[:1000] work."""
 
     columns: list[str] | dict[str, str] | None = None
-    """Keep only these columns; or, as LLaMA-Factory writes it, a mapping of what a column holds to its name."""
+    """Keep only these columns; or, as in LLaMA-Factory, a mapping of roles to names of columns: {prompt: question}."""
 
     rename: dict[str, str] | list[str] | None = None
-    """Read columns under other names: {question: prompt, answer: completion}."""
+    """Rename columns, old name to new name: {question: prompt, answer: completion}."""
 
     fraction: float | None = None
-    """Share of this dataset in the mixture: every dataset has one, or none has."""
+    """Share of this dataset in the mixture: give it for every dataset, or for none."""
 
     def __post_init__(self) -> None:
         check_place(self.path, "path")
         if isinstance(self.columns, Mapping):
             if self.rename:
-                raise ConfigError(f"dataset {self.path!r}: columns as a mapping and rename do the same: keep one.")
+                raise ConfigError(
+                    f"dataset {self.path!r}: columns as a mapping and rename do the same; give one of them."
+                )
             self.columns, self.rename = None, names_of(self.columns)
         pairs_of(self.rename)
         if self.fraction is not None and not self.fraction > 0:
@@ -68,22 +70,22 @@ class DatasetConfig(metaclass=OptionNames):
 
 @dataclass
 class DatasetMixtureConfig(metaclass=OptionNames):
-    """Several datasets, one after the other or interleaved."""
+    """Several datasets, concatenated or interleaved."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)
-    """Datasets to mix, each with `path` and, where wanted, name, data_dir, data_files, split, columns, fraction."""
+    """Datasets to mix, each with `path` and optionally name, data_dir, data_files, split, columns, rename, fraction."""
 
     streaming: bool = False
-    """Read the rows of the mixture while training and not before."""
+    """Stream the rows of the mixture during training, instead of loading them beforehand."""
 
     test_split_size: float | None = None
-    """Set so many rows of the mixture (below 1: such a share) aside for evaluation."""
+    """Number of rows of the mixture (below 1: share of them) to set aside for evaluation."""
 
     probabilities: list[float] | None = None
-    """Interleave: draw each row from one of the datasets with these probabilities. None: one dataset after the other."""
+    """Interleave: draw each row from one of the datasets with these probabilities. None: concatenate the datasets."""
 
     stopping_strategy: Stopping = "first_exhausted"
-    """Interleaving stops when the "first_exhausted" dataset ends, or repeats until "all_exhausted"."""
+    """Interleaving stops at the end of the first dataset ("first_exhausted"), or repeats datasets until "all_exhausted"."""
 
     seed: int = 42
     """Seed of interleaving and of the test split."""
@@ -95,7 +97,9 @@ class DatasetMixtureConfig(metaclass=OptionNames):
         self._check_shares()
         size = self.test_split_size
         if self.streaming and size is not None:
-            raise ConfigError("test_split_size does not work with streaming=True: rows are not counted beforehand.")
+            raise ConfigError(
+                "test_split_size does not work with streaming=True: the number of rows is unknown beforehand."
+            )
         if size is not None and (size <= 0 or (size > 1 and size != int(size))):
             raise ConfigError(f"test_split_size={size}: give a share below 1, or a number of rows.")
 
@@ -111,10 +115,10 @@ class DatasetMixtureConfig(metaclass=OptionNames):
         if self.probabilities is None:
             return
         if with_fraction:
-            raise ConfigError("fraction and probabilities are two ways to mix: keep one.")
+            raise ConfigError("fraction and probabilities are two ways to mix datasets: give one of them.")
         if len(self.probabilities) != len(self.datasets):
             raise ConfigError(
-                f"{len(self.probabilities)} probabilities for {len(self.datasets)} datasets: give one each."
+                f"{len(self.probabilities)} probabilities for {len(self.datasets)} datasets: give one for each dataset."
             )
         if min(self.probabilities) < 0 or not sum(self.probabilities) > 0:
             raise ConfigError(f"probabilities={self.probabilities}: none may be negative, and one must be positive.")
@@ -135,18 +139,18 @@ def _dataset_config(index: int, given: DatasetConfig | Mapping[str, Any]) -> Dat
     return DatasetConfig(**given)
 
 
-# ---- what a mixture is made of ----
+# ---- loading a mixture ----
 
 
 def get_dataset(mixture_config: DatasetMixtureConfig) -> Splits:
-    """The mixture: split "train", and "test" if rows are set aside for it.
+    """Load the mixture: split "train", and "test" with `test_split_size`.
 
-    Without probabilities the datasets follow one another. With `fraction`, each gives its first rows so that the shares
-    of the mixture are as the fractions, and the mixture is as large as that allows. With `probabilities`, rows are
-    interleaved.
+    Without probabilities the datasets are concatenated. With `fraction`, the first rows of each are used, such that their
+    shares of the mixture are proportional to the fractions and the mixture is as large as possible. With `probabilities`,
+    rows are interleaved.
     """
     if not mixture_config.datasets:
-        raise ConfigError("datasets is empty: list one dataset or more, each with its path.")
+        raise ConfigError("datasets is empty: list at least one dataset, with its path.")
     parts = parts_of(mixture_config)
     _check_columns(parts, [each.path for each in mixture_config.datasets])
     return splits_of(parts, mixture_config)
@@ -162,7 +166,7 @@ def parts_of(mixture: DatasetMixtureConfig) -> list[Rows]:
 
 
 def _of_usual_size(rows: Rows) -> Rows:
-    """The rows, whose texts and lists are of the types for usual lengths: some readers give those for long ones."""
+    """The rows with Arrow types `large_string` and `large_list`, which some readers give, cast to `string` and `list`."""
     from datasets import Features
 
     usual = {name: _usual(feature) for name, feature in (rows.features or {}).items()}
@@ -180,7 +184,7 @@ def _usual(feature: Any) -> Any:
 
 
 def splits_of(parts: Sequence[Rows], mixture: DatasetMixtureConfig) -> Splits:
-    """What a mixture makes of the rows of its datasets."""
+    """The splits of a mixture, from the rows of its datasets."""
     from datasets import DatasetDict, IterableDatasetDict
 
     rows = _mixed(list(parts), mixture)
@@ -191,8 +195,10 @@ def splits_of(parts: Sequence[Rows], mixture: DatasetMixtureConfig) -> Splits:
 
 
 def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
-    """Raises DataError for a column that has different types in two of the datasets, and for datasets without a column in
-    common; says which ones lack a column."""
+    """Raise DataError for a column with different types in two datasets, and for datasets without a common column.
+
+    Warns about datasets that lack a column of the others.
+    """
     from datasets import Value
 
     empty = Value("null")
@@ -202,21 +208,21 @@ def _check_columns(parts: Sequence[Rows], paths: Sequence[str]) -> None:
             home, first = known.setdefault(column, (path, kind))
             if kind != first and empty not in (kind, first):
                 raise DataError(
-                    f"Column {column!r} of the mixture is {first} in {home!r} and {kind} in {path!r}: bring it to one form, "
-                    "or leave it out by naming the columns to keep (columns)."
+                    f"Column {column!r} of the mixture is {first} in {home!r} and {kind} in {path!r}: convert it to one type, "
+                    "or leave it out by listing the columns to keep (columns)."
                 )
     of = [(path, list(part.features)) for part, path in zip(parts, paths, strict=True) if part.features]
     for path, columns in of[1:]:
         if not {*columns} & {*of[0][1]}:
             raise DataError(
-                f"The datasets of the mixture have no column in common: {of[0][0]!r} has {of[0][1]}, and {path!r} {columns}. Bring "
-                "them to one form: rename columns (rename), or write all rows as 'messages', or as 'prompt' and 'completion'."
+                f"The datasets of the mixture have no column in common: {of[0][0]!r} has {of[0][1]}, and {path!r} {columns}. Write "
+                "all rows in one form: rename columns (rename), or use 'messages', or 'prompt' and 'completion', everywhere."
             )
     for part, path in zip(parts, paths, strict=True):
         lacking = [column for column in known if part.features and column not in part.features]
         if lacking:
             logger.warning(
-                f"Dataset {path!r} of the mixture has no column {' or '.join(map(repr, lacking))}: None there."
+                f"Dataset {path!r} of the mixture has no column {' or '.join(map(repr, lacking))}: its rows have None there."
             )
 
 
@@ -233,7 +239,7 @@ def _mixed(parts: list[Rows], mixture: DatasetMixtureConfig) -> Rows:
 
 
 def _shares(parts: list[Dataset], fractions: list[float]) -> list[Dataset]:
-    """The first rows of each part, such that part i has the share fᵢ/Σf of all: N = min_i nᵢ·Σf/fᵢ rows together."""
+    """The first rows of each part, such that part i has the share fᵢ/Σf of N = min_i nᵢ·Σf/fᵢ rows in total."""
     whole = sum(fractions)
     rows = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True))
     return [part.select(range(round(rows * fraction / whole))) for part, fraction in zip(parts, fractions, strict=True)]

@@ -1,10 +1,10 @@
-"""Rows with images: where their images are written, and where they stand in a conversation.
+"""Rows with images: find the images of a row, and insert a placeholder for each into its conversation or text.
 
     {"prompt": [{"role": "user", "content": "What is this?"}], "images": [i]}
         ─▶ [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],  [i]
 
-Images stand in a column `images` (a list) or `image`, or in the parts of messages themselves. Places for them are parts of
-type "image", or "<image>" in a text (LLaVA's form); where there is none, all images stand before the text of the first
+Images are in a column `images` (a list) or `image`, or in the content parts of messages. Their placeholders are parts of
+type "image", or "<image>" in a text (the format of LLaVA); if there is none, all images are put before the text of the first
 user turn. Prompt, chosen and rejected share the images.
 """
 
@@ -37,15 +37,15 @@ IMAGES = "images"
 """Column of encoded rows: a list of `{"bytes", "path"}`."""
 
 TAG = "<image>"
-"""A place for an image in the texts of LLaVA's form."""
+"""Placeholder of an image in texts in the format of LLaVA."""
 
 HELD_IN = ("image", "image_url", "url", "path", "base64")
-"""Keys of a part under which it holds the image itself."""
+"""Keys of a content part that may hold the image itself."""
 
-PARTS = 'Parts are {"type": "text", "text": …} and {"type": "image"}; sound and video are not read.'
+PARTS = 'Parts are {"type": "text", "text": …} and {"type": "image"}; audio and video are not supported.'
 
 NOT_READ = {"video", "videos", "audio", "audios"}
-"""Columns of what no model is shown here."""
+"""Columns of media that are not supported."""
 
 FEATURE = datasets.List(datasets.Image(decode=False))
 STORED = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
@@ -56,13 +56,13 @@ def _holds_images(feature: Any) -> bool:
 
 
 def check_image_columns(rows: Dataset | IterableDataset, unread: Collection[str], kept: Collection[str]) -> None:
-    """Raises DataError for columns of images that nobody would read, and for such of sound or video.
+    """Raise DataError for unused columns with images, and for columns with audio or video.
 
-    Warns of columns of images that are `kept` for rewards or losses where the model is shown none.
+    Warns about columns with images that are `kept` for rewards or losses, if the model is given no images.
     """
     features = rows.features or {}
     first = next(iter(rows))
-    in_parts = "'image" in str([first.get(name) for name in CHATS])  # parts of a column have the keys of all
+    in_parts = "'image" in str([first.get(name) for name in CHATS])  # in Arrow, each part has the keys of all parts
     has_images = in_parts or not PICTURES.isdisjoint(first)
 
     def is_image(name: str) -> bool:
@@ -70,19 +70,19 @@ def check_image_columns(rows: Dataset | IterableDataset, unread: Collection[str]
 
     if lost := sorted(filter(is_image, unread)):
         raise DataError(
-            f"The columns {lost} hold images, and are not read: images stand in 'images' (a list) or 'image', and an answer "
-            f"has none of its own. Rename them, or leave them out: dataset.remove_columns({lost})."
+            f"The columns {lost} hold images, but are not used: images have to be in 'images' (a list) or 'image', and answers "
+            f"have no images of their own. Rename these columns, or remove them: dataset.remove_columns({lost})."
         )
     if lost := sorted(NOT_READ.intersection(unread)):
-        raise DataError(f"Sound and video are not read. To train without: dataset.remove_columns({lost}).")
+        raise DataError(f"Audio and video are not supported. To train without them: dataset.remove_columns({lost}).")
     if not has_images and (shown := sorted(filter(is_image, kept))):
         logger.warning(
-            f"The columns {shown} hold images, and the model is not shown them: it reads 'images' (a list) or 'image'."
+            f"The columns {shown} hold images, but the model is not given them: it is given 'images' (a list) or 'image'."
         )
 
 
 def _looks_like_image(value: Any) -> bool:
-    """Whether a value, or the first of a list, is the name of an image's file, or holds an image."""
+    """True if a value, or the first of a list, is an image or the name of an image file."""
     value = value[0] if isinstance(value, list) and value else value
     if isinstance(value, str):
         return value.startswith("data:image") or Path(value).suffix.lower() in Image.registered_extensions()
@@ -90,14 +90,14 @@ def _looks_like_image(value: Any) -> bool:
 
 
 def decoded(feature: Any) -> Any:
-    """The column's type, with images as pixels where it holds images."""
+    """The type of a column, where images are decoded."""
     if not _holds_images(feature):
         return feature
     return datasets.Image() if isinstance(feature, datasets.Image) else datasets.List(datasets.Image())
 
 
 def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The rows, whose columns of images give bytes and paths and not pixels; a `question` with answers is a prompt."""
+    """The rows with images as bytes and paths instead of pixels; `question` is renamed `prompt` if there are answers."""
     for name, feature in (rows.features or {}).items():
         if _holds_images(feature):
             rows = rows.cast_column(
@@ -111,7 +111,7 @@ def undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def place_images(columns: Columns, processing: ImageProcessing, *, has_template: bool) -> Columns:
-    """The columns with a place for every image in their conversations or texts, and the images of each row."""
+    """The columns with a placeholder for every image in their conversations or texts, and with the images of each row."""
     as_chat = has_template and not PICTURES.isdisjoint(columns.values)
     found = columns.each(lambda k, row: _placed(row, processing, as_chat=as_chat, source=columns.source))
     values = {
@@ -125,7 +125,7 @@ def place_images(columns: Columns, processing: ImageProcessing, *, has_template:
 def _placed(
     row: Mapping[str, Any], processing: ImageProcessing, *, as_chat: bool, source: str
 ) -> tuple[dict[str, Any], list[Any]]:
-    """What of the row changes, and its images. `as_chat`: plain texts are conversations, in rows without images too."""
+    """The changed values of a row, and its images. `as_chat` turns plain texts into conversations."""
     images = images_of(row)
     row = _as_chat(row) if as_chat else row
     placed = {name: row[name] for name in CHATS if name in row}
@@ -134,7 +134,7 @@ def _placed(
         has_prompt = name == beginning or (beginning == "chosen" and name == "rejected")
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             messages, held = split_parts(value, source)
-            images = _agreed(images, held, name, repeats=name != beginning) if has_prompt else images
+            images = _own_images(images, held, name, repeats=name != beginning) if has_prompt else images
             placed[name] = with_places(messages, len(images)) if has_prompt else _without_places(messages, name)
         elif isinstance(value, str) and not has_prompt:
             _refuse_place(value, name, processing)
@@ -148,44 +148,46 @@ def _placed(
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row's columns `images` or `image`; none of a row that has [] or None there."""
+    """The images of a row's column `images` or `image`; empty for [] or None."""
     images, image = row.get("images"), row.get("image")
     if images and image is not None:
-        raise DataError("it has images in both columns 'images' and 'image': keep one.")
+        raise DataError("it has images in both columns 'images' and 'image': keep one of them.")
     if images is not None:
         several = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else [images]
         if None in several:
-            raise DataError("column 'images' has None among its images: a row without images has [] there, or None.")
+            raise DataError(
+                "column 'images' has None in its list of images: for a row without images, give [] or None."
+            )
         return several
     return [] if image is None else [image]
 
 
-def _agreed(images: list[Any], held: list[Any], name: str, *, repeats: bool) -> list[Any]:
-    """The images of a row, from its columns or from messages; `repeats`: both sides of a pair hold the same ones."""
+def _own_images(images: list[Any], held: list[Any], name: str, *, repeats: bool) -> list[Any]:
+    """The images of a row, from its columns or else from messages (`held`); with `repeats`, `held` has to equal `images`."""
     if repeats:
         if held and held != images:
-            raise DataError(f"{name!r} holds other images than 'chosen', and both share those of the prompt.")
+            raise DataError(f"{name!r} has other images than 'chosen', but both have to share those of the prompt.")
         return images
     if images and held:
-        raise DataError("its messages hold images, and so does a column: keep one of them.")
+        raise DataError("it has images both in its messages and in a column: keep one of them.")
     return images or held
 
 
-SHARED = "An answer holds none: prompt, chosen and rejected share the images, which stand in the prompt."
+SHARED = "Answers have no images of their own: chosen and rejected share the images of the prompt."
 
 
 def _without_places(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The messages of an answer. Raises DataError for an image in one."""
+    """The messages of an answer. Raises DataError if they have a placeholder for an image."""
     if _places(messages):
-        raise DataError(f'{name!r} has a place for an image, a part of type "image" or {TAG!r} in a text. {SHARED}')
+        raise DataError(f'{name!r} has an image, as a part of type "image" or as {TAG!r} in a text. {SHARED}')
     return messages
 
 
 def _refuse_place(text: str, name: str, processing: ImageProcessing) -> None:
-    """Raises DataError for an answer with what stands for an image."""
+    """Raise DataError for an answer with a placeholder or token of an image."""
     for place in (processing.place, processing.token):
         if place in text:
-            raise DataError(f"{name!r} has {place!r}, which stands for an image. {SHARED}")
+            raise DataError(f"{name!r} has {place!r}, the placeholder of an image. {SHARED}")
 
 
 def _places(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -194,7 +196,7 @@ def _places(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of plain texts as a conversation: the prompt is the user's, answers are the assistant's."""
+    """A row of plain texts as a conversation: the prompt becomes a user message, answers become assistant messages."""
     if not isinstance(row.get("prompt"), str) or TAG in row["prompt"]:
         return dict(row)
     said = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
@@ -205,9 +207,9 @@ def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages whose contents are lists of parts, and the images that parts held themselves.
+    """The messages with contents as lists of parts, and the images that were inside of parts.
 
-    Raises DataError, naming message and part by their numbers, for a part that is neither text nor an image.
+    Raises DataError with the numbers of message and part for a part that is neither text nor an image.
     """
     made, held = [], []
     for number, message in enumerate(map(dict, tidy_messages(messages, source, joins_texts=False)), 1):
@@ -215,7 +217,7 @@ def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tupl
         parts = _tagged(content) if isinstance(content, str) else content
         try:
             if isinstance(parts, list):
-                message["content"] = [_bare(part, k, held) for k, part in enumerate(parts, 1)]
+                message["content"] = [_plain_part(part, k, held) for k, part in enumerate(parts, 1)]
         except DataError as error:
             raise DataError(f"message {number}: {error}") from error
         made.append(message)
@@ -223,7 +225,7 @@ def split_parts(messages: Sequence[Mapping[str, Any]], source: str = "") -> tupl
 
 
 def _tagged(text: str) -> list[dict[str, Any]]:
-    """The parts of a text in which "<image>" stands for an image."""
+    """Split a text at "<image>" into text parts and image parts."""
     pieces = text.split(TAG)
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
@@ -234,8 +236,8 @@ def _tagged(text: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _bare(part: Any, number: int, held: list[Any]) -> dict[str, Any]:
-    """The part as templates read it: its text, or a place for the image that it holds, which goes to `held`."""
+def _plain_part(part: Any, number: int, held: list[Any]) -> dict[str, Any]:
+    """The part as templates read it: its text, or a placeholder for an image; the image itself is appended to `held`."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
     if kind == "text":
         return {"type": "text", "text": text_of_part(part, number)}
@@ -250,18 +252,18 @@ def _bare(part: Any, number: int, held: list[Any]) -> dict[str, Any]:
 
 
 def with_places(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The messages with a part for each of `count` images: those that there are, or before the first user turn's text."""
+    """The messages with an image part for each of `count` images: their own, or new ones before the first user turn's text."""
     there = _places(messages)
     if there == count:
         return messages
     if there:
         raise DataError(
-            f'there are places for {counted(there, "image")}, and there are {count}. Give a part {{"type": "image"}} for each, or none: '
-            "images then stand before the text of the first user turn."
+            f'the messages have placeholders for {counted(there, "image")}, but the row has {count}. Give a part {{"type": "image"}} '
+            "for each, or none: images are then put before the text of the first user turn."
         )
     asked = next((i for i, message in enumerate(messages) if message.get("role") in ("user", "human")), None)
     if asked is None:
-        raise DataError(f"{counted(count, 'image')}, and no user turn to put them before.")
+        raise DataError(f"it has {counted(count, 'image')}, but no user turn to put them before.")
     check_contents(messages[asked : asked + 1])
     first = {**messages[asked], "content": [{"type": "image"}] * count + list(messages[asked]["content"])}
     return [*messages[:asked], first, *messages[asked + 1 :]]
@@ -278,7 +280,7 @@ def _text_with_places(text: str, count: int, processing: ImageProcessing) -> str
 
 
 def stored(image: Any) -> dict[str, Any]:
-    """An image as the column of encoded rows holds it."""
+    """An image in the format of the column `images` of encoded rows."""
     if isinstance(image, Mapping):
         return {"bytes": image.get("bytes"), "path": image.get("path")}
     if isinstance(image, Image.Image):
@@ -289,14 +291,14 @@ def stored(image: Any) -> dict[str, Any]:
 
 
 def expanded(columns: Columns, processing: ImageProcessing | None, texts: Sequence[str]) -> list[str]:
-    """The texts of all rows, the places of a row's images taken by those of their tokens."""
+    """The texts of all rows, with each image placeholder replaced by the tokens of its image."""
     return expanded_spans(columns, processing, texts, [()] * len(texts))[0]
 
 
 def expanded_spans(
     columns: Columns, processing: ImageProcessing | None, texts: Sequence[str], spans: Sequence[Sequence[Span]]
 ) -> tuple[list[str], list[list[Span]]]:
-    """`expanded`, with spans of characters where they are then."""
+    """As `expanded`; also returns the spans of characters, moved to their places in the expanded texts."""
     if columns.images is None:
         return list(texts), [list(each) for each in spans]
     found = columns.each(lambda k, row: processing.expand(texts[k], columns.images[k]))
@@ -305,7 +307,7 @@ def expanded_spans(
 
 
 def _moved(span: Span, places: Sequence[tuple[Span, int]]) -> Span:
-    """A span in a text of which `places` have become longer."""
+    """The span of the same characters after each of `places` (a span and its new length) has been replaced."""
 
     def at(character: int) -> int:
         return character + sum(length - (end - start) for (start, end), length in places if end <= character)

@@ -1,11 +1,11 @@
-"""Packing: several documents in one row, so that rows are nearly full.
+"""Packing: several documents per row, so that rows have almost no padding.
 
-Best fit decreasing: the longest document first, each into the fullest row that still has room for it. It fills rows to
-within 11/9 of the best possible count (Johnson, 1973). Free rows are found by a bit set of the free spaces that occur:
-the smallest one that is large enough is the lowest set bit from there on.
+Best fit decreasing: documents are placed from the longest to the shortest, each in the fullest row that has room for it. It
+needs at most 11/9 of the smallest possible number of rows (Johnson, 1973), up to a constant. A bit set holds the amounts of
+free space that occur in rows; the best fit for a document is the lowest bit that is set at its length or above.
 
-Every packed row keeps the lengths of its documents in `seq_lengths`, and attention stops at their borders. That holds
-for `wrapped` too: the pieces of a cut document are documents of their own.
+Each packed row has the lengths of its documents in `seq_lengths`, and attention does not cross their borders. This holds
+for `wrapped` too, where the pieces of a split document count as separate documents.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Ints = np.ndarray
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches of a flat array of tokens, in the order in which they are laid out; `rows` are bounds into them.
+    """Slices of a flat array of tokens, in the order in which they are placed.
 
-    start [P], length [P]; row r holds the pieces rows[r] … rows[r + 1] − 1.
+    start [P], length [P] of each piece; row r has the pieces rows[r] … rows[r + 1] − 1.
     """
 
     start: Ints
@@ -43,13 +43,13 @@ class Pieces:
 
 
 def ranges(start: Ints, length: Ints) -> Ints:
-    """start₀ … start₀+length₀−1, start₁ … : the runs one after the other."""
+    """The concatenated ranges start₀ … start₀+length₀−1, start₁ … start₁+length₁−1, …"""
     before = np.cumsum(length) - length
     return np.repeat(start - before, length) + np.arange(length.sum())
 
 
 def best_fit_decreasing(lengths: Ints, capacity: int) -> list[list[int]]:
-    """Indices of the lengths in each row of `capacity`, the longest first."""
+    """For each row of `capacity` tokens, the indices of the documents in it, the longest first."""
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
     spaces = 0
@@ -70,13 +70,13 @@ def best_fit_decreasing(lengths: Ints, capacity: int) -> list[list[int]]:
 
 
 def truncated_fit(lengths: Ints, capacity: int) -> Pieces:
-    """Best fit of documents cut to `capacity`; what is over is dropped, and documents without a token."""
+    """Best fit of documents truncated to `capacity`; empty documents are dropped."""
     filled = lengths > 0
     return _fitted(_starts(lengths)[filled], np.minimum(lengths, capacity)[filled], capacity)
 
 
 def split_fit(lengths: Ints, capacity: int) -> Pieces:
-    """Best fit of documents split into pieces of `capacity` and a rest."""
+    """Best fit of documents split into pieces of `capacity` tokens and a remainder."""
     count = -(-lengths // capacity)
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     start = np.repeat(_starts(lengths), count) + within * capacity
@@ -84,7 +84,7 @@ def split_fit(lengths: Ints, capacity: int) -> Pieces:
 
 
 def wrapped(lengths: Ints, capacity: int) -> Pieces:
-    """One document after the other, cut wherever a row is full."""
+    """Concatenate documents, and split them wherever a row is full."""
     total = int(lengths.sum())
     bounds = np.union1d(np.arange(0, total + capacity, capacity).clip(max=total), np.cumsum(lengths))
     start, length = bounds[:-1], np.diff(bounds)
@@ -113,12 +113,12 @@ def pack_dataset(
 ) -> AnyDataset:
     """Pack rows of token lists into rows of at most `seq_length` tokens.
 
-    Every column must hold lists of the same length as those of its row's other columns. The column `seq_lengths` is
-    added: the lengths of the documents in a row.
+    In every row, all columns must hold lists of the same length. A column `seq_lengths` is added with the lengths of the
+    documents in each row.
 
-    strategy: `bfd` best fit decreasing, documents longer than `seq_length` are cut; `bfd_split` they are split, and no
-    token is lost; `wrapped` one document after the other, cut where a row is full.
-    map_kwargs: arguments for the dataset's `map`; packing happens within each of its batches.
+    strategy: `bfd` is best fit decreasing, and truncates documents longer than `seq_length`; `bfd_split` splits them instead,
+        so that no token is lost; `wrapped` concatenates documents, and splits them where a row is full.
+    map_kwargs: arguments for the dataset's `map`; documents are packed within each of its batches.
 
     Raises ConfigError for an unknown strategy, DataError for a column that does not hold lists.
     """
@@ -131,11 +131,11 @@ def _check(strategy: str, capacity: int) -> None:
     if strategy not in STRATEGIES:
         raise ConfigError(unknown("packing strategy", strategy, STRATEGIES))
     if capacity < 1:
-        raise ConfigError(f"Rows of {capacity} tokens cannot hold anything. Give a positive seq_length.")
+        raise ConfigError(f"seq_length={capacity} leaves no room for a token: give a positive number.")
 
 
 def _map_tables(dataset: AnyDataset, function: Callable[[pa.Table], pa.Table], **map_kwargs: Any) -> AnyDataset:
-    """`dataset.map` of a function of Arrow tables."""
+    """`dataset.map` for a function from Arrow tables to Arrow tables."""
     return dataset.with_format("arrow").map(function, batched=True, **map_kwargs).with_format(None)
 
 
@@ -162,12 +162,12 @@ def _list_column(table: pa.Table, name: str) -> pa.ListArray:
 
 
 def _values(lists: pa.ListArray) -> Ints:
-    """The values of all lists, one after the other."""
+    """The concatenated values of all lists."""
     return lists.flatten().to_numpy(zero_copy_only=False)
 
 
 def pack_columns(pieces: Pieces, flat: Mapping[str, pa.Array]) -> pa.Table:
-    """The packed rows: one list column per flat one, and `seq_lengths`."""
+    """The packed rows: one list column for each flat array, and `seq_lengths`."""
     ends = np.concatenate([[0], np.cumsum(pieces.length)])
     bounds, tokens = pa.array(ends[pieces.rows], pa.int32()), pa.array(ranges(pieces.start, pieces.length))
     columns = {name: pa.ListArray.from_arrays(bounds, values.take(tokens)) for name, values in flat.items()}
@@ -177,7 +177,7 @@ def pack_columns(pieces: Pieces, flat: Mapping[str, pa.Array]) -> pa.Table:
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing made of rows and tokens."""
+    """Counts of rows and tokens before and after packing."""
 
     rows_in: int
     tokens_in: int
@@ -189,7 +189,7 @@ class PackingReport:
 
     @property
     def lost(self) -> int:
-        """Tokens that were cut off or belong to documents with nothing to train on."""
+        """Number of tokens that were cut off, or belong to documents with no token to train on."""
         return self.tokens_in - self.tokens
 
     def __str__(self) -> str:
@@ -201,10 +201,10 @@ class PackingReport:
 def pack_examples(
     dataset: Dataset | IterableDataset, max_length: int, strategy: str = "bfd"
 ) -> tuple[Dataset | IterableDataset, PackingReport | None]:
-    """Pack encoded rows of one completion each into rows of at most `max_length` tokens.
+    """Pack encoded rows with one completion each into rows of at most `max_length` tokens.
 
-    A packed row holds `input_ids`, `mask` (the tokens to train on) and `seq_lengths`; `decode` gives one Example per
-    document. Documents left without a token to train on are dropped. The report is logged; a stream has none.
+    A packed row has `input_ids`, `mask` (the tokens to train on) and `seq_lengths`; `decode` gives one Example per
+    document. Documents with no token left to train on are dropped. The report is logged; for a stream it is None.
 
     Raises DataError for rows with several completions.
     """
@@ -243,7 +243,7 @@ def _pack_trees(table: pa.Table, *, capacity: int, strategy: str) -> pa.Table:
 
 
 def _with_images(packed: pa.Table, images: pa.ChunkedArray, pieces: Pieces, lengths: Ints) -> pa.Table:
-    """The packed rows with the images of their documents, in order, and how many each document has."""
+    """The packed rows with the images of their documents, in order, and the number of images of each document."""
     own = images.combine_chunks().take(pa.array(np.searchsorted(np.cumsum(lengths), pieces.start, side="right")))
     counts = own.value_lengths().to_numpy()
     bounds = np.concatenate([[0], np.cumsum(counts)])[pieces.rows]
@@ -253,7 +253,7 @@ def _with_images(packed: pa.Table, images: pa.ChunkedArray, pieces: Pieces, leng
 
 
 def _trained_pieces(pieces: Pieces, mask: Ints) -> Pieces:
-    """The pieces with a token to train on."""
+    """The pieces that have a token to train on."""
     before = np.concatenate([[0], np.cumsum(mask)])
     trains = before[pieces.start + pieces.length] > before[pieces.start]
     bounds = np.concatenate([[0], np.cumsum(trains)])[pieces.rows]

@@ -1,7 +1,8 @@
-"""Where a row stands: in which dataset of a trainer, and at which line of a `.jsonl` file.
+"""Add to errors about rows where the row is: the dataset, the user's row number, and the line of a `.jsonl` file.
 
-A `RowError` is raised where a batch of rows is read, and knows a number alone. On its way up it learns the dataset, what row of the
-user's it is where rows were shuffled or taken apart, and the line where the command line has read a file.
+A `RowError` is raised while a batch of rows is processed, where only the row's index is known. The context managers of this
+file complete it on its way up: with the name of the dataset, with the original row number if rows were shuffled or split, and
+with the file and line if the command line loaded the dataset from a file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TRAIN = "train"
 
 @contextmanager
 def naming_rows(dataset: str) -> Iterator[None]:
-    """Errors about rows meanwhile are about those of `dataset`."""
+    """Within it, errors about rows name `dataset`."""
     try:
         yield
     except RowError as error:
@@ -35,9 +36,9 @@ def naming_rows(dataset: str) -> Iterator[None]:
 def renumbering_rows(
     count: int | None, change: Callable[[Dataset], Dataset | IterableDataset], column: str
 ) -> Iterator[None]:
-    """Errors about rows that `change` made of `count` others are about those.
+    """Within it, errors about rows that `change` made of `count` original rows give the number of the original row.
 
-    The same is done to numbers, in place of rows, and the error's is looked up in the `column` that holds them afterwards.
+    To find it, `change` is applied to a dataset of row numbers, and the number is read from its `column`.
     """
     try:
         yield
@@ -48,7 +49,7 @@ def renumbering_rows(
 
 
 def numbers(count: int, change: Callable[[Dataset], Dataset | IterableDataset]) -> Dataset:
-    """What `change` makes of rows that are their own numbers."""
+    """The result of `change` on a dataset of `count` rows whose values are their row numbers."""
     from datasets import Dataset
 
     return change(Dataset.from_dict({name: range(count) for name in ("row", "chosen", "rejected")}))
@@ -56,7 +57,7 @@ def numbers(count: int, change: Callable[[Dataset], Dataset | IterableDataset]) 
 
 @contextmanager
 def naming_lines(script: ScriptArguments, mixture: DatasetMixtureConfig | None = None) -> Iterator[None]:
-    """Errors about rows that the command line has read say where these stand in files, or in datasets of the mixture."""
+    """Within it, errors about rows that the command line loaded give the file and line, or the dataset of the mixture."""
     try:
         yield
     except RowError as error:
@@ -69,7 +70,7 @@ def naming_lines(script: ScriptArguments, mixture: DatasetMixtureConfig | None =
 
 
 def _place_in_mixture(mixture: DatasetMixtureConfig, split: str, row: int) -> str:
-    """`line 7 of chats.jsonl`, or `row 7 of 'org/chats'`: numbers are mixed as the rows were."""
+    """`line 7 of chats.jsonl`, or `row 7 of 'org/chats'`, found by mixing row numbers in the way the rows were mixed."""
     from datasets import Dataset
 
     parts = [
@@ -83,7 +84,7 @@ def _place_in_mixture(mixture: DatasetMixtureConfig, split: str, row: int) -> st
 
 
 def _place(path: str | Sequence[str], split: str, row: int) -> str:
-    """`line 7 of chats.jsonl`; empty where rows have no lines."""
+    """`line 7 of chats.jsonl`; empty if the rows do not come from files with one row per line."""
     files = files_of(path, split.partition("[")[0])
     if not files or not all(file.lower().endswith((".jsonl", ".ndjson")) and Path(file).is_file() for file in files):
         return ""
@@ -94,6 +95,6 @@ def _place(path: str | Sequence[str], split: str, row: int) -> str:
 
 
 def _lines_with_rows(file: str) -> list[int]:
-    """Numbers of the lines that are rows: those that are not empty."""
+    """Numbers of the lines that hold a row, which are those that are not empty."""
     with open(file, encoding="utf-8") as text:
         return [number for number, line in enumerate(text, 1) if line.strip()]

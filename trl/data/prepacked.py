@@ -1,11 +1,11 @@
-"""Rows that came packed: several documents in one, by whichever column says where they begin.
+"""Rows that are already packed in the dataset: a column says where each of their documents begins.
 
     seq_lengths                           the lengths of the documents
     position_ids                          positions that start again at 0 with each document
     document_ids, sequence_ids, seq_idx   a number for each token, the same within a document
     attention_mask                        such numbers from 1 on; 0 is padding
 
-Each document is then laid out, masked and attended to as one of its own.
+Each document is then treated as a sequence of its own: attention does not cross its borders.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ PACKED_COLUMNS = ("seq_lengths", "position_ids", *NUMBERED)
 """Columns that say where the documents of an encoded row begin."""
 
 REFUSED = ("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
-"""Columns that say it in forms that are not read."""
+"""Columns that say where documents begin in forms that are not supported."""
 
 
 def comes_packed(columns: Iterable[str], first_rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether encoded rows hold documents; `attention_mask` tells by its values in the first rows.
+    """True if pre-tokenised rows are packed; for `attention_mask`, this is judged by its values in the first rows.
 
-    Raises DataError for a column that packs rows in a way that is not read.
+    Raises DataError for a column that describes packed rows in an unsupported form.
     """
     columns = set(columns)
     if unread := sorted(columns & set(REFUSED)):
         raise DataError(
-            f"Column {unread[0]!r} says where the documents of a row begin, and is not read: give their lengths as a "
-            "column 'seq_lengths'."
+            f"Column {unread[0]!r} says where the documents of a packed row begin, but is not supported: give the lengths of the "
+            "documents in a column 'seq_lengths'."
         )
     if columns & set(PACKED_COLUMNS):
         return True
@@ -47,18 +47,18 @@ def comes_packed(columns: Iterable[str], first_rows: Sequence[Mapping[str, Any]]
 
 
 def refuse_packed(columns: Iterable[str], kind: str) -> None:
-    """Raises DataError where a column packs rows of a kind that cannot be packed."""
+    """Raise DataError if a column describes packed rows for a row kind that cannot be packed."""
     if found := sorted(set(columns) & {*PACKED_COLUMNS, *REFUSED}):
         raise DataError(
-            f"Column {found[0]!r} says where documents of a packed row begin, and rows of the kind {kind} hold one "
+            f"Column {found[0]!r} says where the documents of a packed row begin, but rows of the kind {kind} hold one "
             "example each. Unpack them, or remove the column."
         )
 
 
 def documents_of(trees: list[Tree], columns: Columns) -> tuple[list[Tree], list[list[int]]]:
-    """Rows masked where a document begins, since nothing predicts its first token, and the lengths of documents.
+    """The rows with the first token of each document masked, since nothing predicts it, and the lengths of the documents.
 
-    Raises DataError where a column is not what it has to be, or two of them disagree.
+    Raises DataError if a column is invalid, or two columns disagree.
     """
     lengths = [_lengths(k, tree, columns) for k, tree in enumerate(trees)]
     return [_masked_starts(tree, each) for tree, each in zip(trees, lengths, strict=True)], lengths
@@ -75,13 +75,15 @@ def _lengths(k: int, tree: Tree, columns: Columns) -> list[int]:
                 values = [values[t] for t in kept]
             found[name] = read(values, lambda message, name=name: columns.error(k, name, message))
             if sum(found[name]) != tree.tokens:
-                raise columns.error(k, name, f"they add up to {sum(found[name])}, the row has {tree.tokens} tokens.")
+                raise columns.error(
+                    k, name, f"its documents have {sum(found[name])} tokens together, but the row has {tree.tokens}."
+                )
     if len(found.get("attention_mask", ())) == 1 < len(found):
-        found.pop("attention_mask")  # of a row that is padded, and packed by another column
+        found.pop("attention_mask")  # it only marks padding, and another column describes the documents
     (name, lengths), *others = found.items()
     for other, theirs in others:
         if theirs != lengths:
-            raise columns.error(k, other, f"documents of {theirs} tokens, and {name!r} has {lengths}.")
+            raise columns.error(k, other, f"its documents have {theirs} tokens, but those of {name!r} have {lengths}.")
     return lengths
 
 
@@ -101,7 +103,7 @@ def _from_positions(values: Sequence[int], refuse: Refuse) -> list[int]:
         expected = 0 if position == 0 else expected + 1
         if position != expected or not starts or starts[0]:
             raise refuse(
-                f"position {position} at place {t + 1}: positions count up by one, and start again at 0 with each document."
+                f"position id {position} of token {t + 1}: they have to count up by one, and restart at 0 with each document."
             )
     return [end - start for start, end in zip(starts, [*starts[1:], len(values)], strict=True)]
 
@@ -111,7 +113,7 @@ def _from_numbers(values: Sequence[int], refuse: Refuse) -> list[int]:
     numbers = [number for number, _ in runs]
     twice = next((number for i, number in enumerate(numbers) if number in numbers[:i]), None)
     if twice is not None:
-        raise refuse(f"document {twice} is interrupted by another: the tokens of a document stand together.")
+        raise refuse(f"document {twice} is interrupted by another: the tokens of a document have to be contiguous.")
     return [length for _, length in runs]
 
 
@@ -121,7 +123,7 @@ READERS: dict[str, Callable[[Sequence[int], Refuse], list[int]]] = {
     **dict.fromkeys(NUMBERED, _from_numbers),
     "attention_mask": _from_numbers,
 }
-"""Column → what reads the lengths of documents from it."""
+"""Column → the function that computes the lengths of documents from its values."""
 
 
 def _masked_starts(tree: Tree, lengths: Sequence[int]) -> Tree:

@@ -1,4 +1,4 @@
-"""Rows that come as token ids, with the columns that mask them."""
+"""Encode pre-tokenised rows: token ids, with columns that mask them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_TRAINED = -100
 
 
 def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """Token ids as they are. Labels of −100, and zeros of the mask columns, take tokens out of training."""
+    """Token ids, unchanged. Tokens with the label −100, or a zero in a mask column, are not trained on."""
     ids = columns.ids("input_ids", tokenization.settings.vocabulary)
     if tokenization.settings.encoder_decoder and "labels" in columns:
         targets = [[t for t in labels if t != NOT_TRAINED] for labels in columns.numbers("labels")]
@@ -31,11 +31,11 @@ def tokenized(columns: Columns, tokenization: Tokenization) -> list[Tree]:
 
 
 def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
-    """The columns that say which tokens are trained on: all that there are, unless prompts are asked for as well."""
+    """The mask columns that the rows have; without `completion_mask` if prompts are trained on as well."""
     if settings.assistant_only_loss and "assistant_masks" not in columns:
-        raise DataError("assistant_only_loss=True needs a column 'assistant_masks' beside pre-tokenised 'input_ids'.")
+        raise DataError("assistant_only_loss=True needs a column 'assistant_masks' with pre-tokenised 'input_ids'.")
     if settings.completion_only_loss and "completion_mask" not in columns and "labels" not in columns:
-        raise DataError("completion_only_loss=True needs a column 'completion_mask' beside pre-tokenised 'input_ids'.")
+        raise DataError("completion_only_loss=True needs a column 'completion_mask' with pre-tokenised 'input_ids'.")
     asked = {"completion_mask": settings.completion_only_loss is not False}
     return [
         name for name in ("labels", "completion_mask", "assistant_masks") if name in columns and asked.get(name, True)
@@ -43,14 +43,16 @@ def _mask_columns(columns: Columns, settings: EncodeSettings) -> list[str]:
 
 
 def _keep(columns: Columns, name: str) -> list[list[bool]]:
-    """Which tokens of each row a mask or label column trains on."""
+    """For each row, which tokens are trained on by the mask or label column `name`."""
     keep = (lambda v: v != NOT_TRAINED) if name == "labels" else bool
     rows = columns.numbers(name)
     for k, (row, ids) in enumerate(zip(rows, columns["input_ids"], strict=True)):
         if len(row) != len(ids):
             raise columns.error(k, name, f"{len(row)} values for the {len(ids)} tokens of 'input_ids'.")
         if name == "labels" and any(v not in (NOT_TRAINED, t) for v, t in zip(row, ids, strict=True)):
-            raise columns.error(k, name, f"a label is the token of 'input_ids' or {NOT_TRAINED}; here others occur.")
+            raise columns.error(
+                k, name, f"a label has to be the token id in 'input_ids' or {NOT_TRAINED}; others were found."
+            )
     return [[keep(value) for value in row] for row in rows]
 
 
@@ -66,21 +68,21 @@ def _attention(columns: Columns, name: str) -> Sequence[Sequence[int] | None]:
             raise columns.error(
                 k,
                 name,
-                f"{next(v for v in mask if v not in (0, 1))} numbers documents of a packed row, and the rows before hold one "
-                "each, or rows of this kind do. Give the lengths of documents as a column 'seq_lengths'.",
+                f"{next(v for v in mask if v not in (0, 1))} numbers a document of a packed row, but earlier rows are not packed, or "
+                "rows of this kind cannot be. Give the lengths of documents in a column 'seq_lengths'.",
             )
     return masks
 
 
 def _present(values: Sequence[Any], attention: Sequence[int] | None) -> list[Any]:
-    """The values of tokens that are no padding."""
+    """The values of the tokens that are not padding."""
     return list(values) if attention is None else [v for v, keep in zip(values, attention, strict=True) if keep]
 
 
 def tokenized_preference(columns: Columns, tokenization: Tokenization) -> list[Tree]:
-    """`input_ids_chosen`, `input_ids_rejected` and their attention masks: the common beginning is the prompt.
+    """Pairs from `input_ids_chosen` and `input_ids_rejected` with attention masks, where the common beginning is the prompt.
 
-    Or `chosen_ids`, `rejected_ids`, and `prompt_ids` before both where they are.
+    Or from `chosen_ids` and `rejected_ids`, with the prompt in `prompt_ids` if that column exists.
     """
     size = tokenization.settings.vocabulary
     if "chosen_ids" in columns:

@@ -1,4 +1,4 @@
-"""Rows as the model will see them: trained tokens coloured, ignored ones dim, special tokens and line ends visible."""
+"""Show rows as the model is trained on them: trained tokens coloured, ignored ones dim, special tokens and line ends visible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl.types import Completion, Example
 
 TRAINED, IGNORED, SPECIAL = "green", "bright_black", "bold reverse"
 OPEN, CLOSE = "⟦", "⟧"
-"""Around trained text where there is no colour to show it."""
+"""Brackets around trained text on consoles without colours."""
 
 Run = tuple[str, bool, bool]
 """(text, is trained, is special)"""
@@ -31,10 +31,10 @@ def preview_examples(
     image_token: int | None = None,
     packed: Sequence[int] = (),
 ) -> None:
-    """Print examples, with what of them is trained on. Without colours trained text stands in ⟦brackets⟧.
+    """Print examples with the trained text highlighted, by colour or, on consoles without colours, by ⟦brackets⟧.
 
-    Of images, whose tokens are `image_token`, the number of tokens is shown in their place. `packed` are how many examples
-    each packed row holds, where rows of the dataset were packed.
+    The tokens of an image (`image_token`) are shown as their number. If rows were packed, `packed` has the number of examples
+    in each packed row.
     """
     console = console or Console()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
@@ -71,7 +71,7 @@ def _legend(coloured: bool) -> Text:
 
 
 def _trained(example: Example) -> int:
-    """Trained tokens; nothing predicts the first of a row."""
+    """Number of trained tokens; without a prompt the first token does not count, since nothing predicts it."""
     unpredicted = int(not example.prompt)
     return sum(sum(_mask(completion)[unpredicted:]) for completion in example.completions)
 
@@ -83,7 +83,7 @@ def _mask(completion: Completion) -> Sequence[bool]:
 def _blocks(
     example: Example, tokenizer: PreTrainedTokenizerBase, image_token: int | None, coloured: bool
 ) -> Iterator[Text]:
-    """The text of a single completion runs on from its prompt; several stand below it."""
+    """The texts of an example: a single completion continues the line of its prompt, several are listed below it."""
     prompt = list(example.prompt)
     ignored = [False] * len(prompt)
     alone = len(example.completions) == 1
@@ -108,7 +108,10 @@ def _number(value: float | Sequence[float]) -> str:
 
 
 def _runs(ids: list[int], mask: Sequence[bool], tokenizer: PreTrainedTokenizerBase, image: int | None) -> Iterator[Run]:
-    """Neighbouring tokens of one kind, as text. Text grows from the row's beginning, for spaces depend on it."""
+    """Runs of neighbouring tokens of the same kind, as text.
+
+    Each run is decoded together with all tokens before it, since spaces between tokens depend on those.
+    """
     special = set(tokenizer.all_special_ids)
     kinds = [(trained, token in special, token == image) for token, trained in zip(ids, mask, strict=True)]
     seen, end = 0, 0
@@ -135,7 +138,7 @@ def _text(runs: Iterable[Run], coloured: bool) -> Text:
 
 
 def _closed(text: Text) -> Text:
-    """The text with the closing bracket on its last line, not below it."""
+    """The text with the closing bracket at the end of its last line, before a line end."""
     ends_line = text.plain.endswith("\n")
     if ends_line:
         text.right_crop(1)

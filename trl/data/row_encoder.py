@@ -1,4 +1,4 @@
-"""From a batch of rows to a table of encoded ones, row by row: what `map` calls, and what its cache is found by."""
+"""The function that `Dataset.map` calls to encode a batch of rows, and the fingerprint of its cache."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from trl.data.trees import (
 from trl.errors import DataError, RowError
 
 FORMAT = 4
-"""Number of the encoding, part of the cache key: raise it when encoded rows change."""
+"""Version of the encoding, part of the cache key: increase it when encoded rows change."""
 
 COUNTS = {
     "status": Value("uint8"),
     "truncated": Value("bool"),
     **dict.fromkeys(("tokens", "longest", "trained", "source_tokens"), Value("int32")),
 }
-"""Columns that the report is made of; they are taken off afterwards."""
+"""Columns from which the report is computed; they are removed afterwards."""
 
 NUMBERS = {"score", "margin", "weight", "chosen_score", "rejected_score"}
-"""Columns that losses read: NaN in one would make a step NaN."""
+"""Columns that losses read: they have to be finite, since a NaN would make the loss NaN."""
 
 INPUTS = "inputs"
-"""Column with what else the model reads with a prompt: a dict of arrays, by the name of the forward's argument."""
+"""Column of further model inputs for the prompt: a dict of arrays by the name of the forward's argument."""
 
 
 class RowEncoder:
-    """Encodes the rows of one kind; called with a batch of columns and the numbers of its rows."""
+    """Encodes rows of one kind; called with a batch of columns and the indices of its rows."""
 
     def __init__(
         self,
@@ -81,7 +81,8 @@ class RowEncoder:
                 else f"column {[*settings.token_signals, *self.kept][0]!r} is of"
             )
             raise DataError(
-                f"The rows came packed, several documents in one, and {reads} one example: give the documents as rows."
+                f"The rows are already packed, with several documents in one, but {reads} one example: give each document as a "
+                "row."
             )
 
     def _is_masked(self) -> bool:
@@ -108,7 +109,7 @@ class RowEncoder:
             lengths = [[tree.tokens] if len(n) == 1 else n for tree, n in zip(cut, lengths, strict=True)]
             self._check_limits(cut, columns, lengths)
             return self._table(trees, cut, columns, documents=lengths)
-        cut = [self._cut(tree, self._uncut(k, tree, columns)) for k, tree in enumerate(trees)]
+        cut = [self._cut(tree, self._protected_tokens(k, tree, columns)) for k, tree in enumerate(trees)]
         pairs = zip(trees, cut, strict=True)
         left = [tree.sliced(slice(0), [slice(0)] * len(tree.completions)) if c is None else c for tree, c in pairs]
         self._check_limits(left, columns)
@@ -116,7 +117,7 @@ class RowEncoder:
         return self._table(trees, left, kept, overlong=[shorter is None for shorter in cut])
 
     def _source(self) -> str:
-        """The text of the chat template; of several, all."""
+        """The text of the chat template, or of all of them if there are several."""
         images = self.tokenization.images
         template = self.tokenization.tokenizer.chat_template if images is None else images.processor.chat_template
         return template if isinstance(template, str) else str(template or "")
@@ -124,40 +125,40 @@ class RowEncoder:
     def _check_limits(
         self, trees: Sequence[Tree], columns: Columns, documents: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Raises DataError for a row with a token or a position that the model has no embedding for."""
+        """Raise RowError for a row that is too long for the model's positions or context, or has a token without embedding."""
         s = self.settings
         for k, (tree, size) in enumerate(zip(trees, self._longest(trees, documents), strict=True)):
             if s.positions is not None and size > s.positions:
                 raise RowError(
                     columns.rows[k],
-                    f": {size:,} tokens, and the model has {s.positions:,} positions: set max_length={s.positions}, or less, or "
-                    "leave long rows out.",
+                    f": {size:,} tokens, but the model has {s.positions:,} positions: set max_length to at most {s.positions}, or "
+                    "remove long rows.",
                 )
             if s.context is not None and len(tree.prompt) >= s.context:
                 raise RowError(
                     columns.rows[k],
-                    f": its prompt has {len(tree.prompt):,} tokens, and the model's context is {s.context:,}, in which a "
-                    f"completion follows: set max_prompt_length below {s.context}, or leave long rows out.",
+                    f": its prompt has {len(tree.prompt):,} tokens, and the model's context is {s.context:,}, which leaves no room "
+                    f"for a completion: set max_prompt_length below {s.context}, or remove long rows.",
                 )
             top = max(max(ids, default=-1) for ids in (tree.prompt, *tree.completions))
             if s.embedded is not None and columns.images is None and top >= s.embedded:
                 token = self.tokenization.tokenizer.convert_ids_to_tokens(top)
                 raise RowError(
                     columns.rows[k],
-                    f": token {token!r} ({top}) has no embedding, the model's has {s.embedded:,} rows. If tokens were added, "
-                    "resize it (model.resize_token_embeddings(len(tokenizer)) and save the model); else the tokenizer is another "
-                    "model's.",
+                    f": token {token!r} ({top}) has no embedding; the model's embedding has {s.embedded:,} rows. If tokens were "
+                    "added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the model); else the tokenizer "
+                    "belongs to another model.",
                 )
 
     def _longest(self, trees: Sequence[Tree], documents: Sequence[Sequence[int]] | None) -> list[int]:
-        """Tokens of the longest sequence of each row: of a prompt and a completion, or of a packed document."""
+        """Number of tokens of each row's longest sequence: of prompt and completion, or of a packed document."""
         if documents is not None:
             return [max(lengths, default=0) for lengths in documents]
         whole = max if self.settings.encoder_decoder else sum
         return [whole((len(tree.prompt), tree.longest)) for tree in trees]
 
-    def _uncut(self, k: int, tree: Tree, columns: Columns) -> int:
-        """Tokens of prompt and first completion that are not to be cut: those up to the end of the last image."""
+    def _protected_tokens(self, k: int, tree: Tree, columns: Columns) -> int:
+        """Number of leading tokens that must not be cut: those up to the end of the last image, or a prompt with `inputs`."""
         if columns.images is not None and columns.images[k]:
             return self.tokenization.images.image_end(
                 [*tree.prompt, *(tree.completions[0] if tree.completions else ())]
@@ -175,7 +176,7 @@ class RowEncoder:
         return Tree([], ids, [list(self.settings.token_mask(row_ids, row)) for row_ids in ids])
 
     def _cut(self, tree: Tree, whole: int) -> Tree | None:
-        """The tree within the limits; None if its first `whole` tokens are not."""
+        """The tree truncated to the limits; None if its first `whole` tokens, which must not be cut, exceed them."""
         s = self.settings
         if whole:
             return keep_whole(tree, whole, s.max_prompt_length, s.max_length)
@@ -216,7 +217,7 @@ class RowEncoder:
         return pa.table(columns_of_rows | {n: pa.array(columns[n]) for n in self.kept})
 
     def _types(self) -> dict[str, Any]:
-        """The columns of the encoded rows themselves, and what they hold."""
+        """The columns of encoded rows, without counts, images and kept columns, and their types."""
         if self.is_packed:
             return {"input_ids": List(Value("int32")), "mask": List(Value("bool")), "seq_lengths": List(Value("int32"))}
         types = {"prompt_ids": List(Value("int32"))}
@@ -228,7 +229,7 @@ class RowEncoder:
         return types | dict.fromkeys(signals, List(List(Value("float32"))))
 
     def _rows(self, trees: list[Tree]) -> dict[str, list[Any]]:
-        """The values of all columns that trees have."""
+        """The values of the columns that come from the trees."""
         values = {
             "prompt_ids": [tree.prompt for tree in trees],
             "completion_ids": [tree.completions for tree in trees],
@@ -237,7 +238,7 @@ class RowEncoder:
         return values | {name: [tree.signals[name] for tree in trees] for name in trees[0].signals}
 
     def _documents(self, trees: list[Tree], lengths: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
-        """The values of rows that came packed."""
+        """The values of the columns of rows that were already packed."""
         ids, masks = [tree.completions[0] for tree in trees], [tree.masks[0] for tree in trees]
         return {"input_ids": ids, "mask": masks, "seq_lengths": list(lengths)}
 
@@ -249,7 +250,7 @@ class RowEncoder:
         return IDENTICAL if len(trained) == 2 and tree.completions[0] == tree.completions[1] else KEPT
 
     def features(self, source: Features) -> Features:
-        """The columns of an encoded dataset, `source` being those of the original."""
+        """The columns of the encoded dataset and their types; `source` are those of the original dataset."""
         images = {} if self.tokenization.images is None else {IMAGES: FEATURE}
         return Features({**self._types(), **COUNTS, **images, **{name: decoded(source[name]) for name in self.kept}})
 
@@ -261,18 +262,18 @@ class RowEncoder:
 
 
 def check_prompts(trees: Sequence[Tree], statuses: Sequence[int], columns: Columns) -> None:
-    """Raises DataError for a row that is kept and came without a prompt; `trees` are rows before they were cut."""
+    """Raise RowError for a kept row without a prompt; `trees` are the rows before truncation."""
     for k, (tree, status) in enumerate(zip(trees, statuses, strict=True)):
         if status == KEPT and not tree.prompt:
-            pair = ", or there is none and chosen and rejected have no beginning in common" if tree.completions else ""
+            pair = ", or missing while chosen and rejected have no common beginning" if tree.completions else ""
             raise RowError(
                 columns.rows[k],
-                f" has no prompt: the column 'prompt' is empty{pair}. Give every row a prompt, or leave such rows out.",
+                f" has no prompt: the column 'prompt' is empty{pair}. Give every row a prompt, or remove such rows.",
             )
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what a tokenizer makes of text; not of the padding and truncation that calls leave in it."""
+    """A hash of how a tokenizer encodes text, independent of the padding and truncation state that earlier calls left in it."""
     if not tokenizer.is_fast:
         return Hasher.hash(tokenizer)
     backend = tokenizer.backend_tokenizer

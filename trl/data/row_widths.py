@@ -1,4 +1,4 @@
-"""Which sequences share a row of the grid: rows of a width that is given, or those that cost a model least."""
+"""Choose which sequences share a row of the grid, for a given row width or for the cheapest one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 def rows_of(sizes: Sequence[int], capacity: int | None, hidden_size: int | None, device: str) -> list[list[int]]:
-    """Which examples share a row, by their `sizes` in tokens."""
+    """The indices of the examples in each row, from their `sizes` in tokens."""
     return fill_rows(sizes, max(*sizes, capacity)) if capacity else cheapest_rows(sizes, hidden_size, device)
 
 
 def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bins: every item goes to the fullest row that still has room for it.
+    """Best-fit-decreasing bin packing: from the largest on, each item goes to the fullest row that has room for it.
 
-    Items are numbered as in `sizes`, all ≤ `capacity`. Quadratic in rows, meant for micro-batches.
+    Returns the indices into `sizes` (all ≤ `capacity`) for each row. Quadratic in the number of rows; for micro-batches.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -33,24 +33,25 @@ def fill_rows(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class AttentionCost(NamedTuple):
-    """Time of a floating-point operation of attention in rows of one sequence each, and in rows with masks; 1 in matrices."""
+    """Time of a floating-point operation of attention, relative to one in a matrix product: in rows of one sequence each, and
+    in rows with attention masks."""
 
     alone: float
     masked: float
 
 
 COSTS = {"cpu": AttentionCost(1.0, 1.5), "cuda": AttentionCost(2.0, 4.0)}
-"""By kind of device. A CPU's are measured. On CUDA, kernels that take masks reach about a quarter of the rate of products, and
-those without about half of it; rows whose attention is of variable length need neither."""
+"""Costs by kind of device. Those of CPUs are measured. On CUDA, attention kernels with masks reach about a quarter of the FLOP
+rate of matrix products, and those without about half of it; variable-length attention needs no masks."""
 
 
 def cheapest_rows(sizes: Sequence[int], hidden_size: int | None = None, device: str = "cpu") -> list[list[int]]:
-    """Rows whose forward pass costs least: wide ones waste no positions, narrow ones no attention.
+    """The rows with the cheapest forward pass: wide rows have less padding, narrow rows less attention.
 
-    A position costs 24 H² floating-point operations per layer in its matrices. In attention over a row of width T it
-    costs 2 H T if a row is one sequence, since the kernel skips what comes later, and 4 H T if rows have to be masked;
-    either takes longer there, by the factors a and m of `COSTS`: B rows cost ∝ B T (6 H + ½ a T) or B T (6 H + m T).
-    Without H, rows are as wide as the longest.
+    Per layer, a position costs 24 H² floating-point operations in matrix products. Attention over a row of width T adds
+    2 H T if the row has one sequence, since causal kernels skip later keys, and 4 H T if rows need masks; each of these takes
+    a or m times as long as one in a matrix product (`COSTS`). So B rows cost ∝ B T (6 H + ½ a T) or B T (6 H + m T).
+    Without `hidden_size`, rows are as wide as the longest sequence.
     """
     longest, total = max(sizes), sum(sizes)
     if hidden_size is None:

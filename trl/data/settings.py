@@ -21,51 +21,51 @@ class EncodeSettings:
     max_length: int | None = None
     """Most tokens of prompt and completion together (of each, with an encoder-decoder)."""
     max_prompt_length: int | None = None
-    """Most tokens of a prompt; its beginning is cut."""
+    """Most tokens of a prompt; longer prompts are cut at their beginning."""
     truncation_mode: str = "keep_start"
     """What `max_length` keeps: `keep_start` cuts the end of completions, `keep_end` the beginning of the prompt."""
     completion_only_loss: bool | None = None
-    """Train on completions only. None: wherever rows have a prompt. False: on prompts too."""
+    """Train on completions only. None: if rows have a prompt. False: on prompts too."""
     assistant_only_loss: bool = False
-    """Train only on what the assistant wrote in a conversation."""
+    """Train only on the assistant's turns of a conversation."""
     text_field: str = "text"
-    """The column with the text of language modelling; `messages` and `conversations` come before it."""
+    """The column with the text for language modelling; by default, `messages` and `conversations` have precedence over it."""
     add_special_tokens: bool = True
-    """Begin plain texts as the tokenizer begins them (with BOS)."""
+    """Begin plain texts with the tokenizer's special tokens (BOS)."""
     add_eos: bool = True
-    """Close plain texts and completions with EOS. Conversations end as their template ends them."""
+    """End plain texts and completions with EOS. Conversations end as their chat template ends them."""
     needs_eos: bool = True
-    """Refuse a tokenizer without a token that ends a text. False: texts stay open then, since a classifier never stops."""
+    """Refuse a tokenizer without EOS. False: texts then have no EOS, which classifiers do not need."""
     needs_prompt: bool = False
-    """Refuse rows without a prompt, whose completions answer nothing."""
+    """Refuse rows without a prompt."""
     eos_token: str | None = None
-    """The token that closes a text; None is the tokenizer's."""
+    """The token that ends a text; None: the tokenizer's EOS."""
     chat_template_kwargs: Mapping[str, Any] | None = None
     """Arguments for the chat template."""
     tools: Sequence[Any] | None = None
-    """Tools (functions or JSON schemas) that the chat template shows; a column `tools` takes their place."""
+    """Tools (functions or JSON schemas) for the chat template; a column `tools` overrides them."""
     step_separator: str = "\n"
-    """Text that closes each step of a stepwise row."""
+    """Text after each step of a stepwise row."""
     keep_columns: tuple[str, ...] = ()
-    """Columns carried along where a dataset has them (margin, score, weight, …)."""
+    """Columns to keep in encoded rows, if the dataset has them (margin, score, weight, …)."""
     token_signals: tuple[str, ...] = ()
-    """Columns with one number for each token that is trained on (rewards, …); the token that ends a text may have none."""
+    """Columns with one number per trained token (rewards, …); that of the final EOS may be missing."""
     encoder_decoder: bool = False
-    """The prompt goes to an encoder and the completion to a decoder."""
+    """Whether the prompt goes to an encoder and the completion to a decoder."""
     token_mask: Callable[[Sequence[int], int], Sequence[bool]] | None = None
-    """Which tokens of a text to train on, from its ids and its row (a `DataCollatorForCompletionOnlyLM`'s mask)."""
+    """Function from token ids and row to the mask of tokens to train on (that of a `DataCollatorForCompletionOnlyLM`)."""
     num_proc: int | None = None
-    """Processes that encode."""
+    """Number of processes that encode."""
     vocabulary: int | None = None
-    """Rows of the model's embedding: token ids that come in columns have to be below. None: not known."""
+    """Number of rows of the model's embedding; token ids in columns have to be below it. None: unknown."""
     embedded: int | None = None
-    """The same for the tokens of texts, which a tokenizer may have more of than the model. None: not known."""
+    """The same limit for tokens of texts: a tokenizer may have more tokens than the model. None: unknown."""
     positions: int | None = None
-    """Positions that the model has embeddings for: no sequence may be longer. None: no such limit."""
+    """Number of the model's learned position embeddings; no sequence may be longer. None: no limit."""
     pretrained_length: int | None = None
-    """Tokens of the longest sequence that a model with computed positions is made for: longer rows are counted and said."""
+    """Longest sequence, in tokens, that a model with computed positions (RoPE) was made for; longer rows are reported."""
     context: int | None = None
-    """Tokens of prompt and completion that the sampler reads: prompts have to be shorter. None: no such limit."""
+    """Most tokens of prompt and completion that can be sampled; prompts have to be shorter. None: no limit."""
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATIONS:

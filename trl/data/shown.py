@@ -1,10 +1,10 @@
-"""Whether a rendered conversation shows all that its row says: contents, calls of tools, reasoning, and the tools there are.
+"""Check that a rendered conversation shows everything in its row: contents, tool calls, reasoning and tools.
 
-A key that looks like one that is read, or says what is learned in a way that is not read, is an error; any other that neither
-the template nor training reads is said once, and so is a role.
+A key that is a likely typing error, or that excludes messages from training in an unsupported way, is an error. Other keys and
+roles that neither the template nor training uses are warned about once.
 
-What a template drops is found by rendering with and without it. Reasoning may be dropped once a turn is past, as many
-templates do; the last that there is has to be shown where the conversation ends with it.
+To find what a template drops, a conversation is rendered with and without it. Many templates drop the reasoning of earlier
+turns, which is allowed; the last reasoning has to be shown when the conversation is cut after its message.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ Message = Mapping[str, Any]
 Messages = Sequence[Message]
 
 LONG = 12
-"""Letters of a content that no header or other message holds by chance."""
+"""Number of characters from which on a content is not expected to occur by chance in a header or another message."""
 CHANGE = " ≠"
-"""What is added to a content to see whether the rendering shows it."""
+"""Text appended to a content, to see whether the rendering changes."""
 THOUGHT_ENDS = "</think>"
-"""What ends reasoning inside a content."""
+"""End of the reasoning within a content."""
 
 READ = ("content", "tool_calls", "function_call", *REASONING, *ABOUT_MESSAGE)
-"""Keys that templates or training read."""
+"""Keys that templates or training use."""
 
 ABOUT_LOSS = re.compile(r"train(ing|able|ed|_detail)|learn|loss(_mask)?|mask(ed)?|labels")
-"""Keys by which other tools say what is learned, each in its own way."""
+"""Keys by which other tools say which messages are trained on, in ways that are not supported."""
 
 ALIKE = 0.8
-"""Likeness from which on one name is taken for a slip in writing another."""
+"""Similarity from which on a name is taken for a typing error of another."""
 SHORTEST = 4
-"""Letters of names that are compared: shorter ones are alike by chance."""
+"""Least number of letters of names that are compared: shorter ones are similar by chance."""
 
 
 @dataclass
 class ShownCheck:
-    """The check of one template, of that `name` and the text `source`."""
+    """The check for one template, with its `name` for messages and its `source`."""
 
     name: str
     source: str
     known_places: set[tuple[Any, int]] = field(default_factory=set)
-    """Roles, and places of texts in contents, that the template has been seen to show."""
+    """(role, index of the text part) pairs whose text the template is known to show."""
     shows_tools: bool = False
-    """Whether the template has been seen to show tools."""
+    """Whether the template is known to show tools."""
     said: set[str] = field(default_factory=set)
-    """Keys and roles that have been said not to be read."""
+    """Unused keys and roles that have been warned about."""
 
     def check(self, messages: Messages, text: str, render: Callable[[Messages], str]) -> None:
-        """Raises DataError where something that a message says is not in `text`, their rendering.
+        """Raise DataError if `text`, the rendering of `messages`, does not show a content or tool call of a message.
 
-        `render` makes such a text of changed messages.
+        `render` renders changed messages in the same way.
         """
         for i, message in enumerate(messages):
             if (said := self._lost_text(messages, i, text, render)) is not None:
@@ -69,25 +69,25 @@ class ShownCheck:
                 raise self._error(i, message, "tool_calls", lost)
 
     def check_tools(self, tools: Sequence[Any], text: str, render: Callable[[], str]) -> None:
-        """Raises DataError where `text` is what `render` makes without the tools."""
+        """Raise DataError if `text` does not show the tools: `render()` is the same conversation without them."""
         if self.shows_tools:
             return
         if render() == text:
             names = ", ".join(tool_names(tools)) or str(tools)
             raise DataError(
-                f"column 'tools': the chat template of {self.name!r} does not show tools, here {names[:60]}. Take a template "
-                "that does, or leave the column out."
+                f"column 'tools': the chat template of {self.name!r} does not show tools, here {names[:60]}. Use a template "
+                "that does, or remove the column."
             )
         self.shows_tools = True
 
     def _error(self, i: int, message: Message, lost: str, value: Any, remedy: str = "") -> DataError:
         return DataError(
             f"message {i + 1} ({message.get('role')}): the chat template of {self.name!r} does not show its {lost}, "
-            f"{str(value)[:60]!r}. {remedy or 'Take a template that does, write the message otherwise, or leave it out.'}"
+            f"{str(value)[:60]!r}. {remedy or 'Use a template that does, write the message in another way, or remove it.'}"
         )
 
     def _lost_text(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> str | None:
-        """The first text of message i whatever which the rendering is the same; None if there is none."""
+        """The first text of message i that does not influence the rendering; None if all do."""
         role = messages[i].get("role")
         for place, (said, changed) in enumerate(_texts(messages[i].get("content"))):
             if self._is_seen(said.strip(), (role, place), messages, text):
@@ -98,14 +98,18 @@ class ShownCheck:
         return None
 
     def _is_seen(self, said: str, place: tuple[Any, int], messages: Messages, text: str) -> bool:
-        """Whether the rendering holds a text of that place at least as often as the messages do, and not by chance."""
+        """True if the rendering has the text at least as often as the messages do, and not by chance.
+
+        That is, the text is long, or the template is known to show texts of this role and part (`place`).
+        """
         if not said:
             return True
         repeats = sum(said in other for message in messages for other, _ in _texts(message.get("content")))
         return text.count(said) >= repeats and (len(said) >= LONG or place in self.known_places)
 
     def _lost_call(self, messages: Messages, i: int, text: str, render: Callable[[Messages], str]) -> Any:
-        """The first call of message i, or its arguments, without which the rendering is the same; None if there is none."""
+        """The first tool call of message i that can be removed, or lose its arguments, without changing the rendering; else
+        None."""
         message = messages[i]
         calls = message.get("tool_calls") or []
         if len(calls) == 1 and all(word in text for word in words_of(calls[0])):
@@ -123,13 +127,13 @@ class ShownCheck:
     def _same(self, text: str, changed: Messages, render: Callable[[Messages], str]) -> bool:
         try:
             return render(changed) == text
-        except DataError:  # a template may refuse what the row does not say
+        except DataError:  # a template may refuse the changed messages
             return False
 
     def check_reasoning(self, messages: Messages, render: Callable[[Messages], str]) -> None:
-        """Raises DataError where the last reasoning is not shown though the conversation ends with it.
+        """Raise DataError if the last reasoning is not shown even when the conversation is cut after its message.
 
-        `render` makes a whole text, without a generation prompt, of the first messages.
+        `render` renders messages without a generation prompt.
         """
         i = max((i for i, message in enumerate(messages) if _reasoning(message)), default=None)
         if i is None:
@@ -142,12 +146,12 @@ class ShownCheck:
         if render(messages[: i + 1]) != render([*messages[:i], changed]):
             return
         read = [f"{name!r}" for name in REASONING if name in self.source and name != key]
-        remedy = f"It reads {' and '.join(read)}: write the reasoning there." if read else ""
+        remedy = f"It reads {' and '.join(read)}: put the reasoning there." if read else ""
         what = "reasoning" if key == "content" else key
         raise self._error(i, messages[i], what, thought, remedy)
 
     def check_keys(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raises DataError for a key that was meant to be another, or to say what is learned."""
+        """Raise DataError for a key that is a likely typing error, or an unsupported way to exclude messages from training."""
         for i, message in enumerate(messages):
             self._say_role(message.get("role"))
             said = [key for key, value in message.items() if value not in ("", [], {}) and key not in READ]
@@ -155,13 +159,13 @@ class ShownCheck:
             for key in unread:
                 if ABOUT_LOSS.fullmatch(key):
                     raise DataError(
-                        f"message {i + 1} ({message.get('role')}): {key!r} is not read. Say by 'weight', 0 or 1, whether it is "
-                        "learned from, or leave the key out."
+                        f"message {i + 1} ({message.get('role')}): the key {key!r} is not supported. Use 'weight', 0 or 1, to say "
+                        "whether the message is trained on, or remove the key."
                     )
                 if (meant := meant_key(key)) is not None:
                     raise DataError(
-                        f"message {i + 1} ({message.get('role')}): the key {key!r} is not read. Did you mean {meant!r}? Rename "
-                        "it, or leave it out."
+                        f"message {i + 1} ({message.get('role')}): the key {key!r} is not used. Did you mean {meant!r}? Rename "
+                        "it, or remove it."
                     )
             self._say_keys(unread)
 
@@ -170,7 +174,7 @@ class ShownCheck:
             self.said |= set(unread)
             logger.warning(
                 f"Messages have keys that the chat template of {self.name!r} does not read: "
-                f"{', '.join(map(repr, unread))}. What stands there is not learned."
+                f"{', '.join(map(repr, unread))}. Their values are not trained on."
             )
 
     def _say_role(self, role: Any) -> None:
@@ -178,13 +182,13 @@ class ShownCheck:
             return
         self.said.add(role)
         logger.warning(
-            f"Messages have the role {role!r}, which the chat template of {self.name!r} does not ask for: it is written as "
-            "it stands, and is no answer of the assistant's. The roles are system, user, assistant and tool."
+            f"Messages have the role {role!r}, which the chat template of {self.name!r} does not know: its name is written "
+            "unchanged, and the messages do not count as the assistant's. The roles are system, user, assistant and tool."
         )
 
 
 def meant_key(key: str) -> str | None:
-    """The key of those that are read for which this one is a slip in writing; None if it is like none of them."""
+    """The used key of which this one is a likely typing error; None if it is similar to none of them."""
     bare = key.strip().lower().replace("-", "_")
     if bare in READ:
         return bare
@@ -194,7 +198,7 @@ def meant_key(key: str) -> str | None:
 
 
 def _texts(content: Any) -> list[tuple[str, Any]]:
-    """Each text of a content, and the content with that text changed; a content of parts may have several."""
+    """Pairs of each text of a content, and the content with that text changed; a content of parts may have several texts."""
     if isinstance(content, str):
         return [(content, content + CHANGE)]
     parts = content if isinstance(content, list) else []
@@ -203,13 +207,13 @@ def _texts(content: Any) -> list[tuple[str, Any]]:
 
 
 def _without_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with other arguments: those of none, or where it has none, as it is."""
+    """The tool call without its arguments."""
     function = call["function"]
     return {**call, "function": {**function, "arguments": {}}} if function.get("arguments") else dict(call)
 
 
 def _reasoning(message: Message) -> tuple[str, str] | None:
-    """Where and what the assistant thought: under a key of its own, or before `</think>` in the content."""
+    """Key and text of the assistant's reasoning: under its own key, or before `</think>` in the content; None if none."""
     if message.get("role") != "assistant":
         return None
     key = next((key for key in REASONING if isinstance(message.get(key), str) and message[key].strip()), None)

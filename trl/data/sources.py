@@ -1,7 +1,7 @@
-"""Datasets by name: from the hub, a folder or files.
+"""Load datasets from the hub, a folder or files.
 
-`load_dataset_argument` reads what `--dataset_name` names; several mixed are in `trl.data.mixtures`.
-Importing this file imports nothing heavy: the command line reads its dataclasses before anything is loaded.
+`load_dataset_argument` loads the dataset of `--dataset_name`; mixtures of several are in `trl.data.mixtures`.
+This file imports no heavy library at its top, since the command line reads its dataclasses at startup.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ BUILDERS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
-"""Data files by their ending, and what `datasets` reads them with."""
+"""Extension of a data file → the builder of `datasets` that reads it."""
 
 COLUMNS = {"prompt", "completion", "messages", "conversations", "text", "chosen", "instruction", "question", "query"}
-"""Columns by which rows are known inside of another."""
+"""Columns by which rows are recognised that are nested in a list inside of another row."""
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Files beside images or sounds with their other columns, which `datasets` reads."""
+"""Files in folders of images or audio that hold their other columns, which `datasets` reads."""
 
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
@@ -54,7 +54,7 @@ class ScriptArguments(metaclass=OptionNames):
     ALIASES: ClassVar[dict[str, str]] = {"ignore_bias_buffers": ""}
 
     dataset_name: list[str] | str | None = None
-    """Hub name, folder (of data files, or made by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""
+    """Hub name, folder (of data files, or written by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""
 
     dataset_config: str | None = None
     """Configuration of a hub dataset."""
@@ -66,13 +66,13 @@ class ScriptArguments(metaclass=OptionNames):
     """Split to evaluate on, used if `eval_strategy` is not "no"."""
 
     dataset_streaming: bool = False
-    """Read rows while training and not before."""
+    """Stream rows during training, instead of loading them beforehand."""
 
     dataset_columns: list[str] | None = None
     """Keep only these columns."""
 
     dataset_rename: list[str] | None = None
-    """Read columns under other names: question=prompt answer=completion."""
+    """Rename columns, old=new: question=prompt answer=completion."""
 
     def __post_init__(self) -> None:
         for name in _listed(self.dataset_name):
@@ -83,13 +83,13 @@ class ScriptArguments(metaclass=OptionNames):
 # ---- places ----
 
 LONGEST = 300
-"""Characters of what another library raised."""
+"""Most characters of another library's error message that are quoted."""
 
 WORDS_STAY = {"keep_default_na": False, "na_values": [""]}
-"""How tables are read: "None", "NA" and "null" are words, and what is empty is nothing."""
+"""Options for reading tables: "None", "NA" and "null" are kept as text; only empty cells become None."""
 
 FILES_NAMED = 5
-"""Files that a warning names."""
+"""Most files that a warning lists."""
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
@@ -97,28 +97,28 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 
 
 def _builder(path: str) -> str | None:
-    """What reads the file `path`, by its ending; None if that is not one of a data file."""
+    """The builder that reads the file `path`, by its extension; None if it is not that of a data file."""
     return BUILDERS.get(_ending(path))
 
 
 def _ending(path: str) -> str:
-    """The ending of a file's name, that of a compressed one before it was."""
+    """The extension of a file, for a compressed file the one before the compression's."""
     stem, ending = os.path.splitext(path.lower())
-    return os.path.splitext(stem)[1] if ending in PACKED else ending
+    return os.path.splitext(stem)[1] if ending in COMPRESSED else ending
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be one of this machine: it exists, or is written like a path or a data file."""
+    """True if a name can only be a path on this machine: it exists, or looks like a path or a data file."""
     return Path(name).expanduser().exists() or name.startswith(("/", "./", "../", "~")) or _builder(name) is not None
 
 
 def check_place(name: str, argument: str) -> None:
-    """Raises DataError if `name` is one of this machine and nothing is there, or a file that cannot be read as rows."""
+    """Raise DataError if `name` is a local path that does not exist, or a file with an unknown extension."""
     path = Path(name).expanduser()
     if not is_local(name):
         return
     if path.is_file() and _builder(name) is None:
-        raise DataError(f"{argument}={name!r} is no data file: known endings are {', '.join(BUILDERS)}.")
+        raise DataError(f"{argument}={name!r} is not a data file: known extensions are {', '.join(BUILDERS)}.")
     if path.exists() or glob.glob(str(path)):
         return
     if not path.parent.exists():
@@ -141,9 +141,9 @@ def load_rows(
     rename: Mapping[str, str] | Sequence[str] | None = None,
     streaming: bool = False,
 ) -> Rows:
-    """The rows of one split, from a hub name, a folder or files, some `columns` of them, and those under other names.
+    """The rows of one split of a hub dataset, a folder or files; with `columns` only those, and renamed by `rename`.
 
-    Raises DataError if the place is empty, or does not have the split or a column.
+    Raises DataError if there are no rows, or the split or a column does not exist.
     """
     splits = load_splits(path, name=name, data_dir=data_dir, data_files=data_files, streaming=streaming)
     return renamed(take_columns(take_split(splits, split, path), columns, path), rename, path)
@@ -168,14 +168,14 @@ def load_splits(
     if len(local) == len(places) and None not in builders:
         return _load_files(local, streaming=streaming)
     if len(places) > 1:
-        raise DataError(f"Dataset {places}: several names have to be data files; mix datasets with `datasets`.")
+        raise DataError(f"Dataset {places}: several names have to be data files; to mix datasets, use `datasets`.")
     if local and _is_saved(local[0]):
         saved = load_from_disk(local[0])
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         if not streaming:
             return splits
         return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
-    with _failures_told(places, lambda: _where_folder_breaks(local)):
+    with _reading_errors(places, lambda: _where_folder_breaks(local)):
         rows = load_dataset(*(local or places), name, data_dir=data_dir, data_files=data_files, streaming=streaming)
     if local and data_files is None:
         _say_unread_files(Path(local[0], data_dir or ""), rows)
@@ -183,41 +183,41 @@ def load_splits(
 
 
 def _where_folder_breaks(places: Sequence[str]) -> str | None:
-    """The first line in the files of a folder that cannot be read; None where there is none, or no folder."""
+    """Place and reason of the first invalid line in the `.jsonl` files of folders; None if there is none."""
     files = [str(path) for place in places for path in sorted(Path(place).rglob("*")) if path.is_file()]
     return next(filter(None, map(where_json_breaks, files)), None)
 
 
 @contextmanager
-def _failures_told(places: Sequence[str], where: Callable[[], str | None]) -> Iterator[None]:
-    """Errors of reading as DataErrors; `where` says of a file where it cannot be read."""
+def _reading_errors(places: Sequence[str], where: Callable[[], str | None]) -> Iterator[None]:
+    """Within it, errors of reading local files are raised as DataError; `where` finds the place in a file, if it can."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
     named = repr(places[0] if len(places) == 1 else list(places))
     try:
         yield
     except DataFilesNotFoundError as error:
-        raise DataError(f"Dataset {named} holds no data files: known endings are {', '.join(BUILDERS)}.") from error
+        raise DataError(f"Dataset {named} has no data files: known extensions are {', '.join(BUILDERS)}.") from error
     except (DatasetGenerationError, OSError, StopIteration, ValueError) as error:
         if not all(map(is_local, places)):
             raise
         holds_model = len(places) == 1 and Path(places[0]).expanduser().joinpath("config.json").is_file()
-        model = " It holds a model: is it the model_name_or_path?" if holds_model else ""
-        told = where() or _known_failure(error) or _briefly(error)
+        model = " The folder holds a model: is it the model_name_or_path?" if holds_model else ""
+        told = where() or _known_failure(error) or _shortened(error)
         raise DataError(f"Dataset {named} cannot be read as rows: {told}{model}") from error
 
 
 def _known_failure(error: Exception) -> str | None:
-    """What is to be done about an error whose own words do not say it."""
+    """A clearer message for an error of another library whose own message does not help; None for other errors."""
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return "there are no rows in it."
+        return "it has no rows."
     if "Compression type zstd" in str(error):
         return "files that end with .zst need the package zstandard: pip install zstandard."
     return None
 
 
 def _say_unread_files(folder: Path, splits: Splits) -> None:
-    """Warn of data files of a folder that are of another kind than those that are read."""
+    """Warn about data files of a folder that are not read, because the folder has files of another kind too."""
     if not folder.is_dir():
         return
     rows = next(iter(splits.values()))
@@ -228,18 +228,18 @@ def _say_unread_files(folder: Path, splits: Splits) -> None:
     if others:
         shown = ", ".join(others[:FILES_NAMED]) + (", …" if len(others) > FILES_NAMED else "")
         logger.warning(
-            f"Of {str(folder)!r} the files of the kind {read} are read, and not {shown}: give those by name."
+            f"In {str(folder)!r} only the {read} files are read, but not {shown}: to read those, give their names."
         )
 
 
-def _briefly(error: Exception) -> str:
-    """What a library raised, or its cause, in a line that can be read."""
+def _shortened(error: Exception) -> str:
+    """The message of another library's error, or of its cause, shortened to one line."""
     told = " ".join(str(error.__cause__ or error).split())
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
 
 
 def files_of(path: str | Sequence[str], split: str) -> list[str]:
-    """The files on this machine that `load_splits(path)` reads a split from; none of a saved dataset, or a hub's."""
+    """The local files from which `load_splits(path)` reads a split; empty for hub datasets and those of `save_to_disk`."""
     from datasets import load_dataset_builder
 
     places = _listed(path)
@@ -254,7 +254,7 @@ def files_of(path: str | Sequence[str], split: str) -> list[str]:
 
 
 def _is_saved(place: str) -> bool:
-    """Whether a folder was made by `save_to_disk`."""
+    """True if a folder was written by `save_to_disk`."""
     return any(Path(place, name).expanduser().exists() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -270,7 +270,7 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
     for path in paths:
         check_letters(path)
         check_table(path)
-    with _failures_told(paths, lambda: next(filter(None, map(where_json_breaks, paths)), None)):
+    with _reading_errors(paths, lambda: next(filter(None, map(where_json_breaks, paths)), None)):
         splits = load_dataset(builder, data_files=paths, streaming=streaming, **options)
     if builder == "json" and not streaming:
         _check_rows(splits, paths)
@@ -278,18 +278,18 @@ def _load_files(paths: list[str], *, streaming: bool) -> Splits:
 
 
 def _check_rows(splits: Splits, paths: Sequence[str]) -> None:
-    """Raises DataError for a file that holds its rows in a list inside of one: `{"version": 1, "data": [{…}, …]}`."""
+    """Raise DataError for a file with a single row that holds a list of the actual rows: `{"version": 1, "data": [{…}, …]}`."""
     for rows in splits.values():
         lists = [name for name, feature in rows.features.items() if name not in COLUMNS and _holds_rows(feature)]
         if len(rows) == len(paths) and lists:
             raise DataError(
-                f"Dataset {paths[0]!r} is one row, with a list of rows in {lists[0]!r}: write that list alone, or its rows one a line "
-                "(.jsonl)."
+                f"Dataset {paths[0]!r} has a single row, with a list of rows in {lists[0]!r}: write only that list to the file, or "
+                "its rows one per line (.jsonl)."
             )
 
 
 def _holds_rows(feature: Any) -> bool:
-    """Whether a column holds lists of dicts with the columns of rows."""
+    """True if a column holds lists of dicts whose keys are columns of rows."""
     inside = getattr(feature, "feature", None)
     return isinstance(inside, Mapping) and not COLUMNS.isdisjoint(inside)
 
@@ -297,7 +297,7 @@ def _holds_rows(feature: Any) -> bool:
 def take_split(splits: Splits, split: str, path: Any) -> Rows:
     """One split, or a slice of one: `train`, `train[:1000]`, `train[10%:20%]`.
 
-    Raises DataError, with the splits that there are.
+    Raises DataError that lists the existing splits.
     """
     from datasets import Dataset
 
@@ -312,7 +312,7 @@ def take_split(splits: Splits, split: str, path: Any) -> Rows:
     if isinstance(rows, Dataset):
         kept = range(len(rows))[slice_of(split, len(rows))]
         if not kept:
-            raise DataError(f"Dataset {path!r}: {split} takes none of its {counted(len(rows), 'row')}.")
+            raise DataError(f"Dataset {path!r}: {split} selects none of its {counted(len(rows), 'row')}.")
         return rows.select(kept)
     part = slice_of(split, None)
     rows = rows.skip(part.start or 0)
@@ -320,14 +320,16 @@ def take_split(splits: Splits, split: str, path: Any) -> Rows:
 
 
 def slice_of(split: str, count: int | None) -> slice:
-    """What of a split's rows `train[10:20]` or `train[10%:]` stands for; `count` is None of a stream.
+    """The slice of rows that `train[10:20]` or `train[10%:]` selects; `count` is the number of rows, None for a stream.
 
-    Raises DataError for what is not a slice, or is counted from an end that a stream has not.
+    Raises DataError for an invalid slice, and for one that counts from the end of a stream.
     """
     _, bracket, inside = split.partition("[")
     start, colon, end = inside.removesuffix("]").partition(":")
     if "%" in inside and count is None:
-        raise DataError(f"split={split!r}: a streaming dataset is not counted beforehand. Give numbers of rows.")
+        raise DataError(
+            f"split={split!r}: the size of a streaming dataset is unknown. Give numbers of rows instead of %."
+        )
     try:
         first, last = (int(bound.strip().removesuffix("%")) if bound.strip() else None for bound in (start, end))
     except ValueError:
@@ -342,7 +344,7 @@ def slice_of(split: str, count: int | None) -> slice:
 
 
 def take_columns(rows: Rows, columns: Sequence[str] | None, path: Any) -> Rows:
-    """Rows with these columns alone. Raises DataError, with the columns that there are."""
+    """The rows with only these columns. Raises DataError, which lists the existing columns, if one does not exist."""
     if columns is None:
         return rows
     there = rows.column_names or list(next(iter(rows)))
@@ -354,9 +356,9 @@ def take_columns(rows: Rows, columns: Sequence[str] | None, path: Any) -> Rows:
 
 
 def load_dataset_argument(arguments: ScriptArguments) -> Splits:
-    """The splits that a run reads: `dataset_train_split`, and `dataset_test_split` where the dataset has it.
+    """Load the splits of a run: `dataset_train_split`, and `dataset_test_split` if the dataset has it.
 
-    They keep their names. Raises ConfigError without a dataset, DataError if the training split is not there.
+    They keep their names. Raises ConfigError without a dataset, and DataError if the training split does not exist.
     """
     if not arguments.dataset_name:
         raise ConfigError("dataset_name is missing: give the hub name, folder or files of a dataset.")

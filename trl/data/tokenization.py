@@ -1,4 +1,4 @@
-"""What encoding needs of a tokenizer: token ids of texts, of prompts with what continues them, and of conversations."""
+"""The tokenizer as encoding uses it: for texts, for prompts with continuations, and for conversations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl.vision.processing import ImageProcessing
 
 @dataclass(frozen=True)
 class Tokenization:
-    """What encoding needs: the tokenizer in its three uses, the settings, and the processor of images, if there is one."""
+    """The tokenizer with the encoding settings and, for models that take images, the image processing."""
 
     tokenizer: PreTrainedTokenizerBase
     settings: EncodeSettings
@@ -38,9 +38,9 @@ class Tokenization:
 
     @cached_property
     def eos(self) -> int | None:
-        """Id of the token that ends a text: EOS, else what the tokenizer itself puts after every text ([SEP]).
+        """Id of the token that ends a text: EOS, or else the token that the tokenizer puts after every text ([SEP]).
 
-        Raises DataError when the tokenizer has none; None where the settings do not need one.
+        If there is neither, raises DataError, or is None if the settings do not need one.
         """
         token = self.settings.eos_token or self.tokenizer.eos_token
         if token is None and self.text.closing:
@@ -58,7 +58,7 @@ class Tokenization:
         return known[token]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of plain prompts: what an encoder reads, or what a decoder continues."""
+        """Token ids of plain prompts: with all special tokens for an encoder, without those at the end for a decoder."""
         if self.settings.encoder_decoder:
             return self.text.ids(texts, add_special_tokens=True)
         return self.text.prompts(texts, add_special_tokens=True)
@@ -66,7 +66,7 @@ class Tokenization:
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]], *, add_special_tokens: bool
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Token ids of prompts and of K columns of answers; a decoder behind an encoder begins anew."""
+        """Token ids of prompts and of K columns of answers; in an encoder-decoder, answers do not continue the prompt's text."""
         if self.settings.encoder_decoder:
             prompt_ids = self.text.ids(prompts, add_special_tokens=add_special_tokens)
             return prompt_ids, [self.text.ids(column) for column in answers]
@@ -74,12 +74,12 @@ class Tokenization:
 
     @property
     def start(self) -> int:
-        """Id of the token that begins a text: BOS, or EOS where the tokenizer has no other."""
+        """Id of the token that begins a text: BOS, or EOS if the tokenizer has no BOS."""
         start = self.tokenizer.bos_token_id
         return self.eos if start is None else start
 
     def following(self, rows: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Token ids of all turns but the first of every row, one after the other, as they continue what is before them."""
+        """Token ids of all turns after the first of each row, as a flat list, tokenised as continuations of the turns before."""
         texts = [turn for turns in rows for turn in turns[1:]]
         if self.text.concatenates or self.settings.encoder_decoder:
             return self.text.ids(texts)
@@ -87,7 +87,7 @@ class Tokenization:
         return self.text.continuations(before, [texts], add_special_tokens=True)[1][0]
 
     def append_eos(self, rows: list[list[int]]) -> list[list[int]]:
-        """The rows, each with EOS at its end where it is not there yet."""
+        """The rows with EOS appended to those that do not end with it, if the settings say so."""
         if not self.settings.add_eos or self.eos is None:
             return rows
         return [ids if ids and ids[-1] == self.eos else [*ids, self.eos] for ids in rows]

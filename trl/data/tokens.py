@@ -1,7 +1,7 @@
-"""From text to token ids, many rows in one call, with borders where a model meets them.
+"""Batched tokenisation with token borders between prompt and completion, as at generation time.
 
-At generation time a model reads ids(prompt) and continues them. So a prompt is tokenised alone, and what follows it is
-cut off from it even where one token would reach over the border ("is " + "blue" are not "is" and " blue").
+At generation time a model reads ids(prompt) and continues them. So prompt and completion are tokenised separately, even
+if a token of the joint text would cross the border ("is " + "blue" is not tokenised as "is" and " blue").
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _HEADERS_KEPT = 4096
 class TextEncoder:
     """Batched tokenisation by one tokenizer.
 
-    `concatenates`: ids(a) + ids(b) are tokens of a + b. It does not hold for tokenizers that put a space before every
-    text; those tokenise a continuation together with its prompt. `closing`: how many tokens are put after every text with
-    its special tokens, whatever EOS is now.
+    concatenates   whether ids(a) + ids(b) is a tokenisation of a + b. It is not for tokenizers that put a space before every
+                   text; these tokenise a continuation together with its prompt
+    closing        number of special tokens that the tokenizer puts after a text, whichever token is EOS now
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,7 +37,7 @@ class TextEncoder:
         self._header_ids: dict[str, list[int]] = {}
 
     def _closing(self) -> int:
-        """Special tokens behind a text: those that two texts with different ends have in common there."""
+        """Number of special tokens after a text, found by comparing two different texts with and without special tokens."""
         ends = [self.ids([letter], add_special_tokens=True)[0] for letter in ("a", "b")]
         plain = [self.ids([letter])[0] for letter in ("a", "b")]
         longest = min(map(len, ends)) - max(map(len, plain))
@@ -47,7 +47,7 @@ class TextEncoder:
         return 0
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-        """Token ids of each text. With special tokens, a text that begins with BOS itself has it once."""
+        """Token ids of each text. With special tokens, a text that already begins with BOS does not get a second one."""
         if self.tokenizer.is_fast:
             encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             rows = [encoding.ids for encoding in encodings]
@@ -57,7 +57,7 @@ class TextEncoder:
         return [ids[1:] if add_special_tokens and ids[:2] == twice else ids for ids in rows]
 
     def prompts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of texts that are continued: without the tokens that some tokenizers put after every text."""
+        """Token ids of texts to be continued: without the special tokens that some tokenizers put after every text."""
         rows = self.ids(texts, add_special_tokens=add_special_tokens)
         return [ids[: -self.closing] for ids in rows] if add_special_tokens and self.closing else rows
 
@@ -66,7 +66,7 @@ class TextEncoder:
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Token ids of the prompts, and of K columns of answers that continue them.
 
-        `add_special_tokens` concerns the beginning of the prompts.
+        `add_special_tokens` says whether prompts begin with special tokens.
         """
         prompt_ids = self.prompts(prompts, add_special_tokens=add_special_tokens)
         if self.concatenates:
@@ -76,7 +76,8 @@ class TextEncoder:
     def _tails(
         self, prompts: Sequence[str], prompt_ids: list[list[int]], answers: Sequence[str], add_special_tokens: bool
     ) -> list[list[int]]:
-        """What follows the prompt's tokens in those of prompt and answer; the answer's own where they differ."""
+        """The answers' tokens in the joint tokenisation of prompt and answer; where this does not begin with the prompt's tokens,
+        those of the answer alone."""
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         rows = zip(
             prompt_ids, self.prompts(texts, add_special_tokens=add_special_tokens), self.ids(answers), strict=True
@@ -84,9 +85,10 @@ class TextEncoder:
         return [whole[len(p) :] if whole[: len(p)] == p else alone for p, whole, alone in rows]
 
     def masked(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> tuple[list[list[int]], list[list[bool]]]:
-        """Token ids of each text, and which of them lie in its character spans [start, end).
+        """Token ids of each text, and a mask of the tokens within its character spans [start, end).
 
-        The ids are those of the whole text, but where they would not continue ids(text[:start]) the text is cut.
+        The ids are those of the whole text, unless their beginning would differ from ids(text[:start]) for a span: then the
+        pieces between the borders of spans are tokenised separately.
         """
         if not self.tokenizer.is_fast:
             cut = [self._cut(text, spans_) for text, spans_ in zip(texts, spans, strict=True)]
@@ -113,7 +115,7 @@ class TextEncoder:
         return backend
 
     def _continues(self, text: str, start: int, before: list[int]) -> bool:
-        """Whether the tokens before a border are those of the text before it alone, judged by the last of them."""
+        """True if the tokens before a border equal those of the text before it alone; only the last tokens are compared."""
         window = max(0, start - _HEADER_CHARS)
         for match in self._added.finditer(text, window, start):
             window = match.start()
@@ -126,7 +128,7 @@ class TextEncoder:
         return before[len(before) - len(expected) :] == expected
 
     def _cut(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-        """Ids and mask of a text that is tokenised piece by piece, cut at the borders of its spans."""
+        """Ids and mask of a text whose pieces between the borders of its spans are tokenised separately."""
         ids: list[int] = []
         mask: list[bool] = []
         edges = [0, *(edge for span in spans for edge in span), len(text)]

@@ -1,6 +1,6 @@
-"""Calls of tools as chat templates read them, whichever convention they are written in.
+"""Convert tool calls of various conventions to the form that chat templates read.
 
-{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}      what they become
+{"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}      the result
 arguments, a call or all calls as JSON text                                                decoded
 {"name": "weather", "arguments": {…}}                                                      put under "function"
 "parameters" or "args" in place of "arguments"                                             renamed
@@ -18,11 +18,11 @@ from trl.errors import DataError
 Call = Mapping[str, Any]
 
 ARGUMENTS = ("arguments", "parameters", "args", "kwargs", "input")
-"""Keys under which a call's arguments are written; the first is what templates read."""
+"""Keys under which the arguments of a call may be; templates read the first."""
 
 
 def tool_calls_of(value: Any, what: str) -> list[dict[str, Any]]:
-    """The calls that `what`, a key of a message, holds. Raises DataError for what is no call."""
+    """The tool calls in `value`, which is under the key `what` of a message. Raises DataError if it is not a call."""
     found = decoded(value, what)
     return [_call(decoded(call, what), what) for call in (found if isinstance(found, list) else [found])]
 
@@ -37,7 +37,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
             around |= {key: call[key] for key in ("id", "type") if key in call}
             function = {key: value for key, value in call.items() if key not in around}
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f'{what}: a call is JSON with a "name" and "arguments", found {str(call)[:60]!r}.')
+        raise DataError(f'{what}: a call has to be JSON with "name" and "arguments", found {str(call)[:60]!r}.')
     return {**around, "function": _with_arguments(function, what)}
 
 
@@ -53,7 +53,7 @@ def _with_arguments(function: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def words_of(call: Call) -> Iterator[str]:
-    """What a call says: the tool's name, and the texts and numbers of its arguments."""
+    """The name of the called tool, and the texts and numbers in its arguments."""
     function = call.get("function", call)
     yield str(function.get("name"))
     yield from _leaves(function.get(ARGUMENTS[0]))
@@ -70,7 +70,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def arguments_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with the arguments of tool calls as JSON text, for templates that write them as they are given."""
+    """The messages with the arguments of tool calls as JSON text, for templates that expect text."""
 
     def written(call: Call) -> Call:
         function = call["function"]
@@ -85,7 +85,7 @@ def arguments_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def tools_of(value: Any) -> list[Any] | None:
-    """The tools of a row: a list of schemas, or of OpenAI's older functions; all or each of them may be JSON text.
+    """The tools of a row: a list of schemas, or of OpenAI's older functions. The list or each tool may be JSON text.
 
     Raises DataError for anything else.
     """
@@ -94,7 +94,7 @@ def tools_of(value: Any) -> list[Any] | None:
     try:
         tools = decoded(value, "it")
     except DataError as error:
-        raise DataError(f"column 'tools': {value[:60]!r} is no JSON ({error.__cause__}).") from error
+        raise DataError(f"column 'tools': {value[:60]!r} is not JSON ({error.__cause__}).") from error
     if tools is None:
         return None
     if not isinstance(tools, list):
@@ -103,6 +103,6 @@ def tools_of(value: Any) -> list[Any] | None:
 
 
 def tool_names(tools: Sequence[Any]) -> list[str]:
-    """The names of tools that are given as schemas."""
+    """The names of tools given as schemas."""
     functions = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
     return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]

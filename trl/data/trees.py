@@ -1,6 +1,6 @@
-"""Encoded rows, cut to length.
+"""Encoded rows, and their truncation to maximum lengths.
 
-A row is a tree: one prompt and the K completions that hang from it, all of them token ids.
+A row is a tree of token ids: one prompt and its K completions.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 KEPT, IDENTICAL, UNSCORED, OVERLONG = 0, 1, 2, 3
-"""What became of a row: kept; dropped because its completions are equal; dropped with no token left to train on; dropped
-because what must not be cut of it, its images, is longer than it may be."""
+"""Status of a row: kept; dropped because its completions are equal; dropped because no token is left to train on; dropped
+because its images, which must not be cut, exceed the maximum length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A row on its way through encoding.
+    """A row during encoding.
 
-    `masks[k][t]` is True where token t of completion k is trained on; None trains on all. `signals[name][k][t]` is a
-    number per token.
+    `masks[k][t]` is True if token t of completion k is trained on; None: all tokens are. `signals[name][k][t]` is a number
+    per token.
     """
 
     prompt: list[int]
@@ -29,27 +29,27 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Tokens with the prompt counted once."""
+        """Number of tokens, with the prompt counted once."""
         return len(self.prompt) + sum(map(len, self.completions))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest completion."""
+        """Number of tokens of the longest completion."""
         return max(map(len, self.completions), default=0)
 
     @property
     def all_masks(self) -> list[list[bool]]:
-        """The masks, written out where all tokens are trained on."""
+        """The masks; all True if `masks` is None."""
         return [[True] * len(ids) for ids in self.completions] if self.masks is None else self.masks
 
     def trained(self, *, unpredicted: int) -> list[int]:
-        """Trained tokens of each completion. The first `unpredicted` tokens have nothing before them to predict them."""
+        """Number of trained tokens of each completion, without its first `unpredicted` tokens, which nothing predicts."""
         if self.masks is None:
             return [max(0, len(ids) - unpredicted) for ids in self.completions]
         return [sum(mask[unpredicted:]) for mask in self.masks]
 
     def sliced(self, prompt: slice, completions: Sequence[slice]) -> Tree:
-        """The tree with its prompt and each completion cut."""
+        """The tree with its prompt, and each completion with its mask and signals, reduced to slices."""
 
         def cut(lists: Sequence[list[Any]]) -> list[list[Any]]:
             return [values[part] for values, part in zip(lists, completions, strict=True)]
@@ -80,10 +80,7 @@ def keep_end(tree: Tree, max_length: int) -> Tree:
 
 
 def keep_whole(tree: Tree, whole: int, max_prompt_length: int | None, max_length: int | None) -> Tree | None:
-    """Cut completions alone, behind the first `whole` tokens of prompt and completion; None where that is not enough.
-
-    A prompt stays as it is.
-    """
+    """Cut the ends of completions, but neither the prompt nor the first `whole` tokens; None if that is not enough."""
     prompt = len(tree.prompt)
     if max_prompt_length is not None and prompt > max_prompt_length:
         return None
@@ -98,12 +95,12 @@ TRUNCATIONS = {"keep_start": keep_start, "keep_end": keep_end}
 
 
 def keep_prompt_end(tree: Tree, max_prompt_length: int) -> Tree:
-    """Cut the beginning of the prompt: its end is what the completions answer."""
+    """Cut the beginning of the prompt, and keep its end, which the completions answer."""
     return replace(tree, prompt=tree.prompt[max(0, len(tree.prompt) - max_prompt_length) :])
 
 
 def keep_sides(tree: Tree, max_prompt_length: int | None, max_length: int | None, mode: str) -> Tree:
-    """Cut what an encoder and a decoder read each on its own."""
+    """For encoder-decoders: cut prompt and completions to separate limits."""
     cut = (lambda n: slice(n)) if mode == "keep_start" else (lambda n: slice(-n, None))
     whole = slice(None)
     ends = slice(max_length) if max_length is not None else whole
@@ -111,27 +108,28 @@ def keep_sides(tree: Tree, max_prompt_length: int | None, max_length: int | None
 
 
 def with_token_signal(tree: Tree, name: str, values: Sequence[float]) -> Tree:
-    """The tree of one completion with a number for each trained token: zero for others, and for the last if one is missing.
+    """Add a signal with one number per trained token to a tree with one completion; other tokens get 0.
 
-    Raises ValueError, saying how many there should be, for another number of values.
+    If one number is missing, the last trained token gets 0. Raises ValueError, which says how many numbers are needed, for
+    any other number of values.
     """
     (mask,) = tree.all_masks
     trained = sum(mask)
     if len(values) not in (trained, trained - 1):
         raise ValueError(
-            f"{len(values)} numbers for {trained} tokens that are trained on, the last of which ends the text"
+            f"{len(values)} numbers for {trained} trained tokens: give one for each (that of the last, EOS, may be missing)"
         )
     each = iter([*map(float, values), 0.0])
     return replace(tree, signals={**tree.signals, name: [[next(each) if trains else 0.0 for trains in mask]]})
 
 
 def shared_length(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Length of the common beginning, one short of a side that is a beginning of the other."""
+    """Length of the common beginning, limited such that each side has at least one element left after it."""
     last = max(0, min(len(chosen), len(rejected)) - 1)
     return next((i for i in range(last) if chosen[i] != rejected[i]), last)
 
 
 def fork(chosen: list[int], rejected: list[int]) -> Tree:
-    """Two sequences as a tree: their common beginning is the prompt, one short of the shorter sequence at most."""
+    """Two sequences as a tree: the prompt is their common beginning, limited such that each completion has a token."""
     shared = shared_length(chosen, rejected)
     return Tree(chosen[:shared], [chosen[shared:], rejected[shared:]])

@@ -1,12 +1,12 @@
-"""Which characters of a rendered conversation the assistant wrote, where the template does not mark them.
+"""Find the assistant's turns in a rendered conversation whose template does not mark them.
 
-A template renders messages m₁ … m_n as a text R(m₁…m_n); R⁺ adds the generation prompt. Turn i is what stands in the whole
-text between R⁺(m₁…m_{i−1}) and R(m₁…m_i).
+A template renders messages m₁ … m_n as a text R(m₁…m_n); R⁺ adds the generation prompt. Turn i is the part of the whole
+text R(m₁…m_n) between R⁺(m₁…m_{i−1}) and R(m₁…m_i).
 
-Often these are beginnings of the whole text. They are not where a template rewrites turns that are past: it drops their
-reasoning, closes the last turn by a token of its own, or shows the system prompt with the last question. Then the two are
-laid over each other at the message before the border: appending a mark to its content shows where that content ends in
-each of them, and from there on both say the same up to the border.
+Usually both of these are prefixes of the whole text. They are not if the template rewrites earlier turns: it drops their
+reasoning, ends only the last turn with a certain token, or shows the system prompt with the last question. Then the partial
+and the whole rendering are aligned at the message before the border: a mark appended to its content shows where that content
+ends in both, and from there on both are equal up to the border.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ Messages = Sequence[Message]
 Span = tuple[int, int]
 
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
-"""What templates raise about messages, by themselves or in what they compute."""
+"""Errors that rendering may raise, by the template itself or by Python operations in it."""
 
 MARK = "≠"
-"""What is added to a content to see where the rendering shows it."""
+"""Text inserted into a content, to see where it is in the rendering."""
 
 
 @dataclass(frozen=True)
 class Borders:
-    """The tokens between the turns of a template: those that end one, and those of headers, and the header of an answer.
+    """The tokens between the turns of a template.
 
-    EOS ends a turn.
+    enders    tokens that end a turn; EOS is one of them
+    openers   tokens in the headers of turns
+    header    the header of an answer, which is the generation prompt
     """
 
     enders: tuple[str, ...]
@@ -43,7 +45,7 @@ class Borders:
 
     @classmethod
     def of(cls, render: Callable[..., str], tokens: Sequence[str], eos: str) -> Borders:
-        """The borders that a conversation of two questions and answers shows; `tokens` are all that may stand there."""
+        """The borders, found by rendering a conversation of two questions and answers; `tokens` are the candidates."""
         marks = [f"{MARK}{i}{MARK}" for i in range(4)]
         chat = [
             {"role": ("user", "assistant")[i % 2], "content": mark, "reasoning_content": ""}
@@ -59,14 +61,14 @@ class Borders:
         return cls(enders, tuple(t for t in tokens if t in headers and t not in enders), header)
 
     def stopped(self, text: str, start: int, end: int) -> int:
-        """The end of the span, after a token that ends turns and follows it where nothing closes the span yet."""
+        """The end of the span, moved behind a following token that ends turns, unless the span already ends with one."""
         if text[start:end].rstrip().endswith(self.enders):
             return end
         return end + len(next((t for t in self.enders if text.startswith(t, end)), ""))
 
 
 def _gaps(render: Callable[..., str], chat: Messages, marks: Sequence[str]) -> list[str]:
-    """What stands before the first content, after questions, after an answer, and after the last answer."""
+    """The rendered text before the first content, after a question, after an answer, and after the last message."""
     for last in (4, 2, 1):
         for first in (0, 1):
             try:
@@ -87,31 +89,31 @@ def _generation_prompt(render: Callable[..., str], chat: Messages) -> str:
     except TEMPLATE_ERRORS:
         return ""
     if not opened.startswith(bare):
-        opened, bare = opened.lstrip(), bare.strip()  # blank space after the last turn alone
+        opened, bare = opened.lstrip(), bare.strip()  # there may be blank space after a last turn only
         return opened.removeprefix(bare).lstrip() if opened.startswith(bare) else ""
     return opened.removeprefix(bare)
 
 
 def _leading(text: str, tokens: Sequence[str]) -> Iterator[str]:
-    """The tokens with which a text begins, one after the other."""
+    """The tokens at the beginning of a text, one after the other."""
     while token := _first(text, tokens):
         yield token
         text = text.lstrip().removeprefix(token)
 
 
 def _first(text: str, tokens: Sequence[str]) -> str | None:
-    """The token with which a text begins, after blank space; the longest of several."""
+    """The token with which a text begins after blank space (the longest, if several match), or None."""
     text = text.lstrip()
     return max((t for t in tokens if t and text.startswith(t)), key=len, default=None)
 
 
 @dataclass(frozen=True)
 class TurnFinder:
-    """The turns of the assistant in a conversation.
+    """Finds the assistant's turns in a conversation.
 
-    render   from messages, and `add_generation_prompt`, to text
-    tokens   added tokens of the tokenizer: only these close turns
-    borders  which of them end a turn, and which stand in headers
+    render   renders messages to text, optionally with `add_generation_prompt`
+    tokens   added tokens of the tokenizer; only these can end a turn
+    borders  which of them end turns, and which are in headers
     """
 
     messages: Messages
@@ -140,11 +142,11 @@ class TurnFinder:
     # ---- borders ----
 
     def start(self, before: Messages) -> Span | None:
-        """Where the answer to the first messages `before` begins, after what the template writes of its header: in their
-        rendering with the generation prompt, and in the text.
+        """Where the answer to the first messages `before` begins, after its header: as a place in their rendering with the
+        generation prompt, and as a place in the whole text.
 
-        A generation prompt that says more than the header of this turn (an opened block of reasoning, say) counts up to
-        the last line end or token that both share.
+        If the generation prompt has more than the header of this turn (the beginning of a reasoning block, say), the answer
+        begins after the last line end or token that both have in common.
         """
         if not before and (first := self._first_start()) is not None:
             return first
@@ -169,9 +171,10 @@ class TurnFinder:
         return self._after_header(prompt, here + len(footer), there + len(footer))
 
     def _first_start(self) -> Span | None:
-        """Where an answer begins that nothing is before: behind the last header before what it says.
+        """Where an answer that is the first message begins: after the last header before its content.
 
-        Many templates look at the first message, or write a header after one alone, and cannot be asked without any.
+        Many templates cannot render an empty list of messages, since they look at the first one, or write a header only after
+        a message.
         """
         message, header = self.messages[0], self.borders.header
         content = message.get("content")
@@ -182,9 +185,9 @@ class TurnFinder:
         return None if at < 0 else (at + len(header), at + len(header))
 
     def _after_header(self, prompt: str, here: int, there: int) -> Span | None:
-        """The last line end or token up to which the prompt and the text say the same, from these places on.
+        """The last line end or token up to which the prompt and the text are equal, from the places `here` and `there` on.
 
-        Blank space there may differ: some templates write it after turns alone that another follows.
+        Leading blank space may differ, since some templates write it only between turns.
         """
         here, there = _after_blank(prompt, here), _after_blank(self.text, there)
         shared = _shared_length(prompt[here:], self.text[there:])
@@ -192,7 +195,7 @@ class TurnFinder:
         return next(((here + i, there + i) for i in ends), None)
 
     def _end(self, upto: Messages) -> int | None:
-        """Where the last of the messages `upto` ends."""
+        """Where the last of the messages `upto` ends in the text."""
         rendered = self.render(upto)
         end = self._shared_end(rendered, 0)
         if end is None and (place := self._anchor(upto, rendered)) is not None:
@@ -200,10 +203,10 @@ class TurnFinder:
         return end
 
     def _shared_end(self, rendered: str, at: int) -> int | None:
-        """Where in the text from `at` on the rendering of a last turn ends.
+        """Where `rendered`, whose last turn is the turn in question, ends in the text from `at` on; None if it is not there.
 
-        Some templates close the last turn otherwise than earlier ones, or the whole by a token of its own: what their
-        rendering is closed by need not be in the text, but another token that ends turns may stand there instead.
+        Some templates end the last turn, or the whole conversation, with a token of its own. Then the text does not have the
+        tokens at the end of `rendered`, but may have another token there that ends turns.
         """
         kept = rendered
         while not self.text.startswith(kept, at):
@@ -216,17 +219,19 @@ class TurnFinder:
         return end if kept == rendered else self.borders.stopped(self.text, at, end)
 
     def _closed(self, start: int, end: int) -> Span:
-        """The span up to the token that ends the turn, without the blank space that templates write after it."""
+        """The span with the token that ends the turn, but without the blank space and the next header after it."""
         end = self.borders.stopped(self.text, start, end)
         while opener := next((o for o in self.borders.openers if self.text[start:end].rstrip().endswith(o)), None):
-            end = start + len(self.text[start:end].rstrip().removesuffix(opener))  # of the next turn's header
+            end = start + len(
+                self.text[start:end].rstrip().removesuffix(opener)
+            )  # it belongs to the next turn's header
         trimmed = start + len(self.text[start:end].rstrip())
         return (start, trimmed) if self.text[start:trimmed].endswith(self.tokens) else (start, end)
 
-    # ---- laying renderings over each other ----
+    # ---- aligning renderings ----
 
     def _anchor(self, before: Messages, rendered: str, **options: Any) -> Span | None:
-        """Where the last of the messages `before` has been said: in their rendering, and in the text."""
+        """Where the content of the last of the messages `before` ends: in their rendering, and in the whole text."""
         changes = _changed(before[-1]) if before else ()
         after = self.messages[len(before) :]
         for changed in changes:
@@ -245,7 +250,7 @@ def _after_blank(text: str, at: int) -> int:
 
 
 def _changed(message: Message) -> Iterator[dict[str, Any]]:
-    """The message with the mark at the end of what it says: of its content, else of the name of the tool it calls."""
+    """The message with the mark at the end of its content, then with the mark after the name of the tool that it calls."""
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
         yield {**message, "content": [*content, {"type": "text", "text": MARK}]}
@@ -257,7 +262,7 @@ def _changed(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _inserted(text: str, changed: str) -> int | None:
-    """Where the mark stands in a text that is otherwise the same; None where more is different."""
+    """Where the mark was inserted into the text to give `changed`; None if they differ in anything else."""
     at = _shared_length(text, changed)
     blank, mark, rest = changed[at:].partition(MARK)
     return at if mark and not blank.strip() and rest == text[at:] else None
