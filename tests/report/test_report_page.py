@@ -120,7 +120,7 @@ def test_a_model_card_alone_makes_a_page(tmp_path):
 
 def test_a_folder_that_holds_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(DataError, match=r"holds no run: .* Found: notes\.txt\."):
+    with pytest.raises(DataError, match=r"is not the output_dir of a run: .* Found: notes\.txt\."):
         read_run(tmp_path)
     with pytest.raises(DataError, match="There is no folder .*: give the output_dir of a run"):
         read_run(tmp_path / "no")
@@ -182,7 +182,7 @@ def test_what_a_model_wrote_cannot_act_on_the_page(tmp_path):
 def test_not_a_number_is_told(tmp_path):
     write(tmp_path / "run.json", {"log_history": log(1.0, float("nan"), float("inf"), 0.5)})
     text = page_of(tmp_path).text
-    assert "Logged, but infinite or not a number, and so not drawn: loss (2)." in text
+    assert "Values that are infinite or not a number, which are not drawn: loss (2)." in text
     assert "loss 0.5 from 1" in text
 
 

@@ -377,7 +377,7 @@ def test_reports_show_what_is_whole(tmp_path, file, content):
     page = write_report(tmp_path).read_text()
     assert "loss" in page
     if content in ("null", "{", "[" * 100_000):
-        assert f"Damaged, and left out where it could not be read: {file}" in page
+        assert f"Damaged files, whose unreadable parts are left out: {file}" in page
 
 
 def test_a_page_is_not_replaced_by_an_empty_one(tmp_path):
@@ -385,7 +385,7 @@ def test_a_page_is_not_replaced_by_an_empty_one(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     before = write_report(tmp_path).read_text()
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(DataError, match="is there from before: it stays.*Damaged: run.json"):
+    with pytest.raises(DataError, match="is not replaced.*Damaged: run.json"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == before
 

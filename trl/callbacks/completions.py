@@ -1,6 +1,6 @@
-"""What is logged of a rollout batch: its numbers, and its completions.
+"""Logging of rollout batches: metrics and completions.
 
-Completions are a table in the terminal, a parquet file per log, and a table in trackers that have them.
+Completions are written as a table to the terminal, as a parquet file for each log, and as a table to trackers that support it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TRACKERS_WITH_TABLES = ("wandb", "trackio")
 def rollout_metrics(
     groups: Sequence[Group], experience: Experience, names: Sequence[str], everywhere: Tensor
 ) -> Metrics:
-    """Numbers of a rollout batch, `[N]` each.
+    """Metrics of a rollout batch, `[N]` each.
 
-    names        those of the reward functions
-    everywhere   `[M,1+F]` rewards, combined and of every function, of all processes: standard deviations are theirs
+    names        names of the reward functions
+    everywhere   `[M,1+F]` rewards of all processes, combined and of each function; standard deviations are taken over these
     """
     lengths = torch.tensor([float(len(c)) for group in groups for c in group.example.completions])
     finished = torch.cat([group.finished for group in groups])
@@ -62,13 +62,13 @@ def rollout_metrics(
 
 
 def spread(columns: Tensor) -> Tensor:
-    """`[K]` standard deviations of `[M,K]`, NaN left out."""
+    """Standard deviations `[K]` of the columns `[M,K]`, without NaN."""
     whole = torch.zeros(len(columns), dtype=torch.long)
     return torch.stack([group_std(column, whole)[0] for column in columns.unbind(1)])
 
 
 class LoggedMetrics:
-    """Means of numbers that reward functions log by name. Processes may log different names."""
+    """Sums and counts of the numbers that reward functions log by name. Processes may log different names."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, int]] = {}
@@ -78,7 +78,7 @@ class LoggedMetrics:
         self.sums[name] = (total + float(value), known + count)
 
     def take(self) -> dict[str, tuple[float, int]]:
-        """Sum and count by name since the last time."""
+        """Return and reset sums and counts by name."""
         sums, self.sums = self.sums, {}
         return sums
 
@@ -90,7 +90,7 @@ class LoggedMetrics:
 
 
 def means_of(logged: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """Means by name of what several processes have logged."""
+    """Means by name, from the sums and counts of several processes."""
     together = LoggedMetrics()
     for sums in logged:
         for name, (total, count) in sums.items():
@@ -99,7 +99,7 @@ def means_of(logged: Iterable[Mapping[str, tuple[float, int]]]) -> dict[str, flo
 
 
 def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each completion of a rollout batch."""
+    """One row per completion of a rollout batch, for `CompletionLog`."""
     found = experience.signals.get("advantages", experience.rewards)
     advantages = iter((found if found.dim() == 1 else found.mean(-1)).tolist())
     return [
@@ -116,7 +116,7 @@ def log_rows(groups: Sequence[Group], experience: Experience, names: Sequence[st
 
 
 class CompletionLog:
-    """Rows `{"prompt", "completion", <reward functions>, "advantage"}` since the last log."""
+    """Collects rows `{"prompt", "completion", <reward functions>, "advantage"}` between two logs."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -131,7 +131,7 @@ class CompletionLog:
         self.rows = json.loads(state["rows"])
 
     def take(self) -> list[dict[str, Any]]:
-        """The rows, which are forgotten."""
+        """Return the rows, and start again without any."""
         rows, self.rows = self.rows, []
         return rows
 
@@ -139,7 +139,7 @@ class CompletionLog:
 def write_completions(
     rows: Sequence[Mapping[str, Any]], folder: Path, step: int, *, show: int | None = None, trackers: Sequence[str] = ()
 ) -> None:
-    """Print `show` rows (None: all), and write all to `folder` and to those of `trackers` that have tables."""
+    """Print `show` rows (None: all), and write all rows to `folder` and to those of `trackers` that support tables."""
     if not rows:
         return
     columns = list({name: None for row in rows for name in row})
@@ -157,7 +157,7 @@ def write_completions(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows with the same names as a table; a column of mixed types, or of what Arrow has no type for, as text."""
+    """Rows with equal keys as an Arrow table; columns of mixed types, or of types that Arrow does not have, become text."""
     return pa.table({name: _arrow([row[name] for row in rows]) for name in rows[0]})
 
 

@@ -1,4 +1,7 @@
-"""The model card: what was trained, how, what came of it, and how it is used. Made to be published: no path of this machine is in it."""
+"""The model card: what was trained, how, with which results, and how to use it.
+
+It is made to be published, and so contains no local paths.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ PAPERS = {
     "DiffusionDPO": ("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908"),
     "AlignProp": ("Aligning Text-to-Image Diffusion Models with Reward Backpropagation", "2310.03739"),
 }
-"""Method → title and arXiv number of the paper that it is from."""
+"""Method → title and arXiv number of its paper."""
 
 TASKS = {"reward": "text-classification", "pictures": "text-to-image"}
-"""Kind of model → what the hub calls its task, where that is not to write text."""
+"""Kind of model → its pipeline tag on the hub; that of other kinds is text-generation."""
 
 SHOWN = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
-"""Options that are told even where they are at their defaults."""
+"""Options that are listed even if they have their default values."""
 
 _METRICS = re.compile(r"^(eval_)?(loss|reward|accuracy|mean_token_accuracy|kl|rewards/(accuracies|margins))$")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -50,12 +53,12 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 @dataclass(frozen=True)
 class Trained:
-    """What the card tells of a model.
+    """The facts about a trained model for its card.
 
-    base         name of the model that was trained; None: it was made from a configuration
+    base         name of the base model; None if the model was made from a configuration
     kind         "causal", "encoder-decoder", "reward" or "pictures"
-    is_adapter   an adapter on the base, and not a whole model
-    is_chat      its tokenizer has a chat template
+    is_adapter   whether it is an adapter on the base model, not a whole model
+    is_chat      whether its tokenizer has a chat template
     """
 
     base: str | None
@@ -65,15 +68,15 @@ class Trained:
 
     @property
     def library(self) -> str:
-        """What loads the model."""
+        """The library that loads the model."""
         return "diffusers" if self.kind == "pictures" else "peft" if self.is_adapter else "transformers"
 
 
 class WritesModelCard(Trainer):
-    """A trainer that writes a model card beside its checkpoints, and when it is asked to."""
+    """A trainer that writes a model card to its output folder, with each checkpoint and by `create_model_card`."""
 
     def describe_model(self) -> tuple[Trained, Sequence[Any]]:
-        """The model, and what became of the rows of each dataset, in words."""
+        """The facts about the model, and a report on the rows of each dataset."""
         raise NotImplementedError
 
     def create_model_card(
@@ -87,7 +90,7 @@ class WritesModelCard(Trainer):
         self._write_card(self.args, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _write_card(self, args: TrainingArguments, **named: Any) -> None:
-        """Into the output folder of `args`; a run goes on where that fails."""
+        """Write the card to the output folder of `args`; a failure does not stop the run."""
         if self.is_world_process_zero():
             options = args.to_dict()
             with not_fatal("The model card"):
@@ -121,10 +124,10 @@ def write_model_card(
 ) -> None:
     """Write README.md to the output folder.
 
-    trainer   the name of the trainer's class
-    data      what became of the rows of each dataset, in words
-    options   those that differ from their defaults
-    log       what the run logged; its last metrics are told
+    trainer   name of the trainer's class
+    data      a report on the rows of each dataset
+    options   options that differ from their defaults
+    log       log of the run; the last values of its main metrics are listed
     """
     method = trainer.removesuffix("Trainer")
     base = hub_id(model.base)
@@ -155,7 +158,7 @@ def write_model_card(
 def _front(
     method: str, model: Trained, base: str | None, dataset_name: str | None, tags: Sequence[str] | str | None
 ) -> dict[str, Any]:
-    """What the hub reads of a card."""
+    """The metadata at the top of a card, which the hub reads."""
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     front: dict[str, Any] = {"library_name": model.library}
     front |= {"base_model": base} if base else {}
@@ -166,12 +169,12 @@ def _front(
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name, if it is one that others can use: a folder of this machine is none."""
+    """The name if it is a hub id; None for a local folder."""
     return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def license_of(base: str | None) -> str | None:
-    """The licence that the base model's card names, where that is at hand."""
+    """The licence in the base model's card, if the card is in a local folder or in the hub's cache; else None."""
     if base is None:
         return None
     card = Path(base) / "README.md"
@@ -184,7 +187,7 @@ def license_of(base: str | None) -> str | None:
 
 
 def published(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without those that hold a place on this machine, or a secret."""
+    """The options without local paths and secrets."""
     return {
         name: value
         for name, value in options.items()
@@ -194,7 +197,7 @@ def published(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_metrics(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the leading metrics were when they were last logged."""
+    """The last logged values of the main metrics."""
     rows = {name: row[name] for row in log for name in row if _METRICS.match(name)}
     return {name: f"{value:.4g}" for name, value in rows.items()}
 
@@ -212,7 +215,7 @@ def _paper(method: str) -> str:
 
 
 def _usage(name: str, model: Trained, base: str | None) -> str:
-    """A program that loads the model by the name that it has on the hub, or its folder's, and uses it."""
+    """Example code that loads the model by its hub name or folder, and uses it."""
     if model.kind == "reward":
         return (
             "```python\nfrom trl.rewards.model import RewardModel\n\n"

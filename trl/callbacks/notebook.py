@@ -1,4 +1,4 @@
-"""The table of a run in a notebook: beside the loss, what matters for the method (reward, KL, accuracy, …).
+"""The progress table of a run in a notebook: the loss, and the main metrics of the method (reward, KL, accuracy, …).
 
 This module needs IPython, which notebooks have.
 """
@@ -15,13 +15,13 @@ from trl.callbacks.progress import SHOWN, shown_metrics
 
 
 def show_table(trainer: Trainer) -> None:
-    """Have this table in place of the one that has the loss alone, where that one would be shown."""
+    """Replace the table of `transformers`, which has only the loss, by this one, if it would be shown."""
     if trainer.pop_callback(NotebookProgressCallback) is not None:
         trainer.add_callback(TableCallback)
 
 
 class TableCallback(NotebookProgressCallback):
-    """A row for every log, with the evaluation's columns in the row of its step; by epochs, a row for each."""
+    """Writes a row for every log, with the metrics of an evaluation in the row of its step; or a row for every epoch."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
         metrics = shown_metrics(logs or {})
@@ -39,7 +39,7 @@ class TableCallback(NotebookProgressCallback):
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The losses of an evaluation, and those of `SHOWN`, so named that the table tells them from the ones of training."""
+    """The losses and `SHOWN` metrics of an evaluation, under names that differ from those of training."""
     named: dict[str, float] = {}
     for name, value in metrics.items():
         metric = name.removeprefix("eval_")

@@ -1,6 +1,6 @@
-"""Pictures of the same prompts from the same noise: before training, while it runs, and after, for the report.
+"""Save images of the same prompts from the same noise before, during and after training, for the report.
 
-pictures/000010-3.png            picture 3 at step 10
+pictures/000010-3.png            image 3 at step 10
 pictures.jsonl                   its prompt, step, file and reward
 """
 
@@ -22,7 +22,7 @@ FOLDER, FILE = "pictures", "pictures.jsonl"
 
 
 class DrawsPictures(Protocol):
-    """What the callback needs of a trainer."""
+    """The attributes of a trainer that the callback needs."""
 
     picture: Callable[[Sequence[Row]], tuple[Tensor, Tensor]]
     args: Any
@@ -30,7 +30,7 @@ class DrawsPictures(Protocol):
 
 
 class PictureLog(TrainerCallback):
-    """Writes pictures of `rows` at the beginning, every `args.picture_steps` steps, and at the end."""
+    """Saves images of the prompts in `rows` at the beginning, every `args.picture_steps` steps, and at the end."""
 
     def __init__(self, trainer: DrawsPictures, rows: Sequence[Row]) -> None:
         self.trainer, self.rows = trainer, rows
@@ -47,7 +47,7 @@ class PictureLog(TrainerCallback):
         self.draw(state)
 
     def draw(self, state: TrainerState) -> None:
-        """Sample and write, once for a step. One process does; the others wait for it at the next step."""
+        """Sample and save images, once per step. Only the main process does; the others wait for it at the next step."""
         if self.last == state.global_step or not state.is_world_process_zero:
             return
         self.last = state.global_step
@@ -57,10 +57,10 @@ class PictureLog(TrainerCallback):
 
 
 def write_pictures(run: Path, step: int, prompts: Sequence[str], images: Tensor, rewards: Tensor) -> None:
-    """Pictures `[N,3,H,W]` as files, and a row for each; rewards `[N]` are NaN where none are known."""
+    """Save images `[N,3,H,W]` as files with a row for each; rewards `[N]` are NaN if unknown."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
     known = (run / FILE).read_text(encoding="utf-8").splitlines() if (run / FILE).is_file() else []
-    rows = [row for row in map(json.loads, known) if row["step"] < step]  # a run that was resumed writes its steps anew
+    rows = [row for row in map(json.loads, known) if row["step"] < step]  # a resumed run repeats steps
     for i, (picture, prompt, reward) in enumerate(zip(to_pil(images), prompts, rewards.tolist(), strict=True)):
         name = f"{FOLDER}/{step:06d}-{i}.png"
         picture.save(run / name)

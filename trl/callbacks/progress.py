@@ -1,10 +1,10 @@
-"""Progress in a terminal: a bar for training and one for evaluation, below each what was measured last.
+"""Progress bars in a terminal, one for training and one for evaluation, each with the latest metrics below it.
 
     training   ━━━━━━━━━━━━╺━━━━━━━━━━━  67/135 0:00:11
                loss 1.118 · token accuracy 0.625 · 5,552 tokens/s
 
-What others write meanwhile keeps its place: whole lines stand above the bars, and a line that is written again and again
-(a bar of another library) below them. Where nothing can be drawn, there is a line for every log.
+Output of other code is kept: complete lines are printed above the bars, and an unfinished line that is rewritten (a progress
+bar of another library) is shown below them. If bars cannot be drawn, each log is printed as a line.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ SHOWN = {
     "mean_token_accuracy": "token accuracy",
     "kl": "KL",
 }
-"""Metrics that are shown beside the speed, and what they are called."""
+"""Metrics that are shown with the speed → their labels."""
 
 INDENT = 11
 UNDISTURBED = {"redirect_stdout": False, "redirect_stderr": False}
-"""Options of rich: the streams are redirected here."""
+"""Options for rich, which must not redirect the streams, since `drawn` does."""
 
 
 def draws(console: Console) -> bool:
-    """Whether a terminal can draw a line again and again."""
+    """True if the console is a terminal that can redraw lines."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
 def bars_of(trainer: Trainer, console: Console | None = None) -> Iterator[None]:
-    """Bars while `trainer` trains, in place of what it would print; they are left as they stand, whatever ends it."""
+    """Within it, `trainer` shows these bars instead of its own output; at the end, or on an error, they stop and stay visible."""
     bars = RichProgressCallback(console)
     for other in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other)
@@ -59,7 +59,7 @@ def bars_of(trainer: Trainer, console: Console | None = None) -> Iterator[None]:
 
 
 class RichProgressCallback(TrainerCallback):
-    """A bar for training and one for evaluation; see the top of the file."""
+    """A trainer callback with a bar for training and one for evaluation; see the top of the file."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout)
@@ -68,7 +68,7 @@ class RichProgressCallback(TrainerCallback):
         self._drawn = ExitStack()
 
     def close(self) -> None:
-        """Draw no more."""
+        """Stop drawing."""
         self._drawn.close()
         self.training = self.evaluation = None
 
@@ -111,7 +111,7 @@ class RichProgressCallback(TrainerCallback):
 
 
 class Bars(Progress):
-    """The bars, metrics below each, and last the unfinished line that something else writes."""
+    """The bars with metrics below each, and at the end the unfinished line of other code."""
 
     def __init__(self, console: Console) -> None:
         self.unfinished = ""
@@ -129,7 +129,7 @@ class Bars(Progress):
 
     @contextmanager
     def gone(self) -> Iterator[None]:
-        """Nothing is drawn for the moment, and then below what was written. After an error, nothing is drawn any more."""
+        """Within it, the bars are erased; afterwards they are drawn below the output. After an error they stay erased."""
         self.live.transient = True
         self.stop()
         yield
@@ -139,15 +139,15 @@ class Bars(Progress):
 
 @contextmanager
 def drawn(bars: Bars) -> Iterator[None]:
-    """The bars, with everything that is written meanwhile beside them."""
-    bars.console.file = bars.console.file  # else it follows sys.stdout, which leads back to it from here on
+    """Within it, the bars are drawn, and everything written to stdout and stderr is shown above or below them."""
+    bars.console.file = bars.console.file  # fix the file: else the console would write to the redirected sys.stdout
     errors = _Aside(sys.stderr, bars) if sys.stderr.isatty() else sys.stderr
     with bars, redirect_stdout(_Aside(sys.stdout, bars)), redirect_stderr(errors), _messages_above(bars):
         yield
 
 
 class _Aside:
-    """A stream whose lines are printed above the bars. It is no proxy that `rich` knows, and would write past."""
+    """A stream whose lines are printed above the bars. It is not the proxy of `rich`, which rich itself would bypass."""
 
     def __init__(self, file: TextIO, bars: Bars) -> None:
         self.file, self.bars = file, bars
@@ -166,12 +166,12 @@ class _Aside:
 
 
 def _seen(line: str) -> str:
-    """What is seen of a line that was written over."""
+    """The visible part of a line with carriage returns."""
     return line.rstrip("\r").rpartition("\r")[2].rstrip()
 
 
 def _messages_above(bars: Bars) -> AbstractContextManager[None]:
-    """Have the bars gone while a signal is handled, whose handler writes past all streams."""
+    """Within it, the bars are erased while a signal is handled, since its handler writes to the terminal directly."""
 
     def around(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
@@ -185,7 +185,7 @@ def _messages_above(bars: Bars) -> AbstractContextManager[None]:
 
 
 def describe(logs: Mapping[str, float]) -> str:
-    """`loss 1.234 · token accuracy 0.610 · 8,420 tokens/s`, of the metrics that matter most."""
+    """The main metrics as text, such as `loss 1.234 · token accuracy 0.610 · 8,420 tokens/s`."""
     parts = [f"{label} {_number(value)}" for label, value in shown_metrics(logs).items()]
     if parts and "tokens_per_second" in logs:
         parts.append(f"{float(logs['tokens_per_second']):,.0f} tokens/s")
@@ -193,7 +193,7 @@ def describe(logs: Mapping[str, float]) -> str:
 
 
 def shown_metrics(logs: Mapping[str, float]) -> dict[str, float]:
-    """Those of `SHOWN`, by what they are called."""
+    """The metrics in `SHOWN`, by label."""
     return {label: float(logs[name]) for name, label in SHOWN.items() if name in logs}
 
 

@@ -1,4 +1,4 @@
-"""At the end of a run: what it logged and how it was set, as `run.json`, and its page, `report.html`."""
+"""Write the log and options of a run as `run.json`, and at its end the report page `report.html`."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ version_of = cache(importlib.metadata.version)
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers")
 
 LIVE = 2.0
-"""Seconds between two times that the log is written while a run goes on, at least."""
+"""Least seconds between two writes of the log during a run."""
 
 SHARE = 0.01
-"""Of a run's time that writing its log may take: a long log is written less often."""
+"""Largest share of a run's time for writing its log: a long log is written less often."""
 
 DERIVED = {"accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "output_dir"}
-"""Options that the configuration fills in by itself, and the one that the page's title tells."""
+"""Options that the configuration sets by itself, and `output_dir`, which the page's title shows."""
 
 
 class ReportCallback(TrainerCallback):
-    """Writes `run.json` to the output folder while a run goes on, and at the end the page too.
+    """Writes `run.json` to the output folder during a run, and at the end the page as well.
 
-    An evaluation after the end is added to both. A run that resumes keeps its start, and the time that it took before.
+    An evaluation after the end is added to both. A resumed run keeps its start time, and adds to the time it took before.
 
-    data    lines about the dataset to put on the page
-    rows    gives some rows as the model sees them, `{"prompt", "completions"}`, to put there too
+    data    lines about the dataset, for the page
+    rows    function that returns some rows as the model is trained on them, `{"prompt", "completions"}`, for the page
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class ReportCallback(TrainerCallback):
             self.rows = self._rows()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
-        """From the first log on, and then no more often than a disk minds; a loop of steps by hand has no end that is known."""
+        """Write `run.json`, but not too often (`LIVE`, `SHARE`). Outside `train()` write it always, as no end of the run is
+        known."""
         if not self.trains or (not self.ended and time.monotonic() > self.due):
             self._write(args, state, model, page=False)
 
@@ -88,7 +89,7 @@ class ReportCallback(TrainerCallback):
             self._write(args, state, model, page=True)
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: Any, *, page: bool) -> None:
-        """Whatever goes wrong with the report must not cost the run: its model may be saved after this."""
+        """Write `run.json`, and the page if `page`. Errors do not stop the run, whose model may be saved after this."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
@@ -99,10 +100,10 @@ class ReportCallback(TrainerCallback):
             write(json.dumps(self.record(state), indent=1, default=str), folder / RUN_FILE)
             self.due = time.monotonic() + max(LIVE, (time.monotonic() - start) / SHARE)
             if page:
-                logger.info(f"The report is in {write_report(folder)}.")
+                logger.info(f"The report was written to {write_report(folder)}.")
 
     def record(self, state: TrainerState) -> dict[str, Any]:
-        """What `run.json` holds."""
+        """The content of `run.json`."""
         return {
             **(self.settings or {}),
             "step": state.global_step,
@@ -115,7 +116,7 @@ class ReportCallback(TrainerCallback):
         }
 
     def describe(self, args: TrainingArguments, model: Any) -> dict[str, Any]:
-        """The part of `run.json` that stays while a run goes on."""
+        """The part of `run.json` that does not change during a run."""
         return {
             "method": type(args).__name__.removesuffix("Config"),
             "model": {} if model is None else _describe(model),
@@ -126,7 +127,7 @@ class ReportCallback(TrainerCallback):
         }
 
     def again(self, args: TrainingArguments, model: Any) -> dict[str, str]:
-        """What makes the run again: the command, if it was one, and a configuration that `trl METHOD --config` takes."""
+        """How to repeat the run: the `trl` command, if it was one, and a configuration file for `trl METHOD --config`."""
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         every = args.to_dict()
         options = {option: every[option] for option in changed_options(args)}
@@ -143,14 +144,14 @@ def _now() -> str:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as YAML can hold them; what is not set is left out."""
+    """The options as plain values for YAML, without those that are not set."""
     return {
         name: json.loads(json.dumps(value, default=str)) for name, value in options.items() if value not in (None, "")
     }
 
 
 def changed_options(args: TrainingArguments) -> list[str]:
-    """Names of options that differ from their defaults; where a default is found out at run time, it does not count."""
+    """Names of options that differ from their defaults, without those whose default (None) is replaced at run time."""
     changed = []
     for field in dataclasses.fields(args):
         if field.name in DERIVED:
@@ -166,7 +167,7 @@ def changed_options(args: TrainingArguments) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The library, those it stands on, and the machine."""
+    """Versions of the library and its dependencies, and the Python, system and device of this machine."""
     machine = {"python": platform.python_version(), "system": platform.platform(), "device": _device()}
     return {"trl": __version__, **{name: version_of(name) for name in LIBRARIES}, **machine}
 

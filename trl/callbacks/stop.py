@@ -1,4 +1,4 @@
-"""A signal ends a run with a checkpoint.
+"""End a run with a checkpoint when a signal arrives.
 
     with exit_on_signal(trainer):
         trainer.train(resume_from_checkpoint="last")
@@ -6,9 +6,9 @@
 
 The first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 (what clusters send before they take a machine away), SIGHUP (a terminal that
 closed), SIGXCPU (a limit on CPU time) or SIGQUIT lets the optimizer step finish, writes a checkpoint and ends training; the
-second ends it at once. The program then leaves with status 128 + the signal's number, 130 or 143, and says how to resume: by
-the same command, since "last" is the newest good checkpoint, or the beginning if there is none. With `stop_on_signal` the
-program continues after the block, and decides for itself.
+second signal ends training at once. The program then exits with status 128 + the signal's number, such as 130 or 143, and
+prints how to resume: by the same command, since "last" is the newest good checkpoint, or the beginning if there is none. With
+`stop_on_signal` the program continues after the block, and can decide for itself.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from trl.callbacks.signals import handled, handling
 
 SAME_SIGNAL = 0.5
-"""Seconds in which a terminal and a launcher may both deliver one Ctrl-C."""
+"""Seconds within which repeated signals count as one: a terminal and a launcher may both deliver the same Ctrl-C."""
 FIRST_WORDS = "\nFinishing this step, then writing a checkpoint. Once more stops at once, without one.\n"
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which a signal came, with a checkpoint. See `stop_on_signal`."""
+    """Ends training with a checkpoint after the step in which a signal arrived. See `stop_on_signal`."""
 
     def __init__(self) -> None:
         self.received = 0
         self._since = 0.0
         self.signal: int | None = None
-        """The signal that training was ended for; None if it ran to its end."""
+        """The signal that ended training; None if it ran to its end."""
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals."""
+        """The signal handler."""
         if self.received and time.monotonic() - self._since < SAME_SIGNAL:
             return
         if self.received:
@@ -52,8 +52,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.received, self._since = number, time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            with suppress(OSError):  # nobody may be there to read it
-                os.write(2, FIRST_WORDS.encode())  # print may be interrupted in the middle of a line of its own
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, FIRST_WORDS.encode())  # not `print`, which is not reentrant and may itself be interrupted
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -65,7 +65,7 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def _received_anywhere(self, args: TrainingArguments) -> int:
-        """The signal that this process received or another, so that all end after the same step; 0 if none did."""
+        """The signal that any process has received, so that all end after the same step; 0 if none has."""
         if args.world_size == 1:
             return self.received
         number = torch.tensor([self.received], device=args.device)
@@ -75,9 +75,9 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def stop_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
-    """Let `trainer.train()` end with a checkpoint when a signal comes. Handlers are put back afterwards.
+    """Within it, `trainer.train()` ends with a checkpoint when a signal arrives. Signal handlers are restored afterwards.
 
-    Outside the main thread, where Python handles no signals, nothing changes.
+    Has no effect outside the main thread, where Python does not handle signals.
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
@@ -90,15 +90,15 @@ def stop_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
 
 @contextmanager
 def exit_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
-    """As `stop_on_signal`, and leave the program after the block if a signal ended training in it.
+    """As `stop_on_signal`, and exit the program after the block if a signal ended training in it.
 
-    Raises SystemExit(128 + the signal's number). A launcher of several processes has a status of its own.
+    Raises SystemExit(128 + the signal's number). A launcher of several processes exits with its own status.
     """
     with stop_on_signal(trainer) as stop:
         yield stop
     if stop.signal is None:
         return
-    with suppress(OSError, ValueError, AttributeError):  # a stream that is closed
+    with suppress(OSError, ValueError, AttributeError):  # stderr may be closed
         if trainer.is_world_process_zero():
             print(f"Stopped, with a checkpoint. To go on:\n\n    {command()}\n", file=sys.stderr)
     trainer.accelerator.end_training()
@@ -106,6 +106,6 @@ def exit_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
 
 
 def command() -> str:
-    """What this program, or the launcher of its processes, was started with."""
+    """The command line of this program, or of the launcher of its processes."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     return shlex.join(psutil.Process().parent().cmdline() if launched else sys.orig_argv)

@@ -1,4 +1,4 @@
-"""What the page's script needs to draw a chart with uPlot, and the words for those who cannot see it."""
+"""The data with which the page's script draws charts by uPlot, and text descriptions of charts for screen readers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from trl.report.metrics import Chart, Point, hint, is_smoothed, smoothed, thinned
 
 COLOURS = 8
-"""The page has so many colours of lines; further lines begin again."""
+"""Number of line colours on the page; further lines reuse them."""
 
 MAIN = 8
-"""So many charts are shown at once; the others are folded."""
+"""Number of charts that are shown at first; the others are folded."""
 
 
 def chart_data(chart: Chart) -> dict[str, Any]:
-    """Lines over common steps, as uPlot takes them: a value or null for every step, and the smooth lines behind the others."""
+    """The lines of a chart over common steps, in the format of uPlot: a value or null for every step; smoothed lines come last."""
     lines = [(series.label, False, thinned(series.points)) for series in chart.series]
     if is_smoothed(chart.name):
         smooth = [(series.label, True, smoothed(series.points)) for series in chart.series]
@@ -38,12 +38,12 @@ def _aligned(points: Sequence[Point], steps: Sequence[float]) -> list[float | No
 
 
 def as_script(charts: Sequence[Chart]) -> str:
-    """All charts as JSON that may stand in a script element: nothing in it can close that."""
+    """All charts as JSON for a script element; "<" is escaped, so that nothing in it can close the element."""
     return json.dumps([chart_data(chart) for chart in charts], separators=(",", ":")).replace("<", "\\u003c")
 
 
 def describe(chart: Chart) -> str:
-    """`loss: train from 4.63 at step 1 to 0.348 at step 120. Should fall.`"""
+    """A text such as `loss: train from 4.63 at step 1 to 0.348 at step 120. Should fall.`"""
     told = [
         f"{s.label} from {number(s.points[0][1])} at step {s.points[0][0]:,.0f} "
         f"to {number(s.points[-1][1])} at step {s.points[-1][0]:,.0f}"
@@ -54,7 +54,7 @@ def describe(chart: Chart) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, in the shortest way that people read: 12,345 and 1.2M, 0.003, 2.5e-05."""
+    """A number with about four significant digits, in a short readable form: 12,345 or 1.2M, 0.003, 2.5e-05."""
     if value == 0:
         return "0"
     size = abs(value)

@@ -1,11 +1,11 @@
-"""From rows of a log to curves: which metrics stand together, what is train and what evaluation, and smoothing.
+"""Turn rows of a log into curves: group metrics, match those of training and evaluation, and smooth them.
 
-A curve of n values is drawn in at most BUCKETS buckets: the raw line by each one's extremes, so that no spike is lost,
-the smooth one by their means m: at each bucket i the straight line that fits its neighbours best,
+The values of a curve are put into at most BUCKETS buckets. The raw line shows the extremes of each bucket, so that no spike is
+lost. The smoothed line is computed from the means m of the buckets, by local linear regression (Cleveland 1979):
 
     s_i = argmin_a min_b Σ_j exp(−(j−i)²/2σ²) · (m_j − a − b·(j−i))²,   σ = buckets / 40
 
-(local linear regression, Cleveland 1979), which neither lags behind, as a running mean does, nor bends at the ends.
+Unlike a running mean, it does not lag behind, and is not biased at the ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 BUCKETS = 320
 FEWEST = 24
-"""With fewer values, a smooth line would only blur."""
+"""Curves with fewer values are not smoothed."""
 
 GROUPS: tuple[tuple[str, str], ...] = (
     (
@@ -37,7 +37,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("Completions", r"completion|length|tokens/|terminated"),
     ("Optimisation", r"learning_rate|grad_norm|(^|[/_])lr$"),
 )
-"""Headings, and the pattern of metrics that stand under each; the first that matches."""
+"""Headings with the pattern of their metrics; a metric is put under the first that matches."""
 
 ORDER = (
     "Rewards",
@@ -53,7 +53,7 @@ ORDER = (
 )
 LEADING = ("loss", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss/value", "kl", "entropy")
 LEADING += ("policy/entropy",)
-"""Metrics that come first under their heading."""
+"""Metrics that are listed first under their heading."""
 
 HINTS: tuple[tuple[str, str], ...] = (
     (r"^loss$", "Should fall; for policy gradients it may hover around 0."),
@@ -80,21 +80,21 @@ HINTS: tuple[tuple[str, str], ...] = (
     (r"tokens_per_second", "Real tokens, without padding."),
     (r"padding_share", "Should be near 0."),
 )
-"""What a metric should do; the first pattern that matches."""
+"""Hints on how a metric should develop; the first pattern that matches is used."""
 
 _EXACT = re.compile(r"learning_rate|lr$|coef|num_tokens|epoch|_steps$|(^|/)(min|max)_|count|pairs$")
-"""Schedules, counts and extremes: a smooth line through them would say what is not so."""
+"""Schedules, counts and extremes, which are not smoothed: a smoothed line would be misleading."""
 
 _ONCE = re.compile(r"^(train_(runtime|loss|samples_per_second|steps_per_second)|total_flos)$")
-"""Totals that are logged once, at the end: no curves."""
+"""Totals that are logged once, at the end, and are not drawn as curves."""
 
 _TIMES = re.compile(r"(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
-"""Of evaluations; nobody looks at them as curves."""
+"""Times of evaluations, which are not drawn as curves."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: "train", "eval" or the name of an evaluation set. `lost` counts values that are no finite numbers."""
+    """One line: "train", "eval" or the name of an evaluation set. `lost` counts values that are not finite."""
 
     label: str
     points: tuple[Point, ...]
@@ -103,7 +103,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric, in training and in evaluation."""
+    """The curves of one metric, in training and in evaluation."""
 
     name: str
     series: tuple[Series, ...]
@@ -114,12 +114,12 @@ class Chart:
 
 
 def charts_by_group(log: Sequence[Mapping[str, object]]) -> dict[str, list[Chart]]:
-    """The log's charts under their headings, both in the order they are shown."""
+    """The charts of a log by heading; headings and charts are in the order in which they are shown."""
     return grouped(charts_of(log))
 
 
 def grouped(charts: Iterable[Chart]) -> dict[str, list[Chart]]:
-    """Charts under their headings, both in the order they are shown."""
+    """Charts by heading; headings and charts are in the order in which they are shown."""
     found: dict[str, list[Chart]] = {}
     for chart in charts:
         found.setdefault(group_of(chart.name), []).append(chart)
@@ -135,17 +135,17 @@ def group_of(name: str) -> str:
 
 
 def hint(name: str) -> str:
-    """What the metric should do; empty where that is not known."""
+    """A hint on how the metric should develop; empty if there is none."""
     return next((words for pattern, words in HINTS if re.search(pattern, name)), "")
 
 
 def is_smoothed(name: str) -> bool:
-    """Whether a smooth line is drawn through the metric."""
+    """True if a smoothed line is drawn for the metric."""
     return not _EXACT.search(name)
 
 
 def charts_of_runs(runs: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[str, list[Chart]]:
-    """The charts of several logs under their headings, each metric with a line for every run: `A`, `A (eval)`, `B`, …."""
+    """The charts of several logs by heading; each metric has a line for every run: `A`, `A (eval)`, `B`, …."""
     lines: dict[str, list[Series]] = {}
     for run, log in runs.items():
         for chart in charts_of(log):
@@ -155,7 +155,7 @@ def charts_of_runs(runs: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[s
 
 
 def charts_of(log: Sequence[Mapping[str, object]]) -> list[Chart]:
-    """One chart per metric. `eval_loss` joins `loss`, and so does `eval_easy_loss`, labelled "easy"."""
+    """One chart per metric. `eval_loss` is a line of the chart `loss`, and so is `eval_easy_loss`, labelled "easy"."""
     columns = _columns(log)
     trained = [name for name in columns if not name.startswith("eval_")]
     series: dict[str, list[Series]] = {name: [_series("train", columns[name])] for name in trained}
@@ -182,7 +182,7 @@ def _columns(log: Sequence[Mapping[str, object]]) -> dict[str, list[Point]]:
 
 
 def _evaluated(name: str, trained: Sequence[str]) -> tuple[str, str]:
-    """Which metric an evaluation's is, and the name of the evaluation set."""
+    """The metric to which a metric of an evaluation belongs, and the name of the evaluation set."""
     if name in trained:
         return name, "eval"
     found = max((each for each in trained if name.endswith(f"_{each}")), key=len, default=None)
@@ -195,7 +195,7 @@ def _series(label: str, points: Sequence[Point]) -> Series:
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """The points, or each bucket's lowest and highest in the order they came."""
+    """The points; of many, the lowest and the highest of each bucket, in their order."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     kept = []
@@ -206,7 +206,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The smooth line; empty where there are too few points for one."""
+    """The smoothed line; empty if there are fewer than FEWEST points."""
     if len(points) < FEWEST:
         return []
     buckets = _buckets(points)
@@ -219,7 +219,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def _fitted(values: Sequence[float], centre: int, weights: Sequence[float]) -> float:
-    """At `centre`, the line of least weighted squares through the values around it."""
+    """The value at `centre` of the weighted least-squares line through the values around it."""
     reach = len(weights) - 1
     near = range(max(0, centre - reach), min(len(values), centre + reach + 1))
     rows = [(weights[abs(j - centre)], j - centre, values[j]) for j in near]

@@ -1,4 +1,4 @@
-"""A page of a run: one HTML file with its curves, samples, options and versions, that needs nothing beside itself.
+"""The report page of a run: one self-contained HTML file with its curves, samples, options and versions.
 
 write_report("opt-sft-imdb")        opt-sft-imdb/report.html
 """
@@ -25,12 +25,12 @@ from trl.report.record import RunRecord, read_run
 
 REPORT_FILE = "report.html"
 KEY_FIGURES = 5
-"""So many metrics are told at the top."""
+"""Number of metrics that are shown at the top."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number at the top of the page: where it ended, and where it began."""
+    """A metric at the top of the page, with its last value and its first (`before`)."""
 
     label: str
     value: str
@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """What several runs are compared by; `has_best` says that the first row is to stand out."""
+    """A table that compares several runs; with `has_best`, the first row is highlighted."""
 
     title: str
     heading: Sequence[str]
@@ -50,10 +50,10 @@ class Table:
 def write_report(
     run_folder: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, refresh: int = 0
 ) -> Path:
-    """Write the page of the run in `run_folder` to `output` (`report.html` in that folder); returns where it is.
+    """Write the page of the run in `run_folder` to `output` (default: `report.html` in that folder), and return its path.
 
-    With `refresh`, a browser reads the page again every so many seconds. Raises DataError for a folder that holds nothing of a
-    run, or less than a page that is there shows.
+    With `refresh`, browsers reload the page every `refresh` seconds. Raises DataError for a folder without files of a run, and
+    instead of replacing an existing page by one without log and samples.
     """
     folder = Path(run_folder).expanduser()
     run = read_run(folder)
@@ -61,7 +61,7 @@ def write_report(
     damaged = f" Damaged: {', '.join(run.damaged)}." if run.damaged else ""
     if path.exists() and not (run.log or run.samples):
         raise DataError(
-            f"{str(folder)!r} holds no log and no samples any more, and {str(path)!r} is there from before: it stays. Give "
+            f"{str(folder)!r} has no log and no samples any more, so that the earlier report {str(path)!r} is not replaced. Give "
             f"another --output.{damaged}"
         )
     return write(render(run, refresh=refresh), path)
@@ -70,9 +70,9 @@ def write_report(
 def write_comparison(
     run_folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, refresh: int = 0
 ) -> Path:
-    """Write a page with the curves of several runs, one on the other, and the options in which they differ.
+    """Write a page with the curves of several runs in the same charts, and the options in which they differ.
 
-    Runs whose folders are called alike are told apart by the folders above. Raises DataError as `write_report` does.
+    Runs are called by their folders' names, with parent folders if these are equal. Raises DataError as `write_report` does.
     """
     folders = [Path(each).expanduser() for each in run_folders]
     runs = dict(zip(short_names(folders), map(read_run, folders), strict=True))
@@ -80,7 +80,7 @@ def write_comparison(
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths, as few as tell them apart."""
+    """The shortest ends of the folders' paths that are different for all of them."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
@@ -90,7 +90,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def write(text: str, output: str | os.PathLike[str]) -> Path:
-    """Write a file, whole or not at all; returns where it is."""
+    """Write a file atomically, and return its path."""
     path = Path(output).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
@@ -100,7 +100,7 @@ def write(text: str, output: str | os.PathLike[str]) -> Path:
 
 
 def render(run: RunRecord, *, refresh: int = 0) -> str:
-    """The page of one run as text."""
+    """The page of one run, as HTML."""
     groups = charts_by_group(run.log)
     return render_page(
         run,
@@ -113,7 +113,7 @@ def render(run: RunRecord, *, refresh: int = 0) -> str:
 
 
 def render_comparison(runs: Mapping[str, RunRecord], *, refresh: int = 0) -> str:
-    """The page of several runs as text."""
+    """The page of several runs, as HTML."""
     groups = charts_of_runs({name: run.log for name, run in runs.items()})
     told = [f"{name}: {'; '.join(facts(run))}" for name, run in runs.items()]
     rows = [[name, *values] for name, values in differences(runs).items()]
@@ -128,7 +128,7 @@ def render_comparison(runs: Mapping[str, RunRecord], *, refresh: int = 0) -> str
 
 
 def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
-    """Options whose values are not the same in all runs, with their values."""
+    """Options whose values differ between runs, with the values of all runs."""
     options = dict.fromkeys(name for run in runs.values() for name in run.options)
     values = {name: [shown(run.options.get(name)) for run in runs.values()] for name in options}
     return {
@@ -138,7 +138,7 @@ def differences(runs: Mapping[str, RunRecord]) -> dict[str, list[str]]:
 
 @cache
 def _template() -> Template:
-    """Read once: it takes ten times as long as to write a page."""
+    """The page's template. It is cached, since reading it takes ten times as long as rendering a page."""
     environment = Environment(
         loader=PackageLoader("trl.report", "."),
         autoescape=True,
@@ -158,7 +158,7 @@ def _template() -> Template:
 
 
 def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: Any) -> str:
-    """The page of a run, or of several: charts under their headings, and the other parts of the page by name."""
+    """Render the page of one or several runs: charts by heading, and the other parts of the page by name."""
     charts = [chart for charts in groups.values() for chart in charts]
     drawn = [chart for chart in charts if not is_flat(chart) and any(series.points for series in chart.series)]
     main = main_charts(drawn)
@@ -183,26 +183,26 @@ def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: 
 
 
 def main_charts(charts: Sequence[Chart]) -> list[Chart]:
-    """The charts that are shown first: those of leading metrics, then the others in their order."""
+    """The charts that are shown at first: those of leading metrics, then others in their order."""
     leading = sorted((c for c in charts if c.name in LEADING), key=lambda chart: LEADING.index(chart.name))
     return [*leading, *(chart for chart in charts if chart not in leading)][:MAIN]
 
 
 def asset(name: str) -> Markup:
-    """A file of the page's styles or scripts, to stand in a page."""
+    """The content of a style or script file, for inclusion in a page."""
     return Markup((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def base64_of(content: bytes) -> str:
-    """Bytes as a page can hold them."""
+    """Bytes as base64 text, for a data URL in the page."""
     return b64encode(content).decode()
 
 
-# ---- what the page says ----
+# ---- contents of the page ----
 
 
 def facts(run: RunRecord) -> Iterator[str]:
-    """The line under the title."""
+    """The parts of the line under the title: model, parameters, steps, tokens, duration, start."""
     if name := run.model.get("name") or run.model.get("class") or run.model.get("type"):
         yield str(name)
     if parameters := run.model.get("parameters"):
@@ -222,20 +222,20 @@ def facts(run: RunRecord) -> Iterator[str]:
 
 
 def warnings(run: RunRecord, groups: Mapping[str, Sequence[Chart]]) -> Iterator[str]:
-    """What a reader must not miss."""
+    """Warnings at the top of the page: missing or damaged files, an unfinished run, values that are not finite."""
     if not run.log:
         yield "No log was found: neither run.json, nor a checkpoint with trainer_state.json, nor log_history.jsonl."
     if run.damaged:
-        yield f"Damaged, and left out where it could not be read: {', '.join(run.damaged)}."
+        yield f"Damaged files, whose unreadable parts are left out: {', '.join(run.damaged)}."
     if run.step < run.max_steps:
-        yield f"The log ends at step {run.step:,} of {run.max_steps:,}: the run stopped early, or has not ended yet."
+        yield f"The log ends at step {run.step:,} of {run.max_steps:,}: the run stopped early, or is still running."
     lost = [f"{chart.name} ({chart.lost:,})" for charts in groups.values() for chart in charts if chart.lost]
     if lost:
-        yield f"Logged, but infinite or not a number, and so not drawn: {', '.join(lost)}."
+        yield f"Values that are infinite or not a number, which are not drawn: {', '.join(lost)}."
 
 
 def key_figures(groups: Mapping[str, Sequence[Chart]]) -> Iterator[Figure]:
-    """The leading metrics as they were first and last logged: in evaluation where there was one, else in training."""
+    """The first and last values of the leading metrics: of evaluation, if there was one, else of training."""
     leading = [chart for charts in groups.values() for chart in charts if chart.name in LEADING]
     for chart in leading[:KEY_FIGURES]:
         drawn = {series.label: series.points for series in chart.series if series.points}
@@ -248,13 +248,13 @@ def key_figures(groups: Mapping[str, Sequence[Chart]]) -> Iterator[Figure]:
 
 
 def is_flat(chart: Chart) -> bool:
-    """Whether all that was logged of a metric reads the same, so that a sentence says more than a drawing."""
+    """True if all values of a metric are displayed as the same number, so that a sentence replaces the chart."""
     values = [value for series in chart.series for _, value in series.points]
     return chart.name not in LEADING and len(values) > 1 and number(min(values)) == number(max(values))
 
 
 def extremes(chart: Chart) -> Iterator[tuple[str, Sequence[str]]]:
-    """For every line of a chart: first, last, lowest and highest value, these two with their steps."""
+    """For every line of a chart: first and last value, and lowest and highest value with their steps."""
     for series in (series for series in chart.series if series.points):
         lowest = min(series.points, key=lambda point: point[1])
         highest = max(series.points, key=lambda point: point[1])
@@ -263,7 +263,7 @@ def extremes(chart: Chart) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def shown(value: Any) -> str:
-    """A value of an option, as people write it."""
+    """The value of an option as text for readers."""
     if value is None or value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
@@ -276,12 +276,12 @@ def shown(value: Any) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A metric's name, which a narrow line may break behind its strokes."""
+    """A metric's name as HTML that allows line breaks after "/" and "_"."""
     return Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name))))
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s`, `1.7 s`."""
+    """A duration as text, such as `2 h 5 min`, `3 min 20 s`, `1.7 s`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)

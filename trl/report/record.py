@@ -1,14 +1,14 @@
-"""What a run's folder tells about it, whoever wrote it: any part may be missing.
+"""Read what the folder of a run says about it. Other programs may have written it, and any part may be missing.
 
-run.json                        log, options, versions: what `ReportCallback` keeps
+run.json                        log, options, versions, written by `ReportCallback`
 checkpoint-*/trainer_state.json, trainer_state.json, log_history.jsonl        the log alone
 completions/*.parquet, *.jsonl  samples: step, prompt, completion, and numbers such as rewards
-pictures.jsonl, pictures/*.png  pictures of the same prompts from the same noise: step, number, prompt, file, reward
-before_after.jsonl              the same prompts before and after: prompt, before, after (completion, and numbers)
-summary.txt                     a sentence about what was reached
+pictures.jsonl, pictures/*.png  images of the same prompts from the same noise: step, number, prompt, file, reward
+before_after.jsonl              the same prompts before and after training: prompt, before, after (completion, and numbers)
+summary.txt                     a sentence about the result
 README.md, config.json          the model card and the model's configuration
 
-What is damaged is left out and named in `RunRecord.damaged`: a run that was cut off is when a page is wanted most.
+Damaged parts are left out and listed in `RunRecord.damaged`, since a report is needed most for a run that was cut off.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ RUN_FILE = "run.json"
 COMPARISONS_FILE = "before_after.jsonl"
 SUMMARY_FILE = "summary.txt"
 COMPARISONS = 6
-"""So many prompts are shown before and after."""
+"""Most prompts that are shown before and after training."""
 SAMPLED_STEPS, SAMPLES_PER_STEP = 8, 4
-"""Samples of so many steps are shown, and so many of each."""
+"""Most steps whose samples are shown, and most samples of each."""
 PICTURES_FILE = "pictures.jsonl"
 PICTURED_STEPS, PICTURES = 8, 16
-"""Pictures of so many steps are shown, and so many of each."""
+"""Most steps whose images are shown, and most images of each."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what the model made of it, and numbers about that (rewards, an advantage)."""
+    """A prompt, a completion, and numbers for it (rewards, an advantage)."""
 
     prompt: str
     completion: str
@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainedRow:
-    """A row as the model saw it."""
+    """A row that the model was trained on, as text."""
 
     prompt: str
     completions: Sequence[str]
@@ -57,7 +57,7 @@ class TrainedRow:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the bytes of a PNG file, and its reward if there was one."""
+    """An image as the bytes of a PNG file, with its reward if there was one."""
 
     png: bytes
     reward: float | None = None
@@ -65,9 +65,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureGrid:
-    """Pictures of the same prompts from the same noise at several `steps`: a row for each prompt, a column for each step.
+    """Images of the same prompts from the same noise at several `steps`: a row for each prompt, a column for each step.
 
-    rewards   of each step, the mean over its pictures; None where there are none
+    rewards   mean reward of the images of each step; None if they have none
     """
 
     steps: Sequence[int]
@@ -77,17 +77,17 @@ class PictureGrid:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as far as its folder tells: what is not known is empty.
+    """A run, as far as its folder describes it; unknown parts are empty.
 
-    log          rows as the trainer logged them, each with its `step`
-    options      of the trainer; `changed` names those that differ from their defaults
-    samples      by step
-    comparisons  the same prompts before and after
-    pictures     of the same prompts from the same noise, over time
-    damaged      files that could not be read, wholly or in part, and why
-    summary      a sentence about what was reached
+    log          rows that the trainer logged, each with its `step`
+    options      options of the trainer; `changed` names those that differ from their defaults
+    samples      samples by step
+    comparisons  completions of the same prompts before and after training
+    pictures     images of the same prompts from the same noise, over time
+    damaged      files that could not be read completely, and why
+    summary      a sentence about the result
     rows         some of the rows that were trained on, as texts
-    again        what makes the run again, by name: "command", "config.yaml"
+    again        how to repeat the run, by name: "command", "config.yaml"
     """
 
     name: str
@@ -112,7 +112,7 @@ class RunRecord:
 
 
 class Reader:
-    """Reads files of a run; what is wrong with them is kept, each file once."""
+    """Reads files of a run, and collects what is wrong with them, once per file."""
 
     def __init__(self) -> None:
         self.damaged: dict[str, str] = {}
@@ -121,7 +121,7 @@ class Reader:
         self.damaged.setdefault(file.name, f"{file.name} ({reason})")
 
     def text(self, file: Path) -> str:
-        """What a file holds, "" where it is not there; bytes that are no UTF-8 as �."""
+        """The text of a file, "" if it does not exist; bytes that are not UTF-8 become �."""
         try:
             content = file.read_bytes() if file.is_file() else b""
             return content.decode(encoding="utf-8")
@@ -133,21 +133,21 @@ class Reader:
             return ""
 
     def json(self, file: Path) -> Row:
-        """The JSON object in a file; nothing where there is none."""
+        """The JSON object in a file; empty if there is none."""
         if not (text := self.text(file)):
             return {}
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            self.note(file, "cut off, or no JSON")
+            self.note(file, "cut off, or not JSON")
             return {}
         if not isinstance(found, dict):
-            self.note(file, f"a {type(found).__name__} where an object belongs")
+            self.note(file, f"a {type(found).__name__} instead of an object")
             return {}
         return found
 
     def lines(self, file: Path) -> list[Row]:
-        """Rows of a JSON-lines file; lines that are none are left out."""
+        """The rows of a JSON-lines file; lines that are not JSON objects are left out."""
         rows = []
         for line in StringIO(self.text(file)):
             try:
@@ -157,11 +157,11 @@ class Reader:
             if isinstance(row, dict):
                 rows.append(row)
             elif line.strip():
-                self.note(file, "lines that are no JSON objects")
+                self.note(file, "lines that are not JSON objects")
         return rows
 
     def table(self, file: Path) -> list[Row]:
-        """Rows of a file of samples."""
+        """The rows of a file with samples (`.jsonl` or `.parquet`)."""
         if file.suffix == ".jsonl":
             return self.lines(file)
         import pyarrow
@@ -175,9 +175,9 @@ class Reader:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything that is known of the run in `folder`.
+    """Read everything that is known about the run in `folder`.
 
-    Raises DataError for a folder that is not there, or holds nothing of a run.
+    Raises DataError for a folder that does not exist, or has no files of a run.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}: give the output_dir of a run.")
@@ -188,7 +188,7 @@ def read_run(folder: Path) -> RunRecord:
     if not (states or samples or card or config or (folder / PICTURES_FILE).is_file()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise DataError(
-            f"{str(folder)!r} holds no run: a run's output_dir has {RUN_FILE}, checkpoints, a trainer_state.json or a "
+            f"{str(folder)!r} is not the output_dir of a run: that has {RUN_FILE}, checkpoints, a trainer_state.json or a "
             f"log_history.jsonl. Found: {found}.{_and_damaged(reader)}"
         )
     known = {"log": max(states, key=_last_step, default={}).get("log_history", ())}
@@ -219,11 +219,11 @@ KEPT: dict[str, Any] = {
     **dict.fromkeys(("method", "started"), str),
     "seconds": int | float,
 }
-"""What run.json holds beside the log, and of which type."""
+"""The entries of run.json besides the log, with their types."""
 
 
 def read_run_file(folder: Path) -> Row:
-    """What `run.json` in the folder holds; nothing where there is none."""
+    """The content of `run.json` in the folder; empty if there is none."""
     return Reader().json(folder / RUN_FILE)
 
 
@@ -239,17 +239,17 @@ def _last_step(state: Row) -> int:
 
 
 def _read_states(folder: Path, reader: Reader) -> list[Row]:
-    """Whatever holds a log: the run's own file first, then the newest checkpoint."""
+    """The contents of all files with a log: run.json first, then trainer_state.json, then checkpoints from the newest on."""
     checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_step_of_folder)
     files = [folder / RUN_FILE, folder / "trainer_state.json", *reversed(checkpoints)]
-    states = [_sound(reader.json(file), file, reader) for file in files]
+    states = [_validated(reader.json(file), file, reader) for file in files]
     rows = folder / "log_history.jsonl"
-    states += [_sound({"log_history": reader.lines(rows)}, rows, reader)] if rows.is_file() else []
+    states += [_validated({"log_history": reader.lines(rows)}, rows, reader)] if rows.is_file() else []
     return [state for state in states if state]
 
 
-def _sound(state: Row, file: Path, reader: Reader) -> Row:
-    """A state in which every known part is of its type: others are left out."""
+def _validated(state: Row, file: Path, reader: Reader) -> Row:
+    """The state without known entries that have a wrong type."""
     kinds = {**KEPT, "max_steps": int, "log_history": list}
     kept = {}
     for name, value in state.items():
@@ -258,7 +258,7 @@ def _sound(state: Row, file: Path, reader: Reader) -> Row:
         elif value is not None:
             reader.note(file, f"{name} is a {type(value).__name__}")
     if "log_history" in kept:
-        kept["log_history"] = [_sound_row(row) for row in kept["log_history"] if isinstance(row, dict)]
+        kept["log_history"] = [_validated_row(row) for row in kept["log_history"] if isinstance(row, dict)]
     for name in ("changed", "data"):
         kept |= {name: [*map(str, kept[name])]} if name in kept else {}
     if "rows" in kept:
@@ -266,8 +266,8 @@ def _sound(state: Row, file: Path, reader: Reader) -> Row:
     return kept
 
 
-def _sound_row(row: Row) -> Row:
-    """A row of a log whose step is a number."""
+def _validated_row(row: Row) -> Row:
+    """The row of a log, with its step as an integer; 0 if it has no valid one."""
     step = row.get("step")
     is_step = isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step)
     return {**row, "step": int(step) if is_step else 0}
@@ -292,7 +292,7 @@ def _model_of(config: Row) -> Row:
 
 
 def _read_card(file: Path, reader: Reader) -> Row:
-    """Options, versions and data of a model card, where it has them in the form that our trainers write."""
+    """Options, versions and data from a model card, if it has the form that `trl` trainers write."""
     text = reader.text(file)
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     options = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", sections.get("Options", ""), re.MULTILINE))
@@ -311,7 +311,7 @@ def _read_card(file: Path, reader: Reader) -> Row:
 
 
 def read_samples(folder: Path, reader: Reader | None = None) -> dict[int, list[Sample]]:
-    """Samples of up to SAMPLED_STEPS steps, spread over the run with its first and last among them."""
+    """Samples of up to SAMPLED_STEPS steps, spread evenly over the run, including the first and the last."""
     reader = reader or Reader()
     files = sorted([*folder.glob("*.parquet"), *folder.glob("*.jsonl")])
     by_step: dict[int, list[Row]] = {}
@@ -327,7 +327,7 @@ def read_samples(folder: Path, reader: Reader | None = None) -> dict[int, list[S
 
 
 def read_comparisons(folder: Path, reader: Reader | None = None) -> list[tuple[Sample, Sample]]:
-    """Up to COMPARISONS prompts with what became of them before and after."""
+    """Up to COMPARISONS prompts with their completions before and after training."""
     file, reader = folder / COMPARISONS_FILE, reader or Reader()
     rows = [row for row in reader.lines(file) if _is_comparison(row)]
     return [
@@ -342,7 +342,7 @@ def _is_comparison(row: Row) -> bool:
 
 
 def read_pictures(folder: Path, reader: Reader) -> PictureGrid | None:
-    """Up to PICTURES pictures at PICTURED_STEPS steps, the first and the last among them; None where there are none."""
+    """Up to PICTURES images at up to PICTURED_STEPS steps, including the first and the last; None if there are none."""
     rows = [row for row in reader.lines(folder / PICTURES_FILE) if _is_picture(row) and _png(folder, row)]
     if not rows:
         return None
@@ -360,7 +360,7 @@ def _is_picture(row: Row) -> bool:
 
 
 def _png(folder: Path, row: Row) -> Path | None:
-    """The file of a picture, which has to be in the run's folder."""
+    """The file of an image; None if it does not exist, or is outside the run's folder."""
     path = (folder / row["file"]).resolve()
     return path if path.is_file() and path.is_relative_to(folder.resolve()) else None
 
@@ -384,7 +384,7 @@ def _digits(name: str) -> int:
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items at even distances, the first and the last among them."""
+    """At most `count` of the items, spread evenly, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
@@ -400,7 +400,7 @@ def _sample(row: Row) -> Sample:
 
 
 def _text(value: Any) -> str:
-    """A text, or the messages of a conversation one after the other, with their roles if they are several."""
+    """A value as text; a conversation becomes the contents of its messages, with roles if there are several messages."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         return str(value[0].get("content"))
     if isinstance(value, list):
