@@ -209,7 +209,7 @@ def test_from_flags(folder, method, trl):
         ("acuracy_reward", "Unknown reward function 'acuracy_reward'. Did you mean 'accuracy_reward'"),
         (
             "rewards.py:of_solutions",
-            "'of_solutions' asks for 'solutions', which is no column of the dataset. Did you mean 'solution'",
+            "'of_solutions' has the argument 'solutions', which is not a column of the dataset. Did you mean 'solution'",
         ),
         ("rewards.py:fails", "Reward function 'fails' raised ZeroDivisionError: division by zero. Sample 1 of 4"),
     ],

@@ -76,7 +76,7 @@ def test_check_shows_plan_memory_and_rewards(home, capsys):
         (
             "diffusion-grpo --model_name_or_path ./sd --dataset_name prompts.jsonl --output_dir out --reward_funcs "
             "think_format_reward",
-            "asks for 'completions'",
+            "has the argument 'completions'",
         ),
         (
             "ddpo --model_name_or_path ./sd --dataset_name prompts.jsonl --output_dir out --reward_funcs brightness_reward "

@@ -289,7 +289,7 @@ def test_rewards_that_are_not_numbers_name_the_picture(tmp_path):
     function = named("odd", lambda images: [1.0, 1.0, math.nan, 1.0])
     with pytest.raises(RewardError, match=r"'odd' gave nan .*Sample 3 of 4.*picture 3, 16 × 16 pixels"):
         trainer(tmp_path, reward=function).train()
-    with pytest.raises(RewardError, match=r"Mend the function\.$"):  # on_reward_error is no option here
+    with pytest.raises(RewardError, match=r"Fix the function\.$"):  # on_reward_error is no option here
         trainer(tmp_path, reward=function).train()
 
 
@@ -299,7 +299,7 @@ def named(name, function):
 
 
 def test_rewards_of_texts_are_none_of_pictures(tmp_path):
-    with pytest.raises(ConfigError, match="asks for 'completions', which is no column"):
+    with pytest.raises(ConfigError, match="has the argument 'completions', which is not a column"):
         trainer(tmp_path, reward=named("short", lambda completions: [0.0]))
     with pytest.raises(ConfigError, match="reward_funcs holds 'org/model'"):
         trainer(tmp_path, reward="org/model")

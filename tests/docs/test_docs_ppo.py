@@ -77,7 +77,7 @@ def test_the_page_on_the_command_line(at_home, monkeypatch, capsys):
     assert main(by_function[1:]) == 0
     monkeypatch.setattr(sys, "stdin", Keyboard("5\n4\nwhat\n1\nq\n"))
     assert main(by_person[1:]) == 130
-    assert "'what' is none of 1, 2, 3, 4, 5, s, q." in capsys.readouterr().out
+    assert "'what' is not one of 1, 2, 3, 4, 5, s, q." in capsys.readouterr().out
     assert len((at_home / "ratings.jsonl").read_text().splitlines()) == 3
     assert (at_home / "gpt2-human" / "checkpoint-1").is_dir()
     assert main([*reward[1:], "--max_steps", "1"]) == 0

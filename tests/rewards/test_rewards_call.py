@@ -56,8 +56,11 @@ def test_a_function_is_given_what_it_names():
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda completions, anwser: [], "'<lambda>' asks for 'anwser', which is no column .* Did you mean 'answer'"),
-        (lambda x, /: [], "'<lambda>' takes 'x' by position, but arguments come by name"),
+        (
+            lambda completions, anwser: [],
+            "'<lambda>' has the argument 'anwser', which is not a column .* Did you mean 'answer'",
+        ),
+        (lambda x, /: [], "'<lambda>' takes 'x' by position only, but arguments are passed by name"),
         (lambda texts=(): [], r"takes none of prompts, .* write it as \(completions, \*\*columns\)"),
     ],
 )
@@ -213,7 +216,7 @@ def test_columns_do_not_stand_for_what_was_sampled(caplog):
     drawn = PictureSamples.of(["p"], torch.zeros(1, 3, 2, 2), [], {"images": ["theirs"]}, {}).keywords["images"]
     assert drawn.shape == (1, 3, 2, 2)
     check_columns(make_rewards(lengths), ["completions", "answer"])
-    assert "not given the columns ['completions'] of the dataset" in caplog.text
+    assert "not passed the columns ['completions'] of the dataset" in caplog.text
 
 
 def test_the_first_failure_that_is_dropped_is_said(caplog):
@@ -313,7 +316,7 @@ def test_what_cannot_be_sent_stays_and_is_told_of(caplog):
 
     with caplog.at_level(logging.WARNING, "trl"):
         assert rewards_of(reward, timeout=60).values.flatten().tolist() == [2, 1, 3]
-    assert "'reward' runs in the trainer's own process, where reward_timeout cannot end code" in caplog.text
+    assert "'reward' runs in the trainer's process, where reward_timeout cannot stop code" in caplog.text
     with pytest.raises(RewardError, match="took longer than 0.2 s"):
         rewards_of(lambda **_: (lock, time.sleep(5)), timeout=0.2)
 

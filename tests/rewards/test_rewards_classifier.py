@@ -135,7 +135,7 @@ def test_a_model_without_a_head(tmp_path):
     MODELS["gpt2"]().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match=r"is no classifier: it has no score.weight, so its judgements would be random"
+        ModelError, match=r"is not a trained classifier: it has no score.weight, so that its rewards would be random"
     ):
         ClassifierReward(str(tmp_path))
 

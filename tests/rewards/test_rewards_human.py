@@ -118,7 +118,7 @@ def test_prompt_and_completion_are_shown_and_bad_input_is_asked_again():
     assert reward(["Is it far?"], [" Two hours [bold]by[/bold] train."]) == [0.5]
     assert "Is it far?" in shown(reward)
     assert "Two hours [bold]by[/bold] train." in shown(reward)
-    assert "'[six]' is none of 1, 2, 3, 4, 5, s, q." in shown(reward)
+    assert "'[six]' is not one of 1, 2, 3, 4, 5, s, q." in shown(reward)
     assert reward.person.answer.questions[0] == "1 bad … 5 good, s skip, q quit: "
 
 
@@ -183,23 +183,23 @@ def test_preferences_are_kept_and_not_asked_again(tmp_path):
 
 def test_without_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("5\n"))
-    with pytest.raises(ConfigError, match=r"asked in the terminal, and this run has none .* HumanRating\(answer="):
+    with pytest.raises(ConfigError, match=r"asked for in the terminal, but this run has none .* HumanRating\(answer="):
         HumanRating()(["p"], ["a"])
 
 
 def test_with_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"asked by one process, and this run has 2: start it with one"):
+    with pytest.raises(ConfigError, match=r"need a run of one process, but this one has 2: start it with one"):
         rating("5")(["p"], ["a"])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "p", "comple', r"ratings\.jsonl, line 1 is not JSON \(cut off\?\): take the line out"),
+        ('{"prompt": "p", "comple', r"ratings\.jsonl, line 1 is not JSON \(is it cut off\?\): remove the line"),
         (
             '{"prompt": "p", "chosen": "a", "rejected": "b"}',
-            r"ratings\.jsonl, line 1 has no 'completion': the file holds",
+            r"ratings\.jsonl, line 1 has no 'completion', so that the file holds",
         ),
     ],
 )
@@ -210,9 +210,9 @@ def test_a_file_of_something_else(line, message, tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(ConfigError, match="this prompt has one: set num_generations to 2 or more"):
+    with pytest.raises(ConfigError, match="a prompt has only one: set num_generations to at least 2"):
         preference("1")(["p", "q"], ["a", "b"])
-    with pytest.raises(ConfigError, match="comparisons=0: ask at least once"):
+    with pytest.raises(ConfigError, match="comparisons=0 is the number of questions"):
         HumanPreference(comparisons=0)
     with pytest.raises(DataError, match="1 completions were given for 2 prompts"):
         rating("1")(["p", "q"], ["a"])
@@ -262,7 +262,7 @@ def test_in_a_terminal_bars_stand_aside():
         terminal.type(word)
     terminal.wait_for("rewards [1.0, -0.5, None]")
     assert terminal.process.wait(PATIENCE) == 0
-    assert "'seven' is none of" in terminal.text
+    assert "'seven' is not one of" in terminal.text
 
 
 def test_the_example_learns_until_its_person_quits(tmp_path):

@@ -104,7 +104,7 @@ def test_an_aesthetic_predictor(tmp_path):
     assert found.shape == (3,)
     assert torch.allclose(found, get_aesthetic_reward(model, head)(images))
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match="has '0.weight'"):
+    with pytest.raises(ConfigError, match="include '0.weight'"):
         get_aesthetic_reward(model, str(tmp_path / "other.pth"))
     with pytest.raises(ConfigError, match="no such file"):
         get_aesthetic_reward(model, str(tmp_path / "none.pth"))
@@ -128,5 +128,5 @@ def nothing(extra=None):
 def test_functions_that_pictures_cannot_be_given_to():
     with pytest.raises(ConfigError, match="takes none of prompts, images, pil_images"):
         make_picture_rewards(nothing, weights=None, columns=[])
-    with pytest.raises(ConfigError, match="asks for 'target'"):
+    with pytest.raises(ConfigError, match="has the argument 'target'"):
         make_picture_rewards(lambda images, target: [], weights=None, columns=["label"])

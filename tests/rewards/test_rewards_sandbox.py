@@ -255,7 +255,7 @@ def test_without_isolation_a_second_consent_is_needed(caplog, monkeypatch):
         get_code_reward(run_untrusted_code=True)
     with caplog.at_level(logging.WARNING, "trl"):
         reward = get_code_reward(run_untrusted_code=True, without_isolation=True, seconds=60)
-    assert "isolates nothing but accidents" in caplog.text
+    assert "protects only against accidents" in caplog.text
     assert reward(completions=["def f(): return 1"], tests=[["assert f() == 1", "assert f() == 2"]]) == [0.5]
     find_runner.cache_clear()
 

@@ -138,13 +138,13 @@ def test_completions_without_a_reward_are_said_once(make_model, tmp_path, caplog
     trainer = grpo(make_model("llama"), tmp_path, constant(None, "picky"), max_steps=2)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert caplog.text.count("got no reward: picky gave None") == 1
+    assert caplog.text.count("got no reward: picky returned None") == 1
 
 
 def test_one_tokenizer_is_not_taken_for_two_reward_models(make_model, tmp_path):
     args = GRPOConfig(**options(tmp_path, num_generations=2))
     models = [classifier(), classifier()]
-    with pytest.raises(ConfigError, match="reward_processing_classes is one tokenizer for 2 reward models"):
+    with pytest.raises(ConfigError, match="reward_processing_classes is one tokenizer, but there are 2 reward models"):
         GRPOTrainer(
             make_model("llama"),
             models,

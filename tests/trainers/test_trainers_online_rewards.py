@@ -121,7 +121,9 @@ def test_reward_functions_are_checked_before_training(make_model, tmp_path):
     def reward(completions, anwser):
         return [0.0] * len(completions)
 
-    with pytest.raises(ConfigError, match="'reward' asks for 'anwser', which is no column .* Did you mean 'answer'"):
+    with pytest.raises(
+        ConfigError, match="'reward' has the argument 'anwser', which is not a column .* Did you mean 'answer'"
+    ):
         make_trainer(make_model("llama"), tmp_path, reward, prompts(4, answer=["1"] * 4))
 
 

@@ -1,6 +1,6 @@
-"""Reward functions, by the names under which a trainer or the command line finds them. They load on first use.
+"""Reward functions, by the names that trainers and the command line use for them.
 
-So the process of a reward function that needs no torch starts without it.
+They are imported on first use, so that the process of a reward function that does not need torch starts without it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A reward model that is an adapter of the policy: both in one base model.
+"""A reward model that is an adapter on the policy's base model.
 
-r = w · h_last + b,     h the base model's hidden states with the reward adapter on
+r = w · h_last + b,     h the hidden states of the base model with the reward adapter active
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from trl.types import Batch
 
 
 class AdapterReward(RewardModel):
-    """The reward adapter of a model with a value head as a function `(prompts, completions, **columns) -> rewards`.
+    """The reward adapter of a model with a value head, as a function `(prompts, completions, **columns) -> rewards`.
 
-    model   loaded with `from_pretrained(..., peft_config=..., reward_adapter=...)`; it may be trained meanwhile
+    model   loaded with `from_pretrained(..., peft_config=..., reward_adapter=...)`; it may be the policy in training
 
-    Call `read_with` before the first rewards.
+    `read_with` has to be called before the first rewards.
     """
 
     def __init__(self, model: WithValueHead) -> None:
         if model.config.is_encoder_decoder:
-            raise ModelError("A reward adapter reads prompt and completion as one text; an encoder-decoder does not.")
+            raise ModelError(
+                "Reward adapters need a decoder-only model, which reads prompt and completion as one text."
+            )
         self.model, self.layout, self.images = model, "padded", None
         self.max_length, self.tokens_per_batch = None, TOKENS_PER_BATCH
         self.__name__ = model.reward_adapter_name
 
     def read_with(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Encode prompts and completions by `tokenizer`."""
+        """Use `tokenizer` to encode prompts and completions."""
         self.tokenizer, self.tokenization = tokenizer, tokenization_of(tokenizer)
 
     def to(self, device: torch.device) -> None:
-        """The policy's weights are where the policy is."""
+        """Do nothing: the policy's weights are already on its device."""
 
     def _score(self, batch: Batch) -> Tensor:
         rewards = self.model.compute_reward_score(**batch.inputs)

@@ -1,9 +1,9 @@
-"""Answers in texts, and whether they agree with a solution.
+"""Extract answers from texts, and compare them with a solution.
 
-The answer is what stands in the last \\boxed{…}, else after the last ####; of a line that has no words it is the line, of
-any other text the last number. With math-verify installed (the extra "math"), answers are found and compared as mathematics:
-(x − 1)(x + 1) = x² − 1. Without it they are compared as numbers where both are numbers (0.5 = 1/2), else as text without
-spaces and dollars.
+The answer is the content of the last \\boxed{…}; without one, only the text after the last #### (if any) counts: if that is a
+single line without words, the answer is that line, else its last number. With math-verify installed (the extra "math"), answers
+are extracted and compared as mathematics: (x − 1)(x + 1) = x² − 1. Without it they are compared as numbers if both are numbers
+(0.5 = 1/2), else as text without spaces and dollar signs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trl.imports import is_available, require
 logger = logging.getLogger(__name__)
 
 VERIFY_SECONDS = 5
-"""Time that math-verify may take to read or compare one answer."""
+"""Time limit of math-verify for parsing or comparing one answer."""
 LONGEST_FORMULA, LONGEST_TEXT = 200, 2000
-"""Characters of a line that is taken for a formula, and those at the end of any other text that are looked through."""
+"""Most characters of a line that counts as a formula, and of the end of any other text that is searched for an answer."""
 
 Completion = str | Sequence[dict[str, Any]]
 
-# A minus after a digit or a bracket is a difference or a range.
+# A minus after a digit or a bracket is a difference or a range, and not a sign.
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-−–])?"
     r"(?:\\[dt]?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:/\d+)?)"
@@ -44,7 +44,7 @@ def text_of(completion: Completion) -> str:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{…} of a text; None if there is none, or it is not closed."""
+    """The content of the last \\boxed{…} of a text; None if there is none, or it is not closed."""
     start = text.rfind("\\boxed{")
     depth = 0
     for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
@@ -55,7 +55,7 @@ def boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """The last boxed expression of a text; else, after the last ####, the line if it has no words, or the last number."""
+    """The last boxed expression of a text; else the formula, or the last number, after the last ####; None if there is none."""
     if (found := boxed(text)) is not None:
         return found
     text = text.rpartition("####")[2].strip()
@@ -66,17 +66,17 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_formula(text: str) -> bool:
-    """Whether a text is one line of mathematics, without words and without steps that lead to a result."""
+    """True if a text is one line of mathematics, without words and without an equals sign (which joins steps)."""
     return 0 < len(text) <= LONGEST_FORMULA and "\n" not in text and "=" not in text and not WORD.search(text)
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is several words, in which no answer can be read; a single one may be the answer."""
+    """True if a text has several words and is no formula; a single word may be an answer."""
     return len(text.split()) > 1 and not is_formula(text.strip())
 
 
 def as_number(answer: str) -> Fraction | None:
-    """An answer as a number, None if it is none."""
+    """An answer as a number; None if it is not one."""
     plain = FRACTION.sub(r"\1/\2", answer).translate(str.maketrans("−–", "--", " $")).removesuffix(".")
     if not NUMBER.fullmatch(plain):
         return None
@@ -88,7 +88,7 @@ def as_number(answer: str) -> Fraction | None:
 
 
 def agree(answer: str, solution: str) -> bool:
-    """Whether two answers are the same number, or the same text without spaces and dollars."""
+    """True if two answers are the same number, or the same text without spaces and dollar signs."""
     first, second = as_number(answer), as_number(solution)
     if first is not None and second is not None:
         return first == second
@@ -97,7 +97,7 @@ def agree(answer: str, solution: str) -> bool:
 
 
 def is_correct(text: str, solution: str) -> bool | None:
-    """Whether the answer in a text is that of the solution; None where no answer can be read in the solution."""
+    """True if the answer in a text equals that in the solution; None if no answer can be extracted from the solution."""
     if not solution.strip():
         return None
     if has_math_verify():
@@ -111,19 +111,20 @@ def is_correct(text: str, solution: str) -> bool | None:
 
 @functools.cache
 def has_math_verify() -> bool:
-    """Whether math-verify is installed; says once what happens if it is not."""
+    """True if math-verify is installed; if it is not, logs once how answers are compared instead."""
     found = is_available("math_verify")
     if not found:
         logger.warning(
-            'Answers are compared as numbers, or else as text. To compare them as mathematics: pip install "trl[math]".'
+            "math-verify is not installed, so answers are compared as numbers, or else as text. To compare them as mathematics: "
+            'pip install "trl[math]".'
         )
     return found
 
 
 def is_verified(text: str, solution: str) -> bool | None:
-    """Whether math-verify finds the answers equal; None where it finds no answer in the solution."""
+    """True if math-verify finds the two answers equal; None if it finds no answer in the solution."""
     math_verify = require("math_verify", to="comparing answers as mathematics")
-    # Its time limits are signals, which only the main thread may set.
+    # Its time limits use signals, which only the main thread may set.
     seconds = VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
     parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
     gold = parse(marked(solution)) or ([] if is_prose(solution) else parse(f"${solution}$"))
@@ -131,9 +132,9 @@ def is_verified(text: str, solution: str) -> bool | None:
 
 
 def marked(text: str) -> str:
-    """The part of a text that holds the answer: its last box, a formula between dollars, or the end of it.
+    """The part of a text that holds the answer: its last box, its formula between dollar signs, or its end.
 
-    math-verify takes only numbers from plain text, so a formula without marks is given them.
+    math-verify extracts only numbers from plain text, so that dollar signs are put around a bare formula.
     """
     if (found := boxed(text)) is not None:
         return f"\\boxed{{{found}}}" if len(found) <= LONGEST_TEXT else ""
@@ -142,7 +143,7 @@ def marked(text: str) -> str:
 
 
 def accuracy_reward(completions: Sequence[Completion], solution: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the answer of a completion is that of the column `solution`, else 0; None where that has none."""
+    """1 if the answer of a completion equals that in the column `solution`, else 0; None if `solution` has no answer."""
     found = [is_correct(text_of(c), s) for c, s in zip(completions, solution, strict=True)]
     return [None if each is None else float(each) for each in found]
 
@@ -156,7 +157,7 @@ def reasoning_accuracy_reward(
     reasoning_delimiters: Sequence[str] = ("</think>",),
     **_: Any,
 ) -> list[float | None]:
-    """`accuracy_reward` of what follows the reasoning; 0 where the reasoning is not closed."""
+    """`accuracy_reward` of the text after the reasoning; 0 if the reasoning is not closed."""
     answers = []
     for text in map(text_of, completions):
         ends = [text.rfind(d) + len(d) for d in reasoning_delimiters if d in text]
@@ -168,11 +169,11 @@ reasoning_accuracy_reward.imports = accuracy_reward.imports
 
 
 class get_cosine_scaled_reward:
-    """Accuracy whose worth depends on length: right and short is best, wrong and short is worst.
+    """Accuracy scaled by length: a short correct answer gets the highest reward, a short wrong one the lowest.
 
-    r = v + ½ (w − v) (1 + cos(π · length / max_len)), w at length 0 and v at `max_len`; right answers go from
+    r = v + ½ (w − v) (1 + cos(π · length / max_len)), which is w at length 0 and v at `max_len`. Correct answers go from
     `max_value_correct` down to `min_value_correct`, wrong ones from `min_value_wrong` up to `max_value_wrong`
-    (arXiv:2502.03373, appendix C.1). Lengths are in tokens, at most `max_len`.
+    (arXiv:2502.03373, appendix C.1). Lengths are in tokens, limited to `max_len`.
     """
 
     __name__ = "cosine_scaled_reward"

@@ -1,8 +1,9 @@
-"""Calling reward functions: what a user's function gives, checked before anything is learned from it.
+"""Call reward functions, and check their results before they are trained on.
 
-One number per sample; None where the function does not apply. A function is given the arguments that it names, all of them
-if it takes `**columns`. What raises, takes too long, or gives anything else than one number that float32 holds (or None) per
-sample is an error that names function and sample, or, with on_error="drop", a sample that is not learned from.
+A function returns one number per sample, or None where it does not apply. It is passed the arguments that it names, or all of
+them if it takes `**columns`. A function fails if it raises, takes too long, or returns anything but one number within float32
+(or None) per sample. A failure is an error that names the function and the sample; with on_error="drop", the sample is not
+trained on instead.
 """
 
 from __future__ import annotations
@@ -27,34 +28,35 @@ MOST_COSTLY = 3
 
 
 class RewardError(TrlError):
-    """A reward function that failed, or gave something else than rewards."""
+    """A reward function failed, or returned something else than rewards."""
 
 
 @dataclass(frozen=True)
 class Rewarded:
-    """values [N,F], NaN where a function did not apply; failed [N,F] bool, with on_error="drop"."""
+    """Rewards: `values` [N,F], NaN where a function did not apply; `failed` [N,F] bool, where it failed and was dropped."""
 
     values: Tensor
     failed: Tensor
 
 
 def warn_of_none(rewards: Sequence[Reward], found: Rewarded) -> None:
-    """Warn, once in a run, of samples for which every function gave None."""
+    """Warn, once in a run, about samples for which every function returned None."""
     if none := int((found.values.isnan().all(1) & ~found.failed.any(1)).sum()):
         names = ", ".join(reward.name for reward in rewards)
         rewards[0].warn_once(
             "none",
-            f"{none} of {len(found.values)} samples got no reward: {names} gave None for them, so nothing is learned from "
-            "them. A function gives None where it does not apply; one of them should.",
+            f"{none} of {len(found.values)} samples got no reward: {names} returned None for them, so they are not trained on. "
+            "A function returns None where it does not apply; at least one function should apply.",
         )
 
 
 def call_rewards(
     rewards: Sequence[Reward], samples: Samples, *, timeout: float | None = None, on_error: str | None = None
 ) -> Rewarded:
-    """Rewards of `samples` by every function. `timeout` is in seconds, per call.
+    """The rewards of `samples` by every function. `timeout` is in seconds, per call.
 
-    Raises RewardError, with function and sample, unless `on_error` is "drop"; None: the caller can only stop.
+    A failure raises RewardError, with function and sample, unless `on_error` is "drop". `on_error` None is like "stop", for
+    callers that cannot drop samples.
     """
     if on_error is not None and on_error not in ON_ERROR:
         raise ConfigError(unknown("on_reward_error", on_error, ON_ERROR))
@@ -67,7 +69,7 @@ def call_rewards(
 
 @dataclass(frozen=True)
 class Failure:
-    """What a function did wrong with a sample."""
+    """Why a function failed for a sample."""
 
     reason: str
     cause: BaseException | None = None
@@ -86,15 +88,15 @@ def _column(
         i, failure = next(iter(failures.items()))
         what = _message(reward, samples, i, failure.reason, len(failures))
         if on_error != "drop":
-            others = ", or set on_reward_error='drop' to learn from the other samples" if on_error == "stop" else ""
-            raise RewardError(f"{what} Mend the function{others}.") from failure.cause
-        reward.warn_once("failures", f"{what} Such samples are not learned from, and counted in failed_rewards.")
+            others = ", or set on_reward_error='drop' to train on the other samples" if on_error == "stop" else ""
+            raise RewardError(f"{what} Fix the function{others}.") from failure.cause
+        reward.warn_once("failures", f"{what} Such samples are not trained on, and are counted in failed_rewards.")
     values = [None if i in failures else each for i, each in enumerate(judged)]
     return values, [i in failures for i in range(len(samples))]
 
 
 def _judged(outcome: Any, count: int) -> list[float | Failure | None]:
-    """The rewards of `count` samples, or what is wrong with them."""
+    """The rewards of `count` samples, or the reasons why they are invalid."""
     if not _is_list(outcome):
         reason = f"gave a {type(outcome).__name__}: it has to give a list with one number per sample"
         return [Failure(reason)] * count
@@ -107,10 +109,10 @@ def _judged(outcome: Any, count: int) -> list[float | Failure | None]:
 def _one_by_one(
     reward: Reward, error: BaseException, samples: Samples, timeout: float | None, *, stops: bool
 ) -> list[float | Failure | None]:
-    """Rewards and failures of samples on their own, after the function has failed with all; all fail where none does alone.
+    """Call a function that has failed for all samples together once for each sample, to find those that fail.
 
-    A sample that takes all its time, or ends its process, costs much: the first is enough to stop for, and of those that
-    can be dropped, samples after the third are not tried.
+    If none fails on its own, all samples count as failed. Samples that time out or end the process are costly: if the run
+    stops anyway, no further sample is tried after the first of them; with on_error="drop", none after the third.
     """
     judged: list[float | Failure | None] = []
     costly = 0
@@ -125,7 +127,7 @@ def _one_by_one(
 
 
 def _is_list(outcome: Any) -> bool:
-    """Whether there is one value after another; a tensor may have no dimension, and a text or mapping means no numbers."""
+    """True if the outcome is a list of values: neither a tensor without dimensions, nor a text, mapping or set."""
     if isinstance(outcome, Tensor | np.ndarray):
         return outcome.ndim > 0
     return isinstance(outcome, Sized) and not isinstance(outcome, str | Mapping | Set)
@@ -140,7 +142,7 @@ def _reason(error: BaseException, timeout: float | None) -> str:
 
 
 def _wrong(value: Any) -> str:
-    """What is wrong with one reward; empty if nothing is."""
+    """What is wrong with one reward, in words; empty if nothing is."""
     if value is None:
         return ""
     try:

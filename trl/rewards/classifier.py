@@ -1,9 +1,9 @@
-"""A text classifier as a reward function: the log-odds of the label that is wanted.
+"""A text classifier as a reward function: the log-odds of the label to reward.
 
     r = log p₊ − log (1 − p₊) = z₊ − log Σ_{j ≠ +} exp z_j                from the logits z of a text
 
-So r > 0 where the label is more likely than all others together, and unlike p₊ it does not saturate where a classifier
-is sure. With two labels r = z₊ − z₋; with one, or with labels that do not exclude each other, r = z₊.
+So r > 0 if the label is more likely than all others together; unlike p₊, r does not saturate when the classifier is
+certain. With two labels r = z₊ − z₋; with one label, and for multi-label classifiers, r = z₊.
 
     reward = ClassifierReward("lvwerra/distilbert-imdb")
     reward(["This film"], [" was a joy from start to finish."])
@@ -32,7 +32,7 @@ from trl.models.names import explain_missing
 from trl.rewards.signature import check_pairs
 
 NO_LIMIT = 10**9
-"""A tokenizer's `model_max_length` above this says that it knows of none."""
+"""A tokenizer without a maximum length has a `model_max_length` above this."""
 
 Text = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a conversation."""
@@ -42,16 +42,16 @@ class ClassifierReward:
     """A sequence classifier with any labels as a function `(prompts, completions, **columns) -> rewards`.
 
     model            the classifier, or its name or folder
-    tokenizer        its tokenizer; loaded by the model's name if left out
-    positive_label   the label that is wanted, by name or number. None: the one that is called positive
-    batch_size       texts of a forward pass
+    tokenizer        its tokenizer; None: loaded by the model's name
+    positive_label   the label to reward, by name or number. None: the label that is called positive
+    batch_size       texts per forward pass
 
-    Texts are classified as a whole, prompt and completion; of a conversation, what the completion says. The classifier has a
-    tokenizer and a vocabulary of its own. Of a text beyond its longest input the beginning is cut: the end is judged.
+    For texts, prompt and completion are classified together; for conversations, the contents of the completion alone. The
+    classifier has its own tokenizer and vocabulary. Texts longer than its maximum length are cut at the beginning.
     """
 
     runs_in_trainer = True
-    """Its weights are on the trainer's device: it is not sent to another process for a time limit."""
+    """Keep the function in the trainer's process even with a time limit, since its weights are on the trainer's device."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ClassifierReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """Log-odds of the label for every completion under the prompt at its place."""
+        """Log-odds of the label for each completion with its prompt."""
         check_pairs(prompts, completions)
         if self.places_itself:
             self.model.to(PartialState().device)
@@ -89,7 +89,7 @@ class ClassifierReward:
         return [reward for batch in batches for reward in self._log_odds(batch).tolist()]
 
     def _log_odds(self, texts: Sequence[str]) -> Tensor:
-        """`[N]` float32."""
+        """Log-odds `[N]` float32 of the label for each text."""
         limit = self.tokenizer.model_max_length
         cut = {"truncation": True, "max_length": limit} if limit < NO_LIMIT else {}
         inputs = self.tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt", **cut)
@@ -100,7 +100,7 @@ class ClassifierReward:
 
 
 def log_odds(logits: Tensor, label: int) -> Tensor:
-    """log p − log(1 − p) of a label, `[N]` from logits `[N,L]`; with one label its logit."""
+    """log p − log(1 − p) of a label, `[N]` from logits `[N,L]`; with a single label, its logit."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     others = [j for j in range(logits.shape[1]) if j != label]
@@ -108,13 +108,13 @@ def log_odds(logits: Tensor, label: int) -> Tensor:
 
 
 def load_classifier(name: str) -> PreTrainedModel:
-    """A sequence classifier by hub name or folder. Raises ModelError for a model that has no trained head."""
+    """Load a sequence classifier by hub name or folder. Raises ModelError for a model without a trained head."""
     with explain_missing(name):
         model, report = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name!r} is no classifier: it has no {missing[0]}, so its judgements would be random. Name a model that was "
-            "trained to classify texts."
+            f"{name!r} is not a trained classifier: it has no {missing[0]}, so that its rewards would be random. Give a model "
+            "that was trained to classify texts."
         )
     return model
 
@@ -125,9 +125,9 @@ def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 def find_label(labels: Mapping[int, str], wanted: str | int | None = None) -> int:
-    """The number of the label `wanted`, or without it of the one label that is called positive.
+    """The index of the label `wanted` (name or number); if it is None, of the only label that is called positive.
 
-    Raises ConfigError where there is none, or several.
+    Raises ConfigError if there is none, or several.
     """
     if wanted is not None:
         known = {str(key).lower(): number for number, name in labels.items() for key in (number, name)}

@@ -1,9 +1,9 @@
-"""Rewards of pictures by CLIP (arXiv:2103.00020): how well they fit their prompt, and how people like them.
+"""Rewards for images by CLIP (arXiv:2103.00020): how well they fit their prompt, and how people would rate them.
 
-    clip        s · cos(f(image), g(prompt))          PickScore (arXiv:2305.01569) is this with a model of people's choices
-    aesthetic   h(f(image) / ‖f(image)‖)              h a small network on top of the embedding: the LAION aesthetic predictor
+    clip        s · cos(f(image), g(prompt))          PickScore (arXiv:2305.01569): the same, trained on human preferences
+    aesthetic   h(f(image) / ‖f(image)‖)              h a small network on the embedding: the LAION aesthetic predictor
 
-Pictures `[b,3,H,W]` in [0, 1] are resized and normalised as tensors, so that gradients reach them.
+Images `[b,3,H,W]` in [0, 1] are resized and normalised as tensors, so that the rewards are differentiable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that CLIP was trained on, red, green and blue."""
+"""Mean and standard deviation of CLIP's training pixels, for red, green and blue."""
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 AESTHETIC = "openai/clip-vit-large-patch14"
@@ -35,7 +35,7 @@ HEAD = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
-    """`[b,3,size,size]` as CLIP reads them: the shorter side scaled to `size`, the middle cut out, normalised."""
+    """Pixel values `[b,3,size,size]` for CLIP: the shorter side scaled to `size`, cropped at the centre, normalised."""
     height, width = images.shape[-2:]
     scale = size / min(height, width)
     scaled = [max(size, round(side * scale)) for side in (height, width)]
@@ -52,17 +52,19 @@ def _loaded(kind: Any, name: str) -> Any:
 
 
 class ClipReward:
-    """How well a picture fits its prompt, by a CLIP model: the logit s · cos, whose scale s was learned with it.
+    """How well an image fits its prompt, by a CLIP model: the logit s · cos, with the model's learned scale s.
 
     model       a `CLIPModel`, or the name or folder of one; PickScore's by default
-    tokenizer   of its texts; loaded with the model if left out
+    tokenizer   its tokenizer; None: loaded with the model
     """
 
     def __init__(self, model: str | CLIPModel = PICKSCORE, tokenizer: Any = None) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
         if not isinstance(model, str) and tokenizer is None:
-            raise ConfigError("The model is an object: give its tokenizer too, get_clip_reward(model, tokenizer).")
+            raise ConfigError(
+                "The model is given as an object: give its tokenizer too, get_clip_reward(model, tokenizer)."
+            )
         name = model if isinstance(model, str) else model.config._name_or_path
         self.model = _loaded(CLIPModel, model) if isinstance(model, str) else model
         self.tokenizer = _loaded(AutoTokenizer, name) if tokenizer is None else tokenizer
@@ -81,10 +83,10 @@ class ClipReward:
 
 
 class AestheticReward:
-    """How people would rate a picture, about 1 to 10: a small network on top of CLIP's normalised embedding.
+    """How people would rate an image, about 1 to 10: a small network on CLIP's normalised embedding.
 
     model   a `CLIPVisionModelWithProjection`, or the name or folder of one
-    head    the network: an `nn.Module`, a file of its weights, or None for the one that classic scripts used, from its hub
+    head    the network: an `nn.Module`, a file with its weights, or None for the one that classic scripts used, from the hub
     """
 
     __name__ = "aesthetic"
@@ -105,7 +107,7 @@ class AestheticReward:
 
 
 def aesthetic_head(width: int = 768) -> nn.Sequential:
-    """The network of the LAION aesthetic predictor (V2): five linear layers with dropout between, nothing that bends."""
+    """The network of the LAION aesthetic predictor (V2): five linear layers with dropout, and no activation functions."""
     sizes = (width, 1024, 128, 64, 16, 1)
     linear = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     dropout = [nn.Dropout(0.2), nn.Dropout(0.2), nn.Dropout(0.1)]
@@ -115,7 +117,7 @@ def aesthetic_head(width: int = 768) -> nn.Sequential:
 def load_aesthetic_head(file: str | None) -> nn.Sequential:
     """The network with weights from a file (`.pth` or `.safetensors`), or from the hub.
 
-    Raises ConfigError for a file that is not there, or that holds other weights.
+    Raises ConfigError for a file that does not exist or has other weights.
     """
     if file is None:
         from huggingface_hub import hf_hub_download
@@ -129,14 +131,14 @@ def load_aesthetic_head(file: str | None) -> nn.Sequential:
     )
     state = {name.removeprefix("layers."): value for name, value in state.items()}
     if "0.weight" not in state:
-        raise ConfigError(f"head={file!r} holds {', '.join([*state][:3])}, …: an aesthetic predictor has '0.weight'.")
+        raise ConfigError(
+            f"head={file!r} has the weights {', '.join([*state][:3])}, …: those of an aesthetic predictor include '0.weight'."
+        )
     head = aesthetic_head(state["0.weight"].shape[1])
     try:
         head.load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(
-            f"head={file!r} holds other layers than an aesthetic predictor's: {', '.join(state)}."
-        ) from error
+        raise ConfigError(f"head={file!r} has other layers than an aesthetic predictor: {', '.join(state)}.") from error
     return head
 
 

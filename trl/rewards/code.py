@@ -1,8 +1,8 @@
 """Code execution as a reward: the share of tests that a completion's program passes.
 
-A program runs where `trl.rewards.sandbox` isolates it best, with limits on time, memory, processes, files and output that
-hold from outside. What it says of itself counts for nothing: its output is compared here, or the tests run in another
-place that it cannot reach. docs/security.md says what that stops.
+A program runs with the best isolation that `trl.rewards.sandbox` finds, and with limits on time, memory, processes, files and
+output that are enforced from outside. The program cannot report its own success: its output is compared in this process, or
+the tests run in a separate place that it cannot reach. docs/security.md says which attacks this stops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Test = str | Mapping[str, Any]
 
 
 def code_of(text: str) -> str:
-    """The last fenced block of Python in a text, else all of it."""
+    """The last fenced block of Python in a text; without one, the whole text."""
     pieces = text.split(FENCE)
     for block in reversed(pieces[1:-1:2]):
         language, line_end, code = block.partition("\n")
@@ -34,7 +34,7 @@ def code_of(text: str) -> str:
 
 
 def holds(runner: CodeRunner, program: str, test: Test, limits: Limits) -> bool:
-    """Whether a program passes one test: statements with assertions, or `input` and `output`, or `call` and `output`."""
+    """True if a program passes one test: statements with assertions, or `input` and `output`, or `call` and `output`."""
     if isinstance(test, str):
         return run_tests(runner, program, test, limits=limits).held
     if test.get("call") is not None:
@@ -49,16 +49,16 @@ def _call(test: Mapping[str, Any]) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines without the space at their ends, and without empty ones at the end."""
+    """The lines without trailing spaces, and without empty lines at the end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def check_test(test: Test, where: str) -> None:
-    """Raise DataError for a test that any program would pass, or that is none."""
+    """Raise DataError for a test that every program would pass, and for a value that is not a test."""
     if isinstance(test, Mapping):
         _check_fields(test, where)
     elif not isinstance(test, str):
-        raise DataError(f"{where}: a test is text or has fields, but this is a {type(test).__name__}.")
+        raise DataError(f"{where}: a test has to be text or a dict, but this is a {type(test).__name__}.")
     elif not _asserts(test, where):
         raise DataError(
             f"{where}: {test!r:.80} asserts nothing, so every program would pass it. Write `assert …` with a condition."
@@ -70,16 +70,16 @@ def _check_fields(test: Mapping[str, Any], where: str) -> None:
     if call is not None and (not isinstance(call, str) or not all(map(str.isidentifier, call.split(".")))):
         raise DataError(f"{where}: 'call' has to name a function, but is {call!r:.60}.")
     if output is None and ("output" not in test or call is None):
-        raise DataError(f"{where}: a test needs 'output', what is expected, with 'input' or with 'call' and 'args'.")
+        raise DataError(f"{where}: a test needs 'output', the expected result, with 'input' or with 'call' and 'args'.")
     if call is None and not (isinstance(output, str) and isinstance(test.get("input") or "", str)):
-        raise DataError(f"{where}: 'input' and 'output' have to be text, that of standard input and output.")
+        raise DataError(f"{where}: 'input' and 'output' have to be text, for standard input and output.")
 
 
 def _asserts(test: str, where: str) -> bool:
     try:
         nodes = list(ast.walk(ast.parse(test)))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"{where}: {test!r:.80} is no Python: {error}.") from error
+        raise DataError(f"{where}: {test!r:.80} is not valid Python: {error}.") from error
     conditions = [node.test for node in nodes if isinstance(node, ast.Assert)]
     raised = any(isinstance(node, ast.Raise) for node in nodes)
     return raised or any(not isinstance(condition, ast.Constant | ast.Tuple) for condition in conditions)
@@ -87,12 +87,12 @@ def _asserts(test: str, where: str) -> bool:
 
 @dataclass(frozen=True)
 class get_code_reward:
-    """The share of the column `tests` that a completion's program passes: 0 to 1; None where a row has no tests.
+    """The share of tests in the column `tests` that a completion's program passes: 0 to 1; None if a row has no tests.
 
     A test is Python with assertions ("assert double(2) == 4"), or `{"input": …, "output": …}` for a program that reads
-    standard input, or `{"call": "double", "args": [2], "output": 4}`. Each is a run of its own, of at most `seconds` and
-    `megabytes`; so many `processes` run at a time. Nothing is run unless `run_untrusted_code` is True, and nothing
-    without isolation unless `without_isolation` is True as well. `runner` takes the place of the one that is found.
+    standard input, or `{"call": "double", "args": [2], "output": 4}`. Each test is a separate run, limited to `seconds` and
+    `megabytes`; up to `processes` run concurrently. Nothing runs unless `run_untrusted_code` is True, and nothing runs
+    without isolation unless `without_isolation` is True as well. `runner` replaces the isolation that is chosen by default.
     """
 
     run_untrusted_code: bool = False
@@ -107,8 +107,8 @@ class get_code_reward:
     def __post_init__(self) -> None:
         if not self.run_untrusted_code:
             raise ConfigError(
-                "This reward runs programs that a model wrote. Set run_untrusted_code=True if that is wanted; they are "
-                "isolated as docs/security.md says."
+                "This reward runs programs that a model wrote. Set run_untrusted_code=True to allow this; they are isolated as "
+                "described in docs/security.md."
             )
         for name in ("seconds", "megabytes", "processes"):
             if not getattr(self, name) > 0:

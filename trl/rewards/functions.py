@@ -1,7 +1,7 @@
-"""Reward functions about the form of completions: tags, length, repetition, patterns, JSON.
+"""Reward functions for the form of completions: tags, length, repetition, patterns, JSON.
 
-A function takes what the trainer hands it by name and gives one number per completion. What has options is made by a
-`get_…`, an object that can be pickled. Each says its range.
+A function takes arguments of the trainer by name, and returns one number per completion. Functions with options are made by
+`get_…` classes, whose objects can be pickled. The docstrings give the ranges of rewards.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ THINKS = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*",
 
 
 def think_format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
-    """1 where a completion begins with reasoning in one pair of <think> tags, else 0."""
+    """1 if a completion begins with reasoning in a single pair of <think> tags, else 0."""
     return [float(THINKS.fullmatch(text_of(completion)) is not None) for completion in completions]
 
 
 def think_tags_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
-    """The share of `<think>`, `</think>` that stand in a completion exactly once: 0, ½ or 1."""
+    """The share of the tags `<think>` and `</think>` that occur exactly once in a completion: 0, ½ or 1."""
     texts = map(text_of, completions)
     return [sum(text.count(tag) == 1 for tag in ("<think>", "</think>")) / 2 for text in texts]
 
 
 def boxed_format_reward(completions: Sequence[Completion], **_: Any) -> list[float]:
-    """1 where a completion has exactly one \\boxed{…}, else 0."""
+    """1 if a completion has exactly one \\boxed{…}, else 0."""
     return [float(text_of(completion).count("\\boxed{") == 1) for completion in completions]
 
 
 @dataclass(frozen=True)
 class get_soft_overlong_punishment:
-    """0 up to `max_completion_len − soft_punish_cache` tokens, from there falling linearly to −1 at the limit.
+    """0 up to `max_completion_len − soft_punish_cache` tokens, then decreasing linearly to −1 at `max_completion_len`.
 
     DAPO, arXiv:2503.14476, Eq. 13.
     """
@@ -65,7 +65,7 @@ class get_soft_overlong_punishment:
 
 @dataclass(frozen=True)
 class get_length_reward:
-    """−|length − target| / target, not below −1: completions of `target` tokens are best (arXiv:2503.04697)."""
+    """−|length − target| / target, at least −1; highest for completions of `target` tokens (arXiv:2503.04697)."""
 
     target: int
 
@@ -80,7 +80,7 @@ class get_length_reward:
 
 @dataclass(frozen=True)
 class get_repetition_penalty_reward:
-    """`max_penalty` (≤ 0) times the share of n-grams of tokens that were there before (arXiv:2502.03373, appendix C.2)."""
+    """`max_penalty` (≤ 0) times the share of token n-grams that are repetitions (arXiv:2502.03373, appendix C.2)."""
 
     ngram_size: int = 3
     max_penalty: float = -1.0
@@ -103,7 +103,7 @@ class get_repetition_penalty_reward:
 
 @dataclass(frozen=True)
 class get_regex_reward:
-    """1 where the pattern fits the whole completion (anywhere in it, with `search`), else 0. A dot fits line ends too."""
+    """1 if the pattern matches the whole completion (with `search`, any part of it), else 0. A dot matches line ends too."""
 
     pattern: str
     search: bool = False
@@ -114,7 +114,7 @@ class get_regex_reward:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ConfigError(f"pattern={self.pattern!r} is no regular expression: {error}.") from error
+            raise ConfigError(f"pattern={self.pattern!r} is not a valid regular expression: {error}.") from error
 
     def __call__(self, completions: Sequence[Completion], **_: Any) -> list[float]:
         compiled = re.compile(self.pattern, re.DOTALL)
@@ -124,9 +124,9 @@ class get_regex_reward:
 
 @dataclass(frozen=True)
 class get_json_reward:
-    """1 where a completion is JSON that conforms to `schema`, `partial` where it is other JSON, 0 where it is none.
+    """1 if a completion is JSON that conforms to `schema`, `partial` if it is other JSON, 0 if it is not JSON.
 
-    A fence of ``` around it is no part of it. `schema` is a JSON Schema of 2020-12, checked by `jsonschema`.
+    A fence of ``` around the JSON is ignored. `schema` is a JSON Schema (2020-12), checked by `jsonschema`.
     """
 
     schema: Mapping[str, Any] | None = None
@@ -144,7 +144,7 @@ class get_json_reward:
     def _of(self, text: str, validator: Validator) -> float:
         try:
             value = json.loads(_unfenced(text), parse_constant=_refuse)
-        except (ValueError, RecursionError):  # nested deeper than Python's parser goes
+        except (ValueError, RecursionError):  # not JSON, or nested too deeply for Python's parser
             return 0.0
         try:
             return 1.0 if validator.is_valid(value) else self.partial
@@ -153,13 +153,13 @@ class get_json_reward:
 
 
 def _unfenced(text: str) -> str:
-    """A text without a fence of ``` around all of it."""
+    """The text without a fence of ``` around the whole of it."""
     inner = text.strip().removeprefix("```").removesuffix("```")
     return inner.removeprefix("json") if len(inner) == len(text.strip()) - 6 else text
 
 
 def _refuse(constant: str) -> None:
-    """NaN and Infinity, which Python's parser reads, are no JSON."""
+    """Raise ValueError for NaN and Infinity, which Python's parser accepts although they are not JSON."""
     raise ValueError(f"{constant} is not JSON.")
 
 
@@ -173,27 +173,31 @@ STRICT = Draft202012Validator(
         "$id": "urn:trl:strict",
         "$dynamicAnchor": "meta",
         "$ref": Draft202012Validator.META_SCHEMA["$id"],
-        "properties": {"dependencies": False},  # earlier drafts have it, and it would judge nothing
+        "properties": {"dependencies": False},  # a keyword of earlier drafts, which would have no effect
         "unevaluatedProperties": False,
     },
     format_checker=Draft202012Validator.FORMAT_CHECKER,
 )
-"""Says what is no schema, and keywords at any depth that are not known and would be ignored."""
+"""Validates schemas; unlike the usual meta-schema it rejects unknown keywords at any depth, which would be ignored."""
 
 
 def validator_of(schema: Mapping[str, Any]) -> Validator:
-    """What checks values by a schema (JSON Schema 2020-12). Raises ConfigError for what is no schema or would be ignored."""
+    """A validator for a schema (JSON Schema 2020-12). Raises ConfigError for an invalid schema or an unknown keyword."""
     for error in sorted(STRICT.iter_errors(schema), key=lambda error: -len(error.path)):  # the innermost is the cause
         if error.validator == "unevaluatedProperties":
             name = next(name for name in error.instance if repr(name) in error.message)
             raise ConfigError(unknown("keyword of the JSON schema", name, Draft202012Validator.VALIDATORS))
-        raise ConfigError(f"This is no JSON schema: {'.'.join(map(str, error.path)) or 'the schema'}: {error.message}.")
+        raise ConfigError(f"Invalid JSON schema: {'.'.join(map(str, error.path)) or 'the schema'}: {error.message}.")
     try:
-        validator = Draft202012Validator(schema, registry=Registry())  # which loads nothing from elsewhere
+        validator = Draft202012Validator(
+            schema, registry=Registry()
+        )  # an empty registry loads nothing from the network
         for value in (None, {}, [], "", 0):
             validator.is_valid(value)
     except (Unresolvable, RecursionError) as error:
-        raise ConfigError(f"The JSON schema refers to what is not in it, or to itself without end: {error}.") from error
+        raise ConfigError(
+            f"The JSON schema has a reference that is not in it, or an endless one to itself: {error}."
+        ) from error
     return validator
 
 
@@ -206,9 +210,9 @@ COMBINATIONS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
 
 @dataclass(frozen=True)
 class get_combined_reward:
-    """One reward of several functions: their weighted "sum", their "product" (each a condition), or the "min".
+    """One reward from several functions: their weighted "sum", "product" (each acts as a condition), or "min".
 
-    Functions that do not apply (None) are left out; None where none applies. Functions may not be async.
+    Functions that do not apply (None) are left out; the reward is None if none applies. Functions must not be async.
     """
 
     functions: Sequence[Callable[..., Sequence[float | None]]]

@@ -1,10 +1,10 @@
-"""Objects that are not there: POPE's yes-or-no questions, and CHAIR over captions. As rewards and as tables.
+"""Object hallucination, as rewards and as tables of metrics: yes-or-no questions (POPE), and captions (CHAIR).
 
 POPE     "Is there a dog in the image?"  yes | no                            arXiv:2305.10355
          precision = TP / (TP + FP),   recall = TP / (TP + FN),   F1 = 2 · precision · recall / (precision + recall)
 
-CHAIR_i  objects named that are not in the image / objects named             arXiv:1809.02156, Eq. 1
-CHAIR_s  captions that name one / captions
+CHAIR_i  named objects that are not in the image / named objects             arXiv:1809.02156, Eq. 1
+CHAIR_s  captions that name such an object / captions
 recall   objects of the image that are named / objects of the image
 """
 
@@ -23,7 +23,7 @@ Completions = Sequence[Completion]
 
 
 def says_yes(answer: str) -> bool:
-    """Whether an answer means yes: its first sentence holds neither "no" nor "not", as in POPE's own evaluation."""
+    """True if an answer means yes: its first sentence has neither "no" nor "not", as in POPE's own evaluation."""
     first = re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0].lower()
     return not set(re.findall(r"[a-z]+", first.replace("n't", " not"))) & {"no", "not"}
 
@@ -32,14 +32,14 @@ def _is_yes(label: Any, place: int) -> bool:
     if isinstance(label, bool):
         return label
     if str(label).strip().lower() not in ("yes", "no"):
-        raise DataError(f"label[{place}] is {label!r}: POPE's answers are 'yes' and 'no'.")
+        raise DataError(f"label[{place}] is {label!r}: give 'yes' or 'no', the answers of POPE.")
     return str(label).strip().lower() == "yes"
 
 
 def pope_reward(completions: Completions, label: Sequence[str | bool | None], **_: Any) -> list[float | None]:
-    """1 where the answer to a yes-or-no question is that of the column `label` ("yes" or "no"), else 0.
+    """1 if the answer to a yes-or-no question equals the column `label` ("yes" or "no"), else 0.
 
-    Rows whose label is None are other tasks, and get no reward. Raises DataError for another label.
+    Rows with the label None belong to other tasks, and get no reward. Raises DataError for another label.
     """
     rows = zip(completions, label, strict=True)
     return [
@@ -49,10 +49,10 @@ def pope_reward(completions: Completions, label: Sequence[str | bool | None], **
 
 
 class _Table:
-    """A row of numbers that prints as a table."""
+    """Metrics that print as a table."""
 
     def as_dict(self) -> dict[str, float]:
-        """The numbers by name."""
+        """The metrics by name."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class PopeScores(_Table):
-    """Shares of right answers, of right ones among the "yes", of "yes" among the true ones, F1, and of "yes" in all."""
+    """Accuracy, precision and recall of "yes", F1, and the share of "yes" among all answers."""
 
     accuracy: float
     precision: float
@@ -75,7 +75,7 @@ class PopeScores(_Table):
 
 
 def pope_scores(answers: Completions, labels: Sequence[str | bool]) -> PopeScores:
-    """POPE's table for answers to yes-or-no questions. What is divided by zero is 0.
+    """POPE's metrics for answers to yes-or-no questions. Ratios with the denominator zero are 0.
 
     Raises DataError for no answers, or a label that is neither "yes" nor "no".
     """
@@ -96,7 +96,7 @@ def _share(part: float, whole: float) -> float:
 
 @dataclass(frozen=True)
 class ChairScores(_Table):
-    """CHAIR per object and per caption, the share of the images' objects that are named, and words of a caption."""
+    """CHAIR per object and per caption, recall of the images' objects, and the mean number of words of a caption."""
 
     chair_i: float
     chair_s: float
@@ -106,13 +106,13 @@ class ChairScores(_Table):
 
 @dataclass(frozen=True)
 class ObjectNames:
-    """What objects are called: synonyms by object; an object is one of its own names. Plurals in -s and -es count."""
+    """Names of objects: synonyms by object, besides its own name. Plurals in -s and -es are recognised."""
 
     synonyms: Mapping[str, Collection[str]]
 
     @classmethod
     def of(cls, names: Collection[str] | Mapping[str, Collection[str]]) -> ObjectNames:
-        """From names alone, or with synonyms."""
+        """From a collection of names, or from a mapping of names to synonyms."""
         return cls(dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, ()))
 
     @cached_property
@@ -134,7 +134,7 @@ def chair_scores(
     objects: Sequence[Collection[str]],
     names: Collection[str] | Mapping[str, Collection[str]],
 ) -> ChairScores:
-    """CHAIR of captions of images that hold `objects`; `names` are all objects that are looked for, with synonyms.
+    """CHAIR of captions of images that contain `objects`; `names` are all objects to look for, with synonyms.
 
     Raises DataError for no captions.
     """
@@ -155,11 +155,11 @@ def chair_scores(
 
 
 class ChairReward:
-    """recall_weight · recall − CHAIR_i of a caption, by the objects in a column of its row.
+    """The reward recall_weight · recall − CHAIR_i of a caption, where a column lists the objects of the image.
 
-    names           all objects that are looked for: their names, or synonyms by name
-    column          the column that lists an image's objects
-    recall_weight   what naming objects that are there is worth: without it, saying nothing is best
+    names           all objects to look for: their names, or synonyms by name
+    column          the column that lists the objects of an image
+    recall_weight   reward for naming objects of the image; at 0, an empty caption would get the highest reward
     """
 
     def __init__(
@@ -173,9 +173,11 @@ class ChairReward:
         self.__name__ = "chair"
 
     def __call__(self, completions: Completions, **columns: Any) -> list[float | None]:
-        """One reward per completion, None where the row's column is. Raises DataError where rows have no such column."""
+        """One reward per completion, None if the column is None. Raises DataError if rows do not have the column."""
         if self.column not in columns:
-            raise DataError(f"CHAIR needs a column {self.column!r} with the objects of each image: {sorted(columns)}.")
+            raise DataError(
+                f"CHAIR needs a column {self.column!r} with the objects of each image, but the columns are {sorted(columns)}."
+            )
         rows = zip(completions, columns[self.column], strict=True)
         return [None if own is None else self._reward(caption, own) for caption, own in rows]
 

@@ -1,16 +1,17 @@
-"""People as reward functions: a table of prompt and completion in the terminal, and a question.
+"""Human raters as reward functions: they are shown prompt and completion in the terminal or on a web page, and asked to judge.
 
 HumanRating        a mark from 1 to 5 for every completion,                r = (mark − 3) / 2
 HumanPreference    the better one of two completions of a prompt,          r = (wins − losses) / (wins + losses)
 
-Rewards lie in [−1, 1], and 0 is neither good nor bad: a mark of 3, as many wins as losses. `s` leaves a question out (None: no
-reward where nothing is known), `q` or Ctrl-C ends the run, with a checkpoint where the run writes one when it is interrupted.
+Rewards are in [−1, 1]; 0 is neutral (a mark of 3, or as many wins as losses). In the terminal, `s` skips a question (a
+completion without any judgement has the reward None); `q` or Ctrl-C ends the run, as an interrupt does, with a checkpoint if
+the run writes one then.
 
     rate = HumanRating("ratings.jsonl")
     PPOTrainer(args=args, model=model, reward_funcs=rate, train_dataset=prompts).train()
 
-Answers are kept in a file if one is given: what stands there is not asked again, and the file is a dataset that
-`RewardTrainer` takes (`prompt, completion, score` or `prompt, chosen, rejected`).
+Answers are saved in a file, if one is given. Answered questions in it are not asked again, and it is a dataset for
+`RewardTrainer` (`prompt, completion, score` or `prompt, chosen, rejected`).
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ UIS = ("terminal", "web")
 
 
 class Stopped(Exception):
-    """The person wants to answer no more."""
+    """The rater has quit."""
 
 
 class Person:
-    """Somebody who is shown a table and asked a question.
+    """A rater who is shown a table and asked a question.
 
-    answer    gives what is typed, as `input` does. None: the terminal
-    console   where tables are shown. None: the terminal
+    answer    function that asks and returns what is typed, as `input` does. None: the terminal
+    console   console for tables. None: the terminal
     """
 
     def __init__(self, answer: Callable[[str], str] | None = None, console: Console | None = None) -> None:
@@ -59,34 +60,34 @@ class Person:
         self.console = console or Console()
 
     def check(self, *, in_terminal: bool = True) -> None:
-        """Raises ConfigError where nobody can be asked."""
+        """Raise ConfigError if nobody can be asked: in a run of several processes, or without a terminal."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1:
             raise ConfigError(
-                f"A person is asked by one process, and this run has {processes}: start it with one (num_processes=1), or "
+                f"Human rewards need a run of one process, but this one has {processes}: start it with one (num_processes=1), or "
                 "train a reward model on the answers first."
             )
         if in_terminal and self.answer is None and not sys.stdin.isatty():
             raise ConfigError(
-                "A person is asked in the terminal, and this run has none (its input is a file, a pipe or a batch job): "
-                "start it in a terminal, ask on a web page (ui='web'), or give HumanRating(answer=...) a function that asks in "
-                "another way, as input does in a notebook."
+                "Human rewards are asked for in the terminal, but this run has none (its input is a file, a pipe or a batch job): "
+                "start it in a terminal, ask on a web page (ui='web'), or pass a function that asks in another way, "
+                "HumanRating(answer=...), such as input in a notebook."
             )
 
     def ask(self, table: Table, question: str, choices: Iterable[str]) -> str | None:
-        """One of the choices; None to leave the question out. Anything else is asked again. Raises Stopped."""
+        """One of the choices, or None to skip the question. After any other answer, asks again. Raises Stopped on quit."""
         known = [*choices, SKIP, QUIT]
         self.console.print(table)
         while (word := self._read(question)) not in known:
             self.console.print(
-                f"{word!r} is none of {', '.join(known)}.", style="yellow", highlight=False, markup=False
+                f"{word!r} is not one of {', '.join(known)}.", style="yellow", highlight=False, markup=False
             )
         if word == QUIT:
             raise Stopped
         return None if word == SKIP else word
 
     def _read(self, question: str) -> str:
-        """What is typed; the end of input is a wish to stop."""
+        """What the rater types; the end of input means quit."""
         try:
             return (self.answer or input)(f"{question}, {SKIP} skip, {QUIT} quit: ").strip().lower()
         except EOFError:
@@ -95,29 +96,29 @@ class Person:
 
 @dataclass(eq=False, repr=False)
 class HumanReward:
-    """A person who rewards: base of `HumanRating` and `HumanPreference`. Answers are kept in a file.
+    """Base class of `HumanRating` and `HumanPreference`: asks raters, and saves their answers in a file.
 
-    file              keeps the answers, a JSON line each. None: nothing is kept in the terminal, NAME.jsonl on the web
-    ui                "terminal": a table and a question; "web": the page of `trl label`, for one person or several
-    answer            gives what is typed, as `input` does. None: the terminal
-    console           where tables are shown. None: the terminal
-    port, share_on_lan, token, guidelines, raters_per_item    of the page, as options of `trl label`
+    file              file for the answers, one JSON line each. None: not saved in the terminal, NAME.jsonl on the web
+    ui                "terminal": a table and a question; "web": the page of `trl label`, for one or several raters
+    answer            function that asks and returns what is typed, as `input` does. None: the terminal
+    console           console for tables. None: the terminal
+    port, share_on_lan, token, guidelines, raters_per_item    options of the page, as in `trl label`
 
-    A subclass says which completions a question is about (`_asked`), and what an answer is worth to the first of them: in a
-    row of the file (`_told`) and on the page (`_worth`). To the second it is worth the opposite.
+    Subclasses define which completions a question is about (`_asked`), and the points that an answer gives to the first of
+    them, from a row of the file (`_points_of_row`) and from the page (`_points_of_answer`). The second gets the negative.
     """
 
     task: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
-    """Of a row of the file."""
+    """Columns of a row of the file."""
     titles: ClassVar[tuple[str, ...]]
-    """Of the completions of a question, side by side."""
+    """Titles of the completions of a question, which are shown side by side."""
     question: ClassVar[str]
     words: ClassVar[Mapping[str, Answer]]
-    """What may be typed, and which answer it is."""
+    """What may be typed → the answer that it stands for."""
 
     runs_in_trainer: ClassVar[bool] = True
-    """The terminal is the trainer's: a person is not asked by another process for a time limit."""
+    """Keep the function in the trainer's process even with a time limit, since it needs the trainer's terminal."""
 
     file: str | Path | None = None
     _: KW_ONLY
@@ -136,7 +137,7 @@ class HumanReward:
         self.use(self.ui)
 
     def use(self, ui: str) -> None:
-        """Ask in another place from now on. Raises ConfigError for one that is not known."""
+        """Switch to another user interface. Raises ConfigError for an unknown one."""
         if ui not in UIS:
             raise ConfigError(unknown("ui", ui, UIS))
         self.ui = ui
@@ -151,7 +152,7 @@ class HumanReward:
     def __call__(
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Any
     ) -> list[float | None]:
-        """A reward for every completion, None where nothing was said."""
+        """A reward for every completion, None for those without a judgement."""
         check_pairs(prompts, completions)
         self.person.check(in_terminal=self.ui == "terminal")
         for number, images in enumerate(columns.get("images", ()), start=1):
@@ -170,13 +171,13 @@ class HumanReward:
             for i, sign in zip(places, (1, -1), strict=False):
                 points[i] += [sign * point for point in own]
         if stopped:
-            self.person.console.print("\nWhat was not judged has no reward.", style="dim")
+            self.person.console.print("\nCompletions that were not judged have no reward.", style="dim")
             signal.raise_signal(signal.SIGINT)
         return [sum(own) / len(own) if own else None for own in points]
 
     def _in_terminal(self, items: Sequence[Item], said: list[list[float]]) -> None:
-        """Ask about what the file does not tell; `said` takes what an answer is worth to the first completion of an item."""
-        known = {key: worth for row in self._rows() for key, worth in self._told(row).items()}
+        """Ask about the items that are not in the file; append the points of each item's first completion to `said`."""
+        known = {key: worth for row in self._rows() for key, worth in self._points_of_row(row).items()}
         for number, (item, own) in enumerate(zip(items, said, strict=True), start=1):
             key = _key(item.prompt, *item.completions)
             if key not in known:
@@ -188,14 +189,14 @@ class HumanReward:
                     continue
                 for row in to_rows(self.task, item, self.words[word], ROWS[self.task][0]):
                     self._keep(row)
-                    known |= self._told(row)
+                    known |= self._points_of_row(row)
             own.append(known[key])
 
     def _on_page(self, items: Sequence[Item], said: list[list[float]]) -> None:
-        said[:] = [list(map(self._worth, answers.values())) for answers in self.page(items)]
+        said[:] = [list(map(self._points_of_answer, answers.values())) for answers in self.page(items)]
 
     def _rows(self) -> list[dict[str, Any]]:
-        """What was said before. Raises DataError for a line without the columns of the task."""
+        """The saved answers. Raises DataError for a line without the columns of the task."""
         if self.file is None or not self.file.is_file():
             return []
         with self.file.open(encoding="utf-8") as lines:
@@ -209,9 +210,10 @@ class HumanReward:
 
 
 class HumanRating(HumanReward):
-    """A person who gives every completion a mark from 1 (bad) to 5 (good).
+    """Raters give every completion a mark from 1 (bad) to 5 (good).
 
-    The file holds `prompt`, `completion`, `score`. Of several people's marks the mean counts. Arguments: see `HumanReward`.
+    Rows of the file have `prompt`, `completion`, `score`. With several raters, the mean of their marks counts. Arguments: see
+    `HumanReward`.
     """
 
     __name__ = "human_rating"
@@ -221,21 +223,21 @@ class HumanRating(HumanReward):
     def _asked(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[tuple[int, ...]]:
         return [(i,) for i in range(len(prompts))]
 
-    def _told(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    def _points_of_row(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
         return {_key(row["prompt"], row["completion"]): row["score"]}
 
-    def _worth(self, mark: Answer) -> float:
+    def _points_of_answer(self, mark: Answer) -> float:
         return score_of(mark)
 
 
 @dataclass(eq=False, repr=False)
 class HumanPreference(HumanReward):
-    """A person who says which of two completions of a prompt is the better one.
+    """Raters choose the better of two completions of a prompt.
 
-    comparisons    questions about each prompt at most. None: every completion is compared with every other
+    comparisons    most questions per prompt. None: every completion is compared with every other
 
-    The file holds `prompt`, `chosen`, `rejected`. Of K completions, K comparisons let each meet two others, see
-    `pairs_in_rings`. Further arguments: see `HumanReward`.
+    Rows of the file have `prompt`, `chosen`, `rejected`. With K comparisons of K completions, each is compared with two
+    others: see `pairs_in_rings`. Further arguments: see `HumanReward`.
     """
 
     __name__ = "human_preference"
@@ -247,7 +249,7 @@ class HumanPreference(HumanReward):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.comparisons is not None and self.comparisons < 1:
-            raise ConfigError(f"comparisons={self.comparisons}: ask at least once about each prompt.")
+            raise ConfigError(f"comparisons={self.comparisons} is the number of questions per prompt: give at least 1.")
 
     def _asked(self, prompts: Sequence[Content], completions: Sequence[Content]) -> list[tuple[int, ...]]:
         return [
@@ -257,20 +259,20 @@ class HumanPreference(HumanReward):
             if under_roles(completions[members[first]]) != under_roles(completions[members[second]])
         ]
 
-    def _told(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    def _points_of_row(self, row: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
         return {_key(prompt, chosen, rejected): 1, _key(prompt, rejected, chosen): -1}
 
-    def _worth(self, better: Answer) -> float:
+    def _points_of_answer(self, better: Answer) -> float:
         return 0 if better == TIE else 1 - 2 * better
 
 
 def _groups(prompts: Sequence[Content]) -> list[list[int]]:
-    """Places of the completions of each prompt. Raises ConfigError where one has nothing to be compared with."""
+    """Indices of the completions of each prompt. Raises ConfigError if a prompt has a single completion."""
     groups = [[*members] for _, members in groupby(range(len(prompts)), key=lambda i: under_roles(prompts[i]))]
     if any(len(members) == 1 for members in groups):
         raise ConfigError(
-            "human_preference compares completions of a prompt, and this prompt has one: set num_generations to 2 or more, "
+            "human_preference compares completions of a prompt, but a prompt has only one: set num_generations to at least 2, "
             "or ask for marks (human_rating)."
         )
     return groups
@@ -278,7 +280,7 @@ def _groups(prompts: Sequence[Content]) -> list[list[int]]:
 
 @contextmanager
 def bars_aside() -> Iterator[None]:
-    """Bars of progress that are drawn again and again stand aside, for they would write over what is typed."""
+    """Within it, live progress bars are hidden, since they would write over what the rater types."""
     bars = [live for thread in threading.enumerate() if isinstance(live := vars(thread).get("live"), Live)]
     for bar in bars:
         bar.stop()
@@ -291,9 +293,9 @@ def bars_aside() -> Iterator[None]:
 
 @contextmanager
 def plain_interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, for the moment, whatever else it does in this run.
+    """Within it, Ctrl-C raises KeyboardInterrupt, whichever signal handler the run has installed.
 
-    Outside the main thread, where Python handles no signals, nothing changes.
+    Has no effect outside the main thread, where Python does not handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -310,11 +312,11 @@ def _row(line: str, where: str, columns: Sequence[str]) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where} is not JSON (cut off?): take the line out, or keep answers in another file."
+            f"{where} is not JSON (is it cut off?): remove the line, or save answers in another file."
         ) from error
     if missing := [column for column in columns if column not in row]:
         raise DataError(
-            f"{where} has no {missing[0]!r}: the file holds something else, so keep answers in another one."
+            f"{where} has no {missing[0]!r}, so that the file holds other data: save answers in another file."
         )
     return row
 
@@ -324,7 +326,7 @@ def _key(*contents: Content) -> tuple[str, ...]:
 
 
 def _table(title: str, prompt: Content, completions: Mapping[str, Content]) -> Table:
-    """The prompt over its completions, side by side."""
+    """A table with the prompt as its title, and its completions side by side."""
     table = Table(
         *completions, title=Text(f"{title}\n{under_roles(prompt)}", style="bold"), title_justify="left", expand=True
     )

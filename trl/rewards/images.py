@@ -1,7 +1,7 @@
-"""Reward functions of pictures: how well they compress, how bright they are, of what colour.
+"""Reward functions for images: compressibility, brightness, colour.
 
-Pictures are a tensor `[b,3,H,W]` in [0, 1]. Rewards are `[b]`; those of brightness and colour can be differentiated, and
-those of compression need no model, nor a GPU. What has options is made by a `get_…`.
+Images are a tensor `[b,3,H,W]` in [0, 1], rewards are `[b]`. Those for brightness and colour are differentiable; none needs a
+model or a GPU. Functions with options are made by `get_…` classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from trl.errors import ConfigError, unknown
 
 QUALITY = 95
-"""Of JPEG, as in DDPO's experiments."""
+"""JPEG quality, as in the experiments of DDPO."""
 
 COLORS = {
     "red": (1.0, 0.0, 0.0),
@@ -30,17 +30,17 @@ COLORS = {
     "black": (0.0, 0.0, 0.0),
     "white": (1.0, 1.0, 1.0),
 }
-"""Names of colours, red, green and blue in [0, 1]."""
+"""Name of a colour → its red, green and blue channels in [0, 1]."""
 
 
 def to_pil(images: Tensor) -> list[Any]:
-    """Pictures `[b,3,H,W]` in [0, 1] as those of Pillow."""
+    """Images `[b,3,H,W]` in [0, 1] as Pillow images."""
     bytes_ = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(each) for each in bytes_]
 
 
 def jpeg_incompressibility_reward(images: Tensor) -> list[float]:
-    """The size of a picture as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
+    """The size of an image as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
     sizes = []
     for picture in to_pil(images):
         buffer = io.BytesIO()
@@ -50,20 +50,20 @@ def jpeg_incompressibility_reward(images: Tensor) -> list[float]:
 
 
 def jpeg_compressibility_reward(images: Tensor) -> list[float]:
-    """Minus the size of a picture as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
+    """The negative size of an image as JPEG, in units of 1000 bytes. DDPO, arXiv:2305.13301."""
     return [-size for size in jpeg_incompressibility_reward(images)]
 
 
 def brightness_reward(images: Tensor) -> Tensor:
-    """The mean of a picture's pixels, 0 (black) to 1 (white)."""
+    """The mean of an image's pixels, 0 (black) to 1 (white)."""
     return images.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class get_color_reward:
-    """How near a picture is to one colour: 1 − the mean distance of its channels to it, 0 to 1.
+    """How close an image is to one colour: 1 minus the mean absolute distance of its channels to it, 0 to 1.
 
-    `color` is a name in `COLORS`, or red, green and blue in [0, 1].
+    `color` is a name in `COLORS`, or three numbers in [0, 1] for red, green and blue.
     """
 
     color: str | Sequence[float] = "red"
@@ -84,10 +84,10 @@ class get_color_reward:
 
 @dataclass(frozen=True)
 class get_hue_reward:
-    """What share of a picture's colour is of one hue, 0 to 1; 0 for a grey picture.
+    """The share of an image's colour that has one hue, 0 to 1; 0 for a grey image.
 
-    Σ relu(min of the hue's channels − max of the others) / (Σ (max − min) + H·W/100), over pixels. `color` is the name of a
-    hue in `COLORS`, so neither black nor white.
+    Σ relu(min of the hue's channels − max of the others) / (Σ (max − min) + H·W/100), over pixels. `color` is a name in
+    `COLORS`, except black and white.
     """
 
     color: str = "red"

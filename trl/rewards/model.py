@@ -3,8 +3,8 @@
     reward = RewardModel("path/to/reward-model")
     reward(["What is 2 + 2?"], ["4."])                     one number per completion
 
-Prompts and completions are texts, conversations, or token ids. They are encoded as they were for training, a prompt is
-read once for all its completions, and padding plays no role.
+Prompts and completions are texts, conversations, or token ids. They are encoded as in training; a prompt shares one forward
+pass with all its completions, if the model allows it, and rewards do not depend on padding.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class RewardModel:
     """A sequence classifier with one label as a function `(prompts, completions, **columns) -> rewards`.
 
     model               the classifier, or its name or folder
-    tokenizer           its tokenizer, or its processor; loaded by the model's name if left out
-    max_length          tokens of prompt and completion; the beginning of a longer prompt is cut. None: no limit
-    tokens_per_batch    tokens in a forward pass, prompts counted once per completion
+    tokenizer           its tokenizer, or its processor; None: loaded by the model's name
+    max_length          most tokens of prompt and completion; longer ones are cut at the beginning of the prompt. None: no limit
+    tokens_per_batch    most tokens in a forward pass, with prompts counted once per completion
     """
 
     runs_in_trainer = True
-    """Its weights are on the trainer's device: it is not sent to another process for a time limit."""
+    """Keep the function in the trainer's process even with a time limit, since its weights are on the trainer's device."""
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class RewardModel:
         if isinstance(model, str):
             model = load_model(model, auto_class=AutoModelForSequenceClassification, **model_kwargs)
         elif model_kwargs:
-            raise ModelError(f"{sorted(model_kwargs)} are for loading a model by name, and this one is an object.")
+            raise ModelError(
+                f"{sorted(model_kwargs)} are options for loading a model by name, but this model is an object."
+            )
         inner = unwrap(model)
         prepare_rewards(inner)
         self.model = model.eval()
@@ -87,10 +89,10 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-        """Rewards of `completions`, each under the prompt at its place.
+        """The rewards of `completions`, each with the prompt at the same index.
 
-        Of the columns two are read: `images`, for a model with a processor, and `inputs`, what else the model is given with
-        each prompt: see `trl.types.Example`.
+        Two columns are used: `images`, for a model with a processor, and `inputs`, further model inputs for each prompt: see
+        `trl.types.Example`.
         """
         check_pairs(prompts, completions)
         rewards = [0.0] * len(prompts)
@@ -106,7 +108,7 @@ class RewardModel:
         return rewards
 
     def _with_images(self, prompts: Sequence[Example], images: Sequence[Sequence[Any]] | None) -> list[Example]:
-        """The prompts with what the model reads of their images; neighbours with the same images are read once."""
+        """The prompts with the model inputs of their images; equal neighbouring prompts with the same images share them."""
         if self.images is None or images is None:
             return list(prompts)
         read: list[Example] = []
@@ -142,7 +144,7 @@ class RewardModel:
         return [self._cut(tree) for tree in trees]
 
     def _cut(self, tree: Tree) -> Tree:
-        """The tree within `max_length`; of a prompt with images, the completion is cut."""
+        """The tree truncated to `max_length`: at the beginning of the prompt, but with images at the end of the completion."""
         whole = 0 if self.images is None else self.images.image_end(tree.prompt)
         kept = keep_whole(tree, whole, None, self.max_length) if whole else keep_end(tree, self.max_length)
         if kept is None:
@@ -152,7 +154,7 @@ class RewardModel:
         return kept
 
     def _batches(self, trees: Sequence[Tree], prompts: Sequence[Example]) -> Iterator[tuple[list[int], list[Example]]]:
-        """Examples for one forward pass each, and the places of their completions; like lengths together."""
+        """Yield the examples of one forward pass at a time, similar lengths together, with the indices of their completions."""
         groups: dict[Hashable, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(prompt.key, []).append(place)
@@ -173,12 +175,12 @@ class RewardModel:
 
 
 def tokenization_of(tokenizer: PreTrainedTokenizerBase, images: ImageProcessing | None = None) -> Tokenization:
-    """How prompts and completions become token ids, as they did when the reward model was trained."""
+    """The tokenisation of prompts and completions that reward models are trained with."""
     return Tokenization(tokenizer, EncodeSettings(kind="prompt_completion", needs_eos=False), images)
 
 
 def _processor_of(model: PreTrainedModel) -> Any:
-    """The tokenizer of a model that was loaded by name, or its processor if it reads images."""
+    """The tokenizer of a model that was loaded by name, or the processor of a model that takes images."""
     auto_class = AutoTokenizer if family_of(model.config) is None else AutoProcessor
     name = model.config._name_or_path
     with explain_missing_tokenizer(name):
@@ -186,5 +188,5 @@ def _processor_of(model: PreTrainedModel) -> Any:
 
 
 def is_ids(value: Text) -> bool:
-    """Whether `value` is token ids."""
+    """True if `value` is a list of token ids."""
     return not isinstance(value, str) and all(isinstance(token, int) for token in value)

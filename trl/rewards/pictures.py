@@ -1,6 +1,6 @@
-"""Pictures as reward functions are called with them: `(prompts, images, **columns) -> rewards`.
+"""Reward functions for images: `(prompts, images, **columns) -> rewards`.
 
-`images` is a tensor `[b,3,H,W]` in [0, 1]; a function that names `pil_images` is given those of Pillow.
+`images` is a tensor `[b,3,H,W]` in [0, 1]; a function with an argument `pil_images` is passed Pillow images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl.rewards.signature import PICTURES, asks_for, check_arguments, say_hidde
 
 @dataclass(frozen=True)
 class PictureSamples(Samples):
-    """What is to be rewarded: `images` of `prompts`, as columns. `completions` name them in errors."""
+    """Images to be rewarded, with their prompts; `images` is a column, and `completions` are names for error messages."""
 
     @classmethod
     def of(
@@ -30,7 +30,7 @@ class PictureSamples(Samples):
         columns: Mapping[str, Sequence[Any]],
         extras: Mapping[str, Any],
     ) -> PictureSamples:
-        """The pictures, converted for Pillow where one of `rewards` asks for that."""
+        """The images, with Pillow images as well if one of `rewards` has an argument `pil_images`."""
         wanted = any(asks_for(reward.function, "pil_images") for reward in rewards)
         size = f"{images.shape[-1]} × {images.shape[-2]}"
         named = [f"picture {i}, {size} pixels" for i in range(1, len(images) + 1)]
@@ -43,9 +43,9 @@ class PictureSamples(Samples):
 
 
 def make_picture_rewards(reward_funcs: Any, *, weights: Sequence[float] | None, columns: Sequence[str]) -> list[Reward]:
-    """Reward functions of pictures, one or several; `columns` are what the dataset has beside prompts.
+    """Make one or several reward functions for images; `columns` are those of the dataset besides prompts.
 
-    Raises ConfigError for what is no function, or asks for something that it will not be given.
+    Raises ConfigError for a value that is not a function, and for a function with an argument that it will not be passed.
     """
     given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     for each in given:

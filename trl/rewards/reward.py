@@ -1,8 +1,8 @@
-"""Reward functions as a trainer is given them, made ready: a function, its name in logs and its weight; and what they rate.
+"""Reward functions with their names and weights, made from a trainer's arguments, and the samples that they rate.
 
     reward(prompts=[…], completions=[…], completion_ids=[…], **columns) -> [1.0, None, …]
 
-How they are called is in `trl.rewards.call`.
+`trl.rewards.call` calls them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     said: set[str] = field(default_factory=set, compare=False, repr=False)
-    """What was warned of, which is said once."""
+    """Subjects that have been warned about, which is done once."""
 
     @property
     def is_async(self) -> bool:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__)
 
     def keywords(self, samples: Samples) -> dict[str, Any]:
-        """What the function asks for, of the samples."""
+        """The arguments of the function, from the samples."""
         return fitting(self.function, samples.keywords)
 
     @functools.cached_property
     def worker(self) -> Worker | None:
-        """The function in a process of its own; None if it has to stay in this one, which is said."""
+        """The function's own process; None if the function has to stay in this one, which is logged."""
         if getattr(self.function, "runs_in_trainer", False):
             return None
         try:
@@ -63,20 +63,20 @@ class Reward:
         """Keep the function in this process from now on."""
         vars(self)["worker"] = None
         logger.warning(
-            f"Reward function {self.name!r} runs in the trainer's own process, where reward_timeout cannot end code that "
-            f"never yields: {error}. A function of a module that can be imported runs in one of its own."
+            f"Reward function {self.name!r} runs in the trainer's process, where reward_timeout cannot stop code that never "
+            f"yields: {error}. A function from an importable module can run in its own process."
         )
 
     def warn_once(self, subject: str, message: str) -> None:
-        """Warn of a `subject`, the first time that it comes up."""
+        """Log a warning, unless there has been one about the same `subject`."""
         if subject not in self.said:
             self.said.add(subject)
-            logger.warning(f"{message} This is said once.")
+            logger.warning(f"{message} This is logged once.")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is to be rewarded. `columns` hold one value per sample; `extras` are handed to every call as they are."""
+    """Samples to be rewarded. `columns` hold one value per sample; `extras` are passed unchanged to every call."""
 
     prompts: Sequence[Any]
     completions: Sequence[Any]
@@ -94,18 +94,18 @@ class Samples:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What functions are given by name. What was sampled goes before columns of the same names."""
+        """All arguments for functions by name. Prompts and completions override columns with the same names."""
         return {**self.columns, "prompts": self.prompts, "completions": self.completions, **self.extras}
 
 
 def make_rewards(
     reward_funcs: Any, *, weights: Sequence[float] | None = None, processing_classes: Any = None
 ) -> list[Reward]:
-    """Reward functions from what a trainer is given: one or several of a callable, a reward model, or the name of one.
+    """Make reward functions from a trainer's arguments: one or several callables, reward models, or names of reward models.
 
-    The name of a classifier with several named labels is a `ClassifierReward` of the one that is called positive.
-    `processing_classes` are tokenizers of the reward models, None for those loaded by name. Raises ConfigError where
-    numbers of functions, weights and tokenizers differ, or something is no function.
+    The name of a classifier with several labels becomes a `ClassifierReward` for the label that is called positive.
+    `processing_classes` are the tokenizers of reward models, None for those loaded by name. Raises ConfigError if the
+    numbers of functions, weights and tokenizers differ, or something is not a function.
     """
     functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not functions or functions == [None]:
@@ -113,8 +113,8 @@ def make_rewards(
     models = [function for function in functions if isinstance(function, str | nn.Module)]
     if processing_classes is not None and not isinstance(processing_classes, list | tuple) and len(models) > 1:
         raise ConfigError(
-            f"reward_processing_classes is one tokenizer for {len(models)} reward models, which may have one each: give a list, "
-            "with None for functions and for models that are loaded by name."
+            f"reward_processing_classes is one tokenizer, but there are {len(models)} reward models: give a list with one for "
+            "each, and None for functions and for models that are loaded by name."
         )
     tokenizers = _one_each("reward_processing_classes", processing_classes, functions)
     made = [_function(f, tokenizer) for f, tokenizer in zip(functions, tokenizers, strict=True)]
@@ -123,14 +123,14 @@ def make_rewards(
 
 
 def check_weights(reward_funcs: Any, weights: Sequence[float] | None) -> None:
-    """Raises ConfigError where `reward_weights` are not one for each function; nothing is loaded."""
+    """Raise ConfigError unless `reward_weights` has one number for each function; loads nothing."""
     if reward_funcs is not None and weights is not None:
         functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         _one_each("reward_weights", list(weights), functions)
 
 
 def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
-    """Raise ConfigError for a function that asks for something else than the dataset's `columns`; say which are hidden."""
+    """Raise ConfigError for a function with an argument that is not a column of the dataset; warn of hidden `columns`."""
     say_hidden(columns)
     for reward in rewards:
         check_arguments(reward.name, reward.function, columns)
@@ -158,7 +158,7 @@ def _function(given: Any, tokenizer: Any) -> RewardFunction:
 
 
 def _names(functions: Sequence[RewardFunction]) -> list[str]:
-    """Names in logs, each once: a second `short` is `short_2`."""
+    """Unique names for logs: a second `short` is called `short_2`."""
     named = [function.func if isinstance(function, functools.partial) else function for function in functions]
     names = [getattr(function, "__name__", type(function).__name__) for function in named]
     before = [names[:i].count(name) for i, name in enumerate(names)]

@@ -1,7 +1,7 @@
-"""Running reward functions: what each gave or raised, whatever it does meanwhile.
+"""Run reward functions, and collect what each of them returned or raised.
 
-Functions may be async: those of one rollout batch run at the same time. With a timeout, a function runs in a process of its own
-(`worker.py`), so that the limit holds for any code. Reward models and people stay in this process.
+Functions may be async; those run concurrently. With a timeout, a function runs in its own process (`worker.py`), so that the
+limit holds for any code. Reward models and human raters stay in this process.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Outcome = Sequence[float | None] | BaseException
 
 
 def outcomes_of(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
-    """What each function gave, or raised; the async ones run at the same time."""
+    """What each function returned or raised; async functions run concurrently."""
     found: dict[int, Outcome] = {}
     waiting = [i for i, reward in enumerate(rewards) if reward.is_async]
     if waiting:
         asynchronous = [rewards[i] for i in waiting]
-        run = _all_async if timeout is None else functools.partial(_all_begun, timeout=timeout)
+        run = _all_async if timeout is None else functools.partial(_all_started, timeout=timeout)
         found.update(zip(waiting, run(asynchronous, samples), strict=True))
     for i, reward in enumerate(rewards):
         if i not in found:
-            (found[i],) = _all_begun([reward], samples, timeout)
+            (found[i],) = _all_started([reward], samples, timeout)
     return [found[i] for i in range(len(rewards))]
 
 
 def begin(reward: Reward, samples: Samples, timeout: float | None) -> Callable[[], Any]:
-    """Let the function begin, in a process of its own where there is a time limit; what waits for its result."""
+    """Start the function, in its own process if there is a time limit; returns a function that waits for the result."""
     keywords = reward.keywords(samples)
     if timeout is None:
         return lambda: reward.function(**keywords)
@@ -52,7 +52,7 @@ def begin(reward: Reward, samples: Samples, timeout: float | None) -> Callable[[
 
 
 def _caught(function: Callable[[], Any]) -> Outcome:
-    """What a user's function gives or raises, SystemExit included; a signal that ends the program is none of its doing."""
+    """What a user's function returns or raises, SystemExit included. Exceptions from signal handlers are not caught."""
     try:
         with _signals_known():
             return function()
@@ -64,7 +64,7 @@ def _caught(function: Callable[[], Any]) -> Outcome:
 
 @contextmanager
 def _signals_known() -> Iterator[None]:
-    """Ctrl-C raises from a function of ours meanwhile, to be told from a function that raises KeyboardInterrupt itself."""
+    """Within it, Ctrl-C raises KeyboardInterrupt from `_interrupt`, to distinguish it from one that a reward function raises."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -81,7 +81,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_from_signal(error: BaseException) -> bool:
-    """Whether a handler of signals raised it."""
+    """True if a signal handler raised this exception."""
     if isinstance(error, Exception):
         return False
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
@@ -89,20 +89,20 @@ def _is_from_signal(error: BaseException) -> bool:
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _all_begun(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
-    """What functions give that all begin before one is waited for."""
+def _all_started(rewards: Sequence[Reward], samples: Samples, timeout: float | None) -> list[Outcome]:
+    """The outcomes of functions that are all started before the first is waited for."""
     begun = [_caught(lambda reward=reward: begin(reward, samples, timeout)) for reward in rewards]
     return [wait if isinstance(wait, BaseException) else _caught(wait) for wait in begun]
 
 
 def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
-    """The result of a function that may take `timeout` seconds. Beyond, its thread is abandoned."""
+    """The result of a function, run in a thread. Raises TimeoutError after `timeout` seconds, and abandons the thread."""
     done: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
         try:
             done.append((function(), None))
-        except BaseException as error:  # handed to the thread that waits
+        except BaseException as error:  # re-raised in the waiting thread
             done.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -117,12 +117,12 @@ def _in_thread(function: Callable[[], Any], timeout: float | None) -> Any:
 
 
 def _all_async(rewards: Sequence[Reward], samples: Samples) -> list[Outcome]:
-    """In a thread of its own, since a notebook has a loop running already."""
+    """Run async functions concurrently, in another thread, since a notebook already runs an event loop in this one."""
 
     async def call(reward: Reward) -> Outcome:
         try:
             return await reward.function(**reward.keywords(samples))
-        except BaseException as error:  # SystemExit would end the loop, and the others with it
+        except BaseException as error:  # SystemExit would end the event loop, and with it the other functions
             return error
 
     async def run() -> list[Outcome]:

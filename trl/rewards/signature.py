@@ -1,4 +1,4 @@
-"""What a reward function asks for: it is given the arguments that it names, or all of them if it takes `**columns`."""
+"""The arguments of reward functions: a function is passed those that it names, or all if it takes `**columns`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD
 
 
 def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `given` that the function takes."""
+    """The arguments in `given` that the function takes."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return dict(given)
@@ -27,7 +27,7 @@ def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asks_for(function: Callable, name: str) -> bool:
-    """Whether the function has an argument of that name."""
+    """True if the function has an argument called `name`."""
     return name in inspect.signature(function).parameters
 
 
@@ -38,32 +38,34 @@ def check_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
 
 
 def say_hidden(columns: Sequence[str], samples: Sequence[str] = SAMPLES) -> None:
-    """Say which columns of a dataset reward functions are not given, since samples are handed over under their names."""
+    """Warn about columns of the dataset that reward functions cannot get, since samples are passed under the same names."""
     if hidden := sorted({*samples, *EXTRAS} & set(columns)):
         logger.warning(
-            f"Reward functions are not given the columns {hidden} of the dataset, but what was sampled under these names: "
-            "rename the columns to read them."
+            f"Reward functions are not passed the columns {hidden} of the dataset, since samples are passed under these names: "
+            "rename the columns to use them."
         )
 
 
 def check_arguments(
     name: str, function: Callable, columns: Sequence[str] | None, samples: Sequence[str] = SAMPLES
 ) -> None:
-    """Raise ConfigError if the function asks for what it will not be given.
+    """Raise ConfigError if the function has an argument that it will not be passed, or none that tells samples apart.
 
-    `columns` are those of the dataset; None: not known yet, so any name may be one. `samples` are the names by which
-    samples are handed over.
+    `columns` are those of the dataset; None: not known yet, so that any name may be one. `samples` are the names under which
+    samples are passed.
     """
     known = [*samples, *EXTRAS, *(columns or ())]
     parameters = inspect.signature(function).parameters.values()
     if positional := [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]:
-        raise ConfigError(f"Reward function {name!r} takes {positional[0]!r} by position, but arguments come by name.")
+        raise ConfigError(
+            f"Reward function {name!r} takes {positional[0]!r} by position only, but arguments are passed by name."
+        )
     required = [p.name for p in parameters if p.kind in BY_KEYWORD and p.default is inspect.Parameter.empty]
     missing = [each for each in required if each not in known]
     if missing and columns is not None:
         raise ConfigError(
-            f"Reward function {name!r} asks for {missing[0]!r}, which is no column of the dataset."
-            f"{suggest(missing[0], known)} It is given: {', '.join(known)}."
+            f"Reward function {name!r} has the argument {missing[0]!r}, which is not a column of the dataset."
+            f"{suggest(missing[0], known)} It can be passed: {', '.join(known)}."
         )
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if not takes_any and not {p.name for p in parameters} & set(samples):

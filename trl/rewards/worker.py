@@ -1,8 +1,8 @@
-"""A reward function in a process of its own, which can be ended whatever it does.
+"""Run a reward function in its own process, which can be killed at any time.
 
-A thread cannot be: code in C that holds the interpreter's lock (a regular expression that backtracks, a power of large
-integers) stops every thread of its process. The function is sent with what it refers to; its prints go where ours go.
-What it logs is logged here, when its result has come.
+A thread cannot be stopped: C code that holds the interpreter's lock (a backtracking regular expression, a power of large
+integers) blocks every thread of its process. The function is pickled with everything that it refers to. Its prints go to the
+same terminal. Values that it logs are sent back with its result, and logged in the trainer's process.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from trl.imports import is_available
 START_SECONDS = 120
 """Seconds that a process may take to start and to import the function's modules."""
 MOST_BYTES = 2**27
-"""A function that refers to more than this is no function but a model, and stays where it is."""
+"""Most bytes of a pickled function: a larger one probably holds a model, and stays in the trainer's process."""
 LOGS = ("log_metric", "log_extra")
 DEATH_SIGNAL = 1
 
 
 class WorkerError(Exception):
-    """A function that cannot be sent to another process, or whose process did not start."""
+    """The function cannot be sent to another process, or its process did not start."""
 
 
 class ProcessEnded(Exception):
@@ -50,14 +50,14 @@ class ProcessEnded(Exception):
 
 
 class RaisedInWorker(Exception):
-    """What the function raised, where that itself cannot be sent."""
+    """Stands for an exception of the function, or a result, that cannot be pickled."""
 
 
 @dataclass
 class Worker:
-    """A process that calls one function. It starts with the first call, and again after it was ended.
+    """A process that calls one function. It starts at the first call, and again after it was ended.
 
-    Raises WorkerError where the function cannot run elsewhere.
+    Raises WorkerError if the function cannot run in another process.
     """
 
     function: Callable
@@ -71,7 +71,7 @@ class Worker:
         self._payload = packed(self.function)
 
     def send(self, keywords: Mapping[str, Any]) -> None:
-        """Call the function. `receive` has to follow."""
+        """Start a call of the function. `receive` has to follow."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         self._logs = {name: keywords[name] for name in LOGS if name in keywords}
@@ -79,7 +79,7 @@ class Worker:
         self._connection.send_bytes(cloudpickle.dumps((plain, list(self._logs))))
 
     def receive(self, until: float) -> Any:
-        """The function's result; raises what it raised, or TimeoutError when `time.monotonic()` is `until`."""
+        """The function's result. Raises what the function raised, or TimeoutError once `time.monotonic()` reaches `until`."""
         kind, value, logged = self._answer(until)
         for name, arguments in logged:
             self._logs[name](*arguments)
@@ -94,7 +94,7 @@ class Worker:
                 raise TimeoutError
             return pickle.loads(self._connection.recv_bytes())
         except KeyboardInterrupt:
-            self.end()  # a result that comes later would be taken for that of the next call
+            self.end()  # else a late result would be taken for that of the next call
             raise
         except (EOFError, ConnectionError) as error:
             status = self._process.wait()
@@ -121,7 +121,7 @@ class Worker:
             raise WorkerError(f"it cannot be loaded in another process ({type(value).__name__}: {value})")
 
     def end(self) -> None:
-        """End the process; the next call starts another."""
+        """Kill the process; the next call starts a new one."""
         if self._process is not None:
             self._stop()
         self._process = None
@@ -134,10 +134,10 @@ def _end(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def packed(function: Callable) -> bytes:
-    """A function as bytes.
+    """Pickle a function.
 
-    What a script of the user's own defines is sent itself, so that what else the script imports is not imported again;
-    where that cannot be, and for installed packages, the other process imports the module.
+    A function from the user's own module is pickled by value, so that the other process need not import the rest of the
+    module; if that fails, and for functions of installed packages, the other process imports the module.
     """
     plain = getattr(function, "func", function)  # of a functools.partial
     name = getattr(plain, "__module__", None) or type(plain).__module__
@@ -147,15 +147,15 @@ def packed(function: Callable) -> bytes:
     content = _by_value(function, module) if is_own and not name.startswith("trl.") else None
     try:
         content = content or cloudpickle.dumps(function)
-    except Exception as error:  # whatever the function refers to may refuse, and how is up to it
+    except Exception as error:  # objects that the function refers to may raise anything when they are pickled
         raise WorkerError(f"it cannot be sent ({type(error).__name__}: {error})") from error
     if len(content) > MOST_BYTES:
-        raise WorkerError(f"what it refers to takes {len(content) / 2**20:.0f} MB")
+        raise WorkerError(f"the objects that it refers to take {len(content) / 2**20:.0f} MB")
     return content
 
 
 def _by_value(function: Callable, module: ModuleType) -> bytes | None:
-    """A function with all of its module that it refers to; None if that cannot be sent."""
+    """The function pickled with the parts of its module that it refers to; None if they cannot be pickled."""
     cloudpickle.register_pickle_by_value(module)
     try:
         return cloudpickle.dumps(function)
@@ -169,13 +169,13 @@ def _by_value(function: Callable, module: ModuleType) -> bytes | None:
 
 
 def main() -> None:
-    """Serve calls until the trainer is gone."""
+    """Serve calls until the trainer exits."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)  # with the trainer
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGKILL)  # be killed when the trainer dies
     connection = Connection(int(sys.argv[1]))
     try:
         function = pickle.loads(connection.recv_bytes())
-        for name in getattr(function, "imports", ()):  # before the clock runs
+        for name in getattr(function, "imports", ()):  # import them now, so that they do not count in the time limit
             is_available(name) and importlib.import_module(name)
     except BaseException as error:
         _reply(connection, "raised", error, [])
@@ -195,12 +195,12 @@ def _serve(connection: Connection, function: Callable, request: bytes) -> None:
         keywords, names = pickle.loads(request)
         logs = {name: lambda *given, name=name: logged.append((name, given)) for name in names}
         _reply(connection, "gave", called(function, {**keywords, **logs}), logged)
-    except BaseException as error:  # SystemExit included: whatever is raised is the caller's to judge
+    except BaseException as error:  # SystemExit included: the caller decides
         _reply(connection, "raised", error, logged)
 
 
 def called(function: Callable, keywords: Mapping[str, Any]) -> Any:
-    """What a function gives, async or not."""
+    """The result of a function, async or not."""
     result = function(**keywords)
     return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 

@@ -1,4 +1,4 @@
-"""Running programs that are not trusted: what isolates them, what they may use up, and what became of them."""
+"""Run untrusted programs with isolation and resource limits."""
 
 from trl.rewards.sandbox.choice import find_runner
 from trl.rewards.sandbox.runner import (

@@ -1,13 +1,13 @@
-"""Programs in namespaces of their own, by bubblewrap (https://github.com/containers/bubblewrap).
+"""Run programs in their own namespaces, by bubblewrap (https://github.com/containers/bubblewrap).
 
-    outer bwrap    sees /usr and Python alone; mounts a file system in memory, of bounded size and number of files;
-                   gives up being root where the trainer is
-    inner bwrap    new user, pid, network, ipc, uts and cgroup namespaces, no further ones; all read-only but that folder;
-                   no capabilities; the filter below
-    start.py       limits on memory, time, files and processes, then the program
+    outer bwrap    sees only /usr and Python; mounts an in-memory file system with a limited size and number of files;
+                   gives up root, if the trainer runs as root
+    inner bwrap    new user, pid, network, ipc, uts and cgroup namespaces, in which no further ones can be made; everything is
+                   read-only except that file system; no capabilities; the seccomp filter below
+    start.py       sets limits on memory, time, files and processes, then runs the program
 
-As root, bubblewrap alone leaves a program the owner of /proc/sys, so two steps are needed; without root the first is what
-can bound the number of files.
+Two steps are needed: if the trainer is root, a program in a single bubblewrap would own /proc/sys; if it is not, only the outer
+step can limit the number of files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOBODY = 65534
 SCRIPTS = Path("/inside")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime")
 
-# Kernel memory that belongs to no process, and so to no limit on processes.
+# System calls that allocate kernel memory which counts for no process, so that no process limit covers it.
 OUT_OF_LIMITS = {
     # memfd_create, memfd_secret, shmget, msgget, semget, io_uring_setup, userfaultfd, add_key, bpf, perf_event_open
     "x86_64": (0xC000003E, (319, 447, 29, 68, 64, 425, 323, 248, 321, 298)),
@@ -42,7 +42,7 @@ OTHER_ABI = 0x40000000
 
 
 def seccomp_filter(machine: str) -> bytes:
-    """A BPF program that refuses what no limit covers; empty for machines that it is not known for."""
+    """A BPF program that refuses the system calls `OUT_OF_LIMITS`; empty for machines that are not listed there."""
     if machine not in OUT_OF_LIMITS:
         return b""
     architecture, refused = OUT_OF_LIMITS[machine]
@@ -53,7 +53,7 @@ def seccomp_filter(machine: str) -> bytes:
 
 
 def visible(paths: list[Path]) -> list[str]:
-    """Options that show files and folders, read-only and at their own places; links stay links."""
+    """Options of bwrap that mount files and folders read-only at the same paths; links stay links."""
     words: list[str] = []
     for path in paths:
         for parent in reversed(path.parents[:-1]):
@@ -63,14 +63,14 @@ def visible(paths: list[Path]) -> list[str]:
 
 
 def system() -> list[Path]:
-    """What Python needs to start."""
+    """The paths that Python needs to start."""
     paths = [Path(name) for name in SYSTEM if os.path.lexists(name)]
     python = Path(os.path.realpath(sys.base_prefix))
     return paths if python.is_relative_to("/usr") else [*paths, python]
 
 
 class BubblewrapRunner:
-    """Namespaces by bubblewrap ≥ 0.8, inside which the limits of `Limits` hold."""
+    """Runs programs in namespaces of bubblewrap ≥ 0.8, with the limits of `Limits`."""
 
     isolates = True
 
@@ -101,7 +101,7 @@ class BubblewrapRunner:
                 os.close(fd)
 
     def _outer(self, limits: Limits) -> list[str]:
-        """A view of the system, a bounded file system at /work, and a user that is not root."""
+        """The outer bwrap: a read-only view of the system, a limited file system at /work, and a user that is not root."""
         is_root = os.geteuid() == 0
         namespaces = [] if is_root else ["--unshare-user", "--uid", "0", "--gid", "0"]
         kept = [word for name in ("SYS_ADMIN", "SETUID", "SETGID", "SETFCAP") for word in ("--cap-add", f"CAP_{name}")]

@@ -1,4 +1,4 @@
-"""Which runner is used: the strongest isolation that works on this machine, named in the log."""
+"""Choose a runner: the strongest isolation that works on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def try_out(runner: CodeRunner) -> str:
-    """ "" if programs run here and their tests hold; else what is in the way."""
+    """ "" if the runner can run programs and tests on this machine; else the reason why not."""
     try:
         outcome = run_tests(runner, "def double(x): return 2 * x", "assert double(2) == 4", limits=Limits(seconds=30))
     except OSError as error:
@@ -25,10 +25,9 @@ def try_out(runner: CodeRunner) -> str:
 
 @functools.cache
 def find_runner(*, without_isolation: bool = False) -> CodeRunner:
-    """The strongest runner that works here, named in the log.
+    """The strongest runner that works on this machine, which is logged.
 
-    Raises ConfigError, with what is missing, where only a runner is left that isolates nothing and that is not agreed to
-    by `without_isolation`.
+    Raises ConfigError, which says what is missing, if isolation does not work and `without_isolation` is not set.
     """
     if shutil.which("bwrap") is None:
         missing = "bubblewrap is not installed (apt-get install bubblewrap)"
@@ -39,8 +38,8 @@ def find_runner(*, without_isolation: bool = False) -> CodeRunner:
         return runner
     if not without_isolation:
         raise ConfigError(
-            f"Programs cannot be isolated: {missing}. In a container it takes the right to make user namespaces. "
-            "To run programs all the same, with all that this user may do, set without_isolation=True."
+            f"Programs cannot be isolated: {missing}. In a container, this needs the right to create user namespaces. "
+            "To run programs without isolation, with all rights of this user, set without_isolation=True."
         )
     logger.warning("Programs run in %s: %s.", SubprocessRunner.name, missing)
     return SubprocessRunner()

@@ -1,7 +1,7 @@
-"""What runs a program that is not trusted: the strongest isolation that is there, found and tried out at the start.
+"""Runners of untrusted programs.
 
-A runner starts one of the scripts of `inside/` in a place of its own. Whether a program succeeded is never its own word:
-its output is compared here, or the tests run in a second place and reach it by a wire that carries values alone.
+A runner starts one of the scripts of `inside/` in a sandbox. A program cannot report its own success: its output is compared in
+this process, or its tests run in a second sandbox, which is connected to the program's by pipes that carry only values.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ PIPE = subprocess.PIPE
 
 
 class CodeRunner(Protocol):
-    """Starts scripts where they can reach nothing but their pipes and a folder of their own."""
+    """Starts scripts in a sandbox, where they have access only to their pipes and to a folder of their own."""
 
     name: str
-    """What isolates, for the log."""
+    """Description of the isolation, for the log."""
     isolates: bool
-    """Whether it holds against a program that means harm."""
+    """Whether it withstands malicious programs."""
 
     def start(
         self, role: str, files: Mapping[str, bytes], limits: Limits, **pipes: Any
     ) -> AbstractContextManager[subprocess.Popen]:
-        """`inside/start.py ROLE` as a process in a session of its own, in a folder that holds `files` and can be written.
+        """Start `inside/start.py ROLE` as a process in a new session, in a writable folder with `files`.
 
-        `pipes` are `stdin`, `stdout` and `stderr` of `subprocess.Popen`. When the context ends, so has the process with
-        all that it started, and its folder is gone.
+        `pipes` are `stdin`, `stdout` and `stderr` of `subprocess.Popen`. When the context ends, the process and all processes
+        that it started have ended, and its folder has been removed.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program. `passed` is the limit that it passed, "" if none; `verdict` that of its tests, if any."""
+    """The result of a program. `passed` is the limit that it exceeded, "" if none; `held` whether its tests passed, if any."""
 
     status: int
     passed: str
@@ -57,19 +57,19 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        """Whether it came to its end by itself, with status 0."""
+        """True if it ended by itself, with status 0."""
         return not self.passed and self.status == 0
 
 
 def command(role: str, limits: Mapping[str, int], *, python: str = sys.executable, inside: Path = INSIDE) -> list[str]:
-    """The words that start a script of `inside/`."""
+    """The command line that starts a script of `inside/`."""
     return [python, "-I", "-S", "-B", str(inside / "start.py"), role, json.dumps(limits)]
 
 
 class SubprocessRunner:
-    """A subprocess with limits. It isolates nothing but accidents: a program can read and change what its user can."""
+    """A subprocess with limits. It protects only against accidents: a program can read and change what its user can."""
 
-    name = "a subprocess with limits, which isolates nothing but accidents"
+    name = "a subprocess with limits, which protects only against accidents"
     isolates = False
 
     @contextmanager
@@ -86,15 +86,15 @@ class SubprocessRunner:
 
 
 def remove(folder: str) -> None:
-    """Remove a folder whatever its shape: without permissions, or deeper than paths may be long."""
+    """Remove a folder, even without permissions in it, or deeper than the longest path."""
     for words in (["chmod", "-R", "u+rwX", folder], ["rm", "-rf", folder]):
         subprocess.run(words, stderr=subprocess.DEVNULL, check=False)
     if os.path.exists(folder):
-        logger.warning("What a program left in %s could not be removed.", folder)
+        logger.warning("The folder %s of a program could not be removed.", folder)
 
 
 def run_program(runner: CodeRunner, program: str, *, stdin: str = "", limits: Limits | None = None) -> Outcome:
-    """Run a Python program as a script, with text as its standard input."""
+    """Run a Python program as a script, with `stdin` as the text of its standard input."""
     limits = limits or Limits()
     files = {"program.py": encoded(program)}
     with runner.start("program", files, limits, stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
@@ -105,10 +105,10 @@ def run_program(runner: CodeRunner, program: str, *, stdin: str = "", limits: Li
 
 
 def run_tests(runner: CodeRunner, program: str, tests: str, *, limits: Limits | None = None) -> Outcome:
-    """Run tests (Python statements, the names of which are the program's) against a program.
+    """Run tests (Python statements that use names of the program) against a program.
 
-    The two run in two places. `held` says whether the tests came to their end and asserted something; the program has
-    no part in that word. `stderr` is the program's, or why the tests failed.
+    The two run in separate sandboxes. `held` is true if the tests ran to their end and asserted something; the program cannot
+    influence that report. `stderr` has the reason why the tests failed, and the program's standard error.
     """
     limits = limits or Limits()
     theirs, ours = {"program.py": encoded(program)}, {"tests.py": encoded(tests)}
@@ -120,7 +120,7 @@ def run_tests(runner: CodeRunner, program: str, tests: str, *, limits: Limits | 
             watch = Watch([tester, served], limits, [tester.stderr, served.stderr])
             passed = watch.run()
     report, stderr = (bytes(text[: limits.output]) for text in watch.written.values())
-    verdict = _verdict(report) if not passed else {"passed": False, "why": f"passed its limit on {passed}"}
+    verdict = _verdict(report) if not passed else {"passed": False, "why": f"exceeded its limit on {passed}"}
     text = verdict["why"] if not stderr else f"{verdict['why']}\n{stderr.decode(errors='replace')}"
     return Outcome(served.returncode, passed, "", text, held=verdict["passed"] is True)
 
@@ -133,5 +133,5 @@ def _verdict(report: bytes) -> dict[str, Any]:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, with a question mark for what is no text."""
+    """The text as UTF-8, with question marks for characters that cannot be encoded."""
     return text.encode(errors="replace")

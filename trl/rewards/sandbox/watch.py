@@ -1,4 +1,4 @@
-"""Watching processes from outside: their time, memory, number and output, whatever they do themselves."""
+"""Enforce limits on processes from outside: their time, memory, number and output."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import IO
 
 INTERVAL = 0.01
-"""Seconds between two looks at memory and number of processes."""
+"""Seconds between two checks of memory and number of processes."""
 PIECE = 2**16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use up. With tests, the program and its tests each.
+    """Resource limits of one program. With tests, they hold for the program and for its tests separately.
 
-    seconds      of wall clock
-    megabytes    of memory: of address space for each process, and resident for all of them together
-    processes    threads and processes at a time
-    files        files and folders that it may make
-    disk         MB that they may hold together
-    output       bytes that it may write to standard output, and as many to standard error
+    seconds      wall-clock time
+    megabytes    memory: address space of each process, and resident memory of all of them together
+    processes    concurrent threads and processes
+    files        files and folders that it may create
+    disk         total size of them, in MB
+    output       bytes that it may write to standard output, and to standard error
     """
 
     seconds: float = 5.0
@@ -38,7 +38,7 @@ class Limits:
     output: int = 2**20
 
     def resources(self) -> dict[str, int]:
-        """As names and values of `resource.setrlimit`."""
+        """Names and values for `resource.setrlimit`."""
         return {
             "AS": self.megabytes * 2**20,
             "CPU": int(self.seconds) + 2,
@@ -50,18 +50,18 @@ class Limits:
 
 @dataclass
 class Watch:
-    """Runs until all `processes` have ended, or one of `limits` is passed, which ends them."""
+    """Waits until all `processes` have ended, or kills them when one of `limits` is exceeded."""
 
     processes: Sequence[subprocess.Popen]
     limits: Limits
     outputs: Sequence[IO[bytes]] = ()
     given: tuple[IO[bytes], bytes] | None = None
-    """A standard input, and what to write to it."""
+    """A standard input, and the bytes to write to it."""
     written: dict[IO[bytes], bytearray] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def run(self) -> str:
-        """ "" if the processes ended by themselves, else the limit that ended them: a field of `Limits`."""
+        """ "" if the processes ended by themselves, else the limit that they exceeded: the name of a field of `Limits`."""
         self.written = {stream: bytearray() for stream in self.outputs}
         with selectors.DefaultSelector() as selector:
             for stream in self.outputs:
@@ -92,7 +92,7 @@ class Watch:
         return ""
 
     def _move(self, selector: selectors.BaseSelector, seconds: float) -> None:
-        """Read and write what can be at once."""
+        """Read from and write to the pipes that are ready."""
         for key, _ in selector.select(seconds):
             if key.fileobj in self.written:
                 piece = os.read(key.fd, PIECE)
@@ -108,7 +108,7 @@ class Watch:
                 key.fileobj.close()
 
     def _drain(self, selector: selectors.BaseSelector) -> None:
-        """Read what the processes left in their pipes."""
+        """Read the remaining output of the processes from their pipes."""
         reading = [key for key in selector.get_map().values() if key.fileobj in self.written]
         for key in reading:
             with suppress(BlockingIOError):
@@ -136,11 +136,11 @@ class Watch:
 
 
 HELPERS = 6
-"""Processes that the isolation itself takes."""
+"""Number of processes of the isolation itself."""
 
 
 def _write(fd: int, data: memoryview) -> memoryview:
-    """What is still to be written; nothing if nobody reads it."""
+    """Write what can be written at once, and return the rest; empty if the other end is closed."""
     try:
         return data[os.write(fd, data[:PIECE]) :]
     except BlockingIOError:
@@ -150,7 +150,7 @@ def _write(fd: int, data: memoryview) -> memoryview:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and those below it, by Linux's /proc; itself alone elsewhere."""
+    """A process and its descendants, by Linux's /proc; only the process itself on other systems."""
     found = [pid]
     for each in found:
         with suppress(OSError):  # it has ended
@@ -160,7 +160,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that are a process's own; 0 if it has ended."""
+    """Resident memory of a process in bytes; 0 if it has ended."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The two sides of tests: the program, served, and the tests, which reach it by a wire alone."""
+"""The two sides of running tests: the served program, and the tests, which access it only through a `wire.Wire`."""
 
 import ast
 import builtins
@@ -13,7 +13,7 @@ import wire
 
 
 def serve(reader, writer, run):
-    """Run the program, then do what the tests ask of it."""
+    """Run the program, then answer the requests of the tests."""
     module = types.ModuleType("__main__")
     run("program.py", module)
 
@@ -33,7 +33,7 @@ def serve(reader, writer, run):
 
 
 class Names(dict):
-    """The names of tests: built-in ones and modules are their own, any other is the program's."""
+    """The global names of tests: builtins and standard modules are local, all other undefined names are the program's."""
 
     def __init__(self, link):
         super().__init__(__name__="__main__", __builtins__=builtins)
@@ -48,7 +48,7 @@ class Names(dict):
 
 
 def _attribute(link, name):
-    """A name of the program that is imported from the module `solution`."""
+    """A name of the program, as an attribute of the module `solution`, from which tests may import it."""
     if name.startswith("__"):
         raise AttributeError(name)
     return program_name(link, name)
@@ -56,13 +56,13 @@ def _attribute(link, name):
 
 def program_name(link, name):
     names = link.ask("is_error", name)
-    if names:  # a class that `except` takes
+    if names:  # an exception class, which has to exist on this side for `except`
         return wire.kind_of(tuple(names))
     return link.ask("name", name)
 
 
 def tests(reader, writer, run):
-    """Run tests.py and report whether it came to its end and asserted something. Its errors are its failure."""
+    """Run tests.py, and report whether it ran to its end and asserted something. Any error in it counts as a failure."""
     report = os.dup(2)
     os.dup2(1, 2)
     held = []
@@ -84,7 +84,7 @@ def tests(reader, writer, run):
 
 
 class Counted(ast.NodeTransformer):
-    """Tests that say of each assertion that it held, so that those which assert nothing are known."""
+    """Adds a call after each assertion that records it, so that tests without assertions are detected."""
 
     def visit_Assert(self, node):
         said = ast.parse("__asserted__()").body[0]
@@ -92,7 +92,7 @@ class Counted(ast.NodeTransformer):
 
 
 def counted(tree):
-    """The tests, where a `raise` in place of assertions counts when they come to their end."""
+    """The tests with recording of assertions; tests that use `raise` instead are recorded when they reach their end."""
     nodes = list(ast.walk(tree))
     raises = any(isinstance(node, ast.Raise) for node in nodes)
     if raises and not any(isinstance(node, ast.Assert) for node in nodes):
@@ -101,14 +101,14 @@ def counted(tree):
 
 
 def _call(function, *arguments, **keywords):
-    """A function that a test handed to the program, or a method of its objects."""
+    """Call a function that a test passed to the program, or a method of an object of the tests."""
     if not isinstance(function, types.FunctionType | types.MethodType | types.BuiltinFunctionType | type):
         raise TypeError("not a function of the tests")
     return function(*arguments, **keywords)
 
 
 def _check_field(value, name):
-    """Objects of classes that the tests define show their public fields to the program; nothing else shows any."""
+    """Raise AttributeError unless this is a public field of an object whose class the tests define: others are not exposed."""
     if type(value).__module__ != "__main__" or name.startswith("_"):
         raise AttributeError(name)
 

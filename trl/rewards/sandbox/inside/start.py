@@ -1,8 +1,8 @@
-"""Starts in a sandbox: `python -I -S start.py ROLE LIMITS`, LIMITS as JSON: name of a resource → most of it.
+"""Entry point in a sandbox: `python -I -S start.py ROLE LIMITS`, where LIMITS is JSON: name of a resource → its limit.
 
-ROLE "program" runs program.py of the current folder as a script. "serve" runs it and then does what the tests ask, which
-run elsewhere; "tests" runs tests.py, whose unknown names are those of a program that is served, and reports to standard
-error. Only the standard library is used.
+ROLE "program" runs program.py of the current folder as a script. "serve" runs it, and then answers requests of its tests, which
+run in another sandbox. "tests" runs tests.py, where names that are not defined refer to the served program, and writes the
+result to standard error. Only the standard library is used.
 """
 
 import json
@@ -13,7 +13,7 @@ import types
 
 
 def limit(most):
-    """Take on limits for good; a limit that is stricter already stays."""
+    """Set hard limits; a limit that is already stricter is kept."""
     for name, value in most.items():
         kind = getattr(resource, f"RLIMIT_{name}", None)
         if kind is not None:
@@ -31,7 +31,7 @@ def run(name, module):
 
 
 def own_streams():
-    """The pipes to the other side, as streams; standard input and output are empty from here on."""
+    """The pipes to the other side, as streams; standard input and output are redirected to /dev/null."""
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)

@@ -1,7 +1,7 @@
-"""Values and calls between two interpreters that do not trust each other, as lines of JSON.
+"""Remote calls between two Python interpreters that do not trust each other, as lines of JSON.
 
-Plain values travel as copies, everything else as a number under which the side that owns it finds it again. Reading a line
-runs nothing. Only the standard library is used: this file is read inside a sandbox.
+Plain values are sent as copies, all other objects as a number by which the side that owns them finds them. Reading a message
+executes no code. Only the standard library is used, since this file runs inside a sandbox.
 """
 
 import builtins
@@ -19,9 +19,9 @@ sys.set_int_max_str_digits(0)
 
 
 class Wire:
-    """One end: `ask` the other side, and `serve` what it asks meanwhile.
+    """One end of a connection: `ask` sends requests to the other side, and answers its requests while waiting.
 
-    `serves` maps names of operations to functions: all that the other side may have done here.
+    `serves` maps the names of operations to functions: the other side can request only these.
     """
 
     def __init__(self, reader, writer, serves):
@@ -29,7 +29,7 @@ class Wire:
         self.owned = []
 
     def ask(self, operation, *arguments, **keywords):
-        """What the other side's operation gives; raises what it raised."""
+        """The result of an operation on the other side; raises the exception that it raised."""
         self._send([operation, [self.encode(a) for a in arguments], {k: self.encode(v) for k, v in keywords.items()}])
         while True:
             message = self._receive()
@@ -42,7 +42,7 @@ class Wire:
             self._serve(message)
 
     def serve(self):
-        """Do what the other side asks until it is gone."""
+        """Answer requests of the other side until it closes the connection."""
         with suppress(EOFError):
             while True:
                 self._serve(self._receive())
@@ -89,7 +89,7 @@ class Wire:
         return {"mine": len(self.owned) - 1, "plain": self._plain(value)}
 
     def _plain(self, value):
-        """The value of a `Counter`, a named tuple, an `IntEnum` as the built-in type that it is made of."""
+        """A copy of an instance of a subclass (`Counter`, named tuple, `IntEnum`) as its built-in base type; None for others."""
         for kind in (int, float, str, tuple, list, dict, set, frozenset):
             if isinstance(value, kind):
                 with suppress(Exception):
@@ -113,14 +113,14 @@ class Wire:
 
 
 def renew(given, now, decode):
-    """Give a list, dict or set of this side the content that the other side left in its copy."""
+    """Update a list, dict or set of this side with the content of the copy that the other side has changed."""
     if type(given) in MUTABLE and now is not None and type(given) is type(now := decode(now)) and given != now:
         given.clear()
         given.extend(now) if type(given) is list else given.update(now)
 
 
 def error_of(names, message):
-    """An exception of this side for one of the other, given the names of its class and of the classes above it."""
+    """An exception for one of the other side, from the names of its class and base classes."""
     kind = kind_of(tuple(names))
     error = kind.__new__(kind)
     error.args = (message,)
@@ -129,7 +129,7 @@ def error_of(names, message):
 
 @functools.cache
 def kind_of(names):
-    """The class for these names: built-in classes are themselves, others one class for each list of names."""
+    """The exception class for these names: a built-in class, or else one new class for each list of names."""
     known = getattr(builtins, names[0], None)
     if isinstance(known, type) and issubclass(known, Exception):
         return known
@@ -137,9 +137,10 @@ def kind_of(names):
 
 
 class Remote:
-    """Something that the other side owns. Whatever is done with it is done there.
+    """A proxy for an object of the other side, where all operations on it are executed.
 
-    It equals a plain value only by the copy that came with it: a class whose `__eq__` always agrees convinces nobody.
+    It equals a plain value only if the copy that was sent with it does, so that a class whose `__eq__` always returns True
+    passes no test.
     """
 
     def __init__(self, wire, number, plain):
