@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -209,8 +209,18 @@ def test_two_servers_share_the_prompts(model, tmp_path):
         generate = two.worker.engine.generate
 
         def dies(*arguments):
-            two.server.should_exit = two.server.force_exit = True
-            time.sleep(0.5)
+            """Refuse connections, and drop those that there are, before there is an answer."""
+            connections, dropped = [*two.server.server_state.connections], Event()
+
+            def drop():
+                for listening in two.server.servers:
+                    listening.close()
+                for connection in connections:
+                    connection.transport.abort()
+                dropped.set()
+
+            connections[0].loop.call_soon_threadsafe(drop)
+            assert dropped.wait(60)
             return generate(*arguments)
 
         two.worker.engine.generate = dies
