@@ -1,4 +1,4 @@
-"""What every trainer's configuration shares."""
+"""The options that all trainers share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ALIASES = {
     "infinite": "",
     "use_liger": "use_liger_kernel",
 }
-"""Names that older scripts use, and today's. Empty: what it asked for always happens now, or is no longer needed."""
+"""Older names of options → today's. Empty: the option is accepted and ignored, since its effect is now the default."""
 
 
 OLD_NAME, NEW_NAME = "gradient_checkpointing", "activation_checkpointing"
@@ -47,37 +47,37 @@ RENAMED_CHECKPOINTING = NEW_NAME in TrainingArguments.__dataclass_fields__
 OTHER_NAMES = {
     f"{old}{end}": f"{new}{end}" for old, new in permutations((OLD_NAME, NEW_NAME)) for end in ("", "_kwargs")
 }
-"""The other name of each option of checkpointing."""
+"""Each option of gradient checkpointing → the same option by its other name."""
 
 
 TEMPLATES = (".jinja", ".j2")
-"""Endings of files with a chat template."""
+"""File extensions of chat templates."""
 
 
 class _ConfigMeta(OptionNames):
-    """The names of options, and documentation made of what stands under them."""
+    """Accepts older names of options, and documents a configuration by the docstrings of its fields."""
 
     if not TYPE_CHECKING:
 
         @property
         def __doc__(cls) -> str:
-            """The class's own words, and every field with what it is."""
+            """The docstring of the class, followed by its fields with theirs."""
             words = cls.__dict__.get("__doc__") or ""
-            # `dataclass` asks while it makes the class: nothing is read from source then.
+            # `dataclass` reads `__doc__` while it builds the class, when the fields are not known yet.
             return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
 
 
 def liger_layers(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Options of Liger that replace layers and leave the head, which scores tokens itself, as it is.
+    """`liger_kernel_config` with Liger's cross-entropy losses off, since trl computes the loss with its own kernels.
 
-    Raises ConfigError where one of its losses is asked for.
+    Raises ConfigError if one of these losses is switched on.
     """
     given = dict(json.loads(given) if isinstance(given, str) else given or {})
     for name in ("cross_entropy", "fused_linear_cross_entropy"):
         if given.get(name):
             raise ConfigError(
-                f"liger_kernel_config={{{name!r}: True}}: the head is scored by kernels of its own here, and logits of all "
-                "tokens never exist. Leave it out; Liger's layers are used."
+                f"liger_kernel_config={{{name!r}: True}}: trl computes the loss with its own fused kernels, which never "
+                "store the logits of all tokens. Leave this entry out; Liger's layers are used."
             )
         given[name] = False
     return given
@@ -89,27 +89,27 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
 
     ALIASES: ClassVar[dict[str, str]] = ALIASES
     smooths_labels: ClassVar[bool] = False
-    """Whether `label_smoothing_factor` has an effect."""
+    """Whether the trainer's loss reads `label_smoothing_factor`."""
 
     learning_rate: float = 2e-5
-    """Learning rate after warm-up, where its schedule starts."""
+    """Peak learning rate, which is reached at the end of warm-up."""
 
     logging_steps: float = 10
-    """Log every so many optimizer steps; a number below 1 is a share of all steps."""
+    """Log every so many optimizer steps; a number below 1 is a fraction of all steps."""
 
     bf16: bool | None = None
-    """Compute in bfloat16 (weights stay as loaded). None: where the device supports it well; never on a CPU."""
+    """Compute in bfloat16 by autocast; weights keep their dtype. None: if the GPU supports bfloat16; never on a CPU."""
 
     gradient_checkpointing: bool | None = None
-    """Compute activations again in backward instead of keeping them. None: on with an accelerator, and with
-    CUDA in as few layers of a language model as the memory that is free asks for, which is logged; off on a CPU."""
+    """Recompute activations in backward instead of storing them. None: off on a CPU, on with an accelerator; with CUDA,
+    language models are checkpointed in only as many layers as the free memory requires, and the number is logged."""
 
     logging_dir: str | None = None
     """Folder of TensorBoard's logs. None: `runs` in the output folder."""
 
     overwrite_output_dir: bool = False
-    """Remove the checkpoints and the model that an earlier run left in the output folder, unless this one resumes from
-    them. Without it, a folder that holds another run (method, model, rows, options) is refused."""
+    """Remove the checkpoints and the model that an earlier run left in the output folder, unless this run resumes from
+    them. Without it, a folder of another run (with another method, model, rows or options) raises an error."""
 
     model_init_kwargs: dict[str, Any] | str | None = None
     """Keyword arguments of `from_pretrained`, when the model is given by name (dtype, attn_implementation, …)."""
@@ -121,77 +121,77 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Take the chat template from this tokenizer, or from a `.jinja` file."""
 
     pad_token: str | None = None
-    """Set the tokenizer's padding token. Training itself needs none."""
+    """Set the tokenizer's padding token. Training works without one."""
 
     eos_token: str | None = None
     """Set the tokenizer's end-of-sequence token."""
 
     dataset_num_proc: int | None = None
-    """Processes that encode the dataset."""
+    """Number of processes that encode the dataset."""
 
     layout: Literal["padded", "packed", "shared", "auto"] = "auto"
-    """How sequences lie in a forward pass: "padded", "packed", "shared", or "auto", the fastest that the model can."""
+    """How the sequences of a micro-batch are arranged: one per row ("padded"), concatenated in rows ("packed"), packed with
+    each prompt stored once for all its completions ("shared"), or "auto", the fastest layout that the model supports."""
 
     max_tokens_per_micro_batch: int | None = None
-    """Split an accumulation window into as many forward passes as keep each under so many tokens. None: no limit with
-    an accelerator; 2,048 on a CPU, where wide passes are not faster."""
+    """Split each accumulation window into micro-batches of at most so many tokens. None: no limit with an accelerator;
+    2,048 on a CPU, where larger micro-batches are not faster."""
 
     pad_to_multiple_of: int | str | None = "auto"
-    """Widths of a forward pass are multiples of this. "auto": of 8 on an accelerator."""
+    """Pad the width of micro-batches to a multiple of this. "auto": 8 on an accelerator, 1 on a CPU."""
 
     max_pixels: int | None = None
-    """Most pixels (width · height) of an image; a larger one is made smaller, its sides in the same proportion."""
+    """Most pixels (width · height) of an image; larger images are scaled down, with the same aspect ratio."""
 
     min_pixels: int | None = None
-    """Fewest pixels of an image; a smaller one is made larger."""
+    """Fewest pixels of an image; smaller images are scaled up."""
 
     image_folder: str | None = None
     """Folder that relative paths of images start from."""
 
     image_features_mb: int = 1024
-    """Main memory in MiB for features of images. While the image encoder and its projector are frozen, an image is encoded
-    once for policy, reference, sampling and all epochs; those used longest ago are encoded again where there is no room.
-    0: encode in every forward pass."""
+    """Host memory in MiB for a cache of image features. While the image encoder and its projector are frozen, each image is
+    encoded once for policy, reference, sampling and all epochs; the least recently used features are evicted. 0: no cache."""
 
     adapted_part: Literal["language", "language_and_projector", "everything"] = "language"
-    """Which part of a model that reads images a new adapter (`peft_config`) is put on; the rest stays frozen."""
+    """Which part of a vision-language model a new adapter (`peft_config`) is put on; the rest stays frozen."""
 
     shuffle_dataset: bool = False
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
 
     max_skipped_steps: int | None = 3
-    """Skipped steps in a row that end the run. A step is skipped, and counted, if its loss or gradient is not finite:
-    weights and optimizer stay as they are, while data and learning rate go on. None: never."""
+    """Stop the run after more than so many skipped steps in a row. A step whose loss or gradient is not finite is skipped
+    and counted: weights and optimizer do not change, while data and learning rate move on. None: never stop."""
 
     logging_nan_inf_filter: bool = False
-    """Not needed: steps whose loss is not finite are skipped, and not part of the loss that is logged."""
+    """Not needed: steps whose loss is not finite are skipped, and the logged loss leaves them out."""
 
     disable_dropout: bool = False
     """Set every dropout probability of the model to zero."""
 
     ddp_find_unused_parameters: bool | None = False
-    """Look for parameters that the loss of a step does not depend on, with DDP; costs time in every step."""
+    """With DDP, look for parameters that get no gradient in a step; costs time in every step."""
 
     html_report: bool = True
-    """Write a page of the run, with its curves and options, to `report.html` in the output folder at the end."""
+    """Write `report.html`, a page with the run's curves and options, to the output folder."""
 
     activation_offloading: bool = False
-    """Keep what checkpointed layers start from in the host's memory, until backward asks for it; implies
-    `gradient_checkpointing`. Costs the time of the copies."""
+    """Keep the inputs of checkpointed layers in host memory until backward needs them; implies `gradient_checkpointing`,
+    and takes time for the copies."""
 
     cuda_graphs: bool | None = None
-    """Launch forward and backward of the layers as CUDA graphs, where micro-batches are so small that the device waits for
-    the host. Gradients keep their memory between steps. None: on CUDA; in trainers that sample, where memory for both is free."""
+    """Run the layers' forward and backward as CUDA graphs for micro-batches so small that the GPU waits for the CPU.
+    Gradients stay allocated between steps. None: yes on CUDA; trainers that sample also need enough free memory."""
 
     router_aux_loss_coef: float | None = None
-    """Weight of the load-balancing loss of a mixture of experts. None: as the model's configuration says, which asks for
-    it by `output_router_logits`. Takes one more pass where a step has several micro-batches or processes."""
+    """Weight of the load-balancing loss of a mixture of experts. None: that of the model's configuration, if it sets
+    `output_router_logits`. Takes an extra forward pass if a step has several micro-batches or processes."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
         say_once()
-        self.debug = [] if self.debug is None else self.debug  # as parsers of `transformers` leave it
+        self.debug = [] if self.debug is None else self.debug  # `HfArgumentParser` leaves None
         self.check_values()
         check_precision(self)
         check_deepspeed(self)
@@ -200,10 +200,10 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
         self.refuse("include_for_metrics")
         if self.label_smoothing_factor and not self.smooths_labels:
-            near = "label_smoothing" if "label_smoothing" in self.__dataclass_fields__ else "nothing here"
+            has_own = "label_smoothing" in self.__dataclass_fields__
+            advice = "leave it out" + (", or set label_smoothing, which is for this loss." if has_own else ".")
             raise ConfigError(
-                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on this loss: leave it out ({near} does "
-                "something alike)."
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on this loss: {advice}"
             )
         if self.use_liger_kernel:
             self.liger_kernel_config = liger_layers(self.liger_kernel_config)
@@ -230,7 +230,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         self.plans_checkpointing = plans
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Options of checkpointing that are set later are set under both of their names, and nothing is planned then."""
+        """Set an option of gradient checkpointing under both its names; set after construction, it also ends the planning."""
         super().__setattr__(name, value)
         if name in OTHER_NAMES and "plans_checkpointing" in vars(self):
             self.plans_checkpointing = False
@@ -238,9 +238,9 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
                 super().__setattr__(OTHER_NAMES[name], value)
 
     def check_values(self) -> None:
-        """Raises ConfigError for a value that is none of an option's choices, or too small, or a file that is not there.
+        """Raises ConfigError for values that are invalid or out of range, and for files that do not exist.
 
-        Says which options have no effect.
+        Warns of options without effect.
         """
         check_choices(self)
         check_intervals(self)
@@ -252,19 +252,22 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
 
     def loading(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained`: those given, and whether the code of a model is trusted."""
+        """`kwargs` for `from_pretrained`, with `trust_remote_code` added."""
         return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}
 
     def offload_activations(self, *, accelerated: bool) -> None:
-        """Ask `transformers` for it. Raises ConfigError without an accelerator, without checkpointing, and in older releases."""
+        """Set the options of `transformers` that offload activations.
+
+        Raises ConfigError without an accelerator or gradient checkpointing, or if `transformers` is too old.
+        """
         if not accelerated:
             raise ConfigError(
-                "activation_offloading=True: activations are in the host's memory already where nothing else computes. "
+                "activation_offloading=True needs an accelerator: on a CPU, activations are in host memory already. "
                 "Leave it out."
             )
         if self.gradient_checkpointing is False:
             raise ConfigError(
-                "activation_offloading=True keeps what checkpointed layers start from in the host's memory, and "
+                "activation_offloading=True keeps the inputs of checkpointed layers in host memory, but "
                 "gradient_checkpointing=False checkpoints none: leave one of them out."
             )
         if not offloads_activations():
@@ -279,19 +282,19 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         }
 
     def refuse(self, *names: str) -> None:
-        """Raises ConfigError for options that other releases have, if one of them is asked for."""
+        """Raises ConfigError if one of the options `names`, which are accepted but not implemented, is set."""
         for name in names:
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
 
     def recompute(self, *, activations: bool) -> None:
-        """Settle `gradient_checkpointing`, as a plan has it."""
+        """Set `gradient_checkpointing` to what the planner decided; `plans_checkpointing` stays as it is."""
         plans = self.plans_checkpointing
         self.gradient_checkpointing = activations
         self.plans_checkpointing = plans
 
     def set_checkpointing(self, **options: Any) -> None:
-        """Options of `torch.utils.checkpoint`, where none was given by these names."""
+        """Set options of `torch.utils.checkpoint`, unless the user gave them."""
         plans = self.plans_checkpointing
         given = getattr(self, f"{NEW_NAME}_kwargs", None) or self.gradient_checkpointing_kwargs or {}
         self.gradient_checkpointing_kwargs = {**options, **given}
@@ -306,25 +309,25 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
 
 
 def offloads_activations() -> bool:
-    """Whether this release of `transformers` can keep checkpoints of activations in the host's memory."""
+    """Whether the installed `transformers` can offload checkpointed activations to host memory."""
     name = "activation_checkpointing_enable" if RENAMED_CHECKPOINTING else "gradient_checkpointing_enable"
     return "offload" in inspect.signature(getattr(transformers.PreTrainedModel, name)).parameters
 
 
 @dataclass
 class ReferenceConfig(TrainerConfig):
-    """Options that the trainers share which hold the policy near a reference."""
+    """Options of trainers that compare the policy with a reference model."""
 
     learning_rate: float = 1e-6
 
     max_prompt_length: int | None = None
-    """Tokens of a prompt; the beginning of a longer one is cut. None: no limit of its own."""
+    """Most tokens of a prompt; longer ones lose their beginning. None: no limit for prompts alone."""
 
     sync_ref_model: bool = False
-    """Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656)."""
+    """Move the reference towards the policy during training (TR-DPO, arXiv:2404.09656)."""
 
     ref_model_mixup_alpha: float = 0.6
-    """Share α of the policy in the new reference, α π + (1 − α) π_ref; 1 replaces it."""
+    """Weight α of the policy in the updated reference, α π + (1 − α) π_ref; 1 copies the policy."""
 
     ref_model_sync_steps: int = 512
-    """Optimizer steps between two moves of the reference."""
+    """Optimizer steps between two updates of the reference."""

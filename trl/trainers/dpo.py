@@ -39,11 +39,11 @@ class DPOConfig(DPOOptions, PreferenceConfig):
         return self.check_not_split(DPO(loss_types=self.loss_type, **self.options()))
 
     def options(self) -> dict[str, Any]:
-        """What the algorithm takes beside its losses, by the names of `DPO`'s fields."""
+        """The keyword arguments of `DPO` other than `loss_types`."""
         return {name: getattr(self, name) for name in DPO.__dataclass_fields__ if name != "loss_types"}
 
     def check_not_split(self, algorithm: DPO) -> DPO:
-        """`algorithm`, if the pairs that it sees at once are those of a step however the options split it."""
+        """Return `algorithm`. Raises ConfigError if it needs all pairs of a step at once and the options split the step."""
         split = self.gradient_accumulation_steps > 1 or self.max_tokens_per_micro_batch is not None
         if algorithm.needs_full_batch and split:
             raise ConfigError(
@@ -57,7 +57,8 @@ class DPOConfig(DPOOptions, PreferenceConfig):
 class DPOTrainer(PreferenceTrainer):
     """Train a causal or encoder-decoder language model on pairs of a better and a worse completion.
 
-    Rows have `chosen` and `rejected`, and `prompt` or a beginning that both share; texts, conversations, or token ids.
+    Rows have `chosen` and `rejected`, and `prompt` unless it is the common beginning of both; texts, conversations, or
+    token ids.
     Arguments: see `BaseTrainer` and `PreferenceTrainer`.
     """
 
@@ -75,11 +76,11 @@ class DPOTrainer(PreferenceTrainer):
         return self.algorithm.needs_reference
 
     def micro_batch_budget(self) -> int | None:
-        """None for losses that sort a batch: they see it whole."""
+        """No limit for losses that sort the pairs of a batch, which must not be split."""
         return None if self.algorithm.needs_full_batch else super().micro_batch_budget()
 
     def weights(self, batch: Batch) -> Tensor:
-        """Every pair counts the same: `[P]`."""
+        """Weight 1 for every pair, `[P]`."""
         return batch.mask.new_ones(len(batch.mask) // 2)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -90,7 +91,7 @@ class DPOTrainer(PreferenceTrainer):
 
 
 def token_metrics(scores: Scores) -> Metrics:
-    """What the distributions behind the tokens `[N,C]` of pairs were; the accuracy is that of the chosen completions."""
+    """Entropy and mean logit of the tokens `[N,C]` of pairs, and the greedy accuracy on chosen completions."""
     is_chosen = torch.arange(len(scores.logprobs), device=scores.logprobs.device) % 2 == 0
     return {
         "entropy": scores.entropy,

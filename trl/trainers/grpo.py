@@ -1,4 +1,4 @@
-"""Group relative policy optimisation and its family: reinforcement learning whose baseline is the prompt's other samples.
+"""Group relative policy optimisation and its family: policy gradients whose baseline is the mean reward of a prompt's samples.
 
     A_i = (r_i − mean r) / std r,     loss = −min(ρ A, clip(ρ, 1 ± ε) A);     for the others see `trl.algorithms.grpo`
 
@@ -32,30 +32,29 @@ class GRPOConfig(OnlineConfig):
     """Options of `GRPOTrainer`."""
 
     beta: float = 0.0
-    """Coefficient of the KL penalty. 0: no reference is kept."""
+    """Coefficient of the KL penalty. 0: no reference model is loaded."""
 
     epsilon: float = 0.2
-    """How far a ratio may fall below 1 before it is clipped; with loss_type="gmpo" its logarithm, whose paper has 0.4."""
+    """Ratios π/π_old are clipped below at 1 − epsilon; with loss_type="gmpo" their logarithm at −epsilon (paper: 0.4)."""
 
     epsilon_high: float | None = None
-    """How far it may rise above 1; with loss_type="cispo" the largest weight itself. None: as `epsilon`, and 5 with
-    "cispo" (arXiv:2510.13786)."""
+    """Ratios are clipped above at 1 + epsilon_high; with loss_type="cispo" it is the largest weight itself. None: as
+    `epsilon`, or 5 with "cispo" (arXiv:2510.13786)."""
 
     delta: float | None = None
-    """Bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
+    """Upper bound of ratios with a negative advantage (two-sided clipping, arXiv:2505.07291). None: no bound."""
 
     importance_sampling_level: RatioLevel = "token"
-    """What the ratio is of: each "token"; the "sequence", the geometric mean of its tokens' (GSPO, arXiv:2507.18071); or
-    the "whole" completion, their product."""
+    """One ratio per "token"; per "sequence", the geometric mean of its tokens' ratios (GSPO, arXiv:2507.18071); or for the
+    "whole" completion, their product."""
 
     scale_rewards: Scale | str | bool = "group"
     """Divide advantages by the standard deviation of the "group" or the "batch", by the "mean" of the group (MaxRL,
     arXiv:2602.02710), or by nothing ("none", Dr. GRPO)."""
 
     loss_type: GRPOLoss = "dapo"
-    """How ratios are bounded, and what counts the same. Clipped: "dapo" and "bnpo" (every token), "grpo" (every
-    completion), "dr_grpo" (constant), "luspo" (sum), "clip" (what `loss_aggregation` says). Otherwise bounded: "cispo",
-    "sapo", "vespo", "gmpo"."""
+    """How ratios are bounded and the loss is averaged. Clipped: "dapo" and "bnpo" (over tokens), "grpo" (over completions),
+    "dr_grpo" ("constant"), "luspo" ("sum"), "clip" (by `loss_aggregation`). Other bounds: "cispo", "sapo", "vespo", "gmpo"."""
 
     sapo_temperature_neg: float = 1.05
     """Temperature of SAPO's gate where the advantage is negative."""
@@ -82,52 +81,52 @@ class GRPOConfig(OnlineConfig):
     """Multiply the KL of a token by its ratio, so that its gradient is that of the reverse KL (arXiv:2512.02556)."""
 
     kl_in_reward: bool = False
-    """Take the KL penalty off the reward, in place of adding it to the loss."""
+    """Subtract the KL penalty from the reward, instead of adding it to the loss."""
 
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus, per nat of a token's mean entropy."""
+    """Weight of the entropy bonus: the mean entropy per token, in nats, times this is subtracted from the loss."""
 
     use_adaptive_entropy: bool = False
-    """Raise the weight of the entropy bonus by steps while entropy is below a target, and lower it above
-    (arXiv:2505.22312). It starts at `entropy_coef`."""
+    """Adapt the weight of the entropy bonus: each step raises it while the entropy is below `entropy_target`, else lowers
+    it (arXiv:2505.22312). It starts at `entropy_coef`."""
 
     entropy_coef_min: float = 0.0
-    """Smallest weight, with use_adaptive_entropy."""
+    """Smallest weight of the entropy bonus, with use_adaptive_entropy."""
 
     entropy_coef_max: float = 1.0
-    """Largest weight, with use_adaptive_entropy."""
+    """Largest weight of the entropy bonus, with use_adaptive_entropy."""
 
     entropy_coef_delta: float = 0.005
-    """Change of the weight with every optimizer step."""
+    """Change of that weight per optimizer step, with use_adaptive_entropy."""
 
     entropy_target: float = 0.2
-    """Mean entropy of a token, in nats, that use_adaptive_entropy keeps the policy from falling below."""
+    """Mean entropy per token, in nats, below which use_adaptive_entropy raises the bonus."""
 
     top_entropy_quantile: float = 1.0
-    """Learn from this share of tokens alone, those of highest entropy in the rollout batch (arXiv:2506.01939)."""
+    """Train on this fraction of tokens only, those with the highest entropy in the rollout batch (arXiv:2506.01939)."""
 
     off_policy_mask_threshold: float | None = None
-    """Do not learn from completions with a negative advantage that the policy has moved away from by more than this, in
-    nats per token (arXiv:2512.02556). None: learn from all."""
+    """Do not train on completions with a negative advantage whose mean log-probability has fallen by more than this since
+    sampling, in nats per token (arXiv:2512.02556). None: train on all."""
 
     importance_sampling_correction: bool | None = None
-    """Weigh samples by π/π_sampler, for an engine whose numbers differ from the model's. None: with use_vllm."""
+    """Weight samples by π/π_sampler, where the sampler's log-probabilities differ from the model's. None: if use_vllm."""
 
     importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """Weights of each "token_…" or of the whole "sequence_…": "…_truncate" bounds them, "…_mask" sets those beyond the
-    bounds to 0."""
+    """One weight per token ("token_…") or per completion ("sequence_…"); "…_truncate" clips weights to the bounds, "…_mask"
+    sets those outside the bounds to 0."""
 
     importance_sampling_clip_max: float | None = 3.0
-    """Largest such weight. None: no bound."""
+    """Upper bound of these weights. None: no bound."""
 
     importance_sampling_clip_min: float | None = None
-    """Smallest such weight. None: no bound."""
+    """Lower bound of these weights. None: no bound."""
 
     max_tool_calling_iterations: int | None = None
-    """Not available: tools are not called in this version."""
+    """Not available: this version does not call tools."""
 
     cast_lm_head_to_fp32: bool = False
-    """Not available: log-probabilities are computed in float32 from the head's output."""
+    """Not available: log-probabilities are always computed in float32 from the head's output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,12 +155,12 @@ class GRPOConfig(OnlineConfig):
         )
 
     def _averaging(self) -> str:
-        """What counts the same. Raises ConfigError where `loss_type` and `loss_aggregation` ask for different things."""
+        """How the loss is averaged. Raises ConfigError if `loss_type` and `loss_aggregation` contradict each other."""
         averaging = LOSS_TYPES[self.loss_type].averaging or self.loss_aggregation
         if self.loss_aggregation not in (GRPOConfig.loss_aggregation, averaging):
             raise ConfigError(
-                f"loss_aggregation={self.loss_aggregation!r} is not that of loss_type={self.loss_type!r}, which is "
-                f"{averaging!r}: leave it out, or set loss_type='clip', which takes any."
+                f"loss_aggregation={self.loss_aggregation!r} contradicts loss_type={self.loss_type!r}, which averages by "
+                f"{averaging!r}: leave it out, or set loss_type='clip', which works with any."
             )
         if self.importance_sampling_level == "sequence" and averaging == "token":
             logger.warning(
@@ -183,7 +182,7 @@ class GRPOConfig(OnlineConfig):
 
 @dataclass(frozen=True)
 class LossType:
-    """A surrogate made from the options, and how it is averaged (None: as `loss_aggregation` says)."""
+    """A function that makes the surrogate from the options, and the averaging (None: that of `loss_aggregation`)."""
 
     surrogate: Callable[[GRPOConfig], Surrogate]
     averaging: str | None
@@ -225,11 +224,11 @@ LOSS_TYPES = {
     "gmpo": LossType(_gmpo, "sequence"),
     "clip": LossType(_clip, None),
 }
-"""Names of known combinations. "clip" leaves the averaging to `loss_aggregation`."""
+"""Values of `loss_type` → surrogate and averaging. "clip" leaves the averaging to `loss_aggregation`."""
 
 
 class GRPOTrainer(OnlineTrainer):
-    """Sample groups of completions, and make those likelier that are rewarded above their group's mean.
+    """Sample groups of completions, and raise the probability of those whose reward is above their group's mean.
 
     Arguments: see `OnlineTrainer`.
     """

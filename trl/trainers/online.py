@@ -1,15 +1,15 @@
-"""Learning from samples of the model that is trained: one trainer, given an algorithm, an engine and reward functions.
+"""Online reinforcement learning: one trainer that takes an algorithm, a rollout engine and reward functions.
 
     prompt ──engine──▶ completions ──reward functions──▶ rewards ──algorithm.advantages──▶ advantages ──▶ optimizer steps
 
     trainer = OnlineTrainer(model, reward_funcs=short, args=OnlineConfig(...), train_dataset=prompts, algorithm=Mine())
 
 An algorithm is a class with two methods, `advantages` and `loss`: see `trl.types.Algorithm`. The named trainers (GRPO,
-RLOO, …) are this one with a configuration that makes theirs. What is around it, from rows to checkpoints, is in
-`trl.trainers.rollout_trainer`.
+RLOO, …) are this trainer with a configuration that creates their algorithm. `trl.trainers.rollout_trainer` has the rest:
+rows, prompts, evaluation logs, checkpoints.
 
-The sampler's log-probabilities stand for the policy that sampled, so no second pass is needed; in a rollout batch that is
-trained on once, in one step, the ratio is exactly 1.
+The log-probabilities that the engine returns with its samples serve as those of the old policy, which saves a forward
+pass. Where a rollout batch is trained on once, in one step, the ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
                                 not; a reward model, or the name of one
     train_dataset               rows with `prompt`, a text or a conversation; other columns go to the reward functions
     reward_processing_classes   tokenizers of the reward models
-    algorithm                   advantages and loss; by default what the configuration describes
-    engine                      where samples come from; by default as the configuration says: the model itself, in process
-    rollout_func                makes rollouts in place of the engine: see `trl.rollouts.function`
-    reference                   the reference policy, a model or its name; by default the model as it is given
+    algorithm                   computes advantages and loss; by default the one that the configuration describes
+    engine                      generates completions; by default the policy itself, unless the configuration asks for vLLM
+    rollout_func                generates completions in place of the engine: see `trl.rollouts.function`
+    reference                   the reference policy, a model or its name; by default the initial policy
 
     The other arguments are those of `BaseTrainer`.
     """
@@ -113,7 +113,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     # ---- a rollout batch ----
 
     def roll_out(self) -> list[Minibatch]:
-        """The minibatches of a new rollout batch: sampled, rewarded, with advantages."""
+        """Sample completions, reward them and compute advantages; return the minibatches of this rollout batch."""
         groups = self.sample_rollout_batch()
         examples, experience = self.compute_advantages(groups, "train")
         self._log_rollouts(groups, experience, "train")
@@ -122,7 +122,10 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return self.minibatches(examples, groups, experience, self.args.minibatches_per_rollout_batch)
 
     def sample_rollout_batch(self) -> list[Group]:
-        """As many groups as a rollout batch has; those without variance replaced by fresh prompts where that is asked for."""
+        """Sample the groups of a rollout batch.
+
+        With zero_variance="resample", groups whose rewards are all equal are replaced by groups of fresh prompts.
+        """
         args, sampler = self.args, self.sampler
         self.engine.sync(self.model_wrapped, self.state.global_step)
         groups = sampler.groups(self.prompts.take(args.prompts_per_rollout_batch), args.num_generations, "train")
@@ -142,13 +145,13 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     def minibatches(
         self, examples: Sequence[Example], groups: Sequence[Group], experience: Experience, count: int
     ) -> list[Minibatch]:
-        """The completions of a rollout batch that are learned from, in `count` minibatches."""
+        """Split the completions of a rollout batch that are trained on (see `kept`) into `count` minibatches."""
         return split_into_minibatches(examples, self.kept(groups, experience), count, self.micro_batch_budget())
 
     # ---- advantages ----
 
     def compute_advantages(self, groups: Sequence[Group], mode: str) -> tuple[list[Example], Experience]:
-        """Examples with all signals that the loss needs, and the experience that they come from."""
+        """The groups as examples with all signals that the loss needs (advantages, old log-probabilities, …), and as tables."""
         examples = [group.example for group in groups]
         local = experience_of(examples, self.sampler.combined(groups))
         signals = {"old_logprobs": local.signals["sampler_logprobs"]}
@@ -159,17 +162,17 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return with_signals(examples, added), experience
 
     def with_advantages(self, local: Experience, mode: str) -> Experience:
-        """The experience of this process with what the algorithm adds to that of all processes.
+        """This process's experience with its advantages, which the algorithm computes from the experience of all processes.
 
-        Its state (`after_round`) follows rollout batches that are trained on, and not those of an evaluation.
+        In training, `after_round` then updates the algorithm's state; an evaluation leaves it unchanged.
         """
         experience, everywhere = advantages_over_ranks(local, self.algorithm.advantages, self.accelerator)
         if mode == "train":
             self.algorithm, before = self.algorithm.after_round(everywhere), self.algorithm
             if not isinstance(self.algorithm, Algorithm):
                 raise ConfigError(
-                    f"after_round of {type(before).__name__} gave {self.algorithm!r}: it has to return the algorithm that "
-                    "goes on, itself or another."
+                    f"after_round of {type(before).__name__} returned {self.algorithm!r}: it has to return the algorithm "
+                    "to continue with, itself or another."
                 )
         return experience
 
@@ -177,7 +180,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     def score_rollouts(
         self, examples: Sequence[Example], numbers: Callable[[Batch], Mapping[str, Tensor]], *, count: int = 1
     ) -> dict[str, Tensor]:
-        """Named `[N,C]` numbers of the examples' completions, by `numbers(batch)`, in at least `count` micro-batches."""
+        """Run `numbers(batch)` on the examples in at least `count` micro-batches; return its tensors for all, `[N,C]` by name."""
         groups = self.plan(examples, count)
         groups += groups[-1:] * (self._most(len(groups)) - len(groups))
 
@@ -190,7 +193,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return tables_of(examples, parts())
 
     def _wanted(self, mode: str) -> set[str]:
-        """Signals of a rollout batch that have to be measured, besides the sampler's log-probabilities."""
+        """Names of the signals that need a forward pass: those that the loss reads and the engine does not return."""
         args, algorithm = self.args, self.algorithm
         given = self.engine.exact_logprobs(args.sampling_params(max_new_tokens=sys.maxsize, seed=0))
         doubted = args.recompute_old_logprobs or algorithm.needs_old_logprobs or not given
@@ -203,7 +206,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return {name for name, is_needed in needed.items() if is_needed}
 
     def _score_policy_and_reference(self, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-        """The signals `wanted`, from one pass of the policy where it is needed and one of the reference."""
+        """The signals `wanted`, from at most one forward pass of the policy and one of the reference."""
         return score_signals(self.model_wrapped, self.reference, batch, wanted, temperature=self._temperature)
 
     @property
@@ -212,7 +215,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return self.args.temperature or 1.0
 
     def kept(self, groups: Sequence[Group], experience: Experience) -> list[bool]:
-        """Which completions are learned from."""
+        """Which completions are trained on: not failed ones, nor, by the options, truncated or zero-variance ones."""
         keep = ~torch.cat([group.failed for group in groups])
         if self.args.mask_truncated_completions:
             keep &= torch.cat([group.finished for group in groups])
@@ -243,7 +246,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
         return loss, of_scored(metrics, batch)
 
     def _length_scale(self, batch: Batch) -> Tensor | float:
-        """Factor that turns a mean over the tokens of a completion into their sum, or their sum over a constant."""
+        """Factor that turns the mean over a completion's tokens into their sum ("sum"), or their sum over a constant."""
         if self.args.loss_aggregation not in ("constant", "sum"):
             return 1.0
         lengths = batch.mask.sum(-1, keepdim=True)
@@ -252,7 +255,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     # ---- entropy ----
 
     def statistics(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """How many tokens of the window an entropy bonus is the mean of."""
+        """The number of completion tokens in the accumulation window, which an entropy bonus is averaged over."""
         if self.entropy_bonus is None:
             return {}
         return {"bonus_tokens": self._sum_over_processes(count_tokens(completions_of(examples))).float()}
@@ -266,7 +269,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     # ---- evaluation ----
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Sample completions of a batch of prompts, and count their rewards and loss."""
+        """Sample completions of a batch of prompts, and add their rewards and loss to the evaluation's metrics."""
         rows, batch = self.evaluated(inputs)
         n = self.num_generations_eval
         self.engine.sync(self.model_wrapped, self.state.global_step)
@@ -301,14 +304,14 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
             self.algorithm = self.args.make_algorithm()
         if not isinstance(self.algorithm, Algorithm):
             raise ConfigError(
-                f"algorithm is a {type(self.algorithm).__name__}, which does not say all that a trainer asks of it: derive "
-                "the class from trl.types.Algorithm, and give it the methods advantages and loss."
+                f"algorithm is a {type(self.algorithm).__name__}, which lacks attributes that the trainer reads: derive "
+                "the class from trl.types.Algorithm, and define its methods advantages and loss."
             )
         if self.algorithm.needs_reference:
             self._compare_with(self._make_reference())
         elif self._given_reference is not None:
             raise ConfigError(
-                f"A reference was given, but {type(self.algorithm).__name__} compares with none (beta=0?): leave it out."
+                f"reference was given, but {type(self.algorithm).__name__} uses none (beta=0?): leave it out."
             )
         if isinstance(self.algorithm, HasEntropyBonus) and self.algorithm.entropy_bonus is not None:
             self.entropy_bonus = BonusOfSteps(self.algorithm.entropy_bonus)
@@ -320,7 +323,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
 
 
 def of_scored(metrics: Metrics, batch: Batch) -> Metrics:
-    """The metrics; those `[N]` of completions without a scored token are NaN, which is left out of averages."""
+    """The metrics, with NaN in those `[N]` for completions without a scored token: averages leave NaN out."""
     nothing = batch.mask.amax(-1) == 0
     return {
         name: values.masked_fill(nothing, torch.nan) if values.shape == nothing.shape else values

@@ -1,4 +1,4 @@
-"""Options that the trainers share which learn from samples of the model."""
+"""Options shared by the online trainers, which train on completions that they sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl.trainers.sampler_options import SamplerOptions
 from trl.types import Algorithm
 
 AVERAGING = {"token": "token", "sequence": "sequence", "constant": "sequence", "sum": "sequence"}
-"""How a step's loss is averaged → the weights of the window. The last two rescale completions thereafter."""
+"""`loss_aggregation` → how an accumulation window is averaged. "constant" and "sum" also scale each completion's loss."""
 
 LossAggregation = Literal["token", "sequence", "constant", "sum"]
 
@@ -41,7 +41,7 @@ ALIASES = {
 }
 
 NAMES = {"stop_strings": "stop"}
-"""Names of `GenerationConfig`, and of the fields of `SamplingParams` that do the same."""
+"""Options of `GenerationConfig` → the fields of `SamplingParams` with the same meaning."""
 
 
 @dataclass
@@ -51,16 +51,16 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     ALIASES: ClassVar[dict[str, str]] = {**ReferenceConfig.ALIASES, **ALIASES}
 
     max_completion_length: int | None = 512
-    """Tokens sampled at most per completion. None: as many as the model's context leaves."""
+    """Most tokens per completion. None: as many as fit into the model's context after the prompt."""
 
     num_generations_eval: int | None = None
     """Completions of each prompt in evaluation. None: as in training."""
 
     generation_batch_size: int | None = None
-    """Completions of a rollout batch, over all processes. None: as `steps_per_generation` says."""
+    """Completions of a rollout batch, over all processes. None: computed from `steps_per_generation`."""
 
     temperature: float = 1.0
-    """Divides the logits, in sampling and in training. 0: the most likely token is taken, and learned from at 1."""
+    """Divides the logits, in sampling and in training. 0: sampling is greedy, and training uses 1."""
 
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
@@ -72,39 +72,39 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     """Sample only tokens at least this fraction as likely as the most likely one."""
 
     repetition_penalty: float = 1.0
-    """Above 1: tokens that were there before become less likely to be sampled."""
+    """Above 1: tokens that already occur in the text become less likely to be sampled."""
 
     stop_strings: list[str] | None = None
-    """Texts that end a completion; they stay in it."""
+    """Texts that end a completion; they are kept at its end."""
 
     generation_kwargs: dict[str, Any] | str | None = None
-    """Further options of sampling: fields of `SamplingParams` (stop, min_new_tokens, …) or of `GenerationConfig`."""
+    """Further sampling options: fields of `SamplingParams` (stop, min_new_tokens, …) or of `GenerationConfig`."""
 
     chat_template_kwargs: dict[str, Any] | str | None = None
-    """Arguments for the chat template."""
+    """Extra variables for the chat template."""
 
     on_reward_error: Literal["stop", "drop"] = "stop"
-    """What happens when a reward function fails: "stop", or "drop" the sample and count it."""
+    """When a reward function fails: "stop" the run, or "drop" the completion from training and count it."""
 
     missing_eos_penalty: float | None = None
-    """Taken off the reward of a completion that was cut at the limit."""
+    """Subtract this from the reward of completions that were cut at the length limit."""
 
     zero_variance: Literal["keep", "drop", "resample"] = "keep"
-    """Groups whose rewards are all equal: "keep" them, "drop" them (not trained on), or "resample": take fresh prompts in
-    their place (dynamic sampling, DAPO, arXiv:2503.14476)."""
+    """Groups whose rewards are all equal: "keep" them, "drop" them (not trained on), or "resample": replace them by groups
+    of fresh prompts (dynamic sampling, DAPO, arXiv:2503.14476)."""
 
     max_resampling: int = 4
-    """How often fresh prompts are taken at most in a rollout batch, with zero_variance="resample"."""
+    """Most rounds of fresh prompts per rollout batch, with zero_variance="resample"."""
 
     mask_truncated_completions: bool = False
-    """Do not learn from completions that were cut at the limit. Their rewards count in their group."""
+    """Do not train on completions that were cut at the length limit. Their rewards still count in their group's mean."""
 
     loss_aggregation: LossAggregation = "token"
-    """What counts the same in a step: every "token", every "sequence", every token with a "constant" in place of their
-    number (max_completion_length, Dr. GRPO, arXiv:2503.20783), or "sum": every token, over the number of sequences."""
+    """Average the loss over all tokens ("token") or over sequences ("sequence"), or sum it over each completion's tokens
+    and divide by the number of sequences ("sum"), or by that times max_completion_length ("constant", arXiv:2503.20783)."""
 
     recompute_old_logprobs: bool = False
-    """Log-probabilities of the policy that sampled: compute them again, in place of the sampler's own."""
+    """Compute the old policy's log-probabilities with the model, instead of using those that the sampler returns."""
 
     log_completions: bool = False
     """At every log, show completions with their rewards, and write them to output_dir/completions as parquet."""
@@ -113,7 +113,7 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     """Completions shown in the terminal. None: all."""
 
     log_unique_prompts: bool = False
-    """Log one completion per prompt."""
+    """Log only one completion of each prompt."""
 
     log_completions_hub_repo: str | None = None
     """Not available in this version: the files in output_dir/completions can be uploaded."""
@@ -129,8 +129,8 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
         self.refuse("log_completions_hub_repo")
         if self.train_sampling_strategy != "random":
             raise ConfigError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are taken "
-                "in a random order, or as they come with shuffle_dataset=False."
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are "
+                "drawn in random order, or in the dataset's order with shuffle_dataset=False."
             )
         self.check_sampler()
         self.check_batches()
@@ -142,11 +142,11 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
         raise ConfigError("OnlineTrainer needs algorithm=…: an object with the methods advantages and loss.")
 
     def make_engine(self, model: nn.Module, processor: Any, *, progress: bool) -> RolloutEngine:
-        """Where samples come from, as these options say: the model itself, vLLM in process, or servers."""
+        """Create the engine that these options ask for: the model itself, vLLM in this process, or servers."""
         return self.make_sampler(model, processor, temperature=self.temperature, progress=progress)
 
     def sampling_params(self, *, max_new_tokens: int, seed: int) -> SamplingParams:
-        """How completions are sampled. Raises ConfigError for options that are unknown or out of range."""
+        """The sampling parameters. Raises ConfigError for options that are unknown or out of range."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,

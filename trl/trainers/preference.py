@@ -1,4 +1,4 @@
-"""What trainers share that compare the policy with a reference: which reference, and what of it is computed beforehand.
+"""Base of the preference trainers: chooses the reference model, and optionally precomputes its log-probabilities.
 
 See `trl.models.reference` for the references themselves.
 """
@@ -28,7 +28,7 @@ from trl.types import Batch
 
 @dataclass
 class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
-    """Options that the trainers share which learn from rows that are labelled good or bad."""
+    """Options of the trainers that learn offline from preferences: pairs, or completions labelled good or bad."""
 
     ALIASES: ClassVar[dict[str, str]] = {
         **ReferenceConfig.ALIASES,
@@ -42,48 +42,51 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
     }
 
     max_length: int | None = 1024
-    """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
+    """Most tokens of a prompt with one completion; longer ones are cut by `truncation_mode`, and counted."""
 
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
+    """How long rows are cut: "keep_start" cuts the end of completions, "keep_end" the beginning of the prompt."""
 
     disable_dropout: bool = True
-    """Set every dropout probability of the model to zero, so that policy and reference differ by training alone."""
+    """Set every dropout probability of the model to zero, so that policy and reference differ only by training."""
 
     precompute_ref_log_probs: bool = False
-    """Compute the reference's log-probabilities once, before training, and keep them on disk; frees its memory."""
+    """Compute the reference's log-probabilities once, before training, and cache them on disk; frees its memory."""
 
     precompute_ref_batch_size: int | None = None
-    """Rows per forward pass of that. None: as in training and evaluation."""
+    """Batch size of precompute_ref_log_probs. None: the per-device batch size of training or evaluation."""
 
     ref_model_init_kwargs: dict[str, Any] | str | None = None
     """Keyword arguments of `from_pretrained` for a `ref_model` that is given by name."""
 
     model_adapter_name: str | None = None
-    """Which of the model's adapters is trained. None: the active one."""
+    """Name of the adapter to train. None: the active one."""
 
     ref_adapter_name: str | None = None
-    """Which of the model's adapters is the reference."""
+    """Name of the adapter that serves as reference."""
 
     force_use_ref_model: bool = False
-    """Use `ref_model` with `peft_config` too, where the model without its adapter would do."""
+    """Allow `ref_model` together with `peft_config`; without it, the model without its adapter is the reference."""
 
     padding_free: bool = False
-    """Lay sequences out without padding. What layout="auto" does wherever the model can."""
+    """Accepted for older scripts: layout="auto" avoids padding wherever the model can."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*ReferenceConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ConfigError("sync_ref_model moves the reference, precompute_ref_log_probs keeps it: choose one.")
+            raise ConfigError(
+                "sync_ref_model updates the reference during training, but precompute_ref_log_probs computes its "
+                "log-probabilities only once: choose one."
+            )
 
 
 class PreferenceTrainer(PredictsRewards):
     """Base of the trainers with a reference.
 
-    ref_model         a model, or its name, to compare with; by default the model that is given, as it is given.
-    compute_metrics   metrics of an evaluation from its rewards: see `trl.trainers.reward_predictions`
+    ref_model         the reference, a model or its name; by default the initial policy
+    compute_metrics   computes metrics of an evaluation from its rewards: see `trl.trainers.reward_predictions`
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -106,12 +109,12 @@ class PreferenceTrainer(PredictsRewards):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference."""
+        """Whether the loss reads the reference's log-probabilities."""
         return True
 
     @property
     def needs_online_reference(self) -> bool:
-        """Whether the reference is asked about more than the rows' own completions."""
+        """Whether the loss also needs the reference on completions other than the rows' own, which cannot be precomputed."""
         return False
 
     def encode_settings(self, split: str) -> EncodeSettings:
@@ -135,7 +138,7 @@ class PreferenceTrainer(PredictsRewards):
             self._choose_adapters(model)
         elif self.args.ref_adapter_name is not None or self.args.model_adapter_name is not None:
             raise ConfigError(
-                "model_adapter_name and ref_adapter_name choose among the adapters of a model, but this one carries "
+                "model_adapter_name and ref_adapter_name choose among the adapters of a model, but this one has "
                 "none: give a PeftModel with both loaded, or leave the names out."
             )
         self._has_new_adapter = peft_config is not None
@@ -147,16 +150,16 @@ class PreferenceTrainer(PredictsRewards):
         if self.ref_model is model and not isinstance(model, str):
             raise ConfigError(
                 "model and ref_model are the same object, so training one would change the other. Leave ref_model out: "
-                "the reference is then the model as it is given."
+                "the reference is then a copy of the initial model."
             )
         if not self.needs_reference:
             raise ConfigError(
-                f"ref_model was given, but loss_type={self.args.loss_type!r} compares with no reference: leave it out."
+                f"ref_model was given, but loss_type={self.args.loss_type!r} uses no reference: leave it out."
             )
         if peft_config is not None and not self.args.force_use_ref_model:
             raise ConfigError(
-                "ref_model was given together with peft_config. The reference of a new adapter is the model without it, "
-                "at no cost: leave ref_model out. If another model is meant, set force_use_ref_model=True."
+                "ref_model was given together with peft_config. Leave ref_model out: the reference is then the model without "
+                "the new adapter, which takes no memory. To use another model, set force_use_ref_model=True."
             )
         if self.args.ref_adapter_name is not None:
             raise ConfigError("ref_model and ref_adapter_name both name the reference: give one of them.")
@@ -179,7 +182,7 @@ class PreferenceTrainer(PredictsRewards):
         moved_or_kept = self.args.sync_ref_model or self.args.precompute_ref_log_probs
         if moved_or_kept and not self.needs_reference:
             raise ConfigError(
-                f"loss_type={self.args.loss_type!r} compares with no reference: leave out sync_ref_model and "
+                f"loss_type={self.args.loss_type!r} uses no reference: leave out sync_ref_model and "
                 "precompute_ref_log_probs."
             )
         if self.needs_reference:

@@ -1,11 +1,12 @@
-"""Trainers whose rows are prompts, and whose minibatches are sampled from them: everything around the algorithm.
+"""Base of the trainers whose rows are prompts and which train on sampled completions: everything but the algorithm.
 
     rows ──encode──▶ prompts ──roll_out──▶ minibatches of a rollout batch ──▶ optimizer steps
 
-A subclass says in `roll_out` how a rollout batch is made: see `trl.trainers.online`. Here are its parts, the rows, in which order they
-are taken and where that stands (in every checkpoint, and in the one that is written when the engine fails), and what is reported.
+A subclass defines in `roll_out` how a rollout batch is made: see `trl.trainers.online`. This module builds engine, sampler
+and reward functions, encodes and orders the prompts, logs rollouts, and saves the position in the prompts in every
+checkpoint, also in the one that it writes when the engine fails.
 
-A rollout batch comes when its first micro-batch is asked for, so that samples come from the weights of that moment.
+A rollout batch is sampled lazily, when training reaches its first micro-batch, so that it comes from the current weights.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 
 
 class RolloutTrainer(BaseTrainer):
-    """Base of the trainers that sample completions of prompts. Its arguments beside those of `BaseTrainer` are by keyword.
+    """Base of the trainers that sample completions of prompts. Its own arguments are keyword-only. Attributes:
 
-    engine         samples
-    sampler        has the engine sample, and reward functions rate
-    prompts        rows in the order in which they are taken
-    buffer         the minibatches of the rollout batch that is learned from
-    rollout_logs   what is reported of rollouts, in "train" and "eval"
+    engine         generates completions
+    sampler        calls the engine, then the reward functions
+    prompts        the training rows in the order in which they are sampled from
+    buffer         the minibatches of the current rollout batch
+    rollout_logs   metrics and samples to log, by mode: "train" and "eval"
     """
 
     config_class = OnlineConfig
@@ -79,7 +80,7 @@ class RolloutTrainer(BaseTrainer):
         self.data_collator = list
 
     def roll_out(self) -> list[Minibatch]:
-        """The minibatches of a new rollout batch."""
+        """Sample a new rollout batch and return its minibatches."""
         raise NotImplementedError
 
     # ---- parts ----
@@ -97,7 +98,7 @@ class RolloutTrainer(BaseTrainer):
         return super()._resolve_model(model, quantization_config, peft_config)
 
     def _given_rewards(self) -> Any:
-        """The reward functions that were given, by whichever argument or option."""
+        """The reward functions as given, by argument or by option."""
         return self._reward_funcs
 
     def prepare_model(self) -> None:
@@ -109,8 +110,8 @@ class RolloutTrainer(BaseTrainer):
         self.states.register("rollouts", StateFunctions(self._buffer_state, self._load_buffer), per_rank=True)
 
     def _prepare_sampling(self, reward_processing_classes: Any, rollout_func: RolloutFunction | None) -> None:
-        """Make rewards and sampler, and what their numbers are reported by."""
-        columns = [] if rollout_func is not None else self._columns.values()  # a function may give further ones
+        """Create the reward functions, the sampler and the logs of rollouts."""
+        columns = [] if rollout_func is not None else self._columns.values()  # a rollout_func may add columns: no check
         rewards = rewards_for(self.args, self._given_rewards(), columns, processing_classes=reward_processing_classes)
         self.sampler = self.sampler_class(
             self.args,
@@ -130,7 +131,7 @@ class RolloutTrainer(BaseTrainer):
         self.states.register("logged", self.sampler.logged["train"], per_rank=True, optional=True)
 
     def captures_by_default(self) -> bool:
-        """Whether memory is free for sampling beside what graphs hold, gradients and activations, which they do not give back."""
+        """Whether enough device memory is left for sampling beside the gradients and activations that CUDA graphs hold on to."""
         if self.activation_plan is None:
             return False
         samples = isinstance(self.engine, LocalEngine)
@@ -152,7 +153,7 @@ class RolloutTrainer(BaseTrainer):
         )
 
     def _context(self) -> int | None:
-        """Tokens of a prompt with its completion, at most; None where the model does not say, or does not sample."""
+        """The model's context length in tokens; None if its configuration has none, or an engine or function was given."""
         config = unwrap(self.model).config
         samples = self._reads_prompts and self.engine is None and not config.is_encoder_decoder
         return getattr(config.get_text_config(), "max_position_embeddings", None) if samples else None
@@ -169,11 +170,11 @@ class RolloutTrainer(BaseTrainer):
         return super().encode(rows, split, name).map(lambda row: {"prompt_ids": row["input_ids"][-limit:]})
 
     def _shuffled(self, rows: Rows) -> Rows:
-        """The rows: those of a dataset are shuffled later, when prompts are taken from it."""
+        """The rows of a `Dataset` as they are, since `Prompts` shuffles them; those of a stream shuffled."""
         return rows if isinstance(rows, Dataset) else super()._shuffled(rows)
 
     def rows_as_text(self, n: int = 4) -> list[dict[str, Any]]:
-        """No rows: the report shows prompts beside the completions that were sampled."""
+        """No rows: the report shows sampled completions with their prompts instead."""
         return []
 
     def get_train_dataloader(self) -> DataLoader:
@@ -190,7 +191,7 @@ class RolloutTrainer(BaseTrainer):
         return self.buffer.loader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[list[Batch]], int]:
-        self.restore_rng_state()  # before a rollout batch is sampled
+        self.restore_rng_state()  # after resuming, before sampling draws random numbers
         self.buffer.begin_step()
         try:
             return super().get_batch_samples(*args, **kwargs)
@@ -198,7 +199,7 @@ class RolloutTrainer(BaseTrainer):
             raise self._with_checkpoint(error) from error
 
     def _next_rollout_batch(self) -> list[Minibatch]:
-        """That of `roll_out`; where the engine fails, its prompts and seeds are those of the next one that is tried."""
+        """Call `roll_out`; if the engine fails, go back to where it began, so that the next try has the same prompts and seeds."""
         before = self.prompts.cursor, self.sampler.samplings["train"]
         try:
             return self.roll_out()
@@ -207,7 +208,7 @@ class RolloutTrainer(BaseTrainer):
             raise
 
     def _with_checkpoint(self, error: EngineError) -> EngineError:
-        """Write a checkpoint of the last step, with what the next one has sampled so far; the error, which says so."""
+        """Write a checkpoint of the last step, and return the error with a note that says how to resume from it."""
         step = self.state.global_step
         if step == 0:
             return error
@@ -223,7 +224,7 @@ class RolloutTrainer(BaseTrainer):
     # ---- checkpoints ----
 
     def _buffer_state(self) -> dict[str, Any]:
-        """Where sampling and training stand, and the samples that are still to be learned from."""
+        """The state in a checkpoint: position in the prompts, number of samplings, and minibatches not yet trained on."""
         return {
             "buffer": self.buffer.state(),
             "cursor": self.prompts.cursor,

@@ -1,9 +1,9 @@
-"""The first half of an online method: prompts in, samples with rewards out.
+"""The sampling half of online training: from prompts to groups of completions with rewards.
 
     row ──encode──▶ prompt ──engine.generate──▶ G completions ──reward functions──▶ Group
 
-A group is all samples of one prompt. It stays whole on one process: every process takes prompts of its own, and samples
-and rewards all of their completions.
+A group is all completions of one prompt. Every process takes different prompts, and samples and rewards all of their
+completions itself, so a group is never split over processes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from trl.vision.places import collapsed_ids
 from trl.vision.processing import ImageProcessing
 
 NOT_FOR_REWARDS = ("prompt", "prompt_ids", "completion", "completion_ids")
-"""Columns that reward functions are not given under their name."""
+"""Columns of a dataset that are not passed to reward functions as keywords of the same name."""
 
 
 @dataclass
 class GroupSampler:
-    """Samples completions of prompts by an engine, and has reward functions rate them.
+    """Generates completions of prompts with an engine, and calls the reward functions on them.
 
-    args           how to sample, and how rewards are combined
-    policy         the model that is trained: its end tokens, and how long it can go on
-    images         reads the images of rows; None where rows have none
-    to_examples    rows as prompts, with all that the model reads of them
-    engine         what samples now
-    state          where training stands
+    args           options of sampling, and how rewards are combined
+    policy         the model that is trained; its configuration has the EOS tokens and the context length
+    images         reads the images of rows; None for models that read text alone
+    to_examples    turns encoded rows into prompts with all inputs of the model
+    engine         returns the current engine
+    state          returns the trainer's state, for the reward functions
     rollout_func   `(prompts) -> rollouts` in place of the engine: see `trl.rollouts.function`
     """
 
@@ -62,12 +62,12 @@ class GroupSampler:
     logged: dict[str, LoggedMetrics] = field(
         default_factory=lambda: {"train": LoggedMetrics(), "eval": LoggedMetrics()}
     )
-    """Numbers that reward functions log by name."""
+    """Numbers that reward functions log by name, by mode."""
     samplings: dict[str, int] = field(default_factory=lambda: {"train": 0, "eval": 0})
-    """How often was sampled so far: every time has a seed of its own."""
+    """Number of samplings so far, by mode; the seed of the next one is made from it."""
 
     def groups(self, rows: Sequence[Mapping[str, Any]], n: int, mode: str) -> list[Group]:
-        """n completions of each row's prompt, rewarded. `mode` is "train" or "eval"."""
+        """Sample n completions of each row's prompt and reward them. `mode` is "train" or "eval"."""
         prompts, sampled = self._sampled(rows, n, mode)
         shown = [self._shown(row, rollouts) for row, rollouts in zip(rows, sampled, strict=True)]
         extra: dict[str, Sequence[Any]] = {}
@@ -91,7 +91,7 @@ class GroupSampler:
     def _sampled(
         self, rows: Sequence[Mapping[str, Any]], n: int, mode: str
     ) -> tuple[list[Example], list[list[Rollout]]]:
-        """The rows' prompts, and n rollouts of each: by the engine, or by the user's function."""
+        """The rows' prompts, and n rollouts of each from the engine or from `rollout_func`."""
         prompts = self.to_examples(rows)
         if self.rollout_func is None:
             asked = [self._asked(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
@@ -103,7 +103,7 @@ class GroupSampler:
         return [replace(prompt, prompt=own) for prompt, own in zip(prompts, ids, strict=True)], sampled
 
     def _asked(self, row: Mapping[str, Any], example: Example) -> Prompt:
-        """The prompt as the engine takes it: with its images, for engines that read them themselves."""
+        """The prompt for the engine; engines that process images themselves get unexpanded tokens and the images."""
         prompt, images = Prompt.of(example), row.get(IMAGES)
         if self.images is None or self.engine().is_policy or not images:
             return prompt
@@ -115,7 +115,7 @@ class GroupSampler:
         return {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
 
     def _sampling_params(self, mode: str) -> SamplingParams:
-        """How to sample next: every rollout batch and process has a seed of its own."""
+        """Parameters of the next sampling, with a different seed in every rollout batch and process."""
         number = self.samplings[mode] * self.args.world_size + self.args.process_index
         self.samplings[mode] += 1
         seed = (2 * self.args.seed + (mode == "eval")) * 2**40 + number
@@ -123,13 +123,13 @@ class GroupSampler:
 
     @property
     def completion_limit(self) -> int:
-        """Tokens of a completion, at most."""
+        """Most tokens of a completion."""
         if self.args.max_completion_length is not None:
             return self.args.max_completion_length
         return self.policy.config.get_text_config().max_position_embeddings
 
     def _shown(self, row: Mapping[str, Any], rollouts: Sequence[Rollout]) -> list[Any]:
-        """Completions as reward functions see them: texts, or a conversation's next message."""
+        """Completions as reward functions receive them: texts, or for conversations a list of one assistant message each."""
         texts = [self.tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
         if isinstance(row["prompt"], str):
             return texts
@@ -145,7 +145,7 @@ class GroupSampler:
         mode: str,
         log_extra: Callable[[str, Sequence[Any]], None],
     ) -> Rewarded:
-        """Rewards of all samples, by every function. A function may log columns and numbers of its own."""
+        """Call every reward function on all completions. `log_extra` takes the columns that a function logs."""
         if not rows:
             return Rewarded(torch.zeros(0, len(self.rewards)), torch.zeros(0, len(self.rewards), dtype=torch.bool))
         repeated = [row for row, rollouts in zip(rows, sampled, strict=True) for _ in rollouts]
@@ -164,7 +164,7 @@ class GroupSampler:
         return found
 
     def combined(self, groups: Sequence[Group], aggregation: RewardAggregation | None = None) -> Tensor:
-        """One reward `[N]` per completion, from those of all functions, combined as the options say or by `aggregation`."""
+        """Combine the rewards of all functions into one per completion, `[N]`, by the options or by `aggregation`."""
         rewards = torch.cat([group.rewards for group in groups])
         sizes = torch.tensor([len(group.rewards) for group in groups])
         index = torch.arange(len(groups)).repeat_interleave(sizes)
@@ -176,7 +176,7 @@ class GroupSampler:
         return total - self.args.missing_eos_penalty * ~torch.cat([group.finished for group in groups])
 
     def is_flat(self, group: Group) -> bool:
-        """Whether the combined rewards of a group do not vary."""
+        """Whether the combined rewards of a group are all equal."""
         rewards = self.combined([group])
         return bool(has_no_variance(rewards, torch.zeros(len(rewards), dtype=torch.long)).all())
 
@@ -184,12 +184,12 @@ class GroupSampler:
 def engine_for(
     args: OnlineConfig, given: RolloutEngine | None, model: nn.Module, processor: Any, *, progress: bool
 ) -> RolloutEngine:
-    """The engine that a trainer was given, or the one of its options. Raises ConfigError for what is none."""
+    """The engine that was given, or the one that the options ask for. Raises ConfigError if it is no `RolloutEngine`."""
     engine = args.make_engine(model, processor, progress=progress) if given is None else given
     if not isinstance(engine, RolloutEngine):
         raise ConfigError(
-            f"engine is a {type(engine).__name__}, which does not have all that a trainer asks of it: derive the "
-            "class from trl.RolloutEngine, and give it the methods generate and sync."
+            f"engine is a {type(engine).__name__}, which lacks methods that the trainer calls: derive the "
+            "class from trl.RolloutEngine, and define its methods generate and sync."
         )
     return engine
 
@@ -197,9 +197,9 @@ def engine_for(
 def rewards_for(
     args: OnlineConfig, given: Any, columns: Iterable[Sequence[str]], *, processing_classes: Any
 ) -> list[Reward]:
-    """The reward functions that a trainer was given, ready on its device.
+    """Make the reward functions from what the trainer was given, and move reward models to its device.
 
-    Raises ConfigError where one of them asks for a column that is missing from a set of rows with these `columns`.
+    `columns`: the column names of each dataset. Raises ConfigError if a function needs a column that one of them lacks.
     """
     rewards = make_rewards(given, weights=args.reward_weights, processing_classes=processing_classes)
     for names in columns:

@@ -44,15 +44,15 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
     """Column with the text, for rows that are plain text."""
 
     dataset_kwargs: dict[str, Any] | str | None = None
-    """{"skip_prepare_dataset": true} gives rows as they are to `data_collator` (those with `input_ids` are recognised by
-    themselves); {"add_special_tokens": false} begins plain texts without BOS, {"append_concat_token": false} ends them
-    without EOS. No text has either twice."""
+    """{"skip_prepare_dataset": true} passes rows to `data_collator` unchanged (not needed for rows with `input_ids`);
+    {"add_special_tokens": false} adds no BOS to plain texts, {"append_concat_token": false} no EOS. Neither is ever added
+    twice."""
 
     max_length: int | None = 1024
-    """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
+    """Most tokens per row; longer rows are cut by `truncation_mode`, and counted. None: no limit."""
 
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a long row stays: "keep_start" or "keep_end"."""
+    """Which part of a long row is kept: its first tokens ("keep_start") or its last ("keep_end")."""
 
     completion_only_loss: bool | None = None
     """Train on the completion only. None: yes for prompt-completion rows."""
@@ -61,11 +61,11 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
     """Train on the assistant's turns only; works with every chat template whose turns can be told apart."""
 
     loss_type: Literal["nll", "chunked_nll", "dft"] = "nll"
-    """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability. "chunked_nll" is "nll", which is
-    computed in chunks here."""
+    """"nll", or "dft" (arXiv:2508.05629), which weights each token by its probability. "chunked_nll" is another name of
+    "nll", which is always computed in chunks."""
 
     packing: bool = False
-    """Put several short rows into one of up to `max_length` tokens; none of them sees another."""
+    """Pack several short rows into one of up to `max_length` tokens; they do not attend to each other."""
 
     packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
     """"bfd" (best fit; long rows are cut), "bfd_split" (long rows are split), "wrapped" (rows are split anywhere)."""
@@ -74,10 +74,10 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
     """Pack evaluation rows as well. None: as `packing`."""
 
     padding_free: bool = False
-    """Lay sequences out without padding. What layout="auto" does wherever the model can."""
+    """Raise an error if the model cannot be run without padding; layout="auto" avoids padding wherever the model can."""
 
     average_loss_over: Literal["token", "sequence"] = "token"
-    """Average the loss of a step over every "token", or over "sequence"s, each with the same weight."""
+    """Average the loss of a step over all tokens ("token"), or within sequences and then over them ("sequence")."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainerConfig._VALID_DICT_FIELDS, "dataset_kwargs"]
 
@@ -94,9 +94,9 @@ class SFTTrainer(BaseTrainer):
     """Fine-tune a causal or encoder-decoder language model on texts, chats, or prompts with completions.
 
     formatting_func                 makes the text of a row from its columns: `(row) -> str`
-    compute_metrics                 metrics of an evaluation from the logits of all its tokens, which need a forward pass
-                                    and memory of their own: `(EvalPrediction) -> {name: number}`, see `predictions`
-    preprocess_logits_for_metrics   what is kept of a batch's logits for that: `(logits, labels) -> Tensor`
+    compute_metrics                 computes metrics from the logits of all evaluation tokens, which take an extra forward
+                                    pass and much memory: `(EvalPrediction) -> {name: number}`, see `predictions`
+    preprocess_logits_for_metrics   reduces the logits of a batch before they are stored: `(logits, labels) -> Tensor`
 
     The other arguments are those of `BaseTrainer`.
     """
@@ -152,8 +152,8 @@ class SFTTrainer(BaseTrainer):
         if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
             if self.to_examples is collate_examples:
                 raise ConfigError(
-                    'dataset_kwargs={"skip_prepare_dataset": True} leaves rows as they are, and nothing makes token ids '
-                    "of them: give a data_collator, or leave it out."
+                    'dataset_kwargs={"skip_prepare_dataset": True} does not tokenize rows, and these have no input_ids: '
+                    "give a data_collator that tokenizes them, or leave it out."
                 )
             return rows
         if self.formatting_func is not None:
@@ -167,16 +167,16 @@ class SFTTrainer(BaseTrainer):
         return packed
 
     def _check_packs_images(self) -> None:
-        """Raises ConfigError where packing would cut images, or lose what is a prompt."""
+        """Raises ConfigError if packing would split images, or merge a prompt that the model attends to bidirectionally."""
         if self.args.packing_strategy != "bfd":
             raise ConfigError(
-                f"packing_strategy={self.args.packing_strategy!r} cuts documents anywhere, images too: rows with images are "
-                'packed whole, by packing_strategy="bfd".'
+                f"packing_strategy={self.args.packing_strategy!r} splits rows anywhere, also within images: set "
+                'packing_strategy="bfd", which packs whole rows.'
             )
         if self.images.family.sees_ahead == "prompt":
             raise ConfigError(
-                f"packing=True makes one text of prompt and completion, and in {type(unwrap(self.model)).__name__} the tokens "
-                'of a prompt see each other: set layout="packed", which lays rows out in one as they are.'
+                f"packing=True merges prompt and completion into one text, but {type(unwrap(self.model)).__name__} attends "
+                'bidirectionally within prompts: set layout="packed" instead, which keeps prompts apart.'
             )
 
     def _cut_by_packing(self, split: str) -> bool:
@@ -203,10 +203,10 @@ class SFTTrainer(BaseTrainer):
         asked = "packing" if self.args.packing else "padding_free"
         inner = unwrap(self.model)
         adapter = prompt_adapter(self._adapted())
-        why = why_not(inner, "packed") if adapter is None else f"{adapter} stands before one sequence"
+        why = why_not(inner, "packed") if adapter is None else f"{adapter} can prefix only one sequence per row"
         raise ConfigError(
-            f"{asked}=True does not work with {type(inner).__name__}: {why}. One document would see "
-            f"another. Leave {asked} out: rows of like length are batched together anyway."
+            f"{asked}=True does not work with {type(inner).__name__}: {why}. Documents would attend to each other. "
+            f"Leave {asked} out: rows of similar length are batched together anyway."
         )
 
     def prediction_step(
@@ -232,18 +232,18 @@ class SFTTrainer(BaseTrainer):
 
 
 def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_field: str) -> Rows:
-    """Rows with the text that `function` makes of each.
+    """Map `function` over the rows, and store the texts that it returns in the column `text_field`.
 
-    Today's functions take a row and give a str; those of older scripts take a batch of columns and give a list. Which
-    one this is shows in what it makes of the first row alone and of a batch with that row.
+    A function may take a row and return a str, or, as in older scripts, take a batch of columns and return a list. Calling
+    it on the first row tells which: a list or an exception means that it takes batches.
     """
     first = next(iter(rows))
     try:
         made = function(first)
-    except Exception as error:  # a function of batches may do anything with a row
+    except Exception as error:  # a function for batches may fail in any way on a single row
         made = error
     if isinstance(made, str):
         return rows.map(lambda row: {text_field: function(row)}, remove_columns=list(first))
     if isinstance(made, Exception | list):
         return rows.map(lambda batch: {text_field: function(batch)}, batched=True, remove_columns=list(first))
-    raise DataError(f"formatting_func gave a {type(made).__name__} for row 1: it has to give a str.")
+    raise DataError(f"formatting_func returned a {type(made).__name__} for row 1: it has to return a str.")
