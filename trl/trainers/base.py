@@ -1,13 +1,13 @@
-"""What every trainer of language models shares: loading, encoding, chat templates and layouts, on the step machine.
+"""Base of the trainers of language models: loads the model, encodes rows, chooses the layout of micro-batches.
 
-A trainer says what it is in few places:
+A trainer defines:
 
     config_class                 its options
-    encode_settings(...)         which rows it takes, and what is trained on
-    weights(batch)               what a token (or sequence, or pair) weighs before normalisation
+    encode_settings(...)         which kinds of rows it takes, and which tokens are trained on
+    weights(batch)               weight of each token (or sequence, or pair) before normalisation
     loss(model, batch)           loss, in the shape of the weights, and metrics
 
-The loader hands over encoded rows; how an optimizer step is run on them is in `trl.training.step_trainer`.
+The data loader returns encoded rows; `trl.training.step_trainer` runs the optimizer steps on them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ CPU_TOKEN_BUDGET = 2048
 IDS = ("prompt_ids", "completion_ids")
 """Columns of encoded rows with token ids."""
 WIDTH = 60
-"""Characters of a row that an error shows."""
+"""Most characters of a row in an error message."""
 
 
 class BaseTrainer(WritesModelCard, RunsLayers):
@@ -99,7 +99,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
 
     model               a name or folder, a model, or a model with adapters
     args                the trainer's configuration; plain `TrainingArguments` are accepted
-    train_dataset       rows of any kind that the trainer takes, or rows encoded before
+    train_dataset       rows of any kind that the trainer takes, or rows that are already encoded
     processing_class    tokenizer or processor; loaded by the model's name if left out. Older name: `tokenizer`
     peft_config         the adapter to train, as `LoraConfig()`; all weights are trained if left out
     classic             options of the configuration given as keywords: `max_seq_length=512`
@@ -108,7 +108,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     config_class: ClassVar[type[TrainerConfig]] = TrainerConfig
     auto_class: ClassVar[Any] = None
     prompts_only: ClassVar[bool] = False
-    """Whether rows are prompts, whose other columns belong to rewards."""
+    """Whether rows are prompts, with other columns for the reward functions."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
 
@@ -130,7 +130,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         **classic: Unpack[ClassicOptions],
     ) -> None:
         self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__, model=model)
-        set_seed(self.args.seed)  # heads, adapters and new tokens begin the same in every run, and on every process
+        set_seed(self.args.seed)  # the same initial heads, adapters and new tokens in every run and on every process
         source = processor_source(self.args, model)
         self.model = self._resolve_model(model, quantization_config, peft_config)
         inner = unwrap(self.model)
@@ -167,7 +167,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         self.prepare_model()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `StepTrainer`. Raises ConfigError where there are no rows to learn from, or an optimizer of another model."""
+        """Train as `StepTrainer` does. Raises ConfigError without training rows, or for an optimizer of another model."""
         if self.train_dataset is None:
             raise ConfigError(f"train_dataset is missing: {type(self).__name__}.train() learns from its rows.")
         if isinstance(self.train_dataset, Dataset) and not self.prompts_only:
@@ -192,11 +192,11 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     # ---- what a trainer adds ----
 
     def encode_settings(self, split: str) -> EncodeSettings:
-        """Which kinds of rows are taken, and what of them is trained on. `split` is "train" or "eval"."""
+        """Which kinds of rows the trainer takes, and which tokens it trains on. `split` is "train" or "eval"."""
         raise NotImplementedError
 
     def prepare_model(self) -> None:
-        """Last preparations of the model in memory, before anything wraps it."""
+        """Prepare the loaded model before it is wrapped for distributed training."""
         inner = unwrap(self.model)
         prepare_scoring(inner)
         self._add_router_loss(inner)
@@ -208,7 +208,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         self._capture_layers(inner)
 
     def _add_router_loss(self, inner: PreTrainedModel) -> None:
-        """Balance the load of experts where that is asked for."""
+        """Add the load-balancing loss of a mixture of experts, if the options or the model's configuration enable it."""
         router = router_loss(inner, self.args.router_aux_loss_coef, is_sharded=self.is_sharded)
         if router is None:
             return
@@ -225,7 +225,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         if (adapter := prompt_adapter(self._adapted())) is not None:
             if self.args.layout not in ("auto", "padded"):
                 raise ConfigError(
-                    f"layout={self.args.layout!r} does not work with {adapter}: it stands before one sequence."
+                    f"layout={self.args.layout!r} does not work with {adapter}, which can prefix only one sequence per row: "
+                    'set layout="padded".'
                 )
             return "padded"
         trial = None if self.images is None else self.images.trial()
@@ -234,7 +235,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return choose_layout(inner, self.args.layout, examples=trial, **options)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """`torch_compile` compiles layers here (see `prepare_model`), so accelerate is not to compile the whole model."""
+        """Keep accelerate from compiling the whole model: `torch_compile` compiles single layers (see `prepare_model`)."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     # ---- model, tokenizer, options ----
@@ -249,7 +250,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             model = self._load(model, quantised | self.args.loading(kwargs))
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
-            raise ConfigError(f"{name} was given, but the model is an object that is loaded already: leave one out.")
+            raise ConfigError(f"{name} was given, but the model is an object that is already loaded: leave one out.")
         keep_unpacked(model)
         keep_own_loss(model)
         model = self._with_adapters(model, peft_config)
@@ -264,29 +265,29 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return load_model(name, auto_class=self.auto_class, **options)
 
     def _with_adapters(self, model: nn.Module, peft_config: Any) -> nn.Module:
-        """The model with the adapter that `peft_config` describes, and whatever else the trainer puts on it."""
+        """Add the adapter that `peft_config` describes; subclasses also add their heads."""
         return with_adapters(model, peft_config, part=self.args.adapted_part)
 
     def _train_new_tokens(self, added: list[int], *, has_new_adapter: bool) -> None:
-        """Let an adapter train the tokens that a template or a resize brought."""
+        """Make an adapter train the embeddings of tokens that the chat template or a resize has added."""
         if has_new_adapter:
             ids = new_tokens(unwrap(self.model), self.tokenizer, added)
             self._set_adapted(with_trained_tokens(self._adapted(), ids))
         elif added:
             raise ConfigError(
-                f"chat_template_path={self.args.chat_template_path!r} brings {len(added)} tokens that the adapter was made "
-                "without, so that it cannot learn them: merge it into its model first (`trl merge`)."
+                f"chat_template_path={self.args.chat_template_path!r} adds {len(added)} tokens, whose embeddings the given "
+                "adapter does not train: merge it into its model first (`trl merge`)."
             )
 
     def _adapted(self) -> nn.Module:
-        """The policy with its adapters, if it has some."""
+        """The language model with its adapters, if any, without the heads that a trainer puts around it."""
         return self.model
 
     def _set_adapted(self, model: nn.Module) -> None:
         self.model = model
 
     def _prepare_images(self) -> None:
-        """How images of rows are read, and where their features are kept; None where the processor reads texts alone."""
+        """Set `images`, which reads the images of rows (None for a tokenizer), and the cache of image features."""
         args, inner = self.args, unwrap(self.model)
         limits = PixelLimits(args.max_pixels, args.min_pixels, args.image_folder)
         self.images = ImageProcessing.of(self.processing_class, inner.config, limits)
@@ -295,10 +296,10 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         room = args.image_features_mb * MIB if self.images is not None else 0
         self.image_features = ImageFeatures(inner, room, self._also_reading) if room else None
         if self.images is not None and any(p.requires_grad for p in encoder_parameters(inner).values()):
-            args.ddp_find_unused_parameters = True  # of many image encoders the last layers go into nothing
+            args.ddp_find_unused_parameters = True  # many models do not use the last layers of their image encoder
 
     def _add_reports(self) -> None:
-        """A table in a notebook, and the page that is written while the run goes on."""
+        """Show a table in notebooks, and write the run's report as a page."""
         if is_in_notebook():
             from trl.callbacks.notebook import show_table
 
@@ -320,12 +321,12 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return train, None if evaluation is None else self._encode_given(evaluation, "eval", "eval")
 
     def _encode_given(self, rows: Rows, split: str, name: str) -> Rows:
-        """Rows as they were given, encoded; errors about one of them say of which set it is."""
+        """Encode rows as the user gave them; errors about a row name its dataset."""
         with naming_rows(name):
             return self.encode(self.in_known_columns(rows), split, name)
 
     def in_known_columns(self, rows: Rows) -> Rows:
-        """The rows in columns that are read here, where they have those of other tools."""
+        """Rename and convert the columns that other tools use to those that trl reads."""
         with self.args.main_process_first(desc="reading columns"):
             return in_known_columns(
                 without_format(rows, "train"),
@@ -338,7 +339,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return rows.shuffle(seed=self.args.seed) if self.args.shuffle_dataset else rows
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        """Rows as the collator reads them. One process encodes, the others read its cache."""
+        """Encode rows for the collator. One process encodes, the others read its cache."""
         with self.args.main_process_first(desc=f"encoding {name}"):
             rows_known = self._rows_of_embedding()
             limits = {"vocabulary": rows_known, "embedded": rows_known, **self._lengths(split)}
@@ -347,16 +348,16 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return self.encoded[name].dataset
 
     def _lengths(self, split: str) -> dict[str, int | None]:
-        """Tokens that a row may have by the model's table of positions, and should have where positions are computed."""
+        """Limits on the tokens of a row: the size of a learned position embedding, and the pretrained length otherwise."""
         model = unwrap(self.model)
         return {"positions": learned_positions(model), "pretrained_length": pretrained_length(model)}
 
     def _rows_of_embedding(self) -> int | None:
-        """How many token ids the model knows; None where a processor makes ids of its own."""
+        """Size of the model's vocabulary; None if its configuration has none."""
         return getattr(unwrap(self.model).config.get_text_config(), "vocab_size", None)
 
     def preview(self, n: int = 3) -> None:
-        """Print the first `n` training rows as the model sees them: what is trained on, and what is not."""
+        """Print the first `n` training rows as the model sees them, with the tokens that are trained on marked."""
         rows = list(first_rows(self.train_dataset, n))
         packed = [len(row["seq_lengths"]) for row in rows if "seq_lengths" in row]
         image_token = None if self.images is None else self.images.token_id
@@ -379,7 +380,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         size, order = self.args.train_batch_size * self.args.gradient_accumulation_steps, torch.Generator()
         return LengthGroupedSampler(size, rows, lengths, generator=order.manual_seed(self.args.seed))
 
-    # ---- what the step machine asks ----
+    # ---- hooks of StepTrainer ----
 
     def items(self, rows: Any, *, source: str) -> list[Example]:
         return examples_of(rows, source=source)
@@ -388,13 +389,13 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return item.tokens
 
     def micro_batch_budget(self) -> int | None:
-        """Tokens that a forward pass should stay under. A CPU gains nothing from wider ones, and narrow ones pad less."""
+        """Most tokens of a micro-batch. On a CPU larger ones are not faster, and smaller ones need less padding."""
         if self.args.max_tokens_per_micro_batch is not None or self.args.device.type != "cpu":
             return self.args.max_tokens_per_micro_batch
         return CPU_TOKEN_BUDGET
 
     def describe(self, items: Sequence[Example]) -> list[str]:
-        """The row number, where there is one, and the beginning of the text of each example."""
+        """The row number, if known, and the beginning of the text of each example."""
         collate = collate_examples if self.images is None else self.to_examples
         numbers = row_numbers(self.train_dataset, items[:SHOWN], collate)
         texts = (self.tokenizer.decode([*example.prompt, *example.completions[0].ids]) for example in items)
@@ -415,13 +416,13 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             return super()._loss_alone(item, batch)
 
     def _also_reading(self) -> list[PreTrainedModel]:
-        """Models that are given the policy's batches: a reference, a value network."""
+        """Other models that run on the policy's batches: a reference, a value network."""
         own = set(unwrap(self.model).modules())
         beside = [each for each in self.model.modules() if isinstance(each, PreTrainedModel) and each not in own]
         return [*beside, *reference_models(self.reference)]
 
     def _compare_with(self, reference: Reference) -> None:
-        """Take `reference` for what the policy is compared with: it moves as the options say, and is in checkpoints."""
+        """Set `reference` as the trainer's reference; with sync_ref_model it is updated and saved in checkpoints."""
         self.reference = reference
         self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
         for callback in sync_callbacks(reference, self.args):
@@ -429,7 +430,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         self.keep_reference(reference, moves=self.args.sync_ref_model)
 
     def lay_out_rows(self, examples: Sequence[Example]) -> Batch:
-        """Prompts and completions in one grid, as decoders and classifiers read them."""
+        """Collate prompts with their completions into a batch for a decoder or classifier."""
         return self._rows_of_model(examples, self.layout, counts_copies=self.term is not None)
 
     @cached_property
@@ -440,7 +441,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     # ---- evaluation ----
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Metrics of the trainer's evaluation rows, or of others, encoded or not."""
+        """Evaluate on the trainer's evaluation rows, or on others, encoded or not; return the metrics."""
         if isinstance(eval_dataset, Dataset | IterableDataset):
             eval_dataset = self._encoded_rows(eval_dataset, "eval")
         elif isinstance(eval_dataset, Mapping):
@@ -459,7 +460,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return 6 * self._parameters * sum(batch.positions for batch in inputs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """`state_dict` is given where weights were gathered."""
+        """Save the model. `state_dict` is given if its weights were gathered from shards."""
         with without_warnings():
             super()._save(output_dir, None if state_dict is None else without_copies(unwrap(self.model), state_dict))
 

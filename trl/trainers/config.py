@@ -160,8 +160,8 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     """Shuffle the training rows once before encoding (streaming: with a buffer)."""
 
     max_skipped_steps: int | None = 3
-    """Stop the run after more than so many skipped steps in a row. A step whose loss or gradient is not finite is skipped
-    and counted: weights and optimizer do not change, while data and learning rate move on. None: never stop."""
+    """Stop the run at so many skipped steps in a row. A step whose loss or gradient is not finite is skipped and counted:
+    weights and optimizer do not change, while data and learning rate move on. None: never stop."""
 
     logging_nan_inf_filter: bool = False
     """Not needed: steps whose loss is not finite are skipped, and the logged loss leaves them out."""

@@ -51,8 +51,8 @@ class KTOConfig(KTOOptions, PreferenceConfig):
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.make_algorithm().needs_signal == "kl" and rows < 2:
             raise ConfigError(
-                "loss_type='kto' estimates a divergence from prompts with the completions of other rows, and a step of "
-                "one row has no other: set per_device_train_batch_size or gradient_accumulation_steps to 2 or more."
+                "loss_type='kto' estimates a KL divergence by pairing prompts with completions of other rows, but a step "
+                "has only one row: set per_device_train_batch_size or gradient_accumulation_steps to 2 or more."
             )
 
     def make_algorithm(self) -> KTO:
@@ -63,7 +63,7 @@ class KTOConfig(KTOOptions, PreferenceConfig):
 class KTOTrainer(PreferenceTrainer):
     """Train a causal or encoder-decoder language model on completions labelled desirable or not.
 
-    Rows have `prompt`, `completion` and `label` (true or false); pairs (`chosen`, `rejected`) are taken apart.
+    Rows have `prompt`, `completion` and `label` (true or false); pairs (`chosen`, `rejected`) become two rows each.
     Arguments: see `BaseTrainer` and `PreferenceTrainer`.
     """
 
@@ -89,13 +89,13 @@ class KTOTrainer(PreferenceTrainer):
         return encoded
 
     def _check_labels(self, labels: np.ndarray) -> None:
-        """Say where one kind of label is missing, or much rarer than the other."""
+        """Warn if one of the two labels is missing, or much rarer than the other."""
         desirable, undesirable = int(labels.sum()), int((~labels).sum())
         if not desirable or not undesirable:
-            other = "Rows of the other label make it one" + (", or `trl sft` learns from these." if desirable else ".")
+            other = "Add rows with the other label" + (", or train on these with `trl sft`." if desirable else ".")
             logger.warning(
                 f"Of {counted(len(labels), 'completion')}, all have the label {bool(desirable)}: KTO learns from the contrast of "
-                f"desirable and undesirable ones, and there is none here. {other}"
+                f"desirable and undesirable completions. {other}"
             )
         elif self.algorithm.needs_signal == "kl":
             self._recommend_weights(desirable, undesirable)
@@ -106,7 +106,7 @@ class KTOTrainer(PreferenceTrainer):
         if not ranges.met:
             logger.warning(
                 f"{desirable:,} completions are desirable and {undesirable:,} are not. With the weights "
-                f"{given['desirable_weight']:g} and {given['undesirable_weight']:g} they count {ranges.ratio:.2f} to 1, "
+                f"{given['desirable_weight']:g} and {given['undesirable_weight']:g} their total weights are {ranges.ratio:.2f} to 1, "
                 f"where the paper (arXiv:2402.01306) recommends 1 to 1.33. Set desirable_weight between "
                 f"{ranges.desirable[0]:.2f} and {ranges.desirable[1]:.2f}, or undesirable_weight between "
                 f"{ranges.undesirable[0]:.2f} and {ranges.undesirable[1]:.2f}."
@@ -115,7 +115,7 @@ class KTOTrainer(PreferenceTrainer):
     # ---- loss ----
 
     def weights(self, batch: Batch) -> Tensor:
-        """Every completion counts the same (before λ): `[N]`."""
+        """Weight 1 for every completion (before λ), `[N]`."""
         return batch.mask.new_ones(len(batch.mask))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -142,9 +142,9 @@ class KTOTrainer(PreferenceTrainer):
 
     @torch.no_grad()
     def _divergence(self, examples: Sequence[Example], *, filling: Sequence[Example]) -> Tensor:
-        """z₀ from completions under prompts that are not theirs. A sum and a count cross processes.
+        """z₀ from prompts with completions of other prompts, averaged over all processes.
 
-        `filling` is run, and not counted, where another process has more forward passes.
+        A process with fewer micro-batches than another runs `filling`, uncounted, so that all make as many forward passes.
         """
         args = self.args
         count = max(1, len(examples) // args.per_device_train_batch_size)
@@ -169,7 +169,7 @@ class KTOTrainer(PreferenceTrainer):
 
     @cached_property
     def _totals(self) -> dict[str, RewardShift]:
-        """Rewards seen: `all` of them, and `new` ones of this process since they were last added up over processes."""
+        """Sums over rewards: `all` seen so far, and `new` ones of this process since the processes last added theirs up."""
         zero = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         return {"all": RewardShift(*zero.unbind()), "new": RewardShift(*zero.unbind())}
 
@@ -178,7 +178,7 @@ class KTOTrainer(PreferenceTrainer):
         self._totals["new"] = self._totals["new"].update(rewards, desirable)
 
     def _shift(self) -> RewardShift:
-        """Averages over what all processes have seen."""
+        """Add the new rewards of all processes to the totals, and return the totals."""
         new = torch.stack(astuple(self._totals["new"]))
         total = torch.stack(astuple(self._totals["all"])) + self._gather(new[None]).sum(0)
         self._totals |= {"all": RewardShift(*total.unbind()), "new": RewardShift(*torch.zeros_like(new).unbind())}
@@ -225,7 +225,7 @@ class BCOTrainer(KTOTrainer):
 
 
 def unpaired(rows: Rows) -> Rows:
-    """Rows with one labelled completion each: pairs are taken apart, their prompt found first."""
+    """Rows with one labelled completion each; pairs become two rows, after their common prompt is extracted."""
     return maybe_unpair_preference_dataset(rows.map(maybe_extract_prompt)) if is_paired(rows) else rows
 
 
@@ -239,10 +239,10 @@ Keyed = tuple[bytes, Example]
 
 
 def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = None) -> list[Example]:
-    """Every completion under another example's prompt: (x_i, y_j), j ≠ i, with a different prompt where there is one.
+    """Pair every completion with another example's prompt, (x_i, y_j), j ≠ i, if possible with a different one.
 
-    `circle` are the examples to take prompts from, by default these. Which prompt is taken depends on what the examples
-    are, and not on their order. Empty if there is no other example. KTO, arXiv:2402.01306, Section 4.
+    `circle` are the examples to take prompts from, by default `examples`. They are sorted by digest, so the choice does not
+    depend on their order. Empty if there is no other example. KTO, arXiv:2402.01306, Section 4.
     """
     circle = sorted(keyed(examples) if circle is None else circle, key=lambda entry: entry[0])
     if len(circle) < 2:
@@ -252,17 +252,17 @@ def mismatched(examples: Sequence[Example], circle: Sequence[Keyed] | None = Non
 
 
 def with_nothing(prompt: Example) -> Example:
-    """A prompt with a completion that counts for nothing."""
+    """The prompt with one masked token as completion, which nothing is computed from."""
     return replace(prompt, completions=(Completion([0], mask=[0]),))
 
 
 def _bare(completions: Sequence[Completion]) -> tuple[Completion, ...]:
-    """Completions without signals, which are of the prompt that they stood under."""
+    """Completions without their signals, which were computed with their own prompt."""
     return tuple(replace(completion, signals={}) for completion in completions)
 
 
 def _other_prompt(circle: Sequence[Keyed], i: int) -> Example:
-    """The next prompt, in a circle, that differs from the one at i."""
+    """The next prompt after place i that differs from the one there, going round the circle."""
     others = [prompt for _, prompt in [*circle[i + 1 :], *circle[:i]]]
     mine = circle[i][1].key
     return next((prompt for prompt in others if prompt.key != mine), others[0])

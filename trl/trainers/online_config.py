@@ -168,7 +168,7 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
 
     @property
     def minibatches_per_rollout_batch(self) -> int:
-        """Micro-batches of a rollout batch, on each process."""
+        """Number of minibatches in a rollout batch, on each process."""
         if self.generation_batch_size is None:
             return super().minibatches_per_rollout_batch
         together = self.per_device_train_batch_size * self.world_size

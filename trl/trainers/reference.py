@@ -1,4 +1,4 @@
-"""The reference policy of a trainer: which one it is, and how it follows the policy where that is asked for."""
+"""The reference policy of a trainer: how it is chosen, and how it is updated with sync_ref_model=True."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trl.types import Batch
 logger = logging.getLogger(__name__)
 
 FOUND_IN_SCORES = {"old_logprobs": "logprobs", "values": "value", "entropy": "entropy"}
-"""Signals of a rollout batch that are scores of the policy, by what `Scores` calls them."""
+"""Signals of a rollout batch that the policy's forward pass gives → their names in `Scores`."""
 
 
 def reference_for(
@@ -43,18 +43,18 @@ def reference_for(
     loading: dict[str, Any] | None = None,
     copy: Callable[[nn.Module], nn.Module] = create_reference_model,
 ) -> Reference:
-    """The reference of `policy`, a language model with or without adapters, ready on the devices.
+    """The reference of `policy`, a language model with or without adapters, on the trainer's device.
 
-    given             a model, or the name of one, which `loading` says how to load; None: the policy as it is now
-    has_new_adapter   the adapter was put on just now, so that without it the policy is as it was given
+    given             a model, or the name of one, loaded with the arguments `loading`; None: the policy as it is now
+    has_new_adapter   the trainer has just added the adapter, so the model without it is the initial policy
     copy              makes the frozen copy of a policy without adapters
 
-    Raises ConfigError where the reference is to follow a policy with an adapter.
+    Raises ConfigError for sync_ref_model=True with an adapter.
     """
     if config.sync_ref_model and isinstance(policy, PeftModel):
         raise ConfigError(
-            "sync_ref_model moves the weights of a reference that has its own, but with an adapter it shares the "
-            "model's: train without an adapter, or set sync_ref_model=False."
+            "sync_ref_model updates the weights of the reference, but with an adapter the reference shares its weights with "
+            "the model: train without an adapter, or set sync_ref_model=False."
         )
     if given is None and isinstance(policy, PeftModel):
         return make_reference(policy, has_new_adapter=has_new_adapter)
@@ -67,32 +67,32 @@ def reference_for(
         warn_of_fewer_tokens(model, policy)
         model.requires_grad_(False).eval()
     if "hf_device_map" not in vars(unwrap(model)) and len({p.device for p in model.parameters()}) > 1:
-        model.to(accelerator.device)  # its lower layers are the policy's, which has moved there since
+        model.to(accelerator.device)  # a copy may share its lower layers with the policy, which has moved to the device
     prepare_scoring(unwrap(model))
     return frozen_reference(policy, prepare_frozen(accelerator, model), accelerator.autocast)
 
 
 def warn_of_fewer_tokens(reference: nn.Module, policy: nn.Module) -> None:
-    """Say that a reference has no embeddings for some of the policy's tokens."""
+    """Warn if the reference's vocabulary is smaller than the policy's."""
     known, needed = (
         getattr(unwrap(model).config.get_text_config(), "vocab_size", None) for model in (reference, policy)
     )
     if known is not None and needed is not None and known < needed:
         logger.warning(
-            f"The reference has a vocabulary of {known:,} tokens, and the model one of {needed:,}: a row with one of the others "
-            "ends the run ('index out of range'). Give a reference that reads the model's tokens, or leave it out."
+            f"The reference has a vocabulary of {known:,} tokens, but the model one of {needed:,}: a row with one of the "
+            "missing tokens will fail ('index out of range'). Give a reference with the model's vocabulary, or leave it out."
         )
 
 
 def reference_models(reference: Reference | None) -> list[PreTrainedModel]:
-    """The reference where it is a model of its own."""
+    """The reference's model, in a list; an empty list if the reference has no separate model."""
     return [unwrap(reference.model)] if isinstance(reference, FrozenModel) else []
 
 
 def score_signals(
     policy: nn.Module, reference: Reference | None, batch: Batch, wanted: Collection[str], *, temperature: float
 ) -> dict[str, Tensor]:
-    """The signals `wanted` `[N,C]` of a batch, from one pass of the policy where it is needed and one of the reference."""
+    """The signals `wanted` `[N,C]` of a batch, from at most one forward pass of the policy and one of the reference."""
     attributes = {name: FOUND_IN_SCORES[name] for name in wanted if name in FOUND_IN_SCORES}
     options = {"temperature": temperature, "want": set(attributes.values()) - {"logprobs"}}
     seen: dict[str, Tensor] = {}
@@ -106,7 +106,7 @@ def score_signals(
 
 
 def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[TrainerCallback]:
-    """What a trainer adds so that the reference follows the policy; nothing where that was not asked for."""
+    """The callback that updates the reference, if sync_ref_model=True; else an empty list."""
     return (
         [SyncRefModelCallback(reference.model)] if config.sync_ref_model and isinstance(reference, FrozenModel) else []
     )
@@ -117,7 +117,7 @@ class SyncRefModelCallback(TrainerCallback):
 
     TR-DPO, arXiv:2404.09656, Eq. 4; α and the steps are `ref_model_mixup_alpha` and `ref_model_sync_steps`.
 
-    accelerator   not needed: each process moves the shards that it holds
+    accelerator   accepted and not used: each process updates its own shards
     """
 
     def __init__(self, ref_model: nn.Module, accelerator: Accelerator | None = None) -> None:
@@ -132,7 +132,7 @@ class SyncRefModelCallback(TrainerCallback):
 
 @torch.no_grad()
 def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Parameters of `reference` become α policy + (1 − α) reference, on each process those that it holds."""
+    """Set the parameters of `reference` to α policy + (1 − α) reference; each process updates its own shards."""
     trained = shards(policy)
     for name, shard in shards(reference).items():
         shard.lerp_(trained[name].to(shard.dtype), alpha)

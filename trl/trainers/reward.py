@@ -1,4 +1,4 @@
-"""Reward models: a number for a completion, learned from comparisons, from scores, or step by step.
+"""Reward models: trained on pairs of completions, on scores, or on labels of reasoning steps.
 
     loss = −log σ(r(x, y_w) − r(x, y_l) − m);   for the others see `trl.algorithms.reward`
 
@@ -46,10 +46,10 @@ class RewardConfig(TrainerConfig):
     learning_rate: float = 1e-4
 
     max_length: int | None = 1024
-    """Tokens of a prompt with one completion; longer ones are cut as `truncation_mode` says, and counted."""
+    """Most tokens of a prompt with one completion; longer ones are cut by `truncation_mode`, and counted."""
 
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """What stays of a long row: "keep_start" cuts the completions, "keep_end" the beginning of the prompt."""
+    """How long rows are cut: "keep_start" cuts the end of completions, "keep_end" the beginning of the prompt."""
 
     disable_dropout: bool = True
 
@@ -57,7 +57,7 @@ class RewardConfig(TrainerConfig):
     """Weight of (r_w + r_l)², which centres rewards at zero (arXiv:2312.09244, Eq. 2, recommends 0.01). None: off."""
 
     step_separator: str = "\n"
-    """Text that closes each step of rows whose steps are labelled; the reward of a step stands at its end."""
+    """Text appended to each step of rows with labelled steps; a step's reward is read at its last token."""
 
     mistakes_shown: int = 5
     """Rows in the table of the most confident mistakes that evaluation prints; 0 for no table."""
@@ -68,7 +68,7 @@ class RewardTrainer(PredictsRewards):
 
     Rows are pairs (`chosen`, `rejected`, an optional `margin`), completions with a number in `score`, or steps with a
     label each (`completions`, `labels`); texts, conversations, or token ids (`input_ids_chosen`, …).
-    `compute_metrics` is given the rewards of an evaluation: see `trl.trainers.reward_predictions`. Other arguments: see
+    `compute_metrics` receives the rewards of an evaluation: see `trl.trainers.reward_predictions`. Other arguments: see
     `BaseTrainer`.
     """
 
@@ -87,14 +87,14 @@ class RewardTrainer(PredictsRewards):
         return model
 
     def _ask_for_one_label(self, name: str) -> None:
-        """Give a language model a head with one label. Raises ModelError for a classifier that has several."""
+        """Set num_labels=1 for loading the model. Raises ModelError for a classifier with several labels."""
         args = self.args
         kwargs = dict(args.model_init_kwargs or {})
         config = load_config(name, trust_remote_code=args.trust_remote_code, revision=kwargs.get("revision"))
         labels = kwargs.get("num_labels", config.num_labels)
         is_classifier = any("ForSequenceClassification" in kind for kind in config.architectures or ())
         if labels != 1 and (is_classifier or "num_labels" in kwargs):
-            raise ModelError(f"{name!r} is a classifier with {labels} labels: a reward model has one, num_labels=1.")
+            raise ModelError(f"{name!r} is a classifier with {labels} labels: a reward model has one (num_labels=1).")
         args.model_init_kwargs = {**kwargs, "num_labels": 1}
 
     def prepare_model(self) -> None:
@@ -129,7 +129,9 @@ class RewardTrainer(PredictsRewards):
                 f"column 'score' beside its completions: it has {rows.column_names}. Add one of them."
             )
         if self.kind is not None and ALGORITHMS[kind] is not ALGORITHMS[self.kind]:
-            raise DataError(f"The dataset {name!r} is of the kind {kind!r}, the one before of {self.kind!r}: use one.")
+            raise DataError(
+                f"The dataset {name!r} has rows of the kind {kind!r}, an earlier one of {self.kind!r}: use one kind for all."
+            )
         self.kind = kind
         return encoded
 
@@ -148,7 +150,7 @@ class RewardTrainer(PredictsRewards):
         return ALGORITHMS[self.kind]()
 
     def weights(self, batch: Batch) -> Tensor:
-        """Every pair `[P]`, every score `[N]`, or every step `[N,C]` counts the same."""
+        """Weight 1 for every pair `[P]`, every score `[N]`, or every step `[N,C]`."""
         if self.kind == "stepwise":
             return batch.mask
         return batch.mask.new_ones(len(batch.mask) // (2 if self.kind in PAIRED else 1))
@@ -164,7 +166,7 @@ class RewardTrainer(PredictsRewards):
             return None
         if self.kind == "stepwise":
             raise ConfigError(
-                "compute_metrics is given rewards of whole completions, and these rows have labels of steps."
+                "compute_metrics receives rewards of whole completions, but these rows have labels of steps: leave it out."
             )
         rewards = metrics["mean_reward"]
         if self.kind in PAIRED:
@@ -192,11 +194,11 @@ ALGORITHMS = {
     **dict.fromkeys(SCORED, ScoreRegression),
     "stepwise": StepReward,
 }
-"""Row kind → what is learned from it."""
+"""Kind of rows → algorithm."""
 
 
 def with_trained_head(peft_config: PeftConfig | None) -> PeftConfig | None:
-    """The adapter's configuration for a classifier: its head is new, so it is trained whole, with the adapter."""
+    """A copy of the adapter's configuration for a classifier, whose new head is trained in full beside the adapter."""
     if peft_config is None:
         return None
     peft_config = copy.copy(peft_config)
@@ -208,7 +210,7 @@ def with_trained_head(peft_config: PeftConfig | None) -> PeftConfig | None:
 
 
 def check_numbers(rows: Rows, column: str, name: str) -> None:
-    """Raise DataError, with row and value, where `column` holds something else than numbers."""
+    """Raise RowError, with row and value, if `column` holds anything but numbers."""
     first = next(iter(rows), {})
     if column not in first:
         return
@@ -219,7 +221,7 @@ def check_numbers(rows: Rows, column: str, name: str) -> None:
 
 
 def worst(judged: Sequence[tuple[Tensor, Sequence[Example]]], count: int) -> tuple[list[float], list[Example]]:
-    """The pairs whose rejected completion was preferred most: margins, smallest first, and the pairs."""
+    """The pairs with the most negative margins, at most `count`: their margins, smallest first, and the pairs."""
     margins = torch.cat([torch.zeros(0), *(margin.float().cpu() for margin, _ in judged)])
     examples = [example for _, examples in judged for example in examples]
     lowest, places = margins.topk(min(count, len(margins)), largest=False)
@@ -234,7 +236,7 @@ def print_mistakes(
     *,
     console: Console | None = None,
 ) -> None:
-    """A table of pairs whose rejected completion got the higher reward."""
+    """Print a table of pairs whose rejected completion got the higher reward."""
     if not examples:
         return
     table = Table("margin", "prompt", "chosen", "rejected", title="Most confident mistakes", show_lines=True)

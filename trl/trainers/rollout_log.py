@@ -1,4 +1,4 @@
-"""What is reported of rollouts: their numbers, their completions, and what reward functions log of them."""
+"""Logs of rollouts: their metrics, their completions, and the values that reward functions log."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from trl.types import Experience
 logger = logging.getLogger(__name__)
 
 FLAT_IN_A_ROW = 5
-"""Rollout batches without any difference in rewards after which that is said."""
+"""Number of consecutive rollout batches in which no group's rewards differ, after which the log warns."""
 
 
 class RolloutLog:
-    """Of training, or of an evaluation, since the last log. All processes take part in every method."""
+    """The rollouts of training, or of an evaluation, since the last log. All processes have to call every method."""
 
     def __init__(self, sampler: GroupSampler, mode: str, meter: Meter, accelerator: Accelerator) -> None:
         self.args, self.sampler, self.logged = sampler.args, sampler, sampler.logged[mode]
@@ -43,9 +43,12 @@ class RolloutLog:
         self.flat = 0
 
     def add(self, groups: Sequence[Group], experience: Experience, *, counted: bool = True) -> None:
-        """Count a rollout batch, and keep its completions for the next log; or only go along with the other processes."""
+        """Add a rollout batch's metrics, and keep its completions for the next log.
+
+        With `counted=False`, only take part in the collective operations of the other processes.
+        """
         names = [reward.name for reward in self.sampler.rewards]
-        if self.args.multi_objective_aggregation != SUM_THEN_NORMALIZE:  # what functions gave, not what is made of it
+        if self.args.multi_objective_aggregation != SUM_THEN_NORMALIZE:  # log the raw rewards, not the normalised ones
             experience = replace(experience, rewards=self.sampler.combined(groups, SUM_THEN_NORMALIZE))
         everywhere = self._gather_rewards(groups, experience)
         if not counted:
@@ -56,7 +59,7 @@ class RolloutLog:
             self.completions.add(log_rows(groups, experience, names))
 
     def _count_flat(self, experience: Experience) -> None:
-        """Warn once where several rollout batches in a row could teach nothing."""
+        """Warn once if, in several rollout batches in a row, the rewards of no group differ."""
         compares = self.args.num_generations > 1 and self.logged is self.sampler.logged["train"]
         is_flat = compares and bool(has_no_variance(experience.rewards, experience.group).all())
         self.flat = self.flat + 1 if is_flat else 0
@@ -64,21 +67,21 @@ class RolloutLog:
             names = ", ".join(reward.name for reward in self.sampler.rewards)
             logger.warning(
                 f"In {FLAT_IN_A_ROW} rollout batches in a row, all completions of each prompt had the same reward ({names}), so "
-                "nothing was learned from them (frac_reward_zero_std is 1). Look at completions (log_completions=True): a "
-                "reward in parts, other prompts, a higher temperature or more num_generations make a difference."
+                "nothing was learned from them (frac_reward_zero_std is 1). Look at the completions (log_completions=True), "
+                "and try partial rewards, other prompts, a higher temperature or more num_generations."
             )
 
     def _gather_rewards(self, groups: Sequence[Group], experience: Experience) -> Tensor:
-        """`[M,1+F]`: the combined reward and that of every function, of all samples of all processes."""
+        """The combined reward and that of every function, `[M,1+F]`, of the M samples of all processes."""
         functions = torch.cat([group.rewards for group in groups])
         return gather_rows(torch.cat([experience.rewards[:, None], functions], 1), self.accelerator)[0]
 
     def take_logged(self) -> dict[str, float]:
-        """Means of what reward functions have logged by name."""
+        """Means, over all processes, of the numbers that reward functions have logged."""
         return means_of(all_gather_object(self.logged.take(), self.accelerator))
 
     def write(self, step: int, kind: str = "") -> None:
-        """Write the completions of all processes, on the main one; those of an evaluation to a folder of their own, `kind`."""
+        """Gather the completions of all processes and write them, on the main one, to the subfolder `kind` of completions."""
         args = self.args
         if not args.log_completions:
             return

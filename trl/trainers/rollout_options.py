@@ -1,4 +1,4 @@
-"""Options of every trainer that learns from samples of its model, texts or pictures, with rewards."""
+"""Options shared by all trainers that sample from the model, texts or pictures, and train on rewards."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from trl.errors import ConfigError
 
 @dataclass(kw_only=True)
 class RolloutOptions:
-    """How rollout batches are made and gone through, beside the options of `TrainerConfig`."""
+    """Sizes of rollout batches, and how their rewards are combined."""
 
     shuffle_dataset: bool = True
-    """Take prompts in a random order, another one each epoch."""
+    """Take prompts in random order, a new one in each epoch."""
 
     num_generations: int = 8
     """Samples (completions, pictures) of each prompt."""
 
     steps_per_generation: int | None = None
-    """Batches of per_device_train_batch_size samples that a rollout batch is trained on in. None: gradient_accumulation_steps,
-    so that every rollout batch is one optimizer step."""
+    """Number of minibatches, of per_device_train_batch_size samples each, in a rollout batch. None:
+    gradient_accumulation_steps, so that every rollout batch is one optimizer step."""
 
     num_iterations: int = 1
-    """How often a rollout batch is gone through."""
+    """Number of epochs over each rollout batch."""
 
     reward_weights: list[float] | None = None
     """Weight of each reward function in the sum. None: 1 each."""
 
     multi_objective_aggregation: RewardAggregation = "sum_then_normalize"
-    """"sum_then_normalize", or "normalize_then_sum": each function normalised in its group (GDPO, arXiv:2601.05242)."""
+    """Sum the rewards of all functions, then normalise ("sum_then_normalize"); or normalise those of each function within
+    the group first ("normalize_then_sum", GDPO, arXiv:2601.05242)."""
 
     reward_timeout: float | None = None
-    """Seconds that a call of a reward function may take. It then runs in a process of its own. None: no limit."""
+    """Seconds that a call of a reward function may take; with a limit, it runs in a separate process. None: no limit."""
 
     SAMPLES: ClassVar[str] = "completions"
-    """What samples are called in errors."""
+    """The word for samples in error messages."""
 
     @property
     def minibatches_per_rollout_batch(self) -> int:
-        """Micro-batches of a rollout batch, on each process."""
+        """Number of minibatches in a rollout batch, on each process."""
         return self.steps_per_generation or self.gradient_accumulation_steps
 
     @property
@@ -49,7 +50,7 @@ class RolloutOptions:
         return self.per_device_train_batch_size * self.minibatches_per_rollout_batch // self.num_generations
 
     def check_batches(self) -> None:
-        """Raise ConfigError where a rollout batch does not hold whole groups."""
+        """Raise ConfigError if a rollout batch does not consist of whole groups."""
         samples = self.per_device_train_batch_size * self.minibatches_per_rollout_batch
         if samples % self.num_generations:
             raise ConfigError(
@@ -59,7 +60,7 @@ class RolloutOptions:
             )
 
     def check_groups(self) -> None:
-        """Read True and False of `scale_rewards` as names. Raises ConfigError for groups in which nothing can be compared."""
+        """Translate True and False of `scale_rewards` to names. Raises ConfigError for groups of fewer than 2 samples."""
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a group needs at least 2 {self.SAMPLES}.")

@@ -1,4 +1,4 @@
-"""Options that say what samples: the model in process, vLLM in the same processes, or servers.
+"""Options that choose the rollout engine: the model itself, vLLM in the trainer's processes, or servers.
 
 use_vllm=False                          LocalEngine: the model itself
 use_vllm=True, vllm_mode="colocate"     VLLMEngine: vLLM in the trainer's processes
@@ -46,22 +46,22 @@ UNREAD = {"vllm_group_port": "(a folder needs no port, and NCCL chooses one itse
 """Options that no mode reads, and why."""
 
 ANYWHERE = ("0.0.0.0", "::")
-"""Addresses at which a server listens on every network; a client asks at this machine's own."""
+"""Addresses by which a server listens on all interfaces; a client on the same machine connects to 127.0.0.1."""
 
 
 @dataclass(kw_only=True)
 class SamplerOptions:
-    """What samples, and where: see this module."""
+    """Options of the rollout engine: see this module."""
 
     use_vllm: bool = False
     """Sample with vLLM, in the trainer's processes or on servers (`vllm_mode`)."""
 
     vllm_mode: Literal["colocate", "server"] = "colocate"
-    """"server": servers of their own, `trl vllm-serve` or `trl serve`, in any environment and on any machine. "colocate": vLLM in
-    the trainer's own processes, on the same devices."""
+    """"server": separate servers (`trl vllm-serve` or `trl serve`), in any environment and on any machine. "colocate": vLLM
+    in the trainer's own processes, on the same devices."""
 
     vllm_server_base_url: list[str] | str | None = None
-    """URL of the server, or of several that share the prompts. None: as vllm_server_host and vllm_server_port say."""
+    """URL of the server, or of several that share the prompts. None: made of vllm_server_host and vllm_server_port."""
 
     vllm_server_host: str = "0.0.0.0"
     """Host of the server; "0.0.0.0" is this machine."""
@@ -70,48 +70,48 @@ class SamplerOptions:
     """Port of the server."""
 
     vllm_server_timeout: float = 240.0
-    """Seconds that are waited for servers at the start."""
+    """Seconds to wait for the servers to start."""
 
     vllm_group_port: int = 51216
-    """Has no effect, which is said if it is given: weights travel through a folder, or over NCCL (`rollout_sync`), which
-    chooses a port itself."""
+    """Has no effect, and warns if it is set: weights are sent through a folder, or over NCCL (`rollout_sync`), which
+    chooses its port itself."""
 
     vllm_gpu_memory_utilization: float = 0.3
-    """Share of a device's memory that vLLM takes, weights and keys together, with vllm_mode="colocate"."""
+    """Fraction of GPU memory for vLLM, weights and KV cache together, with vllm_mode="colocate"."""
 
     vllm_max_model_length: int | None = None
-    """Tokens of prompt and completion at most, with vllm_mode="colocate". None: the model's context."""
+    """Most tokens of a prompt with its completion, with vllm_mode="colocate". None: the model's context length."""
 
     vllm_tensor_parallel_size: int = 1
-    """Processes that share one copy of the sampler's weights, with vllm_mode="colocate"."""
+    """Number of processes over which vLLM splits the model's weights, with vllm_mode="colocate"."""
 
     vllm_model_impl: str = "vllm"
     """Implementation of the model, "vllm" or "transformers", with vllm_mode="colocate"."""
 
     vllm_enable_sleep_mode: bool = False
-    """Put vLLM to sleep while the policy learns: its weights go to host memory, and its cache is given up."""
+    """Put vLLM to sleep during optimizer steps: its weights move to host memory, and its KV cache is freed."""
 
     vllm_structured_outputs_regex: str | None = None
-    """Not available: completions are not held to an expression."""
+    """Not available: completions cannot be constrained to a regular expression."""
 
     rollout_sync: Literal["folder", "nccl"] = "folder"
-    """How weights get to servers: "folder", through `rollout_sync_dir`, to any server; "nccl", from GPU to GPU, to those of
-    `trl vllm-serve --nccl`. The latter has been tried without GPUs alone."""
+    """How weights are sent to servers: "folder", through `rollout_sync_dir`, works with any server; "nccl", from GPU to
+    GPU, needs `trl vllm-serve --nccl`, and has only been tested without GPUs."""
 
     rollout_sync_dir: str | None = None
-    """Folder for weights that the trainer and all servers see. None: shared memory, where all are on one machine."""
+    """Folder for weights that the trainer and all servers can read. None: shared memory, with all on one machine."""
 
     rollout_request_timeout: float = 600.0
-    """Seconds that a server may take for one request, or for reading weights, before another try."""
+    """Seconds that a server may take for a request, or for loading weights, before a retry."""
 
     def check_sampler(self) -> None:
-        """Raises ConfigError for options of vLLM that cannot be kept; says which ones the chosen mode does not read."""
+        """Raises ConfigError for options of vLLM that are not available; warns of those that the chosen mode does not read."""
         if not self.use_vllm:
             return
         if self.vllm_structured_outputs_regex is not None:
             raise ConfigError(
                 f"vllm_structured_outputs_regex={self.vllm_structured_outputs_regex!r} is not available in this version: leave "
-                "it out. Samples that are held to an expression are not the policy's."
+                "it out. Completions that are constrained to an expression do not follow the policy's distribution."
             )
         own = [f for f in fields(SamplerOptions) if f.name.startswith(PREFIX) and f.name != "vllm_mode"]
         for field in own:
@@ -122,11 +122,11 @@ class SamplerOptions:
                 )
 
     def check_installed(self) -> None:
-        """Raises ConfigError where vLLM is to sample in process, and is not installed."""
+        """Raises ConfigError if vllm_mode="colocate" needs vLLM and it is not installed."""
         if self.use_vllm and self.vllm_mode == "colocate" and not is_available("vllm"):
             raise ConfigError(
                 'use_vllm=True with vllm_mode="colocate" needs vllm in this environment: pip install "trl[vllm]". Or leave use_vllm '
-                'out, and the model itself samples; or set vllm_mode="server", and start `trl vllm-serve` or `trl serve`.'
+                'out, to sample from the model itself; or set vllm_mode="server", and start `trl vllm-serve` or `trl serve`.'
             )
 
     @property
@@ -139,7 +139,7 @@ class SamplerOptions:
         return [f"http://{host}:{self.vllm_server_port}"]
 
     def make_sampler(self, model: nn.Module, processor: Any, *, temperature: float, progress: bool) -> RolloutEngine:
-        """The engine that these options describe. Raises ImportError where vLLM is asked for and not installed.
+        """Create the engine that these options describe. Raises ImportError if it needs vLLM, which is not installed.
 
         processor   the tokenizer, or the processor of a model that reads images
         """
