@@ -75,7 +75,7 @@ def test_a_sign_that_would_turn_a_loss_around_is_refused(config, option, value, 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_half_precision_on_a_cpu_has_to_be_meant(tmp_path):
-    with pytest.raises(ConfigError, match="bf16=True, and there is no accelerator here: .*use_cpu=True"):
+    with pytest.raises(ConfigError, match="bf16=True, but there is no accelerator: .*use_cpu=True"):
         SFTConfig(output_dir=str(tmp_path), **{**CPU, "use_cpu": False, "bf16": True})
     assert SFTConfig(output_dir=str(tmp_path), **CPU, bf16=True).bf16
 

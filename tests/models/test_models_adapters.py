@@ -187,7 +187,7 @@ def test_other_adapters_say_that_new_tokens_do_not_train(base, chat_tokenizer, t
 
 
 def test_a_template_with_new_tokens_on_an_adapter_is_refused(adapter, chat_tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="brings 42 tokens that the adapter was made without.*trl merge"):
+    with pytest.raises(ConfigError, match="adds 42 tokens.*trl merge"):
         SFTTrainer(adapter, SFTConfig(**options(tmp_path, chat_template_path=chat_tokenizer)), train_dataset=CHATS)
 
 

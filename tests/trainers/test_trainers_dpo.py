@@ -361,18 +361,18 @@ WRONG = {
         r"loss_type=\['aot'\] sorts the pairs of a batch, so a step cannot be split",
     ),
     "moved and kept": ({"sync_ref_model": True, "precompute_ref_log_probs": True}, r"choose one"),
-    "adapter names": ({"ref_adapter_name": "ref"}, r"this one carries none: give a PeftModel with both loaded"),
+    "adapter names": ({"ref_adapter_name": "ref"}, r"this one has none: give a PeftModel with both loaded"),
     "reference of nothing": (
         {"loss_type": "simpo", "ref_model": "x"},
-        r"ref_model was given, but loss_type='simpo' compares with no reference",
+        r"ref_model was given, but loss_type='simpo' uses no reference",
     ),
     "precomputed reference of nothing": (
         {"loss_type": "orpo", "precompute_ref_log_probs": True},
-        r"loss_type='orpo' compares with no reference: leave out sync_ref_model and precompute_ref_log_probs",
+        r"loss_type='orpo' uses no reference: leave out sync_ref_model and precompute_ref_log_probs",
     ),
     "reference and new adapter": (
         {"ref_model": "x", "peft_config": LORA},
-        r"The reference of a new adapter is the model without it, at no cost: leave ref_model out",
+        r"together with peft_config. Leave ref_model out.*force_use_ref_model=True",
     ),
     "moving an adapter's reference": ({"sync_ref_model": True, "peft_config": LORA}, r"train without an adapter"),
     "old name": ({"max_completion_length": 5}, r"DPOConfig has no option 'max_completion_length'"),

@@ -142,7 +142,7 @@ def test_offloading_is_asked_of_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("accelerated", "checkpoints", "has_it", "words"),
     [
-        (False, None, True, "are in the host's memory already"),
+        (False, None, True, "are in host memory already"),
         (True, False, True, "gradient_checkpointing=False checkpoints none"),
         (True, None, False, "needs transformers 5.17 or later, and this is"),
     ],

@@ -231,7 +231,7 @@ def test_emptied_by_truncation(make_model, tmp_path):
 
 
 def test_wrong_options():
-    with pytest.raises(ConfigError, match=r"a step of one row has no other"):
+    with pytest.raises(ConfigError, match=r"a step has only one row"):
         KTOConfig(per_device_train_batch_size=1)
     with pytest.raises(ConfigError, match=r"Unknown loss_type 'ktoo'. Did you mean 'kto'"):
         KTOConfig(loss_type="ktoo")

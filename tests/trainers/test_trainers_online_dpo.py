@@ -54,5 +54,5 @@ def test_a_judge_ranks(make_model, tmp_path):
 
 @pytest.mark.parametrize("winner", [2, -2, 0.5, None])
 def test_a_judge_names_a_completion_that_there_is(winner):
-    with pytest.raises(DataError, match=f"judge gave {winner} for a prompt with 2 completions: .* 0 to 1, or -1"):
+    with pytest.raises(DataError, match=f"judge returned {winner} for a prompt with 2 completions: .* 0 to 1, or -1"):
         JudgeReward(lambda prompts, completions: [winner])(prompts=["p"] * 2, completions=["a", "b"])

@@ -245,7 +245,7 @@ def test_options_of_sampling_reach_the_engine(make_model, tmp_path):
         ({"use_vllm": True, "vllm_mode": "sever"}, "Unknown vllm_mode 'sever'. Did you mean 'server'"),
         ({"zero_variance": "skip"}, "Unknown zero_variance 'skip'"),
         ({"scale_rewards": "groups"}, "Unknown scale_rewards 'groups'. Did you mean 'group'"),
-        ({"loss_aggregation": "sequence"}, "is not that of loss_type='dapo', which is 'token': leave it out"),
+        ({"loss_aggregation": "sequence"}, "contradicts loss_type='dapo', which averages by 'token': leave it out"),
         ({"ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha=0: give more than 0, at most 1"),
         ({"top_p": 1.5}, "top_p=1.5: give a probability above 0 and up to 1"),
         ({"max_completion_length": 0}, "max_completion_length=0: give 1 or more"),

@@ -316,7 +316,9 @@ def test_bad_rows(tmp_path, case):
 
 
 def test_evaluation_of_another_kind(tmp_path):
-    with pytest.raises(DataError, match=r"'eval' is of the kind 'language_modeling', the one before of 'preference'"):
+    with pytest.raises(
+        DataError, match=r"'eval' has rows of the kind 'language_modeling', an earlier one of 'preference'"
+    ):
         make_trainer(tmp_path, pairs(), evaluation=scored())
 
 

@@ -46,7 +46,7 @@ def test_a_field_is_documented_by_what_stands_under_it():
     at = lines.index("max_length: int | None = 1024")
     assert (
         lines[at + 1].strip()
-        == "Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."
+        == "Most tokens per row; longer rows are cut by `truncation_mode`, and counted. None: no limit."
     )
 
 

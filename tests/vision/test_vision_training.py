@@ -226,7 +226,7 @@ def test_options_of_images_without_a_processor(tmp_path, caplog):
 
 
 def test_packing_never_cuts_an_image(tmp_path):
-    with pytest.raises(ConfigError, match="packing_strategy='wrapped' cuts documents anywhere"):
+    with pytest.raises(ConfigError, match="packing_strategy='wrapped' splits rows anywhere"):
         trainer_of("sft", tmp_path, llava(), rows("completion"), packing=True, packing_strategy="wrapped")
 
 

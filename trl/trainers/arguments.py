@@ -1,4 +1,4 @@
-"""Keywords that constructors of trainers hand on, named so that type checkers and editors know them."""
+"""Types of the keyword arguments that trainers pass on, for type checkers and editors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ EvalRows = Rows | DatasetDict | IterableDatasetDict | Mapping[str, Rows] | None
 
 
 class ClassicOptions(TypedDict, total=False):
-    """Options of a configuration that scripts of older releases give to the trainer itself.
+    """Options of the configuration that older scripts give to the trainer itself.
 
-    A trainer takes every option of its configuration so; these are the ones that classic trainers had as arguments. New
-    code gives options to the configuration, where all are known.
+    A trainer accepts every option of its configuration as a keyword; listed are those that older trainers had as arguments.
+    New code sets options in the configuration.
     """
 
     beta: float
@@ -54,7 +54,7 @@ class ClassicOptions(TypedDict, total=False):
 
 
 class TrainerKeywords(ClassicOptions, total=False):
-    """What every trainer takes by keyword alone."""
+    """Keyword-only arguments of every trainer."""
 
     callbacks: list[Any] | None
     optimizers: tuple[Any, Any]
@@ -65,20 +65,20 @@ class TrainerKeywords(ClassicOptions, total=False):
 
 
 class PreferenceKeywords(TrainerKeywords, total=False):
-    """What trainers of preferences take by keyword alone."""
+    """Keyword-only arguments of the preference trainers."""
 
     compute_metrics: Callable[[Any], dict[str, float]] | None
 
 
 class OnlineKeywords(ClassicOptions, total=False):
-    """What trainers that sample take by keyword beside the arguments that have a place."""
+    """Keyword-only arguments of the online trainers."""
 
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None
     tokenizer: Any
 
 
 class OnlineDPOKeywords(OnlineKeywords, total=False):
-    """What `OnlineDPOTrainer` takes by keyword alone."""
+    """Keyword-only arguments of `OnlineDPOTrainer`."""
 
     callbacks: list[Any] | None
     optimizers: tuple[Any, Any]
@@ -91,7 +91,7 @@ class OnlineDPOKeywords(OnlineKeywords, total=False):
 
 
 class PPOKeywords(ClassicOptions, total=False):
-    """What `PPOTrainer` takes by keyword beside its own arguments."""
+    """Keyword arguments that `PPOTrainer` passes on to `OnlineTrainer`."""
 
     rollout_func: Any
     train_dataset: Any

@@ -1,4 +1,4 @@
-"""What scripts for other releases read of a trainer that samples: its options by their names, and its rewards.
+"""Attributes that scripts for other releases read from an online trainer: its options by name, and its reward functions.
 
 trainer.num_generations      trainer.args.num_generations
 trainer.reward_weights       a tensor, [functions]
@@ -28,13 +28,13 @@ class Option:
 
     def __set__(self, trainer: Any, value: Any) -> None:
         raise ConfigError(
-            f"{type(trainer).__name__}.{self.name} cannot be set: it is read from the configuration when the trainer is made. Give "
-            f"{self.name}={value!r} to {type(trainer.args).__name__}."
+            f"{type(trainer).__name__}.{self.name} cannot be set: it is read from the configuration when the trainer is "
+            f"constructed. Set {self.name}={value!r} in {type(trainer.args).__name__}."
         )
 
 
 class OnlineAttributes:
-    """Attributes of online trainers. One whose configuration lacks the option lacks the attribute."""
+    """Attributes of online trainers. Reading one whose option the configuration lacks raises AttributeError."""
 
     args: Any
     rewards: Sequence[Reward]
@@ -65,16 +65,16 @@ class OnlineAttributes:
 
     @property
     def reward_funcs(self) -> list[Callable | nn.Module]:
-        """The reward functions; models as they were given, or loaded by the names that were."""
+        """The reward functions, and reward models as `nn.Module`s."""
         functions = [reward.function for reward in self.rewards]
         return [each.model if isinstance(each, RewardModel) else each for each in functions]
 
     @property
     def reward_func_names(self) -> list[str]:
-        """Their names in logs."""
+        """Names of the reward functions in logs."""
         return [reward.name for reward in self.rewards]
 
     @property
     def reward_weights(self) -> Tensor:
-        """What each weighs in the sum, `[functions]`."""
+        """Weight of each reward function in the sum, `[functions]`."""
         return torch.tensor([reward.weight for reward in self.rewards])

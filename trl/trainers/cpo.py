@@ -1,4 +1,4 @@
-"""Preference losses without a reference, under the names they are known by: CPO, SimPO, AlphaPO, ORPO.
+"""Preference losses without a reference model, by their common names: CPO, SimPO, AlphaPO, ORPO.
 
     CPO     −log σ(β [log π(y_w) − log π(y_l)]) − α log π(y_w) / |y_w|          arXiv:2401.08417
     SimPO   −log σ(β [m_w − m_l] − γ),   m = log π(y) / |y|                      arXiv:2405.14734
@@ -24,16 +24,16 @@ class CPOConfig(DPOConfig):
     ALIASES: ClassVar[dict[str, str]] = {**DPOConfig.ALIASES, "alpha": "alphapo_alpha"}
 
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
-    """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo", with `cpo_alpha`'s term."""
+    """"sigmoid" (CPO), "hinge", "ipo", "simpo" or "alphapo"; `cpo_alpha` adds the likelihood of the chosen completion."""
 
     cpo_alpha: float | None = None
-    """Weight of the chosen completion's negative log-likelihood per token. None: 1, and 0 for "alphapo". SimPO proper
+    """Weight of the chosen completion's negative log-likelihood per token. None: 0 for "alphapo", else 1. The SimPO paper
     has 0."""
 
     alphapo_alpha: float = 0.0
 
     reference_free: Literal[True] = True
-    """Always: none of these losses has a reference."""
+    """Always true: none of these losses has a reference."""
 
     def __post_init__(self) -> None:
         if self.cpo_alpha is None:
@@ -42,7 +42,7 @@ class CPOConfig(DPOConfig):
 
     def make_algorithm(self) -> DPO:
         if self.rpo_alpha is not None:
-            raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: give that.")
+            raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: set cpo_alpha instead.")
         return self.check_not_split(
             DPO(loss_types=self.loss_type, **self.options() | {"rpo_alpha": self.cpo_alpha or None})
         )

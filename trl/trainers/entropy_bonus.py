@@ -1,9 +1,9 @@
-"""The entropy bonus in the steps of a trainer: the mean over the tokens it acts on, however the rest of the loss is averaged.
+"""The entropy bonus in a trainer's loss: always a mean over tokens, however the rest of the loss is averaged.
 
     loss = Σ_t weight_t · (loss_t − α H_t / (E · weight_t)) = Σ_t weight_t · loss_t − α · mean_t H_t
 
-The weights are those of the window, E is the number of its tokens that the bonus acts on: those of the signal
-`high_entropy`, where an algorithm gives one.
+The weights are those of the accumulation window. E is the number of its tokens that the bonus acts on: all completion
+tokens, or those of the signal `high_entropy` if the algorithm adds one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl.types import Batch, Completion, Scores
 
 
 def count_tokens(completions: Sequence[Completion]) -> Tensor:
-    """How many tokens the bonus acts on."""
+    """The number of tokens that the bonus acts on."""
     masks = [[1] * len(c) if c.mask is None else c.mask for c in completions]
     acts = [c.signals.get("high_entropy", mask) for c, mask in zip(completions, masks, strict=True)]
     pairs = (pair for mask, act in zip(masks, acts, strict=True) for pair in zip(mask, act, strict=True))
@@ -30,20 +30,20 @@ def count_tokens(completions: Sequence[Completion]) -> Tensor:
 
 @runtime_checkable
 class HasEntropyBonus(Protocol):
-    """An algorithm with an entropy bonus; None: it has none now."""
+    """An algorithm that may have an entropy bonus (None: it is off)."""
 
     entropy_bonus: EntropyBonus | None
 
 
 class BonusOfSteps:
-    """An algorithm's entropy bonus as training moves it: it follows the mean entropy of a step over all processes."""
+    """Applies an algorithm's entropy bonus, and adapts its coefficient to the mean entropy of each step over all processes."""
 
     def __init__(self, bonus: EntropyBonus) -> None:
         self.bonus = bonus
         self.sums: Tensor | None = None
 
     def __call__(self, loss: Tensor, scores: Scores, batch: Batch) -> Tensor:
-        """The losses `[N,C]` of a batch with the signal `bonus_tokens`, E, less the bonus."""
+        """Subtract the bonus from the losses `[N,C]` of a batch; its signal `bonus_tokens` is E."""
         counts = batch.weight > 0
         acts = counts * batch.signals.get("high_entropy", batch.mask)
         policy_loss = (loss.detach() * batch.weight).sum()
@@ -53,7 +53,7 @@ class BonusOfSteps:
         return loss - self.bonus.applied * acts * scores.entropy / whole.masked_fill(~counts, 1)
 
     def end_step(self, sum_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Update the bonus by the entropies of a step; a NaN changes nothing. Returns what is logged of the step."""
+        """Update the coefficient by the mean entropy of the step, unless it is NaN. Returns the values to log."""
         if self.sums is None:
             return {}
         policy_loss, total, count = sum_over_processes(self.sums).tolist()

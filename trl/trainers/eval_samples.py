@@ -1,7 +1,7 @@
-"""What the model writes at every evaluation, for methods that do not sample in training.
+"""Sample completions at every evaluation, for trainers that do not sample in training.
 
-The prompts are those of the first evaluation rows; of a row without one (a text, a dialogue), what stands before the last
-part that is trained on. Completions are the most likely ones, so that those of two evaluations differ by training alone.
+The prompts are those of the first evaluation rows. For a row without a prompt (a text, a dialogue), it is the text before
+the last span that is trained on. Sampling is greedy, so that completions only differ between evaluations by training.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
 
 OPENING = 8
-"""Tokens of a text that are given, where it is trained on from its beginning."""
+"""Number of tokens that are the prompt of a text which is trained on from its beginning."""
 
 
 @dataclass
 class EvalSamplesOptions:
-    """Options of trainers that learn from rows and not from samples."""
+    """Options of offline trainers for sampling at evaluations."""
 
     eval_samples: int = 0
-    """Evaluation rows whose prompts the model continues at every evaluation: for the terminal, the report, wandb and trackio."""
+    """Number of evaluation rows for which each evaluation samples completions, for terminal, report, wandb and trackio."""
 
     eval_samples_max_new_tokens: int = 64
-    """Tokens of such a sample, at most."""
+    """Most tokens of such a completion."""
 
 
 class EvalSamplesCallback(TrainerCallback):
-    """Samples at every evaluation. All processes sample, as sharded weights ask for; one writes."""
+    """Samples at every evaluation. All processes sample, since weights may be sharded; the main one writes."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self.trainer = trainer
@@ -49,7 +49,7 @@ class EvalSamplesCallback(TrainerCallback):
         self.sampled_at: int | None = None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.global_step == self.sampled_at:  # another set of the same evaluation
+        if state.global_step == self.sampled_at:  # a further dataset of the same evaluation
             return
         self.sampled_at = state.global_step
         trainer, params = self.trainer, SamplingParams(temperature=0, max_new_tokens=args.eval_samples_max_new_tokens)
@@ -67,14 +67,14 @@ class EvalSamplesCallback(TrainerCallback):
 
 
 def first_examples(trainer: BaseTrainer, n: int) -> Sequence[Example]:
-    """Of the first n evaluation rows; of several sets, those of the first."""
+    """The first n evaluation rows as examples; with several evaluation datasets, those of the first."""
     rows = trainer.eval_dataset
     rows = next(iter(rows.values())) if isinstance(rows, Mapping) else rows
     return [] if rows is None else trainer.to_examples(list(islice(rows, n)))[:n]
 
 
 def prompt_of(example: Example) -> Prompt:
-    """What is given to the model of an example."""
+    """The prompt to sample from: the example's own, or the beginning of its text."""
     if example.prompt:
         return Prompt.of(example)
     (completion,) = example.completions
@@ -85,10 +85,12 @@ def prompt_of(example: Example) -> Prompt:
 
 
 def add_eval_samples(trainer: BaseTrainer) -> None:
-    """Have the trainer sample at its evaluations, where it is asked to. Raises ConfigError for a model that cannot."""
+    """Add the callback if `eval_samples` is set. Raises ConfigError without evaluation rows, or without prompts to encode."""
     if trainer.args.eval_samples:
         if trainer.eval_dataset is None:
-            raise ConfigError("eval_samples asks for samples of evaluation rows: give eval_dataset as well.")
+            raise ConfigError("eval_samples takes prompts from evaluation rows: give eval_dataset as well.")
         if unwrap(trainer.model).config.is_encoder_decoder and not first_examples(trainer, 1)[0].prompt:
-            raise ConfigError("eval_samples needs rows with a prompt, which an encoder reads.")
+            raise ConfigError(
+                "eval_samples needs rows with a prompt, since an encoder-decoder encodes it: leave it out."
+            )
         trainer.add_callback(EvalSamplesCallback(trainer))

@@ -2,8 +2,8 @@
 
     loss = (Q − y)² + expectile(Q' − V) + CQL + exp(β (Q' − V)) · −log π;   see `trl.algorithms.ilql`
 
-Nothing is sampled in training. Samples are guided by the Q-values that were learned: softmax(topk(log π + β min Q') / τ);
-an evaluation samples with every β of `eval_betas`.
+Training does not sample. Sampling is guided by the learned Q-values: softmax(topk(log π + β min Q') / τ); an evaluation
+samples with every β of `eval_betas`.
 
 ILQLTrainer("gpt2", train_dataset=Dataset.from_dict({"prompt": …, "completion": …, "reward": …})).train()
 """
@@ -51,31 +51,32 @@ class ILQLConfig(ILQLOptions, TrainerConfig):
     learning_rate: float = 5e-5
 
     max_length: int | None = 512
-    """Tokens per row; longer rows are cut as `truncation_mode` says, and counted. None: no limit."""
+    """Most tokens per row; longer rows are cut by `truncation_mode`, and counted. None: no limit."""
 
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
-    """Which end of a long row stays: "keep_start" or "keep_end"."""
+    """Which part of a long row is kept: its first tokens ("keep_start") or its last ("keep_end")."""
 
     dataset_text_field: str = "text"
     """Column with the text, for rows that are plain text."""
 
     normalize_rewards: bool = True
-    """Learn from (r − mean)/std over the training rows; rewards of tokens are divided by the std of their sums alone."""
+    """Normalise rewards to (r − mean)/std over the training rows; rewards per token are only divided by the std of their
+    sums."""
 
     eval_betas: list[float] | None = None
-    """β of the samples of an evaluation, one after the other; its metrics end in "@beta=…". None: 1."""
+    """Values of β to sample with in evaluation; the metrics of each end in "@beta=…". None: 1."""
 
     max_completion_length: int = 56
-    """Tokens sampled at most per completion, in evaluation."""
+    """Most tokens per completion, in evaluation."""
 
     temperature: float = 1.0
-    """Divides the sum of log-probabilities and β · min Q', in evaluation. 0 takes the best token."""
+    """Divides the sum of log-probabilities and β · min Q', in evaluation. 0: greedy."""
 
     top_k: int = 20
-    """Sample among this many best tokens, in evaluation; 0 for all."""
+    """Sample among the k tokens with the highest sums, in evaluation; 0 for all."""
 
     num_generations_eval: int = 1
-    """Completions of each prompt and β, in evaluation."""
+    """Completions of each prompt, for each β, in evaluation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +86,7 @@ class ILQLConfig(ILQLOptions, TrainerConfig):
 
     @property
     def betas(self) -> list[float]:
-        """`eval_betas`, or what it is by default."""
+        """`eval_betas`, or its default."""
         return [1.0] if self.eval_betas is None else self.eval_betas
 
     def make_algorithm(self) -> ILQL:
@@ -93,7 +94,7 @@ class ILQLConfig(ILQLOptions, TrainerConfig):
         return ILQL(**{name: getattr(self, name) for name in ILQLOptions.__dataclass_fields__})
 
     def sampling_params(self, *, beta: float, seed: int) -> SamplingParams:
-        """How an evaluation samples."""
+        """The sampling parameters of an evaluation."""
         return SamplingParams(
             beta=beta,
             seed=seed,
@@ -104,7 +105,7 @@ class ILQLConfig(ILQLOptions, TrainerConfig):
 
 
 class SyncTargets(TrainerCallback):
-    """Moves the target heads every `steps_for_target_q_sync` optimizer steps."""
+    """Updates the target Q heads every `steps_for_target_q_sync` optimizer steps."""
 
     def __init__(self, trainer: ILQLTrainer) -> None:
         self.trainer = trainer
@@ -117,12 +118,11 @@ class SyncTargets(TrainerCallback):
 class ILQLTrainer(ValueHeadTrainer):
     """Learn from rows with a `reward`: one number, or a list with one for each token that is trained on.
 
-    model           a model with the heads of ILQL, or any language model, or its name: heads are put on
+    model           a model with ILQL heads, or a language model or its name, to which heads are added
     train_dataset   rows with `reward`, and `prompt` and `completion`; or `dialogue`, prompts and outputs in turn; or a text
                     or conversation; or `input_ids`
-    reward_funcs    rewards of what is sampled in evaluation, as in `OnlineTrainer`
-    eval_prompts    rows with `prompt` to sample from in evaluation, where there are `reward_funcs`; by default those of
-                    `eval_dataset`
+    reward_funcs    reward the completions that an evaluation samples, as in `OnlineTrainer`; without them it samples none
+    eval_prompts    rows with `prompt` to sample from in evaluation; by default those of `eval_dataset`
 
     The other arguments are those of `BaseTrainer`.
     """
@@ -149,7 +149,7 @@ class ILQLTrainer(ValueHeadTrainer):
         self.add_callback(SyncTargets(self))
         prompts = eval_dataset if eval_prompts is None else eval_prompts
         if reward_funcs is None and eval_prompts is not None:
-            raise ConfigError("eval_prompts are sampled from to be rewarded: give reward_funcs, or leave them out.")
+            raise ConfigError("eval_prompts have no effect without reward_funcs: give both, or leave eval_prompts out.")
         self.sampled_evaluation = None if reward_funcs is None else self._sampled_evaluation(prompts, reward_funcs)
 
     @cached_property
@@ -216,10 +216,10 @@ class ILQLTrainer(ValueHeadTrainer):
     # ---- evaluation ----
 
     def _sampled_evaluation(self, prompts: Any, reward_funcs: Any) -> SampledEvaluation:
-        """What an evaluation samples. Raises ConfigError without prompts to sample from."""
+        """The part of an evaluation that samples and rewards. Raises ConfigError without prompts to sample from."""
         if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names:
             raise ConfigError(
-                "reward_funcs reward samples of an evaluation: give eval_prompts, rows with a column 'prompt'."
+                "reward_funcs reward completions sampled in evaluation: give eval_prompts, rows with a column 'prompt'."
             )
         settings = EncodeSettings(
             kind="prompt_only", keep_columns=tuple(prompts.column_names), encoder_decoder=self._is_encoder_decoder
@@ -245,7 +245,7 @@ class ILQLTrainer(ValueHeadTrainer):
 
 @dataclass(frozen=True)
 class RewardScale:
-    """Mean and standard deviation of the rewards of all training rows; of rewards of tokens, of their sums."""
+    """Mean and standard deviation of the rewards of all training rows; rewards per token are summed within a row first."""
 
     mean: float
     std: float
@@ -255,8 +255,8 @@ class RewardScale:
         """Raises ConfigError for a stream, DataError for a row whose reward is no finite number."""
         if not isinstance(rows, Dataset):
             raise ConfigError(
-                "normalize_rewards=True needs all rewards beforehand, and a stream has not: set it to False, and give rewards "
-                "of mean 0 and standard deviation 1."
+                "normalize_rewards=True needs all rewards before training, which a stream does not have: set it to False, and "
+                "give rewards of mean 0 and standard deviation 1."
             )
         sums = [_total(reward, row, name) for row, reward in enumerate(rows[REWARD])]
         values = torch.tensor(sums, dtype=torch.float64)
@@ -264,7 +264,7 @@ class RewardScale:
         return cls(values.mean().item(), std or 1.0)
 
     def __call__(self, reward: Tensor) -> Tensor:
-        """Rewards `[N]` of completions as they are learned from; those of tokens `[N,C]` are scaled alone."""
+        """Normalise rewards `[N]` of completions; rewards of tokens `[N,C]` are only divided by the standard deviation."""
         return (reward - self.mean) / self.std if reward.dim() == 1 else reward / self.std
 
 

@@ -1,4 +1,4 @@
-"""Online DPO: pairs that the model samples and a reward or judge ranks, learned from as preferences: arXiv:2402.04792.
+"""Online DPO: DPO on pairs that the model samples and a reward function or judge ranks (arXiv:2402.04792).
 
     loss = −log σ(β [h(y⁺) − h(y⁻)]),   h(y) = log π(y|x) − log π_ref(y|x);      see `trl.algorithms.online_dpo`
 
@@ -27,7 +27,7 @@ from trl.trainers.online_config import OnlineConfig
 from trl.types import Batch, Completion, Example, Experience, Metrics
 
 Judge = Callable[[Sequence[Any], Sequence[Sequence[Any]]], Sequence[int]]
-"""`judge(prompts, completions)`: for each prompt the index of its best completion, −1 where there is none."""
+"""`judge(prompts, completions)`: returns for each prompt the index of its best completion, or −1 for none."""
 
 
 @dataclass
@@ -42,26 +42,26 @@ class OnlineDPOConfig(OnlineConfig):
     learning_rate: float = 5e-7
 
     num_generations: int = 2
-    """Completions of each prompt; the best and the worst of them make a pair."""
+    """Completions of each prompt; the best and the worst of them form a pair."""
 
     max_completion_length: int | None = 64
 
     temperature: float = 0.9
 
     beta: float | list[float] | str = field(default_factory=lambda: 0.1)  # as HfArgumentParser reads several
-    """β: strength of the KL regularisation towards the reference policy. Several: one for each epoch, the last for those
-    that follow."""
+    """β: strength of the KL regularisation towards the reference policy. A list gives one value per epoch; the last applies
+    to all later epochs."""
 
     loss_type: DPOLoss = "sigmoid"
-    """The loss of a pair, as in `DPOConfig`; not one that compares the pairs of a batch ("aot", "aot_unpaired")."""
+    """Loss of a pair, as in `DPOConfig`; "aot" and "aot_unpaired", which compare the pairs of a batch, are not available."""
 
     loss_aggregation: Literal["sequence"] = "sequence"
-    """Always "sequence": every pair counts the same."""
+    """Always "sequence": every pair has the same weight."""
 
     disable_dropout: bool = True
 
     reward_model_path: str | None = None
-    """Hub name or folder of a reward model, where the trainer is given neither reward_funcs nor a judge."""
+    """Hub name or folder of a reward model, to use instead of reward_funcs or a judge."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class OnlineDPOConfig(OnlineConfig):
         return OnlineDPO(dpo)
 
     def beta_in(self, epoch: float) -> float:
-        """`beta` of that epoch."""
+        """`beta` in this epoch."""
         betas = self.beta if isinstance(self.beta, list) else [self.beta]
         return betas[min(int(epoch), len(betas) - 1)]
 
@@ -89,15 +89,15 @@ class OnlineDPOConfig(OnlineConfig):
         return self.per_device_train_batch_size * self.minibatches_per_rollout_batch
 
     def check_batches(self) -> None:
-        """Groups are whole whatever the batch sizes."""
+        """Nothing to check: batch sizes count prompts, so groups are always whole."""
 
 
 class OnlineDPOTrainer(OnlineTrainer):
-    """Sample completions, rank them, and learn from the best and the worst.
+    """Sample completions, rank them, and train with DPO on the best and the worst of each prompt.
 
-    judge   in place of reward functions: `judge(prompts, completions)` gives the index of each prompt's best completion,
-            −1 where none is
-    ref_model   `reference` is the same
+    judge       instead of reward functions: `judge(prompts, completions)` returns the index of each prompt's best
+                completion, or −1 for none
+    ref_model   another name of `reference`
 
     The other arguments are those of `OnlineTrainer`.
     """
@@ -168,7 +168,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         self._count("pairs", (experience.signals["preferred"] > 0).sum().item(), len(groups), mode)
 
     def weights(self, batch: Batch) -> Tensor:
-        """Every pair counts the same, `[P]`; those that are masked out do not count."""
+        """Weight 1 for every pair, `[P]`; 0 for those that are masked out."""
         return batch.mask.amax(-1)[0::2]
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -198,12 +198,14 @@ class JudgeReward:
         groups = [list(completions[a:b]) for a, b in zip(starts, ends, strict=True)]
         best = self.judge([prompts[i] for i in starts], groups)
         if len(best) != len(groups):
-            raise DataError(f"judge gave {len(best)} verdicts for {len(groups)} prompts: it has to give one each.")
+            raise DataError(
+                f"judge returned {len(best)} verdicts for {len(groups)} prompts: it has to return one each."
+            )
         for winner, group in zip(best, groups, strict=True):
             if winner not in range(-1, len(group)):
                 raise DataError(
-                    f"judge gave {winner!r} for a prompt with {len(group)} completions: it has to give the index of the best one, "
-                    f"0 to {len(group) - 1}, or -1 for none."
+                    f"judge returned {winner!r} for a prompt with {len(group)} completions: it has to return the index of the "
+                    f"best one, 0 to {len(group) - 1}, or -1 for none."
                 )
         return [
             None if winner < 0 else float(i == winner)

@@ -1,4 +1,4 @@
-"""Options that a device, a library or plain sense rules out: said when a configuration is made, before anything is loaded."""
+"""Checks of options against devices, installed packages and each other, when a configuration is made, before loading."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ INTERVALS = ("logging", "save", "eval")
 
 
 def check_intervals(args: TrainingArguments) -> None:
-    """Raises ConfigError for an interval of 0 steps, and for a run of none."""
+    """Raises ConfigError for an interval of 0 steps, and for max_steps=0."""
     if args.max_steps == 0:
-        raise ConfigError("max_steps=0 trains nothing: give 1 or more, or leave it out, and num_train_epochs counts.")
+        raise ConfigError("max_steps=0 trains nothing: give 1 or more, or leave it out to train num_train_epochs.")
     for name in INTERVALS:
         strategy = getattr(args, f"{name}_strategy")
         if getattr(strategy, "value", strategy) == "steps" and getattr(args, f"{name}_steps") == 0:
             raise ConfigError(
-                f"{name}_steps=0: give a number of steps, a share of all steps below 1, or --{name}_strategy no for none."
+                f"{name}_steps=0: give a number of steps, a fraction of all steps, or --{name}_strategy no for none."
             )
 
 
 def check_full_batch(args: TrainingArguments, rows: int) -> None:
-    """Raises ConfigError where the batch that is dropped is the only one."""
+    """Raises ConfigError if dataloader_drop_last would drop the only batch."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         raise ConfigError(
-            f"dataloader_drop_last=True drops a last batch that is not full, and {counted(rows, 'row')} do not fill one of "
-            f"{batch:,}: leave it out, or set a smaller per_device_train_batch_size."
+            f"dataloader_drop_last=True drops an incomplete last batch, and {counted(rows, 'row')} do not fill a single one "
+            f"of {batch:,}: leave it out, or set a smaller per_device_train_batch_size."
         )
 
 
 def check_best(args: TrainingArguments) -> None:
-    """Raises ConfigError where the best checkpoint cannot be known: nothing is evaluated when one is written, or by no metric."""
+    """Raises ConfigError if the best checkpoint is asked for, but checkpoints are not evaluated or no metric is named."""
     evaluates, saves = (getattr(each, "value", each) for each in (args.eval_strategy, args.save_strategy))
     has_metric = args.metric_for_best_model is not None or args.load_best_model_at_end
     if saves == "best" and not (has_metric and evaluates != "no"):
         raise ConfigError(
-            "save_strategy='best' saves where a metric of the evaluation is best: set metric_for_best_model (eval_loss, for "
+            "save_strategy='best' saves when a metric of the evaluation improves: set metric_for_best_model (eval_loss, for "
             "instance) and eval_strategy."
         )
     if args.load_best_model_at_end and saves not in ("best", evaluates):
         raise ConfigError(
-            f"load_best_model_at_end=True takes an evaluation for every checkpoint, and eval_strategy is {evaluates!r} where "
-            f"save_strategy is {saves!r}: give both the same, --eval_strategy epoch --save_strategy epoch for instance."
+            f"load_best_model_at_end=True needs an evaluation for every checkpoint, but eval_strategy is {evaluates!r} and "
+            f"save_strategy {saves!r}: set both to the same, --eval_strategy epoch --save_strategy epoch for instance."
         )
 
 
 def check_precision(args: TrainingArguments) -> None:
-    """Raises ConfigError for two precisions at once, and for one that the device does not have."""
+    """Raises ConfigError for bf16 and fp16 at once, and for a precision that the device does not support."""
     if args.bf16 and args.fp16:
         raise ConfigError(
-            "bf16 and fp16 are both set, and a run computes in one of them: keep bf16, which needs no scaling."
+            "bf16 and fp16 are both set, but a run computes in one of them: keep bf16, which needs no loss scaling."
         )
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.fp16 and on_cpu:
@@ -68,18 +68,18 @@ def check_precision(args: TrainingArguments) -> None:
         )
     if args.bf16 and on_cpu and not args.use_cpu:
         raise ConfigError(
-            "bf16=True, and there is no accelerator here: leave it out, or set use_cpu=True, to compute in bfloat16 on the CPU."
+            "bf16=True, but there is no accelerator: leave it out, or set use_cpu=True, to compute in bfloat16 on the CPU."
         )
     if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
         raise ConfigError("tf32=True needs an NVIDIA GPU of the Ampere generation or later: leave it out.")
     if args.bf16 and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError(
-            f"bf16=True, and {torch.cuda.get_device_name()} does not compute in bfloat16: leave it out, or set fp16."
+            f"bf16=True, but {torch.cuda.get_device_name()} does not support bfloat16: leave it out, or set fp16."
         )
 
 
 def check_deepspeed(args: TrainingArguments) -> None:
-    """Raises ConfigError where DeepSpeed is asked for and is not installed, or its file is not there."""
+    """Raises ConfigError if DeepSpeed is asked for and not installed, or if its configuration file does not exist."""
     if not args.deepspeed:
         return
     if not is_available("deepspeed"):
@@ -90,7 +90,7 @@ def check_deepspeed(args: TrainingArguments) -> None:
 
 
 def check_loggers(args: TrainingArguments) -> None:
-    """Raises ConfigError for a tracker that nobody knows, or that is not installed."""
+    """Raises ConfigError for a tracker that is unknown or not installed."""
     asked: Any = args.report_to
     for name in [asked] if isinstance(asked, str) else asked or []:
         if name in ("none", "all"):

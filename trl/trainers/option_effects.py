@@ -1,6 +1,6 @@
-"""Options that have an effect only beside another, declared once: what is set in vain is said.
+"""Options that only have an effect together with another, and warnings for those that are set without it.
 
-It is a warning: one file may hold the settings of several runs, with what each of them reads.
+It is a warning and not an error, since one file may hold the settings of several runs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _OF_LOSSES = {
     option: [name for name, loss in LOSSES.items() if option in loss.options]
     for option in ("discopop_tau", "simpo_gamma", "alphapo_alpha")
 }
-"""Options of the losses of pairs, and the losses that read them."""
+"""Options of preference losses → the losses that read them."""
 
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "clip")
 
 
 def _loss_is(*names: str) -> Condition:
-    """Whether `loss_type` has one of these; a configuration without one has a single loss, which reads all its options."""
+    """Condition that `loss_type` is one of `names`; true for configurations with a single loss, which reads all options."""
 
     def is_one(config: Any) -> bool:
         if "loss_type" not in config.__dataclass_fields__:
@@ -77,15 +77,15 @@ _CONDITIONS: list[tuple[str, Condition, str]] = [
     ("compare_steps", lambda c: bool(c.push_to_hub_if_best_kwargs), "push_to_hub_if_best_kwargs"),
 ]
 CONDITIONS = {name: (condition, words) for names, condition, words in _CONDITIONS for name in names.split()}
-"""By the name of an option: when it has an effect, and what to set for that."""
+"""Option → the condition for its effect, and what to set to meet it."""
 
 
 OF_IMAGES = {"max_pixels", "min_pixels", "image_folder", "image_features_mb", "adapted_part"}
-"""Options that have an effect with a processor that reads images alone."""
+"""Options that only have an effect with a processor that reads images."""
 
 
 def warn_of_image_options(config: Any) -> None:
-    """Say which options of images are set, where a tokenizer reads texts alone."""
+    """Warn of options for images that are set although the trainer has a tokenizer and no processor."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in sorted(defaults.keys() & OF_IMAGES):
         if (value := getattr(config, name)) != defaults[name]:
@@ -96,7 +96,7 @@ def warn_of_image_options(config: Any) -> None:
 
 
 def set_in_vain(config: Any) -> list[str]:
-    """A sentence for every option of `config`, a dataclass, that differs from its default and has no effect."""
+    """A warning for every option of `config`, a dataclass, that differs from its default and has no effect."""
     said = []
     for field in dataclasses.fields(config):
         condition, words = CONDITIONS.get(field.name, (None, ""))
@@ -107,7 +107,7 @@ def set_in_vain(config: Any) -> list[str]:
 
 
 def warn_of_options(config: Any) -> None:
-    """Say which options of `config` have no effect, or a number that nobody takes: once for it and its copies."""
+    """Warn of options without effect and of unusual values, once for a configuration and its copies."""
     said: set[str] = vars(config).setdefault("_said", set())
     for sentence in (*unusual(config), *set_in_vain(config)):
         if sentence not in said:

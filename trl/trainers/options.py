@@ -1,4 +1,4 @@
-"""The configuration of a trainer, from what its constructor was given."""
+"""Builds the configuration of a trainer from the arguments of its constructor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def resolve_args(
     trainer: str,
     model: Any = None,
 ) -> TrainerConfig:
-    """A configuration of `config_class`, with options that were `given` as keywords of the trainer put into it.
+    """A configuration of `config_class` made of `args` and of the options `given` as keywords of the trainer.
 
-    `args` may be plain `TrainingArguments`. Without, what is written goes to a folder named after the model and the
-    method. Raises ConfigError for a keyword that is no option.
+    `args` may be plain `TrainingArguments`. Without `args`, output_dir is named after the model and the method. Raises
+    ConfigError for a keyword that is no option.
     """
     options = resolve_options(config_class, given, trainer=trainer)
     if args is None:
@@ -44,7 +44,7 @@ def resolve_args(
 
 
 def _check_class(config_class: type[TrainerConfig], args: Any, trainer: str) -> None:
-    """Raises ConfigError for the configuration of another trainer, and for what is none."""
+    """Raises ConfigError for the configuration of another trainer, and for anything else that is not a configuration."""
     wanted = config_class.__name__
     if not isinstance(args, TrainingArguments):
         given = f"{wanted}(**args)" if isinstance(args, Mapping) else f"{wanted}(…)"
@@ -58,14 +58,14 @@ def _check_class(config_class: type[TrainerConfig], args: Any, trainer: str) -> 
 
 
 def _folder_of(model: Any, trainer: str) -> dict[str, str]:
-    """`output_dir` of a run whose folder nobody named: "Qwen2.5-0.5B-SFT" of "Qwen/Qwen2.5-0.5B" and SFTTrainer."""
+    """The default `output_dir`: "Qwen2.5-0.5B-SFT" for "Qwen/Qwen2.5-0.5B" and SFTTrainer."""
     name = str(model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", ""))
     last = name.rstrip("/").rpartition("/")[2]
     return {"output_dir": f"{last}-{trainer.removesuffix('Trainer')}"} if last else {}
 
 
 def resolve_options(config_class: type[TrainerConfig], given: Mapping[str, Any], *, trainer: str) -> dict[str, Any]:
-    """Options of the configuration, by their names today, that were given as keywords of the trainer."""
+    """The options among the keywords of a trainer, with older names translated. Raises ConfigError for unknown keywords."""
     known = [*(f.name for f in settable(config_class)), *config_class.ALIASES]
     options = {name: value for name, value in given.items() if name in known or not asks_for_nothing(name, value)}
     for name in options:

@@ -1,7 +1,7 @@
-"""The reference's log-probabilities of a dataset, computed once and kept on disk.
+"""Computes the reference's log-probabilities of a dataset once, and caches them on disk.
 
-They become a column `ref_logprobs` of the encoded rows, one number per token of each completion. The cache's key covers
-what they depend on: the reference's weights (their numbers, not a name), the encoded rows, and the precision.
+They become a column `ref_logprobs` of the encoded rows, one number per token of each completion. The cache's key is a hash
+of what they depend on: the values of the reference's weights, the encoded rows, and the precision.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ logger = logging.getLogger(__name__)
 
 COLUMN = "ref_logprobs"
 _FORMAT = 2
-"""Number of the computation, part of the key: raise it when results change."""
+"""Version of the computation, part of the cache's key: increase it when results change."""
 
 Logprobs = list[list[float]]
-"""Of one row: numbers per token, by completion."""
+"""Log-probabilities of one row: a list for each completion, with a number per token."""
 
 
 def with_reference_logprobs(
     trainer: BaseTrainer, reference: Reference, rows: Dataset, *, name: str, batch_size: int
 ) -> Dataset:
-    """Encoded rows with the column `ref_logprobs`, read from disk if these have been computed before.
+    """Add the column `ref_logprobs` to encoded rows, from the cache on disk if there is one for them.
 
     Raises ConfigError for a stream, which cannot be read twice.
     """
     if not isinstance(rows, Dataset):
         raise ConfigError(
-            f"precompute_ref_log_probs reads {name!r} before training, and it is a stream: load it whole."
+            f"precompute_ref_log_probs reads {name!r} before training, but it is a stream: load it without streaming."
         )
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trl_reference" / cache_key(trainer, reference, rows)
     if _all_have(folder, trainer):
@@ -66,17 +66,17 @@ def with_reference_logprobs(
 
 
 def _all_have(folder: Path, trainer: BaseTrainer) -> bool:
-    """Whether the processes, on whichever machine, all find the folder: they compute together or not at all."""
+    """Whether all processes, on all machines, find a valid cache; if one does not, all of them compute."""
     return all(all_gather_object(_is_whole(folder), trainer.accelerator))
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether there is a cache that can be read; a damaged one is said and moved out of the way."""
+    """Whether there is a cache that can be read; a damaged one is removed, with a warning."""
     if not folder.exists():
         return False
     try:
         _read(folder).data.table.validate(full=True)
-    except Exception as error:  # whatever readers make of damaged files
+    except Exception as error:  # damaged files may raise anything
         logger.warning(f"The cache {folder} is damaged ({type(error).__name__}: {error}): computing it anew.")
         shutil.rmtree(folder, ignore_errors=True)
         return False
@@ -91,7 +91,7 @@ def _read(folder: Path, count: int | None = None) -> Dataset:
 
 
 def _store(found: list[Logprobs], folder: Path) -> None:
-    """Write to disk, complete or not at all."""
+    """Write atomically: to a temporary folder, which is then renamed."""
     if folder.exists():
         return
     column = Dataset.from_dict({COLUMN: found}, features=Features({COLUMN: List(List(Value("float32")))}))
@@ -99,12 +99,12 @@ def _store(found: list[Logprobs], folder: Path) -> None:
     column.save_to_disk(str(partial))
     try:
         partial.rename(folder)
-    except OSError:  # another run was faster, with the same numbers
+    except OSError:  # another run has stored the same numbers meanwhile
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_key(trainer: BaseTrainer, reference: Reference, rows: Dataset) -> str:
-    """A hash of all that the log-probabilities depend on."""
+    """A hash of everything that the log-probabilities depend on."""
     model = reference.model if isinstance(reference, FrozenModel) else trainer.model
     config = {
         k: v for k, v in unwrap(model).config.to_dict().items() if k not in ("_name_or_path", "transformers_version")

@@ -1,4 +1,4 @@
-"""Logits of all tokens of evaluation rows, for metrics of a user's own. Nothing else here ever has them."""
+"""Logits of all tokens of evaluation rows, for `compute_metrics`. Nothing else in trl stores them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trl.vision.encoder_outputs import with_encoder_outputs
 
 @torch.no_grad()
 def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits `[N,T,V]` and labels `[N,T]` of a batch with a sequence in each row; −100 where nothing is trained on.
+    """Logits `[N,T,V]` and labels `[N,T]` of a padded batch; labels are −100 at tokens that are not trained on.
 
-    As `compute_metrics` knows them from `transformers`: the logits of a decoder at t are about the token at t + 1, those
-    of an encoder-decoder about the token at t.
+    They are aligned as in `transformers`: the logits of a decoder at t predict the token at t + 1, those of an
+    encoder-decoder the token at t.
     """
     width = batch.inputs.get("decoder_input_ids", batch.inputs["input_ids"]).shape[1]
     logits = model(**with_encoder_outputs(batch.inputs)).logits[:, -width:]

@@ -1,4 +1,4 @@
-"""The tokenizer or processor of a trainer: given, or loaded by its model's name, with the tokens and template of the options."""
+"""Prepares the tokenizer or processor of a trainer, and sets its special tokens and chat template by the options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl.trainers.config import TEMPLATES, TrainerConfig
 
 
 def processor_source(args: TrainerConfig, model: Any) -> dict[str, Any]:
-    """Where the processor of a model that is given by name is found: arguments of `load_processor`."""
+    """Arguments of `load_processor` for a model that is given by name; empty for a model object."""
     options = args.model_init_kwargs or {}
     if (adapter := options.get("adapter")) is not None:
         return {"name": adapter}
@@ -25,7 +25,10 @@ def processor_source(args: TrainerConfig, model: Any) -> dict[str, Any]:
 def processor_for(
     args: TrainerConfig, model: PreTrainedModel, processing_class: Any, tokenizer: Any, source: Mapping[str, Any]
 ) -> Any:
-    """The one that was given, by either name, or that of `source`; with the tokens that the options name."""
+    """The given processor (`tokenizer` is the older name of the argument), or else the one loaded from `source`.
+
+    Sets the special tokens of the options `pad_token` and `eos_token`.
+    """
     if processing_class is not None and tokenizer is not None:
         raise ConfigError("processing_class and tokenizer are two names of one argument: give one of them.")
     processor = processing_class if processing_class is not None else tokenizer
@@ -38,7 +41,7 @@ def processor_for(
 
 
 def take_chat_template(args: TrainerConfig, model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Give the tokenizer the template of `chat_template_path`. Returns the tokens that came with it."""
+    """Set the chat template of `chat_template_path` on the tokenizer. Returns the ids of tokens that it added."""
     path = args.chat_template_path
     if path is None:
         return []

@@ -94,7 +94,7 @@ class RewardTrainer(PredictsRewards):
         labels = kwargs.get("num_labels", config.num_labels)
         is_classifier = any("ForSequenceClassification" in kind for kind in config.architectures or ())
         if labels != 1 and (is_classifier or "num_labels" in kwargs):
-            raise ModelError(f"{name!r} is a classifier with {labels} labels: a reward model has one (num_labels=1).")
+            raise ModelError(f"{name!r} is a classifier with {labels} labels: a reward model has one, num_labels=1.")
         args.model_init_kwargs = {**kwargs, "num_labels": 1}
 
     def prepare_model(self) -> None:

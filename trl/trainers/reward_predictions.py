@@ -1,7 +1,7 @@
-"""Rewards of rows, for `predict` and for metrics of a user's own: implicit ones of a policy, or those of a reward model.
+"""Rewards of evaluation rows for `predict` and `compute_metrics`: a policy's implicit rewards, or a reward model's.
 
-pairs             predictions [P,2]: rewards of chosen and rejected          label_ids [P]: 0, the chosen one's place
-single ones       predictions [N]                                            label_ids [N]: their label or score
+pairs                 predictions [P,2]: rewards of chosen and rejected      label_ids [P]: 0, the index of the chosen one
+single completions    predictions [N]: rewards                               label_ids [N]: label or score
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 class PredictsRewards(BaseTrainer):
-    """A trainer whose evaluation gives rewards to `compute_metrics`, and whose `predict` gives them, in one process."""
+    """A trainer that passes the rewards of an evaluation to `compute_metrics`, and returns them from `predict`.
+
+    Both work in one process only.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class PredictsRewards(BaseTrainer):
         self.compute_metrics = compute_metrics
 
     def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
-        """Predictions and labels of the items of a batch, from its metrics; None where rows have no rewards."""
+        """Predictions and labels of a batch's items, from its metrics; None if the rows have no rewards."""
         chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
         if not chosen.isnan().any() and not rejected.isnan().any():
             return torch.stack([chosen, rejected], 1), torch.zeros_like(chosen)
@@ -58,7 +61,7 @@ class PredictsRewards(BaseTrainer):
         *,
         filling: Sequence[Example],
     ) -> None:
-        """As ever; what is kept of the items' forward passes is put in the order of the items."""
+        """Evaluate as `StepTrainer` does, then sort the rewards into the order of `items`, which micro-batches reorder."""
         super().evaluate_items(model, items, statistics, filling=filling)
         places = {id(item): place for place, item in enumerate(items)}
         self._predicted.sort(key=lambda row: places[id(row[0])])

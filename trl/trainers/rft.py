@@ -1,9 +1,9 @@
-"""Rejection-sampling fine-tuning: imitate the best of one's own samples, by a threshold that rises.
+"""Rejection-sampling fine-tuning: fine-tune on the model's best samples, above a threshold that rises.
 
     sample n per prompt ──▶ keep those at the percentile ──▶ fine-tune ──▶ raise the percentile, keep, fine-tune ──▶ … ──▶ sample
 
-See `trl.algorithms.rft`. An improvement step is what a rollout batch is to other online trainers: batch sizes count sampled
-completions, and of those it learns from the ones that are kept.
+See `trl.algorithms.rft`. An improvement step takes the place of a rollout batch in other online trainers. Batch sizes count
+sampled completions, of which only the kept ones are trained on.
 
 RFTTrainer(model, reward_funcs=short, args=RFTConfig(...), train_dataset=prompts).train()
 """
@@ -53,11 +53,11 @@ class RFTConfig(RFTOptions, OnlineConfig):
     """Completions of each prompt, of which the best are kept."""
 
     per_device_train_batch_size: int = 32
-    """Sampled completions of which a micro-batch has the kept ones."""
+    """Sampled completions per minibatch; only the kept ones among them are trained on."""
 
     num_prompts: int | None = None
-    """Prompts that are sampled from at a time, per process. None: as many as per_device_train_batch_size ×
-    steps_per_generation completions make."""
+    """Prompts per sampling, on each process. None: per_device_train_batch_size × steps_per_generation /
+    num_generations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +66,11 @@ class RFTConfig(RFTOptions, OnlineConfig):
 
     @property
     def prompts_per_rollout_batch(self) -> int:
-        """Prompts that are sampled from at a time, on each process."""
+        """Prompts per sampling, on each process."""
         return super().prompts_per_rollout_batch if self.num_prompts is None else self.num_prompts
 
     def check_batches(self) -> None:
-        """Raise ConfigError where a set of samples does not hold whole groups."""
+        """Raise ConfigError if the batch sizes do not make whole groups; with `num_prompts` they always do."""
         if self.num_prompts is None:
             super().check_batches()
 
@@ -81,14 +81,14 @@ class RFTConfig(RFTOptions, OnlineConfig):
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was sampled last: the examples, with their experience, and which completions may be learned from."""
+    """The latest samples: the examples, their experience, and which completions may be trained on."""
 
     examples: list[Example] = field(default_factory=list)
     experience: Experience | None = None
     usable: list[bool] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: see `from_state`."""
+        """The state in a checkpoint, which `from_state` reads."""
         if self.experience is None:
             return {}
         experience = {name: getattr(self.experience, name) for name in ("rewards", "group", "mask")}
@@ -103,7 +103,7 @@ class Drawn:
 
 
 class RFTTrainer(OnlineTrainer):
-    """Sample, keep the best, imitate them. The arguments are those of `OnlineTrainer`."""
+    """Sample completions, keep the best, and fine-tune on them. The arguments are those of `OnlineTrainer`."""
 
     config_class = RFTConfig
     algorithm: RFT
@@ -121,7 +121,7 @@ class RFTTrainer(OnlineTrainer):
     # ---- an improvement step ----
 
     def roll_out(self) -> list[Minibatch]:
-        """The kept completions of this step, in minibatches; sampled anew once the percentile has reached its last value."""
+        """The kept completions of this improvement step, in minibatches; every `n_improve_steps` it samples anew."""
         step, groups = self.algorithm.step, []
         if step % self.args.n_improve_steps == 0:
             groups = self._draw()
@@ -132,12 +132,14 @@ class RFTTrainer(OnlineTrainer):
         self._count("kept_share", sum(keep), len(keep))
         self._count("percentile", self.algorithm.percentile(step))
         if not any(keep):
-            logger.warning(f"Nothing reaches the threshold of improvement step {step + 1}: nothing is learned in it.")
+            logger.warning(
+                f"No completion reaches the threshold of improvement step {step + 1}: nothing is learned in this step."
+            )
         count = self.args.minibatches_per_rollout_batch
         return split_into_minibatches(self.drawn.examples, keep, count, self.micro_batch_budget())
 
     def _draw(self) -> list[Group]:
-        """Sample and reward, and remember what was drawn."""
+        """Sample and reward completions, and keep them for the improvement steps."""
         groups = self.sample_rollout_batch()
         examples = [group.example for group in groups]
         local = experience_of(examples, self.sampler.combined(groups))
@@ -150,7 +152,7 @@ class RFTTrainer(OnlineTrainer):
         return self._selected(Drawn(examples, experience, super().kept(groups, experience)), experience)
 
     def _selected(self, drawn: Drawn, experience: Experience) -> list[bool]:
-        """Completions at the threshold of their prompt or above, each text once."""
+        """Which completions reach the threshold of their prompt; of equal texts only the first."""
         reached = experience.signals["reached"].bool().tolist()
         candidates = [a and b for a, b in zip(reached, drawn.usable, strict=True)]
         return first_of_each(prompts_and_texts(drawn.examples, self.tokenizer), candidates)
@@ -173,10 +175,10 @@ class RFTTrainer(OnlineTrainer):
 
 
 def prompts_and_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
-    """Of every completion, the number of its prompt, and its text as reward functions see it.
+    """For every completion the number of its prompt, and its text without special tokens, as reward functions get it.
 
-    Special tokens are not in it: a sample with some more of them would otherwise count as another one, as good as the plain one, and
-    the model would learn to write them.
+    With special tokens, a sample that repeats them would not count as a duplicate of the plain text, though its reward is
+    the same, and the model would learn to write them.
     """
     numbers = [i for i, example in enumerate(examples) for _ in example.completions]
     ids = [list(completion.ids) for example in examples for completion in example.completions]

@@ -1,4 +1,4 @@
-"""REINFORCE with the other samples of a prompt as baseline: arXiv:2402.14740.
+"""REINFORCE leave-one-out: the baseline is the mean reward of a prompt's other samples (arXiv:2402.14740).
 
     A_i = r_i − mean of the others' r,      r less β log π/π_ref;      see `trl.algorithms.rloo`
 
@@ -32,26 +32,28 @@ class RLOOConfig(OnlineConfig):
     num_generations: int = 2
 
     beta: float = 0.05
-    """Coefficient of the KL penalty in the reward. 0: no reference is kept."""
+    """Coefficient of the KL penalty in the reward. 0: no reference model is loaded."""
 
     epsilon: float = 0.2
-    """How far the ratio of a completion may fall below 1 before it is clipped."""
+    """The ratio π/π_old of a completion is clipped below at 1 − epsilon."""
 
     epsilon_high: float | None = None
-    """How far it may rise above 1. None: as `epsilon`."""
+    """The ratio is clipped above at 1 + epsilon_high. None: as `epsilon`."""
 
     normalize_advantages: bool = False
-    """Give the advantages of a rollout batch mean 0 and standard deviation 1."""
+    """Normalise the advantages of a rollout batch to mean 0 and standard deviation 1."""
 
     reward_clip_range: tuple[float, float] | None = None
-    """Lowest and highest reward that counts; others are clipped to these, before the KL penalty."""
+    """Clip rewards to this lowest and highest value, before the KL penalty."""
 
     loss_aggregation: LossAggregation = "sequence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_generations < 2:
-            raise ConfigError(f"num_generations={self.num_generations}: leaving one out needs at least 2 completions.")
+            raise ConfigError(
+                f"num_generations={self.num_generations}: RLOO needs at least 2 completions of each prompt."
+            )
         self.make_algorithm()
 
     def make_algorithm(self) -> RLOO:
@@ -66,7 +68,7 @@ class RLOOConfig(OnlineConfig):
 
 
 class RLOOTrainer(OnlineTrainer):
-    """Sample groups of completions, and make those likelier that are rewarded above the others of their group.
+    """Sample groups of completions, and raise the probability of those whose reward is above the mean of the others.
 
     Arguments: see `OnlineTrainer`.
     """

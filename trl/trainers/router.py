@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts as a term of a step's loss.
+"""The load-balancing loss of a mixture of experts, as an extra term of each step's loss.
 
 loss of a step = Σ weight · loss + c · L        L: see `trl.models.router_loss`
 """
@@ -23,10 +23,10 @@ from trl.types import Batch
 
 @dataclass
 class RouterTerm(LossTerm):
-    """c · L over the tokens of a step on all processes, of which every micro-batch adds its part.
+    """c · L over the tokens of a step on all processes; every micro-batch contributes its part.
 
-    run                  a pass of the policy over a batch, in evaluation mode and without gradient
-    sum_over_processes   of a tensor `[K]`
+    run                  runs the policy on a batch, in evaluation mode and without gradient
+    sum_over_processes   sums a tensor `[K]` over the processes
     """
 
     router: RouterLoss
@@ -36,10 +36,10 @@ class RouterTerm(LossTerm):
     device: torch.device
     processes: int
     _load: Load | None = None
-    """Of the step, where it has several micro-batches or processes; else it is that of its one pass."""
+    """The expert load of the whole step, if it has several micro-batches or processes; else None."""
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
-        """Measure how the tokens of a step are routed, by a pass over them, where one micro-batch does not tell."""
+        """Measure the expert load of a step of several micro-batches or processes, by an extra forward pass over it."""
         self._load = None
         if len(batches) == 1 and self.processes == 1:
             return
@@ -58,7 +58,7 @@ class RouterTerm(LossTerm):
     def loss(self, recorded: list[Tensor], batch: Batch) -> Tensor:
         if not recorded:
             raise ConfigError(
-                f"{OPTION}={self.router.coefficient} needs passes that keep their gradients: set "
+                f"{OPTION}={self.router.coefficient} does not work with reentrant gradient checkpointing: set "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         load = self.router.load(recorded, batch) if self._load is None else self._load
@@ -69,7 +69,10 @@ class RouterTerm(LossTerm):
 
 
 def router_loss(inner: PreTrainedModel, coefficient: float | None, *, is_sharded: bool) -> RouterLoss | None:
-    """The loss where `coefficient`, or the model's configuration, asks for it. Raises ConfigError where it is not available."""
+    """The load-balancing loss, if `coefficient` or the model's configuration enables it; else None.
+
+    Raises ConfigError if it is enabled with FSDP, DeepSpeed or an encoder-decoder, where it is not available.
+    """
     found = router_loss_of(inner, coefficient)
     if found is not None and (is_sharded or inner.config.is_encoder_decoder):
         what = "FSDP and DeepSpeed" if is_sharded else f"an encoder-decoder ({type(inner).__name__})"

@@ -1,4 +1,4 @@
-"""Examples as the rows of a batch that one model reads: what of a model, and of its device, the layout of rows depends on."""
+"""Collates examples into a batch for one model, with the options of `lay_out` that the model and its device require."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from trl.vision.processing import ImageProcessing
 class RowsOfModel:
     """Lays examples out for a decoder or classifier.
 
-    images      reads images; None where the model reads texts alone
-    features    keeps what the image encoder gave; None where it is run in every pass
-    device      its type
-    multiple    widths of rows are multiples of it
+    images      reads images; None for models that read text alone
+    features    the cache of image features; None if the image encoder runs in every forward pass
+    device      type of the device: "cpu", "cuda", …
+    multiple    the width of a batch is padded to a multiple of this
     """
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class RowsOfModel:
     multiple: int
 
     def __call__(self, examples: Sequence[Example], layout: str, *, counts_copies: bool) -> Batch:
-        """Prompts and completions in one grid, in that layout. Raises DataError for tokens of images that are not there."""
+        """Lay prompts and completions out in `layout`. Raises DataError for image tokens without an image."""
         check_image_tokens(examples, image_token_ids(self.model.config))
         if self.features is not None:
             examples = self.features.of(examples)
@@ -55,9 +55,9 @@ class RowsOfModel:
         text = config.get_text_config()
         spans = config._attn_implementation == VARLEN
         return {
-            # Any token will do; models warn about their padding token where there is nothing to mask.
+            # Any token will do but the model's padding token, which models warn about when they get no attention mask.
             "pad_token_id": 1 if vars(text).get("pad_token_id") == 0 else 0,
-            # Flash attention skips pairs that are masked: one long row is best.
+            # Flash attention skips masked blocks, so a single long row is fastest.
             "capacity": 2**62 if spans or "flash" in config._attn_implementation else None,
             "hidden_size": text.hidden_size,
             "device": self.device,

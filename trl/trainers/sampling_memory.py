@@ -1,8 +1,8 @@
-"""Memory that sampling in process takes besides the weights.
+"""Device memory that the LocalEngine needs for sampling, besides the model's weights:
 
-keys and values      of every prompt and completion of a rollout batch
-rounded weights      where float32 weights are rounded for a rollout batch: see `trl.models.half_weights`
-drawing              logits, probabilities and their sums of one token of every completion
+KV cache             of every prompt and completion of a rollout batch
+half-precision copy  of float32 weights, if they are rounded for sampling: see `trl.models.half_weights`
+sampling             logits, probabilities and cumulative sums for one token of every completion
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from trl.models.memory import cache_bytes
 from trl.trainers.online_config import OnlineConfig
 
 DRAWN_FROM = 3
-"""Numbers for each token of the vocabulary from which a row draws: logits, probabilities, their sums."""
+"""Float32 numbers per vocabulary entry and completion while a token is sampled: logit, probability, cumulative sum."""
 
 
 def sampling_bytes(args: OnlineConfig, model: PreTrainedModel, rows: Dataset | Sequence[Mapping[str, Any]]) -> int:
-    """Bytes that a rollout batch takes on its device where all samples are as long as they may become.
+    """Bytes that sampling a rollout batch takes if all completions reach their maximum length.
 
-    `rows` are the encoded rows of the prompts.
+    `rows` are the encoded prompts; the longest one counts.
     """
     prompts = max(len(example.prompt) for row in rows for example in decode(row))
     tokens = prompts + (args.max_completion_length or 512)
@@ -37,5 +37,5 @@ def sampling_bytes(args: OnlineConfig, model: PreTrainedModel, rows: Dataset | S
 
 
 def rounds_weights(args: OnlineConfig) -> bool:
-    """Whether float32 weights are rounded for a rollout batch."""
+    """Whether the engine samples from a half-precision copy of float32 weights."""
     return args.device.type == "cuda" and (args.bf16 or args.fp16)

@@ -1,4 +1,4 @@
-"""Trackers of `accelerate`, for the classic trainers, which write statistics and tables to them themselves."""
+"""Trackers of `accelerate`, for the trainers with the classic interface, which log statistics and tables to them directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.errors import ConfigError
 
 
 class Tracked(Protocol):
-    """Options of a classic trainer that are about trackers."""
+    """The options of a classic trainer that configure its tracker."""
 
     output_dir: str
     log_with: Any
@@ -26,9 +26,9 @@ class Tracked(Protocol):
 
 
 def start_tracker(config: Tracked, accelerator: Accelerator) -> GeneralTracker:
-    """The tracker that `log_with` names, started; one that keeps nothing where none is named.
+    """Start the tracker that `log_with` names, or return one that ignores all logs if `log_with` is None.
 
-    Raises ConfigError if it is not installed.
+    Raises ConfigError if the tracker is not installed.
     """
     if config.log_with is None:
         return GeneralTracker(_blank=True)
@@ -52,7 +52,7 @@ def log_table(
     rewards: Sequence[Tensor | float],
     step: int,
 ) -> None:
-    """The texts of a batch beside their rewards, as a table where the tracker has them."""
+    """Log the texts of a batch and their rewards as a table, to trackers that support tables (wandb)."""
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             found = [*(batch[column] for column in columns), [float(reward) for reward in rewards]]

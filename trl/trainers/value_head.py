@@ -1,4 +1,4 @@
-"""What trainers share whose model has a value head: where adapters lie, and saving the head beside the model."""
+"""Base of the trainers whose model has a value head: adapters go on the model inside, and the head is saved beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trl.trainers.base import BaseTrainer
 
 
 class ValueHeadTrainer(BaseTrainer):
-    """A trainer of a model with a value head, which it puts on where there is none."""
+    """A trainer of a model with a value head; it adds one to a model without."""
 
     head_class: ClassVar[type[WithValueHead]] = WithValueHead
 
     def _with_head(self, model: nn.Module) -> WithValueHead:
-        """The language model with a new head."""
+        """Put a new value head on the language model."""
         raise NotImplementedError
 
     def _with_adapters(self, model: nn.Module, peft_config: Any) -> WithValueHead:
