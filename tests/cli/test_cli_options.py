@@ -96,7 +96,7 @@ def test_older_options_that_ask_for_what_happens_anyway(tmp_path):
 def test_the_only_batch_is_not_dropped(tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), **CPU, dataloader_drop_last=True)
     check_full_batch(args, 8)
-    with pytest.raises(ConfigError, match="5 rows do not fill one of 8"):
+    with pytest.raises(ConfigError, match="5 rows do not fill a single one of 8"):
         check_full_batch(args, 5)
 
 

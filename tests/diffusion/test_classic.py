@@ -306,7 +306,7 @@ def test_arguments_of_the_wrong_kind(tmp_path):
         DDPOTrainer(AlignPropConfig(), brightness, prompt_function, pipeline_of())
     with pytest.raises(ConfigError, match="a StableDiffusionPipeline without sd_pipeline"):
         DDPOTrainer(DDPOConfig(), brightness, prompt_function, PIPELINES["sd"]())
-    with pytest.raises(ConfigError, match="train it by DiffusionGRPOTrainer"):
+    with pytest.raises(ConfigError, match="use DiffusionGRPOTrainer"):
         DefaultDDPOStableDiffusionPipeline(PIPELINES["sd3"]())
 
 

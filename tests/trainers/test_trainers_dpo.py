@@ -229,7 +229,7 @@ def test_precomputed_evaluation_sets(make_model, tmp_path):
 
 def test_a_stream_cannot_be_precomputed(make_model, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"precompute_ref_log_probs reads 'train' before training, and it is a stream"
+        ConfigError, match=r"precompute_ref_log_probs reads 'train' before training, but it is a stream"
     ):
         make_trainer(make_model("llama"), tmp_path, pairs().to_iterable_dataset(), precompute_ref_log_probs=True)
 

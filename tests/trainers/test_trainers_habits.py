@@ -268,7 +268,7 @@ def test_the_loss_without_the_entropy_bonus_is_logged(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("config", "given", "named"),
     [
-        (DPOConfig, {"label_smoothing_factor": 0.1}, "label_smoothing_factor.*label_smoothing does"),
+        (DPOConfig, {"label_smoothing_factor": 0.1}, "label_smoothing_factor.*or set label_smoothing"),
         (SFTConfig, {"include_for_metrics": ["inputs"]}, "include_for_metrics"),
         (GRPOConfig, {"train_sampling_strategy": "group_by_length", "num_generations": 2}, "train_sampling_strategy"),
     ],

@@ -216,7 +216,7 @@ def test_options_and_rewards_are_read_from_an_online_trainer(make_model, tmp_pat
     assert (run.beta, run.temperature, run.num_generations, run.num_generations_eval) == (0.1, 0.7, 2, 2)
     assert (run.reward_funcs, run.reward_func_names) == ([letters], ["letters"])
     assert run.reward_weights.tolist() == [1.0]
-    with pytest.raises(ConfigError, match=r"GRPOTrainer\.beta cannot be set.* Give beta=0\.2 to GRPOConfig"):
+    with pytest.raises(ConfigError, match=r"GRPOTrainer\.beta cannot be set.* Set beta=0\.2 in GRPOConfig"):
         run.beta = 0.2
 
 

@@ -120,7 +120,7 @@ def changed(part, index, value):
         (changed(1, 1, torch.tensor([], dtype=torch.long)), r"responses\[1\] is empty: sample at least one token"),
         (changed(1, 1, [5, 6]), r"responses\[1\] has to be a tensor of token ids, got list"),
         (changed(1, 3, torch.zeros(2, 3).long()), r"responses\[3\] has shape \(2, 3\)"),
-        (changed(0, 0, torch.tensor([500])), r"queries\[0\] holds the token 500, and those of the model are 0 to 98"),
+        (changed(0, 0, torch.tensor([500])), r"queries\[0\] holds the token 500, but those of the model are 0 to 98"),
         (changed(1, 0, torch.tensor([5, -100])), r"responses\[0\] holds the token -100.*padded with -100"),
         (changed(0, 0, torch.tensor([1.0])), r"queries\[0\] holds torch.float32 numbers: token ids are integers"),
         (changed(2, 2, torch.tensor([1.0, 2.0])), r"scores\[2\] has shape \(2,\): a score is one number per response"),

@@ -162,7 +162,7 @@ def test_a_shared_trunk_gives_the_steps_of_a_whole_copy(make_model, tokenizer, n
 
 
 def test_layers_in_common_need_a_copy(make_model, tokenizer):
-    with pytest.raises(ConfigError, match="num_shared_layers=1 is for a reference that the trainer makes by copying"):
+    with pytest.raises(ConfigError, match="num_shared_layers=1 is for a reference that the trainer copies"):
         PPOTrainer(PPOConfig(), make_model("llama"), make_model("llama"), tokenizer, num_shared_layers=1)
 
 

@@ -1,8 +1,8 @@
-"""AlignProp: a reward that can be differentiated, straight through the sampler to the weights (arXiv:2310.03739).
+"""AlignProp: backpropagate a differentiable reward through the sampler to the weights (arXiv:2310.03739).
 
     L = 10 − E[r(x₀)],     ∂r/∂θ through the last steps of denoising
 
-AlignPropTrainer(config, reward_function, prompt_function, pipeline, image_samples_hook=None).train(), by the interface of
+AlignPropTrainer(config, reward_function, prompt_function, pipeline, image_samples_hook=None).train(), with the interface of
 TRL 0.11; `reward_function(images, prompts, metadata) -> rewards, reward_metadata`, where rewards have a gradient.
 """
 
@@ -29,12 +29,12 @@ from trl.trainers.tracking import start_tracker
 from trl.types import Metrics
 
 OFFSET = 10.0
-"""Of the loss, so that it is positive for the rewards in use; it has no gradient."""
+"""Constant of the loss that keeps it positive for common rewards; it has no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A picture that is to be made: its prompt, the seed of its noise, and what the prompt function said of it."""
+    """A picture to sample: its prompt, the seed of its noise, and the metadata of the prompt function."""
 
     prompt: str
     seed: int
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedBatch(PictureBatch):
-    """Pictures that are made, and rewarded, in one forward pass."""
+    """Pictures that are sampled and rewarded in one forward pass."""
 
     asked: Sequence[Asked]
 
@@ -76,7 +76,9 @@ class AlignPropTrainer(ClassicTrainer):
             logging_steps=1,
         )
         if args.world_size > 1:
-            raise ConfigError("AlignProp trains in one process: gradients go through many passes of the model at once.")
+            raise ConfigError(
+                "AlignProp trains in one process only, since gradients go through many forward passes of the model."
+            )
         super().__init__(sd_pipeline.sd_pipeline, args)
         set_seed(config.seed)
         self.schedule = self.denoiser.schedule(config.sample_num_steps, eta=config.sample_eta)
@@ -92,7 +94,7 @@ class AlignPropTrainer(ClassicTrainer):
         self.buffer.load_state(state)
 
     def roll_out(self) -> list[list[Asked]]:
-        """The pictures of an epoch, as batches."""
+        """Draw the prompts and seeds of an epoch's pictures, in batches."""
         found = []
         for _ in range(self.config.train_gradient_accumulation_steps):
             pairs = [asked_prompt(self.prompt_fn()) for _ in range(self.config.train_batch_size)]
@@ -120,7 +122,7 @@ class AlignPropTrainer(ClassicTrainer):
         return OFFSET - rewards[:, None], {"reward": rewards.detach()}
 
     def images(self, model: nn.Module, batch: AskedBatch) -> Tensor:
-        """Pictures `[N,3,H,W]` of a batch, with a gradient through the last steps."""
+        """Sample the pictures `[N,3,H,W]` of a batch, with gradients through the last denoising steps."""
         config, generators = self.config, generators_for([item.seed for item in batch.asked])
         bounds = config.truncated_rand_backprop_minmax if config.truncated_backprop_rand else None
         first = first_step(len(self.schedule), fixed=config.truncated_backprop_timestep, drawn_between=bounds)
@@ -138,14 +140,14 @@ class AlignPropTrainer(ClassicTrainer):
         return self.denoiser.decode(states[-1], at_once=self.args.vae_batch_size)
 
     def _check(self, rewards: Any, count: int) -> None:
-        """Raises RewardError for rewards that nothing can be learned from."""
+        """Raises RewardError for rewards without a gradient, or of a wrong number."""
         if not isinstance(rewards, Tensor) or (torch.is_grad_enabled() and not rewards.requires_grad):
             raise RewardError(
-                "The reward function gave rewards without a gradient: AlignProp needs a tensor that was computed from the "
+                "The reward function returned rewards without a gradient: AlignProp needs a tensor that was computed from the "
                 "pictures by operations of torch. For other rewards use DDPOTrainer."
             )
         if rewards.numel() != count:
-            raise RewardError(f"The reward function gave {rewards.numel()} rewards for {count} pictures.")
+            raise RewardError(f"The reward function returned {rewards.numel()} rewards for {count} pictures.")
 
     def _show(self, images: Tensor, prompts: tuple, metadata: tuple, rewards: Tensor, reward_metadata: Any) -> None:
         step = self.state.global_step

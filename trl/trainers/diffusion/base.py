@@ -1,6 +1,6 @@
-"""What the trainers of diffusion models share: a pipeline, of which one part is trained, on the step machine of all trainers.
+"""Base of the trainers of diffusion models: a pipeline, of which the denoiser is trained, with the steps of `StepTrainer`.
 
-A subclass says what an item of a step is (a denoising step, a picture, a pair), how items become a batch, and its loss.
+A subclass defines what an item of a step is (a denoising step, a picture, a pair), how items are collated, and the loss.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
     item_class: ClassVar[type]
-    """What is learned from, where it is sampled: a step of denoising, a picture."""
+    """Type of the sampled items that a subclass trains on: a denoising step, a picture."""
     buffer: RolloutBuffer | None = None
     uncalled: ClassVar[dict[str, str]] = {"_issue_warnings_after_load": "Override `_load_from_checkpoint`."}
 
@@ -84,10 +84,10 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     ) -> None:
         if quantization_config is not None:
             raise ConfigError(
-                "quantization_config is of language models: load the pipeline quantised, and give it as the model."
+                "quantization_config is for language models: load the pipeline quantised, and give it as the model."
             )
         self.args = resolve_args(self.config_class, args, options, trainer=type(self).__name__, model=model)
-        set_seed(self.args.seed)  # for adapters: the same in every run, and on every process
+        set_seed(self.args.seed)  # the same initial adapters in every run and on every process
         for name, rows in (("train", train_dataset), ("eval", eval_dataset)):
             if rows is not None:
                 self.check_rows(rows, name, self.args)
@@ -112,7 +112,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         if self.args.num_pictures and self.train_dataset is not None:
             self.add_callback(PictureLog(self, self.pictured_rows()))
         if self.args.html_report:
-            self.add_callback(ReportCallback())  # after the pictures, which its page shows
+            self.add_callback(ReportCallback())  # after PictureLog, whose pictures the report shows
         self.embeddings = PromptEmbeddings(self.denoiser)
         self.ema = None if self.args.ema_decay is None else SwappedWeights(self.module)
         if self.ema is not None:
@@ -121,13 +121,13 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
     @staticmethod
     def check_rows(rows: Rows, name: str, args: DiffusionConfig) -> None:
-        """Raises DataError for rows that cannot be trained on, before anything is loaded."""
+        """Raises DataError for rows that cannot be trained on; called before the pipeline is loaded."""
         check_prompts(rows, name)
 
     # ---- the model ----
 
     def make_denoiser(self) -> Denoiser:
-        """The pipeline at the size and guidance that the options say."""
+        """Wrap the pipeline's denoiser, with the picture size and guidance of the options."""
         return denoiser_for(
             self.pipeline,
             height=self.args.height,
@@ -150,7 +150,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     def _prepare_module(self, peft_config: PeftConfig | None) -> nn.Module:
         module = prepare_pipeline(self.pipeline, self.part)
         add_adapter(module, peft_config, self.part)
-        disable_dropout(module)  # what is sampled has to be as likely when it is trained on
+        disable_dropout(module)  # sampling and training have to compute the same likelihoods
         if not trained(module):
             raise ConfigError(
                 "No parameter of the model is trained: give a peft_config, or a model without a frozen adapter."
@@ -158,7 +158,10 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         return module
 
     def _without_checkpointing(self, module: nn.Module) -> DiffusionConfig:
-        """Options for `transformers`, whose name for gradient checkpointing models of `diffusers` do not have."""
+        """Enable gradient checkpointing by the method of `diffusers`, and hide the option from `transformers`.
+
+        `transformers` would call a method that models of `diffusers` do not have.
+        """
         args = copy(self.args)
         if args.gradient_checkpointing:
             module.enable_gradient_checkpointing()
@@ -169,10 +172,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The model as it was before it was trained, meanwhile: without its adapter, or a frozen copy.
-
-        The copy is made when it is first asked for, which has to be before the first step.
-        """
+        """Context with the reference model: the model without its adapter, or the frozen copy of `keep_reference_model`."""
         if self.has_adapter:
             with without_adapter(self.module):
                 yield self.module
@@ -180,13 +180,13 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
             yield self._frozen
 
     def keep_reference_model(self) -> None:
-        """Make what `reference` needs."""
+        """Make the frozen copy for `reference`, unless the model has an adapter; call it before the first step."""
         if not self.has_adapter:
             frozen = deepcopy(self.module).requires_grad_(False).eval()
             self._frozen = prepare_frozen(self.accelerator, frozen)  # under autocast, as the model in training is
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model with the average of its weights, meanwhile; as it is, where none is kept."""
+        """Context in which the model has the moving average of its weights, if `ema_decay` is set."""
         return nullcontext() if self.ema is None else self.ema.in_place(self.module)
 
     # ---- steps ----
@@ -198,7 +198,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         return self.args.forward_rows
 
     def texts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the text encoders say of `prompts`, as a batch."""
+        """Embeddings of `prompts` from the text encoders, collated."""
         return self.denoiser.collate(self.embeddings(prompts))
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -209,7 +209,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     # ---- items that are sampled ----
 
     def loader_of_minibatches(self, per_epoch: int | None) -> DataLoader:
-        """The minibatches of what a subclass samples by `roll_out()`: `per_epoch` rollout batches an epoch; None: without end."""
+        """A loader of the minibatches that `roll_out()` samples: `per_epoch` rollout batches per epoch (None: endless)."""
         self.buffer = RolloutBuffer(
             self.roll_out,
             minibatches=self.args.minibatches_per_rollout_batch,
@@ -222,7 +222,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self.buffer is not None:
-            self.restore_rng_state()  # before a rollout batch is sampled
+            self.restore_rng_state()  # after resuming, before sampling draws random numbers
             self.buffer.begin_step()
         return super().get_batch_samples(*args, **kwargs)
 
@@ -232,7 +232,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], schedule: Schedule, first_noise: Sequence[int] | None = None
     ) -> tuple[Trajectories, Tensor]:
-        """A picture `[N,3,H,W]` of each prompt, by the model without what a distributed engine wraps around it."""
+        """Sample a picture `[N,3,H,W]` of each prompt, with the unwrapped model; also return the denoising trajectories."""
         with self.compute_loss_context_manager():
             trajectories = sample(
                 self.denoiser,
@@ -249,16 +249,16 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         return trajectories, images.float()
 
     def evaluation_schedule(self) -> Schedule:
-        """The steps that pictures to look at are sampled in: without noise between them."""
+        """The deterministic schedule for pictures of evaluation and report."""
         return self.denoiser.schedule(self.args.num_inference_steps_eval, eta=0.0)
 
     def fixed_seeds(self, rows: Sequence[Row], each: int) -> list[int]:
-        """Seeds that depend on a prompt alone: the same pictures are compared from evaluation to evaluation."""
+        """`each` seeds per row that depend only on its prompt, so that pictures of different evaluations are comparable."""
         numbers = [zlib.crc32(row["prompt"].encode()) * 64 + k for row in rows for k in range(each)]
         return [seed_of(self.args.seed, IN_EVALUATION, number) for number in numbers]
 
     def pictured_rows(self) -> list[Row]:
-        """The first rows of the dataset, with prompts of their own as far as there are any."""
+        """`num_pictures` of the first rows, with distinct prompts as far as possible."""
         found: dict[str, Row] = {}
         for row in first_rows(self.train_dataset, 8 * self.args.num_pictures):
             found.setdefault(row["prompt"], row)
@@ -266,14 +266,14 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         return [rows[i % len(rows)] for i in range(self.args.num_pictures)]
 
     def picture(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """A picture of each row, always from the same noise, and its reward, NaN where none is known."""
+        """A picture of each row, always from the same noise, and its reward (NaN without reward functions)."""
         seeds = [seed + i for i, seed in enumerate(self.fixed_seeds(rows, 1))]
         with self.averaged():
             _, images = self.draw([row["prompt"] for row in rows], seeds, self.evaluation_schedule())
         return images, self.picture_rewards(rows, images)
 
     def picture_rewards(self, rows: Sequence[Row], images: Tensor) -> Tensor:
-        """One reward `[N]` for each picture."""
+        """The reward `[N]` of each picture, NaN by default."""
         return torch.full((len(images),), torch.nan)
 
     # ---- files ----
@@ -284,9 +284,9 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """What was trained, with the average of its weights where one is kept; without an adapter, the whole pipeline.
+        """Save the adapter, or the whole pipeline if there is none, with averaged weights if `ema_decay` is set.
 
-        Checkpoints hold the weights themselves, and no other part of the pipeline.
+        Checkpoints hold the trained part only, with the weights that are not averaged.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -312,7 +312,7 @@ class DiffusionTrainer(WritesModelCard, StepTrainer):
 
 
 def check_prompts(rows: Rows, name: str) -> None:
-    """Raises DataError for rows without prompts, or with prompts that are no texts, with the first row that has one."""
+    """Raises DataError without a column 'prompt', and RowError for the first row whose prompt is no text."""
     columns = rows.column_names or list(next(iter(rows), {}))
     if "prompt" not in columns:
         raise DataError(f"{name}_dataset has no column 'prompt'. It has {', '.join(columns) or 'none'}.")
@@ -330,4 +330,4 @@ def check_prompt(prompt: Any, where: str) -> str:
 
 
 def no_text(prompt: Any) -> str:
-    return f"a {type(prompt).__name__} ({prompt!r:.60}), and has to be a text."
+    return f"a {type(prompt).__name__} ({prompt!r:.60}), but has to be a text."

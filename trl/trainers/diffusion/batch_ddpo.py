@@ -1,9 +1,9 @@
-"""DDPO on a dataset of prompts, with reward functions as all online trainers take them: what `trl ddpo` runs.
+"""DDPO on a dataset of prompts, with the reward functions of the other online trainers; `trl ddpo` runs it.
 
-    A = clip((r − mean r) / std r, ±c)     over the rollout batch, or what was seen of the same prompt
+    A = clip((r − mean r) / std r, ±c)     over the rollout batch, or over earlier rewards of the same prompt
     loss = −min(ρ_t A, clip(ρ_t, 1 ± ε) A)                                     see `trl.algorithms.ddpo`
 
-The classic interface, functions for prompts and for pairs of rewards and metadata, is `DDPOTrainer`.
+`DDPOTrainer` has the classic interface, with functions for prompts and rewards.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ class DiffusionDDPOConfig(StepPolicyConfig):
     """Options of `DiffusionDDPOTrainer`."""
 
     num_inference_steps: int = 50
-    """Denoising steps of pictures that are trained on."""
+    """Denoising steps of the pictures sampled for training."""
 
     num_inference_steps_eval: int = 50
 
     guidance_scale: float = 5.0
 
     num_generations: int = 1
-    """Pictures of each prompt. They are compared with the whole batch, so that 1 will do."""
+    """Pictures of each prompt; 1 suffices, since rewards are normalised over the whole batch."""
 
     noise_level: float = 1.0
 
     epsilon: float = 1e-4
-    """How far the ratio of a step may move from 1 before it is clipped."""
+    """Clip the ratio of a denoising step to 1 ± this."""
 
     per_prompt_stat_tracking: bool = False
-    """Compare rewards with earlier ones of the same prompt, in place of those of the rollout batch."""
+    """Normalise rewards by mean and standard deviation of earlier ones of the same prompt, not of the rollout batch."""
 
     per_prompt_stat_tracking_buffer_size: int = 16
-    """Rewards that are remembered of a prompt."""
+    """Number of rewards to remember for each prompt."""
 
     per_prompt_stat_tracking_min_count: int = 16
-    """Rewards of a prompt from which on they are compared with each other."""
+    """Number of rewards of a prompt from which its own statistics are used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,13 +57,13 @@ class DiffusionDDPOConfig(StepPolicyConfig):
         return DDPO(clip_range=self.epsilon, advantage_clip=self.advantage_clip)
 
     def make_statistics(self) -> PromptStatistics | None:
-        """What remembers the rewards of prompts, where that is asked for."""
+        """The buffer of each prompt's rewards, with per_prompt_stat_tracking=True."""
         sizes = (self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count)
         return PromptStatistics(*sizes) if self.per_prompt_stat_tracking else None
 
 
 class DiffusionDDPOTrainer(StepPolicyTrainer):
-    """Make the steps likelier that led to pictures rewarded above the batch's mean.
+    """Raise the probability of the denoising steps that led to pictures rewarded above the batch's mean.
 
     Arguments: see `DiffusionRolloutTrainer`.
     """
@@ -84,7 +84,7 @@ class DiffusionDDPOTrainer(StepPolicyTrainer):
 
 
 def prompt_moments(statistics: PromptStatistics, batch: PictureRollouts, accelerator: Accelerator) -> dict[str, Tensor]:
-    """The signals `prompt_mean` and `prompt_std` `[N]` of this process, from what all processes sampled."""
+    """The signals `prompt_mean` and `prompt_std` `[N]` of this process, from the rewards of all processes."""
     everywhere = all_gather_object((batch.prompts, batch.rewards), accelerator)
     prompts = [prompt for part, _ in everywhere for prompt in part]
     mean, std = statistics.update(prompts, torch.cat([rewards for _, rewards in everywhere]))

@@ -1,9 +1,9 @@
-"""The interface of TRL 0.4 to 0.11, in which functions give prompts and rewards: what DDPO and AlignProp share of it.
+"""The interface of TRL 0.4 to 0.11, with functions for prompts and rewards: what DDPO and AlignProp share.
 
     prompt_function()                         -> prompt, metadata
     reward_function(images, prompts, metadata) -> rewards, reward_metadata        images [b,3,H,W] in [0, 1]
 
-Their checkpoints, saved pipelines and model cards are here; what is sampled and learned is each trainer's own.
+This module has their checkpoints, saved pipelines and model cards; each trainer defines its sampling and its loss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trl.training.checkpoint import checkpoints
 
 
 class ClassicTrainer(DiffusionTrainer):
-    """What the trainers of the classic interface share: their arguments, `train`, the tracker, and how they save."""
+    """Base of the trainers with the classic interface: their arguments, `train`, the tracker, and saving."""
 
     uncalled = DiffusionTrainer.uncalled | {"_get_train_sampler": "Prompts come from `prompt_function`."}
 
@@ -40,7 +40,7 @@ class ClassicTrainer(DiffusionTrainer):
         sd_pipeline: DefaultDDPOStableDiffusionPipeline,
         image_samples_hook: Callable | None,
     ) -> None:
-        """Keep the arguments. Raises ConfigError for another `kind` of configuration, or for what is no classic pipeline."""
+        """Store the arguments. Raises ConfigError for a configuration not of class `kind`, or a pipeline of another class."""
         if not isinstance(config, kind):
             raise ConfigError(f"config is a {type(config).__name__}: give a {kind.__name__}.")
         for name in ("sd_pipeline", "get_trainable_layers", "save_pretrained"):
@@ -58,7 +58,7 @@ class ClassicTrainer(DiffusionTrainer):
         sd_pipeline.get_trainable_layers()
 
     def train(self, epochs: int | None = None, **options: Any) -> Any:
-        """Train for `epochs`, by default config.num_epochs; from `resume_from` on, where the configuration names it."""
+        """Train for `epochs`, by default config.num_epochs; resume from config.resume_from if that is set."""
         if epochs is not None:
             self.args.num_train_epochs = epochs
         found = options.pop("resume_from_checkpoint", None) or checkpoint_in(self.config.resume_from)
@@ -68,7 +68,7 @@ class ClassicTrainer(DiffusionTrainer):
         return self.loader_of_minibatches(per_epoch=1)
 
     def _train_metrics(self) -> dict[str, float]:
-        """Those of the steps since the last log, which the tracker gets too."""
+        """The metrics of the steps since the last log; also logs them to the tracker."""
         found = super()._train_metrics()
         self.accelerator.log(found, step=self.state.global_step)
         return found
@@ -76,7 +76,7 @@ class ClassicTrainer(DiffusionTrainer):
     # ---- files ----
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """The pipeline, and its adapter where there is one."""
+        """Save the pipeline, and its adapter if it has one."""
         self._save_pretrained(save_directory)
 
     def _save_pretrained(self, save_directory: str | Path) -> None:
@@ -97,8 +97,8 @@ class ClassicTrainer(DiffusionTrainer):
         hub_model_id: str | None = None,
         **_: Any,
     ) -> None:
-        """Write README.md into the folder `path`, by default the one of checkpoints. The model is loaded in it by its hub id,
-        or by the folder's name."""
+        """Write README.md to the folder `path`, by default that of checkpoints. Its example loads the model by its hub id, or by
+        the folder's name."""
         args = copy(self.args)
         args.output_dir = str(path or self.args.output_dir)
         args.hub_model_id = hub_model_id or args.hub_model_id
@@ -120,26 +120,27 @@ class ClassicTrainer(DiffusionTrainer):
 
 
 def asked_prompt(given: Any) -> tuple[str, Any]:
-    """A prompt and its metadata. Raises DataError for what is not both."""
+    """The prompt and metadata that prompt_function returned. Raises DataError for anything else."""
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise DataError(
-            f"prompt_function gave {given!r:.60}: it has to give two values, a prompt and its metadata, as in `return prompt, {{}}`."
+            f"prompt_function returned {given!r:.60}: it has to return two values, a prompt and its metadata, as in "
+            "`return prompt, {}`."
         )
     return check_prompt(given[0], "prompt_function"), given[1]
 
 
 def two_values(given: Any) -> tuple[Any, Any]:
-    """Rewards and their metadata. Raises RewardError for what is not both."""
+    """The rewards and metadata that the reward function returned. Raises RewardError for anything else."""
     if not isinstance(given, tuple | list) or len(given) != 2 or isinstance(given[0], int | float):
         raise RewardError(
-            f"The reward function gave a {type(given).__name__}: it has to give two values, rewards and metadata, as in "
+            f"The reward function returned a {type(given).__name__}: it has to return two values, rewards and metadata, as in "
             "`return rewards, {}`."
         )
     return given[0], given[1]
 
 
 def checkpoint_in(folder: str) -> str | None:
-    """The checkpoint that `resume_from` means: it, or the newest one in it; None where it is empty."""
+    """The checkpoint that `resume_from` names: the newest one in that folder, or the folder itself; None if it is empty."""
     if not folder:
         return None
     found = checkpoints(Path(folder).expanduser())

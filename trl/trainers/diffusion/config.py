@@ -1,4 +1,4 @@
-"""Options that the trainers of diffusion models share."""
+"""Options shared by the trainers of diffusion models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OF_LANGUAGE = (
     "cuda_graphs",
     "router_aux_loss_coef",
 )
-"""Options of `TrainerConfig` that are about tokens or language models, and say nothing of a diffusion model."""
+"""Options of `TrainerConfig` for language models, which have no effect on diffusion models."""
 
 
 @dataclass
@@ -37,48 +37,48 @@ class DiffusionConfig(TrainerConfig):
     """Options of a diffusion model's trainer. Batch sizes count pictures (or pairs of them)."""
 
     READS_PICTURES: ClassVar[bool] = False
-    """Whether rows hold pictures."""
+    """Whether rows contain pictures."""
 
     learning_rate: float = 3e-4
 
     height: int | None = None
-    """Height of pictures in pixels. None: that of the pictures which the model was trained on."""
+    """Height of pictures in pixels. None: the height that the model was trained with."""
 
     width: int | None = None
-    """Width of pictures in pixels. None: that of the pictures which the model was trained on."""
+    """Width of pictures in pixels. None: the width that the model was trained with."""
 
     guidance_scale: float = 4.5
-    """Classifier-free guidance (arXiv:2207.12598) of pictures that are sampled, and of steps that are trained on. 1: none."""
+    """Scale of classifier-free guidance (arXiv:2207.12598), in sampling and in training. 1: no guidance."""
 
     negative_prompt: str | None = None
-    """What classifier-free guidance leads away from. None: what the pipeline takes by itself."""
+    """Prompt that classifier-free guidance steers away from. None: the pipeline's default."""
 
     max_sequence_length: int | None = None
-    """Tokens of a prompt at most, for T5 and Qwen. None: as many as the pipeline takes."""
+    """Most tokens of a prompt, for the text encoders T5 and Qwen. None: the pipeline's default."""
 
     max_steps_per_micro_batch: int | None = None
-    """Denoising steps (or pictures) that share a forward pass at most; two rows each with guidance. None: 8 on an
-    accelerator, 64 on a CPU."""
+    """Most denoising steps (or pictures) per micro-batch; with guidance each takes two rows. None: 8 on an accelerator,
+    64 on a CPU."""
 
     vae_batch_size: int = 8
-    """Pictures that the VAE decodes or encodes at once."""
+    """Number of pictures that the VAE decodes or encodes at a time."""
 
     ema_decay: float | None = None
-    """Keep an average of the trained weights, θ̄ ← d θ̄ + (1 − d) θ at each step with this d; evaluation and what is saved
-    at the end use it. None: no average."""
+    """Keep an exponential moving average of the trained weights, θ̄ ← d θ̄ + (1 − d) θ at each step with this d; evaluation
+    and the saved model use it. None: no average."""
 
     flow_solver: FlowSolver = "sde"
     """Stochastic solver of flow-matching models: "sde" (Flow-GRPO, arXiv:2505.05470) or "cps" (arXiv:2509.05952)."""
 
     num_inference_steps_eval: int = 40
-    """Denoising steps of pictures in evaluation and in the report, without noise between them."""
+    """Denoising steps of pictures for evaluation and report, which are sampled deterministically."""
 
     picture_steps: int = 0
-    """Sample the same prompts with the same noise every so many optimizer steps, for the report. 0: before and after
-    alone."""
+    """Sample pictures for the report, always from the same prompts and noise, every so many optimizer steps. 0: only before
+    and after training."""
 
     num_pictures: int = 8
-    """So many of them, from the first prompts of the dataset. 0: none."""
+    """Number of pictures in the report, from the first prompts of the dataset. 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,37 +91,37 @@ class DiffusionConfig(TrainerConfig):
 
     @property
     def forward_rows(self) -> int:
-        """Denoising steps that share a forward pass."""
+        """Most denoising steps (or pictures) per micro-batch."""
         if self.max_steps_per_micro_batch is not None:
             return self.max_steps_per_micro_batch
         return 64 if self.device.type == "cpu" else 8
 
     @property
     def sampled_at_once(self) -> int:
-        """Pictures that are sampled at once."""
+        """Number of pictures that are sampled at a time."""
         return self.forward_rows
 
 
 @dataclass
 class DiffusionRolloutConfig(RolloutOptions, DiffusionConfig):
-    """Options of trainers that learn from pictures which the model samples."""
+    """Options of trainers that train on pictures which the model samples."""
 
     SAMPLES = "pictures"
 
     num_inference_steps: int = 10
-    """Denoising steps of pictures that are trained on; fewer do than for pictures to look at."""
+    """Denoising steps of the pictures sampled for training; fewer suffice than for good-looking pictures."""
 
     num_generations_eval: int = 1
     """Pictures of each prompt in evaluation."""
 
     same_initial_noise: bool = False
-    """Begin all pictures of a prompt from one noise (DanceGRPO, arXiv:2505.07818)."""
+    """Start all pictures of a prompt from the same initial noise (DanceGRPO, arXiv:2505.07818)."""
 
     sample_batch_size: int | None = None
-    """Pictures that are sampled at once. None: as many as max_steps_per_micro_batch."""
+    """Number of pictures that are sampled at a time. None: as many as max_steps_per_micro_batch."""
 
     advantage_clip: float = 5.0
-    """Bound of advantages."""
+    """Clip advantages to ± this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

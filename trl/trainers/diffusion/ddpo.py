@@ -1,13 +1,13 @@
-"""Denoising diffusion policy optimisation, by the interface of TRL 0.4 to 0.11: functions for prompts and rewards.
+"""Denoising diffusion policy optimisation with the interface of TRL 0.4 to 0.11: functions for prompts and rewards.
 
     DDPOTrainer(config, reward_function, prompt_function, pipeline, image_samples_hook=None).train()
 
     prompt_function()                         -> prompt, metadata
     reward_function(images, prompts, metadata) -> rewards, reward_metadata        images [b,3,H,W] in [0, 1]
 
-The loss is that of `trl.algorithms.ddpo`. An epoch samples pictures, and trains on them by the step machine of all trainers:
-steps of denoising are items, many to a forward pass. For datasets, reward functions by name, and other models than Stable
-Diffusion see `DiffusionGRPOTrainer`.
+The loss is that of `trl.algorithms.ddpo`. An epoch samples pictures and trains on them with `StepTrainer`, whose items are
+denoising steps, many in a forward pass. For datasets, reward functions by name, and models other than Stable Diffusion see
+`DiffusionGRPOTrainer`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ Hook = Callable[[list[list[Any]], int, Any], Any]
 
 @dataclass
 class DDPOArguments(DiffusionDDPOConfig):
-    """The options of a `DDPOConfig` by the names of all trainers."""
+    """The options of a `DDPOConfig` by the names that the other trainers use."""
 
     train_cfg: bool = True
     """Train with classifier-free guidance, as pictures were sampled."""
 
     @property
     def is_on_policy(self) -> bool:
-        """Whether an epoch is one optimizer step, by the model that sampled."""
+        """Whether an epoch is one optimizer step, with the weights and the guidance that sampled."""
         return self.train_cfg and super().is_on_policy
 
     @classmethod
     def of(cls, config: DDPOConfig) -> DDPOArguments:
-        """Every epoch is a rollout batch of as many minibatches as its training batches, of all inner epochs."""
+        """Convert the configuration. An epoch becomes a rollout batch, with the training batches of all inner epochs."""
         pictures = config.sample_batch_size * config.sample_num_batches_per_epoch
         batches = pictures // config.train_batch_size * config.train_num_inner_epochs
         return cls(
@@ -99,14 +99,14 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         args = DDPOArguments.of(config)
         config.check_batches(args.world_size)
         super().__init__(sd_pipeline.sd_pipeline, _named_as(reward_function), args)
-        set_seed(config.seed, device_specific=True)  # every process has prompts and noise of its own
+        set_seed(config.seed, device_specific=True)  # different prompts and noise on every process
         self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
         self._samples: list[list[Any]] = []
         self.tracker = start_tracker(config, self.accelerator)
 
     @property
     def num_train_timesteps(self) -> int:
-        """Denoising steps of a picture that are trained on."""
+        """Number of denoising steps of each picture that are trained on."""
         return max(1, int(self.config.sample_num_steps * self.config.train_timestep_fraction))
 
     def training_negative(self) -> Text | None:
@@ -115,9 +115,9 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
     # ---- the loops ----
 
     def step(self, epoch: int, global_step: int) -> int:
-        """One epoch of a loop of one's own: sample, reward, train. Returns the number of optimizer steps so far.
+        """Run one epoch (sample, reward, train), for a user's own loop. Returns the number of optimizer steps so far.
 
-        Every save_freq epochs what is trained is saved; checkpoints that can be resumed are written by `train`.
+        Every save_freq epochs it saves the trained weights. Only `train` writes checkpoints that can be resumed.
         """
         if self.optimizer is None:
             self.create_optimizer()
@@ -157,15 +157,15 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         return [each or [self.idle_item(batch)] for each in minibatches]
 
     def kept(self, batch: PictureRollouts) -> Tensor:
-        """A random part of each picture's steps."""
+        """Choose `num_train_timesteps` random steps of each picture."""
         keep = super().kept(batch)
         order = torch.rand(keep.shape, generator=self._subset).argsort(1)
         return keep & (order < self.num_train_timesteps)
 
     def sample_epoch(self) -> PictureRollouts:
-        """The pictures of an epoch, with their rewards.
+        """Sample the pictures of an epoch and reward them.
 
-        They are sampled as many at once as share a forward pass, and rewarded in batches of sample_batch_size.
+        They are sampled in micro-batches that fill a forward pass, and rewarded in batches of sample_batch_size.
         """
         size, count = self.config.sample_batch_size, self.config.sample_num_batches_per_epoch
         asked = [asked_prompt(self.prompt_fn()) for _ in range(size * count)]
@@ -180,7 +180,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         return PictureRollouts(rows, group, trajectories, images.cpu(), rewards[:, None], rewards)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[list[Any]]) -> tuple[Tensor, list[list[Any]]]:
-        """Rewards `[N]` of all batches, and the batches with rewards and their metadata, as `image_samples_hook` gets them."""
+        """Rewards `[N]` of all batches, and the batches with rewards and reward metadata added, for `image_samples_hook`."""
         spread = map if self.executor is None else self.executor.map
         found, rewards, number = [], [], 0
         given = spread(lambda batch: self.reward_fn(*batch), prompt_image_pairs)
@@ -192,7 +192,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         return torch.cat(rewards), found
 
     def log_epoch(self, batch: PictureRollouts) -> None:
-        """The rewards of an epoch into the tracker, and its pictures to the hook."""
+        """Log the rewards of an epoch to the tracker, and pass its pictures to the hook."""
         if self.image_samples_callback is not None:
             self.image_samples_callback(self._samples, self.state.global_step, self.tracker)
         rewards = torch.cat(all_gather_object(batch.rewards, self.accelerator))
@@ -208,7 +208,7 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
         advantages: Tensor,
         embeds: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, ½ E[(log ρ)²] and the share of clipped steps, of one step of each of N pictures.
+        """Loss, ½ E[(log ρ)²] and fraction of clipped ratios, for one denoising step of each of N pictures.
 
         timesteps and log_probs are `[N]`; embeds `[2N,L,H]` with guidance (negative ones first), else `[N,L,H]`.
         """
@@ -228,23 +228,23 @@ class DDPOTrainer(ClassicTrainer, DiffusionDDPOTrainer):
 
 
 def checked_rewards(values: Any, count: int, *, first: int) -> Tensor:
-    """Rewards `[count]` on the host. Raises RewardError for another number of them, or one that is not finite.
+    """Rewards `[count]` on the CPU. Raises RewardError for a wrong number of rewards, or one that is not finite.
 
-    `first` is the number in the epoch of the first picture.
+    `first` is the index in the epoch of the batch's first picture, for the error.
     """
     found = torch.as_tensor(values).detach().float().cpu().flatten()
     if len(found) != count:
         raise RewardError(
-            f"The reward function gave {len(found)} rewards for {count} pictures: it has to give one each."
+            f"The reward function returned {len(found)} rewards for {count} pictures: it has to return one each."
         )
     if not found.isfinite().all():
         i = int((~found.isfinite()).nonzero()[0, 0])
-        raise RewardError(f"The reward function gave {found[i].item()} for picture {first + i + 1} of the epoch.")
+        raise RewardError(f"The reward function returned {found[i].item()} for picture {first + i + 1} of the epoch.")
     return found
 
 
 def _named_as(function: Callable) -> Callable:
-    """A reward function of pictures that bears the name of `function`, for logs; epochs call `function` itself."""
+    """A placeholder reward function with the name of `function`, for logs; `compute_rewards` calls `function` itself."""
 
     def reward(images: Tensor) -> None:
         raise AssertionError("epochs are rewarded by compute_rewards")

@@ -20,7 +20,7 @@ SCRIPT = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
 
 @dataclass
 class ClassicConfig(metaclass=OptionNames):
-    """What `DDPOConfig` and `AlignPropConfig` share."""
+    """Options shared by `DDPOConfig` and `AlignPropConfig`."""
 
     exp_name: str = SCRIPT
     """Name of the experiment."""
@@ -41,8 +41,8 @@ class ClassicConfig(metaclass=OptionNames):
     """Not available: the accelerator is set up by the other options, and by how the script was launched."""
 
     project_kwargs: dict = field(default_factory=dict)
-    """Of these `project_dir` (in place of logdir), `logging_dir` and `total_limit` (in place of num_checkpoint_limit) are
-    followed."""
+    """Options of `accelerate`; only `project_dir` (instead of logdir), `logging_dir` and `total_limit` (instead of
+    num_checkpoint_limit) are read."""
 
     tracker_project_name: str = "trl"
     """Project in the tracker."""
@@ -51,34 +51,34 @@ class ClassicConfig(metaclass=OptionNames):
     """Folder of checkpoints."""
 
     num_epochs: int = 100
-    """Epochs: each samples, and trains on what it sampled."""
+    """Number of epochs; each samples pictures and trains on them."""
 
     save_freq: int = 1
-    """A checkpoint every so many epochs."""
+    """Write a checkpoint every so many epochs."""
 
     num_checkpoint_limit: int = 5
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
 
     mixed_precision: str = "fp16"
     """"fp16", "bf16" or "no". Without an accelerator it is "no"."""
 
     allow_tf32: bool = True
-    """Let NVIDIA's matrix units round to TF32."""
+    """Compute float32 matrix products in TF32, on NVIDIA GPUs."""
 
     resume_from: str = ""
-    """A checkpoint, or a folder of them, of which the newest is taken."""
+    """Checkpoint to resume from, or a folder of checkpoints, of which the newest is taken."""
 
     sample_num_steps: int = 50
-    """Denoising steps."""
+    """Number of denoising steps."""
 
     sample_eta: float = 1.0
-    """η of DDIM: how noisy its steps are."""
+    """η of DDIM, the noise of its steps."""
 
     sample_guidance_scale: float = 5.0
-    """Classifier-free guidance."""
+    """Scale of classifier-free guidance."""
 
     train_use_8bit_adam: bool = False
-    """AdamW with states of 8 bits, of bitsandbytes."""
+    """Use the 8-bit AdamW of bitsandbytes."""
 
     train_learning_rate: float = 3e-4
     """Learning rate, which stays as it is."""
@@ -96,10 +96,10 @@ class ClassicConfig(metaclass=OptionNames):
     """ε of Adam."""
 
     train_gradient_accumulation_steps: int = 1
-    """Training batches of an optimizer step, all of their denoising steps included."""
+    """Training batches per optimizer step, each with all of its denoising steps."""
 
     train_max_grad_norm: float = 1.0
-    """Norm that gradients are clipped to."""
+    """Clip the gradient to this norm."""
 
     def __post_init__(self) -> None:
         if self.accelerator_kwargs:
@@ -157,58 +157,60 @@ class DDPOConfig(ClassicConfig):
     """Options of `DDPOTrainer`."""
 
     sample_batch_size: int = 1
-    """Pictures that are rewarded at once, on each process; they are sampled as many at once as share a forward pass."""
+    """Pictures per call of the reward function, on each process; sampling chooses its batch size itself."""
 
     sample_num_batches_per_epoch: int = 2
-    """Such batches of an epoch."""
+    """Number of batches of sample_batch_size pictures per epoch, on each process."""
 
     train_batch_size: int = 1
-    """Pictures of a training batch, on each process."""
+    """Pictures per training batch, on each process."""
 
     train_num_inner_epochs: int = 1
-    """How often the pictures of an epoch are gone through."""
+    """How often each epoch trains on its pictures."""
 
     train_cfg: bool = True
-    """Train with classifier-free guidance, as pictures were sampled."""
+    """Train with classifier-free guidance, as in sampling."""
 
     train_adv_clip_max: float = 5.0
-    """Bound of advantages."""
+    """Clip advantages to ± this."""
 
     train_clip_range: float = 1e-4
-    """How far the ratio of a step may move from 1 before it is clipped."""
+    """Clip the ratio of a denoising step to 1 ± this."""
 
     train_timestep_fraction: float = 1.0
-    """Share of a picture's denoising steps that are trained on, another random one each time."""
+    """Fraction of each picture's denoising steps to train on, chosen at random in every inner epoch."""
 
     per_prompt_stat_tracking: bool = False
-    """Compare rewards with earlier ones of the same prompt, in place of those of the epoch."""
+    """Normalise rewards by mean and standard deviation of earlier ones of the same prompt, not of the epoch."""
 
     per_prompt_stat_tracking_buffer_size: int = 16
-    """Rewards that are remembered of a prompt."""
+    """Number of rewards to remember for each prompt."""
 
     per_prompt_stat_tracking_min_count: int = 16
-    """Rewards of a prompt from which on they are compared with each other."""
+    """Number of rewards of a prompt from which its own statistics are used."""
 
     async_reward_computation: bool = False
-    """Compute rewards of several batches at a time, in threads."""
+    """Compute the rewards of several batches in parallel, in threads."""
 
     max_workers: int = 2
-    """Such threads."""
+    """Number of threads for async_reward_computation."""
 
     negative_prompts: str = ""
-    """What guidance leads away from."""
+    """Prompt that guidance steers away from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sample_eta > 0:
-            raise ConfigError(f"sample_eta={self.sample_eta}: steps without noise have no likelihood to train on.")
+            raise ConfigError(
+                f"sample_eta={self.sample_eta}: give a number above 0, since steps without noise have no likelihood."
+            )
         if self.sample_batch_size < self.train_batch_size or self.sample_batch_size % self.train_batch_size:
             raise ConfigError(
                 f"sample_batch_size={self.sample_batch_size} has to be a multiple of train_batch_size={self.train_batch_size}."
             )
 
     def check_batches(self, processes: int) -> None:
-        """Raises ConfigError where batches do not add up to the pictures of an epoch."""
+        """Raises ConfigError unless an epoch's pictures are a whole number of optimizer steps."""
         pictures = self.sample_batch_size * self.sample_num_batches_per_epoch
         step = self.train_batch_size * self.train_gradient_accumulation_steps
         if pictures % step:
@@ -224,22 +226,22 @@ class AlignPropConfig(ClassicConfig):
     """Options of `AlignPropTrainer`."""
 
     log_image_freq: int = 1
-    """Hand pictures to `image_samples_hook` every so many epochs."""
+    """Pass pictures to `image_samples_hook` every so many epochs."""
 
     train_batch_size: int = 1
-    """Pictures of an epoch, on each process and for each of train_gradient_accumulation_steps."""
+    """Pictures per micro-batch; an epoch has train_gradient_accumulation_steps of them."""
 
     train_learning_rate: float = 1e-3
     """Learning rate, which stays as it is."""
 
     negative_prompts: str | None = None
-    """What guidance leads away from."""
+    """Prompt that guidance steers away from."""
 
     truncated_backprop_rand: bool = True
-    """Draw how many of the last steps gradients go through; else all after truncated_backprop_timestep."""
+    """Draw the first denoising step that gradients go through at random; else it is truncated_backprop_timestep."""
 
     truncated_backprop_timestep: int = 49
-    """The first step that gradients go through, without truncated_backprop_rand."""
+    """The first denoising step that gradients go through, without truncated_backprop_rand."""
 
     truncated_rand_backprop_minmax: tuple[int, int] = (0, 50)
-    """Between these the first step that gradients go through is drawn."""
+    """Range from which truncated_backprop_rand draws that first step."""

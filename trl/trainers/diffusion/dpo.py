@@ -1,6 +1,6 @@
 """Diffusion-DPO: preferences between two pictures of a prompt (arXiv:2311.12908).
 
-    L = −log σ(−β/2 [(e_w − e_w,ref) − (e_l − e_l,ref)]),     e the error of the denoiser at a noisy version of a picture
+    L = −log σ(−β/2 [(e_w − e_w,ref) − (e_l − e_l,ref)]),     e: squared error of the denoiser on a noised picture
 
 DiffusionDPOTrainer(model="stable-diffusion-v1-5/stable-diffusion-v1-5", train_dataset=pairs).train()
 """
@@ -44,7 +44,7 @@ class DiffusionDPOConfig(DiffusionConfig):
     """β: strength of the regularisation towards the reference; the paper has 2000 for Stable Diffusion 1.5 and 5000 for XL."""
 
     shuffle_dataset: bool = True
-    """Take pairs in a random order, another one each epoch."""
+    """Take pairs in random order, a new one in each epoch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +55,9 @@ class DiffusionDPOConfig(DiffusionConfig):
 class DiffusionDPOTrainer(DiffusionTrainer):
     """Train on rows of `prompt`, `chosen` and `rejected`: a text, and two pictures of which the first is preferred.
 
-    Pictures are those of Pillow, tensors `[3,H,W]` in [0, 1], bytes, or names of files (relative ones start from
-    `image_folder`); others than the model's size are scaled to it. What is no picture is found before training, in a dataset.
-    Arguments: see `DiffusionTrainer`.
+    Pictures are Pillow images, tensors `[3,H,W]` in [0, 1], bytes, or file names (relative to `image_folder`); they are scaled
+    to the model's size. Those of a dataset are checked before training, those of a stream when they are read. Arguments: see
+    `DiffusionTrainer`.
     """
 
     config_class = DiffusionDPOConfig
@@ -97,7 +97,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         return found
 
     def _latents(self, rows: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """Clean latents of the chosen and of the rejected picture of each row."""
+        """The VAE's latents of the chosen and the rejected picture of each row."""
         for row in rows:
             check_prompt(row["prompt"], f"Row {row[NUMBER] + 1}")
         stacked = torch.stack([self._picture(row, side) for side in SIDES for row in rows]).to(self.args.device)
@@ -124,15 +124,15 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         return loss[:, None], metrics
 
     def _errors(self, module: nn.Module, noised: Noised) -> tuple[Tensor, Tensor]:
-        """Errors `[P]` of the chosen pictures, and of the rejected ones."""
+        """The denoiser's squared errors `[P]` on the chosen pictures, and on the rejected ones."""
         output = self.denoiser.forward(module, noised.latents, noised.timesteps, noised.texts)
         return squared_error(output, noised.target).chunk(2)
 
 
 def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | IterableDataset | None:
-    """The rows with their numbers, from which their noise is drawn, and pictures as they are stored.
+    """Add a column of row numbers, which seed the noise, and leave pictures undecoded.
 
-    Raises DataError for a column that is missing.
+    Raises DataError for a missing column.
     """
     if rows is None:
         return None
@@ -144,7 +144,7 @@ def numbered(rows: Dataset | IterableDataset | None, name: str) -> Dataset | Ite
 
 
 def check_columns(rows: Dataset | IterableDataset, name: str) -> None:
-    """Raises DataError for a column of pairs that is missing."""
+    """Raises DataError if a column of preference pairs is missing."""
     columns = rows.column_names or list(next(iter(rows), {}))
     for column in ("prompt", *SIDES):
         if column not in columns:
@@ -155,7 +155,7 @@ def check_columns(rows: Dataset | IterableDataset, name: str) -> None:
 
 
 def check_pictures(rows: Dataset, name: str, root: str | None = None) -> None:
-    """Raises RowError for the first picture that is not there or cannot be opened, by the head of its file."""
+    """Raises RowError for the first picture that is missing or cannot be opened; reads only the headers of files."""
 
     def check(batch: Mapping[str, list[Any]], numbers: list[int]) -> None:
         for side in SIDES:
@@ -170,7 +170,7 @@ def check_pictures(rows: Dataset, name: str, root: str | None = None) -> None:
 
 @contextmanager
 def naming_picture(number: int, side: str, name: str = "") -> Iterator[None]:
-    """Errors about a picture meanwhile are about that of the row."""
+    """Add row and column to the DataErrors about a picture that are raised within."""
     try:
         yield
     except DataError as error:
@@ -178,7 +178,7 @@ def naming_picture(number: int, side: str, name: str = "") -> Iterator[None]:
 
 
 def check_picture(picture: Any, root: str | None) -> None:
-    """Raises DataError for what is no picture, as far as that shows without decoding it."""
+    """Raises DataError for anything that is no picture, as far as that can be told without decoding it."""
     if isinstance(picture, list | Tensor | np.ndarray):
         pixels(picture)
     else:
@@ -186,9 +186,9 @@ def check_picture(picture: Any, root: str | None) -> None:
 
 
 def as_tensor(picture: Any, size: tuple[int, int], root: str | None = None) -> Tensor:
-    """A picture as `[3,H,W]` in [0, 1]; `size` is height and width. Raises DataError for what is no picture of three channels.
+    """Convert a picture to `[3,H,W]` in [0, 1], scaled to `size` (height, width). Relative paths start from `root`.
 
-    `root` is the folder that relative paths start from.
+    Raises DataError for anything that is no picture with three channels.
     """
     if isinstance(picture, list | Tensor | np.ndarray):
         values = pixels(picture)
@@ -201,15 +201,15 @@ def as_tensor(picture: Any, size: tuple[int, int], root: str | None = None) -> T
 
 
 def pixels(picture: Any) -> Tensor:
-    """Numbers as `[3,H,W]`. Raises DataError for those of no picture."""
+    """Convert numbers to a tensor `[3,H,W]`. Raises DataError unless they have that shape and lie in [0, 1]."""
     try:
         values = torch.as_tensor(picture).float()
     except (TypeError, ValueError) as error:
-        raise DataError(f"it is a {type(picture).__name__}, and no picture.") from error
+        raise DataError(f"it is a {type(picture).__name__}, which is no picture.") from error
     if values.dim() != 3 or values.shape[0] != 3 or not values.numel() or not 0 <= values.min() <= values.max() <= 1:
         found = f" and values from {values.min():.3g} to {values.max():.3g}" if values.numel() else ""
         raise DataError(
-            f"it has the shape {tuple(values.shape)}{found}: give a picture of Pillow, a tensor [3,H,W] in [0, 1], bytes, or "
-            "the name of a file."
+            f"it has the shape {tuple(values.shape)}{found}: give a Pillow image, a tensor [3,H,W] in [0, 1], bytes, or a "
+            "file name."
         )
     return values

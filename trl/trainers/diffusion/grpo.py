@@ -42,11 +42,11 @@ class StepPolicyConfig(DiffusionRolloutConfig):
     """Options of the trainers whose items are denoising steps, each with a likelihood."""
 
     noise_level: float = 0.7
-    """How noisy the steps are that are trained on: a of Flow-GRPO's stochastic equation, η of DDIM (where 1 is common)."""
+    """Noise of the denoising steps in training: a of Flow-GRPO's stochastic equation, η of DDIM (where 1 is common)."""
 
     timestep_fraction: float = 1.0
-    """Train on this share of the steps, from pure noise on; Flow-GRPO has 0.99. The last steps of DDIM have hardly any noise:
-    they change pictures least, and their gradient is the largest, the more so the fewer steps there are."""
+    """Train on this fraction of the denoising steps, starting from pure noise; Flow-GRPO has 0.99. The last steps of DDIM
+    have hardly any noise: they change pictures least but have the largest gradients."""
 
     def make_algorithm(self) -> Algorithm:
         """The algorithm that these options describe."""
@@ -58,14 +58,14 @@ class DiffusionGRPOConfig(StepPolicyConfig):
     """Options of `DiffusionGRPOTrainer`."""
 
     beta: float = 0.0
-    """Coefficient of the KL to the reference in the loss; Flow-GRPO has 0.01 to 0.04. 0: no reference is kept."""
+    """Coefficient of the KL penalty in the loss; Flow-GRPO has 0.01 to 0.04. 0: no reference model is kept."""
 
     epsilon: float = 1e-4
-    """How far the ratio of a step may fall below 1 before it is clipped."""
+    """The ratio of a denoising step is clipped below at 1 − epsilon."""
 
     epsilon_high: float | None = None
-    """How far it may rise above 1; with loss_type="cispo" the largest weight itself. None: as `epsilon`, and 5 with
-    "cispo"."""
+    """The ratio is clipped above at 1 + epsilon_high; with loss_type="cispo" it is the largest weight itself. None: as
+    `epsilon`, or 5 with "cispo"."""
 
     loss_type: Literal["clip", "cispo", "sapo"] = "clip"
     """How ratios are bounded: see `trl.algorithms.surrogates`."""
@@ -78,12 +78,12 @@ class DiffusionGRPOConfig(StepPolicyConfig):
     """Groups whose rewards are all equal: "keep" them, or "drop" them (not trained on)."""
 
     sde_window_size: int = 0
-    """Noise, and training, in so many consecutive steps alone; the others are deterministic (MixGRPO, arXiv:2507.21802).
-    0: in all steps."""
+    """Add noise and train only in a window of so many consecutive denoising steps; the others are deterministic (MixGRPO,
+    arXiv:2507.21802). 0: in all steps."""
 
     sde_window_range: list[int] | None = None
-    """The first step that the window may begin at, and the one it has to end before; its place is drawn for each rollout
-    batch. None: anywhere."""
+    """First step of the range that the window lies in, and the step that the range ends before; the window's place is drawn
+    for each rollout batch. None: all steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +126,7 @@ class DiffusionGRPOConfig(StepPolicyConfig):
 
 
 def trained_steps(steps: int, share: float) -> int:
-    """How many of the steps of denoising are trained on, at least one."""
+    """Number of denoising steps that are trained on, at least one."""
     return max(1, int(steps * share))
 
 
@@ -137,7 +137,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
 
     def prepare(self) -> None:
         self.algorithm = self.args.make_algorithm()
-        # All steps have their noise here: whichever of them are trained on, these are their densities.
+        # This schedule has noise in all steps, so that it gives the likelihood of any step that is trained on.
         self.schedule = self.denoiser.schedule(self.args.num_inference_steps, eta=self.args.noise_level)
         if self.algorithm.needs_reference:
             self.keep_reference_model()
@@ -149,7 +149,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
         return self.algorithm.advantages(experience)
 
     def kept(self, batch: PictureRollouts) -> Tensor:
-        """`[N,C]` bool: which steps are learned from; of the share that is asked for, at least one."""
+        """Which denoising steps are trained on, bool `[N,C]`: the first ones, by timestep_fraction, of rewarded pictures."""
         steps = batch.trajectories.mask.shape[1]
         first = torch.arange(steps) < trained_steps(steps, self.args.timestep_fraction)
         return first & batch.trajectories.mask.bool() & ~batch.rewards.isnan()[:, None]
@@ -167,7 +167,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
         return replace(transitions_of(trajectories, batch.prompts[:1], one, signals)[0][0], is_learned=False)
 
     def training_negative(self) -> Text | None:
-        """What guidance leads away from in training; None where there is none."""
+        """Embedding of the negative prompt for guidance in training; None without guidance."""
         return self.embeddings.negative()
 
     def collate(self, items: Sequence[Transition]) -> TransitionBatch:
@@ -188,7 +188,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
         return loss, {**metrics, "sampling/logp_difference": drift}
 
     def divergence(self, draws: Draws, batch: TransitionBatch) -> Tensor:
-        """Exact KL `[M,1]` to the reference, with gradient to the policy."""
+        """The exact KL divergence `[M,1]` from the reference, with gradient to the policy."""
         with torch.no_grad(), self.reference() as module:
             mean, _ = step_of(
                 self.denoiser, module, batch.latents, batch.step, batch.texts, self.schedule, self.training_negative()
@@ -197,7 +197,7 @@ class StepPolicyTrainer(DiffusionRolloutTrainer):
 
 
 class DiffusionGRPOTrainer(StepPolicyTrainer):
-    """Sample groups of pictures, and make the steps likelier that led to those rewarded above their group's mean.
+    """Sample groups of pictures, and raise the probability of the denoising steps of those rewarded above their group's mean.
 
     Arguments: see `DiffusionRolloutTrainer`.
     """
@@ -205,7 +205,7 @@ class DiffusionGRPOTrainer(StepPolicyTrainer):
     config_class = DiffusionGRPOConfig
 
     def training_schedule(self) -> Schedule:
-        """The steps of the next rollout batch: its window of noise is drawn."""
+        """The schedule of the next rollout batch; with sde_window_size, it has noise only in a window that is drawn."""
         steps, args = self.args.num_inference_steps, self.args
         if not args.sde_window_size:
             return self.schedule

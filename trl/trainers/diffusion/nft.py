@@ -2,8 +2,8 @@
 
     pictures of the old policy ──rewards──▶ r ∈ [0, 1] ──noise──▶ r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖²
 
-No likelihoods, no noise in sampling, no guidance: any solver makes the pictures, and only the clean ones are kept. See
-`trl.algorithms.diffusion_nft`.
+It needs no likelihoods, so pictures may come from any solver, without noise or guidance, and only the final ones are kept.
+See `trl.algorithms.diffusion_nft`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class DiffusionNFTConfig(DiffusionRolloutConfig):
     """Options of `DiffusionNFTTrainer`."""
 
     guidance_scale: float = 1.0
-    """Classifier-free guidance of pictures that are sampled (arXiv:2207.12598); the method needs none. 1: none."""
+    """Scale of classifier-free guidance in sampling (arXiv:2207.12598); the method needs none. 1: no guidance."""
 
     nft_beta: float = 1.0
-    """β: how far the models of good and of bad pictures are from the old policy, in (0, 1]."""
+    """β, in (0, 1]: distance of the implicit positive and negative models from the old policy."""
 
     beta: float = 1e-4
-    """Weight of the squared distance of the output to the reference's. 0: no reference is kept."""
+    """Weight of the squared distance between the outputs of model and reference. 0: no reference model is kept."""
 
     noise_levels: int = 4
-    """Noisy versions of each picture that a step trains on."""
+    """Number of noised versions of each picture to train on."""
 
     old_decay_rate: float = 0.001
-    """The policy that samples follows the trained one with decay min(rate · rollout batch, old_decay_max): at first it is
-    the trained one."""
+    """The sampling policy is a moving average of the trained one, with decay min(old_decay_rate · number of the rollout
+    batch, old_decay_max)."""
 
     old_decay_max: float = 0.5
-    """Largest decay."""
+    """Largest decay of that moving average."""
 
     scale_rewards: Scale | str | bool = "group"
     """Divide advantages by the standard deviation of the "group" or of the "batch", or by nothing ("none")."""
@@ -59,7 +59,7 @@ class DiffusionNFTConfig(DiffusionRolloutConfig):
 
 
 class DiffusionNFTTrainer(DiffusionRolloutTrainer):
-    """Train towards what made good pictures, and away from what made bad ones.
+    """Train the model towards pictures with high rewards, and away from those with low rewards.
 
     Arguments: see `DiffusionRolloutTrainer`.
     """
@@ -110,7 +110,7 @@ class DiffusionNFTTrainer(DiffusionRolloutTrainer):
         return NoisedPicture(clean, batch.prompts[0], 0.5, 0, {"optimality": 0.5}, is_learned=False)
 
     def _generator(self, number: int) -> torch.Generator:
-        """Of what is drawn for picture `number` of this process and rollout batch."""
+        """The random generator for picture `number` of this process and rollout batch."""
         place = (self.rollouts * self.args.world_size + self.args.process_index) * 2**20 + number
         return torch.Generator().manual_seed(seed_of(self.args.seed, IN_ORDER, place))
 

@@ -1,4 +1,4 @@
-"""The pipeline of classic DDPO: Stable Diffusion whose sampling has log-probabilities, and may be differentiated."""
+"""The pipeline of classic DDPO: Stable Diffusion whose sampler returns log-probabilities, or is differentiable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trl.ops.gaussian import gaussian_logprob
 
 @dataclass
 class DDPOPipelineOutput:
-    """Pictures `[N,3,H,W]` in [0, 1], the latents of all steps, and the log-probability `[N]` of each of them."""
+    """Pictures `[N,3,H,W]` in [0, 1], the latents of all denoising steps, and the log-probability `[N]` of each step."""
 
     images: Tensor
     latents: list[Tensor]
@@ -53,8 +53,8 @@ class DefaultDDPOStableDiffusionPipeline:
     """Stable Diffusion by DDIM, with an adapter of rank 4 in the UNet's attention.
 
     pretrained_model_name       name or folder of a pipeline, or a `StableDiffusionPipeline`
-    pretrained_model_revision   of a name on a hub
-    use_lora                    train an adapter; False: the whole UNet
+    pretrained_model_revision   revision of a name on the hub
+    use_lora                    train an adapter; False: train the whole UNet
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DefaultDDPOStableDiffusionPipeline:
         self.denoiser = denoiser_for(self.sd_pipeline)
         if not isinstance(self.denoiser, StableDiffusion):
             raise ConfigError(
-                f"A {type(self.sd_pipeline).__name__} is no Stable Diffusion with a UNet: train it by DiffusionGRPOTrainer."
+                f"A {type(self.sd_pipeline).__name__} is no Stable Diffusion with a UNet: use DiffusionGRPOTrainer instead."
             )
         prepare_pipeline(self.sd_pipeline, "unet")
         if use_lora and named and (Path(pretrained_model_name) / LORA_FILE).is_file():
@@ -104,7 +104,7 @@ class DefaultDDPOStableDiffusionPipeline:
         self.sd_pipeline.set_progress_bar_config(**options)
 
     def get_trainable_layers(self) -> nn.Module:
-        """The UNet, with an adapter where there is to be one and is none yet."""
+        """The UNet; adds the adapter first if `use_lora` is set and there is none yet."""
         lora = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian")
         add_adapter(self.unet, lora if self.use_lora and not module_has_adapter(self.unet) else None, "unet")
         return self.unet
@@ -113,10 +113,10 @@ class DefaultDDPOStableDiffusionPipeline:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
-        """Pictures with the log-probabilities of their steps; arguments as of `StableDiffusionPipeline`.
+        """Sample pictures with the log-probabilities of their steps; takes arguments of `StableDiffusionPipeline`.
 
-        Followed are prompt or prompt_embeds, negative_prompt or negative_prompt_embeds, height, width, num_inference_steps,
-        guidance_scale, num_images_per_prompt, eta, generator and latents.
+        Supported are prompt or prompt_embeds, negative_prompt or negative_prompt_embeds, height, width,
+        num_inference_steps, guidance_scale, num_images_per_prompt, eta, generator and latents.
         """
         call = _Call(self, *args, **kwargs)
         schedule = ddim_schedule(self.scheduler, call.num_inference_steps, eta=call.eta)
@@ -143,7 +143,7 @@ class DefaultDDPOStableDiffusionPipeline:
         prev_sample: Tensor | None = None,
         **_: Any,
     ) -> DDPOSchedulerOutput:
-        """A step of DDIM from `sample [N,…]`, drawn, or to `prev_sample` where that is given, and its log-probability."""
+        """Draw a DDIM step from `sample [N,…]`, or take the step to `prev_sample` if given; return it and its log-probability."""
         schedule = ddim_schedule(self.scheduler, self.scheduler.num_inference_steps, eta=eta)
         timesteps = torch.as_tensor(timestep).flatten()
         timesteps = timesteps.expand(len(sample)) if len(timesteps) == 1 else timesteps
@@ -163,7 +163,7 @@ class DefaultDDPOStableDiffusionPipeline:
         truncated_rand_backprop_minmax: tuple[int, int] = (0, 50),
         **kwargs: Any,
     ) -> DDPOPipelineOutput:
-        """Pictures that gradients go through to the UNet, from the step that truncation leaves on; no log-probabilities."""
+        """Sample pictures with gradients to the UNet through the steps that truncation leaves; without log-probabilities."""
         call = _Call(self, *args, **kwargs)
         schedule = ddim_schedule(self.scheduler, call.num_inference_steps, eta=call.eta)
         first = 0
@@ -187,28 +187,28 @@ class DefaultDDPOStableDiffusionPipeline:
     # ---- files ----
 
     def save_pretrained(self, output_dir: str | Path) -> None:
-        """The whole pipeline, and the adapter where there is one: this class loads both."""
+        """Save the whole pipeline, and its adapter if it has one; this class loads both."""
         save_whole(self.sd_pipeline, "unet", Path(output_dir))
 
     def save_checkpoint(self, models: Any, weights: list, output_dir: str | Path) -> None:
-        """What is trained, into a checkpoint's folder; `weights` is emptied, as hooks of `accelerate` are to do."""
+        """Save the trained weights to a checkpoint's folder, and empty `weights`, as `accelerate` requires of save hooks."""
         save_trained(self.sd_pipeline, "unet", Path(output_dir))
         if weights:
             weights.pop()
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
-        """What `save_checkpoint` wrote."""
+        """Load what `save_checkpoint` wrote."""
         load_trained(self.unet, "unet", Path(input_dir))
         if models:
             models.pop()
 
 
 FOLLOWED_ELSEWHERE = ("output_type", "return_dict", "callback_steps")
-"""Arguments of other releases that change nothing of what is returned here: pictures are tensors."""
+"""Accepted arguments of other releases without effect: pictures are always tensors."""
 
 
 class _Call:
-    """Arguments of a call, as samplers take them."""
+    """The arguments of a call, converted for the samplers."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class _Call:
         **others: Any,
     ) -> None:
         if wrong := [name for name, value in others.items() if name not in FOLLOWED_ELSEWHERE and value is not None]:
-            raise ConfigError(f"{wrong[0]} is not followed by this pipeline: leave it out.")
+            raise ConfigError(f"{wrong[0]} is not supported by this pipeline: leave it out.")
         options = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
         self.denoiser = denoiser_for(pipeline.sd_pipeline, height=height, width=width, **options)
         self.num_inference_steps, self.eta = num_inference_steps, eta

@@ -1,9 +1,9 @@
-"""Learning from pictures that the model samples: sample, decode, reward, compare, learn.
+"""Base of the diffusion trainers that train on sampled pictures: sample, decode, reward, compute advantages, train.
 
     prompt ──sampler──▶ K pictures ──reward functions──▶ rewards ──advantages──▶ items ──▶ optimizer steps
 
-A rollout batch is sampled when its first minibatch is asked for. Every picture has a seed of its own, which depends on its
-place in the run alone: not on the pictures beside it, nor on the number of processes.
+A rollout batch is sampled when training reaches its first minibatch. The seed of a picture depends only on its position in
+the run, not on the batch size nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trl.types import Experience
 
 
 class DiffusionRolloutTrainer(DiffusionTrainer):
-    """Base of the trainers that learn from their own pictures.
+    """Base of the trainers that train on pictures which the model samples.
 
     reward_funcs    one or several functions `(prompts, images, **columns) -> rewards`, async or not
 
@@ -57,12 +57,12 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         self.prepare()
 
     def prepare(self) -> None:
-        """What a subclass makes before training."""
+        """Hook for subclasses: create algorithm, schedule and reference; called at the end of construction."""
 
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands in its prompts and rollout batch."""
+        """The position in the prompts and the rollout batch, for checkpoints."""
         return {"cursor": self.prompts.cursor, "rollouts": self.rollouts, "buffer": self.buffer.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     # ---- a rollout batch ----
 
     def roll_out(self) -> list[list[Any]]:
-        """The minibatches of a new rollout batch: sampled, rewarded, with advantages."""
+        """Sample pictures, reward them and compute advantages; return the minibatches of this rollout batch."""
         args = self.args
         count, first = args.prompts_per_rollout_batch, self.prompts.cursor
         places = [first + turn * args.world_size + args.process_index for turn in range(count)]
@@ -99,27 +99,27 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
             seed=args.seed + self.rollouts,
         )
         self.rollouts += 1
-        # Every process takes every step: one whose pictures say nothing would be waited for by the others.
+        # All processes have to take every step, also one whose minibatch has nothing to train on.
         return [each or [self.idle_item(batch)] for each in items]
 
     def training_schedule(self) -> Schedule:
-        """The steps that pictures of training are sampled in."""
+        """The schedule with which pictures for training are sampled."""
         raise NotImplementedError
 
     def advantages(self, experience: Experience) -> Experience:
-        """The experience with signals that say how good each picture was."""
+        """The experience with the signal `advantages`, and others that the loss needs."""
         raise NotImplementedError
 
     def items_of_pictures(self, batch: PictureRollouts, experience: Experience) -> list[list[Any]]:
-        """What is learned from, for each picture."""
+        """The items to train on, for each picture."""
         raise NotImplementedError
 
     def idle_item(self, batch: PictureRollouts) -> Any:
-        """An item that is not learned from, for a minibatch in which nothing is."""
+        """An item with no effect on the weights, for a minibatch without items to train on."""
         raise NotImplementedError
 
     def experience(self, batch: PictureRollouts) -> Experience:
-        """The rollout batch of this process, as algorithms see it."""
+        """The rollout batch of this process as the `Experience` that algorithms take."""
         trajectories = batch.trajectories
         return Experience(
             batch.rewards, batch.group, trajectories.mask, signals={"old_logprobs": trajectories.logprobs}
@@ -128,13 +128,13 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     # ---- sampling ----
 
     def sampling_policy(self) -> AbstractContextManager[None]:
-        """The model with the weights that sample pictures of training, meanwhile."""
+        """Context in which the model has the weights that sample pictures for training; by default the current ones."""
         return nullcontext()
 
     def sample_pictures(
         self, rows: Sequence[Row], each: int, seeds: Sequence[int], schedule: Schedule
     ) -> PictureRollouts:
-        """`each` pictures of every row, with their rewards."""
+        """Sample `each` pictures of every row, and reward them."""
         repeated = [row for row in rows for _ in range(each)]
         prompts = [check_prompt(row["prompt"], "A row") for row in repeated]
         group = torch.arange(len(rows)).repeat_interleave(each)
@@ -144,12 +144,12 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
         return PictureRollouts(repeated, group, trajectories, images.cpu(), values, self.combined(values, group))
 
     def combined(self, values: Tensor, group: Tensor) -> Tensor:
-        """One reward `[N]` of those of all functions `[N,F]`."""
+        """Combine the rewards of all functions `[N,F]` into one per picture, `[N]`."""
         weights = torch.tensor([reward.weight for reward in self.rewards])
         return combine_rewards(values, weights, group, aggregation=self.args.multi_objective_aggregation)
 
     def reward(self, rows: Sequence[Row], images: Tensor) -> Tensor:
-        """Rewards `[N,F]` of every function. Raises RewardError, with function and picture, for what is no finite number."""
+        """Rewards `[N,F]` of every function. Raises RewardError, with function and picture, for a reward that is not finite."""
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         samples = PictureSamples.of(
             [row["prompt"] for row in rows], images, self.rewards, columns, {"trainer_state": self.state}
@@ -172,9 +172,9 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
     # ---- evaluation and pictures ----
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Sample pictures of a batch of prompts, and count their rewards."""
+        """Sample pictures of a batch of prompts, and add their rewards to the evaluation's metrics."""
         each, (rows, _) = self.args.num_generations_eval, self.evaluated(inputs)
-        if not rows:  # others have some: whole models sample, each by itself
+        if not rows:  # sampling needs no other process, so this one may skip it
             return None, None, None
         with self.averaged():
             batch = self.sample_pictures(rows, each, self.fixed_seeds(rows, each), self.evaluation_schedule())

@@ -1,4 +1,4 @@
-"""Options of PPO: see `trl.algorithms.ppo` for the formulas they stand in."""
+"""Options of PPO: see `trl.algorithms.ppo` for the formulas."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ class PPOConfig(PPOOptions, OnlineConfig):
     """Seed of every random choice."""
 
     log_with: str | None = None
-    """Tracker of `accelerate` that `log_stats` writes to: "wandb", "tensorboard", …, or a tracker object."""
+    """Tracker of `accelerate` that `log_stats` logs to: "wandb", "tensorboard", …, or a tracker object."""
 
     task_name: str | None = None
     """Name of the task, for the tracker."""
 
     model_name: str = "gpt2"
-    """Name of the model, for scripts that load it from here, and for the tracker."""
+    """Name of the model, for scripts that read it from the configuration, and for the tracker."""
 
     query_dataset: str = "imdb"
-    """Name of the dataset of queries, for scripts that load it from here, and for the tracker."""
+    """Name of the dataset of queries, for scripts that read it from the configuration, and for the tracker."""
 
     reward_model: str = "sentiment-analysis:lvwerra/distilbert-imdb"
-    """Task and name of the reward model, for scripts that load it from here, and for the tracker."""
+    """Task and name of the reward model, for scripts that read it from the configuration, and for the tracker."""
 
     remove_unused_columns: bool = True
-    """Accepted for older scripts: the loader of `dataset` keeps all columns, and the collator takes what it needs."""
+    """Accepted for older scripts, without effect: `dataloader` passes all columns to the collator."""
 
     tracker_kwargs: dict[str, Any] | str = field(default_factory=dict)
     """Keyword arguments of the tracker, by its name: {"wandb": {"entity": "team"}}."""
 
     accelerator_kwargs: dict[str, Any] | str = field(default_factory=dict)
-    """Older way to set {"mixed_precision": "bf16"} and {"cpu": true}; bf16, fp16 and use_cpu are today's."""
+    """Older way to set {"mixed_precision": "bf16"} and {"cpu": true}; new code sets bf16, fp16 and use_cpu."""
 
     project_kwargs: dict[str, Any] | str = field(default_factory=dict)
     """Folder of the tracker's files: {"logging_dir": "logs"}."""
@@ -65,13 +65,13 @@ class PPOConfig(PPOOptions, OnlineConfig):
     """Name of the project in the tracker."""
 
     push_to_hub_if_best_kwargs: dict[str, Any] | str = field(default_factory=dict)
-    """Arguments of `push_to_hub`; with them, the model is uploaded whenever the mean score is the best so far."""
+    """Arguments of `push_to_hub`; if given, `step` uploads the model whenever its mean score is the best so far."""
 
     compare_steps: int = 1
-    """Steps between two such comparisons."""
+    """Steps between two comparisons with the best mean score, for push_to_hub_if_best_kwargs."""
 
     steps: int = 20_000
-    """Samples that a script means to train on in all; read by scripts."""
+    """Total number of samples to train on; for scripts, which read it from the configuration."""
 
     learning_rate: float = 1.41e-5
 
@@ -88,56 +88,57 @@ class PPOConfig(PPOOptions, OnlineConfig):
     """Another name of `mini_batch_size`."""
 
     steps_per_generation: int | None = None
-    """Mini-batches of a batch: sets `batch_size`."""
+    """Mini-batches per batch: sets `batch_size` to mini_batch_size × this."""
 
     num_iterations: int | None = None
     """Another name of `ppo_epochs`."""
 
     num_generations: int = 1
-    """Responses that `train` samples to each prompt."""
+    """Responses that `train` samples for each prompt."""
 
     max_completion_length: int | None = 53
-    """Tokens that `train` samples at most per response. None: as many as the model's context leaves."""
+    """Most tokens of a response that `train` samples. None: as many as fit into the model's context after the prompt."""
 
     gradient_accumulation_steps: int = 1
-    """Mini-batches of one optimizer step."""
+    """Mini-batches per optimizer step."""
 
     ppo_epochs: int = 4
-    """Times that a batch is learned from."""
+    """Number of epochs over each batch."""
 
     max_grad_norm: float | None = None
-    """Longest gradient; longer ones are scaled down to it. None: no limit."""
+    """Clip the gradient to this norm. None: no clipping."""
 
     optimize_device_cache: bool = False
-    """Give cached memory of the device back after every step: slower, and smaller between steps."""
+    """Free PyTorch's cached GPU memory after every `step`: slower, but other processes can use the memory between steps."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in backward instead of keeping them."""
+    """Recompute activations in backward instead of storing them."""
 
     adap_kl_ctrl: bool = True
     """Adapt the coefficient of the KL penalty, so that the KL stays near `target`."""
 
     init_kl_coef: float = 0.2
-    """Coefficient of the KL penalty; its first value if it is adapted."""
+    """Coefficient of the KL penalty; the initial one with adap_kl_ctrl=True."""
 
     target: float = 6
-    """KL of a response, in nats, that the adapted coefficient aims at."""
+    """Target of the mean KL per response, in nats, for adap_kl_ctrl."""
 
     horizon: float = 10_000
-    """Responses over which the coefficient adapts: after n of them it has changed by at most 20 % · n / horizon."""
+    """How slowly adap_kl_ctrl adapts: n responses change the coefficient by at most 20 % · n / horizon."""
 
     num_value_layers: int = 0
-    """Upper layers of which the value has a copy of its own, on the policy's lower ones. 0: a linear head alone."""
+    """Number of upper layers that the value function copies and trains itself, on top of the policy's lower layers. 0: only a
+    linear value head."""
 
     early_stopping: bool = False
-    """End the epochs over a batch once, after one of them, the policy has moved by more than 1.5 `target_kl`. In `train` the
-    next rollout batch is then sampled; the number of optimizer steps stays as planned."""
+    """Skip the remaining epochs over a batch once the policy has moved by more than 1.5 `target_kl`. `train` then samples
+    the next rollout batch; the number of optimizer steps does not change."""
 
     target_kl: float = 1
-    """KL per token, in nats, of the policy from the one that sampled, in the last optimizer step: for `early_stopping`."""
+    """KL per token, in nats, between the old policy and the current one in the last optimizer step, for `early_stopping`."""
 
     disable_dropout: bool = True
-    """Set every dropout probability of the model to zero, so that ratios come from training alone."""
+    """Set every dropout probability of the model to zero, so that ratios differ from 1 only by training."""
 
     trust_remote_code: InitVar[bool] = False
     """Allow code that comes with a model or tokenizer to run."""
@@ -156,7 +157,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
         self._size_batches()
         super().__post_init__()
         if self.use_score_norm and not self.use_score_scaling:
-            raise ConfigError("use_score_norm=True centres scores that are scaled: set use_score_scaling=True as well.")
+            raise ConfigError("use_score_norm=True works only with scaled scores: set use_score_scaling=True as well.")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ConfigError('push_to_hub_if_best_kwargs needs a "repo_id" to upload to.')
 
@@ -172,7 +173,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
         self.bf16 = self.bf16 if precision is None else precision == "bf16"
 
     def _size_batches(self) -> None:
-        """Settle batch, mini-batch and epochs, whichever of their names were given."""
+        """Set the batch size, mini-batch size and number of epochs under all of their names."""
         check_bounds(self)
         self.mini_batch_size = self.forward_batch_size or self.per_device_train_batch_size or self.mini_batch_size
         self.ppo_epochs = self.num_iterations or self.ppo_epochs

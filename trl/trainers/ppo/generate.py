@@ -1,4 +1,4 @@
-"""Responses to queries with the options of `model.generate`, sampled by the rollout engine."""
+"""Samples responses to queries with the rollout engine, from the options of `model.generate`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trl.rollouts.engine import Prompt, RolloutEngine
 from trl.rollouts.sampling import SamplingParams
 
 DEFAULT_LENGTH = 20
-"""New tokens where nothing says how many, as in `transformers`."""
+"""Default number of new tokens, as in `transformers`."""
 
 LONGEST = 2**31
-"""New tokens where the length of each response is drawn."""
+"""Number of new tokens for all, if `length_sampler` limits each response instead."""
 
 
 def prompts_of(
@@ -25,7 +25,7 @@ def prompts_of(
     length_sampler: Callable[[], int] | None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Prompt]:
-    """The queries as prompts, each with its own number of new tokens if lengths are drawn, and with its `inputs`."""
+    """The queries as prompts with their `inputs`; `length_sampler` draws the number of new tokens of each."""
     for i, query in enumerate(queries):
         if not isinstance(query, Tensor) or query.dim() != 1:
             found = tuple(query.shape) if isinstance(query, Tensor) else type(query).__name__
@@ -41,10 +41,10 @@ def prompts_of(
 def sampling_params(
     defaults: GenerationConfig, options: dict[str, Any], *, sampled_length: bool = False
 ) -> SamplingParams:
-    """What `model.generate(**options)` would do, for a model with these `defaults`.
+    """The sampling parameters of `model.generate(**options)`, for a model with these `defaults`.
 
-    A `generation_config` among the options comes before the defaults, and after the others. Raises ConfigError for
-    options that no `GenerationConfig` has.
+    A `generation_config` among the options overrides the defaults, and is overridden by the other options. Raises
+    ConfigError for options that `GenerationConfig` does not have.
     """
     config = copy.deepcopy(defaults)
     if (given := options.pop("generation_config", None)) is not None:
@@ -76,9 +76,9 @@ def sample(
     step: int,
     end: int | None,
 ) -> list[list[int]]:
-    """Token ids of one response each, of `model` as it is at `step`, at most `batch_size` at a time.
+    """Token ids of one response to each prompt, sampled from `model` at `step`, at most `batch_size` at a time.
 
-    Each is cut after its first `end`, where that is not None.
+    Responses are cut after their first token `end`, unless it is None.
     """
     size = batch_size or max(1, len(prompts))
     engine.sync(model, step)

@@ -1,4 +1,4 @@
-"""What PPOTrainer is given: its arguments checked, and a value model of its own."""
+"""Checks the arguments of PPOTrainer, and builds its separate value model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
-    """A value head on the network of its own that was given."""
+    """The given model, or the one loaded by the given name, as a separate value network with a value head."""
     if isinstance(given, WithValueHead):
         return ValueModel(ValueModel.of(given.pretrained_model).model, given.head_options, given.v_head.summary)
     if isinstance(given, str):
@@ -33,9 +33,9 @@ def value_network(given: str | nn.Module, args: PPOConfig) -> ValueModel:
 
 
 def layout_with_value_model(model: WithValueHead, layout: str, args: PPOConfig) -> str:
-    """The policy's `layout`, or "padded" with a warning where the value's network cannot be run in it.
+    """The policy's `layout`, or "padded" with a warning if the value network does not support it.
 
-    Raises ConfigError where the layout was asked for.
+    Raises ConfigError if the options name the unsupported layout.
     """
     network, own = model.v_head.model, unwrap(model).config._attn_implementation
     if own == VARLEN and has_varlen(network):
@@ -67,7 +67,9 @@ def check_arguments(
     others = {"model": model, "ref_model": ref_model, "reward_funcs": reward_funcs, "reward_model": reward_model}
     for name, other in others.items():
         if value_model is other and isinstance(other, nn.Module):
-            raise ConfigError(f"value_model and {name} are the same object, but the value is trained: give it a copy.")
+            raise ConfigError(
+                f"value_model and {name} are the same object, but value_model is trained: give it a copy."
+            )
     for name, other, both in (
         ("config", "args", (config, args)),
         ("reward_funcs", "reward_model", (reward_funcs, reward_model)),

@@ -1,4 +1,4 @@
-"""What a step of PPO reports, under the names that its users know."""
+"""The statistics that a step of PPO returns, by the names of the classic interface."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trl.types import Example, Experience
 
 
 class Stopwatch:
-    """Seconds between calls, by name."""
+    """Measures the seconds between calls of `lap`, by name."""
 
     def __init__(self) -> None:
         self.started = self.last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Count the time since the last call as that of `name`."""
+        """Record the time since the last call under `name`."""
         now = time.perf_counter()
         self.seconds[f"time/ppo/{name}"] = now - self.last
         self.last = now
@@ -52,12 +52,12 @@ def step_statistics(
     trained: Mapping[str, float],
     gather: Callable[[Tensor], Tensor],
 ) -> dict[str, Any]:
-    """What a step reports of its triplets, the experience made of them, and the optimizer steps.
+    """The statistics of a step: of its triplets, of their experience, and of the optimizer steps.
 
-    coefficient   of the KL penalty, as the rewards were made with it
-    ratios        of the tokens of each minibatch
+    coefficient   the KL penalty's coefficient that the rewards were computed with
+    ratios        probability ratios of the tokens of each minibatch
     trained       metrics of the optimizer steps, averaged
-    gather        stacks a tensor `[1,…]` of every process
+    gather        stacks the tensors `[1,…]` of all processes
     """
     means = mean_over_processes(rollout_means(experience, coefficient), gather)
     return {
@@ -70,7 +70,7 @@ def step_statistics(
 
 
 def rollout_means(experience: Experience, coefficient: float) -> dict[str, Tensor]:
-    """Means over the batch, of quantities known before anything is learned from it."""
+    """Means over the batch of quantities that are known before training on it."""
     mask, signals = experience.mask, experience.signals
     scores = signals["scores"]
     non_score = -coefficient * signals["kl"]
@@ -127,7 +127,7 @@ def token_counts(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def distributions(experience: Experience, ratios: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """Arrays of this process: `[N]` of responses, `[N,C]` of tokens, flat where only scored tokens are meant."""
+    """Arrays of this process: `[N]` per response, `[N,C]` per token, or flat with scored tokens only."""
     signals, scored = experience.signals, experience.mask.bool()
     return {
         "objective/kl_dist": _array((signals["kl"] * experience.mask).sum(1)),
@@ -139,14 +139,14 @@ def distributions(experience: Experience, ratios: Sequence[Tensor]) -> dict[str,
 
 
 def training_means(found: Mapping[str, float], returns_var: float) -> dict[str, float]:
-    """The meter's means under their reported names, and how much of the returns' variance the values explain."""
+    """The meter's means by their reported names, and the explained variance of the returns, 1 − E[(R − V)²] / Var R."""
     means = {f"ppo/{name}": found.get(name, float("nan")) for name in TRAINED}
     explained = 1 - means["ppo/val/error"] / returns_var if returns_var > 0 else float("nan")
     return {**means, "ppo/val/var_explained": explained}
 
 
 def mean_over_processes(values: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Scalars averaged over the processes. `gather` stacks a tensor `[1,…]` of every process."""
+    """Scalars averaged over the processes. `gather` stacks the tensors `[1,…]` of all processes."""
     row = torch.stack([value.float() for value in values.values()])[None]
     return dict(zip(values, gather(row).mean(0).tolist(), strict=True))
 

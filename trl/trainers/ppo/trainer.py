@@ -1,14 +1,14 @@
 """Proximal policy optimisation: from (query, response, score) triplets, or as a whole loop over prompts.
 
-    rollout        the model continues a query
+    rollout        the model samples a response to a query
     evaluation     a function, a model or a person gives one number per query and response
     optimisation   advantages per token, and several epochs of clipped losses; see `trl.algorithms.ppo`
 
 trainer = PPOTrainer(config, model, ref_model, tokenizer);  trainer.step([query], [response], [score])
 PPOTrainer(args=config, model=model, reward_funcs=positive, train_dataset=prompts).train()
 
-Both ways are one loop: what `train` samples and rewards, and what is given to `step`, become an experience from which the
-algorithm computes advantages, and minibatches that `optimizer_step` or the loop of `transformers` learns from.
+Both ways share their code: the samples of `train` and the triplets given to `step` become an experience, from which the
+algorithm computes advantages, and minibatches, on which `optimizer_step` or the loop of `transformers` trains.
 """
 
 from __future__ import annotations
@@ -63,28 +63,28 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 logger = logging.getLogger(__name__)
 
 LOWEST_KL = -1.0
-"""Mean KL of a batch below which its responses cannot well have been sampled from the policy as it is."""
+"""Mean KL of a batch below which its responses were most likely not sampled from the current policy."""
 
 
 def no_rewards(**_: Any) -> list[float]:
-    """Stands for the reward functions of a trainer that is given scores by hand."""
+    """Placeholder for the reward functions of a trainer without any, which gets its scores by `step`."""
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
 class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
-    config             a `PPOConfig`; `args` is the same
-    model              a model with a value head, or any language model, or its name: a head is put on
-    ref_model          the policy to stay near. None: the model as it is now (with a new adapter: without it)
-    tokenizer          `processing_class` is the same
-    dataset            rows for `dataloader`, which gives shuffled batches of `batch_size`, collated by `data_collator`
+    config             a `PPOConfig`; `args` is another name of it
+    model              a model with a value head, or any language model or its name, to which a value head is added
+    ref_model          the reference policy. None: the initial model (with a new adapter: the model without it)
+    tokenizer          `processing_class` is another name of it
+    dataset            rows for `dataloader`, which yields shuffled batches of `batch_size`, collated by `data_collator`
     optimizer          Adam by default; `lr_scheduler` is stepped once per `step`
-    num_shared_layers  layers that policy and reference have in common, frozen
-    reward_funcs       for `train`, as in `OnlineTrainer`; `reward_model` is one of them. None: the model's reward adapter
+    num_shared_layers  number of lower layers that are frozen and shared by policy and reference
+    reward_funcs       for `train`, as in `OnlineTrainer`; `reward_model` is another name. None: the model's reward adapter
     train_dataset      rows with `prompt`, for `train`
-    value_model        a network of the value's own, trained with the policy, in place of a head on it: a sequence
-                       classifier with one label, any model of the same tokenizer, or the name of one
+    value_model        a separate value network, trained with the policy, instead of a value head on it: a sequence
+                       classifier with one label, any model with the same tokenizer, or the name of one
 
     The other arguments are those of `OnlineTrainer`.
     """
@@ -160,7 +160,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
 
     def _with_head(self, model: nn.Module) -> WithValueHead:
         if self.value_model is None:
-            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is put on.")
+            logger.warning(f"This {type(unwrap(model)).__name__} has no value head: a new one is added.")
         return with_value_head(model)
 
     def _with_adapters(self, model: nn.Module, peft_config: Any) -> WithValueHead:
@@ -175,7 +175,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         return model
 
     def _train_new_head(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give an optimizer that was made beforehand what the trainer has put on the model since."""
+        """Add the parameters of a value head that the trainer has added to the user's optimizer."""
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._has_new_head:
             optimizer.param_groups[0]["params"] += [p for p in self.model.v_head.parameters() if id(p) not in known]
@@ -192,8 +192,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         inner, new = self.model.pretrained_model, self.model.has_new_adapter
         if self.num_shared_layers is not None and (self.ref_model is not None or isinstance(inner, PeftModel)):
             raise ConfigError(
-                f"num_shared_layers={self.num_shared_layers} is for a reference that the trainer makes by copying: with "
-                "a ref_model, make that with create_reference_model(model, num_shared_layers); with an adapter, the "
+                f"num_shared_layers={self.num_shared_layers} is for a reference that the trainer copies from the model. For a "
+                "ref_model, call create_reference_model(model, num_shared_layers); with an adapter leave it out, since the "
                 "reference shares all layers already."
             )
         copy = partial(create_reference_model, num_shared_layers=self.num_shared_layers)
@@ -219,11 +219,11 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
     ) -> Any:
         """Sample a response to every query, as `model.generate` would with these options.
 
-        A list of 1-D queries gives a list of 1-D tensors, each cut after its first end-of-sequence token; a 1-D query
-        gives `[1,L]`. Responses begin with their query unless `return_prompt` is false, or with the decoder's start
-        token in an encoder-decoder. `length_sampler` draws each one's new tokens. `batch_size` bounds how many are
-        sampled at a time (None: as many as fit). `query_inputs` are what else the model reads with each query, as in `step`.
-        With `generate_ref_response` a pair: of the model and the reference.
+        For a list of 1-D queries it returns a list of 1-D tensors, each cut after its first end-of-sequence token; for one
+        1-D query a tensor `[1,L]`. Responses begin with their query unless `return_prompt` is false; those of an
+        encoder-decoder begin with the decoder's start token. `length_sampler` draws the number of new tokens of each.
+        `batch_size` is how many are sampled at a time (None: as many as fit). `query_inputs` are the model's other inputs
+        for each query, as in `step`. With `generate_ref_response` it returns two results: the model's and the reference's.
         """
         queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
         prompts = prompts_of(queries, length_sampler, query_inputs)
@@ -251,14 +251,14 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
             return responses, respond(engine, reference)
 
     def _start_token(self) -> int | None:
-        """What a decoder's sequence begins with; None for a model that continues its prompt."""
+        """The token that a decoder's sequence starts with in an encoder-decoder; None for other models."""
         config = unwrap(self.model).config
         return config.decoder_start_token_id if config.is_encoder_decoder else None
 
     # ---- the loop over prompts ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample, reward, learn, as `args` say; see `transformers.Trainer.train`."""
+        """Sample from `train_dataset`, reward and train, by the options `args`; see `transformers.Trainer.train`."""
         needed = {"reward_funcs": self.has_rewards, "train_dataset": self.train_dataset}
         missing = [name for name, there in needed.items() if not there]
         if missing:
@@ -295,14 +295,14 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         response_masks: Sequence[Tensor] | None = None,
         query_inputs: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> dict[str, Any]:
-        """Learn from `batch_size` triplets; gives statistics: floats, and arrays of distributions.
+        """Train on `batch_size` triplets; return statistics: floats, and arrays of distributions.
 
         queries, responses   token ids, `[L]` or `[1,L]`
-        scores               one number each: higher is better
-        response_masks       1 for the response tokens that the model is responsible for; all of them by default
-        query_inputs         what else the model reads with each query (pixel values, …): a dict of tensors each
+        scores               one number per response: higher is better
+        response_masks       1 for the response tokens to train on; all of them by default
+        query_inputs         the model's other inputs for each query (pixel values, …): a dict of tensors each
 
-        Raises DataError, naming the argument and the index, for triplets that cannot be trained on.
+        Raises DataError, with the argument and the index, for triplets that cannot be trained on.
         """
         watch, size = Stopwatch(), self.args.batch_size
         masks, start = response_masks, self._start_token()
@@ -332,7 +332,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         return {**statistics, **watch.total()}
 
     def _prepare(self) -> None:
-        """Wrap model and optimizer for the devices, once; the model trains from here on."""
+        """Set the model to training mode; at the first step, also wrap model and optimizer for distributed training."""
         self.model.train()
         if self._is_prepared:
             return
@@ -343,17 +343,17 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
             checkpoint_activations(self.model, {"use_reentrant": False, **given})
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
-        if self.is_deepspeed_enabled:  # which clips by itself
+        if self.is_deepspeed_enabled:  # DeepSpeed clips gradients itself
             self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm or 0.0
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None  # what `save_model` asks
+        self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None  # read by `save_model`
         self._is_prepared = True
 
     def _step_signals(self, batch: Batch) -> dict[str, Tensor]:
         return self._score_policy_and_reference(batch, {"old_logprobs", "values", "ref_logprobs"})
 
     def _optimize(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Epochs of optimizer steps over random permutations of the batch; the ratios of every minibatch."""
+        """Run the epochs of optimizer steps over random permutations of the batch; return each minibatch's ratios."""
         args, ratios = self.args, []
         for _ in range(args.ppo_epochs):
             order = torch.randperm(len(examples)).tolist()
@@ -368,11 +368,11 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         return ratios
 
     def _finish(self, statistics: Mapping[str, Any]) -> None:
-        """Step the schedule, count the step, and publish the best model where that is asked for."""
+        """Step the learning rate scheduler, count the step, and upload the model if it is the best so far."""
         if (kl := statistics["objective/kl"]) < LOWEST_KL:
             warnings.warn(
-                f"The mean KL of this batch is {kl:.2f}. From responses that the policy sampled it is positive on "
-                "average: sample with top_k=0, top_p=1.0, temperature 1 and min_length=-1, and from the current weights.",
+                f"The mean KL of this batch is {kl:.2f}, but it is positive on average for responses that the policy sampled: "
+                "sample with top_k=0, top_p=1.0, temperature 1 and min_length=-1, and from the current weights.",
                 stacklevel=3,
             )
         if self.lr_scheduler is not None:
@@ -388,15 +388,18 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
             self.best_score = mean_score
             self.push_to_hub(**options)
 
-    # ---- what both loops do ----
+    # ---- shared by both loops ----
 
     def plan(self, items: Sequence[Example], count: int) -> list[list[int]]:
-        """Which examples share a forward pass; triplets with the same query are neighbours, for `collate`."""
+        """Group the examples into micro-batches; triplets with the same query become neighbours, for `collate`."""
         groups = super().plan(items, count)
         return [adjacent_by_prompt(items, group) for group in groups] if self._triplets else groups
 
     def collate(self, items: Sequence[Example]) -> Batch:
-        """Triplets with the same query read it once; what `train` samples comes in groups that do."""
+        """Collate, after merging neighbouring triplets with the same query, so that it is computed once.
+
+        The samples of `train` are already grouped by their prompt.
+        """
         return super().collate(merge_neighbours(items) if self._triplets else items)
 
     def micro_batches(self, items: Sequence[Example], *, slots: int = 1) -> list[list[Batch]]:
@@ -408,27 +411,27 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         return found | {"full_kl": self.full_kl(batch)} if self.args.kl_penalty == "full" else found
 
     def full_kl(self, batch: Batch) -> Tensor:
-        """Divergence from the reference `[N,C]` of the distributions that predict the batch's tokens."""
+        """The full KL divergence from the reference `[N,C]`, summed over the vocabulary, at each of the batch's tokens."""
         logits = score_logits(self.model_wrapped, batch)
         with self.reference.as_model(self.model_wrapped) as model:
             divergence = full_kl(logits, score_logits(model, batch))
         return divergence.new_zeros(batch.mask.numel()).index_copy(0, batch.scored, divergence).view_as(batch.mask)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The algorithm's; the ratios of a window's tokens are kept until the next one."""
+        """The loss of `OnlineTrainer`; also keeps the ratios of the accumulation window's tokens."""
         loss, metrics = super().loss(model, batch)
         if batch.weight is not None and batch.tokens:
             self._ratios.append((metrics["policy/ratio"], batch.mask.bool()))
         return loss, metrics
 
     def _ratios_of_tokens(self) -> list[Tensor]:
-        """Ratios of the last optimizer step, of the tokens that are trained on: one vector for each micro-batch."""
+        """Ratios of the trained tokens in the last optimizer step: one vector for each micro-batch."""
         return [ratio[mask] for ratio, mask in self._ratios]
 
     def _has_left_target(self) -> bool:
-        """Whether the policy has moved too far from the one that sampled to go through the batch once more.
+        """Whether the policy has moved too far from the old policy for another epoch over the batch.
 
-        That is the mean of −log ratio over the tokens of the last optimizer step, on all processes.
+        The distance is the mean of −log ratio over the tokens of the last optimizer step, on all processes.
         """
         ratios = torch.cat(self._ratios_of_tokens())
         sums = torch.stack([-ratios.log().sum(), ratios.new_tensor(len(ratios))])
@@ -454,10 +457,10 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         rewards: Sequence[Tensor | float],
         columns_to_log: Sequence[str] = ("query", "response"),
     ) -> dict[str, Any]:
-        """Send the statistics of a step to the trackers, with mean, spread and distribution of `rewards`.
+        """Log the statistics of a step to the trackers, with mean, standard deviation and distribution of `rewards`.
 
-        `batch` holds the texts of the step in `columns_to_log`, which go to a table where the tracker has them. Gives
-        what was sent.
+        `batch` holds the texts of the step in `columns_to_log`, which go to a table if the tracker supports tables.
+        Returns what was logged.
         """
         found = read_scores(list(rewards), batch_size=len(rewards)).to(self.current_device)
         logs = {**stats, **environment(self._gather(found))}

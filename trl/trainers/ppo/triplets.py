@@ -1,6 +1,6 @@
-"""Triplets (query, response, score) that a user brings: checked, as examples of one prompt and one completion.
+"""Checks a user's triplets (query, response, score), and converts them to examples of one prompt and one completion.
 
-Examples with equal prompts are merged where they meet in a forward pass, so that the prompt is read once.
+Examples with equal prompts are merged within a micro-batch, so that the prompt is computed once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def read_triplets(
 ) -> list[Example]:
     """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
 
-    `inputs` are what else the model reads with each query: see `trl.types.Example`. A `start_token` that begins a response,
-    as an encoder-decoder generates it, is not one of its tokens. Ids have to be below `vocabulary`, where it is known.
+    `inputs` are the model's other inputs for each query: see `trl.types.Example`. A leading `start_token`, with which an
+    encoder-decoder's responses begin, is removed. Ids have to be below `vocabulary`, unless it is None.
 
-    Raises DataError, naming the argument and the index, for what cannot be trained on.
+    Raises DataError, with the argument and the index, for triplets that cannot be trained on.
     """
     named = {"queries": queries, "responses": responses, "response_masks": masks, "query_inputs": inputs}
     for name, given in named.items():
@@ -60,7 +60,7 @@ def read_triplets(
 
 
 def read_scores(scores: Sequence[Any], *, batch_size: int) -> Tensor:
-    """Scores `[N]` float32, from tensors or numbers. Raises DataError for what is no finite scalar, by its index."""
+    """Scores `[N]` float32, from tensors or numbers. Raises DataError, with the index, for any that is no finite scalar."""
     _check_list("scores", scores, batch_size)
     values = []
     for i, score in enumerate(scores):
@@ -93,7 +93,7 @@ def _ids(name: str, i: int, given: Any, vocabulary: int | None) -> tuple[int, ..
     ids = tuple(given.flatten().tolist())
     if wrong := [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]:
         raise DataError(
-            f"{name}[{i}] holds the token {wrong[0]}, and those of the model are 0 to {(vocabulary or 0) - 1:,}: was it made "
+            f"{name}[{i}] holds the token {wrong[0]}, but those of the model are 0 to {(vocabulary or 0) - 1:,}: was it made "
             "by another tokenizer, or padded with -100?"
         )
     return ids
@@ -107,19 +107,19 @@ def _mask(i: int, given: Tensor, length: int) -> tuple[int, ...]:
 
 
 def prompt_numbers(examples: Iterable[Example]) -> list[int]:
-    """A number for each example, equal where prompts are equal; 0, 1, … in the order in which they come."""
+    """Number the distinct prompts 0, 1, … in order of appearance; return the number of each example's prompt."""
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(example.key, len(numbers)) for example in examples]
 
 
 def adjacent_by_prompt(examples: Sequence[Example], group: Sequence[int]) -> list[int]:
-    """The indices `group` of examples, those with equal prompts next to each other."""
+    """Sort the indices `group` of examples so that those with equal prompts are next to each other."""
     numbers = dict(zip(group, prompt_numbers(examples[i] for i in group), strict=True))
     return sorted(group, key=numbers.__getitem__)
 
 
 def merge_neighbours(examples: Sequence[Example]) -> list[Example]:
-    """The examples, neighbours with equal prompts as one: the prompt is then read once for all of their completions."""
+    """Merge neighbouring examples with equal prompts into one with all of their completions."""
     merged = []
     for _, same in groupby(examples, key=attrgetter("key")):
         first, *others = same
