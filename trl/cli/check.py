@@ -1,7 +1,7 @@
-"""`trl check METHOD …`, or `trl METHOD … --dry_run`: what a training command would do, without doing it.
+"""`trl check METHOD …`, or `trl METHOD … --dry_run`: show what a training command would do, without training.
 
-Shows rows as the model would see them, what was cut and dropped, the plan of optimizer steps, and an estimate of memory;
-calls each reward function once. What is wrong is listed last, and makes the exit status 1.
+Shows rows as the model would see them, counts of truncated and dropped rows, the planned optimizer steps, and an estimate
+of memory; calls each reward function once. Problems are listed last, and make the exit status 1.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from trl.trainers.base import BaseTrainer
 
 IMAGES_OF_ROWS = 100
-"""Rows whose images are decoded."""
+"""Number of rows whose images are decoded as a test."""
 ROWS_READ = 1000
-"""So many rows are encoded: lengths and counts are theirs."""
+"""Number of rows that are encoded; lengths and counts are measured on these."""
 
 
 @dataclass
 class CheckArguments:
-    """Options of the check itself."""
+    """Options of `trl check` itself, beside those of the training command."""
 
     rows: int = 2
     """How many rows to show."""
@@ -57,7 +57,10 @@ def run(arguments: CheckArguments, given: ParsedOptions, method: Method) -> int:
 
 
 def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
-    """Print all that can be known before training, and `rows` of them as the model sees them. Returns 1 if something is wrong, else 0."""
+    """Print `rows` rows as the model sees them, and the plan, memory and problems of a run.
+
+    Return 1 if there are problems, else 0.
+    """
     from trl.cli.estimate import planned
     from trl.cli.help import console
     from trl.data.encode import first_rows
@@ -78,7 +81,7 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
     print_table(out, "Plan", plan if activations is None else {**plan, "activations": activations.what})
     print_table(out, f"Memory of {'each' if estimate.processes > 1 else 'the'} process", table_of(estimate))
     if reads_images:
-        out.print("  What the image encoder keeps of images comes on top.")
+        out.print("  The activations of the image encoder are not included.")
     problems = [*weights_problems(run), *memory_problems(estimate, run)]
     problems += image_problems(trainer) if reads_images else []
     if is_online(trainer.args):
@@ -89,7 +92,7 @@ def check(run: Run, *, rows: int = CheckArguments.rows) -> int:
 
 
 def trainer_of(run: Run, rows: Any, evaluated: Any = None) -> BaseTrainer:
-    """The trainer of a run that learns from `rows` and is `evaluated` on others, without weights."""
+    """The trainer of a run, on a model without weights, with training rows `rows` and evaluation rows `evaluated`."""
     from trl.cli.preview import trainer_without_weights
     from trl.models.config import get_peft_config
 
@@ -97,7 +100,7 @@ def trainer_of(run: Run, rows: Any, evaluated: Any = None) -> BaseTrainer:
 
 
 def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
-    """The memory of a run whose trainer was made by `trainer_of`."""
+    """Estimate the memory of a run whose trainer was made by `trainer_of`."""
     from trl.cli.estimate import estimate_memory
 
     bits = 4 if run.model.load_in_4bit else 8 if run.model.load_in_8bit else None
@@ -106,7 +109,7 @@ def estimate_of(run: Run, trainer: BaseTrainer) -> MemoryEstimate:
 
 
 def image_problems(trainer: BaseTrainer) -> list[str]:
-    """The first of the images that cannot be decoded, which the head of a file does not tell."""
+    """The first image that cannot be decoded. Encoding reads only the headers of images, so this decodes them."""
     from trl.data.encode import first_rows
     from trl.data.multimodal import IMAGES
 
@@ -122,7 +125,7 @@ def image_problems(trainer: BaseTrainer) -> list[str]:
 
 
 def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dict[str, str]:
-    """What an optimizer step takes, and how many there are."""
+    """The plan to print: rows and tokens per optimizer step, and the number of steps."""
     from datasets import Dataset
 
     from trl.data.encode import decode
@@ -130,7 +133,7 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
     args = trainer.args
     sizes = [
         sum(example.tokens for example in decode(row)) for row in trainer.train_dataset
-    ]  # one where rows are packed
+    ]  # packed rows have several examples, others one
     is_whole = isinstance(rows, Dataset) and len(rows) == len(sample)
     if is_online(args):
         plan, per_step = _rollouts(args, sizes, processes)
@@ -142,12 +145,15 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
 
 
 def is_online(args: Any) -> bool:
-    """Whether a method samples what it learns from."""
+    """Whether a method trains on completions that it samples."""
     return "num_generations" in vars(args)
 
 
 def _windows(args: Any, sizes: Sequence[int], processes: int, *, most: int | None) -> tuple[dict[str, str], float]:
-    """What an optimizer step takes of rows with so many tokens, and how many rows that are. There are `most` rows."""
+    """The plan of rows and tokens per optimizer step, and the number of rows per step.
+
+    `sizes` are the tokens of each row, `most` is the number of rows in the dataset, if known.
+    """
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     mean = sum(sizes) / len(sizes)
     taken = per_step if most is None else min(per_step, most)
@@ -159,7 +165,10 @@ def _windows(args: Any, sizes: Sequence[int], processes: int, *, most: int | Non
 
 
 def _rollouts(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str, str], float]:
-    """What a rollout batch samples after prompts of so many tokens, and how many prompts an optimizer step stands for."""
+    """The plan of completions and tokens per rollout batch, and the number of prompts per optimizer step.
+
+    `sizes` are the tokens of each prompt.
+    """
     prompts, samples = args.prompts_per_rollout_batch * processes, args.num_generations
     steps = args.minibatches_per_rollout_batch * args.num_iterations / args.gradient_accumulation_steps
     sampled = args.max_completion_length or 0
@@ -172,7 +181,7 @@ def _rollouts(args: Any, sizes: Sequence[int], processes: int) -> tuple[dict[str
 
 
 def _steps(args: Any, steps: float, rows: Any, sample: Any) -> dict[str, str]:
-    """Optimizer steps; `steps` are those of the rows of `sample`."""
+    """The number of optimizer steps, extrapolated from the `steps` that the rows of `sample` take to all `rows`."""
     from datasets import Dataset
 
     if not isinstance(rows, Dataset):
@@ -200,7 +209,9 @@ def table_of(estimate: MemoryEstimate) -> dict[str, str]:
     width = max(map(len, rows.values()))
     rows = {name: size.rjust(width) for name, size in rows.items()}
     if estimate.device == "cpu":
-        rows["together"] += "   The process may hold up to twice this: memory allocators keep holes between blocks."
+        rows["together"] += (
+            "   The process may hold up to twice this, because of fragmentation in the memory allocator."
+        )
     return rows
 
 
@@ -208,17 +219,21 @@ def memory_problems(estimate: MemoryEstimate, run: Run) -> list[str]:
     if estimate.fits:
         return []
     needed, free = size_of(estimate.total), size_of(estimate.available)
-    return ["\n    ".join([f"Memory: a step takes {needed}, and {free} are free.", *remedies(estimate, run)])]
+    return [
+        "\n    ".join(
+            [f"Memory: a step takes {needed}, but only {free} are free. To save memory:", *remedies(estimate, run)]
+        )
+    ]
 
 
 def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
-    """What to change for less memory, what saves most first."""
+    """Options that reduce memory, the one that saves most first."""
     parts, training = estimate.parts, run.training
     saved = {}
     if not training.gradient_checkpointing:
-        saved["--gradient_checkpointing computes activations again in backward."] = 0.8 * parts["activations"]
+        saved["--gradient_checkpointing recomputes activations in the backward pass."] = 0.8 * parts["activations"]
     if not run.model.use_peft:
-        saved["--use_peft trains a LoRA adapter: no gradients and optimizer states of the model itself."] = (
+        saved["--use_peft trains a LoRA adapter: the base model needs no gradients and optimizer states."] = (
             parts["gradients"] + parts["optimizer"]
         )
     elif not (run.model.load_in_4bit or run.model.load_in_8bit):
@@ -229,11 +244,11 @@ def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
         smaller = training.per_device_train_batch_size // 2
         accumulated = training.gradient_accumulation_steps * 2
         saved[
-            f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {accumulated} is the same step in "
-            "more forward passes."
+            f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {accumulated} is the same optimizer "
+            "step in more forward passes."
         ] = 0.5 * parts["activations"]
     if length := getattr(training, "max_length", None):
-        saved[f"--max_length {length // 2} cuts rows shorter."] = 0.4 * parts["activations"]
+        saved[f"--max_length {length // 2} truncates longer rows."] = 0.4 * parts["activations"]
     return sorted(saved, key=lambda remedy: -saved[remedy])
 
 
@@ -241,7 +256,7 @@ def remedies(estimate: MemoryEstimate, run: Run) -> list[str]:
 
 
 def weights_problems(run: Run) -> list[str]:
-    """A folder of a model that holds no weights."""
+    """A problem if the folder of the model holds no weights."""
     try:
         check_weights(run.model.model_name_or_path)
     except ConfigError as error:
@@ -250,7 +265,7 @@ def weights_problems(run: Run) -> list[str]:
 
 
 def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list[str]]:
-    """The reward of a made-up answer to the first prompt from every function, and what went wrong."""
+    """Call every reward function on a made-up answer to the first prompt; return rewards by name, and the problems."""
     from trl.data.multimodal import images_of
     from trl.rewards.reward import Samples
 
@@ -270,7 +285,7 @@ def try_rewards(trainer: BaseTrainer, sample: Any) -> tuple[dict[str, str], list
 def ask_rewards(
     rewards: Sequence[Reward], samples_for: Callable[[Reward], Samples]
 ) -> tuple[dict[str, str], list[str]]:
-    """The reward of one sample from every function, and what went wrong."""
+    """Call every reward function on one sample. Return the rewards by name, and the problems."""
     from trl.rewards.call import call_rewards
 
     found, wrong = {}, []

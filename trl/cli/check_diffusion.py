@@ -1,6 +1,6 @@
-"""`trl check` of methods that train diffusion models: rows, plan, memory, and a trial of the reward functions.
+"""`trl check` for diffusion methods: rows, plan, memory, and a test call of the reward functions.
 
-Weights are not loaded: the pipeline's modules are made from their configurations, on the device "meta".
+Weights are not loaded: the pipeline's modules are built from their configurations on the "meta" device.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from trl.models.config import get_peft_config
 
 ROWS_SHOWN = 3
 STATES = 2
-"""Numbers that AdamW keeps of each trained parameter, in single precision."""
+"""Optimizer states of AdamW per trained parameter, in float32: the two moments."""
 
 
 def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
-    """Print all that can be known before training, with so many `rows`. Returns 1 if something is wrong, else 0."""
+    """Print the plan, memory and problems of a run, and `rows` prompts. Return 1 if there are problems, else 0."""
     from trl.cli.help import console
 
     out = console()
@@ -47,7 +47,9 @@ def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
     total = sum(parts.values())
     shown = {name: size_of(count) for name, count in parts.items() if count}
     print_table(out, "Memory", {**shown, "together": size_of(total), "free now": size_of(free)})
-    problems = [] if total < free else [f"Memory: a step takes about {size_of(total)}, and {size_of(free)} are free."]
+    problems = (
+        [] if total < free else [f"Memory: a step takes about {size_of(total)}, but only {size_of(free)} are free."]
+    )
     if run.extra:
         found, wrong = try_rewards(run, denoiser, dataset)
         print_table(out, "Rewards of a grey picture", found)
@@ -59,7 +61,7 @@ def check(run: Run, *, rows: int = ROWS_SHOWN) -> int:
 
 
 def denoiser_without_weights(run: Run) -> Denoiser:
-    """The denoiser of a run's pipeline, with an adapter if that is asked for, on the device "meta"."""
+    """The denoiser of a run's pipeline on the "meta" device, with a LoRA adapter if the options ask for one."""
     args = run.training
     pipeline = pipeline_without_weights(run.model.model_name_or_path)
     denoiser = denoiser_for(
@@ -76,7 +78,7 @@ def denoiser_without_weights(run: Run) -> Denoiser:
 
 
 def pipeline_without_weights(name: str) -> Any:
-    """The pipeline of a name or folder, its modules on the device "meta". Raises ConfigError where there is none."""
+    """The pipeline `name` (Hub name or folder), its modules on the "meta" device. Raises ConfigError if there is none."""
     diffusers = require("diffusers", to="Training a diffusion model")
     import transformers
 
@@ -84,7 +86,7 @@ def pipeline_without_weights(name: str) -> Any:
     try:
         index = diffusers.DiffusionPipeline.load_config(name)
     except OSError as error:
-        raise ConfigError(f"model_name_or_path={name!r} holds no pipeline of diffusers: {error}") from error
+        raise ConfigError(f"model_name_or_path={name!r} holds no diffusers pipeline: {error}") from error
     kind = getattr(diffusers, index["_class_name"])
     parts: dict[str, Any] = {}
     for part, value in index.items():
@@ -99,7 +101,7 @@ def pipeline_without_weights(name: str) -> Any:
 
 
 def _without_weights(kind: type, name: str, part: str) -> Any:
-    """A part of a pipeline: modules on the device "meta", others as they are."""
+    """A component of a pipeline: modules on the "meta" device, others (tokenizer, scheduler) loaded as usual."""
     from transformers import PreTrainedModel
 
     if issubclass(kind, PreTrainedModel):
@@ -125,7 +127,7 @@ def rows_of(rows: Any, count: int) -> dict[str, str]:
 
 
 def plan_of(run: Run, denoiser: Denoiser, rows: Any) -> dict[str, str]:
-    """What an optimizer step takes, and how many there are."""
+    """The plan to print: pictures per optimizer step, denoising steps, and the number of optimizer steps."""
     args, processes = run.training, run.launch.num_processes or run.training.world_size
     together = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     plan = {"pictures": f"{denoiser.width} × {denoiser.height} pixels, latents {tuple(denoiser.latent_shape)}"}
@@ -151,13 +153,13 @@ def plan_of(run: Run, denoiser: Denoiser, rows: Any) -> dict[str, str]:
 
 
 def forward_rows(run: Run, denoiser: Denoiser) -> int:
-    """Latents that the denoiser reads at once; twice as many with guidance, and for pairs."""
+    """Latents per forward pass of the denoiser: `forward_rows`, doubled by classifier-free guidance in training."""
     both = denoiser.is_guided and hasattr(run.training, "num_generations") and not hasattr(run.training, "noise_levels")
     return run.training.forward_rows * (2 if both else 1)
 
 
 def memory_of(run: Run, denoiser: Denoiser) -> dict[str, int]:
-    """Bytes of the heaviest optimizer step, by what they are for."""
+    """Peak bytes of an optimizer step by category: weights, gradients, optimizer states, …"""
     pipeline, module = denoiser.pipeline, denoiser.module
     modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     width = {"float16": 2, "bfloat16": 2}.get(run.model.dtype, 4)
@@ -177,7 +179,7 @@ def memory_of(run: Run, denoiser: Denoiser) -> dict[str, int]:
 
 
 def activation_bytes(denoiser: Denoiser, rows: int) -> int:
-    """What a forward pass of so many `rows` keeps for backward: traced on one row without data, in single precision."""
+    """Bytes of float32 activations that a forward pass of `rows` saves for backward, traced with one row on "meta"."""
     kept: dict[int, int] = {}
     weights = {p.untyped_storage()._cdata for p in denoiser.module.parameters()}
 
@@ -202,7 +204,7 @@ def free_memory() -> int:
 
 
 def try_rewards(run: Run, denoiser: Denoiser, rows: Any) -> tuple[dict[str, str], list[str]]:
-    """The reward of a grey picture of the first prompt from every function, and what went wrong."""
+    """Call every reward function on a grey picture for the first prompt; return rewards by name, and the problems."""
     from trl.rewards.pictures import PictureSamples, make_picture_rewards
 
     row = next(iter(rows))

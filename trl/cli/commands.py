@@ -1,6 +1,6 @@
-"""The commands of `trl`: one row each. A training method is its trainer and a sentence; a tool is a function and its options.
+"""The table of `trl` commands: training methods (a trainer and a summary) and tools (a function and its options).
 
-References are `"module:name"`, loaded when they are used, so that reading this file imports nothing.
+Classes and functions are referred to as `"module:name"` and imported only when used, so that `trl --help` stays fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHECK_PICTURES = "trl.cli.check_diffusion:check"
 
 
 def load(reference: str) -> Any:
-    """What `"module:name"` stands for, imported."""
+    """Import and return the object that `"module:name"` refers to."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -36,10 +36,10 @@ def load(reference: str) -> Any:
 class Method:
     """A training command.
 
-    trainer     class of the trainer; its configuration stands beside it, as SFTConfig does beside SFTTrainer
-    example     words of an example, for the help screen
-    extra       dataclass with options beside those of dataset, model and trainer, and the trainer's `keywords` of them
-    check       function `(run) -> exit status` that shows what the command would do
+    trainer     class of the trainer; its configuration is in the same module, as SFTConfig is for SFTTrainer
+    example     example arguments for the help screen
+    extra       dataclass with further options (of rewards, for instance); its `keywords` are passed to the trainer
+    check       function `(run) -> exit status` that implements `trl check` for this method
     """
 
     name: str
@@ -67,26 +67,27 @@ class Method:
 
 
 def aliases_of_all(references: Sequence[str]) -> dict[str, str]:
-    """Older names of the options of several dataclasses, and today's."""
+    """Map old names of options to current ones, for several dataclasses."""
     return {old: new for each in references for old, new in aliases_in_source(each).items()}
 
 
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
-"""Beginnings of the model's options that only training reads."""
+"""Prefixes of the model options that only training uses."""
 
 
 @dataclass(frozen=True)
 class Tool:
     """A command that trains nothing.
 
-    run         function `(arguments, given) -> exit status` of its own options, and of all that was given; or of the words,
-                where it has no options
+    run         function `(arguments, given) -> exit status`, where `arguments` is an instance of `options[0]` and
+                `given` all parsed options; a tool without options gets the list of command-line words instead
     options     dataclasses with its options, its own first
-    examples    what may follow its name, for the help screen
-    usage       words that stand before the options, at most so many `operands`
-    unread      beginnings of the model's options that it does not read
-    hands_on    whether it takes words that are no options here
-    method      the training command that it is about, where it is about one: `trl check dpo`
+    examples    example arguments for the help screen
+    usage       positional arguments, as the help screen shows them
+    operands    maximum number of positional arguments
+    unread      prefixes of the model options that it does not use
+    hands_on    whether it passes unknown options on to another program instead of refusing them
+    method      for a tool that takes a training command (`trl check dpo`): that command, or the default one
     """
 
     name: str
@@ -106,12 +107,12 @@ class Tool:
         found = merge_options(*map(options_in_source, self.options))
         if MODEL not in self.options:
             return found
-        # Models that are not trained are loaded in the precision that they were saved in.
+        # By default, a model that is not trained is loaded in the precision in which it was saved.
         kept = [option for option in found if not option.name.startswith(self.unread)]
         return [replace(option, default="auto") if option.name == "dtype" else option for option in kept]
 
     def about(self, words: Sequence[str]) -> tuple[Tool, Sequence[str]]:
-        """The tool about the training command that the words begin with, and the words after it."""
+        """The tool for the training command that the first word names, and the remaining words."""
         if self.method is None or not words or words[0].startswith("-"):
             return self, words
         if words[0] not in (known := methods()):
@@ -119,7 +120,7 @@ class Tool:
         return replace(self, method=known[words[0]]), words[1:]
 
     def read(self, words: Sequence[str]) -> ParsedOptions:
-        """What the words give. Raises ConfigError."""
+        """Parse the words of the command line. Raises ConfigError."""
         references = (*self.options, *(self.method.argument_classes if self.method else ()))
         parser = OptionParser(self.known_options(), aliases_of_all(references))
         given = parser.parse(words, keep_words=self.operands > 0, keep_rest=self.hands_on)
@@ -184,7 +185,7 @@ METHODS = (
     Method(
         "orpo",
         "trl.trainers.cpo:ORPOTrainer",
-        "Fine-tune and align with pairs in one go: the odds ratio beside the likelihood (arXiv:2403.07691).",
+        "Fine-tune and align on pairs in one stage: likelihood plus an odds-ratio penalty (arXiv:2403.07691).",
         f"{_MODEL_AND_DATA} trl-lib/ultrafeedback_binarized --output_dir opt-orpo",
     ),
     Method(
@@ -196,14 +197,14 @@ METHODS = (
     Method(
         "ilql",
         "trl.trainers.ilql:ILQLTrainer",
-        "Offline reinforcement learning from answers with a reward each: Q-values that guide samples (arXiv:2206.11871).",
+        "Offline reinforcement learning from answers with rewards: Q-values steer sampling (arXiv:2206.11871).",
         "--model_name_or_path gpt2 --dataset_name rewarded.jsonl --output_dir gpt2-ilql",
         extra=REWARDS,
     ),
     Method(
         "rft",
         "trl.trainers.rft:RFTTrainer",
-        "Imitate the best of the model's own answers, by a threshold that rises (arXiv:2308.08998, 2304.06767).",
+        "Fine-tune on the model's own best answers, with a rising reward threshold (arXiv:2308.08998, 2304.06767).",
         f"{_REWARDED} --output_dir qwen-rft",
         extra=REQUIRED_REWARDS,
     ),
@@ -217,7 +218,7 @@ METHODS = (
     Method(
         "grpo",
         "trl.trainers.grpo:GRPOTrainer",
-        "Reinforcement learning from the rewards of a group of answers (arXiv:2402.03300 and its family).",
+        "Reinforcement learning on rewards compared within groups of answers (arXiv:2402.03300 and its family).",
         f"{_REWARDED} --output_dir qwen-grpo",
         extra=REQUIRED_REWARDS,
     ),
@@ -274,7 +275,7 @@ TOOLS = (
     Tool(
         "preview",
         "trl.cli.preview:run",
-        "Show rows as the model sees them: what is trained on, and what is not.",
+        "Show rows as the model sees them: which tokens are trained on, and which are masked.",
         options=("trl.cli.preview:PreviewArguments",),
         method=METHODS[0],
     ),
@@ -305,7 +306,7 @@ TOOLS = (
     Tool(
         "label",
         "trl.cli.label.command:run",
-        "People rate, compare or correct completions on a local web page, for a dataset.",
+        "Rate, compare or correct completions on a local web page, and save them as a dataset.",
         options=("trl.cli.label.arguments:LabelArguments", MODEL),
         examples=(
             "completions.jsonl --task rate --output ratings.jsonl",
@@ -319,7 +320,7 @@ TOOLS = (
     Tool(
         "merge",
         "trl.cli.merge:run",
-        "Make one model of an adapter and its base, with its tokenizer and its value head.",
+        "Merge an adapter into its base model, and save it with the tokenizer and any value head.",
         options=("trl.cli.merge:MergeArguments", MODEL),
         examples=(
             "--model_name_or_path qwen-sft --output_dir qwen-sft-merged",
@@ -330,7 +331,7 @@ TOOLS = (
     Tool(
         "serve",
         "trl.cli.serve.command:run",
-        "Serve a model to trainers, to `trl chat --server`, to any client of OpenAI's protocol.",
+        "Serve a model to trainers, to `trl chat --server`, and to any client of the OpenAI API.",
         options=("trl.cli.serve.arguments:ServeArguments", MODEL),
         examples=("Qwen/Qwen2.5-0.5B-Instruct", "./my-model --port 8001 --served_model_name mine"),
         usage="MODEL",
@@ -339,7 +340,7 @@ TOOLS = (
     Tool(
         "vllm-serve",
         "trl.cli.vllm_serve:run",
-        "Start vLLM's server with the flags that trainers need; other words go to `vllm serve`.",
+        "Start vLLM's server with the flags that trainers need; unknown options are passed to `vllm serve`.",
         options=("trl.cli.vllm_serve:VLLMServeArguments",),
         examples=("--model Qwen/Qwen2.5-0.5B-Instruct --port 8001",),
         hands_on=True,
@@ -347,7 +348,7 @@ TOOLS = (
     Tool(
         "report",
         "trl.cli.report:run",
-        "A page of a run, or of several: curves, samples, settings; opens in any browser.",
+        "Write an HTML page about a run, or several: curves, samples, settings.",
         options=("trl.cli.report:ReportArguments",),
         examples=("opt-sft-imdb", "opt-sft-imdb --watch", "beta-0.1 beta-0.5 --output betas.html"),
         usage="RUN [RUN …]",
@@ -356,7 +357,7 @@ TOOLS = (
     Tool(
         "sweep",
         "trl.cli.sweep:run",
-        "Run a script's main(hparams) with many settings, on Ray Tune or in turn, and compare.",
+        "Run a script's main(hparams) with many settings, on Ray Tune or one after another, and compare.",
         options=("trl.cli.sweep:SweepArguments",),
         examples=("rates.py --config sweep.yaml", "rates.py --config sweep.yaml --sequential"),
         usage="SCRIPT.py",
@@ -372,12 +373,16 @@ TOOLS = (
     Tool(
         "demo",
         "trl.cli.demo:run",
-        "Fine-tuning, a reward model and PPO on film reviews that come along.",
+        "Demonstrate fine-tuning, a reward model and PPO on film reviews that trl includes.",
         options=("trl.demo.options:DemoArguments",),
         examples=("", "--model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilbert-imdb"),
     ),
-    Tool("env", "trl.cli.environment:run", "Versions and hardware, for bug reports."),
-    Tool("completion", "trl.cli.completion:run", "Completion of commands and options in bash, zsh or fish."),
+    Tool("env", "trl.cli.environment:run", "Print versions and hardware, for bug reports."),
+    Tool(
+        "completion",
+        "trl.cli.completion:run",
+        "Print the shell code that completes commands and options in bash, zsh or fish.",
+    ),
 )
 
 

@@ -1,10 +1,10 @@
-"""`trl completion bash|zsh|fish` prints what makes the shell complete commands, options and choices.
+"""`trl completion bash|zsh|fish` prints shell code that completes commands, options and choices.
 
-    eval "$(trl completion bash)"          in ~/.bashrc;  zsh likewise, after compinit;
+    eval "$(trl completion bash)"          in ~/.bashrc;  for zsh in ~/.zshrc, after compinit;
     trl completion fish | source           in ~/.config/fish/config.fish
 
-The shell hands over the words typed so far (`trl completion words …`) and is given the candidates, one a line; those of
-`trl completion described …` have their description behind a tab. Where there are none, it completes names of files.
+On each completion the shell calls `trl completion words …` with the words typed so far, which prints one candidate per
+line; `trl completion described …` adds a tab and a description. If none is printed, the shell completes file names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ end
 complete -c trl -f -a '(__trl_complete)'""",
 }
 
-EVERYWHERE = {"--help": "Options that are used most", "--help-all": "All options"}
+EVERYWHERE = {"--help": "The most used options", "--help-all": "All options"}
 CONFIG = {"--config": "YAML files with options"}
 
 
@@ -63,9 +63,9 @@ def run(words: Sequence[str]) -> int:
 
 
 def candidates(words: Sequence[str]) -> dict[str, str]:
-    """What may stand in place of the last of `words`, the words after `trl`, and what it is.
+    """Candidates for the last of `words` (those after `trl`), with their descriptions.
 
-    Empty where only the shell knows: names of files.
+    Empty where a file name is expected, which the shell completes itself.
     """
     *before, last = words or [""]
     other = tools()
@@ -85,7 +85,7 @@ def candidates(words: Sequence[str]) -> dict[str, str]:
 
 
 def _options(before: Sequence[str]) -> list[Option]:
-    """The options of the command that the words begin with."""
+    """The options of the command that the first word names."""
     command, *rest = before
     found = methods()
     if command in (other := tools()):
@@ -95,7 +95,7 @@ def _options(before: Sequence[str]) -> list[Option]:
 
 
 def _choices(before: Sequence[str], options: Mapping[str, Option]) -> list[str]:
-    """The choices of the option whose value, or one of whose values, comes next."""
+    """The choices of the option whose value, or next value of a list, is being typed."""
     at = max((i for i, word in enumerate(before) if word.startswith("--")), default=None)
     option = None if at is None else options.get(before[at])
     if option is None or (at < len(before) - 1 and option.kind.item is None):

@@ -1,4 +1,4 @@
-"""`trl demo`: reinforcement learning from human feedback in three steps, on film reviews that come along."""
+"""`trl demo`: reinforcement learning from human feedback in three steps, on film reviews that trl includes."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ PACKAGES = (
 
 def run(words: Sequence[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("Usage  trl env\n\nVersions and hardware, for bug reports.")
+        print("Usage  trl env\n\nPrint versions and hardware, for bug reports.")
         return 0
     if words:
-        raise ConfigError(f"trl env takes no options, and was given {words[0]!r}.")
+        raise ConfigError(f"trl env takes no options, but was given {words[0]!r}.")
     facts = {"trl": __version__, **_machine(), **_versions(), **_accelerators()}
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))

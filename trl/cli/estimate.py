@@ -1,6 +1,6 @@
-"""Memory of a run, before it is started: the heaviest optimizer step, traced on fake tensors, and what comes beside it.
+"""Estimate the memory of a run before it starts, by tracing its heaviest optimizer step on fake tensors.
 
-See `trl.models.memory` for what is traced, and what it comes to in equations.
+Memory for libraries, sampling and data parallelism is added to the traced peak. `trl.models.memory` has the equations.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from trl.types import Batch, Example
 LIBRARIES = "libraries"
 MIB = 2**20
 FIRST_USE = {"cpu": 20 * MIB, "cuda": 685 * MIB}
-"""What torch and its kernels take on their first use, whatever the model. `benchmarks/memory.py` holds the first against
-measured runs; the second is a CUDA context with cuBLAS as it was measured on an H200."""
+"""Bytes that torch and its kernels allocate on first use, whatever the model. `benchmarks/memory.py` compares the first
+with measured runs; the second is a CUDA context with cuBLAS, measured on an H200."""
 
 SHARDED = {"zero1": (OPTIMIZER,), "zero2": (OPTIMIZER, GRADIENTS), "zero3": (OPTIMIZER, GRADIENTS, WEIGHTS)}
 SHARDED["fsdp2"] = SHARDED["zero3"]
-"""What shipped configurations of accelerate divide among processes."""
+"""Parts of memory that each shipped accelerate configuration shards across processes."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device, at the moment when most are needed."""
+    """Peak bytes on each device, by part."""
 
     parts: dict[str, int]
     device: str
@@ -68,17 +68,17 @@ class MemoryEstimate:
 def estimate_memory(
     trainer: BaseTrainer, *, sharding: str | None = None, processes: int = 1, quantised_bits: int | None = None
 ) -> MemoryEstimate:
-    """Memory of `trainer`, made without weights, in its heaviest optimizer step; for what samples there, see `with_sampling`.
+    """Peak memory of the heaviest optimizer step of `trainer`, made without weights; `with_sampling` adds sampling.
 
-    `sharding` names a shipped configuration of accelerate; `quantised_bits` are those of each weight that no adapter
-    trains. Images are taken for as many tokens of text: how an encoder goes through them hangs on their values.
+    `sharding` names a shipped accelerate configuration; `quantised_bits` are the bits per frozen, quantised weight. Images
+    count as text tokens: the control flow of image encoders depends on values, which fake tensors lack.
     """
     device = trainer.args.device
     images, trainer.images, trainer.image_features = trainer.images, None, None
     libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
     if quantised_bits is not None:
-        trainer.args.cuda_graphs = False  # as of weights that are quantised when they are loaded
+        trainer.args.cuda_graphs = False  # training with quantised weights captures no CUDA graphs either
         _round_as_factors(trainer)
     with restoring_rotations(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)
@@ -103,9 +103,9 @@ def estimate_memory(
 def planned(
     trainer: BaseTrainer, another: Callable[[], BaseTrainer], estimate: Callable[[BaseTrainer], MemoryEstimate]
 ) -> tuple[MemoryEstimate, ActivationPlan | None]:
-    """The `estimate` of a run, sampling included, and the plan of activations that training will make, if it makes one.
+    """The `estimate` of a run including sampling, and the activation checkpointing plan that training will choose, if any.
 
-    `another()` makes the trainer once more: the first estimate takes the weights of the one that is there.
+    `another()` makes a second trainer, because an estimate replaces the weights of the trainer that it is given.
     """
     if not trainer.plans_activations():
         return with_sampling(estimate(trainer), trainer), None
@@ -121,12 +121,12 @@ def planned(
     sizes = ((name, kept.parts.get(name, 0), recomputed.parts.get(name, 0)) for name in names)
     parts = {name: round(all_kept + share * (none - all_kept)) for name, all_kept, none in sizes}
     trainer.activation_plan = plan
-    trainer._capture_layers(unwrap(trainer.model))  # trainers that sample have to see whether there is room for graphs
+    trainer._capture_layers(unwrap(trainer.model))  # `with_sampling` asks whether layers are captured as CUDA graphs
     return with_sampling(replace(kept, parts=parts), trainer), plan
 
 
 class _Step:
-    """Forward and backward of the micro-batches of a window, as the trainer plans them."""
+    """Forward and backward of all micro-batches of one optimizer step, as the trainer would split them."""
 
     def __init__(self, trainer: BaseTrainer, examples: Sequence[Example]) -> None:
         self.trainer, self.examples = trainer, examples
@@ -139,7 +139,7 @@ class _Step:
         if args.gradient_checkpointing:
             inner = unwrap(trainer.model)
             given = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
-            given.pop("offload", None)  # what is kept on the host is counted as if it were not
+            given.pop("offload", None)  # activations offloaded to the host are counted as if they stayed on the device
             checkpoint_activations(inner, given)
             inner.enable_input_require_grads()
 
@@ -150,7 +150,7 @@ class _Step:
         slots, _ = trainer.get_batch_samples(iter(rows), count, trainer.args.device)
         inner = unwrap(trainer.model)
         if all(captures(inner, batch.positions) for batches in slots for batch in batches):
-            for parameter in trainer.model.parameters():  # graphs add to gradients that are there
+            for parameter in trainer.model.parameters():  # CUDA graphs accumulate into preallocated gradients
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         with without_graphs(inner):
             for batches in slots:
@@ -158,7 +158,7 @@ class _Step:
 
 
 def _unmasked(batch: Batch) -> Batch:
-    """The batch without what the model only looks at to find that nothing is masked: fake tensors have no values."""
+    """The batch without a mask or positions that mask nothing: models would read their values, which fake tensors lack."""
     inputs = dict(batch.inputs)
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if mask is not None and mask.numel() == batch.tokens:
@@ -169,7 +169,7 @@ def _unmasked(batch: Batch) -> Batch:
 
 
 def quantised(parts: dict[str, int], model: nn.Module, bits: int) -> dict[str, int]:
-    """Weights of frozen matrices in `bits` each, with a float32 scale for every 64 of them."""
+    """`parts` with frozen matrices stored in `bits` per weight; 4-bit weights have a float32 scale for every 64."""
     scale = 4 / 64 if bits == 4 else 0
     frozen = [layer.weight for layer in _frozen_layers(model)]
     saved = sum(int(w.nbytes - w.numel() * (bits / 8 + scale)) for w in frozen)
@@ -177,7 +177,7 @@ def quantised(parts: dict[str, int], model: nn.Module, bits: int) -> dict[str, i
 
 
 def _round_as_factors(trainer: BaseTrainer) -> None:
-    """Frozen matrices in the type in which autocast multiplies: quantised ones are read in it, and keep no copy."""
+    """Cast frozen matrices to the autocast dtype: quantised weights are dequantised to it, so autocast copies none."""
     args = trainer.args
     if args.bf16 or args.fp16:
         for layer in _frozen_layers(trainer.model):
@@ -185,14 +185,14 @@ def _round_as_factors(trainer: BaseTrainer) -> None:
 
 
 def _frozen_layers(model: nn.Module) -> list[nn.Linear]:
-    """Linear layers that are quantised where quantisation is asked for: all but the head and an adapter's."""
+    """Linear layers that quantisation applies to: all but the output embeddings and those of an adapter."""
     head = unwrap(model).get_output_embeddings()
     linear = (module for module in unwrap(model).modules() if isinstance(module, nn.Linear))
     return [layer for layer in linear if layer is not head and not layer.weight.requires_grad]
 
 
 def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, model: nn.Module) -> MemoryEstimate:
-    """What each of several processes holds."""
+    """The estimate per process: sharded parts divided by `processes`, or DDP's gradient buckets added."""
     if processes == 1:
         return estimate
     parts = dict(estimate.parts)
@@ -206,7 +206,11 @@ def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, mod
 
 
 def with_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
-    """The estimate of a trainer that samples: beside a training step where graphs keep its memory, else in turn with one."""
+    """The estimate with the KV cache of a trainer that samples.
+
+    CUDA graphs keep the memory of a training step while sampling, so the cache is added to it. Without them, sampling and
+    training take turns, and the larger of the two counts.
+    """
     if not isinstance(trainer.args, OnlineConfig):
         return estimate
     parts, inner = estimate.parts, unwrap(trainer.model)
@@ -219,13 +223,13 @@ def with_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstim
 
 
 def libraries_bytes(device: torch.device) -> int:
-    """What is held on `device` without a model: on a CPU, what this process holds and torch's first use adds."""
+    """Bytes held on `device` without a model: `FIRST_USE` and, on a CPU, the resident memory of this process."""
     held = psutil.Process().memory_info().rss if device.type == "cpu" else 0
     return held + FIRST_USE.get(device.type, 0)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a process may take on `device`; None where that is not known."""
+    """Bytes that this process may use on `device`; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

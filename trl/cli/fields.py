@@ -1,11 +1,11 @@
-"""The fields of configuration dataclasses as options, read from source or from live classes.
+"""Turn the fields of configuration dataclasses into command-line options, from source code or from imported classes.
 
-A field is documented once, by a string literal under it (or `metadata={"help": …}` as in `transformers`):
+A field is documented once, by a string literal below it (or `metadata={"help": …}` as in `transformers`):
 
     max_length: int | None = 1024
     \"\"\"Tokens per row; longer rows are cut.\"\"\"
 
-`options_in_source("trl.trainers.sft:SFTConfig")` imports nothing; `options_of(cls)` asks a class that is there already.
+`options_in_source("trl.trainers.sft:SFTConfig")` parses the source and imports nothing; `options_of(cls)` takes a class.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from trl.option_types import (
 )
 
 REQUIRED = object()
-"""The default of an option that has none."""
+"""Stands for the default of an option that has none, and so must be given."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: its name, what it may be given, its default, its documentation, and the class it stands in."""
+    """One option: its name, type, default, documentation, and the class that declares it."""
 
     name: str
     kind: OptionType = ANYTHING
@@ -52,7 +52,7 @@ class Option:
 
 
 def merge_options(*groups: list[Option]) -> list[Option]:
-    """The options of several classes. Those that share a name are one option, described by the first class."""
+    """The options of several classes. An option that several declare is taken from the first of them."""
     merged: dict[str, Option] = {}
     for option in (option for group in groups for option in group):
         merged.setdefault(option.name, option)
@@ -63,7 +63,7 @@ def merge_options(*groups: list[Option]) -> list[Option]:
 
 
 def options_in_source(reference: str) -> list[Option]:
-    """The options of the dataclass `"module:Class"`, those of its base classes first. Nothing is imported."""
+    """The options of the dataclass `"module:Class"`, base classes first, read from source without importing anything."""
     found: dict[str, Option] = {}
     for module, cls in reversed(ancestry(*_class_in_source(reference))):
         for option in _options_in_body(module, cls, found):
@@ -72,7 +72,7 @@ def options_in_source(reference: str) -> list[Option]:
 
 
 def aliases_in_source(reference: str) -> Mapping[str, str]:
-    """`ALIASES` of the dataclass `"module:Class"`: older names of options, and today's."""
+    """`ALIASES` of the dataclass `"module:Class"`: a map from old option names to current ones."""
     aliases = class_constant(*_class_in_source(reference), "ALIASES")
     return {} if aliases is COMPUTED else aliases
 
@@ -144,7 +144,7 @@ def _default(given: Mapping[str | None, ast.expr], module: Module) -> Any:
 
 
 def _kind_in_source(module: Module, name: str) -> OptionType | None:
-    """The kind of a name that a module defines or imports: an enumeration's values, or an alias of a type."""
+    """The option type that a name in a module refers to: the values of an enumeration, or a type alias."""
     found = lookup(module, name)
     if found is None:
         return None

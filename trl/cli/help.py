@@ -1,4 +1,4 @@
-"""Help screens: options under headings, in colour in a terminal and plain when redirected."""
+"""Help screens: options grouped under headings, coloured in a terminal and plain when redirected."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from trl.cli.values import OptionType
 from trl.counts import counted
 
 WIDEST, PLAIN = 120, 100
-"""Columns: at most so many in a terminal, and so many where there is none."""
+"""Width in columns: the maximum in a terminal, and the default where output is redirected."""
 
 HEADING, NAME, TYPE, DEFAULT, CODE = "bold yellow", "cyan", "dim", "dim", "italic"
 
 _METAVARS = {"int": "INT", "float": "NUMBER", "str": "TEXT", "dict": "JSON", "any": "VALUE"}
 SHORT = 30
-"""Columns that names of options may take in a narrow terminal; a wide one gives them a third."""
+"""Width in columns of option names in a narrow terminal; a wide one gives them a third of its width."""
 
 _SHORT_CHOICES = 6
-"""So many choices are listed in the short help; --help-all lists all."""
+"""Number of choices listed per option in the short help; --help-all lists all."""
 
 
 def console() -> Console:
@@ -46,7 +46,7 @@ def print_options(
     everything: bool,
     examples: Sequence[str] = (),
 ) -> None:
-    """The help screen of a command: its own and the commonly used options, or everything."""
+    """Print the help screen of a command: its commonly used options, or all with `everything`."""
     out = console()
     reads_files = all(option.name != "config" for option in options)  # else `--config` is an option of its own
     shown = [option for option in options if everything or is_common(option)]
@@ -74,7 +74,7 @@ def print_title(out: Console, title: str) -> None:
 
 
 def print_examples(out: Console, examples: Sequence[str]) -> None:
-    """Commands to copy; one that is too wide goes on behind a backslash, with its next option."""
+    """Print commands to copy; wrap a long one with a backslash before an option."""
     for example in examples:
         lines = [""]
         for part in re.split(r" (?=--)", example):
@@ -86,7 +86,7 @@ def print_examples(out: Console, examples: Sequence[str]) -> None:
 
 
 def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A heading and lines of a name and what it is."""
+    """Print a heading and a table of names and descriptions."""
     print_title(out, title)
     table = Table.grid(padding=(0, 2))
     table.add_column(style=NAME, max_width=WIDEST // 3)
@@ -97,7 +97,7 @@ def print_rows(out: Console, title: str, rows: Sequence[tuple[str, str]]) -> Non
 
 
 def _print_option(out: Console, option: Option, width: int, *, whole: bool) -> None:
-    """An option in three columns, the first of which has `width`: a longer name has a line of its own."""
+    """Print an option in three columns (name, type, description); a name longer than `width` gets its own line."""
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(width=width, style=NAME, no_wrap=True)
     table.add_column(width=8, style=TYPE, no_wrap=True)
@@ -111,8 +111,8 @@ def _print_option(out: Console, option: Option, width: int, *, whole: bool) -> N
 
 
 FILES = (
-    "Options may stand in a YAML file (`option: value`, `env:` for environment variables): the command line wins over files, "
-    "later files over earlier ones. "
+    "Options can also be set in a YAML file (`option: value`, `env:` for environment variables): the command line overrides "
+    "files, later files override earlier ones. "
 )
 
 
@@ -121,7 +121,7 @@ def _print_foot(out: Console, usage: str, *, hidden: int, reads_files: bool) -> 
     if hidden:
         out.print(Text.assemble((f"{usage} --help-all", "bold"), f" shows {counted(hidden, 'more option')}."))
     out.print(
-        f"{FILES if reads_files else ''}Switches: --flag, --flag false, --no_flag. Lists: --option a b c. Nothing: --option none.",
+        f"{FILES if reads_files else ''}Switches: --flag, --flag false, --no_flag. Lists: --option a b c. No value: --option none.",
         style="dim",
     )
 

@@ -1,4 +1,4 @@
-"""What is asked of the hub is asked before work starts, within seconds; what it refuses is one line."""
+"""Check models and permissions on the Hugging Face Hub before work starts, and report failures as one-line errors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from trl.trainers.config import TrainerConfig
 
 PATIENCE = 10.0
-"""Seconds to wait for the hub."""
+"""Timeout of a request to the hub, in seconds."""
 
 FILES = ("config.json", "adapter_config.json")
 
 
 class HubError(OSError):
-    """What the hub refused, or that it could not be reached."""
+    """The hub refused a request, or could not be reached."""
 
 
 def check_model_on_hub(name: str, revision: str) -> None:
-    """Raises ConfigError for a model that is neither a folder, nor in the cache, nor on the hub, and where that cannot be told."""
+    """Raises ConfigError if a model is neither a folder, nor in the cache, nor on the hub, or the hub cannot be reached."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
@@ -34,7 +34,7 @@ def check_model_on_hub(name: str, revision: str) -> None:
 
 
 def check_push(training: TrainerConfig) -> None:
-    """Raises ConfigError where nothing could be pushed after training: no network, or nobody is logged in."""
+    """Raises ConfigError if a push after training would fail: no network, or not logged in."""
     from huggingface_hub import HfApi
 
     with _explained("push_to_hub=True"):
@@ -43,7 +43,7 @@ def check_push(training: TrainerConfig) -> None:
 
 @contextmanager
 def push_explained(folder: str) -> Iterator[None]:
-    """Raises HubError, which says where the model is, for a push that failed after training."""
+    """Turn a failed push after training into a HubError that says where the model is and how to upload it later."""
     try:
         with _explained(f"The model is in {folder}, but it was not pushed"):
             yield
@@ -53,7 +53,7 @@ def push_explained(folder: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Raises ConfigError for what the hub refuses, in one line that begins with `what`."""
+    """Turn an error of the hub into a one-line ConfigError that starts with `what`."""
     from huggingface_hub import errors
 
     transport: Any = errors.InferenceTimeoutError.__bases__[0]

@@ -1,10 +1,10 @@
-"""Several processes, by accelerate's launcher: this command, entered again in each of them.
+"""Launch a training command in several processes with accelerate's launcher: each process runs the same command.
 
     trl sft … --num_processes 4
     trl sft … --accelerate_config zero3 --num_processes 8
     trl sft … --accelerate_config two-nodes.yaml
 
-One process needs no launcher, and runs where it is.
+With one process, training runs in the current process, without a launcher.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ OLDER_NAMES = {"single_gpu": "single", "multi_gpu": "ddp"}
 
 @dataclass
 class LaunchArguments:
-    """How a training command is run."""
+    """How a training command is launched."""
 
     num_processes: int | None = None
-    """Processes to train in, one for each device. None: as `accelerate_config` says, or one."""
+    """Number of training processes, one per device. None: the number in `accelerate_config`, or one."""
 
     accelerate_config: str | None = None
-    """How devices work together: "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", or a file of `accelerate config`."""
+    """How to parallelise over devices: "single", "ddp", "fsdp2", "zero1", "zero2", "zero3", or a file made by
+    `accelerate config`."""
 
     resume: bool = False
-    """Go on from the newest good checkpoint in `output_dir`; start from the beginning if there is none."""
+    """Resume from the newest intact checkpoint in `output_dir`; start from the beginning if there is none."""
 
     dry_run: bool = False
-    """Check rows, plan and memory, as `trl check` does, and train nothing."""
+    """Check rows, plan and memory as `trl check` does, without training."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -50,23 +51,23 @@ class LaunchArguments:
 
 
 def needs_launcher(given: ParsedOptions) -> bool:
-    """Whether processes have to be started: several, or as a configuration describes them.
+    """True if training processes have to be launched: several, or those that `accelerate_config` describes.
 
-    Raises ConfigError for a number that the configuration does not start.
+    Raises ConfigError if `num_processes` contradicts `accelerate_config`.
     """
     arguments = given.arguments_for(LaunchArguments)
     count, config = arguments.num_processes or 1, arguments.accelerate_config
     if config == "single" and count > 1:
         raise ConfigError(
-            f"accelerate_config='single' is one process, and num_processes={count}: leave one of them out."
+            f"accelerate_config='single' means one process, but num_processes={count}: leave one of them out."
         )
-    if "LOCAL_RANK" in os.environ:  # this is one of the processes
+    if "LOCAL_RANK" in os.environ:  # this process was started by the launcher
         return False
     return count > 1 or config not in (None, "single")
 
 
 def find_config(name: str) -> Path:
-    """The file of a shipped configuration, or of the user's own. Raises ConfigError where there is none."""
+    """The path of a shipped accelerate configuration, or of the user's file. Raises ConfigError if it does not exist."""
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(name, Path(name).expanduser())
     if not path.is_file():
@@ -77,7 +78,7 @@ def find_config(name: str) -> Path:
 
 
 def launch(given: ParsedOptions, words: Sequence[str]) -> int:
-    """Run `trl WORDS` in each of the processes that were asked for. Returns the exit status."""
+    """Run `trl WORDS` in each of the requested processes. Return the exit status."""
     import torch
 
     arguments = given.arguments_for(LaunchArguments)
@@ -94,24 +95,24 @@ def launch(given: ParsedOptions, words: Sequence[str]) -> int:
 
 
 def check_devices(name: str, count: int | None, devices: int) -> None:
-    """Raises ConfigError where a shipped configuration wants other or more devices than there are."""
+    """Raises ConfigError if a shipped configuration needs DeepSpeed, which is not installed, or more devices."""
     shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
     if name.startswith("zero") and name in shipped and find_spec("deepspeed") is None:
         raise ConfigError(f"accelerate_config={name!r} needs DeepSpeed: pip install 'trl[deepspeed]'.")
     if devices and name in shipped and (count or 1) > devices:
         raise ConfigError(
-            f"num_processes={count}, and there are {devices} devices here: give {devices} at most, or use --use_cpu."
+            f"num_processes={count}, but this machine has {devices} devices: give at most {devices}, or use --use_cpu."
         )
 
 
 def _run(words: Sequence[str]) -> bool:
-    """Run accelerate's launcher; True if a process failed, which has said why itself."""
+    """Run accelerate's launcher. Return True if a process failed; that process prints its own error."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         arguments = launch_command_parser().parse_args(list(words))
-        # An option of torchrun, which has to be a signal that never comes: all others are passed on.
+        # torchrun requires at least one signal to handle: SIGURG never comes. `_signals_passed_on` handles the others.
         arguments.signals_to_handle = "SIGURG"
         launch_command(arguments)
     except ChildFailedError as error:
@@ -123,9 +124,9 @@ def _run(words: Sequence[str]) -> bool:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[list[int]]:
-    """Hand the signals that end a run to the processes below this one, which end with a checkpoint; gives those received.
+    """Forward signals that end a run to the child processes, which save a checkpoint. Yields the list of received signals.
 
-    torch's launcher would give its processes a few seconds to end, and then kill them.
+    torch's launcher would kill its processes after a few seconds.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""Models and their tokenizers, as commands that train nothing load them."""
+"""Load models and tokenizers for commands that do not train."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trl.models.config import ModelConfig, get_quantization_config
 from trl.models.load import load_model, load_processor
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Ways in which weights are spread over all devices."""
+"""Values of `device_map` that spread the weights over all devices."""
 
 
 def load_pretrained(model: ModelConfig, *, device: str = "auto") -> tuple[Any, Any]:
-    """The model that the options name, with its adapter, quantised if they say so, and its tokenizer or processor."""
+    """Load the model that the options name, with its adapter and quantisation, and its tokenizer or processor."""
     check_model_on_hub(model.model_name_or_path, model.model_revision)
     loaded = load_model(
         model.model_name_or_path,
@@ -33,7 +33,7 @@ def load_pretrained(model: ModelConfig, *, device: str = "auto") -> tuple[Any, A
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Where `from_pretrained` puts the weights."""
+    """Keyword arguments for `from_pretrained` that put the weights on `device`. Raises ConfigError if it does not exist."""
     if device == "auto" and not torch.accelerator.is_available():
         return {}
     if device in MAPS:
@@ -41,10 +41,12 @@ def placement(device: str) -> dict[str, Any]:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no device: give auto, cpu, cuda or cuda:1, for instance.") from error
+        raise ConfigError(
+            f"device={device!r} is not a device: give auto, cpu, cuda or cuda:1, for instance."
+        ) from error
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind not in ("cpu", there and there.type):
         raise ConfigError(
-            f"device={device!r}: there is none here. Leave it out, or give {there.type if there else 'cpu'}."
+            f"device={device!r} does not exist on this machine. Leave it out, or give {there.type if there else 'cpu'}."
         )
     return {"device_map": device}

@@ -1,9 +1,9 @@
-"""`trl`: one command for training, previewing, and looking around.
+"""The `trl` command: train models, preview rows, chat, evaluate, serve.
 
     trl sft --model_name_or_path facebook/opt-125m --dataset_name imdb --output_dir opt-sft-imdb
 
-Options are read and checked before torch is imported. Errors that a user can mend are one message and status 2; what
-files, disks and networks refuse is one message and status 1.
+Options are read and checked before torch is imported. Errors that a user can mend print one message and exit with status 2;
+errors of files, disks and networks print one message and exit with status 1.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from trl.training.streams import prepare_streams, steady_streams
 
 INTERRUPTED, UNREAD = 130, 141
 STOPPED = tuple(128 + number for number in SIGNALS)
-"""Statuses of a run that a signal ended, with a checkpoint."""
+"""Exit statuses of a run that saved a checkpoint after a signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `trl` with the words `argv`, those of this process if left out. Returns the exit status."""
+    """Run `trl` with the words `argv`, by default those of this process. Return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
     os.environ.update({name: value for name, value in _bars().items() if name not in os.environ})
@@ -46,22 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is not None:
             raise
         return _fail(error, status=2)  # an optional dependency: Python's own import errors carry the module's name
-    except BrokenPipeError:  # who reads has read enough, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except OSError as error:
         return _fail(error, status=1)
     except KeyboardInterrupt:
-        print("\r", end="", file=sys.stderr)  # over the ^C of a terminal
+        print("\r", end="", file=sys.stderr)  # overwrite the ^C that terminals print
         return _fail("interrupted", status=INTERRUPTED)
     finally:
-        if argv is None:  # the process ends: one more Ctrl-C has nothing to stop
+        if argv is None:  # the process ends: a further Ctrl-C kills it without a traceback
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _bars() -> dict[str, str]:
-    """Environment variables of tqdm: bars for what takes a while, gone when it is done; none where nothing can draw them,
-    nor in any but the first of a node's processes."""
+    """Environment variables of tqdm: show bars only for work of a second or more, and clear them when done; disable them
+    where the terminal cannot draw them, and in all processes but the first of a node."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     drawn = is_first and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if drawn else {"TQDM_DISABLE": "1"}
@@ -112,14 +112,14 @@ def run_method(method: Method, words: list[str]) -> int:
     with steady_streams():
         status = train(run)
     if "LOCAL_RANK" in os.environ and status in STOPPED:
-        return 0  # the launcher above knows of the signal, and takes any other status for a failure
+        return 0  # the launcher received the signal too, and treats any other status as a failure
     return _say_how_to_resume(status, [method.name, *words])
 
 
 def _say_how_to_resume(status: int, words: Sequence[str]) -> int:
     if status in STOPPED:
         again = words if "--resume" in words else [*words, "--resume"]
-        print(f"Stopped, with a checkpoint. To go on:\n\n    {shlex.join(['trl', *again])}\n", file=sys.stderr)
+        print(f"Stopped, with a checkpoint. To resume:\n\n    {shlex.join(['trl', *again])}\n", file=sys.stderr)
     return status
 
 
@@ -129,12 +129,12 @@ def print_overview() -> int:
     out = console()
     print_head(out, "trl COMMAND [--option VALUE …]", "Fine-tune and align language models.")
     print_rows(out, "Train", [(each.name, each.summary) for each in methods().values()])
-    print_rows(out, "Look", [(each.name, each.summary) for each in tools().values()])
+    print_rows(out, "Tools", [(each.name, each.summary) for each in tools().values()])
     print_rows(
         out,
         "Help",
         [
-            ("trl COMMAND --help", "The options that are used most, by theme"),
+            ("trl COMMAND --help", "The most used options, by topic"),
             ("trl COMMAND --help-all", "All options"),
             ("trl --version", "The version"),
         ],
@@ -146,7 +146,7 @@ def print_overview() -> int:
 
 
 class _Command(ModuleType):
-    """This module, which may be called: `from trl.cli import main; main(["sft", …])`."""
+    """Makes this module callable: `from trl.cli import main; main(["sft", …])`."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         return main(argv)

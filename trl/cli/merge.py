@@ -1,4 +1,4 @@
-"""`trl merge`: one model of an adapter and the model that it was trained on, W + (α/r) B A.
+"""`trl merge`: merge a LoRA adapter into its base model, W + (α/r) B A.
 
 trl merge --model_name_or_path qwen-sft --output_dir qwen-sft-merged
 """
@@ -19,7 +19,7 @@ from trl.models.config import ModelConfig
 
 @dataclass
 class MergeArguments:
-    """Where the merged model goes."""
+    """Where the merged model is saved."""
 
     output_dir: str
     """Folder that the merged model is written to."""
@@ -28,7 +28,7 @@ class MergeArguments:
     """Upload the merged model as well."""
 
     hub_model_id: str | None = None
-    """Repository to upload to. None: the name of `output_dir`, in your own space."""
+    """Repository to upload to. None: the name of `output_dir`, in your own namespace."""
 
     hub_private_repo: bool | None = None
     """Make the repository private. None: public, unless your organisation's default is private."""
@@ -38,7 +38,7 @@ def run(arguments: MergeArguments, given: ParsedOptions) -> int:
     model = model_to_load(given)
     if there := [name for name in FILES if (Path(arguments.output_dir) / name).exists()]:
         raise ConfigError(
-            f"output_dir={arguments.output_dir!r} holds a model already ({there[0]}): name another folder."
+            f"output_dir={arguments.output_dir!r} already holds a model ({there[0]}): give another folder."
         )
     check_model_on_hub(model.model_name_or_path, model.model_revision)
     with library_errors_as_config_errors():
@@ -47,9 +47,9 @@ def run(arguments: MergeArguments, given: ParsedOptions) -> int:
 
 
 def merge(model: ModelConfig, arguments: MergeArguments) -> None:
-    """Write the merged model and its tokenizer to `output_dir`, and push both if asked to.
+    """Write the merged model and its tokenizer to `output_dir`, and push both with `push_to_hub`.
 
-    The sum is taken in float32 and rounded once, to `dtype`: "auto" is the precision that the base was saved in.
+    The sum is computed in float32 and rounded once, to `dtype`; "auto" is the precision in which the base was saved.
     Raises ConfigError for a model without an adapter.
     """
     from transformers import logging
@@ -79,7 +79,7 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
 
 
 def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
-    """The model with its adapter in float32, and the precision that it is to be saved in."""
+    """Load the model with its adapter in float32. Return it, and the dtype to save it in."""
     from peft import PeftConfig, TaskType
     from transformers import AutoModelForSequenceClassification
 
@@ -92,8 +92,8 @@ def load_adapted(model: ModelConfig) -> tuple[Any, Any]:
     hub, name, adapter = model.hub, model.model_name_or_path, model.adapter_name_or_path
     if adapter is None and not is_adapter(name, **hub):
         raise ConfigError(
-            f"model_name_or_path={name!r} is a whole model and no adapter: there is nothing to merge. Name the folder of an "
-            "adapter, or give one with --adapter_name_or_path."
+            f"model_name_or_path={name!r} is a whole model, not an adapter: there is nothing to merge. Give the folder of "
+            "an adapter, or add one with --adapter_name_or_path."
         )
     base = load_config(name, trust_remote_code=model.trust_remote_code, **hub)
     precision = dtype_of(model.dtype, base)

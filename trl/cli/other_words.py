@@ -1,4 +1,4 @@
-"""What others call our options: common words of training scripts, and the keys of two other tools' files.
+"""Names that other tools use for these options: common words of training scripts, and configuration keys of two tools.
 
 trl: error: Unknown option --lr. Did you mean '--learning_rate'?
 trl: error: llama.yaml is a configuration of LLaMA-Factory. …
@@ -51,7 +51,7 @@ _COMMON = {
     "dataloader_num_workers": "num_workers",
 }
 COMMON: Mapping[str, str] = {word: option for option, words in _COMMON.items() for word in words.split()}
-"""Words that mean an option in most scripts, and are too far from its name to be found by their letters."""
+"""Names of an option in most training scripts that are too different from its name to be found by similar spelling."""
 
 _BOTH = {
     "val_size": "test_split_size",
@@ -86,7 +86,7 @@ AXOLOTL: Mapping[str, str] = {
     "dpo_beta": "beta",
     **dict.fromkeys(_AXOLOTL_ALONE.split(), ""),
 }
-"""Keys of axolotl's files → what to write here, where it is not what most scripts mean; "" where nothing takes their place."""
+"""Keys of axolotl's files → what to write instead, where `COMMON` is not right; "" if there is no counterpart."""
 
 _LLAMA_FACTORY_ALONE = """
     dataset_dir overwrite_cache quantization_method plot_loss mask_history export_size use_unsloth infer_backend
@@ -111,12 +111,12 @@ LLAMA_FACTORY: Mapping[str, str] = {
     "additional_target": "lora_modules_to_save",
     **dict.fromkeys(_LLAMA_FACTORY_ALONE.split(), ""),
 }
-"""Keys of LLaMA-Factory's files → what to write here."""
+"""Keys of LLaMA-Factory's files → what to write instead; "" if there is no counterpart."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool: the keys of its files, and those by one of which it is known."""
+    """Another training tool: the keys of its configuration files, and `marks`, keys that identify its files."""
 
     name: str
     keys: Mapping[str, str]
@@ -130,7 +130,7 @@ TOOLS = (
 
 
 def suggest_option(name: str, options: Collection[str], others: Iterable[str] = (), *, dashes: str = "") -> str:
-    """` Did you mean '--learning_rate'?`, by the meaning of a word, else by its letters."""
+    """` Did you mean '--learning_rate'?`: a suggestion by the meaning of a word, else by similar spelling."""
     name = name.replace("-", "_")
     meant = COMMON.get(name.lower())
     if meant in options:
@@ -139,16 +139,16 @@ def suggest_option(name: str, options: Collection[str], others: Iterable[str] = 
 
 
 def tool_of(unknown: Collection[str]) -> Tool | None:
-    """The tool whose file has these keys that are unknown here; None where they are no tool's."""
+    """The tool whose configuration files use one of these unknown keys; None if there is none."""
     return next((tool for tool in TOOLS if set(tool.marks) & set(unknown)), None)
 
 
 def counterparts(tool: Tool, unknown: Iterable[str], options: Collection[str]) -> list[str]:
-    """A line for every key: what to write in its place."""
+    """One line per unknown key that says what to write instead."""
     width = max(map(len, unknown := list(unknown)))
     known = {word: option for word, option in COMMON.items() if option in options} | dict(tool.keys)
     lines = []
     for key in unknown:
-        told = known.get(key, f"is not known here.{suggest_option(key, options)}")
+        told = known.get(key, f"is unknown.{suggest_option(key, options)}")
         lines.append(f"    {key.ljust(width)}  →  {told or 'leave it out'}")
     return lines

@@ -1,7 +1,7 @@
-"""From words and YAML files to values of options: `trl sft --config sft.yaml --learning_rate 1e-5`.
+"""Parse the command line and YAML files into option values: `trl sft --config sft.yaml --learning_rate 1e-5`.
 
-The command line wins over files, later files over earlier ones, and both over defaults, which are not looked at here: a
-dataclass fills them in. Every error is a ConfigError that names the option or key, what it was given, and what it takes.
+The command line overrides files, and later files override earlier ones. Defaults are filled in by the dataclasses that
+receive the values. Every error is a ConfigError that names the option or key, what it was given, and what it takes.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ NEGATION = "no_"
 
 
 MOST_NODES = 100_000
-"""Values of a YAML file, those counted again that an alias repeats."""
+"""Maximum number of values in a YAML file; values that an alias repeats count again."""
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass
 class ParsedOptions:
-    """What a command line and its files gave: values by option, environment variables, and words left over."""
+    """The result of parsing a command line and its files: option values, environment variables, and remaining words."""
 
     values: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
     help: str = ""
-    """"short" or "all" if help was asked for."""
+    """"short" or "all" if help was requested, else empty."""
     outdated: dict[str, Any] = field(default_factory=dict)
-    """Older options that ask for nothing any more."""
+    """Options of older versions that no longer have an effect, and their values."""
 
     def arguments_for(self, cls: type) -> Any:
-        """The dataclass `cls`, made from the values that are its own."""
+        """An instance of the dataclass `cls`, from the values of its fields."""
         names = [f.name for f in settable(cls) if f.init and f.name in self.values]
         return cls(**{name: self.values[name] for name in names})
 
 
 class OptionParser:
-    """Reads words and files against options; `aliases` gives today's names for older ones (or "" for one dropped)."""
+    """Parses words and files; `aliases` maps old names of options to current ones, or to "" for a removed option."""
 
     def __init__(self, options: Sequence[Option], aliases: Mapping[str, str] | None = None) -> None:
         self.options = {option.name: option for option in options}
         self.aliases = {old: new for old, new in (aliases or {}).items() if new in ("", *self.options)}
 
     def parse(self, words: Sequence[str], *, keep_words: bool = False, keep_rest: bool = False) -> ParsedOptions:
-        """Values that `words` and the files named in them give.
+        """Parse `words` and the files named in them.
 
-        With `keep_words`, what no option takes is kept in `rest`, and not refused; with `keep_rest`, unknown options are, too.
-        Raises ConfigError.
+        With `keep_words`, positional words are collected in `rest` instead of refused; with `keep_rest`, unknown options
+        too. Raises ConfigError.
         """
         given = ParsedOptions(help=next((HELP[word] for word in words if word in HELP), ""))
         if given.help:
@@ -77,7 +77,7 @@ class OptionParser:
         return given
 
     def _today(self, name: str) -> str | None:
-        """Today's name of an option, "" for one that was dropped, None for one that nobody knows."""
+        """The current name of an option, "" for a removed option, None for an unknown one."""
         name = name.replace("-", "_")
         if name in self.options:
             return name
@@ -105,7 +105,7 @@ class OptionParser:
         return values
 
     def _refuse_two_names(self, name: str, today: str | None, spelled: dict[str, str]) -> None:
-        """Raise ConfigError for an option that was given under another name before; `spelled` is by today's names."""
+        """Raise ConfigError if an option is given under two names; `spelled` maps current names to the given ones."""
         plain = name.lstrip("-").replace("-", "_")
         if today and spelled.setdefault(today, plain) != plain:
             raise ConfigError(f"{spelled[today]} and {plain} are two names of the option {today}: keep one.")
@@ -113,7 +113,7 @@ class OptionParser:
     def _read_option(
         self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: ParsedOptions
     ) -> bool:
-        """Take an option's value (`attached` by "=", or the words after it) into `values`; False if nobody knows it."""
+        """Store an option's value (`attached` by "=", or the words after it) in `values`. False for an unknown option."""
         found = self._today(name)
         if name == "config" and name not in self.options:
             given.files += attached or self._take_many(words, name, "a YAML file")
@@ -128,7 +128,7 @@ class OptionParser:
         return True
 
     def _negated(self, name: str) -> str | None:
-        """The switch that `--no_name` turns off."""
+        """The switch that `--no_name` turns off, or None."""
         name = name.replace("-", "_")
         switch = self._today(name.removeprefix(NEGATION)) if name.startswith(NEGATION) else None
         return switch if switch and "bool" in self.options[switch].kind.scalars else None
@@ -149,7 +149,7 @@ class OptionParser:
             raise ConfigError(f"--{name} was given {shown!r}, but takes {error}.{_nearest(option, shown)}") from None
 
     def _next_is_value(self, words: list[str], option: Option) -> bool:
-        """Whether the word after a switch belongs to it."""
+        """True if the word after a switch is its value."""
         if not words or words[0].startswith("--"):
             return False
         if set(option.kind.scalars) <= {"bool", "none"} and not option.kind.choices:
@@ -172,7 +172,7 @@ class OptionParser:
         return taken
 
     def _outdated_value(self, words: list[str], attached: list[str] | None) -> Any:
-        """What an option was given that asks for nothing any more: a switch, or the words after it."""
+        """The value of an option that no longer has an effect: True for a switch, or the words after it."""
         taken = list(attached or ())
         while attached is None and words and not words[0].startswith("--"):
             taken.append(words.pop(0))
@@ -199,11 +199,11 @@ class OptionParser:
         data = read_yaml(path, "--config") or {}
         if not isinstance(data, dict):
             raise ConfigError(
-                f"{path}: a configuration is a list of `option: value` lines, and not a {type(data).__name__}."
+                f"{path}: a configuration is a list of `option: value` lines, not a {type(data).__name__}."
             )
         environment = data.pop("env", None) or {}
         if not isinstance(environment, dict):
-            raise ConfigError(f"{path}: env takes names of environment variables with values, and not {environment!r}.")
+            raise ConfigError(f"{path}: env takes names of environment variables with values, not {environment!r}.")
         given.environment |= {str(name): str(value) for name, value in environment.items()}
         mistakes, strange = [], []
         spelled: dict[str, str] = {}
@@ -223,7 +223,7 @@ class OptionParser:
                     mistakes.append(str(error))
         if (tool := tool_of(strange)) is not None:
             listed = "\n".join(counterparts(tool, strange, self.options))
-            raise ConfigError(f"{path} is a configuration of {tool.name}. What its keys are called here:\n{listed}")
+            raise ConfigError(f"{path} is a configuration of {tool.name}. Write its keys as follows:\n{listed}")
         if len(mistakes) > 1:
             listed = "\n".join(f"    {each}" for each in mistakes)
             raise ConfigError(f"{path}: {len(mistakes)} mistakes:\n{listed}")
@@ -231,7 +231,7 @@ class OptionParser:
             raise ConfigError(f"{path}: {mistakes[0]}")
 
     def _checked(self, key: str, option: Option, value: Any) -> Any:
-        """The value of a file's key. Raises Mismatch, which says all of it."""
+        """The value of a key in a file. Raises Mismatch with the whole error message."""
         if isinstance(value, str) and value == option.default:
             return value
         try:
@@ -247,7 +247,7 @@ def _nearest(option: Option, text: str) -> str:
 
 
 class Loader(yaml.SafeLoader):
-    """Takes `1e-5` for a number, as people write it: in YAML 1.1 it is text, as it has no point."""
+    """Reads `1e-5` as a number; in YAML 1.1 it is text, because it has no decimal point."""
 
 
 Loader.add_implicit_resolver(
@@ -256,10 +256,10 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str, option: str) -> Any:
-    """What the file that `option` names holds. Raises ConfigError where it is not there, or is not YAML."""
+    """The content of the YAML file given to `option`. Raises ConfigError if it does not exist or is not YAML."""
     file = Path(path).expanduser()
     if file.is_dir():
-        raise ConfigError(f"{option} {path}: this is a folder, and not a file.")
+        raise ConfigError(f"{option} {path}: this is a folder, not a file.")
     if not file.is_file():
         raise ConfigError(f"{option} {path}: there is no such file.{suggest_beside(file)}")
     try:
@@ -267,26 +267,24 @@ def read_yaml(path: str, option: str) -> Any:
         _check_nodes(path, node)
         return yaml.load(text, Loader)
     except UnicodeDecodeError:
-        raise ConfigError(f"{option} {path}: this is no text in UTF-8, and so not YAML.") from None
+        raise ConfigError(f"{option} {path}: this is not UTF-8 text, so not YAML.") from None
     except RecursionError:
         raise ConfigError(f"{option} {path}: this is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date
         if isinstance(error, TrlError):
             raise
         raise ConfigError(f"{option} {path} is not YAML: {_what_is_wrong(error)}.") from None
 
 
 def _check_nodes(path: str, root: Any) -> None:
-    """Raise ConfigError for keys that are no names, or given twice (YAML's readers would drop the first), and for aliases
-    that stand for more than anybody writes."""
+    """Raise ConfigError for keys that are not names, for duplicate keys (of which YAML readers keep only the last), and for
+    aliases that expand to more than `MOST_NODES` values."""
     waiting, seen = [root] if root is not None else [], 0
     while waiting:
         node = waiting.pop()
         seen += 1
         if seen > MOST_NODES:
-            raise ConfigError(
-                f"{path}: its aliases stand for more than {MOST_NODES:,} values. Write out what is meant."
-            )
+            raise ConfigError(f"{path}: its aliases expand to more than {MOST_NODES:,} values. Write the values out.")
         if node.id == "mapping":
             _check_keys(path, node)
             waiting += [value for _, value in node.value]
@@ -300,14 +298,14 @@ def _check_keys(path: str, node: Any) -> None:
         line = key.start_mark.line + 1
         if key.id != "scalar" or key.tag not in KEY_TAGS:
             shown = repr(key.value) if key.id == "scalar" else f"a {key.id}"
-            raise ConfigError(f"{path}: the key in line {line} is {shown}, and not a name. Put it in quotes.")
+            raise ConfigError(f"{path}: the key in line {line} is {shown}, not a name. Put it in quotes.")
         if key.value in lines:
-            raise ConfigError(f"{path}: {key.value} stands in lines {lines[key.value]} and {line}: keep one.")
+            raise ConfigError(f"{path}: {key.value} is given twice, in lines {lines[key.value]} and {line}: keep one.")
         lines[key.value] = line
 
 
 def _what_is_wrong(error: Any) -> str:
-    """`while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`"""
+    """A YAML error in one line: `while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return " ".join(str(error).split())
     told = ": ".join(each for each in (error.context, error.problem) if each)
@@ -316,12 +314,12 @@ def _what_is_wrong(error: Any) -> str:
 
 
 class TrlParser:
-    """Dataclasses from the command line and YAML files.
+    """Makes dataclasses from the command line and YAML files.
 
     script, training, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
 
-    Every field is an option, `--config file.yaml` reads files, their `env:` section sets environment variables. A field
-    that several of the dataclasses have is one option that sets all of them.
+    Every field is an option, `--config file.yaml` reads files, and their `env:` section sets environment variables. A field
+    that several dataclasses have in common is one option, which sets it in all of them.
     """
 
     def __init__(self, dataclass_types: type | Iterable[type]) -> None:
@@ -333,10 +331,10 @@ class TrlParser:
     def parse_args_and_config(
         self, args: Iterable[str] | None = None, return_remaining_strings: bool = False
     ) -> tuple[Any, ...]:
-        """One instance per dataclass; with `return_remaining_strings`, and last a list of the words that none knows.
+        """Return one instance per dataclass and, with `return_remaining_strings`, the list of unknown words last.
 
-        `args` are the words, those of this process if left out; then an error is printed and the process ends with
-        status 2. Raises ConfigError for `args` that were given.
+        Raises ConfigError for mistakes in `args`. Without `args`, parse the command line of this process; a mistake then
+        prints an error and exits with status 2.
         """
         if args is not None:
             return self._parse(list(args), return_remaining_strings)

@@ -1,6 +1,6 @@
-"""`trl preview [METHOD] …`: rows as a training command with the same options would see them.
+"""`trl preview [METHOD] …`: show rows as a training command with the same options would see them.
 
-The trainer is the real one, on a model without weights: all that happens to rows happens, and nothing else is loaded.
+This makes the real trainer on a model without weights, so rows are processed as in training, but nothing large is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PreviewArguments:
-    """Options of the preview itself."""
+    """Options of `trl preview` itself, beside those of the training command."""
 
     rows: int = 3
     """How many rows to show."""
@@ -45,14 +45,14 @@ def run(arguments: PreviewArguments, given: ParsedOptions, method: Method) -> in
 
 
 def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> BaseTrainer:
-    """The trainer of a run, its training rows (or `rows` of them) encoded, on a model whose weights take no memory.
+    """Make the trainer of a run on a model without weights, and encode its training rows, or `rows` in their place.
 
     `keywords` are further arguments of the trainer.
     """
     trainer_class, keywords = load(run.method.trainer), own_keywords(run) | keywords
     model = model_without_weights(run, trainer_class.auto_class)
     train_dataset = datasets_of(run)[0] if rows is None else rows
-    # Trainers make their output folder: one that is only looked at leaves none. What rows are counted, the preview says.
+    # Trainers create their output folder: a preview must leave none behind. It prints the row counts that this logger would.
     with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
@@ -62,7 +62,7 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
 
 
 def model_without_weights(run: Run, auto_class: Any = None) -> Any:
-    """The model of a run, with its adapter if it names one, on the device "meta"."""
+    """The model of a run, with its adapter if it has one, on the "meta" device."""
     import torch
 
     from trl.models.attention_packages import check_attention
@@ -71,7 +71,7 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
 
     name, hub, trust = run.model.model_name_or_path, run.model.hub, run.training.trust_remote_code
     config = load_config(name, trust_remote_code=trust, **hub)
-    config.num_labels = 1  # of reward models
+    config.num_labels = 1  # reward models have one output
     kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
     if (attention := (run.training.model_init_kwargs or {}).get("attn_implementation")) is not None:
         check_attention(attention)
@@ -94,7 +94,7 @@ def processor_of(run: Run, model: Any) -> Any:
 
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """Without what a logger reports."""
+    """Disable a logger."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -104,7 +104,7 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def dtype_of(name: str | None, config: Any) -> Any:
-    """The precision that weights are loaded in."""
+    """The dtype in which weights are loaded."""
     import torch
 
     saved = config.dtype or torch.float32
@@ -115,7 +115,7 @@ def without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
     from trl.models.reference import FrozenModel, Precomputed
 
     class WithoutWeights(trainer_class):
-        """Leaves the model as it is: there is nothing to prepare or to move."""
+        """Neither prepares nor moves the model, because it has no weights."""
 
         plain_prepare_model = trainer_class.prepare_model
 
@@ -123,13 +123,13 @@ def without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
             self.accelerator.device_placement = False
 
         def _precompute(self) -> None:
-            """Nothing has values, so none is computed beforehand: what is read from disk in training is not there."""
+            """Compute no reference log-probabilities, which need weights; keep the reference only if it runs in training."""
             keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
             self.reference = Precomputed(self.reference if keeps else None)
             self.ref_model = self.ref_model if keeps else None
 
         def keep_reference(self, reference: Any, **_: Any) -> None:
-            """Nothing is saved."""
+            """Save nothing."""
 
         def _move_model_to_device(self, model: Any, device: Any) -> Any:
             return model

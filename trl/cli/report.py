@@ -1,4 +1,4 @@
-"""`trl report RUN`: a page of a run, or of several side by side, in one file that opens in any browser."""
+"""`trl report RUN`: write an HTML page about a run, or about several side by side, as a single file for any browser."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trl.report.record import read_run
 
 @dataclass
 class ReportArguments:
-    """Options of the report."""
+    """Options of `trl report`."""
 
     output: str | None = None
-    """Where the page goes. None: `report.html` in the run's folder; `comparison.html` here for several runs."""
+    """File to write. None: `report.html` in the run's folder, or `comparison.html` in the current folder for several runs."""
 
     watch: bool = False
-    """Write the page again and again while the run goes on, until Ctrl-C; a browser that shows it follows."""
+    """Rewrite the page every few seconds until Ctrl-C; an open browser tab refreshes itself."""
 
     every: int = 5
-    """Seconds between two pages, with `watch`."""
+    """Seconds between updates with `watch`."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -35,11 +35,9 @@ class ReportArguments:
 def run(arguments: ReportArguments, given: ParsedOptions) -> int:
     folders = given.rest
     if not folders:
-        raise ConfigError(
-            "trl report takes the folder of a run, or of several: trl report RUN [RUN …] [--output FILE]."
-        )
+        raise ConfigError("trl report takes the folders of one or more runs: trl report RUN [RUN …] [--output FILE].")
     bare = [folder for folder in folders if _is_bare(folder)]
-    said = [f"{folder} holds no log and no samples of a run: give the output_dir of one." for folder in bare]
+    said = [f"{folder} holds neither a log nor samples of a run: give the output_dir of a run." for folder in bare]
     if len(bare) == len(folders) and not arguments.watch:
         raise ConfigError(" ".join(said))
     print(f"The report is in {write(folders, arguments)}.", flush=True)
@@ -51,7 +49,7 @@ def run(arguments: ReportArguments, given: ParsedOptions) -> int:
 
 
 def write(folders: Sequence[str], arguments: ReportArguments) -> Path:
-    """Write the page of a run, or of the comparison of several."""
+    """Write the page of a run, or a comparison of several."""
     refresh = arguments.every if arguments.watch else 0
     if len(folders) == 1:
         return write_report(folders[0], arguments.output, refresh=refresh)
@@ -64,7 +62,7 @@ def _is_bare(folder: str) -> bool:
 
 
 def _watch(folders: Sequence[str], arguments: ReportArguments) -> None:
-    """Write again until Ctrl-C, and then once more without a page that asks for itself."""
+    """Rewrite the page until Ctrl-C, and then once more without its self-refresh."""
     try:
         while True:
             time.sleep(arguments.every)
