@@ -1,10 +1,10 @@
-"""Reward functions by name.
+"""Find reward functions by the names given on the command line.
 
 accuracy_reward                      one of `trl.rewards`
-get_length_reward(target=100)        one of those that are made from options
+get_length_reward(target=100)        a factory of `trl.rewards`, called with these arguments
 rewards.py:short                     a function in a file
-my_package.rewards:polite            a function of a module; a dot will do for the colon
-org/reward-model                     the hub name, or folder, of a reward model
+my_package.rewards:polite            a function in a module; a dot also works in place of the colon
+org/reward-model                     the hub name or folder of a reward model
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ CALL = re.compile(r"(?P<name>[^()]+)\((?P<arguments>[^()]*)\)")
 
 @dataclass
 class RewardArguments:
-    """What rewards the samples of an online method."""
+    """Options for the rewards of sampled completions."""
 
     reward_funcs: list[str] | None = None
-    """Functions: names of trl.rewards, file.py:function or package.module:function; or hub names of reward models."""
+    """Reward functions: names from trl.rewards, file.py:function or package.module:function; or hub names of reward models."""
 
     reward_model_name_or_path: str | None = None
-    """Hub name or folder of a reward model, before the functions."""
+    """Hub name or folder of a reward model; it comes before the functions, in `reward_weights` as well."""
 
     ui: Literal["terminal", "web"] | None = None
-    """Where people are asked by human_rating and human_preference: in the terminal, or on the web page of `trl label`.
-    None: as the function says, which is the terminal unless it is human_rating(ui='web')."""
+    """Where human_rating and human_preference ask people: in the terminal, or on the web page of `trl label`. None: the
+    terminal, unless the function itself says otherwise, as human_rating(ui='web') does."""
 
     def keywords(self) -> dict[str, Any]:
-        """The trainer's `reward_funcs`, where there are any: the reward model first, then the functions."""
+        """The `reward_funcs` argument of the trainer, if any: the reward model first, then the functions."""
         model = self.reward_model_name_or_path
         rewards = [*([] if model is None else [model]), *map(find_reward, self.reward_funcs or [])]
         if self.ui is not None:
@@ -55,30 +55,30 @@ class RewardArguments:
 
 @dataclass
 class RequiredRewards(RewardArguments):
-    """The rewards of a method that cannot do without."""
+    """Options for the rewards of a method that requires at least one."""
 
     def __post_init__(self) -> None:
         if not self.reward_funcs and self.reward_model_name_or_path is None:
             raise ConfigError(
-                "--reward_funcs is missing: give a name of trl.rewards, file.py:function, package.module:function, or the hub "
-                "name of a reward model (--reward_model_name_or_path)."
+                "--reward_funcs is missing: give a name from trl.rewards, file.py:function, package.module:function, or "
+                "the hub name of a reward model (--reward_model_name_or_path)."
             )
 
 
 @dataclass
 class PictureRewards(RewardArguments):
-    """The rewards of a method for diffusion models: functions of pictures."""
+    """Options for the rewards of diffusion methods, which are functions of pictures."""
 
     def __post_init__(self) -> None:
         if self.reward_model_name_or_path is not None:
             raise ConfigError(
-                "reward_model_name_or_path is of texts. Pictures are rewarded by functions: --reward_funcs get_clip_reward, "
+                "reward_model_name_or_path is for texts. Pictures are rewarded by functions: --reward_funcs get_clip_reward, "
                 "'get_clip_reward(model=\"…\")', get_aesthetic_reward, file.py:function."
             )
         if not self.reward_funcs:
             raise ConfigError(
-                "--reward_funcs is missing: give a name of trl.rewards (jpeg_compressibility_reward, get_clip_reward, …), "
-                "file.py:function or package.module:function, of (prompts, images, **columns)."
+                "--reward_funcs is missing: give a name from trl.rewards (jpeg_compressibility_reward, get_clip_reward, …), "
+                "file.py:function or package.module:function, with arguments (prompts, images, **columns)."
             )
 
     def keywords(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class PictureRewards(RewardArguments):
 
 
 def check_reward_weights(weights: Sequence[float] | None, arguments: RewardArguments) -> None:
-    """Raises ConfigError where `reward_weights` are not one for each reward function."""
+    """Raises ConfigError unless `reward_weights` has one value per reward function."""
     model, functions = arguments.reward_model_name_or_path, arguments.reward_funcs or []
     names = [*([] if model is None else [model]), *functions]
     if weights is not None and len(weights) != len(names):
@@ -101,15 +101,17 @@ def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
 
     people = [reward for reward in rewards if isinstance(reward, HumanPreference | HumanRating)]
     if not people:
-        raise ConfigError(f"ui={ui!r} says where people are asked, and reward_funcs asks none: add human_rating.")
+        raise ConfigError(
+            f"ui={ui!r} says where to ask people, but reward_funcs asks nobody: add human_rating, or leave ui out."
+        )
     for person in people:
         person.use(ui)
 
 
 def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:
-    """The function that `name` stands for, or the name itself if it is that of a reward model.
+    """The reward function called `name`, or `name` itself if it names a reward model.
 
-    `of_pictures`: it rewards pictures, and not texts.
+    With `of_pictures`, the function must reward pictures instead of texts. Raises ConfigError if there is no such function.
     """
     call = CALL.fullmatch(name)
     plain = name if call is None else call["name"]
@@ -127,7 +129,7 @@ def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:
 
 
 def _located(name: str) -> tuple[str, Callable | None]:
-    """What stands under a name, and what to call it; None if it is the name of a reward model."""
+    """The plain name of a reward function, and the function; None in its place for the name of a reward model."""
     file, colon, function = name.rpartition(":")
     if colon:
         module = _module_in(Path(file).expanduser(), name) if file.endswith(".py") else _module(file, name)
@@ -148,14 +150,14 @@ def _registered(name: str) -> Callable:
 
     if name not in trl.rewards.__all__:
         raise ConfigError(
-            f"{unknown('reward function', name, trl.rewards.__all__)} One of your own is file.py:function or "
+            f"{unknown('reward function', name, trl.rewards.__all__)} For your own function, write file.py:function or "
             "package.module:function."
         )
     return getattr(trl.rewards, name)
 
 
 def _module(module: str, name: str) -> ModuleType:
-    """The module, which may stand in the current folder."""
+    """Import the module, from the current folder as well."""
     _search_in(Path.cwd())
     for part in accumulate(module.split("."), "{}.{}".format):
         if importlib.util.find_spec(part) is None:
@@ -165,11 +167,11 @@ def _module(module: str, name: str) -> ModuleType:
 
 
 def _module_in(file: Path, name: str) -> ModuleType:
-    """The module that a file makes; what stands beside the file can be imported from it."""
+    """Import the file as a module; it may import other files from its folder."""
     if not file.is_file():
         raise ConfigError(f"reward_funcs={name!r}: there is no file {str(file)!r}.{suggest_beside(file)}")
     _search_in(file.resolve().parent)
-    own_name = f"{file.stem}_py"  # a name of its own, so that a file called random.py hides nothing
+    own_name = f"{file.stem}_py"  # so that a file called random.py does not shadow the standard library
     spec = importlib.util.spec_from_file_location(own_name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[own_name] = module
@@ -180,7 +182,7 @@ def _module_in(file: Path, name: str) -> ModuleType:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Raises ConfigError for whatever a user's module raises while it is imported, and says where."""
+    """Turn an error in the import of a user's module into a ConfigError with file and line."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -213,11 +215,11 @@ def _member(module: ModuleType, function: str, name: str) -> Callable:
     return getattr(module, function)
 
 
-# ---- functions that are made from options ----
+# ---- factories of reward functions ----
 
 
 def _arguments(name: str, text: str) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments, from what stands in parentheses: Python literals."""
+    """Parse positional and keyword arguments, which are Python literals, from the text in parentheses."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         return [ast.literal_eval(each) for each in call.args], {k.arg: ast.literal_eval(k.value) for k in call.keywords}
@@ -228,7 +230,7 @@ def _arguments(name: str, text: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _made(name: str, maker: Callable, given: Sequence[Any], named: Mapping[str, Any]) -> Callable:
-    """The reward function that `maker` makes of arguments."""
+    """Call the factory `maker` with these arguments. Raises ConfigError for unknown or missing ones."""
     parameters = inspect.signature(maker).parameters
     for each in named:
         if each not in parameters:
@@ -236,5 +238,5 @@ def _made(name: str, maker: Callable, given: Sequence[Any], named: Mapping[str, 
     required = [p.name for p in list(parameters.values())[len(given) :] if p.default is inspect.Parameter.empty]
     if missing := [each for each in required if each not in named]:
         shown = ", ".join(f"{each}=…" for each in required)
-        raise ConfigError(f"{name} is made from options, and {missing[0]} is missing: write '{name}({shown})'.")
+        raise ConfigError(f"{name} needs the argument {missing[0]}: write '{name}({shown})'.")
     return maker(*given, **named)

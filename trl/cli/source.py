@@ -1,7 +1,6 @@
-"""Modules read without importing them: what a name stands for, and what an expression is worth.
+"""Read modules without importing them: look up names, and evaluate simple expressions, in their syntax trees.
 
-The command line shows and checks options in less time than importing torch takes, so it reads the files in which they
-stand.
+The command line shows and checks options faster than torch can be imported, so it parses the files that declare them.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 COMPUTED = object()
-"""Stands for a value that is not written in the source but computed."""
+"""Stands for a value that the source computes, so that it cannot be read without running code."""
 
 HOMES = {("transformers", "TrainingArguments"): "transformers.training_args"}
-"""Where classes stand that their package exports lazily."""
+"""Modules that define classes which their package exports lazily."""
 
 READ = ("trl", "transformers")
-"""Packages whose files are read; names of others are left alone."""
+"""Packages whose files are read; names from other packages are not resolved."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """The top level of a file: what its names are defined as, and which are imported from where."""
+    """The top level of a file: definitions by name, and imported names with their module and original name."""
 
     name: str
     definitions: dict[str, ast.AST]
@@ -79,7 +78,7 @@ def _enter(module: Module, statement: ast.stmt, package: str) -> None:
 
 
 def lookup(module: Module, name: str) -> tuple[Module, ast.AST] | None:
-    """What `name` stands for in `module`, and the module in which that is defined; None if it cannot be read."""
+    """The definition that `name` refers to in `module`, and the module that contains it; None if it cannot be read."""
     if name in module.definitions:
         return module, module.definitions[name]
     if name not in module.imports:
@@ -93,7 +92,7 @@ def lookup(module: Module, name: str) -> tuple[Module, ast.AST] | None:
 
 
 def ancestry(module: Module, cls: ast.ClassDef) -> list[tuple[Module, ast.ClassDef]]:
-    """The class and the classes that it is derived from, nearest first, as far as they can be read."""
+    """The class and its base classes, nearest first, as far as their sources can be read."""
     line = [(module, cls)]
     for base in cls.bases:
         found = lookup(module, base.id) if isinstance(base, ast.Name) else None
@@ -104,7 +103,7 @@ def ancestry(module: Module, cls: ast.ClassDef) -> list[tuple[Module, ast.ClassD
 
 
 def class_constant(module: Module, cls: ast.ClassDef, name: str) -> Any:
-    """The value that the body of a class (or of one it is derived from) gives to `name`, or COMPUTED."""
+    """The value of the class attribute `name`, own or inherited, or COMPUTED."""
     for home, ancestor in ancestry(module, cls):
         for statement in ancestor.body:
             match statement:
@@ -116,7 +115,7 @@ def class_constant(module: Module, cls: ast.ClassDef, name: str) -> Any:
 
 
 def value_of(node: ast.AST, module: Module) -> Any:
-    """What an expression is worth: literals, and names and dicts made of them. Otherwise COMPUTED."""
+    """Evaluate an expression made of literals, names and dicts. Return COMPUTED for anything else."""
     try:
         return _evaluate(node, module)
     except ValueError:
@@ -124,7 +123,7 @@ def value_of(node: ast.AST, module: Module) -> Any:
 
 
 def _evaluate(node: ast.AST, module: Module) -> Any:
-    """Raises ValueError for what cannot be read off."""
+    """Raises ValueError for an expression that cannot be evaluated without running code."""
     match node:
         case ast.Dict():
             made: dict[Any, Any] = {}

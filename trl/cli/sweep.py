@@ -1,7 +1,7 @@
-"""`trl sweep --config sweep.yml script.py`: run the trials, and compare them.
+"""`trl sweep script.py --config sweep.yaml`: run a script with many settings, and compare the trials.
 
-On Ray Tune where it is installed; else one after the other in this process, which is said. Results are in the folder of the
-sweep: `sweep.json` has all that was reported, `report.html` the table and the curves.
+Trials run on Ray Tune if it is installed, else one after another in this process, with a message. The output folder has
+`sweep.json` with all reported metrics, and `report.html` with a table and curves.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ RESULTS = "sweep.json"
 
 @dataclass
 class SweepArguments:
-    """Options of the command."""
+    """Options of `trl sweep`."""
 
     config: str
-    """YAML file with `tune_config`, and a strategy for each parameter."""
+    """YAML file with `tune_config`, and how to choose each parameter (`strategy` and `values`)."""
 
     output_dir: str = "sweep"
-    """Folder of the results."""
+    """Folder for the results."""
 
     num_cpus: float = 4
-    """Processors of a trial, with Ray."""
+    """CPUs per trial, with Ray."""
 
     num_gpus: float = 1
-    """GPUs of a trial, with Ray, where there are any."""
+    """GPUs per trial, with Ray; ignored on machines without GPUs."""
 
     server_address: str | None = None
     """Address of a Ray cluster. None: Ray on this machine."""
 
     sequential: bool = False
-    """Run one trial after the other in this process, without Ray."""
+    """Run trials one after another in this process, without Ray."""
 
     accelerate_config: str | None = None
-    """Not available: a trial is one process. For a run on several, `accelerate launch` the script."""
+    """Not available: a trial is one process. To train in several processes, run the script with `accelerate launch`."""
 
     def __post_init__(self) -> None:
         if self.accelerate_config is not None:
             raise ConfigError(
-                "--accelerate_config: a trial is one process. For a run on several, `accelerate launch` the script."
+                "--accelerate_config is not available: a trial is one process. To train in several processes, run the "
+                "script with `accelerate launch`."
             )
 
 
 def run(given: SweepArguments, parsed: ParsedOptions) -> int:
-    """Run a sweep; the exit status is 1 if every trial has failed. Raises ConfigError for what cannot be run."""
+    """Run a sweep. Return 1 if every trial failed, else 0. Raises ConfigError for mistakes in the options or the script."""
     if not parsed.rest:
         raise ConfigError(
             "The script is missing: a Python file with a function main(hparams). trl sweep SCRIPT.py --config SWEEP.yaml"
@@ -75,14 +76,14 @@ def run(given: SweepArguments, parsed: ParsedOptions) -> int:
 
 def _one_by_one(plan: Plan, given: SweepArguments) -> list[Trial]:
     if given.server_address is not None:
-        raise ConfigError('--server_address is for Ray: pip install "trl[sweep]", and leave --sequential out.')
+        raise ConfigError('--server_address needs Ray: pip install "trl[sweep]", and leave --sequential out.')
     if plan.tuning.scheduler != "fifo":
         raise ConfigError(
-            f"tune_config.scheduler={plan.tuning.scheduler!r} stops trials that run at the same time, which takes Ray: pip "
+            f"tune_config.scheduler={plan.tuning.scheduler!r} compares trials that run in parallel, which needs Ray: pip "
             'install "trl[sweep]", or use "fifo".'
         )
-    why = "as asked for" if given.sequential else 'Ray is not installed (pip install "trl[sweep]")'
-    print(f"{len(plan.trials)} trials, one after the other in this process: {why}.", flush=True)
+    why = "--sequential" if given.sequential else 'Ray is not installed (pip install "trl[sweep]")'
+    print(f"{len(plan.trials)} trials, one after another in this process: {why}.", flush=True)
     return [tried(Trial(number, settings), plan.script) for number, settings in enumerate(plan.trials)]
 
 

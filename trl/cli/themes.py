@@ -1,4 +1,4 @@
-"""Under which heading of `--help` an option stands, and which options the short form shows."""
+"""Group options under the headings of `--help`, and choose those that the short form shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST = """
     load_in_4bit eval_strategy logging_steps save_steps report_to resume
 """
 FIRST, MOST_USED = 15, "Most used"
-"""So many options of a training command stand at the top of its help, under this heading."""
+"""Number of options at the top of the help of a training command, and their heading."""
 
 THEMES: dict[str, str] = {
     "Chat": """
@@ -77,7 +77,7 @@ THEMES: dict[str, str] = {
     """,
     "Other": "",
 }
-"""Headings in the order they are shown, each with its options in theirs."""
+"""Headings and their options, both in the order in which they are shown."""
 
 _COMMON = """
     learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type
@@ -88,16 +88,16 @@ _COMMON = """
     bf16 fp16 gradient_checkpointing use_cpu deepspeed fsdp torch_compile
 """
 COMMON = frozenset(_COMMON.split())
-"""Options of `transformers.TrainingArguments` that the short help shows; of our own it shows all."""
+"""Options of `transformers.TrainingArguments` that the short help shows. It shows all options of trl's own classes."""
 
 _PLACE = {name: (title, i) for title, names in THEMES.items() for i, name in enumerate(names.split())}
 _UNLISTED = 1000
 
 
 def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
-    """The options under their headings, both in the order they are shown; first a command's own, or what training needs most.
+    """Group options by heading, in the order shown: first the most used of a training command, or a tool's own options.
 
-    An option that no theme lists stands under "Other" if `transformers` declares it, under "Method" if a trainer does,
+    An option that no theme lists is shown under "Other" if `transformers` declares it, under "Method" if a trainer does,
     and under the name of its class otherwise.
     """
     names = {option.name for option in options}
@@ -121,7 +121,7 @@ def _home(option: Option) -> str:
 
 
 def is_common(option: Option) -> bool:
-    """Whether the short help shows an option."""
+    """True if the short help shows the option."""
     if option.help.startswith("Not available"):
         return False
     return option.name in COMMON or option.owner != "TrainingArguments"

@@ -1,4 +1,4 @@
-"""A training command: from options to a trainer, and through its run."""
+"""Run a training command: read its options, build the trainer, train, save and publish the model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 RESUME_LAST = ("true", "last")
 
 LIBRARIES = ("transformers", "peft", "datasets", "tokenizers", "huggingface_hub", "bitsandbytes")
-"""Their errors are about what they were given: names, files, and options that are handed on to them."""
+"""Libraries whose errors are about the user's input: names, files, and options that are passed to them."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command line asks for. `extra` holds the method's own arguments, of the class `method.extra`."""
+    """The parsed arguments of a training command. `extra` is an instance of `method.extra`, if the method has one."""
 
     method: Method
     script: ScriptArguments
@@ -52,11 +52,11 @@ class Run:
 
 
 def read_run(method: Method, given: ParsedOptions) -> Run:
-    """The arguments of a run. What can be refused without importing anything heavy is refused first."""
+    """Make the arguments of a run. Checks that need no heavy imports come first."""
     os.environ.update(given.environment)
     for name, value in given.outdated.items():
         load("trl.option_names:refuse_outdated")(name, value)
-        print(f"{name} has no effect any more: leave it out.", file=sys.stderr)
+        print(f"{name} no longer has an effect: leave it out.", file=sys.stderr)
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None
     if isinstance(extra, RewardArguments):
@@ -71,25 +71,25 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
 
 
 def _training_arguments(method: Method, given: ParsedOptions) -> TrainerConfig:
-    """The configuration of the trainer. Raises ConfigError for what it, or `transformers`, does not take."""
+    """Make the trainer's configuration. Raises ConfigError for values that it, or `transformers`, refuses."""
     try:
         return given.arguments_for(load(method.config))
     except TrlError:
         raise
     except ValueError as error:
-        raise ConfigError(f"The options do not go together: {error}") from error
+        raise ConfigError(f"These options cannot be combined: {error}") from error
 
 
 def _check_adapter_options(given: ParsedOptions) -> None:
-    """Raises ConfigError for options of an adapter where nothing says whether there is to be one.
+    """Raises ConfigError for LoRA options without `use_peft`.
 
-    With `--no_use_peft` they stay in a file, and the whole model is trained.
+    An explicit `--no_use_peft` allows them, so that a file can keep its LoRA options while the whole model is trained.
     """
     options = [name for name in given.values if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
     if options and "use_peft" not in given.values:
         raise ConfigError(
-            f"--{options[0]} has no effect without an adapter: add --use_peft, which trains one; or leave "
-            f"{', '.join('--' + name for name in options)} out (or say --no_use_peft), to train what the model has."
+            f"--{options[0]} has no effect without an adapter: add --use_peft to train one; or, to train without a new "
+            f"adapter, leave {', '.join('--' + name for name in options)} out or add --no_use_peft."
         )
 
 
@@ -108,9 +108,9 @@ def _check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
 
 
 def check_model(name: str | None) -> str:
-    """The name of a model, with `~` written out.
+    """The name of a model, with `~` expanded.
 
-    Raises ConfigError if it is missing, or is that of a folder which is not there or holds no model.
+    Raises ConfigError if it is missing, or if it is a folder that does not exist or holds no model.
     """
     if name is None:
         raise ConfigError("--model_name_or_path is missing: the hub name or folder of a model.")
@@ -118,15 +118,15 @@ def check_model(name: str | None) -> str:
 
 
 def check_weights(name: str | None) -> None:
-    """Raises ConfigError if `name` is that of a model's folder without whole weights. Names on a hub are not looked up."""
+    """Raises ConfigError if the folder `name` lacks weight files. Hub names are not looked up."""
     if name is not None:
         names.check_weights(name, f"model_name_or_path={name!r}")
 
 
 def model_to_load(given: ParsedOptions, name: str | None = None) -> ModelConfig:
-    """The model that a command which trains nothing loads: the one of that name, or of the options.
+    """The model arguments for a command that does not train: of model `name`, or of `model_name_or_path`.
 
-    Raises ConfigError where it is missing, or its folder holds no model, or no whole weights.
+    Raises ConfigError if no model is given, or its folder holds no model or lacks weight files.
     """
     check_weights(name := check_model(name or given.values.get("model_name_or_path")))
     values = {"dtype": "auto", **given.values, "model_name_or_path": name}
@@ -134,7 +134,7 @@ def model_to_load(given: ParsedOptions, name: str | None = None) -> ModelConfig:
 
 
 def datasets_of(run: Run) -> tuple[Any, Any]:
-    """Training rows, and evaluation rows if `eval_strategy` asks for them. Raises DataError where they are missing."""
+    """Load training rows, and evaluation rows if `eval_strategy` needs them. Raises DataError if they are missing."""
     if run.mixture.datasets:
         splits, train, test = get_dataset(run.mixture), "train", "test"
     else:
@@ -144,14 +144,14 @@ def datasets_of(run: Run) -> tuple[Any, Any]:
         return splits[train], None
     if test not in splits:
         raise DataError(
-            f"eval_strategy={run.training.eval_strategy.value!r} needs rows to evaluate on, and the dataset has no split "
-            f"{test!r}: name one with --dataset_test_split, or set rows of a mixture aside with --test_split_size."
+            f"eval_strategy={run.training.eval_strategy.value!r} needs rows to evaluate on, but the dataset has no split "
+            f"{test!r}: name one with --dataset_test_split, or hold out rows of a mixture with --test_split_size."
         )
     return splits[train], splits[test]
 
 
 def build_trainer(run: Run) -> BaseTrainer:
-    """The trainer, with its model loaded and its rows encoded."""
+    """Make the trainer: load its model and encode its rows."""
     loading = {
         "peft_config": get_peft_config(run.model),
         "quantization_config": get_quantization_config(run.model),
@@ -170,21 +170,21 @@ def build_trainer(run: Run) -> BaseTrainer:
 
 
 def own_keywords(run: Run) -> Mapping[str, Any]:
-    """What the trainer of a method takes beside what all take: rewards."""
+    """Keyword arguments that only some trainers take, such as `reward_funcs`."""
     return run.extra.keywords() if run.extra else {}
 
 
 def check_hub(run: Run, *, pushes: bool = False) -> None:
-    """Ask the hub for what a run needs of it, before anything is loaded. Raises ConfigError for what it does not give."""
+    """Check, before anything is loaded, that the hub has the model and, with `pushes`, accepts uploads. Raises ConfigError."""
     check_model_on_hub(run.model.model_name_or_path, run.model.model_revision)
     if pushes and run.training.push_to_hub:
         check_push(run.training)
 
 
 def train(run: Run) -> int:
-    """Train, save the model to `output_dir`, push it if asked to. A signal ends training with a checkpoint.
+    """Train, save the model to `output_dir`, and push it with `push_to_hub`. A signal ends training with a checkpoint.
 
-    Returns the exit status: 0, or 128 and the number of the signal.
+    Return the exit status: 0, or 128 plus the number of the signal.
     """
     from trl.callbacks.stop import stop_on_signal
     from trl.training.checkpoint import explain_full_disk
@@ -216,7 +216,7 @@ def train(run: Run) -> int:
 
 
 def check_trains(run: Run) -> None:
-    """Raises ConfigError for quantised weights without an adapter, which cannot be trained."""
+    """Raises ConfigError for quantised weights without an adapter, because they cannot be trained."""
     from trl.models.saved_adapters import is_adapter
 
     model = run.model
@@ -224,13 +224,13 @@ def check_trains(run: Run) -> None:
     if bits is None or model.use_peft or model.adapter_name_or_path is not None:
         return
     if not is_adapter(model.model_name_or_path, **model.hub):
-        raise ConfigError(f"--{bits}: quantised weights do not train. Add --use_peft, which trains an adapter on them.")
+        raise ConfigError(f"--{bits}: quantised weights cannot be trained. Add --use_peft to train an adapter on them.")
 
 
 def _check_output_folder(run: Run) -> None:
-    """Raises ConfigError where options alone show that the output folder holds another run, or the model itself.
+    """Raises ConfigError if the options alone show that the output folder holds another run, or the model itself.
 
-    The trainer looks again once it knows its rows and parameters.
+    The trainer checks again when it knows its rows and parameters.
     """
     from trl.models.saved_adapters import is_adapter
     from trl.training.output_folder import check_folder
@@ -245,9 +245,9 @@ def _check_output_folder(run: Run) -> None:
 
 @contextmanager
 def library_errors_as_config_errors() -> Iterator[None]:
-    """What other libraries refuse while a trainer is made, as one message.
+    """Turn errors that LIBRARIES raise while a trainer is made into one-line ConfigErrors.
 
-    Raises ConfigError in place of an error that one of LIBRARIES raised itself; all others may be mistakes of ours.
+    Errors raised elsewhere keep their traceback, because they may be bugs of trl.
     """
     try:
         yield
@@ -260,13 +260,13 @@ def library_errors_as_config_errors() -> Iterator[None]:
 
 
 def _publish(run: Run, trainer: BaseTrainer) -> None:
-    """Write the model's card, and push both if asked to."""
+    """Write the model card, and push model and card with `push_to_hub`."""
     names = run.script.dataset_name if isinstance(run.script.dataset_name, str) else None
     trainer.create_model_card(dataset_name=names)
     if trainer.steps.skipped:
         logger.warning(
-            f"{trainer.steps.skipped} of {trainer.state.global_step} steps were skipped, since their loss or gradient was not "
-            "finite: they changed nothing."
+            f"{trainer.steps.skipped} of {trainer.state.global_step} steps were skipped without an update, because their loss or "
+            "gradient was not finite."
         )
     if run.training.push_to_hub:
         with push_explained(run.training.output_dir):
@@ -274,9 +274,10 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
 
 
 def checkpoint_of(run: Run) -> str | bool | None:
-    """What the trainer is to resume; None to start at the beginning. A folder is looked at before models are loaded.
+    """The value of `resume_from_checkpoint` for the trainer, checked before models are loaded; None: start from the beginning.
 
-    Raises ConfigError where `resume_from_checkpoint` asks for one and there is none. `--resume` starts anew then, and says so.
+    Without a checkpoint, `resume_from_checkpoint` raises ConfigError, and `--resume` logs a warning and starts from the
+    beginning.
     """
     from trl.training.checkpoint import check_checkpoint, checkpoints
 
@@ -288,13 +289,13 @@ def checkpoint_of(run: Run) -> str | bool | None:
     beside = [path.name for path in Path(folder).resolve().parent.iterdir() if checkpoints(path)]
     problem = f"output_dir={folder!r} holds no checkpoint.{suggest(Path(folder).name, beside)}"
     if asked == "true":
-        raise ConfigError(f"resume_from_checkpoint={asked}: {problem} Leave it out, to start at the beginning.")
-    logger.warning(f"Nothing to resume: {problem} Training starts at the beginning.")
+        raise ConfigError(f"resume_from_checkpoint={asked}: {problem} Leave it out to start from the beginning.")
+    logger.warning(f"Nothing to resume: {problem} Training starts from the beginning.")
     return None
 
 
 def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
-    """Bars in a terminal that can draw them; elsewhere the trainer's own lines, one for every log."""
+    """Progress bars in a terminal that can draw them; elsewhere the trainer prints one line per log."""
     from rich.console import Console
 
     from trl.callbacks.progress import bars_of, draws
@@ -305,14 +306,14 @@ def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
 
 
 class _Lines(logging.Handler):
-    """Messages, a line each, on standard error as it is at the time: a bar of progress moves out of their way."""
+    """Prints log messages to the current `sys.stderr`, which progress bars replace to print messages above themselves."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(printable(self.format(record)), file=sys.stderr)
 
 
 def report_progress() -> None:
-    """Show what the library reports (rows cut and dropped, layout, …), in one process of a node."""
+    """Print the library's log messages (truncated and dropped rows, layout, …) in the first process of each node."""
     ours = logging.getLogger("trl")
     if os.environ.get("LOCAL_RANK", "0") == "0" and not any(isinstance(each, _Lines) for each in ours.handlers):
         ours.addHandler(_Lines())

@@ -1,4 +1,4 @@
-"""From words of the command line, and from data of a YAML file, to values of a kind (see `trl.option_types`)."""
+"""Convert words of the command line, and data of YAML files, to values of an option type (see `trl.option_types`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NONE = ("none", "null")
 
 
 class Mismatch(Exception):
-    """A value that is not of a kind. `str(error)` says what was expected."""
+    """A value that does not have the option's type. `str(error)` says what was expected."""
 
 
 # ---- from words of the command line ----
 
 
 def from_words(kind: OptionType, words: Sequence[str]) -> Any:
-    """The value that `words` spell. Raises Mismatch."""
+    """Convert words of the command line to a value. Raises Mismatch."""
     if kind.item is None or (len(words) == 1 and _is_scalar_word(kind, words[0])):
         return from_word(kind, words[0])
     if len(words) == 1 and words[0].startswith("["):
@@ -30,7 +30,7 @@ def from_words(kind: OptionType, words: Sequence[str]) -> Any:
 
 
 def _is_scalar_word(kind: OptionType, word: str) -> bool:
-    """Whether a lone word for a kind with lists is not a list of one."""
+    """True if a single word is a scalar, for an option that takes lists as well as scalars; False: a list of one."""
     if "none" in kind.scalars and word.lower() in NONE:
         return True
     if word.startswith("["):
@@ -39,7 +39,7 @@ def _is_scalar_word(kind: OptionType, word: str) -> bool:
 
 
 def from_word(kind: OptionType, word: str) -> Any:
-    """The value that one word spells, by the first of: none, a choice, bool, int, float, JSON object, text."""
+    """Convert one word to the first type that fits: none, a choice, bool, int, float, JSON object, text."""
     lower = word.lower()
     if lower in NONE and "none" in kind.scalars:
         return None
@@ -77,7 +77,10 @@ def _json(kind: OptionType, word: str) -> Any:
 
 
 def from_data(kind: OptionType, value: Any) -> Any:
-    """`value`, checked. Raises Mismatch. Text that spells a number is one; `no` and `off`, which YAML reads as false, may be choices."""
+    """Check a value from a YAML file, and convert text to the option's type. Raises Mismatch.
+
+    YAML reads `no` and `off` as false; they become text again where they are choices of the option.
+    """
     if isinstance(value, str):
         return from_words(kind, [value])
     if value is None and "none" in kind.scalars:
