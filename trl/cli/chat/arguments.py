@@ -1,4 +1,4 @@
-"""Options of `trl chat`, each documented once; what a conversation may change about itself is a part of them."""
+"""Options of `trl chat`; those in `Generation` can also be changed with `set` during the conversation."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from trl.option_bounds import check_bounds
 
 @dataclass
 class Generation:
-    """How an answer is made: what `set` changes while one talks."""
+    """How answers are generated; `set` changes these options during the conversation."""
 
     system_prompt: str | None = None
-    """What the model is told before the conversation."""
+    """System prompt at the start of the conversation."""
 
     max_new_tokens: int = 512
-    """Tokens of an answer, at most."""
+    """Maximum number of tokens per answer."""
 
     do_sample: bool = True
-    """Draw tokens at random. False: take the most likely one."""
+    """Sample tokens at random. False: greedy decoding."""
 
     temperature: float | None = None
-    """Divides the logits; 0 takes the most likely token. None: as the model's generation config says, or 1."""
+    """Divides the logits; 0 is greedy decoding. None: the value in the model's generation config, or 1."""
 
     top_k: int | None = None
-    """Draw among this many most likely tokens; 0 for all. None: as the model's generation config says."""
+    """Sample from this many most likely tokens; 0 for all. None: the value in the model's generation config."""
 
     top_p: float | None = None
-    """Draw from the smallest set of most likely tokens whose probabilities reach this sum. None: as the model says."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum. None: the value in the model's
+    generation config."""
 
     min_p: float | None = None
-    """Draw only tokens at least this fraction as likely as the most likely one. None: as the model says."""
+    """Sample only tokens at least this fraction as likely as the most likely one. None: the value in the model's generation
+    config."""
 
     repetition_penalty: float | None = None
-    """Lowers the logits of tokens that were seen before, if above 1. None: as the model says."""
+    """Values above 1 lower the logits of tokens that already occurred. None: the value in the model's generation config."""
 
     stop: list[str] | None = None
     """Texts that end an answer; they are not shown."""
 
     seed: int | None = None
-    """The same seed and the same words give the same answers. None: another answer every time."""
+    """Random seed: the same seed and messages give the same answers. None: a different answer every time."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -53,35 +55,35 @@ class Generation:
 
 @dataclass
 class ChatArguments(Generation):
-    """All options of the command beside those that say which model."""
+    """Options of `trl chat`, except those that choose the model."""
 
     ALIASES: ClassVar[dict[str, str]] = {"adapter": "adapter_name_or_path", "eos_tokens": "stop"}
 
     server: str | None = None
-    """Talk to the OpenAI-compatible server at this URL; nothing is loaded here. `model_name_or_path` is then the name
-    of one of its models (its first, if left out), and the key that it may want is read from OPENAI_API_KEY."""
+    """Talk to the OpenAI-compatible server at this URL instead of loading a model. `model_name_or_path` is then the name of
+    one of its models (by default the first), and the API key is read from OPENAI_API_KEY."""
 
     server_timeout: float = 300.0
-    """Seconds to wait for the server to say something."""
+    """Seconds to wait for a response of the server."""
 
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", …; "auto": all accelerators there are, or the processor."""
+    """"cpu", "cuda", "cuda:1", …; "auto": all available accelerators, else the CPU."""
 
     chat_template_kwargs: dict[str, Any] | None = None
-    """What the chat template is given besides the messages, such as {"enable_thinking": false}."""
+    """Arguments for the chat template besides the messages, such as {"enable_thinking": false}."""
 
     user: str | None = None
-    """What to call you. None: the name that the system knows."""
+    """Your name in the prompt. None: your user name on this machine."""
 
     examples_path: str | None = None
     """YAML file of messages by name, for the command `example NAME`."""
 
     save_folder: str = "chat_history"
-    """Where `save` puts conversations."""
+    """Folder in which `save` writes conversations."""
 
 
 def generation_of(arguments: ChatArguments) -> Generation:
-    """The part of the options that makes answers."""
+    """The generation options among all options of `trl chat`."""
     return Generation(**{field.name: getattr(arguments, field.name) for field in fields(Generation)})
 
 
@@ -93,4 +95,4 @@ EXAMPLES: Mapping[str, str] = {
     "plan": "Plan a dinner for four in one hour, with a shopping list. One guest eats no meat.",
     "translate": "Say “The early bird catches the worm” in German, Spanish and Japanese, and what each says literally.",
 }
-"""Messages that come along, by name."""
+"""Built-in example messages by name."""

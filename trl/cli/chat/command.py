@@ -34,7 +34,7 @@ def run(arguments: ChatArguments, given: ParsedOptions) -> int:
 
 
 def make_speaker(arguments: ChatArguments, given: ParsedOptions, screen: Screen) -> Speaker:
-    """The server's model, or the one that is loaded here."""
+    """Connect to the server's model, or load a model in this process."""
     if arguments.server is not None:
         from trl.cli.chat.server import connect
 
@@ -51,15 +51,15 @@ def make_speaker(arguments: ChatArguments, given: ParsedOptions, screen: Screen)
 
 
 def read_examples(path: str | None) -> Mapping[str, str]:
-    """Messages by name: those that come along, and those of a YAML file, `name: text` or `name: {text: …}`.
+    """Example messages by name: the built-in ones, and those of a YAML file, `name: text` or `name: {text: …}`.
 
-    Raises ConfigError for a file that is not there, or holds something else.
+    Raises ConfigError for a file that does not exist or has another form.
     """
     if path is None:
         return EXAMPLES
     found = read_yaml(path, "--examples_path")
     if not isinstance(found, dict):
-        raise ConfigError(f"--examples_path {path}: it takes `name: text` lines, and not a {type(found).__name__}.")
+        raise ConfigError(f"--examples_path {path}: it takes `name: text` lines, not a {type(found).__name__}.")
     texts = {str(name): value.get("text") if isinstance(value, dict) else value for name, value in found.items()}
     if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
         raise ConfigError(f"--examples_path {path}: {wrong[0]!r} is not a text.")

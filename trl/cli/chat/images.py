@@ -1,4 +1,4 @@
-"""Images in a conversation: parts of a message with a path, and what models and servers are given in their place."""
+"""Images in a conversation: messages store their paths, and models and servers receive the decoded images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Content = str | list[dict[str, str]]
 
 
 def content_with(images: Sequence[str], text: str) -> Content:
-    """What a message holds: a text, or the paths of images as parts before one."""
+    """The content of a message: the text alone, or a list of image parts (paths) followed by a text part."""
     if not images:
         return text
     return [*({"type": "image", "image": path} for path in images), {"type": "text", "text": text}]
 
 
 def check_image(path: str) -> tuple[str, str]:
-    """The absolute path of an image, and its size in words. Raises DataError for what is none, or is broken."""
+    """The absolute path of an image, and its size as text. Raises DataError if the file is not an image or is broken."""
     image = _read(path)
     return str(Path(path).expanduser().resolve()), f"{image.width:,} × {image.height:,} pixels"
 
 
 def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as OpenAI-compatible servers take them: images as PNG in the request."""
+    """The messages as OpenAI-compatible servers take them, with images as PNG data URLs."""
     return [
         {**m, "content": [_part(p) for p in m["content"]]} if isinstance(m["content"], list) else m for m in messages
     ]

@@ -1,4 +1,4 @@
-"""A model in this process, which answers token by token."""
+"""Chat with a model in this process, which streams its answers token by token."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from trl.vision.families import family_of, image_token_ids
 from trl.vision.processing import ImageProcessing
 
 UNLIMITED = 10**9
-"""From here on, a tokenizer's `model_max_length` says that it knows none."""
+"""Tokenizers without a known limit set `model_max_length` to a number at least this large."""
 
 ROOM = 4
-"""The messages leave this part of the context (one in four) to the answer, or `max_new_tokens` if that is less."""
+"""The messages must leave 1/ROOM of the context to the answer, or `max_new_tokens` if that is less."""
 
 
 class LocalSpeaker:
-    """Answers with `model`. Without a chat template the conversation is one text, a line per message, to be continued."""
+    """Answers with `model`. Without a chat template, the prompt is the messages joined by newlines."""
 
     def __init__(self, model: Any, processor: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        """`processor` is a tokenizer, or what holds one and reads images."""
+        """`processor` is a tokenizer, or a multimodal processor that contains one."""
         self.model, self.processor = model.eval(), processor
         self.tokenizer = tokenizer = tokenizer_of(processor)
         self.inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -51,7 +51,7 @@ class LocalSpeaker:
         self.notes = () if self.template else (PLAIN,)
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
-        """Sample until the model ends, a stop text comes, or there is no more room. Returns the tokens sampled."""
+        """Sample until an end-of-sequence token, a stop text, or the length limit. Return the number of sampled tokens."""
         inputs = {name: value.to(self.inner.device) for name, value in self.encode(messages).items()}
         ids = inputs["input_ids"]
         config = self._config(generation, self._room(ids.shape[1], generation))
@@ -69,8 +69,8 @@ class LocalSpeaker:
             )
         except torch.OutOfMemoryError:
             raise ModelError(
-                f"{self.inner.device} ran out of memory after {ids.shape[1] + streamer.tokens:,} tokens: `clear` starts a "
-                "new conversation, and --load_in_4bit makes room."
+                f"{self.inner.device} ran out of memory after {ids.shape[1] + streamer.tokens:,} tokens: start a new "
+                "conversation with `clear`, or restart with --load_in_4bit to use less memory."
             ) from None
         return streamer.tokens
 
@@ -83,7 +83,7 @@ class LocalSpeaker:
         return {"input_ids": torch.tensor([prompt.prompt]), **rows}
 
     def prompt(self, messages: Sequence[Message]) -> Example:
-        """What the model answers to: token ids, and what it reads of images."""
+        """The prompt of a conversation: token ids, and pixel inputs of images."""
         if self.template is None:
             text = "\n".join(message["content"] for message in messages)
             return Example(self.tokenizer(text)["input_ids"], ())
@@ -94,25 +94,25 @@ class LocalSpeaker:
         return example if self.images is None else self.images.with_images(example, images)
 
     def check_reads_images(self) -> None:
-        """Raises ModelError for a model that reads texts alone, or that has no template with places for images."""
+        """Raises ModelError for a text-only model, or one without a chat template to place images with."""
         if self.images is None:
-            raise ModelError(f"{self.name} reads no images: it is a {type(self.inner).__name__}.")
+            raise ModelError(f"{self.name} cannot read images: it is a {type(self.inner).__name__}.")
         if self.template is None:
-            raise ModelError(f"{self.name} has no chat template, which says where images stand in a conversation.")
+            raise ModelError(f"{self.name} has no chat template, which is needed to place images in a conversation.")
 
     def _room(self, tokens: int, generation: Generation) -> int:
-        """Tokens that an answer to so many may have. Raises TooLong where those are too many."""
+        """Maximum tokens of an answer to a prompt of `tokens`. Raises TooLong if the prompt leaves too little room."""
         if self.context is None:
             return generation.max_new_tokens
         if self.context - tokens < min(generation.max_new_tokens, max(self.context // ROOM, 1)):
             raise TooLong(
-                f"The message has {tokens:,} tokens and the model's context is {self.context:,}: that leaves too little "
-                "for an answer. Say it in fewer words."
+                f"The message has {tokens:,} tokens, and the model's context has {self.context:,}: that leaves too little "
+                "room for an answer. Shorten the message."
             )
         return min(generation.max_new_tokens, self.context - tokens)
 
     def _config(self, generation: Generation, room: int) -> GenerationConfig:
-        """The model's own generation config, with what was asked for in its place."""
+        """The model's own generation config, overridden by the given options."""
         config = copy.deepcopy(self.inner.generation_config)
         config.max_new_tokens, config.max_length = room, None
         config.num_beams, config.num_return_sequences = 1, 1
@@ -131,18 +131,15 @@ class LocalSpeaker:
         return config
 
 
-PLAIN = (
-    "This model has no chat template: it was not taught to take turns. What you type, and what came before, is one text "
-    "that it continues."
-)
+PLAIN = "This model has no chat template, so it is probably not trained to chat. It continues the text of the conversation so far."
 
 
 class _Spoken(TextStreamer):
-    """Hands whole words to a stream, special tokens left out, and counts the tokens of an answer."""
+    """Passes whole words, without special tokens, to a stream, and counts the tokens of the answer."""
 
     def __init__(self, tokenizer: Any, stream: Stream) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.stream, self.tokens = stream, -1  # the prompt comes first
+        self.stream, self.tokens = stream, -1  # the first call of `put` passes the prompt
 
     def put(self, value: torch.Tensor) -> None:
         self.tokens += 1
@@ -163,11 +160,11 @@ class _Stopped(StoppingCriteria):
 
 
 def context_of(inner: Any, tokenizer: Any) -> int | None:
-    """Tokens that the model can read and write, or None where nothing says."""
+    """The context length: the smaller of the model's and the tokenizer's limits; None if neither is known."""
     said = [getattr(inner.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     return min((size for size in said if size is not None and 0 < size < UNLIMITED), default=None)
 
 
 def load_speaker(arguments: ChatArguments, model: ModelConfig) -> LocalSpeaker:
-    """The model that the options name, ready to answer."""
+    """Load the model that the options name, for chatting."""
     return LocalSpeaker(*load_pretrained(model, device=arguments.device), arguments.chat_template_kwargs)

@@ -1,4 +1,4 @@
-"""What the user sees: colour and a spinner in a terminal; only the answers where output is redirected."""
+"""The chat's input and output: colours and a spinner in a terminal; plain answers only if output is redirected."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ USER, SPEAKER, NOTE, ERROR = "bold cyan", "bold green", "dim", "bold red"
 
 
 class Screen:
-    """The terminal, or plain text. Notes and errors go to standard error where standard output is redirected."""
+    """Reads messages and prints answers. Notes and errors go to standard error if standard output is redirected."""
 
     def __init__(self) -> None:
         self.out = Console(highlight=False)
         self.talks = self.out.is_terminal and sys.stdin.isatty()
-        """Whether a person types and reads: then there are prompts."""
+        """True if both input and output are a terminal, so that prompts are shown."""
         self.aside = self.out if self.out.is_terminal else Console(stderr=True, highlight=False)
         self.prompt = PromptSession() if self.talks else None
         for stream in (sys.stdin, sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper):  # neither an odd byte nor a letter that it lacks ends the session
+            if isinstance(stream, TextIOWrapper):  # invalid bytes and unencodable characters must not end the session
                 stream.reconfigure(errors="replace")
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """A spinner with `text` while something is done."""
+        """Show a spinner with `text` meanwhile."""
         if not self.talks:
             yield
             return
@@ -48,7 +48,7 @@ class Screen:
             self.note(note)
 
     def ask(self, user: str) -> str:
-        """The next line that the user types; lines that end in a backslash go on. Raises EOFError at the end."""
+        """Read the user's next message; a backslash at the end of a line continues it. Raises EOFError at the end."""
         lines = [self._line(user)]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
@@ -66,13 +66,13 @@ class Screen:
         return line.rstrip("\n")
 
     def echo(self, user: str, text: str) -> None:
-        """Show what was said in the user's name."""
+        """Show a message that was sent on behalf of the user."""
         if self.talks:
             self.out.print(Text.assemble((f"{user} › ", USER), printable(text)))
 
     @contextmanager
     def answer(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Gives a function that shows the pieces of an answer, the speaker's name before the first."""
+        """Yield a function that prints the pieces of an answer, with the speaker's name before the first."""
         label = Text(printable(f"{name} › "), style=SPEAKER) if self.talks else Text()
         spinner = self.out.status(Text("…", style=NOTE)) if self.talks else None
         begun = False
@@ -98,7 +98,7 @@ class Screen:
                 self.out.out("")
 
     def close_answer(self, tokens: int, seconds: float, *, interrupted: bool) -> None:
-        """How long it was and how fast, or that it was interrupted."""
+        """Print the number of tokens and tokens per second, or that the answer was interrupted."""
         if interrupted:
             self.note("Interrupted.")
         elif self.talks and tokens:

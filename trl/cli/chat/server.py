@@ -1,4 +1,4 @@
-"""A model on an OpenAI-compatible server, asked by `huggingface_hub.InferenceClient`."""
+"""Chat with a model on an OpenAI-compatible server, through `huggingface_hub.InferenceClient`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from trl.hub import outside_the_hub
 KEY = "OPENAI_API_KEY"
 STANDARD = ("temperature", "top_p", "stop", "seed")
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty")
-"""Options that are sent where they are set; the server's own hold where they are not. OpenAI's protocol knows the
-standard ones, and servers of open models the others, too."""
+"""Options that are sent if they are set; otherwise the server's defaults apply. The OpenAI API has only the standard ones;
+servers of open models also accept the extensions."""
 
 TRANSPORT = InferenceTimeoutError.__bases__[0]
-"""`HTTPError` of the HTTP library below `huggingface_hub`, whose releases differ in it."""
+"""`HTTPError` of the HTTP library that `huggingface_hub` uses, which differs between its releases."""
 
 SHOWN = 300
-"""Characters of an answer that cannot be understood, in an error."""
+"""Maximum characters of a server's reply in an error message."""
 
 
 class ServerError(TrlError):
-    """What a server refused, or that it could not be reached."""
+    """A server refused a request, or could not be reached."""
 
 
 class ServerSpeaker:
-    """Answers with the model `name` of the server at `url`; its first model, without a name."""
+    """Answers with the model `name` on the server at `url`; without a name, its first model."""
 
     def __init__(
         self,
@@ -51,13 +51,13 @@ class ServerSpeaker:
         self.url = url.rstrip("/") if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
         self.timeout, self.template_kwargs = timeout, template_kwargs
         key = os.environ.get(KEY)
-        # None keeps the hub's own token, which the client would add, from a server that it does not belong to.
+        # None stops the client from sending the user's hub token to this server.
         self.headers = {"authorization": f"Bearer {key}" if key else None}
         self.name = name or self._guarded(self._first_model)
         self.details, self.notes = f"at {self.url}", ()
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
-        """Pass on what the server sends. Returns the tokens that it says it has made, 0 if it says nothing of them."""
+        """Stream the server's answer. Return the number of tokens it reports, or 0 if it reports none."""
         stream, reply = Stream(say, generation.stop), _Reply()
         with InferenceClient(base_url=self.url, timeout=self.timeout, headers=self.headers) as client:
             chunks = self._guarded(lambda: client.chat_completion(**self._request(messages, generation)))
@@ -86,7 +86,7 @@ class ServerSpeaker:
         }
 
     def check_reads_images(self) -> None:
-        """Nothing is known of the server's model: the server says so itself."""
+        """Do nothing: the server itself refuses images that its model cannot read."""
 
     def _first_model(self) -> str:
         headers = {name: value for name, value in self.headers.items() if value}
@@ -97,12 +97,12 @@ class ServerSpeaker:
             return str(response.json()["data"][0]["id"])
         except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
             raise ServerError(
-                f"server={self.url} does not answer as an OpenAI-compatible server does: {response.content[:80]!r}. If "
+                f"server={self.url} does not respond like an OpenAI-compatible server: {response.content[:80]!r}. If "
                 "it lists no models, name one with --model_name_or_path."
             ) from error
 
     def _guarded(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` gives. Whatever a server does, and the client makes of it, is a TrlError."""
+        """Return `ask()`. Turn every error of the server or the client into a TrlError."""
         try:
             with outside_the_hub():
                 return ask()
@@ -114,9 +114,9 @@ class ServerSpeaker:
             raise ServerError(f"{self.url} broke off: {_reason(error.args[0])[:SHOWN]}") from error
         except TRANSPORT as error:
             raise ServerError(f"server={self.url}: it cannot be reached ({_shown(error)}). Is it running?") from error
-        except Exception as error:  # what the client raises where it cannot read an answer is not documented
+        except Exception as error:  # which errors the client raises for malformed replies is not documented
             raise ServerError(
-                f"server={self.url} does not answer as an OpenAI-compatible server does: {_shown(error)}."
+                f"server={self.url} does not respond like an OpenAI-compatible server: {_shown(error)}."
             ) from error
 
     def _refusal(self, response: Any) -> TrlError:
@@ -127,18 +127,18 @@ class ServerSpeaker:
         reason = reason[:SHOWN]
         if response.status_code in (400, 413, 422) and "context" in response.text:
             return TooLong(f"{self.url} says: {reason}")
-        hint = f" Its key is read from the environment variable {KEY}." if response.status_code == 401 else ""
+        hint = f" Set the API key in the environment variable {KEY}." if response.status_code == 401 else ""
         return ServerError(f"{self.url} refused ({response.status_code}): {reason}{hint}")
 
 
 class _Reply:
-    """The texts of an answer, and what its last chunks say of it."""
+    """Reads the chunks of a streamed answer; keeps its token count, and whether it is complete."""
 
     def __init__(self) -> None:
         self.tokens, self.finished = 0, False
 
     def next_piece(self, chunks: Iterator[Any]) -> str | None:
-        """The text of the next chunk, "" for one without; None at the end."""
+        """The text of the next chunk, "" if it has none; None at the end."""
         chunk = next(chunks, None)
         if chunk is None:
             return None
@@ -148,11 +148,11 @@ class _Reply:
         for choice in chunk.choices or ():
             self.finished = self.finished or choice.finish_reason is not None
             piece += (choice.delta.content if choice.delta is not None else None) or ""
-        return piece.encode("utf-8", "replace").decode()  # JSON can spell halves of characters
+        return piece.encode("utf-8", "replace").decode()  # JSON may contain lone surrogates
 
 
 def _reason(answer: Any) -> str:
-    """The message in an error of any of the shapes that servers give it."""
+    """The message in an error response, in whichever of the usual JSON forms."""
     while isinstance(answer, dict):
         answer = answer.get("error") or answer.get("message") or answer.get("detail") or json.dumps(answer)
     return str(answer)
@@ -163,7 +163,7 @@ def _shown(error: Exception) -> str:
 
 
 def connect(arguments: ChatArguments, name: str | None) -> ServerSpeaker:
-    """The speaker behind `--server`."""
+    """Make the speaker for `--server`."""
     logging.set_verbosity_error()
     return ServerSpeaker(
         arguments.server, name, timeout=arguments.server_timeout, template_kwargs=arguments.chat_template_kwargs

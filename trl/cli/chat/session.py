@@ -1,4 +1,4 @@
-"""The session: what is typed is a command or a message, and nothing that goes wrong ends it.
+"""The chat session: reads commands and messages; errors are shown and do not end the session.
 
 you › set temperature=0.2; max_new_tokens=64
 you › Why is the sky blue?
@@ -22,16 +22,16 @@ from trl.cli.values import Mismatch, from_words
 from trl.errors import ConfigError, TrlError, unknown
 
 COMMANDS = {
-    "help": "this list, and what `set` can change",
-    "/image PATH": "show an image with the next message",
-    "example [NAME]": "say an example message; without a name, list them",
-    "set KEY=VALUE; …": "change how answers are made",
+    "help": "show this list, and what `set` can change",
+    "/image PATH": "attach an image to the next message",
+    "example [NAME]": "send an example message; without a name, list them",
+    "set KEY=VALUE; …": "change how answers are generated",
     "save [NAME]": "write the conversation to a file",
     "clear": "start a new conversation on an empty screen",
-    "reset": "start a new conversation, with everything that was set as it was at the start",
+    "reset": "start a new conversation, with the initial settings",
     "exit": "leave (as does Ctrl-D)",
 }
-"""What may be typed beside messages, and what it does. A slash before the name is fine; `image` needs it."""
+"""Commands and their descriptions. All may start with a slash; `/image` must."""
 
 _ALONE = ("help", "clear", "reset", "exit")
 _WITH_NAME = ("example", "save")
@@ -44,7 +44,7 @@ class Command:
 
 
 def read_command(line: str) -> Command | None:
-    """The command that a line is, or None for a message: "save draft" is one, "save me from this" is not."""
+    """Parse a line as a command; None if it is a message. "save draft" is a command, "save me from this" a message."""
     name, _, rest = line.strip().partition(" ")
     if name.lower() == "/image":
         return Command("image", rest.strip())
@@ -57,14 +57,14 @@ def read_command(line: str) -> Command | None:
 
 
 def with_changes(generation: Generation, text: str) -> Generation:
-    """`generation` after `key=value; key=value`. Raises ConfigError."""
+    """`generation` with the changes in `key=value; key=value`. Raises ConfigError for mistakes."""
     options = {option.name: option for option in options_of(Generation)}
     changes = {}
     for part in filter(str.strip, text.split(";")):
         key, equals, word = (piece.strip() for piece in part.partition("="))
         key = key.removeprefix("--").replace("-", "_")
         if not equals:
-            raise ConfigError(f"{part.strip()!r} sets nothing: write key=value.")
+            raise ConfigError(f"{part.strip()!r} is not a setting: write key=value.")
         if key not in options:
             raise ConfigError(unknown("setting", key, options))
         try:
@@ -75,7 +75,7 @@ def with_changes(generation: Generation, text: str) -> Generation:
 
 
 class Session:
-    """One person and one speaker. `run` returns when the person leaves."""
+    """A conversation between the user and a speaker. `run` returns when the user leaves."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Session:
                     self.say(line)
                 else:
                     self._obey(command)
-            except (TrlError, OSError, HTTPException) as error:  # what cannot be done is said, and the session goes on
+            except (TrlError, OSError, HTTPException) as error:  # show the error and continue
                 self.screen.error(str(error) or type(error).__name__)
 
     def _obey(self, command: Command) -> None:
@@ -130,7 +130,7 @@ class Session:
     # ---- talking ----
 
     def say(self, text: str) -> None:
-        """Say `text` to the speaker and show the answer. A turn without an answer is as if it had not been."""
+        """Send `text` to the speaker and show the answer. A message without an answer is removed again."""
         if not text.strip():
             return
         self.conversation.add("user", content_with(self.images, text))
@@ -146,7 +146,7 @@ class Session:
                 self.conversation.messages.pop()
 
     def _answer(self, pieces: list[str]) -> None:
-        """Show an answer as it is made, up to its end or an interrupt, and keep it in `pieces`."""
+        """Stream an answer to the screen, until it ends or is interrupted, and collect it in `pieces`."""
         tokens, interrupted, started = 0, False, time.perf_counter()
         with self.screen.answer(self.speaker.name) as show:
 
@@ -161,7 +161,7 @@ class Session:
         self.screen.close_answer(tokens, time.perf_counter() - started, interrupted=interrupted)
 
     def _ask(self, say: Callable[[str], None]) -> int:
-        """Ask the speaker with as much of the conversation as fits."""
+        """Ask the speaker, dropping the oldest turns until the conversation fits the context."""
         while True:
             try:
                 return self.speaker.answer(self.conversation.seen(self.generation.system_prompt), self.generation, say)
@@ -173,7 +173,7 @@ class Session:
     def _tell_of_dropping(self) -> None:
         if not self.told_of_dropping:
             self.told_of_dropping = True
-            self.screen.note("The conversation is longer than the model's context: it forgets the oldest turns.")
+            self.screen.note("The conversation is longer than the model's context: the oldest turns are left out.")
 
     # ---- commands ----
 
@@ -210,7 +210,7 @@ class Session:
         name = name or time.strftime("%Y-%m-%d_%H-%M-%S")
         path = self.folder / (name if name.endswith(".json") else f"{name}.json")
         if path.exists() and path not in self.saved:
-            raise ConfigError(f"{path} is there already, from another conversation: give another name.")
+            raise ConfigError(f"{path} already holds another conversation: give another name.")
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {
             "model": self.speaker.name,

@@ -1,8 +1,8 @@
-"""A conversation, and what speaks in it.
+"""A conversation, and the interface of the models that answer in it.
 
-    messages ──speaker.answer──▶ pieces of text, as they are made ──say──▶ the screen, and the conversation
+    messages ──speaker.answer──▶ pieces of text as they are generated ──say──▶ the screen and the conversation
 
-A speaker that finds the messages too long says so; the oldest turn is left out, and it is asked again.
+A speaker raises TooLong for messages that exceed its context; the session then drops the oldest turn and asks again.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from trl.cli.chat.arguments import Generation
 from trl.errors import TrlError
 
 Message = dict[str, Any]
-"""Role and content: a text, or parts with the paths of images and a text."""
+"""Role and content; the content is a text, or a list of parts with image paths and a text."""
 Say = Callable[[str], None]
 
 
 class TooLong(TrlError):
-    """Messages that do not fit the model's context."""
+    """The messages do not fit in the model's context."""
 
 
 class Speaker(Protocol):
-    """What answers: a model in this process, or one on a server. `notes` are to be told to the user at the start."""
+    """A model that answers, in this process or on a server. `notes` are shown to the user at the start."""
 
     name: str
     details: str
     notes: Sequence[str]
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
-        """Give the answer to `say` piece by piece. Returns how many tokens it had, or 0 if that is not known.
+        """Pass the answer to `say` piece by piece. Return its number of tokens, or 0 if unknown.
 
         Raises TooLong for messages that leave no room for an answer.
         """
         ...
 
     def check_reads_images(self) -> None:
-        """Raises ModelError for a model that is known to read texts alone."""
+        """Raises ModelError for a model that is known to be text-only."""
         ...
 
 
 @dataclass
 class Conversation:
-    """What was said. `start` is the first message that the model still sees; earlier ones are kept for `save`."""
+    """The messages so far. `start` is the first one that the model still sees; earlier ones are kept for `save`."""
 
     messages: list[Message] = field(default_factory=list)
     start: int = 0
@@ -53,12 +53,12 @@ class Conversation:
         self.messages.append({"role": role, "content": content})
 
     def seen(self, system_prompt: str | None) -> list[Message]:
-        """What the model sees, the system prompt first."""
+        """The messages that the model sees, the system prompt first."""
         before = [{"role": "system", "content": system_prompt}] if system_prompt else []
         return [*before, *self.messages[self.start :]]
 
     def drop_oldest(self) -> bool:
-        """Leave out the oldest turn, up to the user's next message; False where only the last message is left."""
+        """Drop the oldest turn, up to the user's next message. Return False if only the last message is left."""
         later = [i for i in range(self.start + 1, len(self.messages)) if self.messages[i]["role"] == "user"]
         if not later:
             return False
@@ -67,9 +67,9 @@ class Conversation:
 
 
 class Stream:
-    """Text on its way to `say`: what might yet become a stop text is held back, and nothing follows one.
+    """Forwards text to `say` until a stop text. Text that may be the beginning of a stop text is held back.
 
-    `text` is what was said. `stopped` is set once a stop text was reached.
+    `text` is all that was forwarded. `stopped` is True after a stop text.
     """
 
     def __init__(self, say: Say, stop: Sequence[str] | None) -> None:
@@ -88,7 +88,7 @@ class Stream:
             self._say(len(self.held) - max((_overlap(self.held, each) for each in self.stop), default=0))
 
     def end(self) -> None:
-        """Say what was held back."""
+        """Forward the text that was held back."""
         if not self.stopped:
             self._say(len(self.held))
 
@@ -100,5 +100,5 @@ class Stream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

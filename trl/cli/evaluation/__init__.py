@@ -1,1 +1,1 @@
-"""`trl eval`: its options, and the models that it loads."""
+"""The command `trl eval`."""

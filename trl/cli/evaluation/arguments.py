@@ -10,86 +10,85 @@ from trl.option_bounds import check_bounds
 
 @dataclass
 class EvalArguments:
-    """What is measured, on which rows, and by whom."""
+    """What `trl eval` measures, on which rows, and who judges."""
 
     dataset_name: str | None = None
-    """Hub name, folder or file of rows: with `prompt` for samples, rewards and win rates; for perplexity any rows that
-    `trl sft` takes."""
+    """Hub name, folder or file of rows: with a column `prompt` for samples, rewards and win rates; for perplexity, any rows
+    that `trl sft` takes."""
 
     dataset_split: str = "test"
-    """Split of the dataset; where it has "train" alone, that one is taken, with a message."""
+    """Split of the dataset. If it has only "train", that split is used, with a message."""
 
     limit: int | None = None
-    """Take at most this many rows, the first ones. None: all."""
+    """Use only the first rows, at most this many. None: all."""
 
     perplexity: bool = False
-    """Measure the perplexity of the rows' texts, or of their completions: exp of the mean loss of a token, the lower the
-    better."""
+    """Measure the perplexity of the rows' texts, or of their completions: exp of the mean loss per token; lower is better."""
 
     assistant_only_loss: bool = False
-    """With `perplexity`, of the assistant's turns alone."""
+    """With `perplexity`: count only tokens of the assistant's turns."""
 
     benchmarks: list[str] | None = None
-    """Names of tasks of lm-evaluation-harness, such as gsm8k ifeval: `pip install "trl[benchmarks]"`. They need no dataset_name;
-    `limit` is then of the questions of each."""
+    """Names of tasks of lm-evaluation-harness, such as gsm8k ifeval: `pip install "trl[benchmarks]"`. They need no
+    dataset_name; `limit` limits the questions of each task."""
 
     benchmarks_folder: str | None = None
-    """Folder with YAML files of tasks of your own, for `benchmarks`."""
+    """Folder with YAML files of your own tasks, for `benchmarks`."""
 
     chat: bool = False
-    """Ask the questions of benchmarks in turns of the tokenizer's chat template."""
+    """Ask the questions of benchmarks with the tokenizer's chat template."""
 
     reward_funcs: list[str] | None = None
-    """Rewards of samples: names of trl.rewards, file.py:function, package.module:function; or hub names of reward models.
-    With `against` they judge, unless a judge_server does."""
+    """Rewards of samples: names from trl.rewards, file.py:function, package.module:function; or hub names of reward models.
+    With `against`, the higher reward wins, unless judge_server judges."""
 
     against: str | None = None
-    """Hub name or folder of another model, whose samples of the same prompts are compared with this one's."""
+    """Hub name or folder of another model, to compare its samples for the same prompts with this model's."""
 
     judge_server: str | None = None
-    """URL of an OpenAI-compatible server with a chat model that says which of two samples is better."""
+    """URL of an OpenAI-compatible server with a chat model that judges which of two samples is better."""
 
     judge_model: str | None = None
     """Name of the model on judge_server. None: the server's only one."""
 
     pope: bool = False
-    """Answers to yes-or-no questions by POPE's table: accuracy, precision, recall, F1 and the share of yes. Rows have a column
-    `label` with yes or no."""
+    """Score answers to yes-or-no questions as POPE does: accuracy, precision, recall, F1 and the share of yes. Rows need a
+    column `label` with yes or no."""
 
     chair: str | None = None
-    """Objects that captions name and images do not hold, by CHAIR. A JSON file with all objects that are looked for, as a list
-    or with synonyms by object; rows have a column `objects` with those of the image."""
+    """Measure with CHAIR how often captions name objects that are not in the image. A JSON file with all objects to look for,
+    as a list or with synonyms by object; rows need a column `objects` with the objects in the image."""
 
     image_folder: str | None = None
-    """Folder that relative paths of images start from."""
+    """Folder that relative paths of images refer to."""
 
     max_pixels: int | None = None
-    """Images beyond so many pixels (width · height) are made smaller."""
+    """Images with more pixels (width · height) are scaled down to this number."""
 
     max_new_tokens: int = 256
-    """Tokens of a sample, at most."""
+    """Maximum number of tokens per sample."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 is greedy decoding."""
 
     batch_size: int = 8
-    """Prompts that are sampled from at once, and rows of a forward pass."""
+    """Prompts per sampling batch, and rows per forward pass."""
 
     seed: int = 0
-    """Seed of what is sampled."""
+    """Random seed for sampling."""
 
     output_dir: str = "evaluation"
-    """Where eval.json and samples.jsonl go."""
+    """Folder for eval.json and samples.jsonl."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.dataset_name is None and self.benchmarks is None:
-            raise ConfigError("--dataset_name is missing: rows to evaluate on. Or name --benchmarks.")
+            raise ConfigError("--dataset_name is missing: give rows to evaluate on, or name --benchmarks.")
         if self.benchmarks is None and (self.benchmarks_folder or self.chat):
             raise ConfigError("benchmarks_folder and chat are for benchmarks: name some with --benchmarks.")
         if self.against is not None and not (self.reward_funcs or self.judge_server):
             raise ConfigError(
-                "against names a model to compare with, and nobody judges: give reward_funcs or judge_server."
+                "against names a model to compare with, but nothing judges the samples: give reward_funcs or judge_server."
             )
         if self.judge_server is not None and self.against is None:
-            raise ConfigError("judge_server compares samples of two models: give the other one, --against MODEL.")
+            raise ConfigError("judge_server compares samples of two models: give the other model, --against MODEL.")

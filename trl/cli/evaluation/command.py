@@ -1,4 +1,4 @@
-"""`trl eval`: samples of a model, what rewards say of them, perplexity, and how often it wins against another one.
+"""`trl eval`: measure a model by rewards of its samples, perplexity, benchmarks, or its win rate against another model.
 
 trl eval --model_name_or_path qwen-sft --dataset_name prompts.jsonl --reward_funcs rewards.py:short
 trl eval --model_name_or_path qwen-dpo --against qwen-sft --dataset_name prompts.jsonl --reward_funcs ./qwen-reward
@@ -53,7 +53,7 @@ def run(arguments: EvalArguments, given: ParsedOptions) -> int:
 
 
 def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
-    """All that was asked for, by name. Raises ConfigError, DataError."""
+    """Compute the requested measurements, by name. Raises ConfigError, DataError."""
     config = model_to_load(given)
     rows = None if arguments.dataset_name is None else read_rows(arguments)
     Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
@@ -76,11 +76,11 @@ def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
 
 
 def read_rows(arguments: EvalArguments) -> Any:
-    """The rows, as a dataset."""
+    """The rows to evaluate on. Raises DataError if the split does not exist."""
     splits = load_dataset_argument(ScriptArguments(dataset_name=arguments.dataset_name))
     split = arguments.dataset_split
     if split not in splits and list(splits) == ["train"]:
-        print("The dataset has the split 'train' alone: its rows are taken.")
+        print("The dataset has only the split 'train': using its rows.")
         split = "train"
     if split not in splits:
         raise DataError(
@@ -91,7 +91,7 @@ def read_rows(arguments: EvalArguments) -> Any:
 
 
 def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> dict[str, Any]:
-    """exp of the mean loss of the tokens that SFT would train on, and how many these are."""
+    """exp of the mean loss of the tokens that SFT would train on, and the number of these tokens."""
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             output_dir=folder,
@@ -111,10 +111,10 @@ def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) 
 def compare_samples(
     arguments: EvalArguments, given: ParsedOptions, rows: Any, model: Any, processor: Any
 ) -> dict[str, Any]:
-    """Samples in samples.jsonl; their rewards, lengths and wins."""
+    """Sample completions and write them to samples.jsonl. Return their lengths, rewards and win rate."""
     if "prompt" not in rows.column_names:
         raise DataError(
-            f"Samples need a column 'prompt', and the dataset has {rows.column_names}. For texts: --perplexity."
+            f"Sampling needs a column 'prompt', but the dataset has {rows.column_names}. To score texts: --perplexity."
         )
     check_objects(arguments, rows)
     prompts = rows["prompt"][:]
@@ -146,7 +146,7 @@ def compare_samples(
 
 
 def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> Any:
-    """What reads the images of rows; None of a tokenizer. Raises DataError for a tokenizer where rows have images."""
+    """The image processing of a model; None for a text-only model. Raises DataError if that model's rows have images."""
     limits = PixelLimits(arguments.max_pixels, root=arguments.image_folder)
     images = ImageProcessing.of(processor, model.config, limits)
     detect_kind(rows.column_names, allowed=["prompt_only"], reads_images=images is not None)

@@ -1,4 +1,4 @@
-"""`trl eval --pope` and `--chair`: objects that are not there, in answers and in captions."""
+"""`trl eval --pope` and `--chair`: hallucinated objects in answers and in captions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from trl.errors import ConfigError, DataError
 
 
 def check_objects(arguments: EvalArguments, rows: Any) -> None:
-    """Raises ConfigError, DataError for what is missing, before anything is sampled."""
+    """Check the object file and the columns before sampling. Raises ConfigError, DataError."""
     _names(arguments)
     for asked, option, column in ((arguments.pope, "pope", "label"), (arguments.chair, "chair", "objects")):
         if asked and column not in rows.column_names:
-            raise DataError(f"--{option} needs a column {column!r}, and the dataset has {rows.column_names}.")
+            raise DataError(f"--{option} needs a column {column!r}, but the dataset has {rows.column_names}.")
 
 
 def object_scores(arguments: EvalArguments, rows: Any, completions: Sequence[Any]) -> dict[str, float]:
-    """POPE's and CHAIR's numbers by name, where they were asked for; of the rows whose column is not None."""
+    """The requested POPE and CHAIR scores by name, over the rows whose `label` or `objects` is not None."""
     from trl.rewards.hallucination import chair_scores, pope_scores
 
     found: dict[str, float] = {}
@@ -43,13 +43,13 @@ def _of_rows(completions: Sequence[Any], column: Sequence[Any], name: str) -> tu
 
 
 def _names(arguments: EvalArguments) -> Any:
-    """All objects that are looked for: a list of names, or synonyms by name."""
+    """The objects to look for: a list of names, or lists of synonyms by name."""
     if arguments.chair is None:
         return []
     try:
         names = json.loads(Path(arguments.chair).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"chair={arguments.chair!r} is no JSON file: {error}.") from error
+        raise ConfigError(f"chair={arguments.chair!r} is not a JSON file: {error}.") from error
     lists = list(names.values()) if isinstance(names, dict) else [names]
     if not names or not all(isinstance(own, list) and all(isinstance(n, str) for n in own) for own in lists):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""`trl label`: its options, and completions that are sampled for it."""
+"""The command `trl label`."""

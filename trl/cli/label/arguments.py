@@ -11,39 +11,39 @@ from trl.option_bounds import check_bounds
 
 @dataclass
 class LabelArguments:
-    """What is judged, by whom, and where the answers go."""
+    """What people judge in `trl label`, and where their answers are saved."""
 
     task: Literal["rate", "approve", "compare", "correct"] = "rate"
     """"rate": a mark from 1 to 5 for each completion; "approve": good or bad; "compare": the better of two; "correct": the
     completion as it should have been."""
 
     output: str = "labels.jsonl"
-    """The dataset that the answers make; a journal of every answer stands beside it. An output that is there is resumed."""
+    """Dataset file to write; a journal of every answer is kept beside it. If the file exists, labelling resumes."""
 
     rows: Literal["score", "label", "pairs", "completions"] | None = None
-    """What the dataset holds: "score" (for `trl reward`), "label" (`trl kto`), "pairs" (`trl reward`, `trl dpo`) or
+    """Format of the dataset's rows: "score" (for `trl reward`), "label" (`trl kto`), "pairs" (`trl reward`, `trl dpo`) or
     "completions" (`trl sft`). None: score for "rate", label for "approve", pairs for "compare" and "correct"."""
 
     guidelines: str | None = None
-    """What raters are told: a text, or a file that holds it."""
+    """Guidelines for raters: a text, or a .md or .txt file."""
 
     raters_per_item: int = 1
-    """Answers wanted of each item, each by somebody else; from 2 on, the page shows how well they agree."""
+    """Number of different raters per item; with 2 or more, the page shows how well they agree."""
 
     shuffle: bool = True
-    """Ask in random order, always the same. False: in the order of the file."""
+    """Ask in a random order that depends only on `seed`. False: in the order of the file."""
 
     limit: int | None = None
-    """Ask about so many items at most."""
+    """Maximum number of items to ask about; with `model_name_or_path`, also of prompts. None: all."""
 
     port: int = 8765
-    """Port of the page; 0 for a free one."""
+    """Port of the web page; 0 for any free one."""
 
     share_on_lan: bool = False
-    """Let other devices of the network open the page, with a token. False: this machine alone."""
+    """Let other devices on the network open the page, with a token. False: only this machine can."""
 
     token: str | None = None
-    """What a browser has to show. None: a random one with share_on_lan, else none."""
+    """Access token that browsers must give. None: a random one with share_on_lan, else none is needed."""
 
     open_browser: bool = True
     """Open the page in this machine's browser."""
@@ -55,25 +55,25 @@ class LabelArguments:
     """Split of dataset_name."""
 
     num_generations: int = 2
-    """Completions that are sampled of each prompt."""
+    """Completions to sample per prompt."""
 
     max_new_tokens: int = 256
-    """Tokens of a completion that is sampled, at most."""
+    """Maximum number of tokens per sampled completion."""
 
     temperature: float = 1.0
-    """Divides the logits of what is sampled."""
+    """Divides the logits in sampling."""
 
     system_prompt: str | None = None
-    """What the model is told before each prompt."""
+    """System prompt before each prompt."""
 
     export_to: str | None = None
-    """Write the answers that are there to this file for another tool, and end: .json for a list, .jsonl for lines."""
+    """Export the answers so far to this file for another tool, and exit: .json for a list, .jsonl for lines."""
 
     export_format: Literal["argilla", "label_studio"] = "argilla"
     """The tool that `export_to` is for: Argilla (version 2) or Label Studio."""
 
     seed: int = 0
-    """Seed of the order and of what is sampled."""
+    """Random seed for the order and for sampling."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -37,7 +37,7 @@ def run(arguments: LabelArguments, given: ParsedOptions) -> int:
 
 
 def _fill(session: Session, arguments: LabelArguments, file: Path | None, given: ParsedOptions) -> None:
-    """Offer what is to be judged, and keep what other tools' records say already."""
+    """Add the items to judge, and import answers from records of other tools."""
     if (file is None) == (given.values.get("model_name_or_path") is None):
         raise ConfigError(
             "Give either a file of completions (trl label FILE), or a model and prompts for it to continue "
@@ -58,12 +58,12 @@ def _fill(session: Session, arguments: LabelArguments, file: Path | None, given:
 
 
 def _keep_answers(session: Session, row: Row, where: str) -> None:
-    """Keep what people said of a row in another tool. Raises DataError, with the row, for what is no answer to its question."""
+    """Import the answers that a row has from another tool. Raises DataError, with the row, for an invalid answer."""
     if not (said := answers_in(session.task, row, where)):
         return
     keys = session.add(items_of(session.task, [row], where))
     if len(keys) > 1:
-        raise DataError(f"{where} has answers, and {len(keys)} questions: an answer is to one.")
+        raise DataError(f"{where} has answers, but makes {len(keys)} items: a row with answers must make one item.")
     for rater, value in said:
         if rater not in session.answers.get(keys[0], {}):
             check_answer(session.task, session.items[keys[0]], value, f"{where}: ")
@@ -82,7 +82,7 @@ def _serve(session: Session, arguments: LabelArguments) -> int:
         print(f"{progress.total:,} items, {progress.done:,} of them done. The page is on {server.url}", flush=True)
         if server.lan_url:
             print(f"From other devices of this network: {server.lan_url}", flush=True)
-        print(f"Answers go to {session.output}. Ctrl-C ends it; the same command resumes.", flush=True)
+        print(f"Answers are saved to {session.output}. Stop with Ctrl-C; the same command resumes.", flush=True)
         if arguments.open_browser and _has_screen():
             webbrowser.open(server.url)
         try:
@@ -104,7 +104,7 @@ def _has_screen() -> bool:
 
 
 def read_guidelines(given: str | None) -> str:
-    """The text, or what the file of that name holds."""
+    """The text itself, or the content of the .md or .txt file of that name."""
     if given is None:
         return ""
     path = Path(given).expanduser()

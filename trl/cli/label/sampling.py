@@ -1,4 +1,4 @@
-"""Completions that a model gives now, to be judged."""
+"""Sample completions for people to judge."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trl.evaluation.samples import sample
 from trl.models.load import tokenizer_of
 
 TOGETHER = 16
-"""Completions that are sampled at once."""
+"""Completions per sampling batch."""
 
 
 def sample_rows(arguments: LabelArguments, given: ParsedOptions) -> list[dict[str, Any]]:
-    """Rows of a prompt and `num_generations` completions by the model that was named.
+    """Sample `num_generations` completions per prompt from `model_name_or_path`; return rows of a prompt and completions.
 
-    Raises ConfigError where the prompts are missing, DataError where the dataset has no column `prompt`.
+    Raises ConfigError if `dataset_name` is missing, DataError if the dataset has no column `prompt`.
     """
     if arguments.dataset_name is None:
-        raise ConfigError("--dataset_name is missing: prompts for the model to continue.")
+        raise ConfigError("--dataset_name is missing: give prompts for the model to continue.")
     prompts = _prompts(arguments)
     model, processor = load_pretrained(model_to_load(given))
     count = arguments.num_generations
@@ -50,7 +50,7 @@ def _prompts(arguments: LabelArguments) -> list[Any]:
         raise DataError(f"dataset_name={arguments.dataset_name!r} has no column 'prompt': it has {rows.column_names}.")
     if pictures := sorted(PICTURES & set(rows.column_names)):
         raise DataError(
-            f"The columns {pictures} hold images, which are not shown to people here: sample with `trl eval`, or take them out."
+            f"The columns {pictures} hold images, which the page cannot show: sample with `trl eval`, or remove the columns."
         )
     prompts = rows.to_list()[: arguments.limit]
     return [_with_system(row["prompt"], arguments.system_prompt) for row in prompts]

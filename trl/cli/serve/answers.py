@@ -1,4 +1,4 @@
-"""Rollouts as the answers of OpenAI's and vLLM's routes."""
+"""Convert rollouts to the JSON responses of OpenAI's and vLLM's routes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl.rollouts.sampling import SamplingParams
 
 
 def head(kind: str, model: str) -> dict[str, Any]:
-    """The fields with which every answer begins."""
+    """The fields at the beginning of every response."""
     name = "cmpl" if kind == "text_completion" else "chatcmpl"
     return {"id": f"{name}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
@@ -25,12 +25,12 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 def used(prompts: Sequence[Sequence[int]], found: Sequence[Sequence[Rollout]]) -> dict[str, int]:
-    """Tokens read and written; a prompt counts once."""
+    """The `usage` field: prompt tokens, each prompt counted once, and completion tokens of all samples."""
     return usage(sum(map(len, prompts)), sum(map(len, chain(*found))))
 
 
 class Texts:
-    """Texts of completions as a request wants them."""
+    """Decodes completions with the options of a request (special tokens, stop strings)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams, body: Mapping[str, Any]) -> None:
         self.tokenizer, self.params = tokenizer, params
@@ -80,7 +80,7 @@ def _choice(index: int, rollout: Rollout, texts: Texts, body: Mapping[str, Any])
 
 
 def token_choice(index: int, rollout: Rollout) -> dict[str, Any]:
-    """A choice of the route whose prompts and completions are tokens."""
+    """A choice of /inference/v1/generate, whose prompts and completions are token ids."""
     pairs = zip(rollout.ids, rollout.logprobs, strict=True)
     version = {"version": rollout.info["weight_version"], "start": 0, "end": len(rollout)} if rollout.info else None
     return {
@@ -93,5 +93,5 @@ def token_choice(index: int, rollout: Rollout) -> dict[str, Any]:
 
 
 def delta(before: Mapping[str, Any], content: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
-    """A piece of a streamed answer."""
+    """One event of a streamed chat completion."""
     return {**before, "choices": [{"index": 0, "delta": dict(content), "finish_reason": reason}]}

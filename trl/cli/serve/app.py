@@ -1,12 +1,12 @@
 """The routes of `trl serve`: those of OpenAI for any client, and those of `vllm serve` for trainers.
 
-    /v1/completions  /v1/chat/completions  /inference/v1/generate     samples
-    /health  /v1/models  /version  /server_info  /get_world_size      what is served
+    /v1/completions  /v1/chat/completions  /inference/v1/generate     sample completions
+    /health  /v1/models  /version  /server_info  /get_world_size      describe the server and its model
     /pause  /resume  /is_paused  /collective_rpc  /update_weight_version  /weight_info
-    /reset_prefix_cache  /reset_encoder_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     what a trainer asks between two rollout batches
+    /reset_prefix_cache  /reset_encoder_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     update weights between rollout batches
 
-Log-probabilities are log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or ban, whatever
-the request says. The routes of the last two lines change what is served: they answer to this machine, or to who has the key.
+Log-probabilities are always log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or ban.
+The routes in the last two lines that change the served weights are open only to this machine, or to requests with the key.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.server_info import SIZES
 
 LOGPROBS_MODE = "policy_logprobs"
-"""How this server's log-probabilities are named among vLLM's modes: log-softmax(logits/τ) whatever else is asked for."""
+"""This server's value for vLLM's option of that name: always log-softmax(logits/τ), whatever the sampling parameters."""
 
 DEFAULT_TOKENS = 16
-"""New tokens of a completion that names no limit, as OpenAI's protocol has it."""
+"""Maximum new tokens of a completion request without a limit, as in the OpenAI API."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -116,20 +116,20 @@ class _Routes:
             post("/v1/unload_lora_adapter", self.unload_adapter),
         ]
 
-    # ---- who may ask, and how much ----
+    # ---- access control and limits ----
 
     def _for_users(self, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
             key = self.arguments.api_key
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
-                raise HTTPException(401, "This server asks for its key: send the header `Authorization: Bearer KEY`.")
+                raise HTTPException(401, "This server needs an API key: send the header `Authorization: Bearer KEY`.")
             try:
                 async with asyncio.timeout(self.arguments.request_timeout):
                     return await handler(request)
             except TimeoutError:
                 raise HTTPException(
-                    504, f"Given up after request_timeout={self.arguments.request_timeout:g} seconds."
+                    504, f"The request was cancelled after request_timeout={self.arguments.request_timeout:g} seconds."
                 ) from None
 
         return guarded
@@ -139,11 +139,11 @@ class _Routes:
             if not self.arguments.is_private and self.arguments.api_key is None:
                 raise HTTPException(
                     403,
-                    f"{request.url.path} changes what is served: start the server with --api_key, or at 127.0.0.1 alone.",
+                    f"{request.url.path} changes what is served: start the server with --api_key, or with --host 127.0.0.1.",
                 )
             origin = request.headers.get("origin")
             if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-                raise HTTPException(403, f"{request.url.path} is not for pages of {origin}.")
+                raise HTTPException(403, f"{request.url.path} refuses requests from web pages of {origin}.")
             return await handler(request)
 
         return self._for_users(guarded)
@@ -161,7 +161,7 @@ class _Routes:
             raise HTTPException(400, f"The body is not JSON: {error}") from None
 
     def _adapter(self, body: Mapping[str, Any]) -> str | None:
-        """The adapter that the body's model names; None for the model itself."""
+        """The adapter that the request's `model` names; None for the base model."""
         wanted = body.get("model") or self.name
         if wanted != self.name and wanted not in self.worker.adapters:
             known = ", ".join([self.name, *self.worker.adapters])
@@ -175,17 +175,17 @@ class _Routes:
         for i, prompt in enumerate(job.prompts):
             if longest is not None and len(prompt) >= longest:
                 raise ConfigError(
-                    f"Prompt {i + 1} has {len(prompt)} tokens, and the model's context length is {longest}."
+                    f"Prompt {i + 1} has {len(prompt)} tokens, but the model's context length is {longest}."
                 )
             if wrong := [token for token in prompt.ids if token >= self.worker.vocabulary]:
                 raise ConfigError(
-                    f"Prompt {i + 1} holds token {wrong[0]}, and the vocabulary has {self.worker.vocabulary} tokens."
+                    f"Prompt {i + 1} contains token {wrong[0]}, but the vocabulary has {self.worker.vocabulary} tokens."
                 )
         asked = sum(len(prompt) + job.n * (prompt.max_new_tokens or 0) for prompt in job.prompts)
         if asked > self.arguments.max_request_tokens:
             raise ConfigError(
-                f"The request asks for {asked} tokens, and this server's max_request_tokens is "
-                f"{self.arguments.max_request_tokens}: ask for fewer at a time."
+                f"The request asks for {asked} tokens, but this server's max_request_tokens is "
+                f"{self.arguments.max_request_tokens}: ask for fewer per request."
             )
         return await asyncio.wrap_future(self.worker.submit(job))
 
@@ -194,7 +194,9 @@ class _Routes:
         if body.get("stream"):
             raise ConfigError("stream=True is available at /v1/chat/completions.")
         if (body.get("logprobs") or 0) > 1:
-            raise ConfigError(f"logprobs={body['logprobs']}: this server tells those of sampled tokens; give 0 or 1.")
+            raise ConfigError(
+                f"logprobs={body['logprobs']}: this server returns only log-probabilities of sampled tokens; give 0 or 1."
+            )
         params, n = sampling_params(body, max_tokens=DEFAULT_TOKENS), body.get("n") or 1
         prompts, limit = self._prompts(body["prompt"]), params.max_new_tokens
         read = [self.worker.prompt(ids, limit=limit) for ids in prompts]
@@ -210,16 +212,20 @@ class _Routes:
         return JSONResponse({**answer, "choices": choices, "usage": used(prompts, found)})
 
     def _prompts(self, given: str | list[Any]) -> list[list[int]]:
-        """The prompts' token ids: of one text or list of ids, or of several."""
+        """Token ids of each prompt, given as one or several texts or lists of token ids."""
         several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         return [self.worker.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in several]
 
     async def chat(self, request: Request) -> Response:
         check(body := await self._body(request), CHAT)
         if body.get("top_logprobs"):
-            raise ConfigError("top_logprobs is not available: this server tells those of sampled tokens.")
+            raise ConfigError(
+                "top_logprobs is not available: this server returns only log-probabilities of sampled tokens."
+            )
         if body.get("chat_template_kwargs"):
-            raise ConfigError("chat_template_kwargs are an option of the server: start it with them.")
+            raise ConfigError(
+                "chat_template_kwargs cannot be set per request: start the server with --chat_template_kwargs."
+            )
         messages, adapter = chat_messages(body), self._adapter(body)
         self._check_images(images_in(messages))
         prompt = Prompt.of(await asyncio.to_thread(self.worker.speaker.prompt, messages))
@@ -237,7 +243,7 @@ class _Routes:
         return JSONResponse({**answer, "choices": choices, "usage": used([prompt.ids], found)})
 
     def _check_images(self, images: Sequence[bytes]) -> None:
-        """Raises TrlError for images that are not read here, too many, or none at all."""
+        """Raises TrlError if the model reads no images, or these are too many, too large, or not images."""
         if not images:
             return
         self.worker.speaker.check_reads_images()
@@ -263,7 +269,7 @@ class _Routes:
         }
         return JSONResponse(answer | ({"prompt_token_ids": list(prompt.ids)} if body.get("return_token_ids") else {}))
 
-    # ---- what is served ----
+    # ---- the server and its model ----
 
     async def health(self, _: Request) -> Response:
         return Response(status_code=200)
@@ -276,7 +282,7 @@ class _Routes:
         return JSONResponse(self._model(self._adapter({"model": request.path_params["name"]})))
 
     def _model(self, adapter: str | None) -> dict[str, Any]:
-        """What is said of an adapter; of the model itself with None."""
+        """The entry of an adapter in /v1/models; of the base model with None."""
         name, parent = (self.name, None) if adapter is None else (adapter, self.name)
         about = {"id": name, "object": "model", "created": 0, "owned_by": "trl", "parent": parent}
         return {**about, "max_model_len": self.worker.context}
@@ -300,12 +306,12 @@ class _Routes:
     async def world_size(self, _: Request) -> Response:
         return JSONResponse({"world_size": 1})
 
-    # ---- what a trainer asks ----
+    # ---- requests of trainers ----
 
     async def pause(self, request: Request) -> Response:
         mode = request.query_params.get("mode", "abort")
         if mode not in ("abort", "wait", "keep"):
-            raise ConfigError(f"mode={mode!r}: give abort, wait or keep. What runs is finished in each.")
+            raise ConfigError(f"mode={mode!r}: give abort, wait or keep. Running samples are finished in each mode.")
         await asyncio.to_thread(self.worker.pause, abort=mode == "abort")
         return JSONResponse({"status": "paused"})
 
@@ -324,7 +330,9 @@ class _Routes:
         if not isinstance(options, dict) or not isinstance(options.get("weights_path"), str):
             raise ConfigError("reload_weights takes kwargs.weights_path, a folder that save_pretrained wrote.")
         if options.get("is_checkpoint_format", True) is not True:
-            raise ConfigError("is_checkpoint_format is true: this server reads what save_pretrained writes.")
+            raise ConfigError(
+                "is_checkpoint_format must be true: this server reads only folders that save_pretrained wrote."
+            )
         await asyncio.to_thread(self.worker.reload, options["weights_path"])
         return JSONResponse({"results": [None]})
 
@@ -336,7 +344,9 @@ class _Routes:
         return JSONResponse({"weight_version": self.worker.version})
 
     async def reset_prefix_cache(self, _: Request) -> Response:
-        return JSONResponse({"success": True})  # keys, values and features of images live as long as a batch
+        return JSONResponse(
+            {"success": True}
+        )  # nothing to reset: KV cache and image features are kept only within a batch
 
     async def load_adapter(self, request: Request) -> Response:
         body = await self._fields(request, "lora_name", "lora_path")
@@ -353,9 +363,9 @@ class _Routes:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def _fields(self, request: Request, *names: str) -> dict[str, Any]:
-        """A body with these texts in it."""
+        """The JSON body of a request, which must have these fields with texts. Raises ConfigError."""
         body = await self._body(request)
         for name in names:
             if not isinstance(body, dict) or not isinstance(body.get(name), str):
-                raise ConfigError(f"The body of {request.url.path} is an object with the text {name!r}.")
+                raise ConfigError(f"The body of {request.url.path} must be a JSON object with the text field {name!r}.")
         return body

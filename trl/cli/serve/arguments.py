@@ -1,4 +1,4 @@
-"""Options of `trl serve`, each documented once."""
+"""Options of `trl serve`."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass
 class ServeArguments:
-    """Where a model is served, to whom, and within which limits."""
+    """Address, access and limits of the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen at. The default is this machine alone; "0.0.0.0" is every network that it is in."""
+    """Address to listen on. By default only this machine can connect; "0.0.0.0" listens on all networks."""
 
     port: int = 8000
-    """Port to listen at. 0: any free one."""
+    """Port to listen on; 0 for any free one."""
 
     api_key: str | None = None
-    """Key that requests have to carry (`Authorization: Bearer KEY`). None: as the environment variable VLLM_API_KEY says, or
-    none is asked for."""
+    """API key that requests must send (`Authorization: Bearer KEY`). None: the value of the environment variable
+    VLLM_API_KEY; without that, no key is needed."""
 
     served_model_name: str | None = None
-    """Name under which requests ask for the model. None: as it was given."""
+    """Name of the model in requests. None: the name or folder that the model was loaded from."""
 
     device: str = "auto"
-    """Device of the model: "cpu", "cuda:0", …; "auto" spreads it over the accelerators, if there are any."""
+    """Device of the model: "cpu", "cuda:0", …; "auto" spreads it over all available accelerators, else uses the CPU."""
 
     chat_template_kwargs: dict | None = None
     """Arguments for the chat template."""
 
     max_tokens_alive: int = 65_536
-    """Tokens that prompts and samples under way may hold together; further samples wait."""
+    """Maximum total tokens of prompts and samples that are generated concurrently; further samples wait."""
 
     max_request_tokens: int = 4_194_304
-    """Tokens that one request may ask for at most: its prompts and completions, every sample counted."""
+    """Maximum tokens per request: its prompts, and the token limits of all samples."""
 
     max_request_megabytes: float = 64.0
-    """Size of a request's body at most."""
+    """Maximum size of a request body in MiB."""
 
     max_request_pixels: int = 67_108_864
-    """Pixels that the images of one request may have at most, all together."""
+    """Maximum total pixels of the images in one request."""
 
     max_waiting: int = 1024
-    """Requests that may wait for the model at most; further ones are told to come back (status 503)."""
+    """Maximum number of requests that wait for the model; further ones are refused (status 503)."""
 
     request_timeout: float = 600.0
-    """Seconds after which a request is given up (status 504)."""
+    """Seconds after which a request is cancelled (status 504)."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
     @property
     def is_private(self) -> bool:
-        """Whether this machine alone can reach the server."""
+        """True if only this machine can reach the server."""
         return self.host in LOOPBACK

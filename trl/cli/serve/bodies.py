@@ -1,7 +1,7 @@
-"""What requests may say, and what of it becomes `SamplingParams`.
+"""Check the bodies of requests, and convert them to `SamplingParams`.
 
-A field that is unknown, or that this engine cannot do, is refused by name: nothing is dropped in silence, but for the fields
-of `WITHOUT_EFFECT`, which ask for nothing.
+Fields that are unknown, or that this engine does not support, are refused by name. Only the fields in `WITHOUT_EFFECT`, which
+do not change the samples, are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ NEUTRAL = {
     "detokenize": (True, False, None),
     "flat_logprobs": (False, None),
 }
-"""Fields that this engine does not have, and the values that ask for nothing."""
+"""Fields that this engine does not support, and their neutral values, which are accepted."""
 
 WITHOUT_EFFECT = (
     *("model", "user", "metadata", "store", "request_id", "cache_salt", "priority", "return_token_ids"),
@@ -130,7 +130,7 @@ GENERATE = _schema(
 
 
 def check(body: Any, schema: Draft202012Validator) -> None:
-    """Raises ConfigError for a body that does not follow the schema, or asks for what this engine does not have."""
+    """Raises ConfigError for a body that violates the schema, or uses a field that this engine does not support."""
     for error in sorted(schema.iter_errors(body), key=lambda error: len(error.path)):
         where = ".".join(map(str, error.path)) or "The body"
         raise ConfigError(f"{where}: {error.message}")
@@ -141,7 +141,7 @@ def check(body: Any, schema: Draft202012Validator) -> None:
 
 
 def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
-    """The parameters of a body; `max_tokens` where it names no limit. A `top_k` of −1 is all tokens, as in vLLM."""
+    """The sampling parameters in a body; `max_tokens` is the default limit. A `top_k` of −1 means all tokens, as in vLLM."""
     said = {name: value for name, value in given.items() if value is not None}
     return SamplingParams(
         **{name: float(said[name]) for name in FRACTIONS if name in said},
@@ -154,13 +154,13 @@ def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingPar
 
 
 def generation_of(params: SamplingParams) -> Generation:
-    """The parameters as the chat's speaker takes them."""
+    """Convert the parameters to those of `trl chat`, whose code streams answers."""
     alike = (*FRACTIONS, "top_k", "max_new_tokens", "seed")
     return Generation(**{name: getattr(params, name) for name in alike}, stop=list(params.stop) or None)
 
 
 def chat_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages, their contents texts, or parts with the bytes of images. Raises ConfigError for other parts."""
+    """The messages of a body, with text, or parts with text and image bytes, as content. Raises ConfigError for other parts."""
     return [{"role": m["role"], "content": _content(m["content"], i)} for i, m in enumerate(body["messages"])]
 
 
@@ -184,26 +184,26 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def image_bytes(url: Any, where: str) -> bytes:
-    """The file in a data URL. Raises ConfigError for other URLs, DataError for what is not base64."""
+    """The bytes of the image in a data URL. Raises ConfigError for other URLs, DataError for invalid base64."""
     if not isinstance(url, str) or DATA_URL.match(url) is None:
         raise ConfigError(
-            f"{where}: give the URL of an image_url as a data URL (data:image/png;base64,…); this server fetches no other, and "
-            "reads no files."
+            f"{where}: give the image_url as a data URL (data:image/png;base64,…); this server neither downloads images nor "
+            "reads files."
         )
     return from_base64(url.partition(",")[2])
 
 
 def images_in(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """The files of all images in a conversation."""
+    """The bytes of all images in a conversation."""
     parts = (part for message in messages if isinstance(message["content"], list) for part in message["content"])
     return [part["image"] for part in parts if part["type"] == "image"]
 
 
 def check_pixels(images: Sequence[bytes], most: int) -> None:
-    """Raises ConfigError for images of more pixels together, DataError for what is none. Nothing is decoded."""
+    """Raises ConfigError for images with more than `most` pixels in total, DataError for invalid ones. Reads only headers."""
     pixels = sum(height * width for height, width in (image_size(image, PixelLimits()) for image in images))
     if pixels > most:
         raise ConfigError(
-            f"The images of the request have {pixels:,} pixels, and this server's max_request_pixels is {most:,}: make them "
-            "smaller, or send fewer at a time."
+            f"The images of the request have {pixels:,} pixels, but this server's max_request_pixels is {most:,}: make them "
+            "smaller, or send fewer per request."
         )

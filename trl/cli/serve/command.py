@@ -1,4 +1,4 @@
-"""`trl serve MODEL`: a model behind the routes of OpenAI and of vLLM.
+"""`trl serve MODEL`: serve a model over HTTP with the routes of OpenAI and of vLLM.
 
 trl serve Qwen/Qwen2.5-0.5B-Instruct
 trl serve ./my-model --port 8001 --dtype bfloat16
@@ -34,14 +34,14 @@ def run(arguments: ServeArguments, given: ParsedOptions) -> int:
 
 
 def load_worker(arguments: ServeArguments, model: ModelConfig) -> ModelWorker:
-    """The model that the options name, ready to be asked."""
+    """Load the model that the options name, and start its worker."""
     from peft import PeftModel
 
     from trl.cli.loading import load_pretrained
     from trl.cli.serve.worker import ModelWorker
 
     loaded, processor = load_pretrained(model, device=arguments.device)
-    # An adapter that the name stands for is part of the weights; others come and go by their names.
+    # An adapter given as the model itself is merged into the weights; others are loaded and unloaded by requests.
     return ModelWorker(
         loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded,
         processor,
@@ -52,14 +52,14 @@ def load_worker(arguments: ServeArguments, model: ModelConfig) -> ModelWorker:
 
 
 def serve(worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
-    """Serve until the process is told to end."""
+    """Serve until the process receives a signal to stop."""
     import uvicorn
 
     from trl.cli.serve.app import make_app
 
     if not arguments.is_private and arguments.api_key is None:
         print(
-            f"Warning: {arguments.host} is open to every machine that reaches it, and no --api_key is asked for.",
+            f"Warning: {arguments.host} is open to every machine that can reach it, without a key: set --api_key.",
             file=sys.stderr,
         )
     config = uvicorn.Config(
@@ -71,7 +71,7 @@ def serve(worker: ModelWorker, name: str, arguments: ServeArguments) -> None:
     )
     server = uvicorn.Server(config)
     with config.bind_socket() as socket:
-        socket.listen(config.backlog)  # who reads the line below may connect at once
+        socket.listen(config.backlog)  # clients may connect as soon as they read the line below
         host, port = socket.getsockname()[:2]
         print(f"Serving {Path(name).name} at http://{host}:{port}", flush=True)
         try:

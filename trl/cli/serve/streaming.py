@@ -1,4 +1,4 @@
-"""Answers that are sent while they are sampled, as server-sent events."""
+"""Stream answers as server-sent events while they are sampled."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ async def streamed(
     adapter: str | None,
     prompt: int,
 ) -> Response:
-    """The response that streams the answer to `messages`, sampled by a thread of its own, one at a time on the model.
+    """The response that streams the answer to `messages`. A thread samples it, while nothing else runs on the model.
 
-    `answer` holds the fields with which its events begin, `prompt` the tokens of the prompt.
+    `answer` holds the first fields of every event, `prompt` is the number of prompt tokens.
     """
     if (body.get("n") or 1) > 1 or body.get("logprobs"):
-        raise ConfigError("With stream=True, n is 1 and logprobs are left out.")
+        raise ConfigError("With stream=True, n must be 1 and logprobs must be left out.")
     pieces: asyncio.Queue[str | BaseException | int] = asyncio.Queue()
     loop, left = asyncio.get_running_loop(), asyncio.Event()
 
     def say(piece: str) -> None:
         if left.is_set():
-            raise ConnectionAbortedError("Nobody listens any more.")
+            raise ConnectionAbortedError("The client closed the connection.")
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     async def run() -> None:
         try:
             pieces.put_nowait(await asyncio.to_thread(worker.stream, messages, generation, say, adapter))
-        except Exception as error:  # told to who listens, in the stream
+        except Exception as error:  # sent to the client as an event
             pieces.put_nowait(error)
 
     async def events(item: str | BaseException | int, sampling: asyncio.Task) -> AsyncIterator[str]:

@@ -1,10 +1,10 @@
-"""The model behind a server: requests wait in one queue, and the engine runs them batch after batch.
+"""The model behind a server: requests wait in a queue, and the engine samples them batch by batch.
 
-    requests ──▶ queue ──those that can be sampled together──▶ LocalEngine.generate ──▶ an answer each
-                   ▲ pause: what runs is finished, the rest waits                  ▲ weights and adapters change in between
+    requests ──▶ queue ──those that can share a batch──▶ LocalEngine.generate ──▶ one response each
+                   ▲ pause: the running batch is finished, the rest waits    ▲ weights and adapters change between batches
 
-Requests without a seed of their own and with the same sampling parameters are one batch, so that many clients with one
-prompt each are sampled as fast as one client with many prompts.
+Requests with the same sampling parameters and no seed share a batch, so that many clients with one prompt each are sampled
+as fast as one client with many prompts.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from trl.types import Example
 from trl.vision.places import expanded_ids
 
 _LOADING = threading.Lock()
-"""Held while a model is read: transformers exchanges methods of its classes meanwhile, which is for one thread at a time."""
+"""Held while a model is loaded: transformers patches its classes meanwhile, so only one thread may load at a time."""
 
 
 class Busy(ConfigError):
-    """More requests wait than the server holds."""
+    """The queue of waiting requests is full."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """n samples of each prompt, by the adapter of that name (None: by the model itself)."""
+    """A request for n samples per prompt, with the adapter of that name (None: the base model)."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
@@ -51,13 +51,13 @@ class Job:
     result: Future[list[list[Rollout]]] = field(default_factory=Future, compare=False)
 
     def goes_with(self, other: Job) -> bool:
-        """Whether both can be sampled in one batch, and neither is promised numbers of its own."""
+        """True if both can share a batch: same parameters, n and adapter, and no seed that fixes the samples."""
         alike = self.params == other.params and (self.n, self.adapter) == (other.n, other.adapter)
         return alike and self.params.seed is None
 
 
 class ModelWorker:
-    """Owns `model`, and runs one thing at a time on it. `close` ends its thread."""
+    """Owns `model`, and runs one batch or update on it at a time, in a thread. `close` ends the thread."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ModelWorker:
 
     @property
     def context(self) -> int | None:
-        """Tokens of prompt and completion at most: the model's own limit, as in process, and not the tokenizer's."""
+        """Maximum tokens of prompt and completion: the model's limit, not the tokenizer's, as in sampling without a server."""
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -104,7 +104,7 @@ class ModelWorker:
     # ---- samples ----
 
     def prompt(self, ids: Sequence[int], images: Sequence[bytes] = (), *, limit: int) -> Prompt:
-        """What the engine reads of token ids with one place for each image. Raises DataError where those do not agree."""
+        """The engine's prompt for token ids with one placeholder per image. Raises DataError if their numbers differ."""
         reader = self.speaker.images
         if reader is None:
             return Prompt(ids, max_new_tokens=limit)
@@ -112,16 +112,16 @@ class ModelWorker:
         return replace(Prompt.of(reader.with_images(Example(whole, ()), images)), max_new_tokens=limit)
 
     def submit(self, job: Job) -> Future[list[list[Rollout]]]:
-        """Have `job` sampled. Raises Busy where too many wait already."""
+        """Add `job` to the queue; return a future of its samples. Raises Busy if the queue is full."""
         with self._changed:
             if len(self._jobs) >= self.max_waiting:
-                raise Busy(f"{len(self._jobs)} requests wait already: come back later.")
+                raise Busy(f"{len(self._jobs)} requests are already waiting: try again later.")
             self._jobs.append(job)
             self._changed.notify_all()
         return job.result
 
     def stream(self, messages: Sequence[Message], generation: Generation, say: Say, adapter: str | None) -> int:
-        """Answer a conversation piece by piece. Returns the tokens sampled."""
+        """Answer a conversation piece by piece. Return the number of sampled tokens."""
         with self._alone(paused=False), self._adapted(adapter) as model:
             self.speaker.model = model
             return self.speaker.answer(messages, generation, say)
@@ -139,7 +139,7 @@ class ModelWorker:
                 self._leave()
 
     def _take(self) -> list[Job]:
-        """The first request, and those that can be sampled with it."""
+        """Take the first request from the queue, and all others that can share its batch."""
         first = self._jobs.popleft()
         others = [job for job in self._jobs if job.goes_with(first)]
         self._jobs = deque(job for job in self._jobs if not job.goes_with(first))
@@ -153,7 +153,7 @@ class ModelWorker:
             with self._adapted(batch[0].adapter) as model:
                 self.engine.sync(model, 0)
                 found = iter(self.engine.generate(prompts, batch[0].params, batch[0].n))
-        except Exception as error:  # whatever it is belongs to those who asked
+        except Exception as error:  # every error is returned to the clients of this batch
             for job in batch:
                 job.result.set_exception(error)
             return
@@ -164,7 +164,7 @@ class ModelWorker:
 
     @contextmanager
     def _alone(self, *, paused: bool = True) -> Iterator[None]:
-        """Nothing else runs on the model meanwhile. Without `paused`, wait until sampling goes on."""
+        """Reserve the model for the calling thread. With `paused=False`, also wait until sampling is resumed."""
         with self._changed:
             self._changed.wait_for(lambda: not self._busy and (paused or not self.paused))
             self._busy = True
@@ -180,7 +180,7 @@ class ModelWorker:
 
     @contextmanager
     def _adapted(self, adapter: str | None) -> Iterator[torch.nn.Module]:
-        """The model with one of its adapters, or none."""
+        """Yield the model with the given adapter active, or none."""
         if not isinstance(self.model, PeftModel):
             yield self.model
         elif adapter is None:
@@ -191,7 +191,7 @@ class ModelWorker:
             yield self.model
 
     def pause(self, *, abort: bool) -> None:
-        """Sample nothing further; returns when what runs has ended. `abort` ends what waits, too."""
+        """Stop sampling; return when the running batch has ended. `abort` also ends waiting requests, with empty samples."""
         with self._changed:
             self.paused = True
         with self._alone():
@@ -210,16 +210,16 @@ class ModelWorker:
                 job.result.set_result([[Rollout((), (), "abort")] * job.n for _ in job.prompts])
 
     def reload(self, folder: str) -> None:
-        """Take the weights of a folder that `save_pretrained` wrote; adapters stay on.
+        """Load weights from a folder that `save_pretrained` wrote; adapters stay loaded.
 
-        Raises ConfigError for a folder that is not there or does not fit; the weights are then as before.
+        Raises ConfigError for a folder that does not exist or does not fit; the weights are then unchanged.
         """
         if not Path(folder, "config.json").is_file():
-            raise ConfigError(f"weights_path={folder!r}: there is no config.json in it.")
+            raise ConfigError(f"weights_path={folder!r} contains no config.json.")
         try:
             with _LOADING:
                 new = type(self.base).from_pretrained(folder, dtype=self.base.dtype, use_safetensors=True)
-        except Exception as error:  # what broken files make of a loader is not documented
+        except Exception as error:  # which errors broken files cause is not documented
             raise ConfigError(f"weights_path={folder!r} cannot be read: {error}") from error
         with self._alone(), torch.no_grad():
             own, given = _without_adapters(self.base.state_dict()), new.state_dict()
@@ -231,11 +231,11 @@ class ModelWorker:
                 value.copy_(given[name])
 
     def load_adapter(self, name: str, folder: str, *, in_place: bool) -> None:
-        """Have requests for the model `name` sampled with the adapter of `folder`."""
+        """Load the adapter in `folder`; requests for the model `name` then use it."""
         if name in self.adapters and not in_place:
-            raise ConfigError(f"The adapter {name!r} has been loaded already: give another name, or load_inplace.")
+            raise ConfigError(f"The adapter {name!r} is already loaded: give another name, or set load_inplace.")
         if not Path(folder, "adapter_config.json").is_file():
-            raise ConfigError(f"lora_path={folder!r}: there is no adapter_config.json in it.")
+            raise ConfigError(f"lora_path={folder!r} contains no adapter_config.json.")
         with self._alone():
             self._drop_adapter(name)
             try:
@@ -264,10 +264,10 @@ class ModelWorker:
 
 
 def replaced(rollouts: Sequence[Rollout], version: str) -> list[Rollout]:
-    """The rollouts, with the version of the weights that sampled them in `info`."""
+    """The rollouts, with the version of the weights that generated them in `info`."""
     return [replace(rollout, info={**rollout.info, "weight_version": version}) for rollout in rollouts]
 
 
 def _without_adapters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a model itself, by the names that they have without adapters."""
+    """The weights of the base model, under the names that they have without adapters."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
