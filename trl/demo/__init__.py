@@ -1,1 +1,1 @@
-"""What `trl demo` runs on: a corpus of film reviews, a small model and its tokenizer, and samples."""
+"""`trl demo`: a corpus of film reviews, a small model and its tokenizer, and the training steps on them."""

@@ -1,6 +1,6 @@
-"""Drawn pictures with captions, and tiny diffusion models that learn them in a minute or two on a CPU core.
+"""Drawn pictures with captions, and tiny diffusion models that learn to draw them in a minute or two on a CPU core.
 
-"a red circle", "a blue square": one shape on a grey ground, 16 pixels high and wide. "a circle" is one of any colour.
+"a red circle", "a blue square": one shape on a grey background, 16 × 16 pixels. "a circle" has any colour.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUND = 0.5
 
 
 def draw(caption: str, generator: torch.Generator) -> Tensor:
-    """A picture `[3,16,16]` in [0, 1] of "a COLOUR SHAPE" or "a SHAPE", at a random place and of a random size."""
+    """Draw "a COLOUR SHAPE" or "a SHAPE" with random position and size: a picture `[3,16,16]` in [0, 1]."""
     *colors, shape = caption.split()[1:]
     color = colors[0] if colors else DRAWN[int(torch.randint(len(DRAWN), (), generator=generator))]
     radius = 3.5 + 2 * torch.rand((), generator=generator)
@@ -41,20 +41,20 @@ def draw(caption: str, generator: torch.Generator) -> Tensor:
 
 
 def draw_many(count: int, *, seed: int = 0) -> tuple[list[str], Tensor]:
-    """`count` captions in turn, and their pictures `[count,3,16,16]`."""
+    """`count` captions, cycling through `CAPTIONS`, and their pictures `[count,3,16,16]`."""
     generator = torch.Generator().manual_seed(seed)
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(count)]
     return captions, torch.stack([draw(caption, generator) for caption in captions])
 
 
-# ---- learning them ----
+# ---- training ----
 
 
 def train_vae(vae: Any, images: Tensor, *, steps: int, seed: int, rate: float = 3e-3, batch_size: int = 16) -> None:
-    """Teach the autoencoder to give pictures back, from latents of about unit variance.
+    """Train the autoencoder to reconstruct pictures, with latents of about unit variance.
 
-    Squared errors tell colours apart early: absolute ones alone are content for long with yellow for red and green. Those make
-    edges sharp.
+    The loss is the sum of absolute and squared errors. Squared errors separate colours early (absolute errors alone draw red
+    and green as yellow for many steps); absolute errors make edges sharp.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate)
@@ -83,7 +83,7 @@ def train_denoiser(
     rate: float = 2e-3,
     batch_size: int = 32,
 ) -> None:
-    """Teach the denoiser to say what noise there is in pictures, given their captions."""
+    """Train the denoiser on noised latents of pictures, given their captions."""
     generator = torch.Generator().manual_seed(seed)
     module = denoiser.module.train()
     latents = denoiser.encode_images(images, at_once=64)
@@ -111,13 +111,13 @@ KINDS: dict[str, Callable[..., Any]] = {
     "unet": partial(tiny_stable_diffusion, prediction="v_prediction", spacing="trailing"),
     "flow": tiny_stable_diffusion_3,
 }
-"""Small pipelines by what they are shaped as: Stable Diffusion 2, and 3."""
+"""Small pipelines with the architecture of Stable Diffusion 2 ("unet") and 3 ("flow")."""
 
 
 def make_pipeline(
     kind: str, *, vae: Any = None, vae_steps: int = 200, steps: int = 500, seed: int = 0, **shape: int
 ) -> Any:
-    """A small pipeline that has learned to draw; `shape` are options of the one in `KINDS`. `vae` is one that was trained."""
+    """Make and train a small pipeline of `KINDS`, which takes the options `shape`. `vae` is a trained autoencoder to reuse."""
     pipeline = KINDS[kind](WORDS, seed=seed, **shape)
     pipeline.set_progress_bar_config(disable=True)
     captions, images = draw_many(512, seed=seed)

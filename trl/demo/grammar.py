@@ -1,7 +1,7 @@
-"""A context-free grammar in two directions: `Writer` writes text from it, `recognizes` tells whether text is its.
+"""A context-free grammar that generates and parses: `Writer` writes text, `recognizes` tests if text is in the language.
 
-The grammar is `lexicon.GRAMMAR`: symbol → alternatives with `{slots}`. What is not context-free is done after
-writing: `a` becomes `an` by sound, sentences begin with a capital, a person is named in full once and by surname then.
+The grammar is `lexicon.GRAMMAR`: symbol → alternatives with `{slots}`. Rules that are not context-free are applied
+afterwards: `a` becomes `an` by sound, sentences start with a capital, and people go by surname after the first mention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ARTICLE = re.compile(r"\b([Aa])(?= (?i:hour|honest|heir|(?!one\b|once\b|use|eu|
 
 
 class Writer:
-    """Writes the sentences of one review; the same people, title and genre throughout, and no phrase twice."""
+    """Writes the sentences of one review, with the same people, title and genre throughout, and without repeating phrases."""
 
     def __init__(self, rng: random.Random, side: Mapping[str, str]) -> None:
         self.rng = rng
@@ -32,7 +32,7 @@ class Writer:
         self.bound["genres"] = plural(self.bound["genre"])
 
     def opening(self) -> str:
-        """The first sentence. Whom it does not introduce goes by role from there on."""
+        """The first sentence. People whom it does not name are called by their role afterwards."""
         sentence = self.sentence("opening")
         for name, role in (("director", "the director"), ("actor", "the lead")):
             if self.bound[name] not in sentence:
@@ -40,7 +40,7 @@ class Writer:
         return sentence
 
     def sentence(self, symbol: str) -> str:
-        """One sentence, with articles and its first letter set right."""
+        """One sentence, with correct articles and a capital first letter."""
         return capitalize(fix_articles(self._choose(symbol)))
 
     def _choose(self, symbol: str) -> str:
@@ -52,7 +52,7 @@ class Writer:
     def _fill(self, slot: str) -> str:
         if slot in self.bound:
             return self.bound[slot]
-        if slot in self.side:  # a clause: each takes up another aspect of the film
+        if slot in self.side:  # a clause; each is about another aspect of the film
             return self._choose(f"{self.aspects.pop()}_{self.side[slot]}")
         stem, _, end = slot.rpartition("_")
         return self._choose(f"{stem}_{self.side[end]}" if end in self.side else slot)
@@ -68,7 +68,7 @@ def capitalize(sentence: str) -> str:
 
 
 def name_once(text: str, name: str) -> str:
-    """The full name where it stands first, the surname everywhere after."""
+    """Keep the first full name in the text, and replace later ones with the surname."""
     head, full, tail = text.partition(name)
     return head + full + tail.replace(name, name.rpartition(" ")[2])
 
@@ -78,7 +78,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def recognizes(sentence: str, symbols: Sequence[str], side: str | None = None) -> bool:
-    """Whether the whole sentence can be derived from one of the symbols, on a side ("positive", "negative") or on either."""
+    """True if the sentence can be derived from one of the symbols; with `side` ("positive", "negative"), on that side."""
     plain = re.sub(r"\b([Aa])n ", r"\1 ", sentence)
     if capitalize(fix_articles(plain)) != sentence:
         return False
@@ -87,14 +87,14 @@ def recognizes(sentence: str, symbols: Sequence[str], side: str | None = None) -
 
 
 class _Parser:
-    """Where phrases of a text end. `parts[symbol]` are alternatives of literal text and symbols by turns."""
+    """A memoised parser of one text. `parts[symbol]` are alternatives, each of alternating literal text and symbols."""
 
     def __init__(self, parts: Mapping[str, Sequence[Sequence[str]]], text: str) -> None:
         self.parts, self.text = parts, text
         self.known: dict[tuple[str, int], frozenset[int]] = {}
 
     def ends(self, symbol: str, start: int) -> frozenset[int]:
-        """Where a phrase derived from `symbol` may end if it begins at `start`."""
+        """All positions where a phrase derived from `symbol` can end if it starts at `start`."""
         if (symbol, start) not in self.known:
             found = (self._sequence_ends(parts, start) for parts in self.parts[symbol])
             self.known[symbol, start] = frozenset().union(*found)
@@ -112,7 +112,8 @@ class _Parser:
 
 @cache
 def _parts(side: str | None) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The grammar's alternatives, taken apart. With a side, `_pro` is its sentiment and `_con` the other; else either."""
+    """The grammar's alternatives, split into parts. With a side, `_pro` means its sentiment and `_con` the other one;
+    without, both mean either."""
     sentiments = {"pro": ("good", "bad"), "con": ("good", "bad")}
     if side is not None:
         sentiments = {slot: (sentiment,) for slot, sentiment in SIDES[side].items()}
@@ -123,7 +124,7 @@ def _parts(side: str | None) -> dict[str, tuple[tuple[str, ...], ...]]:
 
 
 def _with_sentiments(sentiments: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """The grammar in which `pro` and `con` stand for these sentiments and people may go by their surname."""
+    """The grammar with `pro` and `con` expanded to these sentiments, and people by surname or role as alternatives."""
     either: dict[str, tuple[str, ...]] = {}
     stems = [name.removesuffix("_good") for name in GRAMMAR if name.endswith("_good")]
     for slot, allowed in sentiments.items():

@@ -1,8 +1,8 @@
-"""Judges of the demo's samples whose word the policy was never given: the grammar, and a classifier of words.
+"""Judges of the demo's samples that PPO never sees: the grammar, and a bag-of-words classifier.
 
-The reward model that a policy was trained against is no judge of it: what it overrates is what the policy has learned to
-write. The grammar knows which side each of its sentences takes; it also labels the pairs from which the reward model learns, as
-people would. The classifier of words has no part in training: it learned on reviews that nothing else was trained on.
+The reward model cannot judge a policy that was trained against it, because the policy learns to write what it overrates. The
+grammar knows the sentiment of each of its sentences; it also labels the reward model's training pairs, in place of human
+annotators. The classifier has no part in training: it learns from reviews that nothing else was trained on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from trl.demo.lexicon import SIDES
 from trl.demo.reviews import is_grammatical
 
 LAST = ("evidence", "more", "concession", "turn", "verdict")
-"""What may end a review. These take its side, whatever was conceded before."""
+"""Symbols of sentences that may end a review. They express its verdict, whatever it conceded before."""
 
 GAMED = 0.1
-"""From so much on that the reward likes more than the grammar does, it is said to have been gamed."""
+"""The reward counts as gamed if it likes this share more of the samples than the grammar does."""
 
 VARIED = 0.6
-"""With a smaller share of the endings left than this, the samples are said to have become alike."""
+"""The samples count as having become alike if less than this share of the distinct endings is left."""
 
 
 def side_of(text: str) -> str | None:
-    """The side that a review takes by the grammar: that of its last sentence. None where it is no sentence of the grammar,
-    or one of both sides."""
+    """The sentiment of a review by the grammar: that of its last sentence. None if this sentence is not in the grammar, or
+    can have either sentiment."""
     last = split_sentences(text)[-1]
     sides = [side for side in SIDES if recognizes(last, LAST, side)]
     return sides[0] if len(sides) == 1 else None
@@ -66,14 +66,14 @@ def _features(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judges say of samples; all are shares of them, but for the count.
+    """The judges' results for samples: shares of the samples, except for `endings` and `distinct_2`.
 
-    positive      by the grammar: it takes the positive side, in a sentence of the grammar
-    classifier    positive by the classifier of words
-    rewarded      reward above zero, by the model or function that was trained against
-    grammatical   built like a review throughout
-    endings       distinct last sentences, a count
-    distinct_2    distinct pairs of neighbouring words, of all pairs
+    positive      positive by the grammar
+    classifier    positive by the bag-of-words classifier
+    rewarded      reward above zero, by the reward model or function that PPO was trained with
+    grammatical   every sentence is in the grammar
+    endings       number of distinct last sentences
+    distinct_2    distinct word bigrams, as a share of all bigrams
     """
 
     positive: float
@@ -85,14 +85,14 @@ class Verdict:
 
     @property
     def hacks(self) -> float:
-        """By how much the reward overrates: the share that it likes over the share that the grammar calls positive."""
+        """How much the reward overrates: its share of liked samples minus the grammar's share of positive ones."""
         return self.rewarded - self.positive
 
 
 def sentence_about(before: Verdict, after: Verdict, count: int, possible: int | None = None) -> str:
-    """What was reached and who judged; that the reward was gamed, where it was.
+    """A summary of the judges' results before and after PPO, with a warning if the reward was gamed.
 
-    possible   distinct endings of `count` positive samples from before, if it is known
+    possible   number of distinct endings of `count` positive samples from before PPO, if known
     """
     most = "" if possible is None else f"; {possible} in {count} positive samples from before"
     told = (
@@ -109,7 +109,7 @@ def sentence_about(before: Verdict, after: Verdict, count: int, possible: int | 
 
 
 def judge(texts: Sequence[str], rewards: Sequence[float], classifier: WordJudge) -> Verdict:
-    """What the judges say of whole reviews, prompts included."""
+    """Judge whole reviews, prompts included."""
     pairs = [pair for text in texts for pair in pairwise(text.split())]
     return Verdict(
         positive=_share(side_of(text) == "positive" for text in texts),
@@ -122,7 +122,7 @@ def judge(texts: Sequence[str], rewards: Sequence[float], classifier: WordJudge)
 
 
 def count_endings(texts: Iterable[str]) -> int:
-    """How many last sentences differ."""
+    """The number of distinct last sentences."""
     return len({split_sentences(text)[-1] for text in texts})
 
 

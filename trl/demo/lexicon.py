@@ -1,12 +1,12 @@
-"""The vocabulary and the sentence skeletons of the demo's film reviews: a context-free grammar, written as data.
+"""The vocabulary and the sentence templates of the demo's film reviews: a context-free grammar, written as data.
 
     GRAMMAR[symbol] = alternatives;  an alternative is text with slots:  "{title} is a {genre} about {hero}."
 
-Articles are written as `a` and become `an` where the sound asks for it. Pairs such as `is/are` in a predicate are
-the singular and the plural form. `_good` and `_bad` tell the sentiment. In skeletons, `pro` stands for the side that
-the review takes and `con` for the other one, so that one skeleton serves both: "although {con}, {pro}".
+Articles are written as `a` and become `an` before a vowel sound. Pairs such as `is/are` in a predicate are the singular
+and the plural form. `_good` and `_bad` mark the sentiment. In templates, `pro` is the sentiment of the review and `con`
+the opposite one, so that one template serves both: "although {con}, {pro}".
 
-Opening sentences hold no sentiment: a review cut after its first words may still go either way.
+Opening sentences are neutral: a review cut after its first words may continue with either sentiment.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ PLANS = (
     ("concession",),
     ("aside", "turn"),
 )
-"""What may follow the opening, sentence by sentence. Where evidence is mixed, the main clause and the last word decide."""
+"""Sequences of sentences that may follow the opening. In mixed ones, the main clause and the last sentence have the verdict."""
 
 SIDES = {"positive": {"pro": "good", "con": "bad"}, "negative": {"pro": "bad", "con": "good"}}
 

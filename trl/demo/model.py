@@ -1,4 +1,4 @@
-"""A tokenizer trained on the spot and a GPT-2 small enough to learn the reviews on two CPU cores within a minute."""
+"""A tokenizer trained on the reviews, and a GPT-2 small enough to learn them on two CPU cores within a minute."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PAD, END = "<|pad|>", "<|end|>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 2560) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the texts: any string survives encoding and decoding.
+    """Train a byte-level BPE tokenizer on the texts: encoding is lossless for any string.
 
-    The default leaves room for almost every word of the reviews as one token. Padding and end of sequence are
-    different tokens. The end is not added by encoding.
+    With the default vocabulary size, almost every word of the reviews is one token. Padding and end of sequence are
+    different tokens. Encoding does not append the end-of-sequence token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,6 +1,6 @@
-"""Diffusion pipelines small enough for two CPU cores, made from configurations: shaped as the large ones, weights random.
+"""Diffusion pipelines small enough for two CPU cores: the architectures of the large ones, with random weights.
 
-Their tokenizer knows words alone; any other word is unknown to it.
+Their tokenizer has one token per given word; other words become the unknown token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import (
 from trl.imports import require
 
 LENGTH = 8
-"""Tokens of a prompt."""
+"""Maximum tokens of a prompt."""
 WIDTH = 32
 """Hidden size of the text encoders."""
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<start>", "eos_token": "<end>"}
@@ -42,7 +42,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def tiny_vae(*, channels: int = 4, width: int = 16) -> Any:
-    """An autoencoder whose latents are half as high and wide as pictures."""
+    """An autoencoder whose latents have half the height and width of the pictures."""
     diffusers = require("diffusers", to="A diffusion pipeline")
     return diffusers.AutoencoderKL(
         block_out_channels=(width, 2 * width),
@@ -82,8 +82,8 @@ def tiny_stable_diffusion(
 ) -> Any:
     """A `StableDiffusionPipeline` for pictures of 16 pixels; about a million parameters in its UNet at width 32.
 
-    Its UNet predicts the noise, or with "v_prediction" what Stable Diffusion 2's does. `spacing` is "leading" as there, or
-    "trailing", which begins at pure noise however few steps there are (arXiv:2305.08891).
+    Its UNet predicts the noise, or v with "v_prediction", as in Stable Diffusion 2. The timestep `spacing` is "leading" as
+    there, or "trailing", which starts at pure noise for any number of steps (arXiv:2305.08891).
     """
     diffusers = require("diffusers", to="A diffusion pipeline")
     torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def tiny_stable_diffusion(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=2,  # of a UNet: how many heads
+        attention_head_dim=2,  # in a UNet, this is the number of heads
         norm_num_groups=8,
     )
     return diffusers.StableDiffusionPipeline(

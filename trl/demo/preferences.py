@@ -1,7 +1,7 @@
-"""Step 2's preferences: an annotator compares reviews that begin alike, those of the fine-tuned model and one of the corpus.
+"""The preference pairs of step 2: an annotator compares reviews with the same opening, by the model and from the corpus.
 
-The annotator stands for people who label, and is played by the grammar: a positive review is better than one that is negative,
-takes both sides or is no sentence. Of two that are both positive, or neither, it says nothing.
+The grammar plays the human annotator: it prefers a positive review to one that is negative, ambiguous or ungrammatical. Two
+positive reviews, or two others, make no pair.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from trl.demo.judge import side_of
 from trl.demo.sample import prompt_openings, sample
 
 DRAFTS = 3
-"""Reviews that the model writes from every opening."""
+"""Number of reviews that the model writes per opening."""
 
 BATCH = 200
-"""Openings that are continued at a time."""
+"""Openings per sampling batch."""
 
 
 def annotate(model: Any, tokenizer: Any, reviews: Dataset, *, temperature: float, seed: int) -> Dataset:
-    """Pairs of `chosen` and `rejected` reviews that begin alike: each of `reviews` and the model's own with its opening."""
+    """Pairs of `chosen` and `rejected` reviews with the same opening: from `reviews`, and sampled from the model."""
     pairs = []
     for batch, rows in enumerate(reviews.iter(BATCH)):
         write = partial(sample, model, tokenizer, prompt_openings([{"text": text} for text in rows["text"]]))
@@ -35,7 +35,7 @@ def annotate(model: Any, tokenizer: Any, reviews: Dataset, *, temperature: float
 
 
 def preferences(texts: Iterable[str]) -> list[dict[str, str]]:
-    """What the annotator says of every two texts of which one is better."""
+    """All pairs of a positive text (`chosen`) and another one (`rejected`)."""
     sides: dict[bool, list[str]] = {True: [], False: []}
     for text in texts:
         sides[side_of(text) == "positive"].append(text)

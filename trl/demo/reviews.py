@@ -2,7 +2,7 @@
 
     load_reviews("train"), load_reviews("test")    columns `text` and `label`, "positive" or "negative", half each
 
-They are written when they are first asked for, in about two seconds, from one seed: the same for everyone, all distinct.
+They are generated on first use, in about two seconds, from a fixed seed: the same for everyone, and all distinct.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SIZES = {"train": 6000, "test": 600}
 SEED = 1895
 WORDS = range(18, 43)
-"""How long a review may be, in words."""
+"""Allowed lengths of a review, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Review:
 
 
 def write_review(rng: random.Random, label: str) -> Review:
-    """A neutral opening, then sentences that bear out the label."""
+    """Write a review: a neutral opening, then sentences that support the label."""
     while True:
         writer = Writer(rng, SIDES[label])
         opening = writer.opening()
@@ -48,7 +48,7 @@ def write_review(rng: random.Random, label: str) -> Review:
 
 
 def write_reviews(seed: int = SEED) -> Iterator[Review]:
-    """Distinct reviews without end, alternately positive and negative. The same seed, the same reviews."""
+    """Generate distinct reviews endlessly, alternately positive and negative. The same seed gives the same reviews."""
     rng = random.Random(seed)
     seen: set[str] = set()
     while True:
@@ -74,13 +74,13 @@ def load_reviews(split: str = "train") -> Dataset:
 
 @cache
 def _corpus() -> Mapping[str, tuple[Review, ...]]:
-    """Every split, from one stream of reviews: no review is in two of them."""
+    """All splits, taken from one stream of distinct reviews, so that they do not overlap."""
     reviews = write_reviews()
     return {split: tuple(islice(reviews, size)) for split, size in SIZES.items()}
 
 
 def is_grammatical(text: str) -> bool:
-    """Whether a text, sampled perhaps, is built like a review: an opening, then whole sentences of the grammar."""
+    """True if a text is built like a review: an opening, then complete sentences of the grammar."""
     opening, *rest = split_sentences(text)
     return recognizes(opening, ["opening"]) and all(recognizes(sentence, _AFTER_OPENING) for sentence in rest)
 

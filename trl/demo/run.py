@@ -1,12 +1,12 @@
-"""`trl demo`: the three steps of learning from human feedback, on film reviews that a grammar writes.
+"""`trl demo`: the three steps of reinforcement learning from human feedback, on film reviews that a grammar writes.
 
-1. supervised fine-tuning    a model learns to write reviews, good and bad ones
-2. reward model              a classifier learns which of two reviews an annotator prefers; or one is named
-3. PPO                       the model learns to write positive ones, and not to stray from what it wrote before
+1. supervised fine-tuning    a model learns to write reviews, positive and negative ones
+2. reward model              a classifier learns which of two reviews an annotator prefers; or a given one is used
+3. PPO                       the model learns to write positive reviews, with a KL penalty towards the model of step 1
 
-The annotator is the grammar, which compares reviews that the model of step 1 wrote. PPO is given rewards of the classifier alone.
+The annotator is the grammar, which compares reviews that the model of step 1 wrote. PPO sees only the classifier's rewards.
 
-trl demo                                  a GPT-2 of 1.4 million parameters, made and trained on the spot
+trl demo                                  a GPT-2 of 1.4 million parameters, trained from scratch
 trl demo --model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilbert-imdb
 """
 
@@ -35,7 +35,7 @@ from trl.rewards.model import RewardModel
 INTERRUPTED = 130
 
 TRIES = 6
-"""Samples per prompt, at most, among which a positive one is sought."""
+"""Maximum number of samples per prompt in the search for positive ones."""
 
 COMPARED = "an annotator, played by the grammar, compares what the fine-tuned model wrote: two reviews, or one and one of the corpus"
 LABELLED = (
@@ -44,7 +44,7 @@ LABELLED = (
 
 
 def run_demo(options: DemoArguments, console: Console | None = None) -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo. Return the exit status."""
     console = console or Console()
     tiny = options.model_name_or_path is None
     with quiet(), few_threads() if tiny else nullcontext():
@@ -64,7 +64,7 @@ def _kept(folder: Path) -> str:
 
 
 def show(options: DemoArguments, console: Console) -> None:
-    """The three steps, one after the other."""
+    """Run the three steps, and show their results."""
     set_seed(options.seed)
     train, test = load_reviews("train"), load_reviews("test")
     prompts = prompt_openings(test.select(range(options.judged)))
@@ -96,8 +96,10 @@ def show(options: DemoArguments, console: Console) -> None:
 
 
 def possible_endings(write: Callable[..., Sequence[str]], prompts: Sequence[str], seed: int) -> int | None:
-    """Distinct last sentences of as many positive samples as there are prompts, by rejection sampling: what a policy would have
-    that had learned to be positive and nothing else. None where too few samples are positive."""
+    """The number of distinct last sentences in positive samples of the model, one per prompt, found by rejection sampling.
+
+    A policy that had learned to be positive and nothing else would reach it. None if too few samples are positive.
+    """
     positive: list[str] = []
     for attempt in range(1, TRIES + 1):
         positive += [text for text in write(prompts=prompts, seed=seed + attempt) if side_of(text) == "positive"]
@@ -115,7 +117,7 @@ def conclude(
     options: DemoArguments,
     console: Console,
 ) -> None:
-    """What became of the samples, in the terminal and on the page of the last step."""
+    """Judge the samples before and after PPO; show the results in the terminal and on the report page of the last step."""
     console.print(table_of_samples(prompts, {"before PPO": before, "after PPO": after}, rows=options.samples))
     folder = Path(options.output_dir) / "ppo"
     endings = [continuations(prompts, texts) for texts in (before, after)]

@@ -1,4 +1,4 @@
-"""Samples for a table of before and after: prompts cut from reviews, and what a model makes of them."""
+"""Sample reviews: prompts cut from the beginnings of reviews, and a model's completions of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prompt_openings(dataset: Iterable[Mapping[str, str]], *, words: int = 4) -> list[str]:
-    """The first `words` words of each row's `text`. The reviews' openings are neutral: either sentiment may follow."""
+    """The first `words` words of each row's `text`. Openings of reviews are neutral: either sentiment may follow."""
     return [" ".join(row["text"].split()[:words]) for row in dataset]
 
 
@@ -28,10 +28,10 @@ def sample(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[str]:
-    """One continuation per prompt, returned with its prompt as plain text. The same seed, the same samples.
+    """Sample one completion per prompt; return prompt and completion as plain text. The same seed gives the same samples.
 
-    Draws from the whole distribution at `temperature`, on the model's device. The global random state and the
-    model's mode are left as they were.
+    Samples at `temperature` without truncation, on the model's device. Restores the global random state and the model's
+    training mode.
     """
     inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []

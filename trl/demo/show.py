@@ -1,4 +1,4 @@
-"""What the demo shows: its steps, samples side by side, and what became of them."""
+"""The demo's output: headings of its steps, tables of samples side by side, and of the judges' results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl.demo.judge import Verdict
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only, and no bars of single chores, for the moment: the demo says itself what it does."""
+    """Log only errors and show no progress bars of other libraries, because the demo prints its own progress."""
     loggers = [logging.getLogger(name) for name in ("trl", "transformers")]
     levels = [logger.level for logger in loggers]
     bars = [(library, library.is_progress_bar_enabled()) for library in (datasets, transformers.logging)]
@@ -40,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def few_threads(most: int = 1) -> Iterator[None]:
-    """At most so many threads, for the moment: with more, a tiny model waits for them longer than it computes."""
+    """Limit torch to `most` threads: for a tiny model, synchronising more threads takes longer than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, most))
     try:
@@ -51,7 +51,7 @@ def few_threads(most: int = 1) -> Iterator[None]:
 
 @contextmanager
 def step(console: Console, number: int, title: str, about: str) -> Iterator[None]:
-    """A heading before a step of the demo, and how long it took after it."""
+    """Print a heading before a step of the demo, and its duration afterwards."""
     console.print(Rule(f"[bold]{number} · {title}", align="left", style="dim"))
     console.print(about, style="dim", highlight=False)
     started = time.perf_counter()
@@ -62,7 +62,7 @@ def step(console: Console, number: int, title: str, about: str) -> Iterator[None
 
 
 def table_of_verdicts(before: Verdict, after: Verdict, possible: int | None = None) -> Table:
-    """What each judge says before and after; `possible` are the distinct endings of as many positive samples from before."""
+    """A table of the judges' results before and after PPO. `possible`: see `run.possible_endings`."""
     table = Table("judge", "before PPO", "after PPO")
     for name, words in JUDGES.items():
         values = [getattr(verdict, name) for verdict in (before, after)]
@@ -83,7 +83,7 @@ JUDGES = {
 
 
 def table_of_samples(prompts: Sequence[str], columns: Mapping[str, Sequence[str]], *, rows: int) -> Table:
-    """What models made of the same prompts, side by side; prompts in bold."""
+    """A table of completions of the same prompts, side by side; prompts in bold."""
     table = Table(*columns, show_lines=True, expand=True)
     for i in range(min(rows, len(prompts))):
         table.add_row(*(_marked(prompts[i], texts[i]) for texts in columns.values()))

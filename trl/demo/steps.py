@@ -1,4 +1,4 @@
-"""The steps of the demo: what is trained in each, on what, and how."""
+"""The training steps of the demo: their data, trainers and hyperparameters."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from trl.trainers.reward import RewardConfig, RewardTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 
 STAGES = ("sft", "reward", "ppo")
-"""Folders of the steps."""
+"""Folder names of the steps."""
 
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05, "per_device_train_batch_size": 16}
 SMALL = {
-    # From random weights: the highest rate that trains this model without a spike.
+    # From random weights; the highest learning rate that trains this model without loss spikes.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 3, "adam_beta2": 0.98, "weight_decay": 0.0},
     "reward": {"learning_rate": 1e-3, "max_steps": 450, "per_device_train_batch_size": 8},
-    # Against endings that become alike: a reward that saturates, so that all that are positive enough are worth the same; a KL
-    # penalty that begins strong, so that no one safe sentence takes over before the others have been learned; every rollout
-    # used once, since what is noise in it would be learned twice; values that may follow as fast as the rewards rise; a rate
-    # that falls to 0, since whitened advantages are noise once most samples earn the same.
+    # These settings keep the endings diverse. The clipped reward saturates, so that all sufficiently positive reviews earn the
+    # same; the KL penalty starts strong, so that no single safe sentence takes over before others are learned; each rollout is
+    # used for one epoch, since a second would fit its noise; wide value clipping lets values follow rising rewards; the
+    # learning rate falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
         "max_steps": 58,
@@ -53,7 +53,7 @@ SMALL = {
         "temperature": 0.5,
     },
 }
-"""For the model that is made on the spot."""
+"""Hyperparameters for the small model that the demo trains from scratch."""
 REAL = {
     "sft": {"learning_rate": 5e-5, "num_train_epochs": 1},
     "reward": {"learning_rate": 2e-5, "max_steps": 100, "per_device_train_batch_size": 16},
@@ -70,25 +70,26 @@ REAL = {
         "temperature": 0.7,
     },
 }
-"""For a model that has been trained before."""
+"""Hyperparameters for a pretrained model."""
 
 VALUE_RATE = 1e-3
-"""Learning rate of a value model, at first."""
+"""Initial learning rate of the value model."""
 
 VALUE_FIRST = 0.08
-"""Share of PPO's steps in which a value model learns alone: a reward model says little of reviews that are not finished."""
+"""Share of PPO's steps that train only the value model. It starts as a copy of the reward model, whose scores of unfinished
+reviews are poor values."""
 
 PAIRS = 3
-"""Pairs of an opening's reviews in which the annotator prefers one, about."""
+"""Approximate number of preference pairs per opening."""
 
 LEAST = 4
-"""Openings of which reviews are compared, at least."""
+"""Minimum number of openings to make preference pairs from."""
 
 Reward = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
-    """A model and its tokenizer: by name, or made from a configuration and trained on the texts."""
+    """Load a model and its tokenizer by name; without one, make a small model and train a tokenizer on the texts."""
     if name is None:
         tokenizer = train_tokenizer(texts)
         return make_model(tokenizer), tokenizer
@@ -100,12 +101,12 @@ def load(name: str | None, texts: Sequence[str]) -> tuple[Any, Any]:
 
 
 def recipes(options: DemoArguments) -> dict[str, dict[str, Any]]:
-    """Options of every stage, by the size of the model."""
+    """Hyperparameters of every stage: `SMALL` for the small model, `REAL` for a given one."""
     return SMALL if options.model_name_or_path is None else REAL
 
 
 def recipe(options: DemoArguments, stage: str) -> dict[str, Any]:
-    """Options of a stage's trainer."""
+    """The trainer's options for a stage."""
     given = recipes(options)[stage]
     return {
         "output_dir": str(Path(options.output_dir) / stage),
@@ -157,7 +158,7 @@ def learn_rewards(
 def ask_annotator(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments
 ) -> tuple[Dataset, Dataset]:
-    """As many preferences as one pass of training uses, of openings to train on; and a tenth as many, of held-out openings."""
+    """Make preference pairs: about as many as one epoch of training uses, and a tenth as many from held-out openings."""
     given = recipe(options, "reward")
     openings = given["max_steps"] * given["per_device_train_batch_size"] // PAIRS
     counts = zip((train, test), (openings, openings // 10), strict=True)
@@ -168,7 +169,7 @@ def ask_annotator(
 
 
 def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> ClassifierReward:
-    """Step 2 with a classifier that was named: how well it tells positive from negative reviews."""
+    """Step 2 with a given classifier: print its accuracy on positive and negative reviews."""
     rewards = classifier([""] * len(test), test["text"])
     right = sum((r > 0) == (label == "positive") for r, label in zip(rewards, test["label"], strict=True))
     console.print(f"Accuracy on held-out reviews: [bold]{right / len(test):.1%}[/bold]", highlight=False)
@@ -178,8 +179,7 @@ def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> Cl
 def reinforce(
     model: Any, tokenizer: Any, reward: Reward, prompts: Sequence[str], options: DemoArguments, console: Console
 ) -> None:
-    """Step 3: the model learns to write what is rewarded; the KL penalty keeps it near what it was. Values begin as the reward
-    model that was trained in step 2."""
+    """Step 3: train the model with PPO. The value model starts as a copy of the reward model of step 2, if one was trained."""
 
     def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         return reward(prompts, completions)
@@ -208,7 +208,7 @@ def reinforce(
 
 
 def value_first(model: nn.Module, value_model: nn.Module, args: PPOConfig) -> tuple[AdamW, LambdaLR]:
-    """An optimizer in which the value model learns at a rate of its own, and alone at first; both rates fall to 0."""
+    """An optimizer and schedule that train only the value model first, with its own learning rate; both rates fall to 0."""
     steps, alone = args.max_steps, int(VALUE_FIRST * args.max_steps)
     groups = [
         {"params": list(model.parameters()), "lr": args.learning_rate},
@@ -223,5 +223,5 @@ def value_first(model: nn.Module, value_model: nn.Module, args: PPOConfig) -> tu
 
 
 def continuations(prompts: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """What stands after each prompt."""
+    """The part of each text after its prompt."""
     return [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]

@@ -1,1 +1,1 @@
-"""How good a model is: samples, rewards, perplexity, and how often it wins against another one."""
+"""Evaluate models: samples, rewards, perplexity, benchmarks, and win rates against another model."""

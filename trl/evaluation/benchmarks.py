@@ -1,4 +1,4 @@
-"""Benchmarks by name, as lm-evaluation-harness has them: its tasks, prompts and metrics, on a model that is loaded already."""
+"""Run benchmarks of lm-evaluation-harness, with its tasks, prompts and metrics, on a model that is already loaded."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def run_benchmarks(
     chat: bool = False,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Every metric of every task, by "task metric"; nothing of none.
+    """Run the tasks `names`; return every metric of every task, by "task metric". An empty list gives an empty dict.
 
     tasks_folder   folder with YAML files of further tasks
-    chat           ask in turns of the tokenizer's chat template
-    limit          questions of each task, at most
+    chat           ask the questions with the tokenizer's chat template
+    limit          maximum number of questions per task
 
-    Raises ConfigError for a task that is not known, ImportError without lm-eval.
+    Raises ConfigError for an unknown task, ImportError without lm-eval.
     """
     if not names:
         return {}
@@ -55,9 +55,10 @@ def run_benchmarks(
 
 
 def estimates(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]]) -> dict[str, Estimate]:
-    """Its results, {task: {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}, and how many questions were asked of each task.
+    """Convert results of the harness, {task: {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}, to estimates by "task metric".
 
-    Names end in the filter of the answers that the metric is of, where it is not "none".
+    `counts` has the number of questions per task. The part after the comma is the filter that was applied to the answers;
+    the name of the metric includes it, unless it is "none".
     """
     told: dict[str, Estimate] = {}
     for task, values in results.items():

@@ -1,7 +1,7 @@
-"""Who says which of two completions is better: a reward, or a model behind an OpenAI-compatible server.
+"""Judge which of two completions is better: by rewards, or by a chat model on an OpenAI-compatible server.
 
-A server is asked twice, the second time with the completions in the other order; where it prefers a place over a text, that
-is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
+The server is asked twice, with the completions in both orders. If it prefers the same position both times, and so not the
+same text, the result is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trl.rewards.reward import Samples, make_rewards
 
 Content = Any
 Judge = Callable[[Sequence[Content], Sequence[Content], Sequence[Content]], list[float]]
-"""`judge(prompts, ours, theirs)`: 1 where ours is better, ½ for a tie, 0 where theirs is."""
+"""`judge(prompts, ours, theirs)`: for each row, 1 if ours is better, ½ for a tie, 0 if theirs is better."""
 
 QUESTION = (
     "Which answer to the request is more helpful, correct and harmless? Reply with A or B alone.\n\n"
@@ -47,13 +47,13 @@ class RewardJudge:
     def score(
         self, prompts: Sequence[Content], completions: Sequence[Content], **columns: Sequence[Any]
     ) -> list[float]:
-        """The sum of the rewards of each completion; where a function does not apply it adds nothing."""
+        """The sum of the rewards of each completion. A function that does not apply to a completion counts 0."""
         values = call_rewards(self.rewards, Samples(prompts, completions, columns)).values
         return values.nan_to_num(0.0).sum(1).tolist()
 
 
 class ServerJudge:
-    """A chat model behind an OpenAI-compatible server. The key that it may want is read from OPENAI_API_KEY."""
+    """A chat model on an OpenAI-compatible server judges. The API key is read from OPENAI_API_KEY, if set."""
 
     def __init__(self, url: str, model: str | None = None) -> None:
         from huggingface_hub import InferenceClient
@@ -70,7 +70,7 @@ class ServerJudge:
         return 0.5 if straight == turned else float(straight)
 
     def _picks_first(self, prompt: Content, first: Content, second: Content) -> bool:
-        """Raises ConfigError where the answer is neither A nor B."""
+        """True if the judge prefers `first`. Raises ConfigError if it answers neither A nor B."""
         text = QUESTION.format(prompt=plain(prompt), first=plain(first), second=plain(second))
         told = self.client.chat_completion(
             [{"role": "user", "content": text}], model=self.model, max_tokens=8, temperature=0.0
@@ -78,10 +78,10 @@ class ServerJudge:
         answer = told.choices[0].message.content or ""
         word = re.match(r"\W*([AB])\b", answer)
         if word is None:
-            raise ConfigError(f"The judge answered {answer!r:.80} and not A or B: take another model.")
+            raise ConfigError(f"The judge answered {answer!r:.80} instead of A or B: use another judge_model.")
         return word[1] == "A"
 
 
 def plain(content: Content) -> str:
-    """A text, or what a message says; of several messages each under its role."""
+    """A text as it is; the content of a single message; several messages, each below its role."""
     return said(content[0]) if not isinstance(content, str) and len(content) == 1 else under_roles(content)

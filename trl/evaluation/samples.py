@@ -1,4 +1,4 @@
-"""Completions of prompts by a model, several at once."""
+"""Sample completions of a dataset's prompts in batches."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def sample(
     seed: int,
     images: ImageProcessing | None = None,
 ) -> list[Content]:
-    """A completion of each row's `prompt`: a text, or an assistant's message where the prompt is a conversation.
+    """Sample one completion per row's `prompt`: a text, or an assistant message if the prompt is a conversation.
 
-    `temperature` 0 takes the most likely token. The same seed gives the same completions. With `images`, those of the rows
-    are read, too.
+    `temperature` 0 is greedy decoding. The same seed gives the same completions. With `images`, the model also reads the
+    rows' images.
     """
     settings = EncodeSettings(kind="prompt_only", encoder_decoder=model.config.is_encoder_decoder)
     read = rows.select_columns(["prompt"]) if images is None else rows

@@ -1,7 +1,7 @@
-"""Numbers of an evaluation, with how sure they are.
+"""Means and win rates of an evaluation, with confidence intervals.
 
     win rate    w = (wins + ½ ties) / n
-    interval    w ± 1.96 s / √n,      s the standard deviation of the single outcomes 1, ½, 0
+    interval    w ± 1.96 s / √n,      where s is the standard deviation of the outcomes 1, ½, 0
 
 Perplexity is exp(mean negative log-likelihood of the trained tokens), in nats.
 """
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z = 1.96
-"""Of the normal distribution, 95 % lies within so many standard deviations."""
+"""95 % of a normal distribution lies within this many standard deviations of the mean."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of n values and half the width of its 95 % interval."""
+    """The mean of n values, and half the width of its 95 % confidence interval."""
 
     mean: float
     half_width: float
@@ -30,13 +30,13 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of the values. Raises ValueError where there are none."""
+    """Estimate the mean of the values. Raises ValueError for an empty sequence."""
     if not values:
-        raise ValueError("There is nothing to take the mean of.")
+        raise ValueError("values is empty: a mean needs at least one value.")
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return Estimate(statistics.fmean(values), Z * spread / math.sqrt(len(values)), len(values))
 
 
 def outcome(ours: float, theirs: float) -> float:
-    """1 where ours is better, 0 where it is worse, ½ where they tie."""
+    """1 if ours is better, 0 if it is worse, ½ for a tie."""
     return 0.5 if ours == theirs else float(ours > theirs)

@@ -1,1 +1,1 @@
-"""People as judges: a local web page on which completions are rated, compared or corrected."""
+"""Collect human feedback: a local web page on which people rate, compare or correct completions."""

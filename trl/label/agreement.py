@@ -2,8 +2,8 @@
 
     α = 1 − D_o / D_e
 
-D_o is the mean disagreement δ² of two answers to one item, D_e that of any two answers. 1 is full agreement, 0 what chance
-gives. Every pair within an item of m answers counts 1 / (m − 1); items with a single answer do not count.
+D_o is the mean disagreement δ² of two answers to the same item, D_e that of any two answers. α is 1 for full agreement and 0
+for chance agreement. Each pair within an item of m answers has weight 1 / (m − 1); items with a single answer do not count.
 Krippendorff, "Computing Krippendorff's alpha-reliability", 2011.
 """
 
@@ -20,9 +20,9 @@ Distance = Callable[[Any, Any], float]
 
 @dataclass(frozen=True)
 class Agreement:
-    """items   how many were answered by two people or more
-    share   of pairs of answers to an item that are equal
-    alpha   Krippendorff's α; None where all answers are equal, so that chance agrees as well
+    """items   number of items with answers of two or more people
+    share   share of equal pairs, among pairs of answers to the same item
+    alpha   Krippendorff's α; None if all answers are equal, so that D_e = 0
     """
 
     items: int
@@ -31,17 +31,17 @@ class Agreement:
 
 
 def nominal(a: Hashable, b: Hashable) -> float:
-    """δ² of categories."""
+    """δ² for categories: 1 if they differ, else 0."""
     return float(a != b)
 
 
 def interval(a: float, b: float) -> float:
-    """δ² of marks on a scale."""
+    """δ² for marks on a scale: the squared difference."""
     return float((a - b) ** 2)
 
 
 def agreement(items: Iterable[Sequence[Hashable]], distance: Distance = nominal) -> Agreement | None:
-    """Agreement of the answers to each item; None where no item has two."""
+    """Agreement of the answers to each item; None if no item has two answers."""
     several = [answers for answers in items if len(answers) > 1]
     if not several:
         return None

@@ -1,8 +1,8 @@
-"""From files to what people are asked, and from what they said to files of other tools.
+"""Read items to judge from files, import answers of other tools, and export answers to them.
 
-Rows: `prompt` with `completion`, `completions` (a list), or `chosen` and `rejected`; also records of Argilla 2 (`fields`,
-`responses`) and tasks of Label Studio (`data`, `annotations`) whose fields have those names. A conversation is a list of
-messages, as everywhere.
+Rows have `prompt` with `completion`, `completions` (a list), or `chosen` and `rejected`. Records of Argilla 2 (`fields`,
+`responses`) and tasks of Label Studio (`data`, `annotations`) with fields of these names are read as well. A conversation is
+a list of messages.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ FIELDS = {
     "compare": ("prompt", "first", "second"),
     "correct": ("prompt", "completion"),
 }
-"""Names of the fields of an item in other tools; the question is called as the task is."""
+"""Names of an item's fields in other tools. The question there has the name of the task."""
 
 
 # ---- items ----
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file: JSON lines, a JSON list, CSV or Parquet. Raises DataError where there are none."""
+    """Read the rows of a file: JSON lines, a JSON list, CSV or Parquet. Raises DataError if there are none."""
     if not path.is_file():
         raise DataError(f"There is no file {str(path)!r}.{suggest_beside(path)}")
     rows = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_table(path)
     if rows == []:
         raise DataError(f"{path} has no rows.")
     if not isinstance(rows, list):
-        raise DataError(f"{path} holds {rows!r:.60}: give a list of rows, or a row a line (.jsonl).")
+        raise DataError(f"{path} holds {rows!r:.60}: give a list of rows, or one row per line (.jsonl).")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"{path}, row {number}: expected an object with the columns of a row, found {row!r:.60}.")
@@ -60,7 +60,7 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}.") from None
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{path} holds half of a character, {error.object[error.start]!a}: write the whole one."
+            f"{path} contains half of a character (a lone surrogate, {error.object[error.start]!a}): write the whole character."
         ) from None
     return rows
 
@@ -72,7 +72,7 @@ def _read_table(path: Path) -> list[Row]:
 
 
 def items_of(task: str, rows: Iterable[Row], where: str) -> list[Item]:
-    """The questions that the task asks about the rows. Raises DataError, with the row, for one that has no completion."""
+    """The items to judge in the rows. Raises DataError, with the row, for a row without a completion."""
     found = [_completions(_plain(row), f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
     if task != "compare":
         return [Item(prompt, (each,)) for prompt, completions in found for each in completions]
@@ -87,7 +87,7 @@ def items_of(task: str, rows: Iterable[Row], where: str) -> list[Item]:
 
 
 def _pairs(completions: Sequence[Content]) -> Iterator[tuple[Content, Content]]:
-    """Each completion with two others."""
+    """Pairs to compare: each completion appears in two of them."""
     count = len(completions)
     return ((completions[i], completions[j]) for i, j in pairs_in_rings(count, count))
 
@@ -105,7 +105,7 @@ def _completions(row: Row, where: str) -> tuple[Content, list[Content]]:
             break
     else:
         raise DataError(
-            f"{where} has no completion: it has {sorted(row)}. A row is prompt with completion, completions (a list), or "
+            f"{where} has no completion, but {sorted(row)}. A row needs a prompt, and completion, completions (a list), or "
             "chosen and rejected."
         )
     check_no_images(row, where)
@@ -127,7 +127,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _plain(row: Row) -> Row:
-    """The fields of an Argilla record or a Label Studio task; another row as it is."""
+    """The fields of an Argilla record or a Label Studio task; any other row unchanged."""
     for nested in ("fields", "data"):
         if isinstance(row.get(nested), Mapping):
             return row[nested]
@@ -138,15 +138,15 @@ def _plain(row: Row) -> Row:
 
 
 def answers_in(task: str, row: Row, where: str) -> list[tuple[str, Answer]]:
-    """What people said in an Argilla record or a Label Studio task, by rater; nothing in any other row.
+    """The answers in an Argilla record or a Label Studio task, as (rater, answer); empty for any other row.
 
-    Raises DataError for answers of another form, and for words that are none.
+    Raises DataError for answers in another format, and for unknown choices.
     """
     try:
         return _from_argilla_record(task, row) if "responses" in row else _from_label_studio_task(task, row)
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f"{where}: these are no answers to the task {task!r} as Argilla or Label Studio write them "
+            f"{where}: the answers to the task {task!r} are not in the format of Argilla or Label Studio "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -181,7 +181,7 @@ _WORDS: dict[str, dict[Answer, str]] = {
 
 
 def _word(task: str, value: Answer) -> Answer:
-    """What a choice is called in other tools; marks and texts as they are."""
+    """The name of a choice in other tools; marks and texts unchanged."""
     return _WORDS[task][value] if task in _WORDS else value
 
 
@@ -210,13 +210,13 @@ def _from_label_studio(task: str, value: Mapping[str, Any]) -> Answer | None:
 
 
 def export(session: Session, to: str) -> list[dict[str, Any]]:
-    """All items with the answers of all raters, as records of Argilla ("argilla") or tasks of Label Studio."""
+    """Export all items and answers as Argilla records (`to="argilla"`) or Label Studio tasks."""
     write = _argilla_record if to == "argilla" else _label_studio_task
     return [write(session.task, item, session.answers.get(key, {})) for key, item in session.items.items()]
 
 
 def write_records(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A JSON list (`.json`, what both tools import), or a line each."""
+    """Write the records as a JSON list (`.json`, which both tools import), or as JSON lines."""
     if path.suffix == ".json":
         path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     else:
@@ -242,7 +242,7 @@ def _argilla_record(task: str, item: Item, answers: Mapping[str, Answer]) -> dic
 
 
 def user_id(rater: str) -> str:
-    """The id under which Argilla knows a rater: their own if the name is one, else always the same made from the name."""
+    """The Argilla user id of a rater: the name itself if it is a UUID, else a UUID derived from the name."""
     try:
         return str(uuid.UUID(rater))
     except ValueError:

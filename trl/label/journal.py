@@ -1,11 +1,11 @@
-"""The journal of what people said: a line of JSON for each answer, on the disk before the page says that it is kept.
+"""The journal of a labelling session: one JSON line per event, on disk before the page confirms it.
 
     {"event": "answer", "item": "…", "rater": "ada", "value": 4, "prompt": "…", "completions": ["…"], "time": "…"}
     {"event": "skip", "item": "…", "rater": "ada", "time": "…"}
     {"event": "undo", "item": "…", "rater": "ada", "time": "…"}
 
-Lines are only ever added, so that a kill loses at most a line that was never acknowledged; a line without its end is taken
-away when the journal is opened again.
+The file is append-only, so that killing the process loses at most a line that was never confirmed. An incomplete last line is
+removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EVENTS = ("answer", "skip", "undo", "revisit")
 
 
 class Journal:
-    """One process at a time writes to it. Raises ConfigError where another one has it open."""
+    """An append-only file, locked by the process that writes it. Raises ConfigError if another process has it open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,7 +41,7 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
 
     def _cut_unfinished_line(self) -> None:
-        """What a kill in the middle of writing leaves was never acknowledged."""
+        """Remove an incomplete last line, which a killed process left and never confirmed."""
         if not self.path.is_file():
             return
         whole = self.path.read_bytes().rpartition(b"\n")
@@ -50,7 +50,7 @@ class Journal:
                 file.truncate(len(whole[0]) + len(whole[1]))
 
     def read(self) -> list[Event]:
-        """All events, oldest first. Raises DataError, with the line, for what is none."""
+        """All events, oldest first. Raises DataError, with the line number, for an invalid line."""
         with self.path.open(encoding="utf-8") as lines:
             return [self._event(line, number) for number, line in enumerate(lines, start=1)]
 
@@ -61,12 +61,12 @@ class Journal:
             event = None
         if not isinstance(event, dict) or event.get("event") not in EVENTS:
             raise DataError(
-                f"{self.path}, line {number} is no event of a journal: take the line out, or use another output."
+                f"{self.path}, line {number} is not an event of a journal: remove the line, or use another output."
             )
         return event
 
     def add(self, **event: Any) -> None:
-        """Write an event and wait until the disk has it."""
+        """Append an event, and return when it is on disk."""
         event["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -78,7 +78,7 @@ class Journal:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, whenever the process is killed."""
+    """Replace the content of a file; if the process is killed, the file has either the old or the new text."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

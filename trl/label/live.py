@@ -1,7 +1,7 @@
-"""People who judge while a run waits for them: the page beside a trainer.
+"""Human feedback during training: a trainer serves the page, and waits for answers.
 
 ask = LiveLabels("rate", "ratings.jsonl", ServerSettings(port=8765))
-answers = ask([Item("Is it far?", ("Two hours by train.",))])       # [{"ada": 4}], once somebody has said so
+answers = ask([Item("Is it far?", ("Two hours by train.",))])       # waits for an answer: [{"ada": 4}]
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from trl.label.settings import ServerSettings
 from trl.label.tasks import Answer, Item
 
 PAUSE = 0.5
-"""Seconds between looks at whether somebody has pressed Ctrl-C."""
+"""Seconds between checks for Ctrl-C while waiting."""
 
 
 class LiveLabels:
     """Serves the page from the first question until `close`, or the end of the process.
 
-    say   is told where the page is
+    say   function that announces the address of the page
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LiveLabels:
 
     @property
     def session(self) -> Session:
-        """The session, served from now on."""
+        """The session. The first access starts the server."""
         if self._running is None:
             for module in ("starlette", "uvicorn"):
                 require(module, to="ui='web'")
@@ -52,7 +52,7 @@ class LiveLabels:
         return self._running[0]
 
     def __call__(self, items: Sequence[Item]) -> list[Mapping[str, Answer]]:
-        """The answers to each item by rater, once all are judged or skipped. What was said before is not asked again."""
+        """Wait until all items are judged or skipped, and return the answers to each by rater. Earlier answers are reused."""
         session = self.session
         keys = session.add(items)
         while not session.wait(keys, timeout=PAUSE):
@@ -68,7 +68,7 @@ class LiveLabels:
 
 
 def _for(item: Item, session: Session, key: str) -> Mapping[str, Answer]:
-    """The answers about the item as it was given here: its two completions may stand the other way round in the session."""
+    """The answers for the item's order of completions, which may be the reverse of the order in the session."""
     answers = session.answers.get(key, {})
     if session.items[key].completions == item.completions:
         return dict(answers)

@@ -1,11 +1,10 @@
-"""The web server behind the page: a small JSON interface over a `Session`.
+"""The web server of the labelling page: a small JSON API over a `Session`.
 
-    GET  /            the page                         GET  /api/next      the next item of a rater
-    POST /api/answer  keep an answer                   POST /api/skip, /api/undo, /api/revisit
+    GET  /            the page                         GET  /api/next      the next item for a rater
+    POST /api/answer  save an answer                   POST /api/skip, /api/undo, /api/revisit
 
-Who may use it: on 127.0.0.1 whoever works on this machine, asked for under that name alone, so that no page of the web
-reaches it through a name of its own; on a network whoever has the token. Whatever is shown is sent as data and put into
-the page as text.
+Access: on 127.0.0.1, any user of this machine; the Host header must name localhost, which prevents DNS rebinding. On a
+network, anyone with the token. Texts are sent as JSON and inserted as plain text, never as HTML.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ HEADERS = {
 }
 
 
-# ---- the interface ----
+# ---- the API ----
 
 
 def make_app(session: Session, settings: ServerSettings, token: str | None) -> Starlette:
-    """The application over a session."""
+    """The web application for a session."""
     api = _Api(session, settings)
     routes = [
         Route("/", _page),
@@ -79,7 +78,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 def _guard(token: str | None) -> DispatchFunction:
-    """Lets requests with the token pass, as a cookie that the page's address sets once; adds headers to every answer."""
+    """Middleware that requires the token, in a cookie that opening `/?token=…` sets, and adds `HEADERS` to all responses."""
 
     async def guarded(request: Request, call_next: RequestResponseEndpoint) -> Response:
         shown = request.cookies.get(_cookie(request), "")
@@ -101,7 +100,7 @@ def _ask(request: Request, token: str) -> Response:
 
 
 def _cookie(request: Request) -> str:
-    """A name by port: browsers keep cookies of a machine's ports together."""
+    """The name of the token's cookie, different for each port, because browsers share cookies between ports of a host."""
     return f"trl_label_{request.url.port or 80}"
 
 
@@ -158,14 +157,14 @@ def _shown(session: Session, rater: str, item: Item) -> dict[str, Any]:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request. Its type has to be said, which no form of another page can do."""
+    """The JSON object in a request. Requires the content type application/json, which forms on other sites cannot send."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise DataError("Send application/json.")
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > LONGEST_BODY:
-            raise DataError(f"A request may have {LONGEST_BODY:,} bytes.")
+            raise DataError(f"A request may have at most {LONGEST_BODY:,} bytes.")
     try:
         given = json.loads(body)
     except ValueError:
@@ -178,15 +177,15 @@ async def _body(request: Request) -> dict[str, Any]:
 def _name(given: Any) -> str:
     name = given.strip() if isinstance(given, str) else ""
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        raise DataError(f"Say who you are, in 1 to {LONGEST_NAME} printable characters.")
+        raise DataError(f"Give your name, in 1 to {LONGEST_NAME} printable characters.")
     return name
 
 
-# ---- running it ----
+# ---- the server ----
 
 
 class LabelServer:
-    """Serves a session from a thread: `with LabelServer(session, settings) as server: print(server.url)`."""
+    """Serves a session in a thread: `with LabelServer(session, settings) as server: print(server.url)`."""
 
     def __init__(self, session: Session, settings: ServerSettings) -> None:
         self.settings, self.token = settings, settings.with_token()
@@ -209,7 +208,7 @@ class LabelServer:
 
     @property
     def lan_url(self) -> str | None:
-        """The address for other devices of the network, where it is shared."""
+        """The address for other devices on the network; None without `share_on_lan`."""
         return self._address(_own_address()) if self.settings.share_on_lan else None
 
     def _address(self, host: str) -> str:
@@ -226,7 +225,7 @@ class LabelServer:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError where the port is taken."""
+    """A listening socket. Raises ConfigError if the port is in use."""
     try:
         return socket.create_server((host, port))
     except OSError as error:
@@ -236,7 +235,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _own_address() -> str:
-    """This machine's address in the network; nothing is sent to find it."""
+    """This machine's address on the network. Connecting a UDP socket finds it without sending anything."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

@@ -1,8 +1,7 @@
-"""Who is asked what, what they said, and the dataset that it makes.
+"""A labelling session: assigns items to raters, records their answers, and writes the dataset.
 
-The journal holds everything; the dataset beside it is written anew after each answer, so that it may be trained on at any
-moment. Several people may answer at once: an item that one of them looks at is not shown to another one unless more
-answers than one are wanted.
+The journal holds every event. The dataset beside it is rewritten after each answer, so it can be used for training at any
+time. Several people may answer at the same time: an item is shown to one of them only, unless it needs more answers.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ from trl.label.journal import Event, Journal, write_atomically
 from trl.label.tasks import ROWS, TIE, Answer, Item, Row, answer_in, check_answer, check_task, pairs_of, to_rows
 
 LEASE = 900.0
-"""Seconds for which an item is one person's."""
+"""Seconds for which an item is reserved for the rater who sees it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """answered, skipped   by this rater
-    left                what this rater can still be asked
-    done, total         items with as many answers as are wanted, and all
-    raters              answers of each
+    """answered, skipped   items that this rater answered and skipped
+    left                items that this rater can still judge
+    done, total         items with enough answers, and all items
+    raters              number of answers by rater
+    agreement           of the raters; None if it cannot be computed
     """
 
     answered: int
@@ -46,12 +46,12 @@ class Progress:
 class Session:
     """Items, and the answers of all raters.
 
-    output            the dataset, a JSON line a row; its journal stands beside it
-    form              rows of the dataset, see `tasks.ROWS`. None: the usual ones of the task
-    raters_per_item   answers wanted of each item, each by somebody else
-    live              items come during a run that waits for them, and what it has learned from is not taken back
+    output            dataset file in JSON lines; its journal is in the same folder
+    form              format of the dataset's rows, see `tasks.ROWS`. None: the task's default
+    raters_per_item   number of answers needed per item, from different raters
+    live              a training run adds items and waits for answers, which become final once it has used them
 
-    Raises ConfigError, DataError where the output holds something else.
+    Raises ConfigError, DataError if the output is a file of another kind.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Session:
         if self.form not in ROWS[task]:
             raise ConfigError(unknown(f"form of rows for the task {task!r}", self.form, ROWS[task]))
         if raters_per_item < 1:
-            raise ConfigError(f"raters_per_item={raters_per_item}: ask at least one.")
+            raise ConfigError(f"raters_per_item={raters_per_item}: give at least 1.")
         self.task, self.live, self.raters_per_item = task, live, raters_per_item
         self.output = Path(output).expanduser()
         self.items: dict[str, Item] = {}
@@ -94,7 +94,7 @@ class Session:
     # ---- items ----
 
     def add(self, items: Iterable[Item]) -> list[str]:
-        """Offer items to the raters, in this order; those that are there already stay where they are. Returns their keys."""
+        """Add items in this order; known items keep their place. Return the keys of all."""
         with self.changed:
             keys = [item.key for item in items if self.items.setdefault(item.key, item)]
             known = set(self._offered)
@@ -103,7 +103,7 @@ class Session:
             return keys
 
     def next(self, rater: str) -> Item | None:
-        """The first item that this rater has not judged and nobody else is busy with; it is theirs for a while."""
+        """The first item that this rater has not judged and nobody else sees; it is reserved for them for `LEASE` seconds."""
         with self.changed:
             now = time.monotonic()
             for key in self._offered:
@@ -131,7 +131,7 @@ class Session:
     # ---- answers ----
 
     def answer(self, rater: str, key: str, value: Any) -> None:
-        """Keep what the rater says; said again, it takes the place of what was said before. Raises DataError."""
+        """Record a rater's answer, which replaces an earlier one. Raises DataError for an invalid answer or unknown item."""
         with self.changed:
             item = self._item(key)
             value = check_answer(self.task, item, value)
@@ -143,21 +143,21 @@ class Session:
             self._record({"event": "skip", "item": key, "rater": rater})
 
     def undo(self, rater: str) -> tuple[Item, Answer | None]:
-        """Take back the rater's last answer or skip. Returns its item, and the answer. Raises DataError where there is none."""
+        """Undo the rater's last answer or skip. Return its item and the answer. Raises DataError if there is none."""
         with self.changed:
             history = self._history.get(rater)
             if not history:
                 raise DataError("There is nothing to undo.")
             key = history[-1]
             if key in self._final:
-                raise DataError("The model has learned from the answers before this: they cannot be taken back.")
+                raise DataError("Training has already used the earlier answers: they cannot be undone.")
             value = self.answers.get(key, {}).get(rater)
             self._record({"event": "undo", "item": key, "rater": rater})
             self._leases[key] = {**self._leases.get(key, {}), rater: time.monotonic() + LEASE}
             return self.items[key], value
 
     def revisit(self, rater: str) -> int:
-        """Offer again what the rater skipped. Returns how many items."""
+        """Show the rater's skipped items again. Return their number."""
         with self.changed:
             skipped = [key for key, raters in self.skips.items() if rater in raters and key not in self._final]
             if skipped:
@@ -166,9 +166,9 @@ class Session:
 
     def _item(self, key: str) -> Item:
         if key not in self.items:
-            raise DataError("This item is not known here: reload the page.")
+            raise DataError("This item is unknown to the server: reload the page.")
         if key in self._final:
-            raise DataError("The model has learned from this item already.")
+            raise DataError("Training has already used the answers to this item.")
         return self.items[key]
 
     def _record(self, event: Event) -> None:
@@ -194,7 +194,7 @@ class Session:
             self.items.setdefault(key, item)
             value = event["value"]
             if item.completions != self.items[key].completions and value != TIE:
-                value = 1 - value  # kept when the two completions were given the other way round
+                value = 1 - value  # the journal has the two completions in the reverse order
             self.answers.setdefault(key, {})[rater] = value
         elif event["event"] == "skip":
             self.skips.setdefault(key, set()).add(rater)
@@ -202,22 +202,22 @@ class Session:
             history.append(key)
 
     def _adopt(self, earlier: Iterable[tuple[Item, Answer]], journaled: set[str]) -> None:
-        """Answers that stand in the dataset alone are those of somebody who was asked in another way."""
+        """Add answers that are in the dataset but not in the journal, under the rater name "file"."""
         for item, value in earlier:
             if item.key not in journaled:
                 event = _answered(item, item.key, "file", value)
                 self.journal.add(**event)
                 self._apply(event)
 
-    # ---- a run that waits ----
+    # ---- waiting for answers ----
 
     def is_done(self, key: str) -> bool:
-        """Whether nobody more is to be asked; a live run takes a skip for an answer."""
+        """True if the item has enough answers. In a live session, a skip counts as an answer."""
         said, skipped = len(self.answers.get(key, {})), len(self.skips.get(key, ()))
         return said + (skipped if self.live else 0) >= self.raters_per_item
 
     def wait(self, keys: Iterable[str], timeout: float | None = None) -> bool:
-        """Wait until all are done; then their answers are final. False where time ran out."""
+        """Wait until all items are done, and make their answers final. Return False after the timeout."""
         keys = list(keys)
         with self.changed:
             done = self.changed.wait_for(lambda: all(map(self.is_done, keys)), timeout)
@@ -225,7 +225,7 @@ class Session:
                 self._final |= set(keys)
             return done
 
-    # ---- what comes of it ----
+    # ---- progress and dataset ----
 
     def progress(self, rater: str) -> Progress:
         with self.changed:
@@ -243,14 +243,14 @@ class Session:
             )
 
     def agreement(self) -> Agreement | None:
-        """Of the raters' answers; None for corrections, and where nobody answered what somebody else did."""
+        """Agreement between raters; None for corrections, or if no item has answers of two raters."""
         if self.task == "correct":
             return None
         distance = interval if self.task == "rate" else nominal
         return agreement([list(answers.values()) for answers in self.answers.values()], distance)
 
     def rows(self) -> list[Row]:
-        """The dataset: the rows that each answer makes, item by item."""
+        """The rows of the dataset, made from all answers."""
         if self.task == "rate" and self.form == "pairs":
             raters = dict.fromkeys(rater for answers in self.answers.values() for rater in answers)
             return [row for rater in raters for row in pairs_of(self._rated_by(rater))]
@@ -265,7 +265,7 @@ class Session:
         return [(self.items[key], said[rater]) for key, said in self.answers.items() if rater in said]
 
     def write(self) -> None:
-        """Write the dataset anew."""
+        """Rewrite the dataset."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()]
         write_atomically(self.output, "".join(lines))
 
@@ -280,9 +280,9 @@ def _answered(item: Item, key: str, rater: str, value: Answer) -> Event:
 
 
 def _earlier_rows(output: Path, task: str, *, has_journal: bool) -> list[tuple[Item, Answer]]:
-    """What the dataset holds already. Raises ConfigError where that is not what this task writes.
+    """The items and answers in an existing dataset. Raises ConfigError if this task did not write it.
 
-    Rows in another form than the usual one of the task are made from the journal alone.
+    Rows in other formats than the task's default are skipped if there is a journal, from which they are made again.
     """
     if output.is_dir():
         raise ConfigError(f"output={str(output)!r} is a folder: give a file.")
@@ -296,6 +296,6 @@ def _earlier_rows(output: Path, task: str, *, has_journal: bool) -> list[tuple[I
                 found.append(answered)
             elif not has_journal:
                 raise ConfigError(
-                    f"{output}, line {number} is no row that the task {task!r} writes: keep answers in another file."
+                    f"{output}, line {number} is not a row that the task {task!r} writes: give another output."
                 )
     return found

@@ -1,4 +1,4 @@
-"""Where the page is served, and to whom."""
+"""Settings of the labelling server: port, network access and token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """port           0 takes a free one
-    share_on_lan   listen on every address of this machine; a token is needed then
-    token          what a browser has to show. None: a random one with `share_on_lan`, else none
-    guidelines     what raters are told
+    """port           port to listen on; 0 for any free one
+    share_on_lan   listen on all network addresses; browsers then need the token
+    token          access token. None: a random one with `share_on_lan`, else none is needed
+    guidelines     text that the page shows to raters
     """
 
     port: int = 0
@@ -27,12 +27,12 @@ class ServerSettings:
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.token is not None and len(self.token) < 8:
-            raise ConfigError("token is too short: give at least 8 characters, or none for a random one.")
+            raise ConfigError("token is too short: give at least 8 characters, or leave it out for a random one.")
 
     @property
     def host(self) -> str:
         return EVERYWHERE if self.share_on_lan else LOCAL
 
     def with_token(self) -> str | None:
-        """The token that browsers have to show."""
+        """The token that browsers must give, made at random if needed; None if no token is needed."""
         return self.token or (secrets.token_urlsafe(16) if self.share_on_lan else None)

@@ -1,4 +1,4 @@
-"""What people are asked about completions, and what an answer is worth as a row of a dataset.
+"""The labelling tasks: questions about completions, and the dataset rows that answers become.
 
 rate      a mark m from 1 (bad) to 5 (good)      prompt, completion, score      score = (m − 3) / 2
 approve   good or bad                            prompt, completion, label
@@ -24,7 +24,7 @@ TASKS = ("rate", "approve", "compare", "correct")
 MARKS = range(1, 6)
 TIE = "tie"
 LONGEST = 200_000
-"""Characters of a correction, at most."""
+"""Maximum number of characters in a correction."""
 
 ROWS: dict[str, tuple[str, ...]] = {
     "rate": ("score", "label", "pairs"),
@@ -32,24 +32,24 @@ ROWS: dict[str, tuple[str, ...]] = {
     "compare": ("pairs",),
     "correct": ("pairs", "completions"),
 }
-"""The forms in which the answers of a task can be written; the first is the usual one."""
+"""Row formats in which the answers of a task can be written; the first is the default."""
 
 Answer = int | bool | str
-"""A mark, good (True) or bad, the place of the better completion (0, 1 or "tie"), or a corrected text."""
+"""A mark, good (True) or bad (False), the index of the better completion (0, 1 or "tie"), or a corrected text."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question: a prompt with its completion, or with two of them to compare."""
+    """An item to judge: a prompt with a completion, or with two completions to compare."""
 
     prompt: Content
     completions: tuple[Content, ...]
 
     @property
     def key(self) -> str:
-        """The same for the same texts, in whichever order two completions are given."""
+        """A hash of the texts, independent of the order of two completions."""
         texts = [json.dumps(each, ensure_ascii=False, sort_keys=True) for each in (self.prompt, *self.completions)]
         return hashlib.sha256("\0".join([texts[0], *sorted(texts[1:])]).encode()).hexdigest()[:20]
 
@@ -60,7 +60,7 @@ def check_task(task: str) -> None:
 
 
 def check_no_images(row: Mapping[str, Any], where: str) -> None:
-    """Raises DataError for a row with images, which people are not shown: they would judge what they do not see."""
+    """Raises DataError for a row with images, because the page shows only texts."""
     in_parts = (
         part.get("type") in ("image", "image_url")
         for value in row.values()
@@ -69,11 +69,11 @@ def check_no_images(row: Mapping[str, Any], where: str) -> None:
         for part in (message.get("content") if isinstance(message.get("content"), list) else ())
     )
     if any(in_parts) or any(row.get(name) for name in sorted(PICTURES)):
-        raise DataError(f"{where} has images, and people are shown texts alone. Take rows without images.")
+        raise DataError(f"{where} has images, but the page shows only texts. Use rows without images.")
 
 
 def check_answer(task: str, item: Item, answer: Any, where: str = "") -> Answer:
-    """The answer, as it is kept. Raises DataError, which begins with `where`, for one that the task does not take."""
+    """Return the answer if it is valid for the task. Raises DataError, prefixed with `where`, if not."""
     if task == "rate" and type(answer) is int and answer in MARKS:
         return answer
     if task == "approve" and type(answer) is bool:
@@ -82,19 +82,19 @@ def check_answer(task: str, item: Item, answer: Any, where: str = "") -> Answer:
         return answer
     if task == "correct" and type(answer) is str and answer.strip() and len(answer) <= LONGEST:
         return answer
-    raise DataError(f"{where}{answer!r:.60} is no answer to the task {task!r}: it takes {_TAKES[task]}.")
+    raise DataError(f"{where}{answer!r:.60} is not an answer to the task {task!r}, which takes {_TAKES[task]}.")
 
 
 _TAKES = {
     "rate": "a mark from 1 to 5",
     "approve": "true or false",
-    "compare": f'0 or 1, the place of the better completion, or "{TIE}"',
+    "compare": f'0 or 1, the index of the better completion, or "{TIE}"',
     "correct": f"a text of 1 to {LONGEST:,} characters",
 }
 
 
 def score_of(mark: int) -> float:
-    """(m − 3) / 2: 3 is neither good nor bad."""
+    """The score (m − 3) / 2 of a mark m; a mark of 3 is neutral."""
     return (mark - 3) / 2
 
 
@@ -104,9 +104,9 @@ def mark_of(score: float) -> int:
 
 
 def to_rows(task: str, item: Item, answer: Answer, form: str) -> list[Row]:
-    """The rows that one answer makes: none where it says nothing in this form (a tie, a mark of 3 as a label).
+    """The rows that one answer becomes; none if the format cannot express it (a tie, or a mark of 3 as a label).
 
-    `form` is one of `ROWS[task]`, apart from the pairs of rated completions, which take several answers: see `pairs_of`.
+    `form` is one of `ROWS[task]`, except "pairs" for the task "rate", which needs several answers: see `pairs_of`.
     """
     if task == "compare":
         return [] if answer == TIE else [_pair(item.prompt, item.completions[answer], item.completions[1 - answer])]
@@ -131,12 +131,12 @@ def _labelled(prompt: Content, completion: Content, label: bool) -> Row:
 
 
 def as_content(text: str, like: Content) -> Content:
-    """A text in the form of the completion that it corrects: a text, or the one message of an assistant."""
+    """The corrected text in the format of the completion: a text, or a list with one assistant message."""
     return text if isinstance(like, str) else [{**like[-1], "content": text}]
 
 
 def pairs_of(rated: Sequence[tuple[Item, int]]) -> Iterator[Row]:
-    """Of completions of one prompt, each pair that one person gave different marks."""
+    """Pairs of completions of the same prompt that one rater gave different marks."""
     for i, (first, mark) in enumerate(rated):
         for second, other in rated[i + 1 :]:
             if first.prompt == second.prompt and mark != other:
@@ -145,12 +145,12 @@ def pairs_of(rated: Sequence[tuple[Item, int]]) -> Iterator[Row]:
 
 
 def text_of(content: Content) -> str:
-    """A text, or what the last message of a conversation says."""
+    """A text as it is, or the content of a conversation's last message."""
     return content if isinstance(content, str) else str(content[-1]["content"])
 
 
 def answer_in(task: str, line: str) -> tuple[Item, Answer] | None:
-    """The item and answer of a line of the dataset that a task writes usually; None for any other line."""
+    """The item and answer of a dataset line in the task's default format; None for any other line."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -168,9 +168,9 @@ def answer_in(task: str, line: str) -> tuple[Item, Answer] | None:
 
 
 def pairs_in_rings(count: int, most: int | None = None) -> list[tuple[int, int]]:
-    """Pairs of `count` members, at most `most` of them: neighbours in a circle first, then those at distance 2, ….
+    """At most `most` pairs of `count` members on a circle: neighbours first, then those at distance 2, ….
 
-    Every ring has each member once in first and once in second place, so that none is favoured by where it is shown.
+    For each distance, every member is first in one pair and second in another, so that no position is favoured.
     """
     pairs = [
         (i, (i + distance) % count)

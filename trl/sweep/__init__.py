@@ -1,1 +1,1 @@
-"""Sweeps: one script, many settings, a table that compares them."""
+"""Hyperparameter sweeps: run one script with many settings, and compare the trials in a table."""

@@ -1,4 +1,4 @@
-"""What trials of a sweep have come to, side by side: a table, and a page with their curves."""
+"""Compare the trials of a sweep: a table in the terminal, and an HTML page with their curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl.sweep.trial import Trial
 
 
 def ranked(trials: Sequence[Trial], tuning: Tuning) -> list[Trial]:
-    """Trials from the best to the worst; those that reported nothing, or failed, last."""
+    """Trials from best to worst; those that failed, or did not report the metric, last."""
     sign = -1 if tuning.mode == "max" else 1
 
     def place(trial: Trial) -> tuple[bool, float, int]:
@@ -30,13 +30,13 @@ def ranked(trials: Sequence[Trial], tuning: Tuning) -> list[Trial]:
 
 
 def best_of(trials: Sequence[Trial], tuning: Tuning) -> Trial | None:
-    """The best trial; None where none reported the metric."""
+    """The best trial; None if no trial reported the metric."""
     first = ranked(trials, tuning)[0]
     return None if first.error or first.value(tuning.metric) is None else first
 
 
 def rows_of(trials: Sequence[Trial], tuning: Tuning) -> list[list[str]]:
-    """Number, settings and metric of every trial, from the best to the worst."""
+    """Number, settings and metric of every trial, from best to worst."""
     return [
         [str(trial.number), *map(_shown, trial.settings.values()), _outcome(trial, tuning.metric)]
         for trial in ranked(trials, tuning)
@@ -55,7 +55,7 @@ def print_table(trials: Sequence[Trial], tuning: Tuning) -> None:
 
 
 def write_page(trials: Sequence[Trial], plan: Plan, folder: Path) -> Path:
-    """Write the page of the sweep, one file that needs nothing beside itself, and give its place."""
+    """Write the page of the sweep as one self-contained HTML file. Return its path."""
     judged, order = plan.tuning.metric, "highest" if plan.tuning.mode == "max" else "lowest"
     others = sorted({name for trial in trials for name in trial.metrics} - {judged})
     told = [f"{counted(len(trials), 'trial')}, {order} {judged} first", "curves by the number of the report"]
@@ -75,7 +75,7 @@ def write_page(trials: Sequence[Trial], plan: Plan, folder: Path) -> Path:
 
 
 def chart_of(metric: str, trials: Sequence[Trial]) -> Chart:
-    """A metric of all trials, by the number of the report."""
+    """The chart of a metric: one curve per trial, with the number of the report on the x axis."""
     series = tuple(
         Series(
             f"trial {t.number}",

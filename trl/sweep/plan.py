@@ -1,4 +1,4 @@
-"""A sweep as it is written down: what is searched, by what it is judged, and how."""
+"""The configuration of a sweep: the parameters to search, the metric that judges trials, and the search options."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ SCHEDULERS = ("fifo", "hyperband", "hyperbandforbohb")
 
 @dataclass(frozen=True)
 class Tuning:
-    """The section `tune_config`."""
+    """The section `tune_config` of a sweep's file."""
 
     metric: str
-    """Metric that trials are judged by, as they report it: "reward/mean", "metrics/optimality", …"""
+    """Name of the reported metric that judges trials: "reward/mean", "metrics/optimality", …"""
 
     mode: str = "max"
     """"max": a higher metric is better. "min": a lower one."""
 
     search_alg: str = "random"
-    """"random": every trial is drawn by itself."""
+    """"random": settings of every trial are drawn independently."""
 
     scheduler: str = "fifo"
-    """"fifo": every trial ends. "hyperband": with Ray, trials that lie behind at a number of reports are stopped."""
+    """"fifo": every trial runs to its end. "hyperband" (with Ray): stop trials early that are worse than others after the
+    same number of reports."""
 
     num_samples: int = 1
-    """Draws; each goes through the whole grid."""
+    """Number of random draws. Every combination of `grid` parameters is tried this many times."""
 
     max_concurrent_trials: int | None = None
-    """Trials at once, with Ray. None: as many as there is room for."""
+    """Maximum number of parallel trials, with Ray. None: as many as the cluster has resources for."""
 
     seed: int = 0
-    """Seed of the draws."""
+    """Random seed of the draws."""
 
     def __post_init__(self) -> None:
         for name, known in (("mode", MODES), ("search_alg", SEARCHES), ("scheduler", SCHEDULERS)):
@@ -56,7 +57,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Plan:
-    """A script, with `main(hparams)`, and the trials that are made of it."""
+    """A script with `main(hparams)`, and the settings of all its trials."""
 
     script: Path
     tuning: Tuning
@@ -64,12 +65,12 @@ class Plan:
 
     @classmethod
     def read(cls, script: str, config: Mapping[str, Any]) -> Plan:
-        """From the mapping of a sweep's file. Raises ConfigError for what is missing or unknown in it."""
+        """Make a plan from the content of a sweep's file. Raises ConfigError for missing or unknown keys."""
         file = Path(script).expanduser()
         if not file.is_file():
             raise ConfigError(f"There is no script {script!r}.")
         if not isinstance(config.get("tune_config"), Mapping):
-            raise ConfigError("The sweep has no section tune_config: give it at least a metric.")
+            raise ConfigError("The sweep's file has no section tune_config: add one, with at least a metric.")
         known = {field.name: field for field in fields(Tuning)}
         for name in config["tune_config"]:
             if name not in known:
@@ -77,11 +78,11 @@ class Plan:
                     f"tune_config has no option {name!r}.{suggest(name, known)} It has: {', '.join(known)}."
                 )
         if "metric" not in config["tune_config"]:
-            raise ConfigError("tune_config.metric is missing: name the metric that trials are judged by.")
+            raise ConfigError("tune_config.metric is missing: name the reported metric that judges trials.")
         tuning = Tuning(**config["tune_config"])
         parameters = [Parameter.read(name, given) for name, given in config.items() if name != "tune_config"]
         if not parameters:
             raise ConfigError(
-                "The sweep has no parameter: give one, as optimizer.kwargs.lr: {strategy: …, values: […]}."
+                "The sweep's file has no parameters: add one, such as optimizer.kwargs.lr: {strategy: …, values: […]}."
             )
         return cls(file.resolve(), tuning, trials_of(parameters, count=tuning.num_samples, seed=tuning.seed))

@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: several at once, on as many machines as the cluster has."""
+"""Run trials on Ray Tune: in parallel, on all machines of a cluster."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trl.sweep.plan import Plan, Tuning
 from trl.sweep.trial import Trial, run_trial
 
 REPORTED = "_reported"
-"""Under this name each report goes through Ray whole: names with strokes are its own way of nesting."""
+"""Key that holds all reports of a trial in Ray's results. Ray would read slashes in metric names as nesting."""
 
 
 def run_on_ray(plan: Plan, folder: Path, *, cpus: float, gpus: float, address: str | None = None) -> list[Trial]:
-    """All trials of the plan, each with so many processors; more than the cluster has are as many as it has."""
+    """Run all trials of the plan, with `cpus` and `gpus` per trial, or as many as the cluster has, if fewer."""
     ray = require("ray", to="A sweep on several machines")
     from ray import tune
 

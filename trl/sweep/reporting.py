@@ -1,4 +1,4 @@
-"""How a trial tells its metrics to the sweep that runs it: trainers report, and whoever listens hears.
+"""How a trial sends its metrics to the sweep that runs it: trainers call `report`, and the sweep's listener receives them.
 
 with listening(heard.append):
     main(hparams)                        # somewhere inside: report({"reward/mean": 0.5})
@@ -17,20 +17,20 @@ _listener: ContextVar[Listener | None] = ContextVar("sweep", default=None)
 
 
 def report(metrics: Mapping[str, Any]) -> None:
-    """Tell the numbers among `metrics` to the sweep, if there is one."""
+    """Send the numbers among `metrics` to the sweep, if one is running."""
     listener = _listener.get()
     if listener is not None:
         listener(numbers(metrics))
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What of a mapping are numbers, as floats."""
+    """The numeric values of a mapping, as floats."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hear what is reported meanwhile."""
+    """Pass all metrics that are reported in this context to `listener`."""
     token = _listener.set(listener)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is searched: a strategy and its values for each parameter.
+"""The search space of a sweep: a strategy and its values for each parameter.
 
     optimizer.kwargs.lr: {strategy: loguniform, values: [1e-5, 1e-3]}
     method.init_kl_coef: {strategy: grid, values: [0, 0.05]}
@@ -8,7 +8,7 @@
     randn                    [mean, deviation]           choice                  one of the values
     qrandn                   [mean, deviation, step]     grid                    each of the values
 
-Drawn numbers depend on the seed and on the trial alone. A grid is gone through whole, `num_samples` times.
+Drawn numbers depend only on the seed and the number of the trial. Each combination of a grid is run `num_samples` times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _loguniform(numbers: Numbers, low: float, high: float) -> float:
 
 
 def _stepped(draw: Draw) -> Draw:
-    """A draw, rounded to the last value's multiples."""
+    """A draw that is rounded to multiples of the last value, the step."""
 
     def stepped(numbers: Numbers, *values: float) -> float:
         *limits, step = values
@@ -56,12 +56,12 @@ STRATEGIES: dict[str, tuple[Draw | None, int | None]] = {
     "choice": (lambda numbers, *values: values[numbers.randint(len(values))], None),
     "grid": (None, None),
 }
-"""Strategy → how a value is drawn, and how many values it is described by (None: any number)."""
+"""Strategy → the function that draws a value, and the number of `values` it takes (None: any number)."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a script, by its dotted name, and what is tried of it."""
+    """A parameter of a script, by its dotted name, and how its values are chosen."""
 
     name: str
     strategy: str
@@ -69,29 +69,29 @@ class Parameter:
 
     @classmethod
     def read(cls, name: str, given: Any) -> Parameter:
-        """From a mapping with `strategy` and `values`. Raises ConfigError for what it does not describe."""
+        """Make a parameter from a mapping with `strategy` and `values`. Raises ConfigError for anything else."""
         if not isinstance(given, Mapping) or set(given) != {"strategy", "values"}:
-            raise ConfigError(f"{name}: a parameter has a strategy and values, found {given!r:.80}.")
+            raise ConfigError(f"{name}: a parameter needs exactly the keys strategy and values, found {given!r:.80}.")
         strategy, values = given["strategy"], given["values"]
         if strategy not in STRATEGIES:
             raise ConfigError(unknown(f"strategy of {name}", str(strategy), STRATEGIES))
         count = STRATEGIES[strategy][1]
         if not isinstance(values, list) or not values or count not in (None, len(values)):
             wanted = "a list" if count is None else f"a list of {count} numbers"
-            raise ConfigError(f"{name}: values of {strategy} are {wanted}, found {values!r:.80}.")
+            raise ConfigError(f"{name}: values of {strategy} must be {wanted}, found {values!r:.80}.")
         if count is not None and not all(isinstance(v, int | float) for v in values):
-            raise ConfigError(f"{name}: values of {strategy} are numbers, found {values!r:.80}.")
+            raise ConfigError(f"{name}: values of {strategy} must be numbers, found {values!r:.80}.")
         if "log" in strategy and values[0] <= 0:
-            raise ConfigError(f"{name}: {strategy} begins above zero, found {values[0]}.")
+            raise ConfigError(f"{name}: the lower limit of {strategy} must be above zero, found {values[0]}.")
         return cls(name, strategy, values)
 
     def draw(self, numbers: Numbers) -> Any:
-        """A value of it."""
+        """Draw a value."""
         return STRATEGIES[self.strategy][0](numbers, *self.values)
 
 
 def trials_of(parameters: Sequence[Parameter], *, count: int, seed: int) -> list[dict[str, Any]]:
-    """The settings of all trials: `count` draws, of which each goes through the whole grid."""
+    """The settings of all trials: every combination of the grid `count` times, each time with new draws."""
     grids = [p for p in parameters if p.strategy == "grid"]
     drawn = [p for p in parameters if p.strategy != "grid"]
     trials = []

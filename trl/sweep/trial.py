@@ -1,4 +1,4 @@
-"""A trial: the script's `main` with the settings of one row, and what it reported."""
+"""A trial of a sweep: run the script's `main` with one set of settings, and collect the metrics it reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl.sweep.reporting import listening, numbers
 
 @dataclass
 class Trial:
-    """A row of the table: its settings, all that it reported, and why it failed, if it did."""
+    """The settings of a trial, all its reports, and its error if it failed."""
 
     number: int
     settings: Mapping[str, Any]
@@ -26,17 +26,17 @@ class Trial:
     seconds: float = 0.0
 
     def value(self, metric: str) -> float | None:
-        """The metric as it was reported last."""
+        """The last reported value of the metric."""
         return next((report[metric] for report in reversed(self.reports) if metric in report), None)
 
     @property
     def metrics(self) -> set[str]:
-        """Names of all that was reported."""
+        """Names of all reported metrics."""
         return {name for report in self.reports for name in report}
 
 
 def run_trial(script: Path, settings: Mapping[str, Any], hear: Callable[[dict[str, float]], Any]) -> None:
-    """Run `main(settings)` of the script; `hear` is told what it reports, and last what it returns."""
+    """Run `main(settings)` of the script; pass the metrics that it reports, and last those it returns, to `hear`."""
     main = main_of(script)
     with listening(hear):
         result = main(dict(settings))
@@ -46,11 +46,11 @@ def run_trial(script: Path, settings: Mapping[str, Any], hear: Callable[[dict[st
 
 
 def tried(trial: Trial, script: Path) -> Trial:
-    """The trial once it has run: a script that raises is a trial that failed."""
+    """Run a trial, and fill in its reports and duration. If the script raises, record the error."""
     start = time.perf_counter()
     try:
         run_trial(script, trial.settings, trial.reports.append)
-    except Exception as error:  # a script may raise anything; the next trial is not to suffer from it
+    except Exception as error:  # a script may raise anything; the next trial must still run
         trial.error = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     trial.seconds = time.perf_counter() - start
@@ -58,7 +58,7 @@ def tried(trial: Trial, script: Path) -> Trial:
 
 
 def main_of(script: Path) -> Callable[[dict[str, Any]], Any]:
-    """The function `main` of a script. What stands beside the script can be imported by it."""
+    """Import a script and return its function `main`. The script may import other files from its folder."""
     if str(script.parent) not in sys.path:
         sys.path.insert(0, str(script.parent))
     spec = importlib.util.spec_from_file_location(f"sweep_{script.stem}", script)
@@ -72,7 +72,7 @@ def main_of(script: Path) -> Callable[[dict[str, Any]], Any]:
 
 
 def metrics_of(result: Any) -> dict[str, float]:
-    """Metrics of what `main` returned: a mapping, or a trainer, whose log it is; else none."""
+    """The metrics in the result of `main`: a mapping's numbers, or the last logged values of a trainer; else none."""
     if isinstance(result, Mapping):
         return numbers(result)
     trainer = getattr(result, "trainer", result)
