@@ -105,7 +105,7 @@ TRIALS = (
     Trial(f"preview {BASE} {DATA} --rows -1", ("rows=-1", "1 or more")),
     # models, folders, networks
     Trial("chat tiny", ("'tiny'", "--model_name_or_path tiny")),
-    Trial("chat --model_name_or_path tiny --device mps", ("device='mps'", "none here")),
+    Trial("chat --model_name_or_path tiny --device mps", ("device='mps'", "does not exist on this machine")),
     Trial("chat --model_name_or_path no-such-model", ("no-such-model", "offline")),
     Trial(f"eval --model_name_or_path no-such-model {DATA} --perplexity", ("no-such-model", "offline")),
     Trial(f"sft --model_name_or_path ./nowhere {DATA}", ("./nowhere", "no such folder")),

@@ -231,7 +231,7 @@ def test_without_a_chat_template_the_text_is_continued(tmp_path):
 def test_messages_beyond_the_context(tmp_path):
     """Around the n characters of a message the template has 19 tokens."""
     talks = speaker(save_model(tmp_path / "short", context=64))
-    with pytest.raises(TooLong, match="has 129 tokens and the model's context is 64"):
+    with pytest.raises(TooLong, match="has 129 tokens, and the model's context has 64"):
         talks.answer([{"role": "user", "content": "x" * 110}], GREEDY, print)
     assert talks.answer([{"role": "user", "content": "x" * 25}], Generation(max_new_tokens=500), lambda _: None) == 20
 
@@ -313,7 +313,7 @@ def test_set_changes_what_it_names():
         ("temprature=1", "Unknown setting 'temprature'. Did you mean 'temperature'?"),
         ("temperature=-1", "temperature=-1.0: give 0 \\(the most likely token\\) or a positive number."),
         ("top_k=few", "top_k was given 'few', but takes an int or none."),
-        ("top_k=1; hot", "'hot' sets nothing: write key=value."),
+        ("top_k=1; hot", "'hot' is not a setting: write key=value."),
     ],
 )
 def test_set_refuses(text, message):
@@ -395,7 +395,7 @@ def talk(lines, folder, **options):
 def test_old_turns_are_dropped_and_that_is_said_once(tmp_path):
     session, screen, parrot = talk(["one", "two", "three", "four"], tmp_path)
     assert parrot.seen[2:] == [["two", "two", "three"], ["three", "three", "four"]]
-    assert screen.said == ["The conversation is longer than the model's context: it forgets the oldest turns."]
+    assert screen.said == ["The conversation is longer than the model's context: the oldest turns are left out."]
     assert len(session.conversation.messages) == 8
 
 
@@ -421,7 +421,7 @@ def test_save_keeps_what_another_conversation_wrote(tmp_path):
     talk(["one", "save talk", "two", "save talk"], tmp_path)
     assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 4
     _, screen, _ = talk(["three", "save talk"], tmp_path)
-    assert "talk.json is there already, from another conversation" in screen.said[0]
+    assert "talk.json already holds another conversation" in screen.said[0]
 
 
 def test_examples_of_a_file(tmp_path):
@@ -565,7 +565,7 @@ def test_what_a_server_refuses(server, monkeypatch):
     with pytest.raises(TooLong, match="maximum context length is 3 messages"):
         asked.answer(long, Generation(), print)
     server.refusal = (401, {"error": {"message": "no key", "type": "auth"}})
-    with pytest.raises(ServerError, match=r"refused \(401\): no key Its key is read from .* OPENAI_API_KEY"):
+    with pytest.raises(ServerError, match=r"refused \(401\): no key Set the API key in .* OPENAI_API_KEY"):
         asked.answer(long, Generation(), print)
     server.refusal = (500, {"detail": "broken"})
     with pytest.raises(ServerError, match=r"refused \(500\): broken"):
@@ -582,7 +582,7 @@ def test_a_server_that_is_not_there(capsys, monkeypatch):
 
 def test_a_server_of_another_kind(server):
     server.models = ["a", "list"]
-    with pytest.raises(ServerError, match="does not answer as an OpenAI-compatible server does: b'\\[\"a"):
+    with pytest.raises(ServerError, match="does not respond like an OpenAI-compatible server: b'\\[\"a"):
         ServerSpeaker(server.url)
 
 
@@ -602,7 +602,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
     [
         (CHUNK, "broke off in the middle"),
         (b"", "broke off in the middle"),
-        (b'data: {"choices": [1]}\n\n', "does not answer as an OpenAI-compatible server does"),
+        (b'data: {"choices": [1]}\n\n', "does not respond like an OpenAI-compatible server"),
         (b'data: {"choices": 1}\n\n', "does not answer as"),
         (b'data: {"choices": {"delta": {"content": "a"}}}\n\n', "does not answer as"),
         (b'data: {"choices": [{"delta": "a"}]}\n\n', "does not answer as"),

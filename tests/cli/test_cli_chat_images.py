@@ -86,7 +86,7 @@ def test_what_cannot_be_shown_is_said(tmp_path):
     assert "broken.png" in broken
     text_model = LocalSpeaker(MODELS["llama"](), make_tokenizer())
     _, screen = session_of([f"/image {saved(tmp_path)}"], text_model, tmp_path)
-    assert "reads no images" in screen.said[-1]
+    assert "cannot read images" in screen.said[-1]
 
 
 def test_a_server_is_sent_the_image_itself(tmp_path):

@@ -182,7 +182,9 @@ def test_what_to_change_where_memory_does_not_suffice():
     )
     parts = {"weights": 2**30, "gradients": 2**30, "optimizer": 2**31, "activations": 2**34}
     (problem,) = memory_problems(MemoryEstimate(parts, "cpu", available=2**33), run)
-    assert problem.startswith("Memory: a step takes 20.00 GiB, and 8.00 GiB are free.\n    --gradient_checkpointing")
+    assert problem.startswith(
+        "Memory: a step takes 20.00 GiB, but only 8.00 GiB are free. To save memory:\n    --gradient_checkpointing"
+    )
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in problem
     assert "--max_length 512" in problem
     assert memory_problems(MemoryEstimate(parts, "cpu", available=2**35), run) == []

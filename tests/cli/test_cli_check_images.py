@@ -39,7 +39,7 @@ def test_rows_of_rlaif_v(home, capsys):
     assert main(["check", "dpo", "--model_name_or_path", "reader", "--dataset_name", "pairs.jsonl", *words]) == 0
     shown = capsys.readouterr().out
     assert "user: [4 image tokens]what is it?" in shown
-    assert "What the image encoder keeps of images comes on top" in shown
+    assert "The activations of the image encoder are not included" in shown
     assert "Ready to train" in shown
 
 

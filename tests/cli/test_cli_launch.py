@@ -65,7 +65,7 @@ def test_shipped_configurations_are_read_by_accelerate(name, kind):
     ("words", "message"),
     [
         (["--num_processes", "0"], "num_processes=0: give 1 or more."),
-        (["--num_processes", "2", "--accelerate_config", "single"], "accelerate_config='single' is one process"),
+        (["--num_processes", "2", "--accelerate_config", "single"], "accelerate_config='single' means one process"),
         (["--accelerate_config", "zero4"], "'zero4' is neither a file nor one of ddp, fsdp2, single, zero1, zero2"),
     ],
 )
@@ -77,7 +77,7 @@ def test_refused(words, message, capsys, monkeypatch):
 
 def test_devices_are_counted(monkeypatch):
     monkeypatch.setattr("trl.cli.launch.find_spec", lambda name: name)
-    with pytest.raises(ConfigError, match="num_processes=3, and there are 2 devices here"):
+    with pytest.raises(ConfigError, match="num_processes=3, but this machine has 2 devices"):
         check_devices("ddp", 3, 2)
     check_devices("ddp", 3, 0)
     check_devices("fsdp2", 3, 0)

@@ -101,7 +101,7 @@ def test_help_imports_nothing_heavy(words):
         ),
         (["sweep"], "--config is missing: it takes text. YAML file with `tune_config`"),
         (["completion", "zhs"], "Unknown shell 'zhs'. Did you mean 'zsh'"),
-        (["env", "--all"], "trl env takes no options, and was given '--all'."),
+        (["env", "--all"], "trl env takes no options, but was given '--all'."),
     ],
 )
 def test_refused(words, message, capsys, tmp_path, monkeypatch):
@@ -158,10 +158,10 @@ DATA = ["--dataset_name", "imdb", "--model_name_or_path", "gpt2"]
             "flow.yaml is not YAML: while parsing a flow sequence: expected ',' or ']', but got",
         ),
         (["--config", "tabs.yaml"], "(line 2). YAML is indented with spaces, never with tabs."),
-        (["--config", "latin.yaml"], "--config latin.yaml: this is no text in UTF-8"),
-        (["--config", "twice.yaml"], "twice.yaml: seed stands in lines 1 and 3: keep one."),
-        (["--config", "text.yaml"], "a configuration is a list of `option: value` lines, and not a str."),
-        (["--config", "."], "--config .: this is a folder, and not a file."),
+        (["--config", "latin.yaml"], "--config latin.yaml: this is not UTF-8 text"),
+        (["--config", "twice.yaml"], "twice.yaml: seed is given twice, in lines 1 and 3: keep one."),
+        (["--config", "text.yaml"], "a configuration is a list of `option: value` lines, not a str."),
+        (["--config", "."], "--config .: this is a folder, not a file."),
         (["--dataset_name", "empty.jsonl", "--model_name_or_path", "gpt2"], "'empty.jsonl' is empty: it has no rows."),
         (["--dataset_name", "imdb", "--model_name_or_path", "text.yaml"], "='text.yaml' is a file: give the folder of"),
         ([*DATA, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0: give 1 or more."),
@@ -361,7 +361,7 @@ include_tokens_per_second: true
     )
     done = trl("sft", "--config", "sft.yaml", "--max_steps", "1", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "include_tokens_per_second has no effect any more: leave it out." in done.stderr
+    assert "include_tokens_per_second no longer has an effect: leave it out." in done.stderr
     assert "train: 20 rows" in done.stderr
     assert done.stdout.count("'loss'") == 1
     assert "\r" not in done.stderr
@@ -405,7 +405,7 @@ def test_errors_of_data_are_messages(inside, capsys):
     words = ["--model_name_or_path", "tiny", "--dataset_name", "train.jsonl", "--output_dir", "none", "--use_cpu"]
     assert main(["sft", *words, "--eval_strategy", "steps"]) == 2
     assert (
-        "eval_strategy='steps' needs rows to evaluate on, and the dataset has no split 'test'"
+        "eval_strategy='steps' needs rows to evaluate on, but the dataset has no split 'test'"
         in capsys.readouterr().err
     )
     assert main(["sft", *words, "--dataset_train_split", "tran"]) == 2

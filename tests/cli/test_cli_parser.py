@@ -140,7 +140,7 @@ def test_refused_words(words, message):
         ("path: 5", r"c.yaml: path was given 5, but takes text or none. Put it in quotes."),
         ("columns: [1]", "c.yaml: columns was given .1., but takes text"),
         ("schedule: cosin", "Did you mean 'cosine'"),
-        ("- a\n- b", "a configuration is a list of `option: value` lines, and not a list"),
+        ("- a\n- b", "a configuration is a list of `option: value` lines, not a list"),
         ("a: [", "c.yaml is not YAML"),
         ("env: [a]", "env takes names of environment variables"),
     ],

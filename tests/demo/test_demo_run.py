@@ -101,8 +101,8 @@ def test_a_label_that_the_classifier_does_not_have(named, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--judged", "0"], "judged=0: give 1 to 600, the held-out reviews."),
-        (["--positive_label", "good"], "positive_label names a label of reward_model_name_or_path"),
+        (["--judged", "0"], "judged=0: give 1 to 600, the number of held-out reviews."),
+        (["--positive_label", "good"], "positive_label is a label of the classifier reward_model_name_or_path"),
         (["--model_name_or_path", "./no"], "model_name_or_path='./no': there is no such folder."),
         (["--output", "x"], "Unknown option --output. Did you mean '--output_dir'"),
     ],

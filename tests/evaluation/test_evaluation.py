@@ -38,7 +38,7 @@ def test_a_mean_and_how_sure_it_is():
     assert found.half_width == pytest.approx(0.5658, abs=1e-4)
     assert estimate([3.0]).half_width == 0
     assert [outcome(2, 1), outcome(1, 2), outcome(1, 1)] == [1.0, 0.0, 0.5]
-    with pytest.raises(ValueError, match="nothing to take the mean of"):
+    with pytest.raises(ValueError, match="values is empty"):
         estimate([])
 
 
@@ -111,7 +111,7 @@ def test_a_server_reads_who_said_what(server):
 
 
 def test_a_server_that_does_not_judge(server):
-    with pytest.raises(ConfigError, match="answered 'Both are fine' and not A or B"):
+    with pytest.raises(ConfigError, match="answered 'Both are fine' instead of A or B"):
         ServerJudge(server(lambda question: "Both are fine"), "m")(["p"], ["x"], ["y"])
 
 
@@ -248,8 +248,8 @@ def test_its_own_options_stand_first_in_its_help(capsys):
     [
         (["--model_name_or_path", "ours"], "--dataset_name is missing"),
         ([*COMMON, "--chat"], "are for benchmarks"),
-        ([*COMMON, "--against", "theirs"], "nobody judges: give reward_funcs or judge_server"),
-        ([*COMMON, "--judge_server", "http://x"], "give the other one, --against MODEL"),
+        ([*COMMON, "--against", "theirs"], "nothing judges the samples: give reward_funcs or judge_server"),
+        ([*COMMON, "--judge_server", "http://x"], "give the other model, --against MODEL"),
         ([*COMMON, "--batch_size", "0"], "batch_size=0"),
         (["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl"], "need a column 'prompt'"),
     ],
@@ -326,8 +326,8 @@ def test_rewards_are_given_images_and_columns(home, reader):
     [
         (["--model_name_or_path", "ours"], "hold images, which a tokenizer cannot process"),
         (["--dataset_name", "prompts.jsonl", "--pope"], "--pope needs a column 'label'"),
-        (["--chair", "absent.json"], "chair='absent.json' is no JSON file"),
-        (["--chair", "1.png"], "chair='1.png' is no JSON file"),
+        (["--chair", "absent.json"], "chair='absent.json' is not a JSON file"),
+        (["--chair", "1.png"], "chair='1.png' is not a JSON file"),
         (["--image_folder", "elsewhere"], "There is no file 'elsewhere/1.png'"),
     ],
 )

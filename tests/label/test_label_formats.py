@@ -32,7 +32,7 @@ def test_rings_of_two_are_one_pair():
 @pytest.mark.parametrize(
     ("task", "rows", "message"),
     [
-        ("rate", [{"prompt": "p", "text": "a"}], "x, row 1 has no completion: it has .'prompt', 'text'."),
+        ("rate", [{"prompt": "p", "text": "a"}], "x, row 1 has no completion, but .'prompt', 'text'."),
         ("rate", [{"prompt": "p", "completion": 5}], "row 1: expected a text or a list of messages"),
         ("rate", [{"prompt": "p", "completion": "a", "images": ["a.png"]}], "x, row 1 has images"),
         (
@@ -84,7 +84,7 @@ ROW = {"prompt": "p", "completion": "a"}
         ("a.json", json.dumps({"data": [ROW]}), r"a\.json holds .*give a list of rows"),
         ("a.json", "5", r"a\.json holds 5: give a list of rows"),
         ("a.json", json.dumps([ROW, 3]), r"a\.json, row 2: expected an object .*found 3"),
-        ("a.json", '[{"prompt": "p", "completion": "\\ud83d"}]', r"a\.json holds half of a character"),
+        ("a.json", '[{"prompt": "p", "completion": "\\ud83d"}]', r"a\.json contains half of a character"),
         ("a.jsonl", '["a"]', r"a\.jsonl, row 1: expected an object"),
         ("a.jsonl", '{"prompt": "p"', r"a\.jsonl, line 1, column 15"),
         ("a.jsonl", b'{"prompt": "\xe9"}', r"a\.jsonl, line 1, column 13: the byte 0xe9 is not UTF-8"),
@@ -101,17 +101,17 @@ def test_files_that_hold_no_rows(tmp_path, name, text, message):
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("rate", {"fields": ROW, "responses": [{"user_id": "u", "value": 4}]}, "row 2: these are no answers"),
-        ("rate", {"fields": ROW, "responses": {"rate": [{"value": 4}]}}, "row 2: these are no answers.*user_id"),
+        ("rate", {"fields": ROW, "responses": [{"user_id": "u", "value": 4}]}, "row 2: the answers to the task"),
+        ("rate", {"fields": ROW, "responses": {"rate": [{"value": 4}]}}, "row 2: the answers to the task.*user_id"),
         ("rate", {"fields": ROW, "responses": {"rate": [{"user_id": "u", "value": 9}]}}, "row 2: 9 is no answer"),
-        ("rate", {"data": ROW, "annotations": [{"result": [{}]}]}, "row 2: these are no answers"),
+        ("rate", {"data": ROW, "annotations": [{"result": [{}]}]}, "row 2: the answers to the task"),
         (
             "rate",
             {
                 "fields": {"prompt": "p", "completions": ["a", "b"]},
                 "responses": {"rate": [{"user_id": "u", "value": 4}]},
             },
-            "row 2 has answers, and 2 questions",
+            "row 2 has answers, but makes 2 items",
         ),
     ],
 )

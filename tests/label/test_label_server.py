@@ -97,10 +97,10 @@ def test_a_network_needs_the_token(serve):
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/api/next", None, "Say who you are"),
-        ("/api/next?rater=%07", None, "Say who you are"),
-        ("/api/answer", {"rater": "ada", "item": "no", "value": 1}, "not known here"),
-        ("/api/answer", {"rater": "ada", "item": ITEM.key, "value": 9}, "9 is no answer to the task 'compare'"),
+        ("/api/next", None, "Give your name"),
+        ("/api/next?rater=%07", None, "Give your name"),
+        ("/api/answer", {"rater": "ada", "item": "no", "value": 1}, "unknown to the server"),
+        ("/api/answer", {"rater": "ada", "item": ITEM.key, "value": 9}, "9 is not an answer to the task 'compare'"),
         ("/api/undo", {"rater": "ada"}, "There is nothing to undo"),
         ("/api/skip", ["ada"], "Send a JSON object"),
     ],

@@ -95,7 +95,7 @@ def test_marks_and_scores_are_inverse():
     [("rate", 6), ("rate", True), ("rate", "4"), ("approve", 1), ("compare", 2), ("compare", True), ("correct", " ")],
 )
 def test_answers_of_another_kind_are_refused(task, answer):
-    with pytest.raises(DataError, match="is no answer to the task"):
+    with pytest.raises(DataError, match="is not an answer to the task"):
         check_answer(task, PAIR if task == "compare" else ITEMS[0], answer)
 
 
@@ -248,7 +248,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', {}, "line 1 is no row that the task 'rate' writes"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', {}, "line 1 is not a row that the task 'rate' writes"),
         (
             "",
             {"form": "completions"},
@@ -271,5 +271,5 @@ def test_one_process_writes(start, tmp_path):
 
 def test_a_journal_of_something_else(start, tmp_path):
     (tmp_path / "out.journal.jsonl").write_text('{"some": "thing"}\n')
-    with pytest.raises(DataError, match="line 1 is no event of a journal"):
+    with pytest.raises(DataError, match="line 1 is not an event of a journal"):
         start()

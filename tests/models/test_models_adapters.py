@@ -221,7 +221,7 @@ def test_merging_changes_nothing_but_the_precision(dtype, adapter, tmp_path, cap
     assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer().chat_template
     assert not is_adapter(out)
     assert main(["merge", "--model_name_or_path", adapter, "--output_dir", out]) == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already holds a model" in capsys.readouterr().err
 
 
 def test_a_value_head_is_merged_with_its_policy(adapter, tmp_path):

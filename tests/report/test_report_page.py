@@ -368,7 +368,7 @@ def test_a_page_that_is_watched_asks_for_itself(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "trl report takes the folder of a run, or of several: trl report RUN"),
+        ([], "trl report takes the folders of one or more runs: trl report RUN"),
         (["no"], "There is no folder 'no'"),
         (["a", "b"], "There is no folder 'a'"),
         ([".", "--every", "0"], "every=0: give at least 1 second."),
@@ -384,7 +384,7 @@ def test_refused(words, message, capsys, tmp_path, monkeypatch):
 def test_a_report_of_nothing_is_refused(tmp_path, capsys):
     write(tmp_path / "run.json", {"log_history": []})
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no log and no samples" in capsys.readouterr().err
+    assert "holds neither a log nor samples" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 

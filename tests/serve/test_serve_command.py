@@ -64,7 +64,7 @@ def test_the_flags_of_vllm(capsys):
     over_nccl = command_of(VLLMServeArguments(model="m", nccl=True))
     assert json.loads(over_nccl[over_nccl.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
     assert environment_of(VLLMServeArguments(model="m")) == {"VLLM_SERVER_DEV_MODE": "1"}
-    with pytest.raises(ConfigError, match="data_parallel_size=2: start so many servers"):
+    with pytest.raises(ConfigError, match="data_parallel_size=2: start that many servers"):
         command_of(VLLMServeArguments(model="m", data_parallel_size=2))
     assert main(["vllm-serve", "--model", "m", "--vllm", "nowhere/vllm"]) == 2
     assert "There is no program 'nowhere/vllm'" in capsys.readouterr().err

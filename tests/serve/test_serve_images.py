@@ -150,14 +150,14 @@ def as_url(data):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://example.com/a.png", "this server fetches no other"),
-        ("file:///etc/passwd", "reads no files"),
-        ("/etc/passwd", "reads no files"),
+        ("http://example.com/a.png", "this server neither downloads images"),
+        ("file:///etc/passwd", "nor reads files"),
+        ("/etc/passwd", "nor reads files"),
         ("data:text/plain;base64,YWJj", "as a data URL"),
         ("data:image/png;base64,***", "in base64 cannot be read"),
         (as_url(b"no image"), "does not contain an image in a format that Pillow can read"),
         (as_url(base64.b64decode(URL.partition(",")[2])[:-60]), "cannot be decoded"),
-        (as_url(png(200, 200)), "40,000 pixels, and this server's max_request_pixels is 10,000"),
+        (as_url(png(200, 200)), "40,000 pixels, but this server's max_request_pixels is 10,000"),
     ],
 )
 def test_bad_images_are_refused_in_words(tiny, served, url, words):
@@ -185,10 +185,10 @@ def test_places_and_images_have_to_agree(tiny, served):
 def test_a_model_of_texts_is_given_no_images():
     with serve(MODELS["llama"]().eval()) as served:
         body = {"token_ids": [5, 6], "content_parts": [{"type": "image_url", "url": URL}]}
-        assert "reads no images" in post(served, "/inference/v1/generate", body, 400)["error"]["message"]
+        assert "cannot read images" in post(served, "/inference/v1/generate", body, 400)["error"]["message"]
         parts = [{"type": "image_url", "image_url": {"url": URL}}]
         body = {"messages": [{"role": "user", "content": parts}]}
-        assert "reads no images" in post(served, "/v1/chat/completions", body, 400)["error"]["message"]
+        assert "cannot read images" in post(served, "/v1/chat/completions", body, 400)["error"]["message"]
         body = {"prompt": [7, 8], "temperature": 0, "max_tokens": 4, "return_token_ids": True}
         (first, *_), banned = (c["token_ids"] for c in post(served, "/v1/completions", body)["choices"]), {}
         banned = {**body, "logit_bias": {str(first[0]): -100}}

@@ -251,7 +251,7 @@ def test_the_context_is_the_models(model):
 def test_a_key_is_asked_for(model):
     with serve(copy.deepcopy(model), api_key="right") as served:
         assert requests.get(f"{served.url}/health", timeout=60).status_code == 200
-        assert "asks for its key" in post(served, "/v1/completions", {"prompt": [5]}, 401)["error"]["message"]
+        assert "needs an API key" in post(served, "/v1/completions", {"prompt": [5]}, 401)["error"]["message"]
         post(served, "/pause", status=401, headers={"Authorization": "Bearer wrong"})
         post(served, "/v1/completions", {"prompt": [5]}, headers={"Authorization": "Bearer right"})
 

@@ -93,7 +93,7 @@ def test_the_block_is_left_with_the_status_of_its_signal(tmp_path, capfd, number
     assert left.value.code == status
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
     assert signal.getsignal(number) is before
-    assert "Stopped, with a checkpoint. To go on:" in capfd.readouterr().err
+    assert "Stopped, with a checkpoint. To resume:" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_signal_ends_a_program_and_its_own_words_go_on(tmp_path):
     assert process.returncode == 143, stderr
     assert "Traceback" not in stderr
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
-    words = re.search(r"Stopped, with a checkpoint. To go on:\n\n    (.*)\n", stderr)[1]
+    words = re.search(r"Stopped, with a checkpoint. To resume:\n\n    (.*)\n", stderr)[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     again = subprocess.run(
         [fast_python(), *shlex.split(words)[1:]],

@@ -128,7 +128,7 @@ def test_numbers_with_an_exponent(folder):
 def test_one_after_the_other(folder, capsys):
     assert run([*write(folder, output_dir="out"), "--sequential"]) == 0
     out = capsys.readouterr().out
-    assert "4 trials, one after the other in this process: as asked for." in out
+    assert "4 trials, one after another in this process: --sequential." in out
     trials = table(folder / "out")
     assert [t["settings"]["method.kl"] for t in trials] == [0.0, 0.5, 0.0, 0.5]
     for trial in trials:
@@ -171,13 +171,13 @@ def test_a_minimum(folder):
         ({"tune_config": {"metric": "m", "num_sample": 2}}, "no option 'num_sample'. Did you mean 'num_samples'"),
         ({"tune_config": {"metric": "m", "mode": "maximum"}}, "Unknown tune_config.mode 'maximum'"),
         ({"tune_config": {"metric": "m", "search_alg": "bohb"}}, "search_alg='bohb' is not available: use 'random'"),
-        ({"tune_config": {"metric": "m", "scheduler": "hyperband"}}, "'hyperband' stops trials .* which takes Ray"),
+        ({"tune_config": {"metric": "m", "scheduler": "hyperband"}}, "'hyperband' compares trials .* which needs Ray"),
         ({"tune_config": {"metric": "m", "num_samples": 0}}, "num_samples=0: give at least 1"),
         ({"lr": {"strategy": "unifrom", "values": [0, 1]}}, "Unknown strategy of lr 'unifrom'. Did you mean 'uniform'"),
         ({"lr": {"strategy": "uniform", "values": [0]}}, "lr: values of uniform are a list of 2 numbers, found .0."),
         ({"lr": {"strategy": "uniform", "values": ["a", "b"]}}, "lr: values of uniform are numbers"),
-        ({"lr": {"strategy": "loguniform", "values": [0, 1]}}, "lr: loguniform begins above zero"),
-        ({"lr": 1e-3}, "lr: a parameter has a strategy and values, found 0.001"),
+        ({"lr": {"strategy": "loguniform", "values": [0, 1]}}, "lr: the lower limit of loguniform must be above zero"),
+        ({"lr": 1e-3}, "lr: a parameter needs exactly the keys strategy and values, found 0.001"),
         ({"lr": None, "method.kl": None}, "The sweep has no parameter"),
         (
             {"tune_config": {"metric": "loss"}},
@@ -196,9 +196,9 @@ def test_scripts_and_options_that_cannot_be(folder):
     (folder / "empty.py").write_text("")
     with pytest.raises(ConfigError, match=r"empty.py has no function main\(hparams\)"):
         run([*write(folder, script="empty.py"), "--sequential"])
-    with pytest.raises(ConfigError, match="--accelerate_config: a trial is one process"):
+    with pytest.raises(ConfigError, match="--accelerate_config is not available: a trial is one process"):
         run(write(folder, accelerate_config="config.yml"))
-    with pytest.raises(ConfigError, match="--server_address is for Ray"):
+    with pytest.raises(ConfigError, match="--server_address needs Ray"):
         run([*write(folder, server_address="there"), "--sequential"])
 
 

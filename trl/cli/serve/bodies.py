@@ -187,8 +187,8 @@ def image_bytes(url: Any, where: str) -> bytes:
     """The bytes of the image in a data URL. Raises ConfigError for other URLs, DataError for invalid base64."""
     if not isinstance(url, str) or DATA_URL.match(url) is None:
         raise ConfigError(
-            f"{where}: give the image_url as a data URL (data:image/png;base64,…); this server neither downloads images nor "
-            "reads files."
+            f"{where}: give the image_url as a data URL (data:image/png;base64,…); this server neither downloads images "
+            "nor reads files."
         )
     return from_base64(url.partition(",")[2])
 
