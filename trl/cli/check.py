@@ -1,7 +1,7 @@
 """`trl check METHOD …`, or `trl METHOD … --dry_run`: show what a training command would do, without training.
 
-Shows rows as the model would see them, counts of truncated and dropped rows, the planned optimizer steps, and an estimate
-of memory; calls each reward function once. Problems are listed last, and make the exit status 1.
+Shows rows as the model would see them, counts of truncated and dropped rows, the planned optimizer steps, and an
+estimate of memory; calls each reward function once. Problems are listed last, and make the exit status 1.
 """
 
 from __future__ import annotations

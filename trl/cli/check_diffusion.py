@@ -78,7 +78,8 @@ def denoiser_without_weights(run: Run) -> Denoiser:
 
 
 def pipeline_without_weights(name: str) -> Any:
-    """The pipeline `name` (Hub name or folder), its modules on the "meta" device. Raises ConfigError if there is none."""
+    """The pipeline `name` (Hub name or folder), its modules on the "meta" device. Raises ConfigError if there is
+    none."""
     diffusers = require("diffusers", to="Training a diffusion model")
     import transformers
 

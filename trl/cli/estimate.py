@@ -70,8 +70,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Peak memory of the heaviest optimizer step of `trainer`, made without weights; `with_sampling` adds sampling.
 
-    `sharding` names a shipped accelerate configuration; `quantised_bits` are the bits per frozen, quantised weight. Images
-    count as text tokens: the control flow of image encoders depends on values, which fake tensors lack.
+    `sharding` names a shipped accelerate configuration; `quantised_bits` are the bits per frozen, quantised weight.
+    Images count as text tokens: the control flow of image encoders depends on values, which fake tensors lack.
     """
     device = trainer.args.device
     images, trainer.images, trainer.image_features = trainer.images, None, None
@@ -103,7 +103,8 @@ def estimate_memory(
 def planned(
     trainer: BaseTrainer, another: Callable[[], BaseTrainer], estimate: Callable[[BaseTrainer], MemoryEstimate]
 ) -> tuple[MemoryEstimate, ActivationPlan | None]:
-    """The `estimate` of a run including sampling, and the activation checkpointing plan that training will choose, if any.
+    """The `estimate` of a run including sampling, and the activation checkpointing plan that training will choose, if
+    any.
 
     `another()` makes a second trainer, because an estimate replaces the weights of the trainer that it is given.
     """
@@ -158,7 +159,8 @@ class _Step:
 
 
 def _unmasked(batch: Batch) -> Batch:
-    """The batch without a mask or positions that mask nothing: models would read their values, which fake tensors lack."""
+    """The batch without a mask or positions that mask nothing: models would read their values, which fake tensors
+    lack."""
     inputs = dict(batch.inputs)
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if mask is not None and mask.numel() == batch.tokens:
@@ -208,8 +210,8 @@ def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, mod
 def with_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
     """The estimate with the KV cache of a trainer that samples.
 
-    CUDA graphs keep the memory of a training step while sampling, so the cache is added to it. Without them, sampling and
-    training take turns, and the larger of the two counts.
+    CUDA graphs keep the memory of a training step while sampling, so the cache is added to it. Without them, sampling
+    and training take turns, and the larger of the two counts.
     """
     if not isinstance(trainer.args, OnlineConfig):
         return estimate

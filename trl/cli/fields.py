@@ -5,7 +5,8 @@ A field is documented once, by a string literal below it (or `metadata={"help": 
     max_length: int | None = 1024
     \"\"\"Tokens per row; longer rows are cut.\"\"\"
 
-`options_in_source("trl.trainers.sft:SFTConfig")` parses the source and imports nothing; `options_of(cls)` takes a class.
+`options_in_source("trl.trainers.sft:SFTConfig")` parses the source and imports nothing; `options_of(cls)` takes a
+class.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def merge_options(*groups: list[Option]) -> list[Option]:
 
 
 def options_in_source(reference: str) -> list[Option]:
-    """The options of the dataclass `"module:Class"`, base classes first, read from source without importing anything."""
+    """The options of the dataclass `"module:Class"`, base classes first, read from source without importing
+    anything."""
     found: dict[str, Option] = {}
     for module, cls in reversed(ancestry(*_class_in_source(reference))):
         for option in _options_in_body(module, cls, found):

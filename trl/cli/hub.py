@@ -24,7 +24,8 @@ class HubError(OSError):
 
 
 def check_model_on_hub(name: str, revision: str) -> None:
-    """Raises ConfigError if a model is neither a folder, nor in the cache, nor on the hub, or the hub cannot be reached."""
+    """Raises ConfigError if a model is neither a folder, nor in the cache, nor on the hub, or the hub cannot be
+    reached."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):

@@ -67,7 +67,8 @@ def needs_launcher(given: ParsedOptions) -> bool:
 
 
 def find_config(name: str) -> Path:
-    """The path of a shipped accelerate configuration, or of the user's file. Raises ConfigError if it does not exist."""
+    """The path of a shipped accelerate configuration, or of the user's file. Raises ConfigError if it does not
+    exist."""
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     path = shipped.get(name, Path(name).expanduser())
     if not path.is_file():
@@ -124,7 +125,8 @@ def _run(words: Sequence[str]) -> bool:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[list[int]]:
-    """Forward signals that end a run to the child processes, which save a checkpoint. Yields the list of received signals.
+    """Forward signals that end a run to the child processes, which save a checkpoint. Yields the list of received
+    signals.
 
     torch's launcher would kill its processes after a few seconds.
     """

@@ -33,7 +33,8 @@ def load_pretrained(model: ModelConfig, *, device: str = "auto") -> tuple[Any, A
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Keyword arguments for `from_pretrained` that put the weights on `device`. Raises ConfigError if it does not exist."""
+    """Keyword arguments for `from_pretrained` that put the weights on `device`. Raises ConfigError if it does not
+    exist."""
     if device == "auto" and not torch.accelerator.is_available():
         return {}
     if device in MAPS:

@@ -2,8 +2,8 @@
 
     trl sft --model_name_or_path facebook/opt-125m --dataset_name imdb --output_dir opt-sft-imdb
 
-Options are read and checked before torch is imported. Errors that a user can mend print one message and exit with status 2;
-errors of files, disks and networks print one message and exit with status 1.
+Options are read and checked before torch is imported. Errors that a user can mend print one message and exit with
+status 2; errors of files, disks and networks print one message and exit with status 1.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bars() -> dict[str, str]:
-    """Environment variables of tqdm: show bars only for work of a second or more, and clear them when done; disable them
-    where the terminal cannot draw them, and in all processes but the first of a node."""
+    """Environment variables of tqdm: show bars only for work of a second or more, and clear them when done; disable
+    them where the terminal cannot draw them, and in all processes but the first of a node."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     drawn = is_first and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
     return {"TQDM_DELAY": "1", "TQDM_LEAVE": ""} if drawn else {"TQDM_DISABLE": "1"}

@@ -60,8 +60,8 @@ class OptionParser:
     def parse(self, words: Sequence[str], *, keep_words: bool = False, keep_rest: bool = False) -> ParsedOptions:
         """Parse `words` and the files named in them.
 
-        With `keep_words`, positional words are collected in `rest` instead of refused; with `keep_rest`, unknown options
-        too. Raises ConfigError.
+        With `keep_words`, positional words are collected in `rest` instead of refused; with `keep_rest`, unknown
+        options too. Raises ConfigError.
         """
         given = ParsedOptions(help=next((HELP[word] for word in words if word in HELP), ""))
         if given.help:
@@ -113,7 +113,8 @@ class OptionParser:
     def _read_option(
         self, name: str, attached: list[str] | None, words: list[str], values: dict[str, Any], given: ParsedOptions
     ) -> bool:
-        """Store an option's value (`attached` by "=", or the words after it) in `values`. False for an unknown option."""
+        """Store an option's value (`attached` by "=", or the words after it) in `values`. False for an unknown
+        option."""
         found = self._today(name)
         if name == "config" and name not in self.options:
             given.files += attached or self._take_many(words, name, "a YAML file")
@@ -277,8 +278,8 @@ def read_yaml(path: str, option: str) -> Any:
 
 
 def _check_nodes(path: str, root: Any) -> None:
-    """Raise ConfigError for keys that are not names, for duplicate keys (of which YAML readers keep only the last), and for
-    aliases that expand to more than `MOST_NODES` values."""
+    """Raise ConfigError for keys that are not names, for duplicate keys (of which YAML readers keep only the last), and
+    for aliases that expand to more than `MOST_NODES` values."""
     waiting, seen = [root] if root is not None else [], 0
     while waiting:
         node = waiting.pop()
@@ -305,7 +306,7 @@ def _check_keys(path: str, node: Any) -> None:
 
 
 def _what_is_wrong(error: Any) -> str:
-    """A YAML error in one line: `while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`."""
+    """The error in one line: `while parsing a flow sequence: expected ',' or ']', but got '<stream end>' (line 2)`."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return " ".join(str(error).split())
     told = ": ".join(each for each in (error.context, error.problem) if each)
@@ -318,8 +319,8 @@ class TrlParser:
 
     script, training, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
 
-    Every field is an option, `--config file.yaml` reads files, and their `env:` section sets environment variables. A field
-    that several dataclasses have in common is one option, which sets it in all of them.
+    Every field is an option, `--config file.yaml` reads files, and their `env:` section sets environment variables. A
+    field that several dataclasses have in common is one option, which sets it in all of them.
     """
 
     def __init__(self, dataclass_types: type | Iterable[type]) -> None:
@@ -333,8 +334,8 @@ class TrlParser:
     ) -> tuple[Any, ...]:
         """Return one instance per dataclass and, with `return_remaining_strings`, the list of unknown words last.
 
-        Raises ConfigError for mistakes in `args`. Without `args`, parse the command line of this process; a mistake then
-        prints an error and exits with status 2.
+        Raises ConfigError for mistakes in `args`. Without `args`, parse the command line of this process; a mistake
+        then prints an error and exits with status 2.
         """
         if args is not None:
             return self._parse(list(args), return_remaining_strings)

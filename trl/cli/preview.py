@@ -1,6 +1,7 @@
 """`trl preview [METHOD] …`: show rows as a training command with the same options would see them.
 
-This makes the real trainer on a model without weights, so rows are processed as in training, but nothing large is loaded.
+This makes the real trainer on a model without weights, so rows are processed as in training, but nothing large is
+loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def trainer_without_weights(run: Run, rows: Any = None, **keywords: Any) -> Base
     trainer_class, keywords = load(run.method.trainer), own_keywords(run) | keywords
     model = model_without_weights(run, trainer_class.auto_class)
     train_dataset = datasets_of(run)[0] if rows is None else rows
-    # Trainers create their output folder: a preview must leave none behind. It prints the row counts that this logger would.
+    # Trainers create their output folder: a preview must leave none behind. It prints the row counts that this logger
+    # would.
     with TemporaryDirectory() as folder, _silent("trl.data.encode"):
         args = copy.copy(run.training)
         args.output_dir, args.model_init_kwargs = folder, None
@@ -123,7 +125,8 @@ def without_weights(trainer_class: type[BaseTrainer]) -> type[BaseTrainer]:
             self.accelerator.device_placement = False
 
         def _precompute(self) -> None:
-            """Compute no reference log-probabilities, which need weights; keep the reference only if it runs in training."""
+            """Compute no reference log-probabilities, which need weights; keep the reference only if it runs in
+            training."""
             keeps = self.needs_online_reference or not isinstance(self.reference, FrozenModel)
             self.reference = Precomputed(self.reference if keeps else None)
             self.ref_model = self.ref_model if keeps else None

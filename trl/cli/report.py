@@ -20,7 +20,8 @@ class ReportArguments:
     """Options of `trl report`."""
 
     output: str | None = None
-    """File to write. None: `report.html` in the run's folder, or `comparison.html` in the current folder for several runs."""
+    """File to write. None: `report.html` in the run's folder, or `comparison.html` in the current folder for several
+    runs."""
 
     watch: bool = False
     """Rewrite the page every few seconds until Ctrl-C; an open browser tab refreshes itself."""

@@ -35,7 +35,8 @@ class RewardArguments:
     """Options for the rewards of sampled completions."""
 
     reward_funcs: list[str] | None = None
-    """Reward functions: names from trl.rewards, file.py:function or package.module:function; or hub names of reward models."""
+    """Reward functions: names from trl.rewards, file.py:function or package.module:function; or hub names of reward
+    models."""
 
     reward_model_name_or_path: str | None = None
     """Hub name or folder of a reward model; it comes before the functions, in `reward_weights` as well."""
@@ -111,7 +112,8 @@ def _ask_people_on(ui: str, rewards: Sequence[Callable | str]) -> None:
 def find_reward(name: str, *, of_pictures: bool = False) -> Callable | str:
     """The reward function called `name`, or `name` itself if it names a reward model.
 
-    With `of_pictures`, the function must reward pictures instead of texts. Raises ConfigError if there is no such function.
+    With `of_pictures`, the function must reward pictures instead of texts. Raises ConfigError if there is no such
+    function.
     """
     call = CALL.fullmatch(name)
     plain = name if call is None else call["name"]

@@ -55,7 +55,8 @@ class SweepArguments:
 
 
 def run(given: SweepArguments, parsed: ParsedOptions) -> int:
-    """Run a sweep. Return 1 if every trial failed, else 0. Raises ConfigError for mistakes in the options or the script."""
+    """Run a sweep. Return 1 if every trial failed, else 0. Raises ConfigError for mistakes in the options or the
+    script."""
     if not parsed.rest:
         raise ConfigError(
             "The script is missing: a Python file with a function main(hparams). trl sweep SCRIPT.py --config SWEEP.yaml"

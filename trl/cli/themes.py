@@ -97,8 +97,8 @@ _UNLISTED = 1000
 def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
     """Group options by heading, in the order shown: first the most used of a training command, or a tool's own options.
 
-    An option that no theme lists is shown under "Other" if `transformers` declares it, under "Method" if a trainer does,
-    and under the name of its class otherwise.
+    An option that no theme lists is shown under "Other" if `transformers` declares it, under "Method" if a trainer
+    does, and under the name of its class otherwise.
     """
     names = {option.name for option in options}
     training = "learning_rate" in names

@@ -175,7 +175,8 @@ def own_keywords(run: Run) -> Mapping[str, Any]:
 
 
 def check_hub(run: Run, *, pushes: bool = False) -> None:
-    """Check, before anything is loaded, that the hub has the model and, with `pushes`, accepts uploads. Raises ConfigError."""
+    """Check, before anything is loaded, that the hub has the model and, with `pushes`, accepts uploads. Raises
+    ConfigError."""
     check_model_on_hub(run.model.model_name_or_path, run.model.model_revision)
     if pushes and run.training.push_to_hub:
         check_push(run.training)
@@ -274,7 +275,8 @@ def _publish(run: Run, trainer: BaseTrainer) -> None:
 
 
 def checkpoint_of(run: Run) -> str | bool | None:
-    """The value of `resume_from_checkpoint` for the trainer, checked before models are loaded; None: start from the beginning.
+    """The value of `resume_from_checkpoint` for the trainer, checked before models are loaded; None: start from the
+    beginning.
 
     Without a checkpoint, `resume_from_checkpoint` raises ConfigError, and `--resume` logs a warning and starts from the
     beginning.
@@ -306,7 +308,8 @@ def _progress(trainer: BaseTrainer) -> AbstractContextManager[None]:
 
 
 class _Lines(logging.Handler):
-    """Prints log messages to the current `sys.stderr`, which progress bars replace to print messages above themselves."""
+    """Prints log messages to the current `sys.stderr`, which progress bars replace to print messages above
+    themselves."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(printable(self.format(record)), file=sys.stderr)

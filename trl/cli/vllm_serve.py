@@ -96,14 +96,15 @@ class VLLMServeArguments:
     """Speculative decoding, as JSON."""
 
     logprobs_mode: str = "processed_logprobs"
-    """Which log-probabilities the server returns. "processed_logprobs": the policy's at any temperature, if sampling is not
-    truncated; "raw_logprobs": the policy's at temperature 1, with or without truncation."""
+    """Which log-probabilities the server returns. "processed_logprobs": the policy's at any temperature, if sampling is
+    not truncated; "raw_logprobs": the policy's at temperature 1, with or without truncation."""
 
     nccl: bool = False
     """Receive weights over NCCL, as trainers with rollout_sync="nccl" send them."""
 
     max_lora_rank: int | None = None
-    """Accept LoRA adapters up to this rank, so that training sends only the adapter. None: training sends merged weights."""
+    """Accept LoRA adapters up to this rank, so that training sends only the adapter. None: training sends merged
+    weights."""
 
 
 def run(arguments: VLLMServeArguments, given: ParsedOptions) -> int:

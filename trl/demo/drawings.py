@@ -53,8 +53,8 @@ def draw_many(count: int, *, seed: int = 0) -> tuple[list[str], Tensor]:
 def train_vae(vae: Any, images: Tensor, *, steps: int, seed: int, rate: float = 3e-3, batch_size: int = 16) -> None:
     """Train the autoencoder to reconstruct pictures, with latents of about unit variance.
 
-    The loss is the sum of absolute and squared errors. Squared errors separate colours early (absolute errors alone draw red
-    and green as yellow for many steps); absolute errors make edges sharp.
+    The loss is the sum of absolute and squared errors. Squared errors separate colours early (absolute errors alone
+    draw red and green as yellow for many steps); absolute errors make edges sharp.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate)
@@ -117,7 +117,8 @@ KINDS: dict[str, Callable[..., Any]] = {
 def make_pipeline(
     kind: str, *, vae: Any = None, vae_steps: int = 200, steps: int = 500, seed: int = 0, **shape: int
 ) -> Any:
-    """Make and train a small pipeline of `KINDS`, which takes the options `shape`. `vae` is a trained autoencoder to reuse."""
+    """Make and train a small pipeline of `KINDS`, which takes the options `shape`. `vae` is a trained autoencoder to
+    reuse."""
     pipeline = KINDS[kind](WORDS, seed=seed, **shape)
     pipeline.set_progress_bar_config(disable=True)
     captions, images = draw_many(512, seed=seed)

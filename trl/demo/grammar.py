@@ -1,4 +1,5 @@
-"""A context-free grammar that generates and parses: `Writer` writes text, `recognizes` tests if text is in the language.
+"""A context-free grammar that generates and parses: `Writer` writes text, `recognizes` tests if text is in the
+language.
 
 The grammar is `lexicon.GRAMMAR`: symbol → alternatives with `{slots}`. Rules that are not context-free are applied
 afterwards: `a` becomes `an` by sound, sentences start with a capital, and people go by surname after the first mention.
@@ -18,7 +19,8 @@ _ARTICLE = re.compile(r"\b([Aa])(?= (?i:hour|honest|heir|(?!one\b|once\b|use|eu|
 
 
 class Writer:
-    """Writes the sentences of one review, with the same people, title and genre throughout, and without repeating phrases."""
+    """Writes the sentences of one review, with the same people, title and genre throughout, and without repeating
+    phrases."""
 
     def __init__(self, rng: random.Random, side: Mapping[str, str]) -> None:
         self.rng = rng
@@ -78,7 +80,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def recognizes(sentence: str, symbols: Sequence[str], side: str | None = None) -> bool:
-    """True if the sentence can be derived from one of the symbols; with `side` ("positive", "negative"), on that side."""
+    """True if the sentence can be derived from one of the symbols; with `side` ("positive", "negative"), on that
+    side."""
     plain = re.sub(r"\b([Aa])n ", r"\1 ", sentence)
     if capitalize(fix_articles(plain)) != sentence:
         return False

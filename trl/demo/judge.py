@@ -1,8 +1,9 @@
 """Judges of the demo's samples that PPO never sees: the grammar, and a bag-of-words classifier.
 
-The reward model cannot judge a policy that was trained against it, because the policy learns to write what it overrates. The
-grammar knows the sentiment of each of its sentences; it also labels the reward model's training pairs, in place of human
-annotators. The classifier has no part in training: it learns from reviews that nothing else was trained on.
+The reward model cannot judge a policy that was trained against it, because the policy learns to write what it
+overrates. The grammar knows the sentiment of each of its sentences; it also labels the reward model's training pairs,
+in place of human annotators. The classifier has no part in training: it learns from reviews that nothing else was
+trained on.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ VARIED = 0.6
 
 
 def side_of(text: str) -> str | None:
-    """The sentiment of a review by the grammar: that of its last sentence. None if this sentence is not in the grammar, or
-    can have either sentiment."""
+    """The sentiment of a review by the grammar: that of its last sentence. None if this sentence is not in the grammar,
+    or can have either sentiment."""
     last = split_sentences(text)[-1]
     sides = [side for side in SIDES if recognizes(last, LAST, side)]
     return sides[0] if len(sides) == 1 else None

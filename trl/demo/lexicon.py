@@ -260,7 +260,8 @@ PLANS = (
     ("concession",),
     ("aside", "turn"),
 )
-"""Sequences of sentences that may follow the opening. In mixed ones, the main clause and the last sentence have the verdict."""
+"""Sequences of sentences that may follow the opening. In mixed ones, the main clause and the last sentence have the
+verdict."""
 
 SIDES = {"positive": {"pro": "good", "con": "bad"}, "negative": {"pro": "bad", "con": "good"}}
 

@@ -82,8 +82,8 @@ def tiny_stable_diffusion(
 ) -> Any:
     """A `StableDiffusionPipeline` for pictures of 16 pixels; about a million parameters in its UNet at width 32.
 
-    Its UNet predicts the noise, or v with "v_prediction", as in Stable Diffusion 2. The timestep `spacing` is "leading" as
-    there, or "trailing", which starts at pure noise for any number of steps (arXiv:2305.08891).
+    Its UNet predicts the noise, or v with "v_prediction", as in Stable Diffusion 2. The timestep `spacing` is "leading"
+    as there, or "trailing", which starts at pure noise for any number of steps (arXiv:2305.08891).
     """
     diffusers = require("diffusers", to="A diffusion pipeline")
     torch.manual_seed(seed)

@@ -1,7 +1,8 @@
-"""The preference pairs of step 2: an annotator compares reviews with the same opening, by the model and from the corpus.
+"""The preference pairs of step 2: an annotator compares reviews with the same opening, by the model and from the
+corpus.
 
-The grammar plays the human annotator: it prefers a positive review to one that is negative, ambiguous or ungrammatical. Two
-positive reviews, or two others, make no pair.
+The grammar plays the human annotator: it prefers a positive review to one that is negative, ambiguous or ungrammatical.
+Two positive reviews, or two others, make no pair.
 """
 
 from __future__ import annotations

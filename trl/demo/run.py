@@ -4,7 +4,8 @@
 2. reward model              a classifier learns which of two reviews an annotator prefers; or a given one is used
 3. PPO                       the model learns to write positive reviews, with a KL penalty towards the model of step 1
 
-The annotator is the grammar, which compares reviews that the model of step 1 wrote. PPO sees only the classifier's rewards.
+The annotator is the grammar, which compares reviews that the model of step 1 wrote. PPO sees only the classifier's
+rewards.
 
 trl demo                                  a GPT-2 of 1.4 million parameters, trained from scratch
 trl demo --model_name_or_path gpt2 --reward_model_name_or_path lvwerra/distilbert-imdb
@@ -96,7 +97,8 @@ def show(options: DemoArguments, console: Console) -> None:
 
 
 def possible_endings(write: Callable[..., Sequence[str]], prompts: Sequence[str], seed: int) -> int | None:
-    """The number of distinct last sentences in positive samples of the model, one per prompt, found by rejection sampling.
+    """The number of distinct last sentences in positive samples of the model, one per prompt, found by rejection
+    sampling.
 
     A policy that had learned to be positive and nothing else would reach it. None if too few samples are positive.
     """
@@ -117,7 +119,8 @@ def conclude(
     options: DemoArguments,
     console: Console,
 ) -> None:
-    """Judge the samples before and after PPO; show the results in the terminal and on the report page of the last step."""
+    """Judge the samples before and after PPO; show the results in the terminal and on the report page of the last
+    step."""
     console.print(table_of_samples(prompts, {"before PPO": before, "after PPO": after}, rows=options.samples))
     folder = Path(options.output_dir) / "ppo"
     endings = [continuations(prompts, texts) for texts in (before, after)]

@@ -28,7 +28,8 @@ def sample(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[str]:
-    """Sample one completion per prompt; return prompt and completion as plain text. The same seed gives the same samples.
+    """Sample one completion per prompt; return prompt and completion as plain text. The same seed gives the same
+    samples.
 
     Samples at `temperature` without truncation, on the model's device. Restores the global random state and the model's
     training mode.

@@ -34,10 +34,10 @@ SMALL = {
     # From random weights; the highest learning rate that trains this model without loss spikes.
     "sft": {"learning_rate": 4e-3, "num_train_epochs": 3, "adam_beta2": 0.98, "weight_decay": 0.0},
     "reward": {"learning_rate": 1e-3, "max_steps": 450, "per_device_train_batch_size": 8},
-    # These settings keep the endings diverse. The clipped reward saturates, so that all sufficiently positive reviews earn the
-    # same; the KL penalty starts strong, so that no single safe sentence takes over before others are learned; each rollout is
-    # used for one epoch, since a second would fit its noise; wide value clipping lets values follow rising rewards; the
-    # learning rate falls to 0, since whitened advantages are noise once most samples earn the same.
+    # These settings keep the endings diverse. The clipped reward saturates, so that all sufficiently positive reviews
+    # earn the same; the KL penalty starts strong, so that no single safe sentence takes over before others are learned;
+    # each rollout is used for one epoch, since a second would fit its noise; wide value clipping lets values follow
+    # rising rewards; the learning rate falls to 0, since whitened advantages are noise once most samples earn the same.
     "ppo": {
         "learning_rate": 3e-4,
         "max_steps": 58,
@@ -76,8 +76,8 @@ VALUE_RATE = 1e-3
 """Initial learning rate of the value model."""
 
 VALUE_FIRST = 0.08
-"""Share of PPO's steps that train only the value model. It starts as a copy of the reward model, whose scores of unfinished
-reviews are poor values."""
+"""Share of PPO's steps that train only the value model. It starts as a copy of the reward model, whose scores of
+unfinished reviews are poor values."""
 
 PAIRS = 3
 """Approximate number of preference pairs per opening."""
@@ -158,7 +158,8 @@ def learn_rewards(
 def ask_annotator(
     model: Any, tokenizer: Any, train: Dataset, test: Dataset, options: DemoArguments
 ) -> tuple[Dataset, Dataset]:
-    """Make preference pairs: about as many as one epoch of training uses, and a tenth as many from held-out openings."""
+    """Make preference pairs: about as many as one epoch of training uses, and a tenth as many from held-out
+    openings."""
     given = recipe(options, "reward")
     openings = given["max_steps"] * given["per_device_train_batch_size"] // PAIRS
     counts = zip((train, test), (openings, openings // 10), strict=True)
@@ -179,7 +180,8 @@ def examine(classifier: ClassifierReward, test: Dataset, console: Console) -> Cl
 def reinforce(
     model: Any, tokenizer: Any, reward: Reward, prompts: Sequence[str], options: DemoArguments, console: Console
 ) -> None:
-    """Step 3: train the model with PPO. The value model starts as a copy of the reward model of step 2, if one was trained."""
+    """Step 3: train the model with PPO. The value model starts as a copy of the reward model of step 2, if one was
+    trained."""
 
     def sentiment(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         return reward(prompts, completions)
@@ -208,7 +210,8 @@ def reinforce(
 
 
 def value_first(model: nn.Module, value_model: nn.Module, args: PPOConfig) -> tuple[AdamW, LambdaLR]:
-    """An optimizer and schedule that train only the value model first, with its own learning rate; both rates fall to 0."""
+    """An optimizer and schedule that train only the value model first, with its own learning rate; both rates fall to
+    0."""
     steps, alone = args.max_steps, int(VALUE_FIRST * args.max_steps)
     groups = [
         {"params": list(model.parameters()), "lr": args.learning_rate},

@@ -55,10 +55,11 @@ def run_benchmarks(
 
 
 def estimates(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, Mapping[str, int]]) -> dict[str, Estimate]:
-    """Convert results of the harness, {task: {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}, to estimates by "task metric".
+    """Convert results of the harness, {task: {"acc,none": 0.5, "acc_stderr,none": 0.1, …}}, to estimates by "task
+    metric".
 
-    `counts` has the number of questions per task. The part after the comma is the filter that was applied to the answers;
-    the name of the metric includes it, unless it is "none".
+    `counts` has the number of questions per task. The part after the comma is the filter that was applied to the
+    answers; the name of the metric includes it, unless it is "none".
     """
     told: dict[str, Estimate] = {}
     for task, values in results.items():

@@ -1,7 +1,7 @@
 """Judge which of two completions is better: by rewards, or by a chat model on an OpenAI-compatible server.
 
-The server is asked twice, with the completions in both orders. If it prefers the same position both times, and so not the
-same text, the result is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
+The server is asked twice, with the completions in both orders. If it prefers the same position both times, and so not
+the same text, the result is a tie. "Judging LLM-as-a-judge", arXiv:2306.05685.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def sample(
 ) -> list[Content]:
     """Sample one completion per row's `prompt`: a text, or an assistant message if the prompt is a conversation.
 
-    `temperature` 0 is greedy decoding. The same seed gives the same completions. With `images`, the model also reads the
-    rows' images.
+    `temperature` 0 is greedy decoding. The same seed gives the same completions. With `images`, the model also reads
+    the rows' images.
     """
     settings = EncodeSettings(kind="prompt_only", encoder_decoder=model.config.is_encoder_decoder)
     read = rows.select_columns(["prompt"]) if images is None else rows

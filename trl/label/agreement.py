@@ -2,9 +2,9 @@
 
     α = 1 − D_o / D_e
 
-D_o is the mean disagreement δ² of two answers to the same item, D_e that of any two answers. α is 1 for full agreement and 0
-for chance agreement. Each pair within an item of m answers has weight 1 / (m − 1); items with a single answer do not count.
-Krippendorff, "Computing Krippendorff's alpha-reliability", 2011.
+D_o is the mean disagreement δ² of two answers to the same item, D_e that of any two answers. α is 1 for full agreement
+and 0 for chance agreement. Each pair within an item of m answers has weight 1 / (m − 1); items with a single answer do
+not count. Krippendorff, "Computing Krippendorff's alpha-reliability", 2011.
 """
 
 from __future__ import annotations

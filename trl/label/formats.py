@@ -1,8 +1,8 @@
 """Read items to judge from files, import answers of other tools, and export answers to them.
 
-Rows have `prompt` with `completion`, `completions` (a list), or `chosen` and `rejected`. Records of Argilla 2 (`fields`,
-`responses`) and tasks of Label Studio (`data`, `annotations`) with fields of these names are read as well. A conversation is
-a list of messages.
+Rows have `prompt` with `completion`, `completions` (a list), or `chosen` and `rejected`. Records of Argilla 2
+(`fields`, `responses`) and tasks of Label Studio (`data`, `annotations`) with fields of these names are read as well. A
+conversation is a list of messages.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     {"event": "skip", "item": "…", "rater": "ada", "time": "…"}
     {"event": "undo", "item": "…", "rater": "ada", "time": "…"}
 
-The file is append-only, so that killing the process loses at most a line that was never confirmed. An incomplete last line is
-removed when the journal is opened again.
+The file is append-only, so that killing the process loses at most a line that was never confirmed. An incomplete last
+line is removed when the journal is opened again.
 """
 
 from __future__ import annotations

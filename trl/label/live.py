@@ -52,7 +52,8 @@ class LiveLabels:
         return self._running[0]
 
     def __call__(self, items: Sequence[Item]) -> list[Mapping[str, Answer]]:
-        """Wait until all items are judged or skipped, and return the answers to each by rater. Earlier answers are reused."""
+        """Wait until all items are judged or skipped, and return the answers to each by rater. Earlier answers are
+        reused."""
         session = self.session
         keys = session.add(items)
         while not session.wait(keys, timeout=PAUSE):

@@ -78,7 +78,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 def _guard(token: str | None) -> DispatchFunction:
-    """Middleware that requires the token, in a cookie that opening `/?token=…` sets, and adds `HEADERS` to all responses."""
+    """Middleware that requires the token, in a cookie that opening `/?token=…` sets, and adds `HEADERS` to all
+    responses."""
 
     async def guarded(request: Request, call_next: RequestResponseEndpoint) -> Response:
         shown = request.cookies.get(_cookie(request), "")
@@ -100,7 +101,8 @@ def _ask(request: Request, token: str) -> Response:
 
 
 def _cookie(request: Request) -> str:
-    """The name of the token's cookie, different for each port, because browsers share cookies between ports of a host."""
+    """The name of the token's cookie, different for each port, because browsers share cookies between ports of a
+    host."""
     return f"trl_label_{request.url.port or 80}"
 
 
@@ -157,7 +159,8 @@ def _shown(session: Session, rater: str, item: Item) -> dict[str, Any]:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object in a request. Requires the content type application/json, which forms on other sites cannot send."""
+    """The JSON object in a request. Requires the content type application/json, which forms on other sites cannot
+    send."""
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise DataError("Send application/json.")
     body = b""

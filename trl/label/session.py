@@ -1,7 +1,8 @@
 """A labelling session: assigns items to raters, records their answers, and writes the dataset.
 
-The journal holds every event. The dataset beside it is rewritten after each answer, so it can be used for training at any
-time. Several people may answer at the same time: an item is shown to one of them only, unless it needs more answers.
+The journal holds every event. The dataset beside it is rewritten after each answer, so it can be used for training at
+any time. Several people may answer at the same time: an item is shown to one of them only, unless it needs more
+answers.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Session:
             return keys
 
     def next(self, rater: str) -> Item | None:
-        """The first item that this rater has not judged and nobody else sees; it is reserved for them for `LEASE` seconds."""
+        """The first item that this rater has not judged and nobody else sees; it is reserved for them for `LEASE`
+        seconds."""
         with self.changed:
             now = time.monotonic()
             for key in self._offered:
@@ -131,7 +133,8 @@ class Session:
     # ---- answers ----
 
     def answer(self, rater: str, key: str, value: Any) -> None:
-        """Record a rater's answer, which replaces an earlier one. Raises DataError for an invalid answer or unknown item."""
+        """Record a rater's answer, which replaces an earlier one. Raises DataError for an invalid answer or unknown
+        item."""
         with self.changed:
             item = self._item(key)
             value = check_answer(self.task, item, value)

@@ -29,8 +29,8 @@ class Tuning:
     """"random": settings of every trial are drawn independently."""
 
     scheduler: str = "fifo"
-    """"fifo": every trial runs to its end. "hyperband" (with Ray): stop trials early that are worse than others after the
-    same number of reports."""
+    """"fifo": every trial runs to its end. "hyperband" (with Ray): stop trials early that are worse than others after
+    the same number of reports."""
 
     num_samples: int = 1
     """Number of random draws. Every combination of `grid` parameters is tried this many times."""

@@ -1,4 +1,5 @@
-"""How a trial sends its metrics to the sweep that runs it: trainers call `report`, and the sweep's listener receives them.
+"""How a trial sends its metrics to the sweep that runs it: trainers call `report`, and the sweep's listener receives
+them.
 
 with listening(heard.append):
     main(hparams)                        # somewhere inside: report({"reward/mean": 0.5})

@@ -8,7 +8,8 @@
     randn                    [mean, deviation]           choice                  one of the values
     qrandn                   [mean, deviation, step]     grid                    each of the values
 
-Drawn numbers depend only on the seed and the number of the trial. Each combination of a grid is run `num_samples` times.
+Drawn numbers depend only on the seed and the number of the trial. Each combination of a grid is run `num_samples`
+times.
 """
 
 from __future__ import annotations

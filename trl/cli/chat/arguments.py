@@ -29,15 +29,16 @@ class Generation:
     """Sample from this many most likely tokens; 0 for all. None: the value in the model's generation config."""
 
     top_p: float | None = None
-    """Sample from the smallest set of most likely tokens whose probabilities reach this sum. None: the value in the model's
-    generation config."""
+    """Sample from the smallest set of most likely tokens whose probabilities reach this sum. None: the value in the
+    model's generation config."""
 
     min_p: float | None = None
-    """Sample only tokens at least this fraction as likely as the most likely one. None: the value in the model's generation
-    config."""
+    """Sample only tokens at least this fraction as likely as the most likely one. None: the value in the model's
+    generation config."""
 
     repetition_penalty: float | None = None
-    """Values above 1 lower the logits of tokens that already occurred. None: the value in the model's generation config."""
+    """Values above 1 lower the logits of tokens that already occurred. None: the value in the model's generation
+    config."""
 
     stop: list[str] | None = None
     """Texts that end an answer; they are not shown."""
@@ -60,8 +61,8 @@ class ChatArguments(Generation):
     ALIASES: ClassVar[dict[str, str]] = {"adapter": "adapter_name_or_path", "eos_tokens": "stop"}
 
     server: str | None = None
-    """Talk to the OpenAI-compatible server at this URL instead of loading a model. `model_name_or_path` is then the name of
-    one of its models (by default the first), and the API key is read from OPENAI_API_KEY."""
+    """Talk to the OpenAI-compatible server at this URL instead of loading a model. `model_name_or_path` is then the
+    name of one of its models (by default the first), and the API key is read from OPENAI_API_KEY."""
 
     server_timeout: float = 300.0
     """Seconds to wait for a response of the server."""

@@ -20,7 +20,8 @@ def content_with(images: Sequence[str], text: str) -> Content:
 
 
 def check_image(path: str) -> tuple[str, str]:
-    """The absolute path of an image, and its size as text. Raises DataError if the file is not an image or is broken."""
+    """The absolute path of an image, and its size as text. Raises DataError if the file is not an image or is
+    broken."""
     image = _read(path)
     return str(Path(path).expanduser().resolve()), f"{image.width:,} × {image.height:,} pixels"
 

@@ -51,7 +51,8 @@ class LocalSpeaker:
         self.notes = () if self.template else (PLAIN,)
 
     def answer(self, messages: Sequence[Message], generation: Generation, say: Say) -> int:
-        """Sample until an end-of-sequence token, a stop text, or the length limit. Return the number of sampled tokens."""
+        """Sample until an end-of-sequence token, a stop text, or the length limit. Return the number of sampled
+        tokens."""
         inputs = {name: value.to(self.inner.device) for name, value in self.encode(messages).items()}
         ids = inputs["input_ids"]
         config = self._config(generation, self._room(ids.shape[1], generation))

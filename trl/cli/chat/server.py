@@ -21,8 +21,8 @@ from trl.hub import outside_the_hub
 KEY = "OPENAI_API_KEY"
 STANDARD = ("temperature", "top_p", "stop", "seed")
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty")
-"""Options that are sent if they are set; otherwise the server's defaults apply. The OpenAI API has only the standard ones;
-servers of open models also accept the extensions."""
+"""Options that are sent if they are set; otherwise the server's defaults apply. The OpenAI API has only the standard
+ones; servers of open models also accept the extensions."""
 
 TRANSPORT = InferenceTimeoutError.__bases__[0]
 """`HTTPError` of the HTTP library that `huggingface_hub` uses, which differs between its releases."""

@@ -13,8 +13,8 @@ class EvalArguments:
     """What `trl eval` measures, on which rows, and who judges."""
 
     dataset_name: str | None = None
-    """Hub name, folder or file of rows: with a column `prompt` for samples, rewards and win rates; for perplexity, any rows
-    that `trl sft` takes."""
+    """Hub name, folder or file of rows: with a column `prompt` for samples, rewards and win rates; for perplexity, any
+    rows that `trl sft` takes."""
 
     dataset_split: str = "test"
     """Split of the dataset. If it has only "train", that split is used, with a message."""
@@ -23,7 +23,8 @@ class EvalArguments:
     """Use only the first rows, at most this many. None: all."""
 
     perplexity: bool = False
-    """Measure the perplexity of the rows' texts, or of their completions: exp of the mean loss per token; lower is better."""
+    """Measure the perplexity of the rows' texts, or of their completions: exp of the mean loss per token; lower is
+    better."""
 
     assistant_only_loss: bool = False
     """With `perplexity`: count only tokens of the assistant's turns."""
@@ -39,8 +40,8 @@ class EvalArguments:
     """Ask the questions of benchmarks with the tokenizer's chat template."""
 
     reward_funcs: list[str] | None = None
-    """Rewards of samples: names from trl.rewards, file.py:function, package.module:function; or hub names of reward models.
-    With `against`, the higher reward wins, unless judge_server judges."""
+    """Rewards of samples: names from trl.rewards, file.py:function, package.module:function; or hub names of reward
+    models. With `against`, the higher reward wins, unless judge_server judges."""
 
     against: str | None = None
     """Hub name or folder of another model, to compare its samples for the same prompts with this model's."""
@@ -52,12 +53,12 @@ class EvalArguments:
     """Name of the model on judge_server. None: the server's only one."""
 
     pope: bool = False
-    """Score answers to yes-or-no questions as POPE does: accuracy, precision, recall, F1 and the share of yes. Rows need a
-    column `label` with yes or no."""
+    """Score answers to yes-or-no questions as POPE does: accuracy, precision, recall, F1 and the share of yes. Rows
+    need a column `label` with yes or no."""
 
     chair: str | None = None
-    """Measure with CHAIR how often captions name objects that are not in the image. A JSON file with all objects to look for,
-    as a list or with synonyms by object; rows need a column `objects` with the objects in the image."""
+    """Measure with CHAIR how often captions name objects that are not in the image. A JSON file with all objects to
+    look for, as a list or with synonyms by object; rows need a column `objects` with the objects in the image."""
 
     image_folder: str | None = None
     """Folder that relative paths of images refer to."""

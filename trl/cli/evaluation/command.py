@@ -146,7 +146,8 @@ def compare_samples(
 
 
 def _images(model: Any, processor: Any, rows: Any, arguments: EvalArguments) -> Any:
-    """The image processing of a model; None for a text-only model. Raises DataError if that model's rows have images."""
+    """The image processing of a model; None for a text-only model. Raises DataError if that model's rows have
+    images."""
     limits = PixelLimits(arguments.max_pixels, root=arguments.image_folder)
     images = ImageProcessing.of(processor, model.config, limits)
     detect_kind(rows.column_names, allowed=["prompt_only"], reads_images=images is not None)

@@ -21,8 +21,8 @@ class LabelArguments:
     """Dataset file to write; a journal of every answer is kept beside it. If the file exists, labelling resumes."""
 
     rows: Literal["score", "label", "pairs", "completions"] | None = None
-    """Format of the dataset's rows: "score" (for `trl reward`), "label" (`trl kto`), "pairs" (`trl reward`, `trl dpo`) or
-    "completions" (`trl sft`). None: score for "rate", label for "approve", pairs for "compare" and "correct"."""
+    """Format of the dataset's rows: "score" (for `trl reward`), "label" (`trl kto`), "pairs" (`trl reward`, `trl dpo`)
+    or "completions" (`trl sft`). None: score for "rate", label for "approve", pairs for "compare" and "correct"."""
 
     guidelines: str | None = None
     """Guidelines for raters: a text, or a .md or .txt file."""

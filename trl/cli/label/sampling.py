@@ -21,7 +21,8 @@ TOGETHER = 16
 
 
 def sample_rows(arguments: LabelArguments, given: ParsedOptions) -> list[dict[str, Any]]:
-    """Sample `num_generations` completions per prompt from `model_name_or_path`; return rows of a prompt and completions.
+    """Sample `num_generations` completions per prompt from `model_name_or_path`; return rows of a prompt and
+    completions.
 
     Raises ConfigError if `dataset_name` is missing, DataError if the dataset has no column `prompt`.
     """

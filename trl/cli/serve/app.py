@@ -5,8 +5,9 @@
     /pause  /resume  /is_paused  /collective_rpc  /update_weight_version  /weight_info
     /reset_prefix_cache  /reset_encoder_cache  /v1/load_lora_adapter  /v1/unload_lora_adapter     update weights between rollout batches
 
-Log-probabilities are always log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or ban.
-The routes in the last two lines that change the served weights are open only to this machine, or to requests with the key.
+Log-probabilities are always log-softmax(logits / temperature) of the sampled tokens, before any truncation, penalty or
+ban. The routes in the last two lines that change the served weights are open only to this machine, or to requests with
+the key.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from trl.rollouts.engine import Prompt, Rollout
 from trl.rollouts.server_info import SIZES
 
 LOGPROBS_MODE = "policy_logprobs"
-"""This server's value for vLLM's option of that name: always log-softmax(logits/τ), whatever the sampling parameters."""
+"""This server's value for vLLM's option of that name: always log-softmax(logits/τ), whatever the sampling
+parameters."""
 
 DEFAULT_TOKENS = 16
 """Maximum new tokens of a completion request without a limit, as in the OpenAI API."""

@@ -1,7 +1,7 @@
 """Check the bodies of requests, and convert them to `SamplingParams`.
 
-Fields that are unknown, or that this engine does not support, are refused by name. Only the fields in `WITHOUT_EFFECT`, which
-do not change the samples, are accepted and ignored.
+Fields that are unknown, or that this engine does not support, are refused by name. Only the fields in `WITHOUT_EFFECT`,
+which do not change the samples, are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def check(body: Any, schema: Draft202012Validator) -> None:
 
 
 def sampling_params(given: Mapping[str, Any], *, max_tokens: int) -> SamplingParams:
-    """The sampling parameters in a body; `max_tokens` is the default limit. A `top_k` of −1 means all tokens, as in vLLM."""
+    """The sampling parameters in a body; `max_tokens` is the default limit. A `top_k` of −1 means all tokens, as in
+    vLLM."""
     said = {name: value for name, value in given.items() if value is not None}
     return SamplingParams(
         **{name: float(said[name]) for name in FRACTIONS if name in said},
@@ -160,7 +161,8 @@ def generation_of(params: SamplingParams) -> Generation:
 
 
 def chat_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a body, with text, or parts with text and image bytes, as content. Raises ConfigError for other parts."""
+    """The messages of a body, with text, or parts with text and image bytes, as content. Raises ConfigError for other
+    parts."""
     return [{"role": m["role"], "content": _content(m["content"], i)} for i, m in enumerate(body["messages"])]
 
 
@@ -200,7 +202,8 @@ def images_in(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
 
 
 def check_pixels(images: Sequence[bytes], most: int) -> None:
-    """Raises ConfigError for images with more than `most` pixels in total, DataError for invalid ones. Reads only headers."""
+    """Raises ConfigError for images with more than `most` pixels in total, DataError for invalid ones. Reads only
+    headers."""
     pixels = sum(height * width for height, width in (image_size(image, PixelLimits()) for image in images))
     if pixels > most:
         raise ConfigError(

@@ -3,8 +3,8 @@
     requests ──▶ queue ──those that can share a batch──▶ LocalEngine.generate ──▶ one response each
                    ▲ pause: the running batch is finished, the rest waits    ▲ weights and adapters change between batches
 
-Requests with the same sampling parameters and no seed share a batch, so that many clients with one prompt each are sampled
-as fast as one client with many prompts.
+Requests with the same sampling parameters and no seed share a batch, so that many clients with one prompt each are
+sampled as fast as one client with many prompts.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class ModelWorker:
 
     @property
     def context(self) -> int | None:
-        """Maximum tokens of prompt and completion: the model's limit, not the tokenizer's, as in sampling without a server."""
+        """Maximum tokens of prompt and completion: the model's limit, not the tokenizer's, as in sampling without a
+        server."""
         return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -104,7 +105,8 @@ class ModelWorker:
     # ---- samples ----
 
     def prompt(self, ids: Sequence[int], images: Sequence[bytes] = (), *, limit: int) -> Prompt:
-        """The engine's prompt for token ids with one placeholder per image. Raises DataError if their numbers differ."""
+        """The engine's prompt for token ids with one placeholder per image. Raises DataError if their numbers
+        differ."""
         reader = self.speaker.images
         if reader is None:
             return Prompt(ids, max_new_tokens=limit)
@@ -191,7 +193,8 @@ class ModelWorker:
             yield self.model
 
     def pause(self, *, abort: bool) -> None:
-        """Stop sampling; return when the running batch has ended. `abort` also ends waiting requests, with empty samples."""
+        """Stop sampling; return when the running batch has ended. `abort` also ends waiting requests, with empty
+        samples."""
         with self._changed:
             self.paused = True
         with self._alone():
