@@ -216,7 +216,7 @@ def test_rewards_and_wins(home, capsys):
     assert [row["win"] for row in rows] == [outcome(-len(r["completion"]), -len(r["other"])) for r in rows]
     assert told["reward"]["mean"] == sum(row["reward"] for row in rows) / 4
     shown = capsys.readouterr().out
-    assert "its rows are taken" in shown
+    assert "using its rows" in shown
     assert "win rate" in shown
 
 

@@ -103,7 +103,7 @@ def test_files_that_hold_no_rows(tmp_path, name, text, message):
     [
         ("rate", {"fields": ROW, "responses": [{"user_id": "u", "value": 4}]}, "row 2: the answers to the task"),
         ("rate", {"fields": ROW, "responses": {"rate": [{"value": 4}]}}, "row 2: the answers to the task.*user_id"),
-        ("rate", {"fields": ROW, "responses": {"rate": [{"user_id": "u", "value": 9}]}}, "row 2: 9 is no answer"),
+        ("rate", {"fields": ROW, "responses": {"rate": [{"user_id": "u", "value": 9}]}}, "row 2: 9 is not an answer"),
         ("rate", {"data": ROW, "annotations": [{"result": [{}]}]}, "row 2: the answers to the task"),
         (
             "rate",

@@ -174,11 +174,14 @@ def test_a_minimum(folder):
         ({"tune_config": {"metric": "m", "scheduler": "hyperband"}}, "'hyperband' compares trials .* which needs Ray"),
         ({"tune_config": {"metric": "m", "num_samples": 0}}, "num_samples=0: give at least 1"),
         ({"lr": {"strategy": "unifrom", "values": [0, 1]}}, "Unknown strategy of lr 'unifrom'. Did you mean 'uniform'"),
-        ({"lr": {"strategy": "uniform", "values": [0]}}, "lr: values of uniform are a list of 2 numbers, found .0."),
-        ({"lr": {"strategy": "uniform", "values": ["a", "b"]}}, "lr: values of uniform are numbers"),
+        (
+            {"lr": {"strategy": "uniform", "values": [0]}},
+            "lr: values of uniform must be a list of 2 numbers, found .0.",
+        ),
+        ({"lr": {"strategy": "uniform", "values": ["a", "b"]}}, "lr: values of uniform must be numbers"),
         ({"lr": {"strategy": "loguniform", "values": [0, 1]}}, "lr: the lower limit of loguniform must be above zero"),
         ({"lr": 1e-3}, "lr: a parameter needs exactly the keys strategy and values, found 0.001"),
-        ({"lr": None, "method.kl": None}, "The sweep has no parameter"),
+        ({"lr": None, "method.kl": None}, "The sweep's file has no parameters"),
         (
             {"tune_config": {"metric": "loss"}},
             "No trial reported tune_config.metric='loss'. Reported: last, reward/mean",
