@@ -195,7 +195,7 @@ def test_adapters_are_models_of_their_own(model, tmp_path):
         assert "no adapter_config.json" in load(tmp_path, 400)["error"]["message"]
         assert "Success" in load(tmp_path / "first")
         assert ids(served, "mine") == expected["first"] != plain
-        assert "loaded already" in load(tmp_path / "second", 400)["error"]["message"]
+        assert "already loaded" in load(tmp_path / "second", 400)["error"]["message"]
         load(tmp_path / "second", load_inplace=True)
         assert ids(served, "mine") == expected["second"] != expected["first"]
         model.save_pretrained(tmp_path / "base")
@@ -272,7 +272,7 @@ def test_limits_of_size_and_time(model):
         post(served, "/pause?mode=keep")
         assert "request_timeout=0.5" in post(served, "/v1/completions", {"prompt": [5]}, 504)["error"]["message"]
         served.worker.max_waiting = len(served.worker._jobs)
-        assert "come back later" in post(served, "/v1/completions", {"prompt": [5]}, 503)["error"]["message"]
+        assert "try again later" in post(served, "/v1/completions", {"prompt": [5]}, 503)["error"]["message"]
     with pytest.raises(ConfigError, match="request_timeout=0"):
         ServeArguments(request_timeout=0)
 
