@@ -123,5 +123,5 @@ def test_bounds_have_to_be_above_zero(options):
 
 
 def test_statistics_that_never_count():
-    with pytest.raises(ConfigError, match="5 rewards or more, out of the last 3"):
+    with pytest.raises(ConfigError, match="min_count=5 and buffer_size=3"):
         PromptStatistics(3, 5)

@@ -7,14 +7,14 @@ baseline b    "group"           mean of the group                         GRPO, 
               "batch"           mean of the rollout batch                 REINFORCE
               "none"            0
 scale s       "group"           standard deviation of the group + ε       GRPO
-              "batch"           that of the rollout batch + ε             REINFORCE++, arXiv:2501.03262; arXiv:2508.08221
+              "batch"           st. dev. of the rollout batch + ε         REINFORCE++, arXiv:2501.03262; arXiv:2508.08221
               "mean"            mean of the group, rewards ≥ 0            MaxRL, arXiv:2602.02710
               "none"            1                                         Dr. GRPO, arXiv:2503.20783
 
-A group is all samples of one prompt. Standard deviations have Bessel's correction. Rewards that are NaN (no function
-applied) take no part, and their advantage is 0. A group whose rewards are all equal has no advantages under "group" and
-"leave_one_out": nothing is learned from it. For that, advantages are computed in float64, where a sum of equal float32
-numbers is exact.
+A group is all samples of one prompt. Standard deviations have Bessel's correction. Rewards that are NaN (no reward function
+applied) are left out of every statistic, and their advantage is 0. Where all rewards of a group are equal, its advantages are
+0 under "group" and "leave_one_out", and it gives no gradient. Advantages are computed in float64, in which sums of equal
+float32 numbers are exact, so that these are exactly 0.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ EPSILON = 1e-4
 
 @shapes(group="N")
 def group_index(group: Tensor) -> Tensor:
-    """`[N]` numbers of groups as 0, 1, 2, …"""
+    """Renumber the group ids `[N]` as consecutive integers 0, 1, 2, …"""
     return torch.unique(group, return_inverse=True)[1]
 
 
 @shapes(values="N", group="N")
 def group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """`[N]`: the sum of each one's group, NaN left out."""
+    """Sum of the values of each sample's group, `[N]`; NaN are left out."""
     index = group_index(group)
     sums = values.new_zeros(len(values)).index_add(0, index, values.nan_to_num())
     return sums[index]
@@ -46,19 +46,19 @@ def group_sum(values: Tensor, group: Tensor) -> Tensor:
 
 @shapes(values="N", group="N")
 def group_count(values: Tensor, group: Tensor) -> Tensor:
-    """`[N]`: how many of each one's group are not NaN."""
+    """Number of values that are not NaN in each sample's group, `[N]`."""
     return group_sum((~values.isnan()).to(values.dtype), group)
 
 
 @shapes(values="N", group="N")
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
-    """`[N]`: the mean of each one's group, NaN left out."""
+    """Mean of the values of each sample's group, `[N]`; NaN are left out."""
     return group_sum(values, group) / group_count(values, group).clamp(min=1)
 
 
 @shapes(values="N", group="N")
 def group_std(values: Tensor, group: Tensor) -> Tensor:
-    """`[N]`: the standard deviation of each one's group, NaN left out; 0 in groups of one."""
+    """Standard deviation of the values of each sample's group, `[N]`; NaN are left out, and it is 0 in a group of one."""
     squares = (values - group_mean(values, group)).square()
     return (group_sum(squares, group) / (group_count(values, group) - 1).clamp(min=1)).sqrt()
 
@@ -69,7 +69,7 @@ def _leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def _whole(statistic: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A statistic of groups, of the rollout batch as one group."""
+    """Apply a per-group statistic to the whole rollout batch, as if it were one group."""
     return lambda rewards, group: statistic(rewards, torch.zeros_like(group))
 
 
@@ -93,7 +93,7 @@ SCALES: dict[Scale, Callable[[Tensor, Tensor], Tensor]] = {
 
 @shapes(rewards="N", group="N")
 def advantages(rewards: Tensor, group: Tensor, *, baseline: Baseline, scale: Scale) -> Tensor:
-    """A `[N]` of rewards `[N]` and groups `[N]`; names as in `BASELINES` and `SCALES`."""
+    """Advantages A `[N]` from rewards `[N]` and group ids `[N]`; for the names see `BASELINES` and `SCALES`."""
     exact = rewards.double()
     centred = exact - BASELINES[baseline](exact, group)
     return (centred / SCALES[scale](exact, group)).nan_to_num().to(rewards.dtype)
@@ -101,7 +101,7 @@ def advantages(rewards: Tensor, group: Tensor, *, baseline: Baseline, scale: Sca
 
 @shapes(rewards="N", group="N")
 def has_no_variance(rewards: Tensor, group: Tensor) -> Tensor:
-    """`[N]` bool: whether all rewards of each one's group are equal (or there are none)."""
+    """True `[N]` where all known rewards of the sample's group are equal, or none is known."""
     return group_std(rewards.double(), group) <= 1e-8 * (1 + group_mean(rewards.double(), group).abs())
 
 
@@ -111,11 +111,11 @@ SUM_THEN_NORMALIZE, NORMALIZE_THEN_SUM = get_args(RewardAggregation)
 
 @shapes(rewards="N F", weights="F", group="N")
 def combine_rewards(rewards: Tensor, weights: Tensor, group: Tensor, *, aggregation: RewardAggregation) -> Tensor:
-    """One reward `[N]` of those of F functions `[N,F]`, with weights `[F]`; NaN where no function applied.
+    """Combine the rewards of F functions `[N,F]`, with weights `[F]`, into one `[N]`; NaN where no function applied.
 
     "sum_then_normalize"   Σ_f w_f r_f
-    "normalize_then_sum"   Σ_f w_f (r_f − mean_g) / (std_g + ε), each function normalised in its group, so that none
-                           drowns the others (GDPO, arXiv:2601.05242, Eq. 4); to be scaled by "batch" thereafter
+    "normalize_then_sum"   Σ_f w_f (r_f − mean_g) / (std_g + ε), normalise each function within its group, so that none
+                           drowns the others (GDPO, arXiv:2601.05242, Eq. 4); use `scale="batch"` for the advantages then
     """
     if aggregation == NORMALIZE_THEN_SUM:
         columns = [(r - group_mean(r, group)) / (group_std(r, group) + EPSILON) for r in rewards.double().unbind(1)]

@@ -1,6 +1,6 @@
-"""Denoising diffusion policy optimisation: PPO's surrogate on the steps of denoising, rewards standardised over the batch.
+"""DDPO, denoising diffusion policy optimisation: PPO's clipped surrogate on every denoising step, rewards standardised.
 
-    A    = clip((r − mean r) / std r, −c, c)              over the batch, or over what was seen of the same prompt
+    A    = clip((r − mean r) / std r, −c, c)              mean, std over the batch, or over past rewards of the prompt
     loss = −min(ρ_t A, clip(ρ_t, 1 − ε, 1 + ε) A)         ρ_t = π(x_{t+1} | x_t) / π_old(x_{t+1} | x_t)
 
 Black et al. 2023, arXiv:2305.13301, section 4.3 and appendix. log ρ is the mean over the dimensions of a latent, for which
@@ -23,21 +23,21 @@ from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 BATCH_EPSILON, PROMPT_EPSILON = 1e-8, 1e-6
-"""Added to the standard deviation of a batch, and to that of a prompt's rewards."""
+"""ε added to the standard deviation of a batch's rewards, and of a prompt's past rewards, before dividing by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPO(Algorithm):
-    """The algorithm as an object.
+    """DDPO as an algorithm of an online trainer: computes advantages, and the loss of every denoising step.
 
-    Signals it reads: `old_logprobs` `[N,C]`; `prompt_mean` and `prompt_std` `[N]` where rewards are compared with those of
-    the same prompt (see `PromptStatistics`). It adds `advantages` `[N]`.
+    Signals it reads: `old_logprobs` `[N,C]`; `prompt_mean` and `prompt_std` `[N]` where rewards are standardised by prompt
+    (see `PromptStatistics`). Signal it adds: `advantages` `[N]`.
     """
 
     clip_range: float = 1e-4
     """ε: how far a ratio may move from 1 before it is clipped."""
     advantage_clip: float = 5.0
-    """c: bound of advantages."""
+    """c: advantages are clipped to [−c, c]."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -71,23 +71,23 @@ def standardized(rewards: Tensor) -> Tensor:
 
 
 class PromptStatistics:
-    """Mean and standard deviation of the last rewards of each prompt; the batch's own while a prompt is little known.
+    """Running mean and standard deviation of each prompt's rewards; those of the batch until a prompt has enough rewards.
 
-    buffer_size   rewards that are remembered of a prompt
-    min_count     rewards of a prompt from which on they are compared with each other alone
+    buffer_size   number of latest rewards that are kept per prompt
+    min_count     a prompt with fewer rewards than this uses the statistics of the batch
     """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
         if buffer_size < 1 or not 1 <= min_count <= buffer_size:
             raise ConfigError(
-                f"Statistics of {min_count} rewards or more, out of the last {buffer_size} of a prompt: give at least 1, and "
-                "no larger least number than are remembered."
+                f"Per-prompt reward statistics need 1 ≤ min_count ≤ buffer_size, got min_count={min_count} and "
+                f"buffer_size={buffer_size}: lower min_count, or raise buffer_size."
             )
         self.buffer_size, self.min_count = buffer_size, min_count
         self.rewards: dict[str, deque[float]] = {}
 
     def update(self, prompts: Sequence[str], rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember `rewards [N]` of `prompts`; returns the mean and the standard deviation, `[N]`, to compare each with."""
+        """Add `rewards [N]` to the buffers of `prompts`; return the mean and standard deviation `[N]` for each reward."""
         exact = rewards.double()
         for prompt, reward in zip(prompts, exact.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)

@@ -1,10 +1,11 @@
-"""GRPO on the steps of denoising, with the KL to the reference as it is and not as an estimate.
+"""GRPO on the denoising steps of a diffusion model, with the exact KL to the reference in place of an estimate.
 
     A_i     = clip((r_i − mean(r_1…r_G)) / std(r), −c, c)                 G pictures of one prompt
     loss_it = −min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) + β (μ_θ − μ_ref)² / 2s_t²
 
-Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818. Policy and reference draw a step with the same noise, so that their
-KL is the distance of two means. ρ and KL are means over the dimensions of a latent, for which ε = 1e-4 and β about 0.01.
+Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818. Each step of policy and reference is a Gaussian of
+the same variance s_t², so its KL follows from the two means μ. log ρ and KL are averaged over the dimensions of a latent,
+which is why ε = 1e-4 and β about 0.01.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from trl.types import Experience, Learnable, Metrics, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionGRPO(GRPO):
-    """The algorithm as an object. `scores.extras` hold `kl` `[N,C]`, the exact KL of each step, where `beta` is not 0."""
+    """GRPO for diffusion models. Where `beta` is not 0, `scores.extras` must hold `kl` `[N,C]`, the exact KL of each step."""
 
     surrogate: Surrogate = field(default_factory=lambda: Clip(1e-4, 1e-4))
-    """How ratios are kept in bounds."""
+    """Surrogate objective, which bounds the ratios ρ."""
     advantage_clip: float = 5.0
-    """c: bound of advantages."""
+    """c: advantages are clipped to [−c, c]."""
 
     def advantages(self, experience: Experience) -> Experience:
         """Advantages `[N]`, clipped to ±c."""

@@ -1,12 +1,11 @@
-"""Negative-aware fine-tuning of diffusion models: reinforcement learning on the forward process, without likelihoods.
+"""DiffusionNFT, negative-aware fine-tuning of diffusion models: reinforcement learning without likelihoods of samples.
 
     v⁺ = (1 − β) v_old + β v_θ           v⁻ = (1 + β) v_old − β v_θ
     L  = r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖²
 
-DiffusionNFT, arXiv:2509.16117. v is the target of ordinary training at a noisy version of a picture x₀ that the old policy
-made, r ∈ [0, 1] how good x₀ was. v_θ is thus trained to be what makes good pictures, and its mirror image about v_old what
-makes bad ones. Any solver may have made x₀. Errors are measured in x₀ and divided by their own size (no gradient), so that
-all noise levels count alike.
+DiffusionNFT, arXiv:2509.16117. The old policy samples a picture x₀, with any solver, and r ∈ [0, 1] is its optimality; v is
+the usual training target at a noised x₀. v_θ is thus fitted to good pictures, and its reflection about v_old to bad ones.
+Errors are measured in x₀ and divided by their own mean magnitude (no gradient), so that all noise levels weigh the same.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SMALLEST_ERROR = 1e-5
 
 
 def optimality(advantages: Tensor, *, bound: float) -> Tensor:
-    """r = ½ + clip(A, −c, c) / 2c in [0, 1], of advantages `[N]` and their bound c."""
+    """Optimality r = ½ + clip(A, −c, c) / 2c, `[N]` in [0, 1], from advantages A `[N]`; `bound` is c."""
     if not bound > 0:
         raise ConfigError(f"advantage_clip={bound}: give a number above 0.")
     return 0.5 + advantages.clamp(-bound, bound) / (2 * bound)
@@ -30,9 +29,9 @@ def optimality(advantages: Tensor, *, bound: float) -> Tensor:
 def diffusion_nft(
     output: Tensor, old_output: Tensor, target: Tensor, optimality: Tensor, noise_level: Tensor, *, beta: float
 ) -> Tensor:
-    """L `[M]` of outputs and targets `[M,…]`, r `[M]`, and σ `[M]`, the share of noise: an error of v is σ times less in x₀.
+    """Loss L `[M]` from v_θ, v_old and v `[M,…]`, optimality r `[M]`, and noise level σ `[M]`.
 
-    `beta` in (0, 1] is how far v⁺ and v⁻ are from v_old.
+    An error d of v is an error σ d of x₀. `beta` in (0, 1] says how far v⁺ and v⁻ move from v_old.
     """
     moved, old = output.float() - old_output.float(), old_output.float() - target.float()
     positive = _error(old + beta * moved, noise_level)
@@ -41,6 +40,6 @@ def diffusion_nft(
 
 
 def _error(difference: Tensor, noise_level: Tensor) -> Tensor:
-    """‖σ d‖² / mean |σ d|, a mean over dimensions, of differences `[M,…]`."""
+    """mean (σ d)² / mean |σ d| over dimensions, `[M]`, of errors d `[M,…]` in v; no gradient through the denominator."""
     in_clean = difference.flatten(1) * noise_level[:, None]
     return in_clean.square().mean(1) / in_clean.detach().abs().mean(1).clamp(min=SMALLEST_ERROR)

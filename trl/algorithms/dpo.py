@@ -1,11 +1,11 @@
-"""Direct preference optimisation and its family: losses of log-ratios, and the object a trainer holds.
+"""DPO (direct preference optimisation) and its family: losses of pairs of log-ratios, and the algorithm that sums them.
 
     h(y) = log π(y|x) − log π_ref(y|x),       DPO: −log σ(β [h(y_w) − h(y_l)])
 
-β h is the reward that π maximises under a KL penalty towards π_ref (arXiv:2305.18290, Eq. 5), so a preference model of
-rewards is a loss of log-ratios. Its relatives change the preference model, or bound h(y_w) and h(y_l) one by one.
+π is optimal for the reward β h under a KL penalty towards π_ref (arXiv:2305.18290, Eq. 5), so a preference model of rewards
+becomes a loss of log-ratios. The variants change the preference model, or pull h(y_w) and h(y_l) to targets of their own.
 
-`chosen`, `rejected` are h (or a score in its place) of y_w and y_l, `[P]`; every loss is `[P]`.
+y_w is the chosen, y_l the rejected completion; `chosen` and `rejected` `[P]` are their h, or another score. Losses are `[P]`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from trl.types import Batch, Metrics, Scores
 
 @shapes(chosen="P", rejected="P")
 def sigmoid(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(β [h_w − h_l]): Bradley–Terry. With label smoothing, labels are wrong with probability ε (cDPO).
+    """−log σ(β [h_w − h_l]): Bradley–Terry. `label_smoothing` is the probability ε that a label is wrong (cDPO).
 
-    On length-normalised log-ratios it is "sigmoid_norm". DPO, arXiv:2305.18290, Eq. 7.
+    "sigmoid_norm" is the same on length-normalised log-ratios. DPO, arXiv:2305.18290, Eq. 7.
     """
     return logistic(beta * (chosen - rejected), label_smoothing)
 
@@ -52,7 +52,7 @@ def hinge(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """(h_w − h_l − 1/(2β))², of log-ratios per token: a margin to reach, not to exceed; β is the paper's τ.
+    """(h_w − h_l − 1/(2β))², of log-ratios per token: regression to the margin 1/(2β); β is the paper's τ.
 
     IPO, arXiv:2310.12036, Eq. 17; the authors' own results use log-ratios divided by length.
     """
@@ -61,7 +61,7 @@ def ipo(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def exo_pair(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
-    """KL(q ‖ p), q = (σ(d), σ(−d)) with d = β [h_w − h_l], p = (1−ε, ε): the reverse of DPO's divergence; ε > 0.
+    """KL(q ‖ p), q = (σ(d), σ(−d)) with d = β [h_w − h_l], p = (1−ε, ε), ε > 0; DPO minimises KL(p ‖ q).
 
     EXO, arXiv:2402.00856, Eq. 16.
     """
@@ -75,7 +75,7 @@ def exo_pair(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: 
 def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
     """[−(1−ε) log σ(d) + ε log σ(−d)] / (1 − 2ε), d = β [h_w − h_l]; 0 ≤ ε < ½.
 
-    Unbiased: its mean over labels flipped with probability ε is DPO's loss of the true labels.
+    Its expectation over labels that are flipped with probability ε is DPO's loss of the true labels.
     Robust DPO, arXiv:2403.00409.
     """
     d, e = beta * (chosen - rejected), label_smoothing
@@ -84,7 +84,7 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
 
 @shapes(chosen="P", rejected="P")
 def discopop(chosen: Tensor, rejected: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
-    """(1 − m) log(1 + e^−d) + m e^−d, d = β [h_w − h_l], m = σ(d/τ): a loss that a language model found.
+    """(1 − m) log(1 + e^−d) + m e^−d, d = β [h_w − h_l], m = σ(d/τ): a loss that a language model discovered.
 
     Not convex: around d = 0 it rises with d for small τ. DiscoPOP, arXiv:2406.08414, Eq. 5.
     """
@@ -106,7 +106,7 @@ def nca_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """−log σ(β h_w) − log σ(−β h_l): a classifier of good and bad, an upper bound of DPO's loss.
+    """−log σ(β h_w) − log σ(−β h_l): binary classification with logit β h; an upper bound of DPO's loss.
 
     BCO, arXiv:2404.04656, without the reward shift δ, for which see `kto.bco`.
     """
@@ -115,7 +115,7 @@ def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """(h_w − 1/(2β))² + (h_l + 1/(2β))²: self-play with win probabilities 1 and 0; β is 1/η.
+    """(h_w − 1/(2β))² + (h_l + 1/(2β))²: regression to win probabilities 1 and 0; β is the paper's 1/η.
 
     SPPO, arXiv:2405.00675, Eq. 4.7.
     """
@@ -125,7 +125,7 @@ def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """1 − σ(β h_w) + σ(β h_l): y_w up, y_l down; for chosen completions better than the model.
+    """1 − σ(β h_w) + σ(β h_l): raises y_w, lowers y_l; for chosen completions that are better than the policy's own.
 
     APO-zero, arXiv:2408.06266, Eq. 7.
     """
@@ -134,7 +134,7 @@ def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """σ(β h_w) + 1 − σ(β [h_w − h_l]): both down, y_l further; for chosen completions worse than the model.
+    """σ(β h_w) + 1 − σ(β [h_w − h_l]): lowers both, y_l more; for chosen completions worse than the policy's.
 
     APO-down, arXiv:2408.06266, Eq. 8.
     """
@@ -145,24 +145,24 @@ def apo_down(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
 def aot(margin: Tensor, ref_margin: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """−log σ(β [m₍ᵢ₎ − m_ref₍ᵢ₎]) of margins m = log π(y_w) − log π(y_l), each sorted over the batch.
 
-    Wants the policy's *distribution* of margins to dominate the reference's. Couples the pairs of a batch, which should
-    be large; entry i belongs to the i-th smallest margins, not to pair i. AOT, arXiv:2406.05882.
+    Trains the *distribution* of the policy's margins to dominate that of the reference. Sorting couples the pairs of a
+    batch, which should be large: loss i is that of the i-th smallest margins, not of pair i. AOT, arXiv:2406.05882.
     """
     return sigmoid(margin.sort().values, ref_margin.sort().values, beta=beta, label_smoothing=label_smoothing)
 
 
 @shapes(chosen="P", rejected="P")
 def aot_unpaired(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), the log-ratios of either side sorted over the batch, whose pairs it couples as `aot` does."""
+    """−log σ(β [h_w₍ᵢ₎ − h_l₍ᵢ₎]), h_w and h_l each sorted over the batch: the unpaired form of `aot`, same paper."""
     return sigmoid(chosen.sort().values, rejected.sort().values, beta=beta, label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A formula, and by a name in `pairs.VIEWS` what it sees of a pair: `formula(*view(chosen, rejected), **options) -> [P]`.
+    """A loss: a formula and its inputs, `formula(*view(chosen, rejected), **options) -> [P]`.
 
-    Its options are its keyword arguments, by the names of `DPO`'s fields. `reward` of a side, times β, is what
-    `rewards/*` report.
+    `view` names the inputs in `pairs.VIEWS`. The options are the formula's keyword-only arguments, named as `DPO`'s fields.
+    The metrics `rewards/*` are β times `reward` of a side.
     """
 
     formula: Callable[..., Tensor]
@@ -186,7 +186,7 @@ def _options(function: Callable) -> tuple[str, ...]:
 
 
 def _bind(function: Callable[..., Tensor], options: Any) -> Callable[..., Tensor]:
-    """`function` with its keyword-only arguments taken from the attributes of those names."""
+    """Bind the keyword-only arguments of `function` to the attributes of `options` with the same names."""
     return partial(function, **{name: getattr(options, name) for name in _options(function)})
 
 
@@ -233,12 +233,12 @@ LOSSES: dict[DPOLoss, Loss] = {
     "alphapo": Loss(alphapo, "mean_logprobs", attrgetter("mean_logprob"), needs_reference=False),
     "orpo": Loss(orpo, "mean_logprobs_and_nll", attrgetter("mean_logprob"), needs_reference=False),
 }
-"""Names of `loss_types`. Those that couple the pairs of a batch need it whole: they cannot be split."""
+"""Losses by their names in `loss_types`. A batch cannot be split into micro-batches for one with `needs_full_batch`."""
 
 
 @dataclass(kw_only=True)
 class DPOOptions:
-    """What the losses are tuned by. A trainer's configuration has these options too."""
+    """Hyperparameters of the losses; the trainer's configuration inherits them."""
 
     beta: float = 0.1
     """β: strength of the KL regularisation towards the reference policy. IPO's τ, ORPO's λ."""
@@ -250,7 +250,7 @@ class DPOOptions:
     """Probability that a label is wrong, in [0, 0.5), for the losses that model it."""
 
     reference_free: bool = False
-    """Compare with a uniform distribution in place of the reference: h is the log-probability."""
+    """Use a uniform distribution as the reference: h is then the log-probability."""
 
     rpo_alpha: float | None = None
     """Weight of −log π(y_w) / |y_w|, added to the loss (RPO, arXiv:2404.19733). None: not added."""
@@ -265,13 +265,13 @@ class DPOOptions:
     """Weight in [0, 1] of tokens beyond the shorter completion's length (LD-DPO, arXiv:2409.06411). None: 1."""
 
     use_weighting: bool = False
-    """Weigh each pair by how likely the policy is to write it (WPO, arXiv:2406.11827)."""
+    """Weight each pair by how likely the policy is to sample its completions (WPO, arXiv:2406.11827)."""
 
     discopop_tau: float = 0.05
-    """Temperature of DiscoPOP's mixture (arXiv:2406.08414); the value that was found with it."""
+    """τ: temperature of the mixture in DiscoPOP (arXiv:2406.08414), whose value is the default."""
 
     simpo_gamma: float = 0.5
-    """γ: margin of β-scaled mean log-probabilities that SimPO and AlphaPO aim at (arXiv:2405.14734)."""
+    """γ: target margin between the β-scaled rewards of SimPO and AlphaPO (arXiv:2405.14734)."""
 
     cpo_alpha: float = 1.0
     """Weight of −log π(y_w) / |y_w| in "cpo" (arXiv:2401.08417)."""
@@ -282,9 +282,9 @@ class DPOOptions:
 
 @dataclass(kw_only=True)
 class DPO(DPOOptions):
-    """The family as an algorithm: a weighted sum of `LOSSES` under one reference.
+    """The DPO family as an algorithm: a weighted sum of losses in `LOSSES`, with one reference.
 
-    Needs `batch.signals["ref_logprobs"] [N,C]` if `needs_reference`, and the statistics `wants` of `Scores`.
+    Reads `batch.signals["ref_logprobs"] [N,C]` if `needs_reference`, and the statistics of `Scores` that `wants` names.
     Raises ConfigError for options that are unknown, out of range, or used by none of the losses.
     """
 
@@ -300,7 +300,7 @@ class DPO(DPOOptions):
 
     @property
     def terms(self) -> list[tuple[str, float]]:
-        """Names and weights of the sum, the RPO term included."""
+        """Names and weights of the summed losses, including the RPO term."""
         terms = list(zip(self.loss_types, self.loss_weights, strict=True))
         return terms if self.rpo_alpha is None else [*terms, ("sft", self.rpo_alpha)]
 
@@ -310,16 +310,16 @@ class DPO(DPOOptions):
 
     @property
     def needs_full_batch(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its batch."""
+        """True if the loss of a pair depends on the other pairs of its batch."""
         return any(LOSSES[name].needs_full_batch for name in self.loss_types)
 
     @property
     def wants(self) -> frozenset[str]:
-        """Statistics of `Scores` that the loss needs beside the log-probabilities."""
+        """Statistics of `Scores` that the loss needs in addition to log-probabilities."""
         return frozenset({"collision"}) if self.use_weighting else frozenset()
 
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss of every pair `[P]`, and metrics `[P]`; `logps/*` are log π(y)."""
+        """Loss of every pair `[P]`, and metrics `[P]`; `logps/*` is log π(y) in nats."""
         chosen, rejected = self.sides(scores, batch)
         losses = [LOSSES[name](chosen, rejected, self) for name, _ in self.terms]
         total = sum(weight * loss for (_, weight), loss in zip(self.terms, losses, strict=True))
@@ -334,7 +334,7 @@ class DPO(DPOOptions):
         return total, metrics
 
     def sides(self, scores: Scores, batch: Batch) -> tuple[Side, Side]:
-        """The chosen and rejected completions as the losses see them."""
+        """Log-probabilities, scores and lengths of the chosen and of the rejected completions, `[P]` each."""
         named = f"loss_types={self.loss_types}"
         reference = required(batch, "ref_logprobs", by=named) if self.needs_reference else None
         weight = None if self.ld_alpha is None else pairs.ld_dpo_weights(batch.mask, self.ld_alpha)
@@ -379,7 +379,7 @@ def _check_combinations(o: DPO) -> None:
 
 
 def _check_divergence(o: DPO, losses: dict[str, Loss]) -> None:
-    """An f-divergence is defined for differences between chosen and rejected scores: see `f_dpo`."""
+    """Raise ConfigError for losses that do not depend on a difference of scores alone, which `f_dpo` requires."""
     of_scores = [name for name, loss in LOSSES.items() if loss.view in ("scores", "mean_scores")]
     wrong = [name for name, loss in losses.items() if name not in of_scores and loss.needs_reference]
     if wrong or o.reference_free or not set(losses) & set(of_scores):

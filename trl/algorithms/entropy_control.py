@@ -1,11 +1,11 @@
-"""The entropy bonus of an algorithm: its coefficient α in loss − α · mean entropy of a token.
+"""Coefficient α of the entropy bonus, fixed or adaptive: loss − α · mean entropy of the tokens.
 
     fixed      α = c
     adaptive   c ← clip(c + δ, min, max) where the last step's entropy was at or below the target, else clip(c − δ, …)
                α = c there, else 0
 
-The adaptive one holds entropy, in nats per token, from falling below a target: He et al. 2025 (Skywork-OR1),
-arXiv:2505.22312, Sec. 3.3. With a target that no entropy is above, and δ = 0, it is the fixed one.
+The adaptive coefficient keeps entropy, in nats per token, from falling below a target: He et al. 2025 (Skywork-OR1),
+arXiv:2505.22312, Sec. 3.3. An infinite target and δ = 0 give the fixed one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from trl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class EntropyBonus:
-    """The coefficient for the next step, from the entropies of the steps before."""
+    """Controller of the coefficient α: immutable, `updated` after every optimizer step."""
 
     coefficient: float
-    """c, that the bonus has when entropy is low."""
+    """c: the coefficient that applies while entropy is at or below `target`."""
     target: float = math.inf
-    """Nats per token that entropy should not fall below. Infinite: entropy is always low."""
+    """Entropy, in nats per token, below which it should not fall. Infinite: the bonus always applies."""
     step: float = 0.0
-    """δ, by which c changes with every optimizer step."""
+    """δ: change of c per optimizer step."""
     low: float = -math.inf
     """Smallest c."""
     high: float = math.inf
     """Largest c."""
     entropy: float = math.inf
-    """Mean entropy of the last step's tokens."""
+    """Mean entropy of the tokens in the last step, in nats."""
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
@@ -39,10 +39,10 @@ class EntropyBonus:
 
     @property
     def applied(self) -> float:
-        """α."""
+        """α for the next step."""
         return self.coefficient if self.entropy <= self.target else 0.0
 
     def updated(self, entropy: float) -> EntropyBonus:
-        """The bonus after a step whose tokens had this mean entropy."""
+        """Return the controller after a step whose tokens had mean `entropy`."""
         moved = self.coefficient + (self.step if entropy <= self.target else -self.step)
         return replace(self, coefficient=min(max(moved, self.low), self.high), entropy=entropy)

@@ -1,13 +1,13 @@
-"""f-DPO: preference optimisation under other divergences than reverse KL. arXiv:2309.16240.
+"""f-DPO: DPO with an f-divergence from the reference in place of the reverse KL divergence. arXiv:2309.16240.
 
     reward(y) = β f'(π(y) / π_ref(y)) + constant of the prompt
 
-so DPO's log-ratio h = log u, u = π / π_ref, is replaced by f'(u) (Theorem 1, Table 1), here up to a constant that makes
-it zero at u = 1. The constant of the prompt cancels between chosen and rejected, and only there: losses that look at one
-completion at a time have no such form.
+so f'(u) replaces DPO's log-ratio h = log u, where u = π / π_ref (Theorem 1, Table 1); a constant is added that makes it
+zero at u = 1. The constant of the prompt cancels only in the difference between chosen and rejected, so that losses of
+single completions have no such form.
 
-Every function takes log-ratios log(π / π_ref) in nats, `[N]` of whole completions or of any other shape, and gives scores of
-the same shape.
+Every function takes log-ratios log(π / π_ref) in nats, `[N]` of whole completions or of any other shape, and returns scores
+of the same shape.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trl.algorithms.policy_gradient import MAX_EXPONENT
 
 
 def power(logratio: Tensor, exponent: float) -> Tensor:
-    """(u^p − 1) / p of u = exp(logratio), `[N]`; log u in the limit p → 0. Constant where u^p is above e^80."""
+    """(u^p − 1) / p of u = exp(logratio), `[N]`; log u for p = 0, the limit. u^p is capped at e^80 to stay finite."""
     if exponent == 0:
         return logratio
     return (logratio * exponent).clamp(max=MAX_EXPONENT).expm1() / exponent

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: how much better an action was than the value function expected.
+"""Generalised advantage estimation (GAE): how much better an action was than the value function predicted.
 
     δ_t = r_t + γ V(s_{t+1}) − V(s_t),      A_t = Σ_k (γλ)^k δ_{t+k},      R_t = A_t + V(s_t)
 
@@ -16,10 +16,10 @@ from trl.ops.shapes import shapes
 
 @shapes(rewards="N C", values="N C", mask="N C")
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns `[N,C]` from rewards and values of the states before each token, `[N,C]`.
+    """Advantages and returns `[N,C]`, from the reward r_t of each token and the value V(s_t) of the state before it, `[N,C]`.
 
-    The state after the last token has value 0. A masked token is no action: the step before it leads to the state
-    before the next unmasked one. Zero where masked, without gradient.
+    The state after the last token has value 0. Masked tokens are not actions, so s_{t+1} is the state before the next
+    unmasked token. Masked entries of the results are 0 and carry no gradient.
     """
     taken = mask.bool()
     advantages = torch.zeros_like(rewards)

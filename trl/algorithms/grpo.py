@@ -1,19 +1,19 @@
-"""Group relative policy optimisation and its family: policy gradients whose baseline is the group, not a critic.
+"""GRPO (group relative policy optimisation) and its family: policy gradients with a group baseline in place of a critic.
 
     A_i     = (r_i − mean(r_1…r_G)) / (std(r_1…r_G) + ε)                       G samples of one prompt
     loss_it = −min(ρ_it A_i, clip(ρ_it, 1 − ε, 1 + ε) A_i) + β KL_it           ρ = π / π_old
 
-Shao et al. 2024, arXiv:2402.03300, Eq. 3. What its successors changed are independent axes here:
+Shao et al. 2024, arXiv:2402.03300, Eq. 3. The variants of later papers are independent options here:
 
     baseline, scale    how a reward becomes an advantage              `trl.algorithms.advantages`
-    ratio_level        what ρ is the ratio of                         "token"; "sequence": the geometric mean over the
+    ratio_level        over what ρ is taken                           "token"; "sequence": the geometric mean over the
                                                                       completion (GSPO, arXiv:2507.18071, Eq. 7); "whole":
                                                                       the product over it
-    surrogate          how ρ is kept in bounds                        `trl.algorithms.surrogates`
-    averaging          what counts the same: tokens, completions      the trainer's weights, `trl.ops.reduce`
+    surrogate          how ρ is clipped, or bounded otherwise         `trl.algorithms.surrogates`
+    averaging          equal weight of tokens or of completions       the trainer's weights, `trl.ops.reduce`
     KL                 in the loss (k1, k2, k3, or unbiased) or in the reward
-    entropy            a bonus; only the tokens of highest entropy (arXiv:2506.01939)
-    correction         for a sampler that is not the policy           `trl.algorithms.importance`
+    entropy            a bonus; loss on the tokens of highest entropy only (arXiv:2506.01939)
+    correction         importance weights of off-policy samples       `trl.algorithms.importance`
 """
 
 from __future__ import annotations
@@ -42,42 +42,42 @@ RATIO_LEVELS: dict[RatioLevel, Callable[[Tensor, Tensor], Tensor]] = {
     "sequence": mean_over_completion,
     "whole": lambda log_ratio_t, mask: log_ratio_t.sum(-1, keepdim=True),
 }
-"""log ρ `[N,C]` or `[N,1]` of log-ratios `[N,C]` that are zero where the mask is."""
+"""Functions from token log-ratios `[N,C]`, 0 where masked, and the mask `[N,C]` to log ρ, `[N,C]` or `[N,1]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(Algorithm):
-    """The algorithm as an object.
+    """GRPO as an algorithm of an online trainer: computes advantages from rewards, and the loss of every token.
 
-    Signals it reads `[N,C]`: `old_logprobs`; `ref_logprobs` where `beta` is not 0; `sampler_logprobs` with a `correction`
-    or an `off_policy_threshold`; `entropy` of the whole rollout batch where `top_entropy` < 1. Signals it adds: `advantages`
-    `[N]`, `high_entropy` `[N,C]`. The trainer adds the entropy bonus.
+    Signals it reads, `[N,C]`: `old_logprobs`; `ref_logprobs` if `beta` is not 0; `sampler_logprobs` with a `correction` or
+    an `off_policy_threshold`; `entropy` of the rollout batch if `top_entropy` < 1. Signals it adds: `advantages` `[N]`,
+    `high_entropy` `[N,C]`. The trainer adds the entropy bonus to the loss.
     """
 
     baseline: Baseline = "group"
-    """What a reward is compared with: a name in `BASELINES`."""
+    """Baseline that is subtracted from the reward: a name in `BASELINES`."""
     scale: Scale = "group"
-    """What an advantage is divided by: a name in `SCALES`."""
+    """Scale that the advantage is divided by: a name in `SCALES`."""
     ratio_level: RatioLevel = "token"
-    """What ρ is the ratio of: a name in `RATIO_LEVELS`."""
+    """Whether ρ is the ratio of a token or of the completion: a name in `RATIO_LEVELS`."""
     surrogate: Surrogate = field(default_factory=Clip)
-    """How ratios are kept in bounds."""
+    """Surrogate objective, which bounds the ratios ρ."""
     beta: float = 0.0
-    """Coefficient of the KL penalty."""
+    """β: coefficient of the KL penalty towards the reference policy."""
     kl: KLEstimate = "k3"
-    """Estimate of a token's KL in the loss: a name in `trl.algorithms.policy_gradient.KL`."""
+    """Per-token KL estimator in the loss: a name in `trl.algorithms.policy_gradient.KL`."""
     unbiased_kl: bool = True
-    """Multiply it by ρ: its gradient is then that of the reverse KL (arXiv:2512.02556, Eq. 7)."""
+    """Multiply the KL estimate by ρ, so that its gradient is an unbiased one of the reverse KL (arXiv:2512.02556, Eq. 7)."""
     kl_in_reward: bool = False
-    """Take β Σ_t log π_old/π_ref off the reward, and leave KL out of the loss."""
+    """Subtract β Σ_t log π_old/π_ref from the reward, in place of a KL term in the loss."""
     entropy_bonus: EntropyBonus | None = None
-    """What is added for the entropy of the tokens that are learned from."""
+    """Controller of the entropy bonus on the trained tokens. None: no bonus."""
     top_entropy: float = 1.0
-    """Learn from this share of the rollout batch's tokens alone, those of highest entropy."""
+    """Fraction of the rollout batch's tokens that are trained on: those of highest entropy."""
     off_policy_threshold: float | None = None
-    """Do not learn from completions with A < 0 whose mean log π_sampler/π is above this (arXiv:2512.02556, Eq. 9)."""
+    """Mask completions with A < 0 whose mean log π_sampler/π exceeds this (arXiv:2512.02556, Eq. 9). None: mask none."""
     correction: Correction | None = None
-    """Importance weights for a sampler that is not the policy."""
+    """Importance weights that correct for a sampler whose probabilities differ from those of π_old."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -98,7 +98,7 @@ class GRPO(Algorithm):
     # ---- advantages ----
 
     def advantages(self, experience: Experience) -> Experience:
-        """Advantages `[N]`, and which tokens are of high entropy."""
+        """Add the signals `advantages` `[N]` and, with `top_entropy`, `high_entropy` `[N,C]` (1 or 0)."""
         rewards = self.kl_penalised_rewards(experience)
         found = advantages(rewards, experience.group, baseline=self.baseline, scale=self.scale)
         experience = experience.with_signals(advantages=found)
@@ -109,7 +109,7 @@ class GRPO(Algorithm):
         return experience.with_signals(high_entropy=(entropy >= threshold).to(entropy.dtype))
 
     def kl_penalised_rewards(self, experience: Experience) -> Tensor:
-        """Rewards `[N]`, less β KL of the completion where KL is part of the reward."""
+        """Rewards `[N]`, minus β times the KL of the completion if `kl_in_reward`."""
         if not (self.kl_in_reward and self.beta):
             return experience.rewards
         signals = experience.signals
@@ -134,7 +134,7 @@ class GRPO(Algorithm):
         return loss.expand_as(batch.mask), metrics
 
     def terms(self, scores: Scores, batch: Learnable) -> Terms:
-        """Log-ratios at the level asked for, and advantages."""
+        """Inputs of the surrogate: log ρ at `ratio_level`, and advantages."""
         log_ratio_t = log_ratio(scores.logprobs, batch.signals["old_logprobs"]) * batch.mask
         level = RATIO_LEVELS[self.ratio_level](log_ratio_t, batch.mask)
         advantages = batch.signals["advantages"]
@@ -147,7 +147,7 @@ class GRPO(Algorithm):
         )
 
     def token_weight(self, terms: Terms, batch: Learnable) -> Tensor:
-        """How much of a token's surrogate is learned from, `[N,C]` or `[N,1]`, without gradient."""
+        """Weight of each token in the surrogate, `[N,C]` or `[N,1]`: masks and importance weights, without gradient."""
         signals = batch.signals
         share = torch.ones_like(terms.advantages)
         if self.off_policy_threshold is not None:
@@ -162,7 +162,7 @@ class GRPO(Algorithm):
 
 @shapes(values="M")
 def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile of `values [M]`, interpolated between neighbours; of any number of values."""
+    """The q-quantile of `values [M]`, linearly interpolated; unlike `torch.quantile`, for any M."""
     ordered = values.sort().values
     place = q * (len(ordered) - 1)
     lower = int(place)

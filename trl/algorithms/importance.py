@@ -1,11 +1,11 @@
-"""Corrections for a sampler that is not the policy in training: other kernels, other precision, older weights.
+"""Importance weights for rollouts whose sampler differs from the policy: other kernels, other precision, older weights.
 
     w = π_old / π_sampler        of a token, or of a whole completion (the product over its tokens)
 
 truncate   clip(w, low, high): biased, bounded variance
-mask       w where low ≤ w ≤ high, else 0: outliers have no gradient
+mask       w where low ≤ w ≤ high, else 0: outliers give no gradient
 
-A gradient under the sampler's samples, times w, is one under π_old's.
+E_{π_sampler}[w ∇L] = E_{π_old}[∇L]: weighted by w, gradients of the sampler's samples have the expectation under π_old.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODES = get_args(CorrectionMode)
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Importance weights of samples, by mode and bounds (None: no bound)."""
+    """Function that computes importance weights w, truncated or masked at the bounds `low` and `high` (None: no bound)."""
 
     mode: CorrectionMode = "sequence_mask"
     low: float | None = None
@@ -37,7 +37,9 @@ class Correction:
         if self.mode not in MODES:
             raise ConfigError(unknown("importance_sampling_mode", self.mode, MODES))
         if self.low is not None and self.high is not None and self.low >= self.high:
-            raise ConfigError(f"The bounds of importance weights are low={self.low}, high={self.high}: swap them.")
+            raise ConfigError(
+                f"Importance weights have bounds low={self.low} and high={self.high}: low must be below high."
+            )
 
     @torch.no_grad()
     def __call__(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -47,12 +49,12 @@ class Correction:
 
     @torch.no_grad()
     def is_beyond(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """1 where the weight of a token is beyond the bounds, else 0, `[N,C]`."""
+        """1 for every token whose weight is outside the bounds, else 0, `[N,C]`."""
         w, (low, high) = self.ratio(old_logprobs, sampler_logprobs, mask), self.bounds
         return ((w < low) | (w > high)).to(mask.dtype).expand_as(mask)
 
     def ratio(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """w before any bound, `[N,C]`, or `[N,1]` for whole completions."""
+        """w before truncation or masking, `[N,C]`, or `[N,1]` for whole completions."""
         log_w = (old_logprobs - sampler_logprobs) * mask
         return ratio(log_w.sum(-1, keepdim=True) if self.mode.startswith("sequence") else log_w)
 
@@ -64,9 +66,9 @@ class Correction:
 @shapes(logprobs="N C", sampler_logprobs="N C", mask="N C")
 @torch.no_grad()
 def mismatch(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, correction: Correction) -> Metrics:
-    """How far the sampler is from the policy that is trained, `[N,C]`; the extremes `[N]` of each completion.
+    """Metrics of the mismatch between sampler and policy: per token `[N,C]`, the extremes per completion `[N]`.
 
-    `sampling/masked_share` is the share of tokens whose weight is beyond the bounds of `correction`.
+    `sampling/masked_share` is the share of tokens whose weight is outside the bounds of `correction`.
     """
     log_w = (logprobs - sampler_logprobs) * mask
     w = ratio(log_w)

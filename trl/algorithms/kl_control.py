@@ -1,10 +1,10 @@
-"""Controllers of the KL penalty's coefficient β.
+"""Controllers of β, the coefficient of the KL penalty: fixed or adaptive.
 
     fixed      β
     adaptive   e = clip(KL / target − 1, −0.2, 0.2),      β ← β (1 + e · n / horizon)
 
-The adaptive one is proportional control of log β: it holds the KL of a response, in nats, near a target. n is the
-number of responses since the last update. Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2.
+The adaptive one is a proportional controller of log β that keeps the mean KL of a response, in nats, near a target. n is
+the number of responses since the last update. Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 MAX_ERROR = 0.2
-"""Bound of the relative error, so that one strange batch cannot move the coefficient far."""
+"""Bound of the relative error e, so that one outlier batch cannot change the coefficient much."""
 
 
 class KLController(Protocol):
-    """The coefficient now, and the controller after `n` responses whose mean KL was `kl`."""
+    """Holds the current `coefficient`; `updated` returns the controller after `n` responses with mean KL `kl`."""
 
     coefficient: float
 
@@ -26,7 +26,7 @@ class KLController(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedKL:
-    """The same coefficient throughout."""
+    """A constant coefficient."""
 
     coefficient: float = 0.2
 
@@ -40,9 +40,9 @@ class AdaptiveKL:
 
     coefficient: float = 0.2
     target: float = 6.0
-    """KL of a response, in nats."""
+    """Target of the mean KL of a response, in nats."""
     horizon: float = 10_000.0
-    """Responses over which a full error of 1 would double the coefficient."""
+    """Number of responses after which an unclipped relative error of 1 would double the coefficient."""
 
     def updated(self, kl: float, n: int) -> AdaptiveKL:
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)

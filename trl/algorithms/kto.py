@@ -1,15 +1,15 @@
-"""Losses of single completions that are labelled desirable or undesirable: KTO, APO-zero, BCO.
+"""Losses of unpaired completions, each labelled desirable or undesirable: KTO, APO-zero, BCO.
 
     h(y) = log π(y|x) − log π_ref(y|x),       s = +1 where y is desirable, −1 where it is not
 
-    KTO        1 − σ(β s [h − z₀])        z₀ = KL(π ‖ π_ref), the point from which gains and losses are felt
+    KTO        1 − σ(β s [h − z₀])        z₀ = KL(π ‖ π_ref), the reference point of gains and losses
     APO-zero   1 − σ(β s h)               KTO with z₀ = 0
     BCO        −log σ(s [β h − δ])        δ = ½ (E[β h | desirable] + E[β h | undesirable])
 
-z₀ and δ are statistics of more completions than the loss is taken of. They come in as signals, without gradient, so
-that the loss does not depend on how a batch was split: `kl_estimate` and `RewardShift` make them.
+z₀ is a statistic of the whole batch (`kl_estimate`), δ one of all batches so far (`RewardShift`). The losses take them as
+inputs without gradient, so that the split into micro-batches does not matter.
 
-Everything is `[N]`, one number per completion; `desirable` is boolean.
+All tensors are `[N]`, one number per completion; `desirable` is boolean.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def kto(logratio: Tensor, desirable: Tensor, kl: Tensor, *, beta: float) -> Tens
 
 @shapes(logratio="N", desirable="N")
 def apo_zero_unpaired(logratio: Tensor, desirable: Tensor, *, beta: float) -> Tensor:
-    """1 − σ(β s h). APO-zero, arXiv:2408.06266, Eq. 7, one completion at a time."""
+    """1 − σ(β s h). APO-zero, arXiv:2408.06266, Eq. 7, for unpaired completions."""
     return torch.sigmoid(-beta * _sign(desirable, logratio) * logratio)
 
 
 @shapes(logratio="N", desirable="N")
 def bco(logratio: Tensor, desirable: Tensor, delta: Tensor, *, beta: float) -> Tensor:
-    """−log σ(s [β h − δ]): a classifier whose logit is the reward. BCO, arXiv:2404.04656."""
+    """−log σ(s [β h − δ]): binary classification whose logit is the reward β h, shifted by δ. BCO, arXiv:2404.04656."""
     return -F.logsigmoid(_sign(desirable, logratio) * (beta * logratio - delta))
 
 
@@ -61,15 +61,15 @@ def _sign(desirable: Tensor, like: Tensor) -> Tensor:
 def kl_estimate(logratio: Tensor) -> Tensor:
     """z₀ = max(0, mean h(y_j | x_i)) of mismatched completions, j ≠ i, `[M]`: a scalar without gradient.
 
-    The prompts and completions should be those of the whole batch, from all processes: a biased estimate, but one that
-    needs no samples. KTO, arXiv:2402.01306, Section 4.
+    `logratio` should cover the whole batch of all processes. The estimate is biased, but needs no samples of π.
+    KTO, arXiv:2402.01306, Section 4.
     """
     return logratio.mean().clamp(min=0)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardShift:
-    """Running averages of desirable and undesirable rewards, for BCO's δ; zero before anything was seen."""
+    """Running averages of the rewards of desirable and undesirable completions, for BCO's δ; they start at 0."""
 
     desirable_sum: Tensor
     desirable_count: Tensor
@@ -82,7 +82,7 @@ class RewardShift:
 
     @torch.no_grad()
     def update(self, rewards: Tensor, desirable: Tensor) -> RewardShift:
-        """The averages with `rewards [N]` = β h taken in."""
+        """Return the averages after adding `rewards [N]` = β h."""
         bad = ~desirable
         return RewardShift(
             self.desirable_sum + (rewards * desirable).sum(),
@@ -93,7 +93,7 @@ class RewardShift:
 
     @property
     def delta(self) -> Tensor:
-        """δ, a scalar: halfway between the two averages. arXiv:2404.04656."""
+        """δ, a scalar: the midpoint of the two averages. arXiv:2404.04656."""
         desirable = self.desirable_sum / self.desirable_count.clamp(min=1)
         undesirable = self.undesirable_sum / self.undesirable_count.clamp(min=1)
         return 0.5 * (desirable + undesirable)
@@ -101,7 +101,7 @@ class RewardShift:
 
 @dataclass(frozen=True, slots=True)
 class Unpaired:
-    """A formula `formula(logratio, desirable[, signal], beta=…) -> [N]`, and the name of the signal it needs."""
+    """A loss `formula(logratio, desirable[, signal], beta=…) -> [N]`, and the name of the signal it takes, if any."""
 
     formula: Callable[..., Tensor]
     signal: str | None = None
@@ -112,12 +112,12 @@ LOSSES: dict[str, Unpaired] = {
     "apo_zero_unpaired": Unpaired(apo_zero_unpaired),
     "bco": Unpaired(bco, "delta"),
 }
-"""Names of `loss_type`."""
+"""Losses by their names in `loss_type`."""
 
 
 @dataclass(kw_only=True)
 class KTOOptions:
-    """What the losses are tuned by. A trainer's configuration has these options too."""
+    """Hyperparameters of the losses; the trainer's configuration inherits them."""
 
     beta: float = 0.1
     """β: strength of the KL regularisation towards the reference policy."""
@@ -134,10 +134,10 @@ class KTOOptions:
 
 @dataclass(kw_only=True)
 class KTO(KTOOptions):
-    """The losses as an algorithm.
+    """KTO, APO-zero or BCO as an algorithm.
 
-    Needs of `batch.signals`: `ref_logprobs [N,C]`, `label [N]` (1 desirable, 0 not), and what `needs_signal` names:
-    `kl [N]` or `delta [N]`, the same number for every completion of the window.
+    Reads the signals `ref_logprobs [N,C]`, `label [N]` (1 desirable, 0 undesirable), and the one that `needs_signal` names:
+    `kl [N]` or `delta [N]`, the same number for every completion of an optimizer step.
     """
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class KTO(KTOOptions):
 
     @property
     def needs_signal(self) -> str | None:
-        """The statistic that enters as a signal: "kl", "delta" or none."""
+        """Name of the batch statistic that the loss reads as a signal: "kl", "delta" or None."""
         return LOSSES[self.loss_type].signal
 
     def loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -172,12 +172,12 @@ class KTO(KTOOptions):
 
 @shapes(rewards="N", logprob="N", desirable="N")
 def unpaired_metrics(rewards: Tensor, logprob: Tensor, desirable: Tensor) -> Metrics:
-    """Rewards and log-probabilities `[N]` by label: a completion of the other label is NaN, hence left out."""
+    """Metrics `[N]`: rewards and log-probabilities, split by label; NaN, which averages leave out, for the other label."""
     return by_preference("rewards", rewards, desirable) | by_preference("logps", logprob, desirable)
 
 
 def with_margin(averages: Mapping[str, float]) -> dict[str, float]:
-    """Averaged metrics with `rewards/margins`: of unpaired data it is a difference of averages, not an average."""
+    """Add `rewards/margins` to averaged metrics: for unpaired data, the difference of two averages."""
     if not {"rewards/chosen", "rewards/rejected"} <= averages.keys():
         return dict(averages)
     margin = averages["rewards/chosen"] - averages["rewards/rejected"]
@@ -186,7 +186,7 @@ def with_margin(averages: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class WeightRanges:
-    """Which weights make up for unequal classes: either of the two ranges, with the other weight as it is."""
+    """Recommended ranges of λ_D and λ_U for unbalanced labels: change one of them, and keep the other."""
 
     ratio: float
     desirable: tuple[float, float]
@@ -203,7 +203,8 @@ def recommended_weights(
 ) -> WeightRanges:
     """Ranges of λ_D and of λ_U in which 1 ≤ (λ_D n_D) / (λ_U n_U) ≤ 4/3, for n_D and n_U labelled completions.
 
-    Desirable ones should count as much as undesirable ones, or a little more. KTO, arXiv:2402.01306, Section 4.
+    The total weight of desirable completions should equal that of undesirable ones, or exceed it a little.
+    KTO, arXiv:2402.01306, Section 4.
     """
     if desirable < 1 or undesirable < 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Mean and variance of everything seen so far, in one pass over batches.
+"""Running mean and variance over batches, in one pass.
 
     δ = x̄_b − x̄,   x̄ ← x̄ + δ n_b / n,   M ← M + M_b + δ² n_a n_b / n,   n = n_a + n_b,   M = Σ (x − x̄)²
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RunningMoments:
-    """Count, mean and sum of squared deviations of the numbers seen."""
+    """Count n, mean x̄ and sum of squared deviations M of all numbers so far."""
 
     count: int = 0
     mean: float = 0.0
     deviations: float = 0.0
 
     def updated(self, x: Tensor) -> RunningMoments:
-        """The moments with the numbers `[N]` counted in."""
+        """Return the moments after adding the numbers `x [N]`."""
         x = x.double()
         count, delta = self.count + len(x), x.mean().item() - self.mean
         deviations = (x - x.mean()).square().sum().item() + delta**2 * self.count * len(x) / count
@@ -29,9 +29,9 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Standard deviation with Bessel's correction; 1 while there is nothing to tell it from."""
+        """Standard deviation with Bessel's correction; 1 until two different numbers were seen."""
         return (self.deviations / (self.count - 1)) ** 0.5 if self.deviations > 0 else 1.0
 
     def scaled(self, x: Tensor, *, centred: bool) -> Tensor:
-        """`x [N]`, or with `centred` x less the mean, divided by the standard deviation."""
+        """Divide `x [N]` by the standard deviation; with `centred`, subtract the mean first."""
         return (x - self.mean if centred else x) / self.std

@@ -1,9 +1,9 @@
-"""Online DPO: preference optimisation on pairs that the policy itself sampled.
+"""Online DPO: the DPO loss on pairs of completions that the policy samples during training.
 
     y⁺ = argmax_i r(x, y_i),   y⁻ = argmin_i r(x, y_i),        loss = DPO(y⁺, y⁻)
 
-Guo et al. 2024, arXiv:2402.04792, Algorithm 1, with the judgement given as a reward; of more than two samples the best and
-the worst make the pair. A group whose rewards are all equal, or with fewer than two known, makes none.
+Guo et al. 2024, arXiv:2402.04792, Algorithm 1, with a reward in place of the annotator; from more than two samples, the best
+and the worst form the pair. A group whose rewards are all equal, or that has fewer than two known ones, gives no pair.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 @dataclass(frozen=True)
 class OnlineDPO(Algorithm):
-    """The algorithm as an object. Adds the signal `preferred` `[N]`: 1 for y⁺, −1 for y⁻, 0 for others."""
+    """Online DPO as an algorithm of an online trainer. Adds the signal `preferred` `[N]`: y⁺ 1, y⁻ −1, others 0."""
 
     dpo: DPO = field(default_factory=DPO)
-    """The loss of a pair."""
+    """Loss of the pairs."""
 
     @property
     def needs_reference(self) -> bool:
         return self.dpo.needs_reference
 
     def advantages(self, experience: Experience) -> Experience:
-        """Which completion of each group is the better one, and which the worse."""
+        """Add the signal `preferred`, which marks the best and the worst completion of each group."""
         preferred = torch.zeros_like(experience.rewards)
         for number in experience.group.unique():
             mine = (experience.group == number).nonzero().flatten()
@@ -41,5 +41,5 @@ class OnlineDPO(Algorithm):
         return experience.with_signals(preferred=preferred)
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """Loss `[P]` of the batch's pairs, better completion first, and metrics."""
+        """Loss `[P]` and metrics of the pairs in the batch, in which y⁺ precedes y⁻."""
         return self.dpo.loss(scores, batch)

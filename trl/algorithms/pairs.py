@@ -1,9 +1,9 @@
-"""What pairwise losses see of a batch: each prompt's two completions, chosen at even index and rejected at odd.
+"""Inputs of pairwise losses: log-probabilities and scores of the chosen (even index) and rejected (odd index) completions.
 
     log π(y) = Σ_t w_t log π(y_t | x, y_<t),       h(y) = log π(y) − log π_ref(y),       score(y) = f'(π / π_ref)
 
-w is 1 unless length is desensitised. The score is h for the reverse KL divergence, that is, almost always.
-P pairs: N = 2P completions.
+w_t is 1 except with `ld_dpo_weights`. The score is h for the reverse KL divergence, the default; f' is explained in
+`trl.algorithms.f_dpo`. P pairs are N = 2P completions.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Side:
     """The chosen or the rejected completions of P pairs, every field `[P]`.
 
     logprob      log π(y)
-    ref_logprob  log π_ref(y); zero without a reference, which is a uniform one up to a constant
+    ref_logprob  log π_ref(y); zero without a reference, as for a uniform distribution up to a constant
     score        f'(π / π_ref)
-    length       scored tokens
-    nll          −Σ_t log π(y_t) / length, never desensitised
+    length       number of scored tokens
+    nll          −Σ_t log π(y_t) / length, always with w_t = 1
     """
 
     logprob: Tensor
@@ -53,10 +53,10 @@ class Side:
 
 
 def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected rows of `x [2P,…]`."""
+    """Split `x [2P,…]` into the chosen (even) and the rejected (odd) rows, `[P,…]` each."""
     if len(x) % 2:
         raise DataError(
-            f"A batch of pairs holds an even number of completions, got {len(x)}. "
+            f"A batch of pairs must have an even number of completions, got {len(x)}. "
             "Give every example two completions: the chosen one first, then the rejected one."
         )
     return x[0::2], x[1::2]
@@ -71,10 +71,9 @@ def sides(
     weight: Tensor | None = None,
     divergence: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Side, Side]:
-    """Chosen and rejected sides of `logprobs [N,C]`, `ref_logprobs [N,C]` under `mask [N,C]`.
+    """Sum `logprobs [N,C]` and `ref_logprobs [N,C]` over `mask [N,C]`, and split the results into chosen and rejected.
 
-    `weight [N,C]` replaces the mask in the log-probabilities (`ld_dpo_weights`). `divergence` gives the score
-    from the log-ratio.
+    `weight [N,C]` replaces the mask in those sums (`ld_dpo_weights`). `divergence` maps log-ratios to scores.
     """
     weight = mask if weight is None else weight
     length = mask.sum(-1).clamp(min=1)
@@ -90,12 +89,12 @@ def sides(
 
 @shapes(mask="N C")
 def ld_dpo_weights(mask: Tensor, alpha: float) -> Tensor:
-    """Weights `[N,C]`: 1 up to the length that a pair's completions share, `alpha` on the longer one's tail.
+    """Weights w_t `[N,C]`: 1 up to the length l of the shorter completion of a pair, `alpha` on the tail of the longer one.
 
         log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t),       l = min(|y_w|, |y_l|)
 
-    The excess of the longer completion then counts less in the comparison: α = 1 is plain DPO, α = 0 ignores it.
-    Tokens are counted among the scored ones. LD-DPO, arXiv:2409.06411.
+    Length then matters less in the comparison: α = 1 is plain DPO, α = 0 ignores the tail. Lengths count scored tokens.
+    LD-DPO, arXiv:2409.06411.
     """
     chosen, rejected = split_pairs(mask.sum(-1))
     shared = torch.minimum(chosen, rejected).repeat_interleave(2)
@@ -105,12 +104,12 @@ def ld_dpo_weights(mask: Tensor, alpha: float) -> Tensor:
 @shapes(logprobs="N C", collision="N C", mask="N C")
 @torch.no_grad()
 def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
-    """Weight `[P]` of each pair: how likely the policy itself is to write these completions, without gradient.
+    """Weight `[P]` of each pair, by how likely the policy is to sample its completions; without gradient.
 
         w(y) = exp( 1/|y| Σ_t [ log π(y_t) − log Σ_v π(v)² ] ),       weight = w(y_w) w(y_l)
 
-    Σ_v π(v)² (`collision [N,C]`) is the probability that two samples agree, hence the expected probability of a sampled
-    token: dividing by it gives sampled completions weights around 1, whatever their entropy.
+    Σ_v π(v)² (`collision [N,C]`) is the expected probability of a token sampled from π: dividing by it gives completions
+    that the policy sampled itself weights around 1, whatever their entropy.
     WPO, arXiv:2406.11827, Eq. 2 with sampled alignment.
     """
     aligned = (logprobs - collision.clamp(min=torch.finfo(collision.dtype).tiny).log()) * mask
@@ -120,7 +119,7 @@ def wpo_weights(logprobs: Tensor, collision: Tensor, mask: Tensor) -> Tensor:
 
 @shapes(chosen="P", rejected="P")
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
-    """What the implicit rewards of a policy say of pairs, each `[P]`."""
+    """Metrics `[P]` of the implicit rewards of the two sides; the accuracy is 1 where the chosen one is higher."""
     chosen, rejected = chosen.detach(), rejected.detach()
     return {
         "rewards/chosen": chosen,
@@ -132,7 +131,7 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> Metrics:
 
 @shapes(chosen="N")
 def by_preference(name: str, values: Tensor, chosen: Tensor) -> Metrics:
-    """`name/chosen` and `name/rejected`: the values `[N]` or `[N,C]` of chosen completions, and of the others; NaN elsewhere."""
+    """Split `values`, `[N]` or `[N,C]`, into `name/chosen` and `name/rejected`, with NaN for the other completions."""
     values = values.detach()
     is_chosen = chosen.bool().view(-1, *[1] * (values.dim() - 1))
     return {
@@ -151,7 +150,7 @@ VIEWS: dict[str, Callable[[Side, Side], tuple[Tensor, ...]]] = {
     "logprobs_and_nll": lambda chosen, rejected: (chosen.logprob, rejected.logprob, chosen.nll),
     "chosen_nll": lambda chosen, rejected: (chosen.nll,),
 }
-"""What a formula is given of a pair's two sides, `[P]` each: see the properties of `Side`.
+"""Inputs of the loss formulas, `[P]` each, by name: functions of the chosen and the rejected `Side`.
 
 "margins" are log π(y_w) − log π(y_l), of the policy and of the reference.
 """

@@ -1,11 +1,11 @@
-"""Proximal policy optimisation of language models.
+"""PPO, proximal policy optimisation, of language models.
 
     r_t = −β KL_t + [t is the last token] · score          β: strength of the KL penalty towards the reference
     A, R = GAE(r, V; γ, λ),   A whitened                   see `trl.algorithms.gae`
     loss = −min(ρ A, clip(ρ, 1 ± ε) A) + c · ½ max((V − R)², (clip(V, V_old ± ε_v) − R)²)
 
-Ziegler et al. 2019, arXiv:1909.08593 (rewards); Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 (loss). ρ = π/π_old, and
-`old` is the policy that sampled. An action is a token, its state all tokens before it.
+Ziegler et al. 2019, arXiv:1909.08593 (rewards); Schulman et al. 2017, arXiv:1707.06347, Eq. 7 and 9 (loss). ρ = π/π_old, where
+π_old and V_old are policy and values at sampling time. An action is a token, its state all tokens before it.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ PENALTIES: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
     "mse": (LOGPROBS, k2),
     "full": (("full_kl",), lambda divergence: divergence),
 }
-"""KL of a token `[N,C]` by the names of `kl_penalty`: signals `[N,C]`, and the formula that takes them."""
+"""By the names of `kl_penalty`: the signals `[N,C]` that a token's KL is computed from, and the formula."""
 
 
 @shapes(scores="N", kl="N C", mask="N C")
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, coefficient: float) -> Tensor:
-    """−β KL_t, plus the score of a completion on its last unmasked token: `[N,C]` from scores `[N]`, kl `[N,C]`."""
+    """Rewards r_t `[N,C]`: −β KL_t `[N,C]`, plus the completion's score `[N]` on its last unmasked token."""
     return at_last(scores, mask) - coefficient * kl * mask
 
 
 @shapes(values="...", old_values="...")
 def clip_values(values: Tensor, old_values: Tensor, *, cliprange: float) -> Tensor:
-    """V, kept within `cliprange` of what it was when the responses were sampled; `[N,C]`."""
+    """clip(V, V_old − ε_v, V_old + ε_v), `[N,C]`, where V_old are the values at sampling time."""
     return torch.clamp(values, old_values - cliprange, old_values + cliprange)
 
 
 @shapes(values="...", old_values="...", returns="...")
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> Tensor:
-    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), `[N,C]`: no gain from a step larger than ε."""
+    """½ max((V − R)², (clip(V, V_old ± ε) − R)²), `[N,C]`: moving V by more than ε does not lower the loss."""
     clipped = clip_values(values, old_values, cliprange=cliprange)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
 
 
 @dataclass(kw_only=True)
 class PPOOptions:
-    """Options of advantages and loss; those of the trainer's configuration too."""
+    """Hyperparameters of advantages and loss; the trainer's configuration inherits them."""
 
     kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
-    """KL of a token: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
+    """Estimate of a token's KL: "kl" (log-ratio), "abs" (its absolute value), "mse" (half its square), "full" (exact)."""
 
     whiten_rewards: bool = False
     """Scale the token rewards of a batch to variance 1, without shifting their mean."""
@@ -71,13 +71,13 @@ class PPOOptions:
     """Discount of a token's later rewards."""
 
     lam: float = 0.95
-    """λ of generalised advantage estimation (arXiv:1506.02438): 0 trusts the values, 1 the rewards."""
+    """λ of generalised advantage estimation (arXiv:1506.02438): 0 relies on the values, 1 on the rewards."""
 
     cliprange: float = 0.2
-    """ε: how far the probability ratio of a token may move in one batch before it stops being rewarded."""
+    """ε: probability ratios are clipped to [1 − ε, 1 + ε]; a token beyond that gives no gradient."""
 
     cliprange_value: float = 0.2
-    """ε_v: how far a value may move in one batch before it stops being rewarded."""
+    """ε_v: values are clipped to within ε_v of those at sampling time."""
 
     vf_coef: float = 0.1
     """c: weight of the value loss."""
@@ -86,28 +86,28 @@ class PPOOptions:
     """Divide scores by their running standard deviation."""
 
     use_score_norm: bool = False
-    """Subtract the scores' running mean as well; needs `use_score_scaling`."""
+    """Also subtract the scores' running mean; needs `use_score_scaling`."""
 
     score_clip: float | None = None
-    """Clip scores, after scaling, to ± this."""
+    """Clip scores to ± this, after scaling. None: no clipping."""
 
     ratio_threshold: float = 10
-    """Mini-batches whose mean probability ratio is above this are skipped."""
+    """Skip mini-batches whose mean probability ratio is above this."""
 
 
 @dataclass(kw_only=True)
 class PPO(PPOOptions, Algorithm):
-    """The algorithm as an object: advantages, loss, and what it follows from one rollout batch to the next.
+    """PPO as an algorithm of an online trainer: advantages, loss, KL coefficient and statistics of scores.
 
-    Signals it reads `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` where `kl_penalty` is "full"), and
-    `dense_rewards` where tokens are rewarded, in place of the completions' scores.
+    Signals it reads, `[N,C]`: `old_logprobs`, `values`, `ref_logprobs` (or `full_kl` if `kl_penalty` is "full"), and
+    optionally `dense_rewards`, rewards of tokens that replace the completions' scores.
     Signals it adds: `scores` `[N]`; `kl`, `token_rewards`, `advantages`, `returns` `[N,C]`.
     """
 
     controller: KLController = field(default_factory=AdaptiveKL)
-    """Holds the coefficient of the KL penalty."""
+    """Controller of β, the coefficient of the KL penalty."""
     moments: RunningMoments = field(default_factory=RunningMoments)
-    """Mean and standard deviation of the scores so far, where they are scaled."""
+    """Running mean and standard deviation of the scores, with `use_score_scaling`."""
 
     needs_reference = True
     needs_values = True
@@ -118,7 +118,7 @@ class PPO(PPOOptions, Algorithm):
     # ---- state ----
 
     def after_round(self, experience: Experience) -> PPO:
-        """The algorithm whose coefficient has followed the KL of these responses, and whose moments count their scores."""
+        """Return the algorithm with β updated by the mean KL of these responses, and the moments by their scores."""
         kl = (experience.signals["kl"] * experience.mask).sum(1)
         controller = self.controller.updated(kl.mean().item(), len(kl))
         return replace(self, controller=controller, moments=self._moments_with(experience))
@@ -137,11 +137,11 @@ class PPO(PPOOptions, Algorithm):
     # ---- advantages ----
 
     def advantages(self, experience: Experience) -> Experience:
-        """Advantages of every token, from the completions' rewards `[N]` and the KL of its tokens."""
+        """Add scores, KL, token rewards, advantages and returns, computed from the completions' rewards `[N]`."""
         return self.with_advantages(self.with_token_rewards(self.with_scores(experience)))
 
     def with_scores(self, experience: Experience) -> Experience:
-        """The experience with `scores` `[N]`: rewards as they are learned from, 0 where no reward function applied."""
+        """Add `scores` `[N]`: rewards after scaling and clipping, 0 where no reward function applied."""
         scores = experience.rewards.nan_to_num(0.0)
         if self.use_score_scaling:
             scores = self._moments_with(experience).scaled(scores, centred=self.use_score_norm)
@@ -149,7 +149,7 @@ class PPO(PPOOptions, Algorithm):
         return experience.with_signals(scores=scores if clip is None else scores.clamp(-clip, clip))
 
     def with_token_rewards(self, experience: Experience) -> Experience:
-        """The experience with `kl` and `token_rewards`, from its `scores`."""
+        """Add `kl` and `token_rewards` `[N,C]`, from `scores`."""
         mask = experience.mask
         kl = self.kl(experience) * mask
         scores, dense = experience.signals["scores"], experience.signals.get("dense_rewards")
@@ -159,7 +159,7 @@ class PPO(PPOOptions, Algorithm):
         return experience.with_signals(kl=kl, token_rewards=rewards)
 
     def with_advantages(self, experience: Experience) -> Experience:
-        """The experience with `advantages`, whitened over its mask, and `returns`, from `token_rewards` and `values`."""
+        """Add `advantages`, whitened over the mask, and `returns` `[N,C]`, by GAE from `token_rewards` and `values`."""
         mask, rewards = experience.mask, experience.signals["token_rewards"]
         if self.whiten_rewards:
             rewards = masked_whiten(rewards, mask, keep_mean=True)
@@ -167,7 +167,7 @@ class PPO(PPOOptions, Algorithm):
         return experience.with_signals(advantages=masked_whiten(advantages, mask), returns=returns)
 
     def kl(self, experience: Experience) -> Tensor:
-        """KL of every token `[N,C]`, as `kl_penalty` measures it."""
+        """KL of every token `[N,C]`, by the estimate that `kl_penalty` names."""
         names, penalty = PENALTIES[self.kl_penalty]
         return penalty(*(required(experience, name, by=f"kl_penalty={self.kl_penalty!r}") for name in names))
 
@@ -187,7 +187,7 @@ class PPO(PPOOptions, Algorithm):
 
     @torch.no_grad()
     def metrics(self, scores: Scores, batch: Learnable) -> Metrics:
-        """How far the policy has moved since it sampled, and how well the values predict the returns; `[N,C]`."""
+        """Metrics `[N,C]`: how far the policy has moved since sampling, and how well the values predict the returns."""
         signals, eps = batch.signals, self.cliprange
         log_ratio_t = log_ratio(scores.logprobs, signals["old_logprobs"])
         ratios, error = ratio(log_ratio_t), (scores.value - signals["returns"]).square()
@@ -209,6 +209,6 @@ class PPO(PPOOptions, Algorithm):
 
 @shapes(logits="M V", ref_logits="M V")
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """Σ_v π(v) [log π(v) − log π_ref(v)], `[M]` from logits `[M,V]`: the divergence of whole distributions."""
+    """Σ_v π(v) [log π(v) − log π_ref(v)], `[M]` from logits `[M,V]`: the exact KL over the vocabulary."""
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)

@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning with a rising threshold: learn to imitate the best of one's own samples.
+"""Rejection-sampling fine-tuning with a rising threshold: fine-tune the policy on the best of its own samples.
 
     p_k    = p_start + (p_end − p_start) · k / (n − 1)         in improvement step k = 0 … n − 1
     q_x    = quantile_{p_k} {r(x, y)}                          of every prompt x
@@ -6,9 +6,9 @@
     kept   = {(x, y) : r(x, y) ≥ t_x}, each text once
     loss   = −log π(y | x)                                     see `trl.algorithms.sft`
 
-Sampling is done once for n improvement steps (grow and improve: ReST, Gulcehre et al. 2023, arXiv:2308.08998); best-of-n
-fine-tuning as in RAFT (Dong et al. 2023, arXiv:2304.06767). The clip leaves out the prompts that are all bad where rewards
-take few values, and never all samples of those that are all good.
+One round of samples serves n improvement steps, as in ReST (Gulcehre et al. 2023, arXiv:2308.08998), with best-of-n
+selection as in RAFT (Dong et al. 2023, arXiv:2304.06767). Where rewards take few values, the clip drops prompts whose samples
+all have the lowest reward, and keeps those whose samples all have the highest.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
 MARGIN = 1e-3
-"""ε: how far the thresholds of prompts stay from the lowest and the highest of their quantiles."""
+"""ε: distance that thresholds keep from the lowest and from the highest quantile of all prompts."""
 
 
 @shapes(rewards="N", group="N")
 def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
-    """The threshold `[G]` of every prompt, from rewards `[N]` and the prompt `group [N]` (0 … G − 1) that each belongs to.
+    """Threshold t_x of every prompt, `[G]`, from rewards `[N]` and prompt indices `group [N]` (0 … G − 1).
 
-    A NaN is no reward and is left out; a prompt without any reward has the threshold +∞.
+    NaN rewards are left out; a prompt without any reward has threshold +∞.
     """
     count = int(group.max()) + 1 if len(group) else 0
     members = [rewards[(group == g) & ~rewards.isnan()].double() for g in range(count)]
@@ -47,12 +47,12 @@ def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
 
 @shapes(rewards="N", group="N")
 def reached(rewards: Tensor, group: Tensor, p: float) -> Tensor:
-    """Which samples `[N]` bool are at the threshold of their prompt at percentile `p`, or above."""
+    """True `[N]` for samples whose reward is at or above the threshold of their prompt at percentile `p`."""
     return rewards.double() >= thresholds(rewards, group, p)[group]
 
 
 def first_of_each(identity: Sequence[Hashable], candidates: Sequence[bool]) -> list[bool]:
-    """The candidates less those that repeat an earlier one."""
+    """Drop candidates whose identity repeats that of an earlier candidate."""
     seen: set[Hashable] = set()
     kept = []
     for each, is_candidate in zip(identity, candidates, strict=True):
@@ -63,27 +63,27 @@ def first_of_each(identity: Sequence[Hashable], candidates: Sequence[bool]) -> l
 
 @dataclass(kw_only=True)
 class RFTOptions:
-    """What the selection is tuned by. A trainer's configuration has these options too."""
+    """Hyperparameters of the selection; the trainer's configuration inherits them."""
 
     start_percentile: float = 0.7
-    """Percentile of a prompt's rewards that its samples have to reach in the first improvement step, 0 to 1."""
+    """Percentile of a prompt's rewards, 0 to 1, that a sample must reach to be kept in the first improvement step."""
 
     end_percentile: float = 0.95
-    """The same percentile in the last improvement step, before new samples are drawn."""
+    """The same percentile in the last improvement step on the same samples."""
 
     n_improve_steps: int = 4
-    """Improvement steps for which the same samples are selected from."""
+    """Number of improvement steps on the same samples, before new ones are drawn."""
 
     def check_options(self) -> None:
         """Raises ConfigError for options out of range."""
         check_bounds(self)
         if self.start_percentile > self.end_percentile:
             raise ConfigError(
-                f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: the threshold rises."
+                f"start_percentile={self.start_percentile} is above end_percentile={self.end_percentile}: swap them."
             )
 
     def percentile(self, step: int) -> float:
-        """p_k of improvement step k = `step`, counted from 0 over the whole run; with one step of improvement, the first one."""
+        """p_k for k = `step` modulo `n_improve_steps`; `step` counts improvement steps of the whole run from 0."""
         steps = self.n_improve_steps
         share = step % steps / (steps - 1) if steps > 1 else 0.0
         return self.start_percentile + (self.end_percentile - self.start_percentile) * share
@@ -91,16 +91,16 @@ class RFTOptions:
 
 @dataclass(kw_only=True)
 class RFT(RFTOptions, Algorithm):
-    """The method as an algorithm of an online trainer: `advantages` adds the signal `reached` `[N]`, 1 or 0."""
+    """RFT as an algorithm of an online trainer. Adds the signal `reached` `[N]`: 1 for samples at the threshold, else 0."""
 
     step: int = 0
-    """Improvement steps that were made before this one."""
+    """Number of improvement steps before this one."""
 
     def __post_init__(self) -> None:
         self.check_options()
 
     def advantages(self, experience: Experience) -> Experience:
-        """The experience with `reached`, at the percentile of this step."""
+        """Add the signal `reached`, for the percentile of this step."""
         found = reached(experience.rewards, experience.group, self.percentile(self.step))
         return experience.with_signals(reached=found.to(experience.mask.dtype))
 
@@ -115,5 +115,5 @@ class RFT(RFTOptions, Algorithm):
         self.step = state["step"]
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
-        """−log π `[N,C]` of what is kept, and metrics."""
+        """−log π `[N,C]` of the kept completions, and metrics."""
         return sft.nll(scores), sft.metrics(scores, batch)

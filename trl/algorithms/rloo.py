@@ -1,12 +1,12 @@
-"""REINFORCE with a baseline, and its leave-one-out and globally normalised forms.
+"""REINFORCE with a baseline, RLOO (leave-one-out baseline) and REINFORCE++ (globally normalised).
 
     RLOO          A_i = r_i − mean of the others' r_j                     Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8
                       = G/(G−1) (r_i − mean r)
     REINFORCE++   A_i = (r_i − mean) / std over the whole rollout batch   Hu et al. 2025, arXiv:2501.03262
     REINFORCE     A_i = r_i − mean over the whole rollout batch           Williams 1992
 
-RLOO treats a completion as one action: its ratio is that of the whole completion, and the KL from the reference is part of
-its reward. On the samples of the current policy the gradient is A ∇log π(y), clipping plays no role.
+RLOO treats a completion as one action: ρ is the ratio of the whole completion, and the KL to the reference is subtracted
+from its reward. On-policy, where ρ = 1, nothing is clipped and the gradient is A ∇log π(y).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO(GRPO):
-    """The other samples of the prompt are the baseline."""
+    """RLOO: the baseline is the mean reward of the prompt's other samples."""
 
     baseline: Baseline = "leave_one_out"
     scale: Scale = "none"
@@ -29,9 +29,9 @@ class RLOO(GRPO):
     beta: float = 0.05
     kl_in_reward: bool = True
     reward_clip_range: tuple[float, float] | None = None
-    """Bounds that rewards are clipped to, before the KL penalty."""
+    """Lowest and highest reward, to which rewards are clipped before the KL penalty. None: no clipping."""
     normalize_advantages: bool = False
-    """Give the advantages of a rollout batch mean 0 and standard deviation 1."""
+    """Normalise the advantages of a rollout batch to mean 0 and standard deviation 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,9 +51,9 @@ class RLOO(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePlusPlus(GRPO):
-    """Advantages normalised over the rollout batch, a token's ratio clipped, KL in the reward.
+    """REINFORCE++: advantages normalised over the rollout batch, ratios clipped per token, KL in the reward.
 
-    With `baseline="group"` it is the paper's REINFORCE++-baseline, for several samples of a prompt.
+    `baseline="group"` gives the paper's REINFORCE++-baseline, for several samples per prompt.
     """
 
     baseline: Baseline = "batch"
@@ -63,7 +63,7 @@ class ReinforcePlusPlus(GRPO):
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce(GRPO):
-    """Plain REINFORCE: the rollout batch's mean is the baseline."""
+    """Plain REINFORCE: the baseline is the mean reward of the rollout batch."""
 
     baseline: Baseline = "batch"
     scale: Scale = "none"

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: make the given tokens likely.
+"""Supervised fine-tuning: maximise the likelihood of the given tokens.
 
 nll                −log π(t)
 label smoothing    −(1 − ε) log π(t) − ε Σ_v log π(v) / V         (Szegedy et al. 2015, arXiv:1512.00567, Sec. 7)
 dft                −sg[π(t)] log π(t)                              (Wu et al. 2025, arXiv:2508.05629, Eq. 9)
 
-DFT weights each token by its probability, held constant (sg: no gradient): the gradient of SFT is that of a policy
-gradient with reward 1/π, and the weight cancels the 1/π that makes rare tokens dominate.
+DFT weights each token by its probability, without gradient (sg). SFT is a policy gradient with reward 1/π, in which
+improbable tokens dominate; the weight cancels that 1/π.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LOSSES: dict[str, Callable[[Scores], Tensor]] = {"nll": nll, "chunked_nll": nll,
 
 @shapes(loss="N C")
 def smoothed(loss: Tensor, scores: Scores, *, epsilon: float) -> Tensor:
-    """(1 − ε) loss − ε Σ_v log π(v) / V: the target distribution mixed with the uniform one. Needs `mean_logprob`."""
+    """(1 − ε) loss − ε Σ_v log π(v) / V: the target mixed with the uniform distribution. Needs `scores.mean_logprob`."""
     return (1 - epsilon) * loss - epsilon * scores.mean_logprob
 
 
 def metrics(scores: Scores, batch: Batch) -> Metrics:
-    """Share of tokens that were the most likely one, and the entropy of the distributions that predicted them."""
+    """Metrics `[N,C]`: 1 where a token is the most likely one, and the entropy of the distribution it is from."""
     return {"mean_token_accuracy": scores.greedy, "entropy": scores.entropy.detach()}

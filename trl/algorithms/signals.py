@@ -1,4 +1,4 @@
-"""The signals that an algorithm reads of a batch, and an error where one of them is missing."""
+"""Reads a named signal from a batch, with an error that says how to provide a missing one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from trl.errors import DataError
 from trl.types import Experience, Learnable
 
 OF_REFERENCE = ("ref_logprobs", "full_kl")
-"""Signals that scoring with the reference policy gives; rows bring the others."""
+"""Signals that come from scoring with the reference policy; others come from the rows of the dataset."""
 
 
 def required(batch: Learnable | Experience, name: str, *, by: str) -> Tensor:
-    """The signal `name`, `[N]` or `[N,C]`. Raises DataError where the batch has none; `by` names what asks for it."""
+    """The signal `name`, `[N]` or `[N,C]`. Raises DataError if the batch lacks it; `by` is the loss or option that needs it."""
     if name not in batch.signals:
         remedy = "score the batch with the reference policy first" if name in OF_REFERENCE else "give every row one"
         raise DataError(f"{by} needs the signal {name!r}, and the batch has {sorted(batch.signals)}: {remedy}.")

@@ -1,13 +1,13 @@
-"""Surrogates: what a policy gradient maximises in place of the return, from ratios of probabilities and advantages.
+"""Surrogate objectives: functions of ratios and advantages that a policy gradient maximises in place of the return.
 
-    Clip     min(min(ρ, δ) A, clip(ρ, 1 − ε_low, 1 + ε_high) A)     PPO, arXiv:1707.06347, Eq. 7; bounds apart as in DAPO,
+    Clip     min(min(ρ, δ) A, clip(ρ, 1 − ε_low, 1 + ε_high) A)     PPO, arXiv:1707.06347, Eq. 7; two bounds as in DAPO,
                                                                    arXiv:2503.14476, Eq. 10; δ: arXiv:2505.07291, Eq. 1
     CISPO    sg[min(ρ, ε_max)] A log π                             arXiv:2506.13585, Eq. 4; arXiv:2510.13786
     SAPO     (4/τ) σ(τ (ρ − 1)) A,   τ by the sign of A            arXiv:2511.20347
     VESPO    sg[φ(W)] A log π,   φ(w) = w^k e^{λ (1 − w)}          arXiv:2602.10693; W the ratio of the whole completion
     GMPO     A (Π_t ρ̃_t)^{1/C}, log ρ̃ clipped as in PPO            arXiv:2507.20673
 
-ρ = π/π_old, of a token or of a completion. sg: no gradient. At ρ = 1 the gradient of each is A ∇log π, that of REINFORCE.
+ρ = π/π_old, of a token or of a completion. sg: no gradient. At ρ = 1 each has the gradient of REINFORCE, A ∇log π.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from trl.types import Metrics
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a surrogate is made of.
+    """Inputs of a surrogate.
 
     logprobs          [N,C] log π
     log_ratio_token   [N,C] log ρ of tokens
-    log_ratio         [N,C] or [N,1] log ρ at the level asked for
+    log_ratio         [N,C] or [N,1] log ρ of tokens or completions, by the algorithm's `ratio_level`
     advantages        [N,C] or [N,1]
     mask              [N,C]
     """
@@ -43,19 +43,19 @@ class Terms:
 
 class Surrogate(Protocol):
     def __call__(self, terms: Terms) -> Tensor:
-        """What is maximised, `[N,C]` or `[N,1]`."""
+        """The objective to be maximised, `[N,C]` or `[N,1]`."""
         ...
 
     def metrics(self, terms: Terms) -> Metrics:
-        """How much of it is held back; `[N,C]` or `[N]`."""
+        """Metrics of how much is clipped or down-weighted; `[N,C]` or `[N]`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """No gain from a ratio beyond [1 − low, 1 + high] in the direction of the advantage.
+    """PPO's clipping: no gradient for a ratio above 1 + high with A > 0, or below 1 − low with A < 0.
 
-    `delta` bounds the ratio where that does not: above 1 + high with a negative advantage.
+    `delta` bounds the ratio in the case that this leaves unbounded: above 1 + high with A < 0.
     """
 
     low: float = 0.2
@@ -72,7 +72,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class CISPO:
-    """REINFORCE with the ratio as a bounded weight: every token keeps its gradient."""
+    """REINFORCE weighted by the truncated ratio, without gradient through it: every token contributes a gradient."""
 
     high: float = 5.0
 
@@ -86,7 +86,7 @@ class CISPO:
 
 @dataclass(frozen=True, slots=True)
 class SAPO:
-    """A soft gate around ρ = 1 in place of a hard clip; its temperature is higher where a token is to be avoided."""
+    """A sigmoid gate around ρ = 1 in place of hard clipping, with a higher temperature τ for negative advantages."""
 
     positive: float = 1.0
     negative: float = 1.05
@@ -101,7 +101,7 @@ class SAPO:
 
 @dataclass(frozen=True, slots=True)
 class VESPO:
-    """REINFORCE weighted by a gamma-shaped function of the whole completion's ratio, 1 at W = 1."""
+    """REINFORCE weighted by φ(W), shaped like a gamma density, of the whole completion's ratio W; φ(1) = 1."""
 
     k_positive: float = 2.0
     lambda_positive: float = 3.0
@@ -113,7 +113,7 @@ class VESPO:
 
     @torch.no_grad()
     def weight(self, terms: Terms) -> Tensor:
-        """φ(W) `[N,1]`, in logarithms: k log W + λ (1 − W)."""
+        """φ(W) `[N,1]`, computed as exp(k log W + λ (1 − W)); k and λ depend on the sign of A."""
         log_w = (terms.log_ratio_token * terms.mask).sum(-1, keepdim=True).clamp(-20, 20)
         good = terms.advantages >= 0
         k = torch.where(good, self.k_positive, self.k_negative)
@@ -126,7 +126,7 @@ class VESPO:
 
 @dataclass(frozen=True, slots=True)
 class GMPO:
-    """The geometric mean of a completion's ratios, each clipped to [e^−low, e^high] where the advantage asks for more."""
+    """Geometric mean of a completion's token ratios, each clipped to [e^−low, e^high] as PPO does."""
 
     low: float = 0.4
     high: float = 0.4
@@ -145,14 +145,14 @@ class GMPO:
 
 @shapes(values="N C?", mask="N C")
 def mean_over_completion(values: Tensor, mask: Tensor) -> Tensor:
-    """`[N,1]` mean of each completion's scored tokens."""
+    """Mean of `values` over the scored tokens of each completion, `[N,1]`."""
     return (values * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 @shapes(log_ratio="N C?")
 @torch.no_grad()
 def clip_metrics(log_ratio: Tensor, terms: Terms, *, below: float, above: float) -> Metrics:
-    """Share of ratios without gradient for being beyond a bound."""
+    """Fractions of ratios that are past a bound and so give no gradient: per token, and per completion as min or max."""
     rho = ratio(log_ratio)
     low = ((rho < below) & (terms.advantages < 0)).float()
     high = ((rho > above) & (terms.advantages > 0)).float()
@@ -163,5 +163,5 @@ def clip_metrics(log_ratio: Tensor, terms: Terms, *, below: float, above: float)
 
 
 def _per_completion(values: Tensor) -> Tensor:
-    """`[N,1]` as `[N]`; `[N,C]` as it is."""
+    """Squeeze `[N,1]` to `[N]`; leave `[N,C]` unchanged."""
     return values.squeeze(-1) if values.shape[-1] == 1 else values
